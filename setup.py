@@ -1,0 +1,138 @@
+"""Builds the compiled libraries: setuptools calls CMake, CMake writes Ninja files, CMakeLists.txt lists the sources.
+
+What is missing is left out, with one sentence that says so (`pip install -v` shows it):
+no compiler -> a pure wheel, whose ops run on the reference; no torch headers -> everything but the torch binding.
+
+Build arguments, from the environment as CMake's and torch's builders know them:
+  CXX, CXXFLAGS, CMAKE_ARGS   the compiler, its flags, and anything for CMake (-DTORCH_DIR=..., -DAPET_SANITIZE=...)
+  MAX_JOBS                    how many compilers run at once
+  APET_REQUIRE_NATIVE=1       fail, instead of leaving something out
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+from setuptools.command.sdist import sdist
+
+ROOT = Path(__file__).parent.resolve()
+OLDEST_TORCH = (2, 10)  # the first whose stable ABI has all that csrc/torch_binding.cpp uses
+
+
+def leave_out(sentence: str) -> None:
+    if os.environ.get("APET_REQUIRE_NATIVE", "0") not in ("", "0"):
+        sys.exit(f"apet-kernels: APET_REQUIRE_NATIVE is set, but {sentence}")
+    print(f"apet-kernels: {sentence}", file=sys.stderr)
+
+
+def find_program(*names: str) -> str | None:
+    """The first of these programs beside this Python (a virtual environment need not be activated) or on PATH."""
+    path = os.pathsep.join([sysconfig.get_path("scripts"), os.environ.get("PATH", os.defpath)])
+    return next((found for name in names if (found := shutil.which(name, path=path))), None)
+
+
+def missing_tools() -> list[str]:
+    """What the libraries cannot be built without and is not there."""
+    compiler = shlex.split(os.environ.get("CXX", ""))[:1] or ["c++", "g++", "clang++"]
+    needs = {
+        "Linux": sys.platform == "linux",
+        "a C++ compiler": find_program(*compiler),
+        "cmake": find_program("cmake"),
+        "ninja": find_program("ninja"),
+        "pybind11": importlib.util.find_spec("pybind11"),
+        "Python.h": Path(sysconfig.get_path("include"), "Python.h").exists(),
+    }
+    return [name for name, found in needs.items() if not found]
+
+
+def find_torch() -> Path | None:
+    """The torch package to build against, found without importing it.
+
+    pip's isolated build hides the environment that is installed into from `sys.path`, but not from `sysconfig`.
+    """
+    spec = importlib.util.find_spec("torch")
+    places = list(spec.submodule_search_locations or []) if spec else []
+    places.append(os.path.join(sysconfig.get_path("platlib"), "torch"))
+    for torch in map(Path, places):
+        if not (torch / "include/torch/csrc/stable/library.h").exists():
+            continue
+        version = re.search(r"__version__ = '((\d+)\.(\d+)[^']*)'", (torch / "version.py").read_text())
+        if version and (int(version[2]), int(version[3])) >= OLDEST_TORCH:
+            return torch
+        print(f"apet-kernels: the torch at {torch} is older than 2.10 and not built against.", file=sys.stderr)
+    return None
+
+
+def commit() -> str:
+    """The commit of this checkout, "-dirty" if files differ from it; in an sdist the one that it was made from."""
+
+    def git(*arguments: str) -> str:
+        return subprocess.check_output(["git", "-C", ROOT, *arguments], text=True, stderr=subprocess.DEVNULL).strip()
+
+    try:
+        # An unpacked sdist may lie inside somebody else's repository.
+        if Path(git("rev-parse", "--show-toplevel")).samefile(ROOT):
+            return git("describe", "--always", "--dirty", "--abbrev=40", "--exclude=*")
+    except (OSError, subprocess.CalledProcessError):
+        pass  # no git, or no repository
+    recorded = ROOT / "COMMIT"
+    return recorded.read_text().strip() if recorded.exists() else ""
+
+
+class CMakeBuild(build_ext):
+    def run(self) -> None:
+        import pybind11
+
+        # One folder per checkout and Python, outliving pip's temporary ones: a rebuild compiles what changed. --fresh
+        # forgets where the last build found its tools (an isolated one's are gone), not what it compiled.
+        folder = ROOT / "build" / f"{sysconfig.get_platform()}-{sys.implementation.cache_tag}"
+        package = Path(self.get_ext_fullpath("apet_kernels._host")).parent.resolve()
+        cmake, torch = find_program("cmake"), find_torch()
+        arguments = shlex.split(os.environ.get("CMAKE_ARGS", ""))
+        jobs = os.environ.get("MAX_JOBS")
+        if not torch and not any(argument.startswith("-DTORCH_DIR=") for argument in arguments):
+            leave_out(
+                "no torch >= 2.10 is installed where this is built, so the torch binding is left out; "
+                "install torch first, then apet-kernels again (CMAKE_ARGS=-DTORCH_DIR=... names one elsewhere)."
+            )
+        variables = {
+            "CMAKE_MAKE_PROGRAM": find_program("ninja"),
+            "Python_EXECUTABLE": sys.executable,
+            "pybind11_DIR": pybind11.get_cmake_dir(),
+            "TORCH_DIR": torch or "",
+            "APET_COMMIT": commit(),
+        }
+        arguments = [f"-D{name}={value}" for name, value in variables.items()] + arguments
+        subprocess.check_call([cmake, "--fresh", "-S", ROOT, "-B", folder, "-G", "Ninja", *arguments])
+        subprocess.check_call([cmake, "--build", folder, *(["--parallel", jobs] if jobs else [])])
+        for old in [*package.glob("libapet*.so"), *package.glob("_host*.so")]:
+            old.unlink()  # e.g. the torch binding of an earlier build that had torch
+        subprocess.check_call([cmake, "--install", folder, "--prefix", package, "--component", "python"])
+
+    def get_outputs(self) -> list[str]:
+        return []  # `cmake --install` has put them into the package
+
+
+class SourceDistribution(sdist):
+    def make_release_tree(self, base_dir: str, files: list[str]) -> None:
+        super().make_release_tree(base_dir, files)
+        Path(base_dir, "COMMIT").write_text(commit() + "\n")
+
+
+missing = missing_tools()
+if missing:
+    leave_out(f"the compiled kernels are left out: they need {', '.join(missing)}. The ops will run on the reference.")
+setup(
+    ext_modules=[] if missing else [Extension("apet_kernels._host", sources=[])],
+    cmdclass={"build_ext": CMakeBuild, "sdist": SourceDistribution},
+)
