@@ -19,6 +19,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import zlib
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -93,9 +94,10 @@ class CMakeBuild(build_ext):
     def run(self) -> None:
         import pybind11
 
-        # One folder per checkout and Python, outliving pip's temporary ones: a rebuild compiles what changed. --fresh
-        # forgets where the last build found its tools (an isolated one's are gone), not what it compiled.
-        folder = ROOT / "build" / f"{sysconfig.get_platform()}-{sys.implementation.cache_tag}"
+        # A folder that outlives pip's temporary ones, so that a rebuild compiles only what changed; one for each of the
+        # things that CMake does not notice when they change.
+        key = [str(ROOT), *(os.environ.get(name, "") for name in ("CXX", "CXXFLAGS", "CMAKE_ARGS"))]
+        folder = ROOT / "build" / f"{sys.implementation.cache_tag}-{zlib.crc32(repr(key).encode()):08x}"
         package = Path(self.get_ext_fullpath("apet_kernels._host")).parent.resolve()
         cmake, torch = find_program("cmake"), find_torch()
         arguments = shlex.split(os.environ.get("CMAKE_ARGS", ""))
@@ -113,7 +115,7 @@ class CMakeBuild(build_ext):
             "APET_COMMIT": commit(),
         }
         arguments = [f"-D{name}={value}" for name, value in variables.items()] + arguments
-        subprocess.check_call([cmake, "--fresh", "-S", ROOT, "-B", folder, "-G", "Ninja", *arguments])
+        subprocess.check_call([cmake, "-S", ROOT, "-B", folder, "-G", "Ninja", *arguments])
         subprocess.check_call([cmake, "--build", folder, *(["--parallel", jobs] if jobs else [])])
         for old in [*package.glob("libapet*.so"), *package.glob("_host*.so")]:
             old.unlink()  # e.g. the torch binding of an earlier build that had torch

@@ -1,0 +1,63 @@
+# Everything a newcomer needs: `make demo`, then `make test`. Needs python3 (with venv and headers), g++ and make.
+PYTHON ?= python3
+VENV ?= .venv
+TORCH ?= torch==2.13.0
+bin := $(VENV)/bin
+pip := $(bin)/python -m pip --disable-pip-version-check install --quiet
+native := setup.py pyproject.toml CMakeLists.txt $(shell find csrc -type f)
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help demo test test-full sanitize lint format bench wheel clean
+
+help:  ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' Makefile
+
+# torch first, and pinned from then on: whatever asked for another would pull a CUDA build of several gigabytes.
+$(VENV)/torch.txt:
+	@echo "Setting up $(VENV) with $(TORCH) (a minute) ..."
+	@$(PYTHON) -m venv $(VENV)
+	@$(pip) $(TORCH)
+	@$(bin)/python -m pip freeze | grep '^torch==' > $@
+
+# The project, editable, with one of its extras; again whenever something compiled has changed. The demo also runs on
+# the reference, where nothing can be compiled; all else is about the compiled kernels.
+$(VENV)/installed-%: $(VENV)/torch.txt $(native)
+	@echo "Building and installing apet-kernels[$*] ..."
+	@$(if $(filter demo,$*),,APET_REQUIRE_NATIVE=1) $(pip) --constraint $(VENV)/torch.txt --editable '.[$*]'
+	@touch $@
+
+demo: $(VENV)/installed-demo  ## set up, and compress a real photograph to demo.png
+	@photo=$$($(bin)/python -c "import skimage; print(skimage.__path__[0] + '/data/coffee.png')") && \
+	$(bin)/apet compress "$$photo" --keep 64 --out demo.png && echo "The picture is $(CURDIR)/demo.png"
+
+test: $(VENV)/installed-test  ## set up, and run the tests
+	$(bin)/python -m pytest -q
+
+test-full: $(VENV)/installed-dev sanitize  ## what is too long for every day: sanitizers, installing in every way
+	$(bin)/python -m pytest -q -m slow
+
+sanitize: $(VENV)/installed-test  ## the CPU library's tests under AddressSanitizer and UBSan
+	$(bin)/python tests/sanitize.py -q
+
+lint: $(VENV)/installed-dev  ## formatting and static checks
+	$(bin)/ruff check
+	$(bin)/ruff format --check
+	$(bin)/clang-format --dry-run -Werror $$(find csrc -name '*.h' -o -name '*.cpp')
+
+format: $(VENV)/installed-dev  ## format everything
+	$(bin)/ruff check --fix
+	$(bin)/ruff format
+	$(bin)/clang-format -i $$(find csrc -name '*.h' -o -name '*.cpp')
+
+bench: $(VENV)/installed-test  ## the benchmarks, each result checked first
+	$(bin)/python -m pytest -q benchmarks --benchmark-only
+
+wheel: $(VENV)/installed-dev  ## an sdist and, built from it, a wheel in dist/
+	rm -rf dist
+	$(bin)/python -m build --sdist --outdir dist
+	$(bin)/python -m pip wheel --no-deps --wheel-dir dist dist/*.tar.gz
+
+clean:  ## remove everything built (not $(VENV))
+	rm -rf build dist *.egg-info .pytest_cache .ruff_cache demo.png apet_kernels/*.so
+	rm -f $(VENV)/installed-*

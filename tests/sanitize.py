@@ -1,0 +1,63 @@
+"""Runs the tests with the compiled libraries under AddressSanitizer and UndefinedBehaviorSanitizer.
+
+    python tests/sanitize.py [pytest arguments]
+
+Installs a sanitized build into build/sanitized/, proves that it reports an out-of-bounds read, and runs the tests on it.
+Python and torch stay as they are, so that the sanitizers' runtime has to be loaded before them.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+FOLDER = ROOT / "build/sanitized"
+
+# A tensor that says it has 65 tokens over memory that holds 64: the kernel has to run past the end of it.
+PLANTED = """
+import numpy, torch, apet_kernels
+tokens = numpy.ones((64, 64), numpy.float32)
+x = torch.from_numpy(numpy.lib.stride_tricks.as_strided(tokens, (1, 65, 64), (0, *tokens.strides)))
+apet_kernels.compress(x, 8, backend="cpu")
+"""
+
+
+def library(name: str) -> str:
+    compiler = os.environ.get("CXX", "c++")
+    return subprocess.check_output([compiler, f"-print-file-name={name}"], text=True).strip()
+
+
+def main(pytest_arguments: list[str]) -> int:
+    shutil.rmtree(FOLDER, ignore_errors=True)
+    build = {**os.environ, "CMAKE_ARGS": "-DAPET_SANITIZE=address;undefined", "APET_REQUIRE_NATIVE": "1"}
+    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps"]
+    subprocess.check_call([*pip, "--target", FOLDER, ROOT], env=build)
+    # The tests are copied there too: beside the sources they would import the build that is not sanitized.
+    shutil.copytree(ROOT / "tests", FOLDER / "tests")
+    shutil.copy(ROOT / "pyproject.toml", FOLDER)
+
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(FOLDER),
+        # libstdc++ too, or ASan, loaded before it, does not find the function that throws exceptions.
+        "LD_PRELOAD": " ".join(library(name) for name in ("libasan.so", "libstdc++.so")),
+        "ASAN_OPTIONS": "detect_leaks=0",  # Python itself leaks at exit
+        "UBSAN_OPTIONS": "print_stacktrace=1",
+    }
+    planted = subprocess.run(
+        [sys.executable, "-c", PLANTED], env=environment, cwd=FOLDER, capture_output=True, text=True
+    )
+    if not re.search(r"SUMMARY: AddressSanitizer: heap-buffer-overflow \S*/csrc/", planted.stderr):
+        print(f"The sanitizers missed the planted out-of-bounds read:\n{planted.stdout}{planted.stderr}")
+        return 1
+    print("The sanitizers report the planted out-of-bounds read; now the tests.", flush=True)
+    return subprocess.call([sys.executable, "-m", "pytest", *pytest_arguments], env=environment, cwd=FOLDER)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,282 @@
+"""What is shipped: one version, typed packages, a library that exports apet.h and needs no torch, installs of every kind."""
+
+from __future__ import annotations
+
+import ctypes
+import email
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tarfile
+import venv
+import zipfile
+from importlib import metadata, util
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+HEADER = ROOT / "csrc/apet.h"
+PACKAGE = Path(util.find_spec("apet_kernels").origin).parent
+LIBRARY = PACKAGE / "libapet.so"
+
+needs_library = pytest.mark.skipif(not LIBRARY.exists(), reason="installed without the compiled kernels")
+
+
+def run(*command: object, **environment: str) -> str:
+    """Its output, standard error included; fails the test with all of it if the command fails."""
+    done = subprocess.run(
+        [str(word) for word in command],
+        env={**os.environ, **environment},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    assert done.returncode == 0, f"{' '.join(map(str, command))}\n{done.stdout}"
+    return done.stdout
+
+
+def project_version() -> str:
+    return re.search(r'^version = "(.+?)"', (ROOT / "pyproject.toml").read_text(), re.M)[1]
+
+
+# ---- what is installed here -----------------------------------------------------------------------------------------
+
+
+def test_version_is_the_same_in_pyproject_and_the_installed_metadata():
+    assert metadata.version("apet-kernels") == project_version()
+
+
+@needs_library
+def test_version_is_the_same_in_the_library():
+    version = ctypes.CDLL(str(LIBRARY)).apet_version
+    version.restype = ctypes.c_char_p
+    assert version().decode() == project_version()
+
+
+def test_metadata():
+    about = metadata.metadata("apet-kernels")
+    assert about["License-Expression"] == "Apache-2.0"
+    assert about["Requires-Python"] == ">=3.10"
+    required = {re.match(r"[\w-]+", r)[0] for r in about.get_all("Requires-Dist") if "extra ==" not in r}
+    assert required == {"torch", "typer", "rich"}
+    (command,) = (e for e in metadata.entry_points(group="console_scripts") if e.name == "apet")
+    assert command.value == "apet.cli:main"
+
+
+def test_building_never_asks_for_torch():
+    (requires,) = re.findall(r"^requires = \[(.*)\]", (ROOT / "pyproject.toml").read_text(), re.M)
+    assert "torch" not in requires
+
+
+@pytest.mark.parametrize("package", ["apet_kernels", "apet"])
+def test_packages_are_typed(package: str):
+    assert Path(util.find_spec(package).origin).with_name("py.typed").exists()
+
+
+def test_cmake_lists_every_source():
+    listed = (ROOT / "CMakeLists.txt").read_text()
+    isas = re.findall(r"^ *apet_isa\((\w+)", listed, re.M)
+    sources = {str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*.cpp")}
+    assert sources == {*re.findall(r"csrc/[\w/]+\.cpp", listed), *(f"csrc/cpu/isa_{isa}.cpp" for isa in isas)}
+
+
+# ---- the torch-free library ------------------------------------------------------------------------------------------
+
+
+@needs_library
+def test_library_exports_exactly_its_header():
+    declared = set(re.findall(r"^APET_API [^;]*?\b(apet_\w+)\(", HEADER.read_text(), re.M))
+    exported = {line.split()[-1] for line in run("nm", "-D", "--defined-only", LIBRARY).splitlines()}
+    assert exported == declared
+
+
+@needs_library
+def test_library_needs_no_torch_and_no_python():
+    needed = set(re.findall(r"\(NEEDED\).*\[(\w+)", run("readelf", "-d", LIBRARY)))
+    assert needed <= {"libstdc", "libgcc_s", "libc", "libm", "libpthread", "ld-linux-x86-64"}
+    assert "torch" not in run("nm", "-D", "--undefined-only", LIBRARY)
+
+
+@needs_library
+def test_libraries_find_each_other_wherever_they_lie():
+    for library in PACKAGE.glob("*.so"):
+        dynamic = run("readelf", "-d", library)
+        assert set(re.findall(r"\((?:RUNPATH|RPATH)\).*\[(.*)\]", dynamic)) == {"$ORIGIN"}, library.name
+
+
+@pytest.mark.parametrize("instruction_set", ["avx2", "avx512", "avx512_bf16"])
+def test_code_of_one_instruction_set_stays_in_its_file(instruction_set: str):
+    """The linker keeps any one of the equal inline functions of several files: the AVX-512 copy would then run, and
+    crash, on every processor. So these files may define nothing that another could."""
+    objects = sorted((ROOT / "build").glob(f"*/CMakeFiles/apet.dir/csrc/cpu/isa_{instruction_set}.cpp.o"))
+    if not objects:
+        pytest.skip("not built in this checkout")
+    for file in objects:
+        symbols = run("nm", "--demangle", "--defined-only", file).splitlines()
+        assert [line for line in symbols if line.split()[1] in "WVu"] == [], file
+
+
+@pytest.mark.parametrize(
+    ("compiler", "standard", "suffix"), [("cc", "c11", "c"), ("c++", "c++17", "cpp")], ids=["C", "C++"]
+)
+def test_header_compiles(tmp_path: Path, compiler: str, standard: str, suffix: str):
+    if not shutil.which(compiler):
+        pytest.skip(f"{compiler} is not installed")
+    source = tmp_path / f"use.{suffix}"
+    source.write_text('#include "apet.h"\nint main(void) { return apet_version() == 0; }\n')
+    warnings = ["-Wall", "-Wextra", "-Wpedantic", "-Werror"]
+    run(compiler, f"-std={standard}", *warnings, "-I", HEADER.parent, "-c", source, "-o", tmp_path / "use.o")
+
+
+# ---- every way to install (slow) -------------------------------------------------------------------------------------
+
+CHECK_KERNELS = """
+import warnings; warnings.simplefilter("error")
+import torch, apet_kernels
+assert apet_kernels.backends()["cpu"] is None, apet_kernels.backends()
+x = torch.randn(2, 64, 32)
+tokens, indices = torch.ops.apet.compress(x, 16)
+expected, expected_indices = apet_kernels.reference.compress(x, 16)
+assert torch.equal(indices, expected_indices) and torch.allclose(tokens, expected, atol=1e-5)
+"""
+
+CHECK_REFERENCE = """
+import torch, apet_kernels
+assert apet_kernels.backends()["cpu"] is not None
+tokens, indices = torch.ops.apet.compress(torch.randn(2, 64, 32), 16)
+assert tokens.shape == (2, 16, 32) and indices.shape == (2, 16)
+"""
+
+
+@pytest.fixture(scope="module")
+def sdist(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("sdist")
+    run(sys.executable, "-m", "build", "--sdist", "--outdir", folder, ROOT)
+    (archive,) = folder.glob("*.tar.gz")
+    return archive
+
+
+@pytest.fixture(scope="module")
+def source(sdist: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What a user has who unpacks the sdist: all installs below start from it, and share its compiled objects."""
+    folder = tmp_path_factory.mktemp("source")
+    with tarfile.open(sdist) as archive:
+        archive.extractall(folder, filter="data")
+    return next(folder.iterdir())
+
+
+def environment(folder: Path, *requirements: str) -> Path:
+    """The Python of a new virtual environment with these packages."""
+    venv.create(folder, with_pip=True)
+    if requirements:
+        run(folder / "bin/python", "-m", "pip", "install", *requirements)
+    return folder / "bin/python"
+
+
+BUILD_TOOLS = ["setuptools>=77", "cmake", "ninja", "pybind11"]
+
+
+@pytest.fixture(scope="module")
+def with_torch(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    requirements = [f"torch=={metadata.version('torch').split('+')[0]}", "typer", "rich", *BUILD_TOOLS]
+    return environment(tmp_path_factory.mktemp("venv") / "with_torch", *requirements)
+
+
+@pytest.fixture(scope="module")
+def without_torch(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return environment(tmp_path_factory.mktemp("venv") / "without_torch", *BUILD_TOOLS)
+
+
+def files_of(wheel: Path) -> set[str]:
+    """The files of a wheel, less the metadata and with plain names for the Python-specific ones."""
+    names = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
+    return {re.sub(r"_host\..*", "_host.so", name) for name in names}
+
+
+def build_wheel(python: Path, source: Path, folder: Path, *options: str, **variables: str) -> tuple[Path, str]:
+    """The wheel that this Python builds, and what the build printed."""
+    said = run(python, "-m", "pip", "wheel", "-v", "--no-deps", *options, "-w", folder, source, **variables)
+    (wheel,) = folder.glob("*.whl")
+    return wheel, said
+
+
+@pytest.mark.slow
+def test_sdist_builds_and_tests_and_knows_its_commit(source: Path):
+    for name in ("CMakeLists.txt", "csrc/apet.h", "tests/test_packaging.py", "LICENSE", "Makefile", "README.md"):
+        assert (source / name).exists(), name
+    assert not list(source.rglob("*.so"))
+    head = subprocess.run(["git", "-C", ROOT, "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
+    assert (source / "COMMIT").read_text().strip().removesuffix("-dirty") == head
+    about = email.message_from_string((source / "PKG-INFO").read_text())
+    assert (about["Name"], about["Version"]) == ("apet-kernels", project_version())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("isolation", [True, False], ids=["isolated", "not-isolated"])
+def test_wheel_with_torch(with_torch: Path, source: Path, tmp_path: Path, isolation: bool):
+    wheel, said = build_wheel(with_torch, source, tmp_path, *([] if isolation else ["--no-build-isolation"]))
+    assert "Collecting torch" not in said
+    files = files_of(wheel)
+    assert {f"apet_kernels/{n}" for n in ("libapet.so", "libapet_torch.so", "_host.so", "py.typed")} < files
+    assert {name.split("/")[0] for name in files} == {"apet", "apet_kernels"}
+    assert {Path(name).suffix for name in files} <= {".py", ".so", ".typed"}
+    run(with_torch, "-m", "pip", "install", "--no-deps", "--force-reinstall", wheel)
+    run(with_torch, "-I", "-c", CHECK_KERNELS)
+    recorded = (source / "COMMIT").read_text().strip()
+    assert recorded in run(with_torch, "-I", "-c", "import apet_kernels; print(apet_kernels.build_info())")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("isolation", [True, False], ids=["isolated", "not-isolated"])
+def test_wheel_without_torch(without_torch: Path, source: Path, tmp_path: Path, isolation: bool):
+    wheel, said = build_wheel(without_torch, source, tmp_path, *([] if isolation else ["--no-build-isolation"]))
+    assert "Collecting torch" not in said
+    assert "the torch binding is left out; install torch first" in said
+    assert {name for name in files_of(wheel) if name.endswith(".so")} == {
+        "apet_kernels/libapet.so",
+        "apet_kernels/_host.so",
+    }
+
+
+@pytest.mark.slow
+def test_wheel_without_a_compiler(with_torch: Path, source: Path, tmp_path: Path):
+    wheel, said = build_wheel(with_torch, source, tmp_path, CXX="no-such-compiler")
+    assert "they need a C++ compiler" in said
+    assert wheel.name.endswith("-py3-none-any.whl")
+    assert not any(name.endswith(".so") for name in files_of(wheel))
+    run(with_torch, "-m", "pip", "install", "--no-deps", "--force-reinstall", wheel)
+    run(with_torch, "-I", "-c", CHECK_REFERENCE)
+
+
+@pytest.mark.slow
+def test_a_required_native_build_fails_with_a_sentence(without_torch: Path, source: Path, tmp_path: Path):
+    with pytest.raises(AssertionError, match="APET_REQUIRE_NATIVE is set, but no torch >= 2.10 is installed"):
+        build_wheel(without_torch, source, tmp_path, "--no-build-isolation", APET_REQUIRE_NATIVE="1")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("isolation", [True, False], ids=["isolated", "not-isolated"])
+def test_editable(with_torch: Path, source: Path, isolation: bool):
+    options = [] if isolation else ["--no-build-isolation"]
+    run(with_torch, "-m", "pip", "install", "--no-deps", *options, "--editable", source)
+    run(with_torch, "-I", "-c", CHECK_KERNELS)
+    assert str(source) in run(with_torch, "-I", "-c", "import apet_kernels; print(apet_kernels.__file__)")
+    run(with_torch.with_name("apet"), "--help")
+
+
+# ---- other processors (slow) -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processor", ["aarch64", "riscv64", "s390x"])
+def test_generic_build_compiles_for(processor: str, tmp_path: Path):
+    compiler = shutil.which(f"{processor}-linux-gnu-g++")
+    if not compiler:
+        pytest.skip(f"{processor}-linux-gnu-g++ is not installed (Debian: g++-{processor}-linux-gnu)")
+    target = [f"-DCMAKE_SYSTEM_NAME=Linux", f"-DCMAKE_SYSTEM_PROCESSOR={processor}", f"-DCMAKE_CXX_COMPILER={compiler}"]
+    run("cmake", "-S", ROOT, "-B", tmp_path, *target, "-DCMAKE_CXX_FLAGS=-Werror")
+    run("cmake", "--build", tmp_path, "--target", "apet")
+    assert (tmp_path / "libapet.so").exists()
