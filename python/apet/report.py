@@ -1,0 +1,158 @@
+"""What `apet compress` shows of a photo or clip: who was kept, who went where, what is lost, and the time it takes."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+import apet_kernels
+from apet import eager
+from apet_kernels import reference
+
+# The published formulation holds [N-K, K-M, D] float32 at once; above this it is left out of the table.
+EAGER_BYTES = 2**31
+
+
+@dataclass
+class Options:
+    """The arguments of `apet_kernels.compress` that the command passes on."""
+
+    basis: int = 10
+    layout: str = "inplace"
+    select: str = "fps"
+    start: int = -1
+    blend: float = 1.0
+    backend: str | None = None
+
+
+@dataclass
+class Frame:
+    """One image after compression; positions are row by row in its grid of patches."""
+
+    kept: np.ndarray  # [K] ascending
+    basis: np.ndarray  # [m] in picking order
+    overwritten: np.ndarray  # [m] slots that hold basis tokens instead of their own (layout overwrite), else [0]
+    survives: np.ndarray  # [N] bool: the token's own features are in the result, in whichever row
+    goal: np.ndarray  # [N] position each token was merged into, its own if kept, -1 if nowhere
+    residual: np.ndarray  # [N] e^2
+
+
+@dataclass
+class Measure:
+    """The numbers of one photo or clip."""
+
+    tokens_in: int  # per image
+    tokens_out: int
+    residual_kept: float  # share of the sum of e^2 that the kept tokens carry
+    explained: float  # 1 - (distance^2 of every token to the row it went to) / (distance^2 to the mean token)
+    milliseconds: dict[str, float]
+
+
+def compress(x: torch.Tensor, keep: int, options: Options) -> tuple[list[Frame], Measure]:
+    """Compress images [B, N, D] and measure it all; the encoder's time is not in it.
+
+    Raises: ValueError or RuntimeError where the op refuses its arguments.
+    """
+    tokens, indices = _compress(x, keep, options)  # [B, R, D], [B, R]
+    residual, basis = _score(x, options)  # [B, N], [B, M]
+    frames = [
+        _frame(x[b], indices[b, :keep], residual[b], basis[b][basis[b] >= 0], options.layout) for b in range(len(x))
+    ]
+    total = sum(float(f.residual.sum()) for f in frames)
+    kept = sum(float(f.residual[f.survives].sum()) for f in frames)
+    measure = Measure(
+        tokens_in=x.shape[1],
+        tokens_out=tokens.shape[1],
+        residual_kept=kept / total if total else 1.0,
+        explained=_explained(x, tokens[:, :keep], frames),
+        milliseconds=_times(x, keep, options, frames),
+    )
+    return frames, measure
+
+
+def merge_goals(x: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Which target every token resembles most: largest cosine, ties to the lower position, in float64.
+
+    The op does not return this, so pictures work it out again; rounding may tell it apart from the op in a tie.
+    x: [N, D]; targets: [T] positions, ascending. Returns: [N] positions, -1 where there is no target of finite norm
+    or the token's own norm is not finite.
+    """
+    x = x.double()
+    finite = x.square().sum(-1) <= torch.finfo(torch.float32).max  # [N]
+    targets = targets[finite[targets]]
+    if len(targets) == 0:
+        return torch.full((len(x),), -1)
+    t = x[targets]  # [T, D]
+    norm = t.norm(dim=-1)  # [T]
+    cosine = (x @ t.T) / torch.where(norm > 0, norm, 1.0)  # [N, T], times ||x||, which changes no arg-max
+    first = torch.from_numpy(cosine.numpy().argmax(-1))  # numpy promises the first of equals
+    return torch.where(finite, targets[first], -1)
+
+
+def _frame(x: torch.Tensor, kept: torch.Tensor, residual: torch.Tensor, basis: torch.Tensor, layout: str) -> Frame:
+    """x [N, D], kept [K], residual [N], basis [m] -> what became of every token."""
+    _, given_away = reference.s4_topk(residual, basis, len(kept), layout)  # [K] bool
+    targets = kept[~given_away]
+    goal = merge_goals(x, targets)
+    goal[kept] = kept
+    survives = torch.zeros(len(x), dtype=torch.bool).index_fill_(0, targets, True)
+    if layout != "inplace":  # there the basis tokens are in rows of their own
+        survives[basis] = True
+    return Frame(
+        kept.numpy(), basis.numpy(), kept[given_away].numpy(), survives.numpy(), goal.numpy(), residual.double().numpy()
+    )
+
+
+def _explained(x: torch.Tensor, rows: torch.Tensor, frames: list[Frame]) -> float:
+    """1 - (distance^2 of every token to the row it went to) / (distance^2 to its image's mean). x [B, N, D]."""
+    lost = spread = 0.0
+    for image, merged, frame in zip(x.double(), rows.double(), frames, strict=True):
+        place = np.searchsorted(frame.kept, np.maximum(frame.goal, 0))  # [N] row of each goal
+        gone = torch.from_numpy(frame.goal < 0)
+        rebuilt = merged[torch.from_numpy(place)].masked_fill(gone[:, None], 0.0)  # [N, D]
+        lost += float((image - rebuilt).square().sum())
+        spread += float((image - image.mean(0)).square().sum())
+    return 1 - lost / spread if spread else 1.0
+
+
+def _compress(x: torch.Tensor, keep: int, o: Options) -> tuple[torch.Tensor, torch.Tensor]:
+    return apet_kernels.compress(
+        x, keep, o.basis, layout=o.layout, select=o.select, start=o.start, blend=o.blend, backend=o.backend
+    )
+
+
+def _score(x: torch.Tensor, o: Options) -> tuple[torch.Tensor, torch.Tensor]:
+    return apet_kernels.score(x, o.basis, select=o.select, start=o.start, backend=o.backend)
+
+
+def _times(x: torch.Tensor, keep: int, o: Options, frames: list[Frame]) -> dict[str, float]:
+    """Milliseconds of the halves, of the whole call, and of the published formulation where it can run."""
+    residual, _ = _score(x, o)
+    indices = torch.from_numpy(np.stack([f.kept for f in frames]))  # [B, K]
+    targets = torch.from_numpy(np.stack([~np.isin(f.kept, f.overwritten) for f in frames]))  # [B, K]
+    times = {
+        "score": median_ms(lambda: _score(x, o)),
+        "select": median_ms(lambda: residual.topk(keep).indices.sort()),
+        "merge": median_ms(lambda: apet_kernels.merge(x, indices, targets=targets, backend=o.backend)),
+        "compress": median_ms(lambda: _compress(x, keep, o)),
+    }
+    n, d = x.shape[1:]
+    if min(o.basis, n) < keep < n and (n - keep) * (keep - o.basis) * d * 4 <= EAGER_BYTES:
+        times["eager"] = median_ms(lambda: [eager.compress(image, keep, o.basis) for image in x])
+    return times
+
+
+def median_ms(call: Callable[[], object], budget: float = 0.5) -> float:
+    """Median milliseconds of a call: one to warm up, then 3 to 30 runs, as many as fit into `budget` seconds."""
+    call()
+    times: list[float] = []
+    while len(times) < 3 or (len(times) < 30 and sum(times) < budget):
+        begin = time.perf_counter()
+        call()
+        times.append(time.perf_counter() - begin)
+    return statistics.median(times) * 1e3
