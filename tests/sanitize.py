@@ -2,8 +2,8 @@
 
     python tests/sanitize.py [pytest arguments]
 
-Installs a sanitized build into build/sanitized/, proves that it reports an out-of-bounds read, and runs the tests on it.
-Python and torch stay as they are, so that the sanitizers' runtime has to be loaded before them.
+Installs a sanitized build into build/sanitized/, proves that it reports an out-of-bounds read, and runs the tests on
+it. Python and torch stay as they are, so that the sanitizers' runtime has to be loaded before them.
 """
 
 from __future__ import annotations

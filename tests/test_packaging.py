@@ -1,4 +1,4 @@
-"""What is shipped: one version, typed packages, a library that exports apet.h and needs no torch, installs of every kind."""
+"""What is shipped: one version, typed packages, a library that exports apet.h and needs no torch, every install."""
 
 from __future__ import annotations
 
@@ -116,7 +116,7 @@ def test_code_of_one_instruction_set_stays_in_its_file(instruction_set: str):
         pytest.skip("not built in this checkout")
     for file in objects:
         symbols = run("nm", "--demangle", "--defined-only", file).splitlines()
-        assert [line for line in symbols if line.split()[1] in "WVu"] == [], file
+        assert [line for line in symbols if line.split()[1] == "W"] == [], file
 
 
 @pytest.mark.parametrize(
@@ -253,7 +253,7 @@ def test_wheel_without_a_compiler(with_torch: Path, source: Path, tmp_path: Path
 
 @pytest.mark.slow
 def test_a_required_native_build_fails_with_a_sentence(without_torch: Path, source: Path, tmp_path: Path):
-    with pytest.raises(AssertionError, match="APET_REQUIRE_NATIVE is set, but no torch >= 2.10 is installed"):
+    with pytest.raises(AssertionError, match="APET_REQUIRE_NATIVE is set, but no torch"):
         build_wheel(without_torch, source, tmp_path, "--no-build-isolation", APET_REQUIRE_NATIVE="1")
 
 
@@ -272,11 +272,12 @@ def test_editable(with_torch: Path, source: Path, isolation: bool):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("processor", ["aarch64", "riscv64", "s390x"])
-def test_generic_build_compiles_for(processor: str, tmp_path: Path):
+def test_generic_build_compiles_for(processor: str, without_torch: Path, tmp_path: Path):
     compiler = shutil.which(f"{processor}-linux-gnu-g++")
     if not compiler:
         pytest.skip(f"{processor}-linux-gnu-g++ is not installed (Debian: g++-{processor}-linux-gnu)")
-    target = [f"-DCMAKE_SYSTEM_NAME=Linux", f"-DCMAKE_SYSTEM_PROCESSOR={processor}", f"-DCMAKE_CXX_COMPILER={compiler}"]
-    run("cmake", "-S", ROOT, "-B", tmp_path, *target, "-DCMAKE_CXX_FLAGS=-Werror")
-    run("cmake", "--build", tmp_path, "--target", "apet")
+    cmake = without_torch.with_name("cmake")
+    target = ["-DCMAKE_SYSTEM_NAME=Linux", f"-DCMAKE_SYSTEM_PROCESSOR={processor}", f"-DCMAKE_CXX_COMPILER={compiler}"]
+    run(cmake, "-S", ROOT, "-B", tmp_path, *target, "-DCMAKE_CXX_FLAGS=-Werror")
+    run(cmake, "--build", tmp_path, "--target", "apet")
     assert (tmp_path / "libapet.so").exists()

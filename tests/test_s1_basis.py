@@ -1,0 +1,106 @@
+"""s1: which tokens are the basis, in which order, and where picking stops."""
+
+import pytest
+import torch
+from data import DTYPES, rows, tokens
+from judge import check_basis
+
+NAN, INF = float("nan"), float("inf")
+
+
+def picks(backend, x, basis, **choose):
+    return backend.score(x, basis, **choose)[1][0].tolist()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_farthest_point_by_hand(backend, dtype):
+    # Squared distances: (10,0)-(0,9) 181; then 81 for tokens 0 and 1 alike: a tie, to the lower.
+    x = rows([0, 0], [1, 0], [10, 0], [0, 9], [5, 5], dtype=dtype)
+    assert picks(backend, x, 5) == [2, 3, 0, 4, 1]
+    assert picks(backend, x, 3) == [2, 3, 0]
+    assert picks(backend, x, 5, start=4) == [4, 0, 2, 3, 1]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_qr_by_hand(backend, dtype):
+    # (-3,0) is far from (4,0) but in its span: fps takes it, qr does not.
+    x = rows([4, 0], [-3, 0], [0, 1], dtype=dtype)
+    assert picks(backend, x, 3, ridge=0.0) == [0, 1, 2]
+    assert picks(backend, x, 3, ridge=0.0, select="qr") == [0, 2, -1]
+    # A ridge above rounding keeps 9 ridge / (16 + ridge) of it: not dependent, so it comes last.
+    assert picks(backend, x, 3, ridge=1e-3, select="qr") == [0, 2, 1]
+
+
+def test_qr_counts_what_all_picks_explain(backend):
+    # After (9,0,0): residuals 16, 9, 16.81 - so (0, 0, 4.1) comes before (0, 4, 0), and (8,3,0) has nothing left.
+    x = rows([9, 0, 0], [0, 4, 0], [8, 3, 0], [0, 0, 4.1])
+    assert picks(backend, x, 4, ridge=0.0, select="qr") == [0, 3, 1, -1]
+
+
+def test_ties_go_to_the_lower_position(backend):
+    eye = torch.eye(16)[torch.randperm(16, generator=torch.Generator().manual_seed(3))][None]
+    assert picks(backend, eye, 6) == [0, 1, 2, 3, 4, 5]
+    assert picks(backend, eye, 6, select="qr") == [0, 1, 2, 3, 4, 5]
+    assert picks(backend, eye, 3, start=9) == [9, 0, 1]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("D", [1, 3, 33, 100, 128])
+def test_repeated_tokens_stop_early(backend, dtype, D):
+    """A token's distance from its own copy is 0 exactly, whatever D leaves for the tail of a vector loop."""
+    distinct = tokens(3, D, dtype=dtype, seed=D)
+    x = distinct[torch.tensor([0, 1, 0, 2, 2, 1, 0, 1])][None]
+    p = picks(backend, x, 6)
+    assert sorted(p[:3]) == [0, 1, 3]
+    assert p[3:] == [-1, -1, -1]
+
+
+@pytest.mark.parametrize("select", ["fps", "qr"])
+def test_all_equal_and_all_zero(backend, select):
+    x = tokens(1, 7, seed=1).expand(9, 7)[None].contiguous()
+    assert picks(backend, x, 4, ridge=0.0, select=select) == [0, -1, -1, -1]
+    assert picks(backend, x, 4, ridge=0.0, select=select, start=5) == [5, -1, -1, -1]
+    zero = torch.zeros(1, 9, 7)
+    assert picks(backend, zero, 4, select=select) == [-1] * 4
+    assert picks(backend, zero, 4, select=select, start=5) == [5, -1, -1, -1], "an explicit start is taken as it is"
+
+
+@pytest.mark.parametrize("select", ["fps", "qr"])
+def test_fewer_tokens_than_basis(backend, select):
+    x = tokens(1, 4, 32, seed=2)
+    p = picks(backend, x, 9, select=select)
+    assert sorted(p[:4]) == [0, 1, 2, 3]
+    assert p[4:] == [-1] * 5
+
+
+@pytest.mark.parametrize("select", ["fps", "qr"])
+@pytest.mark.parametrize("bad", [NAN, INF, -INF, 3e38])
+def test_tokens_of_non_finite_norm_are_never_picked(backend, select, bad):
+    x = tokens(1, 8, 16, seed=4)
+    x[0, 2, 5] = bad
+    x[0, 6] = bad
+    p = picks(backend, x, 8, select=select, start=2)
+    assert sorted(p) == [-1, -1, 0, 1, 3, 4, 5, 7]
+    assert p == picks(backend, x, 8, select=select), "an explicit start of non-finite norm is as start=-1"
+    good = x[:, [0, 1, 3, 4, 5, 7]]
+    assert [[0, 1, 3, 4, 5, 7].index(i) for i in p[:6]] == picks(backend, good, 6, select=select)
+    assert picks(backend, torch.full((1, 5, 3), bad), 2, select=select) == [-1, -1]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("select", ["fps", "qr"])
+@pytest.mark.parametrize("start", [-1, 0, 41])
+@pytest.mark.parametrize("kind", ["normal", "clustered", "repeated"])
+def test_every_pick_is_the_best_of_its_step(backend, dtype, select, start, kind):
+    x = tokens(1, 70, 45, dtype=dtype, kind=kind, seed=5)
+    p = backend.score(x, 12, select=select, start=start)[1][0]
+    sure = check_basis(x[0], p[p >= 0], 12, select, start, 1e-5)
+    assert sure, "this input was chosen so that no pick is within rounding of another"
+
+
+def test_basis_of_64(backend):
+    x = tokens(1, 100, 80, seed=6)
+    for select in ("fps", "qr"):
+        p = backend.score(x, 64, select=select)[1][0]
+        assert (p >= 0).all()
+        check_basis(x[0], p, 64, select, -1, 1e-5)
