@@ -1,0 +1,82 @@
+// Which instruction set runs: what the build holds, what the processor offers, and what a caller pinned.
+#include <atomic>
+
+#include "kernels.h"
+
+namespace apet::cpu {
+namespace {
+
+bool available(apet_isa isa) {
+  switch (isa) {
+    case APET_ISA_GENERIC: return true;
+#ifdef APET_HAVE_AVX2
+    case APET_ISA_AVX2:
+      return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+#endif
+#ifdef APET_HAVE_AVX512
+    case APET_ISA_AVX512:
+      return available(APET_ISA_AVX2) && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+             __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+#endif
+#ifdef APET_HAVE_AVX512_BF16
+    case APET_ISA_AVX512_BF16: return available(APET_ISA_AVX512) && __builtin_cpu_supports("avx512bf16");
+#endif
+    default: return false;
+  }
+}
+
+apet_isa best() {
+  static const apet_isa isa = [] {
+    int level = APET_ISA_AVX512_BF16;
+    while (!available((apet_isa)level)) level--;
+    return (apet_isa)level;
+  }();
+  return isa;
+}
+
+std::atomic<int> pinned{APET_ISA_BEST};
+
+}  // namespace
+
+apet_isa isa_in_use() {
+  const apet_isa isa = (apet_isa)pinned.load(std::memory_order_relaxed);
+  return isa == APET_ISA_BEST ? best() : isa;
+}
+
+const Kernels* kernels_for(apet_dtype dtype, apet_isa isa) {
+  switch (isa) {
+#ifdef APET_HAVE_AVX512_BF16
+    case APET_ISA_AVX512_BF16: return avx512_bf16_kernels(dtype);
+#endif
+#ifdef APET_HAVE_AVX512
+    case APET_ISA_AVX512: return avx512_kernels(dtype);
+#endif
+#ifdef APET_HAVE_AVX2
+    case APET_ISA_AVX2: return avx2_kernels(dtype);
+#endif
+    default: return generic_kernels(dtype);
+  }
+}
+
+}  // namespace apet::cpu
+
+using namespace apet::cpu;
+
+int apet_cpu_has_isa(apet_isa isa) { return isa == APET_ISA_BEST || available(isa); }
+
+const char* apet_isa_name(apet_isa isa) {
+  switch (isa) {
+    case APET_ISA_GENERIC: return "generic";
+    case APET_ISA_AVX2: return "avx2";
+    case APET_ISA_AVX512: return "avx512";
+    case APET_ISA_AVX512_BF16: return "avx512_bf16";
+    case APET_ISA_BEST: return "best";
+  }
+  return "unknown";
+}
+
+apet_status apet_cpu_use_isa(apet_isa isa) {
+  if (!apet_cpu_has_isa(isa)) return APET_NO_ISA;
+  pinned.store(isa, std::memory_order_relaxed);
+  return APET_OK;
+}

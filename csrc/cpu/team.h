@@ -1,0 +1,93 @@
+// A team of threads that walks a program of stages together, in one parallel region, and cannot deadlock.
+//
+// A program is a sequence of stages, each cut into chunks. Whoever takes part takes chunks until none is left; whoever
+// finishes the last chunk runs the program's serial step (advance) and opens the next stage. Nobody ever waits for a
+// thread that has not taken a chunk: if the pool starts only one of the threads, or one after the other (nested
+// parallelism, a busy machine), that one does all the work, and late comers find it done.
+//
+//   slot 0 | chunks 0 1 2 3      each thread starts with the chunks of its own slot, the same ones at every stage, so
+//   slot 1 | chunks 4 5 6 7      that its part of X stays in its own cache, in alternating direction, so that what it
+//                                touched last it touches first; then it helps the others
+#pragma once
+#include <atomic>
+#include <cstdint>
+#include <thread>
+
+namespace apet::cpu {
+
+constexpr int kMaxThreads = 256;
+
+// Program: int64_t chunks(); void run(int64_t chunk, int slot); bool advance(): serial, false when all is done.
+template <class Program>
+class Team {
+ public:
+  Team(Program* program, int threads) : program_(program), threads_(threads) { open(0); }
+
+  // Called once per slot, from any threads, in any order; returns when the program is over.
+  void take_part(int slot) {
+    uint32_t stage = stage_.load(std::memory_order_acquire);
+    while (stage != kOver) {
+      for (int i = 0; i < threads_; i++) take_chunks(stage, slot, (slot + i) % threads_);
+      stage = next_stage(stage);
+    }
+  }
+
+ private:
+  static constexpr uint32_t kOver = ~0u;
+
+  void open(uint32_t stage) {
+    const int64_t chunks = program_->chunks();
+    left_.store(chunks, std::memory_order_relaxed);
+    chunks_[stage & 1].store(chunks, std::memory_order_release);
+    for (int slot = 0; slot < threads_; slot++) taken_[slot].count.store((uint64_t)stage << 32, std::memory_order_relaxed);
+    stage_.store(stage, std::memory_order_release);
+  }
+
+  // A slot's counter holds the stage beside the number of its chunks that are gone: whoever comes from an earlier stage
+  // fails the exchange and takes nothing. (chunks_ has one place for even and one for odd stages: while a thread may
+  // still read it at stage s, stage s + 1 writes the other, and once s + 2 writes this one the counters have moved on.)
+  void take_chunks(uint32_t stage, int slot, int victim) {
+    std::atomic<uint64_t>& counter = taken_[victim].count;
+    uint64_t taken = counter.load(std::memory_order_acquire);
+    while (taken >> 32 == stage) {
+      const int64_t chunks = chunks_[stage & 1].load(std::memory_order_acquire), n = (int64_t)(taken & 0xffffffffu);
+      const int64_t begin = chunks * victim / threads_, end = chunks * (victim + 1) / threads_;
+      if (begin + n >= end) return;
+      if (!counter.compare_exchange_weak(taken, taken + 1, std::memory_order_acq_rel)) continue;
+      program_->run(stage & 1 ? end - 1 - n : begin + n, slot);
+      if (left_.fetch_sub(1, std::memory_order_acq_rel) == 1) {
+        if (program_->advance()) open(stage + 1);
+        else stage_.store(kOver, std::memory_order_release);
+        return;
+      }
+      taken = counter.load(std::memory_order_acquire);
+    }
+  }
+
+  uint32_t next_stage(uint32_t stage) {
+    for (int spins = 0;; spins++) {
+      const uint32_t now = stage_.load(std::memory_order_acquire);
+      if (now != stage) return now;
+      if (spins < 4000) pause();  // tens of microseconds: stages are about as long
+      else std::this_thread::yield();
+    }
+  }
+
+  static void pause() {
+#if defined(__x86_64__)
+    __builtin_ia32_pause();
+#endif
+  }
+
+  struct alignas(64) Counter {
+    std::atomic<uint64_t> count{0};
+  };
+  Program* program_;
+  int threads_;
+  std::atomic<int64_t> chunks_[2] = {};
+  alignas(64) std::atomic<uint32_t> stage_{0};
+  alignas(64) std::atomic<int64_t> left_{0};
+  Counter taken_[kMaxThreads];
+};
+
+}  // namespace apet::cpu

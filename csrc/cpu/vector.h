@@ -1,0 +1,224 @@
+// The vector vocabulary of one instruction set: V holds W floats, I holds W int32.
+//
+// Included by loops.h alone, inside the namespace of its instruction set. Arithmetic is written with operators; sums of
+// products go through fma() so that the rounding is ours and no compiler's (contraction is off). Everything is
+// static: no symbol of one instruction set may ever serve another.
+#if defined(__AVX512F__)
+constexpr int W = 16;
+#elif defined(__AVX2__)
+constexpr int W = 8;
+#else
+constexpr int W = 4;  // SSE2, NEON, VSX, or four scalars where there is no vector unit
+#endif
+
+typedef float V __attribute__((vector_size(4 * W)));
+typedef int32_t I __attribute__((vector_size(4 * W)));
+typedef float VU __attribute__((vector_size(4 * W), aligned(4), may_alias));
+
+struct Half {
+  uint16_t bits;
+};
+struct BFloat16 {
+  uint16_t bits;
+};
+
+static inline V splat(float a) { return V{} + a; }
+static inline V load(const float* p) { return *reinterpret_cast<const VU*>(p); }
+static inline void store(float* p, V v) { *reinterpret_cast<VU*>(p) = v; }
+static inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+
+static inline V fma(V a, V b, V c) {
+#if defined(__AVX512F__)
+  return (V)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#elif defined(__AVX2__)
+  return (V)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#elif defined(__FP_FAST_FMAF)
+  V r;
+  for (int i = 0; i < W; i++) r[i] = __builtin_fmaf(a[i], b[i], c[i]);
+  return r;
+#else
+  return a * b + c;  // no fused instruction here: two roundings, on every such machine alike
+#endif
+}
+static inline float fma(float a, float b, float c) {
+#if defined(__AVX2__) || defined(__FP_FAST_FMAF)
+  return __builtin_fmaf(a, b, c);
+#else
+  return a * b + c;
+#endif
+}
+
+// Sum of the lanes by halving: lane i and lane i + W/2, and so on. One order for every compiler.
+static inline float sum(V v) {
+  float lane[W];
+  store(lane, v);
+  for (int half = W / 2; half; half /= 2)
+    for (int i = 0; i < half; i++) lane[i] += lane[i + half];
+  return lane[0];
+}
+
+// ---- 16-bit floats: bits to float, and back to the nearest (ties to even)
+static inline float as_float(uint32_t bits) {
+  float f;
+  __builtin_memcpy(&f, &bits, 4);
+  return f;
+}
+static inline uint32_t as_bits(float f) {
+  uint32_t bits;
+  __builtin_memcpy(&bits, &f, 4);
+  return bits;
+}
+static inline float widen(Half h) {
+  const uint32_t sign = (uint32_t)(h.bits & 0x8000u) << 16, magnitude = h.bits & 0x7fffu;
+  if (magnitude >= 0x7c00u) return as_float(sign | 0x7f800000u | (magnitude & 0x3ffu) << 13);
+  return as_float(sign | as_bits(as_float(magnitude << 13) * 0x1p112f));  // the exponents' biases differ by 112
+}
+static inline float widen(BFloat16 h) { return as_float((uint32_t)h.bits << 16); }
+static inline void narrow(float f, Half* h) {
+  const uint32_t sign = as_bits(f) >> 16 & 0x8000u;
+  uint32_t magnitude = as_bits(f) & 0x7fffffffu;
+  if (magnitude > 0x7f800000u) magnitude = 0x7e00u;        // NaN
+  else if (magnitude >= 0x477ff000u) magnitude = 0x7c00u;  // 65520 and more round to infinity
+  else if (magnitude < 0x38800000u)                        // subnormal: let the adder round at 2^-24
+    magnitude = as_bits(as_float(magnitude) + 0.5f) - 0x3f000000u;
+  else magnitude = (magnitude + 0xfffu + (magnitude >> 13 & 1u) - (112u << 23)) >> 13;
+  h->bits = (uint16_t)(sign | magnitude);
+}
+static inline void narrow(float f, BFloat16* h) {
+  const uint32_t bits = as_bits(f);
+  const bool nan = (bits & 0x7fffffffu) > 0x7f800000u;
+  h->bits = (uint16_t)(nan ? bits >> 16 | 0x40u : (bits + 0x7fffu + (bits >> 16 & 1u)) >> 16);
+}
+
+static inline V load(const Half* p) {
+#if defined(__AVX512F__)
+  return (V)_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+#elif defined(__AVX2__)
+  return (V)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+#else
+  V v;
+  for (int i = 0; i < W; i++) v[i] = widen(p[i]);
+  return v;
+#endif
+}
+static inline V load(const BFloat16* p) {
+#if defined(__AVX512F__)
+  const __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+  return (V)_mm512_slli_epi32(wide, 16);
+#elif defined(__AVX2__)
+  const __m256i wide = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+  return (V)_mm256_slli_epi32(wide, 16);
+#else
+  V v;
+  for (int i = 0; i < W; i++) v[i] = widen(p[i]);
+  return v;
+#endif
+}
+static inline void store(Half* p, V v) {
+#if defined(__AVX512F__)
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT));
+#elif defined(__AVX2__)
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT));
+#else
+  for (int i = 0; i < W; i++) narrow(v[i], p + i);
+#endif
+}
+static inline void store(BFloat16* p, V v) {
+  for (int i = 0; i < W; i++) narrow(v[i], p + i);
+}
+
+// The first n < W elements, zeros after them, and back. Nothing past p[n - 1] is touched.
+template <class T>
+static inline V load_n(const T* p, int64_t n) {
+  T full[W] = {};
+  for (int64_t i = 0; i < n; i++) full[i] = p[i];
+  return load(full);
+}
+template <class T>
+static inline void store_n(T* p, V v, int64_t n) {
+  T full[W];
+  store(full, v);
+  for (int64_t i = 0; i < n; i++) p[i] = full[i];
+}
+
+// Transposes a W x W block of 32-bit units.
+#if defined(__AVX512F__)
+static inline void transpose(V (&v)[W]) {
+  __m512i a[W], b[W];
+  for (int i = 0; i < W; i++) a[i] = (__m512i)v[i];
+  for (int i = 0; i < 8; i++) {
+    b[2 * i] = _mm512_unpacklo_epi32(a[2 * i], a[2 * i + 1]);
+    b[2 * i + 1] = _mm512_unpackhi_epi32(a[2 * i], a[2 * i + 1]);
+  }
+  for (int i = 0; i < 4; i++) {
+    a[4 * i] = _mm512_unpacklo_epi64(b[4 * i], b[4 * i + 2]);
+    a[4 * i + 1] = _mm512_unpackhi_epi64(b[4 * i], b[4 * i + 2]);
+    a[4 * i + 2] = _mm512_unpacklo_epi64(b[4 * i + 1], b[4 * i + 3]);
+    a[4 * i + 3] = _mm512_unpackhi_epi64(b[4 * i + 1], b[4 * i + 3]);
+  }
+  for (int i = 0; i < 4; i++) {
+    b[i] = _mm512_shuffle_i32x4(a[i], a[i + 4], 0x88);
+    b[i + 4] = _mm512_shuffle_i32x4(a[i], a[i + 4], 0xdd);
+    b[i + 8] = _mm512_shuffle_i32x4(a[i + 8], a[i + 12], 0x88);
+    b[i + 12] = _mm512_shuffle_i32x4(a[i + 8], a[i + 12], 0xdd);
+  }
+  for (int i = 0; i < 4; i++) {
+    v[i] = (V)_mm512_shuffle_i32x4(b[i], b[i + 8], 0x88);
+    v[i + 8] = (V)_mm512_shuffle_i32x4(b[i], b[i + 8], 0xdd);
+    v[i + 4] = (V)_mm512_shuffle_i32x4(b[i + 4], b[i + 12], 0x88);
+    v[i + 12] = (V)_mm512_shuffle_i32x4(b[i + 4], b[i + 12], 0xdd);
+  }
+}
+#elif defined(__AVX2__)
+static inline void transpose(V (&v)[W]) {
+  __m256 a[W], b[W];
+  for (int i = 0; i < 4; i++) {
+    a[2 * i] = _mm256_unpacklo_ps((__m256)v[2 * i], (__m256)v[2 * i + 1]);
+    a[2 * i + 1] = _mm256_unpackhi_ps((__m256)v[2 * i], (__m256)v[2 * i + 1]);
+  }
+  for (int i = 0; i < 2; i++) {
+    b[4 * i] = _mm256_shuffle_ps(a[4 * i], a[4 * i + 2], 0x44);
+    b[4 * i + 1] = _mm256_shuffle_ps(a[4 * i], a[4 * i + 2], 0xee);
+    b[4 * i + 2] = _mm256_shuffle_ps(a[4 * i + 1], a[4 * i + 3], 0x44);
+    b[4 * i + 3] = _mm256_shuffle_ps(a[4 * i + 1], a[4 * i + 3], 0xee);
+  }
+  for (int i = 0; i < 4; i++) {
+    v[i] = (V)_mm256_permute2f128_ps(b[i], b[i + 4], 0x20);
+    v[i + 4] = (V)_mm256_permute2f128_ps(b[i], b[i + 4], 0x31);
+  }
+}
+#else
+static inline void transpose(V (&v)[W]) {
+  V t[W] = {};
+  for (int i = 0; i < W; i++)
+    for (int j = 0; j < W; j++) t[j][i] = v[i][j];
+  for (int i = 0; i < W; i++) v[i] = t[i];
+}
+#endif
+
+// ---- element policies: how a row of T meets another
+// Widened: each element becomes a float; one fma a product. N elements make a vector.
+template <class T_>
+struct Widened {
+  using T = T_;
+  static constexpr int N = W;
+  static constexpr bool kInPlace = sizeof(T) == 4;  // its rows can be multiplied where they lie
+  static inline V get(const T* p) { return load(p); }
+  static inline V get_n(const T* p, int64_t n) { return load_n(p, n); }
+  static inline V mad(V a, V b, V c) { return fma(a, b, c); }
+};
+
+#if defined(__AVX512BF16__)
+// Pairs: two bfloat16 to a 32-bit lane, multiplied and added by one instruction (float32 accumulation, products exact,
+// subnormal inputs count as zero). An odd last element is paired with zero.
+struct Bf16Pairs {
+  using T = BFloat16;
+  static constexpr int N = 2 * W;
+  static constexpr bool kInPlace = true;
+  static inline V get(const T* p) { return (V)_mm512_loadu_si512(p); }
+  static inline V get_n(const T* p, int64_t n) {
+    return (V)_mm512_maskz_loadu_epi16((__mmask32)((1ull << n) - 1), p);
+  }
+  static inline V mad(V a, V b, V c) { return (V)_mm512_dpbf16_ps((__m512)c, (__m512bh)a, (__m512bh)b); }
+};
+#endif

@@ -1,0 +1,103 @@
+// What every backend refuses, and the sentences that say so.
+#include <cmath>
+#include <cstdint>
+#include <cstdio>
+
+#include "apet.h"
+
+namespace {
+// Token positions are held as int32, and a product of any two sizes must fit int64.
+constexpr int64_t kMaxExtent = INT32_MAX;
+
+const char* name(apet_layout layout) {
+  return layout == APET_INPLACE ? "inplace" : layout == APET_OVERWRITE ? "overwrite" : "append";
+}
+long long ll(int64_t value) { return value; }
+}  // namespace
+
+const char* apet_version(void) { return APET_VERSION; }
+
+apet_status apet_check(const apet_problem* p) {
+  if (!p) return APET_NULL_POINTER;
+  if (p->op < APET_COMPRESS || p->op > APET_MERGE) return APET_BAD_OP;
+  if (p->dtype < APET_FLOAT32 || p->dtype > APET_BFLOAT16) return APET_BAD_DTYPE;
+  if (p->layout < APET_INPLACE || p->layout > APET_APPEND) return APET_BAD_LAYOUT;
+  if (p->select < APET_FPS || p->select > APET_QR) return APET_BAD_SELECT;
+  if (p->images < 0) return APET_BAD_IMAGES;
+  if (p->dim < 1) return APET_BAD_DIM;
+  if (p->tokens < (p->ragged ? 0 : 1)) return p->ragged ? APET_BAD_MAX : APET_BAD_TOKENS;
+  if (p->tokens > kMaxExtent || p->dim > kMaxExtent || p->images > kMaxExtent || p->total_tokens > kMaxExtent)
+    return APET_TOO_LARGE;
+  if (p->dim > 1 && p->stride_xd != 1) return APET_BAD_STRIDE;
+  if (p->op != APET_MERGE) {
+    if (p->basis < 1 || p->basis > APET_MAX_BASIS) return APET_BAD_BASIS;
+    const int64_t starts = p->ragged ? p->total_tokens : p->tokens;
+    if (p->start < -1 || (p->start >= starts && p->start != 0)) return APET_BAD_START;
+    if (!(p->ridge >= 0) || !std::isfinite(p->ridge)) return APET_BAD_RIDGE;
+  }
+  if (p->op != APET_SCORE) {
+    if (p->ragged) {
+      if (p->keep < 0) return APET_BAD_MAX;
+      if (p->total_keep < 0 || p->total_keep > p->total_tokens) return APET_BAD_TOTAL_KEEP;
+    } else if (p->keep < 1 || p->keep > p->tokens) {
+      return APET_BAD_KEEP;
+    }
+  }
+  if (p->op == APET_COMPRESS) {
+    if (!(p->blend >= 0 && p->blend <= 1)) return APET_BAD_BLEND;
+    if (p->blend != 1 && p->layout != APET_OVERWRITE) return APET_BLEND_WITHOUT_OVERWRITE;
+    if (!p->ragged && p->layout == APET_OVERWRITE && p->keep <= p->basis && p->keep != p->tokens)
+      return APET_OVERWRITE_NEEDS_MORE;
+  }
+  return APET_OK;
+}
+
+size_t apet_sentence(const apet_problem* problem, apet_status status, char* text, size_t capacity) {
+  static const apet_problem kNone = {};
+  const apet_problem& p = problem ? *problem : kNone;
+  const int64_t starts = p.ragged ? p.total_tokens : p.tokens;
+  int n = 0;
+#define SAY(...) n = std::snprintf(text, capacity, __VA_ARGS__)
+  switch (status) {
+    case APET_OK: SAY("all is well"); break;
+    case APET_BAD_OP: SAY("op=%d is none of compress, score, merge", (int)p.op); break;
+    case APET_BAD_DTYPE: SAY("dtype=%d is none of float32, float16, bfloat16", (int)p.dtype); break;
+    case APET_BAD_LAYOUT: SAY("layout=%d is none of inplace, overwrite, append", (int)p.layout); break;
+    case APET_BAD_SELECT: SAY("select=%d is none of fps, qr", (int)p.select); break;
+    case APET_BAD_IMAGES: SAY("%lld images is a negative count", ll(p.images)); break;
+    case APET_BAD_DIM: SAY("x has %lld features per token; at least 1 is needed", ll(p.dim)); break;
+    case APET_BAD_TOKENS: SAY("x has %lld tokens per image; at least 1 is needed", ll(p.tokens)); break;
+    case APET_BAD_STRIDE:
+      SAY("the last dimension of x has stride %lld; it must be contiguous (stride 1)", ll(p.stride_xd));
+      break;
+    case APET_BAD_KEEP: SAY("keep=%lld is outside 1..%lld, the tokens of an image", ll(p.keep), ll(p.tokens)); break;
+    case APET_BAD_BASIS: SAY("basis=%d is outside 1..%d", (int)p.basis, APET_MAX_BASIS); break;
+    case APET_BAD_START:
+      SAY("start=%lld is outside -1..%lld", ll(p.start), ll(starts > 0 ? starts - 1 : 0));
+      break;
+    case APET_BAD_RIDGE: SAY("ridge=%g must be finite and at least 0", (double)p.ridge); break;
+    case APET_BAD_BLEND: SAY("blend=%g is outside 0..1", (double)p.blend); break;
+    case APET_BLEND_WITHOUT_OVERWRITE:
+      SAY("blend=%g needs layout='overwrite', got layout='%s'", (double)p.blend, name(p.layout));
+      break;
+    case APET_OVERWRITE_NEEDS_MORE:
+      SAY("layout='overwrite' needs keep > basis, got keep=%lld and basis=%d", ll(p.keep), (int)p.basis);
+      break;
+    case APET_BAD_TOTAL_KEEP:
+      SAY("total_keep=%lld is outside 0..%lld, the tokens of x", ll(p.total_keep), ll(p.total_tokens));
+      break;
+    case APET_BAD_MAX:
+      SAY("max_seqlen=%lld and max_keep=%lld must be at least 0", ll(p.tokens), ll(p.keep));
+      break;
+    case APET_TOO_LARGE:
+      SAY("%lld images of %lld tokens with %lld features (%lld tokens in all) exceed 2147483647 in one of them",
+          ll(p.images), ll(p.tokens), ll(p.dim), ll(p.total_tokens));
+      break;
+    case APET_NULL_POINTER: SAY("a pointer that this call needs is null"); break;
+    case APET_SMALL_WORKSPACE: SAY("the workspace is smaller than apet_cpu_plan asks for, or not 64-byte aligned"); break;
+    case APET_NO_ISA: SAY("this build or this processor lacks the instruction set asked for"); break;
+    default: SAY("status %d is unknown", (int)status); break;
+  }
+#undef SAY
+  return n < 0 ? 0 : (size_t)n;
+}
