@@ -112,7 +112,7 @@ def _blank(axes: Axes, panel: Panel) -> None:
 def _kept(axes: Axes, panel: Panel, heat: Normalize) -> None:
     """The photo with lost patches dimmed, surviving ones clear, basis tokens outlined and numbered."""
     clear = panel.frame.survives
-    dim = 0.08 + 0.3 * (0.75 * _grey(panel.photo) + 0.25 * panel.photo)
+    dim = 0.10 + 0.36 * (0.75 * _grey(panel.photo) + 0.25 * panel.photo)
     _image(axes, np.where(_enlarge(clear, panel), panel.photo, dim), panel)
     axes.add_collection(LineCollection(_borders(clear, panel.grid), colors="white", linewidths=0.7, alpha=0.9))
     _outline_basis(axes, panel)
@@ -160,12 +160,16 @@ def _image(axes: Axes, pixels: np.ndarray, panel: Panel) -> None:
 
 
 def _outline_basis(axes: Axes, panel: Panel) -> None:
-    """Basis tokens at their own places, numbered in picking order; slots they overwrote with dashes."""
+    """Basis tokens at their own places, numbered in picking order; the slots they overwrote dotted."""
     cols = panel.grid[1]
-    size = min(max(_points(axes, panel, 0.5), 4.5), 12.0)
+    size = min(_points(axes, panel, 0.5), 12.0)
     for order, position in enumerate(panel.frame.basis, start=1):
         r, c = divmod(int(position), cols)
-        axes.add_patch(Rectangle((c, r), 1, 1, fill=False, edgecolor=BASIS, linewidth=1.8, zorder=4))
+        axes.add_patch(
+            Rectangle((c, r), 1, 1, fill=False, edgecolor=BASIS, linewidth=min(0.13 * size + 0.6, 1.8), zorder=4)
+        )
+        if size < 4.5:  # too small to read: the outline has to do
+            continue
         axes.text(
             c + 0.5,
             r + 0.54,

