@@ -1,0 +1,6 @@
+"""Benchmarks of apet_kernels: every result is checked before it is timed, and every time has its floor beside it.
+
+python -m benchmarks.cpu          the tables, JSON and markdown
+python -m pytest benchmarks       the same measurements under pytest-benchmark, with memory and overhead per call
+Both take --smoke: two tiny cases and three rounds, to see in seconds that everything still runs.
+"""

@@ -1,0 +1,173 @@
+"""What the kernels are compared with: ApET (arXiv 2602.19870) in torch, as published and as fast as eager torch gets.
+
+All take x [B, N, D] and return tokens [B, K, D] in x's dtype and indices [B, K], with the meaning of
+`torch.ops.apet.compress` on ordinary tokens. None handles what the op does: repeated tokens (a singular system),
+zeros, values that are not finite, strides.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+U = 2.0**-24
+Compress = Callable[..., tuple[Tensor, Tensor]]
+
+
+def published(x: Tensor, keep: int, basis: int, layout: str, start: int, ridge: float) -> tuple[Tensor, Tensor]:
+    """The published formulation, layout="overwrite" only: step-by-step FPS, an explicit reconstruction, and the cosine
+    similarity broadcast to [N-K, K-M, D]; one image after another.
+
+    Two kindnesses keep it comparable: distances and the sums of merged tokens are float32, not x's dtype. The
+    broadcast stays in x's dtype, which is faster and, in 16 bits, rounds the similarity.
+    """
+    if layout != "overwrite":
+        raise ValueError(f'the published code has layout="overwrite", not {layout!r}')
+    tokens, indices = zip(*(_published_image(image, keep, basis, start, ridge) for image in x), strict=True)
+    return torch.stack(tokens), torch.stack(indices)
+
+
+def published_bytes(N: int, D: int, keep: int, basis: int, itemsize: int) -> int:
+    """What cosine_similarity holds at once: both sides normalised and expanded, and their product."""
+    return 3 * (N - keep) * (keep - basis) * D * itemsize
+
+
+def _published_image(x: Tensor, keep: int, basis: int, start: int, ridge: float) -> tuple[Tensor, Tensor]:
+    X = x.float()  # [N, D]
+    distance = torch.full((len(X),), math.inf)  # [N]
+    picks = [start]
+    while len(picks) < basis:
+        distance = torch.minimum(distance, (X - X[picks[-1]]).square().sum(-1))  # [N]
+        picks.append(int(distance.argmax()))
+    S = X[picks]  # [M, D]
+    W = torch.linalg.solve(S @ S.T + ridge * torch.eye(basis), S @ X.T)  # [M, N]
+    residual = (X - W.T @ S).norm(dim=-1)  # [N]
+
+    top = residual.topk(keep).indices  # [K], descending
+    kept = top.sort().values  # [K]
+    targets, lost = top[: keep - basis].sort().values, top[keep - basis :].sort().values  # [K-M], [M]
+    dropped = torch.ones(len(X), dtype=torch.bool).index_fill_(0, kept, False)  # [N]
+    similarity = F.cosine_similarity(x[dropped][:, None], x[targets][None], dim=-1)  # [N-K, K-M]
+    nearest = similarity.argmax(-1)  # [N-K]
+
+    total = X[targets].index_add_(0, nearest, X[dropped])  # [K-M, D]
+    count = 1 + nearest.bincount(minlength=keep - basis)  # [K-M]
+    tokens = x.new_empty(keep, x.shape[1])
+    tokens[torch.searchsorted(kept, targets)] = (total / count[:, None]).to(x.dtype)
+    tokens[torch.searchsorted(kept, lost)] = x[picks]
+    return tokens, kept
+
+
+def eager(x: Tensor, keep: int, basis: int, layout: str, start: int, ridge: float) -> tuple[Tensor, Tensor]:
+    """The fastest eager torch we could write: batched, matrix products only, nothing of size N x K x D."""
+    return _two_steps(_s1_to_s4, _s5_merge, x, keep, basis, layout, start, ridge)
+
+
+def compiled() -> Compress:
+    """`eager` under torch.compile, for one shape: it is specialised at the first call and recompiled for no other."""
+    torch.compiler.reset()
+    rank, merge = (torch.compile(step, dynamic=False, fullgraph=True) for step in (_s1_to_s4, _s5_merge))
+
+    def compress(x: Tensor, keep: int, basis: int, layout: str, start: int, ridge: float) -> tuple[Tensor, Tensor]:
+        return _two_steps(rank, merge, x, keep, basis, layout, start, ridge)
+
+    return compress
+
+
+def _two_steps(
+    rank: Callable, merge: Callable, x: Tensor, keep: int, basis: int, layout: str, start: int, ridge: float
+) -> tuple[Tensor, Tensor]:
+    X, sq, order, p = rank(x, keep, basis, layout, start, ridge)
+    with _bfloat16_products(x.dtype is torch.bfloat16):
+        return merge(x, X, sq, order, p, keep, layout)
+
+
+@contextlib.contextmanager
+def _bfloat16_products(on: bool) -> Iterator[None]:
+    """Lets oneDNN multiply float32 matrices as bfloat16, summing in float32: exact where they hold bfloat16 values.
+
+    A product of bfloat16 tensors is faster still, but its result is rounded to bfloat16: 10 to 50 % of the merged rows
+    then differ. Only the similarity is worth it; the matrix-vector products of s1 are faster as float32.
+    """
+    matmul = torch.backends.mkldnn.matmul
+    before = matmul.fp32_precision
+    if on:
+        matmul.fp32_precision = "bf16"
+    try:
+        yield
+    finally:
+        matmul.fp32_precision = before
+
+
+def _s1_to_s4(
+    x: Tensor, keep: int, basis: int, layout: str, start: int, ridge: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """x [B, N, D] -> X [B, N, D] float32, ||x||^2 [B, N], tokens by rank [B, N], basis p [B, M].
+
+    One product per basis token gives its distances and, kept, the right-hand side of the solve. It is made as
+    [B*G, 1, D] x [B*G, D, N/G]: a single matrix-vector product runs on one thread, two halves run on two.
+    """
+    B, N, D = x.shape
+    X = x.float()  # [B, N, D]
+    G = math.gcd(N, 2) if B == 1 else 1
+    halves = X.view(B * G, N // G, D).mT  # [B*G, D, N/G]
+    image = torch.arange(B)[:, None]  # [B, 1]
+    sq = torch.linalg.vector_norm(X, dim=-1).square()  # [B, N]
+    far = torch.full((B, 1), start) if start >= 0 else sq.argmax(-1, keepdim=True)  # [B, 1]
+    nearest = torch.full_like(sq, math.inf)  # [B, N]
+    picks, products = [far], []
+    for k in range(basis):
+        dot = torch.bmm(X[image, far].expand(B * G, 1, D), halves).view(B, N)  # [B, N]
+        products.append(dot)
+        if k + 1 < basis:
+            nearest = torch.minimum(nearest, torch.sub(sq, dot, alpha=2) + sq.gather(1, far))  # [B, N]
+            far = nearest.argmax(-1, keepdim=True)  # [B, 1]
+            picks.append(far)
+    p = torch.cat(picks, 1)  # [B, M]
+    SX = torch.stack(products, 1)  # [B, M, N]
+
+    A = SX.gather(2, p[:, None].expand(B, basis, basis)) + ridge * torch.eye(basis)  # [B, M, M]
+    L = torch.linalg.cholesky_ex(A).L  # [B, M, M]
+    y = torch.linalg.solve_triangular(L, SX, upper=False)  # [B, M, N]
+    w = torch.linalg.solve_triangular(L.mT, y, upper=True)  # [B, M, N]
+    e2 = sq - y.square().sum(1) - ridge * w.square().sum(1)  # [B, N]
+    e2 = torch.where(e2 > 4 * basis * U * sq, e2, 0.0)
+    if layout == "inplace":
+        e2 = e2.scatter(1, p, math.inf)
+    return X, sq, e2.argsort(dim=1, descending=True, stable=True), p
+
+
+def _s5_merge(
+    x: Tensor, X: Tensor, sq: Tensor, order: Tensor, p: Tensor, keep: int, layout: str
+) -> tuple[Tensor, Tensor]:
+    """Similarity by one batched product, means by one embedding_bag that reads x where it lies and sums in float32."""
+    B, N, D = x.shape
+    T = keep - p.shape[1] if layout == "overwrite" else keep
+    image = torch.arange(B)[:, None]  # [B, 1]
+    kept = order[:, :keep].sort(1).values  # [B, K]
+    targets = order[:, :T].sort(1).values  # [B, T]
+    dropped = order[:, keep:]  # [B, N-K]
+    scale = sq.gather(1, targets).clamp_min(1e-30).rsqrt()[..., None]  # [B, T, 1]
+    few = 6 * keep <= N  # then multiplying the kept tokens too costs less than copying the dropped ones
+    compared = X if few else X[image, dropped]  # [B, N or N-K, D]
+    similarity = torch.bmm(X[image, targets], compared.mT).mul_(scale)  # [B, T, N or N-K]
+    nearest = similarity.max(1).indices  # [B, N or N-K]
+    if few:
+        nearest = nearest.gather(1, dropped)  # [B, N-K]
+
+    first = kept  # [B, K], the token that opens each row
+    if layout == "overwrite":
+        lost = order[:, T:keep].sort(1).values  # [B, M]
+        first = kept.scatter(1, torch.searchsorted(kept, lost), p)
+    row = torch.searchsorted(kept, targets).gather(1, nearest)  # [B, N-K]
+    row = torch.cat([torch.arange(keep).expand(B, keep), row], 1) + image * keep  # [B, N]
+    token = torch.cat([first, dropped], 1) + image * N  # [B, N]
+    row, by_row = row.flatten().sort(stable=True)  # [B*N]
+    offsets = torch.searchsorted(row, torch.arange(B * keep))  # [B*K]
+    tokens = F.embedding_bag(token.flatten()[by_row], x.reshape(B * N, D), offsets, mode="mean")  # [B*K, D]
+    return tokens.view(B, keep, D), kept

@@ -1,0 +1,82 @@
+"""What is measured: shapes, dtypes and the tokens they are filled with."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+BASIS = 10  # M, the paper's
+RIDGE = 1e-5  # the paper's
+Layout = Literal["overwrite", "inplace"]
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# [B, N, D] keep: LLaVA-1.5 at two budgets, LLaVA-NeXT, Video-LLaVA, Qwen2.5-VL at two resolutions, a large image.
+SHAPES = (
+    (1, 576, 1024, 64),
+    (1, 576, 1024, 192),
+    (5, 576, 1024, 160),
+    (8, 256, 4096, 22),
+    (1, 1280, 3584, 384),
+    (1, 5120, 3584, 512),
+    (1, 16384, 1280, 1638),
+)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One call: x [B, N, D] in `dtype`, `keep` tokens of each image; layout and first basis token go together."""
+
+    B: int
+    N: int
+    D: int
+    keep: int
+    dtype: torch.dtype
+    layout: Layout
+
+    @property
+    def start(self) -> int:
+        """First basis token: for "overwrite" 0, as the published code may have it; for "inplace" the op's default."""
+        return 0 if self.layout == "overwrite" else -1
+
+    @property
+    def targets(self) -> int:
+        """Rows that can receive dropped tokens: the T of the similarity [N-K, T]."""
+        return self.keep - BASIS if self.layout == "overwrite" else self.keep
+
+    @property
+    def itemsize(self) -> int:
+        return self.dtype.itemsize
+
+    @property
+    def shape(self) -> str:
+        return f"{self.B}x{self.N}x{self.D} keep {self.keep}"
+
+    @property
+    def dtype_name(self) -> str:
+        return str(self.dtype).removeprefix("torch.")
+
+    def __str__(self) -> str:
+        return f"{self.shape} {self.dtype_name} {self.layout}"
+
+
+def cases(smoke: bool = False) -> list[Case]:
+    """Every shape, dtype and layout; or two tiny ones that run everything once."""
+    if smoke:
+        return [Case(2, 96, 64, 24, torch.float32, "overwrite"), Case(1, 97, 64, 12, torch.bfloat16, "inplace")]
+    layouts: tuple[Layout, ...] = ("overwrite", "inplace")
+    return [Case(*shape, dtype, layout) for layout in layouts for shape in SHAPES for dtype in DTYPES]
+
+
+def tokens(case: Case, seed: int) -> Tensor:
+    """x [B, N, D] like encoder features: 32 clusters an image, noise as large as their spread, uneven channels, and one
+    token in 128 of six times the norm (the "registers" that vision transformers make). No two are equal."""
+    generator = torch.Generator().manual_seed(seed)
+    centre = torch.randn(case.B, 32, case.D, generator=generator)
+    label = torch.randint(32, (case.B, case.N), generator=generator)
+    x = torch.randn(case.B, case.N, case.D, generator=generator)
+    x += centre.gather(1, label[..., None].expand_as(x))
+    x *= torch.empty(case.D).log_normal_(0, 0.5, generator=generator)
+    x[:, 127::128] *= 6
+    return x.to(case.dtype)

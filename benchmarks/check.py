@@ -1,0 +1,70 @@
+"""Correct before fast: what a result must be before it may be timed.
+
+A result is judged image by image against `apet_kernels.reference` in float64, on its own choices:
+
+1. Its kept set is the reference's, but for tokens whose squared residual is within 4 M u ||x||^2 of the cut
+   (u = 2^-24: the rounding that any float32 implementation may make). So are its overwritten slots.
+2. Given that kept set, each row is the mean of the tokens that float64 sends there, to the rounding of the dtype.
+   A row is excused where a dropped token is within rounding of going to it or elsewhere.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from apet_kernels import reference
+from benchmarks.cases import BASIS, RIDGE, Case
+
+U = reference.U
+FLOAT32_SIMILARITY = 32 * U  # of ||x||: how far x.t / ||t|| may be off, summed in float32
+
+
+def check(case: Case, x: Tensor, tokens: Tensor, indices: Tensor, error: float = FLOAT32_SIMILARITY) -> float:
+    """Returns the share of rows that were judged; `error` is that of x.t / ||t||, relative to ||x||.
+
+    Raises AssertionError, naming what is wrong and by how much.
+    """
+    assert tokens.shape == (case.B, case.keep, case.D), f"tokens have shape {tuple(tokens.shape)}"
+    assert tokens.dtype == x.dtype, f"tokens are {tokens.dtype}, not {x.dtype}"
+    judged = sum(_check_image(case, *image, error) for image in zip(x, tokens, indices, strict=True))
+    return judged / (case.B * case.keep)
+
+
+def _check_image(case: Case, x: Tensor, tokens: Tensor, kept: Tensor, similarity_error: float) -> int:
+    """x [N, D], tokens [K, D], kept [K] -> number of rows judged."""
+    image = reference.widen(x)
+    X, sq, _ = image
+    p = reference.s1_basis(image, BASIS, start=case.start, ridge=RIDGE)  # [M]
+    e2 = reference.s3_residual(image, p, reference.s2_solve(image, p, RIDGE), BASIS)  # [N]
+    if case.layout == "inplace":
+        e2 = e2.index_fill(0, p, torch.inf)
+    assert (kept.diff() > 0).all(), "indices do not ascend"
+    overwritten = torch.zeros(case.keep, dtype=torch.bool)  # [K]
+    slack = 4 * BASIS * U * sq  # [N]
+    _check_cut(e2, slack, kept, "kept")
+    if case.layout == "overwrite":
+        overwritten = (tokens[:, None] == x[p]).all(-1).any(1)  # [K]
+        assert torch.equal(tokens[overwritten], x[p]), "the overwritten slots do not hold the basis in picking order"
+        _check_cut(e2, slack, kept[~overwritten], "not overwritten")
+
+    dropped = torch.ones(case.N, dtype=torch.bool).index_fill_(0, kept, False)  # [N]
+    rows = (~overwritten).nonzero()[:, 0]  # [T]
+    targets = X[kept[rows]]  # [T, D]
+    similarity = X[dropped] @ targets.T / targets.norm(dim=-1)  # [N-K, T]
+    best, to = similarity.max(1)  # [N-K]
+    near = similarity >= (best - 2 * similarity_error * sq[dropped].sqrt())[:, None]  # [N-K, T]
+    excused = near[near.sum(1) > 1].any(0)  # [T]
+    count = 1 + to.bincount(minlength=len(rows))[:, None]  # [T, 1]
+    mean = targets.index_add(0, to, X[dropped]) / count  # [T, D]
+    allowed = torch.finfo(x.dtype).eps * mean.abs() + 8 * U * X.abs().amax()  # [T, D]
+    wrong = ((tokens[rows].double() - mean).abs() > allowed).any(1) & ~excused  # [T]
+    assert not wrong.any(), f"{int(wrong.sum())} of {int((~excused).sum())} rows are not the mean of their tokens"
+    return case.keep - int(excused.sum())
+
+
+def _check_cut(e2: Tensor, slack: Tensor, chosen: Tensor, what: str) -> None:
+    """`chosen` holds the largest of e2 [N], give or take slack [N]."""
+    inside = torch.zeros(len(e2), dtype=torch.bool).index_fill_(0, chosen, True)  # [N]
+    surely_out, surely_in = (e2 + slack)[inside].min(), (e2 - slack)[~inside].max()
+    assert surely_out >= surely_in, f"{what}: a token of e2 {surely_out:.6g} is in, one of {surely_in:.6g} is out"

@@ -1,0 +1,53 @@
+"""--smoke, two threads, and a way to print past pytest's capture."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+
+import apet_kernels
+from benchmarks.cases import Case, cases
+from benchmarks.compare import THREADS
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--smoke", action="store_true", help="benchmarks: two tiny cases and three rounds")
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "case" in metafunc.fixturenames:
+        metafunc.parametrize("case", cases(metafunc.config.getoption("smoke")), ids=_id)
+
+
+def _id(case: Case) -> str:
+    return str(case).replace(" ", "-")
+
+
+@pytest.fixture
+def smoke(request: pytest.FixtureRequest) -> bool:
+    return request.config.getoption("smoke")
+
+
+@pytest.fixture(autouse=True)
+def kernel() -> Iterator[None]:
+    """The CPU kernel on two threads, or a skip that says why there is none."""
+    reason = apet_kernels.backends()["cpu"]
+    if reason is not None:
+        pytest.skip(reason)
+    before = torch.get_num_threads()
+    torch.set_num_threads(THREADS)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def say(capsys: pytest.CaptureFixture[str]) -> Callable[[str], None]:
+    """Prints a line whether or not pytest captures output."""
+
+    def line(text: str) -> None:
+        with capsys.disabled():
+            print(f"\n  {text}", end="", flush=True)
+
+    return line

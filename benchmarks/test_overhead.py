@@ -1,0 +1,62 @@
+"""What a call costs before it computes anything: a 16-token input, against an op that does nothing."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+
+import pytest
+import torch
+from pytest_benchmark.fixture import BenchmarkFixture
+from torch import Tensor
+
+CALLS = 200  # in one measurement, since one call is near the clock's resolution
+Op = Callable[[Tensor], object]
+
+
+@pytest.fixture
+def empty() -> Op:
+    """An op of the compiled library that returns an empty tensor like its argument."""
+    if not hasattr(torch.ops.apet, "_empty"):
+        pytest.skip("the compiled library has no torch.ops.apet._empty to compare with")
+    return torch.ops.apet._empty
+
+
+def microseconds(op: Op, x: Tensor) -> float:
+    """Per call."""
+    begin = time.perf_counter()
+    for _ in range(CALLS):
+        op(x)
+    return (time.perf_counter() - begin) / CALLS * 1e6
+
+
+@pytest.mark.parametrize("mode", [torch.inference_mode, torch.no_grad], ids=lambda mode: mode.__name__)
+def test_overhead(
+    benchmark: BenchmarkFixture,
+    mode: Callable[[], AbstractContextManager],
+    empty: Op,
+    smoke: bool,
+    say: Callable[[str], None],
+) -> None:
+    """x [1, 16, 64], keep 8, in turns with the empty op; the difference is this op's own, its arithmetic included."""
+    x = torch.randn(1, 16, 64, generator=torch.Generator().manual_seed(0))
+    times: dict[str, list[float]] = {"empty": [], "compress": []}
+
+    def compress(x: Tensor) -> object:
+        return torch.ops.apet.compress(x, 8)
+
+    def do_nothing() -> None:
+        times["empty"].append(microseconds(empty, x))
+
+    with mode():
+        benchmark.pedantic(
+            lambda: times["compress"].append(microseconds(compress, x)),
+            setup=do_nothing,
+            rounds=3 if smoke else 50,
+        )
+    median = {name: statistics.median(values) for name, values in times.items()}
+    benchmark.extra_info.update({f"{name}_us": value for name, value in median.items()})
+    us = ", ".join(f"{name} {value:.2f} us" for name, value in median.items())
+    say(f"[1, 16, 64] keep 8, {mode.__name__}: {us}, difference {median['compress'] - median['empty']:.2f} us")
