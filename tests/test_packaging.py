@@ -77,10 +77,10 @@ def test_packages_are_typed(package: str):
 
 
 def test_cmake_lists_every_source():
-    listed = (ROOT / "CMakeLists.txt").read_text()
-    isas = re.findall(r"^ *apet_isa\((\w+)", listed, re.M)
-    sources = {str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*.cpp")}
-    assert sources == {*re.findall(r"csrc/[\w/]+\.cpp", listed), *(f"csrc/cpu/isa_{isa}.cpp" for isa in isas)}
+    text = re.sub(r"#.*", "", (ROOT / "CMakeLists.txt").read_text())
+    listed = {*re.findall(r"csrc/[\w/]+\.cpp", text)}
+    listed |= {f"csrc/cpu/isa_{isa}.cpp" for isa in re.findall(r"^ *apet_isa\((\w+)", text, re.M)}
+    assert listed == {str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*.cpp")}
 
 
 # ---- the torch-free library ------------------------------------------------------------------------------------------
@@ -181,7 +181,7 @@ BUILD_TOOLS = ["setuptools>=77", "cmake", "ninja", "pybind11"]
 
 @pytest.fixture(scope="module")
 def with_torch(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    requirements = [f"torch=={metadata.version('torch').split('+')[0]}", "typer", "rich", *BUILD_TOOLS]
+    requirements = [f"torch=={metadata.version('torch').split('+')[0]}", "numpy", "typer", "rich", *BUILD_TOOLS]
     return environment(tmp_path_factory.mktemp("venv") / "with_torch", *requirements)
 
 
