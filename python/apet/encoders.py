@@ -11,7 +11,11 @@ import importlib
 import importlib.metadata
 import inspect
 import json
+import logging
 import math
+import socket
+import urllib.parse
+import urllib.request
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
@@ -105,9 +109,12 @@ class Encoder:
         pixels = (pixels - torch.tensor(self.mean)) / torch.tensor(self.std)
         pixels = pixels.permute(0, 3, 1, 2).contiguous()  # [B, 3, H, W]
         count = (pixels.shape[2] // self.patch) * (pixels.shape[3] // self.patch)
-        with torch.inference_mode():
-            states = self.model(pixel_values=pixels, output_hidden_states=True, **self.options).hidden_states
-            return states[self.layer][:, -count:].float().contiguous()  # class and register tokens come first
+        tokens = []
+        with torch.no_grad():
+            for some in pixels.split(8):  # all layers' outputs of so many images are in memory at once
+                states = self.model(pixel_values=some, output_hidden_states=True, **self.options).hidden_states
+                tokens.append(states[self.layer][:, -count:].float())  # class and register tokens come first
+        return torch.cat(tokens)
 
 
 def load(model: str | None = None, *, layer: int | None = None, size: int | None = None) -> Encoder:
@@ -119,6 +126,7 @@ def load(model: str | None = None, *, layer: int | None = None, size: int | None
     transformers = need("transformers")
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # its retries would hide the one sentence
     encoder = _trunk(transformers, layer) if model is None else _tower(transformers, model, layer)
     if size is not None:
         if size < encoder.patch:
@@ -180,18 +188,21 @@ def trunk_weights(path: Path) -> dict[str, torch.Tensor]:
 
 def _tower(transformers: ModuleType, model: str, layer: int | None) -> Encoder:
     """The vision tower of a CLIP, SigLIP or DINOv2 model, with the image preparation that its files describe."""
+    local = Path(model).is_dir() or not _hub_answers()
     try:
-        config = transformers.AutoConfig.from_pretrained(model)
+        config = transformers.AutoConfig.from_pretrained(model, local_files_only=local)
     except Exception as error:  # the hub client raises its own kinds, besides OSError and ValueError
         raise Refused(
-            f"cannot load model {model!r}: it is neither a folder with a config.json nor a model that the "
-            "Hugging Face Hub could be reached for"
+            f"cannot load model {model!r}: it is neither a folder with a config.json nor a model that is "
+            "downloaded or could be reached on the Hugging Face Hub"
         ) from error
     if config.model_type not in TOWERS:
         raise Refused(f"model {model!r} is a {config.model_type!r}, not a CLIP, SigLIP or DINOv2 vision model")
     kind, (mean, std) = TOWERS[config.model_type]
     try:
-        tower, report = getattr(transformers, kind).from_pretrained(model, output_loading_info=True)
+        tower, report = getattr(transformers, kind).from_pretrained(
+            model, local_files_only=local, output_loading_info=True
+        )
     except Exception as error:
         raise Refused(f"cannot load the weights of model {model!r}: {_first_line(error)}") from error
     if report["missing_keys"]:
@@ -201,15 +212,29 @@ def _tower(transformers: ModuleType, model: str, layer: int | None) -> Encoder:
     encoder = Encoder(model, tower.eval(), vision.patch_size, vision.image_size, depth, mean, std, fit="squash")
     if "interpolate_pos_encoding" in inspect.signature(tower.forward).parameters:
         encoder.options = {"interpolate_pos_encoding": True}
-    _prepare(encoder, _preprocessor(transformers, model))
+    _prepare(encoder, _preprocessor(transformers, model, local))
     return encoder
 
 
-def _preprocessor(transformers: ModuleType, model: str) -> dict[str, Any]:
+def _hub_answers() -> bool:
+    """Whether the Hugging Face Hub can be reached; its own client would try for half a minute before it says no."""
+    from huggingface_hub import constants
+
+    if urllib.request.getproxies():  # then its address need not be known here
+        return True
+    hub = urllib.parse.urlsplit(constants.ENDPOINT)
+    try:
+        socket.create_connection((hub.hostname or "", hub.port or 443), timeout=5).close()
+    except OSError:
+        return False
+    return True
+
+
+def _preprocessor(transformers: ModuleType, model: str, local: bool) -> dict[str, Any]:
     """The image part of a model's preprocessor_config.json or processor_config.json, {} where it has neither."""
     for name in ("preprocessor_config.json", "processor_config.json"):
         try:
-            path = transformers.utils.cached_file(model, name)
+            path = transformers.utils.cached_file(model, name, local_files_only=local)
             settings = json.loads(Path(path).read_text(encoding="utf-8"))
         except (OSError, ValueError, TypeError):
             continue

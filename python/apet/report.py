@@ -135,24 +135,32 @@ def _times(x: torch.Tensor, keep: int, o: Options, frames: list[Frame]) -> dict[
     residual, _ = _score(x, o)
     indices = torch.from_numpy(np.stack([f.kept for f in frames]))  # [B, K]
     targets = torch.from_numpy(np.stack([~np.isin(f.kept, f.overwritten) for f in frames]))  # [B, K]
-    times = {
-        "score": median_ms(lambda: _score(x, o)),
-        "select": median_ms(lambda: residual.topk(keep).indices.sort()),
-        "merge": median_ms(lambda: apet_kernels.merge(x, indices, targets=targets, backend=o.backend)),
-        "compress": median_ms(lambda: _compress(x, keep, o)),
+    calls: dict[str, Callable[[], object]] = {
+        "score": lambda: _score(x, o),
+        "select": lambda: residual.topk(keep).indices.sort(),
+        "merge": lambda: apet_kernels.merge(x, indices, targets=targets, backend=o.backend),
+        "compress": lambda: _compress(x, keep, o),
     }
     n, d = x.shape[1:]
     if min(o.basis, n) < keep < n and (n - keep) * (keep - o.basis) * d * 4 <= EAGER_BYTES:
-        times["eager"] = median_ms(lambda: [eager.compress(image, keep, o.basis) for image in x])
-    return times
+        calls["eager"] = lambda: [eager.compress(image, keep, o.basis) for image in x]
+    return medians(calls)
 
 
-def median_ms(call: Callable[[], object], budget: float = 0.5) -> float:
-    """Median milliseconds of a call: one to warm up, then 3 to 30 runs, as many as fit into `budget` seconds."""
-    call()
-    times: list[float] = []
-    while len(times) < 3 or (len(times) < 30 and sum(times) < budget):
-        begin = time.perf_counter()
+def medians(calls: dict[str, Callable[[], object]], budget: float = 1.0) -> dict[str, float]:
+    """Median milliseconds of each call: a round to warm up, then 3 to 30 rounds, as many as `budget` seconds allow.
+
+    Every round makes every call once, so that a busy moment of the machine falls on all of them alike.
+    """
+    for call in calls.values():
         call()
-        times.append(time.perf_counter() - begin)
-    return statistics.median(times) * 1e3
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    begin = time.perf_counter()
+    for done in range(30):
+        if done >= 3 and time.perf_counter() - begin > budget:
+            break
+        for name, call in calls.items():
+            start = time.perf_counter()
+            call()
+            times[name].append((time.perf_counter() - start) * 1e3)
+    return {name: statistics.median(t) for name, t in times.items()}

@@ -6,9 +6,10 @@ least, hundreds of roundings): kept sets have to be equal, not merely as good.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -29,6 +30,11 @@ class Case:
     basis: int = 10
     options: dict[str, Any] = field(default_factory=dict)
     prepare: Callable[[torch.Tensor], torch.Tensor] = lambda x: x
+
+    @property
+    def score_options(self) -> dict[str, Any]:
+        """Those of the options that `score` takes."""
+        return {k: v for k, v in self.options.items() if k in ("select", "start")}
 
     def input(self) -> torch.Tensor:
         """[B, N, D], the same on every machine."""
@@ -84,9 +90,9 @@ def run(backend: str, isa: str | None = None) -> Outcome:
     if isa is not None:
         apet_kernels.use_cpu_isa(isa)
     try:
-        for case in CASES:
+        for number, case in enumerate(CASES):
             try:
-                _judge(case, outcome)
+                _judge(case, _truth(number), outcome)
             except Exception as error:  # whatever a broken backend raises is a finding, not a crash of the doctor
                 outcome.faults.append(f"{case.name}: {type(error).__name__}: {str(error).strip().splitlines()[0]}")
     finally:
@@ -95,32 +101,48 @@ def run(backend: str, isa: str | None = None) -> Outcome:
     return outcome
 
 
-def _judge(case: Case, outcome: Outcome) -> None:
+class Truth(NamedTuple):
+    """What the float64 reference makes of a case."""
+
+    residual: torch.Tensor  # [B, N] float64
+    basis: torch.Tensor  # [B, M]
+    tokens: torch.Tensor  # [B, R, D] float64
+    kept: torch.Tensor  # [B, R]
+
+
+@functools.cache
+def _truth(number: int) -> Truth:
+    """The reference's answer to CASES[number], worked out once for all backends."""
+    case = CASES[number]
+    x = case.input()
+    residual, basis = reference.score(x, case.basis, **case.score_options, out_dtype=torch.float64)
+    return Truth(
+        residual, basis, *reference.compress(x, case.keep, case.basis, **case.options, out_dtype=torch.float64)
+    )
+
+
+def _judge(case: Case, truth: Truth, outcome: Outcome) -> None:
     """Add to `outcome` what one case says."""
     on_gpu = outcome.backend in ("triton", "cuda") and torch.cuda.is_available()
     x = case.input()  # [B, N, D]
     there = x.to("cuda") if on_gpu else x
-    start = {k: v for k, v in case.options.items() if k in ("select", "start")}
-
-    residual, basis = apet_kernels.score(there, case.basis, **start, backend=outcome.backend)
-    true_residual, true_basis = reference.score(x, case.basis, **start, out_dtype=torch.float64)
-    if not torch.equal(basis.cpu(), true_basis):
+    residual, basis = apet_kernels.score(there, case.basis, **case.score_options, backend=outcome.backend)
+    if not torch.equal(basis.cpu(), truth.basis):
         outcome.faults.append(f"{case.name}: the basis is not the reference's")
     square = x.double().square().sum(-1)  # [B, N]
-    ratio = _ratio(residual.cpu().double(), true_residual, 4 * case.basis * U * square)
+    ratio = _ratio(residual.cpu().double(), truth.residual, 4 * case.basis * U * square)
     outcome.residual = max(outcome.residual, ratio)
     if not ratio <= 1:
         outcome.faults.append(f"{case.name}: the residual is {ratio:.3g} times its error bound away")
 
     tokens, kept = apet_kernels.compress(there, case.keep, case.basis, **case.options, backend=outcome.backend)
-    true_tokens, true_kept = reference.compress(x, case.keep, case.basis, **case.options, out_dtype=torch.float64)
-    if not torch.equal(kept.cpu(), true_kept):
+    if not torch.equal(kept.cpu(), truth.kept):
         outcome.faults.append(f"{case.name}: the kept tokens are not the reference's")
         return
     # Twice the error of rounding the true value to the dtype, and what summing in float32 may add to that.
     largest = x.double().masked_fill(~x.isfinite(), 0).abs().amax()
-    allowed = torch.finfo(x.dtype).eps * true_tokens.abs() + 16 * U * largest
-    ratio = _ratio(tokens.cpu().double(), true_tokens, allowed)
+    allowed = torch.finfo(x.dtype).eps * truth.tokens.abs() + 16 * U * largest
+    ratio = _ratio(tokens.cpu().double(), truth.tokens, allowed)
     outcome.tokens = max(outcome.tokens, ratio)
     if not ratio <= 1:
         outcome.faults.append(f"{case.name}: a token is {ratio:.3g} times the allowed error away")
