@@ -35,7 +35,7 @@ FUNCTIONS = ("compress", "compress_varlen", "score", "merge")
 
 
 def backend_ids() -> list[str]:
-    """"reference", and "cpu-ISA" for each instruction set of this machine if the library is built."""
+    """The reference, and the CPU kernel on every instruction set of this machine, if it is built."""
     cpu = apet_kernels.cpu_isa() if apet_kernels.backends()["cpu"] is None else []
     return ["reference", *(f"cpu-{isa}" for isa in cpu)]
 
@@ -51,6 +51,15 @@ def backend(request: pytest.FixtureRequest) -> Iterator[Backend]:
         yield Backend(request.param, *(functools.partial(getattr(apet_kernels, f), backend=name) for f in FUNCTIONS))
     finally:
         apet_kernels.use_cpu_isa(None)
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """On tensors this small a second thread costs more than it gives; test_invariance.py asks for more."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(autouse=True)

@@ -1,9 +1,9 @@
 """What any backend is held to, image by image, in float64.
 
-Selection is chaotic: one unit in the last place can change a pick and everything after it. So a backend is judged on its
-own choices. Each pick must be as good as the best to within rounding; the residuals must be those of its basis; the kept
-set must be exactly the one its residuals imply; the tokens must be the means that its kept set implies. Where every
-choice has a margin above rounding, the choices must also be the reference's.
+Selection is chaotic: one unit in the last place can change a pick and everything after it. So a backend is judged on
+its own choices. Each pick must be as good as the best to within rounding; the residuals must be those of its basis; the
+kept set must be exactly the one its residuals imply; the tokens must be the means that its kept set implies. Where
+every choice has a margin above rounding, the choices must also be the reference's.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from apet_kernels import reference
-from apet_kernels.reference import U, Tokens, widen
+from apet_kernels.reference import Tokens, U, widen
 
 PICK = 40 * U  # of the squared norms: how far a float32 distance or norm may be off (4 M u at M = 10)
 SIMILARITY = 16 * U  # of ||x||: how far a float32 x.t / ||t|| may be off
@@ -35,8 +35,8 @@ def assert_same(a: Tensor, b: Tensor, what: str = "result") -> None:
 def rebuild(image: Tokens, p: Tensor, ridge: float, tolerance: float) -> tuple[Tensor, Tensor, Tensor]:
     """Ridge least squares by Gram-Schmidt on the augmented rows [p; sqrt(ridge) e_k], each orthogonalised twice.
 
-    Returns e2 [N] with no threshold; r [N] = ||x||^2 - ||y||^2; and the factor [N] >= 1 by which the error of y_k exceeds
-    u ||x||, in units that the bound 4 M u ||x||^2 takes for granted (docs/algorithm.md, "rounding").
+    Returns e2 [N] with no threshold; r [N] = ||x||^2 - ||y||^2; and the factor [N] >= 1, the largest a_k^2, by which
+    small pivots stretch the bound 4 M u ||x||^2 (docs/algorithm.md, "Rounding").
     """
     X, sq, _ = image
     m, (N, D) = len(p), X.shape
@@ -53,8 +53,7 @@ def rebuild(image: Tokens, p: Tensor, ridge: float, tolerance: float) -> tuple[T
         rows.append(v / pivot.sqrt())
         y = Z @ rows[-1]  # [N]
         Z = Z - y[:, None] * rows[-1]
-        loss = sq[p[k]].sqrt() / pivot.sqrt() * y.abs() / sq.sqrt().clamp_min(1e-300)
-        factor = torch.maximum(factor, loss)
+        factor = torch.maximum(factor, sq[p[k]] / pivot * y**2 / sq.clamp_min(1e-300))
     return (Z[:, :D] ** 2).sum(1), (Z**2).sum(1), factor
 
 
@@ -103,7 +102,7 @@ def check_basis(x: Tensor, p: Tensor, basis: int, select: str, start: int, ridge
             assert value[c] + ridge >= 4 * U * sq[c] - slack[c], f"pick {k} is dependent"
             sure &= bool(value[c] + ridge > 4 * U * sq[c] + slack[c])
         assert value[c] + slack[c] >= value[best] - slack[best], f"pick {k} is {c}, but {best} is farther"
-        copies = (X == X[c]).all(1)  # [N]
+        copies = X.eq(X[c]).all(1)  # [N]
         assert not (copies & open_)[:c].any(), f"pick {k} is {c}, but an earlier token equals it"
         rivals = open_ & ~copies
         sure &= not bool((value + slack >= value[c] - slack[c])[rivals].any())
@@ -111,7 +110,7 @@ def check_basis(x: Tensor, p: Tensor, basis: int, select: str, start: int, ridge
 
 
 def check_residual(x: Tensor, e2: Tensor, p: Tensor, basis: int, ridge: float) -> Tensor:
-    """|delta e2| <= 4 M u ||x||^2 for e2 [N] float32 of image x [N, D]; returns what float64 and that bound allow [2, N].
+    """|delta e2| <= 4 (M + 1) u ||x||^2 for e2 [N] float32 of image x [N, D]. Returns the range that allows [2, N].
 
     Rows whose pivot is within rounding of the dependency threshold may count either way.
     """
@@ -121,14 +120,15 @@ def check_residual(x: Tensor, e2: Tensor, p: Tensor, basis: int, ridge: float) -
     low, _, factor = rebuild(image, p, ridge, 1e-9 * U)
     high, _, _ = rebuild(image, p, ridge, 4 * (basis + 1) * U)
     low, high = torch.minimum(low, high), torch.maximum(low, high)
-    slack = zero * factor + SUBNORMAL
+    slack = 4 * (basis + 1) * U * sq * factor + SUBNORMAL
     low, high = (low - slack).clamp_min(0), high + slack
     low = low.masked_fill(low <= zero, 0)
     got = e2.double()
     assert (got[~finite] == torch.inf).all(), "a token of non-finite norm does not rank highest"
     wrong = finite & ~((got >= low) & (got <= high))
     assert not wrong.any(), _first("squared residual", wrong, got, low, high)
-    assert not (finite & (got > 0) & (got < zero * (1 - 1e-4) - SUBNORMAL)).any(), "a residual that is rounding is not 0"
+    tiny = finite & (got > 0) & (got < zero * (1 - 1e-4) - SUBNORMAL)
+    assert not tiny.any(), "a residual that is rounding is not 0"
     return torch.stack([low, high]).masked_fill(~finite, torch.inf)
 
 
@@ -146,7 +146,7 @@ def check_kept(x: Tensor, kept: Tensor, range_: Tensor, p: Tensor, keep: int, la
 
 
 def check_merge(x: Tensor, tokens: Tensor, rows: Tensor, targets: Tensor, skip: Tensor | None = None) -> int:
-    """tokens [R, D] are x [N, D] merged into x[rows]; `skip` [R] rows hold something else. Returns how many were judged.
+    """tokens [R, D] are x [N, D] merged into x[rows]; rows in `skip` [R] hold something else. Returns how many it judged.
 
     A row is judged where no dropped token is within rounding of going there or elsewhere. The mean may be off by half a
     unit of the output dtype, and by the roundings of a float32 sum.
@@ -256,5 +256,5 @@ def _first(what: str, wrong: Tensor, got: Tensor, low: Tensor, high: Tensor) -> 
     n = int(wrong.nonzero()[0])
     if got.dim() == 2:
         d = int(((got[n] < low[n]) | (got[n] > high[n]) | got[n].isnan()).nonzero()[0])
-        return f"{what} {n} is {float(got[n, d])!r} in channel {d}, allowed {float(low[n, d])!r} .. {float(high[n, d])!r}"
-    return f"{what} of token {n} is {float(got[n])!r}, allowed {float(low[n])!r} .. {float(high[n])!r}"
+        what, n, got, low, high = f"{what} {n}, channel", d, got[n], low[n], high[n]
+    return f"{what} {n}: {float(got[n])!r}, allowed {float(low[n])!r} .. {float(high[n])!r}"

@@ -1,8 +1,8 @@
 """layout="overwrite" and "append" against the published algorithm, transcribed step by step from arXiv 2602.19870.
 
 Slow and independent of everything else here: a loop for farthest-point sampling, `torch.linalg.solve` on the normal
-equations, a broadcast cosine similarity, one Python loop per merged token. The authors start at a random token; that token
-is an argument here.
+equations, a broadcast cosine similarity, one Python loop per merged token. The authors start at a random token; that
+token is an argument here.
 """
 
 import pytest
@@ -12,7 +12,7 @@ from torch import Tensor
 
 
 def published(x: Tensor, keep: int, basis: int, start: int, ridge: float = 1e-5) -> dict[str, Tensor]:
-    """One image x [N, D] -> sampled [M], ranked [K] (largest residual first), and merged token of each position [N, D]."""
+    """One image x [N, D] -> X in float64, positions sampled [M] in order, and ranked [K], largest residual first."""
     X = x.double()
     sampled = [start]
     while len(sampled) < basis:

@@ -20,7 +20,7 @@ def test_ties_inplace(backend):
 
 
 def test_ties_overwrite(backend):
-    """The basis has residual 0, so 2 .. 6 are kept; the two of lowest rank are the last two, and the basis takes them."""
+    """The basis has residual 0, so 2 .. 6 are kept; the two of lowest rank are the last, and the basis takes them."""
     x = unit_vectors(16)
     got, indices = backend.compress(x, 5, 2, layout="overwrite")
     assert indices.tolist() == [[2, 3, 4, 5, 6]]

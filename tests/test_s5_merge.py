@@ -131,7 +131,7 @@ def test_means(backend, dtype, kind, N, K, D):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_no_worse_than_twice_plain_torch(backend, dtype):
-    """Same rows, same arg-max, the mean in the input's dtype: the promise on accuracy, with half a unit as its floor."""
+    """Same rows, same arg-max, the mean in the input's dtype: the promise on accuracy, half a unit as its floor."""
     x = tokens(1, 300, 48, dtype=dtype, kind="clustered", seed=6)
     rows_, X = torch.arange(0, 300, 20), x[0].double()
     dropped = torch.ones(300, dtype=torch.bool).index_fill(0, rows_, False)

@@ -1,0 +1,329 @@
+"""`torch.ops.apet.*` as PyTorch operators, and `apet_kernels.*` in front of them: schemas, fakes, tracing, refusals."""
+
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from data import DTYPES, tokens
+from judge import assert_same
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+import apet_kernels
+
+OPS = torch.ops.apet
+CU, CU_KEEP = torch.tensor([0, 9, 20], dtype=torch.int32), torch.tensor([0, 4, 9], dtype=torch.int32)
+
+
+def calls(dtype: torch.dtype = torch.float32) -> dict[str, tuple]:
+    """Name -> op, arguments, keyword arguments; every op and layout at least once."""
+    x, packed = tokens(2, 20, 7, dtype=dtype, seed=1), tokens(20, 7, dtype=dtype, seed=2)
+    at = torch.tensor([[3, 0, 7], [2, 2, 19]])
+    return {
+        "compress": (OPS.compress, (x, 6, 3), {}),
+        "compress overwrite": (OPS.compress, (x, 6, 3), {"layout": "overwrite", "blend": 0.5, "ridge": 1e-3}),
+        "compress append": (OPS.compress, (x, 6), {"layout": "append", "select": "qr", "start": 4}),
+        "compress_varlen": (OPS.compress_varlen, (packed, CU, CU_KEEP, 9, 11, 5, 3), {}),
+        "compress_varlen append": (OPS.compress_varlen, (packed, CU, CU_KEEP, 9, 11, 5, 3), {"layout": "append"}),
+        "score": (OPS.score, (x, 3), {"select": "qr"}),
+        "merge": (OPS.merge, (x, at), {}),
+        "merge targets": (OPS.merge, (x, at), {"targets": at < 10}),
+    }
+
+
+NAMES = list(calls())
+
+
+def flat(result) -> list[torch.Tensor]:
+    return [result] if isinstance(result, torch.Tensor) else list(result)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", NAMES)
+def test_opcheck(name, dtype):
+    op, args, options = calls(dtype)[name]
+    torch.library.opcheck(op.default, args, options)
+
+
+def test_schemas():
+    options = 'str select="fps", int start=-1, float ridge=1.0000000000000001e-05'
+    layout = f'str layout="inplace", {options}, float blend=1.'
+    pair = "(Tensor tokens, Tensor indices)"
+    assert str(OPS.compress.default._schema) == (
+        f"apet::compress(Tensor x, SymInt keep, int basis=10, *, {layout}) -> {pair}"
+    )
+    assert str(OPS.compress_varlen.default._schema) == (
+        "apet::compress_varlen(Tensor x, Tensor cu_seqlens, Tensor cu_keep, SymInt total_keep, SymInt max_seqlen, "
+        f"SymInt max_keep, int basis=10, *, {layout}) -> {pair}"
+    )
+    assert str(OPS.score.default._schema) == (
+        f"apet::score(Tensor x, int basis=10, *, {options}) -> (Tensor residual, Tensor basis_indices)"
+    )
+    assert str(OPS.merge.default._schema) == "apet::merge(Tensor x, Tensor indices, *, Tensor? targets=None) -> Tensor"
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", NAMES)
+def test_fakes_have_the_shapes_of_the_results(name, dtype):
+    op, args, options = calls(dtype)[name]
+    real = flat(op(*args, **options))
+    with FakeTensorMode() as mode:
+        fake_args, fake_options = torch.utils._pytree.tree_map_only(torch.Tensor, mode.from_tensor, (args, options))
+        fakes = flat(op(*fake_args, **fake_options))
+    meta_args, meta_options = torch.utils._pytree.tree_map_only(torch.Tensor, lambda t: t.to("meta"), (args, options))
+    metas = flat(op(*meta_args, **meta_options))
+    for r, f, m in zip(real, fakes, metas, strict=True):
+        assert (r.shape, r.dtype, r.stride(), r.device) == (f.shape, f.dtype, f.stride(), f.device)
+        assert (r.shape, r.dtype, r.stride()) == (m.shape, m.dtype, m.stride())
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_compile_without_a_graph_break(name):
+    op, args, options = calls()[name]
+
+    def layer(*args):
+        first, *rest = flat(op(*(a * 1 if isinstance(a, torch.Tensor) else a for a in args), **options))
+        return first + 1, *rest
+
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    with torch.no_grad():
+        for got, expected in zip(compiled(*args), layer(*args), strict=True):
+            assert_same(got, expected)
+
+
+def test_dynamic_shapes_compile_once():
+    counter = CompileCounterWithBackend("aot_eager")
+
+    @torch.compile(fullgraph=True, dynamic=True, backend=counter)
+    def layer(x, keep):
+        tokens_, indices = apet_kernels.compress(x, keep, 4, layout="append")
+        return tokens_ * 2, indices, OPS.score(x, 4)[0]
+
+    for B, N, keep in ((2, 20, 5), (3, 31, 9), (7, 64, 33)):
+        x = tokens(B, N, 6, seed=N)
+        got = layer(x, keep)
+        expected, indices = apet_kernels.compress(x, keep, 4, layout="append")
+        assert_same(got[0], expected * 2)
+        assert_same(got[1], indices)
+    assert counter.frame_count == 1
+
+
+def test_marked_dimensions_compile_once():
+    counter = CompileCounterWithBackend("aot_eager")
+
+    @torch.compile(fullgraph=True, backend=counter)
+    def layer(x):
+        tokens_, _ = OPS.compress(x, x.shape[1] // 4, 3)
+        return tokens_.sum(-1)
+
+    for B, N in ((2, 24), (5, 40), (4, 100)):
+        x = tokens(B, N, 6, seed=N)
+        torch._dynamo.mark_dynamic(x, 0)
+        torch._dynamo.mark_dynamic(x, 1)
+        assert layer(x).shape == (B, N // 4)
+    assert counter.frame_count == 1
+
+
+def test_dynamic_packing_compiles_once():
+    counter = CompileCounterWithBackend("aot_eager")
+
+    @torch.compile(fullgraph=True, dynamic=True, backend=counter)
+    def layer(x, cu, cu_keep, total, longest, most):
+        return OPS.compress_varlen(x, cu, cu_keep, total, longest, most, 3)
+
+    for lengths, keeps in (([8, 12], [4, 5]), ([30, 11, 7, 9], [10, 5, 4, 6]), ([50, 3, 8], [40, 2, 4])):
+        cu, cu_keep = (torch.tensor([0, *n]).cumsum(0).int() for n in (lengths, keeps))
+        x = tokens(sum(lengths), 6, seed=1)
+        got = layer(x, cu, cu_keep, sum(keeps), max(lengths), max(keeps))
+        for a, b in zip(got, apet_kernels.compress_varlen(x, lengths, keeps, basis=3), strict=True):
+            assert_same(a, b)
+    assert counter.frame_count == 1
+
+
+def test_export():
+    class Layer(torch.nn.Module):
+        def forward(self, x):
+            tokens_, indices = torch.ops.apet.compress(x, 5, 3)
+            return tokens_ + 1, indices
+
+    dims = {0: torch.export.Dim("B", min=1, max=64), 1: torch.export.Dim("N", min=6, max=4096)}
+    program = torch.export.export(Layer(), (tokens(2, 20, 8),), dynamic_shapes={"x": dims})
+    assert any("apet.compress" in str(node.target) for node in program.graph.nodes)
+    x = tokens(3, 47, 8, seed=3)
+    for got, expected in zip(program.module()(x), Layer()(x), strict=True):
+        assert_same(got, expected)
+
+
+# ---- refusals: one sentence, with what was wrong in it
+
+
+def x3(*shape: int, **options) -> torch.Tensor:
+    return torch.zeros(*(shape or (2, 20, 7)), **options)
+
+
+REFUSED = [
+    ("compress", (x3(20, 7), 3), {}, "x has 2 dimensions"),
+    ("compress", (x3(dtype=torch.float64), 3), {}, "Double"),
+    ("compress", (x3(dtype=torch.int32), 3), {}, "Int"),
+    ("compress", (x3(2, 7, 20).transpose(1, 2), 3), {}, "stride 20"),
+    ("compress", (x3(2, 20, 0), 3), {}, "x has 0 features"),
+    ("compress", (x3(2, 0, 7), 3), {}, "x has 0 tokens"),
+    ("compress", (x3(), 0), {}, "keep=0"),
+    ("compress", (x3(), -4), {}, "keep=-4"),
+    ("compress", (x3(), 21), {}, r"keep=21.*20"),
+    ("compress", (x3(), 3, 0), {}, "basis=0"),
+    ("compress", (x3(), 3, 65), {}, "basis=65"),
+    ("compress", (x3(), 3), {"layout": "sideways"}, "sideways"),
+    ("compress", (x3(), 3), {"select": "random"}, "random"),
+    ("compress", (x3(), 3), {"start": -2}, "start=-2"),
+    ("compress", (x3(), 3), {"start": 20}, "start=20"),
+    ("compress", (x3(), 3), {"ridge": -1e-3}, "ridge=-0.001"),
+    ("compress", (x3(), 3), {"ridge": float("inf")}, "ridge=inf"),
+    ("compress", (x3(), 3), {"ridge": float("nan")}, "ridge=nan"),
+    ("compress", (x3(), 12), {"layout": "overwrite", "blend": 1.5}, "blend=1.5"),
+    ("compress", (x3(), 12), {"layout": "overwrite", "blend": -0.5}, "blend=-0.5"),
+    ("compress", (x3(), 12), {"layout": "overwrite", "blend": float("nan")}, "blend=nan"),
+    ("compress", (x3(), 12), {"blend": 0.5}, r"blend=0.5.*inplace"),
+    ("compress", (x3(), 12), {"layout": "append", "blend": 0.5}, r"blend=0.5.*append"),
+    ("compress", (x3(), 10), {"layout": "overwrite"}, r"keep=10.*basis=10"),
+    ("compress", (x3(), 3, 4), {"layout": "overwrite"}, r"keep=3.*basis=4"),
+    ("compress_varlen", (x3(), CU, CU_KEEP, 9, 11, 5), {}, "x has 3 dimensions"),
+    ("compress_varlen", (x3(20, 7), CU.long(), CU_KEEP, 9, 11, 5), {}, "cu_seqlens.*Long"),
+    ("compress_varlen", (x3(20, 7), CU, CU_KEEP.float(), 9, 11, 5), {}, "cu_keep.*Float"),
+    ("compress_varlen", (x3(20, 7), CU[:2], CU_KEEP, 9, 11, 5), {}, "2 entries.*3"),
+    ("compress_varlen", (x3(20, 7), CU, CU_KEEP, 21, 11, 5), {}, r"total_keep=21.*20"),
+    ("compress_varlen", (x3(20, 7), CU, CU_KEEP, -1, 11, 5), {}, "total_keep=-1"),
+    ("compress_varlen", (x3(20, 7), CU[:0], CU_KEEP[:0], 0, 11, 5), {}, "cu_seqlens"),
+    ("score", (x3(), 0), {}, "basis=0"),
+    ("score", (x3(), 3), {"start": 20}, "start=20"),
+    ("merge", (x3(), torch.zeros(2, 3)), {}, "indices.*Float"),
+    ("merge", (x3(), torch.zeros(3, 3, dtype=torch.int64)), {}, "indices"),
+    ("merge", (x3(), torch.zeros(2, 3, dtype=torch.int64)), {"targets": torch.ones(2, 3)}, "targets.*Float"),
+    ("merge", (x3(), torch.zeros(2, 3, dtype=torch.int64)), {"targets": torch.ones(2, 4).bool()}, "targets"),
+]
+
+
+def refusal(function, args, options) -> str:
+    with pytest.raises((RuntimeError, ValueError)) as caught:
+        function(*args, **options)
+    return str(caught.value).splitlines()[0]
+
+
+@pytest.mark.parametrize(("name", "args", "options", "words"), REFUSED, ids=[f"{r[0]}-{r[3]}" for r in REFUSED])
+def test_refusals(name, args, options, words):
+    """The op, its fake, and the reference say the same."""
+    said = refusal(getattr(OPS, name), args, options)
+    assert re.search(words, said), said
+    assert refusal(getattr(apet_kernels, name), args, {**options, "backend": "reference"}) == said
+    meta_args, meta_options = torch.utils._pytree.tree_map_only(torch.Tensor, lambda t: t.to("meta"), (args, options))
+    assert refusal(getattr(OPS, name), meta_args, meta_options) == said
+
+
+@pytest.mark.parametrize(
+    ("lengths", "keeps", "options", "words"),
+    [
+        ([9, 12], [4, 5], {}, r"21.*20"),
+        ([9, 11], [4], {}, r"2 lengths.*1 keeps"),
+        ([9, 11], [4, 12], {}, r"keep=12.*11.*image 1"),
+        ([9, 11], [0, 5], {}, r"keep=0.*image 0"),
+        ([9, 0, 11], [3, 1, 5], {}, r"image 1 has 0 tokens"),
+        ([9, 11], [4, 3], {"layout": "overwrite", "basis": 3}, r"keep=3.*image 1.*basis=3"),
+        (CU, [4, 5], {}, "both"),
+        (CU, CU_KEEP, {}, "total_keep=None"),
+    ],
+)
+def test_refusals_of_lists(lengths, keeps, options, words):
+    said = refusal(apet_kernels.compress_varlen, (x3(20, 7), lengths, keeps), options)
+    assert re.search(words, said), said
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_an_input_that_requires_grad_is_refused(name):
+    op, args, options = calls()[name]
+    args = (args[0].requires_grad_(), *args[1:])
+    assert "requires grad" in refusal(op, args, options)
+    python = getattr(apet_kernels, name.split()[0])
+    assert "requires grad" in refusal(python, args, options)
+    assert "requires grad" in refusal(python, args, {**options, "backend": "reference"})
+    for quiet in (torch.no_grad, torch.inference_mode):
+        with quiet():
+            for r in flat(op(*args, **options)) + flat(python(*args, **options, backend="reference")):
+                assert not r.requires_grad
+
+
+def test_accepted_at_the_limits():
+    x = tokens(1, 70, 4)
+    assert OPS.compress(x, 70, 64, layout="overwrite")[0].shape == (1, 70, 4)
+    assert OPS.compress(x, 65, 64, layout="overwrite", blend=0.0)[0].shape == (1, 65, 4)
+    assert OPS.compress(x, 1, 1, start=69, ridge=0.0)[0].shape == (1, 1, 4)
+    assert OPS.compress(tokens(1, 6, 5).transpose(1, 2)[:, :, :1], 2, 1)[0].shape == (1, 2, 1), "D = 1 has any stride"
+
+
+# ---- the Python wrappers
+
+
+@pytest.mark.parametrize("backend", [None, "reference"])
+def test_lists_of_lengths(backend):
+    x = tokens(20, 7, seed=4)
+    got = apet_kernels.compress_varlen(x, [9, 11], [4, 5], basis=3, layout="append", backend=backend)
+    expected = apet_kernels.compress_varlen(x, CU, CU_KEEP, 9, 11, 5, 3, layout="append", backend=backend)
+    for a, b in zip(got, expected, strict=True):
+        assert_same(a, b)
+
+
+def test_backends():
+    usable = apet_kernels.backends()
+    assert list(usable) == ["cpu", "triton", "cuda", "reference"]
+    assert usable["reference"] is None
+    x = tokens(1, 9, 4)
+    assert "backend='abacus'" in refusal(apet_kernels.compress, (x, 3), {"backend": "abacus"})
+    for name, why_not in usable.items():
+        if why_not:
+            assert why_not in refusal(apet_kernels.compress, (x, 3), {"backend": name})
+            assert why_not in refusal(apet_kernels.merge, (x, torch.zeros(1, 1).long()), {"backend": name})
+    if usable["cpu"] is None:
+        assert "meta" in refusal(apet_kernels.score, (x.to("meta"), 3), {"backend": "cpu"})
+
+
+@pytest.mark.skipif(apet_kernels.backends()["cpu"] is not None, reason="the CPU library is not built")
+def test_instruction_sets():
+    names = apet_kernels.cpu_isa()
+    assert names[0] == "generic"
+    assert set(names) <= {"generic", "avx2", "avx512", "avx512_bf16"}
+    with pytest.raises(ValueError, match="sse9"):
+        apet_kernels.use_cpu_isa("sse9")
+    try:
+        for name in names:
+            apet_kernels.use_cpu_isa(name)
+            assert apet_kernels.plan(tokens(1, 9, 4), 3)["isa"] == name
+    finally:
+        apet_kernels.use_cpu_isa(None)
+    assert apet_kernels.plan(tokens(1, 9, 4), 3)["isa"] == names[-1]
+
+
+def test_without_the_compiled_library(tmp_path: Path):
+    """A pure wheel: the same ops on the reference, one warning that says how to get the kernels."""
+    source = Path(apet_kernels.__file__).parent
+    shutil.copytree(source, tmp_path / "apet_kernels", ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    script = """
+import sys
+sys.meta_path = [f for f in sys.meta_path if "__editable__" not in repr(f)]  # it would find the real _host
+import warnings, torch, apet_kernels
+x = torch.arange(60.0).reshape(1, 12, 5).sin()
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    a = torch.ops.apet.compress(x, 4, 2)
+    torch.ops.apet.score(x, 2)
+assert len(caught) == 1 and "install" in str(caught[0].message), [str(w.message) for w in caught]
+b = apet_kernels.reference.compress(x, 4, 2)
+assert a[0].equal(b[0]) and a[1].equal(b[1])
+assert torch.compile(torch.ops.apet.compress, fullgraph=True, backend="eager")(x, 4, 2)[0].equal(b[0])
+assert "not part" in apet_kernels.backends()["cpu"] and apet_kernels.cpu_isa() == [] and apet_kernels.build_info() == {}
+assert apet_kernels.plan(x, 4, 2)["backend"] == "reference"
+"""
+    done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
