@@ -27,6 +27,7 @@ from benchmarks.machine import available_memory, last_level_cache
 
 THREADS = 2
 ROUNDS = 20
+NOISE = 0.3  # interquartile range over median of a time: above, the machine was busy and nothing counts
 SECONDS = 60.0  # an implementation that has used this up sits out the remaining rounds, but not before the third
 RIVALS = ("published", "eager", "compiled")
 
@@ -53,7 +54,9 @@ class Row:
     floors: float  # median over rounds of kernel / floor
     gflops: float  # of the kernel, by ceilings.flops
     sweep_gbytes: float  # per second, what the "sweeps" of the floor reached
+    noise: float  # interquartile range over median: the worst of the kernel and the floor
     judged: dict[str, float]  # share of rows whose values were checked, per implementation
+    seconds: dict[str, list[float]]  # every call
     goals: dict[str, float]
     missed: list[str] = field(init=False)
 
@@ -64,6 +67,8 @@ class Row:
             for name, goal in self.goals.items()
             if name in reached and (reached[name] > goal if name == "floor" else reached[name] < goal)
         ]
+        if self.goals and self.noise > NOISE:
+            self.missed.append(f"noise {self.noise:.0%}, measure again on an idle machine")
 
 
 class Comparison:
@@ -107,7 +112,7 @@ class Comparison:
     def row(self) -> Row:
         """What the rounds so far say."""
         seconds = dict(self._seconds)
-        seconds["floor"] = [sum(pair) for pair in zip(seconds["product"], seconds["sweeps"], strict=True)]
+        seconds["floor"] = [sum(pair) for pair in zip(seconds["product"], seconds["sweeps"], strict=False)]
         kernel = seconds["kernel"]
         ratio = {
             name: statistics.median(theirs / ours for theirs, ours in zip(spent, kernel, strict=False))
@@ -124,7 +129,9 @@ class Comparison:
             floors=1 / ratio["floor"],
             gflops=ceilings.flops(self.case) / median["kernel"] / 1e9,
             sweep_gbytes=ceilings.swept_bytes(self.case) / median["sweeps"] / 1e9,
+            noise=max(_spread(kernel), _spread(seconds["floor"])),
             judged=self.judged,
+            seconds=self._seconds,
             goals=goals(self.case),
         )
 
@@ -134,6 +141,14 @@ class Comparison:
             begin = time.perf_counter()
             call(x)
             self._seconds[name].append(time.perf_counter() - begin)
+
+
+def _spread(values: list[float]) -> float:
+    """Interquartile range over median; 0 of a single value."""
+    if len(values) == 1:
+        return 0.0
+    low, middle, high = statistics.quantiles(values, n=4)
+    return (high - low) / middle
 
 
 def _implementations(case: Case) -> dict[str, Callable[[Tensor], tuple[Tensor, Tensor]]]:

@@ -39,11 +39,12 @@ def sheets(rows: list[Row]) -> list[Sheet]:
         "Milliseconds, medians; (n) where fewer rounds than the kernel's were timed; - where the broadcast does not "
         "fit memory or the layout does not exist. x: how many times faster the kernel is, median of paired rounds. "
         "floor: one torch.mm [N-K, D] x [D, T] per image and M sweeps over X. of floor: the share of the kernel's time "
-        "that the floor explains. judged: rows whose values were checked (less than 100 % where rounding decides).",
+        "that the floor explains. noise: interquartile range over median, the worst of kernel and floor. "
+        "judged: rows whose values were checked (less than 100 % where rounding decides).",
         [
             *("shape", "dtype", "layout", *RIVALS, "kernel", "floor"),
             *(f"x {rival}" for rival in RIVALS),
-            *("kernel / floor", "of floor", "GFLOP/s", "judged", "goals"),
+            *("kernel / floor", "of floor", "GFLOP/s", "noise", "judged", "goals"),
         ],
         [_speed_line(row) for row in rows],
     )
@@ -103,7 +104,8 @@ def _speed_line(row: Row) -> list[str]:
         *(row.shape, row.dtype, row.layout),
         *(_ms(row, name) for name in (*RIVALS, "kernel", "floor")),
         *(f"{row.faster[rival]:.1f}" if rival in row.faster else "-" for rival in RIVALS),
-        *(f"{row.floors:.2f}", f"{1 / row.floors:.0%}", f"{row.gflops:.0f}", f"{row.judged['kernel']:.0%}"),
+        *(f"{row.floors:.2f}", f"{1 / row.floors:.0%}", f"{row.gflops:.0f}"),
+        *(f"{row.noise:.0%}", f"{row.judged['kernel']:.0%}"),
         "; ".join(row.missed) if row.missed else "met" if row.goals else "none",
     ]
 

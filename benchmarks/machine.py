@@ -19,6 +19,7 @@ def describe() -> dict[str, str]:
         "torch": f"{torch.__version__}, Python {platform.python_version()}, {torch.get_num_threads()} threads",
         "commit": commit(),
         "command": " ".join(["python", "-m", *_module(), *sys.argv[1:]]),
+        "load": f"{os.getloadavg()[0]:.2f} at the start (only an idle machine gives ratios that mean anything)",
         "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
     }
 
