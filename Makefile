@@ -43,12 +43,12 @@ sanitize: $(VENV)/installed-test  ## the CPU library's tests under AddressSaniti
 lint: $(VENV)/installed-dev  ## formatting and static checks
 	$(bin)/ruff check
 	$(bin)/ruff format --check
-	$(bin)/clang-format --dry-run -Werror $$(find csrc -name '*.h' -o -name '*.cpp')
+	$(bin)/clang-format --dry-run -Werror $$(find csrc tests -name "*.h" -o -name "*.cpp")
 
 format: $(VENV)/installed-dev  ## format everything
 	$(bin)/ruff check --fix
 	$(bin)/ruff format
-	$(bin)/clang-format -i $$(find csrc -name '*.h' -o -name '*.cpp')
+	$(bin)/clang-format -i $$(find csrc tests -name "*.h" -o -name "*.cpp")
 
 bench: $(VENV)/installed-test  ## the benchmarks, each result checked first
 	$(bin)/python -m pytest -q benchmarks --benchmark-only

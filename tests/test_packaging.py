@@ -172,7 +172,7 @@ def environment(folder: Path, *requirements: str) -> Path:
     """The Python of a new virtual environment with these packages."""
     venv.create(folder, with_pip=True)
     if requirements:
-        run(folder / "bin/python", "-m", "pip", "install", *requirements)
+        run(folder / "bin/python", "-m", "pip", "install", "--no-compile", *requirements)
     return folder / "bin/python"
 
 
@@ -271,13 +271,11 @@ def test_editable(with_torch: Path, source: Path, isolation: bool):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("processor", ["aarch64", "riscv64", "s390x"])
-def test_generic_build_compiles_for(processor: str, without_torch: Path, tmp_path: Path):
-    compiler = shutil.which(f"{processor}-linux-gnu-g++")
+def test_generic_build_compiles_for_arm(without_torch: Path, tmp_path: Path):
+    compiler, cmake = shutil.which("aarch64-linux-gnu-g++"), without_torch.with_name("cmake")
     if not compiler:
-        pytest.skip(f"{processor}-linux-gnu-g++ is not installed (Debian: g++-{processor}-linux-gnu)")
-    cmake = without_torch.with_name("cmake")
-    target = ["-DCMAKE_SYSTEM_NAME=Linux", f"-DCMAKE_SYSTEM_PROCESSOR={processor}", f"-DCMAKE_CXX_COMPILER={compiler}"]
+        pytest.skip("aarch64-linux-gnu-g++ is not installed (Debian: g++-aarch64-linux-gnu)")
+    target = ["-DCMAKE_SYSTEM_NAME=Linux", "-DCMAKE_SYSTEM_PROCESSOR=aarch64", f"-DCMAKE_CXX_COMPILER={compiler}"]
     run(cmake, "-S", ROOT, "-B", tmp_path, *target, "-DCMAKE_CXX_FLAGS=-Werror")
     run(cmake, "--build", tmp_path, "--target", "apet")
-    assert (tmp_path / "libapet.so").exists()
+    assert "AArch64" in run("readelf", "-h", tmp_path / "libapet.so")
