@@ -146,7 +146,7 @@ def check_kept(x: Tensor, kept: Tensor, range_: Tensor, p: Tensor, keep: int, la
 
 
 def check_merge(x: Tensor, tokens: Tensor, rows: Tensor, targets: Tensor, skip: Tensor | None = None) -> int:
-    """tokens [R, D] are x [N, D] merged into x[rows]; rows in `skip` [R] hold something else. Returns how many it judged.
+    """tokens [R, D] are x [N, D] merged into x[rows]; rows in `skip` [R] are not. Returns how many it judged.
 
     A row is judged where no dropped token is within rounding of going there or elsewhere. The mean may be off by half a
     unit of the output dtype, and by the roundings of a float32 sum.
