@@ -100,7 +100,8 @@ typedef struct apet_problem {
  *             (append: keep + basis). Ragged: [total_keep (+ images * basis), D], indices into the packed x;
  *             rows that no image fills are zeros with index 0.
  *   score     reads x, writes residual [B, N] (e^2) and basis_indices [B, M] (picking order, padded with -1).
- *   merge     reads x, kept [B, K] (clamped into [0, N)) and kept_targets [B, K] (NULL: all), writes tokens [B, K, D]. */
+ *   merge     reads x, kept [B, K] (clamped into [0, N)) and kept_targets [B, K] (NULL: all), writes tokens [B, K, D].
+ */
 typedef struct apet_tensors {
   const void* x;
   const int32_t* cu_seqlens; /* [images + 1]; whatever it holds, nothing outside x is read */
@@ -126,10 +127,10 @@ typedef struct apet_pool {
 /* How a call would run. */
 typedef struct apet_plan {
   apet_isa isa;
-  int32_t teams;           /* images in flight at once */
-  int32_t threads;         /* threads that share one image */
-  size_t workspace_bytes;  /* 64-byte aligned workspace that apet_cpu_run wants */
-  double estimated_ns[2];  /* the estimate behind teams and threads: whole call on one thread, and as planned */
+  int32_t teams;          /* images in flight at once */
+  int32_t threads;        /* threads that share one image */
+  size_t workspace_bytes; /* 64-byte aligned workspace that apet_cpu_run wants */
+  double estimated_ns[2]; /* the estimate behind teams and threads: whole call on one thread, and as planned */
 } apet_plan;
 
 /* "0.1.0" */

@@ -72,9 +72,7 @@ size_t apet_sentence(const apet_problem* problem, apet_status status, char* text
       break;
     case APET_BAD_KEEP: SAY("keep=%lld is outside 1..%lld, the tokens of an image", ll(p.keep), ll(p.tokens)); break;
     case APET_BAD_BASIS: SAY("basis=%d is outside 1..%d", (int)p.basis, APET_MAX_BASIS); break;
-    case APET_BAD_START:
-      SAY("start=%lld is outside -1..%lld", ll(p.start), ll(starts > 0 ? starts - 1 : 0));
-      break;
+    case APET_BAD_START: SAY("start=%lld is outside -1..%lld", ll(p.start), ll(starts > 0 ? starts - 1 : 0)); break;
     case APET_BAD_RIDGE: SAY("ridge=%g must be finite and at least 0", (double)p.ridge); break;
     case APET_BAD_BLEND: SAY("blend=%g is outside 0..1", (double)p.blend); break;
     case APET_BLEND_WITHOUT_OVERWRITE:
@@ -86,15 +84,15 @@ size_t apet_sentence(const apet_problem* problem, apet_status status, char* text
     case APET_BAD_TOTAL_KEEP:
       SAY("total_keep=%lld is outside 0..%lld, the tokens of x", ll(p.total_keep), ll(p.total_tokens));
       break;
-    case APET_BAD_MAX:
-      SAY("max_seqlen=%lld and max_keep=%lld must be at least 0", ll(p.tokens), ll(p.keep));
-      break;
+    case APET_BAD_MAX: SAY("max_seqlen=%lld and max_keep=%lld must be at least 0", ll(p.tokens), ll(p.keep)); break;
     case APET_TOO_LARGE:
       SAY("%lld images of %lld tokens with %lld features (%lld tokens in all) exceed 2147483647 in one of them",
           ll(p.images), ll(p.tokens), ll(p.dim), ll(p.total_tokens));
       break;
     case APET_NULL_POINTER: SAY("a pointer that this call needs is null"); break;
-    case APET_SMALL_WORKSPACE: SAY("the workspace is smaller than apet_cpu_plan asks for, or not 64-byte aligned"); break;
+    case APET_SMALL_WORKSPACE:
+      SAY("the workspace is smaller than apet_cpu_plan asks for, or not 64-byte aligned");
+      break;
     case APET_NO_ISA: SAY("this build or this processor lacks the instruction set asked for"); break;
     default: SAY("status %d is unknown", (int)status); break;
   }

@@ -6,9 +6,10 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
-#include <torch/headeronly/util/Exception.h>
 
 #include <optional>
+#include <sstream>
+#include <stdexcept>
 #include <string>
 #include <tuple>
 
@@ -19,16 +20,25 @@ using torch::stable::Tensor;
 
 namespace {
 
+// Torch's own check macros put the place in this file before the sentence.
+template <class... Words>
+void require(bool holds, const Words&... words) {
+  if (holds) return;
+  std::ostringstream sentence;
+  (sentence << ... << words);
+  throw std::runtime_error(sentence.str());
+}
+
 apet_layout layout_of(const std::string& name) {
   if (name == "inplace") return APET_INPLACE;
   if (name == "overwrite") return APET_OVERWRITE;
-  STD_TORCH_CHECK(name == "append", "layout='", name, "' is none of inplace, overwrite, append");
+  require(name == "append", "layout='", name, "' is none of inplace, overwrite, append");
   return APET_APPEND;
 }
 
 apet_select select_of(const std::string& name) {
   if (name == "fps") return APET_FPS;
-  STD_TORCH_CHECK(name == "qr", "select='", name, "' is none of fps, qr");
+  require(name == "qr", "select='", name, "' is none of fps, qr");
   return APET_QR;
 }
 
@@ -36,13 +46,13 @@ void check(const apet_problem& problem, apet_status status) {
   if (status == APET_OK) return;
   char text[256];
   apet_sentence(&problem, status, text, sizeof text);
-  STD_TORCH_CHECK(false, text);
+  require(false, text);
 }
 
 // What x alone says: [B, N, D], or [T, D] where ragged.
 apet_problem problem_of(apet_op op, const Tensor& x, bool ragged) {
-  STD_TORCH_CHECK(x.dim() == (ragged ? 2 : 3), "x has ", x.dim(), " dimensions; ",
-                  ragged ? "[T, D] is needed" : "[B, N, D] is needed");
+  require(x.dim() == (ragged ? 2 : 3), "x has ", x.dim(), " dimensions; ",
+          ragged ? "[T, D] is needed" : "[B, N, D] is needed");
   apet_problem p = {};
   p.op = op;
   switch (x.scalar_type()) {
@@ -50,8 +60,8 @@ apet_problem problem_of(apet_op op, const Tensor& x, bool ragged) {
     case ScalarType::Half: p.dtype = APET_FLOAT16; break;
     case ScalarType::BFloat16: p.dtype = APET_BFLOAT16; break;
     default:
-      STD_TORCH_CHECK(false, "x has dtype ", torch::headeronly::toString(x.scalar_type()),
-                      "; Float, Half or BFloat16 is needed");
+      require(false, "x has dtype ", torch::headeronly::toString(x.scalar_type()),
+              "; Float, Half or BFloat16 is needed");
   }
   const int64_t n = ragged ? 0 : 1;
   p.ragged = ragged;
@@ -107,9 +117,8 @@ std::tuple<Tensor, Tensor> compress(const Tensor& x, int64_t keep, int64_t basis
 }
 
 const int32_t* offsets(const char* name, const Tensor& cu, Tensor& contiguous) {
-  STD_TORCH_CHECK(cu.dim() == 1 && cu.scalar_type() == ScalarType::Int && cu.size(0) >= 1, name,
-                  " must be int32 [S + 1], got ", torch::headeronly::toString(cu.scalar_type()), " with ", cu.dim(),
-                  " dimensions");
+  require(cu.dim() == 1 && cu.scalar_type() == ScalarType::Int && cu.size(0) >= 1, name, " must be int32 [S + 1], got ",
+          torch::headeronly::toString(cu.scalar_type()), " with ", cu.dim(), " dimensions");
   contiguous = torch::stable::contiguous(cu);
   return static_cast<const int32_t*>(contiguous.const_data_ptr());
 }
@@ -126,8 +135,8 @@ std::tuple<Tensor, Tensor> compress_varlen(const Tensor& x, const Tensor& cu_seq
   apet_tensors t = {};
   t.cu_seqlens = offsets("cu_seqlens", cu_seqlens, seqlens);
   t.cu_keep = offsets("cu_keep", cu_keep, keeps);
-  STD_TORCH_CHECK(seqlens.size(0) == keeps.size(0), "cu_seqlens has ", seqlens.size(0), " entries but cu_keep has ",
-                  keeps.size(0));
+  require(seqlens.size(0) == keeps.size(0), "cu_seqlens has ", seqlens.size(0), " entries but cu_keep has ",
+          keeps.size(0));
   p.images = seqlens.size(0) - 1;
   p.total_keep = total_keep;
   // No image is longer, or keeps more, than all of them: larger bounds would only cost workspace.
@@ -160,18 +169,18 @@ std::tuple<Tensor, Tensor> score(const Tensor& x, int64_t basis, std::string sel
 
 Tensor merge(const Tensor& x, const Tensor& indices, std::optional<Tensor> targets) {
   apet_problem p = problem_of(APET_MERGE, x, false);
-  STD_TORCH_CHECK(indices.dim() == 2 && indices.scalar_type() == ScalarType::Long && indices.size(0) == p.images,
-                  "indices must be int64 [", p.images, ", K], got ",
-                  torch::headeronly::toString(indices.scalar_type()), " with ", indices.dim(), " dimensions");
+  require(indices.dim() == 2 && indices.scalar_type() == ScalarType::Long && indices.size(0) == p.images,
+          "indices must be int64 [", p.images, ", K], got ", torch::headeronly::toString(indices.scalar_type()),
+          " with ", indices.dim(), " dimensions");
   p.keep = indices.size(1);
   check(p, apet_check(&p));
   Tensor kept = torch::stable::contiguous(indices), may = kept;
   apet_tensors t = {};
   if (targets.has_value()) {
-    STD_TORCH_CHECK(targets->dim() == 2 && targets->scalar_type() == ScalarType::Bool &&
-                        targets->size(0) == p.images && targets->size(1) == p.keep,
-                    "targets must be bool [", p.images, ", ", p.keep, "] as indices are, got ",
-                    torch::headeronly::toString(targets->scalar_type()), " with ", targets->dim(), " dimensions");
+    require(targets->dim() == 2 && targets->scalar_type() == ScalarType::Bool && targets->size(0) == p.images &&
+                targets->size(1) == p.keep,
+            "targets must be bool [", p.images, ", ", p.keep, "] as indices are, got ",
+            torch::headeronly::toString(targets->scalar_type()), " with ", targets->dim(), " dimensions");
     may = torch::stable::contiguous(*targets);
     t.kept_targets = static_cast<const uint8_t*>(may.const_data_ptr());
   }

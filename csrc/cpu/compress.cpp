@@ -19,12 +19,14 @@ namespace apet::cpu {
 namespace {
 
 // ---- the estimate behind the number of threads: only its order of magnitude matters
-constexpr double kNsPerByte = 1 / 20.0;   // one thread sweeping tokens from the shared cache
-constexpr double kNsPerFlop = 1 / 50.0;   // one thread multiplying in s5
-constexpr double kNsPerStage = 1000;      // a team of more than one: last chunk done until next stage open
-constexpr double kNsPerThread = 10000;    // less work than this is not worth waking a thread for
+constexpr double kNsPerByte = 1 / 20.0;  // one thread sweeping tokens from the shared cache
+constexpr double kNsPerFlop = 1 / 50.0;  // one thread multiplying in s5
+constexpr double kNsPerStage = 1000;     // a team of more than one: last chunk done until next stage open
+constexpr double kNsPerThread = 10000;   // less work than this is not worth waking a thread for
 // Chunks a thread's slot holds at a stage: enough that another thread can help, few enough that taking one is free.
 constexpr int kChunksPerThread = 4;
+// More threads than this in one call are left idle: a batch of images has no more to give.
+constexpr int kMaxThreads = 256;
 
 struct Extent {  // one ragged image: tokens of x, rows of the output
   int64_t token, tokens, row, keep;
@@ -111,7 +113,8 @@ class Walk {
   bool finite(int64_t token) const { return image_.norm_sq[token] <= __FLT_MAX__; }
   // Chunk c of tokens starts here: at a multiple of the rows that share a load.
   int64_t token_cut(int64_t c) const {
-    return c == chunks_ ? image_.tokens : image_.tokens * c / chunks_ / call_->kernels.row_group * call_->kernels.row_group;
+    return c == chunks_ ? image_.tokens
+                        : image_.tokens * c / chunks_ / call_->kernels.row_group * call_->kernels.row_group;
   }
   int64_t columns() const { return (image_.dim + kColumns - 1) / kColumns; }
   // Rows are cut where what they read (themselves and what is merged into them) reaches share c of `of`.
@@ -180,7 +183,8 @@ bool Walk::advance() {
     case Stage::kPack:
       stage_ = Stage::kAssign;
       // An equal share for each thread, in chunks of at most kChunkRows.
-      chunks_ = (image_.dropped_count + kChunkRows * call_->threads - 1) / (kChunkRows * call_->threads) * call_->threads;
+      chunks_ =
+          (image_.dropped_count + kChunkRows * call_->threads - 1) / (kChunkRows * call_->threads) * call_->threads;
       return true;
     case Stage::kAssign: return average();
     case Stage::kMean: return next_image();
@@ -200,8 +204,8 @@ bool Walk::next_image() {
   do {
     index_ = call_->next_image.fetch_add(1, std::memory_order_relaxed);
     if (index_ >= p.images) return false;
-    const Extent e = p.ragged ? call_->extents[index_]
-                              : Extent{0, p.tokens, index_ * (p.keep + call_->extra_rows()), p.keep};
+    const Extent e =
+        p.ragged ? call_->extents[index_] : Extent{0, p.tokens, index_ * (p.keep + call_->extra_rows()), p.keep};
     const int64_t offset = p.ragged ? e.token * p.stride_xn : index_ * p.stride_xb;
     im.x = static_cast<const char*>(call_->tensors.x) + offset * call_->element();
     im.stride_xn = p.stride_xn;
@@ -414,6 +418,7 @@ size_t workspace_bytes(const apet_problem& p, const Kernels& kernels, const Spli
   Carver carver(nullptr);
   carver.take<Walk>(s.teams);
   carver.take<Team<Walk>>(s.teams);
+  carver.take<Team<Walk>::Counter>(s.teams * s.threads);
   carver.take<Extent>(p.ragged ? p.images : 0);
   for (int t = 0; t < s.teams; t++) Walk(&call, carver);
   return carver.used();
@@ -470,6 +475,7 @@ apet_status apet_cpu_run(const apet_problem* problem, const apet_tensors* tensor
   Carver carver(workspace);
   Walk* walks = carver.take<Walk>(s.teams);
   Team<Walk>* teams = carver.take<Team<Walk>>(s.teams);
+  auto* counters = carver.take<Team<Walk>::Counter>(s.teams * s.threads);
   Extent* extents = carver.take<Extent>(problem->ragged ? problem->images : 0);
   if (problem->ragged) {
     read_extents(call, extents);
@@ -479,7 +485,8 @@ apet_status apet_cpu_run(const apet_problem* problem, const apet_tensors* tensor
   for (int t = 0; t < s.teams; t++) {
     Walk* walk = new (walks + working) Walk(&call, carver);
     if (!walk->begin()) break;
-    new (teams + working++) Team<Walk>(walk, s.threads);
+    new (teams + working) Team<Walk>(walk, s.threads, counters + working * s.threads);
+    working++;
   }
   Region region{teams, s.threads};
   const int64_t tasks = (int64_t)working * s.threads;

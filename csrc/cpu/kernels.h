@@ -43,28 +43,28 @@ struct Image {
   float* y;        // [M, N] L^-1 S x
   // s1-s3, per basis token
   int32_t basis[APET_MAX_BASIS];
-  int32_t basis_size;                           // m
-  float factor[APET_MAX_BASIS][APET_MAX_BASIS]; // L, lower triangle
-  float inv_pivot[APET_MAX_BASIS];              // 1 / L_mm, or 0 where the token depends on the earlier ones
+  int32_t basis_size;                            // m
+  float factor[APET_MAX_BASIS][APET_MAX_BASIS];  // L, lower triangle
+  float inv_pivot[APET_MAX_BASIS];               // 1 / L_mm, or 0 where the token depends on the earlier ones
 
   // s4: rows of the output, their sources, and who is merged
-  int32_t rows;          // R
-  int32_t* row_token;    // [R] what the row starts from
-  int32_t* row_blend;    // [R] the token that row_token is blended with, or -1
-  int32_t* row_begin;    // [R + 1] its dropped tokens: merged[row_begin[r] .. row_begin[r + 1]), ascending
-  int32_t* merged;       // [N]
-  int32_t* target_row;   // [T] rows that tokens may be merged into, ascending
-  int32_t targets;       // T
-  int32_t* dropped;      // [N] tokens to be merged, ascending
+  int32_t rows;         // R
+  int32_t* row_token;   // [R] what the row starts from
+  int32_t* row_blend;   // [R] the token that row_token is blended with, or -1
+  int32_t* row_begin;   // [R + 1] its dropped tokens: merged[row_begin[r] .. row_begin[r + 1]), ascending
+  int32_t* merged;      // [N]
+  int32_t* target_row;  // [T] rows that tokens may be merged into, ascending
+  int32_t targets;      // T
+  int32_t* dropped;     // [N] tokens to be merged, ascending
   int32_t dropped_count;
   float blend;
 
   // s5
-  float* packed;         // targets, in panels (Kernels::packed_floats)
-  float* inv_norm;       // [T rounded up to a vector] 1 / ||t||, 0 for a zero token
-  float* out_of_range;   // [T rounded up to a vector] 0, and -inf for padding, added to every similarity
-  int32_t* nearest;      // [N] for dropped[i]: the t of its target
-  char* out;             // [R, D]
+  float* packed;        // targets, in panels (Kernels::packed_floats)
+  float* inv_norm;      // [T rounded up to a vector] 1 / ||t||, 0 for a zero token
+  float* out_of_range;  // [T rounded up to a vector] 0, and -inf for padding, added to every similarity
+  int32_t* nearest;     // [N] for dropped[i]: the t of its target
+  char* out;            // [R, D]
 };
 
 // The dtype- and instruction-set-specific loops. Ranges are half-open; any cut of the work gives the same bits.

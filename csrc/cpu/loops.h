@@ -10,16 +10,13 @@
 
 namespace apet::cpu {
 namespace APET_ISA {
-#include "vector.h"
-
 #include "s1_s3_sweep.h"
 #include "s5_merge.h"
 
 template <class E>
 static const Kernels* table() {
-  static constexpr Kernels kTable = {kGroup,   W,         NR,           packed_floats<E>, scratch_bytes<E>,
-                                     norms<E>, sweep<E>,  residual,     pack<E>,          assign<E>,
-                                     mean<typename E::T>};
+  static constexpr Kernels kTable = {kGroup,   W,        NR,      packed_floats<E>, scratch_bytes<E>,   norms<E>,
+                                     sweep<E>, residual, pack<E>, assign<E>,        mean<typename E::T>};
   return &kTable;
 }
 }  // namespace APET_ISA

@@ -11,6 +11,11 @@
 // row with itself by the same routine: a repeated token is at distance exactly 0.
 //
 // Four rows share each load of p: 4 x 2 running sums, 4 totals, 2 x p, 1 x x_n fit 16 registers of AVX2.
+//
+// Included by loops.h alone, inside the namespace of its instruction set, as are vector.h and s5_merge.h.
+#pragma once
+#include "vector.h"
+
 constexpr int kGroup = 4;
 constexpr int kLanes = 2;
 constexpr int kFold = 16;

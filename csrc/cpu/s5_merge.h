@@ -11,6 +11,9 @@
 // A unit is a float, or two bfloat16 that one instruction multiplies and adds. Rows of other types are widened into
 // scratch first. Each sum runs over k in order and D alone decides its blocks: neither chunk, panel nor place in them
 // changes a bit. Targets stay unnormalised; the arg-max needs 1 / ||t|| only, applied in float32 afterwards.
+#pragma once
+#include "s1_s3_sweep.h"
+
 #if defined(__AVX512F__)
 constexpr int MR = 6, NV = 4;
 #elif defined(__AVX2__)
@@ -115,8 +118,7 @@ static void meet(const Image& im, Chunk& chunk, const float* panel, int64_t t0) 
     }
   if (units<E>(im.dim) > whole)
     for (int64_t i = 0; i < chunk.count; i += MR) {
-      for (int r = 0; r < MR; r++)
-        a[r] = reinterpret_cast<const char*>(chunk.last + smaller(i + r, chunk.count - 1));
+      for (int r = 0; r < MR; r++) a[r] = reinterpret_cast<const char*>(chunk.last + smaller(i + r, chunk.count - 1));
       multiply<E, Vectors>(a, panel + whole * Vectors * W, 1, chunk.tile + i * NR, whole == 0);
     }
   I lane;

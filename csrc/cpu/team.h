@@ -15,13 +15,18 @@
 
 namespace apet::cpu {
 
-constexpr int kMaxThreads = 256;
-
 // Program: int64_t chunks(); void run(int64_t chunk, int slot); bool advance(): serial, false when all is done.
 template <class Program>
 class Team {
  public:
-  Team(Program* program, int threads) : program_(program), threads_(threads) { open(0); }
+  struct alignas(64) Counter {
+    std::atomic<uint64_t> count;
+  };
+
+  // counters: one for each thread, on a cache line of its own; their contents do not matter.
+  Team(Program* program, int threads, Counter* counters) : program_(program), threads_(threads), taken_(counters) {
+    open(0);
+  }
 
   // Called once per slot, from any threads, in any order; returns when the program is over.
   void take_part(int slot) {
@@ -39,7 +44,8 @@ class Team {
     const int64_t chunks = program_->chunks();
     left_.store(chunks, std::memory_order_relaxed);
     chunks_[stage & 1].store(chunks, std::memory_order_release);
-    for (int slot = 0; slot < threads_; slot++) taken_[slot].count.store((uint64_t)stage << 32, std::memory_order_relaxed);
+    for (int slot = 0; slot < threads_; slot++)
+      taken_[slot].count.store((uint64_t)stage << 32, std::memory_order_relaxed);
     stage_.store(stage, std::memory_order_release);
   }
 
@@ -79,15 +85,12 @@ class Team {
 #endif
   }
 
-  struct alignas(64) Counter {
-    std::atomic<uint64_t> count{0};
-  };
   Program* program_;
   int threads_;
+  Counter* taken_;
   std::atomic<int64_t> chunks_[2] = {};
   alignas(64) std::atomic<uint32_t> stage_{0};
   alignas(64) std::atomic<int64_t> left_{0};
-  Counter taken_[kMaxThreads];
 };
 
 }  // namespace apet::cpu

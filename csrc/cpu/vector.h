@@ -1,8 +1,10 @@
 // The vector vocabulary of one instruction set: V holds W floats, I holds W int32.
 //
-// Included by loops.h alone, inside the namespace of its instruction set. Arithmetic is written with operators; sums of
+// Included inside the namespace of its instruction set. Arithmetic is written with operators; sums of
 // products go through fma() so that the rounding is ours and no compiler's (contraction is off). Everything is
 // static: no symbol of one instruction set may ever serve another.
+#pragma once
+
 #if defined(__AVX512F__)
 constexpr int W = 16;
 #elif defined(__AVX2__)
@@ -50,11 +52,20 @@ static inline float fma(float a, float b, float c) {
 
 // Sum of the lanes by halving: lane i and lane i + W/2, and so on. One order for every compiler.
 static inline float sum(V v) {
-  float lane[W];
-  store(lane, v);
+#if defined(__AVX2__)
+#if defined(__AVX512F__)
+  const __m256 eight = _mm512_castps512_ps256((__m512)v) + _mm512_extractf32x8_ps((__m512)v, 1);
+#else
+  const __m256 eight = (__m256)v;
+#endif
+  const __m128 four = _mm256_castps256_ps128(eight) + _mm256_extractf128_ps(eight, 1);
+  const __m128 two = four + _mm_movehl_ps(four, four);
+  return two[0] + two[1];
+#else
   for (int half = W / 2; half; half /= 2)
-    for (int i = 0; i < half; i++) lane[i] += lane[i + half];
-  return lane[0];
+    for (int i = 0; i < half; i++) v[i] += v[i + half];
+  return v[0];
+#endif
 }
 
 // ---- 16-bit floats: bits to float, and back to the nearest (ties to even)
@@ -216,9 +227,7 @@ struct Bf16Pairs {
   static constexpr int N = 2 * W;
   static constexpr bool kInPlace = true;
   static inline V get(const T* p) { return (V)_mm512_loadu_si512(p); }
-  static inline V get_n(const T* p, int64_t n) {
-    return (V)_mm512_maskz_loadu_epi16((__mmask32)((1ull << n) - 1), p);
-  }
+  static inline V get_n(const T* p, int64_t n) { return (V)_mm512_maskz_loadu_epi16((__mmask32)((1ull << n) - 1), p); }
   static inline V mad(V a, V b, V c) { return (V)_mm512_dpbf16_ps((__m512)c, (__m512bh)a, (__m512bh)b); }
 };
 #endif
