@@ -111,6 +111,13 @@ def test_layouts(tmp_path: Path, layout: str, select: str) -> None:
     assert 0 < found["explained"] < 1
 
 
+@pytest.mark.parametrize("ending", ["jpg", "webp", "pdf", "svg"])
+def test_kinds_of_picture(tmp_path: Path, ending: str) -> None:
+    out = tmp_path / f"picture.{ending}"
+    ok("compress", CHELSEA, *SMALL, "--keep", 12, "--out", out)
+    assert out.stat().st_size > 10_000
+
+
 def test_several_photos_go_to_a_folder(tmp_path: Path) -> None:
     twin = tmp_path / "other" / "chelsea.png"
     twin.parent.mkdir()
@@ -471,6 +478,13 @@ def test_doctor_sees_an_image_that_depends_on_its_batch(monkeypatch: pytest.Monk
     monkeypatch.setattr(selftest, "CASES", selftest.CASES[:1])
     outcome = selftest.run("reference")
     assert outcome.faults == ["float32: the last image alone gives other bits than in its batch"]
+
+
+def test_doctor_of_a_broken_installation(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "apet_kernels", None)
+    result = apet("doctor")
+    assert result.exit_code == 1
+    assert "apet_kernels cannot be imported" in result.stdout
 
 
 # --- the real thing, from outside ---

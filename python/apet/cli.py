@@ -299,7 +299,7 @@ def _print_tables(results: list[dict[str, Any]], encoder: Encoder, options: Opti
 
     console = Console()
     title = f"Tokens: {encoder.name}, layer {encoder.layer}; layout {options.layout}, select {options.select}"
-    tokens = _table(title, "grid", "in", "out", "residual kept", "variance explained")
+    tokens = _table(title, "grid", "in", "out", "residual kept", "explained")
     title = f"Milliseconds (median, {torch.get_num_threads()} threads; the encoder ran once)"
     times = _table(title, "encode", "s1-s3", "s4", "s5", "compress", "eager", "speed-up")
     for r in results:
@@ -325,8 +325,9 @@ def _print_tables(results: list[dict[str, Any]], encoder: Encoder, options: Opti
     console.print(tokens)
     console.print(times)
     console.print(
-        "[dim]s1-s3: score, s4: top-k, s5: merge, called one by one; compress: one call of the op for all of them;\n"
-        "eager: the published formulation in eager torch. Residual kept: the share of all e^2 in the kept tokens.[/]\n"
+        "[dim]Residual kept: share of all e^2 that lies in the kept tokens. Explained: share of the tokens' variance. "
+        "s1-s3 (score), s4 (top-k) and s5 (merge) were called one by one; compress is one call of the op for all of "
+        "them, eager the published formulation in eager torch.[/]\n"
     )
     for r in results:
         console.print(f"Picture: [bold]{escape(r['picture'])}[/]", soft_wrap=True)
@@ -335,9 +336,9 @@ def _print_tables(results: list[dict[str, Any]], encoder: Encoder, options: Opti
 def _table(title: str, *headings: str) -> Table:
     """A table whose first column is a file name and whose others are numbers."""
     table = Table(title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD, pad_edge=False)
-    table.add_column("", no_wrap=True, min_width=12)
+    table.add_column("", overflow="fold")  # a long name is broken before any number is
     for heading in headings:
-        table.add_column(heading, justify="right")
+        table.add_column(heading, justify="right", no_wrap=True)
     return table
 
 

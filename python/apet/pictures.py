@@ -51,7 +51,7 @@ def photo_figure(panel: Panel, title: str, subtitle: str) -> Figure:
 
 def clip_figure(panels: list[Panel], title: str, subtitle: str) -> Figure:
     """A contact sheet: of each frame the kept tokens, below them the merges, below those the residual."""
-    across = min(len(panels), 4)
+    across = -(-len(panels) // -(-len(panels) // 4))  # at most 4, lines as even as can be
     lines: list[list[_Cell]] = []
     for begin in range(0, len(panels), across):
         some = panels[begin : begin + across]
