@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import sys
 from pathlib import Path
 from typing import NamedTuple
 
@@ -129,7 +130,7 @@ def main() -> None:
     if not chosen:
         parser.error(f"no case holds {' and '.join(options.only)}")
     torch.set_num_threads(THREADS)
-    console, head, rows = Console(), header(), []
+    console, head, rows = Console(width=None if sys.stdout.isatty() else 220), header(), []
     for number, case in enumerate(chosen, 1):
         with console.status(f"{number} of {len(chosen)}: {case}"):
             rows.append(Comparison(case, 3 if options.smoke else options.rounds).run())
