@@ -38,7 +38,7 @@ test-full: $(VENV)/installed-dev sanitize  ## what is too long for every day: sa
 	$(bin)/python -m pytest -q -m slow
 
 sanitize: $(VENV)/installed-test  ## the CPU library's tests under AddressSanitizer and UBSan
-	$(bin)/python tests/sanitize.py -q
+	$(bin)/python tests/sanitize.py -q -n 2
 
 lint: $(VENV)/installed-dev  ## formatting and static checks
 	$(bin)/ruff check
