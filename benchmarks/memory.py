@@ -68,5 +68,4 @@ def main(B: str, N: str, D: str, keep: str, dtype: str, layout: str) -> None:
 
 
 if __name__ == "__main__":
-    apet_kernels.backends()
     main(*sys.argv[1:])
