@@ -6,6 +6,7 @@ import functools
 import importlib.metadata
 import importlib.util
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -492,7 +493,8 @@ def test_doctor_of_a_broken_installation(monkeypatch: pytest.MonkeyPatch) -> Non
 
 def outside(*words: object) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "apet", *(str(word) for word in words)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}  # quicker, on a machine that runs other tests as well
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment)
 
 
 def test_version_and_help() -> None:

@@ -299,9 +299,9 @@ def _print_tables(results: list[dict[str, Any]], encoder: Encoder, options: Opti
 
     console = Console()
     title = f"Tokens: {encoder.name}, layer {encoder.layer}; layout {options.layout}, select {options.select}"
-    tokens = _table(title, "grid", "in", "out", "residual kept", "explained")
-    title = f"Milliseconds (median, {torch.get_num_threads()} threads; the encoder ran once)"
-    times = _table(title, "encode", "s1-s3", "s4", "s5", "compress", "eager", "speed-up")
+    console.print(f"[bold]{escape(title)}[/]")
+    tokens = _table("grid", "in", "out", "residual kept", "explained")
+    times = _table("encode", "s1-s3", "s4", "s5", "compress", "eager", "speed-up")
     for r in results:
         name, ms = escape(Path(r["file"]).name), r["milliseconds"]
         rows, cols = r["grid"]
@@ -323,6 +323,7 @@ def _print_tables(results: list[dict[str, Any]], encoder: Encoder, options: Opti
             f"[bold green]{eager / ms['compress']:.0f}x[/]" if eager else "-",
         )
     console.print(tokens)
+    console.print(f"[bold]Milliseconds (median, {torch.get_num_threads()} threads; the encoder ran once)[/]")
     console.print(times)
     console.print(
         "[dim]Residual kept: share of all e^2 that lies in the kept tokens. Explained: share of the tokens' variance. "
@@ -333,9 +334,9 @@ def _print_tables(results: list[dict[str, Any]], encoder: Encoder, options: Opti
         console.print(f"Picture: [bold]{escape(r['picture'])}[/]", soft_wrap=True)
 
 
-def _table(title: str, *headings: str) -> Table:
+def _table(*headings: str) -> Table:
     """A table whose first column is a file name and whose others are numbers."""
-    table = Table(title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD, pad_edge=False)
+    table = Table(box=SIMPLE_HEAD, pad_edge=False)
     table.add_column("", overflow="fold")  # a long name is broken before any number is
     for heading in headings:
         table.add_column(heading, justify="right", no_wrap=True)
