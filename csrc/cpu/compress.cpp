@@ -243,8 +243,8 @@ bool Walk::next_basis(Best best) {
   }
   if (!more) return basis_done();
   // ||p||^2 + ridge - sum_j l_j^2; below the threshold, p cannot be told from a combination of the earlier ones.
-  const float pivot = im.energy[p] + im.ridge;
-  const bool dependent = pivot <= 4 * 0x1p-24f * im.norm_sq[p];
+  const double pivot = (double)im.energy[p] + im.ridge;
+  const bool dependent = pivot <= 4 * 0x1p-24 * im.norm_sq[p];
   if (m > 0 && im.select == APET_QR && dependent) return basis_done();
   for (int32_t j = 0; j < m; j++) im.factor[m][j] = im.y[(int64_t)j * im.tokens + p];
   im.inv_pivot[m] = dependent ? 0 : 1 / std::sqrt(pivot);

@@ -45,7 +45,7 @@ struct Image {
   int32_t basis[APET_MAX_BASIS];
   int32_t basis_size;                            // m
   float factor[APET_MAX_BASIS][APET_MAX_BASIS];  // L, lower triangle
-  float inv_pivot[APET_MAX_BASIS];               // 1 / L_mm, or 0 where the token depends on the earlier ones
+  double inv_pivot[APET_MAX_BASIS];              // 1 / L_mm, or 0 where the token depends on the earlier ones
 
   // s4: rows of the output, their sources, and who is merged
   int32_t rows;         // R

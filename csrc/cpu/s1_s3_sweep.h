@@ -6,11 +6,12 @@
 //   reach_n = min(reach_n, d^2(x_n, p))  or  energy_n     s1: the largest is the next basis token
 //
 // Bytes: N D s a step (s bytes an element), M + 1 steps with the norms; N (M + 3) floats of state. A dot product is
-// summed in one order, which D and the element type alone decide: kLanes running sums, folded into a total every
-// kFold vectors (so that rounding grows with D / kFold and not with D), then the lanes by halves. Norms are dots of a
-// row with itself by the same routine: a repeated token is at distance exactly 0.
+// summed in one order, which D and the element type alone decide: kLanes running sums in float32, added every kFold
+// vectors to totals in double (so that rounding grows with neither D nor M: about u of the result), then the lanes by
+// halves. Norms are dots of a row with itself by the same routine: a repeated token is at distance exactly 0. The few
+// operations per token and step that are left run in double too, which costs nothing beside the pass.
 //
-// Four rows share each load of p: 4 x 2 running sums, 4 totals, 2 x p, 1 x x_n fit 16 registers of AVX2.
+// Four rows share each load of p: 4 x 2 running sums, 2 x p, 1 x x_n fit the 16 registers of AVX2.
 //
 // Included by loops.h alone, inside the namespace of its instruction set, as are vector.h and s5_merge.h.
 #pragma once
@@ -22,9 +23,9 @@ constexpr int kFold = 16;
 
 // out[r] = x[r] . p for R rows; with Self, x[r] . x[r].
 template <class E, int R, bool Self>
-static inline void dots(const typename E::T* const* x, const typename E::T* p, int64_t dim, float* out) {
+static inline void dots(const typename E::T* const* x, const typename E::T* p, int64_t dim, double* out) {
   constexpr int64_t kStep = kLanes * E::N, kBlock = kFold * kStep;
-  V total[R] = {};
+  Total total[R];
   for (int64_t d0 = 0; d0 < dim; d0 += kBlock) {
     const int64_t d1 = smaller(dim, d0 + kBlock), full = d0 + (d1 - d0) / kStep * kStep;
     V acc[R][kLanes] = {};
@@ -44,9 +45,9 @@ static inline void dots(const typename E::T* const* x, const typename E::T* p, i
         acc[r][h] = E::mad(xv, Self ? xv : E::get_n(p + d, n), acc[r][h]);
       }
     }
-    for (int r = 0; r < R; r++) total[r] = total[r] + (acc[r][0] + acc[r][1]);
+    for (int r = 0; r < R; r++) total[r].add(acc[r][0] + acc[r][1]);
   }
-  for (int r = 0; r < R; r++) out[r] = sum(total[r]);
+  for (int r = 0; r < R; r++) out[r] = total[r].sum();
 }
 
 template <class T>
@@ -56,7 +57,7 @@ static inline const T* row(const Image& im, int64_t token) {
 
 // dots() for tokens [begin, begin + n).
 template <class E, bool Self>
-static inline void tile_dots(const Image& im, const typename E::T* p, int64_t begin, int64_t n, float* out) {
+static inline void tile_dots(const Image& im, const typename E::T* p, int64_t begin, int64_t n, double* out) {
   const typename E::T* x[kGroup];
   int64_t i = 0;
   for (; i + kGroup <= n; i += kGroup) {
@@ -81,8 +82,10 @@ static Best norms(const Image& im, int64_t begin, int64_t end) {
   for (int64_t t = begin; t < end; t += kTile) {
     const int64_t n = smaller(kTile, end - t);
     float *norm_sq = im.norm_sq + t, *reach = im.reach + t, finite[kTile];
-    tile_dots<E, true>(im, nullptr, t, n, norm_sq);
+    double dot[kTile];
+    tile_dots<E, true>(im, nullptr, t, n, dot);
     for (int64_t i = 0; i < n; i++) {
+      norm_sq[i] = (float)dot[i];
       const bool ok = norm_sq[i] <= __FLT_MAX__;
       finite[i] = ok ? norm_sq[i] : kNever;
       reach[i] = ok ? __builtin_inff() : kNever;
@@ -96,30 +99,29 @@ static Best norms(const Image& im, int64_t begin, int64_t end) {
 template <class E>
 static Best sweep(const Image& im, int32_t step, int64_t begin, int64_t end) {
   const int32_t p = im.basis[step];
-  const float p_norm_sq = im.norm_sq[p], inv_pivot = im.inv_pivot[step];
+  const float p_norm_sq = im.norm_sq[p];
   Best best = {kNever, -1};
   for (int64_t t = begin; t < end; t += kTile) {
     const int64_t n = smaller(kTile, end - t);
-    float dot[kTile], y[kTile];
-    tile_dots<E, false>(im, row<typename E::T>(im, p), t, n, dot);
-    float *energy = im.energy + t, *reach = im.reach + t;
-    const float* norm_sq = im.norm_sq + t;
-    for (int64_t i = 0; i < n; i++) y[i] = dot[i];
+    float dot[kTile], *energy = im.energy + t, *reach = im.reach + t;
+    double y[kTile];
+    tile_dots<E, false>(im, row<typename E::T>(im, p), t, n, y);
+    for (int64_t i = 0; i < n; i++) dot[i] = (float)y[i];  // as norms are rounded: equal rows stay equal
     for (int32_t j = 0; j < step; j++) {
-      const float minus_l = -im.factor[step][j];
+      const double l_j = im.factor[step][j];
       const float* y_j = im.y + (int64_t)j * im.tokens + t;
-      for (int64_t i = 0; i < n; i++) y[i] = fma(minus_l, y_j[i], y[i]);
+      for (int64_t i = 0; i < n; i++) y[i] -= l_j * y_j[i];
     }
     float* y_m = im.y + (int64_t)step * im.tokens + t;
     for (int64_t i = 0; i < n; i++) {
-      const float y_i = y[i] * inv_pivot;
-      y_m[i] = y_i;
-      energy[i] = fma(-y_i, y_i, energy[i]);
+      y[i] *= im.inv_pivot[step];
+      y_m[i] = (float)y[i];
+      energy[i] = (float)(energy[i] - y[i] * y[i]);
     }
     if (im.select == APET_FPS)
       for (int64_t i = 0; i < n; i++) {
         // Both differences are exact for near tokens, and neither overflows where d^2 itself does not.
-        const float d = (norm_sq[i] - dot[i]) + (p_norm_sq - dot[i]);
+        const float d = (im.norm_sq[t + i] - dot[i]) + (p_norm_sq - dot[i]);
         const float d_sq = d > 0 ? d : 0;
         reach[i] = d_sq < reach[i] ? d_sq : reach[i];
       }
@@ -135,21 +137,21 @@ static void residual(const Image& im, int64_t begin, int64_t end) {
   const float rounding = 4.0f * (float)im.max_basis * 0x1p-24f;  // times ||x||^2: what float32 cannot tell from 0
   for (int64_t t = begin; t < end; t += kTile) {
     const int64_t n = smaller(kTile, end - t);
-    float w[APET_MAX_BASIS][kTile], w_sq[kTile] = {};
+    double w[APET_MAX_BASIS][kTile], w_sq[kTile] = {};
     for (int32_t m = im.basis_size - 1; m >= 0; m--) {
       const float* y_m = im.y + (int64_t)m * im.tokens + t;
       for (int64_t i = 0; i < n; i++) w[m][i] = y_m[i];
       for (int32_t q = m + 1; q < im.basis_size; q++) {
-        const float minus_l = -im.factor[q][m];
-        for (int64_t i = 0; i < n; i++) w[m][i] = fma(minus_l, w[q][i], w[m][i]);
+        const double l = im.factor[q][m];
+        for (int64_t i = 0; i < n; i++) w[m][i] -= l * w[q][i];
       }
       for (int64_t i = 0; i < n; i++) {
         w[m][i] *= im.inv_pivot[m];
-        w_sq[i] = fma(w[m][i], w[m][i], w_sq[i]);
+        w_sq[i] += w[m][i] * w[m][i];
       }
     }
     for (int64_t i = 0; i < n; i++) {
-      const float norm_sq = im.norm_sq[t + i], e_sq = fma(-im.ridge, w_sq[i], im.energy[t + i]);
+      const float norm_sq = im.norm_sq[t + i], e_sq = (float)(im.energy[t + i] - im.ridge * w_sq[i]);
       const float rounded = e_sq > rounding * norm_sq ? e_sq : 0.0f;
       im.energy[t + i] = norm_sq <= __FLT_MAX__ ? rounded : __builtin_inff();
     }

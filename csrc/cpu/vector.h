@@ -50,23 +50,40 @@ static inline float fma(float a, float b, float c) {
 #endif
 }
 
-// Sum of the lanes by halving: lane i and lane i + W/2, and so on. One order for every compiler.
-static inline float sum(V v) {
-#if defined(__AVX2__)
+// Adds the lanes of v to W running sums in double, and sums those, rounding once: lane i and lane i + W/2, and so on,
+// in one order for every compiler.
+struct Total {
 #if defined(__AVX512F__)
-  const __m256 eight = _mm512_castps512_ps256((__m512)v) + _mm512_extractf32x8_ps((__m512)v, 1);
+  __m512d low = {}, high = {};
+  void add(V v) {
+    low += _mm512_cvtps_pd(_mm512_castps512_ps256((__m512)v));
+    high += _mm512_cvtps_pd(_mm512_extractf32x8_ps((__m512)v, 1));
+  }
+  double sum() const {
+    const __m512d eight = low + high;
+    const __m256d four = _mm512_castpd512_pd256(eight) + _mm512_extractf64x4_pd(eight, 1);
+    const __m128d two = _mm256_castpd256_pd128(four) + _mm256_extractf128_pd(four, 1);
+    return two[0] + two[1];
+  }
+#elif defined(__AVX2__)
+  __m256d low = {}, high = {};
+  void add(V v) {
+    low += _mm256_cvtps_pd(_mm256_castps256_ps128((__m256)v));
+    high += _mm256_cvtps_pd(_mm256_extractf128_ps((__m256)v, 1));
+  }
+  double sum() const {
+    const __m256d four = low + high;
+    const __m128d two = _mm256_castpd256_pd128(four) + _mm256_extractf128_pd(four, 1);
+    return two[0] + two[1];
+  }
 #else
-  const __m256 eight = (__m256)v;
+  double lane[W] = {};
+  void add(V v) {
+    for (int i = 0; i < W; i++) lane[i] += v[i];
+  }
+  double sum() const { return (lane[0] + lane[2]) + (lane[1] + lane[3]); }
 #endif
-  const __m128 four = _mm256_castps256_ps128(eight) + _mm256_extractf128_ps(eight, 1);
-  const __m128 two = four + _mm_movehl_ps(four, four);
-  return two[0] + two[1];
-#else
-  for (int half = W / 2; half; half /= 2)
-    for (int i = 0; i < half; i++) v[i] += v[i + half];
-  return v[0];
-#endif
-}
+};
 
 // ---- 16-bit floats: bits to float, and back to the nearest (ties to even)
 static inline float as_float(uint32_t bits) {
