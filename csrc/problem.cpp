@@ -37,8 +37,8 @@ apet_status apet_check(const apet_problem* p) {
   }
   if (p->op != APET_SCORE) {
     if (p->ragged) {
-      if (p->keep < 0) return APET_BAD_MAX;
       if (p->total_keep < 0 || p->total_keep > p->total_tokens) return APET_BAD_TOTAL_KEEP;
+      if (p->keep < 0) return APET_BAD_MAX;
     } else if (p->keep < 1 || p->keep > p->tokens) {
       return APET_BAD_KEEP;
     }
