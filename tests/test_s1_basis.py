@@ -37,6 +37,11 @@ def test_qr_counts_what_all_picks_explain(backend):
     assert picks(backend, x, 4, ridge=0.0, select="qr") == [0, 3, 1, -1]
 
 
+def test_qr_counts_the_ridge_penalty(backend):
+    # With ridge 4, (2,0) rebuilds (3,0) to 2.25, and the penalty is 2.25 as well: r = 4.5, more than the 4 of (0,2).
+    assert picks(backend, rows([2, 0], [3, 0], [0, 2]), 3, ridge=4.0, select="qr", start=0) == [0, 1, 2]
+
+
 def test_ties_go_to_the_lower_position(backend):
     eye = torch.eye(16)[torch.randperm(16, generator=torch.Generator().manual_seed(3))][None]
     assert picks(backend, eye, 6) == [0, 1, 2, 3, 4, 5]

@@ -53,6 +53,14 @@ def test_the_bound_takes_the_basis_asked_for(backend):
     assert (residual(backend, x, 10) == 0).all()
 
 
+def test_the_bound_does_not_shrink_with_the_basis_found(backend):
+    """Copies of one token end the basis at m = 1; the ridge leaves 12u of them, which is rounding for M = 10."""
+    x, ridge = torch.tensor([1.0, 0]).expand(1, 5, 2).contiguous(), (12 * U) ** 0.5
+    assert (residual(backend, x, 1, ridge=ridge) > 0).all()
+    assert backend.score(x, 10, ridge=ridge)[1][0].tolist() == [0] + [-1] * 9
+    assert (residual(backend, x, 10, ridge=ridge) == 0).all()
+
+
 def test_basis_tokens_have_none(backend):
     x = tokens(1, 60, 48, kind="clustered", seed=1)
     e2, p = backend.score(x, 10, ridge=0.0)
