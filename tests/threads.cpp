@@ -18,8 +18,8 @@ namespace {
 
 struct Pool {
   int threads;
-  bool at_once;   // else one range after the other, the last first
-  int delay_us;   // thread i starts i times as late
+  bool at_once;  // else one range after the other, the last first
+  int delay_us;  // thread i starts i times as late
   static void run(void* context, int64_t tasks, apet_task task, void* task_context) {
     const Pool& pool = *static_cast<Pool*>(context);
     if (!pool.at_once) {
