@@ -110,7 +110,7 @@ def check_basis(x: Tensor, p: Tensor, basis: int, select: str, start: int, ridge
 
 
 def check_residual(x: Tensor, e2: Tensor, p: Tensor, basis: int, ridge: float) -> Tensor:
-    """|delta e2| <= 4 (M + 1) u ||x||^2 for e2 [N] float32 of image x [N, D]. Returns the range that allows [2, N].
+    """|delta e2| <= 4 M u ||x||^2 for e2 [N] float32 of image x [N, D]. Returns the range that allows [2, N].
 
     Rows whose pivot is within rounding of the dependency threshold may count either way.
     """
@@ -120,7 +120,7 @@ def check_residual(x: Tensor, e2: Tensor, p: Tensor, basis: int, ridge: float) -
     low, _, factor = rebuild(image, p, ridge, 1e-9 * U)
     high, _, _ = rebuild(image, p, ridge, 4 * (basis + 1) * U)
     low, high = torch.minimum(low, high), torch.maximum(low, high)
-    slack = 4 * (basis + 1) * U * sq * factor + SUBNORMAL
+    slack = zero * factor + SUBNORMAL
     low, high = (low - slack).clamp_min(0), high + slack
     low = low.masked_fill(low <= zero, 0)
     got = e2.double()
