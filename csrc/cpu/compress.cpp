@@ -111,11 +111,10 @@ class Walk {
   void add_target(int32_t r, float norm_sq);
 
   bool finite(int64_t token) const { return image_.norm_sq[token] <= __FLT_MAX__; }
-  // Chunk c of tokens starts here: at a multiple of the rows that share a load.
-  int64_t token_cut(int64_t c) const {
-    return c == chunks_ ? image_.tokens
-                        : image_.tokens * c / chunks_ / call_->kernels.row_group * call_->kernels.row_group;
-  }
+  // Where chunk c of n things starts: at a multiple of those that the loops take together.
+  int64_t cut(int64_t c, int64_t n, int64_t group) const { return c == chunks_ ? n : n * c / chunks_ / group * group; }
+  int64_t token_cut(int64_t c) const { return cut(c, image_.tokens, call_->kernels.row_group); }
+  int64_t drop_cut(int64_t c) const { return cut(c, image_.dropped_count, call_->kernels.drop_group); }
   int64_t columns() const { return (image_.dim + kColumns - 1) / kColumns; }
   // Rows are cut where what they read (themselves and what is merged into them) reaches share c of `of`.
   int64_t row_cut(int64_t c, int64_t of) const {
@@ -150,11 +149,7 @@ void Walk::run(int64_t c, int slot) {
     case Stage::kSweep: best_[c] = k.sweep(im, im.basis_size - 1, token_cut(c), token_cut(c + 1)); break;
     case Stage::kResidual: k.residual(im, token_cut(c), token_cut(c + 1)); break;
     case Stage::kPack: k.pack(im, c / columns(), d0, d1); break;
-    case Stage::kAssign: {
-      const int64_t n = im.dropped_count;
-      k.assign(im, n * c / chunks_, n * (c + 1) / chunks_, scratch_ + slot * scratch_bytes_);
-      break;
-    }
+    case Stage::kAssign: k.assign(im, drop_cut(c), drop_cut(c + 1), scratch_ + slot * scratch_bytes_); break;
     case Stage::kMean: {
       const int64_t group = c / columns(), groups = chunks_ / columns();
       k.mean(im, row_cut(group, groups), row_cut(group + 1, groups), d0, d1);

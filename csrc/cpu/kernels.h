@@ -69,9 +69,10 @@ struct Image {
 
 // The dtype- and instruction-set-specific loops. Ranges are half-open; any cut of the work gives the same bits.
 struct Kernels {
-  int32_t row_group;  // tokens that share one pass over a basis token: cuts should fall on multiples
-  int32_t vector;     // float lanes of a vector: target arrays are padded to a multiple
-  int32_t panel;      // targets in a packed panel
+  int32_t row_group;   // tokens that share one load of a basis token, and dropped tokens that share one of a target:
+  int32_t drop_group;  // cuts of the work fall on multiples
+  int32_t vector;      // float lanes of a vector: target arrays are padded to a multiple
+  int32_t panel;       // targets in a packed panel
   // Floats that the packed form of `targets` targets takes, and bytes of scratch a thread needs in assign().
   size_t (*packed_floats)(int64_t targets, int64_t dim);
   size_t (*scratch_bytes)(int64_t dim);

@@ -15,8 +15,8 @@ namespace APET_ISA {
 
 template <class E>
 static const Kernels* table() {
-  static constexpr Kernels kTable = {kGroup,   W,        NR,      packed_floats<E>, scratch_bytes<E>,   norms<E>,
-                                     sweep<E>, residual, pack<E>, assign<E>,        mean<typename E::T>};
+  static constexpr Kernels kTable = {kGroup,   MR,       W,        NR,      packed_floats<E>, scratch_bytes<E>,
+                                     norms<E>, sweep<E>, residual, pack<E>, assign<E>,        mean<typename E::T>};
   return &kTable;
 }
 }  // namespace APET_ISA
