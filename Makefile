@@ -28,7 +28,7 @@ $(VENV)/installed-%: $(VENV)/torch.txt $(native)
 	@touch $@
 
 demo: $(VENV)/installed-demo  ## set up, and compress a real photograph to demo.png
-	@photo=$$($(bin)/python -c "import skimage; print(skimage.__path__[0] + '/data/coffee.png')") && \
+	@photo=$$($(bin)/python -c "import skimage; print(skimage.__path__[0] + '/data/astronaut.png')") && \
 	$(bin)/apet compress "$$photo" --keep 64 --out demo.png && echo "The picture is $(CURDIR)/demo.png"
 
 test: $(VENV)/installed-test  ## set up, and run the tests

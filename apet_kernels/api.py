@@ -16,13 +16,11 @@ try:
 except ImportError:  # a pure wheel
     _host = None
 
-NO_LIBRARY = f"the compiled library is not part of this installation; {ops.HOW_TO_GET_KERNELS}"
-
 
 def backends() -> dict[str, str | None]:
     """Every backend by name: None where it is usable here, else the sentence that says why it is not."""
     return {
-        "cpu": None if ops.LIBRARY.exists() else NO_LIBRARY,
+        "cpu": ops.NO_LIBRARY,
         "triton": "this version has no Triton kernels",
         "cuda": "this version has no CUDA kernels",
         "reference": None,
@@ -46,7 +44,7 @@ def use_cpu_isa(name: str | None) -> None:
     Raises ValueError where it is not usable here.
     """
     if not _host:
-        raise ValueError(NO_LIBRARY)
+        raise ValueError(ops.NO_LIBRARY)
     _host.use_cpu_isa(name)
 
 
@@ -69,8 +67,9 @@ def plan(
     """
     options = {"layout": layout, "select": select, "start": start, "ridge": ridge, "blend": blend}
     ops.check_compress(x, keep, basis, **options)
-    if x.device.type not in ("cpu", "meta") or not ops.LIBRARY.exists():
-        why = NO_LIBRARY if x.device.type in ("cpu", "meta") else f"this version has no kernels for {x.device.type}"
+    here = x.device.type in ("cpu", "meta")
+    if not here or ops.NO_LIBRARY:
+        why = ops.NO_LIBRARY if here else f"this version has no kernels for {x.device.type}"
         return {"backend": "reference", "why": why, "launches": 0, "workspace_bytes": 0}
     B, N, D = x.shape
     path = _host.plan(

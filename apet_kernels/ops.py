@@ -268,5 +268,17 @@ def _on_reference(name: str) -> Callable[..., Any]:
 
 for _op in OPS:
     _library.impl(_op, _on_reference(_op), "CompositeExplicitAutograd")
-if LIBRARY.exists():
-    torch.ops.load_library(LIBRARY)
+
+
+def _load() -> str | None:
+    """Loads the compiled library; returns None, or the sentence that says why it is not usable."""
+    if not LIBRARY.exists():
+        return f"the compiled library is not part of this installation; {HOW_TO_GET_KERNELS}"
+    try:
+        torch.ops.load_library(LIBRARY)
+    except OSError as error:
+        return f"the compiled library does not load ({error}); {HOW_TO_GET_KERNELS}"
+    return None
+
+
+NO_LIBRARY = _load()

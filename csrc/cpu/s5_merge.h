@@ -2,7 +2,8 @@
 //
 // Similarity [dropped, targets] is a matrix product that is never stored: a thread holds MR rows x one panel of NR
 // targets in registers (AVX-512: 6 x 64 = 24 sums + 4 panel vectors + 1 row value = 29 of 32; AVX2: 6 x 16 = 12 + 2 + 1
-// of 16), and a running arg-max in the epilogue.
+// of 16), and a running arg-max in the epilogue. A last panel of one vector takes twice the rows: six sums would wait
+// for each other.
 //
 //   packed   panel 0: [k][NR]  panel 1: [k][NR] ...  last panel: [k][its vectors]     k counts 32-bit units
 //   chunk    96 dropped rows x all panels; within it k-blocks of 1024 units, so that a panel's block (256 KB) and the
@@ -22,6 +23,7 @@ constexpr int MR = 6, NV = 2;
 constexpr int MR = 4, NV = 2;
 #endif
 constexpr int NR = NV * W;
+constexpr int rows_of(int vectors) { return vectors == 1 ? 2 * MR : MR; }
 constexpr int64_t kBlockUnits = 1024;
 // Widened rows a thread holds: at most this much, so that they too stay in L2.
 constexpr int64_t kWidenedBytes = 512 << 10;
@@ -70,16 +72,17 @@ static void pack(const Image& im, int64_t panel, int64_t d0, int64_t d1) {
   }
 }
 
-// tile[MR][NR] (+)= rows [MR] x panel over `count` units. Rows are bytes: 16-bit ones need not be 4-byte aligned.
+// tile[R][NR] (+)= rows [R] x panel over `count` units. Rows are bytes: 16-bit ones need not be 4-byte aligned.
 template <class E, int Vectors>
 static inline void multiply(const char* const* rows, const float* panel, int64_t count, float* tile, bool first) {
-  V acc[MR][Vectors] = {};
+  constexpr int R = rows_of(Vectors);
+  V acc[R][Vectors] = {};
   for (int64_t k = 0; k < count; k++) {
     V b[Vectors];
 #pragma GCC unroll 8
     for (int v = 0; v < Vectors; v++) b[v] = load(panel + (k * Vectors + v) * W);
-#pragma GCC unroll 8
-    for (int r = 0; r < MR; r++) {
+#pragma GCC unroll 16
+    for (int r = 0; r < R; r++) {
       float unit;
       __builtin_memcpy(&unit, rows[r] + 4 * k, 4);
       const V a = splat(unit);
@@ -87,8 +90,8 @@ static inline void multiply(const char* const* rows, const float* panel, int64_t
       for (int v = 0; v < Vectors; v++) acc[r][v] = E::mad(a, b[v], acc[r][v]);
     }
   }
-#pragma GCC unroll 8
-  for (int r = 0; r < MR; r++)
+#pragma GCC unroll 16
+  for (int r = 0; r < R; r++)
 #pragma GCC unroll 8
     for (int v = 0; v < Vectors; v++) {
       float* t = tile + r * NR + v * W;
@@ -104,21 +107,23 @@ struct Chunk {
   V best[kChunkRows];
   I best_target[kChunkRows];
   float tile[kChunkRows * NR];
+  static_assert(kChunkRows % (2 * MR) == 0, "the last rows of a chunk must have a place in tile");
 };
 
 // One panel of `Vectors` vectors, its first target being `t0`, against the chunk.
 template <class E, int Vectors>
 static void meet(const Image& im, Chunk& chunk, const float* panel, int64_t t0) {
+  constexpr int R = rows_of(Vectors);
   const int64_t whole = im.dim / (E::N / W);  // units that lie complete in a row
-  const char* a[MR];
+  const char* a[R];
   for (int64_t k = 0; k < whole; k += kBlockUnits)
-    for (int64_t i = 0; i < chunk.count; i += MR) {
-      for (int r = 0; r < MR; r++) a[r] = chunk.rows[smaller(i + r, chunk.count - 1)] + 4 * k;
+    for (int64_t i = 0; i < chunk.count; i += R) {
+      for (int r = 0; r < R; r++) a[r] = chunk.rows[smaller(i + r, chunk.count - 1)] + 4 * k;
       multiply<E, Vectors>(a, panel + k * Vectors * W, smaller(kBlockUnits, whole - k), chunk.tile + i * NR, k == 0);
     }
   if (units<E>(im.dim) > whole)
-    for (int64_t i = 0; i < chunk.count; i += MR) {
-      for (int r = 0; r < MR; r++) a[r] = reinterpret_cast<const char*>(chunk.last + smaller(i + r, chunk.count - 1));
+    for (int64_t i = 0; i < chunk.count; i += R) {
+      for (int r = 0; r < R; r++) a[r] = reinterpret_cast<const char*>(chunk.last + smaller(i + r, chunk.count - 1));
       multiply<E, Vectors>(a, panel + whole * Vectors * W, 1, chunk.tile + i * NR, whole == 0);
     }
   I lane;
