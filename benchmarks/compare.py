@@ -29,11 +29,14 @@ THREADS = 2
 ROUNDS = 20
 NOISE = 0.3  # interquartile range over median of a time: above, the machine was busy and nothing counts
 SECONDS = 60.0  # an implementation that has used this up sits out the remaining rounds, but not before the third
-RIVALS = ("published", "eager", "compiled")
+RIVALS = ("published", "eager", "compiled", "tuned", "tuned compiled")
 
 
 def goals(case: Case) -> dict[str, float]:
-    """How many times faster than each rival the kernel should be, and ("floor") how many floors it may take."""
+    """How many times faster than each rival the kernel should be, and ("floor") how many floors it may take.
+
+    None for the tuned ones: they take 2 to 4 floors, so that nothing could be more than that many times faster.
+    """
     if case.dtype is torch.float16 or (case.B, case.N, case.D, case.keep) not in SHAPES:
         return {}
     if case.dtype is torch.bfloat16:
@@ -157,7 +160,12 @@ def _implementations(case: Case) -> dict[str, Callable[[Tensor], tuple[Tensor, T
     if reason is not None:
         raise RuntimeError(f"there is no CPU kernel to measure: {reason}")
     arguments = {"keep": case.keep, "basis": BASIS, "layout": case.layout, "start": case.start, "ridge": RIDGE}
-    rivals = {"eager": baselines.eager, "compiled": baselines.compiled()}
+    rivals = {
+        "eager": baselines.eager,
+        "compiled": baselines.compiled(),
+        "tuned": baselines.tuned,
+        "tuned compiled": baselines.tuned_compiled(),
+    }
     broadcast = baselines.published_bytes(case.N, case.D, case.keep, BASIS, case.itemsize)
     if case.layout == "overwrite" and broadcast < 0.75 * available_memory():
         rivals = {"published": baselines.published, **rivals}

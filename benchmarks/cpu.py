@@ -1,4 +1,4 @@
-"""The CPU kernel against the published formulation, the best eager torch, torch.compile, and the floor.
+"""The CPU kernel against the published formulation, eager torch and torch.compile, plain and tuned, and the floor.
 
     python -m benchmarks.cpu [--smoke] [--rounds 20] [--only TEXT ...] [--json FILE] [--markdown FILE]
 
