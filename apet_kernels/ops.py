@@ -26,8 +26,8 @@ OPS = ("compress", "compress_varlen", "score", "merge")
 # The binding of the compiled library; absent from a pure wheel, and where torch was missing when it was built.
 LIBRARY = Path(__file__).with_name("libapet_torch.so")
 HOW_TO_GET_KERNELS = (
-    "install torch >= 2.10 and a C++ compiler first, then build apet-kernels from source: "
-    "`pip install --force-reinstall --no-deps --no-binary apet-kernels apet-kernels`"
+    "install torch >= 2.10 and a C++ compiler, then apet-kernels again from its source: "
+    "`pip install --force-reinstall --no-deps .`"
 )
 
 _BASIS_OPTIONS = 'str select="fps", int start=-1, float ridge=1e-5'
