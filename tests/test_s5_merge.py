@@ -151,3 +151,12 @@ def test_sums_are_wider_than_the_dtype(backend, dtype):
     x[0, 0, 1] = 30
     expected = torch.tensor([60, (30 + 2999 * 60) / 3000]).to(dtype)
     torch.testing.assert_close(merge(backend, x, [0])[0], expected, rtol=1e-6 if dtype == torch.float32 else 0, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_every_16_bit_value_is_read_and_written_right(backend, dtype):
+    """A token that holds them all (but those whose squares float32 cannot sum), averaged with its copy, is itself."""
+    values = torch.arange(-(2**15), 2**15).to(torch.int16).view(dtype)
+    values = values[values.isfinite() & (values.abs() < 1e15)]
+    x = values.expand(1, 2, -1).contiguous()
+    assert torch.equal(backend.merge(x, torch.tensor([[0]]))[0, 0], values)

@@ -85,7 +85,7 @@ struct Total {
 #endif
 };
 
-// ---- 16-bit floats: bits to float, and back to the nearest (ties to even)
+// ---- 16-bit floats: to the nearest (ties to even), and from
 static inline float as_float(uint32_t bits) {
   float f;
   __builtin_memcpy(&f, &bits, 4);
@@ -96,12 +96,6 @@ static inline uint32_t as_bits(float f) {
   __builtin_memcpy(&bits, &f, 4);
   return bits;
 }
-static inline float widen(Half h) {
-  const uint32_t sign = (uint32_t)(h.bits & 0x8000u) << 16, magnitude = h.bits & 0x7fffu;
-  if (magnitude >= 0x7c00u) return as_float(sign | 0x7f800000u | (magnitude & 0x3ffu) << 13);
-  return as_float(sign | as_bits(as_float(magnitude << 13) * 0x1p112f));  // the exponents' biases differ by 112
-}
-static inline float widen(BFloat16 h) { return as_float((uint32_t)h.bits << 16); }
 static inline void narrow(float f, Half* h) {
   const uint32_t sign = as_bits(f) >> 16 & 0x8000u;
   uint32_t magnitude = as_bits(f) & 0x7fffffffu;
@@ -118,15 +112,25 @@ static inline void narrow(float f, BFloat16* h) {
   h->bits = (uint16_t)(nan ? bits >> 16 | 0x40u : (bits + 0x7fffu + (bits >> 16 & 1u)) >> 16);
 }
 
+#if !defined(__AVX2__)
+typedef uint32_t U __attribute__((vector_size(4 * W)));
+static inline U load_bits(const void* p) {
+  uint16_t bits __attribute__((vector_size(2 * W)));
+  __builtin_memcpy(&bits, p, sizeof bits);
+  return __builtin_convertvector(bits, U);
+}
+#endif
+
 static inline V load(const Half* p) {
 #if defined(__AVX512F__)
   return (V)_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
 #elif defined(__AVX2__)
   return (V)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
 #else
-  V v;
-  for (int i = 0; i < W; i++) v[i] = widen(p[i]);
-  return v;
+  const U h = load_bits(p), magnitude = (h & 0x7fff) << 13;
+  const V value = (V)magnitude * 0x1p112f;           // the exponents' biases differ by 112
+  const U beyond = (U)(magnitude >= 0x7c00u << 13);  // infinity and NaN
+  return (V)((U)value | (beyond & 0x7f800000) | (h & 0x8000) << 16);
 #endif
 }
 static inline V load(const BFloat16* p) {
@@ -137,9 +141,7 @@ static inline V load(const BFloat16* p) {
   const __m256i wide = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
   return (V)_mm256_slli_epi32(wide, 16);
 #else
-  V v;
-  for (int i = 0; i < W; i++) v[i] = widen(p[i]);
-  return v;
+  return (V)(load_bits(p) << 16);
 #endif
 }
 static inline void store(Half* p, V v) {
