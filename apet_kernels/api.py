@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import operator
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -13,8 +14,9 @@ from . import ops, reference
 
 try:
     from . import _host
-except ImportError:  # a pure wheel
+except ImportError:  # a pure wheel, or libraries of another Python
     _host = None
+NO_HOST = f"the module apet_kernels._host is not part of this installation; {ops.HOW_TO_GET_KERNELS}"
 
 
 def backends() -> dict[str, str | None]:
@@ -44,7 +46,7 @@ def use_cpu_isa(name: str | None) -> None:
     Raises ValueError where it is not usable here.
     """
     if not _host:
-        raise ValueError(ops.NO_LIBRARY)
+        raise ValueError(NO_HOST)
     _host.use_cpu_isa(name)
 
 
@@ -71,6 +73,8 @@ def plan(
     if not here or ops.NO_LIBRARY:
         why = ops.NO_LIBRARY if here else f"this version has no kernels for {x.device.type}"
         return {"backend": "reference", "why": why, "launches": 0, "workspace_bytes": 0}
+    if not _host:
+        raise ValueError(NO_HOST)
     B, N, D = x.shape
     path = _host.plan(
         images=B,
@@ -153,7 +157,8 @@ def compress_varlen(
         cu_seqlens, cu_keep: either plain lists of S lengths and S keeps (checked here, and total_keep, max_seqlen and
             max_keep follow from them), or int32 tensors [S + 1] on x's device of their running sums, starting at 0
             (not checked, since that would synchronise: whatever they hold, kernels stay in bounds).
-        total_keep, max_seqlen, max_keep: with tensors: the sum of all keeps, the longest image, the largest keep.
+        total_keep, max_seqlen, max_keep: with tensors: the sum of all keeps, the longest image, the largest keep. With
+            lists they follow from them, and must be left out.
         Others: as in `compress`.
 
     Returns:
@@ -164,7 +169,12 @@ def compress_varlen(
         As `compress`, with the number of the image where one is at fault.
     """
     if not isinstance(cu_seqlens, Tensor) and not isinstance(cu_keep, Tensor):
-        lengths, keeps = list(cu_seqlens), list(cu_keep)
+        lengths, keeps = _whole("length", cu_seqlens), _whole("keep", cu_keep)
+        if (total_keep, max_seqlen, max_keep) != (None, None, None):
+            raise ValueError(
+                f"total_keep={total_keep}, max_seqlen={max_seqlen} and max_keep={max_keep} follow from the lists; "
+                "leave them out"
+            )
         _check_lengths(x, lengths, keeps, basis, layout)
         total_keep, max_seqlen, max_keep = sum(keeps), max(lengths, default=0), max(keeps, default=0)
         cu_seqlens, cu_keep = (
@@ -236,6 +246,13 @@ def _implementation(name: str, backend: str | None, x: Tensor) -> Callable[..., 
     if x.device.type != backend:
         raise ValueError(f"backend='{backend}' cannot run here: x is on {x.device}")
     return getattr(torch.ops.apet, name)
+
+
+def _whole(name: str, values: Sequence[int]) -> list[int]:
+    for s, value in enumerate(values):
+        if not hasattr(value, "__index__"):
+            raise ValueError(f"{name}={value} of image {s} is not a whole number")
+    return [operator.index(value) for value in values]
 
 
 def _check_lengths(x: Tensor, lengths: list[int], keeps: list[int], basis: int, layout: str) -> None:

@@ -85,9 +85,9 @@ def _check_layout(layout: str, blend: float) -> None:
     )
 
 
-def _check_keep(keep: int, tokens: int) -> None:
-    torch._check(keep >= 1, lambda: f"keep={keep} is outside 1..{tokens}, the tokens of an image")
-    torch._check(keep <= tokens, lambda: f"keep={keep} is outside 1..{tokens}, the tokens of an image")
+def _check_keep(keep: int, tokens: int, name: str = "keep") -> None:
+    for holds in (keep >= 1, keep <= tokens):
+        torch._check(holds, lambda: f"{name}={keep} is outside 1..{tokens}, the tokens of an image")
 
 
 def _check_offsets(name: str, cu: Tensor) -> None:
@@ -174,7 +174,7 @@ def check_merge(x: Tensor, indices: Tensor, *, targets: Tensor | None = None) ->
         indices.dim() == 2 and indices.dtype == torch.int64 and indices.shape[0] == x.shape[0],
         lambda: f"indices must be int64 [{x.shape[0]}, K], got {_name(indices.dtype)} with {indices.dim()} dimensions",
     )
-    _check_keep(indices.shape[1], x.shape[1])
+    _check_keep(indices.shape[1], x.shape[1], "K")
     if targets is not None:
         torch._check(
             targets.dim() == 2 and targets.dtype == torch.bool and targets.shape == indices.shape,

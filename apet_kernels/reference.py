@@ -68,7 +68,7 @@ def s1_basis(image: Tokens, basis: int, select: str = "fps", start: int = -1, ri
             p = torch.tensor(picks, device=X.device)  # [m]
             W = s2_solve(image, p, ridge)  # [m, N]
             r = ((X - W.T @ X[p]) ** 2).sum(-1) + ridge * (W * W).sum(0)  # [N], = ||x||^2 - ||y||^2
-            r = r.index_fill(0, p, -1).masked_fill(~finite, -1)
+            r = r.index_fill(0, p, -math.inf).masked_fill(~finite, -math.inf)
             best = int((r >= r.max() - SLACK * sq).int().argmax())
             if r[best] <= 0 or r[best] + ridge <= 4 * U * sq[best]:
                 break

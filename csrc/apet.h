@@ -90,8 +90,8 @@ typedef struct apet_problem {
   int64_t stride_xn; /* from token to token */
   int64_t stride_xd; /* from feature to feature: must be 1 unless dim is 1 */
   int64_t start;     /* first basis token, or -1: the one of largest norm */
-  float ridge;       /* >= 0 */
-  float blend;       /* overwrite: blend * basis + (1 - blend) * token; else 1 */
+  double ridge;      /* >= 0 */
+  double blend;      /* overwrite: blend * basis + (1 - blend) * token; else 1 */
   int64_t total_tokens, total_keep; /* ragged only: T, and the sum of all keeps */
 } apet_problem;
 
@@ -139,8 +139,8 @@ APET_API const char* apet_version(void);
 /* Refuses what no backend could run. APET_OK, or what is wrong. */
 APET_API apet_status apet_check(const apet_problem* problem);
 
-/* Writes the sentence for a status, with the problem's offending value, into text (always terminated) and returns
- * its length. problem may be NULL where the status does not concern one. */
+/* Writes the sentence for a status, with the problem's offending value, into text (cut off and terminated at capacity)
+ * and returns the length that it has in full. problem may be NULL where the status does not concern one. */
 APET_API size_t apet_sentence(const apet_problem* problem, apet_status status, char* text, size_t capacity);
 
 /* Plans a call on at most `threads` threads. */
@@ -155,8 +155,8 @@ APET_API apet_status apet_cpu_run(const apet_problem* problem, const apet_tensor
 APET_API int apet_cpu_has_isa(apet_isa isa);
 APET_API const char* apet_isa_name(apet_isa isa);
 
-/* Pins every later call of the process to one instruction set (BEST: unpins). For tests and benchmarks; calls that
- * are running are not disturbed. APET_NO_ISA where it is missing. */
+/* Pins every later call of the process to one instruction set (BEST: unpins). For tests and benchmarks, while no
+ * other thread is between apet_cpu_plan and apet_cpu_run: plans differ. APET_NO_ISA where it is missing. */
 APET_API apet_status apet_cpu_use_isa(apet_isa isa);
 
 #ifdef __cplusplus

@@ -35,7 +35,7 @@ void check(const apet_problem& problem, apet_status status) {
 }
 
 py::dict plan(int64_t images, int64_t tokens, int64_t dim, int64_t keep, int32_t basis, const std::string& dtype,
-              const std::string& layout, const std::string& select, int64_t start, float ridge, float blend,
+              const std::string& layout, const std::string& select, int64_t start, double ridge, double blend,
               int32_t threads) {
   apet_problem p = {};
   p.op = APET_COMPRESS;

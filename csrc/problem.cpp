@@ -70,13 +70,16 @@ size_t apet_sentence(const apet_problem* problem, apet_status status, char* text
     case APET_BAD_STRIDE:
       SAY("the last dimension of x has stride %lld; it must be contiguous (stride 1)", ll(p.stride_xd));
       break;
-    case APET_BAD_KEEP: SAY("keep=%lld is outside 1..%lld, the tokens of an image", ll(p.keep), ll(p.tokens)); break;
+    case APET_BAD_KEEP:
+      SAY("%s=%lld is outside 1..%lld, the tokens of an image", p.op == APET_MERGE ? "K" : "keep", ll(p.keep),
+          ll(p.tokens));
+      break;
     case APET_BAD_BASIS: SAY("basis=%d is outside 1..%d", (int)p.basis, APET_MAX_BASIS); break;
     case APET_BAD_START: SAY("start=%lld is outside -1..%lld", ll(p.start), ll(starts > 0 ? starts - 1 : 0)); break;
-    case APET_BAD_RIDGE: SAY("ridge=%g must be finite and at least 0", (double)p.ridge); break;
-    case APET_BAD_BLEND: SAY("blend=%g is outside 0..1", (double)p.blend); break;
+    case APET_BAD_RIDGE: SAY("ridge=%g must be finite and at least 0", p.ridge); break;
+    case APET_BAD_BLEND: SAY("blend=%g is outside 0..1", p.blend); break;
     case APET_BLEND_WITHOUT_OVERWRITE:
-      SAY("blend=%g needs layout='overwrite', got layout='%s'", (double)p.blend, name(p.layout));
+      SAY("blend=%g needs layout='overwrite', got layout='%s'", p.blend, name(p.layout));
       break;
     case APET_OVERWRITE_NEEDS_MORE:
       SAY("layout='overwrite' needs keep > basis, got keep=%lld and basis=%d", ll(p.keep), (int)p.basis);

@@ -77,10 +77,12 @@ apet_problem problem_of(apet_op op, const Tensor& x, bool ragged) {
 }
 
 void set_basis(apet_problem& p, int64_t basis, const std::string& select, int64_t start, double ridge) {
-  p.basis = (int32_t)(basis < 0 ? -1 : basis > INT32_MAX ? INT32_MAX : basis);
+  // Here and not by apet_check, which holds it in 32 bits.
+  require(basis >= 1 && basis <= APET_MAX_BASIS, "basis=", basis, " is outside 1..", APET_MAX_BASIS);
+  p.basis = (int32_t)basis;
   p.select = select_of(select);
   p.start = start;
-  p.ridge = (float)ridge;
+  p.ridge = ridge;
 }
 
 void in_torchs_pool(void*, int64_t tasks, apet_task task, void* context) {
@@ -103,7 +105,7 @@ std::tuple<Tensor, Tensor> compress(const Tensor& x, int64_t keep, int64_t basis
   set_basis(p, basis, select, start, ridge);
   p.layout = layout_of(layout);
   p.keep = keep;
-  p.blend = (float)blend;
+  p.blend = blend;
   check(p, apet_check(&p));
   const int64_t rows = keep + (p.layout == APET_APPEND ? basis : 0);
   Tensor tokens = torch::stable::new_empty(x, {p.images, rows, p.dim});
@@ -130,7 +132,7 @@ std::tuple<Tensor, Tensor> compress_varlen(const Tensor& x, const Tensor& cu_seq
   apet_problem p = problem_of(APET_COMPRESS, x, true);
   set_basis(p, basis, select, start, ridge);
   p.layout = layout_of(layout);
-  p.blend = (float)blend;
+  p.blend = blend;
   Tensor seqlens = cu_seqlens, keeps = cu_keep;
   apet_tensors t = {};
   t.cu_seqlens = offsets("cu_seqlens", cu_seqlens, seqlens);
@@ -139,6 +141,8 @@ std::tuple<Tensor, Tensor> compress_varlen(const Tensor& x, const Tensor& cu_seq
           keeps.size(0));
   p.images = seqlens.size(0) - 1;
   p.total_keep = total_keep;
+  require(max_seqlen >= 0 && max_keep >= 0, "max_seqlen=", max_seqlen, " and max_keep=", max_keep,
+          " must be at least 0");
   // No image is longer, or keeps more, than all of them: larger bounds would only cost workspace.
   p.tokens = max_seqlen < p.total_tokens ? max_seqlen : p.total_tokens;
   p.keep = max_keep < total_keep ? max_keep : total_keep;

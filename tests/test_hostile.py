@@ -173,6 +173,33 @@ def test_no_images(backend):
     assert indices.shape == (0,)
 
 
+def test_rows_without_images_are_zero(backend):
+    got, indices = varlen(backend, tokens(5, 4), [0], [0], 3)
+    assert not got.any()
+    assert indices.tolist() == [0, 0, 0]
+
+
+@pytest.mark.parametrize("T", [0, 5])
+def test_nothing_kept_of_anything(backend, T):
+    got, indices = varlen(backend, tokens(5, 4)[:T], [0, T], [0, 0], 0)
+    assert got.shape == (0, 4)
+    assert indices.shape == (0,)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_processor_that_flushes_subnormals(backend, dtype):
+    """Two bfloat16, the upper one 0, look like a subnormal float; servers often have those flushed."""
+    x = tokens(1, 64, 64, seed=3)
+    x[..., 1::2] = 0
+    x, kept = x.to(dtype), torch.arange(16)[None]
+    expected = backend.merge(x, kept)
+    torch.set_flush_denormal(True)
+    try:
+        assert_same(backend.merge(x, kept), expected)
+    finally:
+        torch.set_flush_denormal(False)
+
+
 def test_an_image_that_keeps_nothing(backend):
     """Its tokens are lost; the basis rows of append are still there."""
     x = tokens(20, 6, seed=9)

@@ -109,3 +109,9 @@ def test_basis_of_64(backend):
         p = backend.score(x, 64, select=select)[1][0]
         assert (p >= 0).all()
         check_basis(x[0], p, 64, select, -1, 1e-5)
+
+
+def test_qr_of_mixed_magnitudes(backend):
+    """A picked token of huge norm is no candidate, however its norm compares with what is left."""
+    x = torch.tensor([[[1e8, 0, 0], [0, 1, 0], [0, 0, 0.5]]])
+    assert backend.score(x, 3, select="qr")[1].tolist() == [[0, 1, 2]]

@@ -300,8 +300,6 @@ void Walk::choose_rows() {
       }
       r++;
     }
-  } else {  // ragged append with nothing kept
-    im.dropped_count = 0;
   }
   if (layout == APET_APPEND)
     for (int32_t j = 0; j < im.max_basis; j++) {
@@ -428,13 +426,14 @@ void take_part(void* context, int64_t begin, int64_t end) {
   for (int64_t i = begin; i < end; i++) region.teams[i / region.threads].take_part((int)(i % region.threads));
 }
 
-bool has_pointers(const apet_problem& p, const apet_tensors& t) {
-  if (!t.x && p.images > 0 && (!p.ragged || p.total_tokens > 0)) return false;
-  if (p.images == 0) return true;
+// What holds nothing may be null: torch gives empty tensors no memory.
+bool has_pointers(const apet_problem& p, const apet_tensors& t, int64_t rows) {
+  if (!t.x && (p.ragged ? p.total_tokens : p.images) > 0) return false;
+  if (p.ragged && p.images > 0 && !(t.cu_seqlens && t.cu_keep)) return false;
   switch (p.op) {
-    case APET_COMPRESS: return t.tokens && t.indices && (!p.ragged || (t.cu_seqlens && t.cu_keep));
-    case APET_SCORE: return t.residual && t.basis_indices;
-    case APET_MERGE: return t.tokens && t.kept;
+    case APET_COMPRESS: return rows == 0 || (t.tokens && t.indices);
+    case APET_SCORE: return p.images == 0 || (t.residual && t.basis_indices);
+    case APET_MERGE: return rows == 0 || (t.tokens && t.kept);
   }
   return false;
 }
@@ -459,14 +458,17 @@ apet_status apet_cpu_run(const apet_problem* problem, const apet_tensors* tensor
                          void* workspace, size_t bytes) {
   const apet_status status = apet_check(problem);
   if (status != APET_OK) return status;
-  if (!tensors || !has_pointers(*problem, *tensors)) return APET_NULL_POINTER;
+  if (!tensors) return APET_NULL_POINTER;
   const Kernels& kernels = *kernels_for(problem->dtype, isa_in_use());
   const Split s = split(*problem, pool ? pool->threads : 1);
-  if (problem->images == 0) return APET_OK;
+  Call call{*problem, *tensors, kernels, nullptr, s.threads};
+  const int64_t extra = problem->images * call.extra_rows();
+  const int64_t rows = problem->ragged ? problem->total_keep + extra : problem->images * problem->keep + extra;
+  if (!has_pointers(*problem, *tensors, rows)) return APET_NULL_POINTER;
+  if (problem->op == APET_SCORE ? problem->images == 0 : rows == 0) return APET_OK;
   if (!workspace || (uintptr_t)workspace % 64 || bytes < workspace_bytes(*problem, kernels, s))
     return APET_SMALL_WORKSPACE;
 
-  Call call{*problem, *tensors, kernels, nullptr, s.threads};
   Carver carver(workspace);
   Walk* walks = carver.take<Walk>(s.teams);
   Team<Walk>* teams = carver.take<Team<Walk>>(s.teams);

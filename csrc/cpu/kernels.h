@@ -34,7 +34,7 @@ struct Image {
   int64_t stride_xn;
   int32_t tokens, dim, keep, max_basis;  // N, D, K, M
   apet_select select;
-  float ridge;
+  double ridge;
 
   // s1-s3, per token
   float* norm_sq;  // [N] ||x||^2
@@ -90,7 +90,7 @@ struct Kernels {
   void (*mean)(const Image&, int64_t begin, int64_t end, int64_t d0, int64_t d1);
 };
 
-// Tables by dtype, defined by the instruction-set files; null where the build lacks one.
+// Tables by dtype, defined by those instruction-set files that the build has.
 const Kernels* generic_kernels(apet_dtype);
 const Kernels* avx2_kernels(apet_dtype);
 const Kernels* avx512_kernels(apet_dtype);

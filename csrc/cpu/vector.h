@@ -24,7 +24,17 @@ struct BFloat16 {
   uint16_t bits;
 };
 
-static inline V splat(float a) { return V{} + a; }
+// A broadcast of bits, no arithmetic: two bfloat16 taken for one float may look like a subnormal, which a processor set
+// to flush those would turn into 0.
+static inline V splat(float a) {
+#if defined(__AVX512F__)
+  return (V)_mm512_set1_ps(a);
+#elif defined(__AVX2__)
+  return (V)_mm256_set1_ps(a);
+#else
+  return V{a, a, a, a};
+#endif
+}
 static inline V load(const float* p) { return *reinterpret_cast<const VU*>(p); }
 static inline void store(float* p, V v) { *reinterpret_cast<VU*>(p) = v; }
 static inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
@@ -42,14 +52,6 @@ static inline V fma(V a, V b, V c) {
   return a * b + c;  // no fused instruction here: two roundings, on every such machine alike
 #endif
 }
-static inline float fma(float a, float b, float c) {
-#if defined(__AVX2__) || defined(__FP_FAST_FMAF)
-  return __builtin_fmaf(a, b, c);
-#else
-  return a * b + c;
-#endif
-}
-
 // Adds the lanes of v to W running sums in double, and sums those, rounding once: lane i and lane i + W/2, and so on,
 // in one order for every compiler.
 struct Total {
