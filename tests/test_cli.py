@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from apet import Refused, eager, encoders, media, pictures, report, selftest
+from apet import Refused, cli, eager, encoders, media, pictures, report, selftest
 from apet.cli import app
 from PIL import Image
 from typer.testing import CliRunner, Result
@@ -173,6 +173,30 @@ def test_odd_photos(tmp_path: Path) -> None:
     text = ok("compress", *paths, *SMALL, "--keep", "20%", "--basis", 3, "--out", tmp_path / "pictures")
     assert "[bold]bracke" in text
     assert len(list((tmp_path / "pictures").iterdir())) == len(paths)
+
+
+@pytest.mark.parametrize("name", [rb"a$\frac$.jpg", b"b\xff.jpg", "\u732b.jpg".encode()])
+def test_odd_names(tmp_path: Path, name: bytes) -> None:
+    photo = tmp_path / os.fsdecode(name)
+    photo.write_bytes(CHELSEA.read_bytes())
+    (tmp_path / "pictures").mkdir()
+    shown = name.decode("utf-8", "replace")
+    for words in ((), ("--json",)):
+        result = outside("compress", photo, *SMALL, "--keep", 9, "--out", tmp_path / "pictures", *words)
+        assert (result.returncode, result.stderr) == (0, "")
+        text = json.loads(result.stdout)[0]["file"] if words else "".join(result.stdout.split())
+        assert shown in text
+    assert [p.name for p in (tmp_path / "pictures").iterdir()] == [f"{photo.stem}.apet.png"]
+
+
+def test_constant_photo_has_no_negative_zero(tmp_path: Path) -> None:
+    Image.new("RGB", (64, 64), "gray").save(tmp_path / "gray.png")
+    assert "-0.0%" not in ok("compress", tmp_path / "gray.png", *SMALL, "--keep", 1, "--out", tmp_path / "p.png")
+
+
+@pytest.mark.parametrize(("share", "text"), [(-1e-8, "0.0%"), (-0.02, "-2.0%"), (0.2564, "25.6%"), (1.0, "100.0%")])
+def test_percent(share: float, text: str) -> None:
+    assert cli._percent(share, 1) == text
 
 
 def test_photo_taken_upright(tmp_path: Path) -> None:
@@ -349,14 +373,15 @@ def files(tmp_path: Path) -> Path:
         (("photo.png", "--keep", "nan%"), "keep=nan% is neither"),
         (("photo.png", "--keep", "many"), "keep=many is neither"),
         (("photo.png", "--basis", "65"), "basis=65 is outside 1..64"),
-        (("photo.png", "--layout", "sideways"), "unknown layout 'sideways'"),
-        (("photo.png", "--select", "best"), "unknown select 'best'"),
+        (("photo.png", "--layout", "sideways"), "layout='sideways' is none of inplace, overwrite, append"),
+        (("photo.png", "--select", "best"), "select='best' is none of fps, qr"),
         (("photo.png", "--start", "-2"), "start=-2"),
         (("photo.png", "--start", "70", "--keep", "9", *SMALL), "start=70 is not one of the 70 tokens"),
         (("photo.png", "--layout", "overwrite", "--keep", "10"), "keep > basis"),
         (("photo.png", "--blend", "0.5"), "blend=0.5"),
         (("photo.png", "--blend", "2", "--layout", "overwrite"), "blend=2.0 is outside 0..1"),
         (("photo.png", "--frames", "0"), "frames=0"),
+        (("photo.png", "--size", "100000"), "photo.png would become 51009525 tokens, more than 65536"),
         (("photo.png", "--size", "13"), "size=13 is smaller than one 14 x 14 patch"),
         (("photo.png", "--layer", "13"), "layer=13 is outside the 12 layers"),
         (("photo.png", "--backend", "abacus"), "unknown backend 'abacus'"),
@@ -365,6 +390,7 @@ def files(tmp_path: Path) -> Path:
         (("photo.png", "--out", "photo.png"), "the picture would replace the photo"),
         (("photo.png", "--out", "nowhere/p.png"), "no such folder: nowhere"),
         (("photo.png", "photo.png", "--out", "photo.png"), "photo.png is a file"),
+        (("photo.png", "photo.png", "--out", "two.png"), "two.png names one picture, but several files need a folder"),
         (("photo.png", "--kep", "3"), "--kep"),
         (("photo.png", "--basis", "ten"), "Invalid value for '--basis'"),
         ((), "Missing argument"),
@@ -429,6 +455,19 @@ def test_doctor_finds_this_build_right() -> None:
         assert isa in text
     assert "agrees with the float64 reference" in text
     assert "wrong" not in text.replace("above 1 is wrong", "")
+
+
+def test_doctor_shows_the_plan(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(selftest, "CASES", selftest.CASES[:1])
+    monkeypatch.setenv("COLUMNS", "200")
+    text = ok("doctor")
+    for dtype in (torch.float32, torch.bfloat16):
+        plan = apet_kernels.plan(torch.empty(1, 576, 1024, dtype=dtype, device="meta"), 64)
+        (line,) = [x for x in text.splitlines() if x.startswith(f" {str(dtype).removeprefix('torch.')} ")]
+        for word in (plan["backend"], plan.get("isa", ""), f"{plan['workspace_bytes'] / 1024:.0f}"):
+            assert word in line
+        assert plan["why"] in text
+        assert "teams" not in plan or f"{plan['teams']} x {plan['threads_per_team']}" in line
 
 
 def shifted(tokens: torch.Tensor, indices: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -6,8 +6,10 @@ Modules that need torch are imported by the commands that use them, so that `ape
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
+import warnings
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
@@ -31,6 +33,7 @@ if TYPE_CHECKING:
 
 LAYOUTS = ("inplace", "overwrite", "append")
 SELECTS = ("fps", "qr")
+MOST_TOKENS = 65536  # of one image
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".pdf", ".svg")
 # What typer raises for wrong options. Newer releases carry their own click, so click's class may be another one.
 UsageError = typer.BadParameter.__base__
@@ -96,7 +99,7 @@ def compress(
     select: Annotated[str, typer.Option(help="How the basis is picked: fps, qr.")] = "fps",
     start: Annotated[int, typer.Option(help="First basis token; -1 is the one of largest norm.")] = -1,
     blend: Annotated[float, typer.Option(help="With overwrite: the basis token's share of its slot.")] = 1.0,
-    backend: Annotated[str | None, typer.Option(help="cpu, triton, cuda or reference; else the best there is.")] = None,
+    backend: Annotated[str | None, typer.Option(help="cpu or reference; else the best there is.")] = None,
     model: Annotated[
         str | None, typer.Option(help="CLIP, SigLIP or DINOv2 from Hugging Face: an id or a folder.")
     ] = None,
@@ -135,7 +138,7 @@ def compress(
         results = []
         progress.update(step, total=len(jobs))
         for job in jobs:
-            progress.update(step, description=job.item.path.name)
+            progress.update(step, description=_printable(job.item.path.name))
             results.append(_compress(job, encoder, options))
             progress.advance(step)
     if as_json:
@@ -158,9 +161,9 @@ def _check(keep: str, basis: int, layout: str, select: str, start: int, blend: f
     if not 1 <= basis <= 64:
         raise Refused(f"basis={basis} is outside 1..64")
     if layout not in LAYOUTS:
-        raise Refused(f"unknown layout {layout!r}: choose {', '.join(LAYOUTS)}")
+        raise Refused(f"layout='{layout}' is none of {', '.join(LAYOUTS)}")
     if select not in SELECTS:
-        raise Refused(f"unknown select {select!r}: choose {', '.join(SELECTS)}")
+        raise Refused(f"select='{select}' is none of {', '.join(SELECTS)}")
     if start < -1:
         raise Refused(f"start={start} is neither a token nor -1")
     if not 0 <= blend <= 1:
@@ -193,6 +196,8 @@ def _count(keep: str, tokens: int) -> int:
 def _check_tokens(job: Job, basis: int, layout: str, start: int) -> None:
     """Refuse what does not fit this photo's number of tokens."""
     tokens, name = job.grid[0] * job.grid[1], job.item.path.name
+    if tokens > MOST_TOKENS:
+        raise Refused(f"{name} would become {tokens} tokens, more than {MOST_TOKENS}: choose a smaller size")
     if job.keep > tokens:
         raise Refused(f"keep={job.keep} exceeds the {tokens} tokens of {name}")
     if start >= tokens:
@@ -224,6 +229,8 @@ def _picture_paths(files: list[Path], out: Path | None) -> list[Path]:
         folder = out or Path()
         if folder.exists() and not folder.is_dir():
             raise Refused(f"{folder} is a file, but several pictures need a folder")
+        if len(files) > 1 and folder.suffix.lower() in PICTURES and not folder.exists():
+            raise Refused(f"{folder} names one picture, but several files need a folder")
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -257,8 +264,8 @@ def _compress(job: Job, encoder: Encoder, options: Options) -> dict[str, Any]:
     measure.milliseconds = {"encode": encode, **measure.milliseconds}
     _draw(job, frames, measure, encoder, options)
     return {
-        "file": str(job.item.path),
-        "picture": str(job.picture),
+        "file": _printable(job.item.path),
+        "picture": _printable(job.picture),
         "encoder": encoder.name,
         "layer": encoder.layer,
         "images": len(frames),
@@ -278,9 +285,10 @@ def _draw(job: Job, frames: list[Frame], measure: Measure, encoder: Encoder, opt
     labels = [f"{seconds:.2f} s" for seconds in job.item.times] or [""]
     panels = [pictures.Panel(p, f, job.grid, label) for p, f, label in zip(photos, frames, labels, strict=True)]
     extra = f" + {options.basis} basis" if options.layout == "append" else ""
-    title = f"{job.item.path.name}: {measure.tokens_in} → {job.keep}{extra} tokens"
+    title = f"{_printable(job.item.path.name)}: {measure.tokens_in} → {job.keep}{extra} tokens"
+    share, variance = measure.tokens_out / measure.tokens_in, _percent(measure.explained, 0)
     subtitle = (
-        f"{measure.tokens_out / measure.tokens_in:.1%} of the tokens, {measure.explained:.0%} of their variance   ·   "
+        f"{share:.1%} of the tokens, {variance} of their variance   ·   "
         f"layout {options.layout}, {len(frames[0].basis)} basis tokens   ·   {encoder.name}, layer {encoder.layer}"
     )
     if job.item.times:
@@ -288,7 +296,9 @@ def _draw(job: Job, frames: list[Frame], measure: Measure, encoder: Encoder, opt
     else:
         figure = pictures.photo_figure(panels[0], title, subtitle)
     try:
-        figure.savefig(job.picture)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the font has no sign for some letter of a file name
+            figure.savefig(job.picture)
     except OSError as error:
         raise Refused(f"cannot write the picture {job.picture}: {error.strerror or error}") from error
 
@@ -312,7 +322,7 @@ def _print_tables(results: list[dict[str, Any]], encoder: Encoder, options: Opti
             str(r["tokens_in"]),
             str(r["tokens_out"]),
             f"{r['residual_kept']:.1%}",
-            f"{r['explained']:.1%}",
+            _percent(r["explained"], 1),
         )
         eager = ms.get("eager")
         times.add_row(
@@ -328,10 +338,21 @@ def _print_tables(results: list[dict[str, Any]], encoder: Encoder, options: Opti
     console.print(
         "[dim]Residual kept: share of all e^2 that lies in the kept tokens. Explained: share of the tokens' variance. "
         "s1-s3 (score), s4 (top-k) and s5 (merge) were called one by one; compress is one call of the op for all of "
-        "them, eager the published formulation in eager torch.[/]\n"
+        "them. Eager is the published formulation in eager torch, whatever the options: layout overwrite, select fps, "
+        "start at the token of largest norm.[/]\n"
     )
     for r in results:
         console.print(f"Picture: [bold]{escape(r['picture'])}[/]", soft_wrap=True)
+
+
+def _printable(path: Path | str) -> str:
+    """A file's name for people: bytes that are not UTF-8 become the replacement sign."""
+    return os.fsencode(path).decode("utf-8", "replace")
+
+
+def _percent(share: float, digits: int) -> str:
+    """0.256 -> '25.6%'; what rounds to zero has no sign."""
+    return f"{round(share, digits + 2) + 0.0:.{digits}%}"
 
 
 def _table(*headings: str) -> Table:

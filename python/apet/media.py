@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from apet import Refused
-from apet.encoders import need
+from apet.encoders import first_line, need
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -61,7 +61,7 @@ def _photo(path: Path) -> Image.Image | None:
     except UnidentifiedImageError:
         return None
     except Exception as error:  # PIL's decoders raise many kinds for a damaged file
-        raise Refused(f"cannot read the photo {path}: {_reason(error)}") from error
+        raise Refused(f"cannot read the photo {path}: {first_line(error)}") from error
 
 
 def _rgb(image: Image.Image) -> Image.Image:
@@ -98,12 +98,7 @@ def _clip(path: Path, count: int) -> Media:
     except av.error.InvalidDataError as error:
         raise Refused(f"neither a photo nor a video, or damaged: {path}") from error
     except (av.error.FFmpegError, OSError, ValueError) as error:
-        raise Refused(f"cannot read the video {path}: {_reason(error)}") from error
+        raise Refused(f"cannot read the video {path}: {first_line(error)}") from error
     if not frames:
         raise Refused(f"the video {path} has no frames")
     return Media(path, [f.resize(frames[0].size) if f.size != frames[0].size else f for f in frames], times)
-
-
-def _reason(error: BaseException) -> str:
-    """The first line of an error, without the full stop that the sentence around it does not need."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")

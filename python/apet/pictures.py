@@ -96,8 +96,11 @@ def _sheet(lines: list[list[_Cell]], cell: tuple[float, float], title: str, subt
     scale = figure.colorbar(ScalarMappable(heat, HEAT), cax=colours)
     scale.outline.set_visible(False)
     colours.tick_params(labelsize=8, length=2, colors=FAINT)
-    figure.text(side / width, (height - 0.42) / height, title, fontsize=17, color=INK, fontweight="bold")
-    figure.text(side / width, (height - 0.72) / height, subtitle, fontsize=10.5, color=FAINT)
+    # A file name may have dollar signs.
+    figure.text(
+        side / width, (height - 0.42) / height, title, parse_math=False, fontsize=17, color=INK, fontweight="bold"
+    )
+    figure.text(side / width, (height - 0.72) / height, subtitle, parse_math=False, fontsize=10.5, color=FAINT)
     _key(figure, side, width, height, any(len(p.frame.overwritten) for p in panels))
     return figure
 

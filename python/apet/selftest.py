@@ -16,8 +16,6 @@ import torch
 import apet_kernels
 from apet_kernels import reference
 
-U = 2.0**-24
-
 
 @dataclass(frozen=True)
 class Case:
@@ -130,7 +128,7 @@ def _judge(case: Case, truth: Truth, outcome: Outcome) -> None:
     if not torch.equal(basis.cpu(), truth.basis):
         outcome.faults.append(f"{case.name}: the basis is not the reference's")
     square = x.double().square().sum(-1)  # [B, N]
-    ratio = _ratio(residual.cpu().double(), truth.residual, 4 * case.basis * U * square)
+    ratio = _ratio(residual.cpu().double(), truth.residual, 4 * case.basis * reference.U * square)
     outcome.residual = max(outcome.residual, ratio)
     if not ratio <= 1:
         outcome.faults.append(f"{case.name}: the residual is {ratio:.3g} times its error bound away")
@@ -141,7 +139,7 @@ def _judge(case: Case, truth: Truth, outcome: Outcome) -> None:
         return
     # Twice the error of rounding the true value to the dtype, and what summing in float32 may add to that.
     largest = x.double().masked_fill(~x.isfinite(), 0).abs().amax()
-    allowed = torch.finfo(x.dtype).eps * truth.tokens.abs() + 16 * U * largest
+    allowed = torch.finfo(x.dtype).eps * truth.tokens.abs() + 16 * reference.U * largest
     ratio = _ratio(tokens.cpu().double(), truth.tokens, allowed)
     outcome.tokens = max(outcome.tokens, ratio)
     if not ratio <= 1:
