@@ -6,8 +6,8 @@
 #include <chrono>
 #include <cstdint>
 #include <cstdio>
+#include <cstdlib>
 #include <cstring>
-#include <functional>
 #include <random>
 #include <thread>
 #include <vector>
@@ -71,50 +71,57 @@ Result compress(const std::vector<float>& x, int64_t images, int64_t tokens, int
   return r;
 }
 
-}  // namespace
-
-int main(int argc, char** argv) {
-  const int rounds = argc > 1 ? std::atoi(argv[1]) : 1;
+// Every shape on every pool, with the instruction set in use; returns how many results differ.
+int wrong_results(int rounds) {
   struct Shape {
     int64_t images, tokens, dim, keep;
   };
   const Shape shapes[] = {{1, 576, 256, 64}, {3, 200, 512, 40}, {9, 70, 300, 20}, {1, 1200, 65, 500}};
   std::mt19937 random(1);
-  for (apet_isa isa : {APET_ISA_GENERIC, APET_ISA_AVX2, APET_ISA_AVX512, APET_ISA_AVX512_BF16}) {
-    if (!apet_cpu_has_isa(isa)) continue;
-    apet_cpu_use_isa(isa);
-    std::normal_distribution<float> normal;
-    int wrong = 0;
-    for (const Shape& s : shapes) {
-      std::vector<float> x(s.images * s.tokens * s.dim);
-      for (float& value : x) value = normal(random);
-      const auto call = [&](Pool* pool) { return compress(x, s.images, s.tokens, s.dim, s.keep, pool); };
-      const Result alone = call(nullptr);
-      const auto judge = [&](const char* what, const Result& result) {
-        if (result == alone) return;
-        std::printf("%s differs at %lld x %lld x %lld, keep %lld\n", what, (long long)s.images, (long long)s.tokens,
-                    (long long)s.dim, (long long)s.keep);
-        wrong++;
-      };
-      for (int round = 0; round < rounds; round++) {
-        for (int threads = 1; threads <= 8; threads++) {
-          Pool pool{threads, true, 0}, late{threads, true, 200}, nested{threads, false, 0};
-          judge("a pool", call(&pool));
-          judge("a late pool", call(&late));
-          judge("a nested pool", call(&nested));
-        }
-        Result both[2];
-        std::thread other([&] {
-          Pool pool{2, true, 0};
-          both[0] = call(&pool);
-        });
-        Pool pool{3, true, 0};
-        both[1] = call(&pool);
-        other.join();
-        judge("one of two calls at once", both[0]);
-        judge("the other of two calls at once", both[1]);
+  std::normal_distribution<float> normal;
+  int wrong = 0;
+  for (const Shape& s : shapes) {
+    std::vector<float> x(s.images * s.tokens * s.dim);
+    for (float& value : x) value = normal(random);
+    const auto call = [&](Pool* pool) { return compress(x, s.images, s.tokens, s.dim, s.keep, pool); };
+    const Result alone = call(nullptr);
+    const auto judge = [&](const char* what, const Result& result) {
+      if (result == alone) return;
+      std::printf("%s differs at %lld x %lld x %lld, keep %lld\n", what, (long long)s.images, (long long)s.tokens,
+                  (long long)s.dim, (long long)s.keep);
+      wrong++;
+    };
+    for (int round = 0; round < rounds; round++) {
+      for (int threads = 1; threads <= 8; threads++) {
+        Pool pool{threads, true, 0}, late{threads, true, 200}, nested{threads, false, 0};
+        judge("a pool", call(&pool));
+        judge("a late pool", call(&late));
+        judge("a nested pool", call(&nested));
       }
+      Result both[2];
+      std::thread other([&] {
+        Pool pool{2, true, 0};
+        both[0] = call(&pool);
+      });
+      Pool pool{3, true, 0};
+      both[1] = call(&pool);
+      other.join();
+      judge("one of two calls at once", both[0]);
+      judge("the other of two calls at once", both[1]);
     }
+  }
+  return wrong;
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  const int rounds = argc > 1 ? std::atoi(argv[1]) : 1;
+  int wrong = 0;
+  for (apet_isa isa : {APET_ISA_GENERIC, APET_ISA_AVX2, APET_ISA_AVX512, APET_ISA_AVX512_BF16}) {
+    if (apet_cpu_use_isa(isa) != APET_OK) continue;
+    std::printf("%s\n", apet_isa_name(isa));
+    wrong += wrong_results(rounds);
   }
   std::printf("%s\n", wrong ? "wrong" : "every pool gives the same bits");
   return wrong != 0;
