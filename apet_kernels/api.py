@@ -63,7 +63,7 @@ def plan(
 ) -> dict[str, Any]:
     """How `compress` with these arguments would run, without running it.
 
-    x [B, N, D] may be a meta tensor. Returns backend, why it was chosen, launches (parallel regions on a CPU), and
+    x [B, N, D] may be a meta tensor. Returns backend, why it was chosen, launches (1 on a CPU: its one region), and
     workspace_bytes; on the CPU also isa, teams (images in flight at once), threads_per_team, and the estimates behind
     them, in microseconds (serial_us on one thread, planned_us). Raises as `compress` does.
     """
