@@ -8,10 +8,10 @@ native := setup.py pyproject.toml CMakeLists.txt $(shell find csrc -type f)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-full sanitize lint format bench wheel clean
+.PHONY: help demo test test-transformers4 test-full sanitize lint format bench wheel clean
 
 help:  ## this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "make %-19s %s\n", $$1, $$2 }' Makefile
 
 # torch first, and pinned from then on: whatever asked for another would pull a CUDA build of several gigabytes.
 $(VENV)/torch.txt:
@@ -33,6 +33,14 @@ demo: $(VENV)/installed-demo  ## set up, and compress a real photograph to demo.
 
 test: $(VENV)/installed-test  ## set up, and run the tests
 	$(bin)/python -m pytest -q
+
+# The newest 4.x in front of the installed 5.x, with what it needs of its own; no second torch.
+.build/transformers4: | $(VENV)/installed-test
+	@rm -rf $@
+	@$(pip) --no-warn-conflicts --target $@ transformers==4.57.6
+
+test-transformers4: .build/transformers4  ## the tests of the Hugging Face hooks again, on the last transformers 4
+	PYTHONPATH=$(CURDIR)/.build/transformers4 $(bin)/python -m pytest -q -n 2 tests/hooks
 
 test-full: $(VENV)/installed-dev sanitize  ## what is too long for every day: sanitizers, installing in every way
 	$(bin)/python -m pytest -q -m slow
@@ -59,5 +67,5 @@ wheel: $(VENV)/installed-dev  ## an sdist and, built from it, a wheel in dist/
 	$(bin)/python -m pip wheel --no-deps --wheel-dir dist dist/*.tar.gz
 
 clean:  ## remove everything built (not $(VENV))
-	rm -rf build dist *.egg-info .pytest_cache .ruff_cache demo.png apet_kernels/*.so
+	rm -rf .build build dist *.egg-info .pytest_cache .ruff_cache demo.png apet_kernels/*.so
 	rm -f $(VENV)/installed-*
