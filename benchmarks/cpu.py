@@ -12,25 +12,15 @@ import dataclasses
 import json
 import sys
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from rich.console import Console
-from rich.table import Table
 
 from benchmarks.cases import cases
 from benchmarks.ceilings import peak_gflops
 from benchmarks.compare import RIVALS, ROUNDS, THREADS, Comparison, Row
 from benchmarks.machine import describe
-
-
-class Sheet(NamedTuple):
-    """A table, before it is rich or markdown."""
-
-    title: str
-    note: str
-    columns: list[str]
-    lines: list[list[str]]
+from benchmarks.sheet import Sheet, document, show
 
 
 def sheets(rows: list[Row]) -> list[Sheet]:
@@ -62,29 +52,6 @@ def sheets(rows: list[Row]) -> list[Sheet]:
         ],
     )
     return [speed, isa]
-
-
-def markdown(head: dict[str, str], rows: list[Row]) -> str:
-    """Head and tables for docs/benchmarks.md."""
-    parts = ["\n".join(f"- {key}: {value}" for key, value in head.items())]
-    for sheet in sheets(rows):
-        rule = ["---"] * len(sheet.columns)
-        table = "\n".join("| " + " | ".join(line) + " |" for line in [sheet.columns, rule, *sheet.lines])
-        parts.append(f"### {sheet.title}\n\n{sheet.note}\n\n{table}")
-    return "\n\n".join(parts) + "\n"
-
-
-def show(console: Console, head: dict[str, str], rows: list[Row]) -> None:
-    """The same on a terminal."""
-    for key, value in head.items():
-        console.print(f"[bold]{key}[/bold] {value}", highlight=False, soft_wrap=True)
-    for sheet in sheets(rows):
-        table = Table(title=sheet.title, caption=sheet.note, caption_justify="left")
-        for column in sheet.columns:
-            table.add_column(column, justify="left" if column in ("shape", "dtype", "layout", "goals") else "right")
-        for line in sheet.lines:
-            table.add_row(*line)
-        console.print(table)
 
 
 def header() -> dict[str, str]:
@@ -137,9 +104,9 @@ def main() -> None:
         if options.json:  # after every case, so that a run cut short leaves what it has
             report = {"head": head, "rows": [dataclasses.asdict(row) for row in rows]}
             options.json.write_text(json.dumps(report, indent=1) + "\n")
-    show(console, head, rows)
+    show(console, head, sheets(rows))
     if options.markdown:
-        options.markdown.write_text(markdown(head, rows))
+        options.markdown.write_text(document(head, sheets(rows)))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,44 @@
+"""A table, before it is rich or markdown."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from rich.console import Console
+from rich.table import Table
+
+
+class Sheet(NamedTuple):
+    """Title, what to know to read it, headings and lines; `words` names the columns that are not numbers."""
+
+    title: str
+    note: str
+    columns: list[str]
+    lines: list[list[str]]
+    words: tuple[str, ...] = ("shape", "dtype", "layout", "goals")
+
+
+def markdown(sheet: Sheet) -> str:
+    """Title, note and table."""
+    rule = ["---"] * len(sheet.columns)
+    table = "\n".join("| " + " | ".join(line) + " |" for line in [sheet.columns, rule, *sheet.lines])
+    return f"### {sheet.title}\n\n{sheet.note}\n\n{table}"
+
+
+def document(head: dict[str, str], sheets: list[Sheet]) -> str:
+    """Head and tables, as docs/ holds them."""
+    parts = ["\n".join(f"- {key}: {value}" for key, value in head.items()), *map(markdown, sheets)]
+    return "\n\n".join(parts) + "\n"
+
+
+def show(console: Console, head: dict[str, str], sheets: list[Sheet]) -> None:
+    """The same on a terminal."""
+    for key, value in head.items():
+        console.print(f"[bold]{key}[/bold] {value}", highlight=False, soft_wrap=True)
+    for sheet in sheets:
+        table = Table(title=sheet.title, caption=sheet.note, caption_justify="left")
+        for column in sheet.columns:
+            table.add_column(column, justify="left" if column in sheet.words else "right")
+        for line in sheet.lines:
+            table.add_row(*line)
+        console.print(table)
