@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import functools
+import importlib.util
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import hypothesis
 import pytest
 import torch
+import torch.utils._pytree as pytree
 
 import apet_kernels
 from apet_kernels import reference
+
+if importlib.util.find_spec("triton") and not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # read when triton is first imported
+    importlib.import_module("triton_interpreter").install()
 
 hypothesis.settings.register_profile("apet", deadline=None, derandomize=True, database=None, max_examples=40)
 hypothesis.settings.load_profile("apet")
@@ -35,22 +42,46 @@ FUNCTIONS = ("compress", "compress_varlen", "score", "merge")
 
 
 def backend_ids() -> list[str]:
-    """The reference, and the CPU kernel on every instruction set of this machine, if it is built."""
-    cpu = apet_kernels.cpu_isa() if apet_kernels.backends()["cpu"] is None else []
-    return ["reference", *(f"cpu-{isa}" for isa in cpu)]
+    """The reference, the CPU kernel on every instruction set of this machine, and Triton (on the GPU, or interpreted)."""
+    usable = [name for name, why in apet_kernels.backends().items() if why is None]
+    cpu = apet_kernels.cpu_isa() if "cpu" in usable else []
+    return ["reference", *(f"cpu-{isa}" for isa in cpu), *(name for name in usable if name in ("triton", "cuda"))]
 
 
 @pytest.fixture(params=backend_ids())
 def backend(request: pytest.FixtureRequest) -> Iterator[Backend]:
     name, _, isa = request.param.partition("-")
     if name == "reference":
-        yield Backend(request.param, *(getattr(reference, f) for f in FUNCTIONS))
-        return
-    apet_kernels.use_cpu_isa(isa)
-    try:
-        yield Backend(request.param, *(functools.partial(getattr(apet_kernels, f), backend=name) for f in FUNCTIONS))
-    finally:
-        apet_kernels.use_cpu_isa(None)
+        yield Backend(name, *(getattr(reference, f) for f in FUNCTIONS))
+    elif name == "cpu":
+        apet_kernels.use_cpu_isa(isa)
+        try:
+            yield Backend(
+                request.param, *(functools.partial(getattr(apet_kernels, f), backend=name) for f in FUNCTIONS)
+            )
+        finally:
+            apet_kernels.use_cpu_isa(None)
+    else:
+        yield Backend(name, *(on_gpu(getattr(apet_kernels, f), name) for f in FUNCTIONS))
+
+
+def on_gpu(function: Callable, backend: str) -> Callable:
+    """`function` by one of the GPU backends for tensors on the CPU, which are carried over and back if there is one."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+
+    def run(*args, **kwargs):
+        args, kwargs = pytree.tree_map_only(torch.Tensor, lambda t: to_device(t, device), (args, kwargs))
+        return pytree.tree_map_only(torch.Tensor, torch.Tensor.cpu, function(*args, **kwargs, backend=backend))
+
+    return run
+
+
+def to_device(t: torch.Tensor, device: str) -> torch.Tensor:
+    """t on the device in the same form: its strides and, where they can be kept, its offset from an aligned address."""
+    if t.device.type == device:
+        return t
+    storage = torch.empty(0, dtype=t.dtype, device=device).set_(t.untyped_storage().to(device))
+    return storage.as_strided(t.shape, t.stride(), t.storage_offset())
 
 
 @pytest.fixture(autouse=True)

@@ -1,0 +1,322 @@
+"""The interpreter that the Triton kernels are tested in: bfloat16 as torch has it, and every fault it must not miss."""
+
+import os
+
+import pytest
+import torch
+from judge import assert_same
+
+pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="kernels run on a GPU")
+triton = pytest.importorskip("triton")
+import triton.language as tl  # noqa: E402
+from triton.runtime.errors import InterpreterError  # noqa: E402
+
+N = 64
+BF16 = torch.bfloat16
+
+
+def awkward(seed: int = 0) -> torch.Tensor:
+    """bfloat16 [N]: of every magnitude, both zeros, subnormal, and the largest."""
+    make = torch.Generator().manual_seed(seed)
+    x = torch.randn(N, generator=make) * 10 ** (8 * torch.rand(N, generator=make) - 4)
+    x[:8] = torch.tensor([0.0, -0.0, 1e-40, -1e-40, 3.38e38, -3.38e38, 1.0, -1.0])
+    return x.bfloat16()
+
+
+# ---- bfloat16
+
+
+@triton.jit
+def cast(x, out, N: tl.constexpr):
+    i = tl.arange(0, N)
+    tl.store(out + i, tl.load(x + i).to(out.dtype.element_ty))
+
+
+@pytest.mark.parametrize("to", [torch.float32, torch.float16, torch.int32], ids=str)
+def test_from_bfloat16(to):
+    x = awkward().clamp(-1e4, 1e4)
+    out = torch.empty(N, dtype=to)
+    cast[(1,)](x, out, N)
+    assert_same(out, x.to(to))
+
+
+def test_to_bfloat16_rounds_to_nearest_even():
+    bits = torch.arange(-8, 8) + torch.tensor([0x3F800000, 0x3F808000, 0x3F818000, 0x00008000])[:, None]  # halves, ties
+    x = bits.to(torch.int32).view(torch.float32).flatten()
+    assert len(x) == N
+    out = torch.empty(N, dtype=BF16)
+    cast[(1,)](x, out, N)
+    assert_same(out, x.bfloat16())
+    x = torch.tensor([torch.inf, -torch.inf, 3.4e38, -0.0] * (N // 4))
+    cast[(1,)](x, out, N)
+    assert_same(out, x.bfloat16())
+    cast[(1,)](torch.full((N,), torch.nan), out, N)
+    assert out.isnan().all()
+
+
+@pytest.mark.parametrize("of", [torch.float16, torch.int32], ids=str)
+def test_to_bfloat16_from(of):
+    x = (torch.arange(N) * 37 - 1000).to(of)
+    out = torch.empty(N, dtype=BF16)
+    cast[(1,)](x, out, N)
+    assert_same(out, x.bfloat16())
+
+
+@triton.jit
+def arithmetic(x, y, out, N: tl.constexpr):
+    i = tl.arange(0, N)
+    a = tl.load(x + i)
+    b = tl.load(y + i)
+    tl.store(out + i, a + b)
+    tl.store(out + N + i, a - b)
+    tl.store(out + 2 * N + i, a * b)
+    tl.store(out + 3 * N + i, tl.where(a < b, a, b))
+    tl.store(out + 4 * N + i, tl.where(a >= b, -a, tl.abs(b)))
+    tl.store(out + 5 * N + i, tl.maximum(a, b))
+    tl.store(out + 6 * N + i, tl.minimum(a, 2.5))
+    tl.store(out + 7 * N + i, tl.where(a == b, tl.full((N,), 1.25, a.dtype), tl.zeros((N,), a.dtype)))
+
+
+def test_arithmetic():
+    x, y = awkward(), awkward(1)
+    y[N // 2 :] = x[N // 2 :]
+    out = torch.empty(8, N, dtype=BF16)
+    arithmetic[(1,)](x, y, out, N)
+    expected = [
+        x + y,
+        x - y,
+        x * y,
+        torch.where(x < y, x, y),
+        torch.where(x >= y, -x, y.abs()),
+        torch.maximum(x, y),
+        x.clamp_max(2.5),
+        torch.where(x == y, 1.25, 0.0).bfloat16(),
+    ]
+    for row, (got, want) in enumerate(zip(out, expected, strict=True)):
+        assert_same(got + 0.0, want + 0.0, f"row {row}")  # of two zeros either may be the larger
+
+
+@triton.jit
+def fma(x, y, z, out, N: tl.constexpr):
+    i = tl.arange(0, N)
+    tl.store(out + i, tl.fma(tl.load(x + i), tl.load(y + i), tl.load(z + i)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, BF16], ids=str)
+def test_fma_rounds_once(dtype):
+    x, y = (torch.randn(N, dtype=torch.float64).to(dtype) for _ in range(2))
+    z = -(x * y)  # the rounding of the product is all that is left
+    out = torch.empty(N, dtype=dtype)
+    fma[(1,)](x, y, z, out, N)
+    expected = (x.double() * y.double() + z.double()).to(dtype)
+    assert expected.count_nonzero() > N // 2
+    assert_same(out, expected)
+
+
+@triton.jit
+def dot(x, y, out, N: tl.constexpr):
+    i = tl.arange(0, N)
+    at = i[:, None] * N + i[None, :]
+    product = tl.dot(tl.load(x + at), tl.load(y + at).T, input_precision="ieee")
+    tl.store(out + at, product)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, BF16], ids=str)
+def test_dot(dtype):
+    x, y = (torch.randint(-50, 50, (N, N)).to(dtype) for _ in range(2))  # every sum is exact
+    out = torch.empty(N, N)
+    dot[(1,)](x, y, out, N)
+    assert_same(out, x.float() @ y.float().T)
+
+
+@triton.jit
+def reductions(x, out, which, N: tl.constexpr):
+    i = tl.arange(0, N)
+    a = tl.load(x + i)
+    tl.store(out, tl.max(a, 0))
+    tl.store(out + 1, tl.min(a, 0))
+    tl.store(out + 2, tl.sum(a.to(tl.float32), 0))
+    high, at = tl.max(a, 0, return_indices=True)
+    tl.store(out + 3, high)
+    tl.store(which, at)
+    low, at = tl.min(a, 0, return_indices=True)
+    tl.store(out + 4, low)
+    tl.store(which + 1, at)
+
+
+def test_reductions():
+    x = torch.randint(-100, 100, (N,)).bfloat16()
+    x[[9, 20]] = 300.0
+    x[[11, 40]] = -300.0
+    out, which = torch.empty(5), torch.empty(2, dtype=torch.int32)
+    reductions[(1,)](x, out, which, N)
+    assert out.tolist() == [300.0, -300.0, float(x.float().sum()), 300.0, -300.0]
+    assert which.tolist() == [9, 11]
+
+
+@triton.jit
+def masked(x, out, n, N: tl.constexpr):
+    i = tl.arange(0, N)
+    tl.store(out + i, tl.load(x + i, mask=i < n, other=-1.5), mask=i <= n)
+
+
+def test_masks():
+    x, out = awkward()[:40], torch.zeros(41, dtype=BF16)
+    masked[(1,)](x, out, 40, N)
+    assert_same(out, torch.cat([x, torch.tensor([-1.5], dtype=BF16)]))
+
+
+# ---- faults
+
+
+@triton.jit
+def copy(x, out, n, shift, N: tl.constexpr):
+    i = tl.program_id(0) * N + tl.arange(0, N)
+    tl.store(out + i, tl.load(x + i + shift, mask=i < n), mask=i < n)
+
+
+@pytest.mark.parametrize(
+    ("n", "shift", "sentence"),
+    [
+        (31, 0, None),
+        (31, 1, r"program 1 loads out of bounds.* 1 elements of x, first at byte 124"),
+        (31, -1, r"program 0 loads out of bounds.* 1 elements of x, first at byte -4"),
+        (32, -1, "program 0 loads out of bounds"),
+        (32, 0, "program 1 loads out of bounds"),
+    ],
+)
+def test_bounds_are_the_tensors(n, shift, sentence):
+    """Not those of the storage that two tensors share, nor of the memory of the process."""
+    storage = torch.arange(100.0)
+    x, out = storage[10:41], storage[50:82]
+    launch = lambda: copy[(2,)](x, out, n, shift, 16)  # noqa: E731
+    if sentence is None:
+        launch()
+        assert_same(out[:31], x)
+        return
+    with pytest.raises(InterpreterError, match=sentence):
+        launch()
+
+
+def test_a_store_out_of_bounds():
+    with pytest.raises(
+        InterpreterError, match=r"program 1 stores out of bounds.* 5 elements of out, first at byte 108"
+    ):
+        copy[(2,)](torch.zeros(32), torch.zeros(27), 32, 0, 16)
+
+
+def test_a_view_ends_where_its_last_element_does():
+    x = torch.zeros(4, 32)[:, :16]  # 3 * 32 + 16 elements
+    copy[(7,)](x, torch.zeros(112), 112, 0, 16)
+    with pytest.raises(InterpreterError, match="program 7 loads out of bounds"):
+        copy[(8,)](x, torch.zeros(128), 128, 0, 16)
+
+
+@triton.jit
+def between(x, out, store_at, load_at, N: tl.constexpr):
+    p = tl.program_id(0)
+    tl.store(out + 4 + p * store_at, p)
+    tl.store(x + p, tl.load(out + load_at + p * store_at))
+
+
+@triton.jit
+def load_then_store(x, out, N: tl.constexpr):
+    p = tl.program_id(0)
+    tl.store(x + p, tl.load(out + 1))
+    if p == 1:
+        tl.store(out + 1, p)
+
+
+@pytest.mark.parametrize(
+    ("store_at", "load_at", "sentence"),
+    [
+        (0, 8, "program 1 stores what another program stores: 1 elements of out"),
+        (4, 0, "program 1 loads what another program stores: 1 elements of out"),
+    ],
+)
+def test_programs_race(store_at, load_at, sentence):
+    x, out = torch.zeros(2, dtype=torch.int32), torch.zeros(16, dtype=torch.int32)
+    with pytest.raises(InterpreterError, match=sentence):
+        between[(2,)](x, out, store_at, load_at, 1)
+
+
+def test_programs_race_the_other_way_round():
+    x, out = torch.zeros(2, dtype=torch.int32), torch.zeros(2, dtype=torch.int32)
+    with pytest.raises(InterpreterError, match="program 1 stores what another program loads: 1 elements of out"):
+        load_then_store[(2,)](x, out, 1)
+
+
+def test_one_storage_given_twice():
+    storage = torch.zeros(24)
+    with pytest.raises(InterpreterError, match="program 1 loads what another program stores: 8 elements of x"):
+        copy[(2,)](storage[:16], storage[8:], 16, 0, 8)
+
+
+@triton.jit
+def reverse(x, out, LOAD: tl.constexpr, STORE: tl.constexpr, BARRIER: tl.constexpr, N: tl.constexpr):
+    i = tl.arange(0, N)
+    if LOAD:
+        v = tl.load(out + i)
+    else:
+        v = i
+        tl.store(out + i, i)
+    if BARRIER:
+        tl.debug_barrier()
+    if STORE:
+        tl.store(out + N - 1 - i, v)
+    else:
+        tl.store(x + i, tl.load(out + N - 1 - i))
+
+
+@pytest.mark.parametrize(
+    ("LOAD", "STORE", "sentence"),
+    [
+        (False, False, "loads what it stored, no barrier between: 64 elements of out"),
+        (True, True, "stores what it loaded, no barrier between: 64 elements of out"),
+        (False, True, "stores what it stored, no barrier between: 64 elements of out"),
+    ],
+)
+def test_a_missing_barrier(LOAD, STORE, sentence):
+    x, out = torch.zeros(N, dtype=torch.int32), torch.arange(N, dtype=torch.int32)
+    reverse[(1,)](x, out, LOAD, STORE, True, N)
+    assert (out if STORE else x).tolist() == list(reversed(range(N)))
+    with pytest.raises(InterpreterError, match=sentence):
+        reverse[(1,)](x, out, LOAD, STORE, False, N)
+
+
+@triton.jit
+def halve(x, out, N: tl.constexpr):
+    i = tl.arange(0, N)
+    tl.store(out + i // 2, tl.load(x + i))
+
+
+def test_a_store_of_two_values():
+    out = torch.zeros(N // 2)
+    halve[(1,)](torch.ones(N), out, N)  # the same value twice is no fault
+    assert out.eq(1).all()
+    with pytest.raises(InterpreterError, match="stores different values at once: 32 elements of out, first at byte 0"):
+        halve[(1,)](torch.arange(float(N)), out, N)
+
+
+@triton.jit
+def largest(x, out, N: tl.constexpr):
+    tl.store(out, tl.argmax(tl.load(x + tl.arange(0, N)), 0))
+
+
+def test_an_arg_max_over_nan():
+    x, out = torch.arange(float(N)), torch.zeros(1, dtype=torch.int32)
+    largest[(1,)](x, out, N)
+    assert out.item() == N - 1
+    x[5] = torch.nan
+    with pytest.raises(InterpreterError, match="arg-max"):
+        largest[(1,)](x, out, N)
+
+
+@triton.jit
+def count(out):
+    tl.atomic_add(out, 1)
+
+
+def test_atomics_are_refused():
+    with pytest.raises(InterpreterError, match="atomics"):
+        count[(1,)](torch.zeros(1, dtype=torch.int32))

@@ -1,0 +1,209 @@
+"""Triton's interpreter with what it leaves out: bfloat16, and the faults that a GPU does not forgive. Tests only.
+
+`TRITON_INTERPRET=1` runs the programs of a kernel one after another in numpy. After `install()`
+
+- bfloat16 is computed on values and rounded to nearest even (Triton 3.8 computes on its bits, and truncates), and an
+  fma rounds once;
+- a load or store outside the tensor that its pointer was made from is refused, to the byte;
+- so is an element that one program stores and another one loads or stores: programs run in any order, and at once;
+- so is an element that a program loads or stores after storing it, or stores after loading it, with no
+  `tl.debug_barrier()` between: the threads of a program run apart, and an element may be in the hands of several;
+- so is one store of different values to one element, and an arg-max or arg-min over a NaN: their results depend on
+  the order of things.
+
+A refusal is an `InterpreterError` that names the argument of the kernel. What this cannot see: whether the compiler
+keeps the kernel's meaning, and how shared memory is used.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import torch
+import triton.language as tl
+from torch import Tensor
+from triton.language.semantic import TritonSemantic
+from triton.runtime import interpreter
+from triton.runtime.interpreter import TensorHandle
+
+# A pointer is (slot << SLOT) + ORIGIN + bytes from the start of its tensor: no offset leads into another tensor.
+SLOT, ORIGIN = 44, 1 << 43
+NOBODY, SEVERAL = -1, -2
+NAN_IS_ORDER = "an arg-max or arg-min over NaN depends on the order of the comparisons"
+
+_np_dtype, _apply_reduce = interpreter._get_np_dtype, interpreter.ReduceOps.apply_impl
+
+
+class Storage:
+    """Who touched each byte of one storage during one launch."""
+
+    def __init__(self, storage: torch.UntypedStorage) -> None:
+        self.address, size = storage.data_ptr(), storage.nbytes()
+        self.stored_by = np.full(size, NOBODY, np.int32)  # program
+        self.loaded_by = np.full(size, NOBODY, np.int32)  # program, or SEVERAL
+        self.stored_in = np.full(size, NOBODY, np.int32)  # stretch of a program: what lies between two barriers
+        self.loaded_in = np.full(size, NOBODY, np.int32)
+
+
+class Argument:
+    """A tensor that a kernel is given; to the interpreter, a tensor at an address of its own."""
+
+    def __init__(self, name: str, slot: int, tensor: Tensor, storage: Storage) -> None:
+        self.name, self.storage, self.dtype = name, storage, tensor.dtype
+        self.first = (slot << SLOT) + ORIGIN
+        self.start = tensor.data_ptr() - storage.address  # bytes
+        steps = zip(tensor.shape, tensor.stride(), strict=True)
+        span = 1 + sum((n - 1) * stride for n, stride in steps) if tensor.numel() else 0
+        self.extent = span * tensor.element_size()  # bytes
+
+    def data_ptr(self) -> int:
+        return self.first
+
+
+class Launch:
+    """The tensors of one launch, and where its programs have got to."""
+
+    def __init__(self) -> None:
+        self.arguments: list[Argument] = []
+        self.storages: dict[int, Storage] = {}
+        self.program = self.stretch = 0
+
+    def take(self, name: str, value: Any) -> Any:
+        if not isinstance(value, Tensor):
+            return value
+        memory = value.untyped_storage()
+        storage = self.storages.setdefault(memory.data_ptr(), Storage(memory))
+        self.arguments.append(Argument(name, len(self.arguments), value, storage))
+        return self.arguments[-1]
+
+    def access(self, pointers: np.ndarray, mask: np.ndarray, itemsize: int, values: np.ndarray | None) -> np.ndarray:
+        """Checks a load, or a store of `values`; the true addresses of what is not masked, 0 elsewhere."""
+        addresses = np.zeros(pointers.shape, np.uint64)
+        mask = np.broadcast_to(mask, pointers.shape)
+        slots = pointers >> np.uint64(SLOT)
+        for slot in np.unique(slots[mask]):
+            argument = self.arguments[int(slot)]
+            here = mask & (slots == slot)
+            offset = pointers[here].astype(np.int64) - argument.first
+            outside = (offset < 0) | (offset + itemsize > argument.extent)
+            does = "loads" if values is None else "stores"
+            self._refuse(argument, outside, f"{does} out of bounds (0..{argument.extent} bytes)", offset)
+            at = argument.start + offset
+            if values is None:
+                self._load(argument, at)
+            else:
+                self._store(argument, at, np.broadcast_to(values, pointers.shape)[here])
+            addresses[here] = (argument.storage.address + at).astype(np.uint64)
+        return addresses
+
+    def _load(self, argument: Argument, at: np.ndarray) -> None:
+        memory = argument.storage
+        stored, loaded = memory.stored_by[at], memory.loaded_by[at]
+        self._refuse(argument, (stored != NOBODY) & (stored != self.program), "loads what another program stores", at)
+        self._refuse(argument, memory.stored_in[at] == self.stretch, "loads what it stored, no barrier between", at)
+        memory.loaded_by[at] = np.where((loaded == NOBODY) | (loaded == self.program), self.program, SEVERAL)
+        memory.loaded_in[at] = self.stretch
+
+    def _store(self, argument: Argument, at: np.ndarray, values: np.ndarray) -> None:
+        memory = argument.storage
+        for by, does in ((memory.stored_by[at], "stores"), (memory.loaded_by[at], "loads")):
+            self._refuse(argument, (by != NOBODY) & (by != self.program), f"stores what another program {does}", at)
+        for stretch, did in ((memory.stored_in[at], "stored"), (memory.loaded_in[at], "loaded")):
+            self._refuse(argument, stretch == self.stretch, f"stores what it {did}, no barrier between", at)
+        order = np.argsort(at, kind="stable")
+        bits = np.ascontiguousarray(values)[order].view(f"u{values.itemsize}")
+        differ = (at[order][1:] == at[order][:-1]) & (bits[1:] != bits[:-1])
+        self._refuse(argument, differ, "stores different values at once", at[order][1:])
+        memory.stored_by[at] = self.program
+        memory.stored_in[at] = self.stretch
+
+    def _refuse(self, argument: Argument, where: np.ndarray, what: str, at: np.ndarray) -> None:
+        if where.any():
+            raise RuntimeError(
+                f"program {self.program} {what}: {int(where.sum())} elements of {argument.name}, first at byte "
+                f"{at[where][0]}"
+            )
+
+
+class Builder(interpreter.InterpreterBuilder):
+    """The interpreter's operations, with the checks and with bfloat16 as a type of numpy's."""
+
+    launch: Launch
+
+    def set_grid_idx(self, x: int, y: int, z: int) -> None:
+        super().set_grid_idx(x, y, z)
+        self.launch.program = (x * self.grid_dim[1] + y) * self.grid_dim[2] + z
+        self.launch.stretch += 1
+
+    def create_barrier(self) -> None:
+        self.launch.stretch += 1
+
+    def create_masked_load(self, ptrs: TensorHandle, mask: TensorHandle, *rest: Any) -> TensorHandle:
+        itemsize = np_dtype(ptrs.get_element_ty()).itemsize
+        addresses = self.launch.access(ptrs.data, mask.data, itemsize, None)
+        return super().create_masked_load(TensorHandle(addresses, ptrs.dtype), mask, *rest)
+
+    def create_masked_store(self, ptrs: TensorHandle, value: TensorHandle, mask: TensorHandle, *rest: Any) -> None:
+        addresses = self.launch.access(ptrs.data, mask.data, value.data.itemsize, value.data)
+        super().create_masked_store(TensorHandle(addresses, ptrs.dtype), value, mask, *rest)
+
+    def create_atomic_cas(self, *args: Any) -> TensorHandle:
+        raise NotImplementedError("atomics are not among what is checked")
+
+    create_atomic_rmw = create_atomic_cas
+
+    def get_bf16(self, value: float) -> TensorHandle:
+        return TensorHandle(np.array([value], ml_dtypes.bfloat16), tl.bfloat16)
+
+    def cast_impl(self, src: TensorHandle, dst_type: tl.dtype) -> TensorHandle:
+        return TensorHandle(src.data.astype(np_dtype(dst_type)), dst_type.scalar)
+
+    def create_fp_to_fp(self, src: TensorHandle, dst_type: tl.dtype, rounding: Any) -> TensorHandle:
+        if rounding not in (None, interpreter._ir.ROUNDING_MODE.RTNE):
+            raise NotImplementedError(f"rounding {rounding}")
+        return self.cast_impl(src, dst_type)
+
+    def create_fma(self, x: TensorHandle, y: TensorHandle, z: TensorHandle) -> TensorHandle:
+        wide = (t.data.astype(np.float64) for t in (x, y))
+        return TensorHandle((np.multiply(*wide) + z.data).astype(z.data.dtype), z.dtype.scalar)
+
+    def create_dot(self, a: TensorHandle, b: TensorHandle, d: TensorHandle, *rest: Any) -> TensorHandle:
+        wide = (TensorHandle(t.data.astype(d.data.dtype), d.dtype.scalar) for t in (a, b))
+        return super().create_dot(*wide, d, *rest)
+
+
+class Executor(interpreter.GridExecutor):
+    """One launch, on tensors of the CPU."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> None:
+        with np.errstate(all="ignore"):  # a GPU does not warn of an infinity
+            super().__call__(*args, **kwargs)
+
+    def _init_args_hst(self, args_dev: tuple, kwargs: dict[str, Any]) -> tuple[list, dict[str, Any]]:
+        launch = interpreter.interpreter_builder.launch = Launch()
+        named = zip(self.arg_names, args_dev, strict=False)
+        return [launch.take(*pair) for pair in named], {name: launch.take(name, a) for name, a in kwargs.items()}
+
+    def _restore_args_dev(self, *args: Any) -> None:
+        """Nothing was copied."""
+
+
+def np_dtype(dtype: tl.dtype) -> np.dtype:
+    return np.dtype(ml_dtypes.bfloat16) if dtype.scalar == tl.bfloat16 else _np_dtype(dtype)
+
+
+def apply_reduce(self: interpreter.ReduceOps, inputs: tuple[tl.tensor, ...]) -> Any:
+    if len(inputs) > 1 and np.isnan(inputs[0].handle.data.astype(np.float64)).any():
+        raise ValueError(NAN_IS_ORDER)
+    return _apply_reduce(self, inputs)
+
+
+def install() -> None:
+    """To be called before the first launch of a process."""
+    interpreter._get_np_dtype = np_dtype
+    interpreter.ReduceOps.apply_impl = apply_reduce
+    interpreter.GridExecutor = Executor
+    interpreter.interpreter_builder = Builder()
+    interpreter.interpreter_semantic = TritonSemantic(interpreter.interpreter_builder)
