@@ -23,10 +23,23 @@ def backends() -> dict[str, str | None]:
     """Every backend by name: None where it is usable here, else the sentence that says why it is not."""
     return {
         "cpu": ops.NO_LIBRARY,
-        "triton": "this version has no Triton kernels",
+        "triton": ops.no_triton() or _no_gpu(),
         "cuda": "this version has no CUDA kernels",
         "reference": None,
     }
+
+
+def _interpreted() -> bool:
+    """Whether Triton runs kernels on CPU tensors, by its interpreter."""
+    import triton
+
+    return triton.knobs.runtime.interpret
+
+
+def _no_gpu() -> str | None:
+    if torch.cuda.is_available() or _interpreted():
+        return None
+    return "torch finds no GPU, and TRITON_INTERPRET=1 was not set before Triton was imported"
 
 
 def build_info() -> dict[str, Any]:
@@ -70,8 +83,10 @@ def plan(
     options = {"layout": layout, "select": select, "start": start, "ridge": ridge, "blend": blend}
     ops.check_compress(x, keep, basis, **options)
     here = x.device.type in ("cpu", "meta")
+    if x.device.type == "cuda" and not ops.no_triton():
+        return _plan_triton(x, keep, basis, **options)
     if not here or ops.NO_LIBRARY:
-        why = ops.NO_LIBRARY if here else f"this version has no kernels for {x.device.type}"
+        why = ops.NO_LIBRARY if here else ops.no_triton() or f"this version has no kernels for {x.device.type}"
         return {"backend": "reference", "why": why, "launches": 0, "workspace_bytes": 0}
     if not _host:
         raise ValueError(NO_HOST)
@@ -92,6 +107,17 @@ def plan(
         f"{torch.get_num_threads()} threads"
     )
     return {"backend": "cpu", "why": why, "launches": 1, **path}
+
+
+def _plan_triton(x: Tensor, keep: int, basis: int, **options: Any) -> dict[str, Any]:
+    from .triton_kernels import configs, launch
+
+    device_class = configs.device_class(x.device)
+    shape = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta")
+    call = launch.compress(shape, keep, basis, **options, device_class=device_class)
+    why = f"x is on {x.device} ({device_class}), and this version has no CUDA kernels"
+    launches, workspace_bytes = len(call.launches), call.workspace_bytes
+    return {"backend": "triton", "why": why, "launches": launches, "workspace_bytes": workspace_bytes}
 
 
 def compress(
@@ -235,17 +261,21 @@ def _implementation(name: str, backend: str | None, x: Tensor) -> Callable[..., 
         raise ValueError(f"backend='{backend}' is none of {', '.join(usable)}")
     if usable[backend]:
         raise ValueError(f"backend='{backend}' cannot run here: {usable[backend]}")
-    if backend == "reference":
+    if backend == "cpu":
+        if x.device.type != "cpu":
+            raise ValueError(f"backend='cpu' cannot run here: x is on {x.device}")
+        return getattr(torch.ops.apet, name)
+    if backend == "triton" and x.device.type != "cuda" and not (x.device.type == "cpu" and _interpreted()):
+        raise ValueError(f"backend='triton' cannot run here: x is on {x.device}")
 
-        def run(*args: Any, **kwargs: Any) -> Any:
-            ops.check_grad(*(a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)))
-            ops.CHECKS[name](*args, **kwargs)
-            return getattr(reference, name)(*args, **kwargs)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        ops.check_grad(*(a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)))
+        if backend == "triton":
+            return ops.run_triton(name, *args, **kwargs)
+        ops.CHECKS[name](*args, **kwargs)
+        return getattr(reference, name)(*args, **kwargs)
 
-        return run
-    if x.device.type != backend:
-        raise ValueError(f"backend='{backend}' cannot run here: x is on {x.device}")
-    return getattr(torch.ops.apet, name)
+    return run
 
 
 def _whole(name: str, values: Sequence[int]) -> list[int]:

@@ -1,7 +1,8 @@
 """The ops `torch.ops.apet.*`: schemas, what they refuse, and fakes; once, for every backend.
 
-Implementations register themselves beside this file: the compiled library on the CPU key (csrc/torch_binding.cpp).
-Devices without one run the float64 reference, with a warning that says so.
+Implementations: on the CPU key the compiled library registers its own (csrc/torch_binding.cpp); on the CUDA key, which
+is ROCm's too, the Triton kernels stand below, imported on the first call. Other devices run the float64 reference, with
+a warning that says so.
 """
 
 from __future__ import annotations
@@ -90,7 +91,12 @@ def _check_keep(keep: int, tokens: int, name: str = "keep") -> None:
         torch._check(holds, lambda: f"{name}={keep} is outside 1..{tokens}, the tokens of an image")
 
 
-def _check_offsets(name: str, cu: Tensor) -> None:
+def _check_device(name: str, tensor: Tensor, x: Tensor) -> None:
+    torch._check(tensor.device == x.device, lambda: f"{name} is on {tensor.device}, but x is on {x.device}")
+
+
+def _check_offsets(name: str, cu: Tensor, x: Tensor) -> None:
+    _check_device(name, cu, x)
     torch._check(
         cu.dim() == 1 and cu.dtype == torch.int32 and cu.shape[0] >= 1,
         lambda: f"{name} must be int32 [S + 1], got {_name(cu.dtype)} with {cu.dim()} dimensions",
@@ -144,8 +150,8 @@ def check_compress_varlen(
     """Refuses, in a sentence, what `compress_varlen` refuses without looking at the cu tensors: RuntimeError."""
     _check_tokens(x, 2)
     _check_layout(layout, blend)
-    _check_offsets("cu_seqlens", cu_seqlens)
-    _check_offsets("cu_keep", cu_keep)
+    _check_offsets("cu_seqlens", cu_seqlens, x)
+    _check_offsets("cu_keep", cu_keep, x)
     torch._check(
         cu_seqlens.shape[0] == cu_keep.shape[0],
         lambda: f"cu_seqlens has {cu_seqlens.shape[0]} entries but cu_keep has {cu_keep.shape[0]}",
@@ -174,6 +180,7 @@ def check_merge(x: Tensor, indices: Tensor, *, targets: Tensor | None = None) ->
         indices.dim() == 2 and indices.dtype == torch.int64 and indices.shape[0] == x.shape[0],
         lambda: f"indices must be int64 [{x.shape[0]}, K], got {_name(indices.dtype)} with {indices.dim()} dimensions",
     )
+    _check_device("indices", indices, x)
     _check_keep(indices.shape[1], x.shape[1], "K")
     if targets is not None:
         torch._check(
@@ -183,6 +190,7 @@ def check_merge(x: Tensor, indices: Tensor, *, targets: Tensor | None = None) ->
                 f"got {_name(targets.dtype)} with {targets.dim()} dimensions"
             ),
         )
+        _check_device("targets", targets, x)
 
 
 CHECKS: dict[str, Callable[..., None]] = {
@@ -249,25 +257,49 @@ for _op in OPS:
 
 
 @functools.cache
-def _warn_once(device: str) -> None:
-    how = f"; {HOW_TO_GET_KERNELS}" if device == "cpu" else ""
+def _warn_once(device: str, how: str) -> None:
     warnings.warn(
-        f"apet ops on {device} tensors run the float64 reference, orders of magnitude slower than a kernel{how}",
-        stacklevel=3,
+        f"apet ops on {device} tensors run the float64 reference, orders of magnitude slower than a kernel; {how}",
+        stacklevel=4,
     )
 
 
-def _on_reference(name: str) -> Callable[..., Any]:
-    def run(x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        _warn_once(x.device.type)
-        CHECKS[name](x, *args, **kwargs)
-        return getattr(reference, name)(x, *args, **kwargs)
+def _run_reference(name: str, how: str, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+    _warn_once(x.device.type, how)
+    CHECKS[name](x, *args, **kwargs)
+    return getattr(reference, name)(x, *args, **kwargs)
 
-    return run
+
+@functools.cache
+def no_triton() -> str | None:
+    """None where Triton can be imported, else the sentence that says why it cannot."""
+    try:
+        import triton  # noqa: F401
+    except ImportError as error:
+        return f"Triton does not import ({error}); `pip install apet-kernels[triton]`"
+    return None
+
+
+def run_triton(name: str, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+    """The op `name` by the Triton kernels, for x on a GPU, or on the CPU under Triton's interpreter."""
+    from .triton_kernels import launch
+
+    CHECKS[name](x, *args, **kwargs)
+    with torch.cuda.device_of(x):
+        results = getattr(launch, name)(x, *args, **kwargs).run()
+    return results if len(results) > 1 else results[0]
+
+
+def _run_on_gpu(name: str, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+    """Which kernels a CUDA or ROCm tensor gets."""
+    if why := no_triton():
+        return _run_reference(name, why, x, *args, **kwargs)
+    return run_triton(name, x, *args, **kwargs)
 
 
 for _op in OPS:
-    _library.impl(_op, _on_reference(_op), "CompositeExplicitAutograd")
+    _library.impl(_op, functools.partial(_run_on_gpu, _op), "CUDA")
+    _library.impl(_op, functools.partial(_run_reference, _op, HOW_TO_GET_KERNELS), "CompositeExplicitAutograd")
 
 
 def _load() -> str | None:
