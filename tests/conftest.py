@@ -42,7 +42,7 @@ FUNCTIONS = ("compress", "compress_varlen", "score", "merge")
 
 
 def backend_ids() -> list[str]:
-    """The reference, the CPU kernel on every instruction set of this machine, and Triton (on the GPU, or interpreted)."""
+    """The reference, the CPU kernel on every instruction set of this machine, and Triton (on a GPU, or interpreted)."""
     usable = [name for name, why in apet_kernels.backends().items() if why is None]
     cpu = apet_kernels.cpu_isa() if "cpu" in usable else []
     return ["reference", *(f"cpu-{isa}" for isa in cpu), *(name for name in usable if name in ("triton", "cuda"))]
