@@ -1,0 +1,44 @@
+"""LLaVA-1.5 (`llava`).
+
+Modifications:
+- the projector gets the kept rows of the vision encoder's features (CLIP without CLS: [images, 576, 1024]);
+- the language model gets the shortened sequence, positions renumbered;
+- with `llm_layer`, its layers from there on get a sequence shortened again, renumbered again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..adapter import Adapter, Units, one_unit
+
+
+class Llava(Adapter):
+    """An image is one unit. Pixtral encoders, whose images differ in size, give them packed as one row."""
+
+    projector = "multi_modal_projector"
+    presets = {  # noqa: RUF012
+        f"paper-{(first + second) // 2}": {
+            "keep": first,
+            "llm_layer": 16,
+            "llm_keep": second,
+            "layout": "overwrite",
+        }
+        for first, second in ((288, 96), (192, 64), (96, 32))
+    }
+
+    def visuals(self, core: nn.Module, inputs: Mapping[str, Any], counts: Mapping[str, int]) -> dict[str, list[Units]]:
+        if inputs.get("image_sizes") is not None:
+            return {"image": self._packed(core, inputs)}
+        images = inputs["pixel_values"].shape[0]
+        return {"image": [one_unit(counts["image"] // images)] * images}
+
+    def features(self, core: nn.Module, inputs: Mapping[str, Any], x: Tensor) -> list[Units]:
+        return self._packed(core, inputs) if inputs.get("image_sizes") is not None else super().features(core, inputs, x)
+
+    def _packed(self, core: nn.Module, inputs: Mapping[str, Any]) -> list[Units]:
+        patch = core.vision_tower.patch_size
+        return [one_unit(int(h) // patch * (int(w) // patch)) for h, w in inputs["image_sizes"]]

@@ -1,0 +1,112 @@
+"""What a patched model is asked to do: one frozen, printable object."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+from apet_kernels import ops
+
+Keep = int | float | tuple[int | float, ...]
+
+
+@dataclass(frozen=True)
+class Options:
+    """The options of `apet.patch`, as docs/hooks.md lists them.
+
+    keep, llm_keep: a count (int), a ratio (float in (0, 1]), or one of these for every image or video of a call
+    (tuple), for each unit; None: no such stage. The other fields are those of `apet_kernels.compress`.
+    """
+
+    keep: Keep | None = None
+    basis: int = 10
+    layout: str = "inplace"
+    select: str = "fps"
+    blend: float = 1.0
+    llm_layer: int | None = None
+    llm_keep: Keep | None = None
+    preset: str | None = None
+
+    @property
+    def kernel(self) -> dict[str, Any]:
+        """The arguments of `apet_kernels.compress_varlen`."""
+        return {"basis": self.basis, "layout": self.layout, "select": self.select, "blend": self.blend}
+
+
+def resolve(presets: Mapping[str, Mapping[str, Any]], model_type: str, layers: int, given: Mapping[str, Any]) -> Options:
+    """The options that `patch` was given, over those of the preset, over the defaults.
+
+    Raises ValueError, in a sentence with the offending value.
+    """
+    given = {name: value for name, value in given.items() if value is not None}
+    preset = given.get("preset")
+    if preset is not None and preset not in presets:
+        known = ", ".join(presets) or "none"
+        raise ValueError(f"preset='{preset}' is not known for {model_type}; its presets are: {known}")
+    options = replace(Options(), **(presets[preset] if preset else {}) | given)
+    for name in ("keep", "llm_keep"):
+        options = replace(options, **{name: _checked(name, getattr(options, name))})
+    _check(options, layers)
+    return options
+
+
+def count(keep: Keep, visual: int, tokens: int) -> int:
+    """How many of a unit's `tokens` to keep; `visual` is the number of its image or video in the call."""
+    wanted = keep[visual] if isinstance(keep, tuple) else keep
+    if isinstance(wanted, int):
+        return min(wanted, tokens)
+    return max(1, math.floor(wanted * tokens + 0.5))
+
+
+def describe(options: Options) -> str:
+    """The options that differ from the defaults, for messages."""
+    changed = (f for f in fields(options) if getattr(options, f.name) != f.default)
+    return ", ".join(f"{f.name}={getattr(options, f.name)!r}" for f in changed)
+
+
+def _checked(name: str, keep: Any) -> Keep | None:
+    if keep is None:
+        return None
+    if isinstance(keep, Sequence) and not isinstance(keep, str):
+        if not keep:
+            raise ValueError(f"{name} is an empty list; it needs one entry for every image or video of a call")
+        return tuple(_one(name, k) for k in keep)
+    return _one(name, keep)
+
+
+def _one(name: str, keep: Any) -> int | float:
+    whole = isinstance(keep, int) and not isinstance(keep, bool) and keep >= 1
+    if not whole and not (isinstance(keep, float) and 0 < keep <= 1):
+        raise ValueError(f"{name}={keep!r} is neither a count (an int from 1) nor a ratio (a float in (0, 1])")
+    return keep
+
+
+def _check(options: Options, layers: int) -> None:
+    if options.keep is None and options.llm_layer is None:
+        raise ValueError("nothing to do: give keep=, llm_layer= with llm_keep=, or preset=")
+    if (options.llm_layer is None) != (options.llm_keep is None):
+        raise ValueError(f"llm_layer={options.llm_layer} and llm_keep={options.llm_keep} must be given together")
+    if options.llm_layer is not None and not 1 <= options.llm_layer < layers:
+        raise ValueError(
+            f"llm_layer={options.llm_layer} is outside 1..{layers - 1}: it runs between two of the {layers} decoder layers"
+        )
+    if options.layout not in ops.LAYOUTS:
+        raise ValueError(f"layout='{options.layout}' is none of {', '.join(ops.LAYOUTS)}")
+    if options.layout == "append" and options.llm_layer is not None:
+        raise ValueError(f"layout='append' has no second stage; leave out llm_layer={options.llm_layer}")
+    if options.select not in ops.SELECTS:
+        raise ValueError(f"select='{options.select}' is none of {', '.join(ops.SELECTS)}")
+    if not 1 <= options.basis <= ops.MAX_BASIS:
+        raise ValueError(f"basis={options.basis} is outside 1..{ops.MAX_BASIS}")
+    if not 0 <= options.blend <= 1:
+        raise ValueError(f"blend={options.blend:g} is outside 0..1")
+    if options.blend != 1 and options.layout != "overwrite":
+        raise ValueError(f"blend={options.blend:g} needs layout='overwrite', got layout='{options.layout}'")
+    for name, keep in (("keep", options.keep), ("llm_keep", options.llm_keep)):
+        counts = [k for k in (keep if isinstance(keep, tuple) else (keep,)) if isinstance(k, int)]
+        if options.layout == "overwrite" and counts and min(counts) <= options.basis:
+            raise ValueError(
+                f"layout='overwrite' needs more kept tokens than basis, got {name}={min(counts)} and basis={options.basis}"
+            )

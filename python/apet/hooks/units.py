@@ -1,0 +1,108 @@
+"""The visual tokens of a call, grouped into the units that are compressed together, and their compression."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+
+import torch
+from torch import Tensor
+
+import apet_kernels
+
+from .config import Keep, Options, count
+from .sequence import Packing, pack
+
+
+@dataclass
+class Tokens:
+    """The compressible tokens among the rows of some x [T, D].
+
+    where [N]: their rows, unit after unit, ascending within a unit; lengths: tokens of each unit; visuals: the image
+    or video that each unit belongs to, as a number within the call.
+    """
+
+    where: Tensor
+    lengths: list[int]
+    visuals: list[int]
+
+    def after(self, keep: Keep, options: Options) -> list[int]:
+        """How many rows each unit has left: all of its tokens where it would not get shorter."""
+        extra = options.basis if options.layout == "append" else 0
+        wanted = (count(keep, v, n) + extra for v, n in zip(self.visuals, self.lengths, strict=True))
+        return [min(k, n) for k, n in zip(wanted, self.lengths, strict=True)]
+
+    def without(self, gone: Tensor, left: list[int]) -> Tokens:
+        """What `after` said is left of each unit, once the rows of gone [T] bool have left."""
+        return Tokens(self.where[~gone[self.where]], left, self.visuals)
+
+    def moved(self, packing: Packing) -> Tokens:
+        """The same tokens once [B, L] has become [B, L2]."""
+        return Tokens(packing.flat(self.where), self.lengths, self.visuals)
+
+
+@dataclass
+class Shorter:
+    """What compressing some `Tokens` of x [T, D] gave.
+
+    gone [T] bool: rows of x that leave; slots [R]: rows of x that take `rows` [R, D] instead; sources [R]: where these
+    come from; tokens: those that are left.
+    """
+
+    gone: Tensor
+    slots: Tensor
+    sources: Tensor
+    rows: Tensor
+    tokens: Tokens
+
+    def pack(self, valid: Tensor, left: bool) -> Packing:
+        """How a batch of valid [B, L] tokens, T = B * L, closes up."""
+        columns = torch.arange(valid.shape[1], device=valid.device).repeat(len(valid))  # [B * L]
+        source = columns.index_copy(0, self.slots, columns[self.sources])
+        return pack(~self.gone.view_as(valid) & valid, source.view_as(valid), left)
+
+    def placed(self, packing: Packing, x: Tensor) -> Tensor:
+        """x [B, L, D] -> [B, L2, D], with the compressed rows in their slots."""
+        packed = packing.rows(x)
+        packed.view(-1, packed.shape[-1])[packing.flat(self.slots)] = self.rows
+        return packed
+
+
+def group(units: Sequence[Tensor], flat: Tensor, visuals: Sequence[int]) -> Tokens:
+    """Groups the tokens of images and videos by unit.
+
+    units: for each image or video, for each of its tokens, the unit's number or -1 (left out), on the CPU;
+    flat [N]: the rows of all these tokens, in the same order; visuals: the number of each image or video.
+    """
+    sizes = [int(u.max()) + 1 if len(u) else 0 for u in units]
+    starts = torch.tensor([0, *sizes]).cumsum(0).tolist()
+    number = torch.cat([torch.where(u >= 0, u + s, -1) for u, s in zip(units, starts[:-1], strict=True)])
+    order = number.argsort(stable=True)[int((number < 0).sum()) :]
+    lengths = number[number >= 0].bincount(minlength=starts[-1]).tolist()
+    of_unit = [v for v, size in zip(visuals, sizes, strict=True) for _ in range(size)]
+    there = [(n, v) for n, v in zip(lengths, of_unit, strict=True) if n]
+    return Tokens(flat[order.to(flat.device)], [n for n, _ in there], [v for _, v in there])
+
+
+def shorten(x: Tensor, tokens: Tokens, keep: Keep, options: Options) -> Shorter | None:
+    """Compresses the tokens of x [T, D], all units in one call. None where no unit gets shorter."""
+    left = tokens.after(keep, options)
+    active = [k < n for k, n in zip(left, tokens.lengths, strict=True)]
+    if not any(active):
+        return None
+    lengths, rows_left = ([n for n, a in zip(ns, active, strict=True) if a] for ns in (tokens.lengths, left))
+    where = tokens.where
+    if not all(active):
+        where = where[torch.tensor(active).repeat_interleave(torch.tensor(tokens.lengths)).to(x.device)]
+    extra = options.basis if options.layout == "append" else 0
+    kept = [k - extra for k in rows_left]
+    rows, indices = apet_kernels.compress_varlen(x[where], lengths, kept, **options.kernel)
+    slots = sources = where[indices]
+    if extra:  # more rows than kept positions: they take the unit's places from its first on
+        places = [torch.arange(k) + end - n for k, n, end in zip(rows_left, lengths, accumulate(lengths), strict=True)]
+        slots = where[torch.cat(places).to(x.device)]
+    gone = torch.zeros(len(x), dtype=torch.bool, device=x.device)
+    gone[where] = True
+    gone[slots] = False
+    return Shorter(gone, slots, sources, rows, tokens.without(gone, left))
