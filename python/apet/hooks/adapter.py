@@ -25,7 +25,7 @@ class Adapter:
     positions: ClassVar[str] = "renumber"
     """"renumber": 0, 1, 2, ... over what is left of a row; "keep": every token keeps its position (M-RoPE)."""
     projector: ClassVar[str | None] = None
-    """The module to compress before, as a dotted name in the core model; None: compress at the language model's input."""
+    """The module to compress before, by its name in the core model; None: compress where the language model begins."""
     tokens: ClassVar[Mapping[str, str]] = {"image": "image_token_id", "video": "video_token_id"}
     """Where the configuration keeps the placeholder of each modality."""
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
@@ -90,8 +90,8 @@ def adapter_for(model: nn.Module) -> Adapter:
     model_type = getattr(getattr(model, "config", None), "model_type", None)
     if model_type not in _ADAPTERS:
         raise ValueError(
-            f"no adapter for model_type='{model_type}' ({type(model).__name__}); known: {', '.join(sorted(_ADAPTERS))}. "
-            "If it puts visual features at placeholder tokens, try "
+            f"no adapter for model_type='{model_type}' ({type(model).__name__}); there are some for "
+            f"{', '.join(sorted(_ADAPTERS))}. If it puts visual features at placeholder tokens, try "
             f"apet.register_adapter('{model_type}', apet.Adapter()); see docs/hooks.md"
         )
     return _ADAPTERS[model_type]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from apet_kernels import ops
@@ -35,7 +35,9 @@ class Options:
         return {"basis": self.basis, "layout": self.layout, "select": self.select, "blend": self.blend}
 
 
-def resolve(presets: Mapping[str, Mapping[str, Any]], model_type: str, layers: int, given: Mapping[str, Any]) -> Options:
+def resolve(
+    presets: Mapping[str, Mapping[str, Any]], model_type: str, layers: int, given: Mapping[str, Any]
+) -> Options:
     """The options that `patch` was given, over those of the preset, over the defaults.
 
     Raises ValueError, in a sentence with the offending value.
@@ -52,18 +54,16 @@ def resolve(presets: Mapping[str, Mapping[str, Any]], model_type: str, layers: i
     return options
 
 
-def count(keep: Keep, visual: int, tokens: int) -> int:
-    """How many of a unit's `tokens` to keep; `visual` is the number of its image or video in the call."""
+def count(keep: Keep, visual: int, tokens: int, options: Options) -> int:
+    """How many of a unit's `tokens` to keep; `visual` is the number of its image or video in the call.
+
+    A ratio is rounded half up, and never asks for less than the layout can do: 1, or with "overwrite" basis + 1.
+    """
     wanted = keep[visual] if isinstance(keep, tuple) else keep
-    if isinstance(wanted, int):
-        return min(wanted, tokens)
-    return max(1, math.floor(wanted * tokens + 0.5))
-
-
-def describe(options: Options) -> str:
-    """The options that differ from the defaults, for messages."""
-    changed = (f for f in fields(options) if getattr(options, f.name) != f.default)
-    return ", ".join(f"{f.name}={getattr(options, f.name)!r}" for f in changed)
+    if isinstance(wanted, float):
+        least = options.basis + 1 if options.layout == "overwrite" else 1
+        wanted = max(least, math.floor(wanted * tokens + 0.5))
+    return min(wanted, tokens)
 
 
 def _checked(name: str, keep: Any) -> Keep | None:
@@ -90,7 +90,7 @@ def _check(options: Options, layers: int) -> None:
         raise ValueError(f"llm_layer={options.llm_layer} and llm_keep={options.llm_keep} must be given together")
     if options.llm_layer is not None and not 1 <= options.llm_layer < layers:
         raise ValueError(
-            f"llm_layer={options.llm_layer} is outside 1..{layers - 1}: it runs between two of the {layers} decoder layers"
+            f"llm_layer={options.llm_layer} is outside 1..{layers - 1}: it lies between two of {layers} decoder layers"
         )
     if options.layout not in ops.LAYOUTS:
         raise ValueError(f"layout='{options.layout}' is none of {', '.join(ops.LAYOUTS)}")
@@ -108,5 +108,5 @@ def _check(options: Options, layers: int) -> None:
         counts = [k for k in (keep if isinstance(keep, tuple) else (keep,)) if isinstance(k, int)]
         if options.layout == "overwrite" and counts and min(counts) <= options.basis:
             raise ValueError(
-                f"layout='overwrite' needs more kept tokens than basis, got {name}={min(counts)} and basis={options.basis}"
+                f"layout='overwrite' needs {name} > basis, got {name}={min(counts)} and basis={options.basis}"
             )

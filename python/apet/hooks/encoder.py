@@ -115,7 +115,9 @@ def find(engine: Engine, inputs: Mapping[str, Any], x: Tensor) -> tuple[Trace, T
     batch, length = x.shape[:2]
     flats = {m: placeholders(engine, m, inputs, x) for m in sorted(engine.adapter.brings(inputs))}
     repeats = 1
-    if not any(n.startswith("pixel_values") and v is not None for n, v in inputs.items()):  # generate() has encoded them before this forward
+    if not any(
+        n.startswith("pixel_values") and v is not None for n, v in inputs.items()
+    ):  # generate() has encoded them before this forward
         if engine.generating is None:
             raise ValueError("mm_encoder_outputs were encoded outside of this call; give the pixel values instead")
         inputs, repeats = engine.generating, batch // engine.rows
@@ -186,7 +188,7 @@ def marked(x: Tensor, tokens: Tokens, keep: Keep, options: Options) -> Shorter |
     found = int(gone.sum())
     if found != expected:
         raise ValueError(
-            f"{found} instead of {expected} tokens were dropped before the projector: these image features were encoded "
+            f"{found} instead of {expected} tokens were dropped before the projector: these features were encoded "
             "outside of this call, or by a model patched otherwise"
         )
     none = tokens.where[:0]

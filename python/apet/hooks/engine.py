@@ -94,7 +94,9 @@ class Engine:
         """`model.generate` of this instance: the same, with what it was called with at hand for the encoder's hooks."""
         refuse_generation(kwargs | ({"generation_config": args[1]} if len(args) > 1 else {}), self)
         given = dict(kwargs)
-        prompt = next(t for t in (*args[:1], *map(given.get, ("inputs", "input_ids", "inputs_embeds"))) if t is not None)
+        prompt = next(
+            t for t in (*args[:1], *map(given.get, ("inputs", "input_ids", "inputs_embeds"))) if t is not None
+        )
         before = self.generating, self.rows
         self.generating, self.rows = given, len(prompt)
         try:
@@ -142,7 +144,9 @@ class Engine:
         x = kwargs["inputs_embeds"]
         batch, new = x.shape[:2]
         if batch != prompt.batch:
-            raise ValueError(f"a batch of {batch} cannot go on from a cache that was filled by a batch of {prompt.batch}")
+            raise ValueError(
+                f"a batch of {batch} cannot go on from a cache that was filled by a batch of {prompt.batch}"
+            )
         if prompt.early is not None:
             steps = torch.arange(new, device=x.device)
             kwargs["attention_mask"] = prompt.early.columns(past, new).long()

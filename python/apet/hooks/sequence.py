@@ -18,7 +18,8 @@ MASKS_TAKE_LAYER = "layer_idx" in inspect.signature(masking_utils.create_causal_
 class Packing:
     """How a batch of rows of length L was shortened to L2.
 
-    index [B, L2]: the column that each new column held; valid [B, L2] bool: False where it is padding;
+    index [B, L2]: the column that each new column held; valid [B, L2] bool: False where it is padding, which repeats a
+    token that stayed (4.57 counts the non-zero keys of a static cache, and what left may be infinite);
     source [B, L2]: as index, but for appended basis rows the column of their token; moved [B, L]: the new column of an
     old one (meaningless where it went).
     """
@@ -29,9 +30,8 @@ class Packing:
     moved: Tensor
 
     def rows(self, x: Tensor) -> Tensor:
-        """x [B, L, D] -> [B, L2, D], zeros in the padding: what stood there may be anything."""
-        taken = x.gather(1, self.index[..., None].expand(-1, -1, x.shape[-1]))
-        return torch.where(self.valid[..., None], taken, taken.new_zeros(()))
+        """x [B, L, D] -> [B, L2, D]."""
+        return x.gather(1, self.index[..., None].expand(-1, -1, x.shape[-1]))
 
     def along(self, x: Tensor, dim: int) -> Tensor:
         """x [..., B or 1, L, ...] with L at `dim` -> the same with L2, by source."""
@@ -40,7 +40,7 @@ class Packing:
         shape[dim - 1] = self.source.shape[0]
         index = self.source.reshape(*self.source.shape, *(1,) * (x.dim() - dim - 1))
         shape[dim] = self.source.shape[1]
-        return x.expand(*shape[: dim], x.shape[dim], *shape[dim + 1 :]).gather(dim, index.expand(shape))
+        return x.expand(*shape[:dim], x.shape[dim], *shape[dim + 1 :]).gather(dim, index.expand(shape))
 
     def flat(self, where: Tensor) -> Tensor:
         """Flat positions in [B, L] -> flat positions in [B, L2]."""
@@ -61,6 +61,7 @@ def pack(keep: Tensor, source: Tensor, left: bool) -> Packing:
     columns = torch.arange(longest, device=keep.device)
     index = order[:, -longest:] if left else order[:, :longest]
     valid = columns >= longest - counts if left else columns < counts
+    index = torch.where(valid, index, index[:, -1:] if left else index[:, :1])
     moved = keep.cumsum(1) - 1 + (longest - counts if left else 0)
     return Packing(index, valid, source.gather(1, index), moved)
 

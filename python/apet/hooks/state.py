@@ -65,7 +65,7 @@ class Late:
 
 @dataclass
 class Run:
-    """A forward of the language model. In a prefill: tokens, in [B * L]; valid [B, L] bool; and the side of the text."""
+    """A forward of the language model. In a prefill: tokens, in [B * L]; valid [B, L] bool; whether padding is left."""
 
     prompt: Prompt
     tokens: Tokens | None = None

@@ -30,7 +30,7 @@ class Tokens:
     def after(self, keep: Keep, options: Options) -> list[int]:
         """How many rows each unit has left: all of its tokens where it would not get shorter."""
         extra = options.basis if options.layout == "append" else 0
-        wanted = (count(keep, v, n) + extra for v, n in zip(self.visuals, self.lengths, strict=True))
+        wanted = (count(keep, v, n, options) + extra for v, n in zip(self.visuals, self.lengths, strict=True))
         return [min(k, n) for k, n in zip(wanted, self.lengths, strict=True)]
 
     def without(self, gone: Tensor, left: list[int]) -> Tokens:

@@ -37,7 +37,9 @@ class Llava(Adapter):
         return {"image": [one_unit(counts["image"] // images)] * images}
 
     def features(self, core: nn.Module, inputs: Mapping[str, Any], x: Tensor) -> list[Units]:
-        return self._packed(core, inputs) if inputs.get("image_sizes") is not None else super().features(core, inputs, x)
+        return (
+            self._packed(core, inputs) if inputs.get("image_sizes") is not None else super().features(core, inputs, x)
+        )
 
     def _packed(self, core: nn.Module, inputs: Mapping[str, Any]) -> list[Units]:
         patch = core.vision_tower.patch_size
