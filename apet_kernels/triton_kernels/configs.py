@@ -41,7 +41,7 @@ def power_of_2(n: int) -> int:
 def tiles(device_class: str, D: int, element: int) -> Tiles:
     """The configuration for D channels of `element` bytes on one of the classes that `device_class` returns."""
     if device_class == "interpreter":  # small, so that small tests cross every edge
-        return Tiles(16, 32, 4, 64, 4, 16, 16, 32, 4, 1, 32, 2, 4)
+        return Tiles(32, 64, 4, 64, 4, 16, 16, 64, 4, 1, 64, 4, 4)
     wide = power_of_2(D)
     step_d = min(wide, 512)
     # No matrix instruction multiplies float32 exactly; its products are unrolled into registers, so the tile is small.
@@ -50,7 +50,7 @@ def tiles(device_class: str, D: int, element: int) -> Tiles:
         step_n=8,
         step_d=step_d,
         step_warps=4,
-        topk_chunk=1024,
+        topk_chunk=2048,
         topk_warps=8,
         assign_r=assign[0],
         assign_t=assign[1],
@@ -59,7 +59,7 @@ def tiles(device_class: str, D: int, element: int) -> Tiles:
         assign_stages=assign[4],
         mean_chunk=1024,
         mean_group=max(1, min(8, 8192 // wide)),
-        mean_warps=8,
+        mean_warps=max(1, min(8, wide * element // 512)),  # one 16-byte word per thread
     )
 
 

@@ -31,12 +31,11 @@ def _threshold(rank, count, wanted, CHUNK: tl.constexpr):
     prefix = wanted.to(tl.int32) * 0
     left = wanted.to(tl.int32)
     for digit in tl.static_range(4):
-        shift: tl.constexpr = 24 - 8 * digit
         histogram = tl.zeros((256,), tl.int32)
         for c0 in range(0, count, CHUNK):
             key = tl.load(rank + c0 + c, mask=c0 + c < count, other=0)
-            same = (c0 + c < count) & ((key.to(tl.int64) >> (shift + 8)).to(tl.int32) == prefix)
-            histogram += tl.histogram((key >> shift) & 0xFF, 256, mask=same)
+            same = (c0 + c < count) & ((key.to(tl.int64) >> (32 - 8 * digit)).to(tl.int32) == prefix)
+            histogram += tl.histogram((key >> (24 - 8 * digit)) & 0xFF, 256, mask=same)
         at_least = tl.cumsum(histogram, 0, reverse=True)
         bucket = tl.max(tl.where(at_least >= left, bins, 0), 0)
         left -= tl.sum(tl.where(bins > bucket, histogram, 0), 0)
@@ -110,6 +109,5 @@ def s4_topk(
 
     if layout == APPEND:
         repeated = tl.max(tl.where(j == 0, p, 0), 0)  # of a shorter basis: its first token, or token 0
-        tl.store(
-            indices + row + keep + j, first + tl.where(p >= 0, p, tl.maximum(repeated, 0)), mask=(j < M) & (count > 0)
-        )
+        p = tl.where(p >= 0, p, tl.maximum(repeated, 0))
+        tl.store(indices + row + keep + j, first + p, mask=j < tl.where(count > 0, M, 0))

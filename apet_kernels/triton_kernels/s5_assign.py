@@ -71,7 +71,7 @@ def s5_assign(
             here, which = tl.max(product, 1, return_indices=True, return_indices_tie_break_left=True)
             better = here > similarity  # an earlier tile keeps a tie
             similarity = tl.where(better, here, similarity)
-            target = tl.where(better, t0 + which, target)
+            target = tl.where(better, (t0 + which).to(tl.int32), target)
         sq = tl.load(norm2 + token + n, mask=has_row, other=0.0)
         goes = (target >= 0) & (sq <= FLT_MAX)  # a token that is not finite goes nowhere
         bits = (similarity + 0.0).to(tl.int32, bitcast=True)  # -0 is +0

@@ -90,7 +90,8 @@ def s5_mean(
                         for i in tl.static_range(GROUP):
                             there = g + i < here
                             n_i = tl.load(place + g + i, mask=there, other=0).to(tl.int64)
-                            added = tl.load(at(x, base + n_i * stride_xn, ALIGN) + d, mask=(d < D) & there, other=0.0)
+                            width = tl.where(there, D, 0)
+                            added = tl.load(at(x, base + n_i * stride_xn, ALIGN) + d, mask=d < width, other=0.0)
                             total = tl.where(there, total + added.to(tl.float32), total)
                     received += here
             mean = tl.div_rn(total, tl.zeros_like(total) + (1 + received).to(tl.float32)).to(own.dtype)

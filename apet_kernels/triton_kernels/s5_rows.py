@@ -37,13 +37,14 @@ def s5_rows(
     for c0 in range(0, count, CHUNK):
         tl.store(marks + c0 + c, 0, mask=c0 + c < count)
     tl.debug_barrier()  # every mark is cleared before any is set
+    flagged = tl.where(chosen != 0, keep, 0)
     for c0 in range(0, keep, CHUNK):
         k = c0 + c
         position = tl.load(indices + s * stride_ib + k * stride_ik, mask=k < keep, other=0)
         position = tl.minimum(tl.maximum(position, 0), count - 1)
         tl.store(marks + position, 1, mask=k < keep)
         tl.store(kept + row + k, position.to(tl.int32), mask=k < keep)
-        flag = tl.load(targets + s * stride_tb + k * stride_tk, mask=(k < keep) & (chosen != 0), other=1)
+        flag = tl.load(targets + s * stride_tb + k * stride_tk, mask=k < flagged, other=1)
         tl.store(source + row + k, tl.where(flag != 0, -1, -2), mask=k < keep)
     tl.debug_barrier()
 
