@@ -22,6 +22,19 @@ SHAPES = (
     (1, 5120, 3584, 512),
     (1, 16384, 1280, 1638),
 )
+# The same where the paper (arXiv 2602.19870) applies the method and with its budgets: LLaVA-1.5 at two of them and in a
+# batch of 64 images, LLaVA-NeXT, LLaVA-1.5 inside the LLM, Video-LLaVA, Qwen2.5-VL from small to very large images.
+PAPER_SHAPES = (
+    (1, 576, 1024, 96),
+    (1, 576, 1024, 288),
+    (64, 576, 1024, 96),
+    (5, 576, 1024, 192),
+    (1, 288, 4096, 96),
+    (8, 256, 4096, 22),
+    (1, 1024, 3584, 307),
+    (1, 4096, 3584, 1229),
+    (1, 16384, 3584, 4915),
+)
 
 
 @dataclass(frozen=True)
@@ -67,6 +80,15 @@ def cases(smoke: bool = False) -> list[Case]:
         return [Case(2, 96, 64, 24, torch.float32, "overwrite"), Case(1, 97, 64, 12, torch.bfloat16, "inplace")]
     layouts: tuple[Layout, ...] = ("overwrite", "inplace")
     return [Case(*shape, dtype, layout) for layout in layouts for shape in SHAPES for dtype in DTYPES]
+
+
+def gpu_cases(smoke: bool = False) -> list[Case]:
+    """What the GPU is measured on, and its floors are computed for: the shapes of the paper and those above, as
+    published, in bfloat16; those above in float32 too. Or two tiny ones that run everything once."""
+    if smoke:  # small enough for Triton's interpreter, which knows no bfloat16
+        return [Case(2, 20, 12, 12, torch.float32, "overwrite"), Case(1, 24, 16, 14, torch.float16, "overwrite")]
+    half = [Case(*shape, torch.bfloat16, "overwrite") for shape in dict.fromkeys(PAPER_SHAPES + SHAPES)]
+    return half + [Case(*shape, torch.float32, "overwrite") for shape in SHAPES]
 
 
 def tokens(case: Case, seed: int) -> Tensor:

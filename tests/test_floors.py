@@ -1,0 +1,121 @@
+"""The formulas of benchmarks/floors.py, against counts made by hand and against what torch is seen to do."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from benchmarks import baselines, floors
+from benchmarks.cases import BASIS, RIDGE, Case, gpu_cases, tokens
+
+BF16 = Case(B=2, N=20, D=3, keep=12, dtype=torch.bfloat16, layout="overwrite")  # T = 2, N - K = 8, X = 240 bytes
+FLOAT = Case(B=1, N=16, D=4, keep=14, dtype=torch.float32, layout="inplace")  # T = 14, N - K = 2, X = 256 bytes
+# One byte, one operation a second, so that seconds are counts; a launch costs 1000, and 5000 on the host.
+UNIT = floors.Rates("unit", 1.0, 1.0, 2.0, 1e9, 0.0, "none", gap=1000.0, host=5000.0)
+
+
+def test_the_floor_by_hand():
+    (once,) = floors.floor(BF16)
+    # X 2*20*3 elements in, 2*12*3 out, two bytes each; 11 products with each of 120 elements; 2 * 2*8*2*3 operations.
+    assert (once.launches, once.moved, once.lanes, once.matrix) == (1, (120 + 72) * 2, 11 * 120, 192)
+    assert once.seconds(UNIT) == 1000 + 11 * 120
+    (once,) = floors.floor(FLOAT)
+    # float32: 2*14*4 fma of the similarity join the 11 * 64 of the sweep, and no matrix unit works.
+    assert (once.moved, once.lanes, once.matrix) == ((64 + 56) * 4, 11 * 64 + 112, 0)
+
+
+def test_the_triton_backend_by_hand():
+    norms, *steps, topk, assign, mean = floors.triton(BF16)
+    assert [w.stage for w in (norms, steps[0], topk, assign, mean)] == [
+        *("s1_norms", "s1_s3_step", "s4_topk", "s5_assign", "s5_mean")
+    ]
+    assert len(steps) == BASIS
+    assert (norms.moved, norms.again, norms.lanes) == (240, (), 240)  # square and add, and convert
+    assert all((w.moved, w.again, w.lanes) == (0, ((1, 240),), 480) for w in steps)  # dot, difference, square, convert
+    assert (topk.moved, topk.again, topk.lanes) == (0, (), 0)
+    rows = 2 * (8 + 2) * 3 * 2  # the dropped and the targets of both images, in bytes
+    assert (assign.again, assign.matrix, assign.lanes) == (((1, rows),), 192, 0)
+    assert (mean.moved, mean.again, mean.lanes) == (2 * 12 * 3 * 2, ((1, rows),), 2 * 8 * 3 * 2)
+
+    norms, *steps, _, assign, mean = floors.triton(FLOAT)  # nothing is converted
+    assert (norms.lanes, steps[0].lanes, assign.lanes, mean.lanes) == (64, 3 * 64, 2 * 14 * 4, 2 * 4)
+
+
+def test_times_by_hand():
+    piece = floors.Work("some", launches=3, moved=10, again=((2, 100), (1, 30)), matrix=40, lanes=50)
+    assert piece.touched() == 10 + 200 + 30
+    assert piece.seconds(UNIT) == 3 * 1000 + 240
+    cached = floors.Rates("cached", 1.0, 1.0, 2.0, 1e9, 80.0, "none", gap=0.0, host=7.0)
+    assert piece.bytes(cached) == 10 + 2 * 20
+    assert piece.seconds(cached) == 50  # the bytes and the float32 instructions take the same, and overlap
+    assert floors.graphed([piece, piece], cached) == 100
+    assert floors.ungraphed([piece, piece], cached) == 100  # six launches at 7 hide behind the work
+    assert floors.ungraphed([piece, piece], UNIT) == 6 * 5000
+
+
+class Counter(TorchDispatchMode):
+    """Operations that are no views and no mere allocations, and the bytes they read and write."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.operations, self.bytes = 0, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if not func.is_view and "empty" not in str(func):
+            self.operations += 1
+            self.bytes += sum(map(distinct, tree_leaves((args, kwargs, result))))
+        return result
+
+
+def distinct(t: object) -> int:
+    """Bytes of a tensor, the repetitions of `expand` not counted."""
+    if not isinstance(t, torch.Tensor):
+        return 0
+    once = [n for n, stride in zip(t.shape, t.stride(), strict=True) if stride]
+    return torch.Size(once).numel() * t.element_size()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize(("B", "N", "D", "keep"), [(1, 60, 512, 30), (2, 90, 512, 14), (1, 80, 1024, 40)])
+def test_the_published_formulation_as_it_runs(B, N, D, keep, dtype):
+    case = Case(B, N, D, keep, dtype, "overwrite")
+    x = tokens(case, seed=0)
+    with Counter() as counter:
+        baselines.published(x, keep, BASIS, "overwrite", 0, RIDGE)
+    work = floors.published(case)
+    assert sum(w.launches for w in work) == counter.operations
+    touched = sum(w.touched() for w in work)
+    assert 0.9 * counter.bytes <= touched <= counter.bytes  # what has no D in it, and small copies, are not counted
+
+
+def test_the_published_formulation_by_hand():
+    work = {w.stage: w for w in floors.published(BF16)}
+    assert work["s5 cosine"].moved == 3 * (8 * 2 * 3 * 2) + (8 + 2) * 3 * 2
+    assert floors.published_memory(BF16) == 3 * (8 * 2 * 3 * 2)
+    assert work["s1"].touched() == 9 * 5 * (20 * 3 * 4)  # difference, square and sum, nine times
+
+
+def test_the_document_holds_these_tables():
+    text = floors.DOCUMENT.read_text()
+    assert floors.replaced(text, floors.BEGIN, floors.END, floors.section()) == text, (
+        "docs/gpu.md is not what `python -m benchmarks.floors --markdown` writes"
+    )
+
+
+def test_a_document_without_markers_is_refused():
+    with pytest.raises(ValueError, match="there is no <b>"):
+        floors.replaced("text", "<b>", "<e>", "body")
+    with pytest.raises(ValueError, match="there is no <e>"):
+        floors.replaced("text <b>", "<b>", "<e>", "body")
+    assert floors.replaced("a <b> old <e> z", "<b>", "<e>", "new\n") == "a <b>\nnew\n<e> z"
+
+
+def test_every_floor_is_below_what_it_is_the_floor_of():
+    for case in gpu_cases():
+        for device in floors.DEVICES:
+            graphed = floors.graphed(floors.triton(case), device)
+            assert floors.graphed(floors.floor(case), device) < graphed <= floors.ungraphed(floors.triton(case), device)
+            assert floors.ungraphed(floors.triton(case), device) < floors.ungraphed(floors.published(case), device)
