@@ -1,5 +1,5 @@
 """What the kernels are compared with: ApET (arXiv 2602.19870) in torch, as published, as a good engineer writes it, and
-as fast as we could make it.
+as fast as we could make it. They run where x lies.
 
 All take x [B, N, D] and return tokens [B, K, D] in x's dtype and indices [B, K], with the meaning of
 `torch.ops.apet.compress` on ordinary tokens. None handles what the op does: repeated tokens (a singular system),
@@ -40,19 +40,19 @@ def published_bytes(N: int, D: int, keep: int, basis: int, itemsize: int) -> int
 
 def _published_image(x: Tensor, keep: int, basis: int, start: int, ridge: float) -> tuple[Tensor, Tensor]:
     X = x.float()  # [N, D]
-    distance = torch.full((len(X),), math.inf)  # [N]
+    distance = X.new_full((len(X),), math.inf)  # [N]
     picks = [start]
     while len(picks) < basis:
         distance = torch.minimum(distance, (X - X[picks[-1]]).square().sum(-1))  # [N]
         picks.append(int(distance.argmax()))
     S = X[picks]  # [M, D]
-    W = torch.linalg.solve(S @ S.T + ridge * torch.eye(basis), S @ X.T)  # [M, N]
+    W = torch.linalg.solve(S @ S.T + ridge * torch.eye(basis, device=x.device), S @ X.T)  # [M, N]
     residual = (X - W.T @ S).norm(dim=-1)  # [N]
 
     top = residual.topk(keep).indices  # [K], descending
     kept = top.sort().values  # [K]
     targets, lost = top[: keep - basis].sort().values, top[keep - basis :].sort().values  # [K-M], [M]
-    dropped = torch.ones(len(X), dtype=torch.bool).index_fill_(0, kept, False)  # [N]
+    dropped = torch.ones_like(residual, dtype=torch.bool).index_fill_(0, kept, False)  # [N]
     similarity = F.cosine_similarity(x[dropped][:, None], x[targets][None], dim=-1)  # [N-K, K-M]
     nearest = similarity.argmax(-1)  # [N-K]
 
@@ -74,8 +74,8 @@ def eager(x: Tensor, keep: int, basis: int, layout: str, start: int, ridge: floa
     T = keep - basis if layout == "overwrite" else keep
     X = x.float()  # [B, N, D]
     sq = X.square().sum(-1)  # [B, N]
-    image = torch.arange(B)[:, None]  # [B, 1]
-    far = torch.full((B, 1), start) if start >= 0 else sq.argmax(-1, keepdim=True)  # [B, 1]
+    image = torch.arange(B, device=x.device)[:, None]  # [B, 1]
+    far = torch.full_like(image, start) if start >= 0 else sq.argmax(-1, keepdim=True)  # [B, 1]
     nearest = torch.full_like(sq, math.inf)  # [B, N]
     picks = [far]
     for _ in range(basis - 1):
@@ -85,7 +85,7 @@ def eager(x: Tensor, keep: int, basis: int, layout: str, start: int, ridge: floa
         picks.append(far)
     p = torch.cat(picks, 1)  # [B, M]
     S = X[image, p]  # [B, M, D]
-    L = torch.linalg.cholesky_ex(S @ S.mT + ridge * torch.eye(basis)).L  # [B, M, M]
+    L = torch.linalg.cholesky_ex(S @ S.mT + ridge * torch.eye(basis, device=x.device)).L  # [B, M, M]
     W = torch.cholesky_solve(S @ X.mT, L)  # [B, M, N]
     e2 = (X - W.mT @ S).square().sum(-1)  # [B, N]
     e2 = torch.where(e2 > 4 * basis * U * sq, e2, 0.0)
@@ -95,12 +95,12 @@ def eager(x: Tensor, keep: int, basis: int, layout: str, start: int, ridge: floa
     top = e2.topk(keep).indices  # [B, K], descending
     kept = top.sort(1).values  # [B, K]
     targets = top[:, :T].sort(1).values  # [B, T]
-    dropped = torch.ones(B, N, dtype=torch.int64).scatter(1, kept, 0).topk(N - keep).indices  # [B, N-K]
+    dropped = torch.ones_like(sq, dtype=torch.int64).scatter(1, kept, 0).topk(N - keep).indices  # [B, N-K]
     x_t, x_d = X[image, targets], X[image, dropped]  # [B, T, D], [B, N-K, D]
     similarity = x_d @ F.normalize(x_t, dim=-1).mT  # [B, N-K, T]; the length of x_d changes no arg-max
     to = similarity.argmax(-1) + image * T  # [B, N-K]
     total = x_t.flatten(0, 1).index_add(0, to.flatten(), x_d.flatten(0, 1))  # [B*T, D]
-    count = torch.ones(B * T).index_add(0, to.flatten(), torch.ones(B * (N - keep)))  # [B*T]
+    count = total.new_ones(B * T).index_add(0, to.flatten(), total.new_ones(B * (N - keep)))  # [B*T]
     means = (total / count[:, None]).view(B, T, D).to(x.dtype)
     if layout == "inplace":
         return means, kept
@@ -117,8 +117,9 @@ def compiled() -> Compress:
 
 
 def tuned(x: Tensor, keep: int, basis: int, layout: str, start: int, ridge: float) -> tuple[Tensor, Tensor]:
-    """The fastest eager torch we could make for this CPU: products reused, halves for two threads, means by
-    embedding_bag, oneDNN told to multiply float32 as bfloat16 where that is exact."""
+    """The fastest eager torch we could make: products reused, means by embedding_bag. On a CPU halves for two threads,
+    and oneDNN told to multiply float32 as bfloat16 where that is exact; on a GPU 16-bit tokens as they are, multiplied
+    into float32 (written without a GPU at hand: nobody has tuned it there)."""
     return _two_steps(_s1_to_s4, _s5_merge, x, keep, basis, layout, start, ridge)
 
 
@@ -160,22 +161,22 @@ def _bfloat16_products(on: bool) -> Iterator[None]:
 def _s1_to_s4(
     x: Tensor, keep: int, basis: int, layout: str, start: int, ridge: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """x [B, N, D] -> X [B, N, D] float32, ||x||^2 [B, N], tokens by rank [B, N], basis p [B, M].
+    """x [B, N, D] -> X [B, N, D] (on a CPU float32), ||x||^2 [B, N], tokens by rank [B, N], basis p [B, M].
 
     One product per basis token gives its distances and, kept, the right-hand side of the solve. It is made as
-    [B*G, 1, D] x [B*G, D, N/G]: a single matrix-vector product runs on one thread, two halves run on two.
+    [B*G, 1, D] x [B*G, D, N/G]: on a CPU a single matrix-vector product runs on one thread, two halves run on two.
     """
     B, N, D = x.shape
-    X = x.float()  # [B, N, D]
-    G = math.gcd(N, 2) if B == 1 else 1
+    X = x if x.is_cuda else x.float()  # [B, N, D]
+    G = math.gcd(N, 2) if B == 1 and not x.is_cuda else 1
     halves = X.view(B * G, N // G, D).mT  # [B*G, D, N/G]
-    image = torch.arange(B)[:, None]  # [B, 1]
-    sq = torch.linalg.vector_norm(X, dim=-1).square()  # [B, N]
-    far = torch.full((B, 1), start) if start >= 0 else sq.argmax(-1, keepdim=True)  # [B, 1]
+    image = torch.arange(B, device=x.device)[:, None]  # [B, 1]
+    sq = torch.linalg.vector_norm(X, dim=-1, dtype=torch.float32).square()  # [B, N]
+    far = torch.full_like(image, start) if start >= 0 else sq.argmax(-1, keepdim=True)  # [B, 1]
     nearest = torch.full_like(sq, math.inf)  # [B, N]
     picks, products = [far], []
     for k in range(basis):
-        dot = torch.bmm(X[image, far].expand(B * G, 1, D), halves).view(B, N)  # [B, N]
+        dot = _product(X[image, far].expand(B * G, 1, D), halves).view(B, N)  # [B, N]
         products.append(dot)
         if k + 1 < basis:
             nearest = torch.minimum(nearest, torch.sub(sq, dot, alpha=2) + sq.gather(1, far))  # [B, N]
@@ -184,7 +185,7 @@ def _s1_to_s4(
     p = torch.cat(picks, 1)  # [B, M]
     SX = torch.stack(products, 1)  # [B, M, N]
 
-    A = SX.gather(2, p[:, None].expand(B, basis, basis)) + ridge * torch.eye(basis)  # [B, M, M]
+    A = SX.gather(2, p[:, None].expand(B, basis, basis)) + ridge * torch.eye(basis, device=x.device)  # [B, M, M]
     L = torch.linalg.cholesky_ex(A).L  # [B, M, M]
     y = torch.linalg.solve_triangular(L, SX, upper=False)  # [B, M, N]
     w = torch.linalg.solve_triangular(L.mT, y, upper=True)  # [B, M, N]
@@ -195,23 +196,29 @@ def _s1_to_s4(
     return X, sq, e2.argsort(dim=1, descending=True, stable=True), p
 
 
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b in float32: what a product rounded to 16 bits would lose is seen in the rows."""
+    return torch.bmm(a, b) if a.dtype is torch.float32 else torch.bmm(a, b, out_dtype=torch.float32)
+
+
 def _s5_merge(
     X: Tensor, sq: Tensor, order: Tensor, p: Tensor, keep: int, layout: str, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
     """Similarity by one batched product, means by one embedding_bag that reads X where it lies.
 
-    (embedding_bag over 16-bit tokens is faster, but rounds twice: long rows then miss their mean by more than a unit.)
+    (On a CPU embedding_bag over 16-bit tokens is faster, but rounds twice: long rows then miss their mean by more than
+    a unit. On a GPU it sums in float32.)
     """
     B, N, D = X.shape
     T = keep - p.shape[1] if layout == "overwrite" else keep
-    image = torch.arange(B)[:, None]  # [B, 1]
+    image = torch.arange(B, device=X.device)[:, None]  # [B, 1]
     kept = order[:, :keep].sort(1).values  # [B, K]
     targets = order[:, :T].sort(1).values  # [B, T]
     dropped = order[:, keep:]  # [B, N-K]
     scale = sq.gather(1, targets).clamp_min(1e-30).rsqrt()[..., None]  # [B, T, 1]
     few = 6 * keep <= N  # then multiplying the kept tokens too costs less than copying the dropped ones
     compared = X if few else X[image, dropped]  # [B, N or N-K, D]
-    similarity = torch.bmm(X[image, targets], compared.mT).mul_(scale)  # [B, T, N or N-K]
+    similarity = _product(X[image, targets], compared.mT).mul_(scale)  # [B, T, N or N-K]
     nearest = similarity.max(1).indices  # [B, N or N-K]
     if few:
         nearest = nearest.gather(1, dropped)  # [B, N-K]
@@ -221,9 +228,9 @@ def _s5_merge(
         lost = order[:, T:keep].sort(1).values  # [B, M]
         first = kept.scatter(1, torch.searchsorted(kept, lost), p)
     row = torch.searchsorted(kept, targets).gather(1, nearest)  # [B, N-K]
-    row = torch.cat([torch.arange(keep).expand(B, keep), row], 1) + image * keep  # [B, N]
+    row = torch.cat([torch.arange(keep, device=X.device).expand(B, keep), row], 1) + image * keep  # [B, N]
     token = torch.cat([first, dropped], 1) + image * N  # [B, N]
     row, by_row = row.flatten().sort(stable=True)  # [B*N]
-    offsets = torch.searchsorted(row, torch.arange(B * keep))  # [B*K]
+    offsets = torch.searchsorted(row, torch.arange(B * keep, device=X.device))  # [B*K]
     tokens = F.embedding_bag(token.flatten()[by_row], X.view(B * N, D), offsets, mode="mean")  # [B*K, D]
     return tokens.view(B, keep, D).to(dtype), kept
