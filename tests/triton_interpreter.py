@@ -17,6 +17,8 @@ keeps the kernel's meaning, and how shared memory is used.
 
 from __future__ import annotations
 
+import functools
+import types
 from typing import Any
 
 import ml_dtypes
@@ -132,6 +134,10 @@ class Builder(interpreter.InterpreterBuilder):
 
     launch: Launch
 
+    def __init__(self) -> None:
+        super().__init__()
+        self.options = interpreter.InterpreterOptions(sanitize_overflow=False)  # computed, then read in debug mode only
+
     def set_grid_idx(self, x: int, y: int, z: int) -> None:
         super().set_grid_idx(x, y, z)
         self.launch.program = (x * self.grid_dim[1] + y) * self.grid_dim[2] + z
@@ -191,7 +197,12 @@ class Executor(interpreter.GridExecutor):
 
 
 def np_dtype(dtype: tl.dtype) -> np.dtype:
-    return np.dtype(ml_dtypes.bfloat16) if dtype.scalar == tl.bfloat16 else _np_dtype(dtype)
+    return np.dtype(np.uint64) if dtype.scalar.is_ptr() else np_scalar(dtype.scalar)
+
+
+@functools.cache
+def np_scalar(dtype: tl.dtype) -> np.dtype:
+    return np.dtype(ml_dtypes.bfloat16) if dtype == tl.bfloat16 else _np_dtype(dtype)
 
 
 def apply_reduce(self: interpreter.ReduceOps, inputs: tuple[tl.tensor, ...]) -> Any:
@@ -207,3 +218,6 @@ def install() -> None:
     interpreter.GridExecutor = Executor
     interpreter.interpreter_builder = Builder()
     interpreter.interpreter_semantic = TritonSemantic(interpreter.interpreter_builder)
+    # Once for all: the interpreter patches triton.language again for every function that a kernel calls, half its time.
+    interpreter._patch_lang(types.SimpleNamespace(__globals__={"tl": tl, "core": tl.core}))
+    interpreter._patch_lang = lambda _: interpreter._LangPatchScope()
