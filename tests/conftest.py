@@ -48,6 +48,37 @@ def backend_ids() -> list[str]:
     return ["reference", *(f"cpu-{isa}" for isa in cpu), *(name for name in usable if name in ("triton", "cuda"))]
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--interpret",
+        type=int,
+        default=2,
+        metavar="N",
+        help="without a GPU: how many points of each test's parameter grid run on interpreted kernels; 0: all",
+    )
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Cuts the grids of interpreted kernels, which run their programs one after another, at 10 ms or so for each.
+
+    What is left is spread evenly over the grid, both ends included; the compiled backends run all of it, and so does
+    Triton on a GPU, or with --interpret 0 (`make test-triton`).
+    """
+    points = config.getoption("--interpret")
+    if torch.cuda.is_available() or not points:
+        return
+    grids: dict[str, list[pytest.Item]] = {}
+    for item in items:
+        if getattr(item, "callspec", None) and item.callspec.params.get("backend") == "triton":
+            grids.setdefault(item.nodeid.partition("[")[0], []).append(item)
+    cut: set[pytest.Item] = set()
+    for grid in grids.values():
+        last, steps = len(grid) - 1, max(points - 1, 1)
+        cut.update(set(grid) - {grid[i * last // steps] for i in range(min(points, len(grid)))})
+    config.hook.pytest_deselected(items=list(cut))
+    items[:] = [item for item in items if item not in cut]
+
+
 @pytest.fixture(params=backend_ids())
 def backend(request: pytest.FixtureRequest) -> Iterator[Backend]:
     name, _, isa = request.param.partition("-")
