@@ -125,4 +125,5 @@ def s1_s3_step(
             tl.store(nearest + own, near, mask=inside)
             value_n = tl.where(qr == 0, near, left)
             best = tl.maximum(best, tl.where(inside & (near > 0) & (value_n > 0), pack(value_n, n), 0))
-    tl.store(candidates + ((1 - half) * image_count + s) * PARTIALS + tile, tl.max(best, 0))
+    found = tl.where(alive, tl.max(best, 0), 0)  # once nothing was left to pick, nothing is
+    tl.store(candidates + ((1 - half) * image_count + s) * PARTIALS + tile, found)

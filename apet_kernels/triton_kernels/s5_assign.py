@@ -49,6 +49,7 @@ def s5_assign(
     if tile * BLOCK_R < left:
         has_row = r < left
         n = tl.load(dropped + token + r, mask=has_row, other=0)
+        movable = has_row & (tl.load(norm2 + token + n, mask=has_row, other=0.0) <= FLT_MAX)
         rows = at(x, base + n.to(tl.int64) * stride_xn, ALIGN)
         d = tl.arange(0, BLOCK_D)
         similarity = tl.full((BLOCK_R,), float("-inf"), tl.float32)
@@ -63,7 +64,7 @@ def s5_assign(
             product = tl.zeros((BLOCK_R, BLOCK_T), tl.float32)
             for d0 in range(0, D, BLOCK_D):
                 within = d0 + d < D
-                a = tl.load(rows[:, None] + (d0 + d)[None, :], mask=has_row[:, None] & within[None, :], other=0.0)
+                a = tl.load(rows[:, None] + (d0 + d)[None, :], mask=movable[:, None] & within[None, :], other=0.0)
                 b = tl.load(columns[:, None] + (d0 + d)[None, :], mask=allowed[:, None] & within[None, :], other=0.0)
                 product = tl.dot(a, b.T, product, input_precision="ieee")
             scale = tl.where(allowed & (sq > 0), tl.div_rn(1.0, tl.sqrt_rn(tl.where(sq > 0, sq, 1.0))), 0.0)
@@ -72,8 +73,7 @@ def s5_assign(
             better = here > similarity  # an earlier tile keeps a tie
             similarity = tl.where(better, here, similarity)
             target = tl.where(better, (t0 + which).to(tl.int32), target)
-        sq = tl.load(norm2 + token + n, mask=has_row, other=0.0)
-        goes = (target >= 0) & (sq <= FLT_MAX)  # a token that is not finite goes nowhere
+        goes = (target >= 0) & movable  # a token that is not finite goes nowhere
         bits = (similarity + 0.0).to(tl.int32, bitcast=True)  # -0 is +0
         order = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits).to(tl.int64) + 0x80000000  # unsigned and monotone
         key = (order << 31) | (0x7FFFFFFF - target.to(tl.int64))
