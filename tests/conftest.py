@@ -34,6 +34,11 @@ class Backend:
     score: Callable
     merge: Callable
 
+    @property
+    def interpreted(self) -> bool:
+        """Kernels whose programs run one after another, in 10 ms or so each."""
+        return self.name == "triton" and not torch.cuda.is_available()
+
     def __repr__(self) -> str:
         return self.name
 
@@ -52,7 +57,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--interpret",
         type=int,
-        default=2,
+        default=3,
         metavar="N",
         help="without a GPU: how many points of each test's parameter grid run on interpreted kernels; 0: all",
     )

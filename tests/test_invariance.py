@@ -63,8 +63,8 @@ def test_packed_or_one_by_one(backend, dtype, layout, select):
 )
 @pytest.mark.parametrize("kind", ["clustered", "repeated", "hostile"])
 def test_threads(backend, dtype, B, N, D, keep, basis, kind):
-    if backend.name == "reference":
-        pytest.skip("the reference leaves the order of its float64 sums to the BLAS")
+    if not backend.name.startswith("cpu"):
+        pytest.skip("the reference leaves the order of its float64 sums to the BLAS; GPUs take none of torch's threads")
     x = tokens(B, N, D, dtype=dtype, kind="clustered" if kind == "hostile" else kind, seed=3)
     if kind == "hostile":
         x[0, ::7, 1] = float("nan")
@@ -132,10 +132,10 @@ def test_broadcast_images(backend):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_again_and_again(backend, dtype):
-    """Twenty runs, between runs of other shapes that leave other things in a workspace."""
+    """Between runs of other shapes that leave other things in a workspace."""
     x = tokens(2, 96, 64, dtype=dtype, kind="clustered", seed=7)
     first = everything(backend, x, 24, 8, "overwrite")
-    for n in range(20):
+    for n in range(2 if backend.interpreted else 20):
         backend.compress(tokens(1, 50 + 9 * n, 48, dtype=dtype, seed=n), 11, 7)
         for name, value in everything(backend, x, 24, 8, "overwrite").items():
             assert_same(value, first[name], name)
