@@ -12,6 +12,9 @@ import torch
 
 # Partial results of the arg-max that one launch leaves for the next: 2 KB that every program of a step reads.
 PARTIALS = 256
+# Classes whose matrix instruction takes its operands from registers, not from shared memory (Hopper's wgmma, Blackwell's
+# tcgen05) or from accumulation registers of their own (AMD).
+MMA_SYNC = ("sm_80", "sm_86", "sm_89", "sm_120a")
 
 
 @dataclass(frozen=True)
@@ -44,8 +47,16 @@ def tiles(device_class: str, D: int, element: int) -> Tiles:
         return Tiles(32, 64, 4, 64, 4, 16, 16, 64, 4, 1, 64, 4, 4)
     wide = power_of_2(D)
     step_d = min(wide, 512)
-    # No matrix instruction multiplies float32 exactly; its products are unrolled into registers, so the tile is small.
-    assign = (32, 32, 32, 4, 2) if element == 4 else (64, 64, 64, 4, 3)
+    if element == 4:
+        # No matrix instruction multiplies float32 exactly: products are unrolled into registers, so the tile is small.
+        assign = (32, 32, 32, 4, 2)
+    elif device_class in MMA_SYNC:
+        # Products stay in registers there: with 64 channels at once, eight warps spill.
+        assign = (128, 128, 32, 8, 4)
+    else:
+        # 64 operations per byte from L2, twice those of a tile of 64 x 64; three tiles fill 96 KB, or
+        # on gfx942 the 64 KB there are.
+        assign = (128, 128, 64, 8, 3)
     return Tiles(
         step_n=8,
         step_d=step_d,
@@ -70,4 +81,5 @@ def device_class(device: torch.device) -> str:
     properties = torch.cuda.get_device_properties(device)
     if torch.version.hip:
         return properties.gcnArchName.partition(":")[0]
-    return f"sm_{properties.major}{properties.minor}"
+    name = f"sm_{properties.major}{properties.minor}"
+    return name + "a" if properties.major >= 9 else name
