@@ -88,6 +88,10 @@ def _check(options: Options, layers: int) -> None:
         raise ValueError("nothing to do: give keep=, llm_layer= with llm_keep=, or preset=")
     if (options.llm_layer is None) != (options.llm_keep is None):
         raise ValueError(f"llm_layer={options.llm_layer} and llm_keep={options.llm_keep} must be given together")
+    for name in ("basis", "llm_layer"):
+        value = getattr(options, name)
+        if value is not None and (not isinstance(value, int) or isinstance(value, bool)):
+            raise ValueError(f"{name}={value!r} is not a whole number")
     if options.llm_layer is not None and not 1 <= options.llm_layer < layers:
         raise ValueError(
             f"llm_layer={options.llm_layer} is outside 1..{layers - 1}: it lies between two of {layers} decoder layers"

@@ -62,15 +62,12 @@ def begin(engine: Engine, inputs: Mapping[str, Any], kwargs: dict[str, Any]) -> 
     engine.trace, tokens = find(engine, inputs, x)
     if not tokens.lengths:
         return None
-    if cache is not None and int(cache.get_seq_length()) > 0:
-        raise ValueError(
-            f"images cannot follow a cache that holds {int(cache.get_seq_length())} tokens already: give the whole "
-            "conversation without past_key_values"
-        )
+    check_cache(cache)
     valid = padding(kwargs.get("attention_mask"), batch, length, 0, x.device, engine.window)
     if not valid.flatten()[tokens.where].all():
         raise ValueError("attention_mask hides placeholders of images or videos, which cannot be compressed then")
-    run = Run(Prompt(None, None, batch, length), tokens, valid, bool(valid[:, -1].all()))
+    left = bool(valid[:, -1].all())
+    run = Run(Prompt(None, None, batch, length, 0, needed(tokens, length, left)), tokens, valid, left)
     rows = x.flatten(0, 1)
     shorter = None
     if engine.options.keep is not None:
@@ -81,11 +78,11 @@ def begin(engine: Engine, inputs: Mapping[str, Any], kwargs: dict[str, Any]) -> 
     packing = shorter.pack(valid, run.left)
     positions = kwargs.get("position_ids")
     if engine.adapter.positions == "renumber":
-        kwargs["position_ids"], after = counted(packing.valid), packing.valid.sum(1, keepdim=True)
+        kwargs["position_ids"], following = counted(packing.valid), packing.valid.sum(1, keepdim=True)
     else:
         if positions is None:
             positions = torch.arange(length, device=x.device)[None]
-        kwargs["position_ids"], after = kept_positions(positions, valid, packing)
+        kwargs["position_ids"], following = kept_positions(positions, valid, packing)
     kwargs["inputs_embeds"] = shorter.placed(packing, x)
     kwargs["attention_mask"] = packing.valid.long()
     if kwargs.get("cache_position") is not None:
@@ -93,8 +90,15 @@ def begin(engine: Engine, inputs: Mapping[str, Any], kwargs: dict[str, Any]) -> 
     engine.adapter.follow(packing, kwargs)
     engine.trace.stage(shorter, packing)
     run.tokens, run.valid = shorter.tokens.moved(packing), packing.valid
-    run.prompt.early = part(cache, packing.valid, after, engine.flash)
+    run.prompt.early = part(cache, packing.valid, following, engine.flash)
+    run.prompt.dropped = length - packing.valid.shape[1]
+    run.prompt.least = needed(run.tokens, packing.valid.shape[1], run.left)
     return run
+
+
+def needed(tokens: Tokens, length: int, left: bool) -> int | Tensor:
+    """How many columns of a prompt [B, length] end with its last visual token; all, if padding follows the text."""
+    return (tokens.where % length).max() + 1 if left else length
 
 
 def kept_positions(positions: Tensor, valid: Tensor, packing: Packing) -> tuple[Tensor, Tensor]:
@@ -103,11 +107,11 @@ def kept_positions(positions: Tensor, valid: Tensor, packing: Packing) -> tuple[
     Of four rows the first counts tokens, as transformers wants it to tell sequences apart; the others are M-RoPE's.
     """
     rotary = positions[-3:] if positions.dim() == 3 else positions[None]
-    after = torch.where(valid, rotary, -1).amax(dim=(0, 2))[:, None] + 1
+    following = torch.where(valid, rotary, -1).amax(dim=(0, 2))[:, None] + 1
     positions = packing.along(positions, -1)
     if positions.dim() == 3 and len(positions) == 4:
         positions = torch.cat([counted(packing.valid)[None], positions[1:]])
-    return positions, after
+    return positions, following
 
 
 def find(engine: Engine, inputs: Mapping[str, Any], x: Tensor) -> tuple[Trace, Tokens]:
@@ -198,3 +202,11 @@ def marked(x: Tensor, tokens: Tokens, keep: Keep, options: Options) -> Shorter |
 def check_list(keep: Keep | None, visuals: int) -> None:
     if isinstance(keep, tuple) and len(keep) != visuals:
         raise ValueError(f"keep has {len(keep)} entries, but the call has {visuals} images and videos")
+
+
+def check_cache(cache: Any) -> None:
+    if cache is not None and int(cache.get_seq_length()) > 0:
+        raise ValueError(
+            f"images cannot follow a cache that holds {int(cache.get_seq_length())} tokens: give the whole "
+            "conversation, without past_key_values"
+        )

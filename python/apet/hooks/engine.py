@@ -10,12 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import encoder, prefill
+from . import caches, encoder, prefill
 from .adapter import Adapter
 from .config import Options
 from .state import Prompt, Run, Trace
-
-STATE = "_apet"  # the attribute of a cache that holds its Prompt
 
 
 class Engine:
@@ -34,6 +32,7 @@ class Engine:
         self.inputs: Mapping[str, Any] | None = None  # of the forward that is running, if it brings visuals
         self.generating: Mapping[str, Any] | None = None  # what generate() was called with, while it runs
         self.rows = 0  # of the batch that generate() was called with
+        self.counted: Any = None  # the cache that generate() is told the given length of
         self.projected: encoder.Projected | None = None  # between the projector's two hooks
         self.run: Run | None = None  # of the language model's forward that is running
         self.trace: Trace | None = None  # of the last prefill with visuals
@@ -92,20 +91,40 @@ class Engine:
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """`model.generate` of this instance: the same, with what it was called with at hand for the encoder's hooks."""
-        refuse_generation(kwargs | ({"generation_config": args[1]} if len(args) > 1 else {}), self)
-        given = dict(kwargs)
-        prompt = next(
-            t for t in (*args[:1], *map(given.get, ("inputs", "input_ids", "inputs_embeds"))) if t is not None
-        )
+        given = dict(zip(("inputs", "generation_config"), args, strict=False)) | kwargs
+        self.refuse_generation(given)
+        prompts = next(p for p in map(given.get, ("inputs", "input_ids", "inputs_embeds")) if p is not None)
         before = self.generating, self.rows
-        self.generating, self.rows = given, len(prompt)
+        self.generating, self.rows = given, len(prompts)
+        cache = given.get("past_key_values")
+        self.counted = cache if caches.count_prompt(cache) else None
         try:
             generate = self.generate_before or functools.partial(type(self.model).generate, self.model)
             return generate(*args, **kwargs)
         finally:
             self.generating, self.rows = before
+            self.stop_counting()
+
+    def refuse_generation(self, given: Mapping[str, Any]) -> None:
+        """What generate() would do wrong with images, in a sentence."""
+        if not self.adapter.brings(given):
+            return
+        config = given.get("generation_config") or self.model.generation_config
+        chunk = given.get("prefill_chunk_size") or getattr(config, "prefill_chunk_size", None)
+        if chunk is not None:
+            raise ValueError(
+                f"prefill_chunk_size={chunk} would tear images apart before they are compressed; leave it out"
+            )
+        encoder.check_cache(given.get("past_key_values"))
+
+    def stop_counting(self) -> None:
+        """generate() has told old tokens from new ones: from here on the cache is as long as it is."""
+        if self.counted is not None:
+            caches.count_cache(self.counted)
+            self.counted = None
 
     def before_model(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        self.stop_counting()
         if kwargs.get("labels") is not None and self.adapter.brings(kwargs):
             raise ValueError("labels cannot be used while visual tokens are dropped; unpatch the model to train it")
 
@@ -128,32 +147,31 @@ class Engine:
     def before_language_model(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[tuple, dict]:
         kwargs = dict(zip(self.language_model_names, args, strict=False)) | kwargs
         inputs, self.inputs = self.inputs, None
-        self.run = encoder.begin(self, inputs, kwargs) if inputs is not None else self.proceed(kwargs)
+        cache = kwargs.get("past_key_values")
+        prompt = caches.prompt_of(cache)
+        if prompt is not None and not torch.compiler.is_compiling() and int(cache.get_seq_length()) == 0:
+            caches.forget(cache)
+            prompt = None
+        if inputs is not None:
+            self.run = encoder.begin(self, inputs, kwargs)
+        elif prompt is not None:
+            self.run = self.go_on(prompt, cache, kwargs)
+        else:
+            self.run = None
         return (), kwargs
 
-    def proceed(self, kwargs: dict[str, Any]) -> Run | None:
-        """A forward without visuals: text, or more tokens on the cache of a prompt."""
-        cache = kwargs.get("past_key_values")
-        prompt: Prompt | None = getattr(cache, STATE, None)
-        if prompt is None:
-            return None
+    def go_on(self, prompt: Prompt, cache: Any, kwargs: dict[str, Any]) -> Run:
+        """More tokens after a prompt."""
+        batch, new = kwargs["inputs_embeds"].shape[:2]
         past = cache.get_seq_length()
-        if not torch.compiler.is_compiling() and int(past) == 0:  # a cache that was reset
-            delattr(cache, STATE)
-            return None
-        x = kwargs["inputs_embeds"]
-        batch, new = x.shape[:2]
-        if batch != prompt.batch:
-            raise ValueError(
-                f"a batch of {batch} cannot go on from a cache that was filled by a batch of {prompt.batch}"
-            )
+        caches.check(prompt, batch, past)
+        tail = caches.tail(prompt, kwargs.get("attention_mask"), past, new)
         if prompt.early is not None:
-            steps = torch.arange(new, device=x.device)
-            kwargs["attention_mask"] = prompt.early.columns(past, new).long()
-            kwargs["position_ids"] = prompt.early.next + (past - prompt.early.length) + steps
+            kwargs["attention_mask"] = prompt.early.columns(past, new, tail).long()
+            kwargs["position_ids"] = prompt.early.positions(past, new, tail)
             if kwargs.get("cache_position") is not None:
-                kwargs["cache_position"] = steps + past
-        return Run(prompt)
+                kwargs["cache_position"] = torch.arange(new, device=kwargs["cache_position"].device) + past
+        return Run(prompt, tail=tail)
 
     def before_layer(self, index: int, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
         run = self.run
@@ -174,20 +192,8 @@ class Engine:
         if run is None or run.tokens is None or cache is None:
             return
         if run.prompt.early is not None or run.prompt.late is not None:
-            setattr(cache, STATE, run.prompt)
+            caches.remember(cache, run.prompt)
 
 
 def _names(module: nn.Module) -> list[str]:
     return list(inspect.signature(module.forward).parameters)
-
-
-def refuse_generation(kwargs: Mapping[str, Any], engine: Engine) -> None:
-    """What generate() would do wrong, in a sentence."""
-    visuals = bool(engine.adapter.brings(kwargs))
-    config = kwargs.get("generation_config") or engine.model.generation_config
-    chunk = kwargs.get("prefill_chunk_size") or getattr(config, "prefill_chunk_size", None)
-    if chunk is not None and visuals:
-        raise ValueError(f"prefill_chunk_size={chunk} would compress images in pieces; leave it out")
-    cache = kwargs.get("past_key_values")
-    if getattr(cache, STATE, None) is not None and int(cache.get_seq_length()) > 0:
-        raise ValueError("...")

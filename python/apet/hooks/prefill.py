@@ -22,13 +22,12 @@ def enter(engine: Engine, run: Run, x: Tensor, kwargs: dict[str, Any]) -> Tensor
     if run.tokens is not None:
         return shortened(engine, run, x, cache, kwargs["position_embeddings"])
     if run.prompt.late is not None:
-        late = run.prompt.late
+        late, new = run.prompt.late, x.shape[1]
         past = cache.get_seq_length(engine.options.llm_layer)
         rotary = None
         if engine.adapter.positions == "renumber":
-            steps = torch.arange(x.shape[1], device=x.device) + (past - late.length)
-            rotary = engine.language_model.rotary_emb(x, late.next + steps)
-        run.late = Late(late.columns(past, x.shape[1]), past, rotary, x)
+            rotary = engine.language_model.rotary_emb(x, late.positions(past, new, run.tail))
+        run.late = Late(late.columns(past, new, run.tail), past, rotary, x)
     return x
 
 

@@ -66,14 +66,20 @@ def pack(keep: Tensor, source: Tensor, left: bool) -> Packing:
     return Packing(index, valid, source.gather(1, index), moved)
 
 
+def one_of(mask: Any) -> Any:
+    """generate() may build a mask for each type of layer; the padding is the same in all."""
+    if not isinstance(mask, dict):
+        return mask
+    return mask["full_attention"] if "full_attention" in mask else next(iter(mask.values()))
+
+
 def padding(mask: Any, batch: int, length: int, past: int, device: torch.device, window: int | None) -> Tensor:
     """Which of `length` new tokens are no padding, [batch, length] bool, from any mask that a model may be given.
 
     mask: None, 2-D [B, past + length], 4-D [B, 1, length, columns] bool or additive, a flex_attention BlockMask, or a
     dict of such by the layers' type. Raises ValueError where a 4-D mask is more than causal with padding.
     """
-    if isinstance(mask, dict):
-        mask = mask["full_attention"] if "full_attention" in mask else next(iter(mask.values()))
+    mask = one_of(mask)
     if mask is None:
         return torch.ones(batch, length, dtype=torch.bool, device=device)
     if not isinstance(mask, Tensor):

@@ -16,40 +16,56 @@ from .units import Shorter, Tokens
 class Part:
     """What a shortened prompt became in some layers: those before `llm_layer`, or those from it on.
 
-    mask [B, length] bool, or [B, capacity] with True after the prompt: a cache of fixed size gets masks of fixed size,
-    or a compiled decode step would be compiled again for each; next [B, 1]: the position of the token that follows.
+    mask [B, length] bool, or if fixed [B, capacity] with True after the prompt: a cache of fixed size gets masks of
+    fixed size, or a compiled decode step would be compiled again and again; offset [B, 1]: what a token's position is
+    beyond its column in the cache.
     """
 
     mask: Tensor
-    next: Tensor
-    length: int
+    offset: Tensor
+    fixed: bool
 
-    def columns(self, past: int | Tensor, new: int) -> Tensor:
-        """The mask over the cache and `new` tokens more, [B, past + new] or [B, capacity] bool."""
-        if self.mask.shape[1] > self.length:
+    def columns(self, past: int | Tensor, new: int, tail: Tensor | None) -> Tensor:
+        """The mask over the cache and `new` tokens more: [B, past + new] bool, or [B, capacity] if fixed.
+
+        tail [B, n] bool: which of the tokens after the prompt are no padding; None: all.
+        """
+        if self.fixed:
             return self.mask & (torch.arange(self.mask.shape[1], device=self.mask.device) < past + new)
-        return torch.nn.functional.pad(self.mask, (0, int(past) + new - self.length), value=True)
+        mask = self.mask[:, : int(past)]  # speculative decoding may take text back that it gave with the prompt
+        if tail is None:
+            return torch.nn.functional.pad(mask, (0, int(past) + new - mask.shape[1]), value=True)
+        return torch.cat([mask, tail], dim=1)
+
+    def positions(self, past: int | Tensor, new: int, tail: Tensor | None) -> Tensor:
+        """The positions of the `new` tokens [B, new]; arguments as in `columns`."""
+        positions = self.offset + past + torch.arange(new, device=self.offset.device)
+        return positions if tail is None else positions - (~tail).cumsum(1)[:, -new:]
 
 
-def part(cache: Any, mask: Tensor, next_position: Tensor, flash: bool) -> Part:
-    """mask [B, length] bool over the prompt, which starts the cache."""
+def part(cache: Any, mask: Tensor, following: Tensor, flash: bool) -> Part:
+    """mask [B, length] bool over the prompt, which starts the cache; following [B, 1]: the position after it."""
     length = mask.shape[1]
-    # Flash attention takes its lengths from the width of the mask, so there it has to grow.
-    if cache is not None and cache.is_compileable and not flash:
+    # Flash attention takes lengths from the width of the mask, so there it has to grow.
+    fixed = cache is not None and cache.is_compileable and not flash
+    if fixed:
         capacity = max(layer.max_cache_len for layer in cache.layers)
-        mask = torch.nn.functional.pad(mask, (0, max(capacity, length + 1) - length), value=True)
-    return Part(mask, next_position, length)
+        mask = torch.nn.functional.pad(mask, (0, capacity - length), value=True)
+    return Part(mask, following - length, fixed)
 
 
 @dataclass
 class Prompt:
-    """Stands on the cache. early, late: None for layers in which nothing was dropped; batch, tokens: the shape of the
-    prompt as given, padding included."""
+    """Stands on the cache. early, late: None for layers in which nothing was dropped; batch: its rows; tokens: its
+    length as given, padding included; dropped: by how much the early layers' is shorter; least: how much of it these
+    layers need to hold, for the rest is text."""
 
     early: Part | None
     late: Part | None
     batch: int
     tokens: int
+    dropped: int
+    least: int | Tensor
 
 
 @dataclass
@@ -65,12 +81,14 @@ class Late:
 
 @dataclass
 class Run:
-    """A forward of the language model. In a prefill: tokens, in [B * L]; valid [B, L] bool; whether padding is left."""
+    """A forward of the language model. In a prefill: tokens, in [B * L]; valid [B, L] bool; whether padding is left.
+    Later: tail [B, n] bool, which tokens after the prompt are no padding, None: all."""
 
     prompt: Prompt
     tokens: Tokens | None = None
     valid: Tensor | None = None
     left: bool = True
+    tail: Tensor | None = None
     late: Late | None = None
 
 
