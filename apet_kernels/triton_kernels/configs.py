@@ -12,9 +12,9 @@ import torch
 
 # Partial results of the arg-max that one launch leaves for the next: 2 KB that every program of a step reads.
 PARTIALS = 256
-# Classes whose matrix instruction takes its operands from registers, not from shared memory (Hopper's wgmma, Blackwell's
-# tcgen05) or from accumulation registers of their own (AMD).
-MMA_SYNC = ("sm_80", "sm_86", "sm_89", "sm_120a")
+# Ampere, Ada and consumer Blackwell: mma.sync takes its operands from registers, not from shared memory as Hopper's
+# wgmma and Blackwell's tcgen05 do, and adds into the same registers, unlike AMD's mfma.
+MMA_SYNC = ("sm_8", "sm_12")
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ def tiles(device_class: str, D: int, element: int) -> Tiles:
     if element == 4:
         # No matrix instruction multiplies float32 exactly: products are unrolled into registers, so the tile is small.
         assign = (32, 32, 32, 4, 2)
-    elif device_class in MMA_SYNC:
+    elif device_class.startswith(MMA_SYNC):
         # Products stay in registers there: with 64 channels at once, eight warps spill.
         assign = (128, 128, 32, 8, 4)
     else:
