@@ -1,7 +1,7 @@
 """Conversations for the tiny models: samples with no, one or several images and videos, and batches of them.
 
-A sample is written as a list of parts: a number (that many text tokens), `"image"`, `"image1"`, `"image2"` (three sizes,
-where a family knows sizes) or `"video"`.
+A sample is written as a list of parts: a number (that many text tokens), `"image"`, `"image1"`, `"image2"` (three
+sizes, where a family knows sizes) or `"video"`.
 """
 
 from __future__ import annotations

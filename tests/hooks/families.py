@@ -1,4 +1,4 @@
-"""One tiny random model per family: the real architectures of transformers, no network, 16 to 64 visual tokens an image.
+"""One tiny random model per family: real architectures of transformers, no network, 16 to 64 visual tokens an image.
 
 Weights are wide (standard deviation 0.15), so that a wrong position, mask or token moves the logits by far more than
 rounding does; `test_families.py` measures that.
@@ -14,7 +14,8 @@ import transformers
 from transformers import PreTrainedModel
 
 V5 = int(transformers.__version__.split(".")[0]) >= 5
-IMAGE, VIDEO, PAD, START, END = 126, 125, 0, 123, 124  # token ids; text uses 3..119
+PAD, EOS, START, END, VIDEO, IMAGE = 0, 2, 123, 124, 125, 126  # token ids; text uses 3..119
+UNSAID = [EOS, START, END, VIDEO, IMAGE]  # what tiny models are kept from generating
 VOCABULARY = 128
 LAYERS = 4
 SIDE = 48  # pixels a side of a LLaVA-style image or tile
@@ -73,7 +74,7 @@ def _text(**more: object) -> dict:
         "rope_theta": 10000.0,
         "pad_token_id": PAD,
         "bos_token_id": 1,
-        "eos_token_id": 2,
+        "eos_token_id": EOS,
         "tie_word_embeddings": False,
         **more,
     }
@@ -131,11 +132,19 @@ def settings(name: str) -> dict:
     return {"vision_config": vision, "text_config": text, "image_token_id": IMAGE, "tie_word_embeddings": False}
 
 
-def build(name: str, attention: str = "sdpa", dtype: torch.dtype = torch.float32, seed: int = 0) -> PreTrainedModel:
+def build(
+    name: str,
+    attention: str = "sdpa",
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
+    layers: int = LAYERS,
+) -> PreTrainedModel:
     """A fresh model; the same weights for the same seed, whatever the attention and up to rounding the dtype."""
     cls = getattr(transformers, FAMILIES[name].model)
+    chosen = settings(name)
+    chosen["text_config"]["num_hidden_layers"] = layers
     torch.manual_seed(seed)
-    model = cls._from_config(cls.config_class(**settings(name)), attn_implementation=attention)
+    model = cls._from_config(cls.config_class(**chosen), attn_implementation=attention)
     torch.manual_seed(seed)
     for _, parameter in sorted(model.named_parameters()):
         if parameter.ndim >= 2:
@@ -147,7 +156,30 @@ def build(name: str, attention: str = "sdpa", dtype: torch.dtype = torch.float32
     return model.to(dtype).eval()
 
 
-@functools.cache
+def hooks_of(model: PreTrainedModel, package: str) -> list[str]:
+    """The modules of a model that carry a hook of that package. (transformers installs some of its own.)"""
+    found = []
+    for name, module in model.named_modules():
+        for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values()):
+            while isinstance(hook, functools.partial):
+                hook = hook.func
+            if (hook.__module__ or "").split(".")[0] == package:
+                found.append(name)
+    return found
+
+
+built: dict[tuple, PreTrainedModel] = {}
+
+
 def shared(name: str, attention: str = "sdpa", dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     """The model that tests share. Patch it inside `with apet.patched(...)` only; `conftest.py` checks that."""
-    return build(name, attention, dtype)
+    key = (name, attention, dtype)
+    if key not in built:
+        built[key] = build(*key)
+    return built[key]
+
+
+@functools.cache
+def twin(name: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """The same weights once more, in a model that is never patched: for the recompute."""
+    return build(name, dtype=dtype)

@@ -1,0 +1,27 @@
+"""`family`: one test body, every model family. Shared models must come back from a test as they went into it."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+
+import apet
+import families
+import pytest
+import torch
+
+
+@pytest.fixture(params=list(families.FAMILIES))
+def family(request: pytest.FixtureRequest) -> families.Family:
+    return families.FAMILIES[request.param]
+
+
+@pytest.fixture(autouse=True)
+def clean() -> Iterator[None]:
+    """No hook, option or attribute stays on a shared model; nothing is printed about tiny configurations."""
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    with torch.no_grad():
+        yield
+    for model in families.built.values():
+        assert apet.options(model) is None
+        assert families.hooks_of(model, "apet") == []

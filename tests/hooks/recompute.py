@@ -1,0 +1,232 @@
+"""What a patched model must give, computed another way: one sample, no padding, no cache, no hooks of the package.
+
+An unpatched model shows what enters its projector and its language model; `apet_kernels` compresses that; the
+shortened sequence and its positions are put together here; and the decoder layers are called one by one on the prompt
+and all that was generated after it. For the stage inside the language model the sequence stays whole: from that layer
+on the keys of dropped tokens are masked.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from conversations import FRAMES, Sample, Visual, collate, sources
+from families import IMAGE, TILE, VIDEO, Family
+from torch import Tensor
+from transformers import PreTrainedModel
+
+import apet_kernels
+
+Keep = int | float | None
+
+
+@dataclass(frozen=True)
+class Options:
+    """The arguments of `apet.patch`, spelled the same; a budget may be a list, one for each visual of the sample."""
+
+    keep: Keep | list[Keep] = None
+    basis: int = 10
+    layout: str = "inplace"
+    select: str = "fps"
+    blend: float = 1.0
+    llm_layer: int | None = None
+    llm_keep: Keep | list[Keep] = None
+
+
+@dataclass(frozen=True)
+class Expected:
+    """For one sample.
+
+    Attributes:
+        logits: [1 + generated, V], from the last token of the prompt on.
+        source: where the rows of the shortened prompt stood in the whole one, in the layers before `llm_layer`.
+        deep_source: the same in the other layers.
+    """
+
+    logits: Tensor
+    source: Tensor
+    deep_source: Tensor
+
+    @property
+    def length(self) -> int:
+        return len(self.source)
+
+    @property
+    def deep_length(self) -> int:
+        return len(self.deep_source)
+
+
+@torch.no_grad()
+def expected(model: PreTrainedModel, family: Family, row: Sample, generated: list[int], **options: Any) -> Expected:
+    """What `model`, which is not patched, would give if it were: for one sample and the tokens that it generated."""
+    chosen = Options(**options)
+    prompt = shorten(model, family, row, chosen)
+    logits, kept = language(model, prompt, generated, chosen)
+    return Expected(logits, prompt.source, prompt.source[kept])
+
+
+def budget(keep: Keep | list[Keep], visual: int, tokens: int, options: Options) -> int:
+    """How many of `tokens` of a visual's unit stay: a count, or a ratio, rounded half up and no less than is possible;
+    never more than there are."""
+    if isinstance(keep, list):
+        keep = keep[visual]
+    if keep is None:
+        return tokens
+    if isinstance(keep, float):
+        keep = max(options.basis + 1 if options.layout == "overwrite" else 1, math.floor(keep * tokens + 0.5))
+    return min(keep, tokens)
+
+
+def compress(x: Tensor, keep: int, options: Options, layout: str) -> tuple[Tensor, Tensor]:
+    """The op on one unit: x [N, C] -> rows [R, C], and the row of x that each of them stands for."""
+    if keep + (options.basis if layout == "append" else 0) >= len(x):
+        return x, torch.arange(len(x))
+    more = {"layout": layout, "select": options.select, "blend": options.blend}
+    tokens, index = apet_kernels.compress(x[None].contiguous(), keep, options.basis, **more)
+    return tokens[0], index[0]
+
+
+def units(model: PreTrainedModel, family: Family, one: Visual) -> list[Tensor]:
+    """The placeholders of one image or video that are compressed together; what is in no unit always stays."""
+    every = torch.arange(one.count)
+    if family.name == "llava_next":  # a tile; not the newlines
+        tile = sources(model, one.size, len(one.pixels)).div(TILE, rounding_mode="floor")
+        return [every[tile == t] for t in range(len(one.pixels))]
+    if family.ragged:  # each temporal step
+        return list(every.chunk(one.size[0]))
+    if (family.name, one.kind) == ("video_llava", "video"):  # a frame, without CLS
+        return [frame[1:] for frame in every.chunk(FRAMES)]
+    return [every]
+
+
+@dataclass
+class Prompt:
+    """A prompt on its way into the decoder layers.
+
+    Attributes:
+        embeds: [L, D].
+        positions: [L], or [3, L] with M-RoPE.
+        following: the position of the first generated token.
+        groups: the rows of every unit, with the number of its visual.
+        deep: per early layer, what is added after it, [L, D].
+        source: [L] where each row stood in the whole prompt.
+    """
+
+    embeds: Tensor
+    positions: Tensor
+    following: int
+    groups: list[tuple[Tensor, int]]
+    deep: list[Tensor]
+    source: Tensor
+
+
+def enter(model: PreTrainedModel, family: Family, row: Sample) -> tuple[dict[str, Any], Tensor | None]:
+    """What enters the language model (its keyword arguments) and the projector ([rows, C]) on a whole prompt."""
+    seen: dict[str, Any] = {}
+    features: list[Tensor] = []
+
+    def language_model(_: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        seen.update(kwargs)
+
+    def projector(_: torch.nn.Module, args: tuple) -> None:
+        features.append(args[0].flatten(0, 1))
+
+    handles = [model.model.language_model.register_forward_pre_hook(language_model, with_kwargs=True)]
+    if hasattr(model.model, "multi_modal_projector"):
+        handles.append(model.model.multi_modal_projector.register_forward_pre_hook(projector))
+    try:
+        model(**collate(family, [row], dtype=model.dtype), use_cache=False)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return seen, torch.cat(features) if features else None
+
+
+def shorten(model: PreTrainedModel, family: Family, row: Sample, options: Options) -> Prompt:
+    """The prompt of one sample after the first stage."""
+    seen, features = enter(model, family, row)
+    embeds = seen["inputs_embeds"][0]
+    L = len(embeds)
+    ids = torch.tensor(row.ids)
+    slots = {"image": (ids == IMAGE).nonzero().flatten(), "video": (ids == VIDEO).nonzero().flatten()}
+    done = {"image": 0, "video": 0, "features": 0}
+    at: list[Tensor] = []  # the rows of each unit: where they stood,
+    place: list[Tensor] = []  # where they go,
+    new: list[Tensor] = []  # what they are now,
+    visual: list[int] = []  # and the number of its image or video
+    for v, one in enumerate(row.visuals):
+        here = slots[one.kind][done[one.kind] : done[one.kind] + one.count]
+        for unit in units(model, family, one):
+            x, project = embeds[here[unit]], torch.nn.Identity()
+            if family.name in ("llava", "llava_next"):  # before the projector
+                cell = sources(model, one.size, len(one.pixels))[unit] if family.tiles else unit
+                x, project = features[done["features"] + cell], model.model.multi_modal_projector
+            rows, index = compress(x, budget(options.keep, v, len(unit), options), options, options.layout)
+            at.append(here[unit[index]])
+            place.append(here[unit[: len(rows)]] if options.layout == "append" else at[-1])
+            new.append(project(rows) if len(index) < len(unit) else embeds[here[unit]])
+            visual.append(v)
+        done[one.kind] += one.count
+        done["features"] += len(one.pixels) * TILE
+    outside = torch.ones(L, dtype=torch.bool)
+    for v, one in enumerate(row.visuals):
+        first = sum(other.count for other in row.visuals[:v] if other.kind == one.kind)
+        outside[slots[one.kind][first : first + one.count][torch.cat(units(model, family, one))]] = False
+    alone = outside.nonzero().flatten()
+    unit = torch.cat([*(torch.full((len(rows),), u) for u, rows in enumerate(at)), torch.full((len(alone),), -1)])
+    source = torch.cat([*at, alone])
+    order = torch.cat([*place, alone]).sort().indices  # as they stood, with appended basis rows last in their unit
+    source, unit, embeds = source[order], unit[order], torch.cat([*new, embeds[alone]])[order]
+    deep = []
+    for added in seen.get("deepstack_visual_embeds") or []:
+        whole = torch.zeros(L, added.shape[-1], dtype=added.dtype)
+        whole[seen["visual_pos_masks"][0]] = added
+        deep.append(whole[source])
+    groups = [((unit == u).nonzero().flatten(), v) for u, v in enumerate(visual)]
+    if family.ragged:
+        whole = torch.arange(L).expand(3, L) if seen["position_ids"] is None else seen["position_ids"][-3:, 0]
+        return Prompt(embeds, whole[:, source], int(whole.max()) + 1, groups, deep, source)
+    return Prompt(embeds, torch.arange(len(source)), len(source), groups, deep, source)
+
+
+def language(model: PreTrainedModel, prompt: Prompt, generated: list[int], options: Options) -> tuple[Tensor, Tensor]:
+    """Runs the decoder layers on the prompt and what was generated.
+
+    Returns the logits [1 + len(generated), V] from the prompt's end on, and which of its rows stay [L].
+    """
+    text = model.model.language_model
+    L, extra = len(prompt.embeds), len(generated)
+    hidden = torch.cat([prompt.embeds, text.embed_tokens(torch.tensor(generated, dtype=torch.long))])[None]
+    ahead = prompt.following + torch.arange(extra)
+    positions = torch.cat([prompt.positions, ahead.expand(*prompt.positions.shape[:-1], extra)], dim=-1)
+    kept = torch.ones(L + extra, dtype=torch.bool)
+    for i, layer in enumerate(text.layers):
+        if i == options.llm_layer:
+            hidden, kept = second_stage(hidden, prompt.groups, options)
+            if positions.ndim == 1:  # renumbered, as after the first stage
+                positions = kept.cumsum(0) - 1
+        allowed = torch.ones(L + extra, L + extra, dtype=torch.bool).tril() & kept
+        allowed |= torch.eye(L + extra, dtype=torch.bool)  # so that no row is empty; nobody reads dropped rows
+        mask = torch.zeros(L + extra, L + extra, dtype=hidden.dtype)
+        mask = mask.masked_fill(~allowed, torch.finfo(hidden.dtype).min)[None, None]
+        rotary = text.rotary_emb(hidden, positions.unsqueeze(-2))
+        out = layer(hidden, attention_mask=mask, position_embeddings=rotary)
+        hidden = out[0] if isinstance(out, tuple) else out
+        if i < len(prompt.deep):
+            hidden[0, :L] += prompt.deep[i] * kept[:L, None]
+    return model.lm_head(text.norm(hidden[:, L - 1 :]))[0], kept[:L]
+
+
+def second_stage(hidden: Tensor, groups: list[tuple[Tensor, int]], options: Options) -> tuple[Tensor, Tensor]:
+    """Compresses every unit of hidden [1, L, D] where it stands; returns that, and which rows are kept [L]."""
+    hidden, kept = hidden.clone(), torch.ones(hidden.shape[1], dtype=torch.bool)
+    layout = "inplace" if options.layout == "append" else options.layout
+    for group, visual in groups:
+        rows, index = compress(hidden[0, group], budget(options.llm_keep, visual, len(group), options), options, layout)
+        kept[group] = False
+        kept[group[index]] = True
+        hidden[0, group[index]] = rows
+    return hidden, kept

@@ -1,0 +1,78 @@
+"""Running a tiny model, and judging what it said by the recompute."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from conversations import Part, Sample, mixed, sample
+from families import UNSAID, Family, twin
+from recompute import Expected, expected
+from torch import Tensor
+from transformers import Cache, PreTrainedModel
+
+NEW = 5
+TOLERANCE = 1e-4  # of logits of standard deviation 1.2; recompute and unpatched models agree to 1e-5
+
+FIRST: dict[str, Any] = {"keep": 9, "basis": 4}
+SECOND: dict[str, Any] = {"basis": 4, "llm_layer": 2, "llm_keep": 6}
+BOTH: dict[str, Any] = {"keep": 9, "basis": 4, "llm_layer": 2, "llm_keep": 0.5}
+STAGES = {"first": FIRST, "second": SECOND, "both": BOTH}
+
+
+@dataclass(frozen=True)
+class Said:
+    """Tokens [B, new] that were generated, the logits [B, new, V] they were chosen by, and the cache."""
+
+    tokens: Tensor
+    logits: Tensor
+    cache: Cache | None
+
+
+def say(model: PreTrainedModel, inputs: dict[str, Tensor], new: int = NEW, **more: Any) -> Said:
+    """Greedy `generate`, unless `more` says otherwise. No placeholder is generated."""
+    out = model.generate(
+        **inputs,
+        **{
+            "max_new_tokens": new,
+            "do_sample": False,
+            "suppress_tokens": UNSAID,
+            "output_logits": True,
+            "return_dict_in_generate": True,
+            **more,
+        },
+    )
+    return Said(out.sequences[:, inputs["input_ids"].shape[1] :], torch.stack(out.logits, 1), out.past_key_values)
+
+
+def conversation(family: Family, *parts: Part, seed: int = 0) -> Sample:
+    return sample(twin(family.name), family, parts, seed)
+
+
+def conversations(family: Family) -> list[Sample]:
+    """Different samples: one image, two, none, and with videos where there are any."""
+    return [conversation(family, *parts, seed=seed) for seed, parts in enumerate(mixed(family))]
+
+
+def judge(
+    family: Family,
+    rows: Sequence[Sample],
+    said: Said,
+    options: dict[str, Any],
+    dtype: torch.dtype = torch.float32,
+    tolerance: float = TOLERANCE,
+) -> list[Expected]:
+    """Every logit of every sample is that of the recompute, given the tokens that were generated."""
+    results = []
+    for row, tokens, logits in zip(rows, said.tokens, said.logits, strict=True):
+        result = expected(twin(family.name, dtype), family, row, tokens[:-1].tolist(), **options)
+        torch.testing.assert_close(logits.float(), result.logits.float(), rtol=0, atol=tolerance)
+        results.append(result)
+    return results
+
+
+def lengths(cache: Cache) -> list[int]:
+    """Tokens in every layer of a cache."""
+    return [int(cache.get_seq_length(i)) for i in range(len(cache.layers))]

@@ -1,0 +1,238 @@
+"""Attention implementations: eager and flex against the recompute; flash attention by a stand-in that takes notes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import apet
+import pytest
+import torch
+from conversations import collate
+from families import FAMILIES, Family, build, shared
+from running import BOTH, NEW, STAGES, conversation, conversations, judge, say
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers import modeling_flash_attention_utils as flash_utils
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_eager(family: Family, stage: str) -> None:
+    rows = conversations(family)
+    model = shared(family.name, "eager")
+    with apet.patched(model, **STAGES[stage]):
+        said = say(model, collate(family, rows))
+    judge(family, rows, said, STAGES[stage])
+
+
+@pytest.mark.parametrize("name", [name for name in FAMILIES if name not in ("qwen2_5_vl", "qwen2_vl", "video_llava")])
+def test_flex(name: str) -> None:
+    """Families for which transformers has flex attention; not compiled, since only the masks are in question."""
+    family = FAMILIES[name]
+    rows = conversations(family)[:3]
+    model = shared(name, "sdpa")
+    with use_attention(model, "flex_attention"), torch.compiler.set_stance("force_eager"):
+        for batch in (rows, rows[:1]):
+            with apet.patched(model, **BOTH):
+                said = say(model, collate(family, batch))
+            judge(family, batch, said, BOTH)
+
+
+class use_attention:
+    """Another attention implementation for the language model of a model that was built with sdpa."""
+
+    def __init__(self, model: PreTrainedModel, name: str):
+        self.config, self.name = model.model.language_model.config, name
+
+    def __enter__(self) -> None:
+        self.before = self.config._attn_implementation
+        self.config._attn_implementation = self.name
+
+    def __exit__(self, *_: object) -> None:
+        self.config._attn_implementation = self.before
+
+
+# ---- flash attention
+
+
+@dataclass
+class Call:
+    """One call of a flash-attn function: the lengths of queries and keys of each sequence, and whether packed."""
+
+    queries: list[int]
+    keys: list[int]
+    packed: bool
+
+
+@dataclass
+class Flash:
+    """Stands in for flash-attn: the same signatures and the same results, by plain torch, and notes of every call."""
+
+    calls: list[Call] = field(default_factory=list)
+
+    def dense(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        dropout_p: float = 0.0,
+        softmax_scale: float | None = None,
+        causal: bool = False,
+        window_size: tuple[int, int] = (-1, -1),
+        deterministic: bool = False,
+    ) -> Tensor:
+        """q [B, Lq, H, D], k and v [B, Lk, Hkv, D]; no padding anywhere."""
+        assert causal
+        assert window_size == (-1, -1)
+        self.calls.append(Call([q.shape[1]] * len(q), [k.shape[1]] * len(k), False))
+        return torch.stack([attend(*row, softmax_scale) for row in zip(q, k, v, strict=True)])
+
+    def varlen(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        cu_seqlens_q: Tensor,
+        cu_seqlens_k: Tensor,
+        max_seqlen_q: int,
+        max_seqlen_k: int,
+        dropout_p: float = 0.0,
+        softmax_scale: float | None = None,
+        causal: bool = False,
+        window_size: tuple[int, int] = (-1, -1),
+        deterministic: bool = False,
+    ) -> Tensor:
+        """q [sum Lq, H, D], k and v [sum Lk, Hkv, D], cut at the cu_seqlens."""
+        assert causal
+        assert window_size == (-1, -1)
+        for cu, x, longest in ((cu_seqlens_q, q, max_seqlen_q), (cu_seqlens_k, k, max_seqlen_k)):
+            assert cu.dtype == torch.int32
+            assert int(cu[0]) == 0
+            assert int(cu[-1]) == len(x)
+            assert int(cu.diff().max()) == longest
+        lengths = [cu.diff().tolist() for cu in (cu_seqlens_q, cu_seqlens_k)]
+        self.calls.append(Call(*lengths, True))
+        cut = [x.split(n) for x, n in ((q, lengths[0]), (k, lengths[1]), (v, lengths[1]))]
+        return torch.cat([attend(*row, softmax_scale) for row in zip(*cut, strict=True)])
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Tensor:
+    """q [Lq, H, D], k and v [Lk, Hkv, D]: causal, the last query beside the last key."""
+    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
+    scores = torch.einsum("qhd,khd->hqk", q, k) * (scale or q.shape[-1] ** -0.5)
+    seen = torch.ones(len(q), len(k), dtype=torch.bool).tril(len(k) - len(q))
+    return torch.einsum("hqk,khd->qhd", scores.masked_fill(~seen, -torch.inf).softmax(-1), v)
+
+
+@pytest.fixture
+def flash(monkeypatch: pytest.MonkeyPatch) -> Iterator[Flash]:
+    notes = Flash()
+    for name, value in {
+        "_loaded_implementation": "flash_attention_2",
+        "_flash_fn": notes.dense,
+        "_flash_varlen_fn": notes.varlen,
+        "_pad_fn": flash_utils._pad_input,
+        "_unpad_fn": flash_utils._unpad_input,
+        "_process_flash_kwargs_fn": flash_utils._lazy_define_process_function(notes.varlen),
+        "_process_with_kvcache_kwargs_fn": dict,
+    }.items():
+        monkeypatch.setattr(flash_utils, name, value, raising=False)
+    return notes
+
+
+def by_layer(calls: list[Call], layers: int = 4) -> list[list[Call]]:
+    """The calls of each forward."""
+    return [calls[i : i + layers] for i in range(0, len(calls), layers)]
+
+
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("cached", [True, False])
+def test_flash_without_padding(family: Family, flash: Flash, stage: str, cached: bool) -> None:
+    """A lone sample: no mask, so the dense function; one sequence, never packed, whatever gaps the positions have."""
+    options, model = STAGES[stage], shared(family.name)
+    row = conversation(family, 2, "image1", 3, "image2", 4)
+    with use_attention(model, "flash_attention_2"), apet.patched(model, **options):
+        said = say(model, collate(family, [row]), use_cache=cached)
+    (result,) = judge(family, [row], said, options)
+    forwards = by_layer(flash.calls)
+    assert len(forwards) == NEW
+    for step, calls in enumerate(forwards):
+        for layer, call in enumerate(calls):
+            keys = step + (result.length if layer < options.get("llm_layer", 4) else result.deep_length)
+            assert call == Call([1 if cached and step else keys], [keys], False)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_flash_with_padding(family: Family, flash: Flash, stage: str) -> None:
+    """Rows of different lengths: packed, each sequence as long as what is left of its row in that layer."""
+    options, model, rows = STAGES[stage], shared(family.name), conversations(family)
+    with use_attention(model, "flash_attention_2"), apet.patched(model, **options):
+        said = say(model, collate(family, rows))
+    results = judge(family, rows, said, options)
+    for step, calls in enumerate(by_layer(flash.calls)):
+        for layer, call in enumerate(calls):
+            early = layer < options.get("llm_layer", 4)
+            keys = [step + (r.length if early else r.deep_length) for r in results]
+            assert call == Call([1] * len(rows) if step else keys, keys, True)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_flash_with_padding_that_goes(family: Family, flash: Flash, stage: str) -> None:
+    """One padded row is packed again without its padding: then no mask is needed, nor the varlen function."""
+    if stage == "second":
+        pytest.skip("the early layers keep the padding")
+    options, model, row = STAGES[stage], shared(family.name), conversation(family, 3, "image", 5)
+    with use_attention(model, "flash_attention_2"), apet.patched(model, **options):
+        said = say(model, collate(family, [row], pad_to=len(row.ids) + 6))
+    judge(family, [row], said, options)
+    assert not any(call.packed for call in flash.calls)
+
+
+def test_flash_static_cache(family: Family, flash: Flash) -> None:
+    rows = conversations(family)
+    model = shared(family.name)
+    with use_attention(model, "flash_attention_2"), apet.patched(model, **BOTH):
+        said = say(model, collate(family, rows), cache_implementation="static")
+    judge(family, rows, said, BOTH)
+
+
+def test_no_attention_weights(family: Family) -> None:
+    """Nothing asks for attention weights: no flash kernel has any, and sdpa would fall back to eager."""
+    model = shared(family.name)
+    asked: list[Any] = []
+    layers = model.model.language_model.layers
+    handles = [
+        layer.self_attn.register_forward_pre_hook(
+            lambda _, args, kwargs: asked.append(kwargs.get("output_attentions")), with_kwargs=True
+        )
+        for layer in layers
+    ]
+    try:
+        with apet.patched(model, **BOTH):
+            say(model, collate(family, conversations(family)))
+    finally:
+        for handle in handles:
+            handle.remove()
+    assert asked
+    assert not any(asked)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("attention", ["flash_attention_2", "flash_attention_3"])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_flash_on_a_gpu(name: str, attention: str) -> None:
+    """The real thing beside sdpa, both in bfloat16 on the GPU; the first stage, so that both keep the same tokens."""
+    family = FAMILIES[name]
+    try:
+        model = build(name, attention, torch.bfloat16).cuda()
+    except ImportError as error:
+        pytest.skip(f"{attention} is not installed: {error}")
+    other = build(name, "sdpa", torch.bfloat16).cuda()
+    rows = conversations(family)
+    inputs = {key: value.cuda() for key, value in collate(family, rows, dtype=torch.bfloat16).items()}
+    logits = []
+    for one in (model, other):
+        with apet.patched(one, keep=9, basis=4):
+            logits.append(say(one, inputs, new=1).logits.float())
+    torch.testing.assert_close(*logits, rtol=0, atol=0.15)

@@ -1,0 +1,229 @@
+"""What users do with `generate` and with forwards of their own: caches, beams, sampling, several turns."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import apet
+import pytest
+import torch
+import transformers
+from conversations import Sample, collate
+from families import EOS, IMAGE, UNSAID, V5, Family, build, shared, twin
+from recompute import Options, expected, shorten
+from running import BOTH, NEW, STAGES, TOLERANCE, Said, conversation, conversations, judge, lengths, say
+
+
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("single", [True, False])
+def test_static_cache(family: Family, stage: str, single: bool) -> None:
+    rows = conversations(family)[: 1 if single else None]
+    model = shared(family.name)
+    with apet.patched(model, **STAGES[stage]):
+        said = say(model, collate(family, rows), cache_implementation="static")
+    results = judge(family, rows, said, STAGES[stage])
+    first, deep = (max(getattr(r, name) for r in results) + NEW - 1 for name in ("length", "deep_length"))
+    border = STAGES[stage].get("llm_layer", 4)
+    assert lengths(said.cache) == [first] * border + [deep] * (4 - border)
+
+
+def test_static_cache_reused(family: Family) -> None:
+    """One StaticCache object, reset between two prompts of different lengths."""
+    model = shared(family.name)
+    cache = transformers.StaticCache(config=model.config.get_text_config(), max_cache_len=400)
+    for parts in ([3, "image", 5], [2, "image1", 3, "image2", 4]):
+        row = conversation(family, *parts)
+        with apet.patched(model, **BOTH):
+            judge(family, [row], say(model, collate(family, [row]), past_key_values=cache), BOTH)
+        cache.reset()
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_beams(family: Family, stage: str) -> None:
+    """The score of each returned sequence is the mean log-probability that the recompute gives it, cached or not."""
+    rows = [conversation(family, 3, "image", 5), conversation(family, 6, seed=1), conversation(family, 1, "image", 2)]
+    model, inputs = shared(family.name), collate(family, rows)
+    options = {"num_beams": 3, "num_return_sequences": 2, "output_scores": True, "length_penalty": 1.0}
+    both = []
+    for cached in (True, False):
+        with apet.patched(model, **STAGES[stage]):
+            out = model.generate(
+                **inputs,
+                **options,
+                max_new_tokens=4,
+                do_sample=False,
+                return_dict_in_generate=True,
+                use_cache=cached,
+                suppress_tokens=UNSAID,
+            )
+        both.append(out.sequences)
+        for i, (sequence, score) in enumerate(zip(out.sequences, out.sequences_scores, strict=True)):
+            tokens = sequence[inputs["input_ids"].shape[1] :].tolist()
+            logits = expected(twin(family.name), family, rows[i // 2], tokens[:-1], **STAGES[stage]).logits
+            each = logits.double().log_softmax(-1).gather(1, torch.tensor(tokens)[:, None])
+            assert abs(each.mean() - score) < TOLERANCE
+    assert torch.equal(*both)
+
+
+def test_sampling_several(family: Family) -> None:
+    rows = [conversation(family, 3, "image", 5), conversation(family, 6, seed=1)]
+    model = shared(family.name)
+    torch.manual_seed(5)
+    with apet.patched(model, **BOTH):
+        said = say(model, collate(family, rows), do_sample=True, num_return_sequences=3, temperature=1.5)
+    assert len(said.tokens.unique(dim=0)) > 2
+    judge(family, [row for row in rows for _ in range(3)], said, BOTH)
+
+
+def go_on(model: transformers.PreTrainedModel, ids: torch.Tensor, before: Any, given: int, **more: Any) -> Any:
+    """A forward of new tokens [B, new] after one that filled a cache; so far, `given` tokens were."""
+    if not V5:  # models with M-RoPE know where they are by this alone
+        more["cache_position"] = torch.arange(given, given + ids.shape[1])
+    return model(input_ids=ids, past_key_values=before.past_key_values, use_cache=True, **more)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("telling", ["nothing", "mask", "positions"])
+def test_own_loop(family: Family, stage: str, telling: str) -> None:
+    """A decode loop written by hand; it may tell the model nothing, the mask, or the positions of the whole prompt."""
+    model, options = shared(family.name), STAGES[stage]
+    rows = [conversation(family, 3, "image", 5), conversation(family, 2, "image1", 3, "image2", 4, seed=1)]
+    if telling == "nothing":  # without a mask the model cannot know of padding
+        rows = rows[1:]
+    if telling == "mask" and family.ragged and V5 and stage == "second":
+        pytest.skip("unpatched, the model makes as many positions as the mask is wide, and fails")
+    inputs = collate(family, rows)
+    if telling == "nothing":
+        del inputs["attention_mask"]
+    mask = inputs.get("attention_mask")
+    following = None
+    if telling == "positions":
+        following = torch.tensor([[next_position(family, row)] for row in rows])
+        if not family.ragged:
+            inputs["position_ids"] = (inputs["attention_mask"].cumsum(1) - 1).clamp(min=0)
+    tokens, logits = [], []
+    with apet.patched(model, **options):
+        out = model(**inputs, use_cache=True)
+        for step in range(NEW):
+            said = out.logits[:, -1]
+            logits.append(said)
+            tokens.append(said.index_fill(1, torch.tensor(UNSAID), -torch.inf).argmax(-1))
+            more = {}
+            if mask is not None:
+                mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
+                more["attention_mask"] = mask
+            if following is not None:
+                at = following + step
+                more["position_ids"] = at.expand(3, -1, -1) if family.ragged else at
+            out = go_on(model, tokens[-1][:, None], out, inputs["input_ids"].shape[1] + step, **more)
+    judge(family, rows, Said(torch.stack(tokens, 1), torch.stack(logits, 1), None), options)
+
+
+def next_position(family: Family, row: Sample) -> int:
+    """The position of the first new token, as an unpatched model counts."""
+    with torch.no_grad():
+        return shorten(twin(family.name), family, row, Options()).following
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_several_new_tokens_at_once(family: Family, stage: str) -> None:
+    """A cached prompt, then four tokens in one forward: as speculative decoding and later turns need it."""
+    model, options = shared(family.name), STAGES[stage]
+    row, tail = conversation(family, 3, "image", 5), [11, 22, 33, 44]
+    with apet.patched(model, **options):
+        first = model(**collate(family, [row]), use_cache=True)
+        then = go_on(model, torch.tensor([tail]), first, len(row.ids))
+    want = expected(twin(family.name), family, row, tail, **options).logits
+    torch.testing.assert_close(first.logits[0, -1], want[0], rtol=0, atol=TOLERANCE)
+    torch.testing.assert_close(then.logits[0], want[1:], rtol=0, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_generated_placeholder_is_a_token(family: Family, stage: str) -> None:
+    """The model may say the image token; without pixels it stands for nothing."""
+    model, options = shared(family.name), STAGES[stage]
+    row, tail = conversation(family, 3, "image", 5), [11, IMAGE, 33]
+    with apet.patched(model, **options):
+        out = model(**collate(family, [row]), use_cache=True)
+        said = [out.logits[0, -1]]
+        for i, token in enumerate(tail):
+            out = go_on(model, torch.tensor([[token]]), out, len(row.ids) + i)
+            said.append(out.logits[0, -1])
+    want = expected(twin(family.name), family, row, tail, **options).logits
+    torch.testing.assert_close(torch.stack(said), want, rtol=0, atol=TOLERANCE)
+
+
+def test_copied_cache(family: Family) -> None:
+    """One prompt, its cache copied, two continuations."""
+    model, row = shared(family.name), conversation(family, 3, "image", 5)
+    with apet.patched(model, **BOTH):
+        first = model(**collate(family, [row]), use_cache=True)
+        branches = [first, copy.copy(first)]
+        branches[1].past_key_values = copy.deepcopy(first.past_key_values)
+        outs = [
+            go_on(model, torch.tensor([[token]]), branch, len(row.ids))
+            for token, branch in zip((11, 22), branches, strict=True)
+        ]
+    for token, out in zip((11, 22), outs, strict=True):
+        want = expected(twin(family.name), family, row, [token], **BOTH).logits[1]
+        torch.testing.assert_close(out.logits[0, -1], want, rtol=0, atol=TOLERANCE)
+
+
+def test_two_prompts_in_turns(family: Family) -> None:
+    """Two caches of one model, stepped alternately: state belongs to the cache."""
+    model = shared(family.name)
+    rows = [conversation(family, 3, "image", 5), conversation(family, 2, "image1", 3, "image2", 4, seed=1)]
+    said: list[list[torch.Tensor]] = [[], []]
+    with apet.patched(model, **BOTH):
+        outs = [model(**collate(family, [row]), use_cache=True) for row in rows]
+        for step, token in enumerate((11, 22)):
+            for i, out in enumerate(outs):
+                said[i].append(out.logits[0, -1])
+                outs[i] = go_on(model, torch.tensor([[token]]), out, len(rows[i].ids) + step)
+    for row, logits in zip(rows, said, strict=True):
+        want = expected(twin(family.name), family, row, [11], **BOTH).logits
+        torch.testing.assert_close(torch.stack(logits), want, rtol=0, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_second_turn(family: Family, stage: str) -> None:
+    """The cache of a first answer kept, a text question appended, all ids passed again as chat loops do."""
+    model, options = shared(family.name), STAGES[stage]
+    row, question = conversation(family, 3, "image", 5), [61, 62, 63]
+    how = {"max_new_tokens": 3, "do_sample": False, "suppress_tokens": UNSAID}
+    how |= {"return_dict_in_generate": True, "output_logits": True}
+    with apet.patched(model, **options):
+        first = model.generate(**collate(family, [row]), **how)
+        ids = torch.cat([first.sequences, torch.tensor([question])], dim=1)
+        mask = torch.ones_like(ids)
+        second = model.generate(input_ids=ids, attention_mask=mask, past_key_values=first.past_key_values, **how)
+    said = second.sequences[0, len(row.ids) :].tolist()
+    want = expected(twin(family.name), family, row, said[:-1], **options).logits[-3:]
+    torch.testing.assert_close(torch.stack(second.logits, 1)[0], want, rtol=0, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("draft", ["lookup", "model"])
+def test_assisted_decoding(family: Family, stage: str, draft: str) -> None:
+    """A drafter changes nothing: the same tokens, and their logits those of the recompute."""
+    model, options, row = shared(family.name), STAGES[stage], conversation(family, 3, "image", 5)
+    more = {"prompt_lookup_num_tokens": 3} if draft == "lookup" else {"assistant_model": build(family.name, seed=1)}
+    more["eos_token_id"] = EOS  # transformers 4 cannot do without
+    with apet.patched(model, **options):
+        plain = say(model, collate(family, [row]), new=8)
+        said = say(model, collate(family, [row]), new=8, **more)
+    assert torch.equal(plain.tokens, said.tokens)
+    judge(family, [row], said, options)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_chunked_prefill(family: Family, stage: str) -> None:
+    """Refused with images, whose units would be torn apart; right without."""
+    model, row = shared(family.name), conversation(family, 3, "image", 5)
+    with apet.patched(model, **STAGES[stage]):
+        with pytest.raises(ValueError, match=r"prefill_chunk_size"):
+            say(model, collate(family, [row]), prefill_chunk_size=8)
+        text = collate(family, [conversation(family, 9)])
+        during = say(model, text, prefill_chunk_size=4)
+    assert torch.equal(during.logits, say(model, text, prefill_chunk_size=4).logits)

@@ -1,0 +1,206 @@
+"""Options: what they say of themselves, presets, and what is refused, in one sentence with the value at fault."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Callable
+from typing import Any
+
+import apet
+import pytest
+import torch
+from conversations import collate
+from families import Family, build, shared, twin
+from recompute import expected
+from running import BOTH, FIRST, STAGES, TOLERANCE, conversation, conversations, judge, say
+from torch import nn
+
+BAD: list[tuple[dict[str, Any], str]] = [
+    ({}, "keep"),
+    ({"keep": 0}, "keep=0"),
+    ({"keep": -3}, "keep=-3"),
+    ({"keep": 0.0}, r"keep=0\.0"),
+    ({"keep": 1.5}, r"keep=1\.5"),
+    ({"keep": float("nan")}, "keep=nan"),
+    ({"keep": True}, "keep=True"),
+    ({"keep": "64"}, "keep='64'"),
+    ({"keep": []}, "keep"),
+    ({"keep": [9, 0]}, "keep=0"),
+    ({"keep": 9, "basis": 0}, "basis=0"),
+    ({"keep": 9, "basis": 65}, "basis=65"),
+    ({"keep": 9, "basis": 2.5}, r"basis=2\.5"),
+    ({"keep": 9, "layout": "outplace"}, "layout='outplace'"),
+    ({"keep": 9, "select": "dpc"}, "select='dpc'"),
+    ({"keep": 9, "blend": 0.5}, r"blend=0\.5"),
+    ({"keep": 9, "blend": -1.0, "layout": "overwrite"}, "blend=-1"),
+    ({"keep": 4, "basis": 4, "layout": "overwrite"}, "keep=4"),
+    ({"llm_layer": 2}, "llm_layer=2"),
+    ({"keep": 9, "llm_keep": 4}, "llm_keep=4"),
+    ({"llm_layer": 0, "llm_keep": 4}, "llm_layer=0"),
+    ({"llm_layer": 4, "llm_keep": 4}, "llm_layer=4"),
+    ({"llm_layer": -1, "llm_keep": 4}, "llm_layer=-1"),
+    ({"llm_layer": 1.5, "llm_keep": 4}, r"llm_layer=1\.5"),
+    ({"llm_layer": 2, "llm_keep": 0}, "llm_keep=0"),
+    ({"keep": 9, "basis": 3, "layout": "append", "llm_layer": 2, "llm_keep": 4}, "append"),
+    ({"preset": "paper-65"}, "preset='paper-65'"),
+]
+
+
+@pytest.mark.parametrize(("options", "says"), BAD, ids=[str(options) for options, _ in BAD])
+def test_bad_options_are_refused(options: dict[str, Any], says: str) -> None:
+    """Before anything is patched, and what was in force stays."""
+    model = build("llava")
+    apet.patch(model, **FIRST)
+    with pytest.raises(ValueError, match=says) as refusal:
+        apet.patch(model, **options)
+    one_sentence(refusal.value)
+    assert apet.options(model) == apet.Options(**FIRST)
+    with pytest.raises(ValueError, match=says), apet.patched(model, **options):
+        pass
+    assert apet.options(model) == apet.Options(**FIRST)
+
+
+def one_sentence(error: BaseException) -> None:
+    text = str(error)
+    assert 20 < len(text) < 400
+    assert "\n" not in text
+
+
+def test_unknown_argument() -> None:
+    with pytest.raises(TypeError, match="keeps"):
+        apet.patch(build("llava"), keeps=9)
+
+
+@pytest.mark.parametrize("model", [nn.Linear(2, 2), "llava"], ids=["module", "name"])
+def test_what_is_no_known_model(model: Any) -> None:
+    with pytest.raises((ValueError, TypeError), match=type(model).__name__) as refusal:
+        apet.patch(model, keep=9)
+    one_sentence(refusal.value)
+
+
+def test_options_are_frozen_printable_and_comparable() -> None:
+    model = build("llava")
+    chosen = apet.patch(model, **BOTH)
+    assert isinstance(chosen, apet.Options)
+    assert dataclasses.is_dataclass(chosen)
+    assert chosen == apet.Options(**BOTH)
+    assert hash(chosen) == hash(apet.Options(**BOTH))
+    for name, value in BOTH.items():
+        assert re.search(rf"\b{name}={value!r}", repr(chosen))
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        chosen.keep = 3
+
+
+@pytest.mark.parametrize(
+    ("name", "preset", "want"),
+    [
+        ("llava", "paper-192", {"keep": 288, "llm_keep": 96, "llm_layer": 16, "layout": "overwrite"}),
+        ("llava", "paper-128", {"keep": 192, "llm_keep": 64, "llm_layer": 16, "layout": "overwrite"}),
+        ("llava", "paper-64", {"keep": 96, "llm_keep": 32, "llm_layer": 16, "layout": "overwrite"}),
+        ("llava_next", "paper-128", {"keep": 192, "llm_keep": 64, "llm_layer": 16, "layout": "overwrite"}),
+        ("llava_next", "paper-64", {"keep": 96, "llm_keep": 32, "llm_layer": 16, "layout": "overwrite"}),
+        ("qwen2_5_vl", "paper-0.2", {"keep": 0.3, "llm_keep": 0.333, "llm_layer": 14, "blend": 0.5}),
+        ("video_llava", "paper-32", {"keep": 22, "llm_keep": None, "llm_layer": None, "layout": "append"}),
+    ],
+)
+def test_presets(name: str, preset: str, want: dict[str, Any]) -> None:
+    """The paper's budgets, for models with as many layers as the paper's."""
+    model = build(name, layers=20)
+    chosen = apet.patch(model, preset=preset)
+    assert {field: getattr(chosen, field) for field in want} == want
+    assert (chosen.basis, chosen.preset) == (10, preset)
+    assert apet.patch(model, preset=preset, basis=7).basis == 7
+
+
+def test_preset_deeper_than_the_model() -> None:
+    with pytest.raises(ValueError, match="llm_layer=16"):
+        apet.patch(build("llava"), preset="paper-64")
+
+
+# ---- budgets for each image
+
+
+def test_budgets_of_each_visual(family: Family) -> None:
+    """A list: in the order of the prompts, images first, then videos."""
+    rows = conversations(family)
+    images = [one for row in rows for one in row.visuals if one.kind == "image"]
+    videos = [one for row in rows for one in row.visuals if one.kind == "video"]
+    keep = [[5, 0.5, 8, 3, 0.9, 7][i] for i in range(len(images) + len(videos))]
+    llm_keep = [[0.5, 3, 4, 2, 0.3, 5][i] for i in range(len(images) + len(videos))]
+    model = shared(family.name)
+    with apet.patched(model, keep=keep, basis=3, llm_layer=2, llm_keep=llm_keep):
+        said = say(model, collate(family, rows))
+    counted = {"image": 0, "video": len(images)}
+    for b, row in enumerate(rows):
+        mine: dict[str, list] = {"keep": [], "llm_keep": []}
+        for one in row.visuals:
+            mine["keep"].append(keep[counted[one.kind]])
+            mine["llm_keep"].append(llm_keep[counted[one.kind]])
+            counted[one.kind] += 1
+        tokens = said.tokens[b, :-1].tolist()
+        result = expected(twin(family.name), family, row, tokens, basis=3, llm_layer=2, **mine)
+        torch.testing.assert_close(said.logits[b], result.logits, rtol=0, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("wrong", [{"keep": [5]}, {"keep": [5, 5, 5, 5, 5, 5, 5]}])
+def test_budgets_for_another_number_of_visuals(family: Family, wrong: dict[str, Any]) -> None:
+    rows, model = conversations(family)[:2], shared(family.name)
+    with apet.patched(model, basis=3, **wrong):
+        with pytest.raises(ValueError, match=rf"{len(wrong['keep'])}.*3|3.*{len(wrong['keep'])}") as refusal:
+            say(model, collate(family, rows))
+        one_sentence(refusal.value)
+
+
+# ---- calls that are refused
+
+
+def labels(family: Family, model: nn.Module, inputs: dict[str, Any]) -> None:
+    model(**inputs, labels=inputs["input_ids"])
+
+
+def images_on_a_used_cache(family: Family, model: nn.Module, inputs: dict[str, Any]) -> None:
+    out = model(**inputs, use_cache=True)
+    mask = torch.cat([inputs["attention_mask"]] * 2, dim=1)
+    model(**{**inputs, "attention_mask": mask}, past_key_values=out.past_key_values, use_cache=True)
+
+
+def another_batch_size(family: Family, model: nn.Module, inputs: dict[str, Any]) -> None:
+    out = model(**inputs, use_cache=True)
+    model(input_ids=torch.tensor([[5], [6]]), past_key_values=out.past_key_values, use_cache=True)
+
+
+def a_mask_of_another_shape(family: Family, model: nn.Module, inputs: dict[str, Any]) -> None:
+    L = inputs["input_ids"].shape[1]
+    mask = torch.ones(1, 1, L, L, dtype=torch.bool)  # everything sees everything
+    positions = torch.arange(L)[None]  # given, since models with M-RoPE would look for padding in the mask
+    more = {"position_ids": positions.expand(3, 1, L) if family.ragged else positions, "attention_mask": mask}
+    model(**{**inputs, **more})
+
+
+def gradients(family: Family, model: nn.Module, inputs: dict[str, Any]) -> None:
+    with torch.enable_grad():
+        model(**inputs)
+
+
+CALLS: dict[str, tuple[Callable[..., None], str]] = {
+    "labels": (labels, "labels"),
+    "new images on a used cache": (images_on_a_used_cache, "cache"),
+    "another batch size": (another_batch_size, "2"),
+    "a mask that is not causal": (a_mask_of_another_shape, "causal"),
+    "gradients": (gradients, "no_grad"),
+}
+
+
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("call", CALLS)
+def test_calls_that_are_refused(family: Family, call: str, stage: str) -> None:
+    """In one sentence; and the next call is right."""
+    run, says = CALLS[call]
+    model, row = shared(family.name), conversation(family, 3, "image", 5)
+    inputs = collate(family, [row])
+    with apet.patched(model, **STAGES[stage]):
+        with pytest.raises((ValueError, RuntimeError), match=says) as refusal:
+            run(family, model, inputs)
+        one_sentence(refusal.value)
+        judge(family, [row], say(model, inputs), STAGES[stage])

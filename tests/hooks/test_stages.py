@@ -1,0 +1,147 @@
+"""Both stages against the recompute: batches and single samples, every layout, budget and dtype."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import apet
+import pytest
+import torch
+from conversations import collate
+from families import FAMILIES, Family, shared, twin
+from recompute import expected
+from running import BOTH, FIRST, NEW, SECOND, STAGES, TOLERANCE, conversation, conversations, judge, lengths, say
+
+LAYOUTS: dict[str, dict[str, Any]] = {
+    "ratio": {"keep": 0.35, "basis": 4},
+    "ratio under the basis": {"keep": 0.05, "basis": 4, "layout": "overwrite", "llm_layer": 2, "llm_keep": 0.1},
+    "qr": {"keep": 7, "basis": 5, "select": "qr"},
+    "overwrite": {"keep": 8, "basis": 3, "layout": "overwrite", "llm_layer": 1, "llm_keep": 5},
+    "blend": {"keep": 8, "basis": 3, "layout": "overwrite", "blend": 0.5, "llm_layer": 3, "llm_keep": 4},
+    "append": {"keep": 5, "basis": 4, "layout": "append"},
+    "one token": {"keep": 1, "basis": 1, "llm_layer": 2, "llm_keep": 1},
+    "more basis than kept": {"keep": 4, "basis": 12},
+}
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_batch(family: Family, stage: str) -> None:
+    """Samples with no, one and two images and videos, of different lengths, side by side."""
+    rows = conversations(family)
+    model = shared(family.name)
+    with apet.patched(model, **STAGES[stage]):
+        said = say(model, collate(family, rows))
+    judge(family, rows, said, STAGES[stage])
+
+
+@pytest.mark.parametrize("cached", [True, False])
+@pytest.mark.parametrize("stage", STAGES)
+def test_right_padding(family: Family, stage: str, cached: bool) -> None:
+    """As prefill outside of `generate`: what is left of each row stays on the left, its last token last."""
+    rows = conversations(family)
+    model = shared(family.name)
+    with apet.patched(model, **STAGES[stage]):
+        out = model(**collate(family, rows, side="right"), use_cache=cached)
+    for row, logits in zip(rows, out.logits, strict=True):
+        result = expected(twin(family.name), family, row, [], **STAGES[stage])
+        torch.testing.assert_close(logits[result.deep_length - 1], result.logits[0], rtol=0, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("options", LAYOUTS.values(), ids=LAYOUTS)
+def test_options(family: Family, options: dict[str, Any]) -> None:
+    rows = conversations(family)
+    model = shared(family.name)
+    with apet.patched(model, **options):
+        said = say(model, collate(family, rows))
+    judge(family, rows, said, options)
+
+
+@pytest.mark.parametrize("cached", [True, False])
+@pytest.mark.parametrize("padded", [0, 7])
+@pytest.mark.parametrize("stage", STAGES)
+def test_single(family: Family, stage: str, padded: int, cached: bool) -> None:
+    """A lone sample, unpadded: no mask reaches the model; gaps in positions must not be read as packed sequences."""
+    model = shared(family.name)
+    for parts in ([3, "image", 5], [2, "image1", 3, "image2", 4], [2, "video", 3]):
+        if parts[1] == "video" and not family.video:
+            continue
+        row = conversation(family, *parts, seed=3)
+        with apet.patched(model, **STAGES[stage]):
+            said = say(model, collate(family, [row], pad_to=len(row.ids) + padded), use_cache=cached)
+        judge(family, [row], said, STAGES[stage])
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_forward(family: Family, stage: str) -> None:
+    """`model(**inputs)`, with and without a cache, without a mask too; logits of the last token."""
+    model, row = shared(family.name), conversation(family, 3, "image", 5)
+    inputs = collate(family, [row])
+    bare = {name: value for name, value in inputs.items() if name != "attention_mask"}
+    with apet.patched(model, **STAGES[stage]):
+        results = [model(**given, use_cache=cached) for given in (inputs, bare) for cached in (True, False)]
+    want = expected(twin(family.name), family, row, [], **STAGES[stage]).logits[0]
+    for result in results:
+        torch.testing.assert_close(result.logits[0, -1], want, rtol=0, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"keep": 1.0},
+        {"keep": 10_000},
+        {"llm_layer": 1, "llm_keep": 1.0},
+        {"keep": 1.0, "llm_layer": 2, "llm_keep": 1.0, "layout": "overwrite"},
+        {"keep": 1.0, "layout": "append"},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("batched", [True, False])
+def test_keeping_all_is_bitwise_the_unpatched_model(family: Family, options: dict[str, Any], batched: bool) -> None:
+    rows = conversations(family)[: None if batched else 1]
+    model, inputs = shared(family.name), collate(family, rows)
+    before = say(model, inputs)
+    with apet.patched(model, **options):
+        during = say(model, inputs)
+    assert torch.equal(before.tokens, during.tokens)
+    assert torch.equal(before.logits, during.logits)
+    assert lengths(before.cache) == lengths(during.cache)
+
+
+def test_text_alone_is_bitwise_the_unpatched_model(family: Family) -> None:
+    rows = [conversation(family, 9), conversation(family, 5, seed=1)]
+    model, inputs = shared(family.name), collate(family, rows)
+    before = say(model, inputs)
+    with apet.patched(model, **BOTH):
+        during = say(model, inputs)
+    assert torch.equal(before.tokens, during.tokens)
+    assert torch.equal(before.logits, during.logits)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_lengths_of_the_cache(family: Family, stage: str) -> None:
+    """Every layer holds what its stage left of the longest row, and the tokens generated since."""
+    rows = conversations(family)
+    model, options = shared(family.name), STAGES[stage]
+    with apet.patched(model, **options):
+        said = say(model, collate(family, rows))
+    results = judge(family, rows, said, options)
+    first, deep = (max(getattr(r, name) for r in results) + NEW - 1 for name in ("length", "deep_length"))
+    border = options.get("llm_layer", 4)
+    assert lengths(said.cache) == [first] * border + [deep] * (4 - border)
+    assert first < len(collate(family, rows)["input_ids"][0]) + NEW - 1 or "keep" not in options
+    assert deep < first or "llm_layer" not in options
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_bfloat16(name: str) -> None:
+    """Rounding moves logits by a percent, and with them what the second stage keeps: one sample, first stage."""
+    family, dtype = FAMILIES[name], torch.bfloat16
+    model, row = shared(name, dtype=dtype), conversation(family, 3, "image", 5)
+    with apet.patched(model, **FIRST):
+        said = say(model, collate(family, [row], dtype=dtype))
+    assert said.logits.dtype in (dtype, torch.float32)
+    judge(family, [row], said, FIRST, dtype, tolerance=0.1)
+    with apet.patched(model, **SECOND):  # the same prefill twice, so the same tokens; then the cache against none
+        cached = say(model, collate(family, [row], dtype=dtype))
+        again = say(model, collate(family, [row], dtype=dtype), new=1)
+    assert torch.equal(cached.logits[:, :1], again.logits)
