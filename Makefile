@@ -8,7 +8,7 @@ native := setup.py pyproject.toml CMakeLists.txt $(shell find csrc -type f)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-transformers4 test-full sanitize lint format bench wheel clean
+.PHONY: help demo test gpu-check test-transformers4 test-full sanitize lint format bench wheel clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "make %-19s %s\n", $$1, $$2 }' Makefile
@@ -57,6 +57,9 @@ format: $(VENV)/installed-dev  ## format everything
 	$(bin)/ruff check --fix
 	$(bin)/ruff format
 	$(bin)/clang-format -i $$(find csrc tests -name "*.h" -o -name "*.cpp")
+
+gpu-check: $(VENV)/installed-test  ## on a machine with a GPU: every test, the GPU benchmarks, one report
+	$(bin)/python -m benchmarks.gpu_check
 
 bench: $(VENV)/installed-test  ## the benchmarks, each result checked first
 	$(bin)/python -m pytest -q benchmarks --benchmark-only

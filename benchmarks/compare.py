@@ -133,7 +133,7 @@ class Comparison:
             floors=1 / ratio["floor"],
             gflops=ceilings.flops(self.case) / median["kernel"] / 1e9,
             sweep_gbytes=ceilings.swept_bytes(self.case) / median["sweeps"] / 1e9,
-            noise=max(_spread(kernel), _spread(seconds["floor"])),
+            noise=max(spread(kernel), spread(seconds["floor"])),
             judged=self.judged,
             seconds=self._seconds,
             goals=goals(self.case),
@@ -147,7 +147,7 @@ class Comparison:
             self._seconds[name].append(time.perf_counter() - begin)
 
 
-def _spread(values: list[float]) -> float:
+def spread(values: list[float]) -> float:
     """Interquartile range over median; 0 of a single value."""
     if len(values) == 1:
         return 0.0

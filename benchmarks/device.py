@@ -1,0 +1,137 @@
+"""Where a GPU benchmark runs, and its clock: a GPU (CUDA or ROCm), or in a dry run the CPU, its kernels interpreted."""
+
+from __future__ import annotations
+
+import abc
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import apet_kernels
+from benchmarks import machine
+
+NO_GPU = "torch finds no GPU here, and this measures one: run it on a machine with a CUDA or ROCm GPU"
+NO_INTERPRETER = (
+    "a dry run needs TRITON_INTERPRET=1 in the environment, and no GPU: Triton's interpreter runs its kernels"
+)
+# Bytes of the cache that the dies of gfx942 and gfx950 share: the properties know only the L2 of one die.
+INFINITY_CACHE = 256 * 2**20
+
+
+class Device(abc.ABC):
+    """What differs between the two."""
+
+    type: str  # as torch calls it: "cuda" (ROCm too) or "cpu"
+    name: str
+    cache_bytes: int  # of the last cache before memory
+    memory_bytes: int
+
+    @abc.abstractmethod
+    def seconds(self, call: Callable[[], object]) -> float:
+        """That `call` takes, until everything it started has ended."""
+
+    @abc.abstractmethod
+    def graphed(self, call: Callable[[], Any]) -> Callable[[], Any]:
+        """`call` with its launches replayed from a graph, returning what they write to.
+
+        A replay reads the addresses that it was made with: change an input in place.
+        """
+
+    @abc.abstractmethod
+    def describe(self) -> dict[str, str]:
+        """For the head of a table."""
+
+
+class Gpu(Device):
+    type = "cuda"
+
+    def __init__(self) -> None:
+        properties = torch.cuda.get_device_properties(torch.cuda.current_device())
+        self.name = properties.name
+        self.cache_bytes = INFINITY_CACHE if torch.version.hip else properties.L2_cache_size
+        self.memory_bytes = properties.total_memory
+        self._kind = getattr(properties, "gcnArchName", None) or f"sm_{properties.major}{properties.minor}"
+        self._processors = properties.multi_processor_count
+
+    def seconds(self, call: Callable[[], object]) -> float:
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        call()
+        end.record()
+        end.synchronize()
+        return begin.elapsed_time(end) / 1e3
+
+    def graphed(self, call: Callable[[], Any]) -> Callable[[], Any]:
+        side = torch.cuda.Stream()  # a first call may allocate, compile or load: none of that fits a capture
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            call()
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            result = call()
+
+        def replay() -> Any:
+            graph.replay()
+            return result
+
+        return replay
+
+    def describe(self) -> dict[str, str]:
+        runtime = f"ROCm {torch.version.hip}" if torch.version.hip else f"CUDA {torch.version.cuda}"
+        return {
+            "device": f"{self.name} ({self._kind}), {self._processors} processors, "
+            f"{self.memory_bytes / 2**30:.0f} GiB, L2 {self.cache_bytes / 2**20:.0f} MiB",
+            "driver": f"{_driver()}, {runtime}",
+        }
+
+
+class DryRun(Device):
+    type = "cpu"
+    name = "dry run on a CPU"
+    cache_bytes = 0
+    memory_bytes = 2**30
+
+    def seconds(self, call: Callable[[], object]) -> float:
+        begin = time.perf_counter()
+        call()
+        return time.perf_counter() - begin
+
+    def graphed(self, call: Callable[[], Any]) -> Callable[[], Any]:
+        call()
+        return call
+
+    def describe(self) -> dict[str, str]:
+        return {"device": "none: a DRY RUN on a CPU with Triton's interpreter; no figure means anything"}
+
+
+def find(dry_run: bool) -> Device:
+    """The GPU, or the CPU for a dry run. Raises RuntimeError with a sentence where it is not to be had."""
+    if not dry_run:
+        if not torch.cuda.is_available():
+            raise RuntimeError(NO_GPU)
+        return Gpu()
+    if apet_kernels.backends()["triton"] is not None or torch.cuda.is_available():
+        raise RuntimeError(NO_INTERPRETER)
+    return DryRun()
+
+
+def describe(device: Device) -> dict[str, str]:
+    """Device, driver, versions, commit and command."""
+    import triton
+
+    return {**device.describe(), "triton": triton.__version__, **machine.describe()}
+
+
+def _driver() -> str:
+    """Version of the NVIDIA or AMD kernel driver, as the system says."""
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[0]
+    except (OSError, subprocess.CalledProcessError, IndexError):
+        version = Path("/sys/module/amdgpu/version")
+        return version.read_text().strip() if version.exists() else "of unknown version"

@@ -1,0 +1,215 @@
+"""The tiles of apet_kernels/triton_kernels/configs.py, found again on this GPU.
+
+    python -m benchmarks.tune [--dry-run] [--only TEXT ...]
+
+Cases whose channels round up to the same power of 2, with elements of the same size, share an entry. Each group of
+kernels is tuned on its own, the others as they are: a candidate must first give a result that is right (float64,
+benchmarks/check.py), then its kernels are timed from a graph on every case of the entry, over inputs larger than the
+last cache; the one of least product of times wins. What does not compile or fit is passed over. The winners together
+are judged on every case, and printed as configs.py has them. --dry-run and --only as in benchmarks.gpu.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import itertools
+import math
+import statistics
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+from unittest import mock
+
+import torch
+from rich.console import Console
+from torch import Tensor
+
+import apet_kernels
+from benchmarks.cases import Case, gpu_cases
+from benchmarks.device import Device, describe, find
+from benchmarks.gpu import arguments, inputs_of, judge, kernel_name, launches
+from benchmarks.sheet import Sheet, show
+
+SAMPLES = 5
+Values = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Group:
+    """Kernels that share fields of Tiles, and what to try for channels rounded up to `wide` and an element size."""
+
+    kernels: tuple[str, ...]
+    fields: tuple[str, ...]
+    candidates: Callable[[int, int], Iterator[Values]]
+
+
+def _steps(wide: int, element: int) -> Iterator[Values]:
+    """Tokens, channels, warps: 4 to 64 float32 sums a thread, or fewer where a tile has no more."""
+    for n, d, warps in itertools.product((4, 8, 16, 32), (128, 256, 512, 1024), (2, 4, 8)):
+        if d <= wide and 4 <= n * d / (32 * warps) <= 64:
+            yield n, d, warps
+
+
+def _topk(wide: int, element: int) -> Iterator[Values]:
+    """Tokens at once, warps."""
+    yield from itertools.product((1024, 2048, 4096), (4, 8, 16))
+
+
+def _assign(wide: int, element: int) -> Iterator[Values]:
+    """Dropped tokens, targets, channels, warps, stages. A float32 tile is multiplied in registers, so it is small."""
+    sides = (16, 32, 64) if element == 4 else (32, 64, 128)
+    for r, t, d, warps, stages in itertools.product(sides, sides, (32, 64, 128), (4, 8), (2, 3, 4)):
+        if d <= wide and r * t <= 512 * 4 * warps:
+            yield r, t, d, warps, stages
+
+
+def _mean(wide: int, element: int) -> Iterator[Values]:
+    """Targets at once, rows in flight, warps: 16-byte words of a row for every thread, at most 8."""
+    for chunk, group, warps in itertools.product((512, 1024, 2048), (1, 2, 4, 8), (1, 2, 4, 8)):
+        if 32 * warps * 16 <= wide * element <= 8 * 32 * warps * 16:
+            yield chunk, group, warps
+
+
+GROUPS = (
+    Group(("s1_norms", "s1_s3_step"), ("step_n", "step_d", "step_warps"), _steps),
+    Group(("s4_topk",), ("topk_chunk", "topk_warps"), _topk),
+    Group(("s5_assign",), ("assign_r", "assign_t", "assign_d", "assign_warps", "assign_stages"), _assign),
+    Group(("s5_mean",), ("mean_chunk", "mean_group", "mean_warps"), _mean),
+)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What was found for one group of one entry; microseconds of all its cases, in turn."""
+
+    group: Group
+    tried: int
+    passed_over: int
+    best: Values
+    before: Values
+    best_us: list[float]
+    before_us: list[float]
+
+
+def tune(group: Group, cases: list[Case], device: Device, tiles: Any, limit: int | None) -> Outcome:
+    """`tiles` with every candidate of the group in its place. `limit`: how many to try."""
+    wide, element = _key(cases[0])
+    before = tuple(getattr(tiles, name) for name in group.fields)
+    inputs = [inputs_of(case, device) for case in cases]
+    times: dict[Values, list[float]] = {}
+    candidates = list(dict.fromkeys([before, *itertools.islice(group.candidates(wide, element), limit)]))
+    for values in candidates:
+        changed = dataclasses.replace(tiles, **dict(zip(group.fields, values, strict=True)))
+        try:
+            with using(changed):
+                judge_all(cases[:1], inputs[:1])
+                times[values] = [_time(group, case, xs, device) for case, xs in zip(cases, inputs, strict=True)]
+        except Exception as error:
+            if values == before:
+                raise RuntimeError(f"the tiles in use fail: {type(error).__name__}: {error}") from error
+    best = min(times, key=lambda values: math.prod(times[values]))
+    tried, passed_over = len(candidates), len(candidates) - len(times)
+    return Outcome(group, tried, passed_over, best, before, _us(times[best]), _us(times[before]))
+
+
+def using(tiles: Any) -> Any:
+    """Every call in this context has these tiles."""
+    from apet_kernels.triton_kernels import configs
+
+    return mock.patch.object(configs, "tiles", return_value=tiles)
+
+
+def judge_all(cases: list[Case], inputs: list[list[Tensor]]) -> None:
+    """Raises AssertionError where a result is not the reference's."""
+    for case, xs in zip(cases, inputs, strict=True):
+        judge(case, "triton", xs[0], apet_kernels.compress(xs[0], **arguments(case), backend="triton"))
+
+
+def _time(group: Group, case: Case, inputs: list[Tensor], device: Device) -> float:
+    """Seconds of the group's launches in one call. Their results do not change when they are repeated."""
+    calls = [launches(case, x) for x in inputs]
+    for call in calls:
+        for launch in call:
+            launch.run()
+    own = [launch for call in calls for launch in call if kernel_name(launch) in group.kernels]
+
+    def run() -> None:
+        for launch in own:
+            launch.run()
+
+    replay = device.graphed(run)
+    return statistics.median(device.seconds(replay) for _ in range(SAMPLES)) / len(inputs)
+
+
+def _us(seconds: list[float]) -> list[float]:
+    return [1e6 * value for value in seconds]
+
+
+def _key(case: Case) -> tuple[int, int]:
+    """What an entry of configs.py is chosen by, beside the device class."""
+    from apet_kernels.triton_kernels import configs
+
+    return configs.power_of_2(case.D), case.itemsize
+
+
+def sheet(entry: tuple[str, int, int], cases: list[Case], outcomes: list[Outcome]) -> Sheet:
+    """Before and after, a line for every group and case."""
+    return Sheet(
+        f"{entry[0]}, D up to {entry[1]}, {entry[2]} bytes an element",
+        "Microseconds of a call, from a graph. (n): candidates passed over.",
+        ["kernels", "shape", "tried", "tiles", "us", "tiles before", "us before"],
+        [
+            [
+                *(", ".join(o.group.kernels), case.shape, f"{o.tried} ({o.passed_over})"),
+                *(" ".join(map(str, o.best)), f"{best:.4g}", " ".join(map(str, o.before)), f"{before:.4g}"),
+            ]
+            for o in outcomes
+            for case, best, before in zip(cases, o.best_us, o.before_us, strict=True)
+        ],
+        words=("kernels", "shape"),
+    )
+
+
+def main() -> None:
+    """Tunes, prints. Exits with 2 if there is nothing to tune on."""
+    summary, _, usage = (__doc__ or "").partition("\n\n")
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.tune",
+        description=summary,
+        epilog=usage,
+        formatter_class=argparse.RawTextHelpFormatter,
+    )
+    parser.add_argument("--dry-run", action="store_true", help="on a CPU, a tiny case, Triton's interpreter")
+    parser.add_argument("--only", nargs="*", default=[], metavar="TEXT", help="cases whose name holds every TEXT")
+    options = parser.parse_args()
+    chosen = [case for case in gpu_cases(options.dry_run) if all(text in str(case) for text in options.only)]
+    if not chosen:
+        parser.error(f"no case holds {' and '.join(options.only)}")
+    try:
+        device = find(options.dry_run)
+    except RuntimeError as error:
+        print(error, file=sys.stderr)
+        sys.exit(2)
+    from apet_kernels.triton_kernels import configs
+
+    device_class = configs.device_class(torch.device(device.type))
+    console, head, entries = Console(width=None if sys.stdout.isatty() else 160), describe(device), []
+    with torch.inference_mode():
+        for key, group in itertools.groupby(sorted(chosen, key=_key), key=_key):
+            cases = list(group)
+            tiles = configs.tiles(device_class, cases[0].D, cases[0].itemsize)
+            limit = 1 if options.dry_run else None
+            outcomes = [tune(kernels, cases, device, tiles, limit) for kernels in GROUPS]
+            found = {name: value for o in outcomes for name, value in zip(o.group.fields, o.best, strict=True)}
+            tiles = dataclasses.replace(tiles, **found)
+            with using(tiles):
+                judge_all(cases, [inputs_of(case, device)[:1] for case in cases])
+            show(console, head if not entries else {}, [sheet((device_class, *key), cases, outcomes)])
+            entries.append(f"({device_class!r}, {key[0]}, {key[1]}): {tiles},")
+    print("\n".join(entries))
+
+
+if __name__ == "__main__":
+    main()

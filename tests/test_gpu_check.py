@@ -1,0 +1,181 @@
+"""`make gpu-check` and benchmarks/tune.py as far as they go without a GPU: refusals, choices, dry runs of it all."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+import apet_kernels
+from apet_kernels import reference
+from benchmarks import baselines, floors, gpu, gpu_check, tune
+from benchmarks.cases import BASIS, RIDGE, Case, gpu_cases
+from benchmarks.device import DryRun
+
+ROOT = Path(__file__).parents[1]
+needs_triton = pytest.mark.skipif(apet_kernels.backends()["triton"] is not None, reason="Triton is not installed")
+
+
+@pytest.mark.parametrize("module", [gpu, gpu_check, tune], ids=lambda m: m.__name__)
+def test_without_a_gpu(module, monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(sys, "argv", ["it"])
+    with pytest.raises(SystemExit) as exit_:
+        module.main()
+    assert exit_.value.code == 2
+    said = capsys.readouterr()
+    assert said.err.count("\n") == 1
+    assert "torch finds no GPU here" in said.err
+    assert not said.out
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("layout", ["overwrite", "inplace"])
+@pytest.mark.parametrize("rival", [baselines.eager, baselines.tuned], ids=lambda rival: rival.__name__)
+def test_rivals_run_where_the_tokens_lie(rival, layout, dtype):
+    """On a device that is not the CPU: an operation between the two would raise."""
+    with FakeTensorMode():
+        x = torch.empty(2, 60, 32, dtype=dtype, device="meta")
+        for start in (-1, 0):
+            rows, indices = rival(x, 24, BASIS, layout, start, RIDGE)
+            assert (rows.shape, rows.dtype, rows.device) == ((2, 24, 32), dtype, x.device)
+            assert (indices.shape, indices.device) == ((2, 24), x.device)
+
+
+def right(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    return reference.compress(x, 20, BASIS, layout="overwrite", start=0, ridge=RIDGE)
+
+
+def wrong(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    rows, indices = right(x)
+    return rows + 1, indices
+
+
+def broken(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    raise RuntimeError("out of something\nand more")
+
+
+def test_what_is_wrong_or_broken_is_named_and_not_timed(monkeypatch):
+    case, rates = Case(1, 60, 32, 20, torch.float32, "overwrite"), floors.DEVICES[0]
+    monkeypatch.setattr(gpu, "_implementations", lambda *_: {"cuda": right, "eager": wrong, "tuned": broken})
+    row = gpu.measure(case, DryRun(), rates, rounds=3)
+    assert set(row.host_us) == set(row.graph_us) == {"cuda"}
+    assert {len(samples) for samples in row.seconds.values()} == {3}
+    assert row.failed["tuned"] == "RuntimeError: out of something"
+    assert row.failed["eager"].startswith("AssertionError: the overwritten slots do not hold the basis")
+    assert row.judged["cuda"] > 0.5
+    host, graph = gpu.sheets(rates, [row])[1:3]
+    assert [line[host.columns.index("eager")] for line in host.lines] == ["-"]
+    assert graph.lines[0][graph.columns.index("judged")] == f"{row.judged['cuda']:.0%}"
+    assert len(gpu.failures([row])) == 2
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """Of one kernel that has one field."""
+
+    topk_warps: int
+
+
+def tuned(times: dict[int, list[float]], monkeypatch: pytest.MonkeyPatch) -> tune.Outcome:
+    """What tune() makes of 8 (in use), 4, 2 and 16 that take so long in two cases, and fail without a time."""
+    group = tune.Group(("s4_topk",), ("topk_warps",), lambda wide, element: iter([(4,), (2,), (16,)]))
+    in_use: list[int] = []
+
+    @contextlib.contextmanager
+    def using(tiles: Tiles) -> Iterator[None]:
+        in_use[:] = [tiles.topk_warps]
+        yield
+
+    def judge_all(cases: list[Case], inputs: list[list[torch.Tensor]]) -> None:
+        assert in_use[0] in times, "rows are wrong"
+
+    monkeypatch.setattr(tune, "using", using)
+    monkeypatch.setattr(tune, "judge_all", judge_all)
+    monkeypatch.setattr(tune, "_time", lambda group, case, inputs, device: times[in_use[0]][case.B - 1])
+    cases = [Case(B, 20, 8, 12, torch.float32, "overwrite") for B in (1, 2)]
+    return tune.tune(group, cases, DryRun(), Tiles(8), None)
+
+
+@needs_triton
+def test_the_fastest_over_all_cases_is_taken(monkeypatch):
+    found = tuned({8: [4e-6, 4e-6], 4: [1e-6, 9e-6], 16: [3e-6, 4e-6]}, monkeypatch)
+    assert (found.best, found.before, found.tried, found.passed_over) == ((4,), (8,), 4, 1)
+    assert found.best_us == pytest.approx([1, 9])
+    assert found.before_us == pytest.approx([4, 4])
+
+
+@needs_triton
+def test_tiles_in_use_that_fail_are_no_candidate(monkeypatch):
+    with pytest.raises(RuntimeError, match="the tiles in use fail: AssertionError: rows are wrong"):
+        tuned({4: [1e-6, 9e-6]}, monkeypatch)
+
+
+@needs_triton
+def test_every_entry_has_candidates():
+    """Powers of 2, several for each group at the channels and dtypes that are measured."""
+    from apet_kernels.triton_kernels.configs import Tiles
+
+    for key in {tune._key(case) for case in gpu_cases()}:
+        for group in tune.GROUPS:
+            candidates = list(group.candidates(*key))
+            assert 8 <= len(candidates) == len(set(candidates)) <= 250, f"{group.kernels} at {key}: {len(candidates)}"
+            for values in candidates:
+                sizes = dict(zip(group.fields, values, strict=True))
+                assert all(n & (n - 1) == 0 for name, n in sizes.items() if not name.endswith("stages")), sizes
+    assert sorted(name for group in tune.GROUPS for name in group.fields) == sorted(Tiles.__annotations__)
+
+
+def test_the_report_says_what_failed():
+    suite = gpu_check.Suite("python -m pytest", 3, 1, ["tests.test_x::test_y"])
+    page = gpu_check.report(suite, 0, "tables\n", "some GPU")
+    assert page.startswith("# GPU check on some GPU: FAILED")
+    assert "- FAILED tests.test_x::test_y" in page
+    suite.failed.clear()
+    assert "passed\n" in gpu_check.report(suite, 0, "tables\n", "some GPU")
+    assert "FAILED" in gpu_check.report(suite, 1, "tables\n", "some GPU")
+    suite.passed = 0
+    assert "FAILED" in gpu_check.report(suite, 0, "tables\n", "some GPU")
+
+
+def dry_run(module: str, *options: str) -> str:
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "HIP_VISIBLE_DEVICES": ""}
+    command = [sys.executable, "-m", f"benchmarks.{module}", "--dry-run", *options]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@needs_triton
+@pytest.mark.slow
+def test_dry_run_of_the_check(tmp_path):
+    """tests/test_gpu.py, every figure and the report, with interpreted kernels."""
+    dry_run("gpu_check", "--directory", str(tmp_path))
+    page = (tmp_path / "gpu-report-dry-run-on-a-cpu.md").read_text()
+    assert page.startswith("# GPU check on dry run on a CPU: passed")
+    data = json.loads((tmp_path / "gpu-report-dry-run-on-a-cpu.json").read_text())
+    assert data["tests"]["passed"] > 20
+    (row,) = data["benchmark"]["rows"]
+    assert row["failed"] == {}
+    assert set(row["graph_us"]) == {"triton", "eager", "tuned", "compiled"}
+    assert set(row["host_us"]) == {"published", *row["graph_us"]}
+    kernels = ["s1_norms", "s1_s3_step", "s4_topk", "s5_assign", "s5_mean"]
+    assert [stage["kernel"] for stage in row["stages"]] == kernels
+    for name in (*kernels, "DRY RUN", "x published", "of floor"):
+        assert name in page
+
+
+@needs_triton
+@pytest.mark.slow
+def test_dry_run_of_tuning():
+    said = dry_run("tune", "--only", "float32")
+    assert "('interpreter', 16, 4): Tiles(step_n=" in said.splitlines()[-1]
