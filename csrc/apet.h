@@ -5,9 +5,10 @@
  *
  *   x [N, D] -> s1 basis -> s2 solve -> s3 residual -> s4 top-k -> s5 merge -> tokens [K, D], indices [K]
  *
- * A caller describes the call in an apet_problem (sizes, strides, options: no pointers), asks apet_cpu_plan for the
- * workspace it needs, and hands pointers and workspace to apet_cpu_run. Nothing here allocates, throws, prints or
- * keeps a pointer; every function may be called from several threads at once. Strides count elements. */
+ * A caller describes the call in an apet_problem (sizes, strides, options: no pointers), asks apet_cpu_plan or
+ * apet_cuda_plan for the workspace it needs, and hands pointers and workspace to apet_cpu_run or apet_cuda_run. Nothing
+ * here allocates, throws, prints or keeps a pointer; every function may be called from several threads at once. Strides
+ * count elements. libapet holds everything but the last section, which is libapet_cuda's. */
 #ifndef APET_H
 #define APET_H
 
@@ -71,7 +72,9 @@ typedef enum apet_status {
   APET_TOO_LARGE,
   APET_NULL_POINTER,
   APET_SMALL_WORKSPACE,
-  APET_NO_ISA
+  APET_NO_ISA,
+  APET_CUDA_FAILED,
+  APET_NO_CUDA_PATH
 } apet_status;
 
 /* What a call computes. Zero-initialise it, then set what applies. */
@@ -158,6 +161,56 @@ APET_API const char* apet_isa_name(apet_isa isa);
 /* Pins every later call of the process to one instruction set (BEST: unpins). For tests and benchmarks, while no
  * other thread is between apet_cpu_plan and apet_cpu_run: plans differ. APET_NO_ISA where it is missing. */
 APET_API apet_status apet_cpu_use_isa(apet_isa isa);
+
+/* ---- CUDA: csrc/cuda, a library of its own (libapet_cuda), for the current device of the calling thread ------------- */
+
+/* How an image is taken through the stages. A *group* of CTAs owns an image; its rows are cut into one slice a CTA. */
+typedef enum apet_cuda_path {
+  APET_CUDA_BEST = 0,    /* in a wish: the path of the lowest estimate here */
+  APET_CUDA_FUSED = 1,   /* one launch: the group is a cluster, and its slices stay in shared memory from s1 to s5 */
+  APET_CUDA_CLUSTER = 2, /* two launches: s1-s4 in clusters, then s5 */
+  APET_CUDA_GROUPS = 3   /* two launches: s1-s4 in groups of a cooperative launch, then s5 */
+} apet_cuda_path;
+
+/* What a caller would have instead of the rule's choice, for tests and measurements: every path gives the same bits. */
+typedef struct apet_cuda_wish {
+  apet_cuda_path path;
+  int32_t group;    /* CTAs of a group; 0: chosen */
+  int32_t resident; /* rows of a slice that stay in shared memory, at most; -1: as many as fit */
+  int32_t tile;     /* s5 as its own launch: 64 or 128 rows of a tile; 0: chosen */
+} apet_cuda_wish;
+
+/* How a call would run. */
+typedef struct apet_gpu_plan {
+  apet_cuda_path path;
+  int32_t launches;       /* score, and an empty call, have fewer than the path */
+  int32_t group;          /* CTAs that share an image */
+  int32_t groups;         /* images in flight at once */
+  int32_t slice;          /* rows of the longest image that a CTA owns */
+  int32_t resident;       /* of which so many stay in shared memory; the others are read again from L2 */
+  int32_t state_shared;   /* 1: y, norms and distances lie in shared memory, 0: in the workspace */
+  int32_t tile;           /* s5 as its own launch: rows of a tile, else 0 */
+  int32_t select_shared;  /* bytes of shared memory of a CTA of the first launch */
+  int32_t merge_shared;   /* and of the second, 0 without one */
+  size_t workspace_bytes; /* 64-byte aligned workspace that apet_cuda_run wants */
+  double estimated_us;    /* computed, not measured: docs/cuda.md */
+  char why[256];          /* a sentence: why this path, and what ruled out a better one */
+} apet_gpu_plan;
+
+/* Plans a call on the current device, which it asks for its shared memory, occupancy and clusters (once a process and
+ * device). wish may be NULL. APET_NO_CUDA_PATH: nothing here can run it, or not what the wish says; plan->why says why.
+ * APET_CUDA_FAILED: no device, no driver, or no kernel for it; apet_cuda_error() has the runtime's words. */
+APET_API apet_status apet_cuda_plan(const apet_problem* problem, const apet_cuda_wish* wish, apet_gpu_plan* plan);
+
+/* Enqueues it on `stream` (a cudaStream_t) of the current device. Pointers are device memory; plan is what
+ * apet_cuda_plan made of the same problem on this device. Never synchronises, safe under stream capture. The workspace's
+ * contents do not matter; it must stay untouched until the launches are done. An image gives the same bits on every path
+ * and in any call of this device. */
+APET_API apet_status apet_cuda_run(const apet_problem* problem, const apet_tensors* tensors, const apet_gpu_plan* plan,
+                                   void* workspace, size_t workspace_bytes, void* stream);
+
+/* The CUDA runtime's words for the last APET_CUDA_FAILED of the calling thread. */
+APET_API const char* apet_cuda_error(void);
 
 #ifdef __cplusplus
 }
