@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from apet import Refused, cli, eager, encoders, media, pictures, report, selftest
+from apet import Refused, cli, eager, encoders, media, outcome, pictures, selftest
 from apet.cli import app
 from PIL import Image
 from typer.testing import CliRunner, Result
@@ -69,7 +69,7 @@ def quick() -> Iterator[None]:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(report, "TIMING_SECONDS", 0.0)
+        patch.setattr(outcome, "TIMING_SECONDS", 0.0)
         patch.setattr(encoders, "trunk_weights", functools.cache(encoders.trunk_weights))
         yield
     torch.set_num_threads(threads)
@@ -212,8 +212,8 @@ def test_photo_taken_upright(tmp_path: Path) -> None:
 @pytest.mark.parametrize("layout", ["inplace", "overwrite", "append"])
 def test_goals_are_those_of_the_op(layout: str) -> None:
     x = torch.randn(1, 80, 32, generator=torch.Generator().manual_seed(0))  # [1, N, D]
-    options = report.Options(layout=layout)
-    (frame,), _ = report.compress(x, 24, options)
+    options = outcome.Options(layout=layout)
+    (frame,), _ = outcome.compress(x, 24, options)
     tokens, indices = apet_kernels.compress(x, 24, layout=layout)  # [1, R, D], [1, R]
     assert frame.kept.tolist() == indices[0, :24].tolist()
     for row, position in enumerate(frame.kept):
@@ -227,15 +227,15 @@ def test_goals_are_those_of_the_op(layout: str) -> None:
 def test_nothing_goes_to_or_from_an_infinite_token() -> None:
     x = torch.randn(20, 8, generator=torch.Generator().manual_seed(0))
     x[3] = float("inf")
-    goals = report.merge_goals(x, torch.tensor([3, 5, 9]))
+    goals = outcome.merge_goals(x, torch.tensor([3, 5, 9]))
     assert goals[3] == -1
     assert set(goals[torch.arange(20) != 3].tolist()) == {5, 9}
-    assert report.merge_goals(x, torch.tensor([3])).tolist() == [-1] * 20
+    assert outcome.merge_goals(x, torch.tensor([3])).tolist() == [-1] * 20
 
 
 def test_lost_patches_are_dimmed_and_kept_ones_clear() -> None:
     x = torch.randn(1, 24, 16, generator=torch.Generator().manual_seed(0))
-    (frame,), _ = report.compress(x, 8, report.Options(basis=3))
+    (frame,), _ = outcome.compress(x, 8, outcome.Options(basis=3))
     photo = np.full((4 * pictures.PATCH, 6 * pictures.PATCH, 3), 0.8)
     figure = pictures.photo_figure(pictures.Panel(photo, frame, (4, 6)), "title", "subtitle")
     shown = np.asarray(figure.axes[0].images[0].get_array())[:: pictures.PATCH, :: pictures.PATCH, 0].ravel()  # [N]

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
     from apet.encoders import Encoder
     from apet.media import Media
-    from apet.report import Frame, Measure, Options
+    from apet.outcome import Frame, Measure, Options
 
 LAYOUTS = ("inplace", "overwrite", "append")
 SELECTS = ("fps", "qr")
@@ -132,7 +132,7 @@ def compress(
             jobs.append(Job(item, (rows, cols), _count(keep, rows * cols), picture))
             _check_tokens(jobs[-1], basis, layout, start)
 
-        from apet.report import Options
+        from apet.outcome import Options
 
         options = Options(basis, layout, select, start, blend, backend)
         results = []
@@ -251,14 +251,14 @@ def _picture_paths(files: list[Path], out: Path | None) -> list[Path]:
 
 def _compress(job: Job, encoder: Encoder, options: Options) -> dict[str, Any]:
     """Encode, compress, measure and draw one photo or clip; returns what the tables and --json say of it."""
-    from apet import report
+    from apet import outcome
 
     views = [encoder.view(frame) for frame in job.item.frames]
     begin = time.perf_counter()
     x = encoder.encode(views)  # [B, N, D]
     encode = (time.perf_counter() - begin) * 1e3
     try:
-        frames, measure = report.compress(x, job.keep, options)
+        frames, measure = outcome.compress(x, job.keep, options)
     except (ValueError, RuntimeError) as error:  # the op's own sentence
         raise Refused(str(error).splitlines()[0]) from error
     measure.milliseconds = {"encode": encode, **measure.milliseconds}

@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.patheffects import withStroke
 
-from apet.report import Frame
+from apet.outcome import Frame
 
 PATCH = 28  # pixels drawn to an edge of a patch; `Encoder.view` makes photos of this scale
 INK, FAINT, BASIS = "#1b1d22", "#666c75", "#ffd23f"

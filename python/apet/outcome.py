@@ -62,7 +62,7 @@ def compress(x: torch.Tensor, keep: int, options: Options) -> tuple[list[Frame],
     tokens, indices = _compress(x, keep, options)  # [B, R, D], [B, R]
     residual, basis = _score(x, options)  # [B, N], [B, M]
     frames = [
-        _frame(x[b], indices[b, :keep], residual[b], basis[b][basis[b] >= 0], options.layout) for b in range(len(x))
+        frame(x[b], indices[b, :keep], residual[b], basis[b][basis[b] >= 0], options.layout) for b in range(len(x))
     ]
     total = sum(float(f.residual.sum()) for f in frames)
     kept = sum(float(f.residual[f.survives].sum()) for f in frames)
@@ -95,7 +95,7 @@ def merge_goals(x: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     return torch.where(finite, targets[first], -1)
 
 
-def _frame(x: torch.Tensor, kept: torch.Tensor, residual: torch.Tensor, basis: torch.Tensor, layout: str) -> Frame:
+def frame(x: torch.Tensor, kept: torch.Tensor, residual: torch.Tensor, basis: torch.Tensor, layout: str) -> Frame:
     """x [N, D], kept [K], residual [N], basis [m] -> what became of every token."""
     _, given_away = reference.s4_topk(residual, basis, len(kept), layout)  # [K] bool
     targets = kept[~given_away]
