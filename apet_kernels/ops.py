@@ -44,7 +44,7 @@ _library.define("merge(Tensor x, Tensor indices, *, Tensor? targets=None) -> Ten
 _library.define("_empty(Tensor x) -> Tensor")  # does nothing: what benchmarks/test_overhead.py measures against
 
 
-# ---- what is refused, in the words of csrc/problem.cpp and csrc/torch_binding.cpp
+# ---- what is refused, in the words of csrc/problem.cpp and csrc/torch_ops.h
 
 
 def check_grad(*tensors: Tensor | None) -> None:

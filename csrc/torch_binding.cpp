@@ -1,199 +1,20 @@
-// The one file that knows torch: tensors to apet_problem and apet_tensors, through the LibTorch stable ABI.
-//
-// Schemas and fakes stand in apet_kernels/ops.py; this registers what runs on CPU tensors. Outputs and workspace come
-// from torch's allocator, threads from its pool.
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
-
-#include <optional>
-#include <sstream>
-#include <stdexcept>
-#include <string>
-#include <tuple>
-
-#include "apet.h"
-
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
+// The ops on CPU tensors: outputs and workspace from torch's allocator, threads from its pool.
+#include "torch_ops.h"
 
 namespace {
-
-// Torch's own check macros put the place in this file before the sentence.
-template <class... Words>
-void require(bool holds, const Words&... words) {
-  if (holds) return;
-  std::ostringstream sentence;
-  (sentence << ... << words);
-  throw std::runtime_error(sentence.str());
-}
-
-apet_layout layout_of(const std::string& name) {
-  if (name == "inplace") return APET_INPLACE;
-  if (name == "overwrite") return APET_OVERWRITE;
-  require(name == "append", "layout='", name, "' is none of inplace, overwrite, append");
-  return APET_APPEND;
-}
-
-apet_select select_of(const std::string& name) {
-  if (name == "fps") return APET_FPS;
-  require(name == "qr", "select='", name, "' is none of fps, qr");
-  return APET_QR;
-}
-
-void check(const apet_problem& problem, apet_status status) {
-  if (status == APET_OK) return;
-  char text[256];
-  apet_sentence(&problem, status, text, sizeof text);
-  require(false, text);
-}
-
-// What x alone says: [B, N, D], or [T, D] where ragged.
-apet_problem problem_of(apet_op op, const Tensor& x, bool ragged) {
-  require(x.dim() == (ragged ? 2 : 3), "x has ", x.dim(), " dimensions; ",
-          ragged ? "[T, D] is needed" : "[B, N, D] is needed");
-  apet_problem p = {};
-  p.op = op;
-  switch (x.scalar_type()) {
-    case ScalarType::Float: p.dtype = APET_FLOAT32; break;
-    case ScalarType::Half: p.dtype = APET_FLOAT16; break;
-    case ScalarType::BFloat16: p.dtype = APET_BFLOAT16; break;
-    default:
-      require(false, "x has dtype ", torch::headeronly::toString(x.scalar_type()),
-              "; Float, Half or BFloat16 is needed");
-  }
-  const int64_t n = ragged ? 0 : 1;
-  p.ragged = ragged;
-  p.images = ragged ? 0 : x.size(0);
-  p.tokens = x.size(n);
-  p.total_tokens = ragged ? x.size(0) : 0;
-  p.dim = x.size(n + 1);
-  p.stride_xb = ragged ? 0 : x.stride(0);
-  p.stride_xn = x.stride(n);
-  p.stride_xd = x.stride(n + 1);
-  p.blend = 1;
-  return p;
-}
-
-void set_basis(apet_problem& p, int64_t basis, const std::string& select, int64_t start, double ridge) {
-  // Here and not by apet_check, which holds it in 32 bits.
-  require(basis >= 1 && basis <= APET_MAX_BASIS, "basis=", basis, " is outside 1..", APET_MAX_BASIS);
-  p.basis = (int32_t)basis;
-  p.select = select_of(select);
-  p.start = start;
-  p.ridge = ridge;
-}
 
 void in_torchs_pool(void*, int64_t tasks, apet_task task, void* context) {
   torch::stable::parallel_for(0, tasks, 1, [&](int64_t begin, int64_t end) { task(context, begin, end); });
 }
 
-void run(const apet_problem& p, const apet_tensors& tensors, const Tensor& like) {
+void run(const apet_problem& p, const apet_tensors& tensors, const Tensor& x) {
   const apet_pool pool = {(int32_t)torch::stable::get_num_threads(), nullptr, in_torchs_pool};
   apet_plan plan;
   check(p, apet_cpu_plan(&p, pool.threads, &plan));
   // 64 spare bytes: the workspace must be aligned whatever allocator torch uses.
-  Tensor workspace = torch::stable::new_empty(like, {(int64_t)plan.workspace_bytes + 64}, ScalarType::Byte);
+  Tensor workspace = torch::stable::new_empty(x, {(int64_t)plan.workspace_bytes + 64}, ScalarType::Byte);
   const uintptr_t address = ((uintptr_t)workspace.mutable_data_ptr() + 63) / 64 * 64;
   check(p, apet_cpu_run(&p, &tensors, &pool, (void*)address, plan.workspace_bytes));
-}
-
-std::tuple<Tensor, Tensor> compress(const Tensor& x, int64_t keep, int64_t basis, std::string layout,
-                                    std::string select, int64_t start, double ridge, double blend) {
-  apet_problem p = problem_of(APET_COMPRESS, x, false);
-  set_basis(p, basis, select, start, ridge);
-  p.layout = layout_of(layout);
-  p.keep = keep;
-  p.blend = blend;
-  check(p, apet_check(&p));
-  const int64_t rows = keep + (p.layout == APET_APPEND ? basis : 0);
-  Tensor tokens = torch::stable::new_empty(x, {p.images, rows, p.dim});
-  Tensor indices = torch::stable::new_empty(x, {p.images, rows}, ScalarType::Long);
-  apet_tensors t = {};
-  t.x = x.const_data_ptr();
-  t.tokens = tokens.mutable_data_ptr();
-  t.indices = static_cast<int64_t*>(indices.mutable_data_ptr());
-  run(p, t, x);
-  return {tokens, indices};
-}
-
-const int32_t* offsets(const char* name, const Tensor& cu, Tensor& contiguous) {
-  require(cu.dim() == 1 && cu.scalar_type() == ScalarType::Int && cu.size(0) >= 1, name, " must be int32 [S + 1], got ",
-          torch::headeronly::toString(cu.scalar_type()), " with ", cu.dim(), " dimensions");
-  contiguous = torch::stable::contiguous(cu);
-  return static_cast<const int32_t*>(contiguous.const_data_ptr());
-}
-
-std::tuple<Tensor, Tensor> compress_varlen(const Tensor& x, const Tensor& cu_seqlens, const Tensor& cu_keep,
-                                           int64_t total_keep, int64_t max_seqlen, int64_t max_keep, int64_t basis,
-                                           std::string layout, std::string select, int64_t start, double ridge,
-                                           double blend) {
-  apet_problem p = problem_of(APET_COMPRESS, x, true);
-  set_basis(p, basis, select, start, ridge);
-  p.layout = layout_of(layout);
-  p.blend = blend;
-  Tensor seqlens = cu_seqlens, keeps = cu_keep;
-  apet_tensors t = {};
-  t.cu_seqlens = offsets("cu_seqlens", cu_seqlens, seqlens);
-  t.cu_keep = offsets("cu_keep", cu_keep, keeps);
-  require(seqlens.size(0) == keeps.size(0), "cu_seqlens has ", seqlens.size(0), " entries but cu_keep has ",
-          keeps.size(0));
-  p.images = seqlens.size(0) - 1;
-  p.total_keep = total_keep;
-  require(max_seqlen >= 0 && max_keep >= 0, "max_seqlen=", max_seqlen, " and max_keep=", max_keep,
-          " must be at least 0");
-  // No image is longer, or keeps more, than all of them: larger bounds would only cost workspace.
-  p.tokens = max_seqlen < p.total_tokens ? max_seqlen : p.total_tokens;
-  p.keep = max_keep < total_keep ? max_keep : total_keep;
-  check(p, apet_check(&p));
-  const int64_t rows = total_keep + (p.layout == APET_APPEND ? p.images * basis : 0);
-  Tensor tokens = torch::stable::new_empty(x, {rows, p.dim});
-  Tensor indices = torch::stable::new_empty(x, {rows}, ScalarType::Long);
-  t.x = x.const_data_ptr();
-  t.tokens = tokens.mutable_data_ptr();
-  t.indices = static_cast<int64_t*>(indices.mutable_data_ptr());
-  run(p, t, x);
-  return {tokens, indices};
-}
-
-std::tuple<Tensor, Tensor> score(const Tensor& x, int64_t basis, std::string select, int64_t start, double ridge) {
-  apet_problem p = problem_of(APET_SCORE, x, false);
-  set_basis(p, basis, select, start, ridge);
-  check(p, apet_check(&p));
-  Tensor residual = torch::stable::new_empty(x, {p.images, p.tokens}, ScalarType::Float);
-  Tensor basis_indices = torch::stable::new_empty(x, {p.images, basis}, ScalarType::Long);
-  apet_tensors t = {};
-  t.x = x.const_data_ptr();
-  t.residual = static_cast<float*>(residual.mutable_data_ptr());
-  t.basis_indices = static_cast<int64_t*>(basis_indices.mutable_data_ptr());
-  run(p, t, x);
-  return {residual, basis_indices};
-}
-
-Tensor merge(const Tensor& x, const Tensor& indices, std::optional<Tensor> targets) {
-  apet_problem p = problem_of(APET_MERGE, x, false);
-  require(indices.dim() == 2 && indices.scalar_type() == ScalarType::Long && indices.size(0) == p.images,
-          "indices must be int64 [", p.images, ", K], got ", torch::headeronly::toString(indices.scalar_type()),
-          " with ", indices.dim(), " dimensions");
-  p.keep = indices.size(1);
-  check(p, apet_check(&p));
-  Tensor kept = torch::stable::contiguous(indices), may = kept;
-  apet_tensors t = {};
-  if (targets.has_value()) {
-    require(targets->dim() == 2 && targets->scalar_type() == ScalarType::Bool && targets->size(0) == p.images &&
-                targets->size(1) == p.keep,
-            "targets must be bool [", p.images, ", ", p.keep, "] as indices are, got ",
-            torch::headeronly::toString(targets->scalar_type()), " with ", targets->dim(), " dimensions");
-    may = torch::stable::contiguous(*targets);
-    t.kept_targets = static_cast<const uint8_t*>(may.const_data_ptr());
-  }
-  Tensor tokens = torch::stable::new_empty(x, {p.images, p.keep, p.dim});
-  t.x = x.const_data_ptr();
-  t.kept = static_cast<const int64_t*>(kept.const_data_ptr());
-  t.tokens = tokens.mutable_data_ptr();
-  run(p, t, x);
-  return tokens;
 }
 
 // What any op of this library costs before it does anything: the yardstick of benchmarks/test_overhead.py.

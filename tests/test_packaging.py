@@ -101,6 +101,24 @@ def test_library_needs_no_torch_and_no_python():
 
 
 @needs_library
+@pytest.mark.parametrize("binding", sorted(PACKAGE.glob("libapet*_torch.so")), ids=lambda path: path.stem)
+def test_bindings_keep_to_the_stable_abi(binding: Path):
+    """Of torch they use what its C shims declare, and nothing of C++: so a build runs on later releases of torch."""
+    include = Path(util.find_spec("torch").origin).parent / "include/torch/csrc"
+    shims = [include / "stable/c/shim.h", include / "inductor/aoti_torch/c/shim.h"]
+    declared = set(re.findall(r"\b((?:aoti_)?torch_\w+)\(", "\n".join(shim.read_text() for shim in shims)))
+    assert len(declared) > 100
+    exported = set()
+    for library in {LIBRARY, *PACKAGE.glob("libapet_cuda.so")}:
+        exported |= {line.split()[-1] for line in run("nm", "-D", "--defined-only", library).splitlines()}
+    symbols = [line.split()[-1] for line in run("nm", "-D", "--undefined-only", binding).splitlines()]
+    # With a version: the C and C++ runtimes'. With _ITM or __gmon: weak, of the compiler's start-up files.
+    others = {name for name in symbols if "@" not in name and not name.startswith(("_ITM_", "__gmon_"))}
+    assert others - declared - exported == set()
+    assert others & declared, "the binding uses torch"
+
+
+@needs_library
 def test_libraries_find_each_other_wherever_they_lie():
     for library in PACKAGE.glob("*.so"):
         dynamic = run("readelf", "-d", library)
