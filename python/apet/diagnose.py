@@ -23,6 +23,7 @@ OPTIONAL = {
     "pillow": "apet compress",
     "matplotlib": "the pictures of apet compress",
     "av": "apet compress of clips",
+    "triton": "kernels on a GPU",
 }
 
 
@@ -71,6 +72,7 @@ def _installed(kernels: Any) -> Table:
         table.add_row(name, _version(name) or f"[yellow]missing: needed for {use}[/]")
     table.add_row("processor", escape(_processor()))
     if kernels is not None:
+        table.add_row("GPU", escape(_gpu()))
         table.add_row("its instruction sets", ", ".join(kernels.cpu_isa()) or "none: no compiled CPU kernel")
         for key, value in kernels.build_info().items():
             text = ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
@@ -87,6 +89,13 @@ def _processor() -> str:
     return next((x.split(":", 1)[1].strip() for x in lines if x.startswith("model name")), platform.processor())
 
 
+def _gpu() -> str:
+    import torch
+
+    names = [torch.cuda.get_device_name(n) for n in range(torch.cuda.device_count())]
+    return ", ".join(names) or "none that torch finds"
+
+
 def _backends(backends: dict[str, str | None]) -> Table:
     table = _table("Backends", "backend", "usable", "why not")
     for name, why_not in backends.items():
@@ -95,27 +104,37 @@ def _backends(backends: dict[str, str | None]) -> Table:
 
 
 def _show_plans(console: Console) -> None:
-    """How compress would run on a typical image, in two dtypes."""
+    """How compress would run on a typical image, in two dtypes, on the CPU and on the GPU if there is one."""
     import torch
 
     import apet_kernels
 
-    table = _table(f"Plan: compress {' x '.join(map(str, TYPICAL))} to {KEEP} tokens", "dtype", "backend", "isa")
-    table.add_column("teams x threads", justify="right")
-    table.add_column("workspace KiB", justify="right")
+    table = _table(f"Plan: compress {' x '.join(map(str, TYPICAL))} to {KEEP} tokens", "tokens", "backend", "isa")
+    for heading in ("teams x threads", "launches", "workspace KiB"):
+        table.add_column(heading, justify="right")
     reasons = []
-    for dtype in (torch.float32, torch.bfloat16):
-        plan = apet_kernels.plan(torch.empty(TYPICAL, dtype=dtype, device="meta"), KEEP)
-        table.add_row(
-            str(dtype).removeprefix("torch."),
-            plan["backend"],
-            plan.get("isa", ""),
-            f"{plan['teams']} x {plan['threads_per_team']}" if "teams" in plan else "",
-            f"{plan['workspace_bytes'] / 1024:.0f}",
-        )
-        reasons.append(f"[dim]{str(dtype).removeprefix('torch.')}: {escape(plan['why'])}.[/]")
+    for device in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
+        for dtype in (torch.float32, torch.bfloat16):
+            name = ("GPU " if device == "cuda" else "") + str(dtype).removeprefix("torch.")
+            plan = apet_kernels.plan(_typical(dtype, device), KEEP)
+            table.add_row(
+                name,
+                plan["backend"],
+                plan.get("isa", ""),
+                f"{plan['teams']} x {plan['threads_per_team']}" if "teams" in plan else "",
+                str(plan["launches"]),
+                f"{plan['workspace_bytes'] / 1024:.0f}",
+            )
+            reasons.append(f"[dim]{name}: {escape(plan['why'])}.[/]")
     console.print(table, *reasons, sep="\n")
     console.print()
+
+
+def _typical(dtype: Any, device: str) -> Any:
+    """A tensor to plan for; on the CPU without its memory."""
+    import torch
+
+    return torch.empty(TYPICAL, dtype=dtype, device="meta" if device == "cpu" else device)
 
 
 def _self_test(console: Console, usable: list[str]) -> int:
@@ -129,19 +148,22 @@ def _self_test(console: Console, usable: list[str]) -> int:
         for name, isa in pairs:
             status.update(f"testing {name} {isa or ''}")
             outcomes.append(selftest.run(name, isa))
-    table = _table(f"Self-test: {len(selftest.CASES)} cases against the float64 reference", "backend", "with")
-    for heading in ("residual error", "token error"):
+    table = _table("Self-test against the float64 reference", "backend", "with")
+    for heading in ("cases", "residual error", "token error"):
         table.add_column(heading, justify="right")
     table.add_column("result")
     for outcome in outcomes:
         faults = "\n".join(f"[red]{escape(fault)}[/]" for fault in outcome.faults)
         table.add_row(
             outcome.backend,
-            outcome.isa or "",
+            outcome.isa or ("interpreter" if selftest.interpreted(outcome.backend) else ""),
+            str(outcome.cases),
             f"{outcome.residual:.3f}",
             f"{outcome.tokens:.3f}",
             "[green]right[/]" if outcome.right else f"[bold red]wrong[/]\n{faults}",
         )
     console.print(table)
     console.print("[dim]Errors are shares of what is allowed (docs/algorithm.md): above 1 is wrong.[/]")
+    if any(selftest.interpreted(outcome.backend) for outcome in outcomes):
+        console.print("[dim]Interpreted: without bfloat16, which Triton's interpreter computes on its bits.[/]")
     return sum(not outcome.right for outcome in outcomes)

@@ -7,6 +7,7 @@ least, hundreds of roundings): kept sets have to be equal, not merely as good.
 from __future__ import annotations
 
 import functools
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -73,6 +74,7 @@ class Outcome:
 
     backend: str
     isa: str | None
+    cases: int = 0  # that were judged
     residual: float = 0.0  # worst |e^2 - reference| / (4 M u ||x||^2)
     tokens: float = 0.0  # worst token error / allowed error
     faults: list[str] = field(default_factory=list)  # one sentence each
@@ -83,20 +85,33 @@ class Outcome:
 
 
 def run(backend: str, isa: str | None = None) -> Outcome:
-    """Test a backend, the CPU kernel pinned to the instruction set `isa` if one is given."""
+    """Test a backend, the CPU kernel pinned to the instruction set `isa` if one is given.
+
+    Interpreted kernels are not given bfloat16: Triton's interpreter computes on its bits.
+    """
     outcome = Outcome(backend, isa)
     if isa is not None:
         apet_kernels.use_cpu_isa(isa)
     try:
         for number, case in enumerate(CASES):
+            if interpreted(backend) and case.dtype is torch.bfloat16:
+                continue
+            outcome.cases += 1
             try:
-                _judge(case, _truth(number), outcome)
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore", RuntimeWarning)  # numpy's, of infinities, in the interpreter
+                    _judge(case, _truth(number), outcome)
             except Exception as error:  # whatever a broken backend raises is a finding, not a crash of the doctor
                 outcome.faults.append(f"{case.name}: {type(error).__name__}: {str(error).strip().splitlines()[0]}")
     finally:
         if isa is not None:
             apet_kernels.use_cpu_isa(None)
     return outcome
+
+
+def interpreted(backend: str) -> bool:
+    """Whether Triton's interpreter runs this backend's kernels, on CPU tensors."""
+    return backend == "triton" and not torch.cuda.is_available()
 
 
 class Truth(NamedTuple):

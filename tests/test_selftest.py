@@ -1,0 +1,69 @@
+"""What `apet doctor` makes of the GPU backends; tests/test_cli.py has the rest of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from apet import cli, diagnose, selftest
+from typer.testing import CliRunner
+
+import apet_kernels
+
+interpreted = pytest.mark.skipif(
+    apet_kernels.backends()["triton"] is not None or torch.cuda.is_available(), reason="Triton is not interpreted here"
+)
+
+
+@pytest.fixture(autouse=True)
+def own_truths() -> Iterator[None]:
+    """The reference's answers are cached by the number of a case, and these tests choose other cases."""
+    selftest._truth.cache_clear()
+    yield
+    selftest._truth.cache_clear()
+
+
+def doctor() -> str:
+    """Its lines, one space between words."""
+    result = CliRunner().invoke(cli.app, ["doctor"], env={"COLUMNS": "200"})
+    assert result.exit_code == 0, result.stdout
+    return "\n".join(" ".join(line.split()) for line in result.stdout.splitlines())
+
+
+@interpreted
+def test_interpreted_kernels_are_judged_without_bfloat16(monkeypatch):
+    chosen = [case for case in selftest.CASES if case.name in ("float32, nothing to drop", "bfloat16, blend")]
+    monkeypatch.setattr(selftest, "CASES", tuple(chosen))
+    monkeypatch.setattr(apet_kernels, "backends", lambda: {"triton": None, "cuda": "there are no kernels"})
+    text = doctor()
+    assert "\ntriton interpreter 1 " in text
+    assert "Interpreted: without bfloat16" in text
+    assert "cuda no there are no kernels" in text
+
+
+@interpreted
+def test_an_interpreted_fault_is_found(monkeypatch):
+    right = apet_kernels.score
+    monkeypatch.setattr(selftest, "CASES", selftest.CASES[3:4])
+    monkeypatch.setattr(apet_kernels, "score", lambda *a, **k: (right(*a, **k)[0] + 1, right(*a, **k)[1]))
+    outcome = selftest.run("triton")
+    assert not outcome.right
+    assert "times its error bound" in outcome.faults[0]
+
+
+def test_the_plan_on_a_gpu_is_shown(monkeypatch):
+    real = apet_kernels.plan
+
+    def plan(x: torch.Tensor, keep: int) -> dict:
+        if x.dtype is torch.bfloat16:
+            return {"backend": "triton", "why": f"keep={keep}", "launches": 14, "workspace_bytes": 2048}
+        return real(x, keep)
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(apet_kernels, "backends", lambda: {"reference": None})
+    monkeypatch.setattr(apet_kernels, "plan", plan)
+    monkeypatch.setattr(diagnose, "_typical", lambda dtype, _: torch.empty(1, 576, 1024, dtype=dtype, device="meta"))
+    text = doctor()
+    assert "\nGPU bfloat16 triton 14 2\n" in text
+    assert "GPU bfloat16: keep=64." in text
