@@ -61,11 +61,12 @@ def patch(
         ValueError, in a sentence with the offending value.
     """
     adapter = adapter_for(model)
-    decoder = adapter.language_model(adapter.core(model))
+    core = adapter.core(model)
+    layers = range(adapter.first_llm_layer(core), len(adapter.language_model(core).layers))
     chosen = resolve(
         adapter.presets,
         model.config.model_type,
-        len(decoder.layers),
+        layers,
         {
             "keep": keep,
             "basis": basis,

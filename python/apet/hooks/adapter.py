@@ -30,7 +30,6 @@ class Adapter:
     """Where the configuration keeps the placeholder of each modality."""
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
     """Options by the name of a preset."""
-    first_llm_layer: ClassVar[int] = 1
 
     def core(self, model: nn.Module) -> nn.Module:
         """The module whose forward takes token ids and pixels and calls the language model."""
@@ -39,6 +38,10 @@ class Adapter:
     def language_model(self, core: nn.Module) -> nn.Module:
         """The decoder, with its `layers` and `rotary_emb`."""
         return core.language_model
+
+    def first_llm_layer(self, core: nn.Module) -> int:
+        """The least `llm_layer`."""
+        return 1
 
     def brings(self, inputs: Mapping[str, Any]) -> set[str]:
         """The modalities that a forward brings: what it is called with decides, since a model may also generate the
@@ -51,9 +54,14 @@ class Adapter:
         """The units of every image and video of a call, by modality, in the order of their placeholders.
 
         inputs: what the model was called with (pixel values, sizes, grids); counts: the placeholders of each
-        modality in the call. A modality left out is split into contiguous runs, each one image and one unit.
+        modality in the call. Of a modality left out, every contiguous run of placeholders is an image or video, with
+        the units that `run` says.
         """
         return {}
+
+    def run(self, core: nn.Module, tokens: int) -> Units:
+        """The units of a contiguous run of so many placeholders. Default: it is one."""
+        return one_unit(tokens)
 
     def features(self, core: nn.Module, inputs: Mapping[str, Any], x: Tensor) -> list[Units]:
         """With `projector`: the units of every image over x, the projector's input [tiles, N, C], flattened to

@@ -69,7 +69,7 @@ def count_prompt(cache: Any) -> bool:
     generate() takes the tokens of a conversation beyond this length for new.
     """
     prompt = prompt_of(cache)
-    if prompt is None or not prompt.dropped:
+    if prompt is None or not prompt.dropped or int(cache.get_seq_length()) == 0:
         return False
     cache.get_seq_length = functools.partial(_given, cache)
     return True

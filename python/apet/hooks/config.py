@@ -36,9 +36,9 @@ class Options:
 
 
 def resolve(
-    presets: Mapping[str, Mapping[str, Any]], model_type: str, layers: int, given: Mapping[str, Any]
+    presets: Mapping[str, Mapping[str, Any]], model_type: str, layers: range, given: Mapping[str, Any]
 ) -> Options:
-    """The options that `patch` was given, over those of the preset, over the defaults.
+    """The options that `patch` was given, over those of the preset, over the defaults. layers: what llm_layer may be.
 
     Raises ValueError, in a sentence with the offending value.
     """
@@ -83,7 +83,7 @@ def _one(name: str, keep: Any) -> int | float:
     return keep
 
 
-def _check(options: Options, layers: int) -> None:
+def _check(options: Options, layers: range) -> None:
     if options.keep is None and options.llm_layer is None:
         raise ValueError("nothing to do: give keep=, llm_layer= with llm_keep=, or preset=")
     if (options.llm_layer is None) != (options.llm_keep is None):
@@ -92,10 +92,8 @@ def _check(options: Options, layers: int) -> None:
         value = getattr(options, name)
         if value is not None and (not isinstance(value, int) or isinstance(value, bool)):
             raise ValueError(f"{name}={value!r} is not a whole number")
-    if options.llm_layer is not None and not 1 <= options.llm_layer < layers:
-        raise ValueError(
-            f"llm_layer={options.llm_layer} is outside 1..{layers - 1}: it lies between two of {layers} decoder layers"
-        )
+    if options.llm_layer is not None and options.llm_layer not in layers:
+        raise ValueError(f"llm_layer={options.llm_layer} is outside {layers[0]}..{layers[-1]}, between decoder layers")
     if options.layout not in ops.LAYOUTS:
         raise ValueError(f"layout='{options.layout}' is none of {', '.join(ops.LAYOUTS)}")
     if options.layout == "append" and options.llm_layer is not None:

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .adapter import one_unit
 from .config import Keep, Options
 from .sequence import Packing, counted, padding
 from .state import Prompt, Run, Trace, part
@@ -132,7 +131,8 @@ def find(engine: Engine, inputs: Mapping[str, Any], x: Tensor) -> tuple[Trace, T
         per_row = (columns // length).bincount(minlength=batch).tolist()
         found = known.get(modality)
         if found is None:
-            found = runs(columns[columns // length % repeats == 0])
+            lengths = runs(columns[columns // length % repeats == 0])
+            found = [engine.adapter.run(engine.core, n) for n in lengths]
         for row, number in by_row([len(u) for u in found], per_row, repeats, modality):
             visuals.append((modality, row, len(found[number])))
             units.append(found[number])
@@ -155,10 +155,9 @@ def placeholders(engine: Engine, modality: str, inputs: Mapping[str, Any], x: Te
     return there.flatten().nonzero().view(-1).to(x.device)
 
 
-def runs(flat: Tensor) -> list[Tensor]:
-    """Ascending positions [N] -> one image of one unit for each contiguous run."""
-    starts = (flat.diff(prepend=flat[:1] - 2) != 1).cumsum(0) - 1
-    return [one_unit(n) for n in starts.bincount().tolist()]
+def runs(flat: Tensor) -> list[int]:
+    """The lengths of the contiguous runs among ascending positions [N]."""
+    return (flat.diff(prepend=flat[:1] - 2) != 1).cumsum(0).bincount()[1:].tolist()
 
 
 def by_row(sizes: list[int], per_row: list[int], repeats: int, modality: str) -> list[tuple[int, int]]:

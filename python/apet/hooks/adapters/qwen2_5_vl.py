@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from ..adapter import Adapter, Units, equal_units
 
@@ -26,8 +26,9 @@ class Qwen2_5VL(Adapter):
 
     def visuals(self, core: nn.Module, inputs: Mapping[str, Any], counts: Mapping[str, int]) -> dict[str, list[Units]]:
         grids = {m: inputs.get(f"{m}_grid_thw") for m in counts}
-        return {m: [self.units(core, *map(int, thw)) for thw in grid] for m, grid in grids.items() if grid is not None}
+        return {m: [_units(core, *map(int, thw)) for thw in grid] for m, grid in grids.items() if grid is not None}
 
-    def units(self, core: nn.Module, steps: int, height: int, width: int) -> Tensor:
-        """A grid of patches [steps, height, width], merged into a unit of tokens for each step."""
-        return equal_units(steps, height * width // core.visual.spatial_merge_size**2)
+
+def _units(core: nn.Module, steps: int, height: int, width: int) -> Units:
+    """A grid of patches [steps, height, width], merged into a unit of tokens for each step."""
+    return equal_units(steps, height * width // core.visual.spatial_merge_size**2)

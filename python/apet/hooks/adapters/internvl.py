@@ -1,0 +1,23 @@
+"""InternVL (`internvl`).
+
+Modifications:
+- the language model gets a sequence shortened by compressing the projected features of each tile of an image, and of
+  each frame of a video; positions renumbered;
+- with `llm_layer`, its layers from there on get a sequence shortened again, renumbered again.
+"""
+
+from __future__ import annotations
+
+from torch import nn
+
+from ..adapter import Adapter, Units, equal_units
+
+
+class InternVL(Adapter):
+    """A run of placeholders is an image, a tile of it is a unit; the frames of a video are such images."""
+
+    def run(self, core: nn.Module, tokens: int) -> Units:
+        vision = core.config.vision_config
+        rows, columns = (size // patch for size, patch in zip(vision.image_size, vision.patch_size, strict=True))
+        per_tile = int(rows * columns * core.config.downsample_ratio**2)
+        return equal_units(tokens // per_tile, per_tile)
