@@ -1,0 +1,378 @@
+"""Compiles every kernel that the Triton backend can launch, for GPUs that are not there, and reads what came out.
+
+    python -m tests.offline [--smoke] [--target sm_90a ...] [--markdown]
+
+The launches are those that `launch.py` builds, here on meta tensors, and Triton compiles them as it does on a launch, but
+for a stand-in of the driver that names the GPU. Fails, in sentences, where
+
+- the shared memory of a program is more than the GPU has, or anything spills;
+- a 16-bit s5_assign multiplies without a matrix instruction, or a float32 one in tf32;
+- rows of x are whole 16-byte words, and a load gives each thread one or more, but is done in smaller pieces.
+
+--markdown writes the table into docs/gpu.md. Needs Triton, and neither GPU nor driver; compiles from scratch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import concurrent.futures
+import contextlib
+import functools
+import io
+import itertools
+import multiprocessing
+import os
+import re
+import sys
+import tempfile
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+GUIDE = Path(__file__).parents[1] / "docs/gpu.md"
+BEGIN, END = "<!-- offline:begin -->\n", "<!-- offline:end -->"
+
+
+@dataclass(frozen=True)
+class Target:
+    """A GPU, with what a multiprocessor (on AMD a compute unit) has."""
+
+    backend: str
+    arch: int | str
+    shared_limit: int  # bytes a program may have
+    shared: int = 0  # bytes a multiprocessor has, 1 KB of which every program takes for itself
+    warps: int = 0
+    programs: int = 0
+
+    @property
+    def device_class(self) -> str:
+        """What `configs.device_class` says on this GPU."""
+        return f"sm_{self.arch}" if self.backend == "cuda" else str(self.arch)
+
+
+KB = 1024
+# CUDA C++ Programming Guide, "Technical Specifications per Compute Capability"; AMD CDNA 3 and 4 ISA.
+TARGETS = {
+    "sm_80": Target("cuda", 80, 163 * KB, 164 * KB, 64, 32),
+    "sm_86": Target("cuda", 86, 99 * KB, 100 * KB, 48, 16),
+    "sm_89": Target("cuda", 89, 99 * KB, 100 * KB, 48, 24),
+    "sm_90a": Target("cuda", 90, 227 * KB, 228 * KB, 64, 32),
+    "sm_100a": Target("cuda", 100, 227 * KB, 228 * KB, 64, 32),
+    "sm_103a": Target("cuda", 103, 227 * KB, 228 * KB, 64, 32),
+    "sm_120a": Target("cuda", 120, 99 * KB, 100 * KB, 48, 24),
+    "gfx942": Target("hip", "gfx942", 64 * KB),
+    "gfx950": Target("hip", "gfx950", 160 * KB),
+}
+REGISTERS = 65536  # of a multiprocessor
+
+DIMS = (64, 768, 1024, 1152, 1280, 3584, 4096, 8192)
+ODD = {2: 100, 4: 99}  # bytes of an element -> D whose rows are no whole 16-byte words
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A call, by what its kernels may depend on, and by what they may not (layout, select, ragged)."""
+
+    op: str
+    D: int
+    dtype: torch.dtype
+    M: int = 10
+    options: tuple[tuple[str, Any], ...] = ()
+
+    def launches(self, device_class: str) -> list:
+        from apet_kernels.triton_kernels import launch
+
+        x = torch.empty(2, 300, self.D, dtype=self.dtype, device="meta")
+        options: dict[str, Any] = {**dict(self.options), "device_class": device_class}
+        if self.op == "compress":
+            return launch.compress(x, 150, self.M, **options).launches
+        if self.op == "compress_varlen":
+            cu = torch.empty(3, dtype=torch.int32, device="meta")
+            return launch.compress_varlen(x[0], cu, cu, 150, 200, 100, self.M, **options).launches
+        if self.op == "score":
+            return launch.score(x, self.M, **options).launches
+        indices = torch.empty(2, 150, dtype=torch.int64, device="meta")
+        targets = indices.bool() if options.pop("targets") else None
+        return launch.merge(x, indices, targets=targets, **options).launches
+
+
+def problems(smoke: bool) -> Iterator[Problem]:
+    """The grid: every D and dtype; and every other choice on one D, which no kernel's code may know of."""
+    layouts = [{"layout": "inplace"}, {"layout": "overwrite", "blend": 0.5}, {"layout": "append"}]
+    dims: Iterable[tuple[torch.dtype, int]] = (
+        [(torch.float16, 1024), (torch.bfloat16, 100), (torch.float32, 3584)]
+        if smoke
+        else [(dtype, D) for dtype in DTYPES for D in (*DIMS, ODD[dtype.itemsize])]
+    )
+    for dtype, D in dims:
+        yield Problem("compress", D, dtype)
+        if not smoke:
+            yield Problem("compress", D, dtype, 64)
+    for dtype, (select, layout) in itertools.product(DTYPES[:1], itertools.product(("fps", "qr"), layouts)):
+        options = tuple({**layout, "select": select}.items())
+        yield Problem("compress", 1024, dtype, 10, options)
+        yield Problem("compress_varlen", 1024, dtype, 10, options)
+    yield Problem("score", 1024, torch.float16)
+    yield Problem("merge", 1024, torch.float16, options=(("targets", False),))
+    yield Problem("merge", 1024, torch.float16, options=(("targets", True),))
+
+
+def code(launch: Any) -> tuple:
+    """What the code of a launch may depend on: the kernel, its constants and options, and the dtypes of its tensors."""
+    tensors = {name: a.dtype for name, a in launch.args.items() if isinstance(a, torch.Tensor)}
+    return launch.kernel.__name__, *(tuple(d.items()) for d in (launch.constants, launch.options, tensors))
+
+
+# ---- in a process of the pool
+
+
+class Driver:
+    """Stands in for a GPU's driver: what Triton asks before it compiles."""
+
+    def __init__(self, target: Target) -> None:
+        from triton.backends.compiler import GPUTarget
+
+        wave = 64 if target.backend == "hip" else 32
+        self.target = GPUTarget(target.backend, target.arch, wave)
+
+    def get_current_target(self) -> Any:
+        return self.target
+
+    def get_current_device(self) -> str:
+        return str(self.target)  # under which a kernel keeps what it has compiled
+
+    def get_current_stream(self, device: str) -> int:
+        return 0
+
+
+def start() -> None:
+    """Triton as on a machine with a GPU, with nothing compiled before."""
+    os.environ.pop("TRITON_INTERPRET", None)
+    os.environ["TRITON_CACHE_DIR"] = tempfile.mkdtemp(prefix="offline-", dir=os.environ["OFFLINE_CACHE"])
+
+
+@contextlib.contextmanager
+def pool(workers: int = 2) -> Iterator[concurrent.futures.ProcessPoolExecutor]:
+    """Processes that compile, whether or not this one interprets."""
+    with tempfile.TemporaryDirectory() as cache:
+        os.environ["OFFLINE_CACHE"] = cache
+        context = multiprocessing.get_context("spawn")
+        with concurrent.futures.ProcessPoolExecutor(workers, context, start) as executor:
+            yield executor
+
+
+def compile_launch(launch: Any, target: Target) -> tuple[Any, str]:
+    """As `launch.run()` compiles it on a GPU: a CompiledKernel, and what ptxas said."""
+    import triton
+
+    triton.runtime.driver.set_active(Driver(target))
+    triton.knobs.nvidia.dump_ptxas_log = True
+    with contextlib.redirect_stdout(io.StringIO()) as said:
+        kernel = launch.kernel.warmup(grid=(launch.programs,), **launch.args, **launch.constants, **launch.options)
+    return kernel, said.getvalue()
+
+
+@dataclass
+class Compiled:
+    """What a kernel needs of a target."""
+
+    target: str
+    kernel: str
+    D: int | None
+    dtype: torch.dtype
+    registers: int
+    spilled: int  # bytes
+    shared: int
+    resident: int  # warps that a multiprocessor (waves that a compute unit) can hold at once
+    matrix: str
+    faults: list[str] = field(default_factory=list)
+
+
+def examine(name: str, problem: Problem, number: int) -> Compiled:
+    """Compiles launch `number` of a problem for the target `name`."""
+    target = TARGETS[name]
+    launch = problem.launches(target.device_class)[number]
+    kernel, said = compile_launch(launch, target)
+    warps, shared = kernel.metadata.num_warps, kernel.metadata.shared
+    if target.backend == "cuda":
+        assembly = kernel.asm["ptx"]
+        registers = int(re.findall(r"Used (\d+) registers", said)[-1])
+        spilled = sum(int(n) for n in re.findall(r"(\d+) bytes spill", said))
+        per_warp = -(-registers * 32 // 256) * 256
+        programs = min(REGISTERS // (per_warp * warps), target.shared // (shared + KB), target.programs)
+        resident = min(programs * warps, target.warps)
+    else:
+        assembly = kernel.asm["amdgcn"]
+        counts = {key: int(n) for key, n in re.findall(r"\.(\w+):\s+(\d+)$", assembly, re.MULTILINE)}
+        registers = counts["vgpr_count"]
+        spilled = counts["private_segment_fixed_size"]  # scratch memory; scalar registers spill into vector registers
+        resident = 4 * int(re.findall(r"; Occupancy: (\d+)", assembly)[-1])
+    found = re.search(r"tcgen05\.mma|wgmma\.mma_async|mma\.sync|v_mfma", assembly)
+    result = Compiled(
+        name,
+        launch.kernel.__name__,
+        launch.constants.get("D"),
+        problem.dtype,
+        registers,
+        spilled,
+        shared,
+        resident,
+        found[0] if found else "",
+    )
+    if shared > target.shared_limit:
+        result.faults.append(f"needs {shared} bytes of shared memory of {target.shared_limit}")
+    if spilled:
+        result.faults.append(f"spills {spilled} bytes")
+    if result.kernel == "s5_assign":
+        if problem.dtype.itemsize == 2 and not result.matrix:
+            result.faults.append("multiplies 16-bit tokens without a matrix instruction")
+        if problem.dtype.itemsize == 4 and re.search(r"\.tf32|_xf32", assembly):
+            result.faults.append("multiplies float32 tokens in tf32")
+    if launch.constants.get("ALIGN") == 16:
+        threads = warps * (64 if target.backend == "hip" else 32)
+        result.faults += narrow_loads(kernel.asm["ttir"], assembly, threads, problem.dtype)
+    return result
+
+
+def narrow_loads(ttir: str, assembly: str, threads: int, dtype: torch.dtype) -> list[str]:
+    """Sentences about the loads of x that could be of 16 bytes and are not."""
+    widths = collections.defaultdict(set)
+    for place, line in placed(assembly):
+        widths[place] |= load_bytes(line)
+    loads = dict(loads_of("x", ttir))
+    assert loads, "no load of x found: does the kernel's argument have another name?"
+    return [
+        f"{place} loads x by {min(widths[place], default=0)} bytes, {elements * dtype.itemsize} by {threads} threads"
+        for place, elements in loads.items()
+        if elements * dtype.itemsize >= 16 * threads and widths[place] != {16}
+    ]
+
+
+def placed(assembly: str) -> Iterator[tuple[str, str]]:
+    """Every line of assembly with the `file:line:column` of the kernel that it comes from."""
+    place, inside = "", False
+    for line in assembly.splitlines():
+        inside = "begin inline asm" in line or (inside and "end inline asm" not in line)
+        if not inside and (loc := re.match(r"\s*\.loc\s.*?(?://|;) (\S+)", line)):
+            place = loc[1]  # those inside count the lines of the inline assembly
+        yield place, line
+
+
+def load_bytes(instruction: str) -> set[int]:
+    """Bytes that a thread loads from global memory with an instruction: of PTX or of AMD's."""
+    if load := re.search(r"ld\.global(?:\.[a-z]\w*(?:::\w+)*)*?(?:\.v(\d))?\.[bfsu](\d+)\b", instruction):
+        return {int(load[1] or 1) * int(load[2]) // 8}
+    if copy := re.search(r"cp\.async\.c[ag]\.shared\.global\b.*\], (\w+)", instruction):
+        return {int(copy[1], 0)}
+    if load := re.search(r"\b(?:global|buffer)_load_(?:lds_)?(\w+)", instruction):
+        words = {"dword": 4, "dwordx2": 8, "dwordx3": 12, "dwordx4": 16}
+        return {words.get(load[1], 2)}
+    return set()
+
+
+def loads_of(argument: str, ttir: str) -> Iterator[tuple[str, int]]:
+    """`file:line:column` and number of elements of every load through a pointer made from an argument."""
+    locations = dict(re.findall(r"^(#loc\d*) = loc\((.*)\)$", ttir, re.MULTILINE))
+    pointers = {f"%{argument}"}
+    for line in ttir.splitlines():
+        if not (op := re.match(r"\s*(%\w+) = tt\.(\w+) (%\w+)", line)) or op[3] not in pointers:
+            continue
+        if op[2] != "load":
+            pointers.add(op[1])
+            continue
+        at = re.search(r"loc\((#loc\d*)\)$", line)[1]
+        while not (place := re.fullmatch(r'"(.*)":(\d+):(\d+)', locations[at])):
+            at = re.search(r"#loc\d*", locations[at])[0]  # a named place, or the callee of a call
+        shape = re.search(r"tensor<([\dx]+)x!tt.ptr", line)
+        elements = functools.reduce(lambda a, b: a * int(b), shape[1].split("x"), 1) if shape else 1
+        yield f"{Path(place[1]).name}:{place[2]}:{place[3]}", elements
+
+
+# ---- the command
+
+
+def jobs(names: Iterable[str], smoke: bool) -> Iterator[tuple[str, Problem, int]]:
+    """Every piece of code once per target, by the first launch that has it."""
+    for name in names:
+        seen = set()
+        for problem in problems(smoke):
+            for number, launch in enumerate(problem.launches(TARGETS[name].device_class)):
+                if (key := code(launch)) not in seen:
+                    seen.add(key)
+                    yield name, problem, number
+
+
+def table(results: list[Compiled]) -> str:
+    """Markdown: the largest need of every kernel over D and M, by target."""
+    import triton
+
+    names = [name for name in TARGETS if any(r.target == name for r in results)]
+    groups = collections.defaultdict(list)
+    for r in results:
+        by_dtype = r.D is not None
+        groups[r.kernel, f"{8 * r.dtype.itemsize}-bit" if by_dtype else "", r.target].append(r)
+    rows = sorted({key[:2] for key in groups})
+    lines = [
+        f"`python -m tests.offline --markdown`, Triton {triton.__version__}: {len(results)} kernels compiled, "
+        f"{sum(bool(r.faults) for r in results)} with faults.",
+        "",
+        "Each cell: registers a thread, KB of shared memory a program, and how many warps a multiprocessor (waves a compute",
+        "unit) can then hold; the worst over D, dtype and M. Nothing spills.",
+        "",
+        "| kernel | x | " + " | ".join(names) + " |",
+        "|---|---|" + "---|" * len(names),
+    ]
+    for kernel, bits in rows:
+        cells = []
+        for name in names:
+            group = groups[kernel, bits, name]
+            registers, shared = max(r.registers for r in group), max(r.shared for r in group)
+            cells.append(f"{registers}, {-(-shared // KB)}, {min(r.resident for r in group)}")
+        lines.append(f"| `{kernel}` | {bits} | " + " | ".join(cells) + " |")
+    matrix = {
+        n: {r.matrix for r in results if r.target == n and r.kernel == "s5_assign" and r.dtype.itemsize == 2}
+        for n in names
+    }
+    lines += [
+        "",
+        "Matrix instruction of a 16-bit `s5_assign`: "
+        + ", ".join(f"{n} `{'/'.join(sorted(matrix[n]))}`" for n in names)
+        + ".",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def main(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="python -m tests.offline", description=__doc__.splitlines()[0])
+    parser.add_argument("--smoke", action="store_true", help="three sizes on three targets")
+    parser.add_argument("--target", action="append", choices=TARGETS, help="only this one; may be repeated")
+    parser.add_argument("--markdown", action="store_true", help=f"write the table into {GUIDE.name}")
+    options = parser.parse_args(arguments)
+    if options.markdown and (options.smoke or options.target):
+        parser.error("--markdown is of all targets and sizes")
+    names = options.target or (["sm_80", "sm_90a", "gfx942"] if options.smoke else list(TARGETS))
+    os.environ.pop("TRITON_INTERPRET", None)
+    began = time.monotonic()
+    with pool() as executor:
+        results = list(executor.map(examine, *zip(*jobs(names, options.smoke), strict=True)))
+    faults = [
+        f"{r.kernel} for {r.target}, D={r.D}, {str(r.dtype).removeprefix('torch.')}: {fault}"
+        for r in results
+        for fault in r.faults
+    ]
+    print(table(results), *faults, f"{len(results)} kernels in {time.monotonic() - began:.0f} s", sep="\n")
+    if options.markdown:
+        text = GUIDE.read_text()
+        before, rest = text.split(BEGIN)
+        GUIDE.write_text(before + BEGIN + table(results) + END + rest.split(END)[1])
+    return 1 if faults else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
