@@ -50,11 +50,14 @@ class Gpu(Device):
     type = "cuda"
 
     def __init__(self) -> None:
-        properties = torch.cuda.get_device_properties(torch.cuda.current_device())
+        from apet_kernels.triton_kernels import configs
+
+        current = torch.device("cuda", torch.cuda.current_device())
+        properties = torch.cuda.get_device_properties(current)
         self.name = properties.name
         self.cache_bytes = INFINITY_CACHE if torch.version.hip else properties.L2_cache_size
         self.memory_bytes = properties.total_memory
-        self._kind = getattr(properties, "gcnArchName", None) or f"sm_{properties.major}{properties.minor}"
+        self._class = configs.device_class(current)
         self._processors = properties.multi_processor_count
 
     def seconds(self, call: Callable[[], object]) -> float:
@@ -84,7 +87,7 @@ class Gpu(Device):
     def describe(self) -> dict[str, str]:
         runtime = f"ROCm {torch.version.hip}" if torch.version.hip else f"CUDA {torch.version.cuda}"
         return {
-            "device": f"{self.name} ({self._kind}), {self._processors} processors, "
+            "device": f"{self.name} ({self._class}), {self._processors} processors, "
             f"{self.memory_bytes / 2**30:.0f} GiB, L2 {self.cache_bytes / 2**20:.0f} MiB",
             "driver": f"{_driver()}, {runtime}",
         }

@@ -122,21 +122,27 @@ def measure(case: Case, device: Device, rates: floors.Rates, rounds: int) -> Row
     )
     ring = inputs_of(case, device)
     contest: dict[str, Callable[[], float]] = {}  # "host triton" and the like -> seconds of a call
+    calls = _implementations(case, device)
     with torch.inference_mode():
-        for name, call in _implementations(case, device).items():
+        counts: dict[str, int] = {}  # calls in a sample, of what is right
+        for name, call in calls.items():
             with _Noting(row, name):
                 row.judged[name] = judge(case, name, ring[0], call(ring[0]))
-                count = min(len(ring), max(1, math.floor(BURST / device.seconds(lambda call=call: call(ring[0])))))
-                burst = functools.partial(_burst, call, itertools.cycle(ring), count)
-                contest[f"host {name}"] = lambda burst=burst, count=count: device.seconds(burst) / count
-                if name == "published":
-                    continue  # it waits for the host
-                replay = device.graphed(functools.partial(_burst, call, ring, count))
-                judge(case, name, ring[count - 1], replay())
-                contest[f"graph {name}"] = lambda replay=replay, count=count: device.seconds(replay) / count
-        if "triton" in row.judged:
+                once = device.seconds(functools.partial(call, ring[0]))
+                counts[name] = min(len(ring), max(1, math.floor(BURST / once)))
+                contest[f"host {name}"] = _sample(
+                    device, functools.partial(_burst, call, itertools.cycle(ring), counts[name]), counts[name]
+                )
+        if "triton" in counts:
             with _Noting(row, "stages"):
                 contest |= _prefixes(case, device, ring)
+        for name, count in counts.items():
+            if name == "published":
+                continue  # it waits for the host
+            with _Noting(row, f"{name} from a graph"):
+                replay = device.graphed(functools.partial(_burst, calls[name], ring, count))
+                judge(case, name, ring[count - 1], replay())
+                contest[f"graph {name}"] = _sample(device, replay, count)
         order = list(contest)
         row.seconds = {name: [] for name in order}
         for number in range(rounds):
@@ -176,7 +182,7 @@ def inputs_of(case: Case, device: Device) -> list[Tensor]:
 
 
 def _implementations(case: Case, device: Device) -> dict[str, Compress]:
-    """The backends, then the rivals: what may disturb the others comes last."""
+    """The backends, then the rivals, whose capture may fail and disturb what follows."""
     usable = [name for name in BACKENDS if apet_kernels.backends()[name] is None]
     calls = {name: functools.partial(apet_kernels.compress, **arguments(case), backend=name) for name in usable}
     rivals: dict[str, Callable] = {"tuned": baselines.tuned, "eager": baselines.eager}
@@ -212,6 +218,11 @@ def kernel_name(launched: Any) -> str:
     return launched.kernel.fn.__name__
 
 
+def _sample(device: Device, call: Callable[[], object], count: int) -> Callable[[], float]:
+    """Seconds of one of the `count` calls that `call` makes."""
+    return lambda: device.seconds(call) / count
+
+
 def _prefixes(case: Case, device: Device, ring: list[Tensor]) -> dict[str, Callable[[], float]]:
     """ "until s1_norms", "until s1_s3_step", ...: the call up to that kernel's last launch, from a graph.
 
@@ -226,8 +237,10 @@ def _prefixes(case: Case, device: Device, ring: list[Tensor]) -> dict[str, Calla
             for launched in call[:end]:
                 launched.run()
 
-    replays = {f"until {name}": device.graphed(functools.partial(run, end)) for name, end in ends.items()}
-    return {name: lambda replay=replay: device.seconds(replay) / len(ring) for name, replay in replays.items()}
+    return {
+        f"until {name}": _sample(device, device.graphed(functools.partial(run, end)), len(ring))
+        for name, end in ends.items()
+    }
 
 
 def _summarise(row: Row, case: Case, design: list[floors.Work], rates: floors.Rates) -> None:
@@ -407,7 +420,7 @@ def main() -> None:
     show(console, head, sheets(rates, rows))
     for line in failures(rows):
         console.print(f"failed: {line}", highlight=False, markup=False)
-    sys.exit(any(name in BACKENDS or name == "stages" for row in rows for name in row.failed))
+    sys.exit(any(name.split()[0] in (*BACKENDS, "stages") for row in rows for name in row.failed))
 
 
 def _markdown(head: dict[str, str], rates: floors.Rates, rows: list[Row]) -> str:

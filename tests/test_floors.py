@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
+
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -41,6 +43,17 @@ def test_the_triton_backend_by_hand():
 
     norms, *steps, _, assign, mean = floors.triton(FLOAT)  # nothing is converted
     assert (norms.lanes, steps[0].lanes, assign.lanes, mean.lanes) == (64, 3 * 64, 2 * 14 * 4, 2 * 4)
+
+
+@pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
+@pytest.mark.parametrize("case", gpu_cases(), ids=lambda case: str(case).replace(" ", "-"))
+def test_the_launches_are_those_of_the_triton_backend(case):
+    from apet_kernels.triton_kernels import launch
+
+    x = torch.empty(case.B, case.N, case.D, dtype=case.dtype, device="meta")
+    call = launch.compress(x, case.keep, BASIS, layout=case.layout, device_class="sm_90a")
+    names = [launched.kernel.fn.__name__ for launched in call.launches]
+    assert names == [work.stage for work in floors.triton(case) for _ in range(work.launches)]
 
 
 def test_times_by_hand():

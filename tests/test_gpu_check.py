@@ -10,6 +10,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,8 +19,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import apet_kernels
 from apet_kernels import reference
 from benchmarks import baselines, floors, gpu, gpu_check, tune
+from benchmarks import device as devices
 from benchmarks.cases import BASIS, RIDGE, Case, gpu_cases
-from benchmarks.device import DryRun
 
 ROOT = Path(__file__).parents[1]
 needs_triton = pytest.mark.skipif(apet_kernels.backends()["triton"] is not None, reason="Triton is not installed")
@@ -51,6 +52,62 @@ def test_rivals_run_where_the_tokens_lie(rival, layout, dtype):
             assert (indices.shape, indices.device) == ((2, 24), x.device)
 
 
+class FakeCuda:
+    """What benchmarks.device asks of torch.cuda, in the order in which it is asked."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.log: list[str] = []
+        event = SimpleNamespace(
+            record=lambda: self.log.append("record"),
+            synchronize=lambda: self.log.append("synchronize"),
+            elapsed_time=lambda end: 2.5,  # milliseconds
+        )
+        stream = SimpleNamespace(wait_stream=lambda other: self.log.append("wait"))
+        properties = SimpleNamespace(
+            name="Fake 1", L2_cache_size=2**25, total_memory=2**34, major=9, minor=0, multi_processor_count=7
+        )
+        fakes = {
+            "is_available": lambda: True,
+            "current_device": lambda: 0,
+            "get_device_properties": lambda device: properties,
+            "Event": lambda enable_timing: event,
+            "Stream": lambda: stream,
+            "current_stream": lambda: stream,
+            "stream": lambda s: self.within("stream"),
+            "CUDAGraph": lambda: SimpleNamespace(replay=lambda: self.log.append("replay")),
+            "graph": lambda g: self.within("capture"),
+        }
+        for name, fake in fakes.items():
+            monkeypatch.setattr(torch.cuda, name, fake)
+
+    @contextlib.contextmanager
+    def within(self, name: str) -> Iterator[None]:
+        self.log.append(f"{name} begins")
+        yield
+        self.log.append(f"{name} ends")
+
+
+@needs_triton
+def test_the_clock_of_a_gpu(monkeypatch):
+    """No GPU needed to see that it asks torch for the right things."""
+    cuda = FakeCuda(monkeypatch)
+    gpu_device = devices.find(dry_run=False)
+    head = devices.describe(gpu_device)
+    assert head["device"] == "Fake 1 (sm_90a), 7 processors, 16 GiB, L2 32 MiB"
+    assert "CUDA" in head["driver"] or "ROCm" in head["driver"]
+    assert gpu_device.seconds(lambda: cuda.log.append("call")) == 2.5e-3
+    assert cuda.log == ["record", "call", "record", "synchronize"]
+
+    cuda.log.clear()
+    replay = gpu_device.graphed(lambda: cuda.log.append("call") or "result")
+    warm = ["wait", "stream begins", "call", "stream ends", "wait"]
+    assert cuda.log == [*warm, "capture begins", "call", "capture ends"]
+    assert replay() == "result"
+    assert cuda.log[-1] == "replay"
+    with pytest.raises(RuntimeError, match="TRITON_INTERPRET=1"):
+        devices.find(dry_run=True)
+
+
 def right(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return reference.compress(x, 20, BASIS, layout="overwrite", start=0, ridge=RIDGE)
 
@@ -67,8 +124,9 @@ def broken(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 def test_what_is_wrong_or_broken_is_named_and_not_timed(monkeypatch):
     case, rates = Case(1, 60, 32, 20, torch.float32, "overwrite"), floors.DEVICES[0]
     monkeypatch.setattr(gpu, "_implementations", lambda *_: {"cuda": right, "eager": wrong, "tuned": broken})
-    row = gpu.measure(case, DryRun(), rates, rounds=3)
-    assert set(row.host_us) == set(row.graph_us) == {"cuda"}
+    row = gpu.measure(case, devices.DryRun(), rates, rounds=3)
+    assert set(row.host_us) == set(row.graph_us) == set(row.judged) == {"cuda"}
+    assert set(row.failed) == {"eager", "tuned"}
     assert {len(samples) for samples in row.seconds.values()} == {3}
     assert row.failed["tuned"] == "RuntimeError: out of something"
     assert row.failed["eager"].startswith("AssertionError: the overwritten slots do not hold the basis")
@@ -103,7 +161,7 @@ def tuned(times: dict[int, list[float]], monkeypatch: pytest.MonkeyPatch) -> tun
     monkeypatch.setattr(tune, "judge_all", judge_all)
     monkeypatch.setattr(tune, "_time", lambda group, case, inputs, device: times[in_use[0]][case.B - 1])
     cases = [Case(B, 20, 8, 12, torch.float32, "overwrite") for B in (1, 2)]
-    return tune.tune(group, cases, DryRun(), Tiles(8), None)
+    return tune.tune(group, cases, devices.DryRun(), Tiles(8), None)
 
 
 @needs_triton
