@@ -7,21 +7,30 @@ from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-_HOOKS = (
-    "Adapter",
-    "Kept",
-    "Options",
-    "Visual",
-    "equal_units",
-    "kept",
-    "one_unit",
-    "options",
-    "patch",
-    "patched",
-    "register_adapter",
-    "unpatch",
-)
-__all__ = ["Refused", "__version__", *_HOOKS]
+# Where the names live that need torch or transformers: importing apet imports neither.
+_LAZY = {
+    **dict.fromkeys(
+        (
+            "Adapter",
+            "Kept",
+            "Options",
+            "Visual",
+            "equal_units",
+            "kept",
+            "one_unit",
+            "options",
+            "patch",
+            "patched",
+            "register_adapter",
+            "unpatch",
+        ),
+        "hooks",
+    ),
+    "Report": "model_report",
+    "report": "model_report",
+    "picture": "model_pictures",
+}
+__all__ = ["Refused", "__version__", *_LAZY]
 
 try:
     __version__ = version("apet-kernels")
@@ -34,7 +43,6 @@ class Refused(Exception):
 
 
 def __getattr__(name: str) -> Any:
-    """The hooks for transformers models, imported with torch and transformers when they are first asked for."""
-    if name in _HOOKS:
-        return getattr(import_module(".hooks", __name__), name)
+    if name in _LAZY:
+        return getattr(import_module(f".{_LAZY[name]}", __name__), name)
     raise AttributeError(f"module '{__name__}' has no attribute '{name}'")

@@ -36,6 +36,15 @@ def forget(cache: Any) -> None:
     vars(cache).pop("crop", None)
 
 
+def check_empty(cache: Any) -> None:
+    """Refuses images where there is something before them already."""
+    if cache is not None and int(cache.get_seq_length()) > 0:
+        raise ValueError(
+            f"images cannot follow a cache that holds {int(cache.get_seq_length())} tokens: give the whole conversation "
+            "without past_key_values"
+        )
+
+
 def check(prompt: Prompt, batch: int, past: int | Tensor) -> None:
     """Refuses what a prompt cannot be continued with."""
     if batch != prompt.batch:
@@ -44,15 +53,14 @@ def check(prompt: Prompt, batch: int, past: int | Tensor) -> None:
         raise ValueError(f"the cache was cropped to {int(past)} tokens, into its compressed images; start without it")
 
 
-def tail(prompt: Prompt, mask: Any, past: int | Tensor, new: int) -> Tensor | None:
+def tail(prompt: Prompt, cache: Any, mask: Any, past: int | Tensor, new: int) -> Tensor | None:
     """Which of the tokens after the prompt are no padding [B, n] bool, from a mask over all tokens; None: all."""
-    fixed, mask = (prompt.early or prompt.late).fixed, one_of(mask)
+    fixed, mask = cache.is_compileable, one_of(mask)
     if mask is None or (fixed and torch.compiler.is_compiling()):
         return None
-    plain = isinstance(mask, Tensor) and mask.dim() == 2
-    if fixed and not plain:  # generate() builds it, of the size of the cache
-        return None
-    if not plain:
+    if not isinstance(mask, Tensor) or mask.dim() != 2:
+        if fixed:  # generate() builds it, of the size of the cache
+            return None
         raise ValueError("after a compressed prompt attention_mask must be 2-D, or left out")
     after = max(int(past) + prompt.dropped - prompt.tokens, 0) + new
     given = mask[:, -after:].bool()

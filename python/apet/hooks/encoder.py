@@ -32,7 +32,7 @@ class Projected:
 def project_fewer(engine: Engine, inputs: Mapping[str, Any], x: Tensor) -> Tensor | None:
     """The projector's input [tiles, N, C] -> [1, kept, C]; None where nothing is dropped."""
     units = engine.adapter.features(engine.core, inputs, x)
-    check_list(engine.options.keep, len(units))
+    check_list("keep", engine.options.keep, len(units))
     x, shape = x.flatten(0, 1), (x.shape[0], x.shape[1])  # [tiles * N, C]
     tokens = group(units, torch.arange(len(x), device=x.device), range(len(units)))
     shorter = shorten(x, tokens, engine.options.keep, engine.options)
@@ -61,7 +61,6 @@ def begin(engine: Engine, inputs: Mapping[str, Any], kwargs: dict[str, Any]) -> 
     engine.trace, tokens = find(engine, inputs, x)
     if not tokens.lengths:
         return None
-    check_cache(cache)
     valid = padding(kwargs.get("attention_mask"), batch, length, 0, x.device, engine.window)
     if not valid.flatten()[tokens.where].all():
         raise ValueError("attention_mask hides placeholders of images or videos, which cannot be compressed then")
@@ -138,8 +137,8 @@ def find(engine: Engine, inputs: Mapping[str, Any], x: Tensor) -> tuple[Trace, T
             units.append(found[number])
             numbers.append(before + number)
         before += len(found)
-    check_list(engine.options.keep, before)
-    check_list(engine.options.llm_keep, before)
+    check_list("keep", engine.options.keep, before)
+    check_list("llm_keep", engine.options.llm_keep, before)
     flat = torch.cat([*flats.values()])
     return Trace(visuals, flat, [length]), group(units, flat, numbers)
 
@@ -198,14 +197,7 @@ def marked(x: Tensor, tokens: Tokens, keep: Keep, options: Options) -> Shorter |
     return Shorter(gone, none, none, x[none], tokens.without(gone, left))
 
 
-def check_list(keep: Keep | None, visuals: int) -> None:
+def check_list(name: str, keep: Keep | None, visuals: int) -> None:
+    """Refuses a list of budgets that does not fit the call."""
     if isinstance(keep, tuple) and len(keep) != visuals:
-        raise ValueError(f"keep has {len(keep)} entries, but the call has {visuals} images and videos")
-
-
-def check_cache(cache: Any) -> None:
-    if cache is not None and int(cache.get_seq_length()) > 0:
-        raise ValueError(
-            f"images cannot follow a cache that holds {int(cache.get_seq_length())} tokens: give the whole "
-            "conversation, without past_key_values"
-        )
+        raise ValueError(f"{name} has {len(keep)} entries, but the call has {visuals} images and videos")

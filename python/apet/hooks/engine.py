@@ -115,7 +115,7 @@ class Engine:
             raise ValueError(
                 f"prefill_chunk_size={chunk} would tear images apart before they are compressed; leave it out"
             )
-        encoder.check_cache(given.get("past_key_values"))
+        caches.check_empty(given.get("past_key_values"))
 
     def stop_counting(self) -> None:
         """generate() has told old tokens from new ones: from here on the cache is as long as it is."""
@@ -131,6 +131,8 @@ class Engine:
     def before_core(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         inputs = dict(zip(self.core_names, args, strict=False)) | kwargs
         self.inputs = inputs if self.adapter.brings(inputs) else None
+        if self.inputs is not None:
+            caches.check_empty(inputs.get("past_key_values"))
 
     def before_projector(self, module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor] | None:
         self.projected = None
@@ -165,7 +167,7 @@ class Engine:
         batch, new = kwargs["inputs_embeds"].shape[:2]
         past = cache.get_seq_length()
         caches.check(prompt, batch, past)
-        tail = caches.tail(prompt, kwargs.get("attention_mask"), past, new)
+        tail = caches.tail(prompt, cache, kwargs.get("attention_mask"), past, new)
         if prompt.early is not None:
             kwargs["attention_mask"] = prompt.early.columns(past, new, tail).long()
             kwargs["position_ids"] = prompt.early.positions(past, new, tail)
