@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 
 import torch
 from families import END, IMAGE, PAD, PATCH, SIDE, START, TILE, V5, VIDEO, Family
+from postcard import PATCHES
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
@@ -75,6 +76,10 @@ def visual(model: PreTrainedModel, family: Family, kind: str, which: int, alone:
             tiles = image_size_to_num_patches(image_size=list(size), grid_pinpoints=pinpoints, patch_size=SIDE)
         pixels = torch.randn(tiles, 3, SIDE, SIDE, generator=make)
         return Visual(kind, pixels, size, len(sources(model, size, tiles)))
+    if family.name == "postcard":
+        return Visual(kind, torch.randn(1, PATCHES, 12, generator=make), (), 1 + PATCHES)
+    if family.name == "aya_vision":  # 12 x 12 patches, four of them make a token
+        return Visual(kind, torch.randn(1, 3, SIDE, SIDE, generator=make), (), 36)
     if family.name == "internvl":
         tiles = 1 + which  # an image is cut into so many crops, every one of them SIDE // 4 // 2 squared tokens
         return Visual(kind, torch.randn(tiles, 3, SIDE, SIDE, generator=make), (), tiles * (SIDE // 8) ** 2)

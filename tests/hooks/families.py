@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import torch
 import transformers
+from torch import nn
 from transformers import PreTrainedModel
 
 V5 = int(transformers.__version__.split(".")[0]) >= 5
@@ -30,10 +31,11 @@ class Family:
 
     Attributes:
         name: the `model_type`.
-        model: name of the class in transformers.
+        model: name of the class in transformers, or of the one in `postcard.py`.
         tiles: images come as several tiles with `image_sizes`.
         ragged: images come as packed patches with grids, positions are M-RoPE.
         video: videos have placeholders of their own.
+        parts: the names of the core model, and of the language model in it.
     """
 
     name: str
@@ -41,6 +43,7 @@ class Family:
     tiles: bool = False
     ragged: bool = False
     video: bool = True
+    parts: tuple[str, str] = ("model", "language_model")
 
     def __str__(self) -> str:
         return self.name
@@ -60,6 +63,27 @@ FAMILIES = {
         Family("internvl", "InternVLForConditionalGeneration", video=False),
     )
 }
+
+# No adapter of the package knows these.
+OTHERS = {
+    "aya_vision": Family("aya_vision", "AyaVisionForConditionalGeneration", video=False),
+    "gemma3": Family("gemma3", "Gemma3ForConditionalGeneration", video=False),
+    "postcard": Family("postcard", "PostcardForGeneration", video=False, parts=("album", "reader")),
+}
+
+
+def core(model: PreTrainedModel) -> nn.Module:
+    """The module that puts image features among text embeddings."""
+    return getattr(model, family_of(model).parts[0])
+
+
+def reader(model: PreTrainedModel) -> nn.Module:
+    """The language model."""
+    return getattr(core(model), family_of(model).parts[1])
+
+
+def family_of(model: PreTrainedModel) -> Family:
+    return (FAMILIES | OTHERS)[model.config.model_type]
 
 
 def _text(**more: object) -> dict:
@@ -112,8 +136,24 @@ def _qwen(name: str) -> dict:
     return {"vision_config": vision, "text_config": _text(**text), "tie_word_embeddings": False, **ids}
 
 
+def _other(name: str) -> dict:
+    ids = {"image_token_index": IMAGE, "image_token_id": IMAGE, "tie_word_embeddings": False}
+    if name == "postcard":
+        return {"text_config": _text(), **ids}
+    vision = _vision(model_type="siglip_vision_model", patch_size=4)
+    if name == "aya_vision":  # two of its layers see the last 16 tokens only
+        text = _text(model_type="cohere2", sliding_window=16, logit_scale=1.0)
+        text["layer_types"] = ["sliding_attention", "full_attention"] * 2
+        return {"vision_config": vision, "text_config": text, **ids}
+    text = _text(model_type="gemma3_text", head_dim=16, sliding_window=16)
+    text["layer_types"] = ["sliding_attention", "full_attention"] * 2
+    return {"vision_config": vision, "text_config": text, "mm_tokens_per_image": 36, **ids}
+
+
 def settings(name: str) -> dict:
     """The arguments of a tiny configuration of that family."""
+    if name in OTHERS:
+        return _other(name)
     if FAMILIES[name].ragged:
         return _qwen(name)
     if name == "llava":
@@ -140,7 +180,10 @@ def build(
     layers: int = LAYERS,
 ) -> PreTrainedModel:
     """A fresh model; the same weights for the same seed, whatever the attention and up to rounding the dtype."""
-    cls = getattr(transformers, FAMILIES[name].model)
+    if name == "postcard":
+        from postcard import PostcardForGeneration as cls
+    else:
+        cls = getattr(transformers, (FAMILIES | OTHERS)[name].model)
     chosen = settings(name)
     chosen["text_config"]["num_hidden_layers"] = layers
     torch.manual_seed(seed)

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from conversations import FRAMES, Sample, Visual, collate, sources
-from families import IMAGE, TILE, VIDEO, Family
+from families import IMAGE, TILE, VIDEO, Family, core, reader
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -92,14 +92,19 @@ def compress(x: Tensor, keep: int, options: Options, layout: str) -> tuple[Tenso
 def units(model: PreTrainedModel, family: Family, one: Visual) -> list[Tensor]:
     """The placeholders of one image or video that are compressed together; what is in no unit always stays."""
     every = torch.arange(one.count)
-    if family.name == "llava_next":  # a tile; not the newlines
-        tile = sources(model, one.size, len(one.pixels)).div(TILE, rounding_mode="floor")
-        return [every[tile == t] for t in range(len(one.pixels))]
     if family.ragged:  # each temporal step
         return list(every.chunk(one.size[0]))
-    if (family.name, one.kind) == ("video_llava", "video"):  # a frame, without CLS
-        return [frame[1:] for frame in every.chunk(FRAMES)]
-    return [every]
+    if one.kind == "video":  # a frame, without the CLS of Video-LLaVA and the last newline of LLaVA-OneVision
+        frames = every[: one.count // FRAMES * FRAMES].chunk(FRAMES)
+        return [frame[1:] if family.name == "video_llava" else frame for frame in frames]
+    if family.tiles:  # a tile, or the image that they make together; not the newlines
+        source = sources(model, one.size, len(one.pixels))
+        if family.name == "llava_onevision":
+            return [every[source >= 0]]
+        return [every[source.div(TILE, rounding_mode="floor") == t] for t in range(len(one.pixels))]
+    if family.name == "internvl":  # a tile
+        return list(every.chunk(len(one.pixels)))
+    return [every[1:] if family.name == "postcard" else every]
 
 
 @dataclass
@@ -134,9 +139,9 @@ def enter(model: PreTrainedModel, family: Family, row: Sample) -> tuple[dict[str
     def projector(_: torch.nn.Module, args: tuple) -> None:
         features.append(args[0].flatten(0, 1))
 
-    handles = [model.model.language_model.register_forward_pre_hook(language_model, with_kwargs=True)]
-    if hasattr(model.model, "multi_modal_projector"):
-        handles.append(model.model.multi_modal_projector.register_forward_pre_hook(projector))
+    handles = [reader(model).register_forward_pre_hook(language_model, with_kwargs=True)]
+    if hasattr(core(model), "multi_modal_projector"):
+        handles.append(core(model).multi_modal_projector.register_forward_pre_hook(projector))
     try:
         model(**collate(family, [row], dtype=model.dtype), use_cache=False)
     finally:
@@ -163,7 +168,7 @@ def shorten(model: PreTrainedModel, family: Family, row: Sample, options: Option
             x, project = embeds[here[unit]], torch.nn.Identity()
             if family.name in ("llava", "llava_next"):  # before the projector
                 cell = sources(model, one.size, len(one.pixels))[unit] if family.tiles else unit
-                x, project = features[done["features"] + cell], model.model.multi_modal_projector
+                x, project = features[done["features"] + cell], core(model).multi_modal_projector
             rows, index = compress(x, budget(options.keep, v, len(unit), options), options, options.layout)
             at.append(here[unit[index]])
             place.append(here[unit[: len(rows)]] if options.layout == "append" else at[-1])
@@ -197,7 +202,7 @@ def language(model: PreTrainedModel, prompt: Prompt, generated: list[int], optio
 
     Returns the logits [1 + len(generated), V] from the prompt's end on, and which of its rows stay [L].
     """
-    text = model.model.language_model
+    text = reader(model)
     L, extra = len(prompt.embeds), len(generated)
     hidden = torch.cat([prompt.embeds, text.embed_tokens(torch.tensor(generated, dtype=torch.long))])[None]
     ahead = prompt.following + torch.arange(extra)
@@ -209,6 +214,9 @@ def language(model: PreTrainedModel, prompt: Prompt, generated: list[int], optio
             if positions.ndim == 1:  # renumbered, as after the first stage
                 positions = kept.cumsum(0) - 1
         allowed = torch.ones(L + extra, L + extra, dtype=torch.bool).tril() & kept
+        if slides(text.config, i):  # over what the layer gets to see
+            number = kept.cumsum(0)
+            allowed &= number[:, None] - number < text.config.sliding_window
         allowed |= torch.eye(L + extra, dtype=torch.bool)  # so that no row is empty; nobody reads dropped rows
         mask = torch.zeros(L + extra, L + extra, dtype=hidden.dtype)
         mask = mask.masked_fill(~allowed, torch.finfo(hidden.dtype).min)[None, None]
@@ -218,6 +226,11 @@ def language(model: PreTrainedModel, prompt: Prompt, generated: list[int], optio
         if i < len(prompt.deep):
             hidden[0, :L] += prompt.deep[i] * kept[:L, None]
     return model.lm_head(text.norm(hidden[:, L - 1 :]))[0], kept[:L]
+
+
+def slides(config: Any, layer: int) -> bool:
+    types = getattr(config, "layer_types", None)
+    return bool(types) and types[layer] == "sliding_attention"
 
 
 def second_stage(hidden: Tensor, groups: list[tuple[Tensor, int]], options: Options) -> tuple[Tensor, Tensor]:
