@@ -1,0 +1,171 @@
+"""The host side of the Triton backend: how many launches, how much memory, and that neither looks at the data."""
+
+import subprocess
+import sys
+from collections.abc import Callable
+
+import pytest
+import torch
+from data import DTYPES, tokens
+from torch import Tensor
+
+import apet_kernels
+
+pytest.importorskip("triton")
+from apet_kernels.triton_kernels import launch
+
+B, N, D, K = 3, 70, 24, 20
+CU, CU_KEEP = torch.tensor([0, 9, 9, 70], dtype=torch.int32), torch.tensor([0, 4, 4, 20], dtype=torch.int32)
+LAYOUTS = ("inplace", "overwrite", "append")
+
+
+def build(op: str, x: Tensor, M: int = 4, layout: str = "inplace", **options) -> launch.Call:
+    """The launches of one of the ops on x [B, N, D], whatever its device and its data."""
+    options["device_class"] = "interpreter"
+    if op == "score":
+        return launch.score(x, M, **options)
+    if op == "merge":
+        indices = torch.arange(K, device=x.device).expand(x.shape[0], K)
+        return launch.merge(x, indices, targets=indices > 3, **options)
+    if op == "compress":
+        return launch.compress(x, K, M, layout=layout, **options)
+    cu, cu_keep = CU.to(x.device), CU_KEEP.to(x.device)
+    return launch.compress_varlen(x[0], cu, cu_keep, K, N, K, M, layout=layout, **options)
+
+
+def names(call: launch.Call) -> list[str]:
+    return [one.kernel.__name__ for one in call.launches]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("M", [1, 10, 64])
+def test_m_plus_4_launches(M, layout):
+    x = torch.empty(B, N, D, device="meta")
+    for op in ("compress", "compress_varlen"):
+        for select in ("fps", "qr"):
+            made = names(build(op, x, M, layout, select=select))
+            assert made == ["s1_norms", *["s1_s3_step"] * M, "s4_topk", "s5_assign", "s5_mean"]
+    assert names(build("score", x, M)) == ["s1_norms", *["s1_s3_step"] * M]
+    assert names(build("merge", x)) == ["s1_norms", "s5_rows", "s5_assign", "s5_mean"]
+
+
+def test_a_call_runs_what_was_built(monkeypatch):
+    """No launch but those of the list: what is counted above is what a GPU sees."""
+    ran = []
+    monkeypatch.setattr(launch.Launch, "run", lambda self: ran.append(self.kernel.__name__))
+    x = tokens(B, N, D)
+    for op, call in calls(x).items():
+        ran.clear()
+        call()
+        assert ran == names(build(op, x)), op
+
+
+def calls(x: Tensor) -> dict[str, Callable]:
+    """The public functions on x, with the arguments of `build`."""
+    at = torch.arange(K).expand(B, K)
+    return {
+        "compress": lambda: apet_kernels.compress(x, K, 4, backend="triton"),
+        "compress_varlen": lambda: apet_kernels.compress_varlen(x[0], CU, CU_KEEP, K, N, K, 4, backend="triton"),
+        "score": lambda: apet_kernels.score(x, 4, backend="triton"),
+        "merge": lambda: apet_kernels.merge(x, at, targets=at > 3, backend="triton"),
+    }
+
+
+def described(call: launch.Call) -> list:
+    """All that a call asks of a GPU, but for values: programs, numbers, and the form of every tensor."""
+    form = [
+        (
+            one.kernel.__name__,
+            one.programs,
+            one.constants,
+            one.options,
+            {k: (a.shape, a.stride(), a.dtype) if isinstance(a, Tensor) else a for k, a in one.args.items()},
+        )
+        for one in call.launches
+    ]
+    return [form, [(r.shape, r.dtype) for r in call.results], call.workspace_bytes]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("op", ["compress", "compress_varlen", "score", "merge"])
+def test_nothing_depends_on_data(op, layout):
+    """Tensors with no data at all give the same launches, programs, sizes and numbers: nothing came to the host."""
+    expected = described(build(op, torch.empty(B, N, D, device="meta"), layout=layout))
+    for x in (tokens(B, N, D), torch.zeros(B, N, D), torch.full((B, N, D), torch.nan)):
+        assert described(build(op, x, layout=layout)) == expected
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("B", "N", "D", "M", "K"), [(1, 16384, 3584, 10, 1638), (64, 576, 1024, 64, 288), (2, 3, 5, 1, 2)]
+)
+def test_workspace(B, N, D, M, K, dtype):
+    """It is O(N M), all of it is counted, and 24 numbers a token beside y are the most that it takes."""
+    x = torch.empty(B, N, D, dtype=dtype, device="meta")
+    call = launch.compress(x, K, M, device_class="interpreter")
+    assert call.workspace_bytes <= B * (N * (4 * M + 96) + 8 * K + 4 * M * M + 8 * M + 8 * 1024)
+    given = {t.untyped_storage()._cdata for t in (x, *call.results)}
+    used = [a.untyped_storage() for one in call.launches for a in one.args.values() if isinstance(a, Tensor)]
+    made = {storage._cdata: storage.nbytes() for storage in used if storage._cdata not in given}
+    assert sum(made.values()) == call.workspace_bytes
+
+
+def run(script: str, **environment: str) -> None:
+    """In a fresh Python, as its users have it."""
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=False, env={"PATH": "", **environment}
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_import_stays_light():
+    """Nothing of Triton before a call needs it: not by importing, nor by a call on the CPU."""
+    run("""
+import sys, torch, apet_kernels
+apet_kernels.compress(torch.arange(60.0).reshape(1, 12, 5).sin(), 4, 2)
+loaded = [m for m in sys.modules if m.split(".")[0] == "triton" or "triton_kernels" in m]
+assert not loaded, loaded
+""")
+
+
+WITHOUT = """
+import sys
+sys.modules["triton"] = None  # what Python makes of a package that is not there
+import torch, apet_kernels
+x = torch.arange(60.0).reshape(1, 12, 5).sin()
+"""
+
+
+def test_without_triton():
+    run(
+        WITHOUT
+        + """
+why = apet_kernels.backends()["triton"]
+assert "pip install apet-kernels[triton]" in why and why.startswith("Triton"), why
+try:
+    apet_kernels.compress(x, 4, 2, backend="triton")
+except ValueError as error:
+    assert why in str(error) and "\\n" not in str(error), error
+else:
+    raise AssertionError("backend='triton' ran")
+a, b = apet_kernels.compress(x, 4, 2), apet_kernels.reference.compress(x, 4, 2)
+assert a[1].equal(b[1])
+"""
+    )
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu():
+    """Triton is there, but has nothing to run on."""
+    run("""
+import torch, apet_kernels
+why = apet_kernels.backends()["triton"]
+assert "no GPU" in why, why
+x = torch.zeros(1, 12, 5)
+try:
+    apet_kernels.compress(x, 4, 2, backend="triton")
+except ValueError as error:
+    assert why in str(error), error
+else:
+    raise AssertionError("backend='triton' ran")
+""")
