@@ -162,7 +162,7 @@ APET_API const char* apet_isa_name(apet_isa isa);
  * other thread is between apet_cpu_plan and apet_cpu_run: plans differ. APET_NO_ISA where it is missing. */
 APET_API apet_status apet_cpu_use_isa(apet_isa isa);
 
-/* ---- CUDA: csrc/cuda, a library of its own (libapet_cuda), for the current device of the calling thread ------------- */
+/* ---- CUDA: csrc/cuda, a library of its own (libapet_cuda), for the calling thread's current device ---------------- */
 
 /* How an image is taken through the stages. A *group* of CTAs owns an image; its rows are cut into one slice a CTA. */
 typedef enum apet_cuda_path {
@@ -189,6 +189,7 @@ typedef struct apet_gpu_plan {
   int32_t slice;          /* rows of the longest image that a CTA owns */
   int32_t resident;       /* of which so many stay in shared memory; the others are read again from L2 */
   int32_t state_shared;   /* 1: y, norms and distances lie in shared memory, 0: in the workspace */
+  int32_t basis_shared;   /* 1: the basis token of a step is copied to shared memory, 0: its row is too long */
   int32_t tile;           /* s5 as its own launch: rows of a tile, else 0 */
   int32_t select_shared;  /* bytes of shared memory of a CTA of the first launch */
   int32_t merge_shared;   /* and of the second, 0 without one */
@@ -203,9 +204,9 @@ typedef struct apet_gpu_plan {
 APET_API apet_status apet_cuda_plan(const apet_problem* problem, const apet_cuda_wish* wish, apet_gpu_plan* plan);
 
 /* Enqueues it on `stream` (a cudaStream_t) of the current device. Pointers are device memory; plan is what
- * apet_cuda_plan made of the same problem on this device. Never synchronises, safe under stream capture. The workspace's
- * contents do not matter; it must stay untouched until the launches are done. An image gives the same bits on every path
- * and in any call of this device. */
+ * apet_cuda_plan made of the same problem on this device. Never synchronises, safe under stream capture. The
+ * workspace's contents do not matter; it must stay untouched until the launches are done. An image gives the same bits
+ * on every path and in any call of this device. */
 APET_API apet_status apet_cuda_run(const apet_problem* problem, const apet_tensors* tensors, const apet_gpu_plan* plan,
                                    void* workspace, size_t workspace_bytes, void* stream);
 

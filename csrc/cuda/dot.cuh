@@ -1,0 +1,86 @@
+// 16-byte chunks of a row, and the dot product that every path shares.
+//
+//   lane l of a warp takes chunks l, l + 32, l + 64, ... of the row:      one float32 sum a lane, fma by fma;
+//   then an xor-shuffle tree over the lanes: 16, 8, 4, 2, 1.
+//
+// So the order of the sum follows from D and the dtype alone, and not from where the row lies, how it is aligned, which
+// rows share the warp, or how an image is cut. ||x||^2 is the same routine with x on both sides: a copy of a basis token
+// has ||x||^2 = x.p = ||p||^2 to the bit, and with that distance 0.
+#pragma once
+#include "call.cuh"
+
+namespace apet::cuda {
+
+template <class T>
+struct alignas(16) Chunk {
+  static constexpr int kSize = 16 / sizeof(T);
+  T v[kSize];
+};
+
+__device__ __forceinline__ float widen(float v) { return v; }
+__device__ __forceinline__ float widen(__half v) { return __half2float(v); }
+__device__ __forceinline__ float widen(__nv_bfloat16 v) { return __bfloat162float(v); }
+__device__ __forceinline__ void narrow(float& to, float v) { to = v; }
+__device__ __forceinline__ void narrow(__half& to, float v) { to = __float2half_rn(v); }
+__device__ __forceinline__ void narrow(__nv_bfloat16& to, float v) { to = __float2bfloat16_rn(v); }
+
+// Chunk k of a row of dim elements; whole: the row is made of whole aligned chunks. Past the end: zeros.
+template <class T>
+__device__ __forceinline__ Chunk<T> load_chunk(const T* row, int64_t k, int dim, bool whole) {
+  if (whole) return reinterpret_cast<const Chunk<T>*>(row)[k];
+  Chunk<T> chunk = {};
+#pragma unroll
+  for (int i = 0; i < Chunk<T>::kSize; i++)
+    if (k * Chunk<T>::kSize + i < dim) chunk.v[i] = row[k * Chunk<T>::kSize + i];
+  return chunk;
+}
+
+template <class T>
+__device__ __forceinline__ void store_chunk(T* row, int64_t k, int dim, bool whole, const Chunk<T>& chunk) {
+  if (whole) {
+    reinterpret_cast<Chunk<T>*>(row)[k] = chunk;
+    return;
+  }
+#pragma unroll
+  for (int i = 0; i < Chunk<T>::kSize; i++)
+    if (k * Chunk<T>::kSize + i < dim) row[k * Chunk<T>::kSize + i] = chunk.v[i];
+}
+
+template <class T>
+__host__ __device__ constexpr int chunks_of(int64_t dim) {
+  return (int)((dim + Chunk<T>::kSize - 1) / Chunk<T>::kSize);
+}
+
+// Rows that a warp takes at once: each chunk of the candidate is widened once for all of them.
+constexpr int kRows = 4;
+
+// sum[r] = row[r] . p, in every lane; kSelf: row[r] . row[r].
+template <class T, bool kSelf>
+__device__ __forceinline__ void dots(const T* const (&row)[kRows], bool whole, const T* p, bool p_whole, int dim,
+                                     float (&sum)[kRows]) {
+#pragma unroll
+  for (int r = 0; r < kRows; r++) sum[r] = 0;
+#pragma unroll 2
+  for (int k = threadIdx.x % 32; k < chunks_of<T>(dim); k += 32) {
+    float b[Chunk<T>::kSize];
+    if constexpr (!kSelf) {
+      const Chunk<T> chunk = load_chunk(p, k, dim, p_whole);
+#pragma unroll
+      for (int i = 0; i < Chunk<T>::kSize; i++) b[i] = widen(chunk.v[i]);
+    }
+#pragma unroll
+    for (int r = 0; r < kRows; r++) {
+      const Chunk<T> chunk = load_chunk(row[r], k, dim, whole);
+#pragma unroll
+      for (int i = 0; i < Chunk<T>::kSize; i++) {
+        const float a = widen(chunk.v[i]);
+        sum[r] = __fmaf_rn(a, kSelf ? a : b[i], sum[r]);
+      }
+    }
+  }
+#pragma unroll
+  for (int r = 0; r < kRows; r++)
+    for (int step = 16; step; step >>= 1) sum[r] = __fadd_rn(sum[r], __shfl_xor_sync(kAllLanes, sum[r], step));
+}
+
+}  // namespace apet::cuda

@@ -1,0 +1,5 @@
+#include "kernels.cuh"
+
+namespace apet::cuda {
+const Kernels kFloat32 = kernels_of<float>();
+}

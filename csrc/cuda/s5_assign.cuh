@@ -1,0 +1,185 @@
+// s5, first half: the merge target of every dropped token, arg max_t x.t / ||t|| (the length of x changes no arg-max).
+//
+//                 targets (kColumns of them)            a warp owns kFragM x kFragN matrix instructions of 16 x 8;
+//               +-------+-------+                       steps of 128 bytes of D, three in flight in shared memory
+//     dropped   | warp  | warp  |
+//     (kTile)   +-------+-------+  -> x.t / ||t||, largest of the row -> packed key -> one atomicMax a row
+//               | warp  | warp  |
+//               +-------+-------+
+//
+// The [dropped, targets] matrix exists nowhere. A product is one float32 accumulator over ascending D: the hardware's
+// order inside a matrix instruction of 16 elements (16-bit tokens), or fma by fma (float32, IEEE: never tf32). So no tile
+// changes a bit of it, and the arg-max is over integers: similarity, then the lower target.
+#pragma once
+#include "dot.cuh"
+#include "s1_s3_select.cuh"
+
+namespace apet::cuda {
+
+constexpr int kStepBytes = 128;             // of D a step
+constexpr int kStagePitch = kStepBytes + 16;  // 9 words of 16 bytes: 8 rows of a matrix lie in different banks
+constexpr int kStages = 3;
+
+// kWarpsM x kWarpsN warps, each with 16 kFragM dropped tokens x 8 kFragN targets.
+template <int kWarpsM_, int kWarpsN_, int kFragM_, int kFragN_>
+struct Tile {
+  static constexpr int kWarpsM = kWarpsM_, kWarpsN = kWarpsN_, kFragM = kFragM_, kFragN = kFragN_;
+  static constexpr int kRows = kWarpsM * kFragM * 16, kColumns = kWarpsN * kFragN * 8;
+  static constexpr int kThreads = kWarpsM * kWarpsN * 32;
+  // Buffers, and the lists of a tile: positions of dropped tokens and of targets, and the scales of the targets.
+  template <bool kResident>
+  static constexpr int shared_bytes() {
+    return kStages * ((kResident ? 0 : kRows) + kColumns) * kStagePitch + (kRows + 2 * kColumns) * 4;
+  }
+};
+using SmallTile = Tile<2, 2, 2, 4>;  // 64 x 64: enough tiles for a small image
+using LargeTile = Tile<2, 4, 4, 4>;  // 128 x 128: half the bytes from L2 a product
+using FusedTile = Tile<3, 4, 2, 4>;  // 96 x 128: a CTA's slice at once, with the 12 warps of `select`
+
+// A float's bits so that they ascend with it; -0 as +0, NaN below all.
+__device__ __forceinline__ uint32_t ordered(float v) {
+  if (v != v) return 0;
+  const uint32_t bits = __float_as_uint(__fadd_rn(v, 0));
+  return bits >> 31 ? ~bits : bits | 0x80000000u;
+}
+
+// acc += the products over 32 bytes of D: a[i], b[j] are the shared rows that this lane loads from (rows_of_lane).
+template <class T, class Tl>
+__device__ __forceinline__ void multiply(float (&acc)[Tl::kFragM][Tl::kFragN][4], const unsigned char* const* a,
+                                         const unsigned char* const* b, int at_a, int at_b) {
+  if constexpr (sizeof(T) == 2) {
+    uint32_t fa[Tl::kFragM][4], fb[Tl::kFragN / 2][4];
+#pragma unroll
+    for (int i = 0; i < Tl::kFragM; i++) ldmatrix_x4(fa[i], a[i] + at_a);
+#pragma unroll
+    for (int j = 0; j < Tl::kFragN / 2; j++) ldmatrix_x4(fb[j], b[j] + at_b);
+#pragma unroll
+    for (int i = 0; i < Tl::kFragM; i++)
+#pragma unroll
+      for (int j = 0; j < Tl::kFragN; j++) {
+        const uint32_t pair[2] = {fb[j / 2][j % 2 * 2], fb[j / 2][j % 2 * 2 + 1]};
+        mma_16816<T>(acc[i][j], fa[i], pair);
+      }
+  } else {
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+      Chunk<T> fa[Tl::kFragM * 2], fb[Tl::kFragN * 2];
+#pragma unroll
+      for (int i = 0; i < Tl::kFragM * 2; i++) fa[i] = *reinterpret_cast<const Chunk<T>*>(a[i] + at_a + 16 * half);
+#pragma unroll
+      for (int j = 0; j < Tl::kFragN * 2; j++) fb[j] = *reinterpret_cast<const Chunk<T>*>(b[j] + at_b + 16 * half);
+#pragma unroll
+      for (int k = 0; k < 4; k++)
+#pragma unroll
+        for (int i = 0; i < Tl::kFragM; i++)
+#pragma unroll
+          for (int j = 0; j < Tl::kFragN; j++)
+#pragma unroll
+            for (int c = 0; c < 4; c++)
+              acc[i][j][c] = __fmaf_rn(fa[i * 2 + c / 2].v[k], fb[j * 2 + c % 2].v[k], acc[i][j][c]);
+    }
+  }
+}
+
+// One tile: dropped tokens [r0, r_end) and targets from t0 on, of as many as the tile has. Raises best[dropped].
+// kResident: the dropped tokens are resident rows of `slice`; else they are staged like the targets.
+template <class T, class Tl, bool kResident>
+__device__ inline void s5_assign(const Call& call, const Image& image, const Slice<T>* slice, int r0, int r_end, int t0,
+                                 unsigned char* shared) {
+  constexpr int kStaged = (kResident ? 0 : Tl::kRows) + Tl::kColumns;  // rows of a stage: dropped, then targets
+  unsigned char* stages = shared;
+  int* dropped = reinterpret_cast<int*>(stages + kStages * kStaged * kStagePitch);  // positions; -1: none
+  int* target = dropped + Tl::kRows;
+  float* scale = reinterpret_cast<float*>(target + Tl::kColumns);
+  const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32;
+  const T* x = static_cast<const T*>(call.at.x) + image.base;
+
+  __syncthreads();  // the tile before this one is done with the buffers
+  for (int r = thread; r < Tl::kRows; r += Tl::kThreads)
+    dropped[r] = r0 + r < r_end ? __ldcg(call.dropped + image.token + r0 + r) : -1;
+  for (int t = thread; t < Tl::kColumns; t += Tl::kThreads) {
+    const bool there = t0 + t < image.targets;
+    target[t] = there ? __ldcg(call.target + image.row + t0 + t) : -1;
+    scale[t] = there ? __ldcg(call.target_scale + image.row + t0 + t) : 0;
+  }
+  __syncthreads();
+
+  const int chunks = chunks_of<T>(call.dim);
+  const int slabs = (int)round_up((int64_t)chunks * 16, 32) / 32;  // of 32 bytes: one matrix instruction deep
+  const int steps = (slabs * 32 + kStepBytes - 1) / kStepBytes;
+  const auto load = [&](int step) {
+    if (step < steps) {
+      unsigned char* stage = stages + step % kStages * kStaged * kStagePitch;
+      for (int i = thread; i < kStaged * (kStepBytes / 16); i += Tl::kThreads) {
+        const int r = i / (kStepBytes / 16), k = i % (kStepBytes / 16);
+        const int position = kResident || r >= Tl::kRows ? target[r - (kResident ? 0 : Tl::kRows)] : dropped[r];
+        const int chunk = step * (kStepBytes / 16) + k;
+        const bool valid = position >= 0 && chunk < chunks;
+        const T* row = x + max(position, 0) * call.stride_xn;
+        void* to = stage + r * kStagePitch + k * 16;
+        if (call.whole_in) copy_async_16(to, valid ? row + (int64_t)chunk * Chunk<T>::kSize : row, valid);
+        else *static_cast<Chunk<T>*>(to) = valid ? load_chunk(row, chunk, call.dim, false) : Chunk<T>{};
+      }
+    }
+    copy_async_commit();  // an empty group past the end: every step waits for the same count
+  };
+
+  // The rows this lane loads from: of a matrix (16-bit), or of its own sums (float32).
+  constexpr bool kMatrix = sizeof(T) == 2;
+  constexpr int kRowsA = kMatrix ? Tl::kFragM : Tl::kFragM * 2, kRowsB = kMatrix ? Tl::kFragN / 2 : Tl::kFragN * 2;
+  const int warp_row = warp / Tl::kWarpsN * Tl::kFragM * 16, warp_column = warp % Tl::kWarpsN * Tl::kFragN * 8;
+  const unsigned char *a[kRowsA], *b[kRowsB];
+#pragma unroll
+  for (int i = 0; i < kRowsA; i++) {
+    const int r = warp_row + (kMatrix ? i * 16 + lane % 16 : i * 8 + lane / 4);
+    if constexpr (kResident)
+      a[i] = reinterpret_cast<unsigned char*>(slice->resident_row(call, dropped[r] >= 0 ? dropped[r] - slice->first : 0));
+    else
+      a[i] = stages + r * kStagePitch;
+    if (kMatrix) a[i] += lane / 16 * 16;
+  }
+#pragma unroll
+  for (int j = 0; j < kRowsB; j++) {
+    const int t = warp_column + (kMatrix ? j * 16 + lane % 8 + lane / 16 * 8 : j / 2 * 8 + lane % 4 * 2 + j % 2);
+    b[j] = stages + ((kResident ? 0 : Tl::kRows) + t) * kStagePitch + (kMatrix ? lane / 8 % 2 * 16 : 0);
+  }
+
+  float acc[Tl::kFragM][Tl::kFragN][4] = {};
+  const bool busy = r0 + warp_row < r_end && t0 + warp_column < image.targets;
+  for (int step = 0; step < kStages - 1; step++) load(step);
+  for (int step = 0; step < steps; step++) {
+    copy_async_wait<kStages - 2>();
+    __syncthreads();  // this step is there for everybody, and everybody is done with the one before
+    load(step + kStages - 1);
+    const int stage = step % kStages * kStaged * kStagePitch;
+    if (busy) {
+#pragma unroll
+      for (int k = 0; k < kStepBytes; k += 32)
+        if (step * kStepBytes + k < slabs * 32)
+          multiply<T, Tl>(acc, a, b, kResident ? step * kStepBytes + k : stage + k, stage + k);
+    }
+  }
+  copy_async_wait<0>();
+  if (!busy) return;
+
+  // acc[i][j][c] is row i * 16 + c / 2 * 8 + lane / 4, column j * 8 + lane % 4 * 2 + c % 2 of the warp's part.
+#pragma unroll
+  for (int i = 0; i < Tl::kFragM; i++)
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+      Key best = 0;
+#pragma unroll
+      for (int j = 0; j < Tl::kFragN; j++)
+#pragma unroll
+        for (int c = 0; c < 2; c++) {
+          const int t = warp_column + j * 8 + lane % 4 * 2 + c;
+          if (target[t] >= 0) best = larger(best, pack(ordered(__fmul_rn(acc[i][j][half * 2 + c], scale[t])), t0 + t));
+        }
+      best = larger(best, __shfl_xor_sync(kAllLanes, best, 1));
+      best = larger(best, __shfl_xor_sync(kAllLanes, best, 2));
+      const int r = warp_row + i * 16 + half * 8 + lane / 4;
+      if (lane % 4 == 0 && dropped[r] >= 0) atomicMax(call.best + image.token + r0 + r, best);
+    }
+}
+
+}  // namespace apet::cuda
