@@ -1,12 +1,17 @@
 """Builds the compiled libraries: setuptools calls CMake, CMake writes Ninja files, CMakeLists.txt lists the sources.
 
 What is missing is left out, with one sentence that says so (`pip install -v` shows it):
-no compiler -> a pure wheel, whose ops run on the reference; no torch headers -> everything but the torch binding.
+no compiler -> a pure wheel, whose ops run on the reference; no torch headers -> everything but the torch binding;
+no nvcc, or a torch without CUDA -> no CUDA kernels.
 
 Build arguments, from the environment as CMake's and torch's builders know them:
   CXX, CXXFLAGS, CMAKE_ARGS   the compiler, its flags, and anything for CMake (-DTORCH_DIR=..., -DAPET_SANITIZE=...)
   MAX_JOBS                    how many compilers run at once
-  APET_REQUIRE_NATIVE=1       fail, instead of leaving something out
+  APET_CUDA_ARCHS             the GPUs that the CUDA kernels are compiled for: "default", "native" (those of this
+                              machine), a list as of CMAKE_CUDA_ARCHITECTURES ("80-real;90"), or "none". Unset:
+                              "default" where torch has CUDA and there is an nvcc, else "none"
+  CUDACXX                     the nvcc, where it is neither on PATH nor in CUDA_HOME or /usr/local/cuda
+  APET_REQUIRE_NATIVE=1       fail, instead of leaving something out (CUDA kernels: if APET_CUDA_ARCHS asks for them)
 """
 
 from __future__ import annotations
@@ -74,6 +79,32 @@ def find_torch() -> Path | None:
     return None
 
 
+def find_nvcc() -> str | None:
+    if "CUDACXX" in os.environ:
+        return find_program(os.environ["CUDACXX"])
+    homes = [os.environ.get("CUDA_HOME"), "/usr/local/cuda"]
+    return find_program("nvcc", *(f"{home}/bin/nvcc" for home in homes if home))
+
+
+def cuda_archs(torch: Path | None, nvcc: str | None) -> str:
+    """What CMake is told as APET_CUDA_ARCHS; empty: no CUDA kernels."""
+    wanted = os.environ.get("APET_CUDA_ARCHS", "")
+    if wanted == "none":
+        return ""
+    if wanted:
+        if not nvcc:
+            leave_out(f"there is no nvcc, so the CUDA kernels that APET_CUDA_ARCHS={wanted} asks for are left out.")
+        return wanted if nvcc else ""
+    # Compiling takes minutes: unasked, only where a torch will run the result.
+    if not torch or not re.search(r"^cuda\b.*= '", (torch / "version.py").read_text(), re.MULTILINE):
+        return ""
+    if not nvcc:
+        print("apet-kernels: torch has CUDA but there is no nvcc: the CUDA kernels are left out.", file=sys.stderr)
+        return ""
+    print("apet-kernels: compiling the CUDA kernels (minutes; APET_CUDA_ARCHS=native or none: fewer)", file=sys.stderr)
+    return "default"
+
+
 def commit() -> str:
     """The commit of this checkout, "-dirty" if files differ from it; in an sdist the one that it was made from."""
 
@@ -94,12 +125,8 @@ class CMakeBuild(build_ext):
     def run(self) -> None:
         import pybind11
 
-        # A folder that outlives pip's temporary ones, so that a rebuild compiles only what changed; one for each of the
-        # things that CMake does not notice when they change.
-        key = [str(ROOT), *(os.environ.get(name, "") for name in ("CXX", "CXXFLAGS", "CMAKE_ARGS"))]
-        folder = ROOT / "build" / f"{sys.implementation.cache_tag}-{zlib.crc32(repr(key).encode()):08x}"
         package = Path(self.get_ext_fullpath("apet_kernels._host")).parent.resolve()
-        cmake, torch = find_program("cmake"), find_torch()
+        cmake, torch, nvcc = find_program("cmake"), find_torch(), find_nvcc()
         arguments = shlex.split(os.environ.get("CMAKE_ARGS", ""))
         jobs = os.environ.get("MAX_JOBS")
         if not torch and not any(argument.startswith("-DTORCH_DIR=") for argument in arguments):
@@ -113,7 +140,15 @@ class CMakeBuild(build_ext):
             "pybind11_DIR": pybind11.get_cmake_dir(),
             "TORCH_DIR": torch or "",
             "APET_COMMIT": commit(),
+            "APET_CUDA_ARCHS": cuda_archs(torch, nvcc),
         }
+        if variables["APET_CUDA_ARCHS"]:
+            variables["CMAKE_CUDA_COMPILER"] = nvcc
+        # A folder that outlives pip's temporary ones, so that a rebuild compiles only what changed; one for each of the
+        # things that CMake does not notice when they change.
+        key = [str(ROOT), *(os.environ.get(name, "") for name in ("CXX", "CXXFLAGS", "CMAKE_ARGS"))]
+        key += [variables["CMAKE_CUDA_COMPILER"]] if "CMAKE_CUDA_COMPILER" in variables else []
+        folder = ROOT / "build" / f"{sys.implementation.cache_tag}-{zlib.crc32(repr(key).encode()):08x}"
         arguments = [f"-D{name}={value}" for name, value in variables.items()] + arguments
         subprocess.check_call([cmake, "-S", ROOT, "-B", folder, "-G", "Ninja", *arguments])
         subprocess.check_call([cmake, "--build", folder, *(["--parallel", jobs] if jobs else [])])

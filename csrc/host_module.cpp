@@ -93,6 +93,7 @@ PYBIND11_MODULE(_host, m) {
     d["build_type"] = APET_BUILD_TYPE;
     d["cpu_isas"] = APET_BUILD_ISAS;
     d["cuda_archs"] = APET_BUILD_CUDA_ARCHS;
+    d["cuda_compiler"] = APET_BUILD_CUDA_COMPILER;
     d["torch_headers"] = APET_BUILD_TORCH;
     return d;
   });

@@ -89,14 +89,20 @@ void set_basis(apet_problem& p, int64_t basis, const std::string& select, int64_
 // Runs a call on the device of x, which lends its allocator; the one thing that a binding defines.
 void run(const apet_problem& problem, const apet_tensors& tensors, const Tensor& x);
 
-std::tuple<Tensor, Tensor> compress(const Tensor& x, int64_t keep, int64_t basis, std::string layout,
-                                    std::string select, int64_t start, double ridge, double blend) {
+apet_problem compress_problem(const Tensor& x, int64_t keep, int64_t basis, const std::string& layout,
+                              const std::string& select, int64_t start, double ridge, double blend) {
   apet_problem p = problem_of(APET_COMPRESS, x, false);
   set_basis(p, basis, select, start, ridge);
   p.layout = layout_of(layout);
   p.keep = keep;
   p.blend = blend;
   check(p, apet_check(&p));
+  return p;
+}
+
+std::tuple<Tensor, Tensor> compress(const Tensor& x, int64_t keep, int64_t basis, std::string layout,
+                                    std::string select, int64_t start, double ridge, double blend) {
+  const apet_problem p = compress_problem(x, keep, basis, layout, select, start, ridge, blend);
   const int64_t rows = keep + (p.layout == APET_APPEND ? basis : 0);
   Tensor tokens = torch::stable::new_empty(x, {p.images, rows, p.dim});
   Tensor indices = torch::stable::new_empty(x, {p.images, rows}, ScalarType::Long);

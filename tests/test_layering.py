@@ -10,7 +10,7 @@ import pytest
 from apet_kernels import reference
 
 ROOT = Path(__file__).parents[1]
-TO_TORCH = {"torch_binding.cpp", "torch_ops.h"}
+TO_TORCH = {"torch_binding.cpp", "cuda_torch_binding.cpp", "torch_ops.h"}
 BINDINGS = TO_TORCH | {"host_module.cpp"}
 STAGES = ("s1_basis", "s2_solve", "s3_residual", "s4_topk", "s5_merge")
 

@@ -6,12 +6,14 @@ import ctypes
 import email
 import os
 import re
+import runpy
 import shutil
 import subprocess
 import sys
 import tarfile
 import venv
 import zipfile
+from collections.abc import Callable
 from importlib import metadata, util
 from pathlib import Path
 
@@ -86,18 +88,27 @@ def test_cmake_lists_every_source():
 # ---- the torch-free library ------------------------------------------------------------------------------------------
 
 
+def exported(library: Path) -> set[str]:
+    return {line.split()[-1] for line in run("nm", "-D", "--defined-only", library).splitlines()}
+
+
 @needs_library
-def test_library_exports_exactly_its_header():
+@pytest.mark.parametrize("library", sorted({LIBRARY, *PACKAGE.glob("libapet_cuda.so")}), ids=lambda path: path.stem)
+def test_library_exports_exactly_its_part_of_the_header(library: Path):
     declared = set(re.findall(r"^APET_API [^;]*?\b(apet_\w+)\(", HEADER.read_text(), re.M))
-    exported = {line.split()[-1] for line in run("nm", "-D", "--defined-only", LIBRARY).splitlines()}
-    assert exported == declared
+    cuda = {name for name in declared if name.startswith("apet_cuda_")}
+    assert cuda
+    assert exported(library) == (declared - cuda if library == LIBRARY else cuda)
 
 
 @needs_library
-def test_library_needs_no_torch_and_no_python():
-    needed = set(re.findall(r"\(NEEDED\).*\[(\w+)", run("readelf", "-d", LIBRARY)))
-    assert needed <= {"libstdc", "libgcc_s", "libc", "libm", "libpthread", "ld-linux-x86-64"}
-    assert "torch" not in run("nm", "-D", "--undefined-only", LIBRARY)
+@pytest.mark.parametrize("library", sorted({LIBRARY, *PACKAGE.glob("libapet_cuda.so")}), ids=lambda path: path.stem)
+def test_library_needs_no_torch_and_no_python(library: Path):
+    """Nor a CUDA runtime, which is linked into it."""
+    needed = set(re.findall(r"\(NEEDED\).*\[(\w+)", run("readelf", "-d", library)))
+    libraries = {"libstdc", "libgcc_s", "libc", "libm", "libpthread", "libdl", "librt", "ld-linux-x86-64"}
+    assert needed <= libraries | ({"libapet"} if library != LIBRARY else set())
+    assert "torch" not in run("nm", "-D", "--undefined-only", library)
 
 
 @needs_library
@@ -108,13 +119,11 @@ def test_bindings_keep_to_the_stable_abi(binding: Path):
     shims = [include / "stable/c/shim.h", include / "inductor/aoti_torch/c/shim.h"]
     declared = set(re.findall(r"\b((?:aoti_)?torch_\w+)\(", "\n".join(shim.read_text() for shim in shims)))
     assert len(declared) > 100
-    exported = set()
-    for library in {LIBRARY, *PACKAGE.glob("libapet_cuda.so")}:
-        exported |= {line.split()[-1] for line in run("nm", "-D", "--defined-only", library).splitlines()}
+    ours = exported(LIBRARY).union(*(exported(library) for library in PACKAGE.glob("libapet_cuda.so")))
     symbols = [line.split()[-1] for line in run("nm", "-D", "--undefined-only", binding).splitlines()]
     # With a version: the C and C++ runtimes'. With _ITM or __gmon: weak, of the compiler's start-up files.
     others = {name for name in symbols if "@" not in name and not name.startswith(("_ITM_", "__gmon_"))}
-    assert others - declared - exported == set()
+    assert others - declared - ours == set()
     assert others & declared, "the binding uses torch"
 
 
@@ -147,6 +156,58 @@ def test_header_compiles(tmp_path: Path, compiler: str, standard: str, suffix: s
     source.write_text('#include "apet.h"\nint main(void) { return apet_version() == 0; }\n')
     warnings = ["-Wall", "-Wextra", "-Wpedantic", "-Werror"]
     run(compiler, f"-std={standard}", *warnings, "-I", HEADER.parent, "-c", source, "-o", tmp_path / "use.o")
+
+
+# ---- whether CUDA kernels are built ----------------------------------------------------------------------------------
+
+NVCC = "/usr/local/cuda/bin/nvcc"
+
+
+@pytest.fixture
+def cuda_archs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str, str | None], str]:
+    """setup.py's rule, for a torch/version.py with this line and this nvcc."""
+    monkeypatch.setattr(sys, "argv", ["setup.py", "--name"])
+    monkeypatch.chdir(ROOT)
+    monkeypatch.delenv("APET_CUDA_ARCHS", raising=False)
+    rule = runpy.run_path("setup.py")["cuda_archs"]
+
+    def decide(line: str, nvcc: str | None) -> str:
+        (tmp_path / "version.py").write_text(f"__version__ = '2.13.0'\n{line}\n")
+        return rule(tmp_path, nvcc)
+
+    return decide
+
+
+@pytest.mark.parametrize(
+    ("line", "nvcc", "expected"),
+    [
+        ("cuda: Optional[str] = '13.0'", NVCC, "default"),
+        ("cuda = '12.8'", NVCC, "default"),
+        ("cuda: Optional[str] = None", NVCC, ""),
+        ("cuda: Optional[str] = None\nhip: Optional[str] = '7.0'", NVCC, ""),
+        ("cuda: Optional[str] = '13.0'", None, ""),
+    ],
+)
+def test_unasked_cuda_kernels_are_built_where_torch_runs_them(
+    cuda_archs: Callable, monkeypatch: pytest.MonkeyPatch, line: str, nvcc: str | None, expected: str
+):
+    monkeypatch.setenv("APET_REQUIRE_NATIVE", "1")  # concerns what is asked for
+    assert cuda_archs(line, nvcc) == expected
+
+
+def test_what_apet_cuda_archs_asks_for_is_built(
+    cuda_archs: Callable, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+):
+    cpu, cuda = "cuda: Optional[str] = None", "cuda: Optional[str] = '13.0'"
+    monkeypatch.setenv("APET_CUDA_ARCHS", "80-real;90")
+    assert cuda_archs(cpu, NVCC) == "80-real;90"
+    assert cuda_archs(cuda, None) == ""
+    assert "the CUDA kernels that APET_CUDA_ARCHS=80-real;90 asks for are left out" in capsys.readouterr().err
+    monkeypatch.setenv("APET_REQUIRE_NATIVE", "1")
+    with pytest.raises(SystemExit, match="APET_REQUIRE_NATIVE is set, but there is no nvcc"):
+        cuda_archs(cuda, None)
+    monkeypatch.setenv("APET_CUDA_ARCHS", "none")
+    assert cuda_archs(cuda, NVCC) == ""
 
 
 # ---- every way to install (slow) -------------------------------------------------------------------------------------

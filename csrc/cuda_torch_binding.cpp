@@ -1,0 +1,56 @@
+// The ops on CUDA tensors, as torch.ops.apet._cuda_*: apet_kernels/ops.py decides which tensors come here. Outputs and
+// workspace from torch's allocator, on its current stream; nothing here synchronises.
+#include <torch/csrc/stable/accelerator.h>
+
+#include "torch_ops.h"
+
+namespace {
+
+void check_cuda(const apet_problem& problem, const apet_gpu_plan& plan, apet_status status) {
+  require(status != APET_CUDA_FAILED, "the CUDA runtime refused the call: ", apet_cuda_error());
+  require(status != APET_NO_CUDA_PATH, plan.why);
+  check(problem, status);
+}
+
+apet_gpu_plan plan_for(const apet_problem& p) {
+  apet_gpu_plan plan = {};
+  check_cuda(p, plan, apet_cuda_plan(&p, nullptr, &plan));
+  return plan;
+}
+
+void run(const apet_problem& p, const apet_tensors& tensors, const Tensor& x) {
+  const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
+  const apet_gpu_plan plan = plan_for(p);
+  // Freed as soon as this returns, which is before the kernels run: torch's allocator hands it out again on this stream
+  // only, behind them. It aligns to 512 bytes.
+  Tensor workspace = torch::stable::new_empty(x, {(int64_t)plan.workspace_bytes}, ScalarType::Byte);
+  void* stream = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(x.get_device_index(), &stream));
+  check_cuda(p, plan, apet_cuda_run(&p, &tensors, &plan, workspace.mutable_data_ptr(), plan.workspace_bytes, stream));
+}
+
+const char* name_of(apet_cuda_path path) {
+  return path == APET_CUDA_FUSED ? "fused" : path == APET_CUDA_CLUSTER ? "cluster" : "groups";
+}
+
+// How compress would run, for apet_kernels.plan; the order of the schema in apet_kernels/ops.py.
+std::tuple<std::string, std::string, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, double> plan(
+    const Tensor& x, int64_t keep, int64_t basis, std::string layout, std::string select, int64_t start, double ridge,
+    double blend) {
+  const apet_problem p = compress_problem(x, keep, basis, layout, select, start, ridge, blend);
+  const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
+  const apet_gpu_plan g = plan_for(p);
+  return {g.why,         name_of(g.path), g.launches, g.group,
+          g.groups,      g.slice,         g.resident, (int64_t)g.workspace_bytes,
+          g.estimated_us};
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(apet, CUDA, m) {
+  m.impl("_cuda_compress", TORCH_BOX(&compress));
+  m.impl("_cuda_compress_varlen", TORCH_BOX(&compress_varlen));
+  m.impl("_cuda_score", TORCH_BOX(&score));
+  m.impl("_cuda_merge", TORCH_BOX(&merge));
+  m.impl("_cuda_plan", TORCH_BOX(&plan));
+}
