@@ -12,6 +12,9 @@ import torch
 
 # Partial results of the arg-max that one launch leaves for the next: 2 KB that every program of a step reads.
 PARTIALS = 256
+# With so few channels, M basis tokens may almost span the space, and rounding is stretched (docs/algorithm.md): sums
+# over D are float64 there, which is not worth its price where D is larger.
+NARROW = 128
 # Ampere, Ada and consumer Blackwell: mma.sync takes its operands from registers, not from shared memory as Hopper's
 # wgmma and Blackwell's tcgen05 do, and adds into the same registers, unlike AMD's mfma.
 MMA_SYNC = ("sm_8", "sm_12")
@@ -50,6 +53,9 @@ def tiles(device_class: str, D: int, element: int) -> Tiles:
     if element == 4:
         # No matrix instruction multiplies float32 exactly: products are unrolled into registers, so the tile is small.
         assign = (32, 32, 32, 4, 2)
+    elif D * element % 16:
+        # Rows are loaded element by element, through registers.
+        assign = (64, 64, 32, 4, 3)
     elif device_class.startswith(MMA_SYNC):
         # Products stay in registers there: with 64 channels at once, eight warps spill.
         assign = (128, 128, 32, 8, 4)

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import triton.language as tl
 from torch import Tensor
 
 from . import configs
@@ -69,6 +70,7 @@ class _Builder:
             x = x.clone(memory_format=torch.contiguous_format)
         self.x = x
         self.images, self.max_tokens, self.tokens = images, max_tokens, x.shape[:-1].numel()
+        self.device_class = device_class
         self.tiles = configs.tiles(device_class, D, x.element_size())
         self.launches: list[Launch] = []
         self.workspace_bytes = 0
@@ -86,6 +88,8 @@ class _Builder:
     ) -> None:
         # Products and sums become one rounding where the kernel says fma, not where a compiler finds them.
         options = {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": False}
+        if self.device_class.startswith("sm_"):
+            options["maxnreg"] = 255  # all there are: left alone, ptxas spills a little to fit one more program
         self.launches.append(Launch(kernel, programs, args, constants, options))
 
     # ---- s1 to s3
@@ -101,6 +105,7 @@ class _Builder:
             "BLOCK_N": t.step_n,
             "BLOCK_D": t.step_d,
             "PARTIALS": configs.PARTIALS,
+            "SUM": tl.float64 if self.x.shape[-1] <= configs.NARROW else tl.float32,
         }
         args = {
             "x": self.x,
@@ -112,6 +117,7 @@ class _Builder:
             "stride_xb": self.x.stride(0) if self.x.dim() == 3 else 0,
             "stride_xn": self.x.stride(-2),
             "max_tokens": self.max_tokens,
+            "image_count": self.images,
             "start": start,
             "programs": self.programs,
             **offsets,
@@ -126,7 +132,7 @@ class _Builder:
             "nearest": self.nearest,
             "rest": self.rest,
             "y": self.new(torch.float32, M, self.tokens),
-            "inverse": self.new(torch.float32, self.images, M, M),
+            "inverse": self.new(torch.float64, self.images, M, M),
             "candidates": self.candidates,
             "basis": basis,
             "e2": e2,

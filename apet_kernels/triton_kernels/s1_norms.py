@@ -46,6 +46,7 @@ def s1_norms(
     ragged: tl.int32,
     max_tokens: tl.int64,  # N, or max_seqlen
     max_keep: tl.int64,  # K, or max_keep
+    image_count: tl.int64,
     total_tokens: tl.int64,  # T, ragged only
     total_keep: tl.int64,  # ragged only
     appended: tl.int64,  # rows that follow the kept ones: M with layout="append", else 0
@@ -56,6 +57,7 @@ def s1_norms(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
     PARTIALS: tl.constexpr,
+    SUM: tl.constexpr,  # the dtype of sums over D
 ):
     s = (tl.program_id(0) // programs).to(tl.int64)
     tile = tl.program_id(0) % programs
@@ -64,6 +66,7 @@ def s1_norms(
         count = tl.minimum(end - first, max_tokens)
         row, row_end = _extent(cu_keep, s, total_keep, 128)
         keep = tl.minimum(tl.minimum(row_end - row, max_keep), count)
+        row_end = tl.where(s == image_count - 1, total_keep, row_end)  # the last image owns what is left
         token = first
         base = first * stride_xn
     else:
@@ -92,12 +95,12 @@ def s1_norms(
         n = t * BLOCK_N + tl.arange(0, BLOCK_N)
         inside = n < count
         rows = at(x, base + n.to(tl.int64) * stride_xn, ALIGN)
-        squares = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
+        squares = tl.zeros((BLOCK_N, BLOCK_D), SUM)
         for d0 in range(0, D, BLOCK_D):
             mask = inside[:, None] & (d0 + d < D)[None, :]
-            v = tl.load(rows[:, None] + (d0 + d)[None, :], mask=mask, other=0.0).to(tl.float32)
+            v = tl.load(rows[:, None] + (d0 + d)[None, :], mask=mask, other=0.0).to(SUM)
             squares = tl.fma(v, v, squares)
-        sq = tl.sum(squares, 1)
+        sq = tl.sum(squares, 1).to(tl.float32)
         finite = sq <= FLT_MAX  # false for NaN
         tl.store(norm2 + token + n, sq, mask=inside)
         tl.store(nearest + token + n, tl.where(finite, float("inf"), 0.0), mask=inside)

@@ -10,7 +10,8 @@ and after the last of the M steps, with W = y^T L^-1:  e^2 = rest - ridge ||w||^
 Programs are (image, tile of BLOCK_N tokens), as in s1_norms. Each first takes the maximum of the candidates that the
 launch before left, so that no launch waits for the host and none needs an atomic; then reads its tile of x once, with
 p beside it from L2. The distance is the norm of the difference, not the expansion in dot products: it is 0 exactly
-where a token repeats p, however the compiler orders the sum, and the two more operations hide behind the load.
+where a token repeats p, however the compiler orders the sum, and the two more operations hide behind the load. What is
+done once per token and not once per channel is float64: its rounding would add up over the steps, its cost does not.
 
     x [n, D] --read once a step-->  y[k] [n], nearest [n], rest [n]      candidates [PARTIALS] for the next launch
 """
@@ -45,6 +46,7 @@ def s1_s3_step(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr,  # M rounded up to a power of 2
+    SUM: tl.constexpr,  # the dtype of sums over D
     PARTIALS: tl.constexpr,
 ):
     s = (tl.program_id(0) // programs).to(tl.int64)
@@ -65,11 +67,13 @@ def s1_s3_step(
 
     j = tl.arange(0, BLOCK_M)
     earlier = j < step
-    new_l = tl.load(y + j * tokens + token + p, mask=j < tl.where(alive, step, 0), other=0.0)  # [BLOCK_M]
-    pivot = norm_p + (ridge - tl.sum(new_l * new_l, 0))
+    new_l = tl.load(y + j * tokens + token + p, mask=j < tl.where(alive, step, 0), other=0.0).to(
+        tl.float64
+    )  # [BLOCK_M]
+    pivot = norm_p.to(tl.float64) + ridge - tl.sum(new_l * new_l, 0)
     independent = alive & (pivot > norm_p * (4 * U))
-    inv = tl.where(independent, tl.div_rn(1.0, tl.sqrt_rn(tl.where(independent, pivot, 1.0))), 0.0)
-    new_row = tl.zeros((BLOCK_M,), tl.float32)  # of L^-1
+    inv = tl.where(independent, 1.0 / tl.sqrt(tl.where(independent, pivot, 1.0)), 0.0)
+    new_row = tl.zeros((BLOCK_M,), tl.float64)  # of L^-1
     if (tile == 0) | last:
         known = tl.load(
             inverse + (s * M + j[:, None]) * M + j[None, :], mask=earlier[:, None] & earlier[None, :], other=0.0
@@ -87,36 +91,36 @@ def s1_s3_step(
         n = t * BLOCK_N + tl.arange(0, BLOCK_N)
         inside = n < count
         rows = at(x, base + n.to(tl.int64) * stride_xn, ALIGN)
-        dots = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
-        squares = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
+        dots = tl.zeros((BLOCK_N, BLOCK_D), SUM)
+        squares = tl.zeros((BLOCK_N, BLOCK_D), SUM)
         for d0 in range(0, D, BLOCK_D):
             within = d0 + d < D
             v = tl.load(rows[:, None] + (d0 + d)[None, :], mask=inside[:, None] & within[None, :], other=0.0)
             c = tl.load(pointer_p + d0 + d, mask=d0 + d < width, other=0.0)
-            v = v.to(tl.float32)
-            c = tl.broadcast_to(c.to(tl.float32)[None, :], (BLOCK_N, BLOCK_D))
+            v = v.to(SUM)
+            c = tl.broadcast_to(c.to(SUM)[None, :], (BLOCK_N, BLOCK_D))
             dots = tl.fma(v, c, dots)
             squares = tl.fma(v - c, v - c, squares)
         own = token + n
         rows_y = tl.load(y + j[:, None] * tokens + own[None, :], mask=earlier[:, None] & inside[None, :], other=0.0)
-        new_y = (tl.sum(dots, 1) - tl.sum(new_l[:, None] * rows_y, 0)) * inv
+        new_y = (tl.sum(dots, 1).to(tl.float64) - tl.sum(new_l[:, None] * rows_y, 0)) * inv
         left = tl.load(rest + own, mask=inside, other=0.0)
         near = tl.load(nearest + own, mask=inside, other=0.0)
         tl.debug_barrier()  # several threads hold each element, and all have to read it before one writes it
-        left = tl.fma(-new_y, new_y, left)
-        distance = tl.where(alive & (qr == 0), tl.sum(squares, 1), float("inf"))
+        left = (left - new_y * new_y).to(tl.float32)
+        distance = tl.where(alive & (qr == 0), tl.sum(squares, 1).to(tl.float32), float("inf"))
         near = tl.where(distance < near, distance, near)
         near = tl.where(n == p, 0.0, near)
         if last:
             rows_y = tl.where((j == step)[:, None], new_y[None, :], rows_y)
-            penalty = tl.zeros((BLOCK_N,), tl.float32)
+            penalty = tl.zeros((BLOCK_N,), tl.float64)
             for k in range(0, step + 1):
                 column = tl.load(inverse + (s * M + j) * M + k, mask=earlier, other=0.0)
                 column = tl.where(j == step, tl.sum(tl.where(j == k, new_row, 0.0), 0), column)
                 w = tl.sum(column[:, None] * rows_y, 0)
-                penalty = tl.fma(w, w, penalty)
+                penalty += w * w
             sq = tl.load(norm2 + own, mask=inside, other=0.0)
-            error = tl.fma(-ridge, penalty, left)
+            error = (left - ridge * penalty).to(tl.float32)
             error = tl.where(error > sq * M * (4 * U), error, 0.0)  # less is rounding
             tl.store(e2 + own, tl.where(sq <= FLT_MAX, error, float("inf")), mask=inside)
         else:
