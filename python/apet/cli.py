@@ -1,4 +1,5 @@
-"""The command `apet`: `apet compress` shows what compression does to a photo or clip, `apet doctor` checks the kernels.
+"""The command `apet`: `apet compress` shows what compression does to a photo or clip, `apet generate` what it does to a
+vision-language model, `apet doctor` checks the kernels.
 
 Modules that need torch are imported by the commands that use them, so that `apet --help` answers at once.
 """
@@ -25,7 +26,9 @@ import apet
 from apet import Refused
 
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure
     from rich.progress import Progress
+    from torch import nn
 
     from apet.encoders import Encoder
     from apet.media import Media
@@ -33,6 +36,7 @@ if TYPE_CHECKING:
 
 LAYOUTS = ("inplace", "overwrite", "append")
 SELECTS = ("fps", "qr")
+DTYPES = ("auto", "float32", "bfloat16", "float16")
 MOST_TOKENS = 65536  # of one image
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".pdf", ".svg")
 # What typer raises for wrong options. Newer releases carry their own click, so click's class may be another one.
@@ -148,11 +152,96 @@ def compress(
 
 
 @app.command()
+def generate(
+    model: Annotated[str, typer.Option(help="A vision-language model from Hugging Face: an id or a folder.")],
+    prompt: Annotated[str, typer.Option(help="What to ask about the photos or the clip.")],
+    image: Annotated[list[Path] | None, typer.Option(help="A photo; may be repeated.")] = None,
+    video: Annotated[Path | None, typer.Option(help="A short clip, instead of photos.")] = None,
+    frames: Annotated[int, typer.Option(help="Frames taken from a clip, evenly spaced.")] = 8,
+    keep: Annotated[
+        str | None,
+        typer.Option(help="Visual tokens to keep of each image, tile or frame: a count, or a share (0.25, 25%). [64]"),
+    ] = None,
+    llm_layer: Annotated[int | None, typer.Option(help="Compress again after so many layers of the decoder.")] = None,
+    llm_keep: Annotated[str | None, typer.Option(help="Tokens to keep there: a count, or a share.")] = None,
+    preset: Annotated[str | None, typer.Option(help="Both stages with the paper's budgets, such as paper-64.")] = None,
+    layout: Annotated[str | None, typer.Option(help="Where basis tokens go: inplace, overwrite, append.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Length of the answer at most.")] = 64,
+    dtype: Annotated[str, typer.Option(help="auto (as stored), float32, bfloat16, float16.")] = "auto",
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...; else an accelerator, if any.")] = None,
+    compare: Annotated[bool, typer.Option("--compare", help="Answer without compression, too.")] = False,
+    out: Annotated[
+        Path | None, typer.Option(help="Draw what was kept: a picture; a folder for several photos.")
+    ] = None,
+) -> None:
+    """Ask a vision-language model about photos or a clip, compressed, and show what compression saved."""
+    if dtype not in DTYPES:
+        raise Refused(f"dtype='{dtype}' is none of {', '.join(DTYPES)}")
+    for name, value in (("max_new_tokens", max_new_tokens), ("frames", frames)):
+        if value < 1:
+            raise Refused(f"{name}={value} is less than 1")
+    if bool(image) == (video is not None):
+        raise Refused("give photos (--image, once for each) or a clip (--video), one of the two")
+    if (keep, llm_layer, preset) == (None, None, None):
+        keep = "64"
+    options = {
+        "keep": None if keep is None else _wanted(keep),
+        "llm_layer": llm_layer,
+        "llm_keep": None if llm_keep is None else _wanted(llm_keep, "llm_keep"),
+        "preset": preset,
+        "layout": layout,
+    }
+    files = image or [video]
+    with _progress() as progress:
+        step = progress.add_task("reading", total=None)
+        from apet import encoders, media, models
+
+        for module in ("numpy", "PIL", *(["matplotlib"] if out else [])):
+            encoders.need(module)
+        found = [media.read(path, frames) for path in files]
+        for item in found:
+            if bool(item.times) != (video is not None):
+                raise Refused(
+                    f"{item.path} is a {'clip: give it as --video' if item.times else 'photo: give it as --image'}"
+                )
+        pictures = _picture_paths(files, out) if out else []
+        progress.update(step, description="loading the model")
+        lm, processor = models.load(model, options, dtype, device)
+        inputs = models.question(
+            lm, processor, prompt, *(([f.frames[0] for f in found], []) if image else ([], found[0].frames))
+        )
+    try:
+        _answer(lm, processor, inputs, max_new_tokens, compare)
+        from apet import model_report
+
+        Console().print(model_report.report(lm, inputs, max_new_tokens=max_new_tokens, rounds=1))
+        for number, path in enumerate(pictures):
+            from apet import model_pictures
+
+            _save(model_pictures.picture(lm, inputs, processor, number), path)
+            Console().print(f"Picture: [bold]{escape(_printable(path))}[/]", soft_wrap=True)
+    except (ValueError, RuntimeError) as error:  # the hooks' own sentences, or no memory
+        raise Refused(encoders.first_line(error)) from error
+
+
+@app.command()
 def doctor() -> None:
     """Show what is installed and usable, and test every usable backend against the float64 reference."""
     from apet import diagnose
 
     raise typer.Exit(diagnose.run(Console()))
+
+
+def _answer(model: nn.Module, processor: Any, inputs: dict[str, Any], max_new_tokens: int, compare: bool) -> None:
+    """The answer, and with `compare` that of the model without compression."""
+    from apet import models
+    from apet.model_report import engine_of, unpatched
+
+    models.answer(model, processor, inputs, max_new_tokens)
+    if compare:
+        print("\nWithout compression:")
+        with unpatched(engine_of(model)):
+            models.answer(model, processor, inputs, max_new_tokens)
 
 
 def _check(keep: str, basis: int, layout: str, select: str, start: int, blend: float, frames: int) -> None:
@@ -174,7 +263,7 @@ def _check(keep: str, basis: int, layout: str, select: str, start: int, blend: f
         raise Refused(f"frames={frames} is less than 1")
 
 
-def _wanted(keep: str) -> int | float:
+def _wanted(keep: str, name: str = "keep") -> int | float:
     """'64' -> 64 tokens; '0.25' and '25%' -> the share 0.25."""
     try:
         if keep.endswith("%"):
@@ -185,7 +274,7 @@ def _wanted(keep: str) -> int | float:
         wanted = 0
     if wanted >= 1 if isinstance(wanted, int) else 0 < wanted <= 1:
         return wanted
-    raise Refused(f"keep={keep} is neither a count from 1 nor a share such as 0.25 or 25%")
+    raise Refused(f"{name}={keep} is neither a count from 1 nor a share such as 0.25 or 25%")
 
 
 def _count(keep: str, tokens: int) -> int:
@@ -295,12 +384,16 @@ def _draw(job: Job, frames: list[Frame], measure: Measure, encoder: Encoder, opt
         figure = pictures.clip_figure(panels, f"{title} in each of {len(panels)} frames", subtitle)
     else:
         figure = pictures.photo_figure(panels[0], title, subtitle)
+    _save(figure, job.picture)
+
+
+def _save(figure: Figure, path: Path) -> None:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the font has no sign for some letter of a file name
-            figure.savefig(job.picture)
+            figure.savefig(path)
     except OSError as error:
-        raise Refused(f"cannot write the picture {job.picture}: {error.strerror or error}") from error
+        raise Refused(f"cannot write the picture {path}: {error.strerror or error}") from error
 
 
 def _print_tables(results: list[dict[str, Any]], encoder: Encoder, options: Options) -> None:

@@ -188,7 +188,7 @@ def trunk_weights(path: Path) -> dict[str, torch.Tensor]:
 
 def _tower(transformers: ModuleType, model: str, layer: int | None) -> Encoder:
     """The vision tower of a CLIP, SigLIP or DINOv2 model, with the image preparation that its files describe."""
-    local = Path(model).is_dir() or not _hub_answers()
+    local = Path(model).is_dir() or not hub_answers()
     try:
         config = transformers.AutoConfig.from_pretrained(model, local_files_only=local)
     except Exception as error:  # the hub client raises its own kinds, besides OSError and ValueError
@@ -216,7 +216,7 @@ def _tower(transformers: ModuleType, model: str, layer: int | None) -> Encoder:
     return encoder
 
 
-def _hub_answers() -> bool:
+def hub_answers() -> bool:
     """Whether the Hugging Face Hub can be reached; its own client would try for half a minute before it says no."""
     from huggingface_hub import constants
 

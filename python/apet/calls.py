@@ -1,0 +1,57 @@
+"""The calls of the op that a piece of code makes: what was compressed, and what became of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of `torch.ops.apet.compress_varlen`.
+
+    x [T, D]: the images, one after another; lengths, keeps: tokens of each and how many it keeps; tokens, indices: the
+    result; options: basis, layout, select, start, ridge and blend.
+    """
+
+    x: Tensor
+    lengths: list[int]
+    keeps: list[int]
+    tokens: Tensor
+    indices: Tensor
+    options: dict[str, Any]
+
+    @property
+    def flops(self) -> int:
+        """2 D (M N + (N - K) T) for each image: a dot product of every token with each of M basis tokens, and of every
+        dropped one with each of T merge targets (K; "overwrite": K - M)."""
+        basis = self.options["basis"]
+        gone = basis if self.options["layout"] == "overwrite" else 0
+        pairs = zip(self.lengths, self.keeps, strict=True)
+        return 2 * self.x.shape[1] * sum(basis * n + (n - k) * max(k - gone, 0) for n, k in pairs)
+
+
+class Recorder(TorchDispatchMode):
+    """`with Recorder() as recorder:` leaves every call in `recorder.calls`, its tensors alive."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[Call] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        if func is torch.ops.apet.compress_varlen.default:
+            wanted = func._schema.arguments  # arguments at their defaults are left out of args and kwargs
+            given = {a.name: a.default_value for a in wanted if a.has_default_value()}
+            given |= dict(zip((a.name for a in wanted), args, strict=False)) | kwargs
+            lengths, keeps = (given.pop(name).diff().tolist() for name in ("cu_seqlens", "cu_keep"))
+            x = given.pop("x")
+            for name in ("total_keep", "max_seqlen", "max_keep"):
+                del given[name]
+            self.calls.append(Call(x, lengths, keeps, *result, given))
+        return result

@@ -1,0 +1,224 @@
+"""The picture of `apet compress`, drawn from what a patched model did to an image in its own prefill."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from PIL import Image
+from torch import Tensor, nn
+
+import apet_kernels
+from apet import outcome
+from apet.calls import Call, Recorder
+from apet.hooks import kept
+from apet.hooks.engine import Engine
+from apet.hooks.units import Tokens
+from apet.model_report import GREEDY, engine_of
+from apet.pictures import PATCH, Panel, clip_figure, photo_figure
+
+FIRST = "after the encoder"
+Unit = tuple[int, int]  # the number of an image or video in the call, and of a unit within it
+
+
+def picture(model: nn.Module, inputs: Mapping[str, Any], processor: Any, visual: int = 0) -> Figure:
+    """Draws what a patched model keeps of an image or video: the kept tokens, the merges and the residual that decided.
+
+    Args:
+        model: a model that `apet.patch` has patched.
+        inputs: what `model.generate(**inputs)` takes. A prefill is run with it.
+        processor: what made the inputs; its image_mean and image_std turn pixel values into pictures again.
+        visual: number of the image or video, as in `apet.kept(model).visuals`.
+
+    Returns:
+        A figure with a column for each tile or frame and each stage; `figure.savefig("picture.png")` writes it.
+
+    Raises:
+        ValueError, in a sentence, where the model is not patched, there is no such image, nothing of it was dropped, or
+        the places of its tokens in the image are not known (models that cut or scale projected features).
+    """
+    drawn = panels(model, inputs, processor, visual)
+    options, seen = engine_of(model).options, kept(model).visuals[visual]
+    extra = f" + {options.basis} basis" if options.layout == "append" else ""
+    counts = [seen.tokens, *map(len, seen.left)]
+    title = f"{seen.modality} {visual + 1}: {' → '.join(map(str, counts))}{extra} tokens"
+    stages = [] if options.keep is None else [f"keep {options.keep}"]
+    stages += [] if options.llm_keep is None else [f"keep {options.llm_keep} after layer {options.llm_layer}"]
+    subtitle = (
+        f"{type(model).__name__}, {', '.join(stages)}   ·   layout {options.layout}, {options.basis} basis tokens"
+    )
+    return photo_figure(drawn[0], title, subtitle) if len(drawn) == 1 else clip_figure(drawn, title, subtitle)
+
+
+def panels(model: nn.Module, inputs: Mapping[str, Any], processor: Any, visual: int = 0) -> list[Panel]:
+    """What `picture` draws: a panel for every tile or frame that lost tokens, stage after stage. Arguments and errors
+    as there."""
+    engine = engine_of(model)
+    calls, projected = _prefill(engine, inputs)
+    if not 0 <= visual < len(engine.trace.visuals):
+        raise ValueError(f"visual={visual} is none of the {len(engine.trace.visuals)} images and videos of the inputs")
+    if projected is None:
+        units, per_tile = _placeholder_units(engine, inputs), None
+    else:
+        units, per_tile = engine.adapter.features(engine.core, inputs, projected), projected.shape[1]
+    tiles = _tiles(engine, inputs, units, per_tile, processor, visual)
+    modality = engine.trace.visuals[visual][0]
+    drawn = []
+    for stage, (_, number), places, frame in _frames(engine, units, calls, visual):
+        first = int((units[visual] == number).nonzero()[0])
+        tile, places = (number, places - first) if per_tile is None else (first // per_tile, places % per_tile)
+        photo, (rows, columns) = tiles[tile]
+        labels = [f"{'step' if modality == 'video' else 'tile'} {tile + 1}"] if len(tiles) > 1 else []
+        labels += [stage] if engine.options.llm_keep is not None else []
+        panel = Panel(photo, _spread(frame, places, rows * columns), (rows, columns), ", ".join(labels))
+        drawn.append((stage, panel))
+    if not drawn:
+        raise ValueError(f"nothing was dropped of image or video {visual}, so there is nothing to draw")
+    if len({stage for stage, _ in drawn}) > 1:  # features before and inside the language model: one scale for each
+        for _, panels_of_stage in itertools.groupby(drawn, lambda one: one[0]):
+            frames = [panel.frame for _, panel in panels_of_stage]
+            finite = np.concatenate([frame.residual[np.isfinite(frame.residual)] for frame in frames])
+            for frame in frames:
+                frame.residual = frame.residual / max(finite.max(initial=0.0), 1e-12)
+    return [panel for _, panel in drawn]
+
+
+def _prefill(engine: Engine, inputs: Mapping[str, Any]) -> tuple[list[Call], Tensor | None]:
+    """The calls of the op in a prefill, and the projector's input [tiles, N, C] where that is what is compressed."""
+    projected: list[Tensor] = []
+    handles = []
+    if engine.adapter.projector is not None:
+        projector = engine.core.get_submodule(engine.adapter.projector)
+        handles = [projector.register_forward_pre_hook(lambda _, args: projected.append(args[0]), prepend=True)]
+    try:
+        with Recorder() as recorder:
+            engine.model.generate(**inputs, **GREEDY, max_new_tokens=1)
+    finally:
+        for handle in handles:
+            handle.remove()
+    if not recorder.calls:
+        raise ValueError(f"nothing was dropped, so there is nothing to draw: {engine.options}")
+    return recorder.calls, projected[0] if projected else None
+
+
+def _placeholder_units(engine: Engine, inputs: Mapping[str, Any]) -> list[Tensor]:
+    """For every image and video, the unit of each of its placeholders; -1: none."""
+    visuals = engine.trace.visuals
+    counts: dict[str, int] = {}
+    for modality, _, tokens in visuals:
+        counts[modality] = counts.get(modality, 0) + tokens
+    known = {m: iter(u) for m, u in engine.adapter.visuals(engine.core, inputs, counts).items()}
+    return [next(known[m]) if m in known else engine.adapter.run(engine.core, tokens) for m, _, tokens in visuals]
+
+
+def _frames(
+    engine: Engine, units: Sequence[Tensor], calls: Sequence[Call], visual: int
+) -> Iterator[tuple[str, Unit, np.ndarray, outcome.Frame]]:
+    """What every call did to the units of an image: the stage, the unit, where its tokens were among the rows that
+    `units` [rows] of the image speaks of, and what became of them."""
+    options = engine.options
+    owners = [(v, n) for v, of in enumerate(units) for n in of[of >= 0].unique().tolist()]
+    places = {(v, n): (units[v] == n).nonzero().view(-1).numpy() for v, n in owners}
+    waiting = iter(calls)
+    for stage, keep in ((FIRST, options.keep), (f"after layer {options.llm_layer}", options.llm_keep)):
+        if keep is None:
+            continue
+        lengths = [len(places[unit]) for unit in owners]
+        left = Tokens(torch.empty(0), lengths, [v for v, _ in owners]).after(keep, options)
+        active = [unit for unit, k, n in zip(owners, left, lengths, strict=True) if k < n]
+        if not active:
+            continue
+        for unit, (x, stay) in zip(active, _images(next(waiting)), strict=True):
+            if unit[0] == visual:
+                yield stage, unit, places[unit], _frame(x, stay, engine)
+            places[unit] = places[unit][stay.numpy()]
+
+
+def _images(call: Call) -> Iterator[tuple[Tensor, Tensor]]:
+    """The tokens [n, D] of every image of a call, and which of them it kept [k]."""
+    extra = call.options["basis"] if call.options["layout"] == "append" else 0
+    start = row = 0
+    for n, k in zip(call.lengths, call.keeps, strict=True):
+        yield call.x[start : start + n], (call.indices[row : row + k] - start).cpu()
+        start, row = start + n, row + k + extra
+
+
+def _frame(x: Tensor, stay: Tensor, engine: Engine) -> outcome.Frame:
+    options = engine.options
+    residual, basis = (t[0].cpu() for t in apet_kernels.score(x[None], options.basis, select=options.select))
+    return outcome.frame(x.cpu(), stay, residual, basis[basis >= 0], options.layout)
+
+
+def _spread(frame: outcome.Frame, places: np.ndarray, total: int) -> outcome.Frame:
+    """A frame of the tokens at some places [n] of a grid of so many, as one of the whole grid."""
+    survives, goal, residual = np.zeros(total, bool), np.full(total, -1), np.zeros(total)
+    survives[places], residual[places] = frame.survives, frame.residual
+    goal[places] = np.where(frame.goal >= 0, places[frame.goal], -1)
+    marks = (places[some] for some in (frame.kept, frame.basis, frame.overwritten))
+    return outcome.Frame(*marks, survives, goal, residual)
+
+
+def _tiles(
+    engine: Engine,
+    inputs: Mapping[str, Any],
+    units: Sequence[Tensor],
+    per_tile: int | None,
+    processor: Any,
+    visual: int,
+) -> list[tuple[np.ndarray, tuple[int, int]]]:
+    """The tiles or frames of an image or video, [rows * PATCH, columns * PATCH, 3] in 0..1, and their rows and columns
+    of tokens."""
+    modality = engine.trace.visuals[visual][0]
+    of_kind = [units[v] for v, (m, _, _) in enumerate(engine.trace.visuals) if m == modality]
+    number = visual - next(v for v, (m, _, _) in enumerate(engine.trace.visuals) if m == modality)
+    name = "pixel_values_videos" if modality == "video" else "pixel_values"
+    pixels = inputs.get(name)
+    if pixels is None:
+        pixels = inputs["pixel_values_images"]  # Video-LLaVA's in transformers 4
+    pixels = pixels.float().cpu()
+    mine = units[visual]
+    grids = inputs.get(f"{modality}_grid_thw")
+    if grids is not None:
+        steps, high, wide = grids[number].tolist()
+        merge = math.isqrt(steps * high * wide // len(mine))
+        before = int(grids[:number].prod(1).sum())
+        patches = pixels[before : before + steps * high * wide]
+        grid = (high // merge, wide // merge)
+        views = _unfold(patches, steps, *grid, merge, engine.core.config.vision_config.temporal_patch_size)
+    else:
+        tokens = int((mine == mine.max()).sum()) if per_tile is None else per_tile
+        side = math.isqrt(tokens)
+        if side * side != tokens or (per_tile is None and "image_sizes" in inputs and modality == "image"):
+            raise ValueError(
+                f"the places of the {len(mine)} tokens of {modality} {visual} of a {engine.model.config.model_type} "
+                "model in its pixels are not known, so they cannot be drawn"
+            )
+        grid = (side, side)
+        if pixels.dim() == 5:
+            views = pixels[number]
+        else:  # tiles of all images, one after another
+            ends = torch.tensor([0, *(int(u.max()) + 1 for u in of_kind)]).cumsum(0)
+            views = pixels[ends[number] : ends[number + 1]]
+    return [(_photo(view, grid, processor), grid) for view in views]
+
+
+def _unfold(patches: Tensor, steps: int, rows: int, columns: int, merge: int, times: int) -> Tensor:
+    """Qwen's patches [steps * rows * columns * merge^2, 3 * times * p * p], those of a token together -> of every step
+    the first frame [steps, 3, rows * merge * p, columns * merge * p]."""
+    p = math.isqrt(patches.shape[1] // (3 * times))
+    blocks = patches.view(steps, rows, columns, merge, merge, 3, times, p, p)[:, :, :, :, :, :, 0]
+    return blocks.permute(0, 5, 1, 3, 6, 2, 4, 7).reshape(steps, 3, rows * merge * p, columns * merge * p)
+
+
+def _photo(view: Tensor, grid: tuple[int, int], processor: Any) -> np.ndarray:
+    """Pixel values [3, H, W] -> [rows * PATCH, columns * PATCH, 3] in 0..1."""
+    images = getattr(processor, "image_processor", processor)
+    mean, std = (torch.tensor(values)[:, None, None] for values in (images.image_mean, images.image_std))
+    pixels = ((view * std + mean).clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy()
+    rows, columns = grid
+    return np.asarray(Image.fromarray(pixels).resize((columns * PATCH, rows * PATCH), Image.BICUBIC), np.float32) / 255

@@ -1,0 +1,237 @@
+"""What compression saves a model on given inputs: tokens, operations, cache and time, with and without it."""
+
+from __future__ import annotations
+
+import itertools
+import statistics
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from rich.box import SIMPLE_HEAD
+from rich.console import Console, Group
+from rich.table import Table
+from rich.text import Text
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+from transformers.generation.streamers import BaseStreamer
+
+import apet_kernels  # noqa: F401, registers the op
+from apet.calls import Recorder
+from apet.hooks import ENGINE, Options
+from apet.hooks.engine import Engine
+
+GREEDY = {"do_sample": False, "num_beams": 1, "use_cache": True, "temperature": None, "top_p": None, "top_k": None}
+
+
+@dataclass(frozen=True)
+class Prefill:
+    """What one prefill takes.
+
+    lengths: of the sequence in each decoder layer, padding included; vision_flops: of the vision encoder and the
+    projector; language_flops: of the decoder and its head; compression_flops: of the op; cache_bytes: keys and values.
+    """
+
+    lengths: list[int]
+    vision_flops: int
+    language_flops: int
+    compression_flops: int
+    cache_bytes: int
+
+    @property
+    def flops(self) -> int:
+        """All of them."""
+        return self.vision_flops + self.language_flops + self.compression_flops
+
+
+@dataclass(frozen=True)
+class Report:
+    """The same inputs without compression and with it; seconds are medians. Prints as a table."""
+
+    model: str
+    options: Options
+    batch: int
+    visual_tokens: int
+    new_tokens: int
+    without: Prefill
+    compressed: Prefill
+    prefill_seconds: tuple[float, float]  # without, compressed
+    total_seconds: tuple[float, float]
+
+    def __rich__(self) -> Group:
+        table = Table(box=SIMPLE_HEAD, pad_edge=False)
+        table.add_column("")
+        for heading in ("without", "compressed", "ratio"):
+            table.add_column(heading, justify="right", no_wrap=True)
+        for name, before, after, unit in self.rows():
+            ratio = f"{before / after:.2f}" if before and after else ""
+            table.add_row(name, *(_amount(value, unit) if value else "-" for value in (before, after)), ratio)
+        rows = f"{self.batch} rows" if self.batch > 1 else "1 row"
+        title = f"{self.model}: {self.visual_tokens} visual tokens in {rows}\n{self.options}"
+        return Group(Text(title, style="bold"), table)
+
+    def __str__(self) -> str:
+        console = Console(width=100)
+        with console.capture() as text:
+            console.print(self)
+        return text.get()
+
+    def rows(self) -> Iterator[tuple[str, float, float, str]]:
+        """What the table holds: name, without, compressed, unit ("" counts, "FLOP", "B" or "s")."""
+        before, after = self.without, self.compressed
+        first = 1
+        for (long, short), run in itertools.groupby(zip(before.lengths, after.lengths, strict=True)):
+            last = first + len(list(run)) - 1
+            yield f"tokens of a row, layers {first} to {last}", long, short, ""
+            first = last + 1
+        yield "prefill", before.flops, after.flops, "FLOP"
+        yield "  vision encoder and projector", before.vision_flops, after.vision_flops, "FLOP"
+        yield "  language model", before.language_flops, after.language_flops, "FLOP"
+        yield "  compression", before.compression_flops, after.compression_flops, "FLOP"
+        yield "key-value cache after it", before.cache_bytes, after.cache_bytes, "B"
+        yield "time to the first token", *self.prefill_seconds, "s"
+        yield f"time to {self.new_tokens} tokens", *self.total_seconds, "s"
+
+
+def report(model: nn.Module, inputs: Mapping[str, Any], *, max_new_tokens: int = 32, rounds: int = 3) -> Report:
+    """What compression saves a patched model on these inputs, measured by generating with it and without it.
+
+    Args:
+        model: a model that `apet.patch` has patched; it stays so.
+        inputs: what `model.generate(**inputs)` takes, images or videos among it.
+        max_new_tokens: the length of the answers whose total time is taken. Both are of this length, greedy.
+        rounds: how often both are timed, in turns; the report holds medians.
+
+    FLOPs are counted in one prefill each, by torch's counter: 2 m n k for every matrix product and convolution, and
+    4 B H L^2 d for attention (scores and weighted sum of L tokens, the masked half included; d per head) in every
+    layer; `Call.flops` for the compression. So a decoder layer of P weights in matrices takes 2 B L P + 4 B H L^2 d.
+    Norms, activations and other work that grows with L alone are not counted. Attention other than torch's own is
+    exchanged for sdpa in that prefill, since the counter cannot see into it.
+
+    Raises:
+        ValueError, in a sentence, where the model is not patched, or the inputs bring nothing to compress or a cache.
+    """
+    engine = engine_of(model)
+    if not engine.adapter.brings(inputs):
+        raise ValueError(f"inputs bring no image or video, only {', '.join(inputs)}: there is nothing to compress")
+    if inputs.get("past_key_values") is not None:
+        raise ValueError("inputs bring past_key_values, which the first measurement would change; leave them out")
+    for name, value in (("max_new_tokens", max_new_tokens), ("rounds", rounds)):
+        if value < 1:
+            raise ValueError(f"{name}={value} is less than 1")
+    with unpatched(engine):
+        without = count(engine, inputs)
+    compressed = count(engine, inputs)
+    seconds: dict[bool, list[tuple[float, float]]] = {False: [], True: []}
+    for _ in range(rounds):
+        with unpatched(engine):
+            seconds[False].append(clock(model, inputs, max_new_tokens))
+        seconds[True].append(clock(model, inputs, max_new_tokens))
+    prefill, total = (
+        tuple(statistics.median(times[which] for times in seconds[side]) for side in (False, True)) for which in (0, 1)
+    )
+    return Report(
+        type(model).__name__,
+        engine.options,
+        len(inputs["input_ids"]),
+        sum(tokens for _, _, tokens in engine.trace.visuals),
+        max_new_tokens,
+        without,
+        compressed,
+        prefill,
+        total,
+    )
+
+
+def engine_of(model: nn.Module) -> Engine:
+    """What has patched a model. Raises ValueError where nothing has."""
+    engine = vars(model).get(ENGINE)
+    if engine is None:
+        raise ValueError(f"this {type(model).__name__} is not patched: call apet.patch(model, keep=...) first")
+    return engine
+
+
+@contextmanager
+def unpatched(engine: Engine) -> Iterator[None]:
+    """The model as it was, for the length of a with block."""
+    engine.remove()
+    try:
+        yield
+    finally:
+        engine.install()
+
+
+def count(engine: Engine, inputs: Mapping[str, Any]) -> Prefill:
+    """The operations, lengths and cache of one prefill, patched or not as the model is."""
+    sdpa = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops}
+    counter, at_decoder = FlopCounterMode(display=False, custom_mapping=sdpa), []
+    seen = engine.language_model.register_forward_pre_hook(lambda *_: at_decoder.append(counter.get_total_flops()))
+    try:
+        with _torch_attention(engine.model), Recorder() as recorder, counter:
+            out = engine.model.generate(**inputs, **GREEDY, max_new_tokens=1, return_dict_in_generate=True)
+    finally:
+        seen.remove()
+    layers = out.past_key_values.layers
+    return Prefill(
+        lengths=[int(out.past_key_values.get_seq_length(i)) for i in range(len(layers))],
+        vision_flops=at_decoder[0],
+        language_flops=counter.get_total_flops() - at_decoder[0],
+        compression_flops=sum(call.flops for call in recorder.calls),
+        cache_bytes=sum(layer.keys.nbytes + layer.values.nbytes for layer in layers),
+    )
+
+
+def clock(model: nn.Module, inputs: Mapping[str, Any], new_tokens: int) -> tuple[float, float]:
+    """Seconds from the call of generate() to the first token, and to the last of `new_tokens`."""
+    streamer = _Clock()
+    if model.device.type != "cpu":
+        torch.accelerator.synchronize()
+    begin = time.perf_counter()
+    model.generate(**inputs, **GREEDY, max_new_tokens=new_tokens, min_new_tokens=new_tokens, streamer=streamer)
+    return streamer.times[1] - begin, streamer.times[-1] - begin
+
+
+class _Clock(BaseStreamer):
+    """When the prompt and then each token came; a token is on the CPU by then."""
+
+    def __init__(self) -> None:
+        self.times: list[float] = []
+
+    def put(self, value: Any) -> None:
+        self.times.append(time.perf_counter())
+
+    def end(self) -> None:
+        pass
+
+
+def _attention_flops(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
+    """Of shapes [B, H, L, d], [B, .., S, d] and [B, .., S, d2]; torch's counter lacks its attention for CPUs."""
+    batch, heads, length, d = query
+    return 2 * batch * heads * length * key[2] * (d + value[3])
+
+
+@contextmanager
+def _torch_attention(model: nn.Module) -> Iterator[None]:
+    """Modules whose attention is not torch's own use sdpa."""
+    configs = {id(m.config): m.config for m in model.modules() if hasattr(m, "config")}.values()
+    before = [(config, config._attn_implementation) for config in configs]
+    try:
+        for config, name in before:
+            if name not in ("eager", "sdpa"):
+                config._attn_implementation = "sdpa"
+        yield
+    finally:
+        for config, name in before:
+            config._attn_implementation = name
+
+
+def _amount(value: float, unit: str) -> str:
+    """1.3e12, "FLOP" -> '1.30 TFLOP'."""
+    if not unit:
+        return f"{value:g}"
+    scales = {"T": 1e12, "G": 1e9, "M": 1e6, "k": 1e3, "": 1.0, "m": 1e-3, "u": 1e-6}
+    prefix = next((p for p, scale in scales.items() if value >= scale), "u")
+    return f"{f'{value / scales[prefix]:#.3g}'.rstrip('.')} {prefix}{unit}"
