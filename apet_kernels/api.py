@@ -24,7 +24,7 @@ def backends() -> dict[str, str | None]:
     return {
         "cpu": ops.NO_LIBRARY,
         "triton": ops.no_triton() or _no_gpu(),
-        "cuda": "this version has no CUDA kernels",
+        "cuda": _no_cuda(),
         "reference": None,
     }
 
@@ -34,6 +34,14 @@ def _interpreted() -> bool:
     import triton
 
     return triton.knobs.runtime.interpret
+
+
+def _no_cuda() -> str | None:
+    if why := ops.no_cuda_library():
+        return why
+    if not torch.cuda.is_available():
+        return "torch finds no GPU"
+    return ops.no_cuda(torch.device("cuda", torch.cuda.current_device()))
 
 
 def _no_gpu() -> str | None:
@@ -83,6 +91,8 @@ def plan(
     options = {"layout": layout, "select": select, "start": start, "ridge": ridge, "blend": blend}
     ops.check_compress(x, keep, basis, **options)
     here = x.device.type in ("cpu", "meta")
+    if x.device.type == "cuda" and not ops.no_cuda(x.device):
+        return _plan_cuda(x, keep, basis, **options)
     if x.device.type == "cuda" and not ops.no_triton():
         return _plan_triton(x, keep, basis, **options)
     if not here or ops.NO_LIBRARY:
@@ -109,13 +119,19 @@ def plan(
     return {"backend": "cpu", "why": why, "launches": 1, **path}
 
 
+def _plan_cuda(x: Tensor, keep: int, basis: int, **options: Any) -> dict[str, Any]:
+    names = "why", "path", "launches", "group", "groups", "slice", "resident", "workspace_bytes", "estimated_us"
+    values = torch.ops.apet._cuda_plan(x, keep, basis, **options)
+    return {"backend": "cuda", **dict(zip(names, values, strict=True))}
+
+
 def _plan_triton(x: Tensor, keep: int, basis: int, **options: Any) -> dict[str, Any]:
     from .triton_kernels import configs, launch
 
     device_class = configs.device_class(x.device)
     shape = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta")
     call = launch.compress(shape, keep, basis, **options, device_class=device_class)
-    why = f"x is on {x.device} ({device_class}), and this version has no CUDA kernels"
+    why = f"x is on {x.device} ({device_class}); {ops.no_cuda(x.device)}"
     launches, workspace_bytes = len(call.launches), call.workspace_bytes
     return {"backend": "triton", "why": why, "launches": launches, "workspace_bytes": workspace_bytes}
 
@@ -267,11 +283,15 @@ def _implementation(name: str, backend: str | None, x: Tensor) -> Callable[..., 
         return getattr(torch.ops.apet, name)
     if backend == "triton" and x.device.type != "cuda" and not (x.device.type == "cpu" and _interpreted()):
         raise ValueError(f"backend='triton' cannot run here: x is on {x.device}")
+    if backend == "cuda" and (why := ops.no_cuda(x.device)):
+        raise ValueError(f"backend='cuda' cannot run here: {why}")
 
     def run(*args: Any, **kwargs: Any) -> Any:
         ops.check_grad(*(a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)))
         if backend == "triton":
             return ops.run_triton(name, *args, **kwargs)
+        if backend == "cuda":
+            return ops.run_cuda(name, *args, **kwargs)
         ops.CHECKS[name](*args, **kwargs)
         return getattr(reference, name)(*args, **kwargs)
 

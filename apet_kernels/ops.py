@@ -1,8 +1,8 @@
 """The ops `torch.ops.apet.*`: schemas, what they refuse, and fakes; once, for every backend.
 
-Implementations: on the CPU key the compiled library registers its own (csrc/torch_binding.cpp); on the CUDA key, which
-is ROCm's too, the Triton kernels stand below, imported on the first call. Other devices run the float64 reference, with
-a warning that says so.
+Implementations: on the CPU key the compiled library registers its own (csrc/torch_binding.cpp). On the CUDA key, which
+is ROCm's too, stands the choice below, made once for each device: the CUDA kernels where they run, else the Triton
+kernels; either is loaded on the first call. Other devices run the float64 reference, with a warning that says so.
 """
 
 from __future__ import annotations
@@ -26,22 +26,37 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 OPS = ("compress", "compress_varlen", "score", "merge")
 # The binding of the compiled library; absent from a pure wheel, and where torch was missing when it was built.
 LIBRARY = Path(__file__).with_name("libapet_torch.so")
+# The binding of the CUDA kernels; absent where there was no nvcc, or a torch without CUDA, when they were built.
+CUDA_LIBRARY = Path(__file__).with_name("libapet_cuda_torch.so")
 HOW_TO_GET_KERNELS = (
     "install torch >= 2.10 and a C++ compiler, then apet-kernels again from its source: "
     "`pip install --force-reinstall --no-deps .`"
 )
+HOW_TO_GET_CUDA = (
+    "install nvcc 12 or later, then apet-kernels again from its source: "
+    "`APET_CUDA_ARCHS=default pip install --force-reinstall --no-deps .`"
+)
 
 _BASIS_OPTIONS = 'str select="fps", int start=-1, float ridge=1e-5'
 _OPTIONS = f'str layout="inplace", {_BASIS_OPTIONS}, float blend=1.0'
-_library = torch.library.Library("apet", "DEF")
-_library.define(f"compress(Tensor x, SymInt keep, int basis=10, *, {_OPTIONS}) -> (Tensor tokens, Tensor indices)")
-_library.define(
+_SCHEMAS = (
+    f"compress(Tensor x, SymInt keep, int basis=10, *, {_OPTIONS}) -> (Tensor tokens, Tensor indices)",
     "compress_varlen(Tensor x, Tensor cu_seqlens, Tensor cu_keep, SymInt total_keep, SymInt max_seqlen, "
-    f"SymInt max_keep, int basis=10, *, {_OPTIONS}) -> (Tensor tokens, Tensor indices)"
+    f"SymInt max_keep, int basis=10, *, {_OPTIONS}) -> (Tensor tokens, Tensor indices)",
+    f"score(Tensor x, int basis=10, *, {_BASIS_OPTIONS}) -> (Tensor residual, Tensor basis_indices)",
+    "merge(Tensor x, Tensor indices, *, Tensor? targets=None) -> Tensor",
 )
-_library.define(f"score(Tensor x, int basis=10, *, {_BASIS_OPTIONS}) -> (Tensor residual, Tensor basis_indices)")
-_library.define("merge(Tensor x, Tensor indices, *, Tensor? targets=None) -> Tensor")
+_library = torch.library.Library("apet", "DEF")
+for _schema in _SCHEMAS:
+    _library.define(_schema)
 _library.define("_empty(Tensor x) -> Tensor")  # does nothing: what benchmarks/test_overhead.py measures against
+if torch.version.cuda:  # what csrc/cuda_torch_binding.cpp registers: the ops again, and how compress would run
+    for _schema in _SCHEMAS:
+        _library.define(f"_cuda_{_schema}")
+    _library.define(
+        f"_cuda_plan(Tensor x, SymInt keep, int basis=10, *, {_OPTIONS}) -> (str why, str path, int launches, "
+        "int group, int groups, int slice, int resident, int workspace_bytes, float estimated_us)"
+    )
 
 
 # ---- what is refused, in the words of csrc/problem.cpp and csrc/torch_ops.h
@@ -256,6 +271,17 @@ for _op in OPS:
 # ---- implementations
 
 
+def _load(library: Path, how: str) -> str | None:
+    """Loads a compiled library; returns None, or the sentence that says why it is not usable."""
+    if not library.exists():
+        return f"the compiled library is not part of this installation; {how}"
+    try:
+        torch.ops.load_library(library)
+    except OSError as error:
+        return f"the compiled library does not load ({error}); {how}"
+    return None
+
+
 @functools.cache
 def _warn_once(device: str, how: str) -> None:
     warnings.warn(
@@ -290,10 +316,42 @@ def run_triton(name: str, x: Tensor, *args: Any, **kwargs: Any) -> Any:
     return results if len(results) > 1 else results[0]
 
 
+@functools.cache
+def no_cuda_library() -> str | None:
+    """None where the CUDA kernels are part of this installation and, from then on, loaded; else why they are not."""
+    if not torch.version.cuda:
+        return "this torch is built without CUDA"
+    if not CUDA_LIBRARY.exists():
+        return f"the CUDA kernels are not part of this installation; {HOW_TO_GET_CUDA}"
+    return _load(CUDA_LIBRARY, HOW_TO_GET_CUDA)
+
+
+@functools.cache
+def no_cuda(device: torch.device) -> str | None:
+    """None where the CUDA kernels run on this device, else the sentence that says why not."""
+    if device.type != "cuda":
+        return f"x is on {device}"
+    if why := no_cuda_library():
+        return why
+    x = torch.empty(1, 2, 1, device=device)
+    try:
+        torch.ops.apet._cuda_plan(x, 1)
+    except RuntimeError as error:
+        return f"the CUDA kernels do not run on {device}: {error}"
+    return None
+
+
+def run_cuda(name: str, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+    """The op `name` by the CUDA kernels, for x on a device of which `no_cuda` has found nothing to say."""
+    return getattr(torch.ops.apet, f"_cuda_{name}").default(x, *args, **kwargs)
+
+
 def _run_on_gpu(name: str, x: Tensor, *args: Any, **kwargs: Any) -> Any:
     """Which kernels a CUDA or ROCm tensor gets."""
+    if not no_cuda(x.device):
+        return run_cuda(name, x, *args, **kwargs)
     if why := no_triton():
-        return _run_reference(name, why, x, *args, **kwargs)
+        return _run_reference(name, f"{no_cuda(x.device)}; {why}", x, *args, **kwargs)
     return run_triton(name, x, *args, **kwargs)
 
 
@@ -302,15 +360,4 @@ for _op in OPS:
     _library.impl(_op, functools.partial(_run_reference, _op, HOW_TO_GET_KERNELS), "CompositeExplicitAutograd")
 
 
-def _load() -> str | None:
-    """Loads the compiled library; returns None, or the sentence that says why it is not usable."""
-    if not LIBRARY.exists():
-        return f"the compiled library is not part of this installation; {HOW_TO_GET_KERNELS}"
-    try:
-        torch.ops.load_library(LIBRARY)
-    except OSError as error:
-        return f"the compiled library does not load ({error}); {HOW_TO_GET_KERNELS}"
-    return None
-
-
-NO_LIBRARY = _load()
+NO_LIBRARY = _load(LIBRARY, HOW_TO_GET_KERNELS)

@@ -112,12 +112,12 @@ def s1_s3_step(
         near = tl.where(distance < near, distance, near)
         near = tl.where(n == p, 0.0, near)
         if last:
-            rows_y = tl.where((j == step)[:, None], new_y[None, :], rows_y)
+            all_y = tl.where((j == step)[:, None], new_y[None, :], rows_y)
             penalty = tl.zeros((BLOCK_N,), tl.float64)
             for k in range(0, step + 1):
                 column = tl.load(inverse + (s * M + j) * M + k, mask=earlier, other=0.0)
                 column = tl.where(j == step, tl.sum(tl.where(j == k, new_row, 0.0), 0), column)
-                w = tl.sum(column[:, None] * rows_y, 0)
+                w = tl.sum(column[:, None] * all_y, 0)
                 penalty += w * w
             sq = tl.load(norm2 + own, mask=inside, other=0.0)
             error = (left - ridge * penalty).to(tl.float32)
