@@ -1,0 +1,118 @@
+"""Compiles csrc/cuda for the CPU with the headers of this folder: a library for ctypes, programs for the sanitizers.
+
+Everything lies under .build/simt/, by a hash of all that went into it: what is there is right. Needs g++ on x86-64 (the switch
+between fibers is written for it) and no part of CUDA.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import functools
+import hashlib
+import platform
+import shutil
+import subprocess
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+HERE = Path(__file__).parent
+CSRC = HERE.parents[1] / "csrc"
+FOLDER = HERE.parents[1] / ".build/simt"
+
+# fma where one is written and nowhere else, as nvcc -fmad=false.
+FLAGS = ["-std=c++17", "-march=native", "-ffp-contract=off", "-fno-math-errno", "-fPIC", "-Wall", "-Wextra"]
+FLAGS += ["-Wno-unknown-pragmas"]  # unroll
+RUNTIME = ["fiber.cpp", "runtime.cpp", "collectives.cpp", "device.cpp"]
+OPTIMISED = {"": ["-O2"], "address": ["-O1", "-g"], "thread": ["-O1", "-g"]}
+
+
+def missing() -> str | None:
+    """None where kernels can be compiled for the CPU here, else the sentence that says why not."""
+    if platform.machine() != "x86_64":
+        return f"fibers are written for x86-64, and this is {platform.machine()}"
+    if not shutil.which("g++"):
+        return "there is no g++"
+    if not (CSRC / "cuda").is_dir():
+        return f"the sources are not at {CSRC / 'cuda'}"
+    return None
+
+
+def kernels(csrc: Path = CSRC, sanitizer: str = "") -> list[Path]:
+    """Objects of the CUDA backend from the sources in `csrc`, which may be a changed copy."""
+    sources = [*sorted((csrc / "cuda").glob("*.cu")), csrc / "problem.cpp"]
+    return _objects(sources, sanitizer, csrc.rglob("*.*"))
+
+
+@functools.cache
+def library() -> Path:
+    """libapet_cuda's C interface, and the runtime's for ctypes, in one shared library."""
+    return _link("libsimt.so", [*kernels(), *_runtime()], ["-shared", "-Wl,--no-undefined"])
+
+
+def program(main: str, objects: list[Path], sanitizer: str = "") -> Path:
+    """The program of a source in this folder, with objects of the same sanitizer."""
+    own = _objects([HERE / main], sanitizer, CSRC.glob("*.h"))
+    return _link(Path(main).stem, [*own, *objects, *_runtime()], _sanitize(sanitizer))
+
+
+def shared(main: str) -> Path:
+    """The library of a source in this folder."""
+    return _link(f"lib{Path(main).stem}.so", [*_objects([HERE / main]), *_runtime()], ["-shared", "-Wl,--no-undefined"])
+
+
+def _runtime() -> list[Path]:
+    """Never sanitized: what it does for a kernel is not the kernel's doing."""
+    return _objects([HERE / name for name in RUNTIME])
+
+
+def _sanitize(sanitizer: str) -> list[str]:
+    return [f"-fsanitize={sanitizer}", "-fno-omit-frame-pointer"] if sanitizer else []
+
+
+def _objects(sources: list[Path], sanitizer: str = "", headers: Iterable[Path] = ()) -> list[Path]:
+    flags = [*FLAGS, *OPTIMISED[sanitizer], *_sanitize(sanitizer), f"-I{HERE / 'include'}", '-DAPET_VERSION="simt"']
+    read = [p for p in (*HERE.rglob("*.h"), *headers) if p.suffix in (".h", ".cuh")]
+    common = _digest(_compiler(), *flags, *sorted(p.read_text() for p in read))
+
+    def compile_one(source: Path) -> Path:
+        csrc = source.parents[1] if source.suffix == ".cu" and source.parent != HERE else CSRC
+        target = FOLDER / f"{source.stem}-{_digest(common, source.name, source.read_text())}.o"
+        command = ["g++", *flags, f"-I{csrc}", "-x", "c++", "-c", str(source)]
+        return _make(target, command)
+
+    with ThreadPoolExecutor(2) as pool:
+        return list(pool.map(compile_one, sources))
+
+
+def _link(name: str, objects: list[Path], flags: list[str]) -> Path:
+    stem, dot, suffix = name.partition(".")
+    target = FOLDER / f"{stem}-{_digest(*map(str, objects), *flags)}{dot}{suffix}"
+    return _make(target, ["g++", *map(str, objects), *flags])
+
+
+def _make(target: Path, command: list[str]) -> Path:
+    """Runs a compiler unless what it would make is there. Several processes may ask for it at once."""
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    if target.exists():
+        return target
+    with open(FOLDER / f"{target.name}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not target.exists():
+            part = target.with_name(f"{target.name}.part")
+            done = subprocess.run([*command, "-o", str(part)], capture_output=True, text=True)
+            if done.returncode:
+                raise RuntimeError(f"{' '.join(command)}\n{done.stderr}")
+            part.rename(target)
+    return target
+
+
+@functools.cache
+def _compiler() -> str:
+    """Version, and what -march=native means here: the folder may have been carried from another machine."""
+    query = ["g++", "-march=native", "-Q", "--help=target"]
+    return subprocess.check_output(["g++", "--version"], text=True) + subprocess.check_output(query, text=True)
+
+
+def _digest(*parts: str) -> str:
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]

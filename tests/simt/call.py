@@ -1,0 +1,369 @@
+"""The CUDA backend on the CPU: the four functions of the op for CPU tensors, by csrc/cuda compiled with g++."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import itertools
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from apet_kernels import ops
+
+from . import build
+
+PATHS = ("best", "fused", "cluster", "groups")  # apet_cuda_path
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)  # apet_dtype
+COMPRESS, SCORE, MERGE = range(3)  # apet_op
+NO_PATH = "APET_NO_CUDA_PATH"
+int32, int64 = ctypes.c_int32, ctypes.c_int64
+
+
+class Problem(ctypes.Structure):
+    """apet_problem."""
+
+    _fields_ = [
+        *((name, int32) for name in ("op", "dtype", "layout", "select", "basis", "ragged")),
+        *(
+            (name, int64)
+            for name in ("images", "tokens", "dim", "keep", "stride_xb", "stride_xn", "stride_xd", "start")
+        ),
+        *((name, ctypes.c_double) for name in ("ridge", "blend")),
+        *((name, int64) for name in ("total_tokens", "total_keep")),
+    ]
+
+
+class Wish(ctypes.Structure):
+    """apet_cuda_wish."""
+
+    _fields_ = [(name, int32) for name in ("path", "group", "resident", "tile")]
+
+
+class Plan(ctypes.Structure):
+    """apet_gpu_plan."""
+
+    _fields_ = [
+        *((name, int32) for name in ("path", "launches", "group", "groups", "slice", "resident", "state_shared")),
+        *((name, int32) for name in ("basis_shared", "tile", "select_shared", "merge_shared")),
+        ("workspace_bytes", ctypes.c_size_t),
+        ("estimated_us", ctypes.c_double),
+        ("why", ctypes.c_char * 256),
+    ]
+
+
+NAMES = ("x", "cu_seqlens", "cu_keep", "kept", "kept_targets", "tokens", "indices", "residual", "basis_indices")
+
+
+class Tensors(ctypes.Structure):
+    """apet_tensors."""
+
+    _fields_ = [(name, ctypes.c_void_p) for name in NAMES]
+
+
+@dataclass(frozen=True)
+class Device:
+    """The GPU that launches ask about (simt::Device). Few multiprocessors: every resident thread costs a stack."""
+
+    capability: int = 90
+    multiprocessors: int = 16
+    shared_per_block: int = 227 << 10
+    shared_per_multiprocessor: int = 228 << 10
+    largest_cluster: int = 16
+
+
+H100 = Device()
+A100 = Device(80, 16, 163 << 10, 164 << 10, 0)
+RTX_3090 = Device(86, 8, 99 << 10, 100 << 10, 0)
+RTX_5090 = Device(120, 8, 99 << 10, 100 << 10, 8)
+
+
+class NoPath(Exception):
+    """The device cannot run the problem in the way that was asked for."""
+
+
+class Fault(Exception):
+    """A kernel did what a GPU leaves undefined, or a launch was refused."""
+
+
+@dataclass
+class Case:
+    """One call: the problem, its inputs and its outputs by their names in apet_tensors."""
+
+    problem: Problem
+    inputs: dict[str, Tensor]
+    outputs: dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class How:
+    """Everything that must not change a bit of the result."""
+
+    device: Device = H100
+    path: str = "best"
+    group: int = 0  # 0: chosen
+    resident: int = -1  # -1: as many as fit
+    tile: int = 0  # 0: chosen
+    seed: int = 0
+
+    @property
+    def wish(self) -> Wish:
+        return Wish(PATHS.index(self.path), self.group, self.resident, self.tile)
+
+
+@functools.cache
+def load() -> ctypes.CDLL:
+    lib = ctypes.CDLL(str(build.library()))
+    for name in ("simt_run", "simt_launches", "apet_cuda_error"):
+        getattr(lib, name).restype = ctypes.c_char_p
+    lib.apet_sentence.restype = ctypes.c_size_t
+    return lib
+
+
+def plan(problem: Problem, how: How) -> Plan:
+    """What the backend would do; NoPath if it cannot do it as `how` wants it."""
+    lib, result, wish = load(), Plan(), how.wish
+    d = how.device
+    lib.simt_use_device(
+        d.capability, d.multiprocessors, d.shared_per_block, d.shared_per_multiprocessor, d.largest_cluster
+    )
+    status = lib.apet_cuda_plan(ctypes.byref(problem), ctypes.byref(wish), ctypes.byref(result))
+    if status == status_numbers()[NO_PATH]:
+        raise NoPath(result.why.decode())
+    _check(problem, status)
+    return result
+
+
+def run(case: Case, how: How) -> list[str]:
+    """Runs the case in this process. Returns its launches, a line for each."""
+    lib, problem = load(), case.problem
+    planned = plan(problem, how)
+    # 64 bytes of ours on either side, and nothing in it that a kernel could take for its own.
+    room = torch.full((planned.workspace_bytes + 192,), 0xFF, dtype=torch.uint8)
+    start = -room.data_ptr() % 64 + 64
+    tensors = Tensors(**{name: t.data_ptr() for name, t in (case.inputs | case.outputs).items()})
+    lib.simt_use_seed(how.seed)
+    lib.simt_launches()
+    status = lib.apet_cuda_run(
+        *(ctypes.byref(s) for s in (problem, tensors, planned)),
+        ctypes.c_void_p(room.data_ptr() + start),
+        ctypes.c_size_t(planned.workspace_bytes),
+        None,
+    )
+    fault = lib.simt_run()
+    _check(problem, status)
+    if fault:
+        raise Fault(fault.decode())
+    for side in (room[:start], room[start + planned.workspace_bytes :]):
+        if (side != 0xFF).any():
+            raise Fault("something was written beside the workspace")
+    return lib.simt_launches().decode().splitlines()
+
+
+def run_in_program(case: Case, how: How, program: Path, timeout: float = 300) -> str:
+    """Runs the case in a sanitized build of driver.cpp. Returns what that wrote to stderr; outputs are filled if it
+    could end."""
+    device = how.device
+    numbers = (
+        *(ctypes.sizeof(t) for t in (Problem, Wish, Plan)),
+        *(device.capability, device.multiprocessors, device.shared_per_block, device.shared_per_multiprocessor),
+        *(device.largest_cluster, how.seed),
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        file, result = Path(folder, "case"), Path(folder, "result")
+        with file.open("wb") as f:
+            f.write(bytes((int64 * len(numbers))(*numbers)) + bytes(case.problem) + bytes(how.wish))
+            for name in NAMES:
+                t = case.inputs.get(name)
+                content = b"" if t is None else _reach(t)
+                size = len(content) if name in case.inputs else _bytes(case.outputs.get(name))
+                # An input tensor without elements and one that is not given are told apart by -1.
+                f.write(bytes(int64(size if name in case.inputs or name in case.outputs else -1)) + content)
+        done = subprocess.run([program, file, result], capture_output=True, timeout=timeout)
+        if done.returncode == 0:
+            content = bytearray(result.read_bytes())
+            for name, t in case.outputs.items():
+                if t.numel():
+                    part, content = content[: _bytes(t)], content[_bytes(t) :]
+                    t.view(-1).view(torch.uint8).copy_(torch.frombuffer(part, dtype=torch.uint8))
+    return done.stderr.decode(errors="replace") + ("" if done.returncode == 0 else f"\nexit code {done.returncode}")
+
+
+def _bytes(t: Tensor | None) -> int:
+    return 0 if t is None else t.numel() * t.element_size()
+
+
+def _reach(t: Tensor) -> bytes:
+    """The memory from t's first element to its last."""
+    if not t.numel():
+        return b""
+    last = sum((n - 1) * s for n, s in zip(t.shape, t.stride(), strict=True))
+    flat = t.as_strided((last + 1,), (1,)).contiguous()
+    return flat.view(torch.uint8).numpy().tobytes()
+
+
+@functools.cache
+def status_numbers() -> dict[str, int]:
+    """apet_status, read from the header: APET_OK is 0, and they count up."""
+    text = (build.CSRC / "apet.h").read_text()
+    names = text.partition("typedef enum apet_status {")[2].partition("}")[0].replace("= 0", "").split(",")
+    return {name.strip(): n for n, name in enumerate(names)}
+
+
+def _check(problem: Problem, status: int) -> None:
+    if status == 0:
+        return
+    lib = load()
+    text = ctypes.create_string_buffer(512)
+    lib.apet_sentence(ctypes.byref(problem), status, text, ctypes.c_size_t(512))
+    raise Fault(f"{text.value.decode()} {(lib.apet_cuda_error() or b'').decode()}".strip())
+
+
+# ---- cases
+
+
+def _problem(op: int, x: Tensor, **values: object) -> Problem:
+    dims = x.dim()
+    return Problem(
+        op=op,
+        dtype=DTYPES.index(x.dtype),
+        ragged=dims == 2,
+        images=x.shape[0] if dims == 3 else values.pop("images"),
+        tokens=x.shape[1] if dims == 3 else values.pop("tokens"),
+        dim=x.shape[-1],
+        stride_xb=x.stride(0) if dims == 3 else 0,
+        stride_xn=x.stride(-2),
+        stride_xd=x.stride(-1),
+        total_tokens=x.shape[0] if dims == 2 else 0,
+        blend=values.pop("blend", 1.0),
+        **values,
+    )
+
+
+def _basis(basis: int, select: str, start: int, ridge: float) -> dict[str, object]:
+    return {"basis": basis, "select": ops.SELECTS.index(select), "start": start, "ridge": ridge}
+
+
+def compress_case(
+    x: Tensor,
+    keep: int,
+    basis: int = 10,
+    *,
+    layout: str = "inplace",
+    select: str = "fps",
+    start: int = -1,
+    ridge: float = 1e-5,
+    blend: float = 1.0,
+) -> Case:
+    ops.check_compress(x, keep, basis, layout=layout, select=select, start=start, ridge=ridge, blend=blend)
+    options = {"layout": ops.LAYOUTS.index(layout), "keep": keep, "blend": blend}
+    problem = _problem(COMPRESS, x, **options, **_basis(basis, select, start, ridge))
+    rows = keep + basis * (layout == "append")
+    return Case(problem, {"x": x}, _tokens(x, (x.shape[0], rows)))
+
+
+def compress_varlen_case(
+    x: Tensor,
+    cu_seqlens: Tensor,
+    cu_keep: Tensor,
+    total_keep: int,
+    max_seqlen: int,
+    max_keep: int,
+    basis: int = 10,
+    *,
+    layout: str = "inplace",
+    select: str = "fps",
+    start: int = -1,
+    ridge: float = 1e-5,
+    blend: float = 1.0,
+) -> Case:
+    sizes = (total_keep, max_seqlen, max_keep, basis)
+    choose = {"select": select, "start": start, "ridge": ridge}
+    ops.check_compress_varlen(x, cu_seqlens, cu_keep, *sizes, layout=layout, blend=blend, **choose)
+    images = len(cu_seqlens) - 1
+    problem = _problem(
+        COMPRESS,
+        x,
+        images=images,
+        tokens=min(max_seqlen, x.shape[0]),
+        keep=min(max_keep, total_keep),
+        total_keep=total_keep,
+        layout=ops.LAYOUTS.index(layout),
+        blend=blend,
+        **_basis(basis, **choose),
+    )
+    rows = total_keep + images * basis * (layout == "append")
+    offsets = {"cu_seqlens": cu_seqlens.contiguous(), "cu_keep": cu_keep.contiguous()}
+    return Case(problem, {"x": x, **offsets}, _tokens(x, (rows,)))
+
+
+def score_case(x: Tensor, basis: int = 10, *, select: str = "fps", start: int = -1, ridge: float = 1e-5) -> Case:
+    ops.check_score(x, basis, select=select, start=start, ridge=ridge)
+    problem = _problem(SCORE, x, **_basis(basis, select, start, ridge))
+    outputs = {
+        "residual": x.new_empty(x.shape[:2], dtype=torch.float32),
+        "basis_indices": x.new_empty(x.shape[0], basis, dtype=torch.int64),
+    }
+    return Case(problem, {"x": x}, outputs)
+
+
+def merge_case(x: Tensor, indices: Tensor, *, targets: Tensor | None = None) -> Case:
+    ops.check_merge(x, indices, targets=targets)
+    problem = _problem(MERGE, x, keep=indices.shape[1])
+    inputs = {"x": x, "kept": indices.contiguous()}
+    if targets is not None:
+        inputs["kept_targets"] = targets.contiguous()
+    return Case(problem, inputs, {"tokens": x.new_empty(*indices.shape, x.shape[-1])})
+
+
+def _tokens(x: Tensor, rows: tuple[int, ...]) -> dict[str, Tensor]:
+    return {"tokens": x.new_empty(*rows, x.shape[-1]), "indices": x.new_empty(rows, dtype=torch.int64)}
+
+
+CASES = {"compress": compress_case, "compress_varlen": compress_varlen_case, "score": score_case, "merge": merge_case}
+
+
+@dataclass
+class Functions:
+    """compress, compress_varlen, score and merge for CPU tensors. Every call takes the next of `ways`, since none may
+    change a bit; a way that the problem cannot go falls back to the device's own choice."""
+
+    ways: Iterator[How] = field(default_factory=lambda: itertools.cycle(DEFAULT_WAYS))
+
+    def __getattr__(self, name: str):
+        if name not in CASES:
+            raise AttributeError(name)
+
+        def function(*args, **kwargs):
+            ops.check_grad(*(a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)))
+            case, how = CASES[name](*args, **kwargs), next(self.ways)
+            try:
+                run(case, how)
+            except NoPath:
+                run(case, How(how.device, seed=how.seed))
+            results = tuple(case.outputs.values())
+            return results if len(results) > 1 else results[0]
+
+        return function
+
+
+DEFAULT_WAYS = [
+    How(),
+    How(path="cluster", group=2, seed=1),
+    How(A100, path="groups", group=3, resident=4, seed=2),
+    How(path="fused", group=4, seed=3),
+    How(RTX_3090, path="groups", seed=4),
+    How(RTX_5090, tile=64, seed=5),
+]
+
+
+@contextmanager
+def always(how: How) -> Iterator[Functions]:
+    """The functions, every call in one way; NoPath where it is not one."""
+    yield Functions(itertools.repeat(how))
