@@ -86,7 +86,9 @@ def plan(
 
     x [B, N, D] may be a meta tensor. Returns backend, why it was chosen, launches (1 on a CPU: its one region), and
     workspace_bytes; on the CPU also isa, teams (images in flight at once), threads_per_team, and the estimates behind
-    them, in microseconds (serial_us on one thread, planned_us). Raises as `compress` does.
+    them, in microseconds (serial_us on one thread, planned_us); of the CUDA kernels also path (fused, cluster, groups:
+    docs/cuda.md), group (CTAs that share an image), groups (images in flight), slice (rows of a CTA), resident (of
+    those in shared memory) and estimated_us. Raises as `compress` does.
     """
     options = {"layout": layout, "select": select, "start": start, "ridge": ridge, "blend": blend}
     ops.check_compress(x, keep, basis, **options)

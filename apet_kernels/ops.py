@@ -274,11 +274,11 @@ for _op in OPS:
 def _load(library: Path, how: str) -> str | None:
     """Loads a compiled library; returns None, or the sentence that says why it is not usable."""
     if not library.exists():
-        return f"the compiled library is not part of this installation; {how}"
+        return f"{library.name} is not part of this installation; {how}"
     try:
         torch.ops.load_library(library)
     except OSError as error:
-        return f"the compiled library does not load ({error}); {how}"
+        return f"{library.name} does not load ({error}); {how}"
     return None
 
 
@@ -321,8 +321,6 @@ def no_cuda_library() -> str | None:
     """None where the CUDA kernels are part of this installation and, from then on, loaded; else why they are not."""
     if not torch.version.cuda:
         return "this torch is built without CUDA"
-    if not CUDA_LIBRARY.exists():
-        return f"the CUDA kernels are not part of this installation; {HOW_TO_GET_CUDA}"
     return _load(CUDA_LIBRARY, HOW_TO_GET_CUDA)
 
 

@@ -66,7 +66,7 @@ def tiles(device_class: str, D: int, element: int) -> Tiles:
     return Tiles(
         step_n=8,
         step_d=step_d,
-        step_warps=4,
+        step_warps=8,  # a warp each
         topk_chunk=2048,
         topk_warps=8,
         assign_r=assign[0],

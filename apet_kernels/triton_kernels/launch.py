@@ -27,6 +27,8 @@ LAYOUTS = {"inplace": INPLACE.value, "overwrite": OVERWRITE.value, "append": APP
 # several programs share the targets of a tile. More than 8 would not shorten s5_assign, which has to load its rows.
 ENOUGH_PROGRAMS = 256
 MOST_SHARES = 8
+# A sweep waits for memory, so at least two programs of 8 warps should be at it on a multiprocessor of 65536 registers.
+STEP_REGISTERS = 128
 
 
 @dataclass(frozen=True)
@@ -84,12 +86,19 @@ class _Builder:
         return tensor
 
     def add(
-        self, kernel: Any, programs: int, args: dict[str, Any], constants: dict[str, Any], warps: int, stages: int = 2
+        self,
+        kernel: Any,
+        programs: int,
+        args: dict[str, Any],
+        constants: dict[str, Any],
+        warps: int,
+        stages: int = 2,
+        registers: int = 255,
     ) -> None:
         # Products and sums become one rounding where the kernel says fma, not where a compiler finds them.
         options = {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": False}
         if self.device_class.startswith("sm_"):
-            options["maxnreg"] = 255  # all there are: left alone, ptxas spills a little to fit one more program
+            options["maxnreg"] = registers  # of a thread: left alone, ptxas spills a little to fit one more program
         self.launches.append(Launch(kernel, programs, args, constants, options))
 
     # ---- s1 to s3
@@ -122,7 +131,9 @@ class _Builder:
             "programs": self.programs,
             **offsets,
         }
-        self.add(s1_norms, self.images * self.programs, args, self.step_constants, t.step_warps)
+        self.add(
+            s1_norms, self.images * self.programs, args, self.step_constants, t.step_warps, registers=STEP_REGISTERS
+        )
 
     def s1_s3_steps(self, basis: Tensor, e2: Tensor, M: int, select: str, ridge: float) -> None:
         args = {
@@ -146,8 +157,14 @@ class _Builder:
         }
         constants = {**self.step_constants, "BLOCK_M": max(configs.power_of_2(M), 2)}
         for step in range(M):
-            programs = self.images * self.programs
-            self.add(s1_s3_step, programs, {**args, "step": step}, constants, self.tiles.step_warps)
+            self.add(
+                s1_s3_step,
+                self.images * self.programs,
+                {**args, "step": step},
+                constants,
+                self.tiles.step_warps,
+                registers=STEP_REGISTERS,
+            )
 
     # ---- s4
 
