@@ -109,7 +109,7 @@ def _show_plans(console: Console) -> None:
 
     import apet_kernels
 
-    table = _table(f"Plan: compress {' x '.join(map(str, TYPICAL))} to {KEEP} tokens", "tokens", "backend", "isa")
+    table = _table(f"Plan: compress {' x '.join(map(str, TYPICAL))} to {KEEP} tokens", "tokens", "backend", "path")
     for heading in ("teams x threads", "launches", "workspace KiB"):
         table.add_column(heading, justify="right")
     reasons = []
@@ -120,7 +120,7 @@ def _show_plans(console: Console) -> None:
             table.add_row(
                 name,
                 plan["backend"],
-                plan.get("isa", ""),
+                plan.get("isa") or plan.get("path", ""),
                 f"{plan['teams']} x {plan['threads_per_team']}" if "teams" in plan else "",
                 str(plan["launches"]),
                 f"{plan['workspace_bytes'] / 1024:.0f}",

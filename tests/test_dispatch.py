@@ -1,0 +1,253 @@
+"""Which kernels a call gets: the choice for GPU tensors, made here without a GPU."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import apet_kernels
+from apet_kernels import ops, reference
+
+WITHOUT = "the CUDA kernels do not run on cuda:0: too old"
+TRITON_WITHOUT = "Triton does not import"
+
+
+@pytest.fixture(autouse=True)
+def fresh() -> Iterator[None]:
+    """What is decided once a process is decided again, in the test and after it."""
+    cached = [ops.no_cuda, ops.no_cuda_library, ops.no_triton, ops._warn_once]
+    for function in cached:
+        function.cache_clear()
+    yield
+    for function in cached:
+        function.cache_clear()
+
+
+@pytest.fixture
+def taken(monkeypatch: pytest.MonkeyPatch) -> list[tuple]:
+    """The calls that got to kernels, which do not run."""
+    calls: list[tuple] = []
+    for backend in ("cuda", "triton"):
+        monkeypatch.setattr(
+            ops, f"run_{backend}", lambda *args, _of=backend, **kwargs: calls.append((_of, args, kwargs))
+        )
+    return calls
+
+
+def test_every_op_comes_to_the_choice():
+    for op in ops.OPS:
+        assert torch._C._dispatch_has_kernel_for_dispatch_key(f"apet::{op}", "CUDA")
+
+
+@pytest.mark.parametrize("triton", [None, TRITON_WITHOUT])
+@pytest.mark.parametrize("op", ops.OPS)
+def test_cuda_kernels_before_triton(monkeypatch, taken, op, triton):
+    monkeypatch.setattr(ops, "no_cuda", lambda device: None)
+    monkeypatch.setattr(ops, "no_triton", lambda: triton)
+    x = torch.zeros(1, 4, 2)
+    ops._run_on_gpu(op, x, 2, start=0)
+    assert taken == [("cuda", (op, x, 2), {"start": 0})]
+
+
+@pytest.mark.parametrize("op", ops.OPS)
+def test_triton_where_the_cuda_kernels_do_not_run(monkeypatch, taken, op):
+    monkeypatch.setattr(ops, "no_cuda", lambda device: WITHOUT)
+    monkeypatch.setattr(ops, "no_triton", lambda: None)
+    x = torch.zeros(1, 4, 2)
+    ops._run_on_gpu(op, x, 2, start=0)
+    assert taken == [("triton", (op, x, 2), {"start": 0})]
+
+
+def test_the_reference_without_both_says_why(monkeypatch, taken):
+    monkeypatch.setattr(ops, "no_cuda", lambda device: WITHOUT)
+    monkeypatch.setattr(ops, "no_triton", lambda: TRITON_WITHOUT)
+    x = torch.randn(1, 6, 4)
+    with pytest.warns(UserWarning, match=f"{WITHOUT}; {TRITON_WITHOUT}"):
+        got = ops._run_on_gpu("compress", x, 3, 2)
+    for a, b in zip(got, reference.compress(x, 3, 2), strict=True):
+        assert torch.equal(a, b)
+    assert not taken
+
+
+# ---- whether the CUDA kernels run
+
+
+def cuda_device(index: int = 0) -> torch.device:
+    return torch.device("cuda", index)
+
+
+@pytest.fixture
+def cuda(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> SimpleNamespace:
+    """An installation with CUDA kernels, and as many calls of its plan as were made."""
+    library = tmp_path / "libapet_cuda_torch.so"
+    library.write_text("")
+    seen = SimpleNamespace(loaded=[], planned=[], refuses=None)
+
+    def plan(x: torch.Tensor, keep: int) -> None:
+        seen.planned.append(tuple(x.shape))
+        if seen.refuses:
+            raise RuntimeError(seen.refuses)
+
+    empty = torch.empty
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(ops, "CUDA_LIBRARY", library)
+    monkeypatch.setattr(torch.ops, "load_library", seen.loaded.append)
+    monkeypatch.setattr(torch.ops.apet, "_cuda_plan", plan, raising=False)
+    monkeypatch.setattr(torch, "empty", lambda *shape, device=None: empty(*shape, device="meta"))
+    return seen
+
+
+def test_a_device_is_asked_once(cuda):
+    for _ in range(3):
+        assert ops.no_cuda(cuda_device(0)) is None
+        assert ops.no_cuda(cuda_device(1)) is None
+    assert cuda.loaded == [ops.CUDA_LIBRARY]
+    assert cuda.planned == [(1, 2, 1)] * 2
+
+
+def test_a_device_that_refuses(cuda):
+    cuda.refuses = "the CUDA runtime refused the call: no kernel image is available"
+    for _ in range(2):
+        assert ops.no_cuda(cuda_device(1)) == f"the CUDA kernels do not run on cuda:1: {cuda.refuses}"
+    assert len(cuda.planned) == 1
+
+
+def test_a_tensor_elsewhere(cuda):
+    assert ops.no_cuda(torch.device("cpu")) == "x is on cpu"
+    assert not cuda.loaded
+
+
+def test_a_torch_without_cuda(cuda, monkeypatch):
+    monkeypatch.setattr(torch.version, "cuda", None)
+    assert ops.no_cuda(cuda_device()) == "this torch is built without CUDA"
+    assert not cuda.loaded
+
+
+def test_an_installation_without_the_kernels(cuda):
+    ops.CUDA_LIBRARY.unlink()
+    assert "libapet_cuda_torch.so is not part of this installation; install nvcc" in ops.no_cuda(cuda_device())
+    assert not cuda.loaded
+
+
+def test_a_library_that_does_not_load(cuda, monkeypatch):
+    def fail(path: Path) -> None:
+        raise OSError("undefined symbol: aoti_torch_get_current_cuda_stream")
+
+    monkeypatch.setattr(torch.ops, "load_library", fail)
+    why = ops.no_cuda(cuda_device())
+    assert "libapet_cuda_torch.so does not load (undefined symbol: aoti_torch_get_current_cuda_stream)" in why
+    assert not cuda.planned
+
+
+def test_backends_ask_the_current_device(cuda, monkeypatch):
+    assert apet_kernels.backends()["cuda"] == "torch finds no GPU"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 2)
+    assert apet_kernels.backends()["cuda"] is None
+    ops.no_cuda.cache_clear()
+    cuda.refuses = "too old"
+    assert apet_kernels.backends()["cuda"] == "the CUDA kernels do not run on cuda:2: too old"
+
+
+# ---- backend="cuda"
+
+
+@pytest.mark.parametrize("op", ops.OPS)
+def test_forced(monkeypatch, taken, op):
+    monkeypatch.setattr(apet_kernels.api, "backends", lambda: {"cuda": None})
+    monkeypatch.setattr(ops, "no_cuda", lambda device: None)
+    x, lengths = torch.zeros(1, 4, 2), torch.tensor([0, 4], dtype=torch.int32)
+    args = {
+        "compress": (x, 2),
+        "compress_varlen": (x[0], lengths, lengths, 4, 4, 4),
+        "score": (x,),
+        "merge": (x, torch.zeros(1, 2, dtype=torch.int64)),
+    }[op]
+    getattr(apet_kernels, op)(*args, backend="cuda")
+    ((backend, (name, *given), _),) = taken
+    assert (backend, name) == ("cuda", op)
+    assert all(a is b for a, b in zip(given, args, strict=False))
+    with pytest.raises(RuntimeError, match="requires grad"):
+        getattr(apet_kernels, op)(args[0].clone().requires_grad_(), *args[1:], backend="cuda")
+    assert len(taken) == 1
+
+
+def test_forced_where_it_cannot_run(monkeypatch, taken):
+    x = torch.zeros(1, 4, 2)
+    with pytest.raises(ValueError, match="backend='cuda' cannot run here: this torch is built without CUDA"):
+        apet_kernels.compress(x, 2, backend="cuda")
+    monkeypatch.setattr(apet_kernels.api, "backends", lambda: {"cuda": None})
+    with pytest.raises(ValueError, match="backend='cuda' cannot run here: x is on cpu"):
+        apet_kernels.compress(x, 2, backend="cuda")
+    assert not taken
+
+
+# ---- plans
+
+
+class OnGpu:
+    """A tensor on a GPU, as far as plan() looks at it."""
+
+    def __init__(self, x: torch.Tensor) -> None:
+        self.x, self.device = x, cuda_device()
+
+    def __getattr__(self, name: str):
+        return getattr(self.x, name)
+
+
+def test_plan_of_the_cuda_kernels(monkeypatch):
+    figures = ("fused with 8 CTAs", "fused", 1, 8, 1, 72, 72, 4096, 27.5)
+    asked = []
+    monkeypatch.setattr(ops, "no_cuda", lambda device: None)
+    monkeypatch.setattr(
+        torch.ops.apet, "_cuda_plan", lambda *args, **kwargs: asked.append((args, kwargs)) or figures, raising=False
+    )
+    x = OnGpu(torch.empty(1, 576, 1024, device="meta"))
+    assert apet_kernels.plan(x, 64, layout="append", ridge=0.5) == {
+        "backend": "cuda",
+        "why": "fused with 8 CTAs",
+        "path": "fused",
+        "launches": 1,
+        "group": 8,
+        "groups": 1,
+        "slice": 72,
+        "resident": 72,
+        "workspace_bytes": 4096,
+        "estimated_us": 27.5,
+    }
+    options = {"layout": "append", "select": "fps", "start": -1, "ridge": 0.5, "blend": 1.0}
+    assert asked == [((x, 64, 10), options)]
+
+
+@pytest.mark.skipif(ops.no_triton() is not None, reason="Triton is not installed")
+def test_plan_of_triton_says_why_not_cuda(monkeypatch):
+    from apet_kernels.triton_kernels import configs
+
+    monkeypatch.setattr(ops, "no_cuda", lambda device: WITHOUT)
+    monkeypatch.setattr(configs, "device_class", lambda device: "sm_80")
+    plan = apet_kernels.plan(OnGpu(torch.empty(1, 576, 1024, device="meta")), 64)
+    assert plan["backend"] == "triton"
+    assert WITHOUT in plan["why"]
+
+
+# ---- where there is no CUDA
+
+
+@pytest.mark.skipif(torch.version.cuda is not None, reason="this torch has CUDA")
+def test_nothing_of_cuda_is_loaded_without_it():
+    code = """
+import torch, apet_kernels
+apet_kernels.backends()
+apet_kernels.compress(torch.randn(1, 8, 4), 4, 2)
+assert "apet_cuda" not in open("/proc/self/maps").read()
+assert not [s for s in torch._C._dispatch_get_all_op_names() if s.startswith("apet::_cuda")]
+assert "apet_kernels.triton_kernels.launch" not in __import__("sys").modules
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
