@@ -8,7 +8,7 @@ native := setup.py pyproject.toml CMakeLists.txt $(shell find csrc -type f)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test gpu-check test-transformers4 test-full sanitize lint format bench wheel clean
+.PHONY: help demo test gpu-check test-transformers4 test-full sanitize sanitize-triton lint format bench wheel clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "make %-19s %s\n", $$1, $$2 }' Makefile
@@ -47,6 +47,14 @@ test-full: $(VENV)/installed-dev sanitize  ## what is too long for every day: sa
 
 sanitize: $(VENV)/installed-test  ## the CPU library's tests under AddressSanitizer and UBSan
 	$(bin)/python tests/sanitize.py -q -n 2
+
+# It declares Python >= 3.12, and runs on 3.11; its own requirements would bring another torch.
+.build/ttsem: | $(VENV)/installed-test
+	@rm -rf $@
+	@$(pip) --no-deps --ignore-requires-python --target $@ ttsem==0.1.0
+
+sanitize-triton: .build/ttsem  ## the Triton kernels' IR on the CPU, watched for races and accesses out of bounds
+	PYTHONPATH=$(CURDIR)/.build/ttsem $(bin)/python tests/sanitize_triton.py
 
 lint: $(VENV)/installed-dev  ## formatting and static checks
 	$(bin)/ruff check

@@ -2,8 +2,8 @@
 
     python -m tests.offline [--smoke] [--target sm_90a ...] [--markdown]
 
-The launches are those that `launch.py` builds, here on meta tensors, and Triton compiles them as it does on a launch, but
-for a stand-in of the driver that names the GPU. Fails, in sentences, where
+The launches are those that `launch.py` builds, here on meta tensors, and Triton compiles them as it does on a launch,
+but for a stand-in of the driver that names the GPU. Fails, in sentences, where
 
 - the shared memory of a program is more than the GPU has, or anything spills;
 - a 16-bit s5_assign multiplies without a matrix instruction, or a float32 one in tf32;
@@ -49,14 +49,10 @@ class Target:
     warps: int = 0
     programs: int = 0
 
-    @property
-    def device_class(self) -> str:
-        """What `configs.device_class` says on this GPU."""
-        return f"sm_{self.arch}" if self.backend == "cuda" else str(self.arch)
-
 
 KB = 1024
-# CUDA C++ Programming Guide, "Technical Specifications per Compute Capability"; AMD CDNA 3 and 4 ISA.
+# Under the names of `configs.device_class`. Sizes: CUDA C++ Programming Guide, "Technical Specifications per Compute
+# Capability"; AMD CDNA 3 and CDNA 4 instruction set architecture.
 TARGETS = {
     "sm_80": Target("cuda", 80, 163 * KB, 164 * KB, 64, 32),
     "sm_86": Target("cuda", 86, 99 * KB, 100 * KB, 48, 16),
@@ -69,10 +65,15 @@ TARGETS = {
     "gfx950": Target("hip", "gfx950", 160 * KB),
 }
 REGISTERS = 65536  # of a multiprocessor
+SMOKE = ("sm_80", "sm_90a", "gfx942")
 
-DIMS = (64, 768, 1024, 1152, 1280, 3584, 4096, 8192)
-ODD = {2: 100, 4: 99}  # bytes of an element -> D whose rows are no whole 16-byte words
-DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+# What vision encoders and language models have, the least and the largest, and rows that are no whole 16-byte words. Of
+# the two 16-bit dtypes, which have the same layouts, one takes them all; the most basis tokens take every second.
+DIMS = {
+    torch.float16: (64, 100, 768, 1024, 1152, 1280, 3584, 4096, 8192),
+    torch.bfloat16: (100, 1024, 8192),
+    torch.float32: (64, 99, 768, 1024, 1152, 1280, 3584, 4096, 8192),
+}
 
 
 @dataclass(frozen=True)
@@ -104,20 +105,15 @@ class Problem:
 
 def problems(smoke: bool) -> Iterator[Problem]:
     """The grid: every D and dtype; and every other choice on one D, which no kernel's code may know of."""
+    dims = {torch.float16: (1024,), torch.bfloat16: (100,), torch.float32: (3584,)} if smoke else DIMS
+    yield from (Problem("compress", D, dtype) for dtype in dims for D in dims[dtype])
+    if not smoke:
+        yield from (Problem("compress", D, dtype, 64) for dtype in dims for D in dims[dtype][::2])
     layouts = [{"layout": "inplace"}, {"layout": "overwrite", "blend": 0.5}, {"layout": "append"}]
-    dims: Iterable[tuple[torch.dtype, int]] = (
-        [(torch.float16, 1024), (torch.bfloat16, 100), (torch.float32, 3584)]
-        if smoke
-        else [(dtype, D) for dtype in DTYPES for D in (*DIMS, ODD[dtype.itemsize])]
-    )
-    for dtype, D in dims:
-        yield Problem("compress", D, dtype)
-        if not smoke:
-            yield Problem("compress", D, dtype, 64)
-    for dtype, (select, layout) in itertools.product(DTYPES[:1], itertools.product(("fps", "qr"), layouts)):
+    for select, layout in itertools.product(("fps", "qr"), layouts):
         options = tuple({**layout, "select": select}.items())
-        yield Problem("compress", 1024, dtype, 10, options)
-        yield Problem("compress_varlen", 1024, dtype, 10, options)
+        yield Problem("compress", 1024, torch.float16, 10, options)
+        yield Problem("compress_varlen", 1024, torch.float16, 10, options)
     yield Problem("score", 1024, torch.float16)
     yield Problem("merge", 1024, torch.float16, options=(("targets", False),))
     yield Problem("merge", 1024, torch.float16, options=(("targets", True),))
@@ -196,8 +192,12 @@ class Compiled:
 
 def examine(name: str, problem: Problem, number: int) -> Compiled:
     """Compiles launch `number` of a problem for the target `name`."""
+    return examine_launch(name, problem.launches(name)[number], problem.dtype)[0]
+
+
+def examine_launch(name: str, launch: Any, dtype: torch.dtype) -> tuple[Compiled, Any]:
+    """Compiles a launch on x of some dtype; also returns the CompiledKernel."""
     target = TARGETS[name]
-    launch = problem.launches(target.device_class)[number]
     kernel, said = compile_launch(launch, target)
     warps, shared = kernel.metadata.num_warps, kernel.metadata.shared
     if target.backend == "cuda":
@@ -218,7 +218,7 @@ def examine(name: str, problem: Problem, number: int) -> Compiled:
         name,
         launch.kernel.__name__,
         launch.constants.get("D"),
-        problem.dtype,
+        dtype,
         registers,
         spilled,
         shared,
@@ -230,14 +230,14 @@ def examine(name: str, problem: Problem, number: int) -> Compiled:
     if spilled:
         result.faults.append(f"spills {spilled} bytes")
     if result.kernel == "s5_assign":
-        if problem.dtype.itemsize == 2 and not result.matrix:
+        if dtype.itemsize == 2 and not result.matrix:
             result.faults.append("multiplies 16-bit tokens without a matrix instruction")
-        if problem.dtype.itemsize == 4 and re.search(r"\.tf32|_xf32", assembly):
+        if dtype.itemsize == 4 and re.search(r"\.tf32|_xf32", assembly):
             result.faults.append("multiplies float32 tokens in tf32")
     if launch.constants.get("ALIGN") == 16:
         threads = warps * (64 if target.backend == "hip" else 32)
-        result.faults += narrow_loads(kernel.asm["ttir"], assembly, threads, problem.dtype)
-    return result
+        result.faults += narrow_loads(kernel.asm["ttir"], assembly, threads, dtype)
+    return result, kernel
 
 
 def narrow_loads(ttir: str, assembly: str, threads: int, dtype: torch.dtype) -> list[str]:
@@ -266,7 +266,7 @@ def placed(assembly: str) -> Iterator[tuple[str, str]]:
 
 def load_bytes(instruction: str) -> set[int]:
     """Bytes that a thread loads from global memory with an instruction: of PTX or of AMD's."""
-    if load := re.search(r"ld\.global(?:\.[a-z]\w*(?:::\w+)*)*?(?:\.v(\d))?\.[bfsu](\d+)\b", instruction):
+    if load := re.search(r"ld\.global[\w.:]*?(?:\.v(\d))?\.[bfsu](\d+)\b", instruction):
         return {int(load[1] or 1) * int(load[2]) // 8}
     if copy := re.search(r"cp\.async\.c[ag]\.shared\.global\b.*\], (\w+)", instruction):
         return {int(copy[1], 0)}
@@ -302,7 +302,7 @@ def jobs(names: Iterable[str], smoke: bool) -> Iterator[tuple[str, Problem, int]
     for name in names:
         seen = set()
         for problem in problems(smoke):
-            for number, launch in enumerate(problem.launches(TARGETS[name].device_class)):
+            for number, launch in enumerate(problem.launches(name)):
                 if (key := code(launch)) not in seen:
                     seen.add(key)
                     yield name, problem, number
@@ -315,63 +315,71 @@ def table(results: list[Compiled]) -> str:
     names = [name for name in TARGETS if any(r.target == name for r in results)]
     groups = collections.defaultdict(list)
     for r in results:
-        by_dtype = r.D is not None
-        groups[r.kernel, f"{8 * r.dtype.itemsize}-bit" if by_dtype else "", r.target].append(r)
-    rows = sorted({key[:2] for key in groups})
+        groups[r.kernel, "" if r.D is None else f"{8 * r.dtype.itemsize}-bit", r.target].append(r)
+    dims = sorted({r.D for r in results if r.D})
     lines = [
-        f"`python -m tests.offline --markdown`, Triton {triton.__version__}: {len(results)} kernels compiled, "
-        f"{sum(bool(r.faults) for r in results)} with faults.",
-        "",
-        "Each cell: registers a thread, KB of shared memory a program, and how many warps a multiprocessor (waves a compute",
-        "unit) can then hold; the worst over D, dtype and M. Nothing spills.",
+        f"`python -m tests.offline --markdown`, Triton {triton.__version__}: {len(results)} kernels compiled, for D = "
+        f"{', '.join(map(str, dims))}.",
+        "Each cell: registers of a thread, KB of shared memory of a program, and how many of its warps a",
+        "multiprocessor (of its waves a compute unit) can hold at once; each the worst over D, dtype and M.",
         "",
         "| kernel | x | " + " | ".join(names) + " |",
         "|---|---|" + "---|" * len(names),
     ]
-    for kernel, bits in rows:
-        cells = []
+    for kernel, bits in sorted({key[:2] for key in groups}):
+        lines.append(f"| `{kernel}` | {bits} |")
         for name in names:
             group = groups[kernel, bits, name]
             registers, shared = max(r.registers for r in group), max(r.shared for r in group)
-            cells.append(f"{registers}, {-(-shared // KB)}, {min(r.resident for r in group)}")
-        lines.append(f"| `{kernel}` | {bits} | " + " | ".join(cells) + " |")
-    matrix = {
-        n: {r.matrix for r in results if r.target == n and r.kernel == "s5_assign" and r.dtype.itemsize == 2}
-        for n in names
-    }
+            lines[-1] += f" {registers}, {-(-shared // KB)}, {min(r.resident for r in group)} |"
+    spilled = sum(r.spilled > 0 for r in results)
+    by_instruction = collections.defaultdict(list)
+    for name in names:
+        used = {r.matrix for r in groups["s5_assign", "16-bit", name]}
+        by_instruction[" or ".join(f"`{instruction}`" for instruction in sorted(used))].append(name)
     lines += [
         "",
-        "Matrix instruction of a 16-bit `s5_assign`: "
-        + ", ".join(f"{n} `{'/'.join(sorted(matrix[n]))}`" for n in names)
-        + ".",
+        f"{'Nothing spills.' if not spilled else f'{spilled} of them spill.'} A 16-bit `s5_assign` multiplies by "
+        + ", ".join(f"{instruction} on {' and '.join(targets)}" for instruction, targets in by_instruction.items())
+        + "; a float32",
+        "one never in tf32. Rows of x that are whole 16-byte words are loaded by words, but where a tile has fewer",
+        "words than threads.",
     ]
     return "\n".join(lines) + "\n"
 
 
+def compile_all(names: Iterable[str], smoke: bool) -> list[Compiled]:
+    """Every job, two at a time."""
+    os.environ.pop("TRITON_INTERPRET", None)
+    with pool() as executor:
+        return list(executor.map(examine, *zip(*jobs(names, smoke), strict=True)))
+
+
+def faults(results: list[Compiled]) -> list[str]:
+    """Sentences about what must not be."""
+    return [
+        f"{r.kernel} for {r.target}, D={r.D}, {str(r.dtype).removeprefix('torch.')}: {fault}"
+        for r in results
+        for fault in r.faults
+    ]
+
+
 def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.offline", description=__doc__.splitlines()[0])
-    parser.add_argument("--smoke", action="store_true", help="three sizes on three targets")
+    parser.add_argument("--smoke", action="store_true", help=f"three sizes, on {', '.join(SMOKE)}")
     parser.add_argument("--target", action="append", choices=TARGETS, help="only this one; may be repeated")
     parser.add_argument("--markdown", action="store_true", help=f"write the table into {GUIDE.name}")
     options = parser.parse_args(arguments)
     if options.markdown and (options.smoke or options.target):
         parser.error("--markdown is of all targets and sizes")
-    names = options.target or (["sm_80", "sm_90a", "gfx942"] if options.smoke else list(TARGETS))
-    os.environ.pop("TRITON_INTERPRET", None)
     began = time.monotonic()
-    with pool() as executor:
-        results = list(executor.map(examine, *zip(*jobs(names, options.smoke), strict=True)))
-    faults = [
-        f"{r.kernel} for {r.target}, D={r.D}, {str(r.dtype).removeprefix('torch.')}: {fault}"
-        for r in results
-        for fault in r.faults
-    ]
-    print(table(results), *faults, f"{len(results)} kernels in {time.monotonic() - began:.0f} s", sep="\n")
+    results = compile_all(options.target or (SMOKE if options.smoke else TARGETS), options.smoke)
+    found = faults(results)
+    print(table(results), *found, f"{len(results)} kernels in {time.monotonic() - began:.0f} s", sep="\n")
     if options.markdown:
-        text = GUIDE.read_text()
-        before, rest = text.split(BEGIN)
+        before, rest = GUIDE.read_text().split(BEGIN)
         GUIDE.write_text(before + BEGIN + table(results) + END + rest.split(END)[1])
-    return 1 if faults else 0
+    return 1 if found else 0
 
 
 if __name__ == "__main__":
