@@ -86,6 +86,12 @@ def family_of(model: PreTrainedModel) -> Family:
     return (FAMILIES | OTHERS)[model.config.model_type]
 
 
+def reads_positions_as_packed(family: Family) -> bool:
+    """Qwen3-VL of transformers 4 takes the temporal M-RoPE row for text positions: without a mask, images are torn from
+    their text, patched or not."""
+    return family.name == "qwen3_vl" and not V5
+
+
 def _text(**more: object) -> dict:
     return {
         "vocab_size": VOCABULARY,

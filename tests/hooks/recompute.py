@@ -225,7 +225,8 @@ def language(model: PreTrainedModel, prompt: Prompt, generated: list[int], optio
         hidden = out[0] if isinstance(out, tuple) else out
         if i < len(prompt.deep):
             hidden[0, :L] += prompt.deep[i] * kept[:L, None]
-    return model.lm_head(text.norm(hidden[:, L - 1 :]))[0], kept[:L]
+    ends = torch.cat([kept[:L].nonzero()[-1], L + torch.arange(extra)])
+    return model.lm_head(text.norm(hidden[:, ends]))[0], kept[:L]
 
 
 def slides(config: Any, layer: int) -> bool:

@@ -1,0 +1,218 @@
+"""Prompts and calls that nobody plans for: images at both ends, no text, embeddings instead of ids, cropped caches."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import apet
+import pytest
+import torch
+import transformers
+from conversations import Part, Sample, collate
+from families import EOS, UNSAID, V5, Family, build, core, shared, twin
+from recompute import expected
+from running import BOTH, FIRST, STAGES, TOLERANCE, Said, conversation, judge, say
+from test_generate import go_on
+
+PROMPTS: dict[str, list[Part]] = {
+    "image first": ["image", 5],
+    "image last": [5, "image"],
+    "image alone": ["image"],
+    "images side by side": [2, "image1", "image2", 3],
+    "five images": [1, "image", 1, "image1", 2, "image2", 1, "image1", 1, "image", 2],
+}
+
+
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("prompt", PROMPTS)
+def test_prompts(family: Family, prompt: str, stage: str) -> None:
+    model, options = shared(family.name), STAGES[stage]
+    rows = [conversation(family, *PROMPTS[prompt]), conversation(family, 4, "image", 1, seed=1)]
+    with apet.patched(model, **options):
+        batch = say(model, collate(family, rows))
+        single = say(model, collate(family, rows[:1]))
+    judge(family, rows, batch, options)
+    judge(family, rows[:1], single, options)
+
+
+def test_videos_of_several_samples(family: Family) -> None:
+    if not family.video:
+        pytest.skip("no videos of its own")
+    prompts: list[list[Part]] = [["video", 2, "video", 3], [1, "image1", 2, "video", 1, "image", 3], [6, "video"]]
+    rows = [conversation(family, *parts, seed=seed) for seed, parts in enumerate(prompts)]
+    model = shared(family.name)
+    with apet.patched(model, **BOTH):
+        said = say(model, collate(family, rows))
+    judge(family, rows, said, BOTH)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_embeddings_instead_of_ids(family: Family, stage: str) -> None:
+    """The ids are known as embeddings only; the model finds its placeholders in these, and so does the patch."""
+    model, options, row = shared(family.name), STAGES[stage], conversation(family, 3, "image", 5)
+    inputs = collate(family, [row])
+    if family.ragged:  # without ids the model cannot make positions; they have to be given
+        inputs["position_ids"] = positions(family, row)
+        inputs.pop("mm_token_type_ids", None)
+    embeds = core(model).get_input_embeddings()(inputs.pop("input_ids"))
+    with apet.patched(model, **options):
+        out = model(**inputs, inputs_embeds=embeds, use_cache=True)
+    want = expected(twin(family.name), family, row, [], **options).logits[0]
+    torch.testing.assert_close(out.logits[0, -1], want, rtol=0, atol=TOLERANCE)
+
+
+def positions(family: Family, row: Sample) -> torch.Tensor:
+    """M-RoPE positions [3, 1, L] of a whole prompt."""
+    from recompute import Options, shorten
+
+    return shorten(twin(family.name), family, row, Options()).positions[:, None]
+
+
+@pytest.mark.parametrize("how", ["positional", "inputs", "inference mode", "bool mask", "own cache"])
+def test_ways_to_call(family: Family, how: str) -> None:
+    model, row = shared(family.name), conversation(family, 3, "image", 5)
+    inputs = collate(family, [row])
+    more: dict[str, Any] = {"max_new_tokens": 4, "do_sample": False, "suppress_tokens": UNSAID}
+    more |= {"return_dict_in_generate": True, "output_logits": True}
+    args = ()
+    if how == "positional":
+        args = (inputs.pop("input_ids"),)
+    elif how == "inputs":
+        more["inputs"] = inputs.pop("input_ids")
+    elif how == "bool mask":
+        inputs["attention_mask"] = inputs["attention_mask"].bool()
+    elif how == "own cache":
+        more["past_key_values"] = transformers.DynamicCache()
+    with apet.patched(model, **BOTH), torch.inference_mode(how == "inference mode"):
+        out = model.generate(*args, **inputs, **more)
+    said = Said(out.sequences[:, len(row.ids) :].clone(), torch.stack(out.logits, 1).clone(), None)
+    judge(family, [row], said, BOTH)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_tuples(family: Family, stage: str) -> None:
+    """`return_dict=False`: the cache comes out of a tuple and goes on all the same."""
+    model, options, row = shared(family.name), STAGES[stage], conversation(family, 3, "image", 5)
+    cache = transformers.DynamicCache()
+    with apet.patched(model, **options):
+        first = model(**collate(family, [row]), past_key_values=cache, use_cache=True, return_dict=False)
+        assert isinstance(first, tuple)
+        before = transformers.modeling_outputs.CausalLMOutputWithPast(past_key_values=cache)
+        then = go_on(model, torch.tensor([[11]]), before, len(row.ids))
+    want = expected(twin(family.name), family, row, [11], **options).logits
+    torch.testing.assert_close(first[0][0, -1], want[0], rtol=0, atol=TOLERANCE)
+    torch.testing.assert_close(then.logits[0, -1], want[1], rtol=0, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_hidden_states(family: Family, stage: str) -> None:
+    """Asked for, they come in the length that each layer had."""
+    model, options, row = shared(family.name), STAGES[stage], conversation(family, 3, "image", 5)
+    with apet.patched(model, **options):
+        out = model(**collate(family, [row]), use_cache=True, output_hidden_states=True)
+    result = expected(twin(family.name), family, row, [], **options)
+    border = options.get("llm_layer", 4)
+    lengths = [hidden.shape[1] for hidden in out.hidden_states]
+    assert lengths[:border] == [result.length] * border
+    assert lengths[border + 1 :] == [result.deep_length] * (4 - border)
+    torch.testing.assert_close(out.logits[0, -1], result.logits[0], rtol=0, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_cropped_cache(family: Family, stage: str) -> None:
+    """Taking back the last tokens, as speculative decoding does, and going on otherwise."""
+    model, options, row = shared(family.name), STAGES[stage], conversation(family, 3, "image", 5)
+    L = len(row.ids)
+    with apet.patched(model, **options):
+        out = model(**collate(family, [row]), use_cache=True)
+        out = go_on(model, torch.tensor([[11, 22, 33]]), out, L)
+        out.past_key_values.crop(-2 if V5 else L + 1)
+        out = go_on(model, torch.tensor([[44, 55]]), out, L + 1)
+    want = expected(twin(family.name), family, row, [11, 44, 55], **options).logits
+    torch.testing.assert_close(out.logits[0], want[2:], rtol=0, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_turns_of_a_batch(family: Family, stage: str) -> None:
+    """Questions of different lengths after a kept cache, padded in the middle; then a third turn."""
+    if family.ragged and not V5 and stage == "second":
+        pytest.skip("the early layers' positions are the model's own, and it counts padding after images")
+    model, options = shared(family.name), STAGES[stage]
+    rows = [conversation(family, 3, "image", 5), conversation(family, 2, "image1", 3, "image2", 4, seed=1)]
+    how: dict[str, Any] = {"max_new_tokens": 3, "do_sample": False, "suppress_tokens": UNSAID}
+    how |= {"return_dict_in_generate": True, "output_logits": True}
+    inputs = collate(family, rows)
+    ids, mask = inputs["input_ids"], inputs["attention_mask"]
+    said: list[list[int]] = [[], []]
+    with apet.patched(model, **options):
+        out = model.generate(**inputs, **how)
+        for turn, questions in enumerate(([[61, 62, 63], [64]], [[71], [72, 73, 74, 75]])):
+            width = max(map(len, questions))
+            asked = torch.tensor([[0] * (width - len(q)) + q for q in questions])
+            mask = torch.cat([mask, torch.ones(2, 3, dtype=torch.long), (asked > 0).long()], dim=1)
+            for b, question in enumerate(questions):
+                said[b] += out.sequences[b, -3:].tolist() + question
+            ids = torch.cat([out.sequences, asked], dim=1)
+            out = model.generate(input_ids=ids, attention_mask=mask, past_key_values=out.past_key_values, **how)
+            for b, row in enumerate(rows):
+                tokens = said[b] + out.sequences[b, -3:].tolist()
+                want = expected(twin(family.name), family, row, tokens[:-1], **options).logits[-3:]
+                got = torch.stack(out.logits, 1)[b]
+                torch.testing.assert_close(got, want, rtol=0, atol=TOLERANCE, msg=lambda m, t=turn: f"turn {t}: {m}")
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_second_turn_in_a_static_cache(family: Family, stage: str) -> None:
+    model, options, row = shared(family.name), STAGES[stage], conversation(family, 3, "image", 5)
+    cache = transformers.StaticCache(config=model.config.get_text_config(), max_cache_len=400)
+    how: dict[str, Any] = {"max_new_tokens": 3, "do_sample": False, "suppress_tokens": UNSAID}
+    how |= {"return_dict_in_generate": True, "output_logits": True, "past_key_values": cache}
+    with apet.patched(model, **options):
+        first = model.generate(**collate(family, [row]), **how)
+        ids = torch.cat([first.sequences, torch.tensor([[61, 62]])], dim=1)
+        second = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **how)
+    said = second.sequences[0, len(row.ids) :].tolist()
+    want = expected(twin(family.name), family, row, said[:-1], **options).logits[-3:]
+    torch.testing.assert_close(torch.stack(second.logits, 1)[0], want, rtol=0, atol=TOLERANCE)
+
+
+def test_assistant_that_is_patched_too(family: Family) -> None:
+    """Refused: `generate` gives the drafter its cache and all images once more, in every round."""
+    model, draft = shared(family.name), build(family.name, seed=1)
+    row = conversation(family, 3, "image", 5)
+    apet.patch(draft, **FIRST)
+    with apet.patched(model, **BOTH), pytest.raises(ValueError, match="images cannot follow a cache"):
+        say(model, collate(family, [row]), new=12, assistant_model=draft, eos_token_id=EOS)
+
+
+def test_moved_after_patching(family: Family) -> None:
+    """`model.to(...)` after `patch`, as when somebody patches first and loads onto a device then."""
+    model, row = build(family.name), conversation(family, 3, "image", 5)
+    apet.patch(model, **FIRST)
+    model.to(torch.bfloat16)
+    said = say(model, collate(family, [row], dtype=torch.bfloat16))
+    judge(family, [row], said, FIRST, torch.bfloat16, tolerance=0.1)
+
+
+def test_placeholders_that_do_not_fit(family: Family) -> None:
+    """One too few: an error that says so, as without the patch, and the next call is right."""
+    model, row = shared(family.name), conversation(family, 3, "image", 5)
+    short = Sample([*row.ids[:5], *row.ids[6:]], row.visuals)
+    with pytest.raises((ValueError, RuntimeError, IndexError)) as without:
+        model(**collate(family, [short]))
+    with apet.patched(model, **BOTH):
+        with pytest.raises((ValueError, RuntimeError, IndexError)) as during:
+            model(**collate(family, [short]))
+        judge(family, [row], say(model, collate(family, [row])), BOTH)
+    assert str(during.value) == str(without.value) or "placeholder" in str(during.value)
+
+
+def test_hidden_placeholders_are_refused(family: Family) -> None:
+    """A mask that hides some tokens of an image."""
+    model, row = shared(family.name), conversation(family, 3, "image", 5)
+    inputs = collate(family, [row])
+    inputs["attention_mask"][0, :8] = 0
+    if family.ragged:
+        inputs["position_ids"] = positions(family, row)
+    with apet.patched(model, **BOTH), pytest.raises(ValueError, match="attention_mask"):
+        model(**inputs)

@@ -1,0 +1,186 @@
+"""`apet.report`: operations against formulas worked out by hand, lengths and bytes against the cache, times taken fairly."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import apet
+import pytest
+import torch
+from apet import calls, model_report
+from conversations import collate
+from families import FAMILIES, IMAGE, PATCH, TILE, Family, build, hooks_of, shared
+from running import BOTH, FIRST, SECOND, STAGES, conversation, conversations
+from transformers import PreTrainedModel
+
+import apet_kernels
+
+LLAVA = FAMILIES["llava"]
+
+
+def language_flops(model: PreTrainedModel, lengths: list[int], batch: int = 1) -> int:
+    """2 B L for each weight of a layer's matrices, two products of [L, d] and [d, L] in each head, the head's last row."""
+    config = model.config.text_config
+    hidden, heads, inner = config.hidden_size, config.num_attention_heads, config.intermediate_size
+    d = getattr(config, "head_dim", None) or hidden // heads
+    weights = 2 * heads * d * hidden + 2 * config.num_key_value_heads * d * hidden + 3 * hidden * inner
+    layers = sum(2 * batch * n * weights + 4 * batch * heads * n * n * d for n in lengths)
+    return layers + 2 * batch * hidden * config.vocab_size
+
+
+def clip_flops(model: PreTrainedModel, images: int, projected: int) -> int:
+    """LLaVA's encoder (its class token is a token, too) and projector."""
+    vision, hidden = model.config.vision_config, model.config.text_config.hidden_size
+    width, n = vision.hidden_size, TILE + 1
+    layer = 2 * n * (4 * width * width + 2 * width * vision.intermediate_size) + 4 * n * n * width
+    patches = 2 * TILE * 3 * PATCH * PATCH * width
+    return images * (patches + vision.num_hidden_layers * layer) + 2 * projected * (width * hidden + hidden * hidden)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_numbers(family: Family, stage: str) -> None:
+    model = shared(family.name)
+    inputs = collate(family, [conversation(family, 3, "image", 5)])
+    before = inputs["input_ids"].shape[1]
+    with apet.patched(model, **STAGES[stage]):
+        found = apet.report(model, inputs, max_new_tokens=2, rounds=1)
+        lengths = apet.kept(model).lengths
+    late = len(found.without.lengths) // 2
+    middle = lengths[1] if stage != "second" else before
+    assert found.without.lengths == [before] * 4
+    assert found.compressed.lengths == [middle] * late + [lengths[-1]] * late
+    for side in (found.without, found.compressed):
+        # Rotary embeddings are products with a vector: some thousandths.
+        assert side.language_flops == pytest.approx(language_flops(model, side.lengths), rel=5e-3)
+        config = model.config.text_config
+        width = config.num_key_value_heads * (config.hidden_size // config.num_attention_heads)
+        assert side.cache_bytes == sum(2 * 4 * n * width for n in side.lengths)
+    assert found.visual_tokens == int((inputs["input_ids"] == IMAGE).sum())
+    assert found.compressed.compression_flops > found.without.compression_flops == 0
+    assert found.compressed.vision_flops <= found.without.vision_flops
+
+
+def test_encoder_and_projector() -> None:
+    """The projector runs on the kept tokens alone; exactly."""
+    model = shared("llava")
+    inputs = collate(LLAVA, conversations(LLAVA)[:2])  # one image, and two
+    with apet.patched(model, **FIRST):
+        found = apet.report(model, inputs, max_new_tokens=1, rounds=1)
+    assert found.batch == 2
+    assert found.visual_tokens == 3 * TILE
+    assert found.without.vision_flops == clip_flops(model, 3, 3 * TILE)
+    assert found.compressed.vision_flops == clip_flops(model, 3, 3 * FIRST["keep"])
+    for side in (found.without, found.compressed):
+        assert side.language_flops == pytest.approx(language_flops(model, side.lengths, 2), rel=5e-3)
+
+
+@pytest.mark.parametrize("attention", ["eager", "flex_attention"])
+def test_any_attention_counts_the_same(attention: str) -> None:
+    inputs = collate(LLAVA, [conversation(LLAVA, 3, "image", 5)])
+    counts = []
+    for name in ("sdpa", attention):
+        model = build("llava", name)
+        apet.patch(model, **BOTH)
+        counts.append(model_report.count(vars(model)[apet.hooks.ENGINE], inputs))
+        assert {m.config._attn_implementation for m in model.modules() if hasattr(m, "config")} == {name}
+    assert counts[0] == counts[1]
+
+
+def test_calls_of_the_op() -> None:
+    """Arguments that stand at their defaults, and those that do not."""
+    x = torch.randn(9 + 7, 8)
+    with calls.Recorder() as recorder:
+        tokens, indices = apet_kernels.compress_varlen(x, [9, 7], [5, 4], basis=3, layout="overwrite", blend=0.5)
+        apet_kernels.compress_varlen(x, [9, 7], [5, 4])
+    first, second = recorder.calls
+    assert (first.lengths, first.keeps) == ([9, 7], [5, 4])
+    assert torch.equal(first.tokens, tokens)
+    assert torch.equal(first.indices, indices)
+    assert torch.equal(first.x, x)
+    assert first.options == {
+        "basis": 3, "layout": "overwrite", "select": "fps", "start": -1, "ridge": 1e-5, "blend": 0.5,
+    }  # fmt: skip
+    assert second.options["basis"] == 10
+    assert first.flops == 2 * 8 * (3 * 9 + 4 * 2 + 3 * 7 + 3 * 1)
+    assert second.flops == 2 * 8 * (10 * 9 + 4 * 5 + 10 * 7 + 3 * 4)
+
+
+def test_times_are_medians_taken_in_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without hooks where it says so, and the model is as patched as before."""
+    model = shared("llava")
+    inputs = collate(LLAVA, [conversation(LLAVA, 3, "image", 5)])
+    times = iter([(5.0, 9.0), (1.0, 2.0), (6.0, 8.0), (3.0, 4.0), (4.0, 7.0), (2.0, 5.0)])
+    patched = []
+
+    def clock(model: PreTrainedModel, inputs: dict, new_tokens: int) -> tuple[float, float]:
+        assert new_tokens == 3
+        patched.append(bool(hooks_of(model, "apet")))
+        return next(times)
+
+    monkeypatch.setattr(model_report, "clock", clock)
+    with apet.patched(model, **FIRST) as options:
+        hooks = hooks_of(model, "apet")
+        found = apet.report(model, inputs, max_new_tokens=3)
+        assert hooks_of(model, "apet") == hooks
+        assert apet.options(model) == found.options == options
+    assert patched == [False, True] * 3
+    assert (found.prefill_seconds, found.total_seconds) == ((5.0, 2.0), (8.0, 4.0))
+
+
+def test_clock_goes_on_past_an_end_token() -> None:
+    """So that both answers are equally long."""
+    model = build("llava")
+    model.generation_config.eos_token_id = list(range(64))
+    inputs = collate(LLAVA, [conversation(LLAVA, 3, "image", 5)])
+    apet.patch(model, **FIRST)
+    steps = []
+    model.model.language_model.register_forward_hook(lambda *_: steps.append(1))
+    prefill, total = model_report.clock(model, inputs, 6)
+    assert len(steps) == 6
+    assert 0 < prefill < total
+
+
+def test_prints_side_by_side() -> None:
+    one = model_report.Prefill([616, 616, 616], 10**12, 3 * 10**12, 0, 314 * 10**6)
+    two = model_report.Prefill([136, 136, 72], 9 * 10**11, 5 * 10**11, 2 * 10**6, 50 * 10**6)
+    found = model_report.Report("Some", apet.Options(keep=96), 1, 576, 32, one, two, (2.5, 0.5), (4.0, 2.0))
+    lines = [" ".join(line.split()) for line in str(found).splitlines()]
+    assert lines[0] == "Some: 576 visual tokens in 1 row"
+    for line in (
+        "tokens of a row, layers 1 to 2 616 136 4.53",
+        "tokens of a row, layers 3 to 3 616 72 8.56",
+        "prefill 4.00 TFLOP 1.40 TFLOP 2.86",
+        "compression - 2.00 MFLOP",
+        "key-value cache after it 314 MB 50.0 MB 6.28",
+        "time to the first token 2.50 s 500 ms 5.00",
+        "time to 32 tokens 4.00 s 2.00 s 2.00",
+    ):
+        assert line in lines
+    assert "keep=96" in str(found)
+    assert dataclasses.asdict(found)["without"]["lengths"] == [616] * 3
+
+
+@pytest.mark.parametrize(
+    ("more", "sentence"),
+    [
+        ({"max_new_tokens": 0}, "max_new_tokens=0 is less than 1"),
+        ({"rounds": 0}, "rounds=0 is less than 1"),
+    ],
+)
+def test_refused_numbers(more: dict, sentence: str) -> None:
+    model = shared("llava")
+    inputs = collate(LLAVA, [conversation(LLAVA, 3, "image", 5)])
+    with apet.patched(model, **FIRST), pytest.raises(ValueError, match=sentence):
+        apet.report(model, inputs, **more)
+
+
+def test_refused_inputs() -> None:
+    model = shared("llava")
+    inputs = collate(LLAVA, [conversation(LLAVA, 3, "image", 5)])
+    with pytest.raises(ValueError, match=r"this LlavaForConditionalGeneration is not patched: call apet\.patch"):
+        apet.report(model, inputs)
+    with apet.patched(model, **SECOND):
+        with pytest.raises(ValueError, match="no image or video, only input_ids, attention_mask"):
+            apet.report(model, collate(LLAVA, [conversation(LLAVA, 9)]))
+        with pytest.raises(ValueError, match="past_key_values"):
+            apet.report(model, inputs | {"past_key_values": object()})
