@@ -162,7 +162,8 @@ APET_API const char* apet_isa_name(apet_isa isa);
  * other thread is between apet_cpu_plan and apet_cpu_run: plans differ. APET_NO_ISA where it is missing. */
 APET_API apet_status apet_cpu_use_isa(apet_isa isa);
 
-/* ---- CUDA: csrc/cuda, a library of its own (libapet_cuda), for the calling thread's current device ---------------- */
+/* ---- CUDA: csrc/cuda, a library of its own (libapet_cuda), for the calling thread's current device ----------------
+ */
 
 /* How an image is taken through the stages. A *group* of CTAs owns an image; its rows are cut into one slice a CTA. */
 typedef enum apet_cuda_path {

@@ -93,9 +93,7 @@ size_t apet_sentence(const apet_problem* problem, apet_status status, char* text
           ll(p.images), ll(p.tokens), ll(p.dim), ll(p.total_tokens));
       break;
     case APET_NULL_POINTER: SAY("a pointer that this call needs is null"); break;
-    case APET_SMALL_WORKSPACE:
-      SAY("the workspace is smaller than the plan asks for, or not 64-byte aligned");
-      break;
+    case APET_SMALL_WORKSPACE: SAY("the workspace is smaller than the plan asks for, or not 64-byte aligned"); break;
     case APET_NO_ISA: SAY("this build or this processor lacks the instruction set asked for"); break;
     case APET_CUDA_FAILED: SAY("the CUDA runtime refused the call; apet_cuda_error() has its words"); break;
     case APET_NO_CUDA_PATH: SAY("no CUDA path can run this call on this device; the plan says why"); break;

@@ -19,16 +19,16 @@ using Key = unsigned long long;
 
 // One image of the call. The first launch writes the table, later ones read it.
 struct Image {
-  int64_t base;      // of its first token in x, in elements
-  int64_t token;     // its number among all tokens: where its part of every per-token array starts
-  int64_t first;     // added to positions in the image to make the indices returned
-  int64_t row;       // its first row of the result, and of every per-row array
-  int64_t row_end;   // the first row that the next image owns
-  int32_t count;     // n, its tokens
-  int32_t keep;      // K
-  int32_t filled;    // rows that it fills: K, and the appended basis
-  int32_t dropped;   // tokens that are merged, and
-  int32_t targets;   // rows they may be merged into: found by s4
+  int64_t base;     // of its first token in x, in elements
+  int64_t token;    // its number among all tokens: where its part of every per-token array starts
+  int64_t first;    // added to positions in the image to make the indices returned
+  int64_t row;      // its first row of the result, and of every per-row array
+  int64_t row_end;  // the first row that the next image owns
+  int32_t count;    // n, its tokens
+  int32_t keep;     // K
+  int32_t filled;   // rows that it fills: K, and the appended basis
+  int32_t dropped;  // tokens that are merged, and
+  int32_t targets;  // rows they may be merged into: found by s4
 };
 
 // Offsets into the shared memory of a CTA of `select` and `fused`, in bytes.
@@ -62,31 +62,31 @@ struct Call {
   int32_t group, groups, resident, state_shared, basis_shared;
   int32_t pitch;  // bytes from row to row in shared memory
   SharedMap map;
-  int32_t tiles, tile_columns;      // s5 as its own launch: tiles an image at most, of which side by side
-  int32_t mean_tickets;             // and tickets of means an image
+  int32_t tiles, tile_columns;  // s5 as its own launch: tiles an image at most, of which side by side
+  int32_t mean_tickets;         // and tickets of means an image
   // workspace
-  Image* table;          // [images]
-  int32_t* bounds;       // [images][group + 1]: the first dropped token of every slice; fused only
-  float* norm2;          // [all tokens] ||x||^2
-  float* state;          // [all tokens][3 + M], unless state_shared
-  uint32_t* rank;        // [all tokens] what s4 ranks by
-  int32_t* dropped;      // [all tokens] positions, ascending
-  Key* best;             // [all tokens] of every dropped token: similarity, and which target
-  int32_t* row_token;    // [all rows] the token of a row
-  int32_t* row_role;     // [all rows] its number among the targets, or kCopied, or kUnder - the token it is mixed with
-  int32_t* target;       // [all rows] positions of the targets
-  float* target_scale;   // [all rows] 1 / ||t||, 0 for a zero token
-  Key* ticket;           // [1]
-  uint32_t* done;        // [images] tiles of s5 that are done
-  uint32_t* slots;       // [groups][2][group][3 + M], cooperative launches only
-  uint32_t* arrived;     // [groups]
+  Image* table;         // [images]
+  int32_t* bounds;      // [images][group + 1]: the first dropped token of every slice; fused only
+  float* norm2;         // [all tokens] ||x||^2
+  float* state;         // [all tokens][3 + M], unless state_shared
+  uint32_t* rank;       // [all tokens] what s4 ranks by
+  int32_t* dropped;     // [all tokens] positions, ascending
+  Key* best;            // [all tokens] of every dropped token: similarity, and which target
+  int32_t* row_token;   // [all rows] the token of a row
+  int32_t* row_role;    // [all rows] its number among the targets, or kCopied, or kUnder - the token it is mixed with
+  int32_t* target;      // [all rows] positions of the targets
+  float* target_scale;  // [all rows] 1 / ||t||, 0 for a zero token
+  Key* ticket;          // [1]
+  uint32_t* done;       // [images] tiles of s5 that are done
+  uint32_t* slots;      // [groups][2][group][3 + M], cooperative launches only
+  uint32_t* arrived;    // [groups]
 };
 constexpr int32_t kCopied = -1, kUnder = -2;
 
 __host__ __device__ constexpr int message_words(int basis) { return 3 + basis; }
 __host__ __device__ constexpr int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
-// A row in shared memory: zeros up to whole 32-byte steps of s5, and an odd number of 16-byte words, so that the rows of
-// a matrix instruction lie in different banks.
+// A row in shared memory: zeros up to whole 32-byte steps of s5, and an odd number of 16-byte words, so that the rows
+// of a matrix instruction lie in different banks.
 __host__ __device__ constexpr int64_t row_pitch(int64_t row_bytes) { return round_up(row_bytes, 32) + 16; }
 
 __device__ __forceinline__ Key pack(uint32_t value, int position) {

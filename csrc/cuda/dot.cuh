@@ -1,11 +1,13 @@
 // 16-byte chunks of a row, and the dot product that every path shares.
 //
-//   lane l of a warp takes chunks l, l + 32, l + 64, ... of the row:      one float32 sum a lane, fma by fma;
-//   then an xor-shuffle tree over the lanes: 16, 8, 4, 2, 1.
+//   lane l of a warp takes chunks l, l + 32, l + 64, ... of the row; in float32:
+//   the products of a chunk, fma by fma, then the chunks' sums, then an xor-shuffle tree over the lanes: 16, 8, 4,
+//   2, 1.
 //
+// Three levels, since one sum a lane would miss the bound on e^2 at M = 1 (docs/algorithm.md, "Rounding").
 // So the order of the sum follows from D and the dtype alone, and not from where the row lies, how it is aligned, which
-// rows share the warp, or how an image is cut. ||x||^2 is the same routine with x on both sides: a copy of a basis token
-// has ||x||^2 = x.p = ||p||^2 to the bit, and with that distance 0.
+// rows share the warp, or how an image is cut. ||x||^2 is the same routine with x on both sides: a copy of a basis
+// token has ||x||^2 = x.p = ||p||^2 to the bit, and with that distance 0.
 #pragma once
 #include "call.cuh"
 
@@ -71,11 +73,13 @@ __device__ __forceinline__ void dots(const T* const (&row)[kRows], bool whole, c
 #pragma unroll
     for (int r = 0; r < kRows; r++) {
       const Chunk<T> chunk = load_chunk(row[r], k, dim, whole);
+      float here = 0;
 #pragma unroll
       for (int i = 0; i < Chunk<T>::kSize; i++) {
         const float a = widen(chunk.v[i]);
-        sum[r] = __fmaf_rn(a, kSelf ? a : b[i], sum[r]);
+        here = __fmaf_rn(a, kSelf ? a : b[i], here);
       }
+      sum[r] = __fadd_rn(sum[r], here);
     }
   }
 #pragma unroll

@@ -1,11 +1,12 @@
 // A group of CTAs owns an image: the two ways it can be one, behind the same four functions.
 //
-//   Cluster      co-scheduled by the hardware; a barrier of its own; messages go straight into every peer's shared memory
-//   Cooperative  a slice of a cooperative launch; a counter in global memory; messages lie in L2
+//   Cluster      co-scheduled by the hardware; a barrier of its own; messages go straight into every peer's shared
+//   memory Cooperative  a slice of a cooperative launch; a counter in global memory; messages lie in L2
 //
-// Each step of s1 ends with one exchange: every CTA publishes its best candidate (key, ||p||^2, and the y of it, which is
-// the next row of L) and after one barrier reads all of them. There are two sets of slots, used in turn: a CTA that is
-// ahead publishes into the other one, and cannot be two ahead of anybody, since the barrier between would not have opened.
+// Each step of s1 ends with one exchange: every CTA publishes its best candidate (key, ||p||^2, and the y of it, which
+// is the next row of L) and after one barrier reads all of them. There are two sets of slots, used in turn: a CTA that
+// is ahead publishes into the other one, and cannot be two ahead of anybody, since the barrier between would not have
+// opened.
 #pragma once
 #include <cooperative_groups.h>
 
@@ -18,7 +19,10 @@ struct ClusterGroup {
   int stride;
 
   __device__ explicit ClusterGroup(const Call& call)
-      : size(call.group), first(blockIdx.x / call.group), stride(gridDim.x / call.group), words_(message_words(call.basis)) {
+      : size(call.group),
+        first(blockIdx.x / call.group),
+        stride(gridDim.x / call.group),
+        words_(message_words(call.basis)) {
     slots_ = reinterpret_cast<uint32_t*>(shared_memory() + call.map.slots);
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
     rank = cooperative_groups::this_cluster().block_rank();
@@ -55,7 +59,10 @@ struct CooperativeGroup {
   int stride;
 
   __device__ explicit CooperativeGroup(const Call& call)
-      : rank(blockIdx.x % call.group), size(call.group), first(blockIdx.x / call.group), stride(call.groups),
+      : rank(blockIdx.x % call.group),
+        size(call.group),
+        first(blockIdx.x / call.group),
+        stride(call.groups),
         words_(message_words(call.basis)) {
     slots_ = call.slots + (int64_t)first * 2 * size * words_;
     arrived_ = call.arrived + first;

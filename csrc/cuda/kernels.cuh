@@ -92,7 +92,8 @@ __global__ void __launch_bounds__(kThreads, 1) fused(const Call call) {
       group.sync();  // everybody's targets
       const int64_t tasks = (int64_t)image.filled * blocks;
       for (int64_t i = (int64_t)group.rank * kWarps + warp; i < tasks; i += group.size * kWarps)
-        s5_mean<T, 1>(call, image, (int)(i / blocks), (int)(i % blocks), reinterpret_cast<int*>(shared) + warp * kQueue);
+        s5_mean<T, 1>(call, image, (int)(i / blocks), (int)(i % blocks),
+                      reinterpret_cast<int*>(shared) + warp * kQueue);
       __syncthreads();
     }
   }
@@ -131,7 +132,8 @@ __global__ void __launch_bounds__(Tl::kThreads) merge(const Call call) {
       __syncthreads();
       const int64_t task = (at - call.tiles) * kTasks + warp, row = task / blocks;
       if (row < image.filled)
-        s5_mean<T, kChunks>(call, image, (int)row, (int)(task % blocks), reinterpret_cast<int*>(shared) + warp * kQueue);
+        s5_mean<T, kChunks>(call, image, (int)row, (int)(task % blocks),
+                            reinterpret_cast<int*>(shared) + warp * kQueue);
     }
   }
 }

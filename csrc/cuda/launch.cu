@@ -1,7 +1,8 @@
 // Chooses the path of a call, cuts it, and enqueues its launches. Nothing here looks at data or waits for the device.
 //
-// What a device can do is asked of it, once a process: shared memory, occupancy, clusters, cooperative launches. Which of
-// the possible paths is taken is one comparison of estimates (docs/cuda.md has the figures and where they come from).
+// What a device can do is asked of it, once a process: shared memory, occupancy, clusters, cooperative launches. Which
+// of the possible paths is taken is one comparison of estimates (docs/cuda.md has the figures and where they come
+// from).
 #include <algorithm>
 #include <climits>
 #include <cmath>
@@ -15,12 +16,12 @@ namespace {
 
 // ---- the estimate: microseconds, bytes and operations a microsecond. Computed for an H100; only their order decides.
 constexpr double kLaunchUs = 2.5, kOverlappedLaunchUs = 1.5;
-constexpr double kStepUs[2] = {1.2, 2.0};     // barrier and exchange of a step: cluster, cooperative
-constexpr double kListsUs = 2, kFillUs = 1;   // s4; the first bytes from memory
-constexpr double kElementsPerSm = 76e3;       // widened and multiplied: 128 lanes, 2 instructions, 70 % of the issue slots
-constexpr double kL2PerSm = 87e3;             // bytes of one SM from L2
-constexpr double kL2Share = 40e3, kMemoryShare = 25e3;        // and if all of them read at once
-constexpr double kFlopsPerSm[2] = {3.4e6, 0.26e6};            // s5: matrix units at 45 %, float32 fma at 60 %
+constexpr double kStepUs[2] = {1.2, 2.0};    // barrier and exchange of a step: cluster, cooperative
+constexpr double kListsUs = 2, kFillUs = 1;  // s4; the first bytes from memory
+constexpr double kElementsPerSm = 76e3;  // widened and multiplied: 128 lanes, 2 instructions, 70 % of the issue slots
+constexpr double kL2PerSm = 87e3;        // bytes of one SM from L2
+constexpr double kL2Share = 40e3, kMemoryShare = 25e3;  // and if all of them read at once
+constexpr double kFlopsPerSm[2] = {3.4e6, 0.26e6};      // s5: matrix units at 45 %, float32 fma at 60 %
 constexpr int kClusterSizes[] = {4, 8, 16};
 
 constexpr int kMaxDevices = 64, kMaxCluster = 16;
@@ -29,8 +30,8 @@ thread_local cudaError_t last_error = cudaSuccess;
 // What a device does with the kernels of one dtype.
 struct Device {
   bool known;
-  int sms, shared;  // shared memory that a CTA may ask for
-  bool overlaps;    // programmatic dependent launch
+  int sms, shared;                   // shared memory that a CTA may ask for
+  bool overlaps;                     // programmatic dependent launch
   int clusters[2][kMaxCluster + 1];  // [select, fused]: clusters of a size that run at once, 0: none
   int cooperative;                   // CTAs of a cooperative launch that run at once, 0: none
   int merge[2];                      // CTAs of each way of `merge` that run at once
@@ -40,15 +41,16 @@ const Kernels& kernels_for(apet_dtype dtype) {
   return dtype == APET_FLOAT32 ? kFloat32 : dtype == APET_FLOAT16 ? kFloat16 : kBFloat16;
 }
 
-#define APET_TRY(call)                                        \
-  do {                                                        \
-    if ((last_error = (call)) != cudaSuccess) {               \
-      (void)cudaGetLastError(); /* said here, not later */    \
-      return APET_CUDA_FAILED;                                \
-    }                                                         \
+#define APET_TRY(call)                                     \
+  do {                                                     \
+    if ((last_error = (call)) != cudaSuccess) {            \
+      (void)cudaGetLastError(); /* said here, not later */ \
+      return APET_CUDA_FAILED;                             \
+    }                                                      \
   } while (0)
 
-cudaLaunchConfig_t config_of(unsigned grid, int threads, int shared, cudaStream_t stream, cudaLaunchAttribute* attribute) {
+cudaLaunchConfig_t config_of(unsigned grid, int threads, int shared, cudaStream_t stream,
+                             cudaLaunchAttribute* attribute) {
   cudaLaunchConfig_t config = {};
   config.gridDim = dim3(grid);
   config.blockDim = dim3(threads);
@@ -112,7 +114,7 @@ apet_status current_device(apet_dtype dtype, const Device*& device) {
   static std::mutex mutex;
   int index;
   APET_TRY(cudaGetDevice(&index));
-  APET_TRY(index < kMaxDevices ? cudaSuccess : cudaErrorInvalidDevice);
+  APET_TRY(index < kMaxDevices ? cudaSuccess : cudaErrorInvalidValue);
   const std::lock_guard<std::mutex> lock(mutex);
   Device& entry = devices[index][dtype];
   device = &entry;
@@ -207,7 +209,9 @@ double estimate_us(const apet_problem& p, const Device& device, const apet_gpu_p
   const double row = (double)p.dim * element(p), slice = plan.slice * row;
   const double rounds = std::ceil((double)p.images / plan.groups);
   const double busy = (double)std::min<int64_t>(p.images, plan.groups) * plan.group;
-  const auto read = [&](double bytes, double share) { return std::max(bytes / kL2PerSm, bytes * busy / (device.sms * share)); };
+  const auto read = [&](double bytes, double share) {
+    return std::max(bytes / kL2PerSm, bytes * busy / (device.sms * share));
+  };
   const double sweep = (double)plan.slice * p.dim / kElementsPerSm;
   const double again = read((plan.slice - plan.resident) * row, kL2Share);
   const double step = std::max(sweep, again) + kStepUs[plan.path == APET_CUDA_GROUPS];
@@ -217,7 +221,8 @@ double estimate_us(const apet_problem& p, const Device& device, const apet_gpu_p
   if (plan.path == APET_CUDA_FUSED)
     return us + rounds * (std::max(flops / (plan.group * rate), most_kept(p) * row / kL2PerSm) + read(slice, kL2Share) +
                           kStepUs[0]);
-  const double tiles = p.images * std::ceil((double)most_dropped(p) / plan.tile) * std::ceil((double)most_kept(p) / plan.tile);
+  const double tiles =
+      p.images * std::ceil((double)most_dropped(p) / plan.tile) * std::ceil((double)most_kept(p) / plan.tile);
   const double waves = std::ceil(tiles / device.sms), tile = 2.0 * plan.tile * plan.tile * p.dim / rate;
   return us + (device.overlaps ? kOverlappedLaunchUs : kLaunchUs) + waves * (tile + kFillUs) + kFillUs +
          p.images * longest(p) * row / (device.sms * kL2Share);
@@ -277,12 +282,14 @@ const char* name(apet_cuda_path path) {
 void explain(const apet_problem& p, const Device& device, const bool (&possible)[4], apet_gpu_plan& plan) {
   const char* without = "";
   if (!device.clusters[0][1]) without = "; this device places no clusters";
-  else if (!possible[APET_CUDA_FUSED] && p.op != APET_SCORE) without = "; fused is out: a slice does not fit shared memory";
+  else if (!possible[APET_CUDA_FUSED] && p.op != APET_SCORE)
+    without = "; fused is out: a slice does not fit shared memory";
   else if (!possible[APET_CUDA_GROUPS]) without = "; this device places no cooperative launch";
-  std::snprintf(plan.why, sizeof plan.why,
-                "%s with %d CTAs an image, %d of the %d rows of a CTA in shared memory: %.1f us by estimate, the least of "
-                "what can run here%s",
-                name(plan.path), plan.group, plan.resident, plan.slice, plan.estimated_us, without);
+  std::snprintf(
+      plan.why, sizeof plan.why,
+      "%s with %d CTAs an image, %d of the %d rows of a CTA in shared memory: %.1f us by estimate, the least of "
+      "what can run here%s",
+      name(plan.path), plan.group, plan.resident, plan.slice, plan.estimated_us, without);
 }
 
 // What holds nothing may be null: torch gives empty tensors no memory.
@@ -334,7 +341,8 @@ Call call_of(const apet_problem& p, const apet_tensors& tensors, const apet_gpu_
   call.map = map_of(p, plan);
   if (plan.launches == 2) {
     const Merge& merge = kernels.merge[plan.tile == kernels.merge[1].tile];
-    const int64_t down = (most_dropped(p) + plan.tile - 1) / plan.tile, across = (most_kept(p) + plan.tile - 1) / plan.tile;
+    const int64_t down = (most_dropped(p) + plan.tile - 1) / plan.tile,
+                  across = (most_kept(p) + plan.tile - 1) / plan.tile;
     const int64_t width = 32 * merge.chunks * (16 / element(p)), blocks = (p.dim + width - 1) / width;
     const int64_t tasks = merge.threads / 32;
     call.tiles = (int32_t)(down * across);
@@ -382,10 +390,11 @@ apet_status apet_cuda_plan(const apet_problem* problem, const apet_cuda_wish* wi
   for (int group = std::max(wanted.group, 1); group <= std::min<int64_t>(most, device->cooperative); group++)
     consider(APET_CUDA_GROUPS, group);
   if (best.launches == 0) {
-    std::snprintf(plan->why, sizeof plan->why,
-                  "path %d with %d CTAs an image cannot run here: this device places %d clusters of 8 and %d cooperative "
-                  "CTAs with %d bytes of shared memory each",
-                  (int)wanted.path, (int)wanted.group, device->clusters[0][8], device->cooperative, device->shared);
+    std::snprintf(
+        plan->why, sizeof plan->why,
+        "path %d with %d CTAs an image cannot run here: this device places %d clusters of 8 and %d cooperative "
+        "CTAs with %d bytes of shared memory each",
+        (int)wanted.path, (int)wanted.group, device->clusters[0][8], device->cooperative, device->shared);
     return APET_NO_CUDA_PATH;
   }
   *plan = best;
@@ -428,7 +437,9 @@ apet_status apet_cuda_run(const apet_problem* problem, const apet_tensors* tenso
   const int64_t groups = cooperative ? plan->groups : std::min<int64_t>(p.images, INT_MAX / kMaxCluster);
   cudaLaunchConfig_t config =
       config_of((unsigned)(groups * plan->group), kThreads, plan->select_shared, stream, &attribute);
-  const Kernel first = cooperative ? kernels.cooperative : plan->path == APET_CUDA_FUSED ? kernels.fused : kernels.cluster;
+  const Kernel first = cooperative                     ? kernels.cooperative
+                       : plan->path == APET_CUDA_FUSED ? kernels.fused
+                                                       : kernels.cluster;
   APET_TRY(cudaLaunchKernelEx(&config, first, call));
   if (plan->launches == 1) return APET_OK;
 

@@ -1,4 +1,5 @@
-// Every piece of inline PTX, and what needs the compiler's own keywords: one function each, so that the rest is plain C++.
+// Every piece of inline PTX, and what needs the compiler's own keywords: one function each, so that the rest is plain
+// C++.
 //
 // A build without nvcc finds the same functions for the CPU in <simt_ptx.h>: they follow the PTX manual, and what is
 // asynchronous here lands only when it is waited for there.
@@ -46,7 +47,8 @@ __device__ __forceinline__ void add_release(uint32_t* flag, uint32_t value) {
 
 // ---- copies to shared memory that run beside the arithmetic
 
-// 16 bytes from global to shared memory, both aligned; zeros if not valid (global must be a valid address all the same).
+// 16 bytes from global to shared memory, both aligned; zeros if not valid (global must be a valid address all the
+// same).
 __device__ __forceinline__ void copy_async_16(void* shared, const void* global, bool valid) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(shared)), "l"(global),
                "r"(valid ? 16 : 0)
@@ -63,7 +65,8 @@ __device__ __forceinline__ void copy_async_wait() {
 
 // ---- matrix instructions
 
-// Four 8 x 8 matrices of 16-bit numbers: lane l names row l % 8 of matrix l / 8 (16 bytes); r[i] is its pair of matrix i.
+// Four 8 x 8 matrices of 16-bit numbers: lane l names row l % 8 of matrix l / 8 (16 bytes); r[i] is its pair of matrix
+// i.
 __device__ __forceinline__ void ldmatrix_x4(uint32_t (&r)[4], const void* row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])

@@ -22,14 +22,15 @@ constexpr uint32_t kHighest = 0xffffffffu;       // the rank of basis tokens tha
 // A CTA's part of an image.
 template <class T>
 struct Slice {
-  const T* x;     // the image's first token, in global memory
-  int first;      // position of the slice's first row
-  int count;      // rows
-  int resident;   // of them in shared memory
-  float* norm;    // [count] ||x||^2
-  float* measure; // [count] what s1 picks the largest of: distance to the basis (fps), ||x||^2 - ||y||^2 (qr); 0: never
-  float* dot;     // [count] x.p
-  float* y;       // [M][count]
+  const T* x;    // the image's first token, in global memory
+  int first;     // position of the slice's first row
+  int count;     // rows
+  int resident;  // of them in shared memory
+  float* norm;   // [count] ||x||^2
+  float*
+      measure;  // [count] what s1 picks the largest of: distance to the basis (fps), ||x||^2 - ||y||^2 (qr); 0: never
+  float* dot;   // [count] x.p
+  float* y;     // [M][count]
 
   __device__ Slice(const Call& call, const Image& image, int rank, int size) {
     x = static_cast<const T*>(call.at.x) + image.base;
@@ -106,7 +107,8 @@ __device__ inline void candidate(const Call& call, const Slice<T>& slice, Key be
       message[1] = (uint32_t)(best >> 32);
       message[2] = __float_as_uint(best ? slice.norm[i] : 0);
     }
-    for (int j = lane; j < m; j += 32) message[3 + j] = __float_as_uint(best ? slice.y[(int64_t)j * slice.count + i] : 0);
+    for (int j = lane; j < m; j += 32)
+      message[3 + j] = __float_as_uint(best ? slice.y[(int64_t)j * slice.count + i] : 0);
   }
   __syncthreads();
 }
@@ -129,9 +131,11 @@ __device__ inline void elect(const Group& group, int words, uint32_t* message) {
   __syncthreads();
 }
 
-// Runs at most `steps` steps; returns m, the basis tokens found. They, L and 1 / L_jj are in shared memory, y in the slice.
+// Runs at most `steps` steps; returns m, the basis tokens found. They, L and 1 / L_jj are in shared memory, y in the
+// slice.
 template <class T, class Group>
-__device__ inline int s1_s2_sweeps(const Call& call, const Image& image, const Slice<T>& slice, Group& group, int steps) {
+__device__ inline int s1_s2_sweeps(const Call& call, const Image& image, const Slice<T>& slice, Group& group,
+                                   int steps) {
   unsigned char* shared = shared_memory();
   uint32_t* message = reinterpret_cast<uint32_t*>(shared + call.map.message);
   float* factor = reinterpret_cast<float*>(shared + call.map.factor);
@@ -236,8 +240,8 @@ template <class T, class Group>
 __device__ inline int s1_s3_select(const Call& call, const Image& image, const Slice<T>& slice, Group& group, int s) {
   const bool scores = call.op == APET_SCORE;
   // Where every token stays, or none, nothing is asked of the basis, except to be appended.
-  const bool asked = scores || (call.op == APET_COMPRESS &&
-                                (call.appended > 0 || (image.keep > 0 && image.keep < image.count)));
+  const bool asked =
+      scores || (call.op == APET_COMPRESS && (call.appended > 0 || (image.keep > 0 && image.keep < image.count)));
   stage(call, slice);
   __syncthreads();
   const int m = s1_s2_sweeps(call, image, slice, group, asked ? call.basis : 0);

@@ -21,7 +21,8 @@ struct Cut {
 
 // before[f]: for how many threads below this one flag[f] holds; total[f]: for how many of the CTA. All threads.
 template <int kFlags>
-__device__ inline void count_before(const bool (&flag)[kFlags], int (&before)[kFlags], int (&total)[kFlags], int* scan) {
+__device__ inline void count_before(const bool (&flag)[kFlags], int (&before)[kFlags], int (&total)[kFlags],
+                                    int* scan) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
 #pragma unroll
   for (int f = 0; f < kFlags; f++) {
@@ -44,8 +45,8 @@ __device__ inline void count_before(const bool (&flag)[kFlags], int (&before)[kF
 // The wanted-th largest of rank[0..n).
 __device__ inline Cut cut_at(const uint32_t* rank, int n, int wanted, int* scan) {
   if (wanted <= 0) return {kHighest, 0};
-  int* histogram = scan;     // [256]
-  int* found = scan + 256;   // digit, and what is still wanted
+  int* histogram = scan;    // [256]
+  int* found = scan + 256;  // digit, and what is still wanted
   uint32_t prefix = 0;
   for (int shift = 24; shift >= 0; shift -= 8) {
     for (int d = threadIdx.x; d < 256; d += kThreads) histogram[d] = 0;
@@ -134,7 +135,8 @@ __device__ inline void s4_topk(const Call& call, const Image& image, int s, int 
   }
   for (int q = threadIdx.x; q <= slices && slices > 0; q += kThreads)
     if ((int64_t)q * slice >= n) bounds[q] = dropped;
-  for (int j = threadIdx.x; j < call.appended; j += kThreads) {  // a shorter basis repeats its first token, or token 0
+  for (int j = threadIdx.x; j < image.filled - image.keep;
+       j += kThreads) {  // a shorter basis repeats its first token, or 0
     const int position = j < m ? basis[j] : m > 0 ? basis[0] : 0;
     const int64_t row = image.row + image.keep + j;
     call.at.indices[row] = image.first + position;

@@ -8,15 +8,15 @@
 //               +-------+-------+
 //
 // The [dropped, targets] matrix exists nowhere. A product is one float32 accumulator over ascending D: the hardware's
-// order inside a matrix instruction of 16 elements (16-bit tokens), or fma by fma (float32, IEEE: never tf32). So no tile
-// changes a bit of it, and the arg-max is over integers: similarity, then the lower target.
+// order inside a matrix instruction of 16 elements (16-bit tokens), or fma by fma (float32, IEEE: never tf32). So no
+// tile changes a bit of it, and the arg-max is over integers: similarity, then the lower target.
 #pragma once
 #include "dot.cuh"
 #include "s1_s3_select.cuh"
 
 namespace apet::cuda {
 
-constexpr int kStepBytes = 128;             // of D a step
+constexpr int kStepBytes = 128;               // of D a step
 constexpr int kStagePitch = kStepBytes + 16;  // 9 words of 16 bytes: 8 rows of a matrix lie in different banks
 constexpr int kStages = 3;
 
@@ -133,9 +133,9 @@ __device__ inline void s5_assign(const Call& call, const Image& image, const Sli
   for (int i = 0; i < kRowsA; i++) {
     const int r = warp_row + (kMatrix ? i * 16 + lane % 16 : i * 8 + lane / 4);
     if constexpr (kResident)
-      a[i] = reinterpret_cast<unsigned char*>(slice->resident_row(call, dropped[r] >= 0 ? dropped[r] - slice->first : 0));
-    else
-      a[i] = stages + r * kStagePitch;
+      a[i] =
+          reinterpret_cast<unsigned char*>(slice->resident_row(call, dropped[r] >= 0 ? dropped[r] - slice->first : 0));
+    else a[i] = stages + r * kStagePitch;
     if (kMatrix) a[i] += lane / 16 * 16;
   }
 #pragma unroll

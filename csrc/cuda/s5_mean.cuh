@@ -3,7 +3,8 @@
 //   tokens[j] = (x_j + sum of the dropped tokens that go to j) / (1 + their count)     float32, ascending position
 //
 // A warp owns a row and kChunks * 32 chunks of it. It scans the targets of all dropped tokens, 256 at a time, and lists
-// those that come to its row (by ballot, so in order), then adds them: several in flight, one after the other in the sum.
+// those that come to its row (by ballot, so in order), then adds them: several in flight, one after the other in the
+// sum.
 //
 //   best [n - K], dropped [n - K] --once a task, from L2/L1--> a queue of the warp    x [its tokens] --once--> tokens
 #pragma once
@@ -11,8 +12,8 @@
 
 namespace apet::cuda {
 
-constexpr int kScan = 8;             // words of 32 dropped tokens that a warp scans at a time
-constexpr int kQueue = kScan * 32;   // positions
+constexpr int kScan = 8;            // words of 32 dropped tokens that a warp scans at a time
+constexpr int kQueue = kScan * 32;  // positions
 
 // Tasks of an image's result: rows x column blocks.
 template <class T, int kChunks>
