@@ -12,6 +12,8 @@ import hypothesis
 import pytest
 import torch
 import torch.utils._pytree as pytree
+from simt import build as simt_build
+from simt import call as simt_call
 
 import apet_kernels
 from apet_kernels import reference
@@ -36,21 +38,28 @@ class Backend:
 
     @property
     def interpreted(self) -> bool:
-        """Kernels whose programs run one after another, in 10 ms or so each."""
-        return self.name == "triton" and not torch.cuda.is_available()
+        """Kernels of a GPU run by this processor, in 10 ms or so a program or a launch."""
+        return interpreted(self.name)
 
     def __repr__(self) -> str:
         return self.name
+
+
+def interpreted(name: str) -> bool:
+    return name == "cuda-simt" or (name == "triton" and not torch.cuda.is_available())
 
 
 FUNCTIONS = ("compress", "compress_varlen", "score", "merge")
 
 
 def backend_ids() -> list[str]:
-    """The reference, the CPU kernel on every instruction set of this machine, and Triton (on a GPU, or interpreted)."""
+    """The reference, the CPU kernel on every instruction set of this machine, Triton (on a GPU, or interpreted), CUDA (on
+    a GPU), and the CUDA sources compiled for the CPU (tests/simt)."""
     usable = [name for name, why in apet_kernels.backends().items() if why is None]
     cpu = apet_kernels.cpu_isa() if "cpu" in usable else []
-    return ["reference", *(f"cpu-{isa}" for isa in cpu), *(name for name in usable if name in ("triton", "cuda"))]
+    gpu = [name for name in usable if name in ("triton", "cuda")]
+    simt = [] if simt_build.missing() else ["cuda-simt"]
+    return ["reference", *(f"cpu-{isa}" for isa in cpu), *gpu, *simt]
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -59,23 +68,24 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         type=int,
         default=3,
         metavar="N",
-        help="without a GPU: how many points of each test's parameter grid run on interpreted kernels; 0: all",
+        help="how many points of each test's parameter grid run on kernels that are interpreted; 0: all",
     )
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Cuts the grids of interpreted kernels, which run their programs one after another, at 10 ms or so for each.
+    """Cuts the grids of kernels of a GPU that this processor runs, at 10 ms or so for each program or launch.
 
     What is left is spread evenly over the grid, both ends included; the compiled backends run all of it, and so does
     Triton on a GPU, or with --interpret 0 (`make test-triton`).
     """
     points = config.getoption("--interpret")
-    if torch.cuda.is_available() or not points:
+    if not points:
         return
-    grids: dict[str, list[pytest.Item]] = {}
+    grids: dict[tuple[str, str], list[pytest.Item]] = {}
     for item in items:
-        if getattr(item, "callspec", None) and item.callspec.params.get("backend") == "triton":
-            grids.setdefault(item.nodeid.partition("[")[0], []).append(item)
+        backend = item.callspec.params.get("backend") if getattr(item, "callspec", None) else None
+        if isinstance(backend, str) and interpreted(backend):
+            grids.setdefault((item.nodeid.partition("[")[0], backend), []).append(item)
     cut: set[pytest.Item] = set()
     for grid in grids.values():
         last, steps = len(grid) - 1, max(points - 1, 1)
@@ -87,7 +97,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 @pytest.fixture(params=backend_ids())
 def backend(request: pytest.FixtureRequest) -> Iterator[Backend]:
     name, _, isa = request.param.partition("-")
-    if name == "reference":
+    if request.param == "cuda-simt":
+        functions = simt_call.Functions()  # which starts every test with the same schedules
+        yield Backend(request.param, *(getattr(functions, f) for f in FUNCTIONS))
+    elif name == "reference":
         yield Backend(name, *(getattr(reference, f) for f in FUNCTIONS))
     elif name == "cpu":
         apet_kernels.use_cpu_isa(isa)

@@ -1,7 +1,7 @@
 """Compiles csrc/cuda for the CPU with the headers of this folder: a library for ctypes, programs for the sanitizers.
 
-Everything lies under .build/simt/, by a hash of all that went into it: what is there is right. Needs g++ on x86-64 (the switch
-between fibers is written for it) and no part of CUDA.
+Everything lies under .build/simt/, by a hash of all that went into it: what is there is right. Needs g++ on x86-64 (the
+switch between fibers is written for it) and no part of CUDA.
 """
 
 from __future__ import annotations

@@ -188,7 +188,7 @@ def run_in_program(case: Case, how: How, program: Path, timeout: float = 300) ->
         done = subprocess.run([program, file, result], capture_output=True, timeout=timeout)
         if done.returncode == 0:
             content = bytearray(result.read_bytes())
-            for name, t in case.outputs.items():
+            for t in case.outputs.values():
                 if t.numel():
                     part, content = content[: _bytes(t)], content[_bytes(t) :]
                     t.view(-1).view(torch.uint8).copy_(torch.frombuffer(part, dtype=torch.uint8))
