@@ -1,4 +1,5 @@
-"""What only a GPU can show: graphs, streams, the compiler, real sizes. `make gpu-check` runs it, with the shared tests.
+"""What only a GPU can show: graphs, streams, the compiler, real sizes; for each backend that runs on it.
+`make gpu-check` runs this and the shared tests.
 
 Without a GPU `pytest -m gpu` runs the same bodies on interpreted kernels with tiny sizes, so that their first run on a
 GPU does not end at a slip; that shows nothing else, and what needs a stream is skipped.
@@ -9,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import warnings
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,16 +21,24 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import apet_kernels
+from apet_kernels import ops
 from benchmarks import device as devices
 
 OPS = torch.ops.apet
 DRY = not torch.cuda.is_available()
 DEVICE = "cpu" if DRY else "cuda"
-WHY_NOT = apet_kernels.backends()["triton"]
+WHY_NOT = {name: apet_kernels.backends()[name] for name in ("triton", "cuda")}
 LAYOUTS = ("inplace", "overwrite", "append")
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(WHY_NOT is not None, reason=str(WHY_NOT))]
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(None not in WHY_NOT.values(), reason=str(WHY_NOT))]
 needs_gpu = pytest.mark.skipif(DRY, reason="a dry run has no streams and no memory to count")
-on_triton = pytest.mark.parametrize("backend", ["triton"], indirect=True)
+
+
+@pytest.fixture(params=[name for name, why in WHY_NOT.items() if why is None], autouse=True)
+def gpu_backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Its name; on a GPU it is what the dispatcher takes."""
+    if request.param == "triton":
+        monkeypatch.setattr(ops, "no_cuda", lambda device: "it is another backend's turn")
+    return request.param
 
 
 @pytest.fixture
@@ -102,17 +112,18 @@ def call(request: pytest.FixtureRequest) -> tuple[Callable[[int], tuple[Tensor, 
     return CALLS[request.param]
 
 
-def test_the_dispatcher_takes_triton():
-    """For a GPU tensor, without a word; bit for bit what backend="triton" gives."""
+def test_the_dispatcher(gpu_backend):
+    """Takes the backend for a GPU tensor, without a word; bit for bit what naming it gives."""
     if DRY:
         pytest.skip("a dry run has CPU tensors, which the dispatcher gives to the CPU kernel")
     (x,) = batch(0)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         got = OPS.compress(x, KEEP, BASIS)
-    assert_all_same(got, apet_kernels.compress(x, KEEP, BASIS, backend="triton"), "compress")
+    assert_all_same(got, apet_kernels.compress(x, KEEP, BASIS, backend=gpu_backend), "compress")
     plan = apet_kernels.plan(x, KEEP, BASIS)
-    assert (plan["backend"], plan["launches"]) == ("triton", BASIS + 4)
+    assert plan["backend"] == gpu_backend
+    assert plan["launches"] <= BASIS + 4
 
 
 def test_a_graph_replays_with_other_input(call, clock):
@@ -224,26 +235,26 @@ CHANNELS = [1024, 3584, 130, 1023] if not DRY else [20]
 
 @pytest.mark.parametrize("dtype", DTYPES if not DRY else [torch.float32, torch.float16])
 @pytest.mark.parametrize("channels", CHANNELS)
-def test_alone_in_a_batch_packed_or_apart(dtype, channels):
+def test_alone_in_a_batch_packed_or_apart(gpu_backend, dtype, channels):
     B = size(64 if channels < 2000 else 16, 3)
     x = features(B, N, channels, dtype=dtype, seed=channels)
 
     def compress(t: Tensor) -> tuple[Tensor, Tensor]:
-        return apet_kernels.compress(t, KEEP, BASIS, backend="triton")
+        return apet_kernels.compress(t, KEEP, BASIS, backend=gpu_backend)
 
     together = compress(x)
-    residual, picks = apet_kernels.score(x, BASIS, backend="triton")
+    residual, picks = apet_kernels.score(x, BASIS, backend=gpu_backend)
     for b in range(0, B, size(9, 2)):
         alone = compress(x[b : b + 1])
         assert_all_same(alone, [t[b : b + 1] for t in together], f"image {b} of {B} alone")
         for few in (2, 3):
             some = compress(x[b : b + few])
             assert_all_same([t[:1] for t in some], alone, f"image {b} among {few}")
-        score = apet_kernels.score(x[b : b + 1], BASIS, backend="triton")
+        score = apet_kernels.score(x[b : b + 1], BASIS, backend=gpu_backend)
         assert_all_same(score, (residual[b : b + 1], picks[b : b + 1]), f"score of image {b}")
 
     lengths, keeps = [N] * B, [KEEP] * B
-    rows, at = apet_kernels.compress_varlen(x.flatten(0, 1), lengths, keeps, basis=BASIS, backend="triton")
+    rows, at = apet_kernels.compress_varlen(x.flatten(0, 1), lengths, keeps, basis=BASIS, backend=gpu_backend)
     at = at.view(B, KEEP) - N * torch.arange(B, device=DEVICE)[:, None]
     assert_all_same((rows.view(together[0].shape), at), together, "packed")
 
@@ -257,13 +268,13 @@ def test_alone_in_a_batch_packed_or_apart(dtype, channels):
 
 
 @pytest.mark.parametrize("dtype", DTYPES if not DRY else [torch.float32])
-def test_ragged_images(dtype):
+def test_ragged_images(gpu_backend, dtype):
     """Each as it is alone, whatever its neighbours: one token, everything kept, the largest."""
     lengths = [1369, 1, 576, 64, 4096, 7] if not DRY else [9, 1, 5]
     keeps = [137, 1, 64, 64, 400, 5] if not DRY else [4, 1, 5]
     x = features(sum(lengths), D, dtype=dtype, seed=3)
     for layout in ("inplace", "append"):
-        options = {"basis": 4, "layout": layout, "backend": "triton"}
+        options = {"basis": 4, "layout": layout, "backend": gpu_backend}
         rows, at = apet_kernels.compress_varlen(x, lengths, keeps, **options)
         sizes = [k + (4 if layout == "append" else 0) for k in keeps]
         images = zip(x.split(lengths), rows.split(sizes), at.split(sizes), strict=True)
@@ -279,18 +290,31 @@ def test_ragged_images(dtype):
 SIZES = [(1, 65536, 64, 600), (1, 16384, 1280, 1638), (2, 1500, 8192, 150), (16, 576, 1024, 64), (1, 1280, 3584, 384)]
 
 
-@on_triton
+def carried(name: str) -> SimpleNamespace:
+    """What judge.check asks of a backend, for tensors on the CPU."""
+
+    def over(function: Callable[..., tuple[Tensor, ...]]) -> Callable[..., tuple[Tensor, ...]]:
+        return lambda x, *args, **options: tuple(t.cpu() for t in function(there(x), *args, **options, backend=name))
+
+    return SimpleNamespace(score=over(apet_kernels.score), compress=over(apet_kernels.compress))
+
+
 @pytest.mark.parametrize("dtype", DTYPES if not DRY else [torch.float32])
 @pytest.mark.parametrize(("B", "n", "channels", "keep"), SIZES if not DRY else [(1, 30, 20, 8)])
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_large(backend, dtype, B, n, channels, keep, layout):
-    check(backend, tokens(B, n, channels, dtype=dtype, seed=n), keep, BASIS, layout=layout)
+def test_large(gpu_backend, dtype, B, n, channels, keep, layout):
+    check(carried(gpu_backend), tokens(B, n, channels, dtype=dtype, seed=n), keep, BASIS, layout=layout)
 
 
-@on_triton
 @pytest.mark.parametrize("select", ["fps", "qr"])
-def test_a_large_basis(backend, select):
-    check(backend, tokens(1, size(2000, 20), size(512, 24), seed=8), size(300, 12), size(64, 5), select=select)
+def test_a_large_basis(gpu_backend, select):
+    check(
+        carried(gpu_backend),
+        tokens(1, size(2000, 20), size(512, 24), seed=8),
+        size(300, 12),
+        size(64, 5),
+        select=select,
+    )
 
 
 @needs_gpu
