@@ -46,17 +46,19 @@ _SCHEMAS = (
     f"score(Tensor x, int basis=10, *, {_BASIS_OPTIONS}) -> (Tensor residual, Tensor basis_indices)",
     "merge(Tensor x, Tensor indices, *, Tensor? targets=None) -> Tensor",
 )
+# What csrc/cuda_torch_binding.cpp registers: the ops again, for `_run_on_gpu` to call, and how compress would run.
+CUDA_SCHEMAS = (
+    *(f"_cuda_{schema}" for schema in _SCHEMAS),
+    f"_cuda_plan(Tensor x, SymInt keep, int basis=10, *, {_OPTIONS}) -> (str why, str path, int launches, int group, "
+    "int groups, int slice, int resident, int workspace_bytes, float estimated_us)",
+)
 _library = torch.library.Library("apet", "DEF")
 for _schema in _SCHEMAS:
     _library.define(_schema)
 _library.define("_empty(Tensor x) -> Tensor")  # does nothing: what benchmarks/test_overhead.py measures against
-if torch.version.cuda:  # what csrc/cuda_torch_binding.cpp registers: the ops again, and how compress would run
-    for _schema in _SCHEMAS:
-        _library.define(f"_cuda_{_schema}")
-    _library.define(
-        f"_cuda_plan(Tensor x, SymInt keep, int basis=10, *, {_OPTIONS}) -> (str why, str path, int launches, "
-        "int group, int groups, int slice, int resident, int workspace_bytes, float estimated_us)"
-    )
+if torch.version.cuda:
+    for _schema in CUDA_SCHEMAS:
+        _library.define(_schema)
 
 
 # ---- what is refused, in the words of csrc/problem.cpp and csrc/torch_ops.h

@@ -115,7 +115,7 @@ std::tuple<Tensor, Tensor> compress(const Tensor& x, int64_t keep, int64_t basis
 }
 
 std::string name_of(const torch::stable::Device& device) {
-  return device.is_cpu() ? "cpu" : "cuda:" + std::to_string(device.index());
+  return device.is_cpu() ? "cpu" : device.is_cuda() ? "cuda:" + std::to_string(device.index()) : "another device";
 }
 
 void require_beside(const char* name, const Tensor& tensor, const Tensor& x) {

@@ -1,0 +1,144 @@
+"""csrc/cuda_torch_binding.cpp, executed: its ops on CPU tensors, through torch's dispatcher, over the simulated GPU.
+
+tests/simt/torch_binding.cpp says what stands in for a GPU. That the kernels are right is for the shared tests; here
+every tensor and option has to arrive in its place, and every result to come back.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from data import DTYPES, tokens
+from judge import assert_same
+from simt import build, call
+from test_op import NAMES, REFUSED, calls, refusal
+
+import apet_kernels
+from apet_kernels import ops, reference
+
+pytestmark = [
+    pytest.mark.skipif(build.missing() is not None, reason=str(build.missing())),
+    pytest.mark.skipif(ops.NO_LIBRARY is not None, reason="torch's headers were missing when this was installed"),
+]
+HOW = call.How()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def binding() -> torch.library.Library:
+    """The ops `_cuda_*` on the CPU key."""
+    torch_folder = Path(torch.__file__).parent
+    options = ["-std=c++17", "-O1", "-fPIC", "-shared", "-fvisibility=hidden", "-Wall", "-Wextra", "-DUSE_CUDA"]
+    options += ["-DTORCH_TARGET_VERSION=0x020a000000000000", f"-I{build.CSRC}", f"-isystem{torch_folder / 'include'}"]
+    source = build.HERE / "torch_binding.cpp"
+    files = [source, build.CSRC / "cuda_torch_binding.cpp", build.CSRC / "torch_ops.h", build.CSRC / "apet.h"]
+    libraries = [
+        str(build.library()),
+        "-Wl,--no-as-needed",
+        *(f"{torch_folder}/lib/{name}.so" for name in ("libtorch", "libtorch_cpu")),
+    ]
+    digest = build._digest(torch.__version__, *options, *libraries, *(file.read_text() for file in files))
+    path = build._make(build.FOLDER / f"libsimt_torch-{digest}.so", ["g++", *options, str(source), *libraries])
+    library = torch.library.Library("apet", "FRAGMENT")
+    if not torch.version.cuda:  # else apet_kernels has defined them
+        for schema in ops.CUDA_SCHEMAS:
+            library.define(schema)
+    torch.ops.load_library(path)
+    return library
+
+
+@pytest.fixture(autouse=True)
+def device() -> None:
+    """The binding plans for the current device."""
+    traits = (HOW.device.capability, HOW.device.multiprocessors, HOW.device.shared_per_block)
+    call.load().simt_use_device(*traits, HOW.device.shared_per_multiprocessor, HOW.device.largest_cluster)
+
+
+def flat(result: torch.Tensor | tuple) -> list[torch.Tensor]:
+    return [result] if isinstance(result, torch.Tensor) else list(result)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", NAMES)
+def test_every_argument_arrives(name, dtype):
+    """Bit for bit what the C interface gives."""
+    op, args, options = calls(dtype)[name]
+    op_name = op.__name__
+    with call.always(HOW) as functions:
+        expected = flat(getattr(functions, op_name)(*args, **options))
+    for got, wanted in zip(flat(ops.run_cuda(op_name, *args, **options)), expected, strict=True):
+        assert_same(got, wanted)
+
+
+def apart(t: torch.Tensor) -> torch.Tensor:
+    """t with room between its rows and before its first element; the last dimension of tokens stays contiguous."""
+    room = t.new_zeros([2 * size + 1 for size in t.shape])
+    last = slice(1, 1 + t.shape[-1]) if t.is_floating_point() else slice(1, None, 2)
+    return room[(*[slice(1, None, 2)] * (t.dim() - 1), last)].copy_(t)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_tensors_of_any_form(name):
+    op, args, options = calls()[name]
+    expected = flat(ops.run_cuda(op.__name__, *args, **options))
+    moved = [apart(a) if isinstance(a, torch.Tensor) else a for a in args]
+    for got, wanted in zip(flat(ops.run_cuda(op.__name__, *moved, **options)), expected, strict=True):
+        assert_same(got, wanted)
+
+
+@pytest.mark.parametrize(("name", "args", "options", "words"), REFUSED, ids=[f"{r[0]}-{r[3]}" for r in REFUSED])
+def test_refusals_are_those_of_the_op(name, args, options, words):
+    said = refusal(getattr(torch.ops.apet, f"_cuda_{name}"), args, options)
+    assert said == refusal(getattr(torch.ops.apet, name), args, options)
+    assert re.search(words, said), said
+
+
+def test_tensors_beside_x():
+    """The dispatcher comes here with x elsewhere, or with the others elsewhere, if any of them is on the GPU."""
+    x, at = tokens(2, 20, 7, seed=1), torch.zeros(2, 3, dtype=torch.int64)
+    here = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)
+    merge = torch.ops.apet._cuda_merge.default
+    assert refusal(lambda: merge.redispatch(here, x, at.to("meta")), (), {}) == (
+        "indices is on another device, but x is on cpu"
+    )
+    targets = at.bool().to("meta")
+    assert "targets is on another" in refusal(lambda: merge.redispatch(here, x, at, targets=targets), (), {})
+    varlen = torch.ops.apet._cuda_compress_varlen.default
+    packed, cu = tokens(20, 7, seed=1), torch.tensor([0, 20], dtype=torch.int32)
+    for wrong in ("cu_seqlens", "cu_keep"):
+        offsets = [cu.to("meta") if name == wrong else cu for name in ("cu_seqlens", "cu_keep")]
+        assert f"{wrong} is on another device" in refusal(
+            lambda o=offsets: varlen.redispatch(here, packed, *o, 20, 20, 20, 3), (), {}
+        )
+
+
+def test_the_device_refuses():
+    """A GPU without room for anything: the sentence of the plan."""
+    call.load().simt_use_device(80, 4, 1 << 10, 1 << 10, 0)
+    x = tokens(1, 20, 7, seed=1)
+    assert re.search(
+        r"cannot run here: this device places .* with 1024 bytes", refusal(ops.run_cuda, ("compress", x, 4), {})
+    )
+
+
+def test_the_whole_way_from_the_choice(monkeypatch):
+    monkeypatch.setattr(ops, "no_cuda", lambda device: None)
+    x = tokens(3, 41, 24, seed=5)
+    got = ops._run_on_gpu("compress", x, 12, 4, layout="append")
+    for a, b in zip(got, reference.compress(x, 12, 4, layout="append"), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("layout", ops.LAYOUTS)
+def test_plan(layout):
+    x = tokens(2, 300, 64, seed=3)
+    options = {"layout": layout, "select": "qr", "start": 3, "ridge": 1e-3, "blend": 1.0}
+    plan = apet_kernels.api._plan_cuda(x, 40, 12, **options)
+    expected = call.plan(call.compress_case(x, 40, 12, **options).problem, HOW)
+    assert plan["backend"] == "cuda"
+    assert plan["path"] == call.PATHS[expected.path]
+    assert plan["why"] == expected.why.decode()
+    for name in ("launches", "group", "groups", "slice", "resident", "workspace_bytes", "estimated_us"):
+        assert plan[name] == getattr(expected, name)
