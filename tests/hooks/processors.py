@@ -1,4 +1,4 @@
-"""Processors for the tiny models, made here: a tokenizer that knows the words w3, w4, ..., w119 and every placeholder."""
+"""Processors for the tiny models, made here: a tokenizer of the words w3 to w119 and every placeholder."""
 
 from __future__ import annotations
 

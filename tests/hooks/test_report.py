@@ -1,4 +1,4 @@
-"""`apet.report`: operations against formulas worked out by hand, lengths and bytes against the cache, times taken fairly."""
+"""`apet.report`: operations against formulas worked out by hand, lengths and bytes, and times taken fairly."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ LLAVA = FAMILIES["llava"]
 
 
 def language_flops(model: PreTrainedModel, lengths: list[int], batch: int = 1) -> int:
-    """2 B L for each weight of a layer's matrices, two products of [L, d] and [d, L] in each head, the head's last row."""
+    """2 B L for each weight of a layer's matrices, two L x L x d products in each head, and the last row of logits."""
     config = model.config.text_config
     hidden, heads, inner = config.hidden_size, config.num_attention_heads, config.intermediate_size
     d = getattr(config, "head_dim", None) or hidden // heads

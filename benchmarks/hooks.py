@@ -1,0 +1,318 @@
+"""A LLaVA-shaped model of 1.1B parameters: prefill and answer against the tokens kept, next to what the FLOPs predict.
+
+    python -m benchmarks.hooks [--smoke] [--batch 1 4] [--rounds 3] [--json FILE] [--markdown]
+
+Random weights and pixels, real dimensions: the vision encoder is CLIP-L/14-336 (576 tokens an image), the decoder as
+wide as a 1B Llama. A round generates once with every setting, in turns; ratios are medians of ratios within a round.
+The prefill lasts from the call of generate() to the first token, the vision encoder in it. What the compression takes
+is measured inside these calls: "op" is the calls of the op, "hooks" everything that the hooks do, the op included.
+--markdown writes the tables into docs/benchmarks.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import functools
+import itertools
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import apet
+import torch
+import transformers
+from apet.hooks.engine import Engine
+from apet.model_report import Prefill, clock, count, engine_of, unpatched
+from rich.console import Console
+from torch import Tensor, nn
+
+import apet_kernels
+from benchmarks.ceilings import peak_gflops
+from benchmarks.compare import NOISE, THREADS, spread
+from benchmarks.floors import replaced
+from benchmarks.machine import describe
+from benchmarks.sheet import Sheet, document, show
+
+PAGE = Path(__file__).parents[1] / "docs" / "benchmarks.md"
+BEGIN, END = "<!-- hooks:begin -->", "<!-- hooks:end -->"
+HOOKS = [name for name in vars(Engine) if name.startswith(("before_", "after_"))]
+IMAGE = 32000  # token id of the placeholder
+TEXT = 40  # tokens of a prompt besides the image's
+OP_SHARE, SPEED_SHARE = 0.001, 0.85  # the goals, at the budgets of 64 tokens
+
+
+@dataclass(frozen=True)
+class Size:
+    """Dimensions of a model, and the tokens that its answers have."""
+
+    vision: dict[str, int]
+    text: dict[str, int]
+    keeps: tuple[int, ...]
+    new_tokens: int
+
+
+REAL = Size(
+    {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16},
+    {
+        "hidden_size": 2048,
+        "intermediate_size": 5632,
+        "num_hidden_layers": 16,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 4,
+    },
+    (288, 192, 128, 64),
+    8,
+)
+SMOKE = Size(
+    {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2},
+    {
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+    },
+    (288, 64),
+    2,
+)
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What to keep of 576 tokens: after the encoder, and after half of the decoder's layers. None: all."""
+
+    keep: int | None
+    llm_keep: int | None = None
+
+    def __str__(self) -> str:
+        return " → ".join(str(k) for k in (self.keep or 576, self.llm_keep) if k)
+
+    @property
+    def mean(self) -> int:
+        """Tokens that an image has on average over the decoder's layers."""
+        first = self.keep or 576
+        return (first + (self.llm_keep or first)) // 2
+
+
+@dataclass
+class Row:
+    """What was measured of one setting; seconds of every round."""
+
+    batch: int
+    kept: str
+    mean: int
+    prefill: Prefill
+    predicted: float  # FLOPs without compression / with it
+    prefill_seconds: list[float]
+    total_seconds: list[float]
+    op_seconds: list[float]
+    hook_seconds: list[float]
+    speedup: float  # of the prefill
+    total_speedup: float
+    op_share: float  # of the prefill without compression
+    hook_share: float
+    missed: list[str] | None = None
+
+    def __post_init__(self) -> None:
+        if self.mean != 64:
+            return
+        reached, noise = self.speedup / self.predicted, spread(self.prefill_seconds)
+        self.missed = [f"op {self.op_share:.2%} of the prefill"] * (self.op_share >= OP_SHARE)
+        self.missed += [f"{reached:.0%} of predicted, goal {SPEED_SHARE:.0%}"] * (reached < SPEED_SHARE)
+        self.missed += [f"noise {noise:.0%}, measure again on an idle machine"] * (noise > NOISE)
+
+
+def build(size: Size, dtype: torch.dtype) -> nn.Module:
+    """The model, with random weights."""
+    vision = transformers.CLIPVisionConfig(**size.vision, image_size=336, patch_size=14)
+    text = transformers.LlamaConfig(**size.text, vocab_size=32064, max_position_embeddings=4096)
+    config = transformers.LlavaConfig(vision_config=vision, text_config=text, image_token_index=IMAGE)
+    torch.manual_seed(0)
+    model = transformers.LlavaForConditionalGeneration._from_config(config, dtype=dtype)
+    model.generation_config.eos_token_id = None
+    model.generation_config.pad_token_id = 0
+    return model.eval()
+
+
+def inputs(batch: int, dtype: torch.dtype) -> dict[str, Tensor]:
+    """A batch of prompts of one image and some text each."""
+    random = torch.Generator().manual_seed(0)
+    ids = torch.randint(3, IMAGE, (batch, TEXT + 576), generator=random)
+    ids[:, TEXT // 2 : TEXT // 2 + 576] = IMAGE
+    pixels = torch.randn(batch, 3, 336, 336, generator=random).to(dtype)
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": pixels}
+
+
+def settings(size: Size) -> list[Setting]:
+    """All of 576; the first stage alone; and both, with a third of what the first keeps, as the paper has it."""
+    both = [Setting(k, k // 3) for k in (288, 192, 96) if size is REAL or k == 96]
+    return [Setting(None), *(Setting(k) for k in size.keeps), *both]
+
+
+def measure(model: nn.Module, batch: int, size: Size, rounds: int, dtype: torch.dtype) -> list[Row]:
+    """All rounds of one batch size."""
+    given, chosen = inputs(batch, dtype), settings(size)
+    counts, seconds = {}, {setting: [] for setting in chosen}
+    with spent(apet_kernels, ["compress_varlen"]) as op, spent(Engine, HOOKS) as hooks:
+        for setting in chosen:  # which warms everything up, too
+            with running(model, setting):
+                counts[setting] = count(engine_of(model), given)
+        for turn in range(rounds):
+            start = turn % len(chosen)
+            for setting in chosen[start:] + chosen[:start]:
+                with running(model, setting):
+                    begin = time.perf_counter()
+                    prefill, total = clock(model, given, size.new_tokens)
+                inside = [sum(s for at, s in some if begin <= at < begin + prefill) for some in (op, hooks)]
+                seconds[setting].append((prefill, total, *inside))
+    rows, base = [], [list(column) for column in zip(*seconds[chosen[0]], strict=True)]
+    for setting in chosen:
+        prefill, total, op_seconds, hook_seconds = (list(column) for column in zip(*seconds[setting], strict=True))
+        rows.append(
+            Row(
+                batch,
+                str(setting),
+                setting.mean,
+                counts[setting],
+                counts[chosen[0]].flops / counts[setting].flops,
+                *(prefill, total, op_seconds, hook_seconds),
+                speedup=_ratio(base[0], prefill),
+                total_speedup=_ratio(base[1], total),
+                op_share=_ratio(op_seconds, base[0]),
+                hook_share=_ratio(hook_seconds, base[0]),
+            )
+        )
+    return rows
+
+
+def _ratio(over: list[float], under: list[float]) -> float:
+    return statistics.median(a / b for a, b in zip(over, under, strict=True))
+
+
+@contextlib.contextmanager
+def running(model: nn.Module, setting: Setting) -> Iterator[None]:
+    """The model with one setting, for the length of a with block."""
+    llm_layer = None if setting.llm_keep is None else model.config.text_config.num_hidden_layers // 2
+    everything = setting == Setting(None)
+    keep = 64 if everything else setting.keep
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(apet.patched(model, keep, llm_layer=llm_layer, llm_keep=setting.llm_keep))
+        if everything:
+            stack.enter_context(unpatched(engine_of(model)))
+        yield
+
+
+@contextlib.contextmanager
+def spent(owner: Any, names: list[str]) -> Iterator[list[tuple[float, float]]]:
+    """When each call of these functions or methods began, and how long it took, as they happen."""
+    calls: list[tuple[float, float]] = []
+
+    def timed(function: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(function)
+        def run(*args: Any, **kwargs: Any) -> Any:
+            begin = time.perf_counter()
+            result = function(*args, **kwargs)
+            calls.append((begin, time.perf_counter() - begin))
+            return result
+
+        return run
+
+    with contextlib.ExitStack() as stack:
+        for name in names:
+            stack.enter_context(mock.patch.object(owner, name, timed(getattr(owner, name))))
+        yield calls
+
+
+def sheets(rows: list[Row], size: Size) -> list[Sheet]:
+    """A table for each batch size."""
+    answer = f"{size.new_tokens} tokens ms"
+    columns = [
+        *("kept", "GFLOP", "prefill ms", "speed-up", "predicted", "of predicted", answer, "speed-up of all"),
+        *("op ms", "op share", "hooks ms", "hooks share", "noise", "goals"),
+    ]
+    note = (
+        "kept: tokens of an image after the encoder → after half of the decoder's layers. Times are medians. "
+        "predicted: FLOPs of the uncompressed prefill / FLOPs with compression, the vision encoder in both. op, hooks: "
+        "what the compression takes inside the prefill; share: of the uncompressed prefill. noise: interquartile range "
+        f"over median. goals, for 64 tokens: op below {OP_SHARE:.1%}, speed-up {SPEED_SHARE:.0%} of predicted."
+    )
+    return [
+        Sheet(f"Batch {batch}", note, columns, [_line(row) for row in some], ("kept", "goals"))
+        for batch, some in itertools.groupby(rows, lambda row: row.batch)
+    ]
+
+
+def _line(row: Row) -> list[str]:
+    prefill, total, op, hooks = (
+        1e3 * statistics.median(some)
+        for some in (row.prefill_seconds, row.total_seconds, row.op_seconds, row.hook_seconds)
+    )
+    compressed = bool(op)
+    return [
+        *(row.kept, f"{row.prefill.flops / 1e9:.4g}", f"{prefill:.0f}"),
+        *(f"{row.speedup:.2f}", f"{row.predicted:.2f}", f"{row.speedup / row.predicted:.0%}"),
+        *(f"{total:.0f}", f"{row.total_speedup:.2f}"),
+        *((f"{op:.2f}", f"{row.op_share:.3%}", f"{hooks:.1f}", f"{row.hook_share:.2%}") if compressed else "-" * 4),
+        f"{spread(row.prefill_seconds):.0%}",
+        "none" if row.missed is None else "; ".join(row.missed) or "met",
+    ]
+
+
+def main() -> None:
+    """Measures, prints, writes."""
+    summary, _, usage = (__doc__ or "").partition("\n\n")
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.hooks",
+        description=summary,
+        epilog=usage,
+        formatter_class=argparse.RawTextHelpFormatter,
+    )
+    parser.add_argument("--smoke", action="store_true", help="a tiny model")
+    parser.add_argument("--batch", type=int, nargs="+", default=[1, 4], help="batch sizes (1 4)")
+    parser.add_argument("--rounds", type=int, default=3, help="answers with each setting (3)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write everything measured")
+    parser.add_argument("--markdown", action="store_true", help=f"write the tables into docs/{PAGE.name}")
+    options = parser.parse_args()
+    if options.markdown and options.smoke:
+        parser.error("--markdown is of the real model")
+    torch.set_num_threads(THREADS)
+    transformers.logging.set_verbosity_error()
+    size, console = SMOKE if options.smoke else REAL, Console(width=None if sys.stdout.isatty() else 220)
+    peaks = {dtype: peak_gflops(dtype) for dtype in (torch.float32, torch.bfloat16)}
+    dtype = max(peaks, key=peaks.__getitem__)
+    began = time.perf_counter()
+    head = {**describe(), "torch.mm 2048^3": ", ".join(f"{_name(d)} {rate:.0f} GFLOP/s" for d, rate in peaks.items())}
+    with torch.no_grad():
+        model = build(size, dtype)
+        parameters = sum(p.numel() for p in model.parameters()) / 1e9
+        head["model"] = (
+            f"LLaVA-shaped, {parameters:.3g}B random parameters, {_name(dtype)}, sdpa; "
+            f"{TEXT} text tokens and 576 of an image in a row; transformers {transformers.__version__}"
+        )
+        rows: list[Row] = []
+        for batch in options.batch:
+            with console.status(f"batch {batch}"):
+                rows += measure(model, batch, size, options.rounds, dtype)
+    if options.json:
+        report = {"head": head, "rows": [dataclasses.asdict(row) for row in rows]}
+        options.json.write_text(json.dumps(report, indent=1) + "\n")
+    show(console, head, sheets(rows, size))
+    console.print(f"{time.perf_counter() - began:.0f} s")
+    if options.markdown:
+        PAGE.write_text(replaced(PAGE.read_text(), BEGIN, END, document(head, sheets(rows, size))))
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+if __name__ == "__main__":
+    main()
