@@ -320,3 +320,19 @@ def count(out):
 def test_atomics_are_refused():
     with pytest.raises(InterpreterError, match="atomics"):
         count[(1,)](torch.zeros(1, dtype=torch.int32))
+
+
+@triton.jit
+def promise(x, out, n, N: tl.constexpr):
+    i = tl.arange(0, N)
+    rows = tl.multiple_of(x + n * i, 16)
+    tl.store(out + i, tl.load(rows))
+
+
+def test_a_promise_that_does_not_hold():
+    x, out = torch.arange(4.0 * N + 1), torch.zeros(N)
+    promise[(1,)](x, out, 4, N)
+    assert_same(out, x[: 4 * N : 4].contiguous())
+    for tensor, n in ((x, 3), (x[1:], 4)):
+        with pytest.raises(InterpreterError, match="does not hold"):
+            promise[(1,)](tensor, out, n, N)

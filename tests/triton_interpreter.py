@@ -9,7 +9,8 @@
 - so is an element that a program loads or stores after storing it, or stores after loading it, with no
   `tl.debug_barrier()` between: the threads of a program run apart, and an element may be in the hands of several;
 - so is one store of different values to one element, and an arg-max or arg-min over a NaN: their results depend on
-  the order of things.
+  the order of things;
+- so is a `tl.multiple_of` that does not hold: a GPU would load from another address, or not at all.
 
 A refusal is an `InterpreterError` that names the argument of the kernel. What this cannot see: whether the compiler
 keeps the kernel's meaning, and how shared memory is used.
@@ -30,8 +31,9 @@ from triton.language.semantic import TritonSemantic
 from triton.runtime import interpreter
 from triton.runtime.interpreter import TensorHandle
 
-# A pointer is (slot << SLOT) + ORIGIN + bytes from the start of its tensor: no offset leads into another tensor.
-SLOT, ORIGIN = 44, 1 << 43
+# A pointer is (slot << SLOT) + ORIGIN + bytes from the start of its tensor, and as aligned as the true one: no offset
+# leads into another tensor.
+SLOT, ORIGIN, PAGE = 44, 1 << 43, 4096
 NOBODY, SEVERAL = -1, -2
 NAN_IS_ORDER = "an arg-max or arg-min over NaN depends on the order of the comparisons"
 
@@ -54,7 +56,7 @@ class Argument:
 
     def __init__(self, name: str, slot: int, tensor: Tensor, storage: Storage) -> None:
         self.name, self.storage, self.dtype = name, storage, tensor.dtype
-        self.first = (slot << SLOT) + ORIGIN
+        self.first = (slot << SLOT) + ORIGIN + tensor.data_ptr() % PAGE
         self.start = tensor.data_ptr() - storage.address  # bytes
         steps = zip(tensor.shape, tensor.stride(), strict=True)
         span = 1 + sum((n - 1) * stride for n, stride in steps) if tensor.numel() else 0
@@ -211,6 +213,14 @@ def apply_reduce(self: interpreter.ReduceOps, inputs: tuple[tl.tensor, ...]) -> 
     return _apply_reduce(self, inputs)
 
 
+def multiple_of(value: tl.tensor, divisor: Any) -> tl.tensor:
+    """In elements of an integer, in bytes of a pointer, as the compiler takes it."""
+    divisor = tl.core._unwrap_if_constexpr(divisor)
+    if (value.handle.data % divisor).any():
+        raise ValueError(f"tl.multiple_of(..., {divisor}) does not hold")
+    return value
+
+
 def install() -> None:
     """To be called before the first launch of a process."""
     interpreter._get_np_dtype = np_dtype
@@ -221,3 +231,4 @@ def install() -> None:
     # Once for all: the interpreter patches triton.language again for every function that a kernel calls, half its time.
     interpreter._patch_lang(types.SimpleNamespace(__globals__={"tl": tl, "core": tl.core}))
     interpreter._patch_lang = lambda _: interpreter._LangPatchScope()
+    tl.multiple_of = multiple_of
