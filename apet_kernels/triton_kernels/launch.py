@@ -184,7 +184,7 @@ class _Builder:
         self.add(s4_topk, self.images, args, constants, self.tiles.topk_warps)
 
     def s5_rows(self, indices: Tensor, targets: Tensor | None) -> None:
-        flags = indices if targets is None else targets.view(torch.int8)
+        flags = self.table.view(torch.int8) if targets is None else targets.view(torch.int8)
         args = {
             "indices": indices,
             "targets": flags,
@@ -265,11 +265,12 @@ class _Builder:
         return Call(self.launches, results, self.workspace_bytes)
 
 
-def _dense(x: Tensor, keep: int, appended: int) -> dict[str, Any]:
+def _dense(b: _Builder, keep: int, appended: int) -> dict[str, Any]:
     """The arguments of s1_norms that say where images and their rows are, for x [B, N, D]."""
+    unread = b.table.view(torch.int32)  # of the dtype that ragged calls give, so that both run one binary
     return {
-        "cu_seqlens": x,  # not read
-        "cu_keep": x,
+        "cu_seqlens": unread,
+        "cu_keep": unread,
         "ragged": 0,
         "max_keep": keep,
         "total_tokens": 0,
@@ -299,7 +300,7 @@ def compress(
         return Call([], (tokens, indices), 0)
     b = _Builder(x, B, N, device_class or configs.device_class(x.device))
     picks, e2 = b.new(torch.int64, B, basis), b.new(torch.float32, b.tokens)
-    b.s1_norms(_dense(x, keep, appended), start)
+    b.s1_norms(_dense(b, keep, appended), start)
     b.s1_s3_steps(picks, e2, basis, select, ridge)
     b.s4_topk(e2, picks, indices, basis, layout, appended)
     b.s5(tokens, indices, picks, N - keep, keep, appended, blend)
@@ -366,7 +367,7 @@ def score(
     if B == 0:
         return Call([], (e2, picks), 0)
     b = _Builder(x, B, N, device_class or configs.device_class(x.device))
-    b.s1_norms(_dense(x, N, 0), start)
+    b.s1_norms(_dense(b, N, 0), start)
     b.s1_s3_steps(picks, e2, basis, select, ridge)
     return b.call(e2, picks)
 
@@ -378,7 +379,7 @@ def merge(x: Tensor, indices: Tensor, *, targets: Tensor | None = None, device_c
     if B == 0:
         return Call([], (tokens,), 0)
     b = _Builder(x, B, N, device_class or configs.device_class(x.device))
-    b.s1_norms(_dense(x, K, 0), -1)
+    b.s1_norms(_dense(b, K, 0), -1)
     b.s5_rows(indices, targets)
     # Repeated indices leave more than N - K tokens over. No row is blank and none is the basis', so neither is read.
     b.s5(tokens, indices, indices, N - 1, K, 0, 1.0)
