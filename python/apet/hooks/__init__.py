@@ -45,7 +45,7 @@ def patch(
     """Makes a transformers vision-language model compress its visual tokens, in every call from now on.
 
     Args:
-        model: a model whose family has an adapter, as `from_pretrained` returns it.
+        model: a model whose family has an adapter, as `from_pretrained` returns it, or within torch.compile or PEFT.
         keep: tokens to keep of each unit (an image, a tile or a frame, by family): a count, a ratio in (0, 1], or a
             list of these with one entry for every image or video of a call. None: no first stage.
         basis, layout, select, blend: as in `apet_kernels.compress`; 10, "inplace", "fps" and 1.0 unless a preset says
@@ -60,6 +60,7 @@ def patch(
     Raises:
         ValueError, in a sentence with the offending value.
     """
+    model = _unwrapped(model)
     adapter = adapter_for(model)
     core = adapter.core(model)
     layers = range(adapter.first_llm_layer(core), len(adapter.language_model(core).layers))
@@ -84,12 +85,13 @@ def patch(
 
 def unpatch(model: nn.Module) -> None:
     """Takes every hook off; the model is what it was. Nothing happens where it is not patched."""
-    _put(model, None)
+    _put(_unwrapped(model), None)
 
 
 @contextmanager
 def patched(model: nn.Module, keep: int | float | Sequence[int | float] | None = None, **options) -> Iterator[Options]:
     """`patch` for the length of a with block; then what was there before, patched or not."""
+    model = _unwrapped(model)
     before = model.__dict__.get(ENGINE)
     chosen = patch(model, keep, **options)
     try:
@@ -100,7 +102,7 @@ def patched(model: nn.Module, keep: int | float | Sequence[int | float] | None =
 
 def options(model: nn.Module) -> Options | None:
     """The options that a model is patched with, or None."""
-    engine = model.__dict__.get(ENGINE)
+    engine = _unwrapped(model).__dict__.get(ENGINE)
     return engine.options if engine else None
 
 
@@ -125,7 +127,7 @@ class Kept:
 
 def kept(model: nn.Module) -> Kept | None:
     """What the last prefill with images or videos kept, or None where there was none since `patch`."""
-    engine = model.__dict__.get(ENGINE)
+    engine = _unwrapped(model).__dict__.get(ENGINE)
     if engine is None or engine.trace is None:
         return None
     trace, visuals, start = engine.trace, [], 0
@@ -144,3 +146,9 @@ def _put(model: nn.Module, engine: Engine | None) -> None:
     if engine is not None:
         engine.install()
         model.__dict__[ENGINE] = engine
+
+
+def _unwrapped(model: nn.Module) -> nn.Module:
+    """The transformers model within torch.compile or PEFT: its hooks run there, too."""
+    model = getattr(model, "_orig_mod", model)
+    return model.get_base_model() if hasattr(model, "get_base_model") else model

@@ -40,8 +40,8 @@ def check_empty(cache: Any) -> None:
     """Refuses images where there is something before them already."""
     if cache is not None and int(cache.get_seq_length()) > 0:
         raise ValueError(
-            f"images cannot follow a cache that holds {int(cache.get_seq_length())} tokens: give the whole conversation "
-            "without past_key_values"
+            f"images cannot follow a cache that holds {int(cache.get_seq_length())} tokens: give the whole "
+            "conversation without past_key_values"
         )
 
 

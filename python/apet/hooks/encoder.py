@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .config import Keep, Options
 from .sequence import Packing, counted, padding
-from .state import Prompt, Run, Trace, part
+from .state import PREFILL, Prompt, Run, Trace, part
 from .units import Shorter, Tokens, group, shorten
 
 if TYPE_CHECKING:
@@ -29,6 +29,7 @@ class Projected:
     shape: tuple[int, int]
 
 
+@torch.compiler.disable(reason=PREFILL)
 def project_fewer(engine: Engine, inputs: Mapping[str, Any], x: Tensor) -> Tensor | None:
     """The projector's input [tiles, N, C] -> [1, kept, C]; None where nothing is dropped."""
     units = engine.adapter.features(engine.core, inputs, x)
@@ -50,6 +51,7 @@ def project_back(projected: Projected, y: Tensor) -> Tensor:
     return full.unflatten(0, projected.shape)
 
 
+@torch.compiler.disable(reason=PREFILL)
 def begin(engine: Engine, inputs: Mapping[str, Any], kwargs: dict[str, Any]) -> Run | None:
     """A prefill with visual inputs: finds their tokens and shortens what the language model is given, in `kwargs`.
 
@@ -61,7 +63,7 @@ def begin(engine: Engine, inputs: Mapping[str, Any], kwargs: dict[str, Any]) -> 
     engine.trace, tokens = find(engine, inputs, x)
     if not tokens.lengths:
         return None
-    valid = padding(kwargs.get("attention_mask"), batch, length, 0, x.device, engine.window)
+    valid = padding(kwargs.get("attention_mask"), batch, length, x.device, engine.window)
     if not valid.flatten()[tokens.where].all():
         raise ValueError("attention_mask hides placeholders of images or videos, which cannot be compressed then")
     left = bool(valid[:, -1].all())

@@ -36,6 +36,8 @@ class Engine:
         self.projected: encoder.Projected | None = None  # between the projector's two hooks
         self.run: Run | None = None  # of the language model's forward that is running
         self.trace: Trace | None = None  # of the last prefill with visuals
+        if options.llm_layer is not None:
+            self.check_rotary()
 
     # ---- on and off
 
@@ -45,6 +47,7 @@ class Engine:
         self.handles = [
             pre(self.model, self.before_model),
             pre(self.core, self.before_core),
+            self.core.register_forward_hook(self.after_core, always_call=True),
             pre(self.language_model, self.before_language_model),
             self.language_model.register_forward_hook(self.after_language_model, with_kwargs=True),
         ]
@@ -70,6 +73,15 @@ class Engine:
 
     # ---- what the model is like
 
+    def check_rotary(self) -> None:
+        """The second stage gives all layers from `llm_layer` on the same new rotary embeddings."""
+        taken = all("position_embeddings" in _names(layer) for layer in self.language_model.layers)
+        if not taken or "layer_type" in _names(self.language_model.rotary_emb):
+            raise ValueError(
+                f"llm_layer={self.options.llm_layer} cannot be used with {type(self.language_model).__name__}: its "
+                "layers do not share one rotary embedding"
+            )
+
     @property
     def flash(self) -> bool:
         """Whether attention takes sequence lengths instead of masks."""
@@ -77,9 +89,9 @@ class Engine:
 
     @property
     def window(self) -> int | None:
-        """The attention window of layers that slide, if there are such."""
-        config = self.language_model.config
-        return config.sliding_window if any(map(self.slides, range(len(self.language_model.layers)))) else None
+        """The attention window, if every layer has one: then the only mask is of its kind."""
+        slide = all(self.slides(index) for index in range(len(self.language_model.layers)))
+        return self.language_model.config.sliding_window if slide else None
 
     def slides(self, index: int) -> bool:
         """Whether a decoder layer attends to a window only, as transformers decides it."""
@@ -93,7 +105,7 @@ class Engine:
         """`model.generate` of this instance: the same, with what it was called with at hand for the encoder's hooks."""
         given = dict(zip(("inputs", "generation_config"), args, strict=False)) | kwargs
         self.refuse_generation(given)
-        prompts = next(p for p in map(given.get, ("inputs", "input_ids", "inputs_embeds")) if p is not None)
+        prompts = next((p for p in map(given.get, ("inputs", "input_ids", "inputs_embeds")) if p is not None), ())
         before = self.generating, self.rows
         self.generating, self.rows = given, len(prompts)
         cache = given.get("past_key_values")
@@ -133,6 +145,9 @@ class Engine:
         self.inputs = inputs if self.adapter.brings(inputs) else None
         if self.inputs is not None:
             caches.check_empty(inputs.get("past_key_values"))
+
+    def after_core(self, module: nn.Module, args: Any, output: Any) -> None:
+        self.inputs = self.projected = self.run = None  # whatever was raised on the way
 
     def before_projector(self, module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor] | None:
         self.projected = None

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .sequence import counted, layer_mask
-from .state import Late, Run, part
+from .state import PREFILL, Late, Run, part
 from .units import shorten
 
 if TYPE_CHECKING:
@@ -31,6 +31,7 @@ def enter(engine: Engine, run: Run, x: Tensor, kwargs: dict[str, Any]) -> Tensor
     return x
 
 
+@torch.compiler.disable(reason=PREFILL)
 def shortened(engine: Engine, run: Run, x: Tensor, cache: Any, rotary: tuple[Tensor, ...]) -> Tensor:
     """A prefill: compresses the hidden states [B, L, D] of the visual tokens -> [B, L2, D]."""
     shorter = shorten(x.flatten(0, 1), run.tokens, engine.options.llm_keep, engine.options)

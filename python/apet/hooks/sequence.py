@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.attention.flex_attention import create_mask
 from transformers import masking_utils
 
 # transformers 5 takes the layer whose cache the mask is for; 4.57 asks the cache about its first layer.
@@ -73,27 +74,28 @@ def one_of(mask: Any) -> Any:
     return mask["full_attention"] if "full_attention" in mask else next(iter(mask.values()))
 
 
-def padding(mask: Any, batch: int, length: int, past: int, device: torch.device, window: int | None) -> Tensor:
-    """Which of `length` new tokens are no padding, [batch, length] bool, from any mask that a model may be given.
+def padding(mask: Any, batch: int, length: int, device: torch.device, window: int | None) -> Tensor:
+    """Which of the tokens of a prompt are no padding, [batch, length] bool, from any mask that a model may be given.
 
-    mask: None, 2-D [B, past + length], 4-D [B, 1, length, columns] bool or additive, a flex_attention BlockMask, or a
-    dict of such by the layers' type. Raises ValueError where a 4-D mask is more than causal with padding.
+    mask: None, 2-D [B, length], 4-D [B, 1, length, columns] bool or additive, a flex_attention BlockMask, or a dict of
+    such by the layers' type; window: how far layers see if all of them slide. Raises ValueError where a mask is more
+    than causal with padding.
     """
+    full = isinstance(mask, dict) and "full_attention" in mask
     mask = one_of(mask)
     if mask is None:
         return torch.ones(batch, length, dtype=torch.bool, device=device)
     if not isinstance(mask, Tensor):
-        from torch.nn.attention.flex_attention import create_mask
-
-        mask = create_mask(mask.mask_mod, batch, None, length, past + length, device=device)
+        mask = create_mask(mask.mask_mod, batch, None, length, length, device=device)
     if mask.dim() == 2:
-        return mask[:, past : past + length].to(device, torch.bool)
-    seen = mask[:, 0, :, past : past + length].to(device)
-    seen = seen if seen.dtype == torch.bool else seen == 0
-    seen = seen.expand(batch, -1, -1)
-    valid = seen.any(1)  # some query sees it; at least its own
-    causal = torch.ones(length, length, dtype=torch.bool, device=device).tril() & valid[:, None]
-    if window is None and not torch.equal(seen & valid[..., None], causal & valid[..., None]):
+        return mask[:, :length].to(device, torch.bool)
+    seen = mask[:, 0, :, :length].to(device)
+    seen = (seen if seen.dtype == torch.bool else seen == 0).expand(batch, -1, -1)
+    valid = seen.any(1)  # some query sees it, at least its own
+    causal = torch.ones(length, length, dtype=torch.bool, device=device).tril()
+    if window is not None and not full:
+        causal = causal.triu(1 - window)
+    if not torch.equal(seen & valid[..., None], causal & valid[:, None] & valid[..., None]):
         raise ValueError(
             f"an attention mask of shape {tuple(mask.shape)} is not causal with padding, so tokens cannot leave it"
         )

@@ -11,6 +11,8 @@ from torch import Tensor
 from .sequence import Packing
 from .units import Shorter, Tokens
 
+PREFILL = "how long a shortened prompt is depends on its data; only decoding compiles"
+
 
 @dataclass
 class Part:
