@@ -146,6 +146,7 @@ FAULTS = {
     "absent_source": r"shuffles from lane 20, which is not in the mask or has exited",
     "different_primitives": r"calls \S+ with mask 0xffffffff, but other lanes wait in \S+ with it",
     "spin_forever": r"deadlock: thread \d+ of block \d waits in a loop around load_acquire",
+    "peer_has_not_begun": r"block \d maps the shared memory of block \d, which has not begun",
     "grid_barrier": r"grid.sync in a launch that is not cooperative",
     "misaligned_copy": r"cp.async in block 0 at a shared address that is not a multiple of 16",
     "copy_outside": r"cp.async of 16 bytes at an address that is not in the shared memory of block 0",

@@ -38,10 +38,14 @@ def missing() -> str | None:
     return None
 
 
-def kernels(csrc: Path = CSRC, sanitizer: str = "") -> list[Path]:
-    """Objects of the CUDA backend from the sources in `csrc`, which may be a changed copy."""
-    sources = [*sorted((csrc / "cuda").glob("*.cu")), csrc / "problem.cpp"]
-    return _objects(sources, sanitizer, csrc.rglob("*.*"))
+def kernels(csrc: Path = CSRC, sanitizer: str = "", only: str = "") -> list[Path]:
+    """Objects of the CUDA backend. From a changed copy of the sources, `only` one file need be compiled anew: it comes
+    first, and with that its inline functions are everybody's."""
+    sources = [*sorted((CSRC / "cuda").glob("*.cu")), CSRC / "problem.cpp"]
+    if not only:
+        return _objects(sources, sanitizer, CSRC.rglob("*.*"))
+    changed = _objects([csrc / f"cuda/{only}.cu"], sanitizer, csrc.rglob("*.*"))
+    return changed + _objects([s for s in sources if s.stem != only], sanitizer, CSRC.rglob("*.*"))
 
 
 @functools.cache

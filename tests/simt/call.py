@@ -140,30 +140,51 @@ def plan(problem: Problem, how: How) -> Plan:
     return result
 
 
-def run(case: Case, how: How) -> list[str]:
-    """Runs the case in this process. Returns its launches, a line for each."""
+@dataclass
+class Started:
+    """A call whose launches are queued, and its workspace."""
+
+    room: Tensor
+    inside: slice
+
+
+def start(case: Case, how: How, stream: int = 0) -> Started:
+    """Queues the launches of the case on a stream."""
     lib, problem = load(), case.problem
     planned = plan(problem, how)
-    # 64 bytes of ours on either side, and nothing in it that a kernel could take for its own.
+    # Nothing in the workspace, and in a hundred bytes of ours around it, that a kernel could take for its own.
     room = torch.full((planned.workspace_bytes + 192,), 0xFF, dtype=torch.uint8)
-    start = -room.data_ptr() % 64 + 64
+    first = -room.data_ptr() % 64 + 64
     tensors = Tensors(**{name: t.data_ptr() for name, t in (case.inputs | case.outputs).items()})
-    lib.simt_use_seed(how.seed)
-    lib.simt_launches()
     status = lib.apet_cuda_run(
         *(ctypes.byref(s) for s in (problem, tensors, planned)),
-        ctypes.c_void_p(room.data_ptr() + start),
+        ctypes.c_void_p(room.data_ptr() + first),
         ctypes.c_size_t(planned.workspace_bytes),
-        None,
+        ctypes.c_void_p(stream),
     )
+    if status:
+        lib.simt_run()  # what was queued before it was refused
+        _check(problem, status)
+    return Started(room, slice(first, first + planned.workspace_bytes))
+
+
+def finish(*started: Started, seed: int) -> list[str]:
+    """Runs all that is queued, different streams at once. Returns the launches, a line for each."""
+    lib = load()
+    lib.simt_use_seed(seed)
     fault = lib.simt_run()
-    _check(problem, status)
+    launches = lib.simt_launches().decode().splitlines()
     if fault:
         raise Fault(fault.decode())
-    for side in (room[:start], room[start + planned.workspace_bytes :]):
-        if (side != 0xFF).any():
+    for call in started:
+        if (call.room[: call.inside.start] != 0xFF).any() or (call.room[call.inside.stop :] != 0xFF).any():
             raise Fault("something was written beside the workspace")
-    return lib.simt_launches().decode().splitlines()
+    return launches
+
+
+def run(case: Case, how: How) -> list[str]:
+    """Runs the case in this process. Returns its launches, a line for each."""
+    return finish(start(case, how), seed=how.seed)
 
 
 def run_in_program(case: Case, how: How, program: Path, timeout: float = 300) -> str:

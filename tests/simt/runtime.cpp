@@ -84,6 +84,7 @@ struct Block {
   uint3 index;
   unsigned number;
   unsigned live = 0;
+  bool begun = false;
   bool signalled = false;  // let_later_launch_start
   char* shared = nullptr;
   Barrier barrier;
@@ -309,6 +310,7 @@ void exit_thread(Lane& me) {
 void thread_main(void* argument) {
   Lane& me = *static_cast<Lane*>(argument);
   Grid& grid = *me.block->grid;
+  me.block->begun = true;
   observe(&grid.host_order);
   if (!grid.launch.overlaps)
     for (Grid* g = grid.before; g; g = g->before) observe(&g->end_order);
@@ -578,7 +580,9 @@ char* shared_of(const void* mine, unsigned rank) {
   if (address < block.shared || address > block.shared + block.grid->launch.shared)
     fault("block %u maps an address that is not in its shared memory", block.number);
   const Block& other = *block.cluster->blocks[rank];
-  if (!other.live) fault("block %u maps the shared memory of block %u, which has exited", block.number, other.number);
+  if (!other.begun || !other.live)
+    fault("block %u maps the shared memory of block %u, which has %s", block.number, other.number,
+          other.begun ? "exited" : "not begun");
   return other.shared + (address - block.shared);
 }
 

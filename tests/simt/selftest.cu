@@ -197,6 +197,11 @@ __global__ void peer_has_exited(int* out) {
   for (int i = 0; i < 50; i++) __syncthreads();
   out[threadIdx.x] = *cluster.map_shared_rank(shared_ints(), 1);
 }
+__global__ void peer_has_not_begun(int*) {
+  const cg::cluster_group cluster = cg::this_cluster();
+  atomicAdd(cluster.map_shared_rank(shared_ints(), 1 - cluster.block_rank()), 1);
+  cluster.sync();
+}
 __global__ void cluster_barrier(int*) { cg::this_cluster().sync(); }
 __global__ void grid_barrier(int*) { cg::this_grid().sync(); }
 __global__ void misaligned_copy(int* data) {
@@ -275,6 +280,7 @@ const Case kCases[] = {
     CASE(spin_forever, 2, 32, 1, false),
     CASE(wait_for_next_block, 6, 32, 1, false),
     CASE(peer_has_exited, 2, 32, 2, false),
+    CASE(peer_has_not_begun, 2, 32, 2, false),
     CASE(cluster_barrier, 2, 32, 2, false),
     CASE(grid_barrier, 2, 32, 1, false),
     CASE(misaligned_copy, 1, 32, 1, false),

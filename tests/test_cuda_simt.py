@@ -1,0 +1,373 @@
+"""The CUDA sources, run on the CPU: what must not change a bit, what the sanitizers say, and planted bugs.
+
+Accuracy, layouts, hostile input and invariance under batching, packing and alignment are the shared tests', which run on
+the backend `cuda-simt` too; it takes another device, path, group and schedule for every call.
+"""
+
+from __future__ import annotations
+
+import random
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from data import DTYPES, tokens
+from judge import assert_same
+from simt import build, call
+from simt.call import A100, H100, RTX_3090, RTX_5090, Case, Device, How, NoPath
+from torch import Tensor
+
+pytestmark = pytest.mark.skipif(build.missing() is not None, reason=str(build.missing()))
+
+LAYOUTS = ("inplace", "overwrite", "append")
+# B, N, D, keep, basis: rows that are not whole 16-byte words, rows that are, and several steps of s5 with a last tile
+# that is not full.
+SHAPES = [(2, 70, 45, 20, 6), (1, 133, 64, 60, 10), (3, 41, 200, 17, 5)]
+SMALL_SHARED = Device(90, 8, 64 << 10, 100 << 10, 8)
+
+
+def cases(dtype: torch.dtype, layout: str, shape: int) -> dict[str, Callable[[], Case]]:
+    """Every op once; layouts and picking vary with the shape."""
+    B, N, D, keep, basis = SHAPES[shape % 3]
+    x = tokens(B, N, D, dtype=dtype, kind=("clustered", "repeated", "normal")[shape % 3], seed=shape)
+    packed = x.reshape(-1, D)
+    choose = {"select": ("fps", "qr")[shape % 2], "start": (-1, 7)[shape // 2 % 2]}
+    lengths = torch.tensor([0, N // 3, 5, 1, packed.shape[0] - N // 3 - 8, 2])
+    keeps = torch.tensor([0, N // 5, 5, 1, keep, 1])
+    cu, cu_keep = lengths.cumsum(0).int(), keeps.cumsum(0).int()
+    sizes = (int(keeps.sum()), int(lengths.max()), int(keeps.max()), basis)
+    blend = 0.5 if layout == "overwrite" else 1.0
+    rows = torch.randint(N, (B, keep), generator=torch.Generator().manual_seed(shape))
+    return {
+        "compress": lambda: call.compress_case(x, keep, basis, layout=layout, blend=blend, **choose),
+        "compress_varlen": lambda: call.compress_varlen_case(packed, cu, cu_keep, *sizes, layout=layout, **choose),
+        "score": lambda: call.score_case(x, basis, **choose),
+        "merge": lambda: call.merge_case(x, rows, targets=rows % 3 > 0),
+    }
+
+
+def results(case: Case, how: How) -> dict[str, Tensor]:
+    call.run(case, how)
+    return case.outputs
+
+
+def drawn(seed: int) -> How:
+    """A device, a path on it, how the images are cut, and a schedule."""
+    make = random.Random(seed)
+    device = make.choice([H100, SMALL_SHARED, A100, RTX_3090, RTX_5090])
+    path = make.choice(["fused", "cluster", "groups"] if device.largest_cluster else ["groups"])
+    most = device.multiprocessors if path == "groups" else device.largest_cluster
+    return How(
+        device,
+        path,
+        make.randint(1, most),
+        make.choice([-1, -1, 0, 4, 8]),
+        make.choice([0, 64, 128]),
+        make.randint(0, 999),
+    )
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_nothing_but_the_problem_decides_a_bit(dtype, layout, pytestconfig):
+    """Device, path, group, rows in shared memory, tiles and schedule, drawn at random; many more with --interpret 0."""
+    number = DTYPES.index(dtype) * 3 + LAYOUTS.index(layout)
+    everyday = pytestconfig.getoption("--interpret")
+    ran = 0
+    for shape in [number] if everyday else range(number, number + 3):
+        for name, case in cases(dtype, layout, shape).items():
+            expected = results(case(), How())
+            for n in range(5 if everyday else 60):
+                how = drawn(1000 * number + n)
+                try:
+                    got = results(case(), how)
+                except NoPath:
+                    continue
+                ran += 1
+                for output, value in expected.items():
+                    assert_same(got[output], value, f"{output} of {name}, {how}")
+    assert ran >= (10 if everyday else 400), "hardly anything was compared"
+
+
+@pytest.mark.parametrize(
+    ("device", "path", "launches"), [(H100, "fused", 1), (H100, "cluster", 2), (H100, "groups", 2), (A100, "best", 2)]
+)
+def test_launches(device, path, launches):
+    case = call.compress_case(tokens(2, 60, 32, dtype=torch.float16), 12, 5)
+    how = How(device, path)
+    lines = call.run(case, how)
+    assert len(lines) == call.plan(case.problem, how).launches == launches
+    assert ("clusters of" in lines[0]) == (path in ("fused", "cluster"))
+    assert ("cooperative" in lines[0]) == (path == "groups" or device is A100)
+    # The second kernel may overlap the first's tail where the architecture has that.
+    assert [("overlapping" in line) for line in lines[1:]] == [device is H100] * (launches - 1)
+    score = call.score_case(tokens(2, 60, 32), 5)
+    assert len(call.run(score, How(device))) == call.plan(score.problem, How(device)).launches == 1
+
+
+def test_two_streams_at_once():
+    """Two calls that share nothing but the device, their blocks mixed."""
+    x, y = tokens(2, 50, 40, dtype=torch.float16, seed=1), tokens(3, 44, 64, dtype=torch.float16, seed=2)
+    for seed in range(4):
+        a, b = call.compress_case(x, 13, 6), call.compress_case(y, 30, 4, layout="append")
+        alone = [{k: t.clone() for k, t in results(c, How()).items()} for c in (a, b)]
+        for case in (a, b):
+            for t in case.outputs.values():
+                t.zero_()
+        ways = [How(path=path, group=2, seed=seed) for path in ("cluster", "fused")]
+        started = [call.start(c, how, stream) for c, how, stream in zip((a, b), ways, (1, 2), strict=True)]
+        assert len(call.finish(*started, seed=seed)) == 3
+        for case, expected in zip((a, b), alone, strict=True):
+            for name, value in expected.items():
+                assert_same(case.outputs[name], value, name)
+
+
+# ---- under the sanitizers, as programs of their own
+
+SANITIZED = [
+    How(path="fused", group=2),
+    How(path="cluster", group=2, resident=4, seed=1),
+    How(A100, "groups", 2, seed=2),
+]
+
+
+def sanitized(case: Case, how: How, sanitizer: str) -> None:
+    """The program says nothing, and computes the same bits."""
+    expected = {name: t.clone() for name, t in results(case, how).items()}
+    for t in case.outputs.values():
+        t.zero_()
+    program = build.program("driver.cpp", build.kernels(sanitizer=sanitizer), sanitizer)
+    assert call.run_in_program(case, how, program) == ""
+    for name, value in expected.items():
+        assert_same(case.outputs[name], value, name)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("op", ["compress", "compress_varlen", "score", "merge"])
+def test_address_sanitizer(op, dtype):
+    number = DTYPES.index(dtype)
+    for n, how in enumerate(SANITIZED):
+        case = cases(dtype, LAYOUTS[(n + number) % 3], n)[op]
+        try:
+            sanitized(case(), how, "address")
+        except NoPath:
+            assert op == "score"  # which is never fused
+            assert how.path == "fused"
+
+
+@pytest.mark.parametrize("how", SANITIZED, ids=lambda how: how.path)
+@pytest.mark.parametrize(
+    ("op", "dtype"),
+    [
+        ("compress", torch.float16),
+        *(
+            pytest.param(op, dtype, marks=pytest.mark.slow)
+            for op in ("compress", "compress_varlen", "merge")
+            for dtype in DTYPES
+            if (op, dtype) != ("compress", torch.float16)
+        ),
+    ],
+)
+def test_thread_sanitizer(op, dtype, how):
+    """Tiny: every CUDA thread is a thread of the sanitizer, which makes 1500 of them a second."""
+    x = tokens(1, 18, 72, dtype=dtype, kind="clustered", seed=3)
+    rows = torch.tensor([[3, 0, 7, 3, 11]])
+    cu, cu_keep = torch.tensor([0, 6, 18], dtype=torch.int32), torch.tensor([0, 2, 7], dtype=torch.int32)
+    case = {
+        "compress": lambda: call.compress_case(x, 6, 2, layout="append"),
+        "compress_varlen": lambda: call.compress_varlen_case(x[0], cu, cu_keep, 7, 12, 5, 2),
+        "merge": lambda: call.merge_case(x, rows),
+    }[op]
+    sanitized(case(), how, "thread")
+
+
+# ---- planted bugs: each is a change of a copy of the sources, which the named detector has to see
+
+RACE = r"WARNING: ThreadSanitizer: data race"
+OVERFLOW = r"ERROR: AddressSanitizer: heap-buffer-overflow"
+WRONG = "other bits"
+
+
+class Bug:
+    """A change [pattern, replacement] of a file in csrc/cuda, where it has to show, and as what."""
+
+    def __init__(
+        self, name: str, file: str, change: list[tuple[str, str]], how: How, seen: str, everyday: bool = False
+    ):
+        self.name, self.file, self.change, self.how, self.seen, self.everyday = name, file, change, how, seen, everyday
+
+    @property
+    def sanitizer(self) -> str:
+        return {RACE: "thread", OVERFLOW: "address"}.get(self.seen, "")
+
+
+CLUSTER, FUSED, GROUPS = How(path="cluster", group=2), How(path="fused", group=2), How(A100, "groups", 2)
+BUGS = [
+    Bug(
+        "a barrier is missing",
+        "s1_s3_select.cuh",
+        [(r"(warp_best\[warp\] = best;)\s*__syncthreads\(\);", r"\1")],
+        FUSED,
+        RACE,
+        everyday=True,
+    ),
+    Bug(
+        "candidates are read before the group has met",
+        "s1_s3_select.cuh",
+        [(r"(group\.publish\(message, 3 \+ m\);)\s*group\.sync\(\);", r"\1")],
+        CLUSTER,
+        RACE,
+    ),
+    Bug("one set of slots instead of two", "group.cuh", [(r"turn_ \^= 1;", "")], CLUSTER, RACE),
+    Bug(
+        "residuals are ranked before all are there",
+        "kernels.cuh",
+        [(r"group\.sync\(\);  // rank and norm2 of the whole image", "")],
+        GROUPS,
+        RACE,
+    ),
+    Bug(
+        "a flag that publishes nothing",
+        "group.cuh",
+        [(r"add_release\(arrived_, 1\);", "atomicAdd(arrived_, 1u);")],
+        GROUPS,
+        RACE,
+    ),
+    Bug(
+        "the second launch does not wait for the first",
+        "kernels.cuh",
+        [(r"wait_previous_launch\(\);", "")],
+        CLUSTER,
+        RACE,
+    ),
+    Bug(
+        "a count that is not atomic",
+        "s4_topk.cuh",
+        [(r"atomicAdd\((&histogram\[.*?\]), 1\)", r"*(\1) += 1")],
+        CLUSTER,
+        RACE,
+    ),
+    Bug(
+        "a queue is read before the warp has written it",
+        "s5_mean.cuh",
+        [(r"(queued \+= __popc\(mine\);\s*\})\s*__syncwarp\(\);", r"\1")],
+        FUSED,
+        RACE,
+    ),
+    Bug(
+        "one row too many",
+        "s1_s3_select.cuh",
+        [(r"min\(i0 \+ r, slice\.count - 1\)", "min(i0 + r, slice.count)")],
+        How(path="cluster", group=2, resident=0),
+        OVERFLOW,
+        everyday=True,
+    ),
+    Bug(
+        "one column too many",
+        "dot.cuh",
+        [(r"if \(k \* Chunk<T>::kSize \+ i < dim\) chunk", "if (k * Chunk<T>::kSize + i <= dim) chunk")],
+        How(path="cluster", group=2, resident=0),
+        OVERFLOW,
+    ),
+    Bug(
+        "rows lie one too far in shared memory",
+        "s1_s3_select.cuh",
+        [(r"call\.map\.rows \+ i \* call\.pitch", "call.map.rows + (i + 1) * call.pitch")],
+        How(path="cluster", group=2),
+        OVERFLOW,
+    ),
+    Bug(
+        "a copy is not waited for",
+        "s1_s3_select.cuh",
+        [(r"copy_async_wait<0>\(\);", "")],
+        FUSED,
+        r"exits with \d+ asynchronous copies that it has not waited for",
+        everyday=True,
+    ),
+    Bug(
+        "a copy is waited for one step too late",
+        "s5_assign.cuh",
+        [(r"copy_async_wait<kStages - 2>", "copy_async_wait<kStages - 1>")],
+        CLUSTER,
+        WRONG,
+        everyday=True,
+    ),
+    Bug(
+        "a mask of half a warp",
+        "s5_mean.cuh",
+        [(r"__ballot_sync\(kAllLanes, to", "__ballot_sync(0xffffu, to")],
+        FUSED,
+        r"calls __ballot_sync with mask 0x0000ffff, which leaves out its lane",
+        everyday=True,
+    ),
+    Bug(
+        "lanes that a shuffle waits for stay away",
+        "s4_topk.cuh",
+        [(r"if \(threadIdx\.x < 32\) \{", "if (threadIdx.x < 24) {")],
+        CLUSTER,
+        r"deadlock: .* waits in __shfl_up_sync",
+    ),
+    Bug(
+        "means wait for one tile more than there is",
+        "kernels.cuh",
+        [(r"< \(uint32_t\)call\.tiles\)", "< (uint32_t)call.tiles + 1)")],
+        CLUSTER,
+        r"deadlock: .* waits in a loop around load_acquire",
+        everyday=True,
+    ),
+    Bug(
+        "a thread leaves before a barrier",
+        "kernels.cuh",
+        [(r"if \(ticket >= end\) return;", "if (thread == 5) return;\n    if (ticket >= end) return;")],
+        CLUSTER,
+        r"divergent barrier: thread 5 of block \d+ exits|divergent barrier: .* 1 threads of the block have exited",
+        everyday=True,
+    ),
+    Bug(
+        "a peer's shared memory before the peer runs",
+        "group.cuh",
+        [(r"sync\(\);  // no peer's shared memory before the peer runs", "")],
+        How(path="cluster", group=2, seed=2),
+        r"maps the shared memory of block \d+, which has not begun",
+    ),
+    Bug(
+        "ties to the higher position",
+        "call.cuh",
+        [
+            (r"\(0xffffffffu - \(uint32_t\)position\)", "(uint32_t)position"),
+            (r"\(int\)\(0xffffffffu - \(uint32_t\)key\)", "(int)(uint32_t)key"),
+        ],
+        CLUSTER,
+        WRONG,
+        everyday=True,
+    ),
+]
+
+
+@pytest.mark.parametrize(
+    "bug",
+    [pytest.param(b, id=b.name.replace(" ", "_"), marks=[] if b.everyday else pytest.mark.slow) for b in BUGS],
+)
+def test_planted_bugs(bug: Bug, tmp_path: Path):
+    csrc = tmp_path / "csrc"
+    shutil.copytree(build.CSRC, csrc)
+    source = csrc / "cuda" / bug.file
+    text = source.read_text()
+    for pattern, replacement in bug.change:
+        text, times = re.subn(pattern, replacement, text)
+        assert times, f"{pattern} is no longer in {bug.file}: plant the bug again"
+    source.write_text(text)
+    # An odd D: rows end where their memory does. Repeated tokens: ties.
+    x = tokens(1, 22, 63 if bug.sanitizer == "address" else 72, dtype=torch.float16, kind="repeated", seed=1)
+    case = call.compress_case(x, 8, 3)
+    program = build.program("driver.cpp", build.kernels(csrc, bug.sanitizer, only="float16"), bug.sanitizer)
+    expected = {name: t.clone() for name, t in results(case, bug.how).items()}
+    said = call.run_in_program(case, bug.how, program)
+    if bug.seen == WRONG:
+        assert said == ""
+        assert any(not case.outputs[name].view(torch.uint8).equal(t.view(torch.uint8)) for name, t in expected.items())
+    else:
+        assert re.search(bug.seen, said), said or "nothing was seen"
