@@ -43,7 +43,11 @@ def load(name: str, options: Mapping[str, Any], dtype: str, device: str | None) 
         raise Refused(f"model {name!r} is a {config.model_type!r} of class {config.architectures}, with no generate()")
     try:
         with torch.device("meta"):
-            hooks.patch(kind(config), **options)
+            empty = kind(config)
+    except Exception as error:
+        raise Refused(f"cannot make a {kind.__name__} from the config.json of {name!r}: {first_line(error)}") from error
+    try:
+        hooks.patch(empty, **options)
     except ValueError as error:
         raise Refused(first_line(error)) from error
     try:

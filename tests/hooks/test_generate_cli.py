@@ -1,0 +1,246 @@
+"""`apet generate`: the answer is the patched model's, the numbers follow, and whatever is wrong is one sentence."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import apet
+import pytest
+import torch
+import transformers
+from apet import models
+from apet.cli import app
+from families import FAMILIES, build
+from PIL import Image
+from processors import Processor, llava_folder
+from test_picture import scene
+from transformers import PreTrainedModel
+from typer.testing import CliRunner, Result
+
+NEW = 4
+
+
+def run(*words: object) -> Result:
+    return CliRunner().invoke(app, ["generate", *(str(word) for word in words)])
+
+
+def said(*words: object) -> str:
+    result = run(*words, "--max-new-tokens", NEW)
+    assert result.exit_code == 0, result.output
+    return result.stdout
+
+
+def refused(*words: object) -> str:
+    """The one sentence of a call that must fail with exit code 2."""
+    result = run(*words)
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert result.stderr.count("\n") == 1
+    assert result.stderr.startswith("apet: ")
+    return result.stderr
+
+
+@pytest.fixture(scope="module")
+def llava(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return llava_folder(tmp_path_factory.mktemp("models") / "llava", "llava")
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    folder = tmp_path_factory.mktemp("photos")
+    paths = [folder / "one.png", folder / "two.png"]
+    Image.fromarray(scene(80, 60)).save(paths[0])
+    Image.fromarray(scene(50, 70)[::-1]).save(paths[1])
+    return paths
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    import av
+
+    path = tmp_path_factory.mktemp("clips") / "clip.mp4"
+    with av.open(str(path), "w") as file:
+        stream = file.add_stream("mpeg4", rate=10)
+        stream.width, stream.height, stream.pix_fmt = 96, 64, "yuv420p"
+        for i in range(12):
+            file.mux(stream.encode(av.VideoFrame.from_ndarray(scene(96, 64)[:, :: (-1) ** i].copy(), format="rgb24")))
+        file.mux(stream.encode(None))
+    return path
+
+
+def answer(folder: Path, photos: list[Path], prompt: str, **options: object) -> str:
+    """What the model in a folder says with these options, by its own generate()."""
+    model = transformers.LlavaForConditionalGeneration.from_pretrained(folder)
+    processor = transformers.AutoProcessor.from_pretrained(folder)
+    inputs = processor(text=[prompt], images=[Image.open(photo) for photo in photos], return_tensors="pt")
+    if options:
+        apet.patch(model, **options)
+    tokens = model.generate(**inputs, max_new_tokens=NEW, do_sample=False)[0, inputs["input_ids"].shape[1] :]
+    return processor.tokenizer.decode(tokens, skip_special_tokens=True)
+
+
+def test_answer_and_report(llava: Path, photos: list[Path]) -> None:
+    text = said("--model", llava, "--image", photos[0], "--prompt", "w3 w4", "--keep", 12)
+    assert text.splitlines()[0] == answer(llava, photos[:1], "<image>\nw3 w4", keep=12)
+    lines = [" ".join(line.split()) for line in text.splitlines()]
+    assert "LlavaForConditionalGeneration: 36 visual tokens in 1 row" in lines
+    assert "tokens of a row, layers 1 to 4 38 14 2.71" in lines
+    assert sum("time to" in line for line in lines) == 2
+    assert "Without compression" not in text
+
+
+def test_both_stages_compared_and_drawn(llava: Path, photos: list[Path], tmp_path: Path) -> None:
+    options = ("--keep", "50%", "--llm-layer", 2, "--llm-keep", 11, "--layout", "overwrite", "--dtype", "float32")
+    words = ("--model", llava, "--image", photos[0], "--image", photos[1], "--prompt", "w5", *options)
+    text = said(*words, "--compare", "--out", tmp_path / "pictures", "--device", "cpu")
+    lines = text.splitlines()
+    chosen = {"keep": 0.5, "llm_layer": 2, "llm_keep": 11, "layout": "overwrite"}
+    assert lines[0] == answer(llava, photos, "<image>\n<image>\nw5", **chosen)
+    assert lines[3] == answer(llava, photos, "<image>\n<image>\nw5")
+    assert lines[2] == "Without compression:"
+    tokens = [re.sub(" +", " ", line).strip() for line in lines if "tokens of a row" in line]
+    assert tokens == ["tokens of a row, layers 1 to 2 73 37 1.97", "tokens of a row, layers 3 to 4 73 23 3.17"]
+    assert sorted(p.name for p in (tmp_path / "pictures").iterdir()) == ["one.apet.png", "two.apet.png"]
+    for path in (tmp_path / "pictures").iterdir():
+        assert min(Image.open(path).size) > 400
+
+
+def test_chat_template(llava: Path, photos: list[Path], tmp_path: Path) -> None:
+    """Where the processor has one, the prompt goes through it, and an image stands where it says."""
+    folder = shutil.copytree(llava, tmp_path / "chat")
+    template = (
+        "{% for m in messages %}w9 {% for c in m.content %}{% if c.type == 'image' %}<image> {% else %}{{ c.text }} "
+        "{% endif %}{% endfor %}{% endfor %}{% if add_generation_prompt %}w8{% endif %}"
+    )
+    processor = transformers.AutoProcessor.from_pretrained(folder)
+    processor.chat_template = template
+    processor.save_pretrained(folder)
+    text = said("--model", folder, "--image", photos[0], "--prompt", "w3", "--keep", 9)
+    assert text.splitlines()[0] == answer(folder, photos[:1], "w9 <image> w3 w8", keep=9)
+
+
+def test_keep_is_64_unless_something_is_said(llava: Path, photos: list[Path]) -> None:
+    words = ("--model", llava, "--image", photos[0], "--prompt", "w3")
+    assert "keep=64" in said(*words)
+    assert "keep=None" in said(*words, "--llm-layer", 1, "--llm-keep", 12)
+
+
+def test_tiles(photos: list[Path], tmp_path: Path) -> None:
+    folder = llava_folder(tmp_path / "next", "llava_next")
+    out = tmp_path / "tiles.png"
+    text = said("--model", folder, "--image", photos[0], "--prompt", "w3", "--keep", 9, "--out", out)
+    assert "LlavaNextForConditionalGeneration" in text
+    assert Image.open(out).size[1] > Image.open(out).size[0]  # a contact sheet of five tiles
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "tokens"),
+    [("qwen2_5_vl", "image", 80), ("video_llava", "image", 36), ("video_llava", "video", 111)],
+)
+def test_other_families(
+    name: str, kind: str, tokens: int, photos: list[Path], clip: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ragged images, and a clip. Their processors want torchvision; these here do not."""
+    build(name).save_pretrained(tmp_path / name)
+    processor = Processor(FAMILIES[name])
+    monkeypatch.setattr(transformers.AutoProcessor, "from_pretrained", lambda *_, **__: processor)
+    source = photos[0] if kind == "image" else clip
+    words = ("--model", tmp_path / name, f"--{kind}", source, "--prompt", "w3 w4", "--keep", 9)
+    text = said(*words, "--frames", 3, "--out", tmp_path / "p.png")
+    assert f"{tokens} visual tokens in 1 row" in text
+    assert (tmp_path / "p.png").stat().st_size > 50_000
+
+
+# --- refusals ---
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["--keep", "0"], "keep=0 is neither a count from 1 nor a share"),
+        (["--keep", ""], "keep= is neither a count from 1 nor a share"),
+        (["--llm-layer", "2", "--llm-keep", "150%"], "llm_keep=150% is neither a count from 1 nor a share"),
+        (["--llm-layer", "2"], "llm_layer=2 and llm_keep=None must be given together"),
+        (["--llm-layer", "9", "--llm-keep", "4"], "llm_layer=9 is outside 1..3"),
+        (["--layout", "sideways"], "layout='sideways' is none of inplace, overwrite, append"),
+        (["--layout", "overwrite", "--keep", "5"], "layout='overwrite' needs keep > basis"),
+        (["--preset", "paper-65"], "preset='paper-65' is not known for llava; its presets are: paper-192"),
+        (["--preset", "paper-64"], "llm_layer=16 is outside 1..3"),
+        (["--max-new-tokens", "0"], "max_new_tokens=0 is less than 1"),
+        (["--frames", "0"], "frames=0 is less than 1"),
+        (["--dtype", "float8"], "dtype='float8' is none of auto, float32, bfloat16, float16"),
+        (["--device", "toaster"], "device='toaster' is no device of torch"),
+        (["--device", "cuda:99"], "device='cuda:99' is not available"),
+        (["--out", "picture.doc"], "cannot write a picture as 'picture.doc'"),
+        (["--out", "nowhere/picture.png"], "no such folder: nowhere"),
+        (["--video", "clip.mp4"], "give photos (--image, once for each) or a clip (--video), one of the two"),
+        (["--image", "missing.png"], "no such file: missing.png"),
+    ],
+)
+def test_refused_options(
+    words: list[str], sentence: str, llava: Path, photos: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before any weights are read."""
+    monkeypatch.delattr(transformers.PreTrainedModel, "from_pretrained")
+    assert sentence in refused("--model", llava, "--image", photos[0], "--prompt", "w3", *words)
+
+
+def test_refused_files(llava: Path, photos: list[Path], clip: Path) -> None:
+    words = ("--model", llava, "--prompt", "w3")
+    assert "give photos" in refused(*words)
+    assert "is a clip: give it as --video" in refused(*words, "--image", clip)
+    assert "is a photo: give it as --image" in refused(*words, "--video", photos[0])
+    assert "processor of this model cannot take such a prompt" in refused(*words, "--video", clip)
+    assert "Missing option '--prompt'" in refused("--model", llava, "--image", photos[0])
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"architectures": ["CLIPVisionModel"]}, "with no generate()"),
+        ({"architectures": None}, "with no generate()"),
+        ({"architectures": ["NoSuchModel"]}, "with no generate()"),
+        ({"architectures": ["LlamaForCausalLM"]}, "cannot make a LlamaForCausalLM from the config.json"),
+        ({"model_type": "no_such_type"}, "cannot load model"),
+    ],
+)
+def test_refused_configurations(change: dict, sentence: str, llava: Path, photos: list[Path], tmp_path: Path) -> None:
+    config = json.loads((llava / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | change))
+    assert sentence in refused("--model", tmp_path, "--image", photos[0], "--prompt", "w3")
+
+
+def test_refused_models(llava: Path, photos: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(models, "hub_answers", lambda: False)
+    rest = ("--image", photos[0], "--prompt", "w3")
+    assert "cannot load model 'no/such-model'" in refused("--model", "no/such-model", *rest)
+
+    text = transformers.LlamaConfig(architectures=["LlamaForCausalLM"], hidden_size=64, num_hidden_layers=2)
+    text.save_pretrained(tmp_path / "text")
+    assert "no adapter for model_type='llama'" in refused("--model", tmp_path / "text", *rest)
+
+    folder = shutil.copytree(llava, tmp_path / "no-processor")
+    for path in (*folder.glob("*processor*"), *folder.glob("*token*")):
+        path.unlink()
+    assert "cannot load the processor of model" in refused("--model", folder, *rest)
+
+    folder = shutil.copytree(llava, tmp_path / "no-weights")
+    (folder / "model.safetensors").write_bytes(b"not weights")
+    assert "cannot load the weights of model" in refused("--model", folder, *rest)
+
+    folder = shutil.copytree(llava, tmp_path / "fewer-weights")
+    model = transformers.LlavaForConditionalGeneration.from_pretrained(folder)
+    weights = {name: weight for name, weight in model.state_dict().items() if "layers.1." not in name}
+    model.save_pretrained(folder, state_dict=weights)
+    assert re.search(r"lacks \d+ of its weights", refused("--model", folder, *rest))
+
+
+def test_no_memory_is_a_sentence(llava: Path, photos: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    def generate(self: PreTrainedModel, **_: object) -> None:
+        raise torch.OutOfMemoryError("out of memory: tried to allocate 9 GiB\nand a long list of advice")
+
+    monkeypatch.setattr(transformers.LlavaForConditionalGeneration, "generate", generate)
+    sentence = refused("--model", llava, "--image", photos[0], "--prompt", "w3")
+    assert sentence == "apet: out of memory: tried to allocate 9 GiB\n"
