@@ -33,6 +33,7 @@ struct Image {
 
 // Offsets into the shared memory of a CTA of `select` and `fused`, in bytes.
 struct SharedMap {
+  int32_t work;       // the image and the slice in hand (Work)
   int32_t message;    // [3 + M] words: a candidate (group.cuh)
   int32_t slots;      // [2][group][3 + M] words: everybody's; clusters only
   int32_t factor;     // L [M][M] float, then 1 / L_jj [M]

@@ -57,12 +57,12 @@ __host__ __device__ constexpr int chunks_of(int64_t dim) {
 constexpr int kRows = 4;
 
 // sum[r] = row[r] . p, in every lane; kSelf: row[r] . row[r].
-template <class T, bool kSelf>
-__device__ __forceinline__ void dots(const T* const (&row)[kRows], bool whole, const T* p, bool p_whole, int dim,
+template <class T, bool kSelf, bool kWhole>
+__device__ __forceinline__ void dots(const T* const (&row)[kRows], const T* p, bool p_whole, int dim,
                                      float (&sum)[kRows]) {
 #pragma unroll
   for (int r = 0; r < kRows; r++) sum[r] = 0;
-#pragma unroll 2
+#pragma unroll(kWhole ? 2 : 1)
   for (int k = threadIdx.x % 32; k < chunks_of<T>(dim); k += 32) {
     float b[Chunk<T>::kSize];
     if constexpr (!kSelf) {
@@ -72,7 +72,7 @@ __device__ __forceinline__ void dots(const T* const (&row)[kRows], bool whole, c
     }
 #pragma unroll
     for (int r = 0; r < kRows; r++) {
-      const Chunk<T> chunk = load_chunk(row[r], k, dim, whole);
+      const Chunk<T> chunk = load_chunk(row[r], k, dim, kWhole);
       float here = 0;
 #pragma unroll
       for (int i = 0; i < Chunk<T>::kSize; i++) {

@@ -15,8 +15,8 @@
 namespace apet::cuda {
 
 struct ClusterGroup {
-  int rank, size, first;
-  int stride;
+  int rank, size;
+  uint32_t first, stride;  // images first, first + stride, ... are this group's
 
   __device__ explicit ClusterGroup(const Call& call)
       : size(call.group),
@@ -51,12 +51,12 @@ struct ClusterGroup {
 
  private:
   uint32_t* slots_;
-  int words_, turn_ = 0;
+  int turn_ = 0, words_;
 };
 
 struct CooperativeGroup {
-  int rank, size, first;
-  int stride;
+  int rank, size;
+  uint32_t first, stride;  // images first, first + stride, ... are this group's
 
   __device__ explicit CooperativeGroup(const Call& call)
       : rank(blockIdx.x % call.group),

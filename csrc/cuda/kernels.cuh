@@ -59,10 +59,9 @@ template <class T, class Group>
 __global__ void __launch_bounds__(kThreads, 1) select(const Call call) {
   if constexpr (kHasClusters || std::is_same_v<Group, CooperativeGroup>) {
     Group group(call);
-    for (int64_t s = group.first; s < call.images; s += group.stride) {
-      const Image image = find_image(call, (int)s);
-      const Slice<T> slice(call, image, group.rank, group.size);
-      if (s + group.stride >= call.images) allow_next_launch();
+    for (uint32_t s = group.first; s < (uint32_t)call.images; s += group.stride) {
+      const auto& [image, slice] = open_image<T>(call, (int)s, group.rank, group.size);
+      if (s + group.stride >= (uint32_t)call.images) allow_next_launch();
       s1_s4_select(call, image, slice, group, (int)s, 0);
       __syncthreads();  // s4 is done with the shared memory that the next image takes
     }
@@ -75,15 +74,18 @@ __global__ void __launch_bounds__(kThreads, 1) fused(const Call call) {
     ClusterGroup group(call);
     unsigned char* shared = shared_memory() + call.map.merge;
     const int warp = threadIdx.x / 32, blocks = mean_blocks<T, 1>(call.dim);
-    for (int64_t s = group.first; s < call.images; s += group.stride) {
-      Image image = find_image(call, (int)s);
-      const Slice<T> slice(call, image, group.rank, group.size);
+    for (uint32_t s = group.first; s < (uint32_t)call.images; s += group.stride) {
+      Work<T>& work = open_image<T>(call, (int)s, group.rank, group.size);
+      const auto& [image, slice] = work;
       s1_s4_select(call, image, slice, group, (int)s, group.size);
       group.sync();  // the lists
-      image.targets = __ldcg(&call.table[s].targets);
-      image.dropped = __ldcg(&call.table[s].dropped);
+      if (threadIdx.x == 0) {
+        work.image.targets = __ldcg(&call.table[s].targets);
+        work.image.dropped = __ldcg(&call.table[s].dropped);
+      }
+      __syncthreads();
       if (image.dropped > 0) {
-        const int32_t* bounds = call.bounds + s * (group.size + 1) + group.rank;
+        const int32_t* bounds = call.bounds + (int64_t)s * (group.size + 1) + group.rank;
         const int r_end = __ldcg(bounds + 1);
         for (int r0 = __ldcg(bounds); r0 < r_end; r0 += FusedTile::kRows)
           for (int t0 = 0; t0 < image.targets; t0 += FusedTile::kColumns)

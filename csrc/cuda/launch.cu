@@ -156,6 +156,7 @@ SharedMap map_of(const apet_problem& p, const apet_gpu_plan& plan) {
     return (int32_t)std::min<int64_t>(at, INT_MAX);
   };
   const int64_t m = basis_of(p), words = message_words((int)m) * 4;
+  map.work = take(kWorkBytes);
   map.message = take(words);
   map.slots = take(plan.path == APET_CUDA_GROUPS ? 0 : 2 * plan.group * words);
   map.factor = take((m + 1) * m * 4);

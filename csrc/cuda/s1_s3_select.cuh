@@ -51,6 +51,28 @@ struct Slice {
   }
 };
 
+// What a CTA of `select` and `fused` works on, the same for all its threads: in shared memory, since registers are
+// short.
+template <class T>
+struct Work {
+  Image image;
+  Slice<T> slice;
+};
+constexpr int kWorkBytes = 128;
+
+// All threads: opens image s.
+template <class T>
+__device__ inline Work<T>& open_image(const Call& call, int s, int rank, int size) {
+  static_assert(sizeof(Work<T>) <= kWorkBytes);
+  Work<T>* work = reinterpret_cast<Work<T>*>(shared_memory() + call.map.work);
+  if (threadIdx.x < 32) {
+    const Image image = find_image(call, s);
+    if (threadIdx.x == 0) *work = {image, Slice<T>(call, image, rank, size)};
+  }
+  __syncthreads();
+  return *work;
+}
+
 // Fills the resident rows, zeros behind each up to a whole step of s5.
 template <class T>
 __device__ inline void stage(const Call& call, const Slice<T>& slice) {
@@ -79,11 +101,12 @@ __device__ __forceinline__ void sweep(const Call& call, const Slice<T>& slice, c
       for (int r = 0; r < kRows; r++) row[r] = slice.resident_row(call, min(i0 + r, slice.resident - 1));
       // Where rows are resident, so is p.
       const T* shared_p = reinterpret_cast<const T*>(shared_memory() + call.map.candidate);
-      dots<T, kSelf>(row, true, shared_p, true, call.dim, sum);
+      dots<T, kSelf, true>(row, shared_p, true, call.dim, sum);
     } else {
 #pragma unroll
       for (int r = 0; r < kRows; r++) row[r] = slice.row(call, min(i0 + r, slice.count - 1));
-      dots<T, kSelf>(row, call.whole_in, p, call.basis_shared || call.whole_in, call.dim, sum);
+      if (call.whole_in) dots<T, kSelf, true>(row, p, true, call.dim, sum);
+      else dots<T, kSelf, false>(row, p, call.basis_shared, call.dim, sum);
     }
 #pragma unroll
     for (int r = 0; r < kRows; r++)

@@ -89,10 +89,11 @@ __device__ inline void add_target(const Call& call, const Image& image, int ordi
 }
 
 // Where there are no targets, the dropped are lost. One thread says so to s5.
-__device__ inline void count_lists(const Call& call, Image image, int s, int targets, int dropped) {
-  image.targets = targets;
-  image.dropped = targets > 0 ? dropped : 0;
-  if (threadIdx.x == 0) call.table[s] = image;
+__device__ inline void count_lists(const Call& call, const Image& image, int s, int targets, int dropped) {
+  if (threadIdx.x != 0) return;
+  call.table[s] = image;
+  call.table[s].targets = targets;
+  call.table[s].dropped = targets > 0 ? dropped : 0;
 }
 
 // The lists of image s, whose basis is the m tokens in shared memory. `slices` > 0: also where each of so many slices
