@@ -170,7 +170,7 @@ constexpr Kernels kernels_of() {
           select<T, CooperativeGroup>,
           fused<T>,
           merge_shared<FusedTile>(true),
-          {{merge<T, SmallTile, 1>, SmallTile::kRows, SmallTile::kThreads, 16 + merge_shared<SmallTile>(false), 1},
+          {{merge<T, SmallTile, 2>, SmallTile::kRows, SmallTile::kThreads, 16 + merge_shared<SmallTile>(false), 2},
            {merge<T, LargeTile, 4>, LargeTile::kRows, LargeTile::kThreads, 16 + merge_shared<LargeTile>(false), 4}}};
 }
 
