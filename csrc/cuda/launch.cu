@@ -235,7 +235,7 @@ bool try_path(const apet_problem& p, const Device& device, const apet_cuda_wish&
   plan.path = path;
   plan.group = group;
   const bool cooperative = path == APET_CUDA_GROUPS, fused = path == APET_CUDA_FUSED;
-  if (!cooperative && group > kMaxCluster) return false;
+  if (group < 1 || (!cooperative && group > kMaxCluster)) return false;
   const int64_t room = cooperative ? device.cooperative / group : device.clusters[fused][group];
   plan.groups = (int32_t)std::min(p.images, room);
   if (plan.groups == 0 || (fused && p.op == APET_SCORE)) return false;
@@ -275,22 +275,26 @@ size_t carve(const apet_problem& p, const apet_gpu_plan& plan, void* base, Call&
   return used;
 }
 
-const char* name(apet_cuda_path path) {
-  return path == APET_CUDA_FUSED ? "fused" : path == APET_CUDA_CLUSTER ? "cluster" : "groups";
-}
+constexpr const char* kPaths[] = {"best", "fused", "cluster", "groups"};
 
-// The sentence of a plan: what was chosen, and what the device ruled out.
-void explain(const apet_problem& p, const Device& device, const bool (&possible)[4], apet_gpu_plan& plan) {
-  const char* without = "";
-  if (!device.clusters[0][1]) without = "; this device places no clusters";
-  else if (!possible[APET_CUDA_FUSED] && p.op != APET_SCORE)
-    without = "; fused is out: a slice does not fit shared memory";
-  else if (!possible[APET_CUDA_GROUPS]) without = "; this device places no cooperative launch";
-  std::snprintf(
-      plan.why, sizeof plan.why,
-      "%s with %d CTAs an image, %d of the %d rows of a CTA in shared memory: %.1f us by estimate, the least of "
-      "what can run here%s",
-      name(plan.path), plan.group, plan.resident, plan.slice, plan.estimated_us, without);
+// The sentence of a plan: its estimate, and that of the other paths, or why they cannot run here.
+void explain(const apet_problem& p, const Device& device, bool asked_for, const double (&us)[4], apet_gpu_plan& plan) {
+  int n = std::snprintf(plan.why, sizeof plan.why, "%s%s with %d CTAs an image: %.1f us by estimate",
+                        asked_for ? "as asked for, " : "", kPaths[plan.path], plan.group, plan.estimated_us);
+  const auto also = [&](const char* words, const char* path, double estimate) {
+    if (n < (int)sizeof plan.why) n += std::snprintf(plan.why + n, sizeof plan.why - n, words, path, estimate);
+  };
+  if (asked_for) return;
+  const bool clusters = device.clusters[0][kClusterSizes[0]] > 0;
+  if (!clusters) also("; %s: this device places none", "clusters", 0);
+  for (const apet_cuda_path path : {APET_CUDA_FUSED, APET_CUDA_CLUSTER, APET_CUDA_GROUPS}) {
+    if (path == plan.path || (path == APET_CUDA_FUSED && p.op == APET_SCORE)) continue;
+    if (path != APET_CUDA_GROUPS && !clusters) continue;
+    if (us[path] > 0) also("; %s: %.1f us", kPaths[path], us[path]);
+    else if (path == APET_CUDA_FUSED) also("; %s: a CTA's tokens do not fit its shared memory", kPaths[path], 0);
+    else if (path == APET_CUDA_GROUPS) also("; %s: this device places no cooperative launch", kPaths[path], 0);
+    else also("; %s: too little shared memory", kPaths[path], 0);
+  }
 }
 
 // What holds nothing may be null: torch gives empty tensors no memory.
@@ -373,23 +377,19 @@ apet_status apet_cuda_plan(const apet_problem* problem, const apet_cuda_wish* wi
   const Device* device;
   if (const apet_status failed = current_device(p.dtype, device); failed != APET_OK) return failed;
   apet_gpu_plan best = {}, next = {};
-  bool possible[4] = {};
-  const auto consider = [&](apet_cuda_path path, int group) {
+  double us[4] = {};  // the least estimate of each path, 0: it cannot run
+  const auto consider = [&](apet_cuda_path path, int64_t group) {
     if (wanted.path != APET_CUDA_BEST && wanted.path != path) return;
-    if (wanted.group != 0 && wanted.group != group) return;
-    if (!try_path(p, *device, wanted, path, group, next)) return;
-    possible[path] = true;
+    if (!try_path(p, *device, wanted, path, wanted.group > 0 ? wanted.group : (int)group, next)) return;
+    if (us[path] == 0 || next.estimated_us < us[path]) us[path] = next.estimated_us;
     if (best.launches == 0 || next.estimated_us < best.estimated_us) best = next;
   };
-  for (const apet_cuda_path path : {APET_CUDA_FUSED, APET_CUDA_CLUSTER}) {
-    if (wanted.group > 0) consider(path, wanted.group);
-    else
-      for (const int size : kClusterSizes) consider(path, size);
-  }
-  // A group of more CTAs than a warp each has rows for waits longer and does no more.
-  const int64_t most = wanted.group > 0 ? wanted.group : std::max<int64_t>(1, (longest(p) + kRows - 1) / kRows);
-  for (int group = std::max(wanted.group, 1); group <= std::min<int64_t>(most, device->cooperative); group++)
-    consider(APET_CUDA_GROUPS, group);
+  for (const apet_cuda_path path : {APET_CUDA_FUSED, APET_CUDA_CLUSTER})
+    for (const int size : kClusterSizes) consider(path, size);
+  // 1, 2, 4, ... images side by side, each with as many CTAs as there are then, or as have rows for a warp.
+  const int64_t most = (longest(p) + kRows - 1) / kRows;
+  for (int64_t side = 1; side < 2 * p.images && side <= device->cooperative; side *= 2)
+    consider(APET_CUDA_GROUPS, std::min(most, device->cooperative / side));
   if (best.launches == 0) {
     std::snprintf(
         plan->why, sizeof plan->why,
@@ -401,7 +401,7 @@ apet_status apet_cuda_plan(const apet_problem* problem, const apet_cuda_wish* wi
   *plan = best;
   Call none = {};
   plan->workspace_bytes = carve(p, *plan, nullptr, none);
-  explain(p, *device, possible, *plan);
+  explain(p, *device, wanted.path != APET_CUDA_BEST || wanted.group > 0, us, *plan);
   return APET_OK;
 }
 

@@ -106,7 +106,7 @@ __device__ inline void s5_assign(const Call& call, const Image& image, const Sli
 
   const int chunks = chunks_of<T>(call.dim);
   const int slabs = (int)round_up((int64_t)chunks * 16, 32) / 32;  // of 32 bytes: one matrix instruction deep
-  const int steps = (slabs * 32 + kStepBytes - 1) / kStepBytes;
+  const int steps = (slabs + kStepBytes / 32 - 1) / (kStepBytes / 32);
   const auto load = [&](int step) {
     if (step < steps) {
       unsigned char* stage = stages + step % kStages * kStaged * kStagePitch;
@@ -155,7 +155,7 @@ __device__ inline void s5_assign(const Call& call, const Image& image, const Sli
     if (busy) {
 #pragma unroll
       for (int k = 0; k < kStepBytes; k += 32)
-        if (step * kStepBytes + k < slabs * 32)
+        if (step * (kStepBytes / 32) + k / 32 < slabs)
           multiply<T, Tl>(acc, a, b, kResident ? step * kStepBytes + k : stage + k, stage + k);
     }
   }
