@@ -1,0 +1,306 @@
+"""Compiles every CUDA kernel for GPUs that are not there, and reads the machine code.
+
+    python -m tests.sass [--smoke] [--target sm_90a ...] [--markdown]
+
+Fails, in sentences, where a kernel
+
+- spills, or keeps anything else in local memory; has static shared memory, which the launches do not count; or needs
+  more registers than a multiprocessor has for one CTA;
+- lacks an instruction that docs/cuda.md claims (CLAIMS below), or holds one that it rules out.
+
+--markdown writes the table into docs/cuda.md. Needs nvcc and, for nvdisasm and cuobjdump, the package triton; no GPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import functools
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+CSRC = ROOT / "csrc"
+GUIDE = ROOT / "docs/cuda.md"
+BEGIN, END = "<!-- sass:begin -->\n", "<!-- sass:end -->"
+
+TARGETS = ("sm_80", "sm_86", "sm_89", "sm_90a", "sm_100a", "sm_103a", "sm_120a")
+DTYPES = ("float32", "float16", "bfloat16")  # a source each
+SMOKE = [("sm_80", "float16"), ("sm_90a", "float16"), ("sm_90a", "float32")]
+FLAGS = ["-std=c++17", "-O3", "-DNDEBUG", "-fmad=false"]  # as CMakeLists.txt; tests/test_sass.py compares
+REGISTERS = 65536  # of a multiprocessor, the same on every target
+
+
+def missing() -> str | None:
+    """None where kernels can be compiled and read here, else the sentence that says why not."""
+    if not nvcc():
+        return "there is no nvcc"
+    try:
+        import triton  # noqa: F401
+    except ImportError:
+        return "nvdisasm and cuobjdump come with the package triton, which is not installed"
+    return None
+
+
+@functools.cache
+def nvcc() -> str | None:
+    if "CUDACXX" in os.environ:
+        return shutil.which(os.environ["CUDACXX"])
+    return shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")
+
+
+@functools.cache
+def tools() -> dict[str, str]:
+    import triton
+
+    return {"nvdisasm": triton.knobs.nvidia.nvdisasm.path, "cuobjdump": triton.knobs.nvidia.cuobjdump.path}
+
+
+# ---- what the machine code has to hold
+
+
+@dataclass(frozen=True)
+class Claim:
+    """Of the kernels whose names match, on targets from `since` on: an instruction is there, or none is."""
+
+    sentence: str  # after "it"
+    instruction: str
+    kernels: str = ""
+    dtypes: tuple[str, ...] = DTYPES
+    since: int = 80
+    present: bool = True
+
+
+TENSOR = ("float16", "bfloat16")
+CLUSTERS = r"ClusterGroup|fused"
+CLAIMS = (
+    Claim("reads rows of tokens by 16 bytes", r"LDG?\.E\.128\S*"),
+    Claim("writes results by 16 bytes", r"STG\.E\.128\S*"),
+    Claim("copies to shared memory asynchronously, by 16 bytes", r"LDGSTS\.E\.BYPASS\.128\S*"),
+    Claim("reads its resident rows by 16 bytes", r"LDS\.128", "select|fused"),
+    Claim(
+        "multiplies 16-bit tokens on the matrix units, with float32 sums", r"HMMA\.16816\.F32", "merge|fused", TENSOR
+    ),
+    Claim("loads their tiles by ldmatrix", r"LDSM\.16\.M88\.4", "merge|fused", TENSOR),
+    Claim("multiplies float32 tokens by fma, not in tf32", r"HMMA\.\S*", "", ("float32",), present=False),
+    Claim("waits at the cluster's barrier", r"UCGABAR_WAIT", CLUSTERS, since=90),
+    Claim("waits at no cluster's barrier", r"UCGABAR_\w+", "CooperativeGroup|merge", present=False),
+    Claim("counts its group's arrivals in global memory", r"REDG?\.E\.ADD\.STRONG\.GPU", "CooperativeGroup"),
+    Claim("lets the next launch begin", r"PREEXIT", "select", since=90),
+    Claim("waits for the launch before it", r"ACQBULK", "merge", since=90),
+    Claim(
+        "takes the best target as a 64-bit integer maximum",
+        r"REDG?\.E\.MAX\.64\S*|ATOMG?\.E\.MAX\.64\S*",
+        "merge|fused",
+    ),
+    Claim("adds no floats atomically", r"(?:RED|ATOM)\w?\.\S*(?:F16|F32|BF16|F64)\S*", present=False),
+)
+
+
+# ---- compiling and reading
+
+
+@dataclass
+class Kernel:
+    """One instantiation for one target."""
+
+    target: str
+    dtype: str
+    name: str  # as in the source, less the dtype
+    threads: int  # of a CTA, by its launch bounds
+    registers: int
+    spilled: int  # bytes
+    stack: int  # bytes of local memory, whatever for
+    static_shared: int  # bytes
+    instructions: collections.Counter[str]
+
+    @property
+    def capability(self) -> int:
+        return int(re.sub(r"\D", "", self.target))
+
+    @property
+    def empty(self) -> bool:
+        """On targets without clusters their kernels have no body."""
+        return self.capability < 90 and bool(re.search(CLUSTERS, self.name))
+
+    def count(self, pattern: str) -> int:
+        return sum(n for name, n in self.instructions.items() if re.fullmatch(pattern, name))
+
+    def faults(self) -> list[str]:
+        found = []
+        if self.spilled or self.stack or self.count(r"(?:LDL|STL).*"):
+            found.append(f"spills {self.spilled} bytes and has {self.stack} bytes of local memory")
+        if self.static_shared:
+            found.append(f"has {self.static_shared} bytes of static shared memory, which the launches do not count")
+        per_warp = -(-self.registers * 32 // 256) * 256
+        if self.threads == 0 or per_warp * (self.threads // 32) > REGISTERS:
+            found.append(f"needs {self.registers} registers for each of {self.threads} threads")
+        if self.empty:
+            if self.count(r"(?:LD|ST|RED|ATOM).*[GS].*"):
+                found.append("has a body, on a target without clusters")
+            return found
+        for claim in CLAIMS:
+            if (
+                self.capability < claim.since
+                or self.dtype not in claim.dtypes
+                or not re.search(claim.kernels, self.name)
+            ):
+                continue
+            count = self.count(claim.instruction)
+            if bool(count) != claim.present:
+                found.append(f"does not hold the claim that it {claim.sentence}: {count} {claim.instruction}")
+        return found
+
+
+def examine(target: str, dtype: str, csrc: Path = CSRC, flags: Iterable[str] = ()) -> list[Kernel]:
+    """The kernels of one source, compiled for one target."""
+    with tempfile.TemporaryDirectory() as folder:
+        cubin = Path(folder, "kernels.cubin")
+        arch = target.removeprefix("sm_")
+        said = _run(
+            *(nvcc(), *FLAGS, *flags, "-Xptxas", "-v", f"-I{csrc}", "-cubin", "-o", cubin),
+            *(f"-gencode=arch=compute_{arch},code=sm_{arch}", csrc / f"cuda/{dtype}.cu"),
+        )
+        code = _run(tools()["nvdisasm"], "-c", cubin)
+        # cuobjdump looks for nvdisasm on PATH.
+        path = os.pathsep.join([str(Path(tools()["nvdisasm"]).parent), os.environ.get("PATH", os.defpath)])
+        elf = _run(tools()["cuobjdump"], "--dump-elf", cubin, PATH=path)
+    bodies = dict(re.findall(r"\.section\s+\.text\.(\w+),(.*?)(?=\.section\s|\Z)", code, re.DOTALL))
+    bounds = re.findall(
+        r"^\.nv\.info\.(\w+)$(.*?)EIATTR_MAX_THREADS\s+Format:\s+\w+\s+Value:\s+(\w+)", elf, re.M | re.S
+    )
+    threads = {symbol: int(value, 16) for symbol, between, value in bounds if ".nv.info." not in between}
+    kernels = []
+    for symbol, report in re.findall(r"Compiling entry function '(\w+)'(.*?)(?=Compiling entry|\Z)", said, re.DOTALL):
+        instructions = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?\w+\s+)?([A-Z][\w.]*)", bodies[symbol])
+        assert instructions, f"nvdisasm shows no instruction of {symbol}"
+        number = functools.partial(_number, report)
+        kernels.append(
+            Kernel(
+                target,
+                dtype,
+                readable(symbol),
+                threads.get(symbol, 0),
+                number(r"Used (\d+) registers"),
+                number(r"(\d+) bytes spill stores") + number(r"(\d+) bytes spill loads"),
+                number(r"(\d+) bytes stack frame"),
+                number(r"(\d+) bytes smem", 0),
+                collections.Counter(instructions),
+            )
+        )
+    return kernels
+
+
+def _number(report: str, pattern: str, otherwise: int | None = None) -> int:
+    found = re.search(pattern, report)
+    assert found or otherwise is not None, f"ptxas does not say {pattern}: {report}"
+    return int(found[1]) if found else otherwise
+
+
+def readable(symbol: str) -> str:
+    """`_ZN4apet4cuda6selectIfNS0_12ClusterGroupEEEvNS0_4CallE` -> `select<ClusterGroup>`."""
+    name = _run("c++filt", symbol).strip().replace("apet::cuda::", "")
+    name = re.sub(r"^void |\(Call\)$", "", name)
+    return re.sub(r"<(?:float|__half|__nv_bfloat16)(?:, (.*))?>$", lambda m: f"<{m[1]}>" if m[1] else "", name)
+
+
+def _run(*command: object, **environment: str) -> str:
+    done = subprocess.run([str(word) for word in command], capture_output=True, text=True, env=os.environ | environment)
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(map(str, command))}\n{done.stdout}{done.stderr}")
+    return done.stdout + done.stderr
+
+
+# ---- the command
+
+
+def faults(kernels: list[Kernel]) -> Iterator[str]:
+    """Sentences about every kernel, and about claims that no kernel was there to hold."""
+    for k in kernels:
+        for fault in k.faults():
+            yield f"{k.name} of {k.dtype} for {k.target} {fault}"
+    for claim in CLAIMS:
+        if not any(re.search(claim.kernels, k.name) and k.dtype in claim.dtypes for k in kernels):
+            yield f"no kernel matches {claim.kernels!r}, which {claim.sentence}"
+
+
+def compiler() -> str:
+    """Version of nvcc, as 13.0.88."""
+    return re.search(r"V([\d.]+)", _run(nvcc(), "--version"))[1]
+
+
+def table(kernels: list[Kernel]) -> str:
+    """Markdown: registers of every kernel, and what was found in its code."""
+    targets = [name for name in TARGETS if any(k.target == name for k in kernels)]
+    wrong = len(list(faults(kernels)))
+    lines = [
+        f"`python -m tests.sass --markdown`, nvcc {compiler()}: {len(kernels)} kernels compiled, {wrong} faults. In",
+        "the cells: registers a thread. Nothing spills or lies in local memory. A dot: no clusters there, and no body.",
+        "",
+        "| kernel | tokens | threads | " + " | ".join(targets) + " |",
+        "|---|---|---|" + "---|" * len(targets),
+    ]
+    rows = {(k.name, k.dtype): k.threads for k in sorted(kernels, key=lambda k: (k.name, DTYPES.index(k.dtype)))}
+    for (name, dtype), threads in rows.items():
+        own = {k.target: k for k in kernels if (k.name, k.dtype) == (name, dtype)}
+        cells = ["·" if own[target].empty else str(own[target].registers) for target in targets]
+        lines.append(f"| `{name}` | {dtype} | {threads} | " + " | ".join(cells) + " |")
+    lines += [
+        "",
+        "In the machine code of each, on every target:",
+        "",
+        "| kernels | instruction | so it |",
+        "|---|---|---|",
+    ]
+    for c in CLAIMS:
+        which = ", ".join(sorted({k.name.partition("<")[0] for k in kernels if re.search(c.kernels, k.name)}))
+        which = {"CooperativeGroup": "select<CooperativeGroup>", CLUSTERS: "select<ClusterGroup>, fused"}.get(
+            c.kernels, which
+        )
+        which += " of 16-bit tokens" if c.dtypes == TENSOR else " of float32 tokens" if c.dtypes == ("float32",) else ""
+        which += f", from sm_{c.since} on" if c.since > 80 else ""
+        instruction = c.instruction.replace("\\", "").replace("|", " or ")
+        lines.append(f"| {which} | {'' if c.present else 'no '}`{instruction}` | {c.sentence} |")
+    return "\n".join(lines) + "\n"
+
+
+def compile_all(jobs: Iterable[tuple[str, str]]) -> list[Kernel]:
+    """The kernels of every (target, dtype)."""
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        return [kernel for kernels in pool.map(lambda job: examine(*job), jobs) for kernel in kernels]
+
+
+def main(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="python -m tests.sass", description=__doc__.splitlines()[0])
+    parser.add_argument("--smoke", action="store_true", help="three of the sources, on two targets")
+    parser.add_argument("--target", action="append", choices=TARGETS, help="only this one; may be repeated")
+    parser.add_argument("--markdown", action="store_true", help=f"write the table into {GUIDE.name}")
+    options = parser.parse_args(arguments)
+    if options.markdown and (options.smoke or options.target):
+        parser.error("--markdown is of all targets and dtypes")
+    if why := missing():
+        print(f"python -m tests.sass: {why}", file=sys.stderr)
+        return 2
+    began = time.monotonic()
+    kernels = compile_all(SMOKE if options.smoke else [(t, d) for t in options.target or TARGETS for d in DTYPES])
+    found = list(faults(kernels))
+    if not options.smoke:
+        print(table(kernels))
+    print(*found, f"{len(kernels)} kernels in {time.monotonic() - began:.0f} s", sep="\n")
+    if options.markdown:
+        before, rest = GUIDE.read_text().split(BEGIN)
+        GUIDE.write_text(before + BEGIN + table(kernels) + END + rest.split(END)[1])
+    return 1 if found else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,116 @@
+"""Every CUDA kernel compiles without spills, and its machine code holds what docs/cuda.md claims (tests/sass.py)."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import re
+from pathlib import Path
+
+import pytest
+
+from tests import sass
+
+pytestmark = pytest.mark.skipif(sass.missing() is not None, reason=str(sass.missing()))
+
+
+@pytest.fixture(scope="module")
+def kernels() -> list[sass.Kernel]:
+    return sass.compile_all(sass.SMOKE)
+
+
+def test_flags_are_those_of_the_build():
+    text = (sass.ROOT / "CMakeLists.txt").read_text()
+    assert "target_compile_options(apet_cuda PRIVATE -fmad=false" in text
+    assert "set(CMAKE_CUDA_STANDARD 17)" in text
+    listed = set(re.findall(r"csrc/cuda/(\w+)\.cu\b", text))
+    assert listed == {*sass.DTYPES, "launch"} == {path.stem for path in (sass.CSRC / "cuda").glob("*.cu")}
+
+
+def test_kernels_on_two_targets(kernels):
+    assert list(sass.faults(kernels)) == []
+
+
+def test_every_kernel_is_there(kernels):
+    """As many for every dtype and target; those that launch.cu can launch."""
+    names = collections.defaultdict(set)
+    for kernel in kernels:
+        names[kernel.target, kernel.dtype].add(
+            re.sub(r"<.*>", "", kernel.name) if "merge" in kernel.name else kernel.name
+        )
+    assert set(map(frozenset, names.values())) == {
+        frozenset({"select<ClusterGroup>", "select<CooperativeGroup>", "fused", "merge"})
+    }
+    assert len(kernels) == 5 * len(sass.SMOKE)
+
+
+@pytest.mark.parametrize("claim", sass.CLAIMS, ids=lambda claim: claim.sentence)
+def test_a_claim_that_is_broken_is_noticed(kernels, claim):
+    able = [k for k in kernels if re.search(claim.kernels, k.name) and k.dtype in claim.dtypes and k.capability >= 90]
+    assert able
+    for kernel in able:
+        if claim.present:
+            left = {name: n for name, n in kernel.instructions.items() if not re.fullmatch(claim.instruction, name)}
+        else:
+            planted = {r"HMMA\.\S*": "HMMA.1688.F32.TF32", r"UCGABAR_\w+": "UCGABAR_ARV"}.get(
+                claim.instruction, "REDG.E.ADD.F32.FTZ.RN"
+            )
+            left = kernel.instructions | {planted: 1}
+        broken = dataclasses.replace(kernel, instructions=collections.Counter(left))
+        assert any(claim.sentence in fault for fault in broken.faults())
+    others = [k for k in kernels if not re.search(claim.kernels, k.name)]
+    assert any(claim.sentence in fault for fault in sass.faults(others))  # no kernel is there to hold it
+
+
+PLANTED = """
+#include <cuda_fp16.h>
+namespace apet::cuda {
+struct Call { float* at; int n; };
+template <class T> __global__ void __launch_bounds__(256) %s(const Call call) {
+  %s
+}
+template __global__ void %s<float>(const Call);
+}
+"""
+
+
+@pytest.mark.parametrize(
+    ("body", "said"),
+    [
+        (
+            "float a[64]; for (int i = 0; i < call.n; i++) a[i % 64] = call.at[i]; call.at[0] = a[call.n];",
+            "256 bytes of local",
+        ),
+        (
+            "__shared__ float a[64]; a[threadIdx.x] = call.n; __syncthreads(); call.at[0] = a[call.n];",
+            "256 bytes of static",
+        ),
+        ("atomicAdd(call.at, 1.5f);", "adds no floats atomically: 1"),
+        ("call.at[threadIdx.x] = 1;", "writes results by 16 bytes: 0"),
+    ],
+    ids=["local memory", "static shared memory", "atomic float", "narrow store"],
+)
+def test_what_is_read_is_what_is_there(tmp_path: Path, body: str, said: str):
+    """A kernel with one fault, compiled."""
+    (tmp_path / "cuda").mkdir()
+    (tmp_path / "cuda/float32.cu").write_text(PLANTED % ("merge", body, "merge"))
+    (kernel,) = sass.examine("sm_90a", "float32", tmp_path)
+    assert (kernel.name, kernel.threads) == ("merge", 256)
+    assert any(said in fault for fault in kernel.faults())
+
+
+def test_a_body_where_there_are_no_clusters(tmp_path: Path):
+    (tmp_path / "cuda").mkdir()
+    (tmp_path / "cuda/float32.cu").write_text(PLANTED % ("fused", "call.at[threadIdx.x] = 1;", "fused"))
+    (kernel,) = sass.examine("sm_80", "float32", tmp_path)
+    assert kernel.faults() == ["has a body, on a target without clusters"]
+
+
+@pytest.mark.slow
+def test_every_kernel_on_every_target():
+    """No faults; and, by the compiler that it names, docs/cuda.md is up to date."""
+    kernels = sass.compile_all((target, dtype) for target in sass.TARGETS for dtype in sass.DTYPES)
+    assert list(sass.faults(kernels)) == []
+    written = sass.GUIDE.read_text().split(sass.BEGIN)[1].split(sass.END)[0]
+    if f"nvcc {sass.compiler()}:" in written:
+        assert written == sass.table(kernels)
