@@ -33,7 +33,11 @@ def tokenizer() -> PreTrainedTokenizerFast:
     level = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
     level.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     return PreTrainedTokenizerFast(
-        tokenizer_object=level, unk_token="<unk>", pad_token="<pad>", additional_special_tokens=list(special)[3:]
+        tokenizer_object=level,
+        unk_token="<unk>",
+        pad_token="<pad>",
+        additional_special_tokens=list(special)[3:],
+        model_input_names=["input_ids", "attention_mask"],
     )
 
 

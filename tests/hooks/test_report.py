@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 
 import apet
 import pytest
@@ -19,13 +20,15 @@ LLAVA = FAMILIES["llava"]
 
 
 def language_flops(model: PreTrainedModel, lengths: list[int], batch: int = 1) -> int:
-    """2 B L for each weight of a layer's matrices, two L x L x d products in each head, and the last row of logits."""
+    """2 B L for each weight of a layer's matrices, two L x L x d products in each head, and the last row of logits
+    (transformers 4 makes all rows for Qwen2-VL)."""
     config = model.config.text_config
     hidden, heads, inner = config.hidden_size, config.num_attention_heads, config.intermediate_size
     d = getattr(config, "head_dim", None) or hidden // heads
     weights = 2 * heads * d * hidden + 2 * config.num_key_value_heads * d * hidden + 3 * hidden * inner
     layers = sum(2 * batch * n * weights + 4 * batch * heads * n * n * d for n in lengths)
-    return layers + 2 * batch * hidden * config.vocab_size
+    rows = 1 if "logits_to_keep" in inspect.signature(model.forward).parameters else lengths[-1]
+    return layers + 2 * batch * rows * hidden * config.vocab_size
 
 
 def clip_flops(model: PreTrainedModel, images: int, projected: int) -> int:
