@@ -1,7 +1,7 @@
 """The CUDA sources, run on the CPU: what must not change a bit, what the sanitizers say, and planted bugs.
 
-Accuracy, layouts, hostile input and invariance under batching, packing and alignment are the shared tests', which run on
-the backend `cuda-simt` too; it takes another device, path, group and schedule for every call.
+Accuracy, layouts, hostile input and invariance under batching, packing and alignment are the shared tests', which run
+on the backend `cuda-simt` too; it takes another device, path, group and schedule for every call.
 """
 
 from __future__ import annotations
@@ -79,8 +79,8 @@ def test_nothing_but_the_problem_decides_a_bit(dtype, layout, pytestconfig):
     ran = 0
     for shape in [number] if everyday else range(number, number + 3):
         for name, case in cases(dtype, layout, shape).items():
-            expected = results(case(), How())
-            for n in range(5 if everyday else 60):
+            expected = results(case(), How(path="cluster", group=1))
+            for n in range(4 if everyday else 60):
                 how = drawn(1000 * number + n)
                 try:
                     got = results(case(), how)
@@ -89,7 +89,7 @@ def test_nothing_but_the_problem_decides_a_bit(dtype, layout, pytestconfig):
                 ran += 1
                 for output, value in expected.items():
                     assert_same(got[output], value, f"{output} of {name}, {how}")
-    assert ran >= (10 if everyday else 400), "hardly anything was compared"
+    assert ran >= (8 if everyday else 400), "hardly anything was compared"
 
 
 @pytest.mark.parametrize(
@@ -330,7 +330,7 @@ BUGS = [
         "a peer's shared memory before the peer runs",
         "group.cuh",
         [(r"sync\(\);  // no peer's shared memory before the peer runs", "")],
-        How(path="cluster", group=2, seed=2),
+        How(path="cluster", group=2, seed=3),  # one block runs as far as it gets
         r"maps the shared memory of block \d+, which has not begun",
     ),
     Bug(
