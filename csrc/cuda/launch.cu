@@ -175,6 +175,7 @@ SharedMap map_of(const apet_problem& p, const apet_gpu_plan& plan) {
 bool cut(const apet_problem& p, const Device& device, int most_resident, apet_gpu_plan& plan) {
   const int64_t pitch = row_pitch(p.dim * element(p));
   plan.slice = (int32_t)((longest(p) + plan.group - 1) / plan.group);
+  if (plan.slice > INT_MAX / 2) return false;  // rows are counted in 32 bits
   plan.resident = plan.state_shared = plan.basis_shared = 0;
   const auto fits = [&] { return map_of(p, plan).total <= device.shared; };
   if (!fits()) return false;

@@ -19,22 +19,24 @@ namespace apet::cuda {
 constexpr uint32_t kInfinite = 0x7f800000u + 1;  // the rank of e^2 = inf: tokens whose norm is not finite
 constexpr uint32_t kHighest = 0xffffffffu;       // the rank of basis tokens that stay by their own right
 
+// Rows of a slice when an image of n tokens is cut into so many.
+__device__ __forceinline__ int slice_rows(int n, int slices) { return (int)(((int64_t)n + slices - 1) / slices); }
+
 // A CTA's part of an image.
 template <class T>
 struct Slice {
-  const T* x;    // the image's first token, in global memory
-  int first;     // position of the slice's first row
-  int count;     // rows
-  int resident;  // of them in shared memory
-  float* norm;   // [count] ||x||^2
-  float*
-      measure;  // [count] what s1 picks the largest of: distance to the basis (fps), ||x||^2 - ||y||^2 (qr); 0: never
-  float* dot;   // [count] x.p
-  float* y;     // [M][count]
+  int64_t base;    // the image's first token in x
+  int first;       // position of the slice's first row
+  int count;       // rows
+  int resident;    // of them in shared memory
+  float* norm;     // [count] ||x||^2
+  float* measure;  // [count] s1 picks the largest: distance to the basis (fps), ||x||^2 - ||y||^2 (qr); 0: never picked
+  float* dot;      // [count] x.p
+  float* y;        // [M][count]
 
   __device__ Slice(const Call& call, const Image& image, int rank, int size) {
-    x = static_cast<const T*>(call.at.x) + image.base;
-    const int rows = (image.count + size - 1) / size;
+    base = image.base;
+    const int rows = slice_rows(image.count, size);
     first = (int)min((int64_t)rank * rows, (int64_t)image.count);
     count = min(rows, image.count - first);
     resident = min(call.resident, count);
@@ -45,14 +47,18 @@ struct Slice {
     dot = measure + count;
     y = dot + count;
   }
-  __device__ const T* row(const Call& call, int i) const { return x + (first + (int64_t)i) * call.stride_xn; }
+  // Token n of the image. (Not by a pointer that is kept here: the compiler would not know that it is a global one.)
+  __device__ const T* token(const Call& call, int n) const {
+    return static_cast<const T*>(call.at.x) + base + n * call.stride_xn;
+  }
+  __device__ const T* row(const Call& call, int i) const { return token(call, first + i); }
   __device__ T* resident_row(const Call& call, int i) const {
     return reinterpret_cast<T*>(shared_memory() + call.map.rows + i * call.pitch);
   }
 };
 
-// What a CTA of `select` and `fused` works on, the same for all its threads: in shared memory, since registers are
-// short.
+// What a CTA of `select` and `fused` works on. It lies in shared memory: registers are short, and it is the same for
+// all.
 template <class T>
 struct Work {
   Image image;
@@ -201,7 +207,7 @@ __device__ inline int s1_s2_sweeps(const Call& call, const Image& image, const S
     const float inv = dependent ? 0 : __fdiv_rn(1, __fsqrt_rn(pivot));
     for (int j = thread; j < m; j += kThreads) factor[m * call.basis + j] = __uint_as_float(message[3 + j]);
     if (thread == 0) inverse[m] = inv, basis[m] = p;
-    const T* row_p = slice.x + p * call.stride_xn;
+    const T* row_p = slice.token(call, p);
     if (call.basis_shared) {
       for (int k = thread; k < chunks_of<T>(call.dim); k += kThreads)
         reinterpret_cast<Chunk<T>*>(shared_p)[k] = load_chunk(row_p, k, call.dim, call.whole_in);

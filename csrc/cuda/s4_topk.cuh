@@ -52,7 +52,7 @@ __device__ inline Cut cut_at(const uint32_t* rank, int n, int wanted, int* scan)
     for (int d = threadIdx.x; d < 256; d += kThreads) histogram[d] = 0;
     __syncthreads();
 #pragma unroll 4
-    for (int i = threadIdx.x; i < n; i += kThreads) {
+    for (int64_t i = threadIdx.x; i < n; i += kThreads) {
       const uint32_t key = __ldcg(rank + i);
       if (shift == 24 || key >> (shift + 8) == prefix) atomicAdd(&histogram[key >> shift & 255], 1);
     }
@@ -106,7 +106,7 @@ __device__ inline void s4_topk(const Call& call, const Image& image, int s, int 
   const int slots = call.layout == APET_OVERWRITE && image.keep < n ? min(m, image.keep) : 0;
   const Cut kept = cut_at(rank, n, image.keep, scan);
   const Cut above = slots > 0 ? cut_at(rank, n, image.keep - slots, scan) : kept;
-  const int slice = slices > 0 ? (n + slices - 1) / slices : 0;
+  const int slice = slices > 0 ? slice_rows(n, slices) : 0;
   int32_t* bounds = slices > 0 ? call.bounds + (int64_t)s * (slices + 1) : nullptr;
   int ties = 0, ties_above = 0, rows = 0, targets = 0, dropped = 0, taken = 0;  // so far
   for (int64_t i0 = 0; i0 < n; i0 += kThreads) {
@@ -152,7 +152,7 @@ __device__ inline void s4_given_rows(const Call& call, const Image& image, int s
   int* scan = reinterpret_cast<int*>(shared_memory() + call.map.scan);
   uint32_t* rank = call.rank + image.token;
   const int n = image.count;
-  const int slice = slices > 0 ? (n + slices - 1) / slices : 0;
+  const int slice = slices > 0 ? slice_rows(n, slices) : 0;
   int32_t* bounds = slices > 0 ? call.bounds + (int64_t)s * (slices + 1) : nullptr;
   int targets = 0, dropped = 0;
   for (int64_t k0 = 0; k0 < image.keep; k0 += kThreads) {
