@@ -125,6 +125,32 @@ def test_two_streams_at_once():
                 assert_same(case.outputs[name], value, name)
 
 
+@pytest.mark.parametrize(
+    ("N", "D", "keep", "basis", "way", "lacks"),
+    [
+        # y and distances in the workspace: 67 numbers a token.
+        (300, 24, 40, 64, How(SMALL_SHARED, "cluster", group=1, seed=1), "state_shared"),
+        (300, 24, 40, 64, How(SMALL_SHARED, "groups", group=1, seed=2), "state_shared"),
+        # A row of 88000 bytes: the basis token is read from L2 as well.
+        (6, 44000, 3, 2, How(SMALL_SHARED, "cluster", group=2, seed=1), "basis_shared"),
+        (6, 44000, 3, 2, How(SMALL_SHARED, "groups", group=3, seed=2), "basis_shared"),
+    ],
+)
+@pytest.mark.parametrize("shift", [0, 1])
+def test_what_does_not_fit_shared_memory(N, D, keep, basis, way, lacks, shift):
+    """The same bits as where everything fits; rows of whole 16-byte words, and the same rows one element further on."""
+    make = tokens(1, N, D, dtype=torch.bfloat16, kind="clustered", seed=4)
+    room = torch.zeros(1, N, D + 8, dtype=torch.bfloat16)
+    x = room[:, :, shift : shift + D].copy_(make)
+    case, roomy = (call.compress_case(t, keep, basis) for t in (x, make))
+    assert getattr(call.plan(case.problem, way), lacks) == 0
+    wide = How(path="cluster", group=4)
+    assert getattr(call.plan(roomy.problem, wide), lacks) == 1
+    got, expected = results(case, way), results(roomy, wide)
+    for name, value in expected.items():
+        assert_same(got[name], value, name)
+
+
 # ---- under the sanitizers, as programs of their own
 
 SANITIZED = [
@@ -156,6 +182,20 @@ def test_address_sanitizer(op, dtype):
         except NoPath:
             assert op == "score"  # which is never fused
             assert how.path == "fused"
+
+
+OFFSETS = [[0, 20, 10, 50], [-5, -1, 3, 2**31 - 1], [-(2**31), 2**31 - 1, -(2**31), 2**31 - 1], [50, 40, 30, 0]]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("cu", OFFSETS)
+def test_offsets_that_are_wrong_stay_in_bounds(cu, layout):
+    """Offsets on the device cannot be checked: whatever they hold, AddressSanitizer has nothing to say."""
+    x = tokens(50, 12, dtype=torch.float16, seed=5)
+    seqlens, how = torch.tensor(cu, dtype=torch.int32), SANITIZED[LAYOUTS.index(layout)]
+    for cu_keep in ([0, 4, 9, 12], cu):
+        keeps = torch.tensor(cu_keep, dtype=torch.int32)
+        sanitized(call.compress_varlen_case(x, seqlens, keeps, 12, 50, 12, 3, layout=layout), how, "address")
 
 
 @pytest.mark.parametrize("how", SANITIZED, ids=lambda how: how.path)
