@@ -2,9 +2,10 @@
 
     python -m benchmarks.gpu_check [--dry-run]
 
-Runs the whole test suite on the GPU, tests/test_gpu.py included, then benchmarks/gpu.py, and writes
-gpu-report-DEVICE.md and .json. Exits with 0 if all of it passed, 1 if not, and 2, with a sentence, where there is no
-GPU. --dry-run: on a CPU under TRITON_INTERPRET=1, tests/test_gpu.py alone and one tiny case.
+Runs the whole test suite on the GPU, tests/test_gpu.py included, the CUDA kernels under compute-sanitizer's four tools,
+then benchmarks/gpu.py, and writes gpu-report-DEVICE.md and .json. Exits with 0 if all of it passed, 1 if not, and 2,
+with a sentence, where there is no GPU. --dry-run: on a CPU under TRITON_INTERPRET=1, tests/test_gpu.py alone and one
+tiny case.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import argparse
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -20,9 +22,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from xml.etree import ElementTree
 
+import apet_kernels
 from benchmarks.device import find
 
 ROOT = Path(__file__).parents[1]
+SANITIZERS = ("memcheck", "racecheck", "initcheck", "synccheck")
 WORKERS = 8  # of the tests: most of their time is the compiler's, on the CPU
 
 
@@ -57,6 +61,38 @@ def run_tests(dry_run: bool, scratch: Path) -> Suite:
     return Suite(said, len(cases) - len(failed) - len(skipped), len(skipped), names)
 
 
+@dataclass
+class Sanitizer:
+    """What one tool of compute-sanitizer said."""
+
+    tool: str
+    code: int | None  # None: not run
+    said: str
+
+    @property
+    def right(self) -> bool:
+        return self.code in (0, None)
+
+
+def run_sanitizers() -> list[Sanitizer]:
+    """benchmarks/sanitized.py under each tool; not run where the CUDA kernels or the tools are missing."""
+    program = shutil.which("compute-sanitizer") or shutil.which("/usr/local/cuda/bin/compute-sanitizer")
+    why = apet_kernels.backends()["cuda"] or ("" if program else "there is no compute-sanitizer")
+    if why:
+        return [Sanitizer(tool, None, why) for tool in SANITIZERS]
+    results = []
+    # Every tensor its own allocation, so that memcheck sees the end of each.
+    environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    for tool in SANITIZERS:
+        command = [str(program), "--tool", tool, "--error-exitcode", "99", sys.executable, "-m", "benchmarks.sanitized"]
+        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+        summary = re.findall(r"^=+ (\w+ SUMMARY: .*)", done.stdout, re.MULTILINE)
+        said = summary[-1] if summary else f"no summary: {(done.stdout + done.stderr).strip()[-300:]}"
+        code = done.returncode if summary else done.returncode or 1
+        results.append(Sanitizer(tool, code, said))
+    return results
+
+
 def run_benchmark(dry_run: bool, scratch: Path) -> tuple[int, str, dict]:
     """Its exit code, tables and figures; in a process of its own, so that a crash leaves what is written so far."""
     tables, figures = scratch / "tables.md", scratch / "figures.json"
@@ -68,14 +104,22 @@ def run_benchmark(dry_run: bool, scratch: Path) -> tuple[int, str, dict]:
     return code, tables.read_text(), json.loads(figures.read_text())
 
 
-def report(tests: Suite, code: int, tables: str, name: str) -> str:
+def right(tests: Suite, sanitizers: list[Sanitizer], code: int) -> bool:
+    return tests.right and all(s.right for s in sanitizers) and code == 0
+
+
+def report(tests: Suite, sanitizers: list[Sanitizer], code: int, tables: str, name: str) -> str:
     """The page."""
-    verdict = "passed" if tests.right and code == 0 else "FAILED"
+    verdict = "passed" if right(tests, sanitizers, code) else "FAILED"
+    said = {None: "not run", 0: "passed"}
     lines = [
         f"# GPU check on {name}: {verdict}",
-        f"`make gpu-check`, which is `{tests.command}` and `python -m benchmarks.gpu`.",
+        f"`make gpu-check`, which is `{tests.command}`, `python -m benchmarks.sanitized` under compute-sanitizer and "
+        "`python -m benchmarks.gpu`.",
         f"## Tests\n\n{tests.passed} passed, {len(tests.failed)} failed, {tests.skipped} skipped.",
         *(["\n".join(f"- FAILED {name}" for name in tests.failed)] if tests.failed else []),
+        "## compute-sanitizer",
+        "\n".join(f"- {s.tool}: {said.get(s.code, 'FAILED')}: {s.said}" for s in sanitizers),
         "## Benchmarks",
         tables if code == 0 else f"**Ended with {code}: a backend failed or was wrong (below).**\n\n{tables}",
     ]
@@ -101,13 +145,15 @@ def main() -> None:
         sys.exit(2)
     with tempfile.TemporaryDirectory() as scratch:
         tests = run_tests(options.dry_run, Path(scratch))
+        sanitizers = run_sanitizers()
         code, tables, figures = run_benchmark(options.dry_run, Path(scratch))
     stem = options.directory / f"gpu-report-{re.sub(r'[^a-z0-9]+', '-', name.lower()).strip('-')}"
     page, data = stem.with_suffix(".md"), stem.with_suffix(".json")
-    page.write_text(report(tests, code, tables, name))
-    data.write_text(json.dumps({"tests": asdict(tests), "benchmark": figures}, indent=1) + "\n")
+    page.write_text(report(tests, sanitizers, code, tables, name))
+    found = {"tests": asdict(tests), "sanitizers": [asdict(s) for s in sanitizers], "benchmark": figures}
+    data.write_text(json.dumps(found, indent=1) + "\n")
     print(f"The report is {page}")
-    sys.exit(0 if tests.right and code == 0 else 1)
+    sys.exit(0 if right(tests, sanitizers, code) else 1)
 
 
 if __name__ == "__main__":

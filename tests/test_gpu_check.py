@@ -14,11 +14,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from simt import build as simt_build
+from simt import call as simt_call
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import apet_kernels
 from apet_kernels import reference
-from benchmarks import baselines, floors, gpu, gpu_check, tune
+from benchmarks import baselines, floors, gpu, gpu_check, sanitized, tune
 from benchmarks import device as devices
 from benchmarks.cases import BASIS, RIDGE, Case, gpu_cases
 
@@ -195,14 +197,75 @@ def test_every_entry_has_candidates():
 
 def test_the_report_says_what_failed():
     suite = gpu_check.Suite("python -m pytest", 3, 1, ["tests.test_x::test_y"])
-    page = gpu_check.report(suite, 0, "tables\n", "some GPU")
+    tools = [gpu_check.Sanitizer("memcheck", 0, "0 errors"), gpu_check.Sanitizer("racecheck", None, "there is no such")]
+    page = gpu_check.report(suite, tools, 0, "tables\n", "some GPU")
     assert page.startswith("# GPU check on some GPU: FAILED")
     assert "- FAILED tests.test_x::test_y" in page
+    assert "- memcheck: passed: 0 errors\n- racecheck: not run: there is no such" in page
     suite.failed.clear()
-    assert "passed\n" in gpu_check.report(suite, 0, "tables\n", "some GPU")
-    assert "FAILED" in gpu_check.report(suite, 1, "tables\n", "some GPU")
+    assert "passed\n" in gpu_check.report(suite, tools, 0, "tables\n", "some GPU")
+    assert "FAILED" in gpu_check.report(suite, tools, 1, "tables\n", "some GPU")
+    hazard = gpu_check.Sanitizer("racecheck", 99, "1 hazard displayed")
+    page = gpu_check.report(suite, [*tools, hazard], 0, "tables\n", "some GPU")
+    assert page.startswith("# GPU check on some GPU: FAILED")
+    assert "- racecheck: FAILED: 1 hazard displayed" in page
     suite.passed = 0
-    assert "FAILED" in gpu_check.report(suite, 0, "tables\n", "some GPU")
+    assert "FAILED" in gpu_check.report(suite, tools, 0, "tables\n", "some GPU")
+
+
+def compute_sanitizer(folder: Path, monkeypatch: pytest.MonkeyPatch, said: str, code: int) -> None:
+    """A program of that name that notes what it is called with."""
+    program = folder / "compute-sanitizer"
+    program.write_text(
+        f"#!/bin/sh\necho $PYTORCH_NO_CUDA_MEMORY_CACHING $* >> {folder}/calls\necho '{said}'\nexit {code}\n"
+    )
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{folder}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.setattr(apet_kernels, "backends", lambda: {"cuda": None})
+
+
+@pytest.mark.parametrize(
+    ("said", "code", "expected"),
+    [
+        ("========= ERROR SUMMARY: 0 errors", 0, (0, "ERROR SUMMARY: 0 errors")),
+        ("========= RACECHECK SUMMARY: 1 hazard displayed", 99, (99, "RACECHECK SUMMARY: 1 hazard displayed")),
+        ("killed", 0, (1, "no summary: killed")),
+    ],
+)
+def test_sanitizers(tmp_path, monkeypatch, said, code, expected):
+    compute_sanitizer(tmp_path, monkeypatch, said, code)
+    results = gpu_check.run_sanitizers()
+    assert [(s.tool, s.code, s.said) for s in results] == [(tool, *expected) for tool in gpu_check.SANITIZERS]
+    assert all(s.right == (expected[0] == 0) for s in results)
+    calls = (tmp_path / "calls").read_text().splitlines()
+    program = f"--error-exitcode 99 {sys.executable} -m benchmarks.sanitized"
+    assert calls == [f"1 --tool {tool} {program}" for tool in ("memcheck", "racecheck", "initcheck", "synccheck")]
+
+
+def test_sanitizers_that_cannot_run():
+    why = apet_kernels.backends()["cuda"]
+    if why is None:
+        pytest.skip("the CUDA kernels run here")
+    assert {(s.code, s.said) for s in gpu_check.run_sanitizers()} == {(None, why)}
+
+
+@pytest.mark.skipif(simt_build.missing() is not None, reason=str(simt_build.missing()))
+def test_what_the_sanitizers_run(monkeypatch):
+    """On the simulated GPU, right; and a wrong result is said."""
+    functions = simt_call.Functions()
+    monkeypatch.setattr(torch.Tensor, "cuda", lambda t: t)
+    monkeypatch.setattr(apet_kernels.api, "backends", lambda: {"cuda": None, "reference": None})
+    monkeypatch.setattr(apet_kernels.ops, "no_cuda", lambda device: None)
+    monkeypatch.setattr(apet_kernels.ops, "run_cuda", lambda name, *a, **k: getattr(functions, name)(*a, **k))
+    for dtype in apet_kernels.ops.DTYPES:
+        assert sanitized.ragged_and_given(dtype) == []
+
+    def wrong(name: str, *args: object, **kwargs: object) -> object:
+        return torch.utils._pytree.tree_map(lambda t: t + 1, getattr(functions, name)(*args, **kwargs))
+
+    monkeypatch.setattr(apet_kernels.ops, "run_cuda", wrong)
+    faults = sanitized.ragged_and_given(torch.float16)
+    assert [fault.split()[0] for fault in faults] == ["compress_varlen"] * 3 + ["merge"] * 2
 
 
 def dry_run(module: str, *options: str) -> str:
