@@ -136,8 +136,8 @@ __device__ inline void s4_topk(const Call& call, const Image& image, int s, int 
   }
   for (int q = threadIdx.x; q <= slices && slices > 0; q += kThreads)
     if ((int64_t)q * slice >= n) bounds[q] = dropped;
-  for (int j = threadIdx.x; j < image.filled - image.keep;
-       j += kThreads) {  // a shorter basis repeats its first token, or 0
+  for (int j = threadIdx.x; j < image.filled - image.keep; j += kThreads) {
+    // A shorter basis repeats its first token, or token 0.
     const int position = j < m ? basis[j] : m > 0 ? basis[0] : 0;
     const int64_t row = image.row + image.keep + j;
     call.at.indices[row] = image.first + position;
