@@ -7,12 +7,15 @@ from collections.abc import Callable
 import pytest
 import torch
 from data import DTYPES, tokens
+from judge import assert_same
 from torch import Tensor
 
 import apet_kernels
 
 pytest.importorskip("triton")
-from apet_kernels.triton_kernels import launch
+from apet_kernels.triton_kernels import configs, launch
+
+interpreted = pytest.mark.skipif(torch.cuda.is_available(), reason="for tensors on the CPU")
 
 B, N, D, K = 3, 70, 24, 20
 CU, CU_KEEP = torch.tensor([0, 9, 9, 70], dtype=torch.int32), torch.tensor([0, 4, 4, 20], dtype=torch.int32)
@@ -49,6 +52,7 @@ def test_m_plus_4_launches(M, layout):
     assert names(build("merge", x)) == ["s1_norms", "s5_rows", "s5_assign", "s5_mean"]
 
 
+@interpreted
 def test_a_call_runs_what_was_built(monkeypatch):
     """No launch but those of the list: what is counted above is what a GPU sees."""
     ran = []
@@ -110,6 +114,46 @@ def test_workspace(B, N, D, M, K, dtype):
     assert sum(made.values()) == call.workspace_bytes
 
 
+@interpreted
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_how_many_programs_share_the_work_decides_nothing(monkeypatch, layout):
+    """A program of s1 takes one tile, or many; a program of s5_assign compares all targets, or several have a part."""
+    x = tokens(2, 150, 70, kind="repeated")
+    x[:, 7] = 0  # as similar to every target
+    x[:, 9:11] *= 1e-24  # whose similarities are 0, and of either sign
+    call = lambda: apet_kernels.compress(x, 60, 3, layout=layout, backend="triton")  # noqa: E731
+    tokens_, indices = call()
+    shares = [one.args["shares"] for one in build("compress", x).launches if "shares" in one.args]
+    assert min(shares) > 1
+    monkeypatch.setattr(launch, "ENOUGH_PROGRAMS", 1)
+    monkeypatch.setattr(configs, "PARTIALS", 2)
+    fewer = launch.compress(x, 60, 3, layout=layout)
+    assert [one.args.get("shares", 1) for one in fewer.launches] == [1] * 7
+    assert fewer.launches[1].programs == 4
+    other, at = call()
+    assert_same(indices, at, "indices")
+    assert_same(tokens_, other, "tokens")
+
+
+@interpreted
+@pytest.mark.parametrize("D", [8, 64, 100])
+def test_rows_lie_where_kernels_are_told(D):
+    """x and the result start at whole 16-byte words, and so do all of their rows, where rows are made of such words."""
+    storage = torch.empty(3 * 40 * (D + 3) + 1, dtype=torch.float16)
+    for x in (
+        storage[1:].as_strided((3, 40, D), (40 * D, D, 1)),
+        storage.as_strided((3, 40, D), (40 * (D + 3), D + 3, 1)),
+        storage.as_strided((3, 40, D), (1, D, 1)),
+        storage.as_strided((3, 40, D), (40 * D, D, 1)),
+    ):
+        for one in launch.compress(x, 11, 2).launches:
+            align = one.constants.get("ALIGN", 1)
+            assert align in ((16, 1) if D * 2 % 16 == 0 else (2, 1))
+            for name in {"x", "result"} & one.args.keys():
+                assert one.args[name].data_ptr() % align == 0
+                assert all(stride * 2 % align == 0 for stride in one.args[name].stride()[:-1])
+
+
 def run(script: str, **environment: str) -> None:
     """In a fresh Python, as its users have it."""
     done = subprocess.run(
@@ -154,7 +198,7 @@ assert a[1].equal(b[1])
     )
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@interpreted
 def test_without_a_gpu():
     """Triton is there, but has nothing to run on."""
     run("""
