@@ -48,7 +48,7 @@ class Adapter:
         token that serves as placeholder."""
         pixels = {n for n in inputs if n.startswith("pixel_values") and inputs[n] is not None and len(inputs[n])}
         encoded = {m for m, output in (inputs.get("mm_encoder_outputs") or {}).items() if output is not None}
-        return encoded | {"video" if "video" in name else "image" for name in pixels}
+        return (encoded & self.tokens.keys()) | {"video" if "video" in name else "image" for name in pixels}
 
     def visuals(self, core: nn.Module, inputs: Mapping[str, Any], counts: Mapping[str, int]) -> dict[str, list[Units]]:
         """The units of every image and video of a call, by modality, in the order of their placeholders.

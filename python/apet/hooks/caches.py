@@ -32,7 +32,7 @@ def remember(cache: Any, prompt: Prompt) -> None:
 
 def forget(cache: Any) -> None:
     """The cache was reset."""
-    delattr(cache, STATE)
+    del vars(cache)[STATE]
     vars(cache).pop("crop", None)
 
 
@@ -45,12 +45,15 @@ def check_empty(cache: Any) -> None:
         )
 
 
-def check(prompt: Prompt, batch: int, past: int | Tensor) -> None:
+def check(prompt: Prompt, cache: Any, batch: int) -> None:
     """Refuses what a prompt cannot be continued with."""
     if batch != prompt.batch:
         raise ValueError(f"a batch of {batch} cannot go on from the cache of a batch of {prompt.batch}")
-    if not torch.compiler.is_compiling() and int(past) < prompt.tokens - prompt.dropped and past < int(prompt.least):
-        raise ValueError(f"the cache was cropped to {int(past)} tokens, into its compressed images; start without it")
+    if cache.is_compileable:  # cannot be cropped, and reading its length waits for the device
+        return
+    past = int(cache.get_seq_length())
+    if past < prompt.tokens - prompt.dropped and past < int(prompt.least):
+        raise ValueError(f"the cache was cropped to {past} tokens, into its compressed images; start without it")
 
 
 def tail(prompt: Prompt, cache: Any, mask: Any, past: int | Tensor, new: int) -> Tensor | None:

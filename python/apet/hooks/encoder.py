@@ -63,6 +63,9 @@ def begin(engine: Engine, inputs: Mapping[str, Any], kwargs: dict[str, Any]) -> 
     engine.trace, tokens = find(engine, inputs, x)
     if not tokens.lengths:
         return None
+    positions = kwargs.get("position_ids")
+    if kwargs.get("attention_mask") is None and positions is not None:
+        check_one_sequence(positions)
     valid = padding(kwargs.get("attention_mask"), batch, length, x.device, engine.window)
     if not valid.flatten()[tokens.where].all():
         raise ValueError("attention_mask hides placeholders of images or videos, which cannot be compressed then")
@@ -76,7 +79,6 @@ def begin(engine: Engine, inputs: Mapping[str, Any], kwargs: dict[str, Any]) -> 
     if shorter is None:
         return run
     packing = shorter.pack(valid, run.left)
-    positions = kwargs.get("position_ids")
     if engine.adapter.positions == "renumber":
         kwargs["position_ids"], following = counted(packing.valid), packing.valid.sum(1, keepdim=True)
     else:
@@ -94,6 +96,16 @@ def begin(engine: Engine, inputs: Mapping[str, Any], kwargs: dict[str, Any]) -> 
     run.prompt.dropped = length - packing.valid.shape[1]
     run.prompt.least = needed(run.tokens, packing.valid.shape[1], run.left)
     return run
+
+
+def check_one_sequence(positions: Tensor) -> None:
+    """Refuses positions [B, L], or [4, B, L] with those of the text first, by which transformers tells packed sequences
+    apart where there is no mask."""
+    if positions.dim() == 3 and len(positions) != 4:  # M-RoPE alone tells nothing apart
+        return
+    text = positions[0] if positions.dim() == 3 else positions
+    if (text.diff(dim=-1) < 0).any():
+        raise ValueError("position_ids start again within a row: packed sequences with images cannot be compressed")
 
 
 def needed(tokens: Tokens, length: int, left: bool) -> int | Tensor:
@@ -119,10 +131,8 @@ def find(engine: Engine, inputs: Mapping[str, Any], x: Tensor) -> tuple[Trace, T
     batch, length = x.shape[:2]
     flats = {m: placeholders(engine, m, inputs, x) for m in sorted(engine.adapter.brings(inputs))}
     repeats = 1
-    if not any(
-        n.startswith("pixel_values") and v is not None for n, v in inputs.items()
-    ):  # generate() has encoded them before this forward
-        if engine.generating is None:
+    if not brings_pixels(inputs):  # generate() has encoded them before this forward
+        if engine.generating is None or not brings_pixels(engine.generating):
             raise ValueError("mm_encoder_outputs were encoded outside of this call; give the pixel values instead")
         inputs, repeats = engine.generating, batch // engine.rows
     known = engine.adapter.visuals(engine.core, inputs, {m: len(flat) // repeats for m, flat in flats.items()})
@@ -143,6 +153,11 @@ def find(engine: Engine, inputs: Mapping[str, Any], x: Tensor) -> tuple[Trace, T
     check_list("llm_keep", engine.options.llm_keep, before)
     flat = torch.cat([*flats.values()])
     return Trace(visuals, flat, [length]), group(units, flat, numbers)
+
+
+def brings_pixels(inputs: Mapping[str, Any]) -> bool:
+    """Whether images or videos are given as they are, not encoded."""
+    return any(name.startswith("pixel_values") and value is not None for name, value in inputs.items())
 
 
 def placeholders(engine: Engine, modality: str, inputs: Mapping[str, Any], x: Tensor) -> Tensor:

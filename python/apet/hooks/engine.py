@@ -57,26 +57,27 @@ class Engine:
             self.handles.append(projector.register_forward_hook(self.after_projector))
         for index, layer in enumerate(self.language_model.layers):
             self.handles.append(pre(layer, functools.partial(self.before_layer, index)))
-        # transformers 5 encodes images in generate(), before any forward that a hook could see.
-        self.generate_before = self.model.__dict__.get("generate")
-        self.model.generate = self.generate
+        if hasattr(self.model, "generate"):
+            # transformers 5 encodes images in generate(), before any forward that a hook could see.
+            self.generate_before = self.model.__dict__.get("generate")
+            self.model.generate = self.generate
 
     def remove(self) -> None:
         """Removes every hook."""
         for handle in self.handles:
             handle.remove()
         self.handles = []
-        if self.generate_before is None:
-            del self.model.generate
-        else:
+        self.model.__dict__.pop("generate", None)
+        if self.generate_before is not None:
             self.model.generate = self.generate_before
 
     # ---- what the model is like
 
     def check_rotary(self) -> None:
         """The second stage gives all layers from `llm_layer` on the same new rotary embeddings."""
+        rotary = getattr(self.language_model, "rotary_emb", None)
         taken = all("position_embeddings" in _names(layer) for layer in self.language_model.layers)
-        if not taken or "layer_type" in _names(self.language_model.rotary_emb):
+        if rotary is None or not taken or "layer_type" in _names(rotary):
             raise ValueError(
                 f"llm_layer={self.options.llm_layer} cannot be used with {type(self.language_model).__name__}: its "
                 "layers do not share one rotary embedding"
@@ -180,8 +181,8 @@ class Engine:
     def go_on(self, prompt: Prompt, cache: Any, kwargs: dict[str, Any]) -> Run:
         """More tokens after a prompt."""
         batch, new = kwargs["inputs_embeds"].shape[:2]
+        caches.check(prompt, cache, batch)
         past = cache.get_seq_length()
-        caches.check(prompt, batch, past)
         tail = caches.tail(prompt, cache, kwargs.get("attention_mask"), past, new)
         if prompt.early is not None:
             kwargs["attention_mask"] = prompt.early.columns(past, new, tail).long()

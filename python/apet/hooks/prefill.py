@@ -34,10 +34,11 @@ def enter(engine: Engine, run: Run, x: Tensor, kwargs: dict[str, Any]) -> Tensor
 @torch.compiler.disable(reason=PREFILL)
 def shortened(engine: Engine, run: Run, x: Tensor, cache: Any, rotary: tuple[Tensor, ...]) -> Tensor:
     """A prefill: compresses the hidden states [B, L, D] of the visual tokens -> [B, L2, D]."""
-    shorter = shorten(x.flatten(0, 1), run.tokens, engine.options.llm_keep, engine.options)
+    tokens, valid = run.tokens.to(x.device), run.valid.to(x.device)
+    shorter = shorten(x.flatten(0, 1), tokens, engine.options.llm_keep, engine.options)
     if shorter is None:
         return x
-    packing = shorter.pack(run.valid, run.left)
+    packing = shorter.pack(valid, run.left)
     x = shorter.placed(packing, x)
     if engine.adapter.positions == "renumber":
         rotary = engine.language_model.rotary_emb(x, counted(packing.valid))

@@ -37,12 +37,12 @@ class Part:
         mask = self.mask[:, : int(past)]  # speculative decoding may take text back that it gave with the prompt
         if tail is None:
             return torch.nn.functional.pad(mask, (0, int(past) + new - mask.shape[1]), value=True)
-        return torch.cat([mask, tail], dim=1)
+        return torch.cat([mask, tail.to(mask.device)], dim=1)
 
     def positions(self, past: int | Tensor, new: int, tail: Tensor | None) -> Tensor:
         """The positions of the `new` tokens [B, new]; arguments as in `columns`."""
         positions = self.offset + past + torch.arange(new, device=self.offset.device)
-        return positions if tail is None else positions - (~tail).cumsum(1)[:, -new:]
+        return positions if tail is None else positions - (~tail).cumsum(1)[:, -new:].to(positions.device)
 
 
 def part(cache: Any, mask: Tensor, following: Tensor, flash: bool) -> Part:
@@ -110,10 +110,11 @@ class Trace:
         away = shorter.gone.clone()  # [B * L now]
         away[shorter.slots] = True
         away[shorter.sources] = False
+        away, origin = away.to(self.flat.device), packing.origin().flatten().to(self.flat.device)
         if self.origin is None:
-            self.left, self.origin = ~away, packing.origin().flatten()
+            self.left, self.origin = ~away, origin
         else:
             self.left = self.left.index_fill(0, self.origin[away], False)
-            self.origin = self.origin[packing.origin().flatten()]
+            self.origin = self.origin[origin]
         self.lengths.append(packing.index.shape[1])
         self.here.append(self.left[self.flat])

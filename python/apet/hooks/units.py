@@ -37,6 +37,10 @@ class Tokens:
         """What `after` said is left of each unit, once the rows of gone [T] bool have left."""
         return Tokens(self.where[~gone[self.where]], left, self.visuals)
 
+    def to(self, device: torch.device) -> Tokens:
+        """The same, where the layers from here on are on another device."""
+        return Tokens(self.where.to(device), self.lengths, self.visuals)
+
     def moved(self, packing: Packing) -> Tokens:
         """The same tokens once [B, L] has become [B, L2]."""
         return Tokens(packing.flat(self.where), self.lengths, self.visuals)

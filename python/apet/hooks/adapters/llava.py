@@ -9,7 +9,7 @@ Modifications:
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
@@ -20,7 +20,7 @@ class Llava(Adapter):
     """An image is one unit. Pixtral encoders, whose images differ in size, give them packed as one row."""
 
     projector = "multi_modal_projector"
-    presets = {  # noqa: RUF012
+    presets: ClassVar = {
         f"paper-{(first + second) // 2}": {
             "keep": first,
             "llm_layer": 16,

@@ -10,7 +10,7 @@ Modifications:
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +23,7 @@ class LlavaNext(Adapter):
     """A tile is a unit: the base image, and every tile of the grid without its padding."""
 
     projector = "multi_modal_projector"
-    presets = {name: Llava.presets[name] for name in ("paper-128", "paper-64")}  # noqa: RUF012
+    presets: ClassVar = {name: Llava.presets[name] for name in ("paper-128", "paper-64")}
 
     def visuals(self, core: nn.Module, inputs: Mapping[str, Any], counts: Mapping[str, int]) -> dict[str, list[Units]]:
         per_tile = (core.config.vision_config.image_size // core.config.vision_config.patch_size) ** 2

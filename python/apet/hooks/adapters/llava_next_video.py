@@ -9,7 +9,7 @@ Modifications:
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import nn
 
@@ -21,7 +21,7 @@ class LlavaNextVideo(LlavaNext):
     """A tile is a unit, and so is each frame of a video."""
 
     projector = None
-    presets = {}  # noqa: RUF012
+    presets: ClassVar = {}
 
     def visuals(self, core: nn.Module, inputs: Mapping[str, Any], counts: Mapping[str, int]) -> dict[str, list[Units]]:
         found = super().visuals(core, inputs, counts) if "image" in counts else {}

@@ -9,7 +9,7 @@ Modifications:
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import nn
 
@@ -20,7 +20,7 @@ class Qwen2_5VL(Adapter):
     """An image is a unit, and so is each temporal step of a video."""
 
     positions = "keep"
-    presets = {  # noqa: RUF012
+    presets: ClassVar = {
         "paper-0.2": {"keep": 0.3, "llm_layer": 14, "llm_keep": 0.333, "layout": "overwrite", "blend": 0.5}
     }
 

@@ -9,7 +9,7 @@ Modifications:
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -20,7 +20,7 @@ from ..adapter import Adapter, Units, one_unit
 class VideoLlava(Adapter):
     """An image is a unit, and so is each frame of a video without its CLS."""
 
-    presets = {"paper-32": {"keep": 22, "basis": 10, "layout": "append"}}  # noqa: RUF012
+    presets: ClassVar = {"paper-32": {"keep": 22, "basis": 10, "layout": "append"}}
 
     def visuals(self, core: nn.Module, inputs: Mapping[str, Any], counts: Mapping[str, int]) -> dict[str, list[Units]]:
         found = {}
