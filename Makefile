@@ -8,7 +8,7 @@ native := setup.py pyproject.toml CMakeLists.txt $(shell find csrc -type f)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test gpu-check test-transformers4 test-cuda test-full sanitize sanitize-triton lint format bench wheel clean
+.PHONY: help demo test test-triton gpu-check test-transformers4 test-cuda test-full sanitize sanitize-triton lint format bench wheel clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "make %-19s %s\n", $$1, $$2 }' Makefile
@@ -32,7 +32,7 @@ demo: $(VENV)/installed-demo  ## set up, and compress a real photograph to demo.
 	$(bin)/apet compress "$$photo" --keep 64 --out demo.png && echo "The picture is $(CURDIR)/demo.png"
 
 test: $(VENV)/installed-test  ## set up, and run the tests
-	$(bin)/python -m pytest -q
+	$(bin)/python -m pytest -q -n auto
 
 # The newest 4.x in front of the installed 5.x, with what it needs of its own; no second torch.
 .build/transformers4: | $(VENV)/installed-test
@@ -41,6 +41,9 @@ test: $(VENV)/installed-test  ## set up, and run the tests
 
 test-transformers4: .build/transformers4  ## the tests of the Hugging Face hooks again, on the last transformers 4
 	PYTHONPATH=$(CURDIR)/.build/transformers4 $(bin)/python -m pytest -q -n 2 tests/hooks
+
+test-triton: $(VENV)/installed-test  ## the Triton kernels, interpreted: all of every test
+	$(bin)/python -m pytest -q -n auto --interpret 0 -k triton
 
 test-cuda: $(VENV)/installed-test  ## the CUDA sources, run on the CPU: all of every test, on many more schedules
 	$(bin)/python -m pytest -q -n 2 -m "not gpu" --interpret 0 -k simt
