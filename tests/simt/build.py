@@ -23,7 +23,7 @@ FOLDER = HERE.parents[1] / ".build/simt"
 # fma where one is written and nowhere else, as nvcc -fmad=false.
 FLAGS = ["-std=c++17", "-march=native", "-ffp-contract=off", "-fno-math-errno", "-fPIC", "-Wall", "-Wextra"]
 FLAGS += ["-Wno-unknown-pragmas"]  # unroll
-RUNTIME = ["fiber.cpp", "runtime.cpp", "collectives.cpp", "device.cpp"]
+RUNTIME = ["fiber.cpp", "schedule.cpp", "sync.cpp", "launch.cpp", "collectives.cpp", "device.cpp"]
 OPTIMISED = {"": ["-O2"], "address": ["-O1", "-g"], "thread": ["-O1", "-g"]}
 
 
