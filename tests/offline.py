@@ -350,7 +350,6 @@ def table(results: list[Compiled]) -> str:
 
 def compile_all(names: Iterable[str], smoke: bool) -> list[Compiled]:
     """Every job, two at a time."""
-    os.environ.pop("TRITON_INTERPRET", None)
     with pool() as executor:
         return list(executor.map(examine, *zip(*jobs(names, smoke), strict=True)))
 
