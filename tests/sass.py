@@ -83,7 +83,7 @@ class Claim:
 TENSOR = ("float16", "bfloat16")
 CLUSTERS = r"ClusterGroup|fused"
 CLAIMS = (
-    Claim("reads rows of tokens by 16 bytes", r"LDG?\.E\.128\S*"),
+    Claim("reads rows of tokens by 16 bytes", r"LDG\.E\.128\S*"),
     Claim("writes results by 16 bytes", r"STG\.E\.128\S*"),
     Claim("copies to shared memory asynchronously, by 16 bytes", r"LDGSTS\.E\.BYPASS\.128\S*"),
     Claim("reads its resident rows by 16 bytes", r"LDS\.128", "select|fused"),

@@ -19,6 +19,8 @@ from pathlib import Path
 
 import pytest
 
+from tests import sass
+
 ROOT = Path(__file__).parents[1]
 HEADER = ROOT / "csrc/apet.h"
 PACKAGE = Path(util.find_spec("apet_kernels").origin).parent
@@ -80,51 +82,96 @@ def test_packages_are_typed(package: str):
 
 def test_cmake_lists_every_source():
     text = re.sub(r"#.*", "", (ROOT / "CMakeLists.txt").read_text())
-    listed = {*re.findall(r"csrc/[\w/]+\.cpp", text)}
+    listed = {*re.findall(r"csrc/[\w/]+\.(?:cpp|cu)\b", text)}
     listed |= {f"csrc/cpu/isa_{isa}.cpp" for isa in re.findall(r"^ *apet_isa\((\w+)", text, re.M)}
-    assert listed == {str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*.cpp")}
+    assert listed == {
+        str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*.c*") if path.suffix in (".cpp", ".cu")
+    }
 
 
 # ---- the torch-free library ------------------------------------------------------------------------------------------
+
+
+RUNTIMES = {"libstdc", "libgcc_s", "libc", "libm", "libpthread", "libdl", "librt", "ld-linux-x86-64"}
+TORCH_FREE = sorted({LIBRARY, *PACKAGE.glob("libapet_cuda.so")})
 
 
 def exported(library: Path) -> set[str]:
     return {line.split()[-1] for line in run("nm", "-D", "--defined-only", library).splitlines()}
 
 
-@needs_library
-@pytest.mark.parametrize("library", sorted({LIBRARY, *PACKAGE.glob("libapet_cuda.so")}), ids=lambda path: path.stem)
-def test_library_exports_exactly_its_part_of_the_header(library: Path):
+def needed(library: Path) -> set[str]:
+    return set(re.findall(r"\(NEEDED\).*\[(\w+)", run("readelf", "-d", library)))
+
+
+def declared_for(library: str) -> set[str]:
+    """The functions of apet.h that a library has to export."""
     declared = set(re.findall(r"^APET_API [^;]*?\b(apet_\w+)\(", HEADER.read_text(), re.M))
     cuda = {name for name in declared if name.startswith("apet_cuda_")}
     assert cuda
-    assert exported(library) == (declared - cuda if library == LIBRARY else cuda)
+    return cuda if library == "libapet_cuda" else declared - cuda
 
 
 @needs_library
-@pytest.mark.parametrize("library", sorted({LIBRARY, *PACKAGE.glob("libapet_cuda.so")}), ids=lambda path: path.stem)
+@pytest.mark.parametrize("library", TORCH_FREE, ids=lambda path: path.stem)
+def test_library_exports_exactly_its_part_of_the_header(library: Path):
+    assert exported(library) == declared_for(library.stem)
+
+
+@needs_library
+@pytest.mark.parametrize("library", TORCH_FREE, ids=lambda path: path.stem)
 def test_library_needs_no_torch_and_no_python(library: Path):
     """Nor a CUDA runtime, which is linked into it."""
-    needed = set(re.findall(r"\(NEEDED\).*\[(\w+)", run("readelf", "-d", library)))
-    libraries = {"libstdc", "libgcc_s", "libc", "libm", "libpthread", "libdl", "librt", "ld-linux-x86-64"}
-    assert needed <= libraries | ({"libapet"} if library != LIBRARY else set())
+    assert needed(library) <= RUNTIMES | ({"libapet"} if library != LIBRARY else set())
     assert "torch" not in run("nm", "-D", "--undefined-only", library)
+
+
+def used_of_torch(binding: Path) -> set[str]:
+    """The symbols of torch that a binding uses; fails if one is not declared by torch's C shims."""
+    include = Path(util.find_spec("torch").origin).parent / "include/torch/csrc"
+    shims = [include / "stable/c/shim.h", include / "inductor/aoti_torch/c/shim.h"]
+    declared = set(re.findall(r"\b((?:aoti_)?torch_\w+)\(", "\n".join(shim.read_text() for shim in shims)))
+    assert len(declared) > 100
+    ours = set(re.findall(r"\b(apet_\w+)\(", HEADER.read_text()))
+    symbols = [line.split()[-1] for line in run("nm", "-D", "--undefined-only", binding).splitlines()]
+    # With a version: the C and C++ runtimes'. With _ITM or __gmon: weak, of the compiler's start-up files.
+    others = {name for name in symbols if "@" not in name and not name.startswith(("_ITM_", "__gmon_"))}
+    assert others - declared - ours == set()
+    return others & declared
 
 
 @needs_library
 @pytest.mark.parametrize("binding", sorted(PACKAGE.glob("libapet*_torch.so")), ids=lambda path: path.stem)
 def test_bindings_keep_to_the_stable_abi(binding: Path):
     """Of torch they use what its C shims declare, and nothing of C++: so a build runs on later releases of torch."""
-    include = Path(util.find_spec("torch").origin).parent / "include/torch/csrc"
-    shims = [include / "stable/c/shim.h", include / "inductor/aoti_torch/c/shim.h"]
-    declared = set(re.findall(r"\b((?:aoti_)?torch_\w+)\(", "\n".join(shim.read_text() for shim in shims)))
-    assert len(declared) > 100
-    ours = exported(LIBRARY).union(*(exported(library) for library in PACKAGE.glob("libapet_cuda.so")))
-    symbols = [line.split()[-1] for line in run("nm", "-D", "--undefined-only", binding).splitlines()]
-    # With a version: the C and C++ runtimes'. With _ITM or __gmon: weak, of the compiler's start-up files.
-    others = {name for name in symbols if "@" not in name and not name.startswith(("_ITM_", "__gmon_"))}
-    assert others - declared - ours == set()
-    assert others & declared, "the binding uses torch"
+    assert used_of_torch(binding)
+
+
+def test_the_cuda_binding_keeps_to_the_stable_abi(tmp_path: Path):
+    """The same without nvcc, since the binding is plain C++: all that it knows of CUDA is a stream of torch's."""
+    if not shutil.which("g++"):
+        pytest.skip("g++ is not installed")
+    include = Path(util.find_spec("torch").origin).parent / "include"
+    source, library = ROOT / "csrc/cuda_torch_binding.cpp", tmp_path / "binding.so"
+    defined = ["-DUSE_CUDA", "-DTORCH_TARGET_VERSION=0x020a000000000000"]
+    run(
+        "g++",
+        "-std=c++17",
+        "-shared",
+        "-fPIC",
+        "-fvisibility=hidden",
+        *defined,
+        "-isystem",
+        include,
+        source,
+        "-o",
+        library,
+    )
+    used = used_of_torch(library)
+    assert {name for name in used if "cuda" in name} == {
+        "aoti_torch_device_type_cuda",
+        "aoti_torch_get_current_cuda_stream",
+    }
 
 
 @needs_library
@@ -222,6 +269,16 @@ expected, expected_indices = apet_kernels.reference.compress(x, 16)
 assert torch.equal(indices, expected_indices) and torch.allclose(tokens, expected, atol=1e-5)
 """
 
+CHECK_CUDA = """
+import torch, apet_kernels
+info = apet_kernels.build_info()
+assert info["cuda_archs"] == "90-real" and info["cuda_compiler"].startswith("NVIDIA"), info
+assert apet_kernels.ops.CUDA_LIBRARY.exists()
+assert apet_kernels.backends()["cuda"] == "this torch is built without CUDA", apet_kernels.backends()
+apet_kernels.compress(torch.randn(1, 64, 32), 16)
+assert "apet_cuda" not in open("/proc/self/maps").read()
+"""
+
 CHECK_REFERENCE = """
 import torch, apet_kernels
 assert apet_kernels.backends()["cpu"] is not None
@@ -306,6 +363,25 @@ def test_wheel_with_torch(with_torch: Path, source: Path, tmp_path: Path, isolat
     run(with_torch, "-I", "-c", CHECK_KERNELS)
     recorded = (source / "COMMIT").read_text().strip()
     assert recorded in run(with_torch, "-I", "-c", "import apet_kernels; print(apet_kernels.build_info())")
+
+
+@pytest.mark.slow
+def test_wheel_with_cuda(with_torch: Path, source: Path, tmp_path: Path):
+    """Compiled because it is asked for; beside a torch without CUDA nothing of it is loaded, and all else works."""
+    if why := sass.missing():
+        pytest.skip(why)
+    wheel, _ = build_wheel(with_torch, source, tmp_path, APET_CUDA_ARCHS="90-real", APET_REQUIRE_NATIVE="1")
+    run(with_torch, "-m", "pip", "install", "--no-deps", "--force-reinstall", wheel)
+    run(with_torch, "-I", "-c", CHECK_KERNELS)
+    run(with_torch, "-I", "-c", CHECK_CUDA)
+    zipfile.ZipFile(wheel).extractall(tmp_path)
+    package = tmp_path / "apet_kernels"
+    assert used_of_torch(package / "libapet_cuda_torch.so")
+    assert exported(package / "libapet_cuda.so") == declared_for("libapet_cuda")
+    assert needed(package / "libapet_cuda.so") <= RUNTIMES | {"libapet"}
+    images = re.findall(r"\.(sm_\w+)\.cubin", run(sass.tools()["cuobjdump"], "--list-elf", package / "libapet_cuda.so"))
+    assert len(images) >= len(sass.DTYPES)
+    assert set(images) == {"sm_90"}
 
 
 @pytest.mark.slow
