@@ -39,8 +39,8 @@ def binding() -> torch.library.Library:
         "-Wl,--no-as-needed",
         *(f"{torch_folder}/lib/{name}.so" for name in ("libtorch", "libtorch_cpu")),
     ]
-    digest = build._digest(torch.__version__, *options, *libraries, *(file.read_text() for file in files))
-    path = build._make(build.FOLDER / f"libsimt_torch-{digest}.so", ["g++", *options, str(source), *libraries])
+    digest = build.digest(torch.__version__, *options, *libraries, *(file.read_text() for file in files))
+    path = build.make(build.FOLDER / f"libsimt_torch-{digest}.so", ["g++", *options, str(source), *libraries])
     library = torch.library.Library("apet", "FRAGMENT")
     if not torch.version.cuda:  # else apet_kernels has defined them
         for schema in ops.CUDA_SCHEMAS:

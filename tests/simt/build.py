@@ -77,13 +77,13 @@ def _sanitize(sanitizer: str) -> list[str]:
 def _objects(sources: list[Path], sanitizer: str = "", headers: Iterable[Path] = ()) -> list[Path]:
     flags = [*FLAGS, *OPTIMISED[sanitizer], *_sanitize(sanitizer), f"-I{HERE / 'include'}", '-DAPET_VERSION="simt"']
     read = [p for p in (*HERE.rglob("*.h"), *headers) if p.suffix in (".h", ".cuh")]
-    common = _digest(_compiler(), *flags, *sorted(p.read_text() for p in read))
+    common = digest(_compiler(), *flags, *sorted(p.read_text() for p in read))
 
     def compile_one(source: Path) -> Path:
         csrc = source.parents[1] if source.suffix == ".cu" and source.parent != HERE else CSRC
-        target = FOLDER / f"{source.stem}-{_digest(common, source.name, source.read_text())}.o"
+        target = FOLDER / f"{source.stem}-{digest(common, source.name, source.read_text())}.o"
         command = ["g++", *flags, f"-I{csrc}", "-x", "c++", "-c", str(source)]
-        return _make(target, command)
+        return make(target, command)
 
     with ThreadPoolExecutor(2) as pool:
         return list(pool.map(compile_one, sources))
@@ -91,11 +91,11 @@ def _objects(sources: list[Path], sanitizer: str = "", headers: Iterable[Path] =
 
 def _link(name: str, objects: list[Path], flags: list[str]) -> Path:
     stem, dot, suffix = name.partition(".")
-    target = FOLDER / f"{stem}-{_digest(*map(str, objects), *flags)}{dot}{suffix}"
-    return _make(target, ["g++", *map(str, objects), *flags])
+    target = FOLDER / f"{stem}-{digest(*map(str, objects), *flags)}{dot}{suffix}"
+    return make(target, ["g++", *map(str, objects), *flags])
 
 
-def _make(target: Path, command: list[str]) -> Path:
+def make(target: Path, command: list[str]) -> Path:
     """Runs a compiler unless what it would make is there. Several processes may ask for it at once."""
     FOLDER.mkdir(parents=True, exist_ok=True)
     if target.exists():
@@ -118,5 +118,6 @@ def _compiler() -> str:
     return subprocess.check_output(["g++", "--version"], text=True) + subprocess.check_output(query, text=True)
 
 
-def _digest(*parts: str) -> str:
+def digest(*parts: str) -> str:
+    """A short name for all that a compiler is given."""
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
