@@ -109,7 +109,7 @@ class Row:
     batch: int
     kept: str
     mean: int
-    prefill: Prefill
+    prefill: Prefill  # of one row of the batch
     predicted: float  # FLOPs without compression / with it
     prefill_seconds: list[float]
     total_seconds: list[float]
@@ -157,14 +157,24 @@ def settings(size: Size) -> list[Setting]:
     return [Setting(None), *(Setting(k) for k in size.keeps), *both]
 
 
-def measure(model: nn.Module, batch: int, size: Size, rounds: int, dtype: torch.dtype) -> list[Row]:
+def operations(model: nn.Module, size: Size, dtype: torch.dtype) -> dict[Setting, Prefill]:
+    """What a prefill of one row takes, by setting; a batch takes so much for each of its rows."""
+    given, counts = inputs(1, dtype), {}
+    for setting in settings(size):
+        with running(model, setting):
+            counts[setting] = count(engine_of(model), given)
+    return counts
+
+
+def measure(
+    model: nn.Module, batch: int, counts: dict[Setting, Prefill], size: Size, rounds: int, dtype: torch.dtype
+) -> list[Row]:
     """All rounds of one batch size."""
-    given, chosen = inputs(batch, dtype), settings(size)
-    counts, seconds = {}, {setting: [] for setting in chosen}
+    given, chosen = inputs(batch, dtype), list(counts)
+    seconds: dict[Setting, list[tuple[float, ...]]] = {setting: [] for setting in chosen}
     with spent(apet_kernels, ["compress_varlen"]) as op, spent(Engine, HOOKS) as hooks:
-        for setting in chosen:  # which warms everything up, too
-            with running(model, setting):
-                counts[setting] = count(engine_of(model), given)
+        with running(model, chosen[0]):
+            clock(model, given, 1)  # to warm up
         for turn in range(rounds):
             start = turn % len(chosen)
             for setting in chosen[start:] + chosen[:start]:
@@ -235,7 +245,7 @@ def sheets(rows: list[Row], size: Size) -> list[Sheet]:
     """A table for each batch size."""
     answer = f"{size.new_tokens} tokens ms"
     columns = [
-        *("kept", "GFLOP", "prefill ms", "speed-up", "predicted", "of predicted", answer, "speed-up of all"),
+        *("kept", "GFLOP a row", "prefill ms", "speed-up", "predicted", "of predicted", answer, "speed-up of all"),
         *("op ms", "op share", "hooks ms", "hooks share", "noise", "goals"),
     ]
     note = (
@@ -298,9 +308,11 @@ def main() -> None:
             f"{TEXT} text tokens and 576 of an image in a row; transformers {transformers.__version__}"
         )
         rows: list[Row] = []
+        with console.status("counting operations"):
+            counts = operations(model, size, dtype)
         for batch in options.batch:
             with console.status(f"batch {batch}"):
-                rows += measure(model, batch, size, options.rounds, dtype)
+                rows += measure(model, batch, counts, size, options.rounds, dtype)
     if options.json:
         report = {"head": head, "rows": [dataclasses.asdict(row) for row in rows]}
         options.json.write_text(json.dumps(report, indent=1) + "\n")
