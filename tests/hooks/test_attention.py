@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -126,10 +125,14 @@ def attend(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Tensor:
 
 
 @pytest.fixture
-def flash(monkeypatch: pytest.MonkeyPatch) -> Iterator[Flash]:
+def flash(monkeypatch: pytest.MonkeyPatch) -> Flash:
+    return stand_in(monkeypatch, "flash_attention_2")
+
+
+def stand_in(monkeypatch: pytest.MonkeyPatch, implementation: str) -> Flash:
     notes = Flash()
     for name, value in {
-        "_loaded_implementation": "flash_attention_2",
+        "_loaded_implementation": implementation,
         "_flash_fn": notes.dense,
         "_flash_varlen_fn": notes.varlen,
         "_pad_fn": flash_utils._pad_input,
@@ -177,6 +180,17 @@ def test_flash_with_padding(family: Family, flash: Flash, stage: str) -> None:
             early = layer < options.get("llm_layer", 4)
             keys = [step + (r.length if early else r.deep_length) for r in results]
             assert call == Call([1] * len(rows) if step else keys, keys, True)
+
+
+@pytest.mark.parametrize("name", ["llava", "qwen2_5_vl"])
+def test_flash_attention_3(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers calls it in the same way."""
+    family, model = FAMILIES[name], shared(name)
+    flash, rows = stand_in(monkeypatch, "flash_attention_3"), conversations(family)
+    with use_attention(model, "flash_attention_3"), apet.patched(model, **BOTH):
+        for batch in (rows, rows[:1]):
+            judge(family, batch, say(model, collate(family, batch)), BOTH)
+    assert {call.packed for call in flash.calls} == {True, False}
 
 
 @pytest.mark.parametrize("stage", STAGES)

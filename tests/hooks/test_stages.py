@@ -8,9 +8,10 @@ import apet
 import pytest
 import torch
 from conversations import collate
-from families import FAMILIES, Family, reads_positions_as_packed, shared, twin
-from recompute import expected
+from families import FAMILIES, Family, reader, reads_positions_as_packed, shared, twin
+from recompute import Options, expected, shorten
 from running import BOTH, FIRST, NEW, SECOND, STAGES, TOLERANCE, conversation, conversations, judge, lengths, say
+from torch import Tensor, nn
 
 LAYOUTS: dict[str, dict[str, Any]] = {
     "ratio": {"keep": 0.35, "basis": 4},
@@ -121,6 +122,31 @@ def test_text_alone_is_bitwise_the_unpatched_model(family: Family) -> None:
         during = say(model, inputs)
     assert torch.equal(before.tokens, during.tokens)
     assert torch.equal(before.logits, during.logits)
+
+
+@pytest.mark.parametrize("options", [FIRST, BOTH, LAYOUTS["append"]], ids=["first", "both", "append"])
+def test_positions(family: Family, options: dict[str, Any]) -> None:
+    """What the language model is told: LLaVA's rows count 0, 1, 2, ..., Qwen's keep their M-RoPE positions."""
+    model, rows = shared(family.name), conversations(family)
+    told: list[tuple[Tensor, Tensor]] = []
+
+    def listen(_: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        told.append((kwargs["position_ids"], kwargs["attention_mask"]))
+
+    with apet.patched(model, **options):
+        handle = reader(model).register_forward_pre_hook(listen, with_kwargs=True)
+        said = say(model, collate(family, rows), new=2)
+        handle.remove()
+    (prompt, mask), (following, _) = told
+    for b, row in enumerate(rows):
+        want = shorten(twin(family.name), family, row, Options(**options))
+        if family.ragged:
+            assert torch.equal(prompt[-3:, b, mask[b].bool()], want.positions)
+            assert {want.following} == {*following[..., b, :].flatten().tolist()}
+        else:
+            assert torch.equal(prompt[b][mask[b].bool()], torch.arange(len(want.source)))
+            assert following[b].tolist() == [len(want.source)]
+    assert said.tokens.shape == (len(rows), 2)
 
 
 @pytest.mark.parametrize("stage", STAGES)
