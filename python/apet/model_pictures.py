@@ -44,14 +44,14 @@ def picture(model: nn.Module, inputs: Mapping[str, Any], processor: Any, visual:
     """
     drawn = panels(model, inputs, processor, visual)
     options, seen = engine_of(model).options, kept(model).visuals[visual]
-    extra = f" + {options.basis} basis" if options.layout == "append" else ""
-    counts = [seen.tokens, *map(len, seen.left)]
+    counts, extra = [seen.tokens, *map(len, seen.left)], ""
+    if options.layout == "append":  # its rows are no positions
+        counts[1] = sum(len(panel.frame.kept) for panel in drawn)
+        extra = f" + {sum(len(panel.frame.basis) for panel in drawn)} basis"
     title = f"{seen.modality} {visual + 1}: {' → '.join(map(str, counts))}{extra} tokens"
     stages = [] if options.keep is None else [f"keep {options.keep}"]
     stages += [] if options.llm_keep is None else [f"keep {options.llm_keep} after layer {options.llm_layer}"]
-    subtitle = (
-        f"{type(model).__name__}, {', '.join(stages)}   ·   layout {options.layout}, {options.basis} basis tokens"
-    )
+    subtitle = f"{type(engine_of(model).model).__name__}, {', '.join(stages)}   ·   layout {options.layout}, {options.basis} basis tokens"
     return photo_figure(drawn[0], title, subtitle) if len(drawn) == 1 else clip_figure(drawn, title, subtitle)
 
 

@@ -21,7 +21,7 @@ from transformers.generation.streamers import BaseStreamer
 
 import apet_kernels  # noqa: F401, registers the op
 from apet.calls import Recorder
-from apet.hooks import ENGINE, Options
+from apet.hooks import ENGINE, Options, _unwrapped
 from apet.hooks.engine import Engine
 
 GREEDY = {"do_sample": False, "num_beams": 1, "use_cache": True, "temperature": None, "top_p": None, "top_k": None}
@@ -109,7 +109,8 @@ def report(model: nn.Module, inputs: Mapping[str, Any], *, max_new_tokens: int =
     4 B H L^2 d for attention (scores and weighted sum of L tokens, the masked half included; d per head) in every
     layer; `Call.flops` for the compression. So a decoder layer of P weights in matrices takes 2 B L P + 4 B H L^2 d.
     Norms, activations and other work that grows with L alone are not counted. Attention other than torch's own is
-    exchanged for sdpa in that prefill, since the counter cannot see into it.
+    exchanged for sdpa in that prefill, since the counter cannot see into it. The cache is what generate() makes: one of
+    fixed size has the same bytes either way.
 
     Raises:
         ValueError, in a sentence, where the model is not patched, or the inputs bring nothing to compress or a cache.
@@ -134,7 +135,7 @@ def report(model: nn.Module, inputs: Mapping[str, Any], *, max_new_tokens: int =
         tuple(statistics.median(times[which] for times in seconds[side]) for side in (False, True)) for which in (0, 1)
     )
     return Report(
-        type(model).__name__,
+        type(engine.model).__name__,
         engine.options,
         len(inputs["input_ids"]),
         sum(tokens for _, _, tokens in engine.trace.visuals),
@@ -148,7 +149,7 @@ def report(model: nn.Module, inputs: Mapping[str, Any], *, max_new_tokens: int =
 
 def engine_of(model: nn.Module) -> Engine:
     """What has patched a model. Raises ValueError where nothing has."""
-    engine = vars(model).get(ENGINE)
+    engine = vars(_unwrapped(model)).get(ENGINE)
     if engine is None:
         raise ValueError(f"this {type(model).__name__} is not patched: call apet.patch(model, keep=...) first")
     return engine

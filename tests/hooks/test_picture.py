@@ -15,7 +15,7 @@ from conversations import SIZES, collate, sources
 from families import FAMILIES, TILE, Family, shared
 from PIL import Image
 from processors import MEAN, STD, Processor
-from running import BOTH, FIRST, STAGES, conversation
+from running import BOTH, FIRST, STAGES, conversation, conversations
 from transformers import PreTrainedModel
 
 PROCESSOR = SimpleNamespace(image_mean=MEAN, image_std=STD)
@@ -92,6 +92,20 @@ def test_layouts(layout: str) -> None:
         assert len(panel.frame.overwritten) == (4 if layout == "overwrite" else 0)
 
 
+def test_rows_of_a_batch() -> None:
+    """Images are numbered row after row; each has the marks of its own."""
+    family, model = FAMILIES["llava_next"], shared("llava_next")
+    inputs = collate(family, conversations(family))
+    with apet.patched(model, **FIRST):
+        found = [model_pictures.panels(model, inputs, PROCESSOR, v) for v in range(3)]
+        visuals = apet.kept(model).visuals
+    assert [v.row for v in visuals] == [0, 1, 1]
+    for panels, visual, which in zip(found, visuals, (0, 1, 2), strict=True):
+        where = sources(model, SIZES[which], len(panels)).tolist()
+        kept = {(t, int(p)) for t, panel in enumerate(panels) for p in panel.frame.kept}
+        assert kept == {divmod(where[p], TILE) for p in visual.left[0].tolist() if where[p] >= 0}
+
+
 def scene(width: int, height: int) -> np.ndarray:
     """A picture that looks like itself neither turned, mirrored nor shuffled: [height, width, 3] bytes."""
     rows, columns = np.mgrid[0:height, 0:width] / np.array([height, width]).reshape(2, 1, 1)
@@ -152,12 +166,20 @@ def test_figure(tmp_path: Path) -> None:
         with apet.patched(model, **options):
             figure = apet.picture(model, inputs_of(FAMILIES[name]), PROCESSOR, 1)
             before = apet.kept(model).visuals[1].tokens
+            left = [len(some) for some in apet.kept(model).visuals[1].left]
         words = [text.get_text() for text in figure.texts]
-        assert words[0].startswith(f"image 2: {before} → ")
+        assert words[0] == f"image 2: {before} → {' → '.join(map(str, left))} tokens"
         figure.savefig(tmp_path / f"{name}.png")
         picture = np.asarray(Image.open(tmp_path / f"{name}.png").convert("RGB"))
         assert picture.shape[0] > least
         assert len(np.unique(picture.reshape(-1, 3), axis=0)) > 5000
+
+
+def test_title_counts_appended_rows() -> None:
+    model = shared("llava")
+    with apet.patched(model, keep=9, basis=4, layout="append"):
+        figure = apet.picture(model, inputs_of(FAMILIES["llava"]), PROCESSOR)
+    assert figure.texts[0].get_text() == "image 1: 36 → 9 + 4 basis tokens"
 
 
 def test_refused() -> None:

@@ -12,7 +12,7 @@ from apet import calls, model_report
 from conversations import collate
 from families import FAMILIES, IMAGE, PATCH, TILE, Family, build, hooks_of, shared
 from running import BOTH, FIRST, SECOND, STAGES, conversation, conversations
-from transformers import PreTrainedModel
+from transformers import BatchFeature, PreTrainedModel
 
 import apet_kernels
 
@@ -87,6 +87,21 @@ def test_any_attention_counts_the_same(attention: str) -> None:
         counts.append(model_report.count(vars(model)[apet.hooks.ENGINE], inputs))
         assert {m.config._attn_implementation for m in model.modules() if hasattr(m, "config")} == {name}
     assert counts[0] == counts[1]
+
+
+def test_static_cache_and_inference_mode(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A cache of fixed size is as large either way, but the lengths in it are not."""
+    model = shared("llava")
+    inputs = BatchFeature(collate(LLAVA, [conversation(LLAVA, 3, "image", 5)]))
+    with apet.patched(model, **BOTH):
+        dynamic = apet.report(model, inputs, max_new_tokens=2, rounds=1)
+        monkeypatch.setattr(model.generation_config, "cache_implementation", "static")
+        with torch.inference_mode():
+            static = apet.report(torch.compile(model), inputs, max_new_tokens=2, rounds=1)
+    assert static.model == dynamic.model == "LlavaForConditionalGeneration"
+    assert static.compressed.lengths == dynamic.compressed.lengths == [17, 17, 13, 13]
+    assert static.compressed.cache_bytes == static.without.cache_bytes >= dynamic.without.cache_bytes
+    assert static.compressed.vision_flops == dynamic.compressed.vision_flops
 
 
 def test_calls_of_the_op() -> None:
