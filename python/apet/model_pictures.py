@@ -43,7 +43,8 @@ def picture(model: nn.Module, inputs: Mapping[str, Any], processor: Any, visual:
         the places of its tokens in the image are not known (models that cut or scale projected features).
     """
     drawn = panels(model, inputs, processor, visual)
-    options, seen = engine_of(model).options, kept(model).visuals[visual]
+    engine, seen = engine_of(model), kept(model).visuals[visual]
+    options, name = engine.options, type(engine.model).__name__
     counts, extra = [seen.tokens, *map(len, seen.left)], ""
     if options.layout == "append":  # its rows are no positions
         counts[1] = sum(len(panel.frame.kept) for panel in drawn)
@@ -51,7 +52,7 @@ def picture(model: nn.Module, inputs: Mapping[str, Any], processor: Any, visual:
     title = f"{seen.modality} {visual + 1}: {' → '.join(map(str, counts))}{extra} tokens"
     stages = [] if options.keep is None else [f"keep {options.keep}"]
     stages += [] if options.llm_keep is None else [f"keep {options.llm_keep} after layer {options.llm_layer}"]
-    subtitle = f"{type(engine_of(model).model).__name__}, {', '.join(stages)}   ·   layout {options.layout}, {options.basis} basis tokens"
+    subtitle = f"{name}, {', '.join(stages)}   ·   layout {options.layout}, {options.basis} basis tokens"
     return photo_figure(drawn[0], title, subtitle) if len(drawn) == 1 else clip_figure(drawn, title, subtitle)
 
 
