@@ -60,7 +60,7 @@ def patch(
     Raises:
         ValueError, in a sentence with the offending value.
     """
-    model = _unwrapped(model)
+    model = unwrapped(model)
     adapter = adapter_for(model)
     core = adapter.core(model)
     layers = range(adapter.first_llm_layer(core), len(adapter.language_model(core).layers))
@@ -85,13 +85,13 @@ def patch(
 
 def unpatch(model: nn.Module) -> None:
     """Takes every hook off; the model is what it was. Nothing happens where it is not patched."""
-    _put(_unwrapped(model), None)
+    _put(unwrapped(model), None)
 
 
 @contextmanager
 def patched(model: nn.Module, keep: int | float | Sequence[int | float] | None = None, **options) -> Iterator[Options]:
     """`patch` for the length of a with block; then what was there before, patched or not."""
-    model = _unwrapped(model)
+    model = unwrapped(model)
     before = model.__dict__.get(ENGINE)
     chosen = patch(model, keep, **options)
     try:
@@ -102,7 +102,7 @@ def patched(model: nn.Module, keep: int | float | Sequence[int | float] | None =
 
 def options(model: nn.Module) -> Options | None:
     """The options that a model is patched with, or None."""
-    engine = _unwrapped(model).__dict__.get(ENGINE)
+    engine = unwrapped(model).__dict__.get(ENGINE)
     return engine.options if engine else None
 
 
@@ -127,7 +127,7 @@ class Kept:
 
 def kept(model: nn.Module) -> Kept | None:
     """What the last prefill with images or videos kept, or None where there was none since `patch`."""
-    engine = _unwrapped(model).__dict__.get(ENGINE)
+    engine = unwrapped(model).__dict__.get(ENGINE)
     if engine is None or engine.trace is None:
         return None
     trace, visuals, start = engine.trace, [], 0
@@ -148,7 +148,7 @@ def _put(model: nn.Module, engine: Engine | None) -> None:
         model.__dict__[ENGINE] = engine
 
 
-def _unwrapped(model: nn.Module) -> nn.Module:
+def unwrapped(model: nn.Module) -> nn.Module:
     """The transformers model within torch.compile or PEFT: its hooks run there, too."""
     model = getattr(model, "_orig_mod", model)
     return model.get_base_model() if hasattr(model, "get_base_model") else model
