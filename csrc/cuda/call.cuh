@@ -36,7 +36,8 @@ struct SharedMap {
   int32_t work;       // the image and the slice in hand (Work)
   int32_t message;    // [3 + M] words: a candidate (group.cuh)
   int32_t slots;      // [2][group][3 + M] words: everybody's; clusters only
-  int32_t factor;     // L [M][M] float, then 1 / L_jj [M]
+  int32_t factor;     // L [M][M] float
+  int32_t inverse;    // 1 / L_jj [M] double
   int32_t basis;      // [M] int: positions in the order they were picked
   int32_t warp_best;  // [kWarps] keys
   int32_t scan;       // [kScanWords] words of s4
@@ -57,7 +58,8 @@ struct Call {
   int32_t images, tokens, dim, keep, basis, ragged, appended;
   int64_t start;
   int64_t stride_xb, stride_xn, total_tokens, total_keep;
-  float ridge, blend;
+  double ridge;
+  float blend;
   int32_t whole_in, whole_out;  // rows of x, and of the result, are whole 16-byte words at multiples of 16 bytes
   // how it is cut
   int32_t group, groups, resident, state_shared, basis_shared;

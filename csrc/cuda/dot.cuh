@@ -4,10 +4,10 @@
 //   the products of a chunk, fma by fma, then the chunks' sums, then an xor-shuffle tree over the lanes: 16, 8, 4,
 //   2, 1.
 //
-// Three levels, since one sum a lane would miss the bound on e^2 at M = 1 (docs/algorithm.md, "Rounding").
-// So the order of the sum follows from D and the dtype alone, and not from where the row lies, how it is aligned, which
-// rows share the warp, or how an image is cut. ||x||^2 is the same routine with x on both sides: a copy of a basis
-// token has ||x||^2 = x.p = ||p||^2 to the bit, and with that distance 0.
+// Three levels, since one sum a lane would miss the bound on e^2 at M = 1 (docs/algorithm.md, "Rounding"). Rows of no
+// more than 32 chunks are summed in float64. So the order of the sum follows from D and the dtype alone, and not from
+// where the row lies, how it is aligned, which rows share the warp, or how an image is cut. ||x||^2 is the same routine
+// with x on both sides: a copy of a basis token has ||x||^2 = x.p = ||p||^2 to the bit, and with that distance 0.
 #pragma once
 #include "call.cuh"
 
@@ -56,10 +56,31 @@ __host__ __device__ constexpr int chunks_of(int64_t dim) {
 // Rows that a warp takes at once: each chunk of the candidate is widened once for all of them.
 constexpr int kRows = 4;
 
+// Where a lane has one chunk at most: few products, so that float64 costs nothing. It is needed there: basis tokens
+// come close to spanning all D dimensions, and small pivots stretch every rounding.
+template <class T, bool kSelf, bool kWhole>
+__device__ __forceinline__ void narrow_dots(const T* const (&row)[kRows], const T* p, bool p_whole, int dim,
+                                            float (&sum)[kRows]) {
+  const int k = threadIdx.x % 32;
+  const bool has = k < chunks_of<T>(dim);
+#pragma unroll
+  for (int r = 0; r < kRows; r++) {
+    double here = 0;
+    if (has) {
+      const Chunk<T> a = load_chunk(row[r], k, dim, kWhole), b = kSelf ? a : load_chunk(p, k, dim, p_whole);
+#pragma unroll
+      for (int i = 0; i < Chunk<T>::kSize; i++) here = fma((double)widen(a.v[i]), (double)widen(b.v[i]), here);
+    }
+    for (int step = 16; step; step >>= 1) here += __shfl_xor_sync(kAllLanes, here, step);
+    sum[r] = (float)here;
+  }
+}
+
 // sum[r] = row[r] . p, in every lane; kSelf: row[r] . row[r].
 template <class T, bool kSelf, bool kWhole>
 __device__ __forceinline__ void dots(const T* const (&row)[kRows], const T* p, bool p_whole, int dim,
                                      float (&sum)[kRows]) {
+  if (chunks_of<T>(dim) <= 32) return narrow_dots<T, kSelf, kWhole>(row, p, p_whole, dim, sum);
 #pragma unroll
   for (int r = 0; r < kRows; r++) sum[r] = 0;
 #pragma unroll(kWhole ? 2 : 1)

@@ -87,9 +87,9 @@ __global__ void __launch_bounds__(kThreads, 1) fused(const Call call) {
       if (image.dropped > 0) {
         const int32_t* bounds = call.bounds + (int64_t)s * (group.size + 1) + group.rank;
         const int r_end = __ldcg(bounds + 1);
-        for (int r0 = __ldcg(bounds); r0 < r_end; r0 += FusedTile::kRows)
-          for (int t0 = 0; t0 < image.targets; t0 += FusedTile::kColumns)
-            s5_assign<T, FusedTile, true>(call, image, &slice, r0, r_end, t0, shared);
+        for (int r0 = __ldcg(bounds); r0 < r_end; r0 += FusedTile<T>::kRows)
+          for (int t0 = 0; t0 < image.targets; t0 += FusedTile<T>::kColumns)
+            s5_assign<T, FusedTile<T>, true>(call, image, &slice, r0, r_end, t0, shared);
       }
       group.sync();  // everybody's targets
       const int64_t tasks = (int64_t)image.filled * blocks;
@@ -169,7 +169,7 @@ constexpr Kernels kernels_of() {
   return {select<T, ClusterGroup>,
           select<T, CooperativeGroup>,
           fused<T>,
-          merge_shared<FusedTile>(true),
+          merge_shared<FusedTile<T>>(true),
           {{merge<T, SmallTile, 2>, SmallTile::kRows, SmallTile::kThreads, 16 + merge_shared<SmallTile>(false), 2},
            {merge<T, LargeTile, 4>, LargeTile::kRows, LargeTile::kThreads, 16 + merge_shared<LargeTile>(false), 4}}};
 }

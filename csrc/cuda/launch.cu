@@ -159,7 +159,8 @@ SharedMap map_of(const apet_problem& p, const apet_gpu_plan& plan) {
   map.work = take(kWorkBytes);
   map.message = take(words);
   map.slots = take(plan.path == APET_CUDA_GROUPS ? 0 : 2 * plan.group * words);
-  map.factor = take((m + 1) * m * 4);
+  map.factor = take(m * m * 4);
+  map.inverse = take(m * 8);
   map.basis = take(m * 4);
   map.warp_best = take(kWarps * 8);
   map.scan = take(kScanWords * 4);
@@ -334,7 +335,7 @@ Call call_of(const apet_problem& p, const apet_tensors& tensors, const apet_gpu_
   call.stride_xn = p.stride_xn;
   call.total_tokens = p.total_tokens;
   call.total_keep = p.total_keep;
-  call.ridge = (float)std::min<double>(p.ridge, FLT_MAX);
+  call.ridge = p.ridge;
   call.blend = (float)p.blend;
   call.whole_in = aligned(tensors.x, {p.dim, p.stride_xn, p.images > 1 && !p.ragged ? p.stride_xb : 0}, element(p));
   call.whole_out = aligned(tensors.tokens, {p.dim}, element(p));

@@ -9,6 +9,9 @@
 //            y_k = (dot - l.y) / sqrt(pivot)         a thread a row
 //            distance, or what is left of ||x||^2    -> best candidate for step k + 1
 //
+// What is done once a token and not once an element is float64: its rounding would add up over the steps, its cost does
+// not. y and L are stored as float32.
+//
 // Global memory is read once (and M times what is not resident, from L2); written are 8 bytes a token.
 #pragma once
 #include "dot.cuh"
@@ -168,7 +171,7 @@ __device__ inline int s1_s2_sweeps(const Call& call, const Image& image, const S
   unsigned char* shared = shared_memory();
   uint32_t* message = reinterpret_cast<uint32_t*>(shared + call.map.message);
   float* factor = reinterpret_cast<float*>(shared + call.map.factor);
-  float* inverse = factor + call.basis * call.basis;  // 1 / L_jj; 0 for a dependent basis token
+  double* inverse = reinterpret_cast<double*>(shared + call.map.inverse);  // 1 / L_jj; 0 for a dependent basis token
   int* basis = reinterpret_cast<int*>(shared + call.map.basis);
   T* shared_p = reinterpret_cast<T*>(shared + call.map.candidate);
   const bool fps = call.select == APET_FPS;
@@ -196,15 +199,15 @@ __device__ inline int s1_s2_sweeps(const Call& call, const Image& image, const S
     if ((message[0] | message[1]) == 0) return m;
     const int p = unpack((Key)message[1] << 32 | message[0]);
     const float norm_p = __uint_as_float(message[2]);
-    float left = norm_p;
+    double left = norm_p;
     for (int j = 0; j < m; j++) {
-      const float l = __uint_as_float(message[3 + j]);
-      left = __fmaf_rn(-l, l, left);
+      const double l = __uint_as_float(message[3 + j]);
+      left = fma(-l, l, left);
     }
-    const float pivot = __fadd_rn(left, call.ridge);
+    const double pivot = left + call.ridge;
     const bool dependent = !(pivot > 4 * kUnit * norm_p);
     if (!fps && m > 0 && dependent) return m;
-    const float inv = dependent ? 0 : __fdiv_rn(1, __fsqrt_rn(pivot));
+    const double inv = dependent ? 0 : 1 / sqrt(pivot);
     for (int j = thread; j < m; j += kThreads) factor[m * call.basis + j] = __uint_as_float(message[3 + j]);
     if (thread == 0) inverse[m] = inv, basis[m] = p;
     const T* row_p = slice.token(call, p);
@@ -219,17 +222,17 @@ __device__ inline int s1_s2_sweeps(const Call& call, const Image& image, const S
     best = 0;
     for (int i = thread; i < slice.count; i += kThreads) {
       const float dot = slice.dot[i];
-      float rest = dot;
+      double rest = dot;
       for (int j = 0; j < m; j++)
-        rest = __fmaf_rn(-__uint_as_float(message[3 + j]), slice.y[(int64_t)j * slice.count + i], rest);
-      const float y = __fmul_rn(rest, inv);
-      slice.y[(int64_t)m * slice.count + i] = y;
+        rest = fma(-(double)__uint_as_float(message[3 + j]), (double)slice.y[(int64_t)j * slice.count + i], rest);
+      const double y = rest * inv;
+      slice.y[(int64_t)m * slice.count + i] = (float)y;
       float measure = slice.measure[i];
       if (fps) {
         const float distance = __fadd_rn(__fsub_rn(slice.norm[i], dot), __fsub_rn(norm_p, dot));
         if (distance < measure) measure = fmaxf(distance, 0);
       } else {
-        measure = __fmaf_rn(-y, y, measure);
+        measure = (float)fma(-y, y, (double)measure);
       }
       if (slice.first + i == p) measure = 0;
       slice.measure[i] = measure;
@@ -243,24 +246,25 @@ __device__ inline int s1_s2_sweeps(const Call& call, const Image& image, const S
 template <class T>
 __device__ inline float s3_residual(const Call& call, const Slice<T>& slice, int m, int i) {
   const float* factor = reinterpret_cast<const float*>(shared_memory() + call.map.factor);
-  const float* inverse = factor + call.basis * call.basis;
+  const double* inverse = reinterpret_cast<const double*>(shared_memory() + call.map.inverse);
   const float norm = slice.norm[i];
   if (!(norm <= FLT_MAX)) return INFINITY;
   const int64_t stride = slice.count;
   float* y = slice.y + i;
-  float e2 = norm;
-  for (int j = 0; j < m; j++) e2 = __fmaf_rn(-y[j * stride], y[j * stride], e2);
+  double left = norm;
+  for (int j = 0; j < m; j++) left = fma(-(double)y[j * stride], (double)y[j * stride], left);
   if (call.ridge > 0) {
-    float penalty = 0;
+    double penalty = 0;
     for (int j = m - 1; j >= 0; j--) {
-      float w = y[j * stride];
-      for (int k = j + 1; k < m; k++) w = __fmaf_rn(-factor[k * call.basis + j], y[k * stride], w);
-      w = __fmul_rn(w, inverse[j]);
-      y[j * stride] = w;
-      penalty = __fmaf_rn(w, w, penalty);
+      double w = y[j * stride];
+      for (int k = j + 1; k < m; k++) w = fma(-(double)factor[k * call.basis + j], (double)y[k * stride], w);
+      w *= inverse[j];
+      y[j * stride] = (float)w;
+      penalty = fma(w, w, penalty);
     }
-    e2 = __fmaf_rn(-call.ridge, penalty, e2);
+    left = fma(-call.ridge, penalty, left);
   }
+  const float e2 = (float)left;
   return e2 > norm * (call.basis * (4 * kUnit)) ? e2 : 0;  // less is rounding
 }
 

@@ -34,7 +34,10 @@ struct Tile {
 };
 using SmallTile = Tile<2, 2, 2, 4>;  // 64 x 64: enough tiles for a small image
 using LargeTile = Tile<2, 4, 4, 4>;  // 128 x 128: half the bytes from L2 a product
-using FusedTile = Tile<3, 4, 2, 4>;  // 96 x 128: a CTA's slice at once, with the 12 warps of `select`
+// Inside `fused`, 96 x 128: a CTA's slice at once, with the 12 warps of `select`; float32 is short of registers, 96
+// x 64.
+template <class T>
+using FusedTile = Tile<3, 4, 2, sizeof(T) == 2 ? 4 : 2>;
 
 // A float's bits so that they ascend with it; -0 as +0, NaN below all.
 __device__ __forceinline__ uint32_t ordered(float v) {
@@ -63,20 +66,21 @@ __device__ __forceinline__ void multiply(float (&acc)[Tl::kFragM][Tl::kFragN][4]
   } else {
 #pragma unroll
     for (int half = 0; half < 2; half++) {
-      Chunk<T> fa[Tl::kFragM * 2], fb[Tl::kFragN * 2];
+      Chunk<T> fa[Tl::kFragM * 2];
 #pragma unroll
       for (int i = 0; i < Tl::kFragM * 2; i++) fa[i] = *reinterpret_cast<const Chunk<T>*>(a[i] + at_a + 16 * half);
 #pragma unroll
-      for (int j = 0; j < Tl::kFragN * 2; j++) fb[j] = *reinterpret_cast<const Chunk<T>*>(b[j] + at_b + 16 * half);
+      for (int j = 0; j < Tl::kFragN; j++) {
+        Chunk<T> fb[2];
 #pragma unroll
-      for (int k = 0; k < 4; k++)
+        for (int c = 0; c < 2; c++) fb[c] = *reinterpret_cast<const Chunk<T>*>(b[j * 2 + c] + at_b + 16 * half);
 #pragma unroll
-        for (int i = 0; i < Tl::kFragM; i++)
+        for (int k = 0; k < 4; k++)
 #pragma unroll
-          for (int j = 0; j < Tl::kFragN; j++)
+          for (int i = 0; i < Tl::kFragM; i++)
 #pragma unroll
-            for (int c = 0; c < 4; c++)
-              acc[i][j][c] = __fmaf_rn(fa[i * 2 + c / 2].v[k], fb[j * 2 + c % 2].v[k], acc[i][j][c]);
+            for (int c = 0; c < 4; c++) acc[i][j][c] = __fmaf_rn(fa[i * 2 + c / 2].v[k], fb[c % 2].v[k], acc[i][j][c]);
+      }
     }
   }
 }
