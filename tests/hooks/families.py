@@ -36,6 +36,7 @@ class Family:
         ragged: images come as packed patches with grids, positions are M-RoPE.
         video: videos have placeholders of their own.
         parts: the names of the core model, and of the language model in it.
+        projector: the name of the module in the core model before which the first stage is, if there is such.
     """
 
     name: str
@@ -44,16 +45,18 @@ class Family:
     ragged: bool = False
     video: bool = True
     parts: tuple[str, str] = ("model", "language_model")
+    projector: str | None = None
 
     def __str__(self) -> str:
         return self.name
 
 
+PROJECTOR = "multi_modal_projector"
 FAMILIES = {
     family.name: family
     for family in (
-        Family("llava", "LlavaForConditionalGeneration", video=False),
-        Family("llava_next", "LlavaNextForConditionalGeneration", tiles=True, video=False),
+        Family("llava", "LlavaForConditionalGeneration", video=False, projector=PROJECTOR),
+        Family("llava_next", "LlavaNextForConditionalGeneration", tiles=True, video=False, projector=PROJECTOR),
         Family("qwen2_5_vl", "Qwen2_5_VLForConditionalGeneration", ragged=True),
         Family("video_llava", "VideoLlavaForConditionalGeneration"),
         Family("qwen2_vl", "Qwen2VLForConditionalGeneration", ragged=True),

@@ -107,6 +107,15 @@ def units(model: PreTrainedModel, family: Family, one: Visual) -> list[Tensor]:
     return [every[1:] if family.name == "postcard" else every]
 
 
+def cells(model: PreTrainedModel, family: Family, one: Visual) -> tuple[Tensor, int]:
+    """Which row of the projector's input each placeholder of an image comes from, and how many rows the image has."""
+    if family.name == "postcard":
+        return torch.arange(one.count) - 1, one.count - 1
+    if family.tiles:
+        return sources(model, one.size, len(one.pixels)), len(one.pixels) * TILE
+    return torch.arange(one.count), one.count
+
+
 @dataclass
 class Prompt:
     """A prompt on its way into the decoder layers.
@@ -140,8 +149,8 @@ def enter(model: PreTrainedModel, family: Family, row: Sample) -> tuple[dict[str
         features.append(args[0].flatten(0, 1))
 
     handles = [reader(model).register_forward_pre_hook(language_model, with_kwargs=True)]
-    if hasattr(core(model), "multi_modal_projector"):
-        handles.append(core(model).multi_modal_projector.register_forward_pre_hook(projector))
+    if family.projector:
+        handles.append(core(model).get_submodule(family.projector).register_forward_pre_hook(projector))
     try:
         model(**collate(family, [row], dtype=model.dtype), use_cache=False)
     finally:
@@ -166,16 +175,16 @@ def shorten(model: PreTrainedModel, family: Family, row: Sample, options: Option
         here = slots[one.kind][done[one.kind] : done[one.kind] + one.count]
         for unit in units(model, family, one):
             x, project = embeds[here[unit]], torch.nn.Identity()
-            if family.name in ("llava", "llava_next"):  # before the projector
-                cell = sources(model, one.size, len(one.pixels))[unit] if family.tiles else unit
-                x, project = features[done["features"] + cell], core(model).multi_modal_projector
+            if family.projector:
+                x = features[done["features"] + cells(model, family, one)[0][unit]]
+                project = core(model).get_submodule(family.projector)
             rows, index = compress(x, budget(options.keep, v, len(unit), options), options, options.layout)
             at.append(here[unit[index]])
             place.append(here[unit[: len(rows)]] if options.layout == "append" else at[-1])
             new.append(project(rows) if len(index) < len(unit) else embeds[here[unit]])
             visual.append(v)
         done[one.kind] += one.count
-        done["features"] += len(one.pixels) * TILE
+        done["features"] += cells(model, family, one)[1] if family.projector else 0
     outside = torch.ones(L, dtype=torch.bool)
     for v, one in enumerate(row.visuals):
         first = sum(other.count for other in row.visuals[:v] if other.kind == one.kind)

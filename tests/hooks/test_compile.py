@@ -10,8 +10,9 @@ import pytest
 import torch
 import transformers
 from conversations import collate
-from families import FAMILIES, UNSAID, V5, shared
-from running import BOTH, FIRST, Said, conversation, judge
+from families import FAMILIES, UNSAID, V5, build, shared, twin
+from recompute import expected
+from running import BOTH, FIRST, TOLERANCE, Said, conversation, judge
 from torch import fx
 
 STEPS = 5
@@ -91,3 +92,18 @@ def test_generate(name: str, graphs: Graphs) -> None:
             counts.append(graphs.count)
             judge(family, [row], Said(out.sequences[:, len(row.ids) :], torch.stack(out.logits, 1), None), BOTH)
     assert counts[0] == counts[1] > 0
+
+
+def test_compiled_model(graphs: Graphs) -> None:
+    """`torch.compile(model)` is patched inside."""
+    family = FAMILIES["llava"]
+    model, row = build("llava"), conversation(family, 3, "image", 5)
+    compiled = torch.compile(model, backend=graphs)
+    chosen = apet.patch(compiled, **BOTH)
+    assert apet.options(model) == apet.options(compiled) == chosen
+    said = [call(**collate(family, [row])).logits[0, -1] for call in (model, compiled)]
+    want = expected(twin("llava"), family, row, [], **BOTH).logits[0]
+    for logits in said:
+        torch.testing.assert_close(logits, want, rtol=0, atol=TOLERANCE)
+    apet.unpatch(compiled)
+    assert apet.options(model) is None

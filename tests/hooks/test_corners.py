@@ -176,6 +176,30 @@ def test_second_turn_in_a_static_cache(family: Family, stage: str) -> None:
     torch.testing.assert_close(torch.stack(second.logits, 1)[0], want, rtol=0, atol=TOLERANCE)
 
 
+@pytest.mark.parametrize("stage", ["first", "both"])
+def test_cache_cropped_into_an_image(family: Family, stage: str) -> None:
+    model, row = shared(family.name), conversation(family, 3, "image", 5)
+    with apet.patched(model, **STAGES[stage]):
+        out = model(**collate(family, [row]), use_cache=True)
+        out.past_key_values.crop(-10 if V5 else len(row.ids) - 10)
+        with pytest.raises(ValueError, match="cropped"):
+            go_on(model, torch.tensor([[44, 55]]), out, len(row.ids) - 10)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_padded_turn_in_a_static_cache(family: Family, stage: str) -> None:
+    """Refused: a mask of fixed size has no place for padding behind the prompt."""
+    model = shared(family.name)
+    rows = [conversation(family, 3, "image", 5), conversation(family, 2, "image", 1, seed=1)]
+    inputs = collate(family, rows)
+    cache = transformers.StaticCache(config=model.config.get_text_config(), max_cache_len=400)
+    with apet.patched(model, **STAGES[stage]):
+        out = model(**inputs, past_key_values=cache, use_cache=True)
+        mask = torch.cat([inputs["attention_mask"], torch.tensor([[1, 1], [0, 1]])], dim=1)
+        with pytest.raises(ValueError, match="padding"):
+            go_on(model, torch.tensor([[11, 12], [0, 13]]), out, len(mask[0]) - 2, attention_mask=mask)
+
+
 def test_assistant_that_is_patched_too(family: Family) -> None:
     """Refused: `generate` gives the drafter its cache and all images once more, in every round."""
     model, draft = shared(family.name), build(family.name, seed=1)

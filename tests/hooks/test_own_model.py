@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
@@ -33,13 +34,24 @@ class Postcards(apet.Adapter):
         return {"image": [image] * (counts["image"] // len(image))}
 
 
-ADAPTERS = {"aya_vision": apet.Adapter(), "postcard": Postcards(), "gemma3": apet.Adapter()}
+class PostcardsBeforeMix(Postcards):
+    """The same, compressed before `mix`."""
+
+    projector = "mix"
 
 
-@pytest.fixture(params=["aya_vision", "postcard"])
+CASES = {
+    "aya_vision": (OTHERS["aya_vision"], apet.Adapter()),
+    "postcard": (OTHERS["postcard"], Postcards()),
+    "postcard before mix": (dataclasses.replace(OTHERS["postcard"], projector="mix"), PostcardsBeforeMix()),
+}
+
+
+@pytest.fixture(params=list(CASES))
 def other(request: pytest.FixtureRequest) -> Family:
-    apet.register_adapter(request.param, ADAPTERS[request.param])
-    return OTHERS[request.param]
+    family, adapter = CASES[request.param]
+    apet.register_adapter(family.name, adapter)
+    return family
 
 
 def test_unknown_model_says_what_to_do() -> None:
@@ -105,7 +117,7 @@ def test_copy(other: Family) -> None:
 def test_images_that_see_ahead_are_refused() -> None:
     """In Gemma 3 the tokens of an image see each other both ways: no adapter can promise that of what is left. And its
     layers turn their keys by two different rotary embeddings."""
-    apet.register_adapter("gemma3", ADAPTERS["gemma3"])
+    apet.register_adapter("gemma3", apet.Adapter())
     model = build("gemma3")
     ids = torch.tensor([[5, 6, *[IMAGE] * 36, 7, 8]])
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "token_type_ids": (ids == IMAGE).long()}
