@@ -164,7 +164,7 @@ __device__ inline void s4_given_rows(const Call& call, const Image& image, int s
       position = (int)min(max(call.at.kept[image.row + k], (int64_t)0), (int64_t)n - 1);
       norm = __ldcg(call.norm2 + image.token + position);
       receives[0] = norm <= FLT_MAX && (!call.at.kept_targets || call.at.kept_targets[image.row + k]);
-      __stcg(rank + position, kHighest);  // listed
+      atomicMax(rank + position, kHighest);  // listed; by several threads, where a row is repeated
     }
     int before[1], here[1];
     count_before(receives, before, here, scan);
