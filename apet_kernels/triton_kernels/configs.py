@@ -49,14 +49,13 @@ def tiles(device_class: str, D: int, element: int) -> Tiles:
     if device_class == "interpreter":  # small, so that small tests cross every edge
         return Tiles(32, 64, 4, 64, 4, 16, 16, 64, 4, 1, 64, 4, 4)
     wide = power_of_2(D)
-    # The last of several blocks of 512 that is not full takes masks, for which registers do not suffice.
-    step_d = 256 if D > 512 and D % 512 else min(wide, 512)
+    step_d = min(wide, 512)
     if element == 4:
         # No matrix instruction multiplies float32 exactly: products are unrolled into registers, so the tile is small.
         assign = (32, 32, 32, 8, 2)
     elif D * element % 16:
         # Rows are loaded element by element, through registers.
-        assign = (64, 64, 32, 4, 3)
+        assign = (64, 64, 32, 8, 3)
     elif device_class.startswith(MMA_SYNC):
         # Products stay in registers there: with 64 channels at once, eight warps spill.
         assign = (128, 128, 32, 8, 4)

@@ -93,7 +93,7 @@ def s1_s3_step(
         rows = at(x, base + n.to(tl.int64) * stride_xn, ALIGN)
         dots = tl.zeros((BLOCK_N, BLOCK_D), SUM)
         squares = tl.zeros((BLOCK_N, BLOCK_D), SUM)
-        for d0 in range(0, D, BLOCK_D):
+        for d0 in range(0, width, BLOCK_D):  # not D: the compiler would unroll a constant bound, and spill
             within = d0 + d < D
             v = tl.load(rows[:, None] + (d0 + d)[None, :], mask=inside[:, None] & within[None, :], other=0.0)
             c = tl.load(pointer_p + d0 + d, mask=d0 + d < width, other=0.0)

@@ -52,6 +52,7 @@ def s5_assign(
         movable = has_row & (tl.load(norm2 + token + n, mask=has_row, other=0.0) <= FLT_MAX)
         rows = at(x, base + n.to(tl.int64) * stride_xn, ALIGN)
         d = tl.arange(0, BLOCK_D)
+        width = tl.where(left > 0, D, 0)  # D, as no constant: the compiler would unroll the loop over it, and spill
         similarity = tl.full((BLOCK_R,), float("-inf"), tl.float32)
         target = tl.full((BLOCK_R,), -1, tl.int32)
         for t0 in range(share * BLOCK_T, keep, shares * BLOCK_T):
@@ -62,7 +63,7 @@ def s5_assign(
             allowed = is_row & (tl.load(source + row + t, mask=is_row, other=-2) == -1) & (sq <= FLT_MAX)
             columns = at(x, base + m.to(tl.int64) * stride_xn, ALIGN)
             product = tl.zeros((BLOCK_R, BLOCK_T), tl.float32)
-            for d0 in range(0, D, BLOCK_D):
+            for d0 in range(0, width, BLOCK_D):
                 within = d0 + d < D
                 a = tl.load(rows[:, None] + (d0 + d)[None, :], mask=movable[:, None] & within[None, :], other=0.0)
                 b = tl.load(columns[:, None] + (d0 + d)[None, :], mask=allowed[:, None] & within[None, :], other=0.0)
