@@ -266,9 +266,12 @@ def table(kernels: list[Kernel]) -> str:
     ]
     for c in CLAIMS:
         which = ", ".join(sorted({k.name.partition("<")[0] for k in kernels if re.search(c.kernels, k.name)}))
-        which = {"CooperativeGroup": "select<CooperativeGroup>", CLUSTERS: "select<ClusterGroup>, fused"}.get(
-            c.kernels, which
-        )
+        groups = {
+            CLUSTERS: "fused, select<ClusterGroup>",
+            "CooperativeGroup": "select<CooperativeGroup>",
+            "CooperativeGroup|merge": "merge, select<CooperativeGroup>",
+        }
+        which = groups.get(c.kernels, which)
         which += " of 16-bit tokens" if c.dtypes == TENSOR else " of float32 tokens" if c.dtypes == ("float32",) else ""
         which += f", from sm_{c.since} on" if c.since > 80 else ""
         instruction = c.instruction.replace("|", r"\|")
