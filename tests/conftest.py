@@ -53,8 +53,8 @@ FUNCTIONS = ("compress", "compress_varlen", "score", "merge")
 
 
 def backend_ids() -> list[str]:
-    """The reference, the CPU kernel on every instruction set of this machine, Triton (on a GPU, or interpreted), CUDA (on
-    a GPU), and the CUDA sources compiled for the CPU (tests/simt)."""
+    """The reference, the CPU kernel on every instruction set of this machine, Triton (on a GPU, or interpreted), CUDA
+    (on a GPU), and the CUDA sources compiled for the CPU (tests/simt)."""
     usable = [name for name, why in apet_kernels.backends().items() if why is None]
     cpu = apet_kernels.cpu_isa() if "cpu" in usable else []
     gpu = [name for name in usable if name in ("triton", "cuda")]

@@ -16,6 +16,17 @@ def family(request: pytest.FixtureRequest) -> families.Family:
     return families.FAMILIES[request.param]
 
 
+FOUR = ("llava", "llava_next", "qwen2_5_vl", "video_llava")
+
+
+@pytest.fixture(
+    params=[name if name in FOUR else pytest.param(name, marks=pytest.mark.slow) for name in families.FAMILIES]
+)
+def main_family(request: pytest.FixtureRequest) -> families.Family:
+    """For what is the engine's alone, and slow: four families every day."""
+    return families.FAMILIES[request.param]
+
+
 @pytest.fixture(autouse=True)
 def clean() -> Iterator[None]:
     """No hook, option or attribute stays on a shared model; nothing is printed about tiny configurations."""

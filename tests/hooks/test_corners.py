@@ -23,10 +23,9 @@ PROMPTS: dict[str, list[Part]] = {
 }
 
 
-@pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize("prompt", PROMPTS)
-def test_prompts(family: Family, prompt: str, stage: str) -> None:
-    model, options = shared(family.name), STAGES[stage]
+def test_prompts(family: Family, prompt: str) -> None:
+    model, options = shared(family.name), BOTH
     rows = [conversation(family, *PROMPTS[prompt]), conversation(family, 4, "image", 1, seed=1)]
     with apet.patched(model, **options):
         batch = say(model, collate(family, rows))

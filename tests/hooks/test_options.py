@@ -207,7 +207,7 @@ def features_from_outside(family: Family, model: nn.Module, inputs: dict[str, An
 CALLS: dict[str, tuple[Callable[..., None], str]] = {
     "labels": (labels, "labels"),
     "new images on a used cache": (images_on_a_used_cache, "cache"),
-    "another batch size": (another_batch_size, "2"),
+    "another batch size": (another_batch_size, "batch of 2"),
     "a mask that is not causal": (a_mask_of_another_shape, "causal"),
     "gradients": (gradients, "no_grad"),
     "packed sequences": (packed_sequences, "packed"),
@@ -215,17 +215,17 @@ CALLS: dict[str, tuple[Callable[..., None], str]] = {
 }
 
 
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("stage", ["first", "second"])
 @pytest.mark.parametrize("call", CALLS)
-def test_calls_that_are_refused(family: Family, call: str, stage: str) -> None:
+def test_calls_that_are_refused(main_family: Family, call: str, stage: str) -> None:
     """In one sentence; and the next call is right."""
     if call == "features from outside" and not V5:
         pytest.skip("transformers 4 takes no encoded features")
     run, says = CALLS[call]
-    model, row = shared(family.name), conversation(family, 3, "image", 5)
-    inputs = collate(family, [row])
+    model, row = shared(main_family.name), conversation(main_family, 3, "image", 5)
+    inputs = collate(main_family, [row])
     with apet.patched(model, **STAGES[stage]):
         with pytest.raises((ValueError, RuntimeError), match=says) as refusal:
-            run(family, model, dict(inputs))
+            run(main_family, model, dict(inputs))
         one_sentence(refusal.value)
-        judge(family, [row], say(model, inputs), STAGES[stage])
+        judge(main_family, [row], say(model, inputs), STAGES[stage])
