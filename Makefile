@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 TORCH ?= torch==2.13.0
+SLOW ?= slow
 bin := $(VENV)/bin
 pip := $(bin)/python -m pip --disable-pip-version-check install --quiet
 native := setup.py pyproject.toml CMakeLists.txt $(shell find csrc -type f)
@@ -49,7 +50,7 @@ test-cuda: $(VENV)/installed-test  ## the CUDA sources, run on the CPU: all of e
 	$(bin)/python -m pytest -q -n 2 -m "not gpu" --interpret 0 -k simt
 
 test-full: $(VENV)/installed-dev sanitize  ## what is too long for every day: sanitizers, installing in every way
-	$(bin)/python -m pytest -q -m slow
+	$(bin)/python -m pytest -q -m "$(SLOW)"
 
 sanitize: $(VENV)/installed-test  ## the CPU library's tests under AddressSanitizer and UBSan
 	$(bin)/python tests/sanitize.py -q -n 2

@@ -66,7 +66,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--interpret",
         type=int,
-        default=3,
+        default=2,
         metavar="N",
         help="how many points of each test's parameter grid run on kernels that are interpreted; 0: all",
     )

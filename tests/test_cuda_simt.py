@@ -204,7 +204,7 @@ def test_offsets_that_are_wrong_stay_in_bounds(cu, layout):
     [
         ("compress", torch.float16),
         *(
-            pytest.param(op, dtype, marks=pytest.mark.slow)
+            pytest.param(op, dtype, marks=[pytest.mark.slow, pytest.mark.matrix])
             for op in ("compress", "compress_varlen", "merge")
             for dtype in DTYPES
             if (op, dtype) != ("compress", torch.float16)
@@ -389,7 +389,10 @@ BUGS = [
 
 @pytest.mark.parametrize(
     "bug",
-    [pytest.param(b, id=b.name.replace(" ", "_"), marks=[] if b.everyday else pytest.mark.slow) for b in BUGS],
+    [
+        pytest.param(b, id=b.name.replace(" ", "_"), marks=[] if b.everyday else [pytest.mark.slow, pytest.mark.matrix])
+        for b in BUGS
+    ],
 )
 def test_planted_bugs(bug: Bug, tmp_path: Path):
     csrc = tmp_path / "csrc"

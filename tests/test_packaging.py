@@ -365,6 +365,7 @@ def test_wheel_with_torch(with_torch: Path, source: Path, tmp_path: Path, isolat
     assert recorded in run(with_torch, "-I", "-c", "import apet_kernels; print(apet_kernels.build_info())")
 
 
+@pytest.mark.matrix
 @pytest.mark.slow
 def test_wheel_with_cuda(with_torch: Path, source: Path, tmp_path: Path):
     """Compiled because it is asked for; beside a torch without CUDA nothing of it is loaded, and all else works."""

@@ -106,6 +106,7 @@ def test_a_body_where_there_are_no_clusters(tmp_path: Path):
     assert kernel.faults() == ["has a body, on a target without clusters"]
 
 
+@pytest.mark.matrix
 @pytest.mark.slow
 def test_every_kernel_on_every_target():
     """No faults; and, by the compiler that it names, docs/cuda.md is up to date."""

@@ -74,6 +74,7 @@ def test_what_most_users_run():
     assert offline.faults(results) == []
 
 
+@pytest.mark.matrix
 @pytest.mark.slow
 def test_every_gpu_and_size():
     """Also that the guide's table is what `python -m tests.offline --markdown` writes."""
