@@ -58,7 +58,7 @@ def test_faults_are_seen():
     with offline.pool(1) as executor:
         faults, narrow = executor.submit(altered, "s5_assign", BLOCK_R=256, BLOCK_D=256).result()
         assert any(re.fullmatch(r"needs \d+ bytes of shared memory of 232448", fault) for fault in faults), faults
-        faults, narrow = executor.submit(altered, "s1_s3_step", BLOCK_D=8192).result()
+        faults, narrow = executor.submit(altered, "s1_s3_step", BLOCK_N=64).result()
         assert any(re.fullmatch(r"spills \d+ bytes", fault) for fault in faults), faults
         assert narrow == []
         faults, narrow = executor.submit(altered, "s1_s3_step", ALIGN=2).result()
