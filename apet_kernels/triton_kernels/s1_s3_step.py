@@ -29,7 +29,7 @@ def s1_s3_step(
     nearest,  # [tokens] float32, updated: squared distance to the basis; 0 for basis tokens and those not finite
     rest,  # [tokens] float32, updated: ||x||^2 - ||y||^2
     y,  # [M, tokens] float32, row `step` written
-    inverse,  # [S, M, M] float32, L^-1, row `step` written
+    inverse,  # [S, M, M] float64, L^-1, row `step` written
     candidates,  # [2, S, PARTIALS] int64: halves read and written in turn
     basis,  # [S, M] int64, column `step` written: a position in the image, or -1 once there is nothing left to pick
     e2,  # [tokens] float32, written by the last step
@@ -67,9 +67,8 @@ def s1_s3_step(
 
     j = tl.arange(0, BLOCK_M)
     earlier = j < step
-    new_l = tl.load(y + j * tokens + token + p, mask=j < tl.where(alive, step, 0), other=0.0).to(
-        tl.float64
-    )  # [BLOCK_M]
+    known_y = tl.where(alive, step, 0)
+    new_l = tl.load(y + j * tokens + token + p, mask=j < known_y, other=0.0).to(tl.float64)  # [BLOCK_M]
     pivot = norm_p.to(tl.float64) + ridge - tl.sum(new_l * new_l, 0)
     independent = alive & (pivot > norm_p * (4 * U))
     inv = tl.where(independent, 1.0 / tl.sqrt(tl.where(independent, pivot, 1.0)), 0.0)
