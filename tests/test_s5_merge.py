@@ -73,6 +73,13 @@ def test_repeated_rows(backend):
     assert merge(backend, x, [1, 0, 0]).tolist() == [[0, 1], [2, 0.5], [1, 0]]
 
 
+def test_more_repeated_rows_than_are_read_at_once(backend):
+    x = tokens(1, 1300, 5, seed=1)
+    got = merge(backend, x, [3, 7] * 650)
+    assert_same(got[:2], merge(backend, x, [3, 7]))
+    assert_same(got[2:], x[0, [3, 7]].repeat(649, 1))
+
+
 def test_order_of_rows_is_free(backend):
     x = tokens(1, 50, 24, seed=1)
     order = torch.randperm(50, generator=torch.Generator().manual_seed(2))[:20]

@@ -273,7 +273,7 @@ def reverse(x, out, LOAD: tl.constexpr, STORE: tl.constexpr, BARRIER: tl.constex
     [
         (False, False, "loads what it stored, no barrier between: 64 elements of out"),
         (True, True, "stores what it loaded, no barrier between: 64 elements of out"),
-        (False, True, "stores what it stored, no barrier between: 64 elements of out"),
+        (False, True, "stores over what it stored, no barrier between: 64 elements of out"),
     ],
 )
 def test_a_missing_barrier(LOAD, STORE, sentence):
@@ -296,6 +296,21 @@ def test_a_store_of_two_values():
     assert out.eq(1).all()
     with pytest.raises(InterpreterError, match="stores different values at once: 32 elements of out, first at byte 0"):
         halve[(1,)](torch.arange(float(N)), out, N)
+
+
+@triton.jit
+def mark(x, out, N: tl.constexpr):
+    i = tl.arange(0, N)
+    tl.store(out + i % 3, tl.load(x))
+    tl.store(out + i % 5, tl.load(x + 1))
+
+
+def test_a_store_of_what_is_there():
+    out = torch.zeros(5)
+    mark[(1,)](torch.ones(2), out, N)
+    assert out.eq(1).all()
+    with pytest.raises(InterpreterError, match=r"stores over what it stored, no barrier between: .* of out"):
+        mark[(1,)](torch.tensor([1.0, 2.0]), out, N)
 
 
 @triton.jit

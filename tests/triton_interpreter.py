@@ -6,8 +6,9 @@
   fma rounds once;
 - a load or store outside the tensor that its pointer was made from is refused, to the byte;
 - so is an element that one program stores and another one loads or stores: programs run in any order, and at once;
-- so is an element that a program loads or stores after storing it, or stores after loading it, with no
-  `tl.debug_barrier()` between: the threads of a program run apart, and an element may be in the hands of several;
+- so is an element that a program loads after storing it, stores after loading it, or stores twice with another value,
+  with no `tl.debug_barrier()` between: the threads of a program run apart, and an element may be in the hands of
+  several;
 - so is one store of different values to one element, and an arg-max or arg-min over a NaN: their results depend on
   the order of things;
 - so is a `tl.multiple_of` that does not hold: a GPU would load from another address, or not at all.
@@ -18,6 +19,7 @@ keeps the kernel's meaning, and how shared memory is used.
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import types
 from typing import Any
@@ -49,6 +51,11 @@ class Storage:
         self.loaded_by = np.full(size, NOBODY, np.int32)  # program, or SEVERAL
         self.stored_in = np.full(size, NOBODY, np.int32)  # stretch of a program: what lies between two barriers
         self.loaded_in = np.full(size, NOBODY, np.int32)
+        self.bytes = np.ctypeslib.as_array((ctypes.c_uint8 * size).from_address(self.address))
+
+    def read(self, at: np.ndarray, itemsize: int) -> np.ndarray:
+        """The bits of the elements that start at bytes `at`."""
+        return self.bytes[at[:, None] + np.arange(itemsize)].view(f"u{itemsize}")[:, 0]
 
 
 class Argument:
@@ -114,10 +121,14 @@ class Launch:
         memory = argument.storage
         for by, does in ((memory.stored_by[at], "stores"), (memory.loaded_by[at], "loads")):
             self._refuse(argument, (by != NOBODY) & (by != self.program), f"stores what another program {does}", at)
-        for stretch, did in ((memory.stored_in[at], "stored"), (memory.loaded_in[at], "loaded")):
-            self._refuse(argument, stretch == self.stretch, f"stores what it {did}, no barrier between", at)
+        bits = np.ascontiguousarray(values).view(f"u{values.itemsize}")
+        again = memory.stored_in[at] == self.stretch
+        again[again] = memory.read(at[again], values.itemsize) != bits[again]
+        self._refuse(argument, again, "stores over what it stored, no barrier between", at)
+        loaded = memory.loaded_in[at] == self.stretch
+        self._refuse(argument, loaded, "stores what it loaded, no barrier between", at)
         order = np.argsort(at, kind="stable")
-        bits = np.ascontiguousarray(values)[order].view(f"u{values.itemsize}")
+        bits = bits[order]
         differ = (at[order][1:] == at[order][:-1]) & (bits[1:] != bits[:-1])
         self._refuse(argument, differ, "stores different values at once", at[order][1:])
         memory.stored_by[at] = self.program
