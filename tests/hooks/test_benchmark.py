@@ -21,6 +21,11 @@ def test_smoke(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
     hooks.main()
     torch.set_num_threads(before)
     rows = json.loads((tmp_path / "rows.json").read_text())["rows"]
+    *rows, other, goal, both = rows
+    assert [(row["dtype"], row["kept"]) for row in (other, goal, both)] == [
+        *(("bfloat16", "576"), ("bfloat16", "64"), ("bfloat16", "96 → 32"))
+    ]
+    assert {row["dtype"] for row in rows} == {"float32"}
     assert [row["kept"] for row in rows] == ["576", "288", "64", "96 → 32"]
     lengths = {row["kept"]: row["prefill"]["lengths"] for row in rows}
     assert lengths == {"576": [616] * 4, "288": [328] * 4, "64": [104] * 4, "96 → 32": [136] * 2 + [72] * 2}
@@ -32,17 +37,21 @@ def test_smoke(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
         assert 0 < row["op_seconds"][0] < row["hook_seconds"][0] < row["prefill_seconds"][0]
         assert row["prefill_seconds"][0] < row["total_seconds"][0]
         assert (row["missed"] is None) == (row["kept"] == "288")
+        assert all(s > 0 for s in row["attainable_seconds"])
+        assert len(row["attainable_seconds"]) == (row["kept"] != "96 → 32")
     text = capsys.readouterr().out
-    for word in ("Batch 1", "parameters, float32", "96 → 32", "of predicted"):
+    for word in ("float32, batch 1", "bfloat16, batch 1", "96 → 32", "of predicted"):
         assert word in text
 
 
 def row(**more: object) -> hooks.Row:
     """96 → 32 of a benchmark where all is well."""
     good = {
-        "batch": 1, "kept": "96 → 32", "mean": 64, "prefill": Prefill([136, 72], 10**9, 10**9, 10**6, 10**6),
+        "dtype": "float32", "batch": 1, "kept": "96 → 32", "mean": 64,
+        "prefill": Prefill([136, 72], 10**9, 10**9, 10**6, 10**6),
         "predicted": 2.5, "prefill_seconds": [1.0, 1.1, 1.0], "total_seconds": [2.0] * 3, "op_seconds": [0.001] * 3,
-        "hook_seconds": [0.003] * 3, "speedup": 2.4, "total_speedup": 1.5, "op_share": 0.0004, "hook_share": 0.0012,
+        "hook_seconds": [0.003] * 3, "attainable_seconds": [], "speedup": 2.4, "total_speedup": 1.5,
+        "op_share": 0.0004, "hook_share": 0.0012,
     }  # fmt: skip
     return hooks.Row(**(good | more))
 
@@ -59,11 +68,11 @@ def test_sheet() -> None:
     rows = [row(kept="576", mean=576, op_seconds=[], hook_seconds=[]), row(), row(batch=4)]
     rows[0].op_seconds = rows[0].hook_seconds = [0.0]
     one, four = hooks.sheets(rows, hooks.REAL)
-    assert (one.title, four.title) == ("Batch 1", "Batch 4")
+    assert (one.title, four.title) == ("float32, batch 1", "float32, batch 4")
     assert [line[0] for line in one.lines] == ["576", "96 → 32"]
     assert all(len(line) == len(one.columns) for line in (*one.lines, *four.lines))
     assert one.lines[1] == [
-        *("96 → 32", "2.001", "1000", "2.40", "2.50", "96%", "2000", "1.50"),
+        *("96 → 32", "2.001", "1000", "2.40", "2.50", "96%", "-", "2000", "1.50"),
         *("1.00", "0.040%", "3.0", "0.12%", "10%", "met"),
     ]
 
