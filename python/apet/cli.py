@@ -1,5 +1,5 @@
 """The command `apet`: `apet compress` shows what compression does to a photo or clip, `apet generate` what it does to a
-vision-language model, `apet doctor` checks the kernels.
+vision-language model, `apet eval` measures what it costs in accuracy, `apet doctor` checks the kernels.
 
 Modules that need torch are imported by the commands that use them, so that `apet --help` answers at once.
 """
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from apet.encoders import Encoder
+    from apet.evaluation.summary import Summary
     from apet.media import Media
     from apet.outcome import Frame, Measure, Options
 
@@ -38,6 +39,7 @@ LAYOUTS = ("inplace", "overwrite", "append")
 SELECTS = ("fps", "qr")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 MOST_TOKENS = 65536  # of one image
+MOST_SENTENCES = 20  # about single questions
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".pdf", ".svg")
 # What typer raises for wrong options. Newer releases carry their own click, so click's class may be another one.
 UsageError = typer.BadParameter.__base__
@@ -59,7 +61,8 @@ class Commands(TyperGroup):
 
 
 def _complain(sentence: str) -> int:
-    print(f"apet: {' '.join(sentence.split())}", file=sys.stderr)
+    if os.environ.get("RANK", "0") == "0":  # of several processes, which are all refused the same, one speaks
+        print(f"apet: {' '.join(sentence.split())}", file=sys.stderr)
     return 2
 
 
@@ -175,8 +178,7 @@ def generate(
     ] = None,
 ) -> None:
     """Ask a vision-language model about photos or a clip, compressed, and show what compression saved."""
-    if dtype not in DTYPES:
-        raise Refused(f"dtype='{dtype}' is none of {', '.join(DTYPES)}")
+    _check_dtype(dtype)
     for name, value in (("max_new_tokens", max_new_tokens), ("frames", frames)):
         if value < 1:
             raise Refused(f"{name}={value} is less than 1")
@@ -206,7 +208,8 @@ def generate(
                 )
         pictures = _picture_paths(files, out) if out else []
         progress.update(step, description="loading the model")
-        lm, processor = models.load(model, options, dtype, device)
+        lm, processor = models.load(model, [options], dtype, device)
+        apet.patch(lm, **options)
         inputs = models.question(
             lm, processor, prompt, *(([f.frames[0] for f in found], []) if image else ([], found[0].frames))
         )
@@ -222,6 +225,74 @@ def generate(
             Console().print(f"Picture: [bold]{escape(_printable(path))}[/]", soft_wrap=True)
     except (ValueError, RuntimeError) as error:  # the hooks' own sentences, or no memory
         raise Refused(encoders.first_line(error)) from error
+
+
+@app.command("eval")
+def evaluate(
+    model: Annotated[str, typer.Option(help="A vision-language model from Hugging Face: an id or a folder.")],
+    data: Annotated[Path, typer.Option(help="A folder of images with questions.jsonl (docs/evaluation.md).")],
+    out: Annotated[Path, typer.Option(help="A folder for the answers; a run that was cut off goes on from there.")],
+    keep: Annotated[
+        list[str] | None,
+        typer.Option(help="Visual tokens to keep: a count, or a share (0.25, 25%); may be repeated. [64]"),
+    ] = None,
+    preset: Annotated[
+        list[str] | None, typer.Option(help="Both stages with the paper's budgets, such as paper-64; may be repeated.")
+    ] = None,
+    layout: Annotated[str | None, typer.Option(help="Of all of these: inplace, overwrite, append.")] = None,
+    metric: Annotated[str, typer.Option(help="What an answer is worth: exact (GQA), vqa (TextVQA), pope.")] = "exact",
+    max_new_tokens: Annotated[int, typer.Option(help="Length of an answer at most.")] = 16,
+    dtype: Annotated[str, typer.Option(help="auto (as stored), float32, bfloat16, float16.")] = "auto",
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...; else an accelerator, if any.")] = None,
+) -> None:
+    """Put questions about images to a vision-language model, with and without compression, and compare the answers."""
+    _check_dtype(dtype)
+    if max_new_tokens < 1:
+        raise Refused(f"max_new_tokens={max_new_tokens} is less than 1")
+    budgets = _budgets(keep or [], preset or [], layout)
+    from apet import encoders
+    from apet.evaluation import metrics, processes, questions
+
+    if metric not in metrics.METRICS:
+        raise Refused(f"metric='{metric}' is none of {', '.join(metrics.METRICS)}")
+    found = questions.read(data)
+    metrics.METRICS[metric].check(found.items)
+    for module in ("numpy", "PIL", "transformers"):
+        encoders.need(module)
+    from apet.evaluation import run, summary
+
+    variants = {run.PLAIN: None, **budgets}
+    settings = run.Settings(model, variants, max_new_tokens, dtype, device)
+    here = processes.join()
+    with _progress() as bar:
+        task = bar.add_task("reading", visible=here.first)
+
+        def progress(what: str, done: int, total: int) -> None:
+            mine = f", process 1 of {here.count}" if here.count > 1 else ""
+            bar.update(task, description=f"{what}{mine}", completed=done, total=total)
+
+        records = run.evaluate(found, out, settings, here, progress)
+    if here.first:
+        result = summary.summarise(found.items, list(variants), records, metrics.METRICS[metric])
+        _print_summary(result, model)
+        raise typer.Exit(1 if result.failed else 0)
+
+
+@app.command("eval-data")
+def eval_data(
+    kind: Annotated[str, typer.Argument(metavar="gqa|pope|textvqa", help="Whose official files these are.")],
+    files: Annotated[list[Path], typer.Argument(metavar="FILE...", help="The files with the questions.")],
+    data: Annotated[Path, typer.Option(help="The folder in which questions.jsonl is written, for apet eval.")],
+    images: Annotated[str, typer.Option(help="Where the images are in that folder.")] = "images",
+    prompts: Annotated[
+        Path | None, typer.Option(help="TextVQA: LLaVA's file of prompts with what OCR has read.")
+    ] = None,
+) -> None:
+    """Turn the official questions of GQA, POPE or TextVQA into those of `apet eval`."""
+    from apet.evaluation import official
+
+    done = official.convert(kind, files, data, images, prompts)
+    print(f"{done.questions} questions in {data / 'questions.jsonl'}, {done.without_image} of them without their image")
 
 
 @app.command()
@@ -242,6 +313,42 @@ def _answer(model: nn.Module, processor: Any, inputs: dict[str, Any], max_new_to
         print("\nWithout compression:")
         with unpatched(engine_of(model)):
             models.answer(model, processor, inputs, max_new_tokens)
+
+
+def _budgets(keeps: list[str], presets: list[str], layout: str | None) -> dict[str, dict[str, Any]]:
+    """The options of `apet.patch` by the name that tables call them."""
+    budgets: dict[str, dict[str, Any]] = {}
+    given: list[tuple[str, dict[str, Any]]] = [(f"keep={_wanted(keep)}", {"keep": _wanted(keep)}) for keep in keeps]
+    given += [(preset, {"preset": preset}) for preset in presets]
+    for name, options in given or [("keep=64", {"keep": 64})]:
+        if name in budgets:
+            raise Refused(f"{name} is given twice")
+        budgets[name] = options
+    if layout is None:
+        return budgets
+    return {f"{name}, {layout}": {**options, "layout": layout} for name, options in budgets.items()}
+
+
+def _print_summary(result: Summary, model: str) -> None:
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=120)  # a file or a pipe holds lines of any length
+    if result.rows:
+        console.print(f"[bold]{escape(model)}[/]")
+        console.print(result.table())
+        console.print(
+            "[dim]Of plain: of the accuracy, or F1, of the uncompressed model. Agreement: same answer as that model. "
+            "Visual tokens: mean of decoder layers. Prefill: to the first token, vision encoder included; medians.[/]"
+        )
+    for sentence in result.failed[:MOST_SENTENCES]:
+        print(f"apet: {sentence}", file=sys.stderr)
+    if result.failed:
+        print(f"apet: {len(result.failed)} of {result.asked} questions failed and do not count", file=sys.stderr)
+
+
+def _check_dtype(dtype: str) -> None:
+    if dtype not in DTYPES:
+        raise Refused(f"dtype='{dtype}' is none of {', '.join(DTYPES)}")
 
 
 def _check(keep: str, basis: int, layout: str, select: str, start: int, blend: float, frames: int) -> None:

@@ -187,7 +187,7 @@ def count(engine: Engine, inputs: Mapping[str, Any]) -> Prefill:
 
 def clock(model: nn.Module, inputs: Mapping[str, Any], new_tokens: int) -> tuple[float, float]:
     """Seconds from the call of generate() to the first token, and to the last of `new_tokens`."""
-    streamer = _Clock()
+    streamer = Clock()
     if model.device.type != "cpu":
         torch.accelerator.synchronize()
     begin = time.perf_counter()
@@ -195,7 +195,7 @@ def clock(model: nn.Module, inputs: Mapping[str, Any], new_tokens: int) -> tuple
     return streamer.times[1] - begin, streamer.times[-1] - begin
 
 
-class _Clock(BaseStreamer):
+class Clock(BaseStreamer):
     """When the prompt and then each token came; a token is on the CPU by then."""
 
     def __init__(self) -> None:

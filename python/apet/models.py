@@ -1,4 +1,4 @@
-"""Vision-language models of `apet generate`: load one with its processor, put a question to it, stream the answer."""
+"""Vision-language models of `apet generate` and `apet eval`: load one with its processor, put a question to it."""
 
 from __future__ import annotations
 
@@ -15,10 +15,11 @@ if TYPE_CHECKING:
     from torch import nn
 
 
-def load(name: str, options: Mapping[str, Any], dtype: str, device: str | None) -> tuple[nn.Module, Any]:
-    """A model (a folder or a hub id), patched with the options of `apet.patch`, and its processor.
+def load(name: str, trials: Sequence[Mapping[str, Any]], dtype: str, device: str | None) -> tuple[nn.Module, Any]:
+    """A model (a folder or a hub id) and its processor.
 
-    The options are tried on a model without weights before anything large is read.
+    trials: options of `apet.patch` that are going to be used; they are tried on a model without weights before anything
+    large is read.
 
     Raises: Refused, in one sentence.
     """
@@ -47,7 +48,8 @@ def load(name: str, options: Mapping[str, Any], dtype: str, device: str | None) 
     except Exception as error:
         raise Refused(f"cannot make a {kind.__name__} from the config.json of {name!r}: {first_line(error)}") from error
     try:
-        hooks.patch(empty, **options)
+        for options in trials:
+            hooks.patch(empty, **options)
     except ValueError as error:
         raise Refused(first_line(error)) from error
     try:
@@ -62,7 +64,6 @@ def load(name: str, options: Mapping[str, Any], dtype: str, device: str | None) 
         raise Refused(f"cannot load the weights of model {name!r}: {first_line(error)}") from error
     if report["missing_keys"]:
         raise Refused(f"model {name!r} lacks {len(report['missing_keys'])} of its weights")
-    hooks.patch(model, **options)
     return model, processor
 
 

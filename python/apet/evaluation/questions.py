@@ -1,0 +1,94 @@
+"""A folder of images with their questions in `questions.jsonl`: read and checked before any work is done."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from apet import Refused
+
+FILE = "questions.jsonl"
+NEEDED = {"id": (str, int), "image": str, "question": str, "answers": list}
+OPTIONAL = {"group": str}
+
+
+@dataclass(frozen=True)
+class Question:
+    """One line of the file.
+
+    id: unlike any other; image: its path; text: the whole prompt but for the image; answers: those that people gave, at
+    least one; group: accuracy is reported for each ("" where there are none); where: file and line, for sentences.
+    """
+
+    id: str
+    image: Path
+    text: str
+    answers: tuple[str, ...]
+    group: str
+    where: str
+
+
+@dataclass(frozen=True)
+class Questions:
+    """All of them in the order of the file, and the SHA-256 of its bytes."""
+
+    items: list[Question]
+    digest: str
+
+
+def read(folder: Path) -> Questions:
+    """The questions of a folder. Whether an image is there and sound turns out when it is its turn.
+
+    Raises: Refused with file and line where a line is not as docs/evaluation.md says.
+    """
+    path = folder / FILE
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise Refused(f"cannot read {path}: {error.strerror}") from error
+    items: list[Question] = []
+    lines: dict[str, int] = {}
+    for number, line in enumerate(data.splitlines(), 1):
+        if not line.strip():
+            continue
+        where = f"{path}, line {number}"
+        record = _record(line, where)
+        name = str(record["id"])
+        if name in lines:
+            raise Refused(f"{where}: the id {name!r} is that of line {lines[name]}, too")
+        lines[name] = number
+        answers, group = tuple(record["answers"]), record.get("group", "")
+        items.append(Question(name, folder / record["image"], record["question"], answers, group, where))
+    if not items:
+        raise Refused(f"{path} holds no question")
+    if len({bool(item.group) for item in items}) > 1:
+        bare = next(item for item in items if not item.group)
+        raise Refused(f"{bare.where}: there is no group, but other lines have one")
+    return Questions(items, hashlib.sha256(data).hexdigest())
+
+
+def _record(line: bytes, where: str) -> dict[str, Any]:
+    try:
+        record = json.loads(line)
+    except ValueError as error:  # no JSON, or no UTF-8
+        raise Refused(f"{where}: this is no JSON: {error}") from error
+    if not isinstance(record, dict):
+        raise Refused(f"{where}: {record!r} is no JSON object")
+    known = NEEDED | OPTIONAL
+    for key in NEEDED:
+        if key not in record:
+            raise Refused(f"{where}: the key {key!r} is missing")
+    for key, value in record.items():
+        if key not in known:
+            raise Refused(f"{where}: the key {key!r} is none of {', '.join(known)}")
+        if not isinstance(value, known[key]) or isinstance(value, bool):
+            raise Refused(f"{where}: {key}={value!r} is of the wrong kind")
+        if value in ("", []):
+            raise Refused(f"{where}: {key} is empty")
+    for answer in record["answers"]:
+        if not isinstance(answer, str) or not answer.strip():
+            raise Refused(f"{where}: {answer!r} among the answers is no text")
+    return record
