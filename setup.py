@@ -1,4 +1,4 @@
-"""Builds the compiled libraries: setuptools calls CMake, CMake writes Ninja files, CMakeLists.txt lists the sources.
+"""Builds the compiled libraries: setuptools calls CMake, CMake writes Ninja files, csrc/CMakeLists.txt lists sources.
 
 What is missing is left out, with one sentence that says so (`pip install -v` shows it):
 no compiler -> a pure wheel, whose ops run on the reference; no torch headers -> everything but the torch binding;
@@ -121,6 +121,12 @@ def commit() -> str:
     return recorded.read_text().strip() if recorded.exists() else ""
 
 
+def version() -> str:
+    """csrc/apet.h is the only place: CMake reads it there too, Python from the installed metadata."""
+    header = (ROOT / "csrc/apet.h").read_text()
+    return ".".join(re.findall(r"^#define APET_VERSION_(?:MAJOR|MINOR|PATCH) (\d+)$", header, re.MULTILINE))
+
+
 class CMakeBuild(build_ext):
     def run(self) -> None:
         import pybind11
@@ -138,6 +144,7 @@ class CMakeBuild(build_ext):
             "CMAKE_MAKE_PROGRAM": find_program("ninja"),
             "Python_EXECUTABLE": sys.executable,
             "pybind11_DIR": pybind11.get_cmake_dir(),
+            "APET_PYTHON": "ON",
             "TORCH_DIR": torch or "",
             "APET_COMMIT": commit(),
             "APET_CUDA_ARCHS": cuda_archs(torch, nvcc),
@@ -170,6 +177,7 @@ missing = missing_tools()
 if missing:
     leave_out(f"the compiled kernels are left out: they need {', '.join(missing)}. The ops will run on the reference.")
 setup(
+    version=version(),
     ext_modules=[] if missing else [Extension("apet_kernels._host", sources=[])],
     cmdclass={"build_ext": CMakeBuild, "sdist": SourceDistribution},
 )

@@ -15,7 +15,9 @@ const char* name(apet_layout layout) {
 long long ll(int64_t value) { return value; }
 }  // namespace
 
-const char* apet_version(void) { return APET_VERSION; }
+#define APET_TEXT(number) #number
+#define APET_DOTTED(major, minor, patch) APET_TEXT(major) "." APET_TEXT(minor) "." APET_TEXT(patch)
+const char* apet_version(void) { return APET_DOTTED(APET_VERSION_MAJOR, APET_VERSION_MINOR, APET_VERSION_PATCH); }
 
 apet_status apet_check(const apet_problem* p) {
   if (!p) return APET_NULL_POINTER;
@@ -23,6 +25,7 @@ apet_status apet_check(const apet_problem* p) {
   if (p->dtype < APET_FLOAT32 || p->dtype > APET_BFLOAT16) return APET_BAD_DTYPE;
   if (p->layout < APET_INPLACE || p->layout > APET_APPEND) return APET_BAD_LAYOUT;
   if (p->select < APET_FPS || p->select > APET_QR) return APET_BAD_SELECT;
+  if (p->ragged && p->op != APET_COMPRESS) return APET_RAGGED_NEEDS_COMPRESS;
   if (p->images < 0) return APET_BAD_IMAGES;
   if (p->dim < 1) return APET_BAD_DIM;
   if (p->tokens < (p->ragged ? 0 : 1)) return p->ragged ? APET_BAD_MAX : APET_BAD_TOKENS;
@@ -97,6 +100,9 @@ size_t apet_sentence(const apet_problem* problem, apet_status status, char* text
     case APET_NO_ISA: SAY("this build or this processor lacks the instruction set asked for"); break;
     case APET_CUDA_FAILED: SAY("the CUDA runtime refused the call; apet_cuda_error() has its words"); break;
     case APET_NO_CUDA_PATH: SAY("no CUDA path can run this call on this device; the plan says why"); break;
+    case APET_RAGGED_NEEDS_COMPRESS:
+      SAY("ragged images can be compressed, but op is %s", p.op == APET_SCORE ? "score" : "merge");
+      break;
     default: SAY("status %d is unknown", (int)status); break;
   }
 #undef SAY

@@ -36,7 +36,7 @@ BEGIN, END = "<!-- sass:begin -->\n", "<!-- sass:end -->"
 TARGETS = ("sm_80", "sm_86", "sm_89", "sm_90a", "sm_100a", "sm_103a", "sm_120a")
 DTYPES = ("float32", "float16", "bfloat16")  # a source each
 SMOKE = [("sm_80", "float16"), ("sm_90a", "bfloat16"), ("sm_90a", "float32")]
-FLAGS = ["-std=c++17", "-O3", "-DNDEBUG", "-fmad=false"]  # as CMakeLists.txt; tests/test_sass.py compares
+FLAGS = ["-std=c++17", "-O3", "-DNDEBUG", "-fmad=false"]  # as csrc/CMakeLists.txt; tests/test_sass.py compares
 REGISTERS = 65536  # of a multiprocessor, the same on every target
 
 

@@ -458,7 +458,7 @@ apet_status apet_cpu_run(const apet_problem* problem, const apet_tensors* tensor
                          void* workspace, size_t bytes) {
   const apet_status status = apet_check(problem);
   if (status != APET_OK) return status;
-  if (!tensors) return APET_NULL_POINTER;
+  if (!tensors || (pool && !pool->run)) return APET_NULL_POINTER;
   const Kernels& kernels = *kernels_for(problem->dtype, isa_in_use());
   const Split s = split(*problem, pool ? pool->threads : 1);
   Call call{*problem, *tensors, kernels, nullptr, s.threads};

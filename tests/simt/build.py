@@ -75,7 +75,7 @@ def _sanitize(sanitizer: str) -> list[str]:
 
 
 def _objects(sources: list[Path], sanitizer: str = "", headers: Iterable[Path] = ()) -> list[Path]:
-    flags = [*FLAGS, *OPTIMISED[sanitizer], *_sanitize(sanitizer), f"-I{HERE / 'include'}", '-DAPET_VERSION="simt"']
+    flags = [*FLAGS, *OPTIMISED[sanitizer], *_sanitize(sanitizer), f"-I{HERE / 'include'}"]
     read = [p for p in (*HERE.rglob("*.h"), *headers) if p.suffix in (".h", ".cuh")]
     common = digest(_compiler(), *flags, *sorted(p.read_text() for p in read))
 

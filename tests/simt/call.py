@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import itertools
+import re
 import subprocess
 import tempfile
 from collections.abc import Iterator
@@ -231,10 +232,9 @@ def _reach(t: Tensor) -> bytes:
 
 @functools.cache
 def status_numbers() -> dict[str, int]:
-    """apet_status, read from the header: APET_OK is 0, and they count up."""
-    text = (build.CSRC / "apet.h").read_text()
-    names = text.partition("typedef enum apet_status {")[2].partition("}")[0].replace("= 0", "").split(",")
-    return {name.strip(): n for n, name in enumerate(names)}
+    """apet_status, read from the header."""
+    text = (build.CSRC / "apet.h").read_text().partition("typedef enum apet_status {")[2].partition("}")[0]
+    return {name: int(number) for name, number in re.findall(r"^ *(APET_\w+) = (\d+),", text, re.M)}
 
 
 def _check(problem: Problem, status: int) -> None:
