@@ -1,0 +1,51 @@
+"""Models of lmms-eval with compression, as a plugin that it finds by itself (entry point group `lmms_eval.models`):
+
+    lmms-eval --model apet_llava_hf --model_args pretrained=llava-hf/llava-1.5-7b-hf,preset=paper-64 --tasks gqa,pope
+
+`apet_X` is lmms-eval's X, patched once it is loaded; the options of `apet.patch` are model arguments beside its own.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import apet
+
+MODELS = ("internvl_hf", "llava_hf", "qwen2_5_vl", "qwen2_vl", "qwen3_vl", "video_llava")
+OPTIONS = ("keep", "basis", "layout", "select", "blend", "llm_layer", "llm_keep", "preset")
+
+
+def manifests() -> list[Any]:
+    """What lmms-eval registers, while it imports its models."""
+    from lmms_eval.models import AVAILABLE_CHAT_TEMPLATE_MODELS, AVAILABLE_SIMPLE_MODELS
+    from lmms_eval.models.registry_v2 import ModelManifest
+
+    kinds = {"simple_class_path": AVAILABLE_SIMPLE_MODELS, "chat_class_path": AVAILABLE_CHAT_TEMPLATE_MODELS}
+    return [
+        ModelManifest(
+            model_id=f"apet_{name}",
+            **{path: f"{__name__}.{path.partition('_')[0]}_{name}" for path, known in kinds.items() if name in known},
+        )
+        for name in MODELS
+    ]
+
+
+def __getattr__(attribute: str) -> type:
+    """`chat_X` and `simple_X`: the classes of lmms-eval's X, made when asked for, since they import what X needs."""
+    kind, _, name = attribute.partition("_")
+    if kind not in ("chat", "simple") or name not in MODELS:
+        raise AttributeError(f"module '{__name__}' has no attribute '{attribute}'")
+    from lmms_eval.models import get_model
+
+    base = get_model(name, force_simple=kind == "simple")
+
+    class Compressed(base):
+        """lmms-eval's model, with the options of `apet.patch` among its arguments."""
+
+        def __init__(self, **arguments: Any):
+            options = {option: arguments.pop(option) for option in OPTIONS if option in arguments}
+            super().__init__(**arguments)
+            apet.patch(self.model, **options)
+
+    Compressed.__name__ = Compressed.__qualname__ = f"Apet{base.__name__}"
+    return Compressed
