@@ -8,6 +8,7 @@ from __future__ import annotations
 import ctypes
 import re
 import subprocess
+from pathlib import Path
 
 import pytest
 import torch
@@ -113,6 +114,14 @@ class TestComputes:
         fault, data = run(lib, "overlap", seed)
         assert fault is None
         assert (data[64:128] == 7).all()
+
+
+def test_a_device_full_of_threads(lib):
+    """A stack each, and mappings left for the process that runs them: Linux allows 65530 by default."""
+    fault, data = run(lib, "full_device", 0)
+    assert fault is None
+    assert (data == 32).all()
+    assert len(Path("/proc/self/maps").read_text().splitlines()) < 30000
 
 
 @pytest.mark.parametrize("bits", range(0, 2**16, 2**13))

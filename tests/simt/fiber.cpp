@@ -57,7 +57,10 @@ namespace {
 
 constexpr size_t kPage = 4096;
 constexpr size_t kStack = 256 << 10;  // of virtual memory; a fiber touches two or three pages of it
-constexpr unsigned kNoOrder = 1;      // __tsan_switch_to_fiber: a switch orders nothing
+// A page below each of so many stacks faults when touched. Each makes two mappings more, of the 65530 that Linux allows
+// a process; one device has threads enough for all of them, and these run the same kernels as the first.
+constexpr int kGuarded = 8192;
+constexpr unsigned kNoOrder = 1;  // __tsan_switch_to_fiber: a switch orders nothing
 
 char* map_stack(void* at) {
   const int flags = MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | (at ? MAP_FIXED : 0);
@@ -72,9 +75,14 @@ char* map_stack(void* at) {
 }  // namespace
 
 Fiber::Fiber() : stack_size_(kStack - kPage) {
-  char* memory = map_stack(nullptr);
-  mprotect(memory, kPage, PROT_NONE);
-  stack_ = memory + kPage;
+  static int stacks = 0;  // one OS thread at a time makes fibers
+  guarded_ = stacks++ < kGuarded;
+  stack_ = map_stack(nullptr) + kPage;
+  guard();
+}
+
+void Fiber::guard() {
+  if (guarded_) mprotect(stack_ - kPage, kPage, PROT_NONE);
 }
 
 Fiber::~Fiber() {
@@ -94,7 +102,7 @@ void Fiber::arm(void (*entry)(void*), void* argument) {
     if (as_tsan_knows_it_) __tsan_destroy_fiber(as_tsan_knows_it_);
     as_tsan_knows_it_ = __tsan_create_fiber(0);
     map_stack(stack_ - kPage);  // new memory, that no earlier thread has written
-    mprotect(stack_ - kPage, kPage, PROT_NONE);
+    guard();
   }
   if (__asan_unpoison_memory_region) __asan_unpoison_memory_region(stack_, stack_size_);  // of frames left behind
   as_asan_knows_it_ = nullptr;

@@ -24,10 +24,12 @@ class Fiber {
  private:
   explicit Fiber(std::nullptr_t);
   static void begin();
+  void guard();
 
   void* stack_pointer_ = nullptr;
-  char* stack_ = nullptr;  // lowest address that may be used; below lies a page that may not
+  char* stack_ = nullptr;  // lowest address that may be used; below lies a page that may not, if it is guarded
   std::size_t stack_size_ = 0;
+  bool guarded_ = false;
   void (*entry_)(void*) = nullptr;
   void* argument_ = nullptr;
   void* as_tsan_knows_it_ = nullptr;

@@ -78,6 +78,12 @@ __global__ void grids(int* data) {
   }
 }
 
+// As many threads as a device holds at once, all of them alive at one barrier.
+__global__ void full_device(int* data) {
+  atomicAdd(&data[threadIdx.x], 1);
+  cg::this_grid().sync();
+}
+
 // The last block to take a ticket adds up what the others have left.
 __global__ void tickets(int* data) {
   uint32_t* words = reinterpret_cast<uint32_t*>(data);
@@ -265,6 +271,7 @@ const Case kCases[] = {
     CASE(warps, 2, 96, 1, false),
     CASE(clusters, 8, 64, 4, false),
     CASE(grids, 6, 32, 1, true),
+    CASE(full_device, 32, 1024, 1, true),
     CASE(tickets, 9, 32, 1, false),
     CASE(copies, 1, 64, 1, false),
     CASE(multiply_half, 1, 32, 1, false),
