@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -39,7 +39,8 @@ PAPER_SHAPES = (
 
 @dataclass(frozen=True)
 class Case:
-    """One call: x [B, N, D] in `dtype`, `keep` tokens of each image; layout and first basis token go together."""
+    """One call: x [B, N, D] in `dtype`, `keep` tokens of each image, M = `basis`; layout and first basis token go
+    together."""
 
     B: int
     N: int
@@ -47,6 +48,7 @@ class Case:
     keep: int
     dtype: torch.dtype
     layout: Layout
+    basis: int = BASIS
 
     @property
     def start(self) -> int:
@@ -56,7 +58,12 @@ class Case:
     @property
     def targets(self) -> int:
         """Rows that can receive dropped tokens: the T of the similarity [N-K, T]."""
-        return self.keep - BASIS if self.layout == "overwrite" else self.keep
+        return self.keep - self.basis if self.layout == "overwrite" else self.keep
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """Of the op and of any implementation of it, but for the tokens."""
+        return {"keep": self.keep, "basis": self.basis, "layout": self.layout, "start": self.start, "ridge": RIDGE}
 
     @property
     def itemsize(self) -> int:
@@ -71,7 +78,18 @@ class Case:
         return str(self.dtype).removeprefix("torch.")
 
     def __str__(self) -> str:
-        return f"{self.shape} {self.dtype_name} {self.layout}"
+        basis = "" if self.basis == BASIS else f" basis {self.basis}"
+        return f"{self.shape} {self.dtype_name} {self.layout}{basis}"
+
+    def fields(self) -> dict[str, Any]:
+        """As JSON holds it; `of` makes it a case again."""
+        return {**asdict(self), "dtype": self.dtype_name}
+
+    @classmethod
+    def of(cls, fields: dict[str, Any]) -> Case:
+        """The case whose `fields` these are, whatever else stands beside them."""
+        known = {name: fields[name] for name in cls.__dataclass_fields__}
+        return cls(**{**known, "dtype": getattr(torch, known["dtype"])})
 
 
 def cases(smoke: bool = False) -> list[Case]:

@@ -22,17 +22,22 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from benchmarks.cases import BASIS, Case
+from benchmarks.cases import Case
 
 
 def flops(case: Case) -> int:
     """s1 and s5; what else there is grows with N, not with N D."""
-    return case.B * 2 * case.D * (BASIS * case.N + (case.N - case.keep) * case.targets)
+    return case.B * 2 * case.D * (case.basis * case.N + (case.N - case.keep) * case.targets)
 
 
 def swept_bytes(case: Case) -> int:
     """Read by s1 in M sweeps."""
-    return BASIS * case.B * case.N * case.D * case.itemsize
+    return case.basis * case.B * case.N * case.D * case.itemsize
+
+
+def floor(case: Case) -> dict[str, Callable[[Tensor], None]]:
+    """Both terms, by name."""
+    return {"product": product(case), "sweeps": sweeps(case)}
 
 
 def product(case: Case) -> Callable[[Tensor], None]:
@@ -51,18 +56,61 @@ def sweeps(case: Case) -> Callable[[Tensor], None]:
     def run(x: Tensor) -> None:
         for image in x:
             rows = image.view(torch.float32)  # [N, D * itemsize / 4]
-            for _ in range(BASIS):
+            for _ in range(case.basis):
                 rows.sum(1)  # [N]
 
     return run
 
 
+def copy_gbytes(size: int = 2**28) -> float:
+    """Bytes per second, in 1e9, that copying `size` bytes reads and writes, the median of five."""
+    source = torch.ones(size, dtype=torch.uint8)
+    target = torch.empty_like(source)
+    return 2 * size / _seconds(lambda: target.copy_(source)) / 1e9
+
+
+def read_gbytes(size: int = 2**28) -> float:
+    """Bytes per second, in 1e9, that row sums of `size` bytes read, the median of five; again and again, so that few
+    bytes come from a cache."""
+    rows = torch.ones(size // 4096, 1024)
+    return size / _seconds(lambda: rows.sum(1)) / 1e9
+
+
+def call_us() -> float:
+    """Microseconds of a call of the op that has next to nothing to do: 16 tokens of 16 features."""
+    x = torch.randn(1, 16, 16)
+
+    def calls() -> None:
+        for _ in range(100):
+            torch.ops.apet.compress(x, 8)
+
+    with torch.inference_mode():
+        return 1e4 * _seconds(calls)
+
+
+def measure() -> dict[str, float]:
+    """All of them, by name and unit."""
+    return {
+        "float32 GFLOP/s": peak_gflops(torch.float32),
+        "bfloat16 GFLOP/s": peak_gflops(torch.bfloat16),
+        "copy GB/s": copy_gbytes(),
+        "read GB/s": read_gbytes(),
+        "cached GB/s": read_gbytes(2**22),
+        "call us": call_us(),
+    }
+
+
 def peak_gflops(dtype: torch.dtype, n: int = 2048) -> float:
     """What torch.mm reaches on n x n matrices, the median of five."""
     a, b = torch.randn(n, n).to(dtype), torch.randn(n, n).to(dtype)
+    return 2 * n**3 / _seconds(lambda: torch.mm(a, b)) / 1e9
+
+
+def _seconds(call: Callable[[], object]) -> float:
+    """The median of five, after one."""
     seconds = []
     for _ in range(6):
         begin = time.perf_counter()
-        torch.mm(a, b)
+        call()
         seconds.append(time.perf_counter() - begin)
-    return 2 * n**3 / statistics.median(seconds[1:]) / 1e9
+    return statistics.median(seconds[1:])

@@ -8,20 +8,26 @@ import pytest
 import torch
 
 import apet_kernels
-from benchmarks.cases import Case, cases
+from benchmarks.cases import cases
 from benchmarks.compare import THREADS
+from benchmarks.report import SUITES
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--smoke", action="store_true", help="benchmarks: two tiny cases and three rounds")
+    parser.addoption("--smoke", action="store_true", help="benchmarks: tiny cases and three rounds")
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    small = metafunc.config.getoption("smoke")
     if "case" in metafunc.fixturenames:
-        metafunc.parametrize("case", cases(metafunc.config.getoption("smoke")), ids=_id)
+        metafunc.parametrize("case", cases(small), ids=_id)
+    if "suite_case" in metafunc.fixturenames:
+        found = [(suite, case) for suite in SUITES.values() for case in suite.cases(small)]
+        ids = [f"{suite.name}-{_id(case)}" for suite, case in found]
+        metafunc.parametrize(("suite", "suite_case"), found, ids=ids)
 
 
-def _id(case: Case) -> str:
+def _id(case: object) -> str:
     return str(case).replace(" ", "-")
 
 

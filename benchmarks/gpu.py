@@ -34,8 +34,8 @@ from torch import Tensor
 
 import apet_kernels
 from benchmarks import baselines, floors
-from benchmarks.cases import BASIS, RIDGE, Case, gpu_cases, tokens
-from benchmarks.check import FLOAT32_SIMILARITY, check
+from benchmarks.cases import Case, gpu_cases, tokens
+from benchmarks.check import judge
 from benchmarks.compare import ROUNDS, spread
 from benchmarks.device import Device, describe, find
 from benchmarks.sheet import Sheet, document, show
@@ -169,11 +169,6 @@ class _Noting:
         return True
 
 
-def arguments(case: Case) -> dict[str, Any]:
-    """Of any implementation, but for the tokens."""
-    return {"keep": case.keep, "basis": BASIS, "layout": case.layout, "start": case.start, "ridge": RIDGE}
-
-
 def inputs_of(case: Case, device: Device) -> list[Tensor]:
     """A ring of inputs, together at least twice the last cache: two different ones, and copies of them."""
     different = [tokens(case, seed).to(device.type) for seed in range(2)]
@@ -184,12 +179,12 @@ def inputs_of(case: Case, device: Device) -> list[Tensor]:
 def _implementations(case: Case, device: Device) -> dict[str, Compress]:
     """The backends, then the rivals, whose capture may fail and disturb what follows."""
     usable = [name for name in BACKENDS if apet_kernels.backends()[name] is None]
-    calls = {name: functools.partial(apet_kernels.compress, **arguments(case), backend=name) for name in usable}
+    calls = {name: functools.partial(apet_kernels.compress, **case.arguments, backend=name) for name in usable}
     rivals: dict[str, Callable] = {"tuned": baselines.tuned, "eager": baselines.eager}
     if floors.published_memory(case) < 0.75 * device.memory_bytes:
         rivals["published"] = baselines.published
     rivals["compiled"] = baselines.compiled()
-    return {**calls, **{name: functools.partial(rival, **arguments(case)) for name, rival in rivals.items()}}
+    return {**calls, **{name: functools.partial(rival, **case.arguments) for name, rival in rivals.items()}}
 
 
 def _burst(call: Compress, inputs: Any, count: int) -> Any:
@@ -200,18 +195,11 @@ def _burst(call: Compress, inputs: Any, count: int) -> Any:
     return result
 
 
-def judge(case: Case, name: str, x: Tensor, result: tuple[Tensor, Tensor]) -> float:
-    """The share of rows judged. What published rounds in 16 bits is excused. Raises AssertionError."""
-    rounded = name == "published" and case.dtype is not torch.float32
-    error = 2 * torch.finfo(case.dtype).eps if rounded else FLOAT32_SIMILARITY
-    return check(case, x.cpu(), *(t.cpu() for t in result), error)
-
-
 def launches(case: Case, x: Tensor) -> list[Any]:
     """Of the Triton backend, not yet run."""
     from apet_kernels.triton_kernels import launch
 
-    return launch.compress(x, **arguments(case)).launches
+    return launch.compress(x, **case.arguments).launches
 
 
 def kernel_name(launched: Any) -> str:

@@ -28,8 +28,9 @@ from torch import Tensor
 
 import apet_kernels
 from benchmarks.cases import Case, gpu_cases
+from benchmarks.check import judge
 from benchmarks.device import Device, describe, find
-from benchmarks.gpu import arguments, inputs_of, judge, kernel_name, launches
+from benchmarks.gpu import inputs_of, kernel_name, launches
 from benchmarks.sheet import Sheet, show
 
 SAMPLES = 5
@@ -124,7 +125,7 @@ def using(tiles: Any) -> Any:
 def judge_all(cases: list[Case], inputs: list[list[Tensor]]) -> None:
     """Raises AssertionError where a result is not the reference's."""
     for case, xs in zip(cases, inputs, strict=True):
-        judge(case, "triton", xs[0], apet_kernels.compress(xs[0], **arguments(case), backend="triton"))
+        judge(case, "triton", xs[0], apet_kernels.compress(xs[0], **case.arguments, backend="triton"))
 
 
 def _time(group: Group, case: Case, inputs: list[Tensor], device: Device) -> float:

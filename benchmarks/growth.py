@@ -1,0 +1,228 @@
+"""How cost grows, in time and memory, with tokens, features, images, tokens kept and basis tokens.
+
+python -m benchmarks.growth     (benchmarks/suite.py says what it takes)
+
+One of N, D, B, K and M varies, the others stay at one image of 1024 tokens of 1024 features, 10 % kept, M = 10.
+Measured exponents are slopes of least squares through the logarithms, predicted ones of the same fit through a cost
+model:
+
+    seconds = call + memory bytes / read bandwidth + cache bytes / cached bandwidth + product / rate of torch.mm
+    product = B 2 (N - K) K D              floating-point operations of the similarity, s5
+    bytes   = B ((M + 2) N D + K D) s      norms, M sweeps, means; s bytes a number
+              + B (4 M + 32) N             dot products and ranks
+    memory  = outputs + I (4 N (M + 1) + 4 K D)    benchmarks/memory.py
+
+The rates are those that the same run measures. Of an image that fits half the last-level cache only the first pass is
+memory bytes. So the product dominates where 2 (N - K) K / rate > (M + 2) N s / bandwidth, whatever D is: with many
+tokens of which many are kept.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import itertools
+import math
+import statistics
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from benchmarks import baselines, ceilings
+from benchmarks.cases import Case, tokens
+from benchmarks.compare import Comparison, Row, ring
+from benchmarks.cpu import checked
+from benchmarks.machine import last_level_cache
+from benchmarks.memory import measured_growth, output_bytes, workspace_bound
+from benchmarks.sheet import Sheet
+from benchmarks.suite import Results, Suite
+
+SHARE = 0.1
+EAGER = 10**11  # operations of the product up to which it is run
+PUBLISHED = 5 * 2**28  # bytes of the broadcast up to which it is run
+RIVALS = ("eager", "published")
+AXES = {"N": "tokens", "D": "features", "B": "images", "keep": "tokens kept", "basis": "basis tokens"}
+
+
+@dataclass(frozen=True)
+class Point:
+    """A case, and which of its numbers varies."""
+
+    axis: str
+    case: Case
+
+    @property
+    def value(self) -> int:
+        return getattr(self.case, self.axis)
+
+    def fields(self) -> dict[str, Any]:
+        """As JSON holds it."""
+        return {"axis": self.axis, **self.case.fields()}
+
+    @classmethod
+    def of(cls, fields: dict[str, Any]) -> Point:
+        """The point whose `fields` these are."""
+        return cls(fields["axis"], Case.of(fields))
+
+    def __str__(self) -> str:
+        return f"{self.axis} {self.case}"
+
+
+def points(smoke: bool) -> list[Point]:
+    """Every axis in float32 and bfloat16, from small to large."""
+    tokens_, features = (128, 64) if smoke else (1024, 1024)
+
+    def powers(low: int, high: int) -> list[int]:
+        return [2**n for n in range(int(math.log2(low)), int(math.log2(min(high, 4 * low) if smoke else high)) + 1)]
+
+    shares = (0.1, 0.25, 0.5) if smoke else (0.01, 0.02, 0.05, 0.1, 0.25, 0.5, 0.75, 0.9)
+    values = {
+        "N": powers(64, 65536),
+        "D": powers(64, 8192),
+        "B": powers(1, 64),
+        "keep": [round(share * tokens_) for share in shares],
+        "basis": powers(1, 64),
+    }
+    found = []
+    for dtype, axis in itertools.product((torch.float32, torch.bfloat16), AXES):
+        base = Case(1, tokens_, features, round(SHARE * tokens_), dtype, "inplace")
+        for value in values[axis]:
+            kept = round(SHARE * value) if axis == "N" else base.keep
+            found.append(Point(axis, dataclasses.replace(base, **{"keep": kept, axis: value})))
+    return found
+
+
+def rivals(case: Case) -> dict[str, Case]:
+    """Those that are run, in float32 alone and while they are small enough, and their cases."""
+    chosen = {}
+    if case.dtype is torch.float32 and _product(case) <= EAGER:
+        chosen["eager"] = case
+    broadcast = baselines.published_bytes(case.N, case.D, case.keep, case.basis, case.itemsize)
+    if case.dtype is torch.float32 and case.keep > case.basis and case.B * broadcast <= PUBLISHED:
+        chosen["published"] = dataclasses.replace(case, layout="overwrite")
+    return chosen
+
+
+def compare(point: Point) -> Comparison:
+    """Checks the kernel and the rivals."""
+    case = point.case
+    inputs, calls, judged = ring(functools.partial(tokens, case)), {}, {}
+    for name, its in {**rivals(case), "kernel": case}.items():
+        called = torch.ops.apet.compress if name == "kernel" else getattr(baselines, name)
+        calls[name] = functools.partial(called, **its.arguments)
+        judged[name] = checked(its, name, calls[name], inputs[0])
+    return Comparison(point.fields(), {**ceilings.floor(case), **calls}, inputs, judged)
+
+
+def memory(point: Point) -> dict[str, int]:
+    """Peak of each, in a fresh process."""
+    return {name: measured_growth(case, name) for name, case in {**rivals(point.case), "kernel": point.case}.items()}
+
+
+def predicted_ms(case: Case, rates: dict[str, float]) -> float:
+    """The cost model above."""
+    one, small = case.N * case.D * case.itemsize, (4 * case.basis + 32) * case.N
+    passed = (case.basis + 1) * one + case.keep * case.D * case.itemsize + small
+    again = "cached GB/s" if one <= last_level_cache() / 2 else "read GB/s"
+    rate = rates[f"{case.dtype_name} GFLOP/s"]
+    moved = case.B * (one / rates["read GB/s"] + passed / rates[again])
+    return rates["call us"] / 1e3 + (moved + _product(case) / rate) / 1e6
+
+
+def predicted_bytes(case: Case) -> int:
+    """Likewise."""
+    return output_bytes(case) + workspace_bound(case)
+
+
+def _product(case: Case) -> int:
+    return 2 * case.B * (case.N - case.keep) * case.targets * case.D
+
+
+def exponent(values: list[float], costs: list[float]) -> float:
+    """Of the power law that fits best."""
+    return statistics.linear_regression([math.log(v) for v in values], [math.log(c) for c in costs]).slope
+
+
+@dataclass(frozen=True)
+class Curve:
+    """One implementation along one axis: positions, and what it costs there."""
+
+    axis: str
+    dtype: str
+    name: str
+    values: list[int]
+    costs: list[float]
+
+    def part(self, half: int) -> tuple[list[int], list[float]]:
+        """Its first (0) or second (1) half; they share the point in the middle."""
+        middle = len(self.values) // 2
+        which = slice(None, middle + 1) if half == 0 else slice(middle, None)
+        return self.values[which], self.costs[which]
+
+
+def curves(results: Results, cost: str) -> list[Curve]:
+    """Of "time" in milliseconds or "memory" in bytes: each implementation, and "predicted"."""
+
+    def model(point: Point) -> float:
+        return predicted_ms(point.case, results.rates) if cost == "time" else predicted_bytes(point.case)
+
+    measured: Callable[[Row], dict[str, float]] = (lambda row: row.ms) if cost == "time" else (lambda row: row.memory)
+    found: dict[tuple[str, str, str], list[tuple[int, float]]] = {}
+    for row in results.rows:
+        point, costs = Point.of(row.case), measured(row)
+        for name in ("kernel", "predicted", *RIVALS):
+            if name in costs or name == "predicted":
+                key = point.axis, point.case.dtype_name, name
+                found.setdefault(key, []).append((point.value, costs[name] if name in costs else model(point)))
+    return [Curve(*key, *map(list, zip(*sorted(pairs), strict=True))) for key, pairs in found.items()]
+
+
+def sheets(results: Results) -> list[Sheet]:
+    """Exponents of time and of memory."""
+    notes = {
+        "time": "Exponents of the time: of the kernel, and of the cost model beside it; where the product has most of "
+        "the time, N has 2 and K 1, and where sweeps have it, N and M have 1.",
+        "memory": "Exponents of the peak of memory beyond the input. A page is 4 KiB, so that small calls seem flat.",
+    }
+    return [
+        Sheet(
+            f"How {cost} grows",
+            f"{notes[cost]} `published` and `eager`: as far as they were run.",
+            ["axis", "dtype", "from", "to", "kernel", "predicted", *RIVALS],
+            _exponents(curves(results, cost)),
+            words=("axis", "dtype"),
+        )
+        for cost in ("time", "memory")
+    ]
+
+
+def _exponents(found: list[Curve]) -> list[list[str]]:
+    """A line for each half of each axis."""
+    by = {(curve.axis, curve.dtype, curve.name): curve for curve in found}
+    lines = []
+    for axis, dtype in dict.fromkeys((curve.axis, curve.dtype) for curve in found):
+        for half in (0, 1):
+            values, _ = by[axis, dtype, "kernel"].part(half)
+            line = [AXES[axis], dtype, str(values[0]), str(values[-1])]
+            for name in ("kernel", "predicted", *RIVALS):
+                curve = by.get((axis, dtype, name))
+                at = [(v, c) for v, c in zip(curve.values, curve.costs, strict=True) if v in values] if curve else []
+                line.append(f"{exponent(*map(list, zip(*at, strict=True))):.2f}" if len(at) > 1 else "-")
+            lines.append(line)
+    return lines
+
+
+SUITE = Suite(
+    "growth",
+    "How cost grows, in time and memory, with tokens, features, images, tokens kept and basis tokens.",
+    points,
+    compare,
+    sheets,
+    rounds=7,
+    memory=memory,
+)
+
+if __name__ == "__main__":
+    SUITE.main()

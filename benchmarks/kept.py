@@ -1,0 +1,125 @@
+"""Time against tokens kept: the kernel, other ways to compute the same, and other methods for the same job.
+
+python -m benchmarks.kept     (benchmarks/suite.py says what it takes)
+
+The other methods are those of benchmarks/alternatives.py, in eager torch on all threads. FastV and VisionZip are given
+the attention weights that they rank by; what getting these costs a model that runs FlashAttention is not in their
+times.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+import torch
+from torch import Tensor
+
+from benchmarks import alternatives, baselines, ceilings
+from benchmarks.cases import Case, tokens
+from benchmarks.compare import Comparison, Row, ring
+from benchmarks.cpu import checked
+from benchmarks.machine import available_memory
+from benchmarks.sheet import Sheet
+from benchmarks.suite import Results, Suite, ms, number
+
+SHARES = (1 / 2, 1 / 4, 1 / 8, 1 / 16, 1 / 32)
+# [B, N, D]: LLaVA-1.5, the tiles of one LLaVA-NeXT image, a large image of Qwen2.5-VL.
+SHAPES = (
+    (1, 576, 1024, torch.float32),
+    (1, 576, 1024, torch.bfloat16),
+    (5, 576, 1024, torch.bfloat16),
+    (1, 4096, 3584, torch.bfloat16),
+)
+SAME = ("published", "eager", "tuned")
+OTHERS = tuple(alternatives.METHODS)
+MERGING = ("visionzip", "tome")  # the rows of the others are tokens as they came
+
+
+def cases(smoke: bool) -> list[Case]:
+    """Every shape at every share, the default layout."""
+    if smoke:
+        return [Case(2, 64, 32, keep, torch.float32, "inplace") for keep in (8, 32)]
+    return [Case(B, N, D, round(share * N), dtype, "inplace") for B, N, D, dtype in SHAPES for share in SHARES]
+
+
+def compare(case: Case) -> Comparison:
+    """Checks everything. The published formulation has another layout, which costs the same."""
+    published = dataclasses.replace(case, layout="overwrite")
+    of = dict.fromkeys(("eager", "tuned", "kernel"), case)
+    calls = {name: functools.partial(getattr(baselines, name), **case.arguments) for name in ("eager", "tuned")}
+    calls["kernel"] = functools.partial(torch.ops.apet.compress, **case.arguments)
+    broadcast = baselines.published_bytes(case.N, case.D, case.keep, case.basis, case.itemsize)
+    if case.keep > case.basis and broadcast < 0.75 * available_memory():
+        of["published"], calls["published"] = published, functools.partial(baselines.published, **published.arguments)
+    inputs = ring(functools.partial(tokens, case))
+    judged = {name: checked(of[name], name, call, inputs[0]) for name, call in calls.items()}
+    attention = torch.rand(case.B, case.N, generator=torch.Generator().manual_seed(0))
+    for name, method in alternatives.METHODS.items():
+        calls[name] = functools.partial(method, keep=case.keep, attention=attention)
+        with torch.inference_mode():
+            check_other(name, case, inputs[0], *calls[name](inputs[0]))
+        judged[name] = 1.0
+    return Comparison(case.fields(), {**ceilings.floor(case), "copy": torch.clone, **calls}, inputs, judged)
+
+
+def check_other(name: str, case: Case, x: Tensor, kept: Tensor, indices: Tensor) -> None:
+    """What any method's result must be; tests/test_alternatives.py judges which tokens. Raises AssertionError."""
+    assert kept.shape == (case.B, case.keep, case.D), f"{name}, {case}: tokens have shape {tuple(kept.shape)}"
+    assert indices.shape == (case.B, case.keep), f"{name}, {case}: indices have shape {tuple(indices.shape)}"
+    assert indices.min() >= 0, f"{name}, {case}: an index is {int(indices.min())}"
+    assert indices.max() < case.N, f"{name}, {case}: an index is {int(indices.max())}"
+    assert (indices.diff() > 0).all(), f"{name}, {case}: indices do not ascend"
+    assert kept.isfinite().all(), f"{name}, {case}: a token is not finite"
+    moved = (kept != x.gather(1, indices[..., None].expand_as(kept))).any(-1)  # [B, K]
+    assert moved.any() == (name in MERGING), f"{name}, {case}: {int(moved.sum())} rows are not tokens of x"
+
+
+def sheets(results: Results) -> list[Sheet]:
+    """Times of everything, then what the others take next to the kernel."""
+    names = ("kernel", *SAME, *OTHERS, "copy", "floor")
+    times = Sheet(
+        "Time against tokens kept",
+        "Milliseconds, medians; (n) where fewer rounds than the kernel's were timed; - where it does not fit memory or "
+        "the layout does not exist. copy: x, copied once. floor: one torch.mm [N-K, D] x [D, K] per image and M sweeps "
+        "over X. of floor: the share of the kernel's time that the floor explains; of copy: likewise. noise: "
+        "interquartile range over median, the worst of kernel and floor. judged: rows of the kernel whose values were "
+        "checked.",
+        ["shape", "dtype", *names, "of floor", "of copy", "noise", "judged"],
+        [
+            [
+                *(*_named(row), *(ms(row, name) for name in names)),
+                *(f"{share:.0%}" for share in (row.faster["floor"], row.faster["copy"], row.worst_noise)),
+                f"{row.judged['kernel']:.0%}",
+            ]
+            for row in results.rows
+        ],
+    )
+    ratios = Sheet(
+        "What the others take, in times of the kernel",
+        "Medians of paired rounds; below 1 the other is faster.",
+        ["shape", "dtype", *SAME, *OTHERS],
+        [
+            [*_named(row), *(number(row.faster[name]) if name in row.faster else "-" for name in (*SAME, *OTHERS))]
+            for row in results.rows
+        ],
+    )
+    return [times, ratios]
+
+
+def _named(row: Row) -> list[str]:
+    case = Case.of(row.case)
+    return [case.shape, case.dtype_name]
+
+
+SUITE = Suite(
+    "kept",
+    "Time against tokens kept: the kernel, other ways to compute the same, and other methods for the same job.",
+    cases,
+    compare,
+    sheets,
+    rounds=7,
+)
+
+if __name__ == "__main__":
+    SUITE.main()

@@ -1,0 +1,172 @@
+"""Images of different sizes, packed: one call of compress_varlen against one call for each image.
+
+python -m benchmarks.ragged     (benchmarks/suite.py says what it takes)
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import apet_kernels
+from benchmarks import alternatives, baselines, ceilings
+from benchmarks.cases import Case, tokens
+from benchmarks.check import judge
+from benchmarks.compare import Comparison, on_each_isa, ring
+from benchmarks.kept import check_other
+from benchmarks.sheet import Sheet
+from benchmarks.suite import Results, Suite, ms, number
+
+RIVALS = ("one by one", "eager", "tuned")
+OTHERS = ("divprune", "tome")
+Compress = Callable[[Tensor], tuple[Tensor, Tensor]]
+
+
+@dataclass(frozen=True)
+class Ragged:
+    """Images packed one after another in x [T, D]."""
+
+    name: str
+    lengths: tuple[int, ...]
+    keeps: tuple[int, ...]
+    D: int
+    dtype: torch.dtype
+
+    def images(self) -> list[Case]:
+        """Each as a case of its own, in the default layout."""
+        return [Case(1, n, self.D, k, self.dtype, "inplace") for n, k in zip(self.lengths, self.keeps, strict=True)]
+
+    @property
+    def dtype_name(self) -> str:
+        return str(self.dtype).removeprefix("torch.")
+
+    def fields(self) -> dict[str, Any]:
+        """As JSON holds it."""
+        return {
+            "name": self.name,
+            "lengths": list(self.lengths),
+            "keeps": list(self.keeps),
+            "D": self.D,
+            "dtype": self.dtype_name,
+        }
+
+    def __str__(self) -> str:
+        return f"{self.name} {self.dtype_name}"
+
+
+def cases(smoke: bool) -> list[Ragged]:
+    """LLaVA-NeXT's tiles, Qwen2.5-VL's images with 30 % of each kept, and many small ones beside one that is large."""
+    if smoke:
+        return [Ragged("two images", (40, 64), (12, 16), 32, torch.float32)]
+    images = (256, 1024, 391, 2040, 1369, 640, 4096, 900)
+    small = (*(64,) * 8, 4096, *(64,) * 8)
+    return [
+        Ragged(name, lengths, keeps, D, dtype)
+        for name, lengths, keeps, D in (
+            ("LLaVA-NeXT, 13 tiles of 3 images", (576,) * 13, (192,) * 13, 1024),
+            ("Qwen2.5-VL, 8 images of 256 to 4096", images, tuple(round(0.3 * n) for n in images), 3584),
+            ("16 images of 64, one of 4096", small, tuple(n // 4 for n in small), 3584),
+        )
+        for dtype in (torch.float32, torch.bfloat16)
+    ]
+
+
+def compare(ragged: Ragged) -> Comparison:
+    """Checks, image by image, that packed is what alone is, and all of it against float64."""
+    images, lengths, keeps = ragged.images(), list(ragged.lengths), list(ragged.keeps)
+
+    def alone(method: Callable[..., tuple[Tensor, Tensor]], x: Tensor, **more: Any) -> tuple[Tensor, Tensor]:
+        parts = zip(x.split(lengths), images, itertools.accumulate(lengths, initial=0), strict=False)
+        found = [(*method(part[None], **(more | _options(method, case))), at) for part, case, at in parts]
+        return torch.cat([rows[0] for rows, _, _ in found]), torch.cat([where[0] + at for _, where, at in found])
+
+    def packed(x: Tensor) -> tuple[Tensor, Tensor]:
+        return apet_kernels.compress_varlen(x, lengths, keeps)
+
+    calls: dict[str, Compress] = {
+        "one by one": functools.partial(alone, torch.ops.apet.compress),
+        "eager": functools.partial(alone, baselines.eager),
+        "tuned": functools.partial(alone, baselines.tuned),
+        **{name: functools.partial(alone, alternatives.METHODS[name]) for name in OTHERS},
+        **on_each_isa("kernel", packed),
+    }
+    inputs = ring(lambda seed: torch.cat([tokens(case, seed + n)[0] for n, case in enumerate(images)]))
+    judged = {name: _checked(ragged, name, call, inputs[0]) for name, call in calls.items()}
+    with torch.inference_mode():
+        for ours, theirs in zip(packed(inputs[0]), calls["one by one"](inputs[0]), strict=True):
+            assert torch.equal(ours, theirs), f"{ragged}: packed images give other bits than alone"
+    floors = {name: functools.partial(_each, ragged, name) for name in ("product", "sweeps")}
+    return Comparison(ragged.fields(), {**floors, **calls}, inputs, judged)
+
+
+def _options(method: Callable[..., tuple[Tensor, Tensor]], case: Case) -> dict[str, Any]:
+    return {"keep": case.keep} if method in alternatives.METHODS.values() else case.arguments
+
+
+def _each(ragged: Ragged, term: str, x: Tensor) -> None:
+    """A term of the floor, of every image."""
+    for part, case in zip(x.split(ragged.lengths), ragged.images(), strict=True):
+        ceilings.floor(case)[term](part[None])
+
+
+def _checked(ragged: Ragged, name: str, call: Compress, x: Tensor) -> float:
+    """The share of rows judged."""
+    with torch.inference_mode():
+        rows, indices = call(x)
+    shares, start = [], 0
+    parts = zip(x.split(ragged.lengths), rows.split(ragged.keeps), indices.split(ragged.keeps), strict=True)
+    for case, (image, kept, where) in zip(ragged.images(), parts, strict=True):
+        result = kept[None], where[None] - start
+        if name in OTHERS:
+            check_other(name, case, image[None], *result)
+            shares.append(case.keep)
+        else:
+            shares.append(judge(case, name, image[None], result) * case.keep)
+        start += case.N
+    return sum(shares) / sum(ragged.keeps)
+
+
+def sheets(results: Results) -> list[Sheet]:
+    """One table."""
+    isa = list(dict.fromkeys(n for row in results.rows for n in row.ms if n.startswith("kernel ")))
+    names = ("kernel", *isa, *RIVALS, *OTHERS, "floor")
+    return [
+        Sheet(
+            "compress_varlen",
+            "Milliseconds, medians. kernel: one call of compress_varlen; the others one call for each image. x: how "
+            "many times faster the kernel is. floor: one torch.mm and M sweeps for each image. of floor: the share of "
+            "the kernel's time that the floor explains. noise: of kernel and floor. judged: rows checked.",
+            [
+                *("images", "dtype", *names, *(f"x {rival}" for rival in (*RIVALS, *OTHERS))),
+                *("of floor", "noise", "judged"),
+            ],
+            [
+                [
+                    *(row.case["name"], row.case["dtype"], *(ms(row, name) for name in names)),
+                    *(number(row.faster[rival]) for rival in (*RIVALS, *OTHERS)),
+                    *(f"{share:.0%}" for share in (row.faster["floor"], row.worst_noise, row.judged["kernel"])),
+                ]
+                for row in results.rows
+            ],
+            words=("images", "dtype"),
+        )
+    ]
+
+
+SUITE = Suite(
+    "ragged",
+    "Images of different sizes, packed: one call of compress_varlen against one call for each image.",
+    cases,
+    compare,
+    sheets,
+    rounds=10,
+)
+
+if __name__ == "__main__":
+    SUITE.main()

@@ -1,0 +1,113 @@
+"""Whether the kernel has become slower or hungrier, in ratios: two files of results of the same suite.
+
+    python -m benchmarks.regress BASELINE NEW [--allow 0.25]
+
+Seconds differ from machine to machine and from hour to hour; the kernel's time over that of what was timed in turns
+with it (the floor, its terms, the rivals) hardly does. Each such ratio of a case is divided by what it was; the median
+says how much slower the kernel has become, so one rival that got faster proves nothing. The kernel's halves and its
+lesser instruction sets are held to the same, where the suite times them, and its memory as it is. What is more than
+--allow worse has regressed. Exits with 1 if anything has, or a case is gone; with 2 if nothing can be compared.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import median
+
+from rich.console import Console
+
+from benchmarks.compare import NOISE, Row
+from benchmarks.sheet import Sheet, show
+from benchmarks.suite import Results, load, named
+
+ALLOW = 0.25
+OURS = ("kernel", "score", "merge")
+
+
+@dataclass
+class Outcome:
+    """Of a comparison: case, what of it, and how many times worse that is."""
+
+    changes: list[tuple[str, str, float]] = field(default_factory=list)
+    gone: list[str] = field(default_factory=list)  # cases that only the baseline has
+    noisy: list[str] = field(default_factory=list)  # cases that the machine was too busy for, not compared
+
+    def regressed(self, allow: float) -> list[tuple[str, str, float]]:
+        """The changes that count."""
+        return [change for change in self.changes if change[2] > 1 + allow]
+
+
+def compare(baseline: Results, new: Results) -> Outcome:
+    """Case by case. Raises ValueError where the suites differ or nothing can be compared."""
+    if baseline.suite != new.suite:
+        raise ValueError(f"the baseline has results of {baseline.suite}, the other file of {new.suite}")
+    after = {named(row.case): row for row in new.rows}
+    outcome = Outcome()
+    for row in baseline.rows:
+        name = named(row.case)
+        if name not in after:
+            outcome.gone.append(name)
+        elif max(row.noise["kernel"], after[name].noise["kernel"]) > NOISE:
+            outcome.noisy.append(name)
+        else:
+            outcome.changes += [(name, what, worse) for what, worse in _changes(row, after[name]).items()]
+    if not outcome.changes:
+        raise ValueError(f"nothing to compare: {len(outcome.gone)} cases are gone, {len(outcome.noisy)} too noisy")
+    return outcome
+
+
+def _changes(before: Row, after: Row) -> dict[str, float]:
+    """How many times worse each of ours is."""
+    both = [name for name in before.faster if name in after.faster]
+    ours = ["kernel", *(name for name in both if name.split()[0] in OURS)]
+    theirs = [name for name in both if name not in ours]
+
+    def ratio(row: Row, one: str, other: str) -> float:
+        return row.faster.get(one, 1.0) / row.faster[other]  # the kernel's own is 1
+
+    found = {one: median(ratio(after, one, t) / ratio(before, one, t) for t in theirs) for one in ours}
+    if "kernel" in before.memory and "kernel" in after.memory:
+        found["memory"] = after.memory["kernel"] / before.memory["kernel"]
+    return found
+
+
+def main() -> None:
+    """Compares, shows, exits."""
+    summary, _, usage = (__doc__ or "").partition("\n\n")
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.regress",
+        description=summary,
+        epilog=usage,
+        formatter_class=argparse.RawTextHelpFormatter,
+    )
+    parser.add_argument("baseline", type=Path, help="results as they were")
+    parser.add_argument("new", type=Path, help="results as they are")
+    parser.add_argument("--allow", type=float, default=ALLOW, help=f"how much worse is no regression ({ALLOW})")
+    options = parser.parse_args()
+    try:
+        before, after = load(options.baseline), load(options.new)
+        outcome = compare(before, after)
+    except (OSError, ValueError) as error:
+        print(error, file=sys.stderr)
+        sys.exit(2)
+    worse = outcome.regressed(options.allow)
+    head = {"baseline": f"{options.baseline}, {_of(before)}", "new": f"{options.new}, {_of(after)}"}
+    lines = [[case, what, f"{times:.2f}"] for case, what, times in worse]
+    note = f"Of {len(outcome.changes)} ratios, {len(worse)} are more than {1 + options.allow:g} times what they were."
+    show(Console(), head, [Sheet("Regressions", note, ["case", "what", "times"], lines, words=("case", "what"))])
+    for name in outcome.gone:
+        print(f"gone: {name}")
+    for name in outcome.noisy:
+        print(f"too noisy to compare: {name}")
+    sys.exit(bool(worse or outcome.gone))
+
+
+def _of(results: Results) -> str:
+    return f"{results.suite}, commit {results.head['commit']}, {results.head['date']}"
+
+
+if __name__ == "__main__":
+    main()

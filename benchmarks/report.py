@@ -1,0 +1,128 @@
+"""docs/benchmarks.md and its pictures, from the results in benchmarks/results.
+
+    python -m benchmarks.report [--results FOLDER] [--page FILE]
+
+Writes what stands between the markers of the page, a section for each file of results, and leaves the rest as it is. A
+section without results says so. Pictures go beside the page.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from benchmarks import cpu, growth, kept, plots, ragged, stages
+from benchmarks.floors import replaced
+from benchmarks.sheet import document
+from benchmarks.suite import Results, Suite, load, number
+
+RESULTS = Path(__file__).parent / "results"
+PAGE = Path(__file__).parents[1] / "docs" / "benchmarks.md"
+SUITES = {module.SUITE.name: module.SUITE for module in (kept, growth, stages, ragged, cpu)}
+NONE = "Not measured yet.\n"
+
+
+@dataclass(frozen=True)
+class Section:
+    """What becomes of one file of results."""
+
+    file: str  # without .json; the marker has the same name
+    suite: Suite
+    draw: Callable[[Results, Path], None] | None = None
+    conclusions: Callable[[Results], list[str]] = lambda results: []
+
+
+def kept_conclusions(results: Results) -> list[str]:
+    """What a reader looks for in the curves, and where the kernel loses."""
+    lines = []
+    for name in (*kept.SAME, *kept.OTHERS):
+        ratios = [row.faster[name] for row in results.rows if name in row.faster]
+        if not ratios:
+            continue
+        slower = sum(ratio < 1 for ratio in ratios)
+        where = f", and less than the kernel in {slower} of {len(ratios)} cases" if slower else ""
+        lines.append(
+            f"{plots.LABELS[name]}: {number(min(ratios))} to {number(max(ratios))} times the time of the kernel{where}."
+        )
+    floors = [row.floors for row in results.rows]
+    copies = [1 / row.faster["copy"] for row in results.rows]
+    lines.append(
+        f"The kernel takes {min(floors):.2f} to {max(floors):.2f} floors, and {number(min(copies))} to "
+        f"{number(max(copies))} times as long as one copy of the tokens."
+    )
+    return lines
+
+
+def growth_conclusions(results: Results) -> list[str]:
+    """Where the product takes over, by the cost model at the measured rates."""
+    lines = []
+    for dtype, itemsize in (("float32", 4), ("bfloat16", 2)):
+        rate, bandwidth = results.rates[f"{dtype} GFLOP/s"], results.rates["read GB/s"]
+        kept_of_dropped = 2 * growth.SHARE * (1 - growth.SHARE)
+        tokens = 12 * itemsize * rate / bandwidth / kept_of_dropped
+        lines.append(
+            f"{dtype}: with {growth.SHARE:.0%} kept and M = 10, the product takes longer than the sweeps from about "
+            f"{tokens:.0f} tokens on, if these read from memory at {bandwidth:.0f} GB/s."
+        )
+    return lines
+
+
+SECTIONS = (
+    Section("kept", kept.SUITE, plots.draw_kept, kept_conclusions),
+    Section("growth", growth.SUITE, plots.draw_growth, growth_conclusions),
+    Section("stages", stages.SUITE),
+    Section("ragged", ragged.SUITE),
+    Section("cpu-overwrite", cpu.SUITE),
+    Section("cpu-inplace", cpu.SUITE),
+)
+
+
+def body(section: Section, results: Path, page: Path) -> str:
+    """What stands between the section's markers."""
+    file = results / f"{section.file}.json"
+    if not file.exists():
+        return NONE
+    found = load(file)
+    if found.suite != section.suite.name:
+        raise ValueError(f"{file} has results of {found.suite}, not of {section.suite.name}")
+    parts = []
+    if section.draw:
+        picture = page.with_name(f"{page.stem}-{section.file}.png")
+        parts.append(f"![{section.suite.about}]({picture.name})")
+    if said := section.conclusions(found):
+        parts.append("\n".join(f"- {line}" for line in said))
+    return "\n\n".join([*parts, document(found.head, section.suite.sheets(found))])
+
+
+def text(page: Path, results: Path) -> str:
+    """The whole page, its sections written anew."""
+    written = page.read_text()
+    for section in SECTIONS:
+        begin, end = (f"<!-- {section.file}:{place} -->" for place in ("begin", "end"))
+        written = replaced(written, begin, end, body(section, results, page))
+    return written
+
+
+def main() -> None:
+    """Writes page and pictures."""
+    summary, _, usage = (__doc__ or "").partition("\n\n")
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.report",
+        description=summary,
+        epilog=usage,
+        formatter_class=argparse.RawTextHelpFormatter,
+    )
+    parser.add_argument("--results", type=Path, default=RESULTS, metavar="FOLDER", help="where the results are")
+    parser.add_argument("--page", type=Path, default=PAGE, metavar="FILE", help="what is written")
+    options = parser.parse_args()
+    options.page.write_text(text(options.page, options.results))
+    for section in SECTIONS:
+        file = options.results / f"{section.file}.json"
+        if section.draw and file.exists():
+            section.draw(load(file), options.page.with_name(f"{options.page.stem}-{section.file}.png"))
+
+
+if __name__ == "__main__":
+    main()

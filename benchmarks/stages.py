@@ -1,0 +1,173 @@
+"""The stages of the kernel, each with its floor, on every instruction set, beside those of the reference.
+
+python -m benchmarks.stages     (benchmarks/suite.py says what it takes)
+
+The kernel fuses s1 to s3, so what can be timed is what is exposed: `score` (s1 to s3), `merge` (s5) and `compress`.
+Two differences look further in. A sweep is 1/(M-1) of `score` with M basis tokens less `score` with one, since each
+basis token past the first adds one sweep and its row of the solve. What `compress` takes beyond `score` and `merge` is
+s4, less what one call saves of two: it may be negative. The float64 reference runs each stage alone.
+
+Floors: of `score` M sweeps that only read, of `merge` one torch.mm [N-K, D] x [D, K], measured in the same rounds.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from apet_kernels import reference
+from benchmarks import ceilings
+from benchmarks.cases import RIDGE, Case, tokens
+from benchmarks.check import judge
+from benchmarks.compare import Comparison, Row, on_each_isa, ring
+from benchmarks.sheet import Sheet
+from benchmarks.suite import Results, Suite, ms, noisy, number
+
+SHAPES = ((1, 576, 1024, 64), (5, 576, 1024, 192), (8, 256, 4096, 22), (1, 1280, 3584, 384), (1, 4096, 3584, 512))
+REFERENCE = ("s1_basis", "s2_solve", "s3_residual", "s4_topk", "s5_merge")
+Pair = tuple[Tensor, Tensor]  # x [B, N, D], and the tokens that `compress` keeps of it [B, K]
+
+
+def cases(smoke: bool) -> list[Case]:
+    """The paper's shapes in two dtypes, the default layout."""
+    if smoke:
+        return [Case(2, 96, 64, 24, torch.float32, "inplace")]
+    return [Case(*shape, dtype, "inplace") for shape in SHAPES for dtype in (torch.float32, torch.bfloat16)]
+
+
+def compare(case: Case) -> Comparison:
+    """Checks and names everything: "kernel" is `compress`."""
+    options = {"start": case.start, "ridge": RIDGE}
+
+    def score(pair: Pair, basis: int = case.basis) -> Pair:
+        return torch.ops.apet.score(pair[0], basis, **options)
+
+    def merge(pair: Pair) -> Tensor:
+        return torch.ops.apet.merge(*pair)
+
+    def compress(pair: Pair) -> Pair:
+        return torch.ops.apet.compress(pair[0], **case.arguments)
+
+    halves = {**on_each_isa("score", score), **on_each_isa("merge", merge)}
+    whole = on_each_isa("kernel", compress)
+    with torch.inference_mode():
+        inputs = [(x, torch.ops.apet.compress(x, **case.arguments)[1]) for x in ring(functools.partial(tokens, case))]
+        judged = {name: check(case, name, inputs[0][0], call, halves) for name, call in whole.items()}
+        floors = {name: _of_x(call) for name, call in ceilings.floor(case).items()}
+        stages = {f"reference {name}": call for name, call in reference_stages(case, inputs[0][0]).items()}
+    first = functools.partial(score, basis=1)
+    calls = {**floors, **stages, "score one": first, **halves, **whole}
+    return Comparison(case.fields(), calls, inputs, judged)
+
+
+def check(
+    case: Case, name: str, x: Tensor, compress: Callable[[Pair], Pair], halves: dict[str, Callable[[Pair], object]]
+) -> float:
+    """Judges `compress`, and its halves on the same instruction set by it: the tokens that the residuals of `score`
+    rank highest are the kept ones, and `merge` of these gives the same rows. Raises AssertionError."""
+    isa = name.removeprefix("kernel")
+    rows, kept = compress((x, torch.empty(0)))
+    residual, basis = halves[f"score{isa}"]((x, kept))
+    ranked = residual.scatter(1, basis, torch.inf).sort(dim=1, descending=True, stable=True).indices  # [B, N]
+    assert torch.equal(ranked[:, : case.keep].sort(1).values, kept), f"score{isa}, {case}: it ranks other tokens"
+    assert torch.equal(halves[f"merge{isa}"]((x, kept)), rows), f"merge{isa}, {case}: it gives other rows"
+    return judge(case, name, x, (rows, kept))
+
+
+def reference_stages(case: Case, x: Tensor) -> dict[str, Callable[[object], None]]:
+    """Each stage of the reference on all images of x [B, N, D], given what the stages before it return; whatever
+    input these calls get, they run on x."""
+    images = [reference.widen(image) for image in x]
+    picks = [reference.s1_basis(image, case.basis, start=case.start, ridge=RIDGE) for image in images]
+    weights = [reference.s2_solve(image, p, RIDGE) for image, p in zip(images, picks, strict=True)]
+    e2 = [reference.s3_residual(*given, case.basis) for given in zip(images, picks, weights, strict=True)]
+    cuts = [reference.s4_topk(r, p, case.keep, case.layout) for r, p in zip(e2, picks, strict=True)]
+
+    def each(stage: Callable[..., object], *columns: list) -> Callable[[object], None]:
+        def run(_: object) -> None:
+            for given in zip(*columns, strict=True):
+                stage(*given)
+
+        return run
+
+    return {
+        "s1_basis": each(lambda image: reference.s1_basis(image, case.basis, start=case.start, ridge=RIDGE), images),
+        "s2_solve": each(lambda image, p: reference.s2_solve(image, p, RIDGE), images, picks),
+        "s3_residual": each(lambda *given: reference.s3_residual(*given, case.basis), images, picks, weights),
+        "s4_topk": each(lambda r, p: reference.s4_topk(r, p, case.keep, case.layout), e2, picks),
+        "s5_merge": each(
+            lambda rows, image, cut: reference.s5_merge(rows, image, *cut), list(x.unbind()), images, cuts
+        ),
+    }
+
+
+def _of_x(call: Callable[[Tensor], None]) -> Callable[[Pair], None]:
+    return lambda pair: call(pair[0])
+
+
+def sheets(results: Results) -> list[Sheet]:
+    """The kernel, its instruction sets, the reference."""
+    isa = list(dict.fromkeys(n.removeprefix("kernel ") for row in results.rows for n in row.ms if n[:7] == "kernel "))
+    kernel = Sheet(
+        "Stages of the kernel",
+        "Milliseconds, medians. s1-s3: `score`; s5: `merge`; all: `compress`. of floor: the share that the floor "
+        "explains, M sweeps that only read, or the product. sweep: of one basis token more, and the "
+        "bandwidth at which it reads X. s4 and one call: `compress` less `score` and `merge`. noise: of kernel and "
+        "floor. judged: rows checked.",
+        [
+            *("shape", "dtype", "all", "of floor", "s1-s3", "of sweeps", "sweep", "sweep GB/s"),
+            *("s5", "of product", "s5 GFLOP/s", "s4 and one call", "noise", "judged"),
+        ],
+        [_line(row) for row in results.rows],
+    )
+    sets = Sheet(
+        "Stages by instruction set",
+        "Milliseconds, medians; without a name the best set of this machine.",
+        ["shape", "dtype", *(f"{stage} {name}".strip() for stage in ("s1-s3", "s5") for name in (*isa, ""))],
+        [
+            [*_named(row), *(ms(row, f"{stage} {name}".strip()) for stage in ("score", "merge") for name in (*isa, ""))]
+            for row in results.rows
+        ],
+    )
+    judges = Sheet(
+        "Stages of the reference",
+        "Milliseconds, medians, in float64 and one image after another: the specification, not a rival.",
+        ["shape", "dtype", *REFERENCE],
+        [[*_named(row), *(ms(row, f"reference {name}") for name in REFERENCE)] for row in results.rows],
+    )
+    return [kernel, sets, judges]
+
+
+def _named(row: Row) -> list[str]:
+    case = Case.of(row.case)
+    return [case.shape, case.dtype_name]
+
+
+def _line(row: Row) -> list[str]:
+    case, took = Case.of(row.case), row.ms
+    sweep = (took["score"] - took["score one"]) / (case.basis - 1)
+    read = case.B * case.N * case.D * case.itemsize / sweep / 1e6
+    product = case.B * 2 * (case.N - case.keep) * case.targets * case.D
+    return [
+        *(*_named(row), ms(row, "kernel"), f"{row.faster['floor']:.0%}"),
+        *(ms(row, "score"), f"{took['sweeps'] / took['score']:.0%}", number(sweep), f"{read:.0f}"),
+        *(ms(row, "merge"), f"{took['product'] / took['merge']:.0%}", f"{product / took['merge'] / 1e6:.0f}"),
+        *(number(took["kernel"] - took["score"] - took["merge"]), "; ".join(noisy(row)) or f"{row.worst_noise:.0%}"),
+        f"{row.judged['kernel']:.0%}",
+    ]
+
+
+SUITE = Suite(
+    "stages",
+    "The stages of the kernel, each with its floor, on every instruction set, beside those of the reference.",
+    cases,
+    compare,
+    sheets,
+    rounds=15,
+)
+
+if __name__ == "__main__":
+    SUITE.main()

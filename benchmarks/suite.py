@@ -1,0 +1,132 @@
+"""What the suites share: a command line, a file of results, and the head that says where it was measured.
+
+    python -m benchmarks.SUITE [--smoke] [--rounds N] [--only TEXT ...] [--json FILE]
+
+--only keeps the cases whose name, such as "1x576x1024 keep 64 float32 overwrite", holds every TEXT given. Results are
+written after every case, one to a line, every call in them; `python -m benchmarks.report` makes docs/benchmarks.md
+of them, `python -m benchmarks.regress` compares two.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from benchmarks import ceilings
+from benchmarks.compare import NOISE, ROUNDS, THREADS, Comparison, Row
+from benchmarks.machine import describe
+from benchmarks.sheet import Sheet, show
+
+SMOKE_ROUNDS = 3
+
+
+@dataclass
+class Results:
+    """A file of them. `rates`: what benchmarks/ceilings.py measured in the same run."""
+
+    suite: str
+    head: dict[str, str]
+    rates: dict[str, float]
+    rows: list[Row]
+
+
+@dataclass(frozen=True)
+class Suite:
+    """Cases, how each is measured, and how it is shown."""
+
+    name: str
+    about: str  # one sentence
+    cases: Callable[[bool], list[Any]]  # given --smoke; str() of each is its name
+    compare: Callable[[Any], Comparison]
+    sheets: Callable[[Results], list[Sheet]]
+    rounds: int = ROUNDS
+    memory: Callable[[Any], dict[str, int]] = lambda case: {}
+    missed: Callable[[Row], list[str]] = lambda row: []  # sentences about goals
+
+    def measure(self, case: Any, rounds: int) -> Row:
+        """Time, and where the suite has it memory."""
+        return dataclasses.replace(self.compare(case).run(rounds), memory=self.memory(case))
+
+    def main(self) -> None:
+        """Measures, shows, writes."""
+        parser = argparse.ArgumentParser(prog=f"python -m benchmarks.{self.name}", description=self.about)
+        parser.add_argument("--smoke", action="store_true", help=f"tiny cases and {SMOKE_ROUNDS} rounds")
+        parser.add_argument("--rounds", type=int, default=self.rounds, help=f"calls of each ({self.rounds})")
+        parser.add_argument("--only", nargs="*", default=[], metavar="TEXT", help="cases whose name holds every TEXT")
+        parser.add_argument("--json", type=Path, metavar="FILE", help="write everything measured")
+        options = parser.parse_args()
+        chosen = [case for case in self.cases(options.smoke) if all(text in str(case) for text in options.only)]
+        if not chosen:
+            parser.error(f"no case holds {' and '.join(options.only)}")
+        torch.set_num_threads(THREADS)
+        console = Console(width=None if sys.stdout.isatty() else 220)
+        rates = ceilings.measure()
+        results = Results(self.name, {**describe(), "ceilings": said(rates)}, rates, [])
+        for number, case in enumerate(chosen, 1):
+            with console.status(f"{number} of {len(chosen)}: {case}"):
+                results.rows.append(self.measure(case, SMOKE_ROUNDS if options.smoke else options.rounds))
+            if options.json:
+                save(results, options.json)
+        show(console, results.head, self.sheets(results))
+
+
+def said(rates: dict[str, float]) -> str:
+    """Ceilings, for the head of a table."""
+    return (
+        f"torch.mm of 2048^3 {rates['float32 GFLOP/s']:.0f} GFLOP/s in float32, {rates['bfloat16 GFLOP/s']:.0f} in "
+        f"bfloat16; copying 256 MiB {rates['copy GB/s']:.0f} GB/s, reading them {rates['read GB/s']:.0f} GB/s, "
+        f"reading 4 MiB again {rates['cached GB/s']:.0f} GB/s; a call with nothing to do {rates['call us']:.1f} us"
+    )
+
+
+def save(results: Results, path: Path) -> None:
+    """As JSON, four digits of every number, a row to a line."""
+    rows = ",\n".join(json.dumps(_short(dataclasses.asdict(row))) for row in results.rows)
+    head = json.dumps({"suite": results.suite, "head": results.head, "rates": _short(results.rates)}, indent=1)
+    path.write_text(f'{head[:-2]},\n "rows": [\n{rows}\n]}}\n')
+
+
+def load(path: Path) -> Results:
+    """What `save` wrote."""
+    found = json.loads(path.read_text())
+    return Results(found["suite"], found["head"], found["rates"], [Row(**row) for row in found["rows"]])
+
+
+def named(case: dict[str, Any]) -> str:
+    """A case's fields in a line."""
+    return ", ".join(f"{name} {value}" for name, value in case.items())
+
+
+def noisy(row: Row) -> list[str]:
+    """A sentence if the machine was too busy for the row to count."""
+    return [f"noise {row.worst_noise:.0%}, measure again on an idle machine"] if row.worst_noise > NOISE else []
+
+
+def ms(row: Row, name: str) -> str:
+    """Milliseconds; (n) after fewer rounds than the kernel's; - of what was not measured."""
+    if name not in row.ms:
+        return "-"
+    few = f" ({row.rounds[name]})" if row.rounds[name] < row.rounds["kernel"] else ""
+    return f"{number(row.ms[name])}{few}"
+
+
+def number(value: float) -> str:
+    """Three digits, and no exponent."""
+    return f"{value:.3g}" if value < 1000 else f"{value:.0f}"
+
+
+def _short(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _short(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_short(item) for item in value]
+    return float(f"{value:.4g}") if isinstance(value, float) else value

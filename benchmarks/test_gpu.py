@@ -1,0 +1,41 @@
+"""The GPU backends under pytest-benchmark: each case of benchmarks/gpu.py, every implementation in turns."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+import pytest
+from pytest_benchmark.fixture import BenchmarkFixture
+
+from benchmarks import gpu
+from benchmarks.cases import Case, gpu_cases
+from benchmarks.compare import ROUNDS
+from benchmarks.device import Device, find
+from benchmarks.floors import Rates
+
+
+@pytest.fixture(scope="module")
+def device() -> Device:
+    try:
+        return find(dry_run=False)
+    except RuntimeError as error:
+        pytest.skip(str(error))
+
+
+@pytest.fixture(scope="module")
+def rates(device: Device) -> Rates:
+    return gpu.measure_rates(device)
+
+
+@pytest.mark.parametrize("gpu_case", gpu_cases(), ids=lambda case: str(case).replace(" ", "-"))
+def test_gpu(
+    benchmark: BenchmarkFixture, gpu_case: Case, device: Device, rates: Rates, say: Callable[[str], None]
+) -> None:
+    """All that can do the case is right, and timed; what pytest-benchmark times is the measurement, and the row that it
+    gives goes into extra_info."""
+    row = benchmark.pedantic(gpu.measure, args=(gpu_case, device, rates, ROUNDS), rounds=1)
+    benchmark.extra_info.update(dataclasses.asdict(row))
+    us = ", ".join(f"{name} {value:.3g}" for name, value in (row.graph_us or row.host_us).items())
+    say(f"{gpu_case}: {us} us")
+    assert not row.failed, "; ".join(gpu.failures([row]))

@@ -1,0 +1,27 @@
+"""Every suite under pytest-benchmark, which times the kernel, with one round of the others as its set-up."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+from pytest_benchmark.fixture import BenchmarkFixture
+
+from benchmarks.suite import SMOKE_ROUNDS, Suite
+
+
+def test_suite(
+    benchmark: BenchmarkFixture, suite: Suite, suite_case: Any, smoke: bool, say: Callable[[str], None]
+) -> None:
+    """Checked, timed in turns, and no goal missed. The whole row goes into extra_info."""
+    comparison = suite.compare(suite_case)
+    benchmark.group = suite.name
+    rounds = SMOKE_ROUNDS if smoke else suite.rounds
+    benchmark.pedantic(comparison.time_kernel, setup=comparison.time_others, rounds=rounds)
+    row = comparison.row()
+    benchmark.extra_info.update(dataclasses.asdict(row))
+    times = ", ".join(f"{name} {ms:.3g}" for name, ms in row.ms.items())
+    say(f"{suite.name}, {suite_case}: {times} ms; kernel / floor {row.floors:.2f}")
+    missed = suite.missed(row)
+    assert not missed, "; ".join(missed)
