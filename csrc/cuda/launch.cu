@@ -18,6 +18,7 @@ namespace {
 constexpr double kLaunchUs = 2.5, kOverlappedLaunchUs = 1.5;
 constexpr double kStepUs[2] = {1.2, 2.0};    // barrier and exchange of a step: cluster, cooperative
 constexpr double kListsUs = 2, kFillUs = 1;  // s4; the first bytes from memory
+constexpr double kTermUs = 0.01;             // of a token's own algebra: a float64 fma after another, 16 cycles
 constexpr double kElementsPerSm = 76e3;  // widened and multiplied: 128 lanes, 2 instructions, 70 % of the issue slots
 constexpr double kL2PerSm = 87e3;        // bytes of one SM from L2
 constexpr double kL2Share = 40e3, kMemoryShare = 25e3;  // and if all of them read at once
@@ -218,7 +219,10 @@ double estimate_us(const apet_problem& p, const Device& device, const apet_gpu_p
   const double sweep = (double)plan.slice * p.dim / kElementsPerSm;
   const double again = read((plan.slice - plan.resident) * row, kL2Share);
   const double step = std::max(sweep, again) + kStepUs[plan.path == APET_CUDA_GROUPS];
-  double us = kLaunchUs + rounds * (kFillUs + read(slice, kMemoryShare) + sweep + basis_of(p) * step + kListsUs);
+  // A thread takes a row through at most M / 2 terms in each of M steps, and as many again for the residual.
+  const double algebra = std::ceil((double)plan.slice / kThreads) * basis_of(p) * basis_of(p) * kTermUs;
+  double us =
+      kLaunchUs + rounds * (kFillUs + read(slice, kMemoryShare) + sweep + basis_of(p) * step + algebra + kListsUs);
   if (p.op == APET_SCORE) return us;
   const double flops = 2.0 * most_dropped(p) * most_kept(p) * p.dim, rate = kFlopsPerSm[p.dtype == APET_FLOAT32];
   if (plan.path == APET_CUDA_FUSED)
