@@ -20,14 +20,13 @@ def manifests() -> list[Any]:
     from lmms_eval.models import AVAILABLE_CHAT_TEMPLATE_MODELS, AVAILABLE_SIMPLE_MODELS
     from lmms_eval.models.registry_v2 import ModelManifest
 
-    kinds = {"simple_class_path": AVAILABLE_SIMPLE_MODELS, "chat_class_path": AVAILABLE_CHAT_TEMPLATE_MODELS}
-    return [
-        ModelManifest(
-            model_id=f"apet_{name}",
-            **{path: f"{__name__}.{path.partition('_')[0]}_{name}" for path, known in kinds.items() if name in known},
-        )
-        for name in MODELS
-    ]
+    kinds = {"simple": AVAILABLE_SIMPLE_MODELS, "chat": AVAILABLE_CHAT_TEMPLATE_MODELS}
+    found = []
+    for name in MODELS:
+        paths = {f"{kind}_class_path": f"{__name__}.{kind}_{name}" for kind, known in kinds.items() if name in known}
+        if paths:
+            found.append(ModelManifest(model_id=f"apet_{name}", **paths))
+    return found
 
 
 def __getattr__(attribute: str) -> type:
