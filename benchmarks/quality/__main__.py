@@ -1,0 +1,61 @@
+"""The quality study, step by step or as a whole.
+
+python -m benchmarks.quality {features,intrinsic,task,agreement,write,all} [--folder DIR] [--results DIR] [--docs DIR]
+                             [--seed N] [--photos DIR]
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+import torch
+from apet import Refused
+
+from benchmarks.machine import describe
+from benchmarks.quality import agreement, features, intrinsic, reader, report, task
+
+ROOT = Path(__file__).parents[2]
+STEPS = ("features", "intrinsic", "task", "agreement", "write")
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Runs one step, or all of them; each goes on where an earlier call was stopped."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.quality", description=__doc__.splitlines()[0])
+    parser.add_argument("step", choices=[*STEPS, "all"])
+    parser.add_argument("--folder", type=Path, default=ROOT / ".build/quality/main", help="features and readers")
+    parser.add_argument("--results", type=Path, default=ROOT / "benchmarks/results/quality", help="raw results")
+    parser.add_argument("--docs", type=Path, default=ROOT / "docs", help="where `write` puts the page and its pictures")
+    parser.add_argument("--seed", type=int, default=0, help="of the scenes")
+    parser.add_argument("--photos", type=Path, help="a folder of photographs to test on instead")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of torch")
+    given = parser.parse_args(arguments)
+    torch.set_num_threads(given.threads)
+    try:
+        for step in STEPS if given.step == "all" else (given.step,):
+            run(step, given)
+    except (Refused, ImportError, FileNotFoundError) as error:
+        sys.exit(f"error: {error}")
+
+
+def run(step: str, given: argparse.Namespace) -> None:
+    """One step."""
+    head = describe()
+    if step == "features":
+        features.extract(given.folder, features.SIZES, given.seed, given.photos)
+    elif step == "intrinsic":
+        if not (given.folder / "intrinsic.npz").exists():
+            intrinsic.extract(given.folder, given.seed)
+        intrinsic.study(given.folder, given.results, head)
+    elif step == "task":
+        task.study(given.folder, given.results, reader.EPOCHS, head)
+    elif step == "agreement":
+        agreement.study(given.folder, given.results, head)
+    else:
+        report.write(given.results, given.docs)
+        report.draw(given.docs)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,94 @@
+"""From the bits of the task study to accuracies and intervals."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from benchmarks.quality import features, scenes, task
+
+RESAMPLES = 4000
+NUMBER_OF_KINDS = len(scenes.KINDS)
+
+
+class Interval(NamedTuple):
+    """A figure and where 95 % of its bootstrap lies."""
+
+    value: float
+    low: float
+    high: float
+
+    @property
+    def beyond(self) -> bool:
+        """Whether 0 lies outside."""
+        return self.low > 0 or self.high < 0
+
+
+@dataclass
+class Answers:
+    """Correct answers of one layer and split. right: (budget, name) -> [n, 5], the share of readers that were right."""
+
+    right: dict[tuple[str, str], np.ndarray]
+    weights: np.ndarray  # [resamples, n]: how often a resample holds a picture
+    blocks: np.ndarray  # the same, but photographs are drawn, each with all its pictures
+
+    def retained(self, budget: int, name: str, kind: int | None = None) -> Interval:
+        """Percent of the accuracy on full tokens: over all kinds of questions, or of one."""
+        return self._interval(self._share(budget, name, kind), self.weights)
+
+    def ahead(self, budget: int, name: str, of: str, by_photograph: bool = False) -> Interval:
+        """Percentage points of retained accuracy by which `name` is ahead of another, paired: both are counted on the
+        same resampled pictures."""
+        first, other = self._share(budget, name, None), self._share(budget, of, None)
+        return self._interval((first[0] - other[0], first[1]), self.blocks if by_photograph else self.weights)
+
+    def accuracy(self, kind: int | None = None) -> float:
+        """Percent right on full tokens."""
+        return 100 * float(self._mean(self.right[task.FULL, task.FULL], kind).mean())
+
+    def _share(self, budget: int, name: str, kind: int | None) -> tuple[np.ndarray, np.ndarray]:
+        """[n] right with compressed tokens, [n] with all."""
+        return self._mean(self.right[str(budget), name], kind), self._mean(self.right[task.FULL, task.FULL], kind)
+
+    @staticmethod
+    def _mean(right: np.ndarray, kind: int | None) -> np.ndarray:
+        return right.mean(1) if kind is None else right[:, kind]
+
+    @staticmethod
+    def _interval(share: tuple[np.ndarray, np.ndarray], weights: np.ndarray) -> Interval:
+        """Of the ratio of two sums over pictures, in percent."""
+        top, bottom = share
+        drawn = 100 * (weights @ top) / (weights @ bottom)
+        low, high = np.quantile(drawn, (0.025, 0.975))
+        return Interval(100 * float(top.sum() / bottom.sum()), float(low), float(high))
+
+
+@functools.cache
+def answers(results: Path, layer: int, split: str) -> Answers:
+    """What `task.study` wrote. Raises: FileNotFoundError where it has not."""
+    with np.load(results / "task-pictures.npz") as pictures:
+        source = pictures[f"{split}/source"]
+    n, right = len(source), {}
+    with np.load(results / f"task-{layer}.npz") as stored:
+        for key in stored.files:
+            if key.startswith(f"{split}/"):
+                bits = np.unpackbits(stored[key])[: len(task.SEEDS) * n * NUMBER_OF_KINDS]
+                _, budget, name = key.split("/", 2)
+                right[budget, name] = bits.reshape(len(task.SEEDS), n, NUMBER_OF_KINDS).mean(0)
+    draw = np.random.default_rng(0)
+    weights = draw.multinomial(n, np.full(n, 1 / n), RESAMPLES).astype(np.float64)
+    photographs = source.max() + 1
+    drawn = draw.multinomial(photographs, np.full(photographs, 1 / photographs), RESAMPLES)
+    return Answers(right, weights, drawn[:, source].astype(np.float64))
+
+
+def best(results: Path, budget: int, names: list[str]) -> str:
+    """The name of highest accuracy on the validation split, all layers together."""
+    return max(
+        names,
+        key=lambda name: sum(answers(results, layer, "val").retained(budget, name).value for layer in features.LAYERS),
+    )
