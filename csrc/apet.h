@@ -202,7 +202,7 @@ typedef struct apet_plan {
   apet_isa isa;           /* in use when the plan was made */
   int32_t teams;          /* images in flight at once */
   int32_t threads;        /* threads that share one image; teams * threads is at most what was asked for */
-  size_t workspace_bytes; /* 64-byte aligned workspace that apet_cpu_run wants */
+  size_t workspace_bytes; /* 64-byte aligned workspace that apet_cpu_run wants; a multiple of 64 */
   double estimated_ns[2]; /* the estimate behind teams and threads: whole call on one thread, and as planned. Good for
                              comparing, not for predicting */
 } apet_plan;
@@ -260,7 +260,7 @@ typedef struct apet_gpu_plan {
   int32_t tile;           /* s5 as its own launch: rows of a tile, else 0 */
   int32_t select_shared;  /* bytes of shared memory of a CTA of the first launch */
   int32_t merge_shared;   /* and of the second, 0 without one */
-  size_t workspace_bytes; /* 64-byte aligned device memory that apet_cuda_run wants */
+  size_t workspace_bytes; /* 64-byte aligned device memory that apet_cuda_run wants; a multiple of 64 */
   double estimated_us;    /* computed, not measured: docs/cuda.md */
   char why[256];          /* a sentence: why this path, and what ruled out a better one */
 } apet_gpu_plan;

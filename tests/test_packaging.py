@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import email
-import os
 import re
 import runpy
 import shutil
@@ -20,44 +19,27 @@ from pathlib import Path
 import pytest
 
 from tests import sass
+from tests.binaries import HEADER, RUNTIMES, declared_for, exported, needed, run, version
 
 ROOT = Path(__file__).parents[1]
-HEADER = ROOT / "csrc/apet.h"
 PACKAGE = Path(util.find_spec("apet_kernels").origin).parent
 LIBRARY = PACKAGE / "libapet.so"
 
 needs_library = pytest.mark.skipif(not LIBRARY.exists(), reason="installed without the compiled kernels")
 
 
-def run(*command: object, **environment: str) -> str:
-    """Its output, standard error included; fails the test with all of it if the command fails."""
-    done = subprocess.run(
-        [str(word) for word in command],
-        env={**os.environ, **environment},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-    assert done.returncode == 0, f"{' '.join(map(str, command))}\n{done.stdout}"
-    return done.stdout
-
-
-def project_version() -> str:
-    return ".".join(re.findall(r"^#define APET_VERSION_(?:MAJOR|MINOR|PATCH) (\d+)$", HEADER.read_text(), re.M))
-
-
 # ---- what is installed here -----------------------------------------------------------------------------------------
 
 
 def test_version_is_the_same_in_the_header_and_the_installed_metadata():
-    assert metadata.version("apet-kernels") == project_version()
+    assert metadata.version("apet-kernels") == version()
 
 
 @needs_library
 def test_version_is_the_same_in_the_library():
-    version = ctypes.CDLL(str(LIBRARY)).apet_version
-    version.restype = ctypes.c_char_p
-    assert version().decode() == project_version()
+    function = ctypes.CDLL(str(LIBRARY)).apet_version
+    function.restype = ctypes.c_char_p
+    assert function().decode() == version()
 
 
 def test_metadata():
@@ -93,24 +75,7 @@ def test_cmake_lists_every_source():
 # ---- the torch-free library ------------------------------------------------------------------------------------------
 
 
-RUNTIMES = {"libstdc", "libgcc_s", "libc", "libm", "libpthread", "libdl", "librt", "ld-linux-x86-64"}
 TORCH_FREE = sorted({LIBRARY, *PACKAGE.glob("libapet_cuda.so")})
-
-
-def exported(library: Path) -> set[str]:
-    return {line.split()[-1] for line in run("nm", "-D", "--defined-only", library).splitlines()}
-
-
-def needed(library: Path) -> set[str]:
-    return set(re.findall(r"\(NEEDED\).*\[(\w+)", run("readelf", "-d", library)))
-
-
-def declared_for(library: str) -> set[str]:
-    """The functions of apet.h that a library has to export."""
-    declared = set(re.findall(r"^APET_API [^;]*?\b(apet_\w+)\(", HEADER.read_text(), re.M))
-    cuda = {name for name in declared if name.startswith("apet_cuda_")}
-    assert cuda
-    return cuda if library == "libapet_cuda" else declared - cuda
 
 
 @needs_library
@@ -192,18 +157,6 @@ def test_code_of_one_instruction_set_stays_in_its_file(instruction_set: str):
     for file in objects:
         symbols = run("nm", "--demangle", "--defined-only", file).splitlines()
         assert [line for line in symbols if line.split()[1] == "W"] == [], file
-
-
-@pytest.mark.parametrize(
-    ("compiler", "standard", "suffix"), [("cc", "c11", "c"), ("c++", "c++17", "cpp")], ids=["C", "C++"]
-)
-def test_header_compiles(tmp_path: Path, compiler: str, standard: str, suffix: str):
-    if not shutil.which(compiler):
-        pytest.skip(f"{compiler} is not installed")
-    source = tmp_path / f"use.{suffix}"
-    source.write_text('#include "apet.h"\nint main(void) { return apet_version() == 0; }\n')
-    warnings = ["-Wall", "-Wextra", "-Wpedantic", "-Werror"]
-    run(compiler, f"-std={standard}", *warnings, "-I", HEADER.parent, "-c", source, "-o", tmp_path / "use.o")
 
 
 # ---- whether CUDA kernels are built ----------------------------------------------------------------------------------
@@ -348,7 +301,7 @@ def test_sdist_builds_and_tests_and_knows_its_commit(source: Path):
     head = subprocess.run(["git", "-C", ROOT, "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
     assert (source / "COMMIT").read_text().strip().removesuffix("-dirty") == head
     about = email.message_from_string((source / "PKG-INFO").read_text())
-    assert (about["Name"], about["Version"]) == ("apet-kernels", project_version())
+    assert (about["Name"], about["Version"]) == ("apet-kernels", version())
 
 
 @pytest.mark.slow

@@ -1,0 +1,57 @@
+"""What compiled libraries export and need, and what csrc/apet.h declares for them."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+from pathlib import Path
+
+HEADER = Path(__file__).parents[1] / "csrc/apet.h"
+RUNTIMES = {"libstdc", "libgcc_s", "libc", "libm", "libpthread", "libdl", "librt", "ld-linux-x86-64"}
+
+
+def run(*command: object, folder: Path | None = None, **environment: str) -> str:
+    """Its output, standard error included; fails the test with all of it if the command fails."""
+    done = subprocess.run(
+        [str(word) for word in command],
+        cwd=folder,
+        env={**os.environ, **environment},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    assert done.returncode == 0, f"{' '.join(map(str, command))}\n{done.stdout}"
+    return done.stdout
+
+
+def exported(library: Path) -> set[str]:
+    return {line.split()[-1] for line in run("nm", "-D", "--defined-only", library).splitlines()}
+
+
+def undefined(*files: Path) -> set[str]:
+    """Symbols that a library or objects take from elsewhere, less the weak ones of the compiler's start-up files."""
+    dynamic = ["-D"] if ".so" in files[0].name else []
+    lines = run("nm", *dynamic, "--undefined-only", *files).splitlines()
+    return {line.split()[-1].partition("@")[0] for line in lines if line.strip().startswith("U ")}
+
+
+def needed(library: Path) -> set[str]:
+    return set(re.findall(r"\(NEEDED\).*\[(\w+)", run("readelf", "-d", library)))
+
+
+def declared() -> set[str]:
+    """The functions of apet.h."""
+    return set(re.findall(r"^APET_API [^;]*?\b(apet_\w+)\(", HEADER.read_text(), re.M))
+
+
+def declared_for(library: str) -> set[str]:
+    """Those that a library has to export."""
+    cuda = {name for name in declared() if name.startswith("apet_cuda_")}
+    assert cuda
+    return cuda if library == "libapet_cuda" else declared() - cuda
+
+
+def version() -> str:
+    """The version in apet.h."""
+    return ".".join(re.findall(r"^#define APET_VERSION_(?:MAJOR|MINOR|PATCH) (\d+)$", HEADER.read_text(), re.M))
