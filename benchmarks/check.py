@@ -64,10 +64,14 @@ def _check_image(case: Case, x: Tensor, tokens: Tensor, kept: Tensor, similarity
     dropped = torch.ones(case.N, dtype=torch.bool).index_fill_(0, kept, False)  # [N]
     rows = (~overwritten).nonzero()[:, 0]  # [T]
     targets = X[kept[rows]]  # [T, D]
-    similarity = X[dropped] @ targets.T / targets.norm(dim=-1)  # [N-K, T]
-    best, to = similarity.max(1)  # [N-K]
-    near = similarity >= (best - 2 * similarity_error * sq[dropped].sqrt())[:, None]  # [N-K, T]
-    excused = near[near.sum(1) > 1].any(0)  # [T]
+    nearest, excused = [], torch.zeros(len(rows), dtype=torch.bool)  # of every dropped token; [T]
+    for part in X[dropped].split(8192):  # [n, D]
+        similarity = (part @ targets.T).div_(targets.norm(dim=-1))  # [n, T]
+        best, to = similarity.max(1)  # [n]
+        nearest.append(to)
+        near = similarity >= (best - 2 * similarity_error * part.norm(dim=-1))[:, None]  # [n, T]
+        excused |= near[near.sum(1) > 1].any(0)
+    to = torch.cat(nearest)  # [N-K]
     count = 1 + to.bincount(minlength=len(rows))[:, None]  # [T, 1]
     mean = targets.index_add(0, to, X[dropped]) / count  # [T, D]
     allowed = torch.finfo(x.dtype).eps * mean.abs() + 8 * U * X.abs().amax()  # [T, D]

@@ -1,0 +1,398 @@
+"""The benchmarks run on small sizes, their checks find what is wrong, and the report and the comparison say so."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import itertools
+import math
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import ceilings, compare, growth, kept, memory, ragged, regress, report, stages, suite
+from benchmarks.baselines import published_bytes
+from benchmarks.cases import Case, tokens
+from benchmarks.compare import Comparison, Row
+from benchmarks.suite import Results
+
+RATES = {"float32 GFLOP/s": 200.0, "bfloat16 GFLOP/s": 800.0, "copy GB/s": 40.0, "read GB/s": 50.0}
+RATES |= {"cached GB/s": 100.0, "call us": 10.0}
+ONLY = {"cpu": ["inplace"], "growth": ["float32"]}  # of the smoke cases, where the others take more than they tell
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of what every suite writes, on small sizes."""
+    folder = tmp_path_factory.mktemp("results")
+    threads = torch.get_num_threads()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ceilings, "measure", lambda: RATES)
+        for name, its in report.SUITES.items():
+            file = folder / f"{'cpu-inplace' if name == 'cpu' else name}.json"
+            only = ["--only", *ONLY[name]] if name in ONLY else []
+            patch.setattr(sys, "argv", [f"benchmarks/{name}.py", "--smoke", *only, "--json", str(file)])
+            its.main()
+    torch.set_num_threads(threads)
+    return folder
+
+
+@pytest.mark.parametrize("name", report.SUITES)
+def test_every_suite_runs_and_what_it_times_is_checked(results: Path, name: str) -> None:
+    (file,) = [file for file in results.iterdir() if file.name.startswith(name)]
+    found = suite.load(file)
+    assert (found.suite, found.rates) == (name, RATES)
+    assert found.head.keys() >= {"machine", "commit", "command", "date", "ceilings"}
+    its = report.SUITES[name]
+    assert [row.case for row in found.rows] == [
+        case.fields() for case in its.cases(True) if all(text in str(case) for text in ONLY.get(name, []))
+    ]
+    for row in found.rows:
+        assert {"kernel", "floor", "product", "sweeps"} <= row.ms.keys()
+        assert {n: len(spent) for n, spent in row.seconds.items() if n != "floor"}.items() <= row.rounds.items()
+        assert row.rounds["kernel"] == suite.SMOKE_ROUNDS
+        assert row.judged["kernel"] > 0.5
+        assert row.ms["kernel"] == pytest.approx(1e3 * sorted(row.seconds["kernel"])[1], rel=1e-3)
+    for sheet in its.sheets(found):
+        assert all(len(line) == len(sheet.columns) for line in sheet.lines), sheet.title
+
+
+def test_the_report_of_small_sizes(results: Path, tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text(report.PAGE.read_text())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["benchmarks/report.py", "--results", str(results), "--page", str(page)])
+        report.main()
+    text = page.read_text()
+    for word in (
+        "Time against tokens kept",
+        "How time grows",
+        "How memory grows",
+        "Stages of the kernel",
+        "DivPrune: ",
+    ):
+        assert f"{word}" in text
+    for name in ("kept", "growth"):
+        assert f"](page-{name}.png)" in text
+        assert (tmp_path / f"page-{name}.png").read_bytes().startswith(b"\x89PNG")
+    assert text.count(report.NONE) == 1 + text.count("<!-- hooks:begin -->\nNot measured yet.")  # cpu-overwrite.json
+    before, _, rest = text.partition("<!-- stages:begin -->")
+    assert before.startswith("# Benchmarks")
+    assert "compress_varlen" in rest
+
+
+def test_the_page_is_what_the_results_say() -> None:
+    assert report.text(report.PAGE, report.RESULTS) == report.PAGE.read_text(), (
+        "docs/benchmarks.md is not what `python -m benchmarks.report` writes"
+    )
+    for section in report.SECTIONS:
+        if section.draw and (report.RESULTS / f"{section.file}.json").exists():
+            assert report.PAGE.with_name(f"benchmarks-{section.file}.png").exists()
+
+
+def test_results_of_another_suite_are_refused(results: Path, tmp_path: Path) -> None:
+    (tmp_path / "kept.json").write_text((results / "ragged.json").read_text())
+    with pytest.raises(ValueError, match=r"kept\.json has results of ragged, not of kept"):
+        report.body(report.SECTIONS[0], tmp_path, report.PAGE)
+
+
+def test_the_page_has_the_cost_model() -> None:
+    model = (growth.__doc__ or "").partition("model:\n\n")[2].partition("\n\nThe rates")[0]
+    assert len(model.splitlines()) == 5
+    for line in model.splitlines()[:4]:
+        assert line in report.PAGE.read_text()
+
+
+# ---- turns
+
+
+def test_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The order rotates, the kernel is last, every call gets the next input, ratios are of one round."""
+    clock, called = [0.0], []
+    takes = {
+        "a": itertools.cycle([3.0, 30.0, 3.0]),
+        "b": itertools.cycle([5.0]),
+        "kernel": itertools.cycle([1.0, 10.0, 1.0]),
+    }
+
+    def call(name: str) -> Callable[[int], None]:
+        def run(x: int) -> None:
+            called.append((name, x))
+            clock[0] += next(takes[name])
+
+        return run
+
+    monkeypatch.setattr(time, "perf_counter", lambda: clock[0])
+    comparison = Comparison(
+        {}, {n: call(n) for n in takes}, range(100), dict.fromkeys(takes, 1.0), {"both": ("a", "b")}
+    )
+    row = comparison.run(3)
+    assert called == list(zip(["a", "b", "kernel", "b", "a", "kernel", "a", "b", "kernel"], range(9), strict=True))
+    assert row.faster == {"a": 3.0, "b": 5.0, "both": 8.0}
+    assert row.ms == {"a": 3000.0, "b": 5000.0, "kernel": 1000.0, "both": 8000.0}
+
+
+def test_who_takes_too_long_sits_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [0.0]
+
+    def takes(seconds: float) -> Callable[[object], None]:
+        def run(_: object) -> None:
+            clock[0] += seconds
+
+        return run
+
+    monkeypatch.setattr(time, "perf_counter", lambda: clock[0])
+    calls = {"slow": takes(compare.SECONDS), "less": takes(compare.SECONDS / 5), "kernel": takes(1.0)}
+    rounds = Comparison({}, calls, [0], dict.fromkeys(calls, 1.0), {}).run(9).rounds
+    assert rounds == {"slow": 3, "less": 5, "kernel": 9}
+
+
+def test_a_ring_exceeds_the_cache_and_shares_no_memory() -> None:
+    case = Case(4, 2048, 256, 200, torch.float32, "inplace")
+    found = compare.ring(lambda seed: tokens(case, seed))
+    assert sum(x.nbytes for x in found) >= 2 * compare.last_level_cache()
+    assert len({x.data_ptr() for x in found}) == len(found) >= 3
+    assert not torch.equal(found[0], found[1])
+
+
+# ---- checks
+
+
+CASE = Case(2, 64, 32, 24, torch.float32, "inplace")
+
+
+@pytest.mark.parametrize(
+    ("name", "spoil", "said"),
+    [
+        ("norm", lambda rows, at: (rows[:, :-1], at), "tokens have shape"),
+        ("norm", lambda rows, at: (rows, at.flip(1)), "indices do not ascend"),
+        ("norm", lambda rows, at: (rows, at + 64), "an index is"),
+        ("norm", lambda rows, at: (rows * float("nan"), at), "a token is not finite"),
+        ("norm", lambda rows, at: (rows + 1, at), "48 rows are not tokens of x"),
+        ("tome", lambda rows, at: (rows, at), "0 rows are not tokens of x"),
+    ],
+)
+def test_other_methods_are_checked(name: str, spoil: Callable, said: str) -> None:
+    x = tokens(CASE, 0)
+    at = torch.arange(24).expand(2, 24)
+    kept.check_other("norm", CASE, x, x[:, :24], at)
+    with pytest.raises(AssertionError, match=said):
+        kept.check_other(name, CASE, x, *spoil(x[:, :24], at))
+
+
+def test_stages_are_checked() -> None:
+    x = tokens(CASE, 0)
+
+    def whole(pair: stages.Pair) -> stages.Pair:
+        return torch.ops.apet.compress(pair[0], **CASE.arguments)
+
+    def score(pair: stages.Pair) -> stages.Pair:
+        return torch.ops.apet.score(pair[0])
+
+    def merge(pair: stages.Pair) -> torch.Tensor:
+        return torch.ops.apet.merge(*pair)
+
+    assert stages.check(CASE, "kernel", x, whole, {"score": score, "merge": merge}) > 0.5
+    with pytest.raises(AssertionError, match=r"score, .*: it ranks other tokens"):
+        stages.check(CASE, "kernel", x, whole, {"score": lambda p: (-score(p)[0], score(p)[1]), "merge": merge})
+    with pytest.raises(AssertionError, match=r"merge, .*: it gives other rows"):
+        stages.check(CASE, "kernel", x, whole, {"score": score, "merge": lambda p: merge(p) + 1})
+    with pytest.raises(AssertionError, match="rows are not the mean of their tokens"):
+        stages.check(
+            CASE,
+            "kernel",
+            x,
+            lambda p: (whole(p)[0] + 1, whole(p)[1]),
+            {"score": score, "merge": lambda p: merge(p) + 1},
+        )
+
+
+def test_the_reference_is_timed_stage_by_stage() -> None:
+    """In the order of its stages, each on every image."""
+    seen = []
+    x = tokens(CASE, 0)
+    with pytest.MonkeyPatch.context() as patch:
+        for name in stages.REFERENCE:
+            real = getattr(stages.reference, name)
+            patch.setattr(stages.reference, name, lambda *a, n=name, f=real, **k: seen.append(n) or f(*a, **k))
+        found = stages.reference_stages(CASE, x)
+        for name, call in found.items():
+            seen.clear()
+            call(None)
+            assert seen == [name] * CASE.B
+    assert tuple(found) == stages.REFERENCE
+
+
+def test_packed_images_are_checked(monkeypatch: pytest.MonkeyPatch) -> None:
+    (small,) = ragged.cases(smoke=True)
+    real = ragged.apet_kernels.compress_varlen
+
+    def wrong(x: torch.Tensor, *given: object) -> tuple[torch.Tensor, torch.Tensor]:
+        rows, at = real(x, *given)
+        return rows.index_fill(0, torch.tensor([20]), 7.0), at
+
+    monkeypatch.setattr(ragged.apet_kernels, "compress_varlen", wrong)
+    with pytest.raises(AssertionError, match="rows are not the mean of their tokens"):
+        ragged.compare(small)
+
+
+# ---- growth
+
+
+def test_exponents_of_power_laws() -> None:
+    values = [1, 2, 4, 8]
+    assert growth.exponent(values, [3 * v**1.5 for v in values]) == pytest.approx(1.5)
+    curve = growth.Curve("N", "float32", "kernel", [1, 2, 4, 8, 16], [1, 2, 4, 16, 64])
+    assert [growth.exponent(*curve.part(half)) for half in (0, 1)] == pytest.approx([1, 2])
+
+
+def test_what_varies() -> None:
+    ranges: dict[str, list[growth.Point]] = {}
+    for point in growth.points(smoke=False):
+        ranges.setdefault(f"{point.axis} {point.case.dtype_name}", []).append(point)
+    ends = {name: (points[0].value, points[-1].value) for name, points in ranges.items()}
+    wanted = {"N": (64, 65536), "D": (64, 8192), "B": (1, 64), "keep": (10, 922), "basis": (1, 64)}
+    assert ends == {f"{axis} {d}": limits for axis, limits in wanted.items() for d in ("float32", "bfloat16")}
+    assert all(
+        point.case.keep == round(0.1 * point.case.N)
+        for points in ranges.values()
+        for point in points
+        if point.axis != "keep"
+    )
+
+
+def test_the_cost_model_by_hand() -> None:
+    case = Case(2, 100, 10, 20, torch.float32, "inplace", basis=3)
+    # 4000 bytes an image: once from memory, M + 1 = 4 times from the cache; 20 rows, and 44 bytes a token, likewise.
+    moved = 2 * (4000 / 50 + (4 * 4000 + 800 + 4400) / 100)
+    assert growth.predicted_ms(case, RATES) == pytest.approx((10e3 + moved + 2 * 2 * 80 * 20 * 10 / 200) / 1e6)
+    assert growth.predicted_bytes(case) == 2 * 20 * (40 + 8) + 2 * 4 * (100 * 4 + 20 * 10)
+
+
+def test_what_the_model_predicts_for_large_and_small() -> None:
+    """The exponents that the documents promise: the product with many tokens, the sweeps with few kept."""
+
+    def slope(cases: list[Case], values: list[int]) -> float:
+        return growth.exponent(values, [growth.predicted_ms(case, RATES | {"call us": 0.0}) for case in cases])
+
+    base = Case(1, 2**18, 1024, 2**14, torch.float32, "inplace")
+    sizes = [2**n for n in range(18, 22)]
+    assert slope([dataclasses.replace(base, N=n, keep=n // 10) for n in sizes], sizes) == pytest.approx(2, abs=0.05)
+    assert slope([dataclasses.replace(base, N=n, keep=16) for n in sizes], sizes) == pytest.approx(1, abs=0.05)
+    few, widths = dataclasses.replace(base, keep=16), [64, 256, 1024]
+    assert slope([dataclasses.replace(few, D=d) for d in widths], widths) == pytest.approx(1, abs=0.1)
+    steps = [16, 32, 64]
+    deep = [dataclasses.replace(few, keep=2, basis=m) for m in steps]
+    assert slope(deep, steps) == pytest.approx(1, abs=0.1)
+
+
+def test_memory_is_of_the_call_alone() -> None:
+    """The published formulation holds its broadcast, the kernel what it plans, the input counts for neither."""
+    case = Case(1, 512, 1024, 64, torch.float32, "overwrite")
+    broadcast = published_bytes(case.N, case.D, case.keep, case.basis, case.itemsize)
+    assert broadcast < memory.measured_growth(case, "published") < 1.5 * broadcast
+    ours = memory.measured_growth(case)
+    assert (
+        memory.planned_workspace(case) < ours < 1.5 * (memory.output_bytes(case) + memory.workspace_bound(case)) + 2**20
+    )
+
+
+# ---- regressions
+
+
+def row(case: int = 0, **ms: float) -> Row:
+    """Of a quiet machine."""
+    times = {"product": 3.0, "sweeps": 1.0, "eager": 8.0, "kernel": 2.0} | ms
+    faster = {name: t / times["kernel"] for name, t in times.items() if name != "kernel"}
+    return Row({"case": case}, times, dict.fromkeys(times, 9), faster, dict.fromkeys(times, 0.05), {"kernel": 1.0}, {})
+
+
+def results_of(*rows: Row, name: str = "stages") -> Results:
+    return Results(name, {"commit": "c", "date": "today"}, {}, list(rows))
+
+
+def worse(new: Row, old: Row | None = None) -> list[tuple[str, float]]:
+    """What has regressed."""
+    found = regress.compare(results_of(old or row()), results_of(new)).regressed(regress.ALLOW)
+    return [(what, round(times, 3)) for _, what, times in found]
+
+
+def test_planted_regressions_are_found() -> None:
+    assert worse(row()) == []
+    assert worse(row(kernel=3.0)) == [("kernel", 1.5)]
+    halves = {"merge": 1.5, "score": 0.5, "kernel avx2": 2.5}
+    assert worse(row(**halves | {"merge": 2.4}), row(**halves)) == [("merge", 1.6)]
+    assert worse(row(**halves | {"kernel avx2": 5.0}), row(**halves)) == [("kernel avx2", 2.0)]
+    hungry, lean = (dataclasses.replace(row(), memory={"kernel": n, "eager": 9}) for n in (200, 100))
+    assert worse(hungry, lean) == [("memory", 2.0)]
+    assert worse(lean, hungry) == []
+
+
+def test_what_is_no_regression() -> None:
+    assert worse(row(product=9.0, sweeps=3.0, eager=24.0, kernel=6.0)) == []  # a slower machine
+    assert worse(row(eager=2.0)) == []  # a rival that got faster
+    assert worse(row(kernel=2.4)) == []  # within what is allowed
+    assert worse(row(kernel=1.0)) == []
+
+
+def test_a_kernel_that_is_really_slower_is_found() -> None:
+    """Through the clock: both take turns, and the kernel then takes twice as long."""
+
+    def measured(seconds: float) -> Row:
+        calls = {"eager": lambda _: time.sleep(0.02), "kernel": lambda _: time.sleep(seconds)}
+        return Comparison({"case": 0}, calls, [0], dict.fromkeys(calls, 1.0), {}).run(5)
+
+    (what, times), *rest = worse(measured(0.04), measured(0.02))
+    assert (what, rest) == ("kernel", [])
+    assert times == pytest.approx(2, rel=0.2)
+
+
+def test_cases_that_are_gone_or_noisy() -> None:
+    loud = copy.deepcopy(row(1, kernel=9.0))
+    loud.noise["kernel"] = 0.5
+    outcome = regress.compare(results_of(row(), row(1), row(2)), results_of(row(), loud))
+    assert (outcome.gone, outcome.noisy) == (["case 2"], ["case 1"])
+    assert {case for case, _, _ in outcome.changes} == {"case 0"}
+    with pytest.raises(ValueError, match="nothing to compare: 0 cases are gone, 1 too noisy"):
+        regress.compare(results_of(row(1)), results_of(loud))
+    with pytest.raises(ValueError, match="the baseline has results of stages, the other file of kept"):
+        regress.compare(results_of(row()), results_of(row(), name="kept"))
+
+
+@pytest.mark.parametrize(
+    ("new", "code", "said"),
+    [
+        ([row()], 0, "0 are more than 1.25 times"),
+        ([row(kernel=3.0)], 1, "1.50"),
+        ([row(1)], 2, "nothing to compare: 1 cases are gone"),
+        ([row(), row(1)], 0, "0 are more"),
+    ],
+)
+def test_the_command(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    new: list[Row],
+    code: int,
+    said: str,
+) -> None:
+    files = [tmp_path / "old.json", tmp_path / "new.json"]
+    for file, rows in zip(files, ([row()], new), strict=True):
+        suite.save(results_of(*rows), file)
+    monkeypatch.setattr(sys, "argv", ["benchmarks/regress.py", *map(str, files)])
+    with pytest.raises(SystemExit) as ended:
+        regress.main()
+    assert ended.value.code == code
+    assert said in " ".join("".join(capsys.readouterr()).split())
+
+
+def test_results_are_read_as_they_were_written(tmp_path: Path) -> None:
+    written = dataclasses.replace(row(), seconds={"kernel": [1.23456789, math.pi]}, memory={"kernel": 123456789})
+    suite.save(results_of(written), tmp_path / "some.json")
+    (read,) = suite.load(tmp_path / "some.json").rows
+    assert read.seconds == {"kernel": [1.235, 3.142]}  # four digits
+    assert (read.memory, read.case, read.ms) == (written.memory, written.case, written.ms)
