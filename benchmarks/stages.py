@@ -166,7 +166,7 @@ SUITE = Suite(
     cases,
     compare,
     sheets,
-    rounds=15,
+    rounds=10,
 )
 
 if __name__ == "__main__":
