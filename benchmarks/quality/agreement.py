@@ -22,7 +22,7 @@ from benchmarks.quality import features
 KEEPS = (128, 32)
 WINDOWS, WINDOW = 12, 256
 LLM_LAYERS = (5, 15, 25)
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 def study(folder: Path, results: Path, head: dict[str, Any]) -> None:

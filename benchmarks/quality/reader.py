@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from benchmarks.quality.scenes import KINDS, NO_ARGUMENT
 
 WIDTH, HEADS, ROUNDS = 96, 4, 2
-EPOCHS, IMAGES, RATE, DECAY, DROPOUT = 14, 32, 2e-3, 0.05, 0.1
+EPOCHS, IMAGES, RATE, DECAY, DROPOUT = 15, 32, 2e-3, 0.05, 0.1
 SIDE = 16  # patches to an edge
 OFFSETS = torch.tensor([0, *KINDS.values()]).cumsum(0)  # [kinds + 1]: whose logits are whose
 

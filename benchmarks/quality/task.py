@@ -6,6 +6,7 @@ Its raw results are one bit for every answer, so that each figure of the report 
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -45,14 +46,14 @@ def readers(folder: Path, layer: int, epochs: int) -> list[reader.Reader]:
     return [_load(path) for path in found]
 
 
-def study(folder: Path, results: Path, epochs: int, head: dict[str, Any]) -> None:
-    """Writes task-LAYER.npz into `results` for every layer that is not there yet.
+def study(folder: Path, results: Path, epochs: int, head: dict[str, Any], layers: Sequence[int]) -> None:
+    """Writes task-LAYER.npz into `results` for each of these layers that is not there yet.
 
     Its arrays: "SPLIT/BUDGET/NAME" uint8, the packed bits of [seeds, n, 5] correct answers, and "SPLIT/full/full".
     """
     results.mkdir(parents=True, exist_ok=True)
     splits = {name: features.read(folder, name) for name in ("val", "test")}
-    for layer in features.LAYERS:
+    for layer in layers:
         if (results / f"task-{layer}.npz").exists():
             continue
         panel, bits = readers(folder, layer, epochs), {}
