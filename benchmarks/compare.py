@@ -25,7 +25,7 @@ from benchmarks.machine import last_level_cache
 THREADS = 2
 ROUNDS = 20
 NOISE = 0.3  # interquartile range over median of a time: above, the machine was busy and nothing counts
-SECONDS = 60.0  # an implementation that has used this up sits out the remaining rounds, but not before the third
+SECONDS = 20.0  # an implementation that has used this up sits out the remaining rounds, but not before the third
 FLOOR = {"floor": ("product", "sweeps")}  # benchmarks/ceilings.py
 Input, Result = TypeVar("Input"), TypeVar("Result")
 

@@ -118,7 +118,7 @@ SUITE = Suite(
     cases,
     compare,
     sheets,
-    rounds=7,
+    rounds=10,
 )
 
 if __name__ == "__main__":

@@ -92,7 +92,7 @@ def body(section: Section, results: Path, page: Path) -> str:
         picture = page.with_name(f"{page.stem}-{section.file}.png")
         parts.append(f"![{section.suite.about}]({picture.name})")
     if said := section.conclusions(found):
-        parts.append("\n".join(f"- {line}" for line in said))
+        parts += ["What it comes to:", "\n".join(f"- {line}" for line in said), "Where and how:"]
     return "\n\n".join([*parts, document(found.head, section.suite.sheets(found))])
 
 
