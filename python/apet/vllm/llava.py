@@ -19,7 +19,7 @@ from vllm.multimodal.parse import ImageEmbeddingItems, MultiModalDataItems
 from vllm.multimodal.processing import BaseMultiModalProcessor, BaseProcessingInfo, InputProcessingContext
 
 from . import options, processing
-from .compress import Item, compress
+from .compress import Item, Model, compress
 
 
 class LlavaInfo(processing.Info, llava.LlavaProcessingInfo):
@@ -56,7 +56,7 @@ def build_processor(info: BaseProcessingInfo, dummy_inputs: Any) -> BaseMultiMod
 
 
 @MULTIMODAL_REGISTRY.register_processor(build_processor, info=build_info, dummy_inputs=llava.LlavaDummyInputsBuilder)
-class Llava(llava.LlavaForConditionalGeneration):
+class Llava(Model, llava.LlavaForConditionalGeneration):
     """vLLM's LLaVA-1.5, compressing between tower and projector."""
 
     def _parse_and_validate_image_input(self, **kwargs: Any) -> llava.LlavaImageInputs | None:

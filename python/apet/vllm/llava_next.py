@@ -20,7 +20,7 @@ from vllm.multimodal.inputs import MultiModalKwargsItems
 from vllm.multimodal.parse import ImageEmbeddingItems, MultiModalDataItems
 
 from . import options, processing
-from .compress import Item, compress
+from .compress import Item, Model, compress
 from .llava import LlavaInfo
 
 GONE = float("-inf")
@@ -59,7 +59,7 @@ def units(config: Any, height: int, width: int) -> list[Tensor]:
 @MULTIMODAL_REGISTRY.register_processor(
     LlavaNextProcessor, info=LlavaNextInfo, dummy_inputs=llava_next.LlavaDummyInputsBuilder
 )
-class LlavaNext(llava_next.LlavaNextForConditionalGeneration):
+class LlavaNext(Model, llava_next.LlavaNextForConditionalGeneration):
     """vLLM's LLaVA-NeXT, compressing between tower and projector."""
 
     def _parse_and_validate_image_input(self, **kwargs: Any) -> llava_next.LlavaNextImageInputs | None:

@@ -18,39 +18,27 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from vllm.config import MultiModalConfig, VllmConfig
+from vllm.config import VllmConfig
 from vllm.model_executor.models import qwen2_5_vl
 from vllm.multimodal import MULTIMODAL_REGISTRY
 from vllm.multimodal.inputs import MultiModalFeatureSpec, MultiModalKwargsItems
 from vllm.multimodal.parse import MultiModalDataItems
-from vllm.multimodal.processing import InputProcessingContext
 from vllm.platforms import current_platform
 
 from ..hooks.config import Options
 from . import options, processing
-from .compress import Item, compress
+from .compress import Item, Model, compress
 
 DIGITS = 3  # of a position, base 256: whole numbers that every dtype of embeddings holds exactly
 CHANNELS = 3 * DIGITS
 
 
-def at_start(config: MultiModalConfig) -> Options | None:
-    """What the engine was started with."""
-    return options.of(config.mm_processor_kwargs or {})
-
-
 class QwenInfo(processing.Info, qwen2_5_vl.Qwen2_5_VLProcessingInfo):
-    """Refuses what the engine cannot do later."""
-
-    def __init__(self, ctx: InputProcessingContext) -> None:
-        super().__init__(ctx)
-        if self.at_start and self.ctx.get_mm_config().video_pruning_rate:
-            rate = self.ctx.get_mm_config().video_pruning_rate
-            raise ValueError(f"apet_keep and video_pruning_rate={rate} both drop tokens of a video; choose one")
+    """Refuses requests that the engine has not been prepared for."""
 
     def options(self, kwargs: Any) -> Options | None:
         wanted = super().options(kwargs)
-        if wanted and not at_start(self.ctx.get_mm_config()):
+        if wanted and not options.of(self.ctx.get_mm_config().mm_processor_kwargs or {}):
             raise ValueError(
                 f"apet_keep={wanted.keep} in a request needs an engine started with apet_keep for Qwen2.5-VL; start it "
                 "with mm_processor_kwargs={'apet_keep': 1.0}, which keeps all tokens of other requests"
@@ -71,25 +59,22 @@ class QwenProcessor(processing.Processor, qwen2_5_vl.Qwen2_5_VLMultiModalProcess
 @MULTIMODAL_REGISTRY.register_processor(
     QwenProcessor, info=QwenInfo, dummy_inputs=qwen2_5_vl.Qwen2_5_VLDummyInputsBuilder
 )
-class Qwen2_5_VL(qwen2_5_vl.Qwen2_5_VLForConditionalGeneration):
+class Qwen2_5_VL(Model, qwen2_5_vl.Qwen2_5_VLForConditionalGeneration):
     """vLLM's Qwen2.5-VL, compressing between merger and language model."""
 
-    def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
+    def check(self, vllm_config: VllmConfig, at_start: Options) -> None:
         config = vllm_config.model_config.multimodal_config
-        if at_start(config):
-            if (stages := vllm_config.parallel_config.pipeline_parallel_size) > 1:
-                raise ValueError(
-                    f"apet_keep: pipeline_parallel_size={stages}, but later stages get no M-RoPE positions"
-                )
-            if vllm_config.speculative_config is not None:
-                raise ValueError("apet_keep: a draft model gets no M-RoPE positions; leave out speculative_config")
-            # What vLLM asks, here and in its runners, to know whether embeddings come with positions; it would go by
-            # video_pruning_rate. A partial can be pickled.
-            config.is_multimodal_pruning_enabled = functools.partial(bool, True)
-            if current_platform.is_cpu():
-                tell_cpu_runner()
-        super().__init__(vllm_config=vllm_config, prefix=prefix)
-        self.compresses = at_start(config) is not None
+        if rate := config.video_pruning_rate:
+            raise ValueError(f"apet_keep and video_pruning_rate={rate} both drop tokens of a video; choose one")
+        if (stages := vllm_config.parallel_config.pipeline_parallel_size) > 1:
+            raise ValueError(f"apet_keep: with pipeline_parallel_size={stages} later stages get no M-RoPE positions")
+        if vllm_config.speculative_config is not None:
+            raise ValueError("apet_keep: a draft model gets no M-RoPE positions; leave out speculative_config")
+        # What vLLM asks, in its model and its runners, to know whether embeddings come with positions; it would go by
+        # video_pruning_rate. A partial can be pickled.
+        config.is_multimodal_pruning_enabled = functools.partial(bool, True)
+        if current_platform.is_cpu():
+            tell_cpu_runner()
 
     def _parse_and_validate_image_input(self, **kwargs: Any) -> qwen2_5_vl.Qwen2_5_VLImageInputs | None:
         inputs = super()._parse_and_validate_image_input(**kwargs)
@@ -106,7 +91,7 @@ class Qwen2_5_VL(qwen2_5_vl.Qwen2_5_VLForConditionalGeneration):
     def _postprocess_image_embeds_evs(
         self, image_embeds_split: Sequence[Tensor], image_input: Any
     ) -> tuple[Tensor, ...]:
-        if not self.compresses:
+        if self.at_start is None:
             return super()._postprocess_image_embeds_evs(image_embeds_split, image_input)
         grids = image_input["image_grid_thw"].tolist()
         return self._kept(image_embeds_split, grids, [1.0] * len(grids), image_input.apet)
@@ -114,7 +99,7 @@ class Qwen2_5_VL(qwen2_5_vl.Qwen2_5_VLForConditionalGeneration):
     def _postprocess_video_embeds_evs(
         self, video_embeds_split: Sequence[Tensor], video_input: Any
     ) -> tuple[Tensor, ...]:
-        if not self.compresses:
+        if self.at_start is None:
             return super()._postprocess_video_embeds_evs(video_embeds_split, video_input)
         grids = video_input["video_grid_thw"].tolist()
         seconds = video_input.get("second_per_grid_ts")
@@ -149,7 +134,7 @@ class Qwen2_5_VL(qwen2_5_vl.Qwen2_5_VLForConditionalGeneration):
     ) -> tuple[Tensor, int]:
         """Positions [3, N] and what decoding adds to its own. Which tokens are kept is not known yet: in their columns
         stands -1 less the item's first position, until `recompute_mrope_positions` has their embeddings."""
-        if not self.compresses:
+        if self.at_start is None:
             return super().get_mrope_input_positions(input_tokens, mm_features)
         where = np.empty((3, len(input_tokens)), np.int64)
         column = following = 0
@@ -173,7 +158,7 @@ class Qwen2_5_VL(qwen2_5_vl.Qwen2_5_VLForConditionalGeneration):
         num_computed_tokens: int,
     ) -> tuple[Sequence[Tensor], Tensor, int]:
         """Splits the positions off the embeddings of a prompt's next chunk, and puts them in their columns, once."""
-        if not self.compresses:
+        if self.at_start is None:
             return super().recompute_mrope_positions(
                 input_ids, multimodal_embeddings, mrope_positions, num_computed_tokens
             )
@@ -196,7 +181,7 @@ def tell_cpu_runner() -> None:
     from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 
     def asks(runner: Any) -> bool:
-        return getattr(runner.model, "compresses", False)
+        return getattr(runner.model, "at_start", None) is not None
 
     CPUModelRunner.is_multimodal_pruning_enabled = property(asks, lambda runner, value: None)
 

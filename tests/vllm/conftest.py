@@ -1,0 +1,55 @@
+"""The plugin within the real engine, on tiny models: `make test-vllm`, in an environment of its own.
+
+Not collected where there is no vLLM.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+# This folder bears the same name, so only a package counts.
+if not any(Path(place, "vllm", "__init__.py").exists() for place in sys.path):
+    collect_ignore_glob = ["*"]
+else:
+    import tiny
+    import torch
+    from engines import SETTINGS, Served
+
+    os.environ |= SETTINGS
+    torch.set_num_threads(1)
+
+    @pytest.fixture(scope="session")
+    def folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+        """Where the tiny model of that name lies."""
+        made: dict[str, Path] = {}
+
+        def find(name: str) -> Path:
+            if name not in made:
+                made[name] = tiny.save(name, tmp_path_factory.mktemp(name))
+            return made[name]
+
+        return find
+
+    @pytest.fixture(scope="session")
+    def serve(folder: Callable[[str], Path]) -> Callable[[str], Served]:
+        """The engine of that model, started once in this process. Qwen2.5-VL has to be told at its start."""
+        running: dict[str, Served] = {}
+
+        def start(name: str) -> Served:
+            if name not in running:
+                running[name] = Served(name, folder(name), {"apet_keep": 1.0} if name == "qwen2_5_vl" else None)
+            return running[name]
+
+        return start
+
+    @pytest.fixture
+    def served(request: pytest.FixtureRequest, serve: Callable[[str], Served]) -> Served:
+        """The engine that the test is parametrized with, its caches empty."""
+        engine = serve(request.param)
+        engine.forget()
+        return engine

@@ -1,0 +1,148 @@
+"""An engine in this process, requests to it, and what went through its model."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tiny
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+SETTINGS = {
+    "HF_HUB_OFFLINE": "1",
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # so that a test reaches the model
+    "VLLM_NO_USAGE_STATS": "1",
+    "VLLM_LOGGING_LEVEL": "WARNING",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "OMP_NUM_THREADS": "1",  # on tensors this small a second thread costs more than it gives
+}
+# Prompts are longer than a step's tokens: nearly every image is prefilled in several chunks.
+ENGINE = {
+    "dtype": "float32",
+    "enforce_eager": True,
+    "max_model_len": 2048,
+    "max_num_seqs": 8,
+    "block_size": 32,  # short enough for short prompts to hit the prefix cache
+    "max_num_batched_tokens": 96,
+    "enable_chunked_prefill": True,
+    "enable_prefix_caching": True,
+}
+IMAGE = {"llava": "<image>", "llava_next": "<image>", "qwen2_5_vl": tiny.QWEN_IMAGE}
+MODELS = tuple(IMAGE)
+
+
+def picture(height: int, width: int, seed: int = 0) -> Image.Image:
+    """Smooth, so that neighbouring patches resemble each other, as in a photo."""
+    coarse = np.random.default_rng(seed).integers(0, 256, (5, 5, 3), dtype=np.uint8)
+    return Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)
+
+
+def video(frames: int, height: int, width: int, seed: int = 0) -> tuple[np.ndarray, dict[str, Any]]:
+    """What vLLM takes for a video: frames at 2 a second, and what it wants to know of them."""
+    pictures = np.stack([np.asarray(picture(height, width, seed + i)) for i in range(frames)])
+    known = {"fps": 2.0, "duration": frames / 2, "total_num_frames": frames, "frames_indices": list(range(frames))}
+    return pictures, {**known, "video_backend": "opencv", "do_sample_frames": False}
+
+
+def prompt(
+    name: str,
+    *images: Image.Image,
+    videos: Sequence[Any] = (),
+    text: str = "what is it?",
+    before: str = "see ",
+    **kwargs: Any,
+) -> dict[str, Any]:
+    """A request; kwargs are its `mm_processor_kwargs`."""
+    shown = before + "".join(f"{IMAGE[name]} and " for _ in images) + "".join(f"{tiny.QWEN_VIDEO} " for _ in videos)
+    data = {"image": list(images)} if images else {}
+    if videos:
+        data["video"] = list(videos)
+    request = {"prompt": shown + text, "multi_modal_data": data}
+    return {**request, "mm_processor_kwargs": kwargs} if kwargs else request
+
+
+@dataclass
+class Seen:
+    """What the parts of a model were given and gave, call after call."""
+
+    tower: list[Tensor] = field(default_factory=list)  # features of the vision encoder
+    projector: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    embeds: list[Tensor] = field(default_factory=list)  # rows that reached the language model
+    positions: list[Tensor] = field(default_factory=list)
+
+
+class Served:
+    """An engine, with or without options of the plugin at its start."""
+
+    def __init__(self, name: str, folder: Path, at_start: dict[str, Any] | None = None, **more: Any):
+        from vllm import LLM
+
+        limits = {"image": 4, "video": 1} if name == "qwen2_5_vl" else {"image": 4}
+        self.name = name
+        self.llm = LLM(str(folder), limit_mm_per_prompt=limits, mm_processor_kwargs=at_start, **{**ENGINE, **more})
+
+    @property
+    def model(self) -> nn.Module:
+        return self.llm.llm_engine.model_executor.driver_worker.model_runner.model
+
+    def forget(self) -> None:
+        """Empties the caches: of prefixes, of encoded images, of processed images."""
+        self.llm.reset_mm_cache()
+        self.llm.llm_engine.reset_encoder_cache()
+        assert self.llm.reset_prefix_cache()
+
+    def outputs(self, *requests: dict[str, Any], tokens: int = 8) -> list[Any]:
+        """vLLM's outputs, all requests given at once."""
+        from vllm import SamplingParams
+
+        greedy = SamplingParams(max_tokens=tokens, temperature=0, ignore_eos=True)
+        return self.llm.generate(list(requests), greedy, use_tqdm=False)
+
+    def ids(self, *requests: dict[str, Any]) -> list[list[int]]:
+        """The generated tokens of every request."""
+        return [list(output.outputs[0].token_ids) for output in self.outputs(*requests)]
+
+    def lengths(self, *requests: dict[str, Any]) -> list[int]:
+        """The prompt tokens of every request."""
+        return [len(output.prompt_token_ids) for output in self.outputs(*requests, tokens=1)]
+
+    @contextlib.contextmanager
+    def watched(self) -> Iterator[Seen]:
+        """Notes what passes through the model; of several requests at once, in the order in which they are batched."""
+        seen, model = Seen(), self.model
+        tower = model.visual if hasattr(model, "visual") else model.vision_tower
+
+        def reader(_: nn.Module, args: Any, kwargs: Any) -> None:
+            seen.embeds.append(kwargs["inputs_embeds"].clone())
+            seen.positions.append(kwargs["positions"].clone())
+
+        hooks = [
+            tower.register_forward_hook(lambda _, args, out: seen.tower.append(out.clone())),
+            model.register_forward_pre_hook(reader, with_kwargs=True),
+        ]
+        if hasattr(model, "multi_modal_projector"):
+            note = lambda _, args, out: seen.projector.append((args[0].clone(), out.clone()))  # noqa: E731
+            hooks.append(model.multi_modal_projector.register_forward_hook(note))
+        try:
+            yield seen
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def read(self, request: dict[str, Any]) -> tuple[list[int], Seen, Tensor, Tensor]:
+        """The prompt's tokens as the language model saw them, what passed, and embeddings [N, D] and positions
+        [3 or 1, N] of all its chunks."""
+        self.forget()
+        with self.watched() as seen:
+            (output,) = self.outputs(request, tokens=1)
+        n = len(output.prompt_token_ids)
+        embeds = torch.cat(seen.embeds)[:n]
+        positions = torch.cat([p.reshape(-1, p.shape[-1]) for p in seen.positions], dim=1)[:, :n]
+        return output.prompt_token_ids, seen, embeds, positions

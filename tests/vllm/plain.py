@@ -1,0 +1,33 @@
+"""Prints as JSON what vLLM generates without the plugin.
+
+    VLLM_PLUGINS= python tests/vllm/plain.py FOLDER...
+
+The folders are named after the models that lie in them.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import engines
+from engines import picture, prompt, video
+
+
+def requests(name: str) -> list[dict[str, Any]]:
+    """Images of different sizes, several in one request, text alone, and for Qwen2.5-VL videos."""
+    one, two, three = picture(112, 112), picture(90, 300, 1), picture(260, 130, 2)
+    made = [prompt(name, one), prompt(name, two, text="why?"), prompt(name, one, three, two), prompt(name)]
+    if name == "qwen2_5_vl":
+        made += [prompt(name, videos=[video(6, 56, 84)]), prompt(name, one, videos=[video(4, 84, 84, 3)])]
+    return made
+
+
+if __name__ == "__main__":
+    told = {}
+    for folder in map(Path, sys.argv[1:]):
+        name = next(n for n in engines.MODELS if folder.name.rstrip("0123456789") == n)
+        told[name] = engines.Served(name, folder).ids(*requests(name))
+    print("\n" + json.dumps(told))

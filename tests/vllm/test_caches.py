@@ -1,0 +1,151 @@
+"""Prefix cache, encoder cache, batches: what a request gets does not depend on what went before or beside it."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import plain
+import pytest
+from engines import MODELS, Served, picture, prompt
+
+EVERY = pytest.mark.parametrize("served", MODELS, indirect=True)
+
+
+def alone(served: Served, request: dict[str, Any]) -> list[int]:
+    served.forget()
+    (ids,) = served.ids(request)
+    return ids
+
+
+@pytest.fixture(scope="module")
+def without_plugin(folder: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[list[int]]]:
+    """What vLLM alone generates."""
+    place = tmp_path_factory.mktemp("plain")
+    for name in MODELS:
+        (place / name).symlink_to(folder(name))
+    done = subprocess.run(
+        [sys.executable, Path(plain.__file__), *(place / name for name in MODELS)],
+        env=os.environ | {"VLLM_PLUGINS": ""},
+        capture_output=True,
+        text=True,
+        timeout=400,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@EVERY
+def test_all_tokens_give_what_vllm_gives(served, without_plugin):
+    """Not asked (of LLaVA; Qwen2.5-VL is asked when it starts), and asked to keep everything."""
+    requests = plain.requests(served.name)
+    assert served.ids(*requests) == without_plugin[served.name]
+    served.forget()
+    everything = [{**r, "mm_processor_kwargs": {"apet_keep": 100000}} for r in requests]
+    assert served.ids(*everything) == without_plugin[served.name]
+
+
+@EVERY
+def test_an_image_with_other_budgets(served):
+    """One image again and again, the caches never emptied: every budget gives what it gives with empty caches."""
+    image = picture(150, 280)
+    asked = [{}, {"apet_keep": 8}, {"apet_keep": 8, "apet_layout": "overwrite", "apet_basis": 4}, {"apet_keep": 0.5}]
+    requests = [prompt(served.name, image, text="what is it? " * 5, **kwargs) for kwargs in asked]
+    expected = [alone(served, request) for request in requests]
+    assert len({tuple(ids) for ids in expected}) == len(asked)
+    served.forget()
+    for _ in range(2):
+        assert [served.ids(request)[0] for request in requests] == expected
+    assert served.outputs(requests[1])[0].num_cached_tokens > 0
+
+
+@EVERY
+def test_an_image_under_one_name_with_other_budgets(served):
+    """The name that a client gives an image is no key by itself."""
+    image, name = picture(150, 280), {"multi_modal_uuids": {"image": ["cat"]}}
+    requests = [prompt(served.name, image, **kwargs) | name for kwargs in ({}, {"apet_keep": 8}, {"apet_keep": 20})]
+    expected = [alone(served, request) for request in requests]
+    served.forget()
+    assert [served.ids(request)[0] for request in requests] == expected
+
+
+@EVERY
+def test_an_image_seen_before_is_not_encoded_again(served):
+    """Nor compressed: a hit of the encoder cache, and by other text before the image none of the prefix cache."""
+    first, second = (prompt(served.name, picture(150, 280), before=text, apet_keep=8) for text in ("one ", "two "))
+    expected = alone(served, second)
+    served.forget()
+    with served.watched() as seen:
+        served.ids(first)
+        encoded = len(seen.tower)
+        assert served.ids(second) == [expected]
+        assert len(seen.tower) == encoded == 1
+        served.ids({**second, "mm_processor_kwargs": {"apet_keep": 9}})
+        assert len(seen.tower) == 2
+
+
+@EVERY
+def test_equal_budgets_are_one_in_the_caches(served):
+    """However they are written."""
+    image = picture(150, 280)
+    served.ids(prompt(served.name, image, before="one ", apet_keep=8))
+    with served.watched() as seen:
+        served.ids(prompt(served.name, image, before="two ", apet_keep=8, apet_basis=10, apet_layout="inplace"))
+    assert seen.tower == []
+
+
+@EVERY
+def test_many_requests_at_once(served):
+    """Ten requests of different sizes, numbers of images, budgets and layouts, batched as vLLM likes."""
+    sizes = [(112, 112), (90, 300), (260, 130), (40, 60), (150, 280)]
+    requests = []
+    for i in range(10):
+        images = [picture(*sizes[(i + j) % 5], i + j) for j in range(i % 3)]
+        kwargs = [{}, {"apet_keep": 5 + i}, {"apet_keep": 0.3}, {"apet_keep": 14, "apet_layout": "overwrite"}][i % 4]
+        requests.append(prompt(served.name, *images, text=f"what is {i}?", **(kwargs if images else {})))
+    expected = [alone(served, request) for request in requests]
+    served.forget()
+    assert served.ids(*requests) == expected
+    assert served.ids(*reversed(requests)) == expected[::-1]
+
+
+BAD = [
+    ({"apet_keep": 0}, "apet_keep=0 is neither a count"),
+    ({"apet_keep": -3}, "apet_keep=-3 is neither a count"),
+    ({"apet_keep": 1.5}, r"apet_keep=1.5 is neither a count .* nor a ratio"),
+    ({"apet_keep": "64"}, "apet_keep='64' is neither a count"),
+    ({"apet_keep": True}, "apet_keep=True is neither a count"),
+    ({"apet_keep": [8, 16]}, r"apet_keep=\[8, 16\] must be one count or ratio"),
+    ({"apet_keep": 8, "apet_basis": 65}, "apet_basis=65 is outside 1..64"),
+    ({"apet_keep": 8, "apet_basis": 2.5}, "apet_basis=2.5 is not a whole number"),
+    ({"apet_keep": 8, "apet_layout": "overwrite"}, "apet_layout='overwrite' needs keep > basis"),
+    ({"apet_keep": 8, "apet_layout": "append"}, "apet_layout='append' is of no model"),
+    ({"apet_keep": 8, "apet_layout": 3}, "apet_layout=3 is not a name"),
+    ({"apet_keep": 8, "apet_blend": 2}, "apet_blend=2 is outside 0..1"),
+    ({"apet_keep": 8, "apet_blend": "x"}, "apet_blend='x' is not a number"),
+    ({"apet_keep": 8, "apet_select": "best"}, "apet_select='best' is none of fps, qr"),
+    ({"apet_keep": 8, "apet_budget": 8}, "apet_budget is no option of ApET; these are: apet_keep"),
+    ({"apet_keep": 8, "images_kwargs": {"apet_keep": 4}}, "stands in mm_processor_kwargs itself"),
+]
+
+
+@pytest.mark.parametrize("served", ["llava"], indirect=True)
+@pytest.mark.parametrize(("kwargs", "sentence"), BAD)
+def test_what_cannot_be_met_is_refused(served, kwargs, sentence):
+    """In a sentence, and the engine lives on."""
+    with pytest.raises(ValueError, match=sentence):
+        served.ids(prompt("llava", picture(112, 112), **kwargs))
+    assert len(served.ids(prompt("llava", picture(112, 112), apet_keep=8))[0]) == 8
+
+
+@pytest.mark.parametrize("served", ["llava"], indirect=True)
+def test_null_is_not_asked(served):
+    image = picture(112, 112)
+    plain_, null = served.lengths(prompt("llava", image), prompt("llava", image, apet_keep=None))
+    assert plain_ == null
+    with pytest.raises(ValueError, match="apet_basis=5 needs apet_keep"):
+        served.ids(prompt("llava", image, apet_basis=5))
