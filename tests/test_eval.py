@@ -233,7 +233,7 @@ def test_shares_hold_everything_once(items: int, count: int) -> None:
     assert max(map(len, shares)) - min(map(len, shares)) <= 1
 
 
-def _member(rank: int, port: int, pipe) -> None:
+def _member(rank: int, port: int, folder: Path, pipe) -> None:
     os.environ |= {"WORLD_SIZE": "2", "RANK": str(rank), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     here = processes.join()
 
@@ -246,10 +246,13 @@ def _member(rank: int, port: int, pipe) -> None:
         here.together(work)
     except Refused as error:
         problem = str(error)
-    pipe.send((here, here.gather({rank: "x"}), here.together(lambda: rank), problem, here.device(None)))
+    own = journal.Journal(folder / str(rank), rank, {})  # on a machine of its own
+    own.add({"id": str(rank), "variant": "v", "answer": "x"})
+    everything = journal.merged(here.gather(own.read()))
+    pipe.send((here, here.gather({rank: "x"}), here.together(lambda: rank), problem, here.device(None), everything))
 
 
-def test_processes_agree() -> None:
+def test_processes_agree(tmp_path: Path) -> None:
     import socket
 
     with socket.socket() as probe:
@@ -257,19 +260,20 @@ def test_processes_agree() -> None:
         port = probe.getsockname()[1]
     context = multiprocessing.get_context("spawn")
     pipes = [context.Pipe() for _ in range(2)]
-    members = [context.Process(target=_member, args=(rank, port, pipes[rank][1])) for rank in range(2)]
+    members = [context.Process(target=_member, args=(rank, port, tmp_path, pipes[rank][1])) for rank in range(2)]
     for member in members:
         member.start()
     assert all(receive.poll(60) for receive, _ in pipes)
     said = [receive.recv() for receive, _ in pipes]
     for member in members:
         member.join()
-    for rank, (here, gathered, own, problem, device) in enumerate(said):
+    for rank, (here, gathered, own, problem, device, everything) in enumerate(said):
         assert (here.rank, here.count, here.first) == (rank, 2, rank == 0)
         assert gathered == [{0: "x"}, {1: "x"}]
         assert own == rank
         assert problem == "one is refused"
         assert device.split(":")[-1] in ("cpu", str(rank))
+        assert everything.keys() == {("0", "v"), ("1", "v")}
 
 
 # --- the official files, in little ---

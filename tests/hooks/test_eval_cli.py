@@ -300,8 +300,11 @@ def test_processes_die_and_others_go_on(llava: Path, data: Path, tmp_path: Path)
     words = ("--model", llava, "--data", data, "--out", out, "--max-new-tokens", 8)
     both = launch(2, *words, "--keep", 12)
     second = out / "answers-00001.jsonl"
+    deadline = time.monotonic() + 120
     while not second.exists() or second.read_bytes().count(b"\n") < 4:
-        assert both.poll() is None, both.communicate()[0]
+        if both.poll() is not None or time.monotonic() > deadline:
+            both.terminate()
+            pytest.fail(both.communicate()[0])
         time.sleep(0.005)
     os.kill(json.loads(second.read_text().splitlines()[0])["by"]["pid"], signal.SIGKILL)
     both.communicate(timeout=120)
