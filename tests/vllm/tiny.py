@@ -93,32 +93,36 @@ def tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def save(name: str, folder: Path, text: dict[str, Any] | None = None, vision: dict[str, Any] | None = None) -> Path:
-    """The model (llava, llava_next or qwen2_5_vl) in the folder; text and vision: sizes other than the tiny ones."""
+def configure(name: str, folder: Path, text: dict[str, Any] | None = None, vision: dict[str, Any] | None = None) -> Any:
+    """Configuration and processor of the model (llava, llava_next or qwen2_5_vl) in the folder; text, vision: sizes
+    other than the tiny ones."""
     kind, more = {
         "llava": ("Llava", LLAVA),
         "llava_next": ("LlavaNext", {**LLAVA, "image_grid_pinpoints": PINPOINTS}),
         "qwen2_5_vl": ("Qwen2_5_VL", QWEN),
     }[name]
-    cls = getattr(transformers, f"{kind}ForConditionalGeneration")
-    config = cls.config_class(
-        **{
-            **more,
-            "text_config": {**more["text_config"], **(text or {})},
-            "vision_config": {**more["vision_config"], **(vision or {})},
-        }
-    )
-    config.architectures = [cls.__name__]
+    sizes = {
+        "text_config": {**more["text_config"], **(text or {})},
+        "vision_config": {**more["vision_config"], **(vision or {})},
+    }
+    config = getattr(transformers, f"{kind}Config")(**{**more, **sizes})
+    config.architectures = [f"{kind}ForConditionalGeneration"]
+    config.save_pretrained(folder)
+    processor(name, config).save_pretrained(folder)
+    return config
+
+
+def save(name: str, folder: Path) -> Path:
+    """The whole tiny model in the folder."""
+    config = configure(name, folder)
     torch.manual_seed(0)
-    model = cls._from_config(config)
+    model = getattr(transformers, config.architectures[0])._from_config(config)
     for parameter in model.parameters():
-        if parameter.dim() > 1 and parameter.numel() < 1 << 20:
+        if parameter.dim() > 1:
             torch.nn.init.normal_(parameter, std=0.15)
     # vLLM knows the names that checkpoints on the hub have.
     weights = {k.replace("vision_tower.", "vision_tower.vision_model."): v for k, v in model.state_dict().items()}
-    config.save_pretrained(folder)
     save_file(weights, folder / "model.safetensors")
-    processor(name, config).save_pretrained(folder)
     return folder
 
 
