@@ -37,7 +37,7 @@ def undefined(*files: Path) -> set[str]:
 
 
 def needed(library: Path) -> set[str]:
-    return set(re.findall(r"\(NEEDED\).*\[(\w+)", run("readelf", "-d", library)))
+    return set(re.findall(r"\(NEEDED\).*\[([\w-]+)", run("readelf", "-d", library)))
 
 
 def declared() -> set[str]:

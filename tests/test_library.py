@@ -363,6 +363,7 @@ def test_find_package_finds(tmp_path: Path, request_: str):
 @pytest.mark.parametrize(
     ("request_", "sentence"),
     [
+        ("0.0 REQUIRED", 'compatible with requested version "0.0"'),
         ("0.2 REQUIRED", 'compatible with requested version "0.2"'),
         ("1 REQUIRED", 'compatible with requested version "1"'),
         ("REQUIRED COMPONENTS cuda", "apet has no component cuda here: its CUDA kernels are not installed"),
