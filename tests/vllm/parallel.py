@@ -1,6 +1,6 @@
-"""Prints as JSON what every rank of a tensor-parallel engine kept of the images of one request, and what it answered.
+"""Prints as JSON what every one of two ranks kept of the images of one request, and what they answered.
 
-python tests/vllm/parallel.py FOLDER RANKS
+python tests/vllm/parallel.py FOLDER
 """
 
 from __future__ import annotations
@@ -11,16 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import engines
-from engines import picture, prompt
+from engines import Served, picture, prompt
 
 
 def note(worker: Any) -> None:
     """In every rank: remembers which rows the kernel kept."""
     from apet.vllm import compress
 
-    import apet_kernels
-
-    kernel, worker.kept = apet_kernels.compress_varlen, []
+    kernel, worker.kept = compress.apet_kernels.compress_varlen, []
 
     def noting(*args: Any, **kwargs: Any) -> Any:
         tokens, indices = kernel(*args, **kwargs)
@@ -30,21 +28,26 @@ def note(worker: Any) -> None:
     compress.apet_kernels.compress_varlen = noting
 
 
-def told(worker: Any) -> list[list[int]]:
+def kept(worker: Any) -> list[list[int]]:
     return worker.kept
 
 
-if __name__ == "__main__":
+def answer(served: Served) -> dict[str, Any]:
+    """What it says about two images: tokens, and the log-probabilities of the best at every step."""
     from vllm import SamplingParams
 
-    folder, ranks = Path(sys.argv[1]), int(sys.argv[2])
-    name = next(n for n in engines.MODELS if folder.name.rstrip("0123456789") == n)
-    parallel = {"tensor_parallel_size": ranks, "distributed_executor_backend": "mp"}
-    served = engines.Served(name, folder, {"apet_keep": 12}, **parallel)
-    served.llm.collective_rpc(note)
-    request = prompt(name, picture(90, 300), picture(260, 130, 1))
+    request = prompt(served.name, picture(90, 300), picture(260, 130, 1), apet_keep=12)
     greedy = SamplingParams(max_tokens=6, temperature=0, ignore_eos=True, logprobs=8)
-    (answer,) = served.llm.generate([request], greedy, use_tqdm=False)
-    (said,) = answer.outputs
-    scores = [{token: score.logprob for token, score in step.items()} for step in said.logprobs]
-    print("\n" + json.dumps({"kept": served.llm.collective_rpc(told), "ids": list(said.token_ids), "scores": scores}))
+    (output,) = served.llm.generate([request], greedy, use_tqdm=False)
+    (said,) = output.outputs
+    scores = [{str(token): score.logprob for token, score in step.items()} for step in said.logprobs]
+    return {"ids": list(said.token_ids), "scores": scores}
+
+
+if __name__ == "__main__":
+    folder = Path(sys.argv[1])
+    name = next(n for n in engines.MODELS if folder.name.rstrip("0123456789") == n)
+    two = {"tensor_parallel_size": 2, "distributed_executor_backend": "mp"}
+    served = Served(name, folder, {"apet_keep": 1.0}, **two)
+    served.llm.collective_rpc(note)
+    print("\n" + json.dumps({**answer(served), "kept": served.llm.collective_rpc(kept)}))
