@@ -12,7 +12,7 @@ from PIL import Image, ImageDraw
 
 from apet_kernels import reference
 from benchmarks import alternatives
-from benchmarks.quality import agreement, counting, features, intrinsic, methods, reader, scenes, task
+from benchmarks.quality import agreement, counting, features, intrinsic, methods, reader, scenes
 from benchmarks.quality.__main__ import main
 
 
@@ -161,7 +161,7 @@ def test_intervals_hold_what_was_counted():
     draw = np.random.default_rng(0)
     full = draw.random((400, 5)) < 0.9
     half = full & (draw.random((400, 5)) < 0.5)
-    right = {(task.FULL, task.FULL): full, ("16", "apet"): half, ("16", "twin"): half, ("16", "all"): full}
+    right = {counting.FULL: full, (16, "apet"): half, (16, "twin"): half, (16, "all"): full}
     weights = draw.multinomial(400, np.full(400, 1 / 400), 1000).astype(float)
     found = counting.Answers({k: v.astype(float) for k, v in right.items()}, weights, weights)
     share = found.retained(16, "apet")
@@ -224,16 +224,16 @@ def test_the_whole_study_on_a_few_pictures(tmp_path, monkeypatch):
     drawn = re.findall(r"\]\((quality-\w+\.png)\)", page)
     assert len(drawn) == 3
     assert all(Image.open(docs / name).width > 300 for name in drawn)
-    counts_again_from_the_bits(page, tmp_path / "results/task-8.npz")
+    counts_again_from_the_bits(page, tmp_path / "results")
     are_the_encoders_and_go_on_where_they_stopped(tmp_path / "folder")
 
 
-def counts_again_from_the_bits(page: str, path: Path) -> None:
+def counts_again_from_the_bits(page: str, results: Path) -> None:
     """A figure of the page from the raw results, in another way."""
     row = next(line for line in page.split("Layer 8: retained accuracy")[1].splitlines() if line.startswith("| tome |"))
     shown = float(row.split("|")[3].split("[")[0])  # at 16 tokens
-    with np.load(path) as stored:
-        right, full = (np.unpackbits(stored[f"test/{way}"])[: 3 * 8 * 5].sum() for way in ("16/tome", "full/full"))
+    with np.load(results / "task-8-16.npz") as some, np.load(results / "task-8-256.npz") as all_of:
+        right, full = (np.unpackbits(bits)[: 3 * 8 * 5].sum() for bits in (some["test/tome"], all_of["test/full"]))
     assert shown == pytest.approx(100 * right / full, abs=0.051)
 
 

@@ -1,7 +1,7 @@
 """The quality study, step by step or as a whole.
 
 python -m benchmarks.quality {features,intrinsic,task,agreement,write,all} [--folder DIR] [--results DIR] [--docs DIR]
-                             [--seed N] [--photos DIR] [--layer N] [--threads N]
+                             [--seed N] [--photos DIR] [--layer N] [--budget N] [--threads N]
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 from apet import Refused
 
 from benchmarks.machine import describe
-from benchmarks.quality import agreement, features, intrinsic, reader, report, task
+from benchmarks.quality import agreement, features, intrinsic, methods, reader, report, task
 
 ROOT = Path(__file__).parents[2]
 STEPS = ("features", "intrinsic", "task", "agreement", "write")
@@ -29,7 +29,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--docs", type=Path, default=ROOT / "docs", help="where `write` puts the page and its pictures")
     parser.add_argument("--seed", type=int, default=0, help="of the scenes")
     parser.add_argument("--photos", type=Path, help="a folder of photographs to test on instead")
-    parser.add_argument("--layer", type=int, choices=features.LAYERS, help="of `task` only: one process for each layer")
+    parser.add_argument("--layer", type=int, choices=features.LAYERS, help="of `task` only: a part for a process")
+    parser.add_argument("--budget", type=int, choices=(methods.FULL, *methods.BUDGETS), help="the same")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of torch")
     given = parser.parse_args(arguments)
     torch.set_num_threads(given.threads)
@@ -51,7 +52,8 @@ def run(step: str, given: argparse.Namespace) -> None:
         intrinsic.study(given.folder, given.results, head)
     elif step == "task":
         layers = features.LAYERS if given.layer is None else (given.layer,)
-        task.study(given.folder, given.results, reader.EPOCHS, head, layers)
+        budgets = (methods.FULL, *methods.BUDGETS) if given.budget is None else (given.budget,)
+        task.study(given.folder, given.results, reader.EPOCHS, head, layers, budgets)
     elif step == "agreement":
         agreement.study(given.folder, given.results, head)
     else:

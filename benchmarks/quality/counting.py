@@ -9,10 +9,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-from benchmarks.quality import features, scenes, task
+from benchmarks.quality import features, methods, scenes, task
 
 RESAMPLES = 4000
 NUMBER_OF_KINDS = len(scenes.KINDS)
+FULL = (methods.FULL, "full")
 
 
 class Interval(NamedTuple):
@@ -32,7 +33,7 @@ class Interval(NamedTuple):
 class Answers:
     """Correct answers of one layer and split. right: (budget, name) -> [n, 5], the share of readers that were right."""
 
-    right: dict[tuple[str, str], np.ndarray]
+    right: dict[tuple[int, str], np.ndarray]
     weights: np.ndarray  # [resamples, n]: how often a resample holds a picture
     blocks: np.ndarray  # the same, but photographs are drawn, each with all its pictures
 
@@ -48,11 +49,11 @@ class Answers:
 
     def accuracy(self, kind: int | None = None) -> float:
         """Percent right on full tokens."""
-        return 100 * float(self._mean(self.right[task.FULL, task.FULL], kind).mean())
+        return 100 * float(self._mean(self.right[FULL], kind).mean())
 
     def _share(self, budget: int, name: str, kind: int | None) -> tuple[np.ndarray, np.ndarray]:
         """[n] right with compressed tokens, [n] with all."""
-        return self._mean(self.right[str(budget), name], kind), self._mean(self.right[task.FULL, task.FULL], kind)
+        return self._mean(self.right[budget, name], kind), self._mean(self.right[FULL], kind)
 
     @staticmethod
     def _mean(right: np.ndarray, kind: int | None) -> np.ndarray:
@@ -73,11 +74,10 @@ def answers(results: Path, layer: int, split: str) -> Answers:
     with np.load(results / "task-pictures.npz") as pictures:
         source = pictures[f"{split}/source"]
     n, right = len(source), {}
-    with np.load(results / f"task-{layer}.npz") as stored:
-        for key in stored.files:
-            if key.startswith(f"{split}/"):
-                bits = np.unpackbits(stored[key])[: len(task.SEEDS) * n * NUMBER_OF_KINDS]
-                _, budget, name = key.split("/", 2)
+    for budget in (methods.FULL, *methods.BUDGETS):
+        with np.load(results / f"task-{layer}-{budget}.npz") as stored:
+            for name in methods.ways(budget):
+                bits = np.unpackbits(stored[f"{split}/{name}"])[: len(task.SEEDS) * n * NUMBER_OF_KINDS]
                 right[budget, name] = bits.reshape(len(task.SEEDS), n, NUMBER_OF_KINDS).mean(0)
     draw = np.random.default_rng(0)
     weights = draw.multinomial(n, np.full(n, 1 / n), RESAMPLES).astype(np.float64)

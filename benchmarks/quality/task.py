@@ -17,7 +17,6 @@ from torch import Tensor
 from benchmarks.quality import features, methods, reader, scenes
 
 SEEDS = (0, 1, 2)
-FULL = "full"
 IMAGES = 100  # compressed at once
 
 
@@ -46,30 +45,30 @@ def readers(folder: Path, layer: int, epochs: int) -> list[reader.Reader]:
     return [_load(path) for path in found]
 
 
-def study(folder: Path, results: Path, epochs: int, head: dict[str, Any], layers: Sequence[int]) -> None:
-    """Writes task-LAYER.npz into `results` for each of these layers that is not there yet.
+def study(
+    folder: Path, results: Path, epochs: int, head: dict[str, Any], layers: Sequence[int], budgets: Sequence[int]
+) -> None:
+    """Writes task-LAYER-BUDGET.npz into `results` for each of these layers and budgets that is not there yet.
 
-    Its arrays: "SPLIT/BUDGET/NAME" uint8, the packed bits of [seeds, n, 5] correct answers, and "SPLIT/full/full".
+    Its arrays: "SPLIT/NAME" uint8, the packed bits of [seeds, n, 5] correct answers. Besides, task-pictures.npz.
     """
     results.mkdir(parents=True, exist_ok=True)
     splits = {name: features.read(folder, name) for name in ("val", "test")}
+    questions = {name: ask(split, one_of_each=True) for name, split in splits.items()}
     for layer in layers:
-        if (results / f"task-{layer}.npz").exists():
-            continue
-        panel, bits = readers(folder, layer, epochs), {}
-        for name, split in splits.items():
-            tokens, attention = split.layer(layer)
-            asked = ask(split, one_of_each=True)
-            N = tokens.shape[1]
-            bits[f"{name}/{FULL}/{FULL}"] = _answers(panel, tokens, torch.arange(N).expand(len(tokens), N), asked)
-            for budget in methods.BUDGETS:
-                begin = time.perf_counter()
+        left = [budget for budget in budgets if not (results / f"task-{layer}-{budget}.npz").exists()]
+        panel = readers(folder, layer, epochs) if left else []
+        for budget in left:
+            begin, bits = time.perf_counter(), {}
+            for name, split in splits.items():
+                tokens, attention = split.layer(layer)
                 for way_name, way in methods.ways(budget).items():
                     rows, positions = compressed(way, tokens, attention, budget)
-                    bits[f"{name}/{budget}/{way_name}"] = _answers(panel, rows, positions, asked)
-                print(f"layer {layer}, {name}, {budget} tokens: {time.perf_counter() - begin:.0f} s", flush=True)
-        packed = {key: np.packbits(value.numpy()) for key, value in bits.items()}
-        np.savez_compressed(results / f"task-{layer}.npz", **packed, **{f"head/{k}": v for k, v in head.items()})
+                    bits[f"{name}/{way_name}"] = np.packbits(_answers(panel, rows, positions, questions[name]).numpy())
+            part = results / f"part-{layer}-{budget}.npz"  # a file of the other name is whole
+            np.savez_compressed(part, **bits, **{f"head/{k}": v for k, v in head.items()})
+            part.rename(results / f"task-{layer}-{budget}.npz")
+            print(f"layer {layer}, {budget} tokens: {time.perf_counter() - begin:.0f} s", flush=True)
     np.savez_compressed(
         results / "task-pictures.npz",
         **{f"{name}/source": split.source for name, split in splits.items()},
