@@ -6,6 +6,8 @@ import itertools
 import json
 import multiprocessing
 import os
+import resource
+import signal
 from pathlib import Path
 
 import pytest
@@ -213,6 +215,28 @@ def test_torn_line_of_another_process(tmp_path: Path) -> None:
     mine = journal.Journal(tmp_path, 0, {})
     assert list(mine.read()) == [("1", "v")]
     mine.close()
+
+
+def test_a_full_disk_is_a_sentence(tmp_path: Path) -> None:
+    """And what had room of a line is dropped by the next run."""
+    mine = journal.Journal(tmp_path, 0, {})
+    mine.start({})
+    size = mine.path.stat().st_size
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size + 10, before[1]))
+    try:
+        for _ in range(2):  # a part of the line, then nothing
+            with pytest.raises(Refused, match=f"cannot write {mine.path}: (No space|File too large)"):
+                mine.add({"id": "1", "variant": "v", "answer": "long enough"})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, ignored)
+    mine.close()
+    assert mine.path.stat().st_size == size + 10
+    again = journal.Journal(tmp_path, 0, {})
+    assert again.path.stat().st_size == size
+    again.close()
 
 
 def test_answers_replace_failures(tmp_path: Path) -> None:

@@ -336,6 +336,19 @@ def test_processes_die_and_others_go_on(llava: Path, data: Path, tmp_path: Path)
     }
 
 
+def test_processes_that_were_asked_otherwise(llava: Path, data: Path, tmp_path: Path) -> None:
+    """Machines with other questions or options would split the work by different rules."""
+
+    class Two(processes.Processes):
+        def gather(self, value):
+            return [value, (value[0] | {"questions": "other"}, value[1])]
+
+    settings = run.Settings(str(llava), {"uncompressed": None}, NEW, "auto", None)
+    with pytest.raises(apet.Refused, match=r"process 0 was asked .*, process 1 .*'questions': 'other'"):
+        run.evaluate(questions.read(data), tmp_path / "out", settings, Two(0, 2, 0), lambda *_: None)
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.slow
 def test_all_processes_are_refused_the_same(llava: Path, data: Path, tmp_path: Path) -> None:
     """What only one of three can see: its file is in use. One sentence, and nobody waits for ever."""

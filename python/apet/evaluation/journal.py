@@ -1,6 +1,6 @@
 """The answers so far, in a folder: one file per process, to which lines are appended and never changed.
 
-A line is written, flushed and synced before the next question is asked, so a run that dies loses the question that it
+A line is written and synced before the next question is asked, so a run that dies loses the question that it
 was at, and no more. Every file begins, and after every start goes on, with a header:
 
     {"made with": {...}, "by": {"host": ..., "pid": ..., "rank": ..., "processes": ..., "device": ...}}
@@ -10,6 +10,7 @@ was at, and no more. Every file begins, and after every start goes on, with a he
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
@@ -38,7 +39,7 @@ class Journal:
         self.path = folder / f"answers-{rank:05}.jsonl"
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            self.file = self.path.open("ab")
+            self.file = self.path.open("ab", buffering=0)
         except OSError as error:
             raise Refused(f"cannot write {self.path}: {error.strerror}") from error
         try:
@@ -58,7 +59,7 @@ class Journal:
         self._write({HEADER: self.made_with, "by": dict(by)})
 
     def add(self, record: Record) -> None:
-        """A line; on disk when this returns."""
+        """A line; on disk when this returns. Raises: Refused where the disk is full."""
         self._write(record)
 
     def close(self) -> None:
@@ -66,9 +67,13 @@ class Journal:
         self.file.close()
 
     def _write(self, line: Mapping[str, Any]) -> None:
-        self.file.write(json.dumps(line).encode() + b"\n")
-        self.file.flush()
-        os.fsync(self.file.fileno())
+        data = json.dumps(line).encode() + b"\n"
+        try:
+            if self.file.write(data) < len(data):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            os.fsync(self.file.fileno())
+        except OSError as error:
+            raise Refused(f"cannot write {self.path}: {error.strerror}") from error
 
     def read(self) -> Records:
         """Everything in the folder that was made with the same, whichever process wrote it.

@@ -57,7 +57,8 @@ def evaluate(
     n-th from the r-th on. What is lacking is agreed upon before anybody writes, so that every question has one process,
     however many there were before. progress is called with what is being done, and how many of how many questions.
 
-    Raises: Refused, in every process, where the model or the folder cannot be used as asked.
+    Raises: Refused, in every process, where the model or the folder cannot be used as asked, or processes were not
+    asked the same.
     """
     made_with = {
         "model": settings.model,
@@ -66,6 +67,10 @@ def evaluate(
         "dtype": settings.dtype,
         "versions": {name: version(name) for name in ("torch", "transformers")} | {"apet": apet.__version__},
     }
+    asked = made_with, dict(settings.variants)
+    for rank, other in enumerate(processes.gather(asked)):
+        if other != asked:
+            raise Refused(f"process {processes.rank} was asked {asked}, process {rank} {other}")
     journal = processes.together(lambda: Journal(out, processes.rank, made_with))
     try:
         done = merged(processes.gather(processes.together(journal.read)))
@@ -76,12 +81,16 @@ def evaluate(
             trials = [options for options in settings.variants.values() if options is not None]
             device = processes.device(settings.device)
             model, processor = processes.together(lambda: models.load(settings.model, trials, settings.dtype, device))
-            journal.start(_by(processes, model))
-            for number, question in enumerate(mine):
-                progress("asking", number, len(mine))
-                for record in _ask(model, processor, question, missing[question.id], settings.max_new_tokens):
-                    journal.add(record)
-            progress("waiting for the others", len(mine), len(mine))
+
+            def ask() -> None:
+                journal.start(_by(processes, model))
+                for number, question in enumerate(mine):
+                    progress("asking", number, len(mine))
+                    for record in _ask(model, processor, question, missing[question.id], settings.max_new_tokens):
+                        journal.add(record)
+                progress("waiting for the others", len(mine), len(mine))
+
+            processes.together(ask)
         done = merged(processes.gather(processes.together(journal.read)))
     finally:
         journal.close()
