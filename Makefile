@@ -86,12 +86,12 @@ sanitize-triton: .build/ttsem  ## the Triton kernels' IR on the CPU, watched for
 lint: $(VENV)/installed-dev  ## formatting and static checks
 	$(bin)/ruff check
 	$(bin)/ruff format --check
-	$(bin)/clang-format --dry-run -Werror $$(find csrc tests -name "*.h" -o -name "*.cpp" -o -name "*.cu" -o -name "*.cuh")
+	$(bin)/clang-format --dry-run -Werror $$(find csrc tests examples -name "*.h" -o -name "*.cpp" -o -name "*.cu" -o -name "*.cuh")
 
 format: $(VENV)/installed-dev  ## format everything
 	$(bin)/ruff check --fix
 	$(bin)/ruff format
-	$(bin)/clang-format -i $$(find csrc tests -name "*.h" -o -name "*.cpp" -o -name "*.cu" -o -name "*.cuh")
+	$(bin)/clang-format -i $$(find csrc tests examples -name "*.h" -o -name "*.cpp" -o -name "*.cu" -o -name "*.cuh")
 
 gpu-check: $(VENV)/installed-test  ## on a machine with a GPU: every test, the GPU benchmarks, one report
 	$(bin)/python -m benchmarks.gpu_check
