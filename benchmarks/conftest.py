@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import apet_kernels
-from benchmarks.cases import cases
+from benchmarks.cases import cases, gpu_cases
 from benchmarks.compare import THREADS
 from benchmarks.report import SUITES
 
@@ -21,6 +21,8 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     small = metafunc.config.getoption("smoke")
     if "case" in metafunc.fixturenames:
         metafunc.parametrize("case", cases(small), ids=_id)
+    if "gpu_case" in metafunc.fixturenames:
+        metafunc.parametrize("gpu_case", gpu_cases(small), ids=_id)
     if "suite_case" in metafunc.fixturenames:
         found = [(suite, case) for suite in SUITES.values() for case in suite.cases(small)]
         ids = [f"{suite.name}-{_id(case)}" for suite, case in found]

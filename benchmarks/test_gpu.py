@@ -9,10 +9,11 @@ import pytest
 from pytest_benchmark.fixture import BenchmarkFixture
 
 from benchmarks import gpu
-from benchmarks.cases import Case, gpu_cases
+from benchmarks.cases import Case
 from benchmarks.compare import ROUNDS
 from benchmarks.device import Device, find
 from benchmarks.floors import Rates
+from benchmarks.suite import SMOKE_ROUNDS
 
 
 @pytest.fixture(scope="module")
@@ -28,13 +29,12 @@ def rates(device: Device) -> Rates:
     return gpu.measure_rates(device)
 
 
-@pytest.mark.parametrize("gpu_case", gpu_cases(), ids=lambda case: str(case).replace(" ", "-"))
 def test_gpu(
-    benchmark: BenchmarkFixture, gpu_case: Case, device: Device, rates: Rates, say: Callable[[str], None]
+    benchmark: BenchmarkFixture, gpu_case: Case, device: Device, rates: Rates, smoke: bool, say: Callable[[str], None]
 ) -> None:
     """All that can do the case is right, and timed; what pytest-benchmark times is the measurement, and the row that it
     gives goes into extra_info."""
-    row = benchmark.pedantic(gpu.measure, args=(gpu_case, device, rates, ROUNDS), rounds=1)
+    row = benchmark.pedantic(gpu.measure, args=(gpu_case, device, rates, SMOKE_ROUNDS if smoke else ROUNDS), rounds=1)
     benchmark.extra_info.update(dataclasses.asdict(row))
     us = ", ".join(f"{name} {value:.3g}" for name, value in (row.graph_us or row.host_us).items())
     say(f"{gpu_case}: {us} us")
