@@ -150,11 +150,11 @@ def test_span_and_nearest_equal_plain_numpy():
         X, R = x[b].double().numpy(), rows[b].double().numpy()
         energy = ((X - X.mean(0)) ** 2).sum()
         left = X.T - R.T @ np.linalg.lstsq(R.T, X.T, rcond=1e-5)[0]
-        assert intrinsic.span(x, rows)[b] == pytest.approx((left**2).sum() / energy, rel=1e-9)
+        span, nearest = intrinsic.losses(x, rows)[:, b].tolist()
+        assert span == pytest.approx((left**2).sum() / energy, rel=1e-9)
         gaps = ((X[:, None] - R[None]) ** 2).sum(-1).min(1)
-        assert intrinsic.nearest(x, rows)[b] == pytest.approx(gaps.sum() / energy, rel=1e-9)
-    assert intrinsic.span(x, x).max() < 1e-12
-    assert intrinsic.nearest(x, x).max() < 1e-12
+        assert nearest == pytest.approx(gaps.sum() / energy, rel=1e-9)
+    assert intrinsic.losses(x, x).max() < 1e-12
 
 
 def test_intervals_hold_what_was_counted():

@@ -45,36 +45,30 @@ def study(folder: Path, results: Path, head: dict[str, Any]) -> None:
     """Writes intrinsic.npz into `results`: "LAYER/BUDGET/NAME" [measures, n] float32, and source [n]."""
     with np.load(folder / "intrinsic.npz") as stored:
         tokens, attention, source = (torch.from_numpy(stored["tokens"]), stored["attention"], stored["source"])
-    losses: dict[str, np.ndarray] = {}
+    lost: dict[str, np.ndarray] = {}
     for at, layer in enumerate(features.LAYERS):
         x, received = tokens[:, at].contiguous(), torch.from_numpy(attention[:, at].copy())
         for budget in methods.BUDGETS:
             for name, way in methods.MAIN.items():
                 rows, _ = way(x, budget, received)
-                losses[f"{layer}/{budget}/{name}"] = torch.stack([span(x, rows), nearest(x, rows)]).float().numpy()
+                lost[f"{layer}/{budget}/{name}"] = losses(x, rows).float().numpy()
         print(f"intrinsic: layer {layer}", flush=True)
     results.mkdir(parents=True, exist_ok=True)
-    np.savez_compressed(results / "intrinsic.npz", **losses, source=source, **{f"head/{k}": v for k, v in head.items()})
+    np.savez_compressed(results / "intrinsic.npz", **lost, source=source, **{f"head/{k}": v for k, v in head.items()})
 
 
-def energy(x: Tensor) -> Tensor:
-    """x [B, N, D] -> [B], sum of squared distances to the mean token."""
-    return (x.double() - x.double().mean(1, keepdim=True)).square().sum((1, 2))
+def losses(x: Tensor, rows: Tensor) -> Tensor:
+    """x [B, N, D], rows [B, K, D] -> [measures, B] float64.
 
-
-def span(x: Tensor, rows: Tensor) -> Tensor:
-    """Share of the energy of x [B, N, D] that lies outside the span of rows [B, K, D]: [B] float64.
-
-    By the eigenvectors of the rows' products, since rows may repeat or depend on each other.
+    The span's part is found by the eigenvectors of the rows' products, since rows may repeat or depend on each other.
     """
     X, R = x.double(), rows.double()
-    size, axes = torch.linalg.eigh(R @ R.mT)  # [B, K], [B, K, K]
+    energy = (X - X.mean(1, keepdim=True)).square().sum((1, 2))  # [B]
+    length = X.square().sum(-1)  # [B, N]
+    gram, products = R @ R.mT, R @ X.mT  # [B, K, K], [B, K, N]
+    size, axes = torch.linalg.eigh(gram)  # [B, K], [B, K, K]
     holds = size > 1e-10 * size[:, -1:]
-    part = (axes.mT @ (R @ X.mT)).square()  # [B, K, N], times the eigenvalue
-    inside = (part / torch.where(holds, size, 1.0)[..., None] * holds[..., None]).sum((1, 2))  # [B]
-    return (X.square().sum((1, 2)) - inside).clamp(min=0) / energy(x)
-
-
-def nearest(x: Tensor, rows: Tensor) -> Tensor:
-    """Mean squared distance of x [B, N, D] to the nearest of rows [B, K, D], as a share of the energy: [B] float64."""
-    return torch.cdist(x.double(), rows.double()).amin(-1).square().sum(1) / energy(x)
+    along = (axes.mT @ products).square().sum(-1)  # [B, K], times the eigenvalue
+    span = length.sum(1) - (along / torch.where(holds, size, 1.0) * holds).sum(1)
+    near = (gram.diagonal(dim1=1, dim2=2)[..., None] - 2 * products).amin(1) + length  # [B, N]
+    return torch.stack([span, near.sum(1)]).clamp(min=0) / energy
