@@ -371,7 +371,7 @@ def failures(rows: list[Row]) -> list[str]:
 
 
 def backends_failed(row: Row) -> bool:
-    """Whether one of ours is among what did not run or was wrong; a rival may fail to be captured, which is no fault."""
+    """Whether one of ours is among what did not run or was wrong; a rival may fail to be captured."""
     return any(name.split()[0] in (*BACKENDS, "stages") for name in row.failed)
 
 
