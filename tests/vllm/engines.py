@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import tiny
@@ -81,12 +81,15 @@ class Seen:
 class Served:
     """An engine, with or without options of the plugin at its start."""
 
+    alive: ClassVar[list[Any]] = []  # an engine that is collected takes the process groups of the others along
+
     def __init__(self, name: str, folder: Path, at_start: dict[str, Any] | None = None, **more: Any):
         from vllm import LLM
 
         limits = {"image": 4, "video": 1} if name == "qwen2_5_vl" else {"image": 4}
         self.name = name
         self.llm = LLM(str(folder), limit_mm_per_prompt=limits, mm_processor_kwargs=at_start, **{**ENGINE, **more})
+        self.alive.append(self.llm)
 
     @property
     def model(self) -> nn.Module:

@@ -29,5 +29,7 @@ if __name__ == "__main__":
     told = {}
     for folder in map(Path, sys.argv[1:]):
         name = next(n for n in engines.MODELS if folder.name.rstrip("0123456789") == n)
-        told[name] = engines.Served(name, folder).ids(*requests(name))
+        served = engines.Served(name, folder)
+        assert type(served.model).__module__.startswith("vllm."), f"{type(served.model)} is not vLLM's own"
+        told[name] = served.ids(*requests(name))
     print("\n" + json.dumps(told))
