@@ -189,6 +189,12 @@ def _verdict(results: Path) -> str:
             f"- Of all variants of ApET, `{chosen}` is the best on validation at {budget} tokens. On test it is ahead "
             f"of the default by (points, 95 % over pictures) {gains}; with whole photographs resampled: {blocks}."
         )
+        if _standing(results, budget, chosen) == "better":
+            lines.append(
+                f"- So the default is not the best at {budget} tokens, and `{chosen}` is proposed, to be confirmed "
+                "on a VLM (`apet eval`); what a larger basis costs is in proportion to it (docs/algorithm.md: one step a "
+                "basis token)."
+            )
     return "\n".join(lines)
 
 
