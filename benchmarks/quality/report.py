@@ -192,8 +192,7 @@ def _verdict(results: Path) -> str:
         if _standing(results, budget, chosen) == "better":
             lines.append(
                 f"- So the default is not the best at {budget} tokens, and `{chosen}` is proposed, to be confirmed "
-                "on a VLM (`apet eval`); what a larger basis costs is in proportion to it (docs/algorithm.md: one step a "
-                "basis token)."
+                "on a VLM (`apet eval`); a larger basis costs in proportion, a step of the sweep for each basis token."
             )
     return "\n".join(lines)
 
