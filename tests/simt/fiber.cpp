@@ -58,8 +58,8 @@ namespace {
 constexpr size_t kPage = 4096;
 constexpr size_t kStack = 256 << 10;  // of virtual memory; a fiber touches two or three pages of it
 // A page below each of so many stacks faults when touched. Each makes two mappings more, of the 65530 that Linux allows
-// a process; one device has threads enough for all of them, and these run the same kernels as the first.
-constexpr int kGuarded = 8192;
+// a process, which may hold several libraries like this one; the threads of one full device would take all of them.
+constexpr int kGuarded = 2048;
 constexpr unsigned kNoOrder = 1;  // __tsan_switch_to_fiber: a switch orders nothing
 
 char* map_stack(void* at) {
