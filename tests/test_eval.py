@@ -11,6 +11,7 @@ import signal
 from pathlib import Path
 
 import pytest
+import torch
 from apet import Refused
 from apet.cli import app
 from apet.evaluation import journal, metrics, official, processes, questions, summary
@@ -259,21 +260,22 @@ def test_shares_hold_everything_once(items: int, count: int) -> None:
 
 def _member(rank: int, port: int, folder: Path, pipe) -> None:
     os.environ |= {"WORLD_SIZE": "2", "RANK": str(rank), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    here = processes.join()
+    with processes.joined() as here:
 
-    def work() -> int:
-        if rank == 1:
-            raise Refused("one is refused")
-        return 5
+        def work() -> int:
+            if rank == 1:
+                raise Refused("one is refused")
+            return 5
 
-    try:
-        here.together(work)
-    except Refused as error:
-        problem = str(error)
-    own = journal.Journal(folder / str(rank), rank, {})  # on a machine of its own
-    own.add({"id": str(rank), "variant": "v", "answer": "x"})
-    everything = journal.merged(here.gather(own.read()))
-    pipe.send((here, here.gather({rank: "x"}), here.together(lambda: rank), problem, here.device(None), everything))
+        try:
+            here.together(work)
+        except Refused as error:
+            problem = str(error)
+        own = journal.Journal(folder / str(rank), rank, {})  # on a machine of its own
+        own.add({"id": str(rank), "variant": "v", "answer": "x"})
+        everything = journal.merged(here.gather(own.read()))
+        pipe.send((here, here.gather({rank: "x"}), here.together(lambda: rank), problem, here.device(None), everything))
+    assert not torch.distributed.is_initialized()
 
 
 def test_processes_agree(tmp_path: Path) -> None:
@@ -291,6 +293,7 @@ def test_processes_agree(tmp_path: Path) -> None:
     said = [receive.recv() for receive, _ in pipes]
     for member in members:
         member.join()
+        assert member.exitcode == 0
     for rank, (here, gathered, own, problem, device, everything) in enumerate(said):
         assert (here.rank, here.count, here.first) == (rank, 2, rank == 0)
         assert gathered == [{0: "x"}, {1: "x"}]

@@ -263,8 +263,7 @@ def evaluate(
 
     variants = {run.PLAIN: None, **budgets}
     settings = run.Settings(model, variants, max_new_tokens, dtype, device)
-    here = processes.join()
-    with _progress() as bar:
+    with processes.joined() as here, _progress() as bar:
         task = bar.add_task("reading", visible=here.first)
 
         def progress(what: str, done: int, total: int) -> None:

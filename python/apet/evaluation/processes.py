@@ -5,8 +5,9 @@ They talk over gloo, and rarely: what is done so far, whether all can go on, wha
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -66,14 +67,21 @@ class Processes:
         return f"{accelerator.type}:{self.local}" if accelerator else "cpu"
 
 
-def join() -> Processes:
+@contextlib.contextmanager
+def joined() -> Iterator[Processes]:
     """This process among those that were launched together; alone where it was not launched."""
     count = int(os.environ.get("WORLD_SIZE", "1"))
     if count == 1:
-        return Processes(0, 1, 0)
+        yield Processes(0, 1, 0)
+        return
     import torch.distributed
 
-    if not torch.distributed.is_initialized():
+    ours = not torch.distributed.is_initialized()
+    if ours:
         torch.distributed.init_process_group("gloo", timeout=LONGEST)
     rank = torch.distributed.get_rank()
-    return Processes(rank, count, int(os.environ.get("LOCAL_RANK", rank)))
+    try:
+        yield Processes(rank, count, int(os.environ.get("LOCAL_RANK", rank)))
+    finally:
+        if ours:  # gloo's threads abort a process that ends before them
+            torch.distributed.destroy_process_group()
