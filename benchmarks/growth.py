@@ -10,7 +10,7 @@ model:
     product = B 2 (N - K) K D              floating-point operations of the similarity, s5
     bytes   = B ((M + 2) N D + K D) s      norms, M sweeps, means; s bytes a number
               + B (4 M + 32) N             dot products and ranks
-    memory  = outputs + I (4 N (M + 1) + 4 K D)    benchmarks/memory.py
+    memory  = outputs + I (4 N (M + 1) + D min(4 K, (4 - s) K + 324)), at most: benchmarks/memory.py
 
 The rates are those that the same run measures. Of an image that fits half the last-level cache only the first pass is
 memory bytes. So the product dominates where 2 (N - K) K / rate > (M + 2) N s / bandwidth, whatever D is: with many

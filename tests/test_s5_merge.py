@@ -5,6 +5,8 @@ import torch
 from data import DTYPES, rows, tokens
 from judge import assert_same, check_merge
 
+import apet_kernels
+
 NAN, INF = float("nan"), float("inf")
 
 
@@ -167,3 +169,13 @@ def test_every_16_bit_value_is_read_and_written_right(backend, dtype):
     values = values[values.isfinite() & (values.abs() < 1e15)]
     x = values.expand(1, 2, -1).contiguous()
     assert torch.equal(backend.merge(x, torch.tensor([[0]]))[0, 0], values)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_the_output_holds_packed_targets_until_the_means(dtype):
+    """The CPU workspace grows with the targets by what their packed form exceeds their rows, of widened ones half."""
+    if apet_kernels.backends()["cpu"]:
+        pytest.skip("the CPU library is not built")
+    D = 4096
+    few, many = (apet_kernels.plan(torch.empty(1, 2048, D, dtype=dtype), K)["workspace_bytes"] for K in (256, 1024))
+    assert many - few <= (1024 - 256) * (D * (4 - dtype.itemsize) + 64)

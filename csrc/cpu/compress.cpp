@@ -1,9 +1,10 @@
 // The CPU backend: takes images through s1..s5 and splits the work among threads.
 //
-//   norms -> sweep x m -> residual -> (s4) -> pack -> assign -> mean       compress
-//   norms -> sweep x m -> residual                                         score
-//   norms ->                                  pack -> assign -> mean       merge
+//   (norms) -> sweep x m -> residual -> (s4) -> pack -> assign -> mean       compress
+//   (norms) -> sweep x m -> residual                                         score
+//    norms  ->                                  pack -> assign -> mean       merge
 //
+// Where the first basis token is given, its sweep takes the norms along: one pass over X less.
 // Each arrow is Walk::advance(), which runs on one thread; each name is a stage that a team shares (team.h) through
 // the loops of one instruction set (kernels.h). A call has one parallel region, whatever the number of images.
 #include <algorithm>
@@ -24,7 +25,10 @@ constexpr double kNsPerFlop = 1 / 50.0;  // one thread multiplying in s5
 constexpr double kNsPerStage = 1000;     // a team of more than one: last chunk done until next stage open
 constexpr double kNsPerThread = 10000;   // less work than this is not worth waking a thread for
 // Chunks a thread's slot holds at a stage: enough that another thread can help, few enough that taking one is free.
+// Where they would be long, more: what the cache still holds of the last pass is whole chunks, taken first (team.h).
 constexpr int kChunksPerThread = 4;
+constexpr int kMostChunksPerThread = 64;
+constexpr int64_t kChunkBytes = 256 << 10;
 // More threads than this in one call are left idle: a batch of images has no more to give.
 constexpr int kMaxThreads = 256;
 
@@ -87,6 +91,7 @@ class Walk {
     im.packed = carver.take<float>(merges ? call->kernels.packed_floats(p.keep, p.dim) : 0);
     scratch_bytes_ = merges ? (call->kernels.scratch_bytes(p.dim) + 63) / 64 * 64 : 0;
     scratch_ = carver.take<char>(scratch_bytes_ * call->threads);
+    best_ = carver.take<Best>(most_chunks());
   }
 
   // Opens the first image; false if there is none left.
@@ -99,9 +104,11 @@ class Walk {
  private:
   enum class Stage { kNorms, kSweep, kResidual, kPack, kAssign, kMean };
 
+  int64_t most_chunks() const { return (int64_t)call_->threads * kMostChunksPerThread; }
   bool over_tokens(Stage stage);
   bool next_image();
   bool next_basis(Best best);
+  bool add_basis(int32_t token);
   bool basis_done();
   void choose_rows();
   void take_given_rows();
@@ -137,7 +144,7 @@ class Walk {
   int64_t chunks_ = 0;
   char* scratch_;
   size_t scratch_bytes_;
-  Best best_[kMaxThreads * kChunksPerThread];  // by chunk
+  Best* best_;  // by chunk
 };
 
 void Walk::run(int64_t c, int slot) {
@@ -168,6 +175,7 @@ bool Walk::advance() {
       }
       [[fallthrough]];
     case Stage::kSweep:
+      image_.has_norms = true;
       for (int64_t c = 0; c < chunks_; c++)  // ascending chunks: a tie stays with the lower token
         if (best_[c].value > best.value) best = best_[c];
       return next_basis(best);
@@ -189,7 +197,10 @@ bool Walk::advance() {
 
 bool Walk::over_tokens(Stage stage) {
   stage_ = stage;
-  chunks_ = std::clamp<int64_t>(image_.tokens / kTile, 1, (int64_t)call_->threads * kChunksPerThread);
+  const int64_t n = image_.tokens, by_size = n * image_.dim * call_->element() / kChunkBytes;
+  const int64_t by_threads = std::min<int64_t>(n / kTile, (int64_t)call_->threads * kChunksPerThread);
+  const int64_t most = std::min<int64_t>(n / call_->kernels.row_group, most_chunks());
+  chunks_ = std::max<int64_t>(1, std::min(most, std::max(by_size, by_threads)));
   return true;
 }
 
@@ -211,6 +222,7 @@ bool Walk::next_image() {
     im.select = p.select;
     im.ridge = p.ridge;
     im.blend = p.blend;
+    im.has_norms = false;
     im.basis_size = 0;
     im.rows = p.op == APET_SCORE ? 0 : (int32_t)(e.keep + call_->extra_rows());
     im.targets = im.dropped_count = 0;
@@ -223,20 +235,24 @@ bool Walk::next_image() {
     choose_rows();
     return average();
   }
+  if (p.op != APET_MERGE && p.start >= 0) {
+    const int32_t start = (int32_t)std::min<int64_t>(p.start, im.tokens - 1);
+    call_->kernels.norms(im, start, start + 1);
+    if (finite(start)) return add_basis(start);
+  }
   return over_tokens(Stage::kNorms);
 }
 
-// s1, s2: `best` is the next basis token, if it may be one; the new row of L is the y that it already has.
+// s1: `best` is the next basis token, if it may be one.
 bool Walk::next_basis(Best best) {
+  if (image_.basis_size == image_.max_basis || !(best.value > 0)) return basis_done();
+  return add_basis(best.token);
+}
+
+// s2: the new row of L is the y that the token already has.
+bool Walk::add_basis(int32_t p) {
   Image& im = image_;
   const int32_t m = im.basis_size;
-  int32_t p = best.token;
-  bool more = m < im.max_basis && best.value > 0;
-  if (m == 0 && call_->problem.start >= 0) {
-    const int64_t start = std::min<int64_t>(call_->problem.start, im.tokens - 1);
-    if (finite(start)) p = (int32_t)start, more = true;
-  }
-  if (!more) return basis_done();
   // ||p||^2 + ridge - sum_j l_j^2; below the threshold, p cannot be told from a combination of the earlier ones.
   const double pivot = (double)im.energy[p] + im.ridge;
   const bool dependent = pivot <= 4 * 0x1p-24 * im.norm_sq[p];
@@ -244,6 +260,7 @@ bool Walk::next_basis(Best best) {
   for (int32_t j = 0; j < m; j++) im.factor[m][j] = im.y[(int64_t)j * im.tokens + p];
   im.inv_pivot[m] = dependent ? 0 : 1 / std::sqrt(pivot);
   im.basis[m] = p;
+  im.newest_norm_sq = im.norm_sq[p];
   im.basis_size = m + 1;
   im.reach[p] = kNever;
   return over_tokens(Stage::kSweep);

@@ -37,6 +37,7 @@ struct Image {
   double ridge;
 
   // s1-s3, per token
+  bool has_norms;  // else the first sweep brings them
   float* norm_sq;  // [N] ||x||^2
   float* reach;    // [N] what the next basis token is the largest of: d^2 to the basis (fps), ||x||^2 - ||y||^2 (qr)
   float* energy;   // [N] ||x||^2 - ||y||^2, in the end e^2
@@ -44,6 +45,7 @@ struct Image {
   // s1-s3, per basis token
   int32_t basis[APET_MAX_BASIS];
   int32_t basis_size;                            // m
+  float newest_norm_sq;                          // ||p||^2 of the last one
   float factor[APET_MAX_BASIS][APET_MAX_BASIS];  // L, lower triangle
   double inv_pivot[APET_MAX_BASIS];              // 1 / L_mm, or 0 where the token depends on the earlier ones
 
@@ -78,7 +80,7 @@ struct Kernels {
   size_t (*scratch_bytes)(int64_t dim);
   // s1: norm_sq, reach and energy of tokens [begin, end); returns the largest finite norm.
   Best (*norms)(const Image&, int64_t begin, int64_t end);
-  // s1-s3: takes tokens [begin, end) past basis token number `step`; returns the farthest of them.
+  // s1-s3: takes tokens [begin, end) past basis token number `step`, with norms() if !has_norms; returns the farthest.
   Best (*sweep)(const Image&, int32_t step, int64_t begin, int64_t end);
   // s3: energy becomes e^2.
   void (*residual)(const Image&, int64_t begin, int64_t end);

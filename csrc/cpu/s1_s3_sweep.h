@@ -18,36 +18,47 @@
 #include "vector.h"
 
 constexpr int kGroup = 4;
+constexpr int kBothGroup = W == 16 ? 4 : 2;
 constexpr int kLanes = 2;
 constexpr int kFold = 16;
 
-// out[r] = x[r] . p for R rows; with Self, x[r] . x[r].
-template <class E, int R, bool Self>
-static inline void dots(const typename E::T* const* x, const typename E::T* p, int64_t dim, double* out) {
+// norm[r] = x[r] . x[r] and product[r] = x[r] . p for R rows, or one of them.
+template <class E, int R, bool Norms, bool Products>
+static inline void dots(const typename E::T* const* x, const typename E::T* p, int64_t dim, double* norm,
+                        double* product) {
   constexpr int64_t kStep = kLanes * E::N, kBlock = kFold * kStep;
-  Total total[R];
+  Total norms[R], products[R];
   for (int64_t d0 = 0; d0 < dim; d0 += kBlock) {
     const int64_t d1 = smaller(dim, d0 + kBlock), full = d0 + (d1 - d0) / kStep * kStep;
-    V acc[R][kLanes] = {};
+    V xx[R][kLanes] = {}, xp[R][kLanes] = {};
     for (int64_t d = d0; d < full; d += kStep)
       for (int h = 0; h < kLanes; h++) {
-        const V pv = Self ? V{} : E::get(p + d + h * E::N);
+        const V pv = Products ? E::get(p + d + h * E::N) : V{};
         for (int r = 0; r < R; r++) {
           const V xv = E::get(x[r] + d + h * E::N);
-          acc[r][h] = E::mad(xv, Self ? xv : pv, acc[r][h]);
+          if (Norms) xx[r][h] = E::mad(xv, xv, xx[r][h]);
+          if (Products) xp[r][h] = E::mad(xv, pv, xp[r][h]);
         }
       }
     for (int h = 0; h < kLanes; h++) {  // the last, incomplete step
       const int64_t d = full + h * E::N, n = smaller(d1 - d, E::N);
       if (n <= 0) break;
+      const V pv = Products ? E::get_n(p + d, n) : V{};
       for (int r = 0; r < R; r++) {
         const V xv = E::get_n(x[r] + d, n);
-        acc[r][h] = E::mad(xv, Self ? xv : E::get_n(p + d, n), acc[r][h]);
+        if (Norms) xx[r][h] = E::mad(xv, xv, xx[r][h]);
+        if (Products) xp[r][h] = E::mad(xv, pv, xp[r][h]);
       }
     }
-    for (int r = 0; r < R; r++) total[r].add(acc[r][0] + acc[r][1]);
+    for (int r = 0; r < R; r++) {
+      if (Norms) norms[r].add(xx[r][0] + xx[r][1]);
+      if (Products) products[r].add(xp[r][0] + xp[r][1]);
+    }
   }
-  for (int r = 0; r < R; r++) out[r] = total[r].sum();
+  for (int r = 0; r < R; r++) {
+    if (Norms) norm[r] = norms[r].sum();
+    if (Products) product[r] = products[r].sum();
+  }
 }
 
 template <class T>
@@ -56,17 +67,19 @@ static inline const T* row(const Image& im, int64_t token) {
 }
 
 // dots() for tokens [begin, begin + n).
-template <class E, bool Self>
-static inline void tile_dots(const Image& im, const typename E::T* p, int64_t begin, int64_t n, double* out) {
-  const typename E::T* x[kGroup];
+template <class E, bool Norms, bool Products>
+static inline void tile_dots(const Image& im, const typename E::T* p, int64_t begin, int64_t n, double* norm,
+                             double* product) {
+  constexpr int kRows = Norms && Products ? kBothGroup : kGroup;
+  const typename E::T* x[kRows];
   int64_t i = 0;
-  for (; i + kGroup <= n; i += kGroup) {
-    for (int r = 0; r < kGroup; r++) x[r] = row<typename E::T>(im, begin + i + r);
-    dots<E, kGroup, Self>(x, p, im.dim, out + i);
+  for (; i + kRows <= n; i += kRows) {
+    for (int r = 0; r < kRows; r++) x[r] = row<typename E::T>(im, begin + i + r);
+    dots<E, kRows, Norms, Products>(x, p, im.dim, norm + i, product + i);
   }
   for (; i < n; i++) {
     x[0] = row<typename E::T>(im, begin + i);
-    dots<E, 1, Self>(x, p, im.dim, out + i);
+    dots<E, 1, Norms, Products>(x, p, im.dim, norm + i, product + i);
   }
 }
 
@@ -76,21 +89,25 @@ static inline Best farther(Best best, const float* value, int64_t begin, int64_t
   return best;
 }
 
+// What tokens [t, t + n) start from, given their norms.
+static inline void begin_tile(const Image& im, int64_t t, int64_t n, const double* norm) {
+  for (int64_t i = 0; i < n; i++) {
+    const float norm_sq = (float)norm[i];
+    im.norm_sq[t + i] = im.energy[t + i] = norm_sq;
+    im.reach[t + i] = norm_sq <= __FLT_MAX__ ? __builtin_inff() : kNever;
+  }
+}
+
 template <class E>
 static Best norms(const Image& im, int64_t begin, int64_t end) {
   Best best = {kNever, -1};
   for (int64_t t = begin; t < end; t += kTile) {
     const int64_t n = smaller(kTile, end - t);
-    float *norm_sq = im.norm_sq + t, *reach = im.reach + t, finite[kTile];
-    double dot[kTile];
-    tile_dots<E, true>(im, nullptr, t, n, dot);
-    for (int64_t i = 0; i < n; i++) {
-      norm_sq[i] = (float)dot[i];
-      const bool ok = norm_sq[i] <= __FLT_MAX__;
-      finite[i] = ok ? norm_sq[i] : kNever;
-      reach[i] = ok ? __builtin_inff() : kNever;
-      im.energy[t + i] = norm_sq[i];
-    }
+    double norm[kTile];
+    float finite[kTile];
+    tile_dots<E, true, false>(im, nullptr, t, n, norm, norm);
+    begin_tile(im, t, n, norm);
+    for (int64_t i = 0; i < n; i++) finite[i] = im.reach[t + i] == kNever ? kNever : im.norm_sq[t + i];
     best = farther(best, finite, t, n);
   }
   return best;
@@ -99,13 +116,21 @@ static Best norms(const Image& im, int64_t begin, int64_t end) {
 template <class E>
 static Best sweep(const Image& im, int32_t step, int64_t begin, int64_t end) {
   const int32_t p = im.basis[step];
-  const float p_norm_sq = im.norm_sq[p];
+  const typename E::T* const x_p = row<typename E::T>(im, p);
+  const float p_norm_sq = im.newest_norm_sq;  // not norm_sq[p], which another thread may be writing just now
   Best best = {kNever, -1};
   for (int64_t t = begin; t < end; t += kTile) {
     const int64_t n = smaller(kTile, end - t);
     float dot[kTile], *energy = im.energy + t, *reach = im.reach + t;
     double y[kTile];
-    tile_dots<E, false>(im, row<typename E::T>(im, p), t, n, y);
+    if (im.has_norms) {
+      tile_dots<E, false, true>(im, x_p, t, n, y, y);
+    } else {
+      double norm[kTile];
+      tile_dots<E, true, true>(im, x_p, t, n, norm, y);
+      begin_tile(im, t, n, norm);
+      if (t <= p && p < t + n) im.reach[p] = kNever;
+    }
     for (int64_t i = 0; i < n; i++) dot[i] = (float)y[i];  // as norms are rounded: equal rows stay equal
     for (int32_t j = 0; j < step; j++) {
       const double l_j = im.factor[step][j];

@@ -40,9 +40,23 @@ static inline int64_t chunk_rows(int64_t dim) {
 }
 static inline int64_t padded(int64_t targets) { return (targets + W - 1) / W * W; }
 
+// Where the panel of targets t0, t0 + 1, ... lies: in `out`, which nobody needs before the means, as far as whole
+// panels fit from its first cache line on; the others in the workspace.
+template <class E>
+static inline float* panel_at(const Image& im, int64_t t0) {
+  const int64_t n = units<E>(im.dim), before = -(uintptr_t)im.out % 64;
+  const int64_t bytes = im.rows * im.dim * (int64_t)sizeof(typename E::T) - before;
+  const int64_t room = bytes < 0 ? 0 : bytes / 4 / n;
+  const int64_t fit = room >= padded(im.targets) ? padded(im.targets) : room / NR * NR;
+  return t0 < fit ? reinterpret_cast<float*>(im.out + before) + t0 * n : im.packed + (t0 - fit) * n;
+}
+// What panel_at() may want of the workspace with up to `targets` of them: `out` has a row for each, which holds all of
+// it but for a difference in width; lost are a cache line, a panel and the last vector.
 template <class E>
 static size_t packed_floats(int64_t targets, int64_t dim) {
-  return (size_t)(padded(targets) * units<E>(dim));
+  const int64_t half_units = 2 * units<E>(dim), wider = half_units - dim * (int64_t)sizeof(typename E::T) / 2;
+  const int64_t left = (targets * wider + 32 + half_units - 1) / half_units + NR + W;
+  return (size_t)(smaller(left, padded(targets)) * units<E>(dim));
 }
 template <class E>
 static size_t scratch_bytes(int64_t dim) {
@@ -55,7 +69,7 @@ static void pack(const Image& im, int64_t panel, int64_t d0, int64_t d1) {
   using T = typename E::T;
   constexpr int64_t kPerUnit = E::N / W;
   const int64_t width = smaller(NR, padded(im.targets) - panel * NR);
-  float* out = im.packed + panel * NR * units<E>(im.dim);
+  float* out = panel_at<E>(im, panel * NR);
   for (int64_t v = 0; v < width; v += W) {
     const T* t[W];
     for (int i = 0; i < W; i++) {
@@ -141,7 +155,7 @@ static void meet(const Image& im, Chunk& chunk, const float* panel, int64_t t0) 
 template <class E>
 static void assign(const Image& im, int64_t begin, int64_t end, void* scratch) {
   using T = typename E::T;
-  const int64_t step = chunk_rows<E>(im.dim), n_units = units<E>(im.dim), n_targets = padded(im.targets);
+  const int64_t step = chunk_rows<E>(im.dim), n_targets = padded(im.targets);
   Chunk chunk;
   for (int64_t i0 = begin; i0 < end; i0 += step) {
     chunk.count = smaller(step, end - i0);
@@ -163,7 +177,7 @@ static void assign(const Image& im, int64_t begin, int64_t end, void* scratch) {
       chunk.best_target[i] = I{};
     }
     for (int64_t t0 = 0; t0 < n_targets; t0 += NR) {
-      const float* panel = im.packed + t0 * n_units;
+      const float* panel = panel_at<E>(im, t0);
       switch (smaller(NR, n_targets - t0) / W) {
 #if defined(__AVX512F__)
         case 4: meet<E, 4>(im, chunk, panel, t0); break;

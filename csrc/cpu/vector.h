@@ -108,16 +108,12 @@ static inline void narrow(float f, Half* h) {
   else magnitude = (magnitude + 0xfffu + (magnitude >> 13 & 1u) - (112u << 23)) >> 13;
   h->bits = (uint16_t)(sign | magnitude);
 }
-static inline void narrow(float f, BFloat16* h) {
-  const uint32_t bits = as_bits(f);
-  const bool nan = (bits & 0x7fffffffu) > 0x7f800000u;
-  h->bits = (uint16_t)(nan ? bits >> 16 | 0x40u : (bits + 0x7fffu + (bits >> 16 & 1u)) >> 16);
-}
 
-#if !defined(__AVX2__)
 typedef uint32_t U __attribute__((vector_size(4 * W)));
+typedef uint16_t UH __attribute__((vector_size(2 * W)));
+#if !defined(__AVX2__)
 static inline U load_bits(const void* p) {
-  uint16_t bits __attribute__((vector_size(2 * W)));
+  UH bits;
   __builtin_memcpy(&bits, p, sizeof bits);
   return __builtin_convertvector(bits, U);
 }
@@ -155,8 +151,11 @@ static inline void store(Half* p, V v) {
   for (int i = 0; i < W; i++) narrow(v[i], p + i);
 #endif
 }
-static inline void store(BFloat16* p, V v) {
-  for (int i = 0; i < W; i++) narrow(v[i], p + i);
+static inline void store(BFloat16* p, V v) {  // narrow() on all lanes: the compiler does not get there from a loop
+  const U bits = (U)v, nan = (U)((bits & 0x7fffffff) > 0x7f800000u);
+  const U rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+  const auto half = __builtin_convertvector((nan & (bits >> 16 | 0x40)) | (~nan & rounded), UH);
+  __builtin_memcpy(p, &half, sizeof half);
 }
 
 // The first n < W elements, zeros after them, and back. Nothing past p[n - 1] is touched.
