@@ -1,14 +1,13 @@
-"""A LLaVA-shaped model of 1.1B parameters: prefill and answer against the tokens kept, next to what the FLOPs predict.
+"""The hooks in a whole model: prefill and answer against the tokens kept, next to what the FLOPs predict.
 
     python -m benchmarks.hooks [--smoke] [--batch 1 4] [--rounds 3] [--json FILE] [--markdown]
 
-Random weights and pixels, real dimensions: the vision encoder is CLIP-L/14-336 (576 tokens an image), the decoder as
-wide as a 1B Llama. A round generates once with every setting, in turns; ratios are medians of ratios within a round.
-The prefill lasts from the call of generate() to the first token, the vision encoder in it. What the compression takes
-is measured inside these calls: "op" is the calls of the op, "hooks" everything that the hooks do, the op included.
-"attainable" is the model's own work without hooks: the vision encoder, then projector and decoder on as many tokens as
-are kept. In the dtype that is faster here with every setting, in the other where there are goals. --markdown writes the
-tables into docs/benchmarks.md.
+The model is that of benchmarks/llava.py. A round generates once with every setting, in turns; ratios are medians of
+ratios within a round. The prefill lasts from the call of generate() to the first token, the vision encoder in it. What
+the compression takes is measured inside these calls: "op" is the calls of the op, "hooks" everything that the hooks do,
+the op included. "attainable" is the model's own work without hooks: the vision encoder, then projector and decoder on
+as many tokens as are kept. In the dtype that is faster here with every setting, in the other where there are goals.
+--markdown writes the tables into docs/benchmarks.md.
 """
 
 from __future__ import annotations
@@ -41,6 +40,7 @@ import apet_kernels
 from benchmarks.ceilings import peak_gflops
 from benchmarks.compare import NOISE, THREADS, spread
 from benchmarks.floors import replaced
+from benchmarks.llava import PICTURE, TEXT, TOKENS, VISION
 from benchmarks.machine import describe
 from benchmarks.sheet import Sheet, document, show
 
@@ -48,7 +48,7 @@ PAGE = Path(__file__).parents[1] / "docs" / "benchmarks.md"
 BEGIN, END = "<!-- hooks:begin -->", "<!-- hooks:end -->"
 HOOKS = [name for name in vars(Engine) if name.startswith(("before_", "after_"))]
 IMAGE = 32000  # token id of the placeholder
-TEXT = 40  # tokens of a prompt besides the image's
+PROMPT = 40  # tokens of a prompt besides the image's
 OP_SHARE, SPEED_SHARE = 0.001, 0.85  # the goals, at the budgets of 64 tokens
 
 
@@ -62,18 +62,7 @@ class Size:
     new_tokens: int
 
 
-REAL = Size(
-    {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16},
-    {
-        "hidden_size": 2048,
-        "intermediate_size": 5632,
-        "num_hidden_layers": 16,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 4,
-    },
-    (288, 192, 128, 64),
-    8,
-)
+REAL = Size(VISION, TEXT, (288, 192, 128, 64), 8)
 SMOKE = Size(
     {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2},
     {
@@ -90,18 +79,18 @@ SMOKE = Size(
 
 @dataclass(frozen=True)
 class Setting:
-    """What to keep of 576 tokens: after the encoder, and after half of the decoder's layers. None: all."""
+    """What to keep of an image's tokens: after the encoder, and after half of the decoder's layers. None: all."""
 
     keep: int | None
     llm_keep: int | None = None
 
     def __str__(self) -> str:
-        return " → ".join(str(k) for k in (self.keep or 576, self.llm_keep) if k)
+        return " → ".join(str(k) for k in (self.keep or TOKENS, self.llm_keep) if k)
 
     @property
     def mean(self) -> int:
         """Tokens that an image has on average over the decoder's layers."""
-        first = self.keep or 576
+        first = self.keep or TOKENS
         return (first + (self.llm_keep or first)) // 2
 
 
@@ -137,7 +126,7 @@ class Row:
 
 def build(size: Size, dtype: torch.dtype) -> nn.Module:
     """The model, with random weights."""
-    vision = transformers.CLIPVisionConfig(**size.vision, image_size=336, patch_size=14)
+    vision = transformers.CLIPVisionConfig(**size.vision, **PICTURE)
     text = transformers.LlamaConfig(**size.text, vocab_size=32064, max_position_embeddings=4096)
     config = transformers.LlavaConfig(vision_config=vision, text_config=text, image_token_index=IMAGE)
     torch.manual_seed(0)
@@ -150,14 +139,15 @@ def build(size: Size, dtype: torch.dtype) -> nn.Module:
 def inputs(batch: int, dtype: torch.dtype) -> dict[str, Tensor]:
     """A batch of prompts of one image and some text each."""
     random = torch.Generator().manual_seed(0)
-    ids = torch.randint(3, IMAGE, (batch, TEXT + 576), generator=random)
-    ids[:, TEXT // 2 : TEXT // 2 + 576] = IMAGE
-    pixels = torch.randn(batch, 3, 336, 336, generator=random).to(dtype)
+    ids = torch.randint(3, IMAGE, (batch, PROMPT + TOKENS), generator=random)
+    ids[:, PROMPT // 2 : PROMPT // 2 + TOKENS] = IMAGE
+    side = PICTURE["image_size"]
+    pixels = torch.randn(batch, 3, side, side, generator=random).to(dtype)
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": pixels}
 
 
 def settings(size: Size, all_of_them: bool) -> list[Setting]:
-    """All of 576; the first stage alone; and both, with a third of what the first keeps, as the paper has it. Or only
+    """All tokens; the first stage alone; and both, with a third of what the first keeps, as the paper has it. Or only
     those that have goals."""
     both = [Setting(k, k // 3) for k in (288, 192, 96) if size is REAL or k == 96]
     chosen = [*(Setting(k) for k in size.keeps), *both]
@@ -189,7 +179,7 @@ def measure(
                     begin = time.perf_counter()
                     prefill, total = clock(model, given, size.new_tokens)
                 inside = [sum(s for at, s in some if begin <= at < begin + prefill) for some in (op, hooks)]
-                least = attainable(model, given, setting.keep or 576) if setting.llm_keep is None else math.nan
+                least = attainable(model, given, setting.keep or TOKENS) if setting.llm_keep is None else math.nan
                 seconds[setting].append((prefill, total, *inside, least))
     rows, base = [], [list(column) for column in zip(*seconds[chosen[0]], strict=True)]
     for setting in chosen:
@@ -218,7 +208,7 @@ def measure(
 def attainable(model: nn.Module, given: dict[str, Tensor], keep: int) -> float:
     """Seconds that the parts of an unpatched model take for a prefill of `keep` tokens an image, one after another."""
     rows, hidden = len(given["input_ids"]), model.config.text_config.hidden_size
-    text = torch.zeros(rows, TEXT, hidden, dtype=given["pixel_values"].dtype)
+    text = torch.zeros(rows, PROMPT, hidden, dtype=given["pixel_values"].dtype)
     begin = time.perf_counter()
     features = model.model.vision_tower(given["pixel_values"], output_hidden_states=True).hidden_states[-2]
     image = model.model.multi_modal_projector(features[:, 1 : 1 + keep])
@@ -339,7 +329,7 @@ def main() -> None:
         parameters = sum(p.numel() for p in model.parameters()) / 1e9
         head["model"] = (
             f"LLaVA-shaped, {parameters:.3g}B random parameters, sdpa; "
-            f"{TEXT} text tokens and 576 of an image in a row; transformers {transformers.__version__}"
+            f"{PROMPT} text tokens and {TOKENS} of an image in a row; transformers {transformers.__version__}"
         )
     if options.json:
         report = {"head": head, "rows": [dataclasses.asdict(row) for row in rows]}

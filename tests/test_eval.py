@@ -13,12 +13,11 @@ from pathlib import Path
 import pytest
 import torch
 from apet import Refused
-from apet.cli import app
 from apet.evaluation import journal, metrics, official, processes, questions, summary
 from apet.evaluation.metrics import METRICS
+from command import invoke
 from hypothesis import given
 from hypothesis import strategies as st
-from typer.testing import CliRunner, Result
 
 
 def question(*answers: str, group: str = "", name: str = "1") -> questions.Question:
@@ -306,12 +305,8 @@ def test_processes_agree(tmp_path: Path) -> None:
 # --- the official files, in little ---
 
 
-def convert(*words: object) -> Result:
-    return CliRunner().invoke(app, ["eval-data", *(str(word) for word in words)])
-
-
 def converted(folder: Path, *words: object) -> list[dict]:
-    result = convert(*words, "--data", folder)
+    result = invoke("eval-data", *words, "--data", folder)
     assert result.exit_code == 0, result.output
     found = questions.read(folder)  # takes what was written
     entries = [json.loads(line) for line in (folder / "questions.jsonl").read_text("utf-8").splitlines()]
@@ -348,12 +343,12 @@ def test_gqa(tmp_path: Path) -> None:
         "answers": ["no"],
     }
     assert second["answers"] == ["woman"]
-    refused = convert("gqa", file, "--data", tmp_path / "gqa")
+    refused = invoke("eval-data", "gqa", file, "--data", tmp_path / "gqa")
     assert refused.exit_code == 2
     assert "questions.jsonl is there already" in refused.stderr
     assert (
         "1 of them without their image"
-        in convert("gqa", file, "--data", tmp_path / "gqa2", "--images", "../gqa/pictures").stdout
+        in invoke("eval-data", "gqa", file, "--data", tmp_path / "gqa2", "--images", "../gqa/pictures").stdout
     )
 
 
@@ -397,7 +392,7 @@ def test_textvqa(tmp_path: Path) -> None:
     read = converted(tmp_path / "ocr", "textvqa", file, "--prompts", file2)
     assert [e["question"] for e in read] == texts
     lines(file2, prompts[:1])
-    refused = convert("textvqa", file, "--prompts", file2, "--data", tmp_path / "less")
+    refused = invoke("eval-data", "textvqa", file, "--prompts", file2, "--data", tmp_path / "less")
     assert refused.exit_code == 2
     assert "has no prompt for question 34603" in refused.stderr
     assert not (tmp_path / "less" / "questions.jsonl").exists()

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
+from pathlib import Path
 
 import apet
 import families
+import processors
 import pytest
 import torch
 
@@ -25,6 +27,12 @@ FOUR = ("llava", "llava_next", "qwen2_5_vl", "video_llava")
 def main_family(request: pytest.FixtureRequest) -> families.Family:
     """For what is the engine's alone, and slow: four families every day."""
     return families.FAMILIES[request.param]
+
+
+@pytest.fixture(scope="session")
+def llava(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a tiny LLaVA-1.5."""
+    return processors.llava_folder(tmp_path_factory.mktemp("models") / "llava", "llava")
 
 
 @pytest.fixture(autouse=True)

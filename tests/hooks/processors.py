@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import apet
 import families
 import numpy as np
 import torch
@@ -61,6 +62,19 @@ def llava_folder(folder: Path, name: str) -> Path:
     )
     processor.save_pretrained(folder)
     return folder
+
+
+def answer(folder: Path, photos: Sequence[Path], prompt: str, length: int, **options: Any) -> str:
+    """What the LLaVA-1.5 in a folder says with these options of apet.patch(), by its own generate()."""
+    from transformers import AutoProcessor, LlavaForConditionalGeneration
+
+    model, processor = LlavaForConditionalGeneration.from_pretrained(folder), AutoProcessor.from_pretrained(folder)
+    images = [Image.open(photo).convert("RGB") for photo in photos]
+    inputs = processor(text=[prompt], images=images, return_tensors="pt")
+    if options:
+        apet.patch(model, **options)
+    tokens = model.generate(**inputs, max_new_tokens=length, do_sample=False)[0, inputs["input_ids"].shape[1] :]
+    return processor.tokenizer.decode(tokens, skip_special_tokens=True)
 
 
 class Processor:

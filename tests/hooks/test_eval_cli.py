@@ -21,35 +21,14 @@ import apet
 import pytest
 import torch
 import transformers
-from apet.cli import app
 from apet.evaluation import processes, questions, run
+from command import refused, said
 from families import FAMILIES, build
-from PIL import Image
-from processors import Processor, llava_folder
-from typer.testing import CliRunner, Result
+from processors import Processor, answer, llava_folder
 
 NEW = 4
 PHOTOS = ("astronaut.png", "chelsea.png", "coffee.png", "rocket.jpg", "coins.png", "camera.png")
 ALONE = processes.Processes(0, 1, 0)
-
-
-def evaluate(*words: object) -> Result:
-    return CliRunner().invoke(app, ["eval", *(str(word) for word in words)])
-
-
-def said(*words: object, code: int = 0) -> str:
-    result = evaluate(*words)
-    assert result.exit_code == code, result.output
-    return result.output
-
-
-def refused(*words: object) -> str:
-    """The one sentence of a call that must fail with exit code 2."""
-    result = evaluate(*words)
-    assert (result.exit_code, result.stdout) == (2, "")
-    assert result.stderr.count("\n") == 1
-    assert result.stderr.startswith("apet: ")
-    return result.stderr
 
 
 def records(out: Path) -> list[dict]:
@@ -69,11 +48,6 @@ def entry(number: int, **more: object) -> dict:
     return {"id": number, "image": photo, "question": f"w{3 + number} w7", "answers": ["w5"], **more}
 
 
-@pytest.fixture(scope="module")
-def llava(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return llava_folder(tmp_path_factory.mktemp("models") / "llava", "llava")
-
-
 @pytest.fixture
 def data(tmp_path: Path) -> Path:
     """Eight questions about six photographs."""
@@ -84,20 +58,9 @@ def data(tmp_path: Path) -> Path:
     return folder
 
 
-def direct(folder: Path, photo: Path, prompt: str, **options: object) -> str:
-    """What the model in a folder answers by its own generate()."""
-    model = transformers.LlavaForConditionalGeneration.from_pretrained(folder)
-    processor = transformers.AutoProcessor.from_pretrained(folder)
-    inputs = processor(text=[f"<image>\n{prompt}"], images=[Image.open(photo).convert("RGB")], return_tensors="pt")
-    if options:
-        apet.patch(model, **options)
-    tokens = model.generate(**inputs, max_new_tokens=NEW, do_sample=False)[0, inputs["input_ids"].shape[1] :]
-    return processor.tokenizer.decode(tokens, skip_special_tokens=True)
-
-
 def test_answers_tokens_and_table(llava: Path, data: Path, tmp_path: Path) -> None:
     words = ("--model", llava, "--keep", 12, "--keep", "25%", "--max-new-tokens", NEW)
-    said(*words, "--data", data, "--out", tmp_path / "first")
+    said("eval", *words, "--data", data, "--out", tmp_path / "first")
     done = {(r["id"], r["variant"]): r for r in records(tmp_path / "first")}
     assert len(done) == len(records(tmp_path / "first")) == 8 * 3
     for name, options, tokens in (
@@ -107,7 +70,7 @@ def test_answers_tokens_and_table(llava: Path, data: Path, tmp_path: Path) -> No
     ):
         for i in (0, 3):
             record = done[str(i), name]
-            assert record["answer"] == direct(llava, data / PHOTOS[i], f"w{3 + i} w7", **options)
+            assert record["answer"] == answer(llava, [data / PHOTOS[i]], f"<image>\nw{3 + i} w7", NEW, **options)
             assert record["visual tokens"] == tokens
             assert 0 < record["prefill"] <= record["total"]
             assert record["length"] == NEW
@@ -116,7 +79,7 @@ def test_answers_tokens_and_table(llava: Path, data: Path, tmp_path: Path) -> No
     plain = [done[str(i), "uncompressed"]["answer"] for i in range(8)]
     right = [[plain[0]], ["w5", plain[1]], [plain[2].title() + "."], *[["w5 w5 w5 w5 w5"]] * 5]
     write(data, [entry(i, answers=right[i]) for i in range(8)])
-    text = said(*words, "--data", data, "--out", tmp_path / "second")
+    text = said("eval", *words, "--data", data, "--out", tmp_path / "second")
     rows = {line.split()[0]: line.split()[1:] for line in text.splitlines() if line.strip()}
     assert rows["uncompressed"][:5] == ["8", "37.50%", "100.0%", "100.00%", "36.0"]
     same = sum(done[str(i), "keep=12"]["answer"] == plain[i] for i in range(8))
@@ -129,12 +92,12 @@ def test_answers_tokens_and_table(llava: Path, data: Path, tmp_path: Path) -> No
 def test_layout_is_part_of_the_variant(llava: Path, data: Path, tmp_path: Path) -> None:
     write(data, [entry(0)])
     text = said(
-        "--model", llava, "--data", data, "--out", tmp_path / "out", "--keep", 12, "--layout", "overwrite",
+        "eval", "--model", llava, "--data", data, "--out", tmp_path / "out", "--keep", 12, "--layout", "overwrite",
         "--max-new-tokens", NEW,
     )  # fmt: skip
     assert "keep=12, overwrite" in text
-    answer = records(tmp_path / "out")[1]["answer"]
-    assert answer == direct(llava, data / PHOTOS[0], "w3 w7", keep=12, layout="overwrite")
+    expected = answer(llava, [data / PHOTOS[0]], "<image>\nw3 w7", NEW, keep=12, layout="overwrite")
+    assert records(tmp_path / "out")[1]["answer"] == expected
 
 
 @pytest.mark.parametrize("name", ["llava_next", "qwen2_5_vl"])
@@ -179,13 +142,13 @@ class _Watched:
 def test_goes_on_where_it_was_cut_off(llava: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out = tmp_path / "out"
     words = ("--model", llava, "--data", data, "--out", out, "--keep", 12, "--max-new-tokens", NEW)
-    said(*words)
+    said("eval", *words)
     path = out / "answers-00000.jsonl"
     lines = path.read_bytes().splitlines(keepends=True)
     whole = records(out)
     path.write_bytes(b"".join(lines[:6]) + lines[6][:-20])  # five records, and one cut short
 
-    said(*words)
+    said("eval", *words)
     again = records(out)
     assert [(r["id"], r["variant"], r["answer"]) for r in again] == [
         (r["id"], r["variant"], r["answer"]) for r in whole
@@ -193,10 +156,10 @@ def test_goes_on_where_it_was_cut_off(llava: Path, data: Path, tmp_path: Path, m
     assert path.read_bytes().startswith(b"".join(lines[:6]))
 
     # Another budget asks for itself alone; where nothing is left to ask, not even the model is read.
-    said(*words, "--keep", 9)
+    said("eval", *words, "--keep", 9)
     assert [r["variant"] for r in records(out)[16:]] == ["keep=9"] * 8
     monkeypatch.delattr(transformers.PreTrainedModel, "from_pretrained")
-    assert re.search(r"keep=9 +8 ", said(*words, "--keep", 9))
+    assert re.search(r"keep=9 +8 ", said("eval", *words, "--keep", 9))
     assert len(records(out)) == 24
 
 
@@ -204,14 +167,16 @@ def test_what_does_not_fit_the_folder(llava: Path, data: Path, tmp_path: Path) -
     out = tmp_path / "out"
     words = ("--model", llava, "--data", data, "--out", out)
     write(data, [entry(0)])
-    said(*words, "--keep", 12, "--max-new-tokens", NEW)
+    said("eval", *words, "--keep", 12, "--max-new-tokens", NEW)
     made = f"{out} was made with "
-    assert f"{made}max_new_tokens=4, this run has 5: give another --out" in refused(*words, "--max-new-tokens", 5)
+    assert f"{made}max_new_tokens=4, this run has 5: give another --out" in refused(
+        "eval", *words, "--max-new-tokens", 5
+    )
     assert f"{made}dtype='auto', this run has 'float32'" in refused(
-        *words, "--max-new-tokens", NEW, "--dtype", "float32"
+        "eval", *words, "--max-new-tokens", NEW, "--dtype", "float32"
     )
     write(data, [entry(1)])
-    assert f"{made}questions=" in refused(*words, "--max-new-tokens", NEW)
+    assert f"{made}questions=" in refused("eval", *words, "--max-new-tokens", NEW)
 
     write(data, [entry(0)])
     path = out / "answers-00000.jsonl"
@@ -223,7 +188,7 @@ def test_what_does_not_fit_the_folder(llava: Path, data: Path, tmp_path: Path) -
         (rest[0], "line 3: question '0' was answered before with uncompressed"),
     ):
         path.write_bytes(header + damage + b"".join(rest))
-        assert sentence in refused(*words, "--max-new-tokens", NEW)
+        assert sentence in refused("eval", *words, "--max-new-tokens", NEW)
 
 
 def test_folder_in_use_or_not_to_be_written(llava: Path, data: Path, tmp_path: Path) -> None:
@@ -231,10 +196,10 @@ def test_folder_in_use_or_not_to_be_written(llava: Path, data: Path, tmp_path: P
 
     words = ("--model", llava, "--data", data, "--out", tmp_path / "out")
     journal = Journal(tmp_path / "out", 0, {})
-    assert "another run is writing" in refused(*words)
+    assert "another run is writing" in refused("eval", *words)
     journal.close()
     (tmp_path / "file").touch()
-    assert "cannot write" in refused(*words[:-1], tmp_path / "file")
+    assert "cannot write" in refused("eval", *words[:-1], tmp_path / "file")
 
 
 def test_bad_images_lose_nothing_else(llava: Path, data: Path, tmp_path: Path) -> None:
@@ -243,7 +208,7 @@ def test_bad_images_lose_nothing_else(llava: Path, data: Path, tmp_path: Path) -
     bad = ("missing.png", "torn.jpg", "text.png", "../data")
     write(data, [*(entry(i, image=image) for i, image in enumerate(bad)), *(entry(i) for i in range(4, 7))])
     words = ("--model", llava, "--data", data, "--out", tmp_path / "out", "--keep", 12, "--max-new-tokens", NEW)
-    text = said(*words, code=1)
+    text = said("eval", *words, code=1)
     for line, image in enumerate(bad, 1):
         assert re.search(rf"questions\.jsonl, line {line}: .*{re.escape(image)}", text), image
     assert "4 of 7 questions failed and do not count" in text
@@ -255,7 +220,7 @@ def test_bad_images_lose_nothing_else(llava: Path, data: Path, tmp_path: Path) -
 
     for image in bad[:3]:
         shutil.copy(data / "camera.png", data / image)
-    assert "1 of 7 questions failed" in said(*words, code=1)
+    assert "1 of 7 questions failed" in said("eval", *words, code=1)
     fine = [r for r in records(tmp_path / "out") if "failed" not in r]
     assert len(fine) == len({(r["id"], r["variant"]) for r in fine}) == 2 * 6
     assert len([r for r in records(tmp_path / "out") if "failed" in r]) == 2 * (4 + 1)
@@ -263,17 +228,18 @@ def test_bad_images_lose_nothing_else(llava: Path, data: Path, tmp_path: Path) -
 
 def test_no_memory_for_one_question(llava: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write(data, [entry(i) for i in range(3)])
-    answer, calls = run._answer, iter(range(99))
+    asked, calls = run._answer, iter(range(99))
 
     def once(*arguments: object) -> dict:
         if next(calls) == 2:  # of question 1, uncompressed
             raise torch.OutOfMemoryError("out of memory: tried to allocate 9 GiB\nadvice")
-        return answer(*arguments)
+        return asked(*arguments)
 
     monkeypatch.setattr(run, "_answer", once)
     text = said(
-        "--model", llava, "--data", data, "--out", tmp_path / "out", "--keep", 12, "--max-new-tokens", NEW, code=1
-    )
+        "eval", "--model", llava, "--data", data, "--out", tmp_path / "out", "--keep", 12, "--max-new-tokens", NEW,
+        code=1,
+    )  # fmt: skip
     assert "line 2: out of memory: tried to allocate 9 GiB" in text
     assert "1 of 3 questions failed" in text
     assert [r["id"] for r in records(tmp_path / "out") if "failed" not in r] == ["0", "0", "1", "2", "2"]
@@ -313,7 +279,7 @@ def test_processes_die_and_others_go_on(llava: Path, data: Path, tmp_path: Path)
     assert 0 < before < 120
     assert {path.name for path in out.iterdir()} == {"answers-00000.jsonl", "answers-00001.jsonl"}
 
-    assert re.search(r"uncompressed +60 ", said(*words, "--keep", 12))
+    assert re.search(r"uncompressed +60 ", said("eval", *words, "--keep", 12))
     third = launch(2, *words, "--keep", 12, "--keep", 9)
     text = third.communicate(timeout=120)[0]
     assert third.returncode == 0, text
@@ -390,7 +356,7 @@ def test_refused_options(
     """Before any weights are read, and nothing is asked."""
     monkeypatch.setattr("apet.models.hub_answers", lambda: False)
     monkeypatch.delattr(transformers.PreTrainedModel, "from_pretrained")
-    assert sentence in refused("--model", llava, "--data", data, "--out", tmp_path / "out", *words)
+    assert sentence in refused("eval", "--model", llava, "--data", data, "--out", tmp_path / "out", *words)
     assert not (tmp_path / "out").exists() or records(tmp_path / "out") == []
 
 

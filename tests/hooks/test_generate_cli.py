@@ -7,44 +7,22 @@ import re
 import shutil
 from pathlib import Path
 
-import apet
 import pytest
 import torch
 import transformers
 from apet import models
-from apet.cli import app
+from command import refused, said
 from families import FAMILIES, build
 from PIL import Image
-from processors import Processor, llava_folder
+from processors import Processor, answer, llava_folder
 from test_picture import scene
 from transformers import PreTrainedModel
-from typer.testing import CliRunner, Result
 
 NEW = 4
 
 
-def run(*words: object) -> Result:
-    return CliRunner().invoke(app, ["generate", *(str(word) for word in words)])
-
-
-def said(*words: object) -> str:
-    result = run(*words, "--max-new-tokens", NEW)
-    assert result.exit_code == 0, result.output
-    return result.stdout
-
-
-def refused(*words: object) -> str:
-    """The one sentence of a call that must fail with exit code 2."""
-    result = run(*words)
-    assert (result.exit_code, result.stdout) == (2, "")
-    assert result.stderr.count("\n") == 1
-    assert result.stderr.startswith("apet: ")
-    return result.stderr
-
-
-@pytest.fixture(scope="module")
-def llava(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return llava_folder(tmp_path_factory.mktemp("models") / "llava", "llava")
+def generated(*words: object) -> str:
+    return said("generate", *words, "--max-new-tokens", NEW)
 
 
 @pytest.fixture(scope="module")
@@ -70,20 +48,9 @@ def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def answer(folder: Path, photos: list[Path], prompt: str, **options: object) -> str:
-    """What the model in a folder says with these options, by its own generate()."""
-    model = transformers.LlavaForConditionalGeneration.from_pretrained(folder)
-    processor = transformers.AutoProcessor.from_pretrained(folder)
-    inputs = processor(text=[prompt], images=[Image.open(photo) for photo in photos], return_tensors="pt")
-    if options:
-        apet.patch(model, **options)
-    tokens = model.generate(**inputs, max_new_tokens=NEW, do_sample=False)[0, inputs["input_ids"].shape[1] :]
-    return processor.tokenizer.decode(tokens, skip_special_tokens=True)
-
-
 def test_answer_and_report(llava: Path, photos: list[Path]) -> None:
-    text = said("--model", llava, "--image", photos[0], "--prompt", "w3 w4", "--keep", 12)
-    assert text.splitlines()[0] == answer(llava, photos[:1], "<image>\nw3 w4", keep=12)
+    text = generated("--model", llava, "--image", photos[0], "--prompt", "w3 w4", "--keep", 12)
+    assert text.splitlines()[0] == answer(llava, photos[:1], "<image>\nw3 w4", NEW, keep=12)
     lines = [" ".join(line.split()) for line in text.splitlines()]
     assert "LlavaForConditionalGeneration: 36 visual tokens in 1 row" in lines
     assert "tokens of a row, layers 1 to 4 38 14 2.71" in lines
@@ -94,11 +61,11 @@ def test_answer_and_report(llava: Path, photos: list[Path]) -> None:
 def test_both_stages_compared_and_drawn(llava: Path, photos: list[Path], tmp_path: Path) -> None:
     options = ("--keep", "50%", "--llm-layer", 2, "--llm-keep", 11, "--layout", "overwrite", "--dtype", "float32")
     words = ("--model", llava, "--image", photos[0], "--image", photos[1], "--prompt", "w5", *options)
-    text = said(*words, "--compare", "--out", tmp_path / "pictures", "--device", "cpu")
+    text = generated(*words, "--compare", "--out", tmp_path / "pictures", "--device", "cpu")
     lines = text.splitlines()
     chosen = {"keep": 0.5, "llm_layer": 2, "llm_keep": 11, "layout": "overwrite"}
-    assert lines[0] == answer(llava, photos, "<image>\n<image>\nw5", **chosen)
-    assert lines[3] == answer(llava, photos, "<image>\n<image>\nw5")
+    assert lines[0] == answer(llava, photos, "<image>\n<image>\nw5", NEW, **chosen)
+    assert lines[3] == answer(llava, photos, "<image>\n<image>\nw5", NEW)
     assert lines[2] == "Without compression:"
     tokens = [re.sub(" +", " ", line).strip() for line in lines if "tokens of a row" in line]
     assert tokens == ["tokens of a row, layers 1 to 2 73 37 1.97", "tokens of a row, layers 3 to 4 73 23 3.17"]
@@ -117,20 +84,20 @@ def test_chat_template(llava: Path, photos: list[Path], tmp_path: Path) -> None:
     processor = transformers.AutoProcessor.from_pretrained(folder)
     processor.chat_template = template
     processor.save_pretrained(folder)
-    text = said("--model", folder, "--image", photos[0], "--prompt", "w3", "--keep", 9)
-    assert text.splitlines()[0] == answer(folder, photos[:1], "w9 <image> w3 w8", keep=9)
+    text = generated("--model", folder, "--image", photos[0], "--prompt", "w3", "--keep", 9)
+    assert text.splitlines()[0] == answer(folder, photos[:1], "w9 <image> w3 w8", NEW, keep=9)
 
 
 def test_keep_is_64_unless_something_is_said(llava: Path, photos: list[Path]) -> None:
     words = ("--model", llava, "--image", photos[0], "--prompt", "w3")
-    assert "keep=64" in said(*words)
-    assert "keep=None" in said(*words, "--llm-layer", 1, "--llm-keep", 12)
+    assert "keep=64" in generated(*words)
+    assert "keep=None" in generated(*words, "--llm-layer", 1, "--llm-keep", 12)
 
 
 def test_tiles(photos: list[Path], tmp_path: Path) -> None:
     folder = llava_folder(tmp_path / "next", "llava_next")
     out = tmp_path / "tiles.png"
-    text = said("--model", folder, "--image", photos[0], "--prompt", "w3", "--keep", 9, "--out", out)
+    text = generated("--model", folder, "--image", photos[0], "--prompt", "w3", "--keep", 9, "--out", out)
     assert "LlavaNextForConditionalGeneration" in text
     assert Image.open(out).size[1] > Image.open(out).size[0]  # a contact sheet of five tiles
 
@@ -148,7 +115,7 @@ def test_other_families(
     monkeypatch.setattr(transformers.AutoProcessor, "from_pretrained", lambda *_, **__: processor)
     source = photos[0] if kind == "image" else clip
     words = ("--model", tmp_path / name, f"--{kind}", source, "--prompt", "w3 w4", "--keep", 9)
-    text = said(*words, "--frames", 3, "--out", tmp_path / "p.png")
+    text = generated(*words, "--frames", 3, "--out", tmp_path / "p.png")
     assert f"{tokens} visual tokens in 1 row" in text
     assert (tmp_path / "p.png").stat().st_size > 50_000
 
@@ -184,16 +151,16 @@ def test_refused_options(
 ) -> None:
     """Before any weights are read."""
     monkeypatch.delattr(transformers.PreTrainedModel, "from_pretrained")
-    assert sentence in refused("--model", llava, "--image", photos[0], "--prompt", "w3", *words)
+    assert sentence in refused("generate", "--model", llava, "--image", photos[0], "--prompt", "w3", *words)
 
 
 def test_refused_files(llava: Path, photos: list[Path], clip: Path) -> None:
     words = ("--model", llava, "--prompt", "w3")
-    assert "give photos" in refused(*words)
-    assert "is a clip: give it as --video" in refused(*words, "--image", clip)
-    assert "is a photo: give it as --image" in refused(*words, "--video", photos[0])
-    assert "processor of this model cannot take such a prompt" in refused(*words, "--video", clip)
-    assert "Missing option '--prompt'" in refused("--model", llava, "--image", photos[0])
+    assert "give photos" in refused("generate", *words)
+    assert "is a clip: give it as --video" in refused("generate", *words, "--image", clip)
+    assert "is a photo: give it as --image" in refused("generate", *words, "--video", photos[0])
+    assert "processor of this model cannot take such a prompt" in refused("generate", *words, "--video", clip)
+    assert "Missing option '--prompt'" in refused("generate", "--model", llava, "--image", photos[0])
 
 
 @pytest.mark.parametrize(
@@ -209,32 +176,32 @@ def test_refused_files(llava: Path, photos: list[Path], clip: Path) -> None:
 def test_refused_configurations(change: dict, sentence: str, llava: Path, photos: list[Path], tmp_path: Path) -> None:
     config = json.loads((llava / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | change))
-    assert sentence in refused("--model", tmp_path, "--image", photos[0], "--prompt", "w3")
+    assert sentence in refused("generate", "--model", tmp_path, "--image", photos[0], "--prompt", "w3")
 
 
 def test_refused_models(llava: Path, photos: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(models, "hub_answers", lambda: False)
     rest = ("--image", photos[0], "--prompt", "w3")
-    assert "cannot load model 'no/such-model'" in refused("--model", "no/such-model", *rest)
+    assert "cannot load model 'no/such-model'" in refused("generate", "--model", "no/such-model", *rest)
 
     text = transformers.LlamaConfig(architectures=["LlamaForCausalLM"], hidden_size=64, num_hidden_layers=2)
     text.save_pretrained(tmp_path / "text")
-    assert "no adapter for model_type='llama'" in refused("--model", tmp_path / "text", *rest)
+    assert "no adapter for model_type='llama'" in refused("generate", "--model", tmp_path / "text", *rest)
 
     folder = shutil.copytree(llava, tmp_path / "no-processor")
     for path in (*folder.glob("*processor*"), *folder.glob("*token*")):
         path.unlink()
-    assert "cannot load the processor of model" in refused("--model", folder, *rest)
+    assert "cannot load the processor of model" in refused("generate", "--model", folder, *rest)
 
     folder = shutil.copytree(llava, tmp_path / "no-weights")
     (folder / "model.safetensors").write_bytes(b"not weights")
-    assert "cannot load the weights of model" in refused("--model", folder, *rest)
+    assert "cannot load the weights of model" in refused("generate", "--model", folder, *rest)
 
     folder = shutil.copytree(llava, tmp_path / "fewer-weights")
     model = transformers.LlavaForConditionalGeneration.from_pretrained(folder)
     weights = {name: weight for name, weight in model.state_dict().items() if "layers.1." not in name}
     model.save_pretrained(folder, state_dict=weights)
-    assert re.search(r"lacks \d+ of its weights", refused("--model", folder, *rest))
+    assert re.search(r"lacks \d+ of its weights", refused("generate", "--model", folder, *rest))
 
 
 def test_no_memory_is_a_sentence(llava: Path, photos: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -242,5 +209,5 @@ def test_no_memory_is_a_sentence(llava: Path, photos: list[Path], monkeypatch: p
         raise torch.OutOfMemoryError("out of memory: tried to allocate 9 GiB\nand a long list of advice")
 
     monkeypatch.setattr(transformers.LlavaForConditionalGeneration, "generate", generate)
-    sentence = refused("--model", llava, "--image", photos[0], "--prompt", "w3")
+    sentence = refused("generate", "--model", llava, "--image", photos[0], "--prompt", "w3")
     assert sentence == "apet: out of memory: tried to allocate 9 GiB\n"

@@ -1,0 +1,26 @@
+"""The command `apet`, run in this process."""
+
+from __future__ import annotations
+
+from apet.cli import app
+from typer.testing import CliRunner, Result
+
+
+def invoke(*words: object) -> Result:
+    return CliRunner().invoke(app, [str(word) for word in words])
+
+
+def said(*words: object, code: int = 0) -> str:
+    """What a call that ends with this exit code prints to standard output."""
+    result = invoke(*words)
+    assert result.exit_code == code, result.output
+    return result.stdout
+
+
+def refused(*words: object) -> str:
+    """The one sentence of a call that must fail with exit code 2."""
+    result = invoke(*words)
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert result.stderr.count("\n") == 1
+    assert result.stderr.startswith("apet: ")
+    return result.stderr
