@@ -4,13 +4,15 @@ Work of one call on x [B, N, D], M basis tokens, K kept, T merge targets (K, or 
 
     flops(s1)   = B * M * 2 N D                 M dot products with every token
     flops(s5)   = B * 2 (N - K) T D             similarity of the dropped tokens with the targets
-    bytes(s1)   = M * B N D itemsize            M sweeps over x, one per basis token: each is picked by the sweep before
+    bytes(s1)   = M * B N D itemsize            M sweeps over x, each for the basis token that the one before has
+                                                picked: the plain form of s1, of which the kernel leaves most out
 
     floor = time of torch.mm [N-K, D] x [D, T], B times, in x's dtype
           + time of M sweeps over each of the B images, in turn, that do nothing but read
 
 Both terms are measured in the same rounds and on the same buffers as what they are compared with. A kernel may
-beat the floor: torch.mm need not be the fastest product on a machine (the header prints its rate on a large matrix).
+beat the floor: it need not sweep, and torch.mm need not be the fastest product on a machine (the header prints its
+rate on a large matrix).
 """
 
 from __future__ import annotations
@@ -31,7 +33,7 @@ def flops(case: Case) -> int:
 
 
 def swept_bytes(case: Case) -> int:
-    """Read by s1 in M sweeps."""
+    """Read by M sweeps of s1."""
     return case.basis * case.B * case.N * case.D * case.itemsize
 
 

@@ -7,14 +7,14 @@ Measured exponents are slopes of least squares through the logarithms, predicted
 model:
 
     seconds = call + memory bytes / read bandwidth + cache bytes / cached bandwidth + product / rate of torch.mm
-    product = B 2 (N - K) K D              floating-point operations of the similarity, s5
-    bytes   = B ((M + 2) N D + K D) s      norms, M sweeps, means; s bytes a number
+    product = B 2 ((N - K) K + M N) D      floating-point operations of the similarity, s5, and of s1
+    bytes   = B (4 N D + K D) s            norms, first basis token, the others, means; s bytes a number
               + B (4 M + 32) N             dot products and ranks
     memory  = outputs + I (4 N (M + 1) + D min(4 K, (4 - s) K + 324)), at most: benchmarks/memory.py
 
 The rates are those that the same run measures. Of an image that fits half the last-level cache only the first pass is
-memory bytes. So the product dominates where 2 (N - K) K / rate > (M + 2) N s / bandwidth, whatever D is: with many
-tokens of which many are kept.
+memory bytes. So the product dominates where 2 ((N - K) K + M N) / rate > 4 N s / bandwidth, whatever D is: with many
+tokens of which many are kept. What s1 reads again of tokens that may be picked next depends on them, and is left out.
 """
 
 from __future__ import annotations
@@ -124,11 +124,12 @@ def memory(point: Point) -> dict[str, int]:
 def predicted_ms(case: Case, rates: dict[str, float]) -> float:
     """The cost model above."""
     one, small = case.N * case.D * case.itemsize, (4 * case.basis + 32) * case.N
-    passed = (case.basis + 1) * one + case.keep * case.D * case.itemsize + small
+    passed = 3 * one + case.keep * case.D * case.itemsize + small
     again = "cached GB/s" if one <= last_level_cache() / 2 else "read GB/s"
     rate = rates[f"{case.dtype_name} GFLOP/s"]
     moved = case.B * (one / rates["read GB/s"] + passed / rates[again])
-    return rates["call us"] / 1e3 + (moved + _product(case) / rate) / 1e6
+    product = _product(case) + 2 * case.B * case.basis * case.N * case.D
+    return rates["call us"] / 1e3 + (moved + product / rate) / 1e6
 
 
 def predicted_bytes(case: Case) -> int:
@@ -184,8 +185,8 @@ def curves(results: Results, cost: str) -> list[Curve]:
 def sheets(results: Results) -> list[Sheet]:
     """Exponents of time and of memory."""
     notes = {
-        "time": "Exponents of the time: of the kernel, and of the cost model beside it; where the product has most of "
-        "the time, N has 2 and K 1, and where sweeps have it, N and M have 1.",
+        "time": "Exponents of the time: of the kernel, and of the cost model beside it; where the similarity has "
+        "most of the time, N has 2 and K 1; where reading X has it, N has 1.",
         "memory": "Exponents of the peak of memory beyond the input. A page is 4 KiB, so that small calls seem flat.",
     }
     return [

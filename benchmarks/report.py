@@ -61,10 +61,10 @@ def growth_conclusions(results: Results) -> list[str]:
     for dtype, itemsize in (("float32", 4), ("bfloat16", 2)):
         rate, bandwidth = results.rates[f"{dtype} GFLOP/s"], results.rates["read GB/s"]
         kept_of_dropped = 2 * growth.SHARE * (1 - growth.SHARE)
-        tokens = 12 * itemsize * rate / bandwidth / kept_of_dropped
+        tokens = 4 * itemsize * rate / bandwidth / kept_of_dropped
         lines.append(
-            f"{dtype}: with {growth.SHARE:.0%} kept and M = 10, the product takes longer than the sweeps from about "
-            f"{tokens:.0f} tokens on, if these read from memory at {bandwidth:.0f} GB/s."
+            f"{dtype}: with {growth.SHARE:.0%} kept, the similarity takes longer than reading the tokens four times "
+            f"from about {tokens:.0f} tokens on, if they are read from memory at {bandwidth:.0f} GB/s."
         )
     return lines
 

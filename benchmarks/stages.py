@@ -3,9 +3,9 @@
 python -m benchmarks.stages     (benchmarks/suite.py says what it takes)
 
 The kernel fuses s1 to s3, so what can be timed is what is exposed: `score` (s1 to s3), `merge` (s5) and `compress`.
-Two differences look further in. A sweep is 1/(M-1) of `score` with M basis tokens less `score` with one, since each
-basis token past the first adds one sweep and its row of the solve. What `compress` takes beyond `score` and `merge` is
-s4, less what one call saves of two: it may be negative. The float64 reference runs each stage alone.
+Two differences look further in. What one more basis token takes is 1/(M-1) of `score` with M of them less `score` with
+one. What `compress` takes beyond `score` and `merge` is s4, less what one call saves of two: it may be negative. The
+float64 reference runs each stage alone.
 
 Floors: of `score` M sweeps that only read, of `merge` one torch.mm [N-K, D] x [D, K], measured in the same rounds.
 """
@@ -114,11 +114,11 @@ def sheets(results: Results) -> list[Sheet]:
     kernel = Sheet(
         "Stages of the kernel",
         "Milliseconds, medians. s1-s3: `score`; s5: `merge`; all: `compress`. of floor: the share that the floor "
-        "explains, M sweeps that only read, or the product. sweep: of one basis token more, and the "
-        "bandwidth at which it reads X. s4 and one call: `compress` less `score` and `merge`. noise: of kernel and "
-        "floor. judged: rows checked.",
+        "explains, M sweeps that only read, or the product. one more: basis token, and the operations of its products "
+        "with every token. s4 and one call: `compress` less `score` and `merge`. noise: of kernel and floor. judged: "
+        "rows checked.",
         [
-            *("shape", "dtype", "all", "of floor", "s1-s3", "of sweeps", "sweep", "sweep GB/s"),
+            *("shape", "dtype", "all", "of floor", "s1-s3", "of sweeps", "one more", "one more GFLOP/s"),
             *("s5", "of product", "s5 GFLOP/s", "s4 and one call", "noise", "judged"),
         ],
         [_line(row) for row in results.rows],
@@ -148,12 +148,12 @@ def _named(row: Row) -> list[str]:
 
 def _line(row: Row) -> list[str]:
     case, took = Case.of(row.case), row.ms
-    sweep = (took["score"] - took["score one"]) / (case.basis - 1)
-    read = case.B * case.N * case.D * case.itemsize / sweep / 1e6
+    one_more = (took["score"] - took["score one"]) / (case.basis - 1)
+    dots = case.B * 2 * case.N * case.D
     product = case.B * 2 * (case.N - case.keep) * case.targets * case.D
     return [
         *(*_named(row), ms(row, "kernel"), f"{row.faster['floor']:.0%}"),
-        *(ms(row, "score"), f"{took['sweeps'] / took['score']:.0%}", number(sweep), f"{read:.0f}"),
+        *(ms(row, "score"), f"{took['sweeps'] / took['score']:.0%}", number(one_more), f"{dots / one_more / 1e6:.0f}"),
         *(ms(row, "merge"), f"{took['product'] / took['merge']:.0%}", f"{product / took['merge'] / 1e6:.0f}"),
         *(number(took["kernel"] - took["score"] - took["merge"]), "; ".join(noisy(row)) or f"{row.worst_noise:.0%}"),
         f"{row.judged['kernel']:.0%}",

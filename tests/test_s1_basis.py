@@ -50,6 +50,31 @@ def test_ties_go_to_the_lower_position(backend):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+def test_ties_with_a_token_that_led_nobody(backend, dtype):
+    """Whoever brings only the leaders of the last step up to date must not forget a lower token that ties with them."""
+    # After (100,0), all near it have fallen, (70,40) to 2500: what (0,-50), behind eight others, has had all along.
+    near = [[90, k] for k in range(7)]
+    x = rows([0, 0], [0, -50], [100, 0], *near, [70, 40], dtype=dtype)
+    assert picks(backend, x, 3, start=0) == [0, 2, 1]
+    # The same, and (50,0), the last of eight leaders, led with 2500 as well.
+    near = [[70 + k, 0] for k in range(6)]
+    x = rows([0, 0], [50, 0], [0, -50], [80, 0], *near, [50, 40], dtype=dtype)
+    assert picks(backend, x, 3, start=0) == [0, 3, 2]
+
+
+@pytest.mark.parametrize("select", ["fps", "qr"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_step_at_which_nobody_can_be_ruled_out(backend, dtype, select):
+    """600 tokens far away, all near the second pick, which alone is farther: each of them has to be looked at again."""
+    x = tokens(1, 700, 40, dtype=dtype, seed=8) / 64
+    x[0, 100:, 0] += 100
+    x[0, 400, 0] += 4
+    basis = 20  # more than one set of basis tokens that meet a tile together, tiles that have met different numbers
+    p = backend.score(x, basis, select=select, start=0)[1][0]
+    check_basis(x[0], p[p >= 0], basis, select, 0, 1e-5)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("D", [1, 3, 33, 100, 128])
 def test_repeated_tokens_stop_early(backend, dtype, D):
     """A token's distance from its own copy is 0 exactly, whatever D leaves for the tail of a vector loop."""

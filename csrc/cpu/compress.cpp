@@ -1,10 +1,11 @@
 // The CPU backend: takes images through s1..s5 and splits the work among threads.
 //
-//   (norms) -> sweep x m -> residual -> (s4) -> pack -> assign -> mean       compress
-//   (norms) -> sweep x m -> residual                                         score
-//    norms  ->                                  pack -> assign -> mean       merge
+//   (norms) -> sweep -> (lead -> rest) x (m - 1) -> residual -> (s4) -> pack -> assign -> mean       compress
+//   (norms) -> sweep -> (lead -> rest) x (m - 1) -> residual                                         score
+//    norms  ->                                                          pack -> assign -> mean       merge
 //
-// Where the first basis token is given, its sweep takes the norms along: one pass over X less.
+// Where the first basis token is given, its sweep takes the norms along. A step of s1 then brings up to date who leads
+// (s1_s3_sweep.h: the others may wait), and the rest of those that the farthest of these does not rule out.
 // Each arrow is Walk::advance(), which runs on one thread; each name is a stage that a team shares (team.h) through
 // the loops of one instruction set (kernels.h). A call has one parallel region, whatever the number of images.
 #include <algorithm>
@@ -29,6 +30,10 @@ constexpr double kNsPerThread = 10000;   // less work than this is not worth wak
 constexpr int kChunksPerThread = 4;
 constexpr int kMostChunksPerThread = 64;
 constexpr int64_t kChunkBytes = 256 << 10;
+// Tokens that a step of s1 brings up to date first.
+constexpr int kLeaders = 8;
+// Candidates that are not worth ruling out.
+constexpr int kFew = 32;
 // More threads than this in one call are left idle: a batch of images has no more to give.
 constexpr int kMaxThreads = 256;
 
@@ -79,6 +84,8 @@ class Walk {
     im.reach = carver.take<float>(n);
     im.energy = p.op == APET_SCORE ? nullptr : carver.take<float>(n);
     im.y = carver.take<float>(basis ? n * p.basis : 0);
+    im.met = carver.take<int32_t>(n);
+    im.candidates = carver.take<int32_t>(basis ? n : 0);
     im.row_token = carver.take<int32_t>(rows);
     im.row_blend = carver.take<int32_t>(rows);
     im.row_begin = carver.take<int32_t>(rows + 1);
@@ -98,17 +105,22 @@ class Walk {
   bool begin() { return next_image(); }
 
   int64_t chunks() const { return chunks_; }
+  bool backwards() const { return backwards_; }  // of passes over X: every other one
   void run(int64_t chunk, int slot);
   bool advance();
 
  private:
-  enum class Stage { kNorms, kSweep, kResidual, kPack, kAssign, kMean };
+  enum class Stage { kNorms, kSweep, kLead, kRest, kResidual, kPack, kAssign, kMean };
 
   int64_t most_chunks() const { return (int64_t)call_->threads * kMostChunksPerThread; }
   bool over_tokens(Stage stage);
   bool next_image();
-  bool next_basis(Best best);
+  bool over_candidates(Stage stage);
+  void find_farthest();
+  bool next_basis();
   bool add_basis(int32_t token);
+  bool lead();
+  bool rest();
   bool basis_done();
   void choose_rows();
   void take_given_rows();
@@ -121,8 +133,9 @@ class Walk {
   // Where chunk c of n things starts: at a multiple of those that the loops take together.
   int64_t cut(int64_t c, int64_t n, int64_t group) const { return c == chunks_ ? n : n * c / chunks_ / group * group; }
   int64_t token_cut(int64_t c) const { return cut(c, image_.tokens, call_->kernels.row_group); }
+  int64_t candidate_cut(int64_t c) const { return cut(c, image_.candidate_count, call_->kernels.row_group); }
   int64_t drop_cut(int64_t c) const { return cut(c, image_.dropped_count, call_->kernels.drop_group); }
-  int64_t columns() const { return (image_.dim + kColumns - 1) / kColumns; }
+  int64_t columns() const { return (image_.dim + width_ - 1) / width_; }
   // Rows are cut where what they read (themselves and what is merged into them) reaches share c of `of`.
   int64_t row_cut(int64_t c, int64_t of) const {
     const int64_t share = (image_.rows + (int64_t)image_.row_begin[image_.rows]) * c / of;
@@ -142,18 +155,24 @@ class Walk {
   int64_t first_token_ = 0;  // added to indices: ragged images count in the packed x
   Stage stage_ = Stage::kNorms;
   int64_t chunks_ = 0;
+  bool backwards_ = false;
+  int64_t width_ = kColumns;  // features that pack and mean take at a time
   char* scratch_;
   size_t scratch_bytes_;
   Best* best_;  // by chunk
+  Best farthest_;
+  float least_;  // no token but the leaders reaches more
 };
 
 void Walk::run(int64_t c, int slot) {
   const Kernels& k = call_->kernels;
   const Image& im = image_;
-  const int64_t d0 = c % columns() * kColumns, d1 = std::min<int64_t>(im.dim, d0 + kColumns);
+  const int64_t d0 = c % columns() * width_, d1 = std::min<int64_t>(im.dim, d0 + width_);
   switch (stage_) {
     case Stage::kNorms: best_[c] = k.norms(im, token_cut(c), token_cut(c + 1)); break;
-    case Stage::kSweep: best_[c] = k.sweep(im, im.basis_size - 1, token_cut(c), token_cut(c + 1)); break;
+    case Stage::kSweep: best_[c] = k.sweep(im, token_cut(c), token_cut(c + 1)); break;
+    case Stage::kLead:
+    case Stage::kRest: best_[c] = k.step(im, candidate_cut(c), candidate_cut(c + 1)); break;
     case Stage::kResidual: k.residual(im, token_cut(c), token_cut(c + 1)); break;
     case Stage::kPack: k.pack(im, c / columns(), d0, d1); break;
     case Stage::kAssign: k.assign(im, drop_cut(c), drop_cut(c + 1), scratch_ + slot * scratch_bytes_); break;
@@ -166,7 +185,6 @@ void Walk::run(int64_t c, int slot) {
 }
 
 bool Walk::advance() {
-  Best best = {kNever, -1};
   switch (stage_) {
     case Stage::kNorms:
       if (call_->problem.op == APET_MERGE) {
@@ -176,9 +194,11 @@ bool Walk::advance() {
       [[fallthrough]];
     case Stage::kSweep:
       image_.has_norms = true;
-      for (int64_t c = 0; c < chunks_; c++)  // ascending chunks: a tie stays with the lower token
-        if (best_[c].value > best.value) best = best_[c];
-      return next_basis(best);
+      farthest_ = {kNever, -1};
+      find_farthest();
+      return next_basis();
+    case Stage::kLead:
+    case Stage::kRest: find_farthest(); return rest();
     case Stage::kResidual:
       if (call_->problem.op == APET_SCORE) return next_image();
       choose_rows();
@@ -197,6 +217,7 @@ bool Walk::advance() {
 
 bool Walk::over_tokens(Stage stage) {
   stage_ = stage;
+  backwards_ = !backwards_;
   const int64_t n = image_.tokens, by_size = n * image_.dim * call_->element() / kChunkBytes;
   const int64_t by_threads = std::min<int64_t>(n / kTile, (int64_t)call_->threads * kChunksPerThread);
   const int64_t most = std::min<int64_t>(n / call_->kernels.row_group, most_chunks());
@@ -243,10 +264,75 @@ bool Walk::next_image() {
   return over_tokens(Stage::kNorms);
 }
 
-// s1: `best` is the next basis token, if it may be one.
-bool Walk::next_basis(Best best) {
-  if (image_.basis_size == image_.max_basis || !(best.value > 0)) return basis_done();
-  return add_basis(best.token);
+bool Walk::over_candidates(Stage stage) {
+  stage_ = stage;
+  const int64_t groups = image_.candidate_count / call_->kernels.row_group;
+  chunks_ = std::clamp<int64_t>(groups, 1, (int64_t)call_->threads * kChunksPerThread);
+  return true;
+}
+
+// The farthest token of this stage and of what is in farthest_ already; a tie goes to the lower token.
+void Walk::find_farthest() {
+  for (int64_t c = 0; c < chunks_; c++) {
+    const Best best = best_[c];
+    if (best.value > farthest_.value || (best.value == farthest_.value && best.token < farthest_.token))
+      farthest_ = best;
+  }
+}
+
+// s1: the farthest token is the next basis token, if it may be one.
+bool Walk::next_basis() {
+  if (image_.basis_size == image_.max_basis || !(farthest_.value > 0)) return basis_done();
+  return add_basis(farthest_.token);
+}
+
+// The tokens that led when the last basis token was picked, to be brought up to date first: what they still reach
+// rules out most of the others.
+bool Walk::lead() {
+  Image& im = image_;
+  Best leader[kLeaders];
+  int32_t count = 0;
+  float least = 0;
+  for (int32_t block = 0; block < im.tokens; block += kTile) {
+    const int32_t end = std::min(im.tokens, block + kTile);
+    bool any = false;
+    for (int32_t i = block; i < end; i++) any |= im.reach[i] > least;
+    for (int32_t i = block; any && i < end; i++) {
+      if (!(im.reach[i] > least)) continue;
+      int32_t at = count < kLeaders ? count++ : kLeaders - 1;
+      for (; at > 0 && leader[at - 1].value < im.reach[i]; at--) leader[at] = leader[at - 1];
+      leader[at] = {im.reach[i], i};
+      if (count == kLeaders) least = leader[kLeaders - 1].value;
+    }
+  }
+  if (count == 0) return basis_done();
+  for (int32_t i = 0; i < count; i++) im.candidates[i] = leader[i].token;
+  im.candidate_count = count;
+  least_ = least;
+  farthest_ = {kNever, -1};
+  return over_candidates(Stage::kLead);
+}
+
+// Of those that may still be farther (what they reached some basis tokens ago is no less), all if they are few, or else
+// those in the upper half of what is possible: these may rule out the others.
+bool Walk::rest() {
+  Image& im = image_;
+  if (stage_ == Stage::kLead && farthest_.value > least_) return next_basis();
+  float most = 0;
+  im.candidate_count = 0;
+  for (int32_t i = 0; i < im.tokens; i++)
+    if (im.reach[i] >= farthest_.value && im.reach[i] > 0 && im.met[i] < im.basis_size) {
+      im.candidates[im.candidate_count++] = i;
+      most = std::max(most, im.reach[i]);
+    }
+  if (im.candidate_count == 0) return next_basis();
+  if (im.candidate_count > kFew) {
+    const float least = std::max(0.0f, farthest_.value), half = least + (most - least) / 2;
+    im.candidate_count = (int32_t)(std::remove_if(im.candidates, im.candidates + im.candidate_count,
+                                                  [&](int32_t i) { return im.reach[i] < half; }) -
+                                   im.candidates);
+  }
+  return over_candidates(Stage::kRest);
 }
 
 // s2: the new row of L is the y that the token already has.
@@ -260,10 +346,11 @@ bool Walk::add_basis(int32_t p) {
   for (int32_t j = 0; j < m; j++) im.factor[m][j] = im.y[(int64_t)j * im.tokens + p];
   im.inv_pivot[m] = dependent ? 0 : 1 / std::sqrt(pivot);
   im.basis[m] = p;
-  im.newest_norm_sq = im.norm_sq[p];
+  im.basis_norm_sq[m] = im.norm_sq[p];
   im.basis_size = m + 1;
   im.reach[p] = kNever;
-  return over_tokens(Stage::kSweep);
+  if (m == 0) return over_tokens(Stage::kSweep);
+  return m + 1 == im.max_basis ? basis_done() : lead();
 }
 
 bool Walk::basis_done() {
@@ -351,6 +438,7 @@ bool Walk::merge() {
   std::fill_n(im.out_of_range, im.targets, 0.0f);
   for (int32_t t = im.targets; t % call_->kernels.vector; t++) im.inv_norm[t] = 0, im.out_of_range[t] = kNever;
   stage_ = Stage::kPack;
+  width_ = kColumns;
   chunks_ = (im.targets + call_->kernels.panel - 1) / call_->kernels.panel * columns();
   return true;
 }
@@ -367,6 +455,7 @@ bool Walk::average() {
   begin[0] = 0;
   stage_ = Stage::kMean;
   const int64_t wanted = (int64_t)call_->threads * kChunksPerThread;
+  width_ = im.rows < 8 * wanted ? kColumns : im.dim;  // rows are cut only where there are too few to share
   chunks_ = std::clamp<int64_t>((wanted + columns() - 1) / columns(), 1, im.rows) * columns();
   return true;
 }
@@ -407,7 +496,8 @@ struct Split {
 
 Split split(const apet_problem& p, int32_t available) {
   const double n = p.tokens, d = p.dim, k = p.keep, element = p.dtype == APET_FLOAT32 ? 4 : 2;
-  const double sweeps = p.op == APET_MERGE ? 1 : p.basis + 1, products = p.op == APET_SCORE ? 0 : 2 * (n - k) * k * d;
+  const double sweeps = p.op == APET_MERGE ? 1 : 3, stages = p.op == APET_MERGE ? 5 : 2 * p.basis + 5;
+  const double products = 2 * n * p.basis * d + (p.op == APET_SCORE ? 0 : 2 * (n - k) * k * d);
   const double image = sweeps * n * d * element * kNsPerByte + products * kNsPerFlop;
   const double serial = p.images * image;
   const int most = (int)std::clamp<double>(serial / kNsPerThread, 1, std::clamp(available, 1, kMaxThreads));
@@ -416,7 +506,7 @@ Split split(const apet_problem& p, int32_t available) {
   for (int teams = 1; teams <= std::min<int64_t>(most, p.images); teams++) {
     const int threads = most / teams;
     const double rounds = std::ceil((double)p.images / teams);
-    const double ns = rounds * (image / threads + (threads > 1 ? (sweeps + 5) * kNsPerStage : 0));
+    const double ns = rounds * (image / threads + (threads > 1 ? stages * kNsPerStage : 0));
     if (ns < best.planned_ns) best = {teams, threads, serial, ns};
   }
   return best;

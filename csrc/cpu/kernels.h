@@ -42,10 +42,13 @@ struct Image {
   float* reach;    // [N] what the next basis token is the largest of: d^2 to the basis (fps), ||x||^2 - ||y||^2 (qr)
   float* energy;   // [N] ||x||^2 - ||y||^2, in the end e^2
   float* y;        // [M, N] L^-1 S x
+  int32_t* met;    // [N] basis tokens that the three above know of
+  int32_t* candidates;  // [N] those that a step reads
+  int32_t candidate_count;
   // s1-s3, per basis token
   int32_t basis[APET_MAX_BASIS];
   int32_t basis_size;                            // m
-  float newest_norm_sq;                          // ||p||^2 of the last one
+  float basis_norm_sq[APET_MAX_BASIS];           // ||p||^2; norm_sq[p] may be on its way in the first sweep
   float factor[APET_MAX_BASIS][APET_MAX_BASIS];  // L, lower triangle
   double inv_pivot[APET_MAX_BASIS];              // 1 / L_mm, or 0 where the token depends on the earlier ones
 
@@ -80,9 +83,12 @@ struct Kernels {
   size_t (*scratch_bytes)(int64_t dim);
   // s1: norm_sq, reach and energy of tokens [begin, end); returns the largest finite norm.
   Best (*norms)(const Image&, int64_t begin, int64_t end);
-  // s1-s3: takes tokens [begin, end) past basis token number `step`, with norms() if !has_norms; returns the farthest.
-  Best (*sweep)(const Image&, int32_t step, int64_t begin, int64_t end);
-  // s3: energy becomes e^2.
+  // s1-s3: takes tokens [begin, end) past the basis tokens that they have not met, with norms() if !has_norms; returns
+  // the farthest of them.
+  Best (*sweep)(const Image&, int64_t begin, int64_t end);
+  // The same for candidates[begin .. end).
+  Best (*step)(const Image&, int64_t begin, int64_t end);
+  // s3: sweep(), then energy becomes e^2.
   void (*residual)(const Image&, int64_t begin, int64_t end);
   // s5: packs features [d0, d1) of one panel of targets.
   void (*pack)(const Image&, int64_t panel, int64_t d0, int64_t d1);

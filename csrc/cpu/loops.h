@@ -3,6 +3,7 @@
 
 #if defined(__GNUC__) && !defined(__clang__)
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // from GCC 12's own AVX-512 intrinsics
+#pragma GCC diagnostic ignored "-Wuninitialized"
 #endif
 #if defined(__AVX2__)
 #include <immintrin.h>
@@ -15,8 +16,9 @@ namespace APET_ISA {
 
 template <class E>
 static const Kernels* table() {
-  static constexpr Kernels kTable = {kGroup,   MR,       W,        NR,      packed_floats<E>, scratch_bytes<E>,
-                                     norms<E>, sweep<E>, residual, pack<E>, assign<E>,        mean<typename E::T>};
+  static constexpr Kernels kTable = {
+      kGroup,   MR,      W,           NR,      packed_floats<E>, scratch_bytes<E>,   norms<E>,
+      sweep<E>, step<E>, residual<E>, pack<E>, assign<E>,        mean<typename E::T>};
   return &kTable;
 }
 }  // namespace APET_ISA

@@ -5,9 +5,9 @@
 // thread that has not taken a chunk: if the pool starts only one of the threads, or one after the other (nested
 // parallelism, a busy machine), that one does all the work, and late comers find it done.
 //
-//   slot 0 | chunks 0 1 2 3      each thread starts with the chunks of its own slot, the same ones at every stage, so
-//   slot 1 | chunks 4 5 6 7      that its part of X stays in its own cache, in alternating direction, so that what it
-//                                touched last it touches first; then it helps the others
+//   slot 0 | chunks 0 1 2 3      each thread starts with the chunks of its own slot, the same ones at every stage over
+//   slot 1 | chunks 4 5 6 7      the same things, so that its part of them stays in its own cache, from either end, so
+//                                that what it touched last it can touch first; then it helps the others
 #pragma once
 #include <atomic>
 #include <cstdint>
@@ -15,7 +15,8 @@
 
 namespace apet::cpu {
 
-// Program: int64_t chunks(); void run(int64_t chunk, int slot); bool advance(): serial, false when all is done.
+// Program: int64_t chunks(); bool backwards(): which end a slot starts from; void run(int64_t chunk, int slot); bool
+// advance(): serial, false when all is done.
 template <class Program>
 class Team {
  public:
@@ -60,7 +61,7 @@ class Team {
       const int64_t begin = chunks * victim / threads_, end = chunks * (victim + 1) / threads_;
       if (begin + n >= end) return;
       if (!counter.compare_exchange_weak(taken, taken + 1, std::memory_order_acq_rel)) continue;
-      program_->run(stage & 1 ? end - 1 - n : begin + n, slot);
+      program_->run(program_->backwards() ? end - 1 - n : begin + n, slot);
       if (left_.fetch_sub(1, std::memory_order_acq_rel) == 1) {
         if (program_->advance()) open(stage + 1);
         else stage_.store(kOver, std::memory_order_release);

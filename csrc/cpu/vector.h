@@ -37,6 +37,13 @@ static inline V splat(float a) {
 }
 static inline V load(const float* p) { return *reinterpret_cast<const VU*>(p); }
 static inline void store(float* p, V v) { *reinterpret_cast<VU*>(p) = v; }
+// The same, in a register: GCC would rather load a value again for each product than once.
+static inline V in_register(V v) {
+#if defined(__AVX512F__)
+  asm("" : "+v"(v));
+#endif
+  return v;
+}
 static inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
 static inline V fma(V a, V b, V c) {
@@ -53,10 +60,10 @@ static inline V fma(V a, V b, V c) {
 #endif
 }
 // Adds the lanes of v to W running sums in double, and sums those, rounding once: lane i and lane i + W/2, and so on,
-// in one order for every compiler.
+// in one order for every compiler. Total{} is zero.
 struct Total {
 #if defined(__AVX512F__)
-  __m512d low = {}, high = {};
+  __m512d low, high;
   void add(V v) {
     low += _mm512_cvtps_pd(_mm512_castps512_ps256((__m512)v));
     high += _mm512_cvtps_pd(_mm512_extractf32x8_ps((__m512)v, 1));
@@ -68,7 +75,7 @@ struct Total {
     return two[0] + two[1];
   }
 #elif defined(__AVX2__)
-  __m256d low = {}, high = {};
+  __m256d low, high;
   void add(V v) {
     low += _mm256_cvtps_pd(_mm256_castps256_ps128((__m256)v));
     high += _mm256_cvtps_pd(_mm256_extractf128_ps((__m256)v, 1));
@@ -79,7 +86,7 @@ struct Total {
     return two[0] + two[1];
   }
 #else
-  double lane[W] = {};
+  double lane[W];
   void add(V v) {
     for (int i = 0; i < W; i++) lane[i] += v[i];
   }
