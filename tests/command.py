@@ -11,10 +11,10 @@ def invoke(*words: object) -> Result:
 
 
 def said(*words: object, code: int = 0) -> str:
-    """What a call that ends with this exit code prints to standard output."""
+    """What a call that ends with this exit code prints; without standard error if that is 0."""
     result = invoke(*words)
     assert result.exit_code == code, result.output
-    return result.stdout
+    return result.output if code else result.stdout
 
 
 def refused(*words: object) -> str:
