@@ -26,13 +26,17 @@ constexpr double kNsPerFlop = 1 / 50.0;  // one thread multiplying in s5
 constexpr double kNsPerStage = 1000;     // a team of more than one: last chunk done until next stage open
 constexpr double kNsPerThread = 10000;   // less work than this is not worth waking a thread for
 // Chunks a thread's slot holds at a stage: enough that another thread can help, few enough that taking one is free.
-// Where they would be long, more: what the cache still holds of the last pass is whole chunks, taken first (team.h).
+// Where these would be longer than a quarter of a usual L2 cache, more, up to what costs little to count and to hold:
+// what the cache has of the last pass is then whole chunks, taken first (team.h).
 constexpr int kChunksPerThread = 4;
 constexpr int kMostChunksPerThread = 64;
 constexpr int64_t kChunkBytes = 256 << 10;
-// Tokens that a step of s1 brings up to date first.
+// Rows of a chunk of means. Where there are fewer for each, rows are cut as well, so that few wide ones can be shared.
+constexpr int kRowsPerChunk = 8;
+// Tokens that a step of s1 brings up to date first: two groups, so that two threads have work. Simulated, 16 cost more
+// reads on every input tried, and four more on random ones.
 constexpr int kLeaders = 8;
-// Candidates that are not worth ruling out.
+// So few candidates are all brought up to date: ruling some out would take another stage.
 constexpr int kFew = 32;
 // More threads than this in one call are left idle: a batch of images has no more to give.
 constexpr int kMaxThreads = 256;
@@ -455,7 +459,7 @@ bool Walk::average() {
   begin[0] = 0;
   stage_ = Stage::kMean;
   const int64_t wanted = (int64_t)call_->threads * kChunksPerThread;
-  width_ = im.rows < 8 * wanted ? kColumns : im.dim;  // rows are cut only where there are too few to share
+  width_ = im.rows < kRowsPerChunk * wanted ? kColumns : im.dim;
   chunks_ = std::clamp<int64_t>((wanted + columns() - 1) / columns(), 1, im.rows) * columns();
   return true;
 }
@@ -496,6 +500,7 @@ struct Split {
 
 Split split(const apet_problem& p, int32_t available) {
   const double n = p.tokens, d = p.dim, k = p.keep, element = p.dtype == APET_FLOAT32 ? 4 : 2;
+  // Norms, first basis token, the others; and two stages for the candidates of each basis token.
   const double sweeps = p.op == APET_MERGE ? 1 : 3, stages = p.op == APET_MERGE ? 5 : 2 * p.basis + 5;
   const double products = 2 * n * p.basis * d + (p.op == APET_SCORE ? 0 : 2 * (n - k) * k * d);
   const double image = sweeps * n * d * element * kNsPerByte + products * kNsPerFlop;

@@ -37,7 +37,7 @@ static inline V splat(float a) {
 }
 static inline V load(const float* p) { return *reinterpret_cast<const VU*>(p); }
 static inline void store(float* p, V v) { *reinterpret_cast<VU*>(p) = v; }
-// The same, in a register: GCC would rather load a value again for each product than once.
+// v, held in a register: GCC would rather load a value again for each of its products.
 static inline V in_register(V v) {
 #if defined(__AVX512F__)
   asm("" : "+v"(v));
@@ -158,7 +158,7 @@ static inline void store(Half* p, V v) {
   for (int i = 0; i < W; i++) narrow(v[i], p + i);
 #endif
 }
-static inline void store(BFloat16* p, V v) {  // narrow() on all lanes: the compiler does not get there from a loop
+static inline void store(BFloat16* p, V v) {  // all lanes at once, which the compiler does not make of a loop
   const U bits = (U)v, nan = (U)((bits & 0x7fffffff) > 0x7f800000u);
   const U rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
   const auto half = __builtin_convertvector((nan & (bits >> 16 | 0x40)) | (~nan & rounded), UH);
