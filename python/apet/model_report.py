@@ -21,8 +21,9 @@ from transformers.generation.streamers import BaseStreamer
 
 import apet_kernels  # noqa: F401, registers the op
 from apet.calls import Recorder
-from apet.hooks import ENGINE, Options, unwrapped
+from apet.hooks import ENGINE, Options
 from apet.hooks.engine import Engine
+from apet.hooks.target import plain
 
 GREEDY = {"do_sample": False, "num_beams": 1, "use_cache": True, "temperature": None, "top_p": None, "top_k": None}
 
@@ -149,7 +150,7 @@ def report(model: nn.Module, inputs: Mapping[str, Any], *, max_new_tokens: int =
 
 def engine_of(model: nn.Module) -> Engine:
     """What has patched a model. Raises ValueError where nothing has."""
-    engine = vars(unwrapped(model)).get(ENGINE)
+    engine = vars(plain(model)).get(ENGINE)
     if engine is None:
         raise ValueError(f"this {type(model).__name__} is not patched: call apet.patch(model, keep=...) first")
     return engine

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from .adapter import Adapter, adapter_for, equal_units, one_unit, register_adapter
+from .adapter import Adapter, equal_units, one_unit
+from .adapters import adapter_for, register_adapter
 from .config import Options, resolve
 from .engine import Engine
+from .state import Trace
+from .target import Target, plain
 
 __all__ = [
     "Adapter",
@@ -41,11 +47,13 @@ def patch(
     llm_layer: int | None = None,
     llm_keep: int | float | Sequence[int | float] | None = None,
     preset: str | None = None,
+    check: bool = True,
 ) -> Options:
-    """Makes a transformers vision-language model compress its visual tokens, in every call from now on.
+    """Patches a transformers vision-language model in place: it compresses its visual tokens in every call from now on.
 
     Args:
-        model: a model whose family has an adapter, as `from_pretrained` returns it, or within torch.compile or PEFT.
+        model: a model whose family has an adapter, as `from_pretrained` returns it, or within torch.compile, PEFT,
+            DataParallel, DistributedDataParallel or FSDP.
         keep: tokens to keep of each unit (an image, a tile or a frame, by family): a count, a ratio in (0, 1], or a
             list of these with one entry for every image or video of a call. None: no first stage.
         basis, layout, select, blend: as in `apet_kernels.compress`; 10, "inplace", "fps" and 1.0 unless a preset says
@@ -53,47 +61,94 @@ def patch(
         llm_layer, llm_keep: compress once more, after so many decoder layers have run, to so many tokens of each unit.
         preset: both stages with the budgets of the paper and the layout of the released code; the other arguments
             override it.
+        check: where transformers, torch or the model's code are not as tested, compare a tiny random model of the same
+            classes with an independent reference first (seconds, once for these versions). False: patch without.
 
     Returns:
-        The options in force. A model that was patched already is patched anew.
+        The options in force. A model that was patched already is patched anew. Compiled code of this process is dropped
+        and compiled again where it is called (`torch.compiler.reset`), since it would not notice the change.
 
     Raises:
-        ValueError, in a sentence with the offending value.
+        ValueError: an option is out of range, or the model is not as the hooks know it; the message says which.
+
+    Example:
+        >>> apet.patch(model, keep=64)
+        >>> model.generate(**inputs, max_new_tokens=64)
+        >>> apet.unpatch(model)
+
+    The method is ApET (arXiv 2602.19870): section 3 for the first stage, section 4 for budgets in two stages.
     """
-    model = unwrapped(model)
-    adapter = adapter_for(model)
-    core = adapter.core(model)
-    layers = range(adapter.first_llm_layer(core), len(adapter.language_model(core).layers))
-    chosen = resolve(
-        adapter.presets,
-        model.config.model_type,
-        layers,
-        {
-            "keep": keep,
-            "basis": basis,
-            "layout": layout,
-            "select": select,
-            "blend": blend,
-            "llm_layer": llm_layer,
-            "llm_keep": llm_keep,
-            "preset": preset,
-        },
-    )
-    _put(model, Engine(model, adapter, chosen))
-    return chosen
+    given = {
+        "keep": keep,
+        "basis": basis,
+        "layout": layout,
+        "select": select,
+        "blend": blend,
+        "llm_layer": llm_layer,
+        "llm_keep": llm_keep,
+        "preset": preset,
+    }
+    model = plain(model)
+    target = find(model, given)
+    if check:
+        from .selfcheck import ensure
+
+        ensure(model, target)
+    _put(model, Engine(target))
+    return target.options
+
+
+def find(model: nn.Module, given: dict[str, Any]) -> Target:
+    """What `patch` knows of a model once it has looked: it raises here or, with options that fit, does not."""
+
+    def options(adapter: Adapter, core: nn.Module, layers: range) -> Options:
+        return resolve(adapter.presets, model.config.model_type, layers, given)
+
+    return Target.find(model, adapter_for(model), options)
 
 
 def unpatch(model: nn.Module) -> None:
-    """Takes every hook off; the model is what it was. Nothing happens where it is not patched."""
-    _put(unwrapped(model), None)
+    """Takes every hook off; the model is what it was. Nothing happens where it is not patched.
+
+    Compiled code is dropped as by `patch`. A cache that holds a compressed prompt raises where the model uses it on.
+    """
+    _put(plain(model), None)
 
 
 @contextmanager
-def patched(model: nn.Module, keep: int | float | Sequence[int | float] | None = None, **options) -> Iterator[Options]:
-    """`patch` for the length of a with block; then what was there before, patched or not."""
-    model = unwrapped(model)
+def patched(
+    model: nn.Module,
+    keep: int | float | Sequence[int | float] | None = None,
+    *,
+    basis: int | None = None,
+    layout: str | None = None,
+    select: str | None = None,
+    blend: float | None = None,
+    llm_layer: int | None = None,
+    llm_keep: int | float | Sequence[int | float] | None = None,
+    preset: str | None = None,
+    check: bool = True,
+) -> Iterator[Options]:
+    """`patch` for the length of a with block; then what was there before, patched or not.
+
+    Example:
+        >>> with apet.patched(model, keep=0.25):
+        ...     model.generate(**inputs)
+    """
+    model = plain(model)
     before = model.__dict__.get(ENGINE)
-    chosen = patch(model, keep, **options)
+    chosen = patch(
+        model,
+        keep,
+        basis=basis,
+        layout=layout,
+        select=select,
+        blend=blend,
+        llm_layer=llm_layer,
+        llm_keep=llm_keep,
+        preset=preset,
+        check=check,
+    )
     try:
         yield chosen
     finally:
@@ -102,40 +157,65 @@ def patched(model: nn.Module, keep: int | float | Sequence[int | float] | None =
 
 def options(model: nn.Module) -> Options | None:
     """The options that a model is patched with, or None."""
-    engine = unwrapped(model).__dict__.get(ENGINE)
-    return engine.options if engine else None
+    engine = plain(model).__dict__.get(ENGINE)
+    return engine.target.options if engine else None
 
 
 @dataclass(frozen=True)
 class Visual:
-    """What is left of one image or video: its modality, its row in the batch, its number of placeholders, and the
-    positions among these that were left after each stage that dropped something (int64, ascending)."""
+    """What is left of one image or video."""
 
-    modality: str
-    row: int
-    tokens: int
-    left: list[Tensor]
+    modality: str  # "image" or "video"
+    row: int  # in the batch
+    tokens: int  # its placeholders
+    left: list[Tensor]  # after each stage that dropped something: which of them are left, int64, ascending
 
 
 @dataclass(frozen=True)
 class Kept:
-    """What a prefill kept. lengths: of the padded sequence as given and after each stage that dropped something."""
+    """What a prefill kept."""
 
-    lengths: list[int]
+    lengths: list[int]  # of the padded sequence as given, and after each stage that dropped something
     visuals: list[Visual]
+    trace: Trace = field(repr=False, compare=False)
+
+    def align(self, x: Tensor) -> Tensor:
+        """Puts logits or hidden states of the shortened sequence where their tokens stood.
+
+        x [B, L2, ...], of the length after the last stage -> [B, L, ...], of the length as given. What was dropped is
+        NaN there, so that it cannot be taken for a result; padding is 0.
+
+        Example:
+            >>> logits = apet.kept(model).align(model(**inputs).logits)
+            >>> answer = logits[:, prompt - 1 : -1]  # as for the model that is not patched
+        """
+        trace, (given, *_, last) = self.trace, [*self.lengths, self.lengths[-1]]
+        if x.dim() < 2 or x.shape[1] != last:
+            raise ValueError(f"x has shape {tuple(x.shape)}, but the last stage has left a sequence of {last} tokens")
+        if trace.origin is None or trace.remaining is None or trace.valid is None:
+            return x
+        full = x.new_zeros((x.shape[0] * given, *x.shape[2:]))
+        full[~trace.remaining.to(x.device)] = torch.nan
+        valid = trace.valid.to(x.device)
+        full[trace.origin.to(x.device)[valid]] = x[valid]
+        return full.unflatten(0, (x.shape[0], given))
 
 
 def kept(model: nn.Module) -> Kept | None:
-    """What the last prefill with images or videos kept, or None where there was none since `patch`."""
-    engine = unwrapped(model).__dict__.get(ENGINE)
-    if engine is None or engine.trace is None:
+    """What the last prefill with images or videos kept: the last of this thread, or of any if this has run none.
+
+    None where there was none since `patch`.
+    """
+    engine = plain(model).__dict__.get(ENGINE)
+    trace = engine and engine.trace
+    if trace is None:
         return None
-    trace, visuals, start = engine.trace, [], 0
+    visuals, start = [], 0
     for modality, row, tokens in trace.visuals:
         left = [here[start : start + tokens].nonzero().view(-1).cpu() for here in trace.here]
         visuals.append(Visual(modality, row, tokens, left))
         start += tokens
-    return Kept(list(trace.lengths), visuals)
+    return Kept(list(trace.lengths), visuals, trace)
 
 
 def _put(model: nn.Module, engine: Engine | None) -> None:
@@ -146,9 +226,5 @@ def _put(model: nn.Module, engine: Engine | None) -> None:
     if engine is not None:
         engine.install()
         model.__dict__[ENGINE] = engine
-
-
-def unwrapped(model: nn.Module) -> nn.Module:
-    """The transformers model within torch.compile or PEFT: its hooks run there, too."""
-    model = getattr(model, "_orig_mod", model)
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
+    if (before or engine) and "torch._dynamo" in sys.modules:
+        torch.compiler.reset()

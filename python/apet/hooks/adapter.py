@@ -1,8 +1,8 @@
-"""What the hooks have to know about a model family, and the table of those they know."""
+"""What the hooks have to know about a model family."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -30,6 +30,8 @@ class Adapter:
     """Where the configuration keeps the placeholder of each modality."""
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
     """Options by the name of a preset."""
+    along: ClassVar[frozenset[str]] = frozenset()
+    """Arguments of the language model, beside embeddings, mask and positions, that `follow` shortens."""
 
     def core(self, model: nn.Module) -> nn.Module:
         """The module whose forward takes token ids and pixels and calls the language model."""
@@ -44,8 +46,8 @@ class Adapter:
         return 1
 
     def brings(self, inputs: Mapping[str, Any]) -> set[str]:
-        """The modalities that a forward brings: what it is called with decides, since a model may also generate the
-        token that serves as placeholder."""
+        """Modalities present in a forward call. Determined from its arguments, not from placeholder ids in the text,
+        because a model may generate the placeholder token."""
         pixels = {n for n in inputs if n.startswith("pixel_values") and inputs[n] is not None and len(inputs[n])}
         encoded = {m for m, output in (inputs.get("mm_encoder_outputs") or {}).items() if output is not None}
         return (encoded & self.tokens.keys()) | {"video" if "video" in name else "image" for name in pixels}
@@ -69,7 +71,7 @@ class Adapter:
         return [one_unit(x.shape[1])] * x.shape[0]
 
     def follow(self, packing: Packing, inputs: dict[str, Any]) -> None:
-        """Shortens what else, besides embeddings, mask and positions, the language model gets along the sequence."""
+        """Shortens the arguments of the language model that `along` names, in `inputs`."""
 
 
 def one_unit(tokens: int) -> Units:
@@ -80,26 +82,3 @@ def one_unit(tokens: int) -> Units:
 def equal_units(units: int, tokens: int) -> Units:
     """A video of so many units, one after another, of `tokens` placeholders each."""
     return torch.arange(units).repeat_interleave(tokens)
-
-
-_ADAPTERS: dict[str, Adapter] = {}
-
-
-def register_adapter(model_type: str | Sequence[str], adapter: Adapter) -> None:
-    """Makes `patch` know models whose `config.model_type` is this (or one of these); replaces what was there."""
-    for name in [model_type] if isinstance(model_type, str) else model_type:
-        _ADAPTERS[name] = adapter
-
-
-def adapter_for(model: nn.Module) -> Adapter:
-    """The adapter of a model. Raises ValueError where there is none."""
-    from . import adapters  # noqa: F401, registers the families
-
-    model_type = getattr(getattr(model, "config", None), "model_type", None)
-    if model_type not in _ADAPTERS:
-        raise ValueError(
-            f"no adapter for model_type='{model_type}' ({type(model).__name__}); there are some for "
-            f"{', '.join(sorted(_ADAPTERS))}. If it puts visual features at placeholder tokens, try "
-            f"apet.register_adapter('{model_type}', apet.Adapter()); see docs/hooks.md"
-        )
-    return _ADAPTERS[model_type]

@@ -1,52 +1,51 @@
-"""Caches whose layers hold fewer tokens than the prompt had, in the hands of code that counts the prompt's tokens."""
+"""The state of a prompt on its cache, and caches in the hands of code that counts the prompt's tokens."""
 
 from __future__ import annotations
 
 import functools
 import inspect
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache
+from transformers import Cache
 
 from .sequence import one_of
 from .state import Prompt
 
 STATE = "_apet"  # the attribute of a cache that holds its Prompt
-# transformers 4 crops every layer to the same length, counted in tokens of the prompt; 5 says how many are to leave.
-CROPS_TO_LENGTH = next(iter(inspect.signature(DynamicCache().crop).parameters)) == "max_length"
 
 
-def prompt_of(cache: Any) -> Prompt | None:
-    """What stands on a cache that a patched model has filled and shortened."""
+def prompt_of(cache: Cache | None) -> Prompt | None:
+    """What stands on a cache that a patched model has filled."""
     return getattr(cache, STATE, None)
 
 
-def remember(cache: Any, prompt: Prompt) -> None:
-    """Leaves the prompt on its cache."""
+def remember(cache: Cache, prompt: Prompt) -> None:
+    """Leaves the prompt on its cache. What changes rows or length of a compressed one then changes its state, too.
+
+    Wrapped methods are attributes of the instance, and partials of functions of this module: a deep copy or a pickle
+    of the cache gets its own.
+    """
     setattr(cache, STATE, prompt)
-    if CROPS_TO_LENGTH and hasattr(cache, "crop"):
-        cache.crop = functools.partial(_crop, cache)  # a deep copy of the cache gets one of its own
+    for name in WRAPPED:
+        vars(cache).pop(name, None)
+    if prompt.compressed:
+        for name, wrapper in WRAPPED.items():
+            if hasattr(cache, name):
+                setattr(cache, name, functools.partial(wrapper, cache))
 
 
-def forget(cache: Any) -> None:
+def forget(cache: Cache) -> None:
     """The cache was reset."""
     del vars(cache)[STATE]
-    vars(cache).pop("crop", None)
+    for name in WRAPPED:
+        vars(cache).pop(name, None)
 
 
-def check_empty(cache: Any) -> None:
-    """Refuses images where there is something before them already."""
-    if cache is not None and int(cache.get_seq_length()) > 0:
-        raise ValueError(
-            f"images cannot follow a cache that holds {int(cache.get_seq_length())} tokens: give the whole "
-            "conversation without past_key_values"
-        )
-
-
-def check(prompt: Prompt, cache: Any, batch: int) -> None:
-    """Refuses what a prompt cannot be continued with."""
+def check(prompt: Prompt, cache: Cache, batch: int) -> None:
+    """Raises ValueError where a prompt cannot be continued."""
     if batch != prompt.batch:
         raise ValueError(f"a batch of {batch} cannot go on from the cache of a batch of {prompt.batch}")
     if cache.is_compileable:  # cannot be cropped, and reading its length waits for the device
@@ -56,7 +55,7 @@ def check(prompt: Prompt, cache: Any, batch: int) -> None:
         raise ValueError(f"the cache was cropped to {past} tokens, into its compressed images; start without it")
 
 
-def tail(prompt: Prompt, cache: Any, mask: Any, past: int | Tensor, new: int) -> Tensor | None:
+def tail(prompt: Prompt, cache: Cache, mask: Any, past: int | Tensor, new: int) -> Tensor | None:
     """Which of the tokens after the prompt are no padding [B, n] bool, from a mask over all tokens; None: all."""
     fixed, mask = cache.is_compileable, one_of(mask)
     if mask is None or (fixed and torch.compiler.is_compiling()):
@@ -65,38 +64,104 @@ def tail(prompt: Prompt, cache: Any, mask: Any, past: int | Tensor, new: int) ->
         if fixed:  # generate() builds it, of the size of the cache
             return None
         raise ValueError("after a compressed prompt attention_mask must be 2-D, or left out")
+    given = int(past) + prompt.dropped + new
+    if mask.shape[1] not in (given, int(past) + new) and not (fixed and mask.shape[1] > given):
+        raise ValueError(
+            f"attention_mask has {mask.shape[1]} columns, but {given} tokens were given ({int(past) + new} of them are "
+            f"in the cache or new, {prompt.dropped} were dropped): new tokens do not follow the cache that they came with"
+        )
     after = max(int(past) + prompt.dropped - prompt.tokens, 0) + new
-    given = mask[:, -after:].bool()
-    if given.shape[1] != after:
-        return None
-    if fixed and not given.all():
+    end = min(mask.shape[1], given)
+    behind = mask[:, end - after : end].bool()
+    if fixed and not behind.all():
         raise ValueError("padding after a compressed prompt needs a cache that grows, not one of fixed size")
-    return given
+    return None if fixed else behind
 
 
-def count_prompt(cache: Any) -> bool:
-    """Makes a cache say that it is as long as the tokens it was given, until `count_cache`; False: it is already.
+def check_position(prompt: Prompt, past: int | Tensor, position: Tensor | None) -> None:
+    """Raises ValueError where new tokens do not begin where the tokens that were given end."""
+    expected = int(past) + prompt.dropped
+    if position is not None and len(position) and int(position[0]) not in (expected, int(past)):
+        raise ValueError(f"cache_position begins with {int(position[0])}, but {expected} tokens were given before")
+
+
+def count_prompt(cache: Cache | None) -> None:
+    """Makes a cache say that it is as long as the tokens it was given, until `count_cache`.
 
     generate() takes the tokens of a conversation beyond this length for new.
     """
     prompt = prompt_of(cache)
-    if prompt is None or not prompt.dropped or int(cache.get_seq_length()) == 0:
-        return False
-    cache.get_seq_length = functools.partial(_given, cache)
-    return True
+    if prompt is not None and prompt.dropped and int(cache.get_seq_length()) > 0:
+        cache.get_seq_length = functools.partial(_given, cache)
 
 
-def count_cache(cache: Any) -> None:
+def count_cache(cache: Cache | None) -> None:
     """Takes back `count_prompt`."""
-    del cache.get_seq_length
+    if cache is not None and "get_seq_length" in cache.__dict__:
+        del cache.get_seq_length
 
 
-def _given(cache: Any, layer_idx: int = 0) -> int | Tensor:
+def _given(cache: Cache, layer_idx: int = 0) -> int | Tensor:
     return type(cache).get_seq_length(cache, layer_idx) + prompt_of(cache).dropped
 
 
-def _crop(cache: Any, max_length: int) -> None:
-    """`DynamicCache.crop` of transformers 4, with max_length counted in the tokens that were given."""
-    leave = -max_length if max_length < 0 else _given(cache) - max_length
+# ---- methods of a cache with a compressed prompt --------------------------------------------------------------------
+
+
+def _update(cache: Cache, *args: Any, **kwargs: Any) -> Any:
+    """Keys and values are added by the model that has compressed the prompt, and by no other."""
+    if prompt_of(cache).forward is None:
+        raise ValueError(
+            "this cache holds a prompt that a patched model has compressed, and a model that is not patched (any more) "
+            "adds tokens to it: masks and positions would be wrong. Start without the cache, or patch the model again"
+        )
+    return type(cache).update(cache, *args, **kwargs)
+
+
+def _crop(cache: Cache, length: int) -> None:
+    """Transformers 4 and early 5 keep `max_length` tokens, which is counted here in the tokens that were given; later
+    versions are told how many leave."""
+    if "max_length" not in inspect.signature(type(cache).crop).parameters:
+        type(cache).crop(cache, length)
+        return
+    leave = -length if length < 0 else _given(cache) - length
     if leave > 0:
         type(cache).crop(cache, -leave)
+
+
+def _reorder_cache(cache: Cache, beam_idx: Tensor) -> None:
+    type(cache).reorder_cache(cache, beam_idx)
+    _take(cache, beam_idx)
+
+
+def _batch_repeat_interleave(cache: Cache, repeats: int) -> None:
+    type(cache).batch_repeat_interleave(cache, repeats)
+    _take(cache, torch.arange(prompt_of(cache).batch).repeat_interleave(repeats))
+
+
+def _batch_select_indices(cache: Cache, indices: Tensor) -> None:
+    type(cache).batch_select_indices(cache, indices)
+    rows = torch.arange(prompt_of(cache).batch)
+    _take(cache, rows[torch.as_tensor(indices).to(rows.device)])  # indices may be a mask, or negative
+
+
+def _take(cache: Cache, rows: Tensor) -> None:
+    prompt = prompt_of(cache)
+    prompt.early = prompt.early and prompt.early.rows(rows)
+    prompt.late = prompt.late and prompt.late.rows(rows)
+    prompt.batch = len(rows)
+
+
+def _reset(cache: Cache) -> None:
+    type(cache).reset(cache)
+    forget(cache)
+
+
+WRAPPED: dict[str, Callable[..., Any]] = {
+    "update": _update,
+    "crop": _crop,
+    "reorder_cache": _reorder_cache,
+    "batch_repeat_interleave": _batch_repeat_interleave,
+    "batch_select_indices": _batch_select_indices,
+    "reset": _reset,
+}

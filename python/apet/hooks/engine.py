@@ -1,217 +1,436 @@
-"""The hooks of one patched model, and the state that they share: docs/hooks.md draws the data flow."""
+"""The hooks of one patched model, in the order in which they run: docs/hooks.md draws the data flow."""
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import functools
 import inspect
+import sys
+import threading
+import weakref
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import Cache
 
-from . import caches, encoder, prefill
+from . import caches, first_stage, second_stage, state
 from .adapter import Adapter
+from .calling import versions
 from .config import Options
-from .state import Prompt, Run, Trace
+from .state import PREFILL, Call, Forward, Prompt, Trace
+from .target import Target
+
+MODULES = ("model", "core", "language_model", "projector")  # the fields of a target that hold modules
 
 
 class Engine:
-    """Patches one model with one adapter and one set of options. No module itself: it has no part in state_dict().
+    """Patches one model as its target says. No module itself: it has no part in state_dict().
 
-    Hooks are its bound methods, so that a deep copy or a pickle of the model carries an engine of its own.
+    Hooks are its bound methods, and it holds the model weakly. So a deep copy or a pickle of the model carries an
+    engine of its own, a deep copy of a part of the model shares this one, and `del model` frees both. What a call
+    needs lives with the call (state.py), so threads may share a model.
     """
 
-    def __init__(self, model: nn.Module, adapter: Adapter, options: Options):
-        self.model, self.adapter, self.options = model, adapter, options
-        self.core = adapter.core(model)
-        self.language_model = adapter.language_model(self.core)
-        self.core_names, self.language_model_names = _names(self.core), _names(self.language_model)
+    def __init__(self, target: Target):
+        self.target = target
         self.handles: list[Any] = []
         self.generate_before: Any = None
-        self.inputs: Mapping[str, Any] | None = None  # of the forward that is running, if it brings visuals
-        self.generating: Mapping[str, Any] | None = None  # what generate() was called with, while it runs
-        self.rows = 0  # of the batch that generate() was called with
-        self.counted: Any = None  # the cache that generate() is told the given length of
-        self.projected: encoder.Projected | None = None  # between the projector's two hooks
-        self.run: Run | None = None  # of the language model's forward that is running
-        self.trace: Trace | None = None  # of the last prefill with visuals
-        if options.llm_layer is not None:
-            self.check_rotary()
+        self.installed = False
+        self.latest: Trace | None = None  # of the last prefill with visuals, in any thread
+        self.threads = threading.local()  # trace: of the last one in this thread; projected: between two hooks
 
     # ---- on and off
 
     def install(self) -> None:
         """Registers every hook."""
+        target = self.target
         pre = functools.partial(nn.Module.register_forward_pre_hook, with_kwargs=True)
+        post = functools.partial(nn.Module.register_forward_hook, with_kwargs=True, always_call=True)
+        model, core, language_model = target.model(), target.core(), target.language_model()
+        layers = target.layers()
         self.handles = [
-            pre(self.model, self.before_model),
-            pre(self.core, self.before_core),
-            self.core.register_forward_hook(self.after_core, always_call=True),
-            pre(self.language_model, self.before_language_model),
-            self.language_model.register_forward_hook(self.after_language_model, with_kwargs=True),
+            pre(model, self.before_model),
+            post(model, self.after_model),
+            pre(core, self.before_core),
+            post(core, self.after_core),
+            pre(language_model, self.before_language_model),
+            post(language_model, self.after_language_model),
+            pre(layers[0], self.before_first_layer),
         ]
-        if self.adapter.projector is not None and self.options.keep is not None:
-            projector = self.core.get_submodule(self.adapter.projector)
+        if target.projector is not None:
+            projector = target.projector()
             self.handles.append(projector.register_forward_pre_hook(self.before_projector))
             self.handles.append(projector.register_forward_hook(self.after_projector))
-        for index, layer in enumerate(self.language_model.layers):
-            self.handles.append(pre(layer, functools.partial(self.before_layer, index)))
-        if hasattr(self.model, "generate"):
-            # transformers 5 encodes images in generate(), before any forward that a hook could see.
-            self.generate_before = self.model.__dict__.get("generate")
-            self.model.generate = self.generate
+        if target.options.llm_layer is not None:
+            for index in range(target.options.llm_layer, len(layers)):
+                self.handles.append(pre(layers[index], functools.partial(self.before_layer, index)))
+        if hasattr(model, "generate"):
+            # transformers 5.22 encodes images in generate(), before any forward that a hook could see.
+            self.generate_before = model.__dict__.get("generate")
+            model.generate = self.generate
+        self.installed = True
 
     def remove(self) -> None:
-        """Removes every hook."""
+        """Removes every hook. Copies of a hook that others made (PEFT copies modules) do nothing from now on."""
         for handle in self.handles:
             handle.remove()
-        self.handles = []
-        self.model.__dict__.pop("generate", None)
-        if self.generate_before is not None:
-            self.model.generate = self.generate_before
-
-    # ---- what the model is like
-
-    def check_rotary(self) -> None:
-        """The second stage gives all layers from `llm_layer` on the same new rotary embeddings."""
-        rotary = getattr(self.language_model, "rotary_emb", None)
-        taken = all("position_embeddings" in _names(layer) for layer in self.language_model.layers)
-        if rotary is None or not taken or "layer_type" in _names(rotary):
-            raise ValueError(
-                f"llm_layer={self.options.llm_layer} cannot be used with {type(self.language_model).__name__}: its "
-                "layers do not share one rotary embedding"
-            )
+        self.handles, self.installed = [], False
+        model = self.target.model()
+        if model is not None:
+            model.__dict__.pop("generate", None)
+            if self.generate_before is not None:
+                model.generate = self.generate_before
+        self.generate_before = None
 
     @property
-    def flash(self) -> bool:
-        """Whether attention takes sequence lengths instead of masks."""
-        return "flash" in self.language_model.config._attn_implementation
+    def model(self) -> nn.Module:
+        return self.target.model()
 
     @property
-    def window(self) -> int | None:
-        """The attention window, if every layer has one: then the only mask is of its kind."""
-        slide = all(self.slides(index) for index in range(len(self.language_model.layers)))
-        return self.language_model.config.sliding_window if slide else None
+    def core(self) -> nn.Module:
+        return self.target.core()
 
-    def slides(self, index: int) -> bool:
-        """Whether a decoder layer attends to a window only, as transformers decides it."""
-        config = self.language_model.config
-        types = getattr(config, "layer_types", None)
-        return types[index] == "sliding_attention" if types else getattr(config, "sliding_window", None) is not None
+    @property
+    def language_model(self) -> nn.Module:
+        return self.target.language_model()
 
-    # ---- hooks, in the order in which they run
+    @property
+    def adapter(self) -> Adapter:
+        return self.target.adapter
+
+    @property
+    def options(self) -> Options:
+        return self.target.options
+
+    @property
+    def trace(self) -> Trace | None:
+        """Of the last prefill with visuals in this thread, or in any if this has run none."""
+        return getattr(self.threads, "trace", None) or self.latest
+
+    def __getstate__(self) -> dict[str, Any]:
+        """With the modules themselves, since a pickle holds no weak reference."""
+        fields = {f.name: getattr(self.target, f.name) for f in dataclasses.fields(self.target)}
+        modules = {name: fields[name] and fields[name]() for name in MODULES}
+        kept = {name: getattr(self, name) for name in ("handles", "generate_before", "installed", "latest")}
+        return kept | {"target": fields | modules}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        fields = state.pop("target")
+        refs = {name: None if fields[name] is None else weakref.ref(fields[name]) for name in MODULES}
+        self.__dict__.update(state, target=Target(**fields | refs), threads=threading.local())
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Engine:
+        """Of a copy of the whole model; whoever copies a part (PEFT the projector) shares this one."""
+        if id(self.target.model()) not in memo:
+            return self
+        twin = memo[id(self)] = object.__new__(Engine)
+        twin.__setstate__(copy.deepcopy(self.__getstate__(), memo))
+        return twin
+
+    # ---- generate()
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """`model.generate` of this instance: the same, with what it was called with at hand for the encoder's hooks."""
+        model = self.target.model()
         given = dict(zip(("inputs", "generation_config"), args, strict=False)) | kwargs
-        self.refuse_generation(given)
-        prompts = next((p for p in map(given.get, ("inputs", "input_ids", "inputs_embeds")) if p is not None), ())
-        before = self.generating, self.rows
-        self.generating, self.rows = given, len(prompts)
-        cache = given.get("past_key_values")
-        self.counted = cache if caches.count_prompt(cache) else None
+        self.check_generation(model, given)
+        cache = next((v for v in given.values() if isinstance(v, Cache)), None)
+        caches.count_prompt(cache)
+        generate = self.generate_before or functools.partial(type(model).generate, model)
         try:
-            generate = self.generate_before or functools.partial(type(self.model).generate, self.model)
-            return generate(*args, **kwargs)
+            with state.running(generating(self, given)):
+                return generate(*args, **kwargs)
         finally:
-            self.generating, self.rows = before
-            self.stop_counting()
+            caches.count_cache(cache)
 
-    def refuse_generation(self, given: Mapping[str, Any]) -> None:
-        """What generate() would do wrong with images, in a sentence."""
-        if not self.adapter.brings(given):
+    def check_generation(self, model: nn.Module, given: Mapping[str, Any]) -> None:
+        """Raises ValueError for what generate() would do wrong with images."""
+        if not self.target.adapter.brings(given):
             return
-        config = given.get("generation_config") or self.model.generation_config
+        config = given.get("generation_config") or model.generation_config
         chunk = given.get("prefill_chunk_size") or getattr(config, "prefill_chunk_size", None)
         if chunk is not None:
             raise ValueError(
                 f"prefill_chunk_size={chunk} would tear images apart before they are compressed; leave it out"
             )
-        caches.check_empty(given.get("past_key_values"))
 
-    def stop_counting(self) -> None:
-        """generate() has told old tokens from new ones: from here on the cache is as long as it is."""
-        if self.counted is not None:
-            caches.count_cache(self.counted)
-            self.counted = None
+    def generation(self) -> Call | None:
+        """The generate() that runs in this thread: this instance's, or the class's that somebody called directly."""
+        return state.current(self, "generate") or self.generation_of_the_class()
 
-    def before_model(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-        self.stop_counting()
-        if kwargs.get("labels") is not None and self.adapter.brings(kwargs):
-            raise ValueError("labels cannot be used while visual tokens are dropped; unpatch the model to train it")
+    def generation_of_the_class(self) -> Call | None:
+        """`type(model).generate(model, ...)`, which no hook sees, found on the stack."""
+        model = self.target.model()
+        code = getattr(inspect.unwrap(getattr(type(model), "generate", None) or type), "__code__", None)
+        frame = sys._getframe()
+        while frame is not None and code is not None:
+            if frame.f_code is code and frame.f_locals.get("self") is model:
+                values = frame.f_locals
+                return generating(self, {"inputs": values.get("inputs")} | (values.get("kwargs") or {}))
+            frame = frame.f_back
+        return None
+
+    # ---- the model and the core model
+
+    def before_model(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[tuple, dict] | None:
+        if not self.installed:
+            return None
+        arguments = self.target.model_arguments.bind(args, kwargs)
+        caches.count_cache(self.target.model_arguments.cache(arguments))
+        labels = arguments.get("labels")
+        if labels is None or not self.target.adapter.brings(arguments):
+            return None
+        return (), arguments | {"labels": self.begin_scoring(labels)}
+
+    @torch.compiler.disable(reason=PREFILL)
+    def begin_scoring(self, labels: Tensor) -> Tensor:
+        """Labels are shortened with the sequence, once it is known how: in a copy, which the model gets."""
+        if torch.is_grad_enabled():
+            raise ValueError(
+                "labels cannot be used with gradients while visual tokens are dropped: score under torch.no_grad(), "
+                "and unpatch the model to train it"
+            )
+        labels = labels.clone()
+        state.begin(Call(weakref.ref(self), "model", {}, labels=labels))
+        return labels
+
+    def after_model(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
+        if not torch.compiler.is_compiling():
+            state.end(self, "model")
 
     def before_core(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-        inputs = dict(zip(self.core_names, args, strict=False)) | kwargs
-        self.inputs = inputs if self.adapter.brings(inputs) else None
-        if self.inputs is not None:
-            caches.check_empty(inputs.get("past_key_values"))
+        if not self.installed:
+            return
+        inputs = self.target.core_arguments.bind(args, kwargs)
+        if self.target.adapter.brings(inputs):
+            self.begin_call(module, inputs)
+        elif not torch.compiler.is_compiling():
+            state.end(self, "core")  # of a call that raised where hooks could not clean up
 
-    def after_core(self, module: nn.Module, args: Any, output: Any) -> None:
-        self.inputs = self.projected = self.run = None  # whatever was raised on the way
+    @torch.compiler.disable(reason=PREFILL)
+    def begin_call(self, core: nn.Module, inputs: Mapping[str, Any]) -> None:
+        state.end(self, "core")
+        scoring = state.current(self, "model")
+        state.begin(Call(weakref.ref(self), "core", inputs, core=core, labels=scoring and scoring.labels))
 
+    def after_core(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
+        if not torch.compiler.is_compiling():
+            state.end(self, "core")
+        elif self.target.adapter.brings(self.target.core_arguments.bind(args, kwargs)):
+            self.end_call()
+
+    @torch.compiler.disable(reason=PREFILL)
+    def end_call(self) -> None:
+        state.end(self, "core")
+
+    # ---- the projector
+
+    @torch.compiler.disable(reason=PREFILL)
     def before_projector(self, module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor] | None:
-        self.projected = None
-        inputs = self.inputs or self.generating
-        if inputs is None:  # get_image_features(), called by somebody else
+        self.threads.projected = None
+        call = self.installed and (state.current(self, "core") or self.generation())
+        if not call:  # get_image_features(), called by somebody else
             return None
-        x = encoder.project_fewer(self, inputs, args[0])
-        return None if x is None else (x,)
+        if len(args) != 1:
+            raise ValueError(
+                f"{type(module).__name__} was called with {len(args)} arguments by position, where apet knows one: the "
+                f"features to project ({versions()})"
+            )
+        found = first_stage.project_fewer(self.target, call.core or self.target.core(), call.inputs, args[0])
+        if found is None:
+            return None
+        x, self.threads.projected = found
+        return (x,)
 
+    @torch.compiler.disable(reason=PREFILL)
     def after_projector(self, module: nn.Module, args: tuple[Tensor, ...], y: Tensor) -> Tensor:
-        projected, self.projected = self.projected, None
-        return y if projected is None else encoder.project_back(projected, y)
+        projected, self.threads.projected = getattr(self.threads, "projected", None), None
+        return y if projected is None else first_stage.project_back(projected, y)
 
-    def before_language_model(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[tuple, dict]:
-        kwargs = dict(zip(self.language_model_names, args, strict=False)) | kwargs
-        inputs, self.inputs = self.inputs, None
-        cache = kwargs.get("past_key_values")
+    # ---- the language model
+
+    def before_language_model(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[tuple, dict] | None:
+        if not self.installed:
+            return None
+        roles = self.target.language_model_arguments
+        arguments = roles.bind(args, kwargs)
+        cache = roles.cache(arguments)
+        caches.count_cache(cache)
         prompt = caches.prompt_of(cache)
         if prompt is not None and not torch.compiler.is_compiling() and int(cache.get_seq_length()) == 0:
             caches.forget(cache)
             prompt = None
-        if inputs is not None:
-            self.run = encoder.begin(self, inputs, kwargs)
-        elif prompt is not None:
-            self.run = self.go_on(prompt, cache, kwargs)
-        else:
-            self.run = None
-        return (), kwargs
+        embeds = roles.get("embeds", arguments)
+        several = embeds is None or embeds.shape[1] > 1  # a compiled step of one token is no prefill
+        if (several or not torch.compiler.is_compiling()) and (call := self.prefilling(module)) is not None:
+            return (), self.begin_prefill(module, call, arguments, prompt)
+        if prompt is None or not prompt.compressed:
+            return None
+        return (), self.go_on(module, prompt, cache, arguments)
 
-    def go_on(self, prompt: Prompt, cache: Any, kwargs: dict[str, Any]) -> Run:
-        """More tokens after a prompt."""
-        batch, new = kwargs["inputs_embeds"].shape[:2]
+    @torch.compiler.disable(reason=PREFILL)
+    def prefilling(self, module: nn.Module) -> Call | None:
+        """The call of the core model with images or videos that this call of the language model belongs to."""
+        call = state.current(self, "core")
+        if call is not None and call.forward is not None:
+            raise ValueError(
+                f"{type(call.core).__name__} calls its language model more than once in a forward: apet does not know "
+                f"which of these has the images ({versions()})"
+            )
+        return call
+
+    @torch.compiler.disable(reason=PREFILL)
+    def begin_prefill(
+        self, module: nn.Module, call: Call, arguments: dict[str, Any], before: Prompt | None
+    ) -> dict[str, Any]:
+        generation = None if state.brings_pixels(call.inputs) else self.generation()
+        forward, arguments = first_stage.begin(self.target, module, call, generation, arguments, before)
+        call.forward = forward.prompt.forward = forward
+        return arguments
+
+    def go_on(self, module: nn.Module, prompt: Prompt, cache: Cache, arguments: dict[str, Any]) -> dict[str, Any]:
+        """More tokens after a compressed prompt."""
+        roles = self.target.language_model_arguments
+        batch, new = roles.get("embeds", arguments).shape[:2]
         caches.check(prompt, cache, batch)
         past = cache.get_seq_length()
-        tail = caches.tail(prompt, cache, kwargs.get("attention_mask"), past, new)
-        if prompt.early is not None:
-            kwargs["attention_mask"] = prompt.early.columns(past, new, tail).long()
-            kwargs["position_ids"] = prompt.early.positions(past, new, tail)
-            if kwargs.get("cache_position") is not None:
-                kwargs["cache_position"] = torch.arange(new, device=kwargs["cache_position"].device) + past
-        return Run(prompt, tail=tail)
+        tail = caches.tail(prompt, cache, roles.get("mask", arguments), past, new)
+        prompt.forward = Forward(module, prompt, tail=tail)
+        if prompt.early is None:
+            return arguments
+        position = roles.get("cache_position", arguments)
+        if new > 1 and not torch.compiler.is_compiling():
+            caches.check_position(prompt, past, position)
+        replaced = {
+            "mask": prompt.early.columns(past, new, tail).long(),
+            "positions": prompt.early.positions(past, new, tail),
+        }
+        if position is not None:
+            replaced["cache_position"] = torch.arange(new, device=position.device) + past
+        return roles.replace(arguments, **replaced)
+
+    def before_first_layer(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        """The cache that the layers write to is known here, also where the language model has made it itself."""
+        if not self.installed:
+            return
+        roles = self.target.layer_arguments[0]
+        arguments = roles.bind(args, kwargs)
+        cache = roles.cache(arguments)
+        prompt = caches.prompt_of(cache)
+        if cache is not None and (prompt is None or prompt.forward is None):
+            self.mark(cache, roles.get("hidden", arguments))
+
+    @torch.compiler.disable(reason="marks a cache that is new to this model")
+    def mark(self, cache: Cache, x: Tensor) -> None:
+        """Leaves what is known of its tokens on a cache."""
+        forward, prompt = self.forward(), caches.prompt_of(cache)
+        if forward is not None:
+            forward.cache = cache
+            caches.remember(cache, forward.prompt)
+        elif prompt is None:
+            past = int(cache.get_seq_length())
+            if past > 0:
+                raise ValueError(
+                    f"the cache holds {past} tokens that this patched model did not put there: it was filled before "
+                    "patching, by another model, or made from another cache. Tokens may be missing in it, so apet "
+                    "cannot go on from it; start without a cache"
+                )
+            caches.remember(cache, Prompt(len(x)))
+
+    def forward(self) -> Forward | None:
+        """The prefill with visuals that runs in this thread."""
+        call = state.current(self, "core")
+        return call and call.forward
+
+    @torch.compiler.disable(reason=PREFILL)
+    def forward_without_cache(self) -> Forward | None:
+        return self.forward()
 
     def before_layer(self, index: int, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
-        run = self.run
-        if run is None:
+        """Of the layers from `llm_layer` on."""
+        if not self.installed:
             return None
-        if index == self.options.llm_layer:
-            x = prefill.enter(self, run, args[0] if args else kwargs["hidden_states"], kwargs)
-            args, kwargs = (x, *args[1:]), {k: v for k, v in kwargs.items() if k != "hidden_states"}
-        if run.late is not None:
-            return args, prefill.arguments(self, run.late, index, kwargs)
-        if run.prompt.early is not None:  # position_ids with gaps would be read as packed sequences
-            return args, kwargs | {"position_ids": None}
-        return args, kwargs
+        roles = self.target.layer_arguments[index]
+        arguments = roles.bind(args, kwargs)
+        cache = roles.cache(arguments)
+        prompt = caches.prompt_of(cache)
+        if prompt is not None:
+            forward = prompt.forward
+        else:
+            forward = self.forward_without_cache()
+        if forward is None:
+            return None
+        if index == self.target.options.llm_layer:
+            arguments = second_stage.enter(self.target, forward, cache, arguments)
+        if forward.late is None:
+            return None
+        return (), second_stage.arguments(self.target, forward, index, arguments)
 
     def after_language_model(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
-        run, self.run = self.run, None
-        cache = getattr(output, "past_key_values", None)
-        if run is None or run.tokens is None or cache is None:
+        roles = self.target.language_model_arguments
+        prompt = caches.prompt_of(roles.cache(roles.bind(args, kwargs)))
+        if prompt is not None and prompt.forward is not None and prompt.forward.tokens is None:  # a step, no prefill
+            prompt.forward = None
+        elif self.installed and (not torch.compiler.is_compiling() or prompt is None or prompt.forward is not None):
+            self.end_prefill(output is not None)
+
+    @torch.compiler.disable(reason=PREFILL)
+    def end_prefill(self, succeeded: bool) -> None:
+        """Checks what a prefill has left, and leaves what later steps need on its cache."""
+        forward = self.forward()
+        if forward is None:
             return
-        if run.prompt.early is not None or run.prompt.late is not None:
-            caches.remember(cache, run.prompt)
+        forward.prompt.forward = None
+        if not succeeded:
+            return
+        if forward.cache is not None:
+            if forward.prompt.compressed:
+                check_lengths(self.target, forward)
+            caches.remember(forward.cache, forward.prompt)
+        if forward.tokens is not None:
+            self.latest = self.threads.trace = forward.trace
+            if forward.labels is not None:
+                shorten_labels(forward.labels, forward.trace)
 
 
-def _names(module: nn.Module) -> list[str]:
-    return list(inspect.signature(module.forward).parameters)
+def generating(engine: Engine, given: Mapping[str, Any]) -> Call:
+    """A call of generate() with these arguments."""
+    prompts = next((p for p in map(given.get, ("inputs", "input_ids", "inputs_embeds")) if p is not None), ())
+    return Call(weakref.ref(engine), "generate", given, rows=len(prompts))
+
+
+def check_lengths(target: Target, forward: Forward) -> None:
+    """Raises ValueError where a layer's cache does not hold what its layer was given."""
+    prompt, cache = forward.prompt, forward.cache
+    before = prompt.tokens - prompt.dropped
+    after = forward.late.mask.shape[1] if forward.late is not None else before
+    border = len(cache.layers) if target.options.llm_layer is None else target.options.llm_layer
+    for i, layer in enumerate(cache.layers):
+        if not hasattr(layer, "get_seq_length"):  # recurrent: holds no tokens
+            continue
+        held, expected = int(cache.get_seq_length(i)), before if i < border else after
+        if held != expected:
+            raise ValueError(
+                f"layer {i} of the cache ({type(layer).__name__}) holds {held} tokens after a prefill of {expected}: "
+                f"apet does not know how this model fills its cache ({versions()})"
+            )
+
+
+def shorten_labels(labels: Tensor, trace: Trace) -> None:
+    """Labels [B, L], in place -> [B, L2], of the tokens that are left after all stages; -100 in padding."""
+    if trace.origin is None or trace.remaining is None:
+        return
+    given, device = labels.flatten(), labels.device
+    scored = (given != -100) & ~trace.remaining.to(device)
+    dropped = scored.nonzero().flatten().tolist()
+    if dropped:
+        row, column = divmod(dropped[0], labels.shape[1])
+        raise ValueError(
+            f"labels score the token in row {row}, column {column}, which was dropped: labels of visual tokens must be "
+            "-100"
+        )
+    shorter = given[trace.origin.to(device)].masked_fill(~trace.valid.to(device), -100)
+    labels.set_(shorter)

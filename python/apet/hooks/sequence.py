@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import inspect
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import create_mask
-from transformers import masking_utils
-
-# transformers 5 takes the layer whose cache the mask is for; 4.57 asks the cache about its first layer.
-MASKS_TAKE_LAYER = "layer_idx" in inspect.signature(masking_utils.create_causal_mask).parameters
 
 
 @dataclass
@@ -32,10 +27,12 @@ class Packing:
 
     def rows(self, x: Tensor) -> Tensor:
         """x [B, L, D] -> [B, L2, D]."""
+        x = x.to(self.index.device)
         return x.gather(1, self.index[..., None].expand(-1, -1, x.shape[-1]))
 
     def along(self, x: Tensor, dim: int) -> Tensor:
-        """x [..., B or 1, L, ...] with L at `dim` -> the same with L2, by source."""
+        """x [..., B or 1, L, ...] with L at `dim` -> the same with L2, by source; on the device of the packing."""
+        x = x.to(self.source.device)  # with a model on several devices, what all layers share stays on the first
         dim %= x.dim()
         shape = [*x.shape]
         shape[dim - 1] = self.source.shape[0]
@@ -54,16 +51,16 @@ class Packing:
         return self.index + starts
 
 
-def pack(keep: Tensor, source: Tensor, left: bool) -> Packing:
+def pack(keep: Tensor, source: Tensor, pad_left: bool) -> Packing:
     """Moves the tokens of `keep` [B, L] bool to one side of each row, in order. source [B, L]: see `Packing`."""
     counts = keep.sum(1, keepdim=True)  # [B, 1]
     longest = int(counts.max())
-    order = torch.argsort(keep.to(torch.uint8), dim=1, stable=True, descending=not left)  # [B, L]
+    order = torch.argsort(keep.to(torch.uint8), dim=1, stable=True, descending=not pad_left)  # [B, L]
     columns = torch.arange(longest, device=keep.device)
-    index = order[:, -longest:] if left else order[:, :longest]
-    valid = columns >= longest - counts if left else columns < counts
-    index = torch.where(valid, index, index[:, -1:] if left else index[:, :1])
-    moved = keep.cumsum(1) - 1 + (longest - counts if left else 0)
+    index = order[:, -longest:] if pad_left else order[:, :longest]
+    valid = columns >= longest - counts if pad_left else columns < counts
+    index = torch.where(valid, index, index[:, -1:] if pad_left else index[:, :1])
+    moved = keep.cumsum(1) - 1 + (longest - counts if pad_left else 0)
     return Packing(index, valid, source.gather(1, index), moved)
 
 
@@ -74,28 +71,46 @@ def one_of(mask: Any) -> Any:
     return mask["full_attention"] if "full_attention" in mask else next(iter(mask.values()))
 
 
-def padding(mask: Any, batch: int, length: int, device: torch.device, window: int | None) -> Tensor:
-    """Which of the tokens of a prompt are no padding, [batch, length] bool, from any mask that a model may be given.
+def padding(
+    mask: Any, batch: int, length: int, device: torch.device, window: int | None, *, slides: bool, past: int = 0
+) -> Tensor:
+    """Which tokens of a prompt are no padding, [batch, past + length] bool, from any mask that a model may be given.
 
-    mask: None, 2-D [B, length], 4-D [B, 1, length, columns] bool or additive, a flex_attention BlockMask, or a dict of
-    such by the layers' type; window: how far layers see if all of them slide. Raises ValueError where a mask is more
-    than causal with padding.
+    mask: None, 2-D [B, past + length], 4-D [B, 1, length, columns] bool or additive, a flex_attention BlockMask, or a
+    dict of such by the type of the layers; window: of layers that slide, which are all of them if `slides`; past: what
+    the cache holds. Raises ValueError where a mask is more than causal with padding.
     """
-    full = isinstance(mask, dict) and "full_attention" in mask
-    mask = one_of(mask)
-    if mask is None:
-        return torch.ones(batch, length, dtype=torch.bool, device=device)
+    given = mask if isinstance(mask, dict) else {"sliding_attention" if slides else "full_attention": mask}
+    valid = None
+    for kind, one in sorted(given.items()):  # full before sliding attention
+        if one is None:
+            continue
+        if kind not in ("full_attention", "sliding_attention"):
+            raise ValueError(f"layers of type '{kind}' have a mask of their own, from which tokens cannot be dropped")
+        found = _padding(one, batch, length, device, window if kind == "sliding_attention" else None, past)
+        valid = found if valid is None else valid
+    return torch.ones(batch, past + length, dtype=torch.bool, device=device) if valid is None else valid
+
+
+def _padding(mask: Any, batch: int, length: int, device: torch.device, window: int | None, past: int) -> Tensor:
+    total = past + length
     if not isinstance(mask, Tensor):
-        mask = create_mask(mask.mask_mod, batch, None, length, length, device=device)
+        mask = create_mask(mask.mask_mod, batch, None, length, total, device=device)
+    if mask.dim() not in (2, 4) or mask.shape[-1] < total or (past and window is not None and mask.dim() == 4):
+        raise ValueError(
+            f"attention_mask of shape {tuple(mask.shape)} does not say which of {total} tokens are padding, {past} of "
+            "which the cache holds; give a 2-D mask over all of them"
+        )
     if mask.dim() == 2:
-        return mask[:, :length].to(device, torch.bool)
-    seen = mask[:, 0, :, :length].to(device)
-    seen = (seen if seen.dtype == torch.bool else seen == 0).expand(batch, -1, -1)
+        return mask[:, :total].to(device, torch.bool)
+    seen = mask[:, 0, :, :total].to(device)
+    seen = (seen if seen.dtype == torch.bool else seen == 0).expand(batch, -1, -1)  # [B, length, total]
     valid = seen.any(1)  # some query sees it, at least its own
-    causal = torch.ones(length, length, dtype=torch.bool, device=device).tril()
-    if window is not None and not full:
+    causal = torch.ones(length, total, dtype=torch.bool, device=device).tril(past)
+    if window is not None:
         causal = causal.triu(1 - window)
-    if not torch.equal(seen & valid[..., None], causal & valid[:, None] & valid[..., None]):
+    queries = valid[:, past:, None]
+    if not torch.equal(seen & queries, causal & valid[:, None] & queries):
         raise ValueError(
             f"an attention mask of shape {tuple(mask.shape)} is not causal with padding, so tokens cannot leave it"
         )
@@ -105,29 +120,3 @@ def padding(mask: Any, batch: int, length: int, device: torch.device, window: in
 def counted(valid: Tensor) -> Tensor:
     """Positions 0, 1, 2, ... over the valid tokens of each row, [B, L] int64; 0 in padding before them."""
     return (valid.cumsum(1) - 1).clamp(min=0)
-
-
-def layer_mask(config: Any, x: Tensor, mask: Tensor, cache: Any, layer: int, past: Any, sliding: bool) -> Any:
-    """The mask of one layer, built by transformers for its attention implementation from mask [B, past + L] bool.
-
-    x [B, L, D]: only its shape, dtype and device count.
-    """
-    name = "create_sliding_window_causal_mask" if sliding else "create_causal_mask"
-    create = getattr(masking_utils, name)
-    if MASKS_TAKE_LAYER:
-        return create(config=config, inputs_embeds=x, attention_mask=mask, past_key_values=cache, layer_idx=layer)
-    position = torch.arange(x.shape[1], device=x.device) + past
-    shown = _OnlyLayer(cache, layer, sliding) if cache is not None else None
-    return create(config=config, input_embeds=x, attention_mask=mask, cache_position=position, past_key_values=shown)
-
-
-class _OnlyLayer:
-    """What 4.57 asks a cache when it builds a mask, answered for one layer: it would ask about layer 0."""
-
-    def __init__(self, cache: Any, layer: int, sliding: bool):
-        self.cache, self.layer = cache, layer
-        self.is_sliding = [sliding]
-        self.is_compileable = cache.is_compileable
-
-    def get_mask_sizes(self, queries: Tensor, _: int) -> tuple[int, int]:
-        return self.cache.get_mask_sizes(queries, self.layer)

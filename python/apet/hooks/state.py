@@ -1,30 +1,32 @@
-"""What is remembered of a prompt (on its cache, for decoding) and of the forward that is running."""
+"""What is remembered of a call while it runs, and of a prompt on its cache."""
 
 from __future__ import annotations
 
+import weakref
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from transformers import Cache
 
 from .sequence import Packing
 from .units import Shorter, Tokens
 
-PREFILL = "how long a shortened prompt is depends on its data; only decoding compiles"
+PREFILL = "the length of a compressed prompt depends on its data; only decoding compiles"
 
 
 @dataclass
 class Part:
-    """What a shortened prompt became in some layers: those before `llm_layer`, or those from it on.
+    """A prompt in some of the layers: those before `llm_layer`, or those from it on."""
 
-    mask [B, length] bool, or if fixed [B, capacity] with True after the prompt: a cache of fixed size gets masks of
-    fixed size, or a compiled decode step would be compiled again and again; offset [B, 1]: what a token's position is
-    beyond its column in the cache.
-    """
-
+    # [B, length] bool; if `fixed` [B, capacity], True after the prompt: a cache of fixed size gets masks of fixed size,
+    # or a compiled decode step would be compiled again and again.
     mask: Tensor
-    offset: Tensor
+    offset: Tensor  # [B, 1]: position of a token after the prompt, less its column in the cache
     fixed: bool
 
     def columns(self, past: int | Tensor, new: int, tail: Tensor | None) -> Tensor:
@@ -44,8 +46,13 @@ class Part:
         positions = self.offset + past + torch.arange(new, device=self.offset.device)
         return positions if tail is None else positions - (~tail).cumsum(1)[:, -new:].to(positions.device)
 
+    def rows(self, index: Tensor) -> Part:
+        """The same for other rows of the batch."""
+        index = index.to(self.mask.device)
+        return Part(self.mask[index], self.offset[index.to(self.offset.device)], self.fixed)
 
-def part(cache: Any, mask: Tensor, following: Tensor, flash: bool) -> Part:
+
+def part(cache: Cache | None, mask: Tensor, following: Tensor, flash: bool) -> Part:
     """mask [B, length] bool over the prompt, which starts the cache; following [B, 1]: the position after it."""
     length = mask.shape[1]
     # Flash attention takes lengths from the width of the mask, so there it has to grow.
@@ -58,16 +65,19 @@ def part(cache: Any, mask: Tensor, following: Tensor, flash: bool) -> Part:
 
 @dataclass
 class Prompt:
-    """Stands on the cache. early, late: None for layers in which nothing was dropped; batch: its rows; tokens: its
-    length as given, padding included; dropped: by how much the early layers' is shorter; least: how much of it these
-    layers need to hold, for the rest is text."""
+    """Stands on every cache that a patched model has filled, whether or not tokens were dropped."""
 
-    early: Part | None
-    late: Part | None
-    batch: int
-    tokens: int
-    dropped: int
-    least: int | Tensor
+    batch: int  # its rows
+    tokens: int = 0  # its length as given, padding included; 0: no visual tokens
+    early: Part | None = None  # None for layers in which nothing was dropped
+    late: Part | None = None
+    dropped: int = 0  # by how much the early layers' is shorter
+    least: int | Tensor = 0  # how many columns of the early layers end with its last visual token
+    forward: Forward | None = None  # the step that is running
+
+    @property
+    def compressed(self) -> bool:
+        return self.early is not None or self.late is not None
 
 
 @dataclass
@@ -77,44 +87,102 @@ class Late:
     mask: Tensor  # [B, columns] bool
     past: int | Tensor
     rotary: tuple[Tensor, ...] | None  # None: as the earlier layers
+    positions: Tensor  # [B, L] or [.., B, L]
     x: Tensor  # [B, L, D], for its shape, dtype and device
     built: dict[bool, Any] = field(default_factory=dict)  # the layers' masks, by whether they slide
 
 
 @dataclass
-class Run:
-    """A forward of the language model. In a prefill: tokens, in [B * L]; valid [B, L] bool; whether padding is left.
-    Later: tail [B, n] bool, which tokens after the prompt are no padding, None: all."""
+class Forward:
+    """A forward of the language model that is running."""
 
+    language_model: nn.Module
     prompt: Prompt
-    tokens: Tokens | None = None
-    valid: Tensor | None = None
-    left: bool = True
-    tail: Tensor | None = None
+    tokens: Tokens | None = None  # in a prefill: the visual tokens, in [B * L]
+    valid: Tensor | None = None  # in a prefill: [B, L] bool, which tokens are no padding
+    prefix: Tensor | None = None  # in a prefill: [B, past] bool, the same for what the cache held before; None: nothing
+    pad_left: bool = True
+    tail: Tensor | None = None  # later: [B, n] bool, which tokens after the prompt are no padding; None: all
     late: Late | None = None
+    cache: Cache | None = None  # that its layers write to
+    trace: Trace | None = None
+    labels: Tensor | None = None  # what the model was given to score; shortened with the sequence
+
+
+@dataclass
+class Call:
+    """A call of a patched model that is running."""
+
+    engine: weakref.ref[Any]
+    of: str  # "generate"; or "model", with labels; or "core", with images or videos
+    inputs: Mapping[str, Any]  # the arguments, by name
+    rows: int = 0  # of "generate": of the batch that it was called with
+    core: nn.Module | None = None
+    labels: Tensor | None = None
+    forward: Forward | None = None  # of the language model, once it runs
+
+
+# The calls that run in this thread, the innermost last. Threads that call one model each have their own.
+_CALLS: ContextVar[tuple[Call, ...]] = ContextVar("apet_calls", default=())
+
+
+@contextmanager
+def running(call: Call) -> Iterator[Call]:
+    """For the length of a with block, `current` finds this call."""
+    token = _CALLS.set((*_CALLS.get(), call))
+    try:
+        yield call
+    finally:
+        _CALLS.reset(token)
+
+
+def begin(call: Call) -> None:
+    """`current` finds this call until `end`."""
+    _CALLS.set((*_CALLS.get(), call))
+
+
+def end(engine: Any, of: str) -> None:
+    """Ends the innermost call of that kind of an engine, if there is one, and what began within it."""
+    calls = _CALLS.get()
+    for i in reversed(range(len(calls))):
+        if calls[i].engine() is engine and calls[i].of == of:
+            _CALLS.set(calls[:i])
+            return
+
+
+def current(engine: Any, of: str) -> Call | None:
+    """The innermost call of that kind of an engine."""
+    return next((c for c in reversed(_CALLS.get()) if c.engine() is engine and c.of == of), None)
+
+
+def brings_pixels(inputs: Mapping[str, Any]) -> bool:
+    """Whether images or videos are given as they are, not encoded."""
+    return any(name.startswith("pixel_values") and value is not None for name, value in inputs.items())
 
 
 @dataclass
 class Trace:
-    """What the last prefill kept: see `Kept`, which it becomes when somebody asks."""
+    """What a prefill kept: see `Kept`, which it becomes when somebody asks."""
 
     visuals: list[tuple[str, int, int]]  # modality, row, number of placeholders
     flat: Tensor  # [N]: these placeholders, one image or video after another, in [B * L]
     lengths: list[int]  # of the sequence, padding included: as given, and after each stage that dropped something
     here: list[Tensor] = field(default_factory=list)  # after each such stage: which placeholders are left, [N] bool
-    origin: Tensor | None = None  # [B * L now]: where the tokens stood in [B * L]; None: there
-    left: Tensor | None = None  # [B * L] bool
+    origin: Tensor | None = None  # [B, L now]: where the tokens stood in [B * L]; None: there
+    valid: Tensor | None = None  # [B, L now] bool: False where a row repeats a token as padding
+    remaining: Tensor | None = None  # [B * L] bool
 
     def stage(self, shorter: Shorter, packing: Packing) -> None:
         """A stage dropped something."""
         away = shorter.gone.clone()  # [B * L now]
         away[shorter.slots] = True
         away[shorter.sources] = False
-        away, origin = away.to(self.flat.device), packing.origin().flatten().to(self.flat.device)
-        if self.origin is None:
-            self.left, self.origin = ~away, origin
+        away, origin = away.to(self.flat.device), packing.origin().to(self.flat.device)
+        if self.origin is None or self.remaining is None:
+            self.remaining, self.origin = ~away, origin
         else:
-            self.left = self.left.index_fill(0, self.origin[away], False)
-            self.origin = self.origin[origin]
+            self.remaining = self.remaining.index_fill(0, self.origin.flatten()[away], False)
+            self.origin = self.origin.flatten()[origin]
+        self.valid = packing.valid.to(self.flat.device)
         self.lengths.append(packing.index.shape[1])
-        self.here.append(self.left[self.flat])
+        self.here.append(self.remaining[self.flat])

@@ -9,19 +9,16 @@ Modifications:
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any
 
 from torch import nn
 
 from ..adapter import Units, equal_units
-from .llava_next import LlavaNext
+from .tiled import Tiled
 
 
-class LlavaNextVideo(LlavaNext):
+class LlavaNextVideo(Tiled):
     """A tile is a unit, and so is each frame of a video."""
-
-    projector = None
-    presets: ClassVar = {}
 
     def visuals(self, core: nn.Module, inputs: Mapping[str, Any], counts: Mapping[str, int]) -> dict[str, list[Units]]:
         found = super().visuals(core, inputs, counts) if "image" in counts else {}

@@ -8,27 +8,14 @@ Modifications:
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import ClassVar
 
-from torch import nn
-
-from ..adapter import Adapter, Units, equal_units
+from .qwen_grid import QwenGrid
 
 
-class Qwen2_5VL(Adapter):
+class Qwen2_5VL(QwenGrid):
     """An image is a unit, and so is each temporal step of a video."""
 
-    positions = "keep"
     presets: ClassVar = {
         "paper-0.2": {"keep": 0.3, "llm_layer": 14, "llm_keep": 0.333, "layout": "overwrite", "blend": 0.5}
     }
-
-    def visuals(self, core: nn.Module, inputs: Mapping[str, Any], counts: Mapping[str, int]) -> dict[str, list[Units]]:
-        grids = {m: inputs.get(f"{m}_grid_thw") for m in counts}
-        return {m: [_units(core, *map(int, thw)) for thw in grid] for m, grid in grids.items() if grid is not None}
-
-
-def _units(core: nn.Module, steps: int, height: int, width: int) -> Units:
-    """A grid of patches [steps, height, width], merged into a unit of tokens for each step."""
-    return equal_units(steps, height * width // core.visual.spatial_merge_size**2)

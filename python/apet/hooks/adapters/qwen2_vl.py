@@ -5,12 +5,8 @@ Modifications: those of Qwen2.5-VL; the paper has no budgets for it.
 
 from __future__ import annotations
 
-from typing import ClassVar
-
-from .qwen2_5_vl import Qwen2_5VL
+from .qwen_grid import QwenGrid
 
 
-class Qwen2VL(Qwen2_5VL):
+class Qwen2VL(QwenGrid):
     """An image is a unit, and so is each temporal step of a video."""
-
-    presets: ClassVar = {}

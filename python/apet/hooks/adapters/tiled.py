@@ -1,0 +1,35 @@
+"""What LLaVA-NeXT and LLaVA-NeXT-Video share: an image is cut into tiles, whose padding the model removes again."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..adapter import Adapter, Units
+
+
+class Tiled(Adapter):
+    """A tile is a unit: the base image, and every tile of the grid without its padding."""
+
+    def visuals(self, core: nn.Module, inputs: Mapping[str, Any], counts: Mapping[str, int]) -> dict[str, list[Units]]:
+        per_tile = (core.config.vision_config.image_size // core.config.vision_config.patch_size) ** 2
+        return {"image": [tokens.div(per_tile, rounding_mode="floor") for tokens in packed(core, inputs, per_tile)]}
+
+
+def tiles(core: nn.Module, inputs: Mapping[str, Any]) -> list[int]:
+    """How many tiles each image has."""
+    from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
+
+    pinpoints, size = core.config.image_grid_pinpoints, core.config.vision_config.image_size
+    return [image_size_to_num_patches(s, pinpoints, size) for s in inputs["image_sizes"]]
+
+
+def packed(core: nn.Module, inputs: Mapping[str, Any], per_tile: int) -> list[Tensor]:
+    """For every placeholder of every image the number of its token among the image's tiles, -1 for a newline: what
+    the model's own packing makes of numbered tokens."""
+    numbers = [torch.arange(n * per_tile).view(n, per_tile, 1) for n in tiles(core, inputs)]
+    rows, _ = core.pack_image_features(numbers, inputs["image_sizes"], "default", torch.full((1,), -1))
+    return [tokens.view(-1) for tokens in rows]

@@ -1,0 +1,254 @@
+"""How transformers calls things: the one place that knows its names, and checks them where they are relied on.
+
+The hooks read and replace arguments of three modules: the core model, the language model in it, and its decoder layers.
+transformers renames these arguments now and then (`past_key_values` became `cache` in 5.24). So each argument has a
+role here, with the names known so far; `Arguments` finds the name that a class uses, when a model is patched, and
+raises where a role that is needed has none. Types and shapes are checked again in each call.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+from transformers import Cache, masking_utils
+
+from .versions import TESTED
+
+NAMES: Mapping[str, tuple[str, ...]] = {
+    "embeds": ("inputs_embeds", "input_embeds"),
+    "hidden": ("hidden_states",),
+    "mask": ("attention_mask",),
+    "positions": ("position_ids",),
+    "rotary": ("position_embeddings",),
+    "cache": ("cache", "past_key_values", "past_key_value"),
+    "cache_position": ("cache_position",),
+}
+PACKED = ("cu_seq_lens_q", "cu_seqlens", "cu_seq_lens", "seq_idx")  # arguments of packed sequences
+
+
+def versions() -> str:
+    """The installed transformers, and those that the hooks were tested with: for error messages."""
+    return f"transformers {transformers.__version__} is installed; tested are {', '.join(TESTED)}"
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """The arguments of one module's forward, by role."""
+
+    owner: str  # the class, for messages
+    parameters: tuple[str, ...]  # that can be given by position, in order
+    names: Mapping[str, str]  # role -> parameter
+    forwards: bool  # takes *args and **kwargs alone, as wrappers do: then names are found in each call
+
+    @classmethod
+    def of(cls, module: nn.Module, needed: Iterable[str] = ()) -> Arguments:
+        """Looks the roles up in a module's signature. Raises ValueError where a needed one is not found."""
+        owner, signature = type(module).__name__, inspect.signature(module.forward)
+        kinds = inspect.Parameter
+        positional = (kinds.POSITIONAL_ONLY, kinds.POSITIONAL_OR_KEYWORD)
+        parameters = tuple(p.name for p in signature.parameters.values() if p.kind in positional)
+        named = {p.name: p for p in signature.parameters.values() if p.kind in (*positional, kinds.KEYWORD_ONLY)}
+        names = {role: found for role in NAMES if (found := _named(role, named))}
+        forwards = not named
+        missing = [role for role in needed if role not in names and not forwards]
+        if missing:
+            known = "; ".join(f"{role}: {' or '.join(NAMES[role])}" for role in missing)
+            raise ValueError(
+                f"{owner}.forward{signature} has no argument known for {known}. apet does not know how this class is "
+                f"called, and cannot patch it ({versions()})"
+            )
+        return cls(owner, parameters, names, forwards)
+
+    def bind(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+        """All arguments of a call by keyword."""
+        if len(args) > len(self.parameters):
+            raise ValueError(
+                f"{self.owner} is called with {len(args)} arguments by position, of which apet knows "
+                f"{len(self.parameters)} by name; pass them by keyword ({versions()})"
+            )
+        return dict(zip(self.parameters, args, strict=False)) | dict(kwargs)
+
+    def name(self, role: str, call: Mapping[str, Any]) -> str | None:
+        """The name of a role in a call: that of the signature, or of the call where the signature has no names."""
+        if role in self.names:
+            return self.names[role]
+        return next((name for name in NAMES[role] if name in call), None)
+
+    def get(self, role: str, call: Mapping[str, Any]) -> Any:
+        """The value of a role; None where the call does not give it."""
+        name = self.name(role, call)
+        return None if name is None else call.get(name)
+
+    def replace(self, call: dict[str, Any], **values: Any) -> dict[str, Any]:
+        """The call with other values of some roles. Raises ValueError for a role that this class does not have."""
+        for role, value in values.items():
+            name = self.name(role, call)
+            if name is None:
+                raise ValueError(
+                    f"{self.owner} was called without {' or '.join(NAMES[role])}, which apet has to replace after "
+                    f"tokens were dropped; it was called with {', '.join(call)} ({versions()})"
+                )
+            call = call | {name: value}
+        return call
+
+    def cache(self, call: Mapping[str, Any]) -> Cache | None:
+        """The KV cache of a call, by its name and by its type."""
+        name = self.name("cache", call)
+        value = None if name is None else call.get(name)
+        if value is None:
+            others = [n for n, v in call.items() if isinstance(v, Cache)]
+            if not others:
+                return None
+            if len(others) > 1:
+                raise ValueError(f"{self.owner} was called with caches as {', '.join(others)}: one was expected")
+            value = call[others[0]]
+        if not isinstance(value, Cache) or isinstance(value, transformers.EncoderDecoderCache):
+            raise ValueError(
+                f"{self.owner} was called with a cache of type {type(value).__name__}, which is no cache of a decoder "
+                f"that apet knows ({versions()})"
+            )
+        return value
+
+    def check_along(self, call: Mapping[str, Any], sizes: Mapping[int, str], known: Iterable[str] = ()) -> None:
+        """Raises ValueError for an argument that runs along the sequence and that nothing here shortens.
+
+        sizes: lengths that give such an argument away, each with what it is the number of; known: names that the
+        adapter shortens itself.
+        """
+        handled = {*known, *(n for role in NAMES if (n := self.name(role, call)) is not None), "input_ids"}
+        for name, value in call.items():
+            if name in PACKED and value is not None:
+                raise ValueError(f"{name} is given: packed sequences with images cannot be compressed")
+            if name in handled:
+                continue
+            for tensor in _tensors(value):
+                found = next((sizes[n] for n in tensor.shape if n in sizes and n > 1), None)
+                if found is not None:
+                    raise ValueError(
+                        f"{self.owner} was called with {name} of shape {tuple(tensor.shape)}, of which one dimension is "
+                        f"the number of {found}. apet does not know this argument, so it cannot drop tokens from it "
+                        f"({versions()})"
+                    )
+
+
+def _named(role: str, named: Mapping[str, inspect.Parameter]) -> str | None:
+    found = next((name for name in NAMES[role] if name in named), None)
+    if found is None and role == "cache":  # a new name: its type tells it
+        found = next((name for name, p in named.items() if "Cache" in str(p.annotation)), None)
+    return found
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, Mapping):
+        for one in value.values():
+            yield from _tensors(one)
+    elif isinstance(value, list | tuple):
+        for one in value:
+            yield from _tensors(one)
+
+
+# ---- the rotary embedding -------------------------------------------------------------------------------------------
+
+
+def check_rotary(language_model: nn.Module, layers: Iterable[nn.Module], llm_layer: int) -> None:
+    """The second stage gives all layers from `llm_layer` on the same new rotary embeddings."""
+    rotary = getattr(language_model, "rotary_emb", None)
+    shared = rotary is not None and all(
+        (arguments := Arguments.of(layer)).forwards or "rotary" in arguments.names for layer in layers
+    )
+    parameters = list(inspect.signature(rotary.forward).parameters) if isinstance(rotary, nn.Module) else []
+    if not shared or "layer_type" in parameters:
+        raise ValueError(
+            f"llm_layer={llm_layer} cannot be used with {type(language_model).__name__}: its layers do not share one "
+            "rotary embedding"
+        )
+    if parameters != ["x", "position_ids"]:
+        raise ValueError(
+            f"llm_layer={llm_layer} cannot be used: {type(rotary).__name__}.forward takes ({', '.join(parameters)}), "
+            f"where apet knows (x, position_ids) ({versions()})"
+        )
+
+
+# ---- attention masks ------------------------------------------------------------------------------------------------
+
+ATTENTION_TYPES = ("full_attention", "sliding_attention")
+
+
+@dataclass(frozen=True)
+class MaskBuilder:
+    """transformers' own functions that build a decoder layer's mask from a 2-D one."""
+
+    full: Callable[..., Any]
+    sliding: Callable[..., Any]
+    embeds: str  # the names of their arguments
+    cache: str
+    takes_layer: bool  # else they ask the cache about one of its layers that they choose
+    takes_cache_position: bool
+
+    @classmethod
+    def find(cls) -> MaskBuilder:
+        """Looks them up in the installed transformers. Raises ValueError where they are not as known."""
+        functions, shapes = [], []
+        for name in ("create_causal_mask", "create_sliding_window_causal_mask"):
+            function = getattr(masking_utils, name, None)
+            if function is None:
+                raise ValueError(f"transformers.masking_utils has no {name} ({versions()})")
+            parameters = inspect.signature(function).parameters
+            names = {role: next((n for n in NAMES[role] if n in parameters), None) for role in ("embeds", "cache")}
+            needed = {n for n, p in parameters.items() if p.default is p.empty and p.kind is not p.VAR_KEYWORD}
+            known = {"config", "attention_mask", *NAMES["embeds"], *NAMES["cache"], "cache_position"}
+            if None in names.values() or not {"config", "attention_mask"} <= {*parameters} or needed - known:
+                raise ValueError(f"{name}{inspect.signature(function)} is not called as apet knows it ({versions()})")
+            functions.append(function)
+            shapes.append((names["embeds"], names["cache"], "layer_idx" in parameters, "cache_position" in needed))
+        if shapes[0] != shapes[1]:
+            raise ValueError(f"create_causal_mask and create_sliding_window_causal_mask differ: {shapes} ({versions()})")
+        return cls(*functions, *shapes[0])
+
+    def build(
+        self, config: Any, x: Tensor, mask: Tensor, cache: Cache | None, layer: int, past: Any, sliding: bool
+    ) -> Any:
+        """The mask of one layer for its attention implementation, from mask [B, past + L] bool.
+
+        x [B, L, D]: its shape, dtype and device count.
+        """
+        more: dict[str, Any] = {"layer_idx": layer} if self.takes_layer else {}
+        shown: Any = cache
+        if cache is not None and not self.takes_layer:
+            shown = _OneLayer(cache, layer, sliding)
+        if self.takes_cache_position:
+            more["cache_position"] = torch.arange(x.shape[1], device=x.device) + past
+        names = {self.embeds: x, self.cache: shown}
+        return (self.sliding if sliding else self.full)(config=config, attention_mask=mask, **names, **more)
+
+
+class _OneLayer:
+    """A cache as the functions that build masks see it, where they cannot be told which layer the mask is for."""
+
+    def __init__(self, cache: Cache, layer: int, sliding: bool):
+        self.cache, self.layer = cache, layer
+        self.is_sliding = [sliding]
+        self.is_compileable = cache.is_compileable
+
+    def get_mask_sizes(self, queries: Any, _: int) -> tuple[int, int]:
+        return self.cache.get_mask_sizes(queries, self.layer)
+
+    def get_seq_length(self, _: int = 0) -> int:
+        return self.cache.get_seq_length(self.layer)
+
+
+def attention_types(config: Any) -> list[str]:
+    """The kind of attention of each decoder layer, as transformers' configurations tell it."""
+    types = getattr(config, "layer_types", None)
+    if types is None:
+        kind = "full_attention" if getattr(config, "sliding_window", None) is None else "sliding_attention"
+        types = [kind] * config.num_hidden_layers
+    return list(types)

@@ -1,0 +1,197 @@
+"""The first stage: before the projector, or where the language model begins; there the sequence gets shorter."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Cache
+
+from .config import Keep, Options
+from .locate import check_list, find
+from .sequence import Packing, counted, padding
+from .state import PREFILL, Call, Forward, Prompt, part
+from .target import Target
+from .units import Shorter, Tokens, group, shorten
+
+GONE = -math.inf  # every channel of a row that the projector did not see
+
+
+@dataclass
+class Projected:
+    """Which rows of the projector's input [tiles, N, C] it got, and how many there were."""
+
+    slots: Tensor
+    shape: tuple[int, int]
+
+
+@torch.compiler.disable(reason=PREFILL)
+def project_fewer(
+    target: Target, core: nn.Module, inputs: Mapping[str, Any], x: Tensor
+) -> tuple[Tensor, Projected] | None:
+    """The projector's input [tiles, N, C] -> [1, kept, C]; None where nothing is dropped."""
+    options = target.options
+    units = target.adapter.features(core, inputs, x)
+    check_list("keep", options.keep, len(units))
+    if sum(len(u) for u in units) != x.shape[0] * x.shape[1]:
+        raise ValueError(
+            f"the projector was called with {x.shape[0]} x {x.shape[1]} rows, but the images of the call have "
+            f"{[len(u) for u in units]}"
+        )
+    x, shape = x.flatten(0, 1), (x.shape[0], x.shape[1])  # [tiles * N, C]
+    tokens = group(units, torch.arange(len(x), device=x.device), range(len(units)))
+    shorter = shorten(x, tokens, options.keep, options)
+    if shorter is None:
+        return None
+    slots = shorter.tokens.where
+    return x.index_copy(0, shorter.slots, shorter.rows)[slots][None], Projected(slots, shape)
+
+
+def project_back(projected: Projected, y: Tensor) -> Tensor:
+    """The projector's result [1, kept, D] -> [tiles, N, D], marked where there was nothing."""
+    full = y.new_full((math.prod(projected.shape), y.shape[-1]), GONE)
+    full[projected.slots] = y[0]
+    return full.unflatten(0, projected.shape)
+
+
+@torch.compiler.disable(reason=PREFILL)
+def begin(
+    target: Target,
+    language_model: nn.Module,
+    call: Call,
+    generation: Call | None,
+    arguments: dict[str, Any],
+    before: Prompt | None,
+) -> tuple[Forward, dict[str, Any]]:
+    """A prefill with visual inputs: finds their tokens and shortens what the language model is called with.
+
+    generation: the generate() that the call belongs to, where that has encoded the images; before: what stands on the
+    cache, if that holds tokens already. Returns the forward, and the arguments.
+    """
+    roles, adapter, options = target.language_model_arguments, target.adapter, target.options
+    x = roles.get("embeds", arguments)  # [B, L, D]
+    if not isinstance(x, Tensor) or x.dim() != 3:
+        raise ValueError(f"{roles.owner} was called without embeddings [B, L, D], so apet cannot find its images")
+    batch, length = x.shape[:2]
+    cache = roles.cache(arguments)
+    past = 0 if cache is None else int(cache.get_seq_length())
+    trace, tokens = find(target, call, generation, x)
+    forward = Forward(language_model, Prompt(batch), cache=cache, trace=trace, labels=call.labels)
+    if not tokens.lengths:
+        return forward, arguments
+    if past and before is None:
+        raise ValueError(
+            f"the cache holds {past} tokens that this patched model did not put there, so images cannot follow them"
+        )
+    if before is not None and before.compressed and past:
+        raise ValueError(
+            f"images cannot follow a cache of {past} tokens that holds compressed images: give the whole conversation "
+            "without a cache"
+        )
+    positions, mask = roles.get("positions", arguments), roles.get("mask", arguments)
+    if mask is None and positions is not None:
+        check_one_sequence(positions)
+    window, slides = target.window(language_model)
+    everything = padding(mask, batch, length, x.device, window, slides=slides, past=past)  # [B, past + L]
+    prefix, valid = everything[:, :past], everything[:, past:]
+    if not valid.flatten()[tokens.where].all():
+        raise ValueError("attention_mask hides placeholders of images or videos, which cannot be compressed then")
+    forward.pad_left = bool(valid[:, -1].all())
+    forward.prompt = Prompt(batch, past + length, least=past + needed(tokens, length, forward.pad_left))
+    forward.tokens, forward.valid, forward.prefix = tokens, valid, prefix
+    if options.keep is not None:
+        find_shorter = marked if target.projector is not None else shorten
+        shorter = find_shorter(x.flatten(0, 1), tokens, options.keep, options)
+        if shorter is not None:
+            arguments = shortened(target, forward, shorter, arguments)
+    return forward, arguments
+
+
+def shortened(target: Target, forward: Forward, shorter: Shorter, arguments: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of the language model, without the tokens that left."""
+    roles, adapter = target.language_model_arguments, target.adapter
+    x, valid, prefix, prompt = roles.get("embeds", arguments), forward.valid, forward.prefix, forward.prompt
+    length, past = x.shape[1], prefix.shape[1]
+    roles.check_along(
+        arguments, {length: "tokens", sum(forward.tokens.lengths): "visual tokens"}, known=adapter.along
+    )
+    missing = [name for name in adapter.along if arguments.get(name) is None]
+    if missing:
+        raise ValueError(f"{roles.owner} was called without {', '.join(missing)}, which its adapter has to shorten")
+    packing = shorter.pack(valid, forward.pad_left)
+    everything = torch.cat([prefix, packing.valid], dim=1)  # [B, past + L2]
+    positions = roles.get("positions", arguments)
+    if adapter.positions == "renumber":
+        positions, following = counted(everything)[:, past:], everything.sum(1, keepdim=True)
+    else:
+        if positions is None:
+            positions = torch.arange(past, past + length, device=x.device)[None]
+        positions, following = kept_positions(positions, valid, packing, counted(everything)[:, past:])
+    replaced = {"embeds": shorter.placed(packing, x), "mask": everything.long(), "positions": positions}
+    if roles.get("cache_position", arguments) is not None:
+        replaced["cache_position"] = torch.arange(past, everything.shape[1], device=x.device)
+    arguments = roles.replace(arguments, **replaced)
+    adapter.follow(packing, arguments)
+    forward.trace.stage(shorter, packing)
+    forward.tokens, forward.valid = shorter.tokens.moved(packing), packing.valid
+    prompt.early = part(forward.cache, everything, following, target.flash(forward.language_model))
+    prompt.dropped = length - packing.valid.shape[1]
+    prompt.least = past + needed(forward.tokens, packing.valid.shape[1], forward.pad_left)
+    return arguments
+
+
+def check_one_sequence(positions: Tensor) -> None:
+    """Raises ValueError for positions [B, L], or [4, B, L] with those of the text first, by which transformers tells
+    packed sequences apart where there is no mask."""
+    if positions.dim() == 3 and len(positions) != 4:  # M-RoPE alone tells nothing apart
+        return
+    text = positions[0] if positions.dim() == 3 else positions
+    if (text.diff(dim=-1) < 0).any():
+        raise ValueError("position_ids start again within a row: packed sequences with images cannot be compressed")
+
+
+def needed(tokens: Tokens, length: int, pad_left: bool) -> int | Tensor:
+    """How many columns of a prompt [B, length] end with its last visual token; all, if padding follows the text."""
+    return (tokens.where % length).max() + 1 if pad_left else length
+
+
+def kept_positions(positions: Tensor, valid: Tensor, packing: Packing, text: Tensor) -> tuple[Tensor, Tensor]:
+    """Positions [.., B or 1, L] as given -> those of the tokens that stay, and the one that comes next [B, 1].
+
+    M-RoPE's are returned as four rows, the first of which is text [B, L2], which counts tokens: transformers tells
+    packed sequences apart by it, and would find some where positions have gaps.
+    """
+    if positions.dim() == 3 and len(positions) not in (3, 4):
+        raise ValueError(
+            f"position_ids of shape {tuple(positions.shape)} have {len(positions)} rows: apet knows 3 (M-RoPE) and 4 "
+            "(the positions of the text before them)"
+        )
+    rotary = positions[-3:] if positions.dim() == 3 else positions[None]
+    rotary = rotary.to(valid.device)
+    following = torch.where(valid, rotary, -1).amax(dim=(0, 2))[:, None] + 1
+    rotary = packing.along(rotary, -1)  # [3 or 1, B, L2]
+    if len(rotary) == 1:
+        return rotary[0], following
+    return torch.cat([text[None].to(rotary.dtype), rotary]), following
+
+
+def marked(x: Tensor, tokens: Tokens, keep: Keep, options: Options) -> Shorter | None:
+    """`shorten` where the projector's hooks have done the work: the marked rows of x [T, D] leave."""
+    left = tokens.after(keep, options)
+    expected = sum(tokens.lengths) - sum(left)
+    if not expected:
+        return None
+    gone = torch.zeros(len(x), dtype=torch.bool, device=x.device)
+    gone[tokens.where] = (x[tokens.where] == GONE).all(-1)
+    found = int(gone.sum())
+    if found != expected:
+        raise ValueError(
+            f"{found} instead of {expected} tokens were dropped before the projector: these features were encoded "
+            "outside of this call, or by a model patched otherwise"
+        )
+    none = tokens.where[:0]
+    return Shorter(gone, none, none, x[none], tokens.without(gone, left))

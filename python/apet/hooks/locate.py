@@ -1,0 +1,103 @@
+"""The visual tokens of a call: where their placeholders are, and to which image or video each belongs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .adapter import Adapter
+from .config import Keep
+from .state import Call, Trace, brings_pixels
+from .target import Target
+from .units import Tokens, group
+
+
+def find(target: Target, call: Call, generation: Call | None, x: Tensor) -> tuple[Trace, Tokens]:
+    """The visual tokens of a call among the rows of its embeddings x [B, L, D], flattened to [B * L, D].
+
+    generation: the generate() that the call belongs to, where that has encoded the images.
+    """
+    adapter, options, core, inputs = target.adapter, target.options, call.core, call.inputs
+    batch, length = x.shape[:2]
+    flats = {m: placeholders(adapter, core, m, inputs, x) for m in sorted(adapter.brings(inputs))}
+    repeats = 1
+    if not brings_pixels(inputs):  # generate() has encoded them before this forward
+        if generation is None or not brings_pixels(generation.inputs):
+            raise ValueError("mm_encoder_outputs were encoded outside of this call; give the pixel values instead")
+        inputs, repeats = generation.inputs, batch // generation.rows
+    known = adapter.visuals(core, inputs, {m: len(flat) // repeats for m, flat in flats.items()})
+    visuals, units, numbers, before = [], [], [], 0
+    for modality, flat in flats.items():
+        columns = flat.cpu()
+        per_row = (columns // length).bincount(minlength=batch).tolist()
+        found = known.get(modality)
+        if found is None:
+            lengths = contiguous_lengths(columns[columns // length % repeats == 0])
+            found = [adapter.run(core, n) for n in lengths]
+        for row, number in by_row([len(u) for u in found], per_row, repeats, modality):
+            visuals.append((modality, row, len(found[number])))
+            units.append(found[number])
+            numbers.append(before + number)
+        before += len(found)
+    check_list("keep", options.keep, before)
+    check_list("llm_keep", options.llm_keep, before)
+    flat = torch.cat([*flats.values()])
+    return Trace(visuals, flat, [length]), group(units, flat, numbers)
+
+
+def placeholders(adapter: Adapter, core: nn.Module, modality: str, inputs: Mapping[str, Any], x: Tensor) -> Tensor:
+    """The rows of x [B, L, D], flattened, that hold the features of a modality, ascending."""
+    name = adapter.tokens[modality]
+    token = getattr(core.config, name, None)
+    if token is None:
+        raise ValueError(
+            f"{type(core.config).__name__} has no {name}, the placeholder of a modality '{modality}'; an adapter's "
+            "`tokens` says what it is called (docs/hooks.md)"
+        )
+    if inputs.get("input_ids") is not None:
+        there = inputs["input_ids"] == token
+    else:  # the model looks for the placeholder's embedding, too
+        given = inputs["inputs_embeds"]
+        there = (given == core.get_input_embeddings()(torch.tensor(token, device=given.device))).all(-1)
+    if there.shape != x.shape[:2]:
+        raise ValueError(
+            f"the core model was called with {tuple(there.shape)} tokens, but calls its language model with "
+            f"{tuple(x.shape[:2])}: apet does not know where its images are then"
+        )
+    return there.flatten().nonzero().view(-1).to(x.device)
+
+
+def contiguous_lengths(flat: Tensor) -> list[int]:
+    """The lengths of the contiguous runs among ascending positions [N]."""
+    return (flat.diff(prepend=flat[:1] - 2) != 1).cumsum(0).bincount()[1:].tolist()
+
+
+def by_row(sizes: list[int], per_row: list[int], repeats: int, modality: str) -> list[tuple[int, int]]:
+    """Which image or video (of these sizes, in order) stands in which row: pairs (row, number), row after row.
+
+    per_row: the placeholders of each row. `repeats` rows in succession are copies of one prompt (beams).
+    """
+    placed, number = [], 0
+    for row in range(0, len(per_row), repeats):
+        first, missing = number, per_row[row]
+        while missing > 0 and number < len(sizes):
+            missing -= sizes[number]
+            number += 1
+        if missing:
+            raise ValueError(
+                f"row {row} has {per_row[row]} placeholders of modality '{modality}', but its share of "
+                f"{len(sizes)} has sizes {sizes[first:number]}"
+            )
+        placed += [(row + copy, n) for copy in range(repeats) for n in range(first, number)]
+    if number != len(sizes):
+        raise ValueError(f"{len(sizes)} of modality '{modality}' are given, but there are placeholders for {number}")
+    return placed
+
+
+def check_list(name: str, keep: Keep | None, visuals: int) -> None:
+    """Raises ValueError for a list of budgets that does not fit the call."""
+    if isinstance(keep, tuple) and len(keep) != visuals:
+        raise ValueError(f"{name} has {len(keep)} entries, but the call has {visuals} images and videos")
