@@ -6,6 +6,7 @@ model in it `reader`.
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from transformers import GenerationMixin, LlamaConfig, LlamaModel, PretrainedCon
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
 PATCHES = 25
+CACHE = "cache" if "cache" in inspect.signature(LlamaModel.forward).parameters else "past_key_values"
 
 
 class PostcardConfig(PretrainedConfig):
@@ -68,7 +70,6 @@ class PostcardForGeneration(PreTrainedModel, GenerationMixin):
         pixel_values: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
-        past_key_values: Any = None,
         use_cache: bool | None = None,
         cache_position: Tensor | None = None,
         **kwargs: Any,
@@ -76,8 +77,9 @@ class PostcardForGeneration(PreTrainedModel, GenerationMixin):
         given = {"attention_mask": attention_mask, "position_ids": position_ids, "use_cache": use_cache}
         if cache_position is not None:  # transformers 4
             given["cache_position"] = cache_position
-        out = self.album(input_ids=input_ids, pixel_values=pixel_values, past_key_values=past_key_values, **given)
-        return CausalLMOutputWithPast(logits=self.lm_head(out.last_hidden_state), past_key_values=out.past_key_values)
+        given[CACHE] = kwargs.get(CACHE)
+        out = self.album(input_ids=input_ids, pixel_values=pixel_values, **given)
+        return CausalLMOutputWithPast(logits=self.lm_head(out.last_hidden_state), **{CACHE: getattr(out, CACHE)})
 
     def prepare_inputs_for_generation(self, input_ids: Tensor, **kwargs: Any) -> dict[str, Any]:
         inputs = super().prepare_inputs_for_generation(input_ids, **kwargs)

@@ -268,8 +268,20 @@ class Engine:
         if (several or not torch.compiler.is_compiling()) and (call := self.prefilling(module)) is not None:
             return (), self.begin_prefill(module, call, arguments, prompt)
         if prompt is None or not prompt.compressed:
+            if not torch.compiler.is_compiling():
+                self.check_no_prompt(roles.owner, cache)
             return None
         return (), self.go_on(module, prompt, cache, arguments)
+
+    def check_no_prompt(self, owner: str, cache: Cache | None) -> None:
+        """Raises ValueError for a step of generate() that comes without the cache of its compressed prompt."""
+        generation = state.current(self, "generate")
+        if generation is not None and generation.compressed:
+            what = "no cache" if cache is None else f"a {type(cache).__name__} that this prompt did not fill"
+            raise ValueError(
+                f"{owner} was called with {what} in a step of generate(), whose prompt was compressed: apet does not "
+                f"know how this model hands its cache on ({versions()})"
+            )
 
     @torch.compiler.disable(reason=PREFILL)
     def prefilling(self, module: nn.Module) -> Call | None:
@@ -386,6 +398,9 @@ class Engine:
         forward.prompt.forward = None
         if not succeeded:
             return
+        generation = state.current(self, "generate")
+        if generation is not None and forward.prompt.compressed:
+            generation.compressed = True
         if forward.cache is not None:
             if forward.prompt.compressed:
                 check_lengths(self.target, forward)

@@ -117,6 +117,7 @@ class Call:
     of: str  # "generate"; or "model", with labels; or "core", with images or videos
     inputs: Mapping[str, Any]  # the arguments, by name
     rows: int = 0  # of "generate": of the batch that it was called with
+    compressed: bool = False  # of "generate": whether its prefill has dropped tokens
     core: nn.Module | None = None
     labels: Tensor | None = None
     forward: Forward | None = None  # of the language model, once it runs
