@@ -10,7 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
-from families import END, IMAGE, PAD, PATCH, SIDE, START, TILE, V5, VIDEO, Family
+import transformers
+from families import END, IMAGE, PAD, PATCH, SIDE, START, TILE, VIDEO, Family, takes
 from postcard import PATCHES
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -122,7 +123,7 @@ def collate(
         ids[b, where] = torch.tensor(row.ids)
         mask[b, where] = 1
     inputs = {"input_ids": ids, "attention_mask": mask}
-    if family.ragged and V5:
+    if family.ragged and takes(getattr(transformers, family.model), "mm_token_type_ids"):
         inputs["mm_token_type_ids"] = (ids == IMAGE).int() + 2 * (ids == VIDEO).int()
     for kind in ("image", "video"):
         found = [one for row in rows for one in row.visuals if one.kind == kind]
@@ -148,7 +149,7 @@ def _pixels(family: Family, kind: str, found: list[Visual], dtype: torch.dtype) 
         most = max(len(one) for one in pixels)
         padded = [torch.cat([one, one.new_zeros(most - len(one), *one.shape[1:])]) for one in pixels]
         return {name: torch.stack(padded), "image_sizes": torch.tensor([one.size for one in found])}
-    if family.name == "video_llava" and not V5:
+    if family.name == "video_llava" and takes(transformers.VideoLlavaForConditionalGeneration, "pixel_values_images"):
         name = "pixel_values_images"
     return {name: torch.cat(pixels)}
 

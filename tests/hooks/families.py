@@ -7,22 +7,22 @@ rounding does; `test_families.py` measures that.
 from __future__ import annotations
 
 import functools
+import inspect
 from dataclasses import dataclass
 
 import torch
 import transformers
+from apet.hooks import tiny
+from apet.hooks.tiny import END, EOS, IMAGE, LAYERS, PAD, PATCH, PINPOINTS, SIDE, START, TILE, VIDEO, VOCABULARY
 from torch import nn
 from transformers import PreTrainedModel
 
-V5 = int(transformers.__version__.split(".")[0]) >= 5
-PAD, EOS, START, END, VIDEO, IMAGE = 0, 2, 123, 124, 125, 126  # token ids; text uses 3..119
+__all__ = ["END", "EOS", "IMAGE", "LAYERS", "PAD", "PATCH", "PINPOINTS", "SIDE", "START", "TILE", "VIDEO", "VOCABULARY"]
+
+# What differs between versions of transformers is looked up where it is said, not decided by a version's number.
+TAKES_CACHE_POSITION = "cache_position" in inspect.signature(transformers.LlamaModel.forward).parameters
+CROPS_TO_LENGTH = "max_length" in inspect.signature(transformers.DynamicCache().crop).parameters
 UNSAID = [EOS, START, END, VIDEO, IMAGE]  # what tiny models are kept from generating
-VOCABULARY = 128
-LAYERS = 4
-SIDE = 48  # pixels a side of a LLaVA-style image or tile
-PATCH = 8
-TILE = (SIDE // PATCH) ** 2  # 36 tokens
-PINPOINTS = [[SIDE, 2 * SIDE], [2 * SIDE, SIDE], [2 * SIDE, 2 * SIDE]]
 
 
 @dataclass(frozen=True)
@@ -89,96 +89,28 @@ def family_of(model: PreTrainedModel) -> Family:
     return (FAMILIES | OTHERS)[model.config.model_type]
 
 
-def reads_positions_as_packed(family: Family) -> bool:
-    """Qwen3-VL of transformers 4 takes the temporal M-RoPE row for text positions: without a mask, images are torn from
-    their text, patched or not."""
-    return family.name == "qwen3_vl" and not V5
-
-
-def _text(**more: object) -> dict:
-    return {
-        "vocab_size": VOCABULARY,
-        "hidden_size": 64,
-        "intermediate_size": 96,
-        "num_hidden_layers": LAYERS,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 1024,
-        "rope_theta": 10000.0,
-        "pad_token_id": PAD,
-        "bos_token_id": 1,
-        "eos_token_id": EOS,
-        "tie_word_embeddings": False,
-        **more,
-    }
-
-
-def _vision(**more: object) -> dict:
-    size = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 2}
-    return {**size, "image_size": SIDE, "patch_size": PATCH, **more}
-
-
-def _llava(name: str, text: str = "llama", vision: str = "clip_vision_model", **more: object) -> dict:
-    ids = {"image_token_index": IMAGE, "image_token_id": IMAGE}
-    if FAMILIES[name].video:
-        ids |= {"video_token_index": VIDEO, "video_token_id": VIDEO}
-    tower = _vision(model_type=vision)
-    if vision == "clip_vision_model":
-        tower["projection_dim"] = 32
-    return {"vision_config": tower, "text_config": _text(model_type=text), "tie_word_embeddings": False, **ids, **more}
-
-
-def _qwen(name: str) -> dict:
-    vision = {"depth": 2, "num_heads": 2, "patch_size": 4, "spatial_merge_size": 2, "temporal_patch_size": 2}
-    rope = {"type": "default", "rope_type": "default", "mrope_section": [2, 3, 3]}
-    text = {"rope_scaling": rope}
-    if name == "qwen2_vl":
-        vision |= {"embed_dim": 32, "hidden_size": 64, "mlp_ratio": 2}
-    elif name == "qwen2_5_vl":
-        vision |= {"hidden_size": 32, "intermediate_size": 48, "out_hidden_size": 64, "tokens_per_second": 2}
-        vision |= {"window_size": 16, "fullatt_block_indexes": [1]}
-    else:
-        vision |= {"depth": 3, "hidden_size": 32, "intermediate_size": 48, "out_hidden_size": 64}
-        vision |= {"num_position_embeddings": 64, "deepstack_visual_indexes": [0, 1]}
-        text = {"head_dim": 16, "rope_scaling": {**rope, "mrope_interleaved": True}}
-    ids = {"image_token_id": IMAGE, "video_token_id": VIDEO, "vision_start_token_id": START, "vision_end_token_id": END}
-    return {"vision_config": vision, "text_config": _text(**text), "tie_word_embeddings": False, **ids}
+def takes(model: nn.Module | type, argument: str) -> bool:
+    """Whether a forward has that argument."""
+    return argument in inspect.signature(model.forward).parameters
 
 
 def _other(name: str) -> dict:
     ids = {"image_token_index": IMAGE, "image_token_id": IMAGE, "tie_word_embeddings": False}
     if name == "postcard":
-        return {"text_config": _text(), **ids}
-    vision = _vision(model_type="siglip_vision_model", patch_size=4)
+        return {"text_config": tiny.text(), **ids}
+    vision = tiny.vision(model_type="siglip_vision_model", patch_size=4)
     if name == "aya_vision":  # two of its layers see the last 16 tokens only
-        text = _text(model_type="cohere2", sliding_window=16, logit_scale=1.0)
+        text = tiny.text(model_type="cohere2", sliding_window=16, logit_scale=1.0)
         text["layer_types"] = ["sliding_attention", "full_attention"] * 2
         return {"vision_config": vision, "text_config": text, **ids}
-    text = _text(model_type="gemma3_text", head_dim=16, sliding_window=16)
+    text = tiny.text(model_type="gemma3_text", head_dim=16, sliding_window=16)
     text["layer_types"] = ["sliding_attention", "full_attention"] * 2
     return {"vision_config": vision, "text_config": text, "mm_tokens_per_image": 36, **ids}
 
 
 def settings(name: str) -> dict:
     """The arguments of a tiny configuration of that family."""
-    if name in OTHERS:
-        return _other(name)
-    if FAMILIES[name].ragged:
-        return _qwen(name)
-    if name == "llava":
-        return _llava(name)
-    if name == "llava_next":
-        return _llava(name, image_grid_pinpoints=PINPOINTS)
-    if name == "video_llava":
-        return _llava(name)
-    if name == "llava_onevision":
-        more = {"image_grid_pinpoints": PINPOINTS, "vision_feature_layer": -1, "vision_aspect_ratio": "anyres_max_9"}
-        return _llava(name, "qwen2", "siglip_vision_model", vision_feature_select_strategy="full", **more)
-    if name == "llava_next_video":
-        return _llava(name, image_grid_pinpoints=PINPOINTS)
-    vision = _vision(model_type="internvl_vision", image_size=[SIDE, SIDE], patch_size=[4, 4])
-    text = _text(model_type="qwen2")
-    return {"vision_config": vision, "text_config": text, "image_token_id": IMAGE, "tie_word_embeddings": False}
+    return _other(name) if name in OTHERS else tiny.settings(name)
 
 
 def build(
@@ -195,17 +127,8 @@ def build(
         cls = getattr(transformers, (FAMILIES | OTHERS)[name].model)
     chosen = settings(name)
     chosen["text_config"]["num_hidden_layers"] = layers
-    torch.manual_seed(seed)
-    model = cls._from_config(cls.config_class(**chosen), attn_implementation=attention)
-    torch.manual_seed(seed)
-    for _, parameter in sorted(model.named_parameters()):
-        if parameter.ndim >= 2:
-            torch.nn.init.normal_(parameter, std=0.15)
-        elif parameter.ndim == 1:
-            parameter.data.add_(0.05 * torch.randn_like(parameter))
-    model.generation_config.eos_token_id = None
-    model.generation_config.pad_token_id = PAD
-    return model.to(dtype).eval()
+    model = tiny.build(cls, chosen, attention, seed)
+    return model.to(dtype)
 
 
 def hooks_of(model: PreTrainedModel, package: str) -> list[str]:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from conversations import Part, Sample, mixed, sample
+from conversations import Part, Sample, collate, mixed, sample
 from families import UNSAID, Family, twin
 from recompute import Expected, expected
 from torch import Tensor
@@ -45,6 +46,17 @@ def say(model: PreTrainedModel, inputs: dict[str, Tensor], new: int = NEW, **mor
         },
     )
     return Said(out.sequences[:, inputs["input_ids"].shape[1] :], torch.stack(out.logits, 1), out.past_key_values)
+
+
+@functools.cache
+def reads_positions_as_packed(family: Family) -> bool:
+    """Some versions take the temporal M-RoPE row for text positions: without a mask and a cache, the images of a prompt
+    are torn from its text, patched or not."""
+    inputs = collate(family, [conversation(family, 3, "image", 5)])
+    with torch.no_grad():
+        told = twin(family.name)(**inputs, use_cache=False).logits
+        bare = twin(family.name)(**{n: v for n, v in inputs.items() if n != "attention_mask"}, use_cache=False).logits
+    return not torch.allclose(told, bare, atol=TOLERANCE)
 
 
 def conversation(family: Family, *parts: Part, seed: int = 0) -> Sample:

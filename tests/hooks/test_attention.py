@@ -9,8 +9,8 @@ import apet
 import pytest
 import torch
 from conversations import collate
-from families import FAMILIES, V5, Family, build, reads_positions_as_packed, shared
-from running import BOTH, NEW, STAGES, conversation, conversations, judge, say
+from families import FAMILIES, TAKES_CACHE_POSITION, Family, build, shared
+from running import BOTH, NEW, STAGES, conversation, conversations, judge, reads_positions_as_packed, say
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers import modeling_flash_attention_utils as flash_utils
@@ -203,7 +203,7 @@ def test_flash_with_padding_that_goes(family: Family, flash: Flash, stage: str) 
     assert not any(call.packed for call in flash.calls)
 
 
-@pytest.mark.skipif(not V5, reason="transformers 4 reads past the mask there, patched or not")
+@pytest.mark.skipif(TAKES_CACHE_POSITION, reason="these versions read past the mask there, patched or not")
 def test_flash_static_cache(family: Family, flash: Flash) -> None:
     rows = conversations(family)
     model = shared(family.name)

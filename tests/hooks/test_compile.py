@@ -10,7 +10,7 @@ import pytest
 import torch
 import transformers
 from conversations import collate
-from families import FAMILIES, UNSAID, V5, build, shared, twin
+from families import FAMILIES, TAKES_CACHE_POSITION, UNSAID, build, shared, twin
 from recompute import expected
 from running import BOTH, FIRST, TOLERANCE, Said, conversation, judge
 from torch import fx
@@ -64,8 +64,8 @@ def test_own_loop(name: str, options: dict[str, Any], graphs: Graphs) -> None:
                 said = out.logits[:, -1]
                 logits.append(said)
                 tokens.append(said.index_fill(1, torch.tensor(UNSAID), -torch.inf).argmax(-1))
-                more = {} if V5 else {"cache_position": torch.tensor([len(row.ids) + i])}
-                out = step(input_ids=tokens[-1][:, None], past_key_values=cache, use_cache=True, **more)
+                at = {"cache_position": torch.tensor([len(row.ids) + i])} if TAKES_CACHE_POSITION else {}
+                out = step(input_ids=tokens[-1][:, None], past_key_values=cache, use_cache=True, **at)
                 compiled.append(graphs.count)
             judge(family, [row], Said(torch.stack(tokens, 1), torch.stack(logits, 1), None), options)
     assert compiled[0] > 0

@@ -9,7 +9,7 @@ import pytest
 import torch
 import transformers
 from conversations import Part, Sample, collate
-from families import EOS, UNSAID, V5, Family, build, core, shared, twin
+from families import CROPS_TO_LENGTH, EOS, TAKES_CACHE_POSITION, UNSAID, Family, build, core, shared, twin
 from recompute import expected
 from running import BOTH, FIRST, STAGES, TOLERANCE, Said, conversation, judge, say
 from test_generate import go_on
@@ -125,7 +125,7 @@ def test_cropped_cache(family: Family, stage: str) -> None:
     with apet.patched(model, **options):
         out = model(**collate(family, [row]), use_cache=True)
         out = go_on(model, torch.tensor([[11, 22, 33]]), out, L)
-        out.past_key_values.crop(-2 if V5 else L + 1)
+        out.past_key_values.crop(L + 1 if CROPS_TO_LENGTH else -2)
         out = go_on(model, torch.tensor([[44, 55]]), out, L + 1)
     want = expected(twin(family.name), family, row, [11, 44, 55], **options).logits
     torch.testing.assert_close(out.logits[0], want[2:], rtol=0, atol=TOLERANCE)
@@ -134,7 +134,7 @@ def test_cropped_cache(family: Family, stage: str) -> None:
 @pytest.mark.parametrize("stage", STAGES)
 def test_turns_of_a_batch(family: Family, stage: str) -> None:
     """Questions of different lengths after a kept cache, padded in the middle; then a third turn."""
-    if family.ragged and not V5 and stage == "second":
+    if family.ragged and TAKES_CACHE_POSITION and stage == "second":
         pytest.skip("the early layers' positions are the model's own, and it counts padding after images")
     model, options = shared(family.name), STAGES[stage]
     rows = [conversation(family, 3, "image", 5), conversation(family, 2, "image1", 3, "image2", 4, seed=1)]
@@ -180,7 +180,7 @@ def test_cache_cropped_into_an_image(family: Family, stage: str) -> None:
     model, row = shared(family.name), conversation(family, 3, "image", 5)
     with apet.patched(model, **STAGES[stage]):
         out = model(**collate(family, [row]), use_cache=True)
-        out.past_key_values.crop(-10 if V5 else len(row.ids) - 10)
+        out.past_key_values.crop(len(row.ids) - 10 if CROPS_TO_LENGTH else -10)
         with pytest.raises(ValueError, match="cropped"):
             go_on(model, torch.tensor([[44, 55]]), out, len(row.ids) - 10)
 
@@ -209,7 +209,8 @@ def test_assistant_that_is_patched_too(family: Family) -> None:
         try:
             said = say(model, collate(family, [row]), new=12, assistant_model=draft, eos_token_id=EOS)
         except ValueError as error:
-            assert "images cannot follow a cache" in str(error)
+            if "images cannot follow a cache" not in str(error):
+                raise
         else:
             judge(family, [row], said, BOTH)
 

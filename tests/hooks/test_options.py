@@ -12,7 +12,7 @@ import apet
 import pytest
 import torch
 from conversations import collate
-from families import V5, Family, build, shared, twin
+from families import Family, build, shared, takes, twin
 from recompute import expected
 from running import BOTH, FIRST, STAGES, TOLERANCE, conversation, conversations, judge, say
 from torch import nn
@@ -219,9 +219,9 @@ CALLS: dict[str, tuple[Callable[..., None], str]] = {
 @pytest.mark.parametrize("call", CALLS)
 def test_calls_that_are_refused(main_family: Family, call: str, stage: str) -> None:
     """In one sentence; and the next call is right."""
-    if call == "features from outside" and not V5:
-        pytest.skip("transformers 4 takes no encoded features")
     run, says = CALLS[call]
+    if call == "features from outside" and not takes(shared(main_family.name), "mm_encoder_outputs"):
+        pytest.skip("this version takes no encoded features")
     model, row = shared(main_family.name), conversation(main_family, 3, "image", 5)
     inputs = collate(main_family, [row])
     with apet.patched(model, **STAGES[stage]):

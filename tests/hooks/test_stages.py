@@ -8,9 +8,22 @@ import apet
 import pytest
 import torch
 from conversations import collate
-from families import FAMILIES, Family, reader, reads_positions_as_packed, shared, twin
+from families import FAMILIES, Family, reader, shared, twin
 from recompute import Options, expected, shorten
-from running import BOTH, FIRST, NEW, SECOND, STAGES, TOLERANCE, conversation, conversations, judge, lengths, say
+from running import (
+    BOTH,
+    FIRST,
+    NEW,
+    SECOND,
+    STAGES,
+    TOLERANCE,
+    conversation,
+    conversations,
+    judge,
+    lengths,
+    reads_positions_as_packed,
+    say,
+)
 from torch import Tensor, nn
 
 LAYOUTS: dict[str, dict[str, Any]] = {

@@ -131,8 +131,8 @@ class Arguments:
                 found = next((sizes[n] for n in tensor.shape if n in sizes and n > 1), None)
                 if found is not None:
                     raise ValueError(
-                        f"{self.owner} was called with {name} of shape {tuple(tensor.shape)}, of which one dimension is "
-                        f"the number of {found}. apet does not know this argument, so it cannot drop tokens from it "
+                        f"{self.owner} was called with {name} of shape {tuple(tensor.shape)}, one of which is the "
+                        f"number of {found}. apet does not know this argument, so it cannot drop tokens from it "
                         f"({versions()})"
                     )
 
@@ -210,7 +210,9 @@ class MaskBuilder:
             functions.append(function)
             shapes.append((names["embeds"], names["cache"], "layer_idx" in parameters, "cache_position" in needed))
         if shapes[0] != shapes[1]:
-            raise ValueError(f"create_causal_mask and create_sliding_window_causal_mask differ: {shapes} ({versions()})")
+            raise ValueError(
+                f"create_causal_mask and create_sliding_window_causal_mask differ: {shapes} ({versions()})"
+            )
         return cls(*functions, *shapes[0])
 
     def build(

@@ -369,10 +369,7 @@ class Engine:
         arguments = roles.bind(args, kwargs)
         cache = roles.cache(arguments)
         prompt = caches.prompt_of(cache)
-        if prompt is not None:
-            forward = prompt.forward
-        else:
-            forward = self.forward_without_cache()
+        forward = prompt.forward if prompt is not None else self.forward_without_cache()
         if forward is None:
             return None
         if index == self.target.options.llm_layer:

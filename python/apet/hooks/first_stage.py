@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import Cache
 
 from .config import Keep, Options
 from .locate import check_list, find
@@ -72,7 +71,7 @@ def begin(
     generation: the generate() that the call belongs to, where that has encoded the images; before: what stands on the
     cache, if that holds tokens already. Returns the forward, and the arguments.
     """
-    roles, adapter, options = target.language_model_arguments, target.adapter, target.options
+    roles, options = target.language_model_arguments, target.options
     x = roles.get("embeds", arguments)  # [B, L, D]
     if not isinstance(x, Tensor) or x.dim() != 3:
         raise ValueError(f"{roles.owner} was called without embeddings [B, L, D], so apet cannot find its images")
@@ -116,9 +115,7 @@ def shortened(target: Target, forward: Forward, shorter: Shorter, arguments: dic
     roles, adapter = target.language_model_arguments, target.adapter
     x, valid, prefix, prompt = roles.get("embeds", arguments), forward.valid, forward.prefix, forward.prompt
     length, past = x.shape[1], prefix.shape[1]
-    roles.check_along(
-        arguments, {length: "tokens", sum(forward.tokens.lengths): "visual tokens"}, known=adapter.along
-    )
+    roles.check_along(arguments, {length: "tokens", sum(forward.tokens.lengths): "visual tokens"}, known=adapter.along)
     missing = [name for name in adapter.along if arguments.get(name) is None]
     if missing:
         raise ValueError(f"{roles.owner} was called without {', '.join(missing)}, which its adapter has to shorten")

@@ -93,7 +93,7 @@ def check_rotary_values(
         ):
             return
     raise ValueError(
-        f"{type(forward.language_model).__name__} gives its layers other rotary embeddings than its rotary_emb gives for "
+        f"{type(forward.language_model).__name__} gives its layers other rotary embeddings than rotary_emb gives for "
         "positions 0, 1, 2, ...: position_ids that count otherwise cannot be used with llm_layer"
     )
 

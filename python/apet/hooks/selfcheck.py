@@ -8,6 +8,7 @@ sequence gathered for them.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import hashlib
@@ -17,7 +18,7 @@ import json
 import os
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,7 @@ from . import state, tiny
 from .calling import Arguments
 from .config import Options
 from .engine import Engine
-from .target import Target, plain
+from .target import Target
 from .versions import TESTED, TORCH, digests
 
 TOLERANCE = 1e-3  # of logits of standard deviation 1.2; rounding is 1e-5, and mistakes are 0.1 and more
@@ -49,7 +50,7 @@ def ensure(model: nn.Module, target: Target) -> None:
     name = model.config.model_type
     decoder = getattr(getattr(model.config, "text_config", None), "model_type", None)
     stage = "first" if target.options.llm_layer is None else "both"
-    classes = {type(m) for m in (model, target.core(), target.language_model(), *target.layers()[:1])}
+    classes = classes_of(target)
     files, unchanged = code(classes)
     if unchanged and as_tested(files):
         return
@@ -70,6 +71,12 @@ def ensure(model: nn.Module, target: Target) -> None:
         _write(record, {"key": key, "difference": result.difference})
 
 
+def classes_of(target: Target) -> set[type]:
+    """The classes that the hooks of a model rely on."""
+    modules = (target.model(), target.core(), target.language_model(), *target.layers())
+    return {type(module) for module in modules}
+
+
 @dataclass(frozen=True)
 class Result:
     """What the self-check of a family found."""
@@ -80,18 +87,16 @@ class Result:
     error: str | None = None  # None: passed
 
     def message(self) -> str:
-        torch_version, own = torch.__version__, _versions()["apet-kernels"]
+        stages = "first stage" if self.stage == "first" else "both stages"
         return (
             f"the hooks are not right for model_type='{self.name}' with transformers {transformers.__version__} and "
-            f"torch {torch_version} ({self.stage} stage{'s' if self.stage == 'both' else ''}): {self.error}. apet-kernels "
-            f"{own} was tested with transformers {', '.join(TESTED)} and torch {', '.join(TORCH)}; install one of these, "
-            "or patch with check=False to use it all the same"
+            f"torch {torch.__version__} ({stages}): {self.error}. This version of apet-kernels was tested with "
+            f"transformers {', '.join(TESTED)} and torch {', '.join(TORCH)}: install one of these, or patch with "
+            "check=False to use the model all the same"
         )
 
 
-def check(
-    cls: type, name: str, decoder: str | None = None, stage: str = "both", like: Target | None = None
-) -> Result:
+def check(cls: type, name: str, decoder: str | None = None, stage: str = "both", like: Target | None = None) -> Result:
     """Runs the self-check of a class of models. like: a target with the adapter and attention to use."""
     from .adapters import ADAPTERS
 
@@ -115,7 +120,9 @@ def check(
                     after = ["the prompt", *(f"{n} more tokens" for n in range(1, len(TOKENS) + 1))]
                     steps = (logits - expected).abs().amax(dim=(0, 2))
                     first = next(a for a, d in zip(after, steps.tolist(), strict=True) if not d < TOLERANCE)
-                    return Result(name, stage, difference, f"with {kind}, logits after {first} are off by {difference:.3g}")
+                    return Result(
+                        name, stage, difference, f"with {kind}, logits after {first} are off by {difference:.3g}"
+                    )
     except Exception as error:
         return Result(name, stage, worst, f"{type(error).__name__}: {error}")
     return Result(name, stage, worst)
@@ -148,10 +155,11 @@ class Observed:
         finally:
             handle.remove()
         observed = cls(seen[0])
+        caches = [(kind, make()) for kind, make in _caches(model).items() if _works(model, make(), inputs)]
         engine = Engine(target)
         engine.install()
         try:
-            for kind, cache in _caches(model):
+            for kind, cache in caches:
                 watched = [target.layers()[0]]
                 if target.options.llm_layer is not None:
                     watched.append(target.layers()[target.options.llm_layer])
@@ -201,10 +209,26 @@ def _watch(layer: nn.Module, rows: list[Tensor]) -> Any:
     return layer.register_forward_pre_hook(listen, with_kwargs=True)  # after the engine's, so: what the layer gets
 
 
-def _caches(model: nn.Module) -> Iterator[tuple[str, transformers.Cache]]:
+def _caches(model: nn.Module) -> dict[str, Callable[[], transformers.Cache]]:
     config = model.config.get_text_config()
-    yield "a cache that grows", transformers.DynamicCache(config=config)
-    yield "a cache of fixed size", transformers.StaticCache(config=config, max_cache_len=200)
+    return {
+        "a cache that grows": lambda: transformers.DynamicCache(config=config),
+        "a cache of fixed size": lambda: transformers.StaticCache(config=config, max_cache_len=200),
+    }
+
+
+def _works(model: nn.Module, cache: transformers.Cache, inputs: Mapping[str, Tensor]) -> bool:
+    """Whether the model that is not patched takes a cache of that kind. Some versions of Qwen take none of fixed size
+    outside of generate()."""
+    ids = inputs["input_ids"]
+    try:
+        _call(model, cache, **inputs)
+        _call(model, cache, input_ids=ids.new_full((len(ids), 1), TOKENS[0]), **_counts(model, ids.shape[1]))
+    except Exception:
+        if not cache.is_compileable:
+            raise
+        return False
+    return True
 
 
 def _call(model: nn.Module, cache: transformers.Cache, **inputs: Any) -> Tensor:
@@ -313,12 +337,20 @@ def code(classes: set[type]) -> tuple[dict[str, str], bool]:
         used += [f for f in vars(cls).values() if inspect.isfunction(f)]
     rotary = {c for cls in classes for c in vars(sys.modules[cls.__module__]).values() if _is_rotary(c)}
     for cls in {*classes, *rotary}:
-        used += [f for f in (vars(c).get("forward") for c in cls.__mro__ if c is not nn.Module) if inspect.isfunction(f)]
+        used += [
+            f for f in (vars(c).get("forward") for c in cls.__mro__ if c is not nn.Module) if inspect.isfunction(f)
+        ]
     places = {Path(f.__code__.co_filename) for function in used for f in _layers_of(function)}
     inside = {p for p in places if p.is_relative_to(root)}
-    library = Path(inspect.getfile(torch)).parent
-    unchanged = all(p in inside or p.is_relative_to(library) for p in places)
+    libraries = (Path(inspect.getfile(torch)).parent, Path(inspect.getfile(contextlib)).parent)  # their decorators
+    unchanged = all(p in inside or _is_of_library(p, libraries) for p in places)
     return {p.relative_to(root).as_posix(): _digest(p) for p in sorted(inside)}, unchanged
+
+
+def _is_of_library(path: Path, libraries: Iterable[Path]) -> bool:
+    """Whether a file is torch's or Python's own. Other packages lie within Python's folder, too."""
+    within = [path.relative_to(library).parts for library in libraries if path.is_relative_to(library)]
+    return any("site-packages" not in parts for parts in within)
 
 
 def _is_rotary(value: Any) -> bool:

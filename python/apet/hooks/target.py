@@ -34,7 +34,9 @@ class Target:
     masks: MaskBuilder | None  # for the second stage
 
     @classmethod
-    def find(cls, model: nn.Module, adapter: Adapter, resolve: Callable[[Adapter, nn.Module, range], Options]) -> Target:
+    def find(
+        cls, model: nn.Module, adapter: Adapter, resolve: Callable[[Adapter, nn.Module, range], Options]
+    ) -> Target:
         """Finds the parts of a model and the names of their arguments.
 
         resolve: gives the options, from the adapter, the core model and what `llm_layer` may be. Raises ValueError
@@ -45,8 +47,8 @@ class Target:
         layers = getattr(language_model, "layers", None)
         if not isinstance(layers, nn.ModuleList) or not len(layers):
             raise ValueError(
-                f"{type(language_model).__name__}, the language model of {type(model).__name__}, has no list `layers` of "
-                "decoder layers; an adapter's `language_model` says where they are (docs/hooks.md)"
+                f"{type(language_model).__name__}, the language model of {type(model).__name__}, has no list `layers` "
+                "of decoder layers; an adapter's `language_model` says where they are (docs/hooks.md)"
             )
         options = resolve(adapter, core, range(adapter.first_llm_layer(core), len(layers)))
         projector = None

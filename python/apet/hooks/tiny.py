@@ -1,4 +1,4 @@
-"""Tiny random models of the families that have an adapter, for the self-check: the classes of transformers, no weights."""
+"""Tiny random models of the families that have an adapter, for the self-check."""
 
 from __future__ import annotations
 

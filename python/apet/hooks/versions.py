@@ -7,13 +7,13 @@ import json
 from pathlib import Path
 
 # tested.json: for each version of transformers, digests of its files that the hooks rely on.
-_FILE = Path(__file__).with_name("tested.json")
+FILE = Path(__file__).with_name("tested.json")
 
 
 @functools.cache
 def digests() -> dict[str, dict[str, str]]:
     """For each tested version of transformers: file within the package -> first 16 digits of its SHA-256."""
-    return json.loads(_FILE.read_text())
+    return json.loads(FILE.read_text())
 
 
 # The oldest of each is the lower bound in pyproject.toml.

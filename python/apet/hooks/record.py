@@ -1,0 +1,47 @@
+"""python -m apet.hooks.record: adds the installed transformers to tested.json. For maintainers, after the tests passed.
+
+`make matrix` runs it for each version whose tests of the hooks have passed.
+"""
+
+from __future__ import annotations
+
+import json
+
+import transformers
+
+from . import selfcheck, tiny
+from .adapters import ADAPTERS
+from .target import Target
+from .versions import FILE, digests
+
+# Decoders that LLaVA-style checkpoints come with.
+DECODERS = ("llama", "mistral", "qwen2", "qwen3")
+
+
+def files() -> dict[str, str]:
+    """The files of transformers that the hooks rely on for the families that have an adapter, with their digests."""
+    found: dict[str, str] = {}
+    for name, adapter in sorted(ADAPTERS.items()):
+        config = transformers.AutoConfig.for_model(name)
+        cls = getattr(transformers, type(config).__name__.removesuffix("Config") + "ForConditionalGeneration")
+        takes_any = not name.startswith("qwen")
+        for decoder in DECODERS if takes_any else (None,):
+            model = tiny.build(cls, tiny.settings(name, decoder))
+            target = Target.find(model, adapter, lambda *_: selfcheck.STAGES["first"])
+            digest, unchanged = selfcheck.code(selfcheck.classes_of(target))
+            if not unchanged:
+                raise SystemExit(f"functions of {cls.__name__} are not those of transformers' files")
+            found |= digest
+    return dict(sorted(found.items()))
+
+
+def main() -> None:
+    """Writes tested.json."""
+    known = digests() | {transformers.__version__: files()}
+    ordered = sorted(known, key=lambda version: tuple(map(int, version.split("."))))
+    FILE.write_text(json.dumps({version: known[version] for version in ordered}, indent=1) + "\n")
+    print(f"{FILE.name}: {len(known[transformers.__version__])} files of transformers {transformers.__version__}")
+
+
+if __name__ == "__main__":
+    main()
