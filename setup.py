@@ -84,8 +84,8 @@ def missing_tools() -> list[str]:
 def find_torch() -> Path | None:
     """The torch package to build against, found without importing it.
 
-    pip's isolated build hides the environment that is installed into from `sys.path`, but not from `sysconfig`. Those of
-    uv and others are virtual environments, from which it cannot be told where the wheel will be installed.
+    pip's isolated build hides the environment that is installed into from `sys.path`, but not from `sysconfig`. Those
+    of uv and others are virtual environments, from which it cannot be told where the wheel will be installed.
     """
     named = re.search(r"-DTORCH_DIR=(\S+)", os.environ.get("CMAKE_ARGS", ""))
     spec = importlib.util.find_spec("torch")
