@@ -159,6 +159,28 @@ def test_library_needs_no_torch_and_no_python(library: Path):
     assert "torch" not in run("nm", "-D", "--undefined-only", library)
 
 
+# With a version: the C and C++ runtimes'. With _ITM or __gmon: weak, of the compiler's start-up files. In namespace std:
+# libstdc++'s, which some builds of torch export once more, without a version, and the linker meets first.
+OF_THE_RUNTIMES = re.compile(r"@|^_ITM_|^__gmon_|^_Z(T[VTIS])?N?K?S[tabsiod]")
+
+
+def test_symbols_of_the_runtimes_are_told_from_torchs():
+    """Those of libstdc++ as bindings built beside torch 2.10 and 2.11 take them from libtorch."""
+    of_std = [
+        "_ZNSt7__cxx1118basic_stringstreamIcSt11char_traitsIcESaIcEEC1Ev",
+        "_ZNKSt7__cxx1112basic_stringIcSt11char_traitsIcESaIcEE4sizeEv",
+        "_ZTVSt13runtime_error",
+        "_ZTTNSt7__cxx1118basic_stringstreamIcSt11char_traitsIcESaIcEEE",
+    ]
+    of_torch = [
+        "_ZN5torch6Tensor4sizeEv",
+        "_ZNK2at10TensorBase4dataEv",
+        "aoti_torch_get_dim",
+        "_ZN3c105ErrorC1ENSt7__cxx11E",
+    ]
+    assert [name for name in of_std + of_torch if not OF_THE_RUNTIMES.search(name)] == of_torch
+
+
 def used_of_torch(binding: Path) -> set[str]:
     """The symbols of torch that a binding uses; fails if one is not declared by torch's C shims."""
     include = Path(util.find_spec("torch").origin).parent / "include/torch/csrc"
@@ -167,10 +189,7 @@ def used_of_torch(binding: Path) -> set[str]:
     assert len(declared) > 100
     ours = set(re.findall(r"\b(apet_\w+)\(", HEADER.read_text()))
     symbols = [line.split()[-1] for line in run("nm", "-D", "--undefined-only", binding).splitlines()]
-    # With a version: the C and C++ runtimes'. With _ITM or __gmon: weak, of the compiler's start-up files. In namespace
-    # std: libstdc++'s, which some builds of torch export once more, without a version, and the linker meets first.
-    own = re.compile(r"_ITM_|__gmon_|_Z(T[VTIS])?N?K?S[tabsiod]")
-    others = {name for name in symbols if "@" not in name and not own.match(name)}
+    others = {name for name in symbols if not OF_THE_RUNTIMES.search(name)}
     assert others - declared - ours == set()
     return others & declared
 
