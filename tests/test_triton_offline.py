@@ -67,7 +67,7 @@ def test_faults_are_seen():
 
 
 def test_what_most_users_run():
-    """Three sizes on three GPUs, 48 kernels; `make test-full` compiles the others."""
+    """Three sizes on three GPUs, 48 kernels; `make test-slow SLOW=slow` compiles the others."""
     results = offline.compile_all(offline.SMOKE, smoke=True)
     assert {r.target for r in results} == set(offline.SMOKE)
     assert {r.kernel for r in results} == {"s1_norms", "s1_s3_step", "s4_topk", "s5_assign", "s5_mean", "s5_rows"}

@@ -1,0 +1,134 @@
+"""The matrix of versions: `make matrix` (minutes a session) and `make matrix-torch` (gigabytes a session).
+
+One session installs one version of one upstream, runs the tests that depend on it, and writes the outcome to
+docs/compatibility.json, of which docs/compatibility.md is made (tests/matrix.py). `nox --list` names the sessions, and
+`nox -s "transformers(5.8.1)"` runs one. "newest" is what the package index has on the day.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import nox
+
+ROOT = Path(__file__).parent
+FOLDER = ROOT / ".build/matrix"
+LOCK = ROOT / "requirements/lock.txt"
+
+NEWEST = "newest"
+PYTHONS = ["3.10", "3.11", "3.12", "3.13", "3.14"]
+# The last 4, the first 5, and the last patch of every second minor.
+TRANSFORMERS = [
+    *("4.57.6", "5.0.0", "5.2.0", "5.4.0", "5.6.2", "5.8.1", "5.10.4", "5.12.1", "5.14.1", "5.16.1", "5.18.0"),
+    *("5.20.2", "5.22.2", "5.24.0", NEWEST),
+]
+TRITON = ["3.5.1", "3.6.0", "3.7.1", "3.8.0", NEWEST]
+TORCH = ["2.10.0", "2.11.0", "2.12.1", "2.13.0", "2.14.1", NEWEST]
+
+HOOKS = ["tests/hooks/test_stages.py", "tests/hooks/test_generate.py"]
+OPS = ["tests/test_op.py", "tests/test_layouts.py", "tests/test_invariance.py"]
+KERNELS = [f"tests/test_triton_{part}.py" for part in ("interpreter", "invariance", "launches", "offline")]
+PROGRAMS = ["tests/test_cli.py", "tests/hooks/test_generate_cli.py", "tests/hooks/test_eval_cli.py"]
+
+nox.options.sessions = []  # by tag or name alone
+
+
+def wanted(package: str, version: str) -> str:
+    return package if version == NEWEST else f"{package}=={version}"
+
+
+def lock_without(session: nox.Session, *names: str) -> Path:
+    """The lock as constraints, less what a session chooses itself."""
+    lines = LOCK.read_text().splitlines(keepends=True)
+    path = Path(session.create_tmp(), "constraints.txt")
+    path.write_text("".join(line for line in lines if not re.match(rf"({'|'.join(names)})==", line)))
+    return path
+
+
+# ---- in front of the installed environment: no second torch ---------------------------------------------------------
+
+
+def in_front(session: nox.Session, name: str, *pip: object) -> Path:
+    """A new folder with these packages and what they need."""
+    folder = FOLDER / name
+    shutil.rmtree(folder, ignore_errors=True)
+    session.run(sys.executable, "-m", "pip", "install", "-q", "--no-warn-conflicts", "--target", folder, *map(str, pip))
+    return folder
+
+
+def record(session: nox.Session, package: str, tests: list[str], folder: Path) -> None:
+    environment = {"PYTHONPATH": str(folder)}
+    session.run(sys.executable, "-m", "tests.matrix", package, *tests, env=environment)
+
+
+@nox.session(venv_backend="none", tags=["quick"])
+@nox.parametrize("version", TRANSFORMERS, ids=TRANSFORMERS)
+def transformers(session: nox.Session, version: str) -> None:
+    """The hooks, on one version of transformers."""
+    own = ("transformers", "tokenizers", "huggingface-hub")
+    pip = ["--constraint", lock_without(session, *own), wanted("transformers", version)]
+    record(session, "transformers", HOOKS, in_front(session, f"transformers-{version}", *pip))
+
+
+@nox.session(venv_backend="none", tags=["quick"])
+@nox.parametrize("version", TRITON, ids=TRITON)
+def triton(session: nox.Session, version: str) -> None:
+    """The Triton kernels, interpreted and compiled, with one version of Triton."""
+    folder = in_front(session, f"triton-{version}", "--no-deps", wanted("triton", version))
+    record(session, "triton", KERNELS, folder)
+
+
+@nox.session(venv_backend="none", tags=["quick"])
+def lowest(session: nox.Session) -> None:
+    """The command line, with the oldest version of everything that pyproject.toml allows beside torch."""
+    command = [sys.executable, "-m", "uv", "pip", "compile", "--quiet", "--resolution", "lowest-direct"]
+    command += ["--python", sys.executable, "--extra", "demo", "--extra", "eval", "pyproject.toml"]
+    resolved = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True).stdout
+    path = Path(session.create_tmp(), "lowest.txt")
+    path.write_text("\n".join(re.findall(r"^(?!torch=|triton=|nvidia-|cuda-)\w\S+==\S+", resolved, re.M)))
+    record(session, "lowest", PROGRAMS, in_front(session, "lowest", "--no-deps", "--requirement", path))
+
+
+# ---- environments of their own, with a torch of their own ------------------------------------------------------------
+
+
+def own_environment(session: nox.Session, package: str, torch: str, tests: list[str], *constraints: str) -> None:
+    """Builds the project in a copy of the sources (an editable build leaves its libraries there), and tests that."""
+    session.install(*constraints, "--requirement", "requirements/build.in")
+    session.install(*constraints, torch)
+    source = FOLDER / f"source-{session.name}"
+    shutil.rmtree(source, ignore_errors=True)
+    for name in subprocess.check_output(["git", "-C", ROOT, "ls-files"], text=True).splitlines():
+        if (ROOT / name).is_file():
+            (source / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / name, source / name)
+    # Whatever it allows beside this torch, but no other torch.
+    freeze = session.run("python", "-m", "pip", "freeze", silent=True)
+    (pinned,) = re.findall(r"^torch==\S+", freeze, re.M)
+    session.install(*constraints, "--no-build-isolation", "--editable", f"{source}[test]", pinned)
+    session.chdir(source)
+    session.run("python", "-m", "tests.matrix", package, *tests, "--docs", str(ROOT / "docs"))
+
+
+@nox.session(python=PYTHONS, tags=["torch"])
+def python(session: nox.Session) -> None:
+    """The ops and the hooks on one version of Python, with everything as locked."""
+    own_environment(session, "python", "torch", OPS + HOOKS, "--constraint", str(LOCK))
+
+
+@nox.session(tags=["torch"])
+@nox.parametrize("version", TORCH, ids=TORCH)
+def torch(session: nox.Session, version: str) -> None:
+    """The ops, built beside one version of torch."""
+    constraints = lock_without(session, "torch", "triton", "cuda-.*", "nvidia-.*")
+    own_environment(session, "torch", wanted("torch", version), OPS, "--constraint", str(constraints))
+
+
+@nox.session(tags=["torch"])
+def newest(session: nox.Session) -> None:
+    """The ops and the hooks, with the newest version of everything."""
+    own_environment(session, "newest", "torch", OPS + HOOKS, "--upgrade")

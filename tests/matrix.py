@@ -1,0 +1,138 @@
+"""Runs the tests of one session of noxfile.py's matrix, and keeps the outcome for docs/compatibility.md.
+
+    python -m tests.matrix PACKAGE TEST... [--docs FOLDER]    in the environment of the session
+
+The outcomes are in compatibility.json of that folder, one for each package and version, and compatibility.md is made of
+them. Imports nothing of the project, which a session may have in any state.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+from importlib import metadata
+from pathlib import Path
+from typing import TypedDict
+from xml.etree import ElementTree
+
+ROOT = Path(__file__).parents[1]
+RECORDED = ("torch", "triton", "transformers", "tokenizers", "huggingface-hub", "numpy")
+# The page's parts, in order. The last two have one row each, without a version of their own.
+PARTS = {
+    "transformers": "transformers: the hooks",
+    "triton": "Triton: the kernels, interpreted, and compiled for GPUs",
+    "torch": "torch: the ops, built beside it",
+    "python": "Python: the ops and the hooks, everything as locked",
+    "newest": "The newest version of everything: the ops and the hooks",
+    "lowest": "The oldest version of everything but torch: the command line",
+}
+HEAD = """\
+# Versions that were tried
+
+`make matrix` and `make matrix-torch` make this page; [development.md](development.md#the-matrix-of-versions) says what
+they run. Each row is one run; a version without a row was not run.
+"""
+
+
+class Outcome(TypedDict):
+    package: str
+    version: str
+    passed: int
+    failed: int
+    skipped: int
+    seconds: int
+    date: str
+    commit: str
+    python: str
+    versions: dict[str, str]
+
+
+def installed(name: str) -> str:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return "-"
+
+
+def order(outcome: Outcome) -> tuple[int, list[int]]:
+    numbers = outcome["version"].partition("+")[0].split(".")
+    return list(PARTS).index(outcome["package"]), [int(part) for part in numbers if part.isdigit()]
+
+
+def counts(report: Path) -> tuple[int, int, int]:
+    """Passed, failed and skipped tests of a JUnit report; an error while collecting counts as failed."""
+    suites = ElementTree.parse(report).getroot().findall("testsuite")
+    total, failures, errors, skipped = (
+        sum(int(suite.attrib[name]) for suite in suites) for name in ("tests", "failures", "errors", "skipped")
+    )
+    return total - failures - errors - skipped, failures + errors, skipped
+
+
+def page(outcomes: list[Outcome]) -> str:
+    text = HEAD
+    for package, heading in PARTS.items():
+        rows = [outcome for outcome in outcomes if outcome["package"] == package]
+        if not rows:
+            continue
+        text += f"\n## {heading}\n\n"
+        text += "| version | passed | failed | skipped | Python | torch | Triton | transformers | run |\n"
+        text += "|---|---|---|---|---|---|---|---|---|\n"
+        for row in rows:
+            beside = [row["versions"][name] for name in ("torch", "triton", "transformers")]
+            cells = [row["version"], row["passed"], row["failed"], row["skipped"], row["python"], *beside]
+            text += f"| {' | '.join(map(str, cells))} | {row['date']}, {row['commit']} |\n"
+    return text
+
+
+def keep(outcome: Outcome, docs: Path) -> None:
+    """In place of an earlier one of the same version."""
+    file = docs / "compatibility.json"
+    outcomes: list[Outcome] = json.loads(file.read_text()) if file.exists() else []
+    same = (outcome["package"], outcome["version"])
+    outcomes = [other for other in outcomes if (other["package"], other["version"]) != same] + [outcome]
+    outcomes.sort(key=order)
+    file.write_text(json.dumps(outcomes, indent=1) + "\n")
+    (docs / "compatibility.md").write_text(page(outcomes))
+
+
+def run(package: str, tests: list[str], docs: Path) -> int:
+    """pytest's exit code. Its outcome is kept, failed tests and all, unless it ended before there was one."""
+    begun = time.monotonic()
+    with tempfile.TemporaryDirectory() as folder:
+        report = Path(folder, "report.xml")
+        command = [sys.executable, "-m", "pytest", "-q", "-n", "2", "--dist", "worksteal", f"--junitxml={report}"]
+        code = subprocess.run([*command, *tests], cwd=ROOT).returncode
+        if not report.exists():
+            return code
+        passed, failed, skipped = counts(report)
+    describe = ["git", "-C", str(docs), "describe", "--always", "--dirty", "--abbrev=10", "--exclude=*"]
+    python = platform.python_version()
+    versions = {name: installed(name) for name in RECORDED}
+    outcome = Outcome(
+        package=package,
+        version={**versions, "python": python}.get(package, "-"),
+        passed=passed,
+        failed=failed,
+        skipped=skipped,
+        seconds=round(time.monotonic() - begun),
+        date=time.strftime("%Y-%m-%d"),
+        commit=subprocess.run(describe, capture_output=True, text=True).stdout.strip(),
+        python=python,
+        versions=versions,
+    )
+    keep(outcome, docs)
+    return code
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("package", choices=PARTS)
+    parser.add_argument("tests", nargs="+")
+    parser.add_argument("--docs", type=Path, default=ROOT / "docs")
+    given = parser.parse_args()
+    sys.exit(run(given.package, given.tests, given.docs))
