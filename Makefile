@@ -73,7 +73,7 @@ test-full: $(VENV)/installed-dev sanitize  ## what is too long for every day: sa
 	$(bin)/python -m pytest -q -m "$(SLOW)"
 
 sanitize: $(VENV)/installed-test  ## the CPU library's tests under AddressSanitizer and UBSan
-	$(bin)/python tests/sanitize.py -q -n 2
+	$(bin)/python -m tests.tools.sanitize -q -n 2
 
 # It declares Python >= 3.12, and runs on 3.11; its own requirements would bring another torch.
 .build/ttsem: | $(VENV)/installed-test
@@ -81,7 +81,7 @@ sanitize: $(VENV)/installed-test  ## the CPU library's tests under AddressSaniti
 	@$(pip) --no-deps --ignore-requires-python --target $@ ttsem==0.1.0
 
 sanitize-triton: .build/ttsem  ## the Triton kernels' IR on the CPU, watched for races and accesses out of bounds
-	PYTHONPATH=$(CURDIR)/.build/ttsem $(bin)/python tests/sanitize_triton.py
+	PYTHONPATH=$(CURDIR)/.build/ttsem $(bin)/python -m tests.tools.sanitize_triton
 
 lint: $(VENV)/installed-dev  ## formatting and static checks
 	$(bin)/ruff check

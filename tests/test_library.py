@@ -18,15 +18,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from data import DTYPES, tokens
-from judge import assert_same
-from simt import build as simt_build
-from simt import call as simt_call
 from torch import Tensor
 
 import apet_kernels
-from tests import sass
 from tests.binaries import RUNTIMES, declared, declared_for, exported, needed, run, undefined, version
+from tests.data import DTYPES, tokens
+from tests.judge import assert_same
+from tests.simt import build as simt_build
+from tests.simt import call as simt_call
+from tests.tools import sass
 
 ROOT = Path(__file__).parents[1]
 CSRC = ROOT / "csrc"
@@ -547,7 +547,7 @@ def test_uses_nothing_that_allocates_waits_or_throws():
     assert needed(library) <= RUNTIMES
 
 
-def test_compiles_without_exceptions_and_rtti(tmp_path: Path):
+def test_compiles_without_exceptions_and_rtti():
     for name in sorted(listed("cpu")):
         if name.endswith(".cpp") and "isa_avx" not in name:
             options = ["-std=c++17", "-fno-exceptions", "-fno-rtti", "-fsyntax-only"]

@@ -18,8 +18,8 @@ from pathlib import Path
 
 import pytest
 
-from tests import sass
 from tests.binaries import HEADER, RUNTIMES, declared_for, exported, needed, run, version
+from tests.tools import sass
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = Path(util.find_spec("apet_kernels").origin).parent

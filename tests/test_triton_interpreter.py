@@ -4,9 +4,13 @@ import os
 
 import pytest
 import torch
-from judge import assert_same
 
-pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="kernels run on a GPU")
+from tests.judge import assert_same
+
+pytestmark = [
+    pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="kernels run on a GPU"),
+    pytest.mark.interpreter,
+]
 triton = pytest.importorskip("triton")
 import triton.language as tl  # noqa: E402
 from triton.runtime.errors import InterpreterError  # noqa: E402
