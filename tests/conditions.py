@@ -40,9 +40,7 @@ class Condition:
 
 
 CONDITIONS = {
-    "blas": Condition(
-        "sums in the order of MKL's oldest code path", {"MKL_CBWR": "COMPATIBLE", "OMP_NUM_THREADS": "1"}
-    ),
+    "blas": Condition("sums as MKL's oldest code path orders them", {"MKL_CBWR": "COMPATIBLE", "OMP_NUM_THREADS": "1"}),
     "one-thread": Condition("no second thread", {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}),
     "threads": Condition("more threads than cores", {"OMP_NUM_THREADS": "7"}),
     "order": Condition("another order", {}, ("--shuffle", "1")),

@@ -1,4 +1,4 @@
-"""Every CUDA kernel compiles without spills, and its machine code holds what docs/cuda.md claims (tests/tools/sass.py)."""
+"""Every CUDA kernel compiles without spills, and its machine code holds what docs/cuda.md claims."""
 
 from __future__ import annotations
 

@@ -318,8 +318,8 @@ def table(results: list[Compiled]) -> str:
         groups[r.kernel, "" if r.D is None else f"{8 * r.dtype.itemsize}-bit", r.target].append(r)
     dims = sorted({r.D for r in results if r.D})
     lines = [
-        f"`python -m tests.tools.offline --markdown`, Triton {triton.__version__}: {len(results)} kernels compiled, for D = "
-        f"{', '.join(map(str, dims))}.",
+        f"`python -m tests.tools.offline --markdown`, Triton {triton.__version__}: {len(results)} kernels compiled, "
+        f"for D = {', '.join(map(str, dims))}.",
         "Each cell: registers of a thread, KB of shared memory of a program, and how many of its warps a",
         "multiprocessor (of its waves a compute unit) can hold at once; each the worst over D, dtype and M.",
         "",

@@ -246,7 +246,8 @@ def table(kernels: list[Kernel]) -> str:
     targets = [name for name in TARGETS if any(k.target == name for k in kernels)]
     wrong = len(list(faults(kernels)))
     lines = [
-        f"`python -m tests.tools.sass --markdown`, nvcc {compiler()}: {len(kernels)} kernels compiled, {wrong} faults. In",
+        f"`python -m tests.tools.sass --markdown`, nvcc {compiler()}: {len(kernels)} kernels compiled, {wrong} "
+        "faults. In",
         "the cells: registers a thread. Nothing spills or lies in local memory. A dot: no clusters there, and no body.",
         "",
         "| kernel | tokens | threads | " + " | ".join(targets) + " |",
