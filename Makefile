@@ -94,7 +94,7 @@ test-cuda: $(VENV)/installed-test  ## the CUDA sources, run on the CPU: all of e
 	$(pytest) -m "not gpu" --interpret 0 -k simt
 
 sanitize: $(VENV)/installed-test  ## the CPU library's tests under AddressSanitizer and UBSan
-	$(bin)/python tests/sanitize.py -q -n $(WORKERS)
+	$(bin)/python -m tests.tools.sanitize -q -n $(WORKERS)
 
 # It declares Python >= 3.12, and runs on 3.11; its own requirements would bring another torch.
 .build/ttsem: | $(VENV)/installed-test
@@ -102,7 +102,7 @@ sanitize: $(VENV)/installed-test  ## the CPU library's tests under AddressSaniti
 	@$(bin)/python $(pip) --no-deps --ignore-requires-python --target $@ ttsem==0.1.0
 
 sanitize-triton: .build/ttsem  ## the Triton kernels' IR on the CPU, watched for races and accesses out of bounds
-	PYTHONPATH=$(CURDIR)/.build/ttsem $(bin)/python tests/sanitize_triton.py
+	PYTHONPATH=$(CURDIR)/.build/ttsem $(bin)/python -m tests.tools.sanitize_triton
 
 lint: $(VENV)/installed-dev  ## formatting and static checks
 	$(bin)/ruff check

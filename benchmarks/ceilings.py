@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.cases import Case
+from benchmarks.machine import last_level_cache
 
 
 def flops(case: Case) -> int:
@@ -99,6 +100,7 @@ def measure() -> dict[str, float]:
         "read GB/s": read_gbytes(),
         "cached GB/s": read_gbytes(2**22),
         "call us": call_us(),
+        "cache MiB": last_level_cache() / 2**20,  # results are read on other machines
     }
 
 

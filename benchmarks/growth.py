@@ -33,7 +33,6 @@ from benchmarks import baselines, ceilings
 from benchmarks.cases import Case, tokens
 from benchmarks.compare import Comparison, Row, ring
 from benchmarks.cpu import checked
-from benchmarks.machine import last_level_cache
 from benchmarks.memory import measured_growth, output_bytes, workspace_bound
 from benchmarks.sheet import Sheet
 from benchmarks.suite import Results, Suite
@@ -125,7 +124,7 @@ def predicted_ms(case: Case, rates: dict[str, float]) -> float:
     """The cost model above."""
     one, small = case.N * case.D * case.itemsize, (4 * case.basis + 32) * case.N
     passed = 3 * one + case.keep * case.D * case.itemsize + small
-    again = "cached GB/s" if one <= last_level_cache() / 2 else "read GB/s"
+    again = "cached GB/s" if one <= rates["cache MiB"] * 2**20 / 2 else "read GB/s"
     rate = rates[f"{case.dtype_name} GFLOP/s"]
     moved = case.B * (one / rates["read GB/s"] + passed / rates[again])
     product = _product(case) + 2 * case.B * case.basis * case.N * case.D

@@ -1,26 +1,63 @@
-"""`backend`: one test body, every backend that this machine can run, the CPU kernel once per instruction set."""
+"""`backend`: one test body, every backend that this machine can run, the CPU kernel once per instruction set.
+
+Also the order of the tests, slowest first, or drawn by `--shuffle SEED`. `python -m tests.conditions` runs them under
+what must not matter.
+"""
 
 from __future__ import annotations
 
 import functools
 import importlib.util
 import os
+import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from types import SimpleNamespace
 
 import hypothesis
 import pytest
 import torch
 import torch.utils._pytree as pytree
-from simt import build as simt_build
-from simt import call as simt_call
 
 import apet_kernels
 from apet_kernels import reference
+from tests.simt import build as simt_build
+from tests.simt import call as simt_call
 
+# None, or why Triton's interpreter cannot be relied on here: tests that need it are skipped, for this reason.
+NO_INTERPRETER: str | None = None
 if importlib.util.find_spec("triton") and not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when triton is first imported
-    importlib.import_module("triton_interpreter").install()
+    try:
+        importlib.import_module("tests.tools.triton_interpreter").install()
+    except ImportError as error:
+        NO_INTERPRETER = str(error)
+
+# The name of an instruction set: the tests run as if this processor had neither it nor those after it. It is the
+# environment that says so, since `backend_ids` is asked before pytest knows its options. Not for child processes.
+WITHOUT = "APET_TESTS_WITHOUT"
+ISAS = ("avx2", "avx512", "avx512_bf16")
+
+
+def without(isa: str) -> None:
+    """Hides an instruction set and the later ones, which need it, from all that asks apet_kernels."""
+    if isa not in ISAS:
+        raise pytest.UsageError(f"{WITHOUT}={isa} is none of {', '.join(ISAS)}")
+    host = apet_kernels.api._host
+    if host is None:
+        return
+    left = [name for name in host.cpu_isa() if name not in ISAS[ISAS.index(isa) :]]
+
+    def use(name: str | None) -> None:
+        host.use_cpu_isa("unknown to this processor" if name in ISAS and name not in left else name or left[-1])
+
+    others = {name: getattr(host, name) for name in dir(host) if not name.startswith("__")}
+    apet_kernels.api._host = SimpleNamespace(**others | {"cpu_isa": lambda: list(left), "use_cpu_isa": use})
+    use(None)
+
+
+if os.environ.get(WITHOUT):
+    without(os.environ[WITHOUT])
 
 hypothesis.settings.register_profile("apet", deadline=None, derandomize=True, database=None, max_examples=40)
 hypothesis.settings.load_profile("apet")
@@ -70,9 +107,55 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         metavar="N",
         help="how many points of each test's parameter grid run on kernels that are interpreted; 0: all",
     )
+    parser.addoption("--shuffle", type=int, metavar="SEED", help="run the tests in the order that this seed draws")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "interpreter: runs kernels in Triton's interpreter")
+
+
+# What takes longest, first: whatever ends last is then short, and workers that steal work end together. Files, or tests
+# in them. Only the order of a run depends on this table.
+FIRST = (
+    "test_library.py::test_every_way_of_building",  # which builds what other tests of the file share
+    "test_cuda_simt.py::test_planted_bugs",
+    "test_triton_offline.py",
+    "test_triton_invariance.py",
+    "test_simt.py::test_sanitizers",
+    "hooks/",
+    "test_quality.py::test_the_whole_study",
+    "test_packaging.py",
+    "test_library.py",
+    "test_cli.py",
+    "test_cuda_simt.py",
+    "test_eval.py::test_processes_agree",
+    "test_benchmarks.py",
+)
+
+
+def ordered(items: list[pytest.Item], seed: int | None) -> list[pytest.Item]:
+    """By the table above, or as the seed draws. Every worker has to come to the same order."""
+    if seed is not None:
+        return random.Random(seed).sample(items, len(items))
+
+    def place(item: pytest.Item) -> int:
+        inside = item.nodeid.removeprefix("tests/")
+        return next((n for n, start in enumerate(FIRST) if inside.startswith(start)), len(FIRST))
+
+    return sorted(items, key=place)  # stable
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    cut_grids(config, items)
+    if NO_INTERPRETER is not None:
+        for item in items:
+            params = item.callspec.params if hasattr(item, "callspec") else {}
+            if params.get("backend") == "triton" or item.get_closest_marker("interpreter"):
+                item.add_marker(pytest.mark.skip(reason=NO_INTERPRETER))
+    items[:] = ordered(items, config.getoption("--shuffle"))
+
+
+def cut_grids(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Cuts the grids of kernels of a GPU that this processor runs, at 10 ms or so for each program or launch.
 
     What is left is spread evenly over the grid, both ends included; the compiled backends run all of it, and so does

@@ -16,10 +16,10 @@ import numpy as np
 import pytest
 import torch
 from apet import Refused, cli, eager, encoders, media, outcome, pictures, selftest
-from command import invoke, refused, said
 from PIL import Image
 
 import apet_kernels
+from tests.command import invoke, refused, said
 
 SMALL = ("--size", "112")  # 8 x 8 patches for a square photo: fast
 
@@ -155,18 +155,19 @@ def test_odd_photos(tmp_path: Path) -> None:
     assert len(list((tmp_path / "pictures").iterdir())) == len(paths)
 
 
-@pytest.mark.parametrize("name", [rb"a$\frac$.jpg", b"b\xff.jpg", "\u732b.jpg".encode()])
-def test_odd_names(tmp_path: Path, name: bytes) -> None:
-    photo = tmp_path / os.fsdecode(name)
-    photo.write_bytes(CHELSEA.read_bytes())
+@pytest.mark.parametrize("words", [(), ("--json",)], ids=["table", "json"])
+def test_odd_names(tmp_path: Path, words: tuple[str, ...]) -> None:
+    names = [rb"a$\frac$.jpg", b"b\xff.jpg", "\u732b.jpg".encode()]
+    photos = [tmp_path / os.fsdecode(name) for name in names]
+    for photo in photos:
+        photo.write_bytes(CHELSEA.read_bytes())
     (tmp_path / "pictures").mkdir()
-    shown = name.decode("utf-8", "replace")
-    for words in ((), ("--json",)):
-        result = outside("compress", photo, *SMALL, "--keep", 9, "--out", tmp_path / "pictures", *words)
-        assert (result.returncode, result.stderr) == (0, "")
-        text = json.loads(result.stdout)[0]["file"] if words else "".join(result.stdout.split())
-        assert shown in text
-    assert [p.name for p in (tmp_path / "pictures").iterdir()] == [f"{photo.stem}.apet.png"]
+    result = outside("compress", *photos, *SMALL, "--keep", 9, "--out", tmp_path / "pictures", *words)
+    assert (result.returncode, result.stderr) == (0, "")
+    found = [one["file"] for one in json.loads(result.stdout)] if words else ["".join(result.stdout.split())] * 3
+    for name, text in zip(names, found, strict=True):
+        assert name.decode("utf-8", "replace") in text
+    assert {p.name for p in (tmp_path / "pictures").iterdir()} == {f"{photo.stem}.apet.png" for photo in photos}
 
 
 def test_constant_photo_has_no_negative_zero(tmp_path: Path) -> None:

@@ -11,13 +11,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from data import DTYPES, tokens
-from judge import assert_same
-from simt import build, call
-from test_op import NAMES, REFUSED, calls, refusal
 
 import apet_kernels
 from apet_kernels import ops, reference
+from tests.data import DTYPES, tokens
+from tests.judge import assert_same
+from tests.simt import build, call
+from tests.test_op import NAMES, REFUSED, calls, refusal
 
 pytestmark = [
     pytest.mark.skipif(build.missing() is not None, reason=str(build.missing())),

@@ -14,11 +14,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from data import DTYPES, tokens
-from judge import assert_same
-from simt import build, call
-from simt.call import A100, H100, RTX_3090, RTX_5090, Case, Device, How, NoPath
 from torch import Tensor
+
+from tests.data import DTYPES, tokens
+from tests.judge import assert_same
+from tests.simt import build, call
+from tests.simt.call import A100, H100, RTX_3090, RTX_5090, Case, Device, How, NoPath
 
 pytestmark = pytest.mark.skipif(build.missing() is not None, reason=str(build.missing()))
 

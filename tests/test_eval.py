@@ -15,9 +15,10 @@ import torch
 from apet import Refused
 from apet.evaluation import journal, metrics, official, processes, questions, summary
 from apet.evaluation.metrics import METRICS
-from command import invoke
 from hypothesis import given
 from hypothesis import strategies as st
+
+from tests.command import invoke
 
 
 def question(*answers: str, group: str = "", name: str = "1") -> questions.Question:

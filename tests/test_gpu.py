@@ -15,14 +15,14 @@ from typing import Any
 
 import pytest
 import torch
-from data import DTYPES, tokens
-from judge import assert_same, check
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import apet_kernels
 from apet_kernels import ops
 from benchmarks import device as devices
+from tests.data import DTYPES, tokens
+from tests.judge import assert_same, check
 
 OPS = torch.ops.apet
 DRY = not torch.cuda.is_available()

@@ -14,8 +14,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from simt import build as simt_build
-from simt import call as simt_call
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import apet_kernels
@@ -23,6 +21,8 @@ from apet_kernels import reference
 from benchmarks import baselines, floors, gpu, gpu_check, sanitized, tune
 from benchmarks import device as devices
 from benchmarks.cases import BASIS, RIDGE, Case, gpu_cases
+from tests.simt import build as simt_build
+from tests.simt import call as simt_call
 
 ROOT = Path(__file__).parents[1]
 needs_triton = pytest.mark.skipif(apet_kernels.backends()["triton"] is not None, reason="Triton is not installed")

@@ -2,8 +2,9 @@
 
 import pytest
 import torch
-from data import DTYPES, tokens
-from judge import assert_same, check
+
+from tests.data import DTYPES, tokens
+from tests.judge import assert_same, check
 
 LAYOUTS = ("inplace", "overwrite", "append")
 NAN, INF = float("nan"), float("inf")

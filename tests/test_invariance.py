@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from data import DTYPES, tokens
-from judge import assert_same
 
 import apet_kernels
+from tests.data import DTYPES, tokens
+from tests.judge import assert_same
 
 LAYOUTS = ("inplace", "overwrite", "append")
 # N, D, keep, basis: multiples of nothing, of 64, one token, more channels than one block of a matrix kernel.
@@ -133,9 +133,11 @@ def test_broadcast_images(backend):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_again_and_again(backend, dtype):
     """Between runs of other shapes that leave other things in a workspace."""
+    # Kernels that are interpreted take few basis tokens: each is a launch of every program.
+    basis = 3 if backend.interpreted else 8
     x = tokens(2, 96, 64, dtype=dtype, kind="clustered", seed=7)
-    first = everything(backend, x, 24, 8, "overwrite")
-    for n in range(2 if backend.interpreted else 20):
+    first = everything(backend, x, 24, basis, "overwrite")
+    for n in range(1 if backend.interpreted else 20):
         backend.compress(tokens(1, 50 + 9 * n, 48, dtype=dtype, seed=n), 11, 7)
-        for name, value in everything(backend, x, 24, 8, "overwrite").items():
+        for name, value in everything(backend, x, 24, basis, "overwrite").items():
             assert_same(value, first[name], name)

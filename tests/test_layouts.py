@@ -2,8 +2,9 @@
 
 import pytest
 import torch
-from data import DTYPES, rows, tokens
-from judge import assert_same, check
+
+from tests.data import DTYPES, rows, tokens
+from tests.judge import assert_same, check
 
 LAYOUTS = ("inplace", "overwrite", "append")
 
@@ -19,7 +20,8 @@ def test_judged(backend, dtype, layout, select, kind):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
     ("B", "N", "D", "keep", "basis"),
-    [(1, 576, 128, 64, 10), (3, 100, 1024, 33, 5), (2, 257, 61, 256, 20), (5, 17, 3, 16, 1), (1, 300, 16, 65, 64)],
+    # Kernels that are interpreted take the first and the last, which are the quickest.
+    [(5, 17, 3, 16, 1), (1, 576, 128, 64, 10), (3, 100, 1024, 33, 5), (1, 300, 16, 65, 64), (2, 90, 61, 89, 20)],
 )
 def test_shapes(backend, dtype, B, N, D, keep, basis):
     """The layout changes with the shape: all of both would say no more."""

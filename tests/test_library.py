@@ -18,15 +18,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from data import DTYPES, tokens
-from judge import assert_same
-from simt import build as simt_build
-from simt import call as simt_call
 from torch import Tensor
 
 import apet_kernels
-from tests import sass
 from tests.binaries import RUNTIMES, declared, declared_for, exported, needed, run, undefined, version
+from tests.data import DTYPES, tokens
+from tests.judge import assert_same
+from tests.simt import build as simt_build
+from tests.simt import call as simt_call
+from tests.tools import sass
 
 ROOT = Path(__file__).parents[1]
 CSRC = ROOT / "csrc"
@@ -126,8 +126,11 @@ def make_example(folder: Path) -> None:
 
 
 def make_by_hand(folder: Path) -> None:
+    """As the guide says, but for -O3, which is four times the work of a compiler and changes no bit (`newer`)."""
     copy_listed(folder, "cpu")
-    run("sh", "-ec", block("commands: cpu"), folder=folder)
+    commands = block("commands: cpu")
+    assert "-O3" in commands
+    run("sh", "-ec", commands.replace("-O3", "-O1"), folder=folder)
     flags = ["-std=c++17", "-shared", "-fPIC", "-fvisibility=hidden", "-DAPET_STATIC", "-Wl,--no-undefined"]
     run("g++", *flags, f"-I{folder}/csrc", SOURCES / "engine.cpp", folder / "libapet.a", "-o", folder / "libengine.so")
 
@@ -148,7 +151,8 @@ def make_inside(folder: Path) -> None:
         target_link_libraries(engine PRIVATE apet::cpu)
         install(TARGETS engine)
         """)
-    cmake(folder, folder / "build")
+    run(CMAKE, "-S", folder, "-B", folder / "flags")  # of which only the flags are read
+    cmake(folder, folder / "build", "-DCMAKE_CXX_FLAGS_RELEASE=-O1 -DNDEBUG")
     run(CMAKE, "--install", folder / "build", "--prefix", folder / "prefix")
 
 
@@ -306,7 +310,7 @@ def test_the_guide_lists_what_is_compiled_and_nothing_else():
 
 
 def test_flags_of_a_project_around_it_do_not_reach_it():
-    commands = json.loads((built("inside", make_inside) / "build/compile_commands.json").read_text())
+    commands = json.loads((built("inside", make_inside) / "flags/compile_commands.json").read_text())
     ours = {Path(c["file"]).name: c["command"].split() for c in commands if "/csrc/" in c["file"]}
     assert len(ours) == 7
     for name, words in ours.items():
@@ -547,7 +551,7 @@ def test_uses_nothing_that_allocates_waits_or_throws():
     assert needed(library) <= RUNTIMES
 
 
-def test_compiles_without_exceptions_and_rtti(tmp_path: Path):
+def test_compiles_without_exceptions_and_rtti():
     for name in sorted(listed("cpu")):
         if name.endswith(".cpp") and "isa_avx" not in name:
             options = ["-std=c++17", "-fno-exceptions", "-fno-rtti", "-fsyntax-only"]

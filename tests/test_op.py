@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from data import DTYPES, tokens
-from judge import assert_same
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import apet_kernels
+from tests.data import DTYPES, tokens
+from tests.judge import assert_same
 
 OPS = torch.ops.apet
 CU, CU_KEEP = torch.tensor([0, 9, 20], dtype=torch.int32), torch.tensor([0, 4, 9], dtype=torch.int32)

@@ -21,8 +21,8 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from tests import sass
 from tests.binaries import HEADER, RUNTIMES, declared_for, exported, failing, needed, run, version
+from tests.tools import sass
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = Path(util.find_spec("apet_kernels").origin).parent

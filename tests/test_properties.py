@@ -1,10 +1,11 @@
 """Random shapes, dtypes, layouts, strides and contents, all through the judge. Seeded: every run tries the same."""
 
 import torch
-from data import DTYPES, tokens
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from judge import assert_same, check, check_merge
+
+from tests.data import DTYPES, tokens
+from tests.judge import assert_same, check, check_merge
 
 ANY_BACKEND = settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 

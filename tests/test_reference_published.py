@@ -7,8 +7,9 @@ token is an argument here.
 
 import pytest
 import torch
-from data import tokens
 from torch import Tensor
+
+from tests.data import tokens
 
 
 def published(x: Tensor, keep: int, basis: int, start: int, ridge: float = 1e-5) -> dict[str, Tensor]:

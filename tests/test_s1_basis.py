@@ -2,8 +2,9 @@
 
 import pytest
 import torch
-from data import DTYPES, rows, tokens
-from judge import check_basis
+
+from tests.data import DTYPES, rows, tokens
+from tests.judge import check_basis
 
 NAN, INF = float("nan"), float("inf")
 

@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from data import DTYPES, rows, tokens
-from judge import check_residual, rebuild
 
 from apet_kernels import reference
 from apet_kernels.reference import U
+from tests.data import DTYPES, rows, tokens
+from tests.judge import check_residual, rebuild
 
 INF = float("inf")
 

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from data import DTYPES, tokens
 
 from apet_kernels import reference
+from tests.data import DTYPES, tokens
 
 LAYOUTS = ("inplace", "overwrite", "append")
 
@@ -80,7 +80,7 @@ def test_non_finite_ranks_highest(backend):
     assert backend.compress(x, 2, 4, layout="append")[1][0, :2].tolist() == [3, 11]
 
 
-def test_float32_ranks(backend):
+def test_float32_ranks():
     """Two residuals that float32 cannot tell apart are a tie, in the reference too."""
     e2 = torch.tensor([1.0, 1.0 + 2.0**-30, 0.5, 1.0 - 2.0**-30], dtype=torch.float64)
     kept, overwritten = reference.s4_topk(e2, torch.empty(0, dtype=torch.int64), 2, "append")

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from data import DTYPES, rows, tokens
-from judge import assert_same, check_merge
 
 import apet_kernels
+from tests.data import DTYPES, rows, tokens
+from tests.judge import assert_same, check_merge
 
 NAN, INF = float("nan"), float("inf")
 

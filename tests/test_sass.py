@@ -1,4 +1,4 @@
-"""Every CUDA kernel compiles without spills, and its machine code holds what docs/cuda.md claims (tests/sass.py)."""
+"""Every CUDA kernel compiles without spills, and its machine code holds what docs/cuda.md claims."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests import sass
+from tests.tools import sass
 
 pytestmark = pytest.mark.skipif(sass.missing() is not None, reason=str(sass.missing()))
 

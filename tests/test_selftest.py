@@ -32,6 +32,7 @@ def doctor() -> str:
 
 
 @interpreted
+@pytest.mark.interpreter
 def test_interpreted_kernels_are_judged_without_bfloat16(monkeypatch):
     chosen = [case for case in selftest.CASES if case.name in ("float32, nothing to drop", "bfloat16, blend")]
     monkeypatch.setattr(selftest, "CASES", tuple(chosen))
@@ -43,6 +44,7 @@ def test_interpreted_kernels_are_judged_without_bfloat16(monkeypatch):
 
 
 @interpreted
+@pytest.mark.interpreter
 def test_an_interpreted_fault_is_found(monkeypatch):
     right = apet_kernels.score
     monkeypatch.setattr(selftest, "CASES", selftest.CASES[3:4])

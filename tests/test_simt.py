@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from simt import build
+
+from tests.simt import build
 
 pytestmark = pytest.mark.skipif(build.missing() is not None, reason=str(build.missing()))
 

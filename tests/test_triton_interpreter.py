@@ -1,12 +1,19 @@
 """The interpreter that the Triton kernels are tested in: bfloat16 as torch has it, and every fault it must not miss."""
 
 import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
-from judge import assert_same
 
-pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="kernels run on a GPU")
+from tests.judge import assert_same
+
+pytestmark = [
+    pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="kernels run on a GPU"),
+    pytest.mark.interpreter,
+]
 triton = pytest.importorskip("triton")
 import triton.language as tl  # noqa: E402
 from triton.runtime.errors import InterpreterError  # noqa: E402
@@ -351,3 +358,34 @@ def test_a_promise_that_does_not_hold():
     for tensor, n in ((x, 3), (x[1:], 4)):
         with pytest.raises(InterpreterError, match="does not hold"):
             promise[(1,)](tensor, out, n, N)
+
+
+# ---- a Triton that is not known
+
+
+def imported(change: str) -> str:
+    """What is said where the interpreter is another one, in a process of its own."""
+    script = (
+        f"from triton.runtime import interpreter\n{change}\nimport tests.tools.triton_interpreter as it\nit.install()"
+    )
+    root = str(Path(__file__).parents[1])
+    path = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, env={**os.environ, "PYTHONPATH": path}
+    )
+    assert done.returncode == 1, done.stdout
+    return done.stderr.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ("del interpreter._get_np_dtype", "has no _get_np_dtype"),
+        ("del interpreter.InterpreterBuilder.create_masked_load", "has no InterpreterBuilder.create_masked_load"),
+        ("interpreter._interpreter.load = lambda *_: None", "does not run a kernel of the tests"),
+    ],
+)
+def test_another_interpreter_is_named(change, said):
+    """Version and check: the reason for which tests/conftest.py then skips."""
+    line = imported(change)
+    assert line.startswith(f"ImportError: Triton {triton.__version__}'s interpreter {said}"), line

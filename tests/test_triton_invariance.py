@@ -6,10 +6,11 @@ tensor of less than 2 GB; another binary may add in another order. Compiled here
 
 import re
 
-import offline
 import pytest
 import torch
 from torch import Tensor
+
+from tests.tools import offline
 
 triton = pytest.importorskip("triton")
 import triton.language as tl  # noqa: E402

@@ -6,16 +6,16 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from data import DTYPES, tokens
-from judge import assert_same
 from torch import Tensor
 
 import apet_kernels
+from tests.data import DTYPES, tokens
+from tests.judge import assert_same
 
 pytest.importorskip("triton")
 from apet_kernels.triton_kernels import configs, launch
 
-interpreted = pytest.mark.skipif(torch.cuda.is_available(), reason="for tensors on the CPU")
+on_the_cpu = pytest.mark.skipif(torch.cuda.is_available(), reason="for tensors on the CPU")
 
 B, N, D, K = 3, 70, 24, 20
 CU, CU_KEEP = torch.tensor([0, 9, 9, 70], dtype=torch.int32), torch.tensor([0, 4, 4, 20], dtype=torch.int32)
@@ -52,7 +52,8 @@ def test_m_plus_4_launches(M, layout):
     assert names(build("merge", x)) == ["s1_norms", "s5_rows", "s5_assign", "s5_mean"]
 
 
-@interpreted
+@on_the_cpu
+@pytest.mark.interpreter
 def test_a_call_runs_what_was_built(monkeypatch):
     """No launch but those of the list: what is counted above is what a GPU sees."""
     ran = []
@@ -114,7 +115,8 @@ def test_workspace(B, N, D, M, K, dtype):
     assert sum(made.values()) == call.workspace_bytes
 
 
-@interpreted
+@on_the_cpu
+@pytest.mark.interpreter
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_how_many_programs_share_the_work_decides_nothing(monkeypatch, layout):
     """A program of s1 takes one tile, or many; a program of s5_assign compares all targets, or several have a part."""
@@ -135,7 +137,8 @@ def test_how_many_programs_share_the_work_decides_nothing(monkeypatch, layout):
     assert_same(tokens_, other, "tokens")
 
 
-@interpreted
+@on_the_cpu
+@pytest.mark.interpreter
 @pytest.mark.parametrize("D", [8, 64, 100])
 def test_rows_lie_where_kernels_are_told(D):
     """x and the result start at whole 16-byte words, and so do all of their rows, where rows are made of such words."""
@@ -198,7 +201,7 @@ assert a[1].equal(b[1])
     )
 
 
-@interpreted
+@on_the_cpu
 def test_without_a_gpu():
     """Triton is there, but has nothing to run on."""
     run("""

@@ -1,11 +1,12 @@
-"""Every kernel compiles for every GPU and fits it: tests/offline.py, and what that would miss."""
+"""Every kernel compiles for every GPU and fits it: tests/tools/offline.py, and what that would miss."""
 
 import dataclasses
 import re
 
-import offline
 import pytest
 import torch
+
+from tests.tools import offline
 
 pytest.importorskip("triton")
 
@@ -77,7 +78,7 @@ def test_what_most_users_run():
 @pytest.mark.matrix
 @pytest.mark.slow
 def test_every_gpu_and_size():
-    """Also that the guide's table is what `python -m tests.offline --markdown` writes."""
+    """Also that the guide's table is what `python -m tests.tools.offline --markdown` writes."""
     results = offline.compile_all(offline.TARGETS, smoke=False)
     assert offline.faults(results) == []
     assert offline.GUIDE.read_text().split(offline.BEGIN)[1].split(offline.END)[0] == offline.table(results)

@@ -1,6 +1,6 @@
 """Compiles every kernel that the Triton backend can launch, for GPUs that are not there, and reads what came out.
 
-    python -m tests.offline [--smoke] [--target sm_90a ...] [--markdown]
+    python -m tests.tools.offline [--smoke] [--target sm_90a ...] [--markdown]
 
 The launches are those that `launch.py` builds, here on meta tensors, and Triton compiles them as it does on a launch,
 but for a stand-in of the driver that names the GPU. Fails, in sentences, where
@@ -34,7 +34,7 @@ from typing import Any
 
 import torch
 
-GUIDE = Path(__file__).parents[1] / "docs/gpu.md"
+GUIDE = Path(__file__).parents[2] / "docs/gpu.md"
 BEGIN, END = "<!-- offline:begin -->\n", "<!-- offline:end -->"
 
 
@@ -318,8 +318,8 @@ def table(results: list[Compiled]) -> str:
         groups[r.kernel, "" if r.D is None else f"{8 * r.dtype.itemsize}-bit", r.target].append(r)
     dims = sorted({r.D for r in results if r.D})
     lines = [
-        f"`python -m tests.offline --markdown`, Triton {triton.__version__}: {len(results)} kernels compiled, for D = "
-        f"{', '.join(map(str, dims))}.",
+        f"`python -m tests.tools.offline --markdown`, Triton {triton.__version__}: {len(results)} kernels compiled, "
+        f"for D = {', '.join(map(str, dims))}.",
         "Each cell: registers of a thread, KB of shared memory of a program, and how many of its warps a",
         "multiprocessor (of its waves a compute unit) can hold at once; each the worst over D, dtype and M.",
         "",
@@ -364,7 +364,7 @@ def faults(results: list[Compiled]) -> list[str]:
 
 
 def main(arguments: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="python -m tests.offline", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m tests.tools.offline", description=__doc__.splitlines()[0])
     parser.add_argument("--smoke", action="store_true", help=f"three sizes, on {', '.join(SMOKE)}")
     parser.add_argument("--target", action="append", choices=TARGETS, help="only this one; may be repeated")
     parser.add_argument("--markdown", action="store_true", help=f"write the table into {GUIDE.name}")

@@ -1,6 +1,6 @@
 """Runs the tests with the compiled libraries under AddressSanitizer and UndefinedBehaviorSanitizer.
 
-    python tests/sanitize.py [pytest arguments]
+    python -m tests.tools.sanitize [pytest arguments]
 
 Installs a sanitized build into build/sanitized/, proves that it reports an out-of-bounds read, and runs the tests on
 it. Python and torch stay as they are, so that the sanitizers' runtime has to be loaded before them.
@@ -15,7 +15,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "build/sanitized"
 
 # Tests of the source tree, of benchmarks, of the command line, of models and of the GPUs' kernels, which have nothing

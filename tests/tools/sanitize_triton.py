@@ -1,6 +1,6 @@
 """Runs the Triton kernels' own IR on the CPU, by `ttsem`, which looks for accesses out of bounds and races.
 
-    python tests/sanitize_triton.py
+    python -m tests.tools.sanitize_triton
 
 The tests run the kernels' Python in Triton's interpreter; this runs what Triton's frontend makes of it (TTIR, for
 sm_90a): every launch of every op is compiled, executed, checked for accesses outside the tensors that it was given, for
@@ -22,12 +22,12 @@ from pathlib import Path
 import torch
 import triton
 import triton.language as tl
-from data import tokens
-from judge import assert_same, check
 from torch import Tensor
 
 from apet_kernels import reference
 from apet_kernels.triton_kernels import launch
+from tests.data import tokens
+from tests.judge import assert_same, check
 
 # Where a store's mask is missing: 20 elements, two programs of 16.
 PLANTED, CASES = "planted", "cases"
@@ -111,7 +111,7 @@ def sanitized(what: str) -> dict:
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder, "report.json")
         command = [sys.executable, "-m", "ttsem.sanitize", "--json", str(report), __file__, "--", what]
-        path = os.pathsep.join([str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])])
+        path = os.pathsep.join([str(Path(__file__).parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])])
         subprocess.run(command, check=False, env={**os.environ, "PYTHONPATH": path})
         return json.loads(report.read_text()) if report.exists() else {"verdict": "error"}
 

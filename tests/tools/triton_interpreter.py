@@ -2,8 +2,8 @@
 
 `TRITON_INTERPRET=1` runs the programs of a kernel one after another in numpy. After `install()`
 
-- bfloat16 is computed on values and rounded to nearest even (Triton 3.8 computes on its bits, and truncates), and an
-  fma rounds once;
+- bfloat16 is computed on values and rounded to nearest even (Triton computes on its bits, and truncates), and an fma
+  rounds once;
 - a load or store outside the tensor that its pointer was made from is refused, to the byte;
 - so is an element that one program stores and another one loads or stores: programs run in any order, and at once;
 - so is an element that a program loads after storing it, stores after loading it, or stores twice with another value,
@@ -13,8 +13,12 @@
   the order of things;
 - so is a `tl.multiple_of` that does not hold: a GPU would load from another address, or not at all.
 
-A refusal is an `InterpreterError` that names the argument of the kernel. What this cannot see: whether the compiler
+Such a fault is an `InterpreterError` that names the argument of the kernel. What this cannot see: whether the compiler
 keeps the kernel's meaning, and how shared memory is used.
+
+Runs with Triton 3.5.1 to 3.9.0. It replaces parts of Triton that are not its interface, so these are looked up when
+this is imported, and `install()` runs a kernel whose results are known. What is missing or wrong of another version is
+an ImportError that names both; tests/conftest.py then skips what needs the interpreter, for that reason.
 """
 
 from __future__ import annotations
@@ -27,11 +31,44 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import torch
+import triton
 import triton.language as tl
 from torch import Tensor
 from triton.language.semantic import TritonSemantic
 from triton.runtime import interpreter
-from triton.runtime.interpreter import TensorHandle
+from triton.runtime.errors import InterpreterError
+
+HERE = f"Triton {triton.__version__}'s interpreter"
+# All of it that is called, replaced or overridden below.
+RELIES_ON = ["TensorHandle", "InterpreterOptions", "_get_np_dtype", "_patch_lang", "_ir.ROUNDING_MODE.RTNE"]
+RELIES_ON += ["interpreter_builder", "ReduceOps.apply_impl", "GridExecutor.__call__"]
+RELIES_ON += ["GridExecutor._init_args_hst", "GridExecutor._restore_args_dev", "TensorHandle.get_element_ty"]
+RELIES_ON += [
+    f"InterpreterBuilder.{name}"
+    for name in ("set_grid_idx", "create_barrier", "create_masked_load", "create_masked_store", "create_atomic_cas")
+]
+RELIES_ON += [
+    f"InterpreterBuilder.{name}"
+    for name in ("create_atomic_rmw", "cast_impl", "create_fp_to_fp", "create_fma", "create_dot")
+]
+
+
+def missing(names: list[str]) -> list[str]:
+    """Those that this Triton's interpreter does not have."""
+
+    def has(name: str) -> bool:
+        found: Any = interpreter
+        for part in name.split("."):
+            found = getattr(found, part, None)
+        return found is not None
+
+    return [name for name in names if not has(name)]
+
+
+if lacks := missing(RELIES_ON):
+    raise ImportError(f"{HERE} has no {', '.join(lacks)}")
+
+TensorHandle = interpreter.TensorHandle
 
 # A pointer is (slot << SLOT) + ORIGIN + bytes from the start of its tensor, and as aligned as the true one: no offset
 # leads into another tensor.
@@ -159,14 +196,19 @@ class Builder(interpreter.InterpreterBuilder):
     def create_barrier(self) -> None:
         self.launch.stretch += 1
 
-    def create_masked_load(self, ptrs: TensorHandle, mask: TensorHandle, *rest: Any) -> TensorHandle:
-        itemsize = np_dtype(ptrs.get_element_ty()).itemsize
-        addresses = self.launch.access(ptrs.data, mask.data, itemsize, None)
-        return super().create_masked_load(TensorHandle(addresses, ptrs.dtype), mask, *rest)
+    def create_masked_load(
+        self, ptrs: TensorHandle, mask: TensorHandle, other: TensorHandle | None, *rest: Any
+    ) -> TensorHandle:
+        element = ptrs.get_element_ty()
+        addresses = self.launch.access(ptrs.data, mask.data, np_dtype(element).itemsize, None)
+        moved = TensorHandle(addresses, tl.pointer_type(bits_of(element)))
+        loaded = super().create_masked_load(moved, mask, None if other is None else as_bits(other), *rest)
+        return TensorHandle(loaded.data.view(np_dtype(element)), element)
 
     def create_masked_store(self, ptrs: TensorHandle, value: TensorHandle, mask: TensorHandle, *rest: Any) -> None:
         addresses = self.launch.access(ptrs.data, mask.data, value.data.itemsize, value.data)
-        super().create_masked_store(TensorHandle(addresses, ptrs.dtype), value, mask, *rest)
+        moved = TensorHandle(addresses, tl.pointer_type(bits_of(ptrs.get_element_ty())))
+        super().create_masked_store(moved, as_bits(value), mask, *rest)
 
     def create_atomic_cas(self, *args: Any) -> TensorHandle:
         raise NotImplementedError("atomics are not among what is checked")
@@ -209,6 +251,16 @@ class Executor(interpreter.GridExecutor):
         """Nothing was copied."""
 
 
+def bits_of(dtype: tl.dtype) -> tl.dtype:
+    """The type as which libtriton moves an element: it takes no array of numpy's bfloat16 from Triton 3.9 on."""
+    return tl.uint16 if dtype == tl.bfloat16 else dtype
+
+
+def as_bits(value: TensorHandle) -> TensorHandle:
+    """The same bits as a type that libtriton moves."""
+    return TensorHandle(value.data.view(np.uint16), tl.uint16) if value.dtype.scalar == tl.bfloat16 else value
+
+
 def np_dtype(dtype: tl.dtype) -> np.dtype:
     return np.dtype(np.uint64) if dtype.scalar.is_ptr() else np_scalar(dtype.scalar)
 
@@ -232,8 +284,56 @@ def multiple_of(value: tl.tensor, divisor: Any) -> tl.tensor:
     return value
 
 
+def index(value: tl.tensor) -> int:
+    """Of a tensor with one element, which numpy 2.4 converts only if it has no dimension; before Triton 3.7 it may."""
+    return int(value.handle.data.squeeze())
+
+
+class Kept:
+    """What Triton 3.6 and later ask to undo the patching of triton.language after each launch; it stays."""
+
+    def restore(self) -> None:
+        pass
+
+
+@triton.jit
+def probe(x, y, out, sums, n, N: tl.constexpr):
+    i = tl.arange(0, N)
+    a, b = tl.load(x + i), tl.load(y + i, mask=i < n, other=0.0)
+    total = tl.zeros([N], tl.float32)
+    for _ in range(0, tl.cdiv(n, 2)):
+        total += tl.fma(a.to(tl.float32), b.to(tl.float32), 1.0)
+    tl.store(out + i, a * b)
+    tl.store(sums, tl.max(total, 0))
+    tl.store(sums + 1, tl.argmax(total, 0).to(tl.float32))
+
+
+def check() -> None:
+    """Raises ImportError unless a kernel gives what is known, and a load out of bounds is found."""
+    N, n = 16, 11
+    x = torch.linspace(-3, 2.7, N).bfloat16()
+    y = torch.linspace(0.1, 4.3, N).bfloat16()
+    out, sums = torch.empty(N, dtype=torch.bfloat16), torch.empty(2)
+    masked = torch.where(torch.arange(N) < n, y, 0)
+    total = 6 * (x.double() * masked.double() + 1)
+    try:
+        probe[(1,)](x, y, out, sums, n, N)
+    except Exception as error:  # of whatever kind: it is Triton's own
+        raise ImportError(f"{HERE} does not run a kernel of the tests: {error!r}") from error
+    if not torch.equal(out, x * masked):
+        raise ImportError(f"{HERE} multiplies bfloat16 to {out.tolist()}, not {(x * masked).tolist()}")
+    if sums[1] != total.argmax() or abs(sums[0] - total.max()) > 1e-5:
+        raise ImportError(f"{HERE} finds the maximum {sums.tolist()}, not {[float(total.max()), int(total.argmax())]}")
+    try:
+        probe[(1,)](x[: N - 1], y, out, sums, n, N)
+    except InterpreterError as error:
+        if "loads out of bounds" in str(error):
+            return
+    raise ImportError(f"{HERE} loads out of bounds, and the tests do not see it")
+
+
 def install() -> None:
-    """To be called before the first launch of a process."""
+    """To be called before the first launch of a process. ImportError where the tests cannot rely on this Triton."""
     interpreter._get_np_dtype = np_dtype
     interpreter.ReduceOps.apply_impl = apply_reduce
     interpreter.GridExecutor = Executor
@@ -241,5 +341,7 @@ def install() -> None:
     interpreter.interpreter_semantic = TritonSemantic(interpreter.interpreter_builder)
     # Once for all: the interpreter patches triton.language again for every function that a kernel calls, half its time.
     interpreter._patch_lang(types.SimpleNamespace(__globals__={"tl": tl, "core": tl.core}))
-    interpreter._patch_lang = lambda _: interpreter._LangPatchScope()
+    interpreter._patch_lang = lambda _: Kept()
+    tl.tensor.__index__ = index
     tl.multiple_of = multiple_of
+    check()

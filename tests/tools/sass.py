@@ -1,6 +1,6 @@
 """Compiles every CUDA kernel for GPUs that are not there, and reads the machine code.
 
-    python -m tests.sass [--smoke] [--target sm_90a ...] [--markdown]
+    python -m tests.tools.sass [--smoke] [--target sm_90a ...] [--markdown]
 
 Fails, in sentences, where a kernel
 
@@ -28,7 +28,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 CSRC = ROOT / "csrc"
 GUIDE = ROOT / "docs/cuda.md"
 BEGIN, END = "<!-- sass:begin -->\n", "<!-- sass:end -->"
@@ -246,7 +246,8 @@ def table(kernels: list[Kernel]) -> str:
     targets = [name for name in TARGETS if any(k.target == name for k in kernels)]
     wrong = len(list(faults(kernels)))
     lines = [
-        f"`python -m tests.sass --markdown`, nvcc {compiler()}: {len(kernels)} kernels compiled, {wrong} faults. In",
+        f"`python -m tests.tools.sass --markdown`, nvcc {compiler()}: {len(kernels)} kernels compiled, {wrong} "
+        "faults. In",
         "the cells: registers a thread. Nothing spills or lies in local memory. A dot: no clusters there, and no body.",
         "",
         "| kernel | tokens | threads | " + " | ".join(targets) + " |",
@@ -286,7 +287,7 @@ def compile_all(jobs: Iterable[tuple[str, str]]) -> list[Kernel]:
 
 
 def main(arguments: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="python -m tests.sass", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m tests.tools.sass", description=__doc__.splitlines()[0])
     parser.add_argument("--smoke", action="store_true", help="three of the sources, on two targets")
     parser.add_argument("--target", action="append", choices=TARGETS, help="only this one; may be repeated")
     parser.add_argument("--markdown", action="store_true", help=f"write the table into {GUIDE.name}")
@@ -294,7 +295,7 @@ def main(arguments: list[str]) -> int:
     if options.markdown and (options.smoke or options.target):
         parser.error("--markdown is of all targets and dtypes")
     if why := missing():
-        print(f"python -m tests.sass: {why}", file=sys.stderr)
+        print(f"python -m tests.tools.sass: {why}", file=sys.stderr)
         return 2
     began = time.monotonic()
     kernels = compile_all(SMOKE if options.smoke else [(t, d) for t in options.target or TARGETS for d in DTYPES])
