@@ -30,7 +30,7 @@ T named(const char* what, const std::string& name, const std::pair<const char*, 
 void check(const apet_problem& problem, apet_status status) {
   if (status == APET_OK) return;
   char text[256];
-  apet_sentence(&problem, status, text, sizeof text);
+  apet_error_message(&problem, status, text, sizeof text);
   throw py::value_error(text);
 }
 
@@ -45,12 +45,12 @@ py::dict plan(int64_t images, int64_t tokens, int64_t dim, int64_t keep, int32_t
   p.images = images, p.tokens = tokens, p.dim = dim, p.keep = keep, p.basis = basis;
   p.stride_xb = tokens * dim, p.stride_xn = dim, p.stride_xd = 1;
   p.start = start, p.ridge = ridge, p.blend = blend;
-  apet_plan plan;
+  apet_cpu_plan_t plan;
   check(p, apet_cpu_plan(&p, threads, &plan));
   py::dict d;
   d["isa"] = apet_isa_name(plan.isa);
-  d["teams"] = plan.teams;
-  d["threads_per_team"] = plan.threads;
+  d["teams"] = plan.images_in_flight;
+  d["threads_per_team"] = plan.threads_per_image;
   d["workspace_bytes"] = plan.workspace_bytes;
   d["serial_us"] = plan.estimated_ns[0] / 1e3;
   d["planned_us"] = plan.estimated_ns[1] / 1e3;

@@ -55,7 +55,7 @@ apet_status apet_check(const apet_problem* p) {
   return APET_OK;
 }
 
-size_t apet_sentence(const apet_problem* problem, apet_status status, char* text, size_t capacity) {
+size_t apet_error_message(const apet_problem* problem, apet_status status, char* text, size_t capacity) {
   static const apet_problem kNone = {};
   const apet_problem& p = problem ? *problem : kNone;
   const int64_t starts = p.ragged ? p.total_tokens : p.tokens;

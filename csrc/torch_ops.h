@@ -46,7 +46,7 @@ apet_select select_of(const std::string& name) {
 void check(const apet_problem& problem, apet_status status) {
   if (status == APET_OK) return;
   char text[256];
-  apet_sentence(&problem, status, text, sizeof text);
+  apet_error_message(&problem, status, text, sizeof text);
   require(false, text);
 }
 

@@ -58,8 +58,8 @@ def drawn(seed: int) -> How:
     """A device, a path on it, how the images are cut, and a schedule."""
     make = random.Random(seed)
     device = make.choice([H100, SMALL_SHARED, A100, RTX_3090, RTX_5090])
-    path = make.choice(["fused", "cluster", "groups"] if device.largest_cluster else ["groups"])
-    most = device.multiprocessors if path == "groups" else device.largest_cluster
+    path = make.choice(["fused", "cluster", "cooperative"] if device.largest_cluster else ["cooperative"])
+    most = device.multiprocessors if path == "cooperative" else device.largest_cluster
     return How(
         device,
         path,
@@ -93,7 +93,8 @@ def test_nothing_but_the_problem_decides_a_bit(dtype, layout, pytestconfig):
 
 
 @pytest.mark.parametrize(
-    ("device", "path", "launches"), [(H100, "fused", 1), (H100, "cluster", 2), (H100, "groups", 2), (A100, "best", 2)]
+    ("device", "path", "launches"),
+    [(H100, "fused", 1), (H100, "cluster", 2), (H100, "cooperative", 2), (A100, "best", 2)],
 )
 def test_launches(device, path, launches):
     case = call.compress_case(tokens(2, 60, 32, dtype=torch.float16), 12, 5)
@@ -101,7 +102,7 @@ def test_launches(device, path, launches):
     lines = call.run(case, how)
     assert len(lines) == call.plan(case.problem, how).launches == launches
     assert ("clusters of" in lines[0]) == (path in ("fused", "cluster"))
-    assert ("cooperative" in lines[0]) == (path == "groups" or device is A100)
+    assert ("cooperative" in lines[0]) == (path == "cooperative" or device is A100)
     # The second kernel may overlap the first's tail where the architecture has that.
     assert [("overlapping" in line) for line in lines[1:]] == [device is H100] * (launches - 1)
     score = call.score_case(tokens(2, 60, 32), 5)
@@ -130,10 +131,10 @@ def test_two_streams_at_once():
     [
         # y and distances in the workspace: 67 numbers a token.
         (300, 24, 40, 64, How(SMALL_SHARED, "cluster", group=1, seed=1), "state_shared"),
-        (300, 24, 40, 64, How(SMALL_SHARED, "groups", group=1, seed=2), "state_shared"),
+        (300, 24, 40, 64, How(SMALL_SHARED, "cooperative", group=1, seed=2), "state_shared"),
         # A row of 88000 bytes: the basis token is read from L2 as well.
         (6, 44000, 3, 2, How(SMALL_SHARED, "cluster", group=2, seed=1), "basis_shared"),
-        (6, 44000, 3, 2, How(SMALL_SHARED, "groups", group=3, seed=2), "basis_shared"),
+        (6, 44000, 3, 2, How(SMALL_SHARED, "cooperative", group=3, seed=2), "basis_shared"),
     ],
 )
 @pytest.mark.parametrize("shift", [0, 1])
@@ -156,7 +157,7 @@ def test_what_does_not_fit_shared_memory(N, D, keep, basis, way, lacks, shift):
 SANITIZED = [
     How(path="fused", group=2),
     How(path="cluster", group=2, resident=4, seed=1),
-    How(A100, "groups", 2, seed=2),
+    How(A100, "cooperative", 2, seed=2),
 ]
 
 
@@ -244,7 +245,7 @@ class Bug:
         return {RACE: "thread", OVERFLOW: "address"}.get(self.seen, "")
 
 
-CLUSTER, FUSED, GROUPS = How(path="cluster", group=2), How(path="fused", group=2), How(A100, "groups", 2)
+CLUSTER, FUSED, COOPERATIVE = How(path="cluster", group=2), How(path="fused", group=2), How(A100, "cooperative", 2)
 BUGS = [
     Bug(
         "a barrier is missing",
@@ -266,14 +267,14 @@ BUGS = [
         "residuals are ranked before all are there",
         "kernels.cuh",
         [(r"group\.sync\(\);  // rank and norm2 of the whole image", "")],
-        GROUPS,
+        COOPERATIVE,
         RACE,
     ),
     Bug(
         "a flag that publishes nothing",
         "group.cuh",
         [(r"add_release\(arrived_, 1\);", "atomicAdd(arrived_, 1u);")],
-        GROUPS,
+        COOPERATIVE,
         RACE,
     ),
     Bug(

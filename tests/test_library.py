@@ -178,10 +178,10 @@ def path() -> str:
 
 
 class Plan(ctypes.Structure):
-    """apet_plan."""
+    """apet_cpu_plan_t."""
 
     _fields_ = [
-        *((name, ctypes.c_int32) for name in ("isa", "teams", "threads")),
+        *((name, ctypes.c_int32) for name in ("isa", "images_in_flight", "threads_per_image")),
         ("workspace_bytes", ctypes.c_size_t),
         ("estimated_ns", ctypes.c_double * 2),
     ]
@@ -430,7 +430,7 @@ def test_abi_pins_all_of_the_header():
     ("old", "new"),
     [
         ("int64_t keep; ", "int32_t keep; "),
-        ("int32_t teams; ", "int32_t teams, more; "),
+        ("int32_t images_in_flight; ", "int32_t images_in_flight, more; "),
         ("APET_QR = 1", "APET_QR = 2"),
         ("#define APET_VERSION_MINOR 1", "#define APET_VERSION_MINOR 2"),
         ("apet_check(const apet_problem* problem)", "apet_check(apet_problem* problem)"),
@@ -451,18 +451,18 @@ def test_abi_notices_a_change(tmp_path: Path, old: str, new: str):
 
 def test_every_status_has_a_sentence_and_no_other_number():
     library = installed().library
-    library.apet_sentence.restype = ctypes.c_size_t
+    library.apet_error_message.restype = ctypes.c_size_t
     sentences = set()
     problem = simt_call.Problem()
     numbers = simt_call.status_numbers()
     assert len(numbers) == 25
     for status in [*numbers.values(), 25]:
         text = ctypes.create_string_buffer(256)
-        length = library.apet_sentence(ctypes.byref(problem), status, text, ctypes.c_size_t(256))
+        length = library.apet_error_message(ctypes.byref(problem), status, text, ctypes.c_size_t(256))
         assert length == len(text.value) < 256
-        assert library.apet_sentence(None, status, None, ctypes.c_size_t(0)) > 0
+        assert library.apet_error_message(None, status, None, ctypes.c_size_t(0)) > 0
         cut = ctypes.create_string_buffer(b"xxxxxxxx", 8)
-        assert library.apet_sentence(ctypes.byref(problem), status, cut, ctypes.c_size_t(5)) == length
+        assert library.apet_error_message(ctypes.byref(problem), status, cut, ctypes.c_size_t(5)) == length
         assert cut.raw[:4] + cut.raw[4:] == text.value[:4] + b"\0xxx"
         sentences.add(text.value.decode())
     assert len(sentences) == 26
@@ -479,7 +479,7 @@ def test_ragged_images_can_only_be_compressed(op: str):
     problem.op = getattr(simt_call, op)
     status = library.apet_check(ctypes.byref(problem))
     text = ctypes.create_string_buffer(256)
-    library.apet_sentence(ctypes.byref(problem), status, text, ctypes.c_size_t(256))
+    library.apet_error_message(ctypes.byref(problem), status, text, ctypes.c_size_t(256))
     assert text.value.decode() == f"ragged images can be compressed, but op is {op.lower()}"
 
 
@@ -765,7 +765,7 @@ PLAN = """
 #include <stdio.h>
 int main(void) {
   apet_problem p = {0};
-  apet_gpu_plan plan;
+  apet_cuda_plan_t plan;
   apet_status status;
   p.images = 1, p.tokens = 64, p.dim = 32, p.keep = 8, p.basis = 10, p.start = -1, p.blend = 1;
   p.stride_xn = 32, p.stride_xd = 1;

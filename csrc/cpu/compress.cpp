@@ -555,7 +555,7 @@ bool has_pointers(const apet_problem& p, const apet_tensors& t, int64_t rows) {
 
 using namespace apet::cpu;
 
-apet_status apet_cpu_plan(const apet_problem* problem, int32_t threads, apet_plan* plan) {
+apet_status apet_cpu_plan(const apet_problem* problem, int32_t threads, apet_cpu_plan_t* plan) {
   if (!plan) return APET_NULL_POINTER;
   const apet_status status = apet_check(problem);
   if (status != APET_OK) return status;

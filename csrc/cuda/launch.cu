@@ -148,7 +148,7 @@ bool empty(const apet_problem& p) {
 }
 
 // Shared memory of a CTA of the first launch, for what the plan says; too much for 32 bits: INT_MAX.
-SharedMap map_of(const apet_problem& p, const apet_gpu_plan& plan) {
+SharedMap map_of(const apet_problem& p, const apet_cuda_plan_t& plan) {
   SharedMap map = {};
   int64_t used = 0;
   const auto take = [&](int64_t bytes) {
@@ -159,7 +159,7 @@ SharedMap map_of(const apet_problem& p, const apet_gpu_plan& plan) {
   const int64_t m = basis_of(p), words = message_words((int)m) * 4;
   map.work = take(kWorkBytes);
   map.message = take(words);
-  map.slots = take(plan.path == APET_CUDA_GROUPS ? 0 : 2 * plan.group * words);
+  map.slots = take(plan.path == APET_CUDA_COOPERATIVE ? 0 : 2 * plan.ctas_per_image * words);
   map.factor = take(m * m * 4);
   map.inverse = take(m * 8);
   map.basis = take(m * 4);
@@ -173,10 +173,10 @@ SharedMap map_of(const apet_problem& p, const apet_gpu_plan& plan) {
   return map;
 }
 
-// Cuts the longest image for plan.path and plan.group; false where the device has too little shared memory.
-bool cut(const apet_problem& p, const Device& device, int most_resident, apet_gpu_plan& plan) {
+// Cuts the longest image for plan.path and plan.ctas_per_image; false where the device has too little shared memory.
+bool cut(const apet_problem& p, const Device& device, int most_resident, apet_cuda_plan_t& plan) {
   const int64_t pitch = row_pitch(p.dim * element(p));
-  plan.slice = (int32_t)((longest(p) + plan.group - 1) / plan.group);
+  plan.slice = (int32_t)((longest(p) + plan.ctas_per_image - 1) / plan.ctas_per_image);
   if (plan.slice > INT_MAX / 2) return false;  // rows are counted in 32 bits
   plan.resident = plan.state_shared = plan.basis_shared = 0;
   const auto fits = [&] { return map_of(p, plan).total <= device.shared; };
@@ -191,13 +191,13 @@ bool cut(const apet_problem& p, const Device& device, int most_resident, apet_gp
     // A warp's rows lie all in shared memory, or none.
     plan.resident = (int32_t)(rows >= plan.slice ? plan.slice : rows / kRows * kRows);
   }
-  plan.select_shared = map_of(p, plan).total;
+  plan.first_shared_bytes = map_of(p, plan).total;
   return plan.path != APET_CUDA_FUSED || (plan.resident == plan.slice && plan.state_shared);
 }
 
 // ---- the estimate
 
-void choose_tile(const apet_problem& p, const Device& device, int tile, apet_gpu_plan& plan) {
+void choose_tile(const apet_problem& p, const Device& device, int tile, apet_cuda_plan_t& plan) {
   const Kernels& kernels = kernels_for(p.dtype);
   const auto tiles = [&](int64_t side) {
     return p.images * ((most_dropped(p) + side - 1) / side) * ((most_kept(p) + side - 1) / side);
@@ -206,19 +206,19 @@ void choose_tile(const apet_problem& p, const Device& device, int tile, apet_gpu
   const bool large = tile ? tile == kernels.merge[1].tile : tiles(kernels.merge[1].tile) >= 2 * device.merge[1];
   const Merge& merge = kernels.merge[large && device.merge[1] > 0];
   plan.tile = merge.tile;
-  plan.merge_shared = merge.shared;
+  plan.second_shared_bytes = merge.shared;
 }
 
-double estimate_us(const apet_problem& p, const Device& device, const apet_gpu_plan& plan) {
+double estimate_us(const apet_problem& p, const Device& device, const apet_cuda_plan_t& plan) {
   const double row = (double)p.dim * element(p), slice = plan.slice * row;
-  const double rounds = std::ceil((double)p.images / plan.groups);
-  const double busy = (double)std::min<int64_t>(p.images, plan.groups) * plan.group;
+  const double rounds = std::ceil((double)p.images / plan.images_in_flight);
+  const double busy = (double)std::min<int64_t>(p.images, plan.images_in_flight) * plan.ctas_per_image;
   const auto read = [&](double bytes, double share) {
     return std::max(bytes / kL2PerSm, bytes * busy / (device.sms * share));
   };
   const double sweep = (double)plan.slice * p.dim / kElementsPerSm;
   const double again = read((plan.slice - plan.resident) * row, kL2Share);
-  const double step = std::max(sweep, again) + kStepUs[plan.path == APET_CUDA_GROUPS];
+  const double step = std::max(sweep, again) + kStepUs[plan.path == APET_CUDA_COOPERATIVE];
   // A thread takes a row through at most M / 2 terms in each of M steps, and as many again for the residual.
   const double algebra = std::ceil((double)plan.slice / kThreads) * basis_of(p) * basis_of(p) * kTermUs;
   double us =
@@ -226,8 +226,8 @@ double estimate_us(const apet_problem& p, const Device& device, const apet_gpu_p
   if (p.op == APET_SCORE) return us;
   const double flops = 2.0 * most_dropped(p) * most_kept(p) * p.dim, rate = kFlopsPerSm[p.dtype == APET_FLOAT32];
   if (plan.path == APET_CUDA_FUSED)
-    return us + rounds * (std::max(flops / (plan.group * rate), most_kept(p) * row / kL2PerSm) + read(slice, kL2Share) +
-                          kStepUs[0]);
+    return us + rounds * (std::max(flops / (plan.ctas_per_image * rate), most_kept(p) * row / kL2PerSm) +
+                          read(slice, kL2Share) + kStepUs[0]);
   const double tiles =
       p.images * std::ceil((double)most_dropped(p) / plan.tile) * std::ceil((double)most_kept(p) / plan.tile);
   const double waves = std::ceil(tiles / device.sms), tile = 2.0 * plan.tile * plan.tile * p.dim / rate;
@@ -236,25 +236,25 @@ double estimate_us(const apet_problem& p, const Device& device, const apet_gpu_p
 }
 
 // Whether `path` with groups of that many CTAs can run; completes the plan if so.
-bool try_path(const apet_problem& p, const Device& device, const apet_cuda_wish& wish, apet_cuda_path path, int group,
-              apet_gpu_plan& plan) {
+bool try_path(const apet_problem& p, const Device& device, const apet_cuda_override& override, apet_cuda_path path,
+              int group, apet_cuda_plan_t& plan) {
   plan.path = path;
-  plan.group = group;
-  const bool cooperative = path == APET_CUDA_GROUPS, fused = path == APET_CUDA_FUSED;
+  plan.ctas_per_image = group;
+  const bool cooperative = path == APET_CUDA_COOPERATIVE, fused = path == APET_CUDA_FUSED;
   if (group < 1 || (!cooperative && group > kMaxCluster)) return false;
   const int64_t room = cooperative ? device.cooperative / group : device.clusters[fused][group];
-  plan.groups = (int32_t)std::min(p.images, room);
-  if (plan.groups == 0 || (fused && p.op == APET_SCORE)) return false;
-  if (!cut(p, device, wish.resident, plan)) return false;
+  plan.images_in_flight = (int32_t)std::min(p.images, room);
+  if (plan.images_in_flight == 0 || (fused && p.op == APET_SCORE)) return false;
+  if (!cut(p, device, override.resident, plan)) return false;
   plan.launches = p.op == APET_SCORE || fused ? 1 : 2;
-  plan.tile = plan.merge_shared = 0;
-  if (plan.launches == 2) choose_tile(p, device, wish.tile, plan);
+  plan.tile = plan.second_shared_bytes = 0;
+  if (plan.launches == 2) choose_tile(p, device, override.tile, plan);
   plan.estimated_us = estimate_us(p, device, plan);
   return true;
 }
 
 // Every pointer of the workspace; with a null base it only counts.
-size_t carve(const apet_problem& p, const apet_gpu_plan& plan, void* base, Call& call) {
+size_t carve(const apet_problem& p, const apet_cuda_plan_t& plan, void* base, Call& call) {
   size_t used = 0;
   const auto take = [&](auto*& pointer, int64_t count) {
     using Item = std::remove_reference_t<decltype(*pointer)>;
@@ -262,9 +262,9 @@ size_t carve(const apet_problem& p, const apet_gpu_plan& plan, void* base, Call&
     used += (size_t)round_up(count * (int64_t)sizeof(Item), 64);
   };
   const int64_t tokens = all_tokens(p), rows = all_rows(p), m = basis_of(p);
-  const bool merges = p.op != APET_SCORE, cooperative = plan.path == APET_CUDA_GROUPS;
+  const bool merges = p.op != APET_SCORE, cooperative = plan.path == APET_CUDA_COOPERATIVE;
   take(call.table, merges ? p.images : 0);
-  take(call.bounds, plan.path == APET_CUDA_FUSED ? p.images * (plan.group + 1) : 0);
+  take(call.bounds, plan.path == APET_CUDA_FUSED ? p.images * (plan.ctas_per_image + 1) : 0);
   take(call.norm2, tokens);
   take(call.state, plan.state_shared ? 0 : tokens * (3 + m));
   take(call.rank, merges ? tokens : 0);
@@ -276,29 +276,30 @@ size_t carve(const apet_problem& p, const apet_gpu_plan& plan, void* base, Call&
   take(call.target_scale, rows);
   take(call.ticket, merges ? 1 : 0);
   take(call.done, merges ? p.images : 0);
-  take(call.slots, cooperative ? (int64_t)plan.groups * 2 * plan.group * message_words((int)m) : 0);
-  take(call.arrived, cooperative ? plan.groups : 0);
+  take(call.slots, cooperative ? (int64_t)plan.images_in_flight * 2 * plan.ctas_per_image * message_words((int)m) : 0);
+  take(call.arrived, cooperative ? plan.images_in_flight : 0);
   return used;
 }
 
-constexpr const char* kPaths[] = {"best", "fused", "cluster", "groups"};
+constexpr const char* kPaths[] = {"best", "fused", "cluster", "cooperative"};
 
 // The sentence of a plan: its estimate, and that of the other paths, or why they cannot run here.
-void explain(const apet_problem& p, const Device& device, bool asked_for, const double (&us)[4], apet_gpu_plan& plan) {
+void explain(const apet_problem& p, const Device& device, bool asked_for, const double (&us)[4],
+             apet_cuda_plan_t& plan) {
   int n = std::snprintf(plan.why, sizeof plan.why, "%s%s with %d CTAs an image: %.1f us by estimate",
-                        asked_for ? "as asked for, " : "", kPaths[plan.path], plan.group, plan.estimated_us);
+                        asked_for ? "as asked for, " : "", kPaths[plan.path], plan.ctas_per_image, plan.estimated_us);
   const auto also = [&](const char* words, const char* path, double estimate) {
     if (n < (int)sizeof plan.why) n += std::snprintf(plan.why + n, sizeof plan.why - n, words, path, estimate);
   };
   if (asked_for) return;
   const bool clusters = device.clusters[0][kClusterSizes[0]] > 0;
   if (!clusters) also("; %s: this device places none", "clusters", 0);
-  for (const apet_cuda_path path : {APET_CUDA_FUSED, APET_CUDA_CLUSTER, APET_CUDA_GROUPS}) {
+  for (const apet_cuda_path path : {APET_CUDA_FUSED, APET_CUDA_CLUSTER, APET_CUDA_COOPERATIVE}) {
     if (path == plan.path || (path == APET_CUDA_FUSED && p.op == APET_SCORE)) continue;
-    if (path != APET_CUDA_GROUPS && !clusters) continue;
+    if (path != APET_CUDA_COOPERATIVE && !clusters) continue;
     if (us[path] > 0) also("; %s: %.1f us", kPaths[path], us[path]);
     else if (path == APET_CUDA_FUSED) also("; %s: a CTA's tokens do not fit its shared memory", kPaths[path], 0);
-    else if (path == APET_CUDA_GROUPS) also("; %s: this device places no cooperative launch", kPaths[path], 0);
+    else if (path == APET_CUDA_COOPERATIVE) also("; %s: this device places no cooperative launch", kPaths[path], 0);
     else also("; %s: too little shared memory", kPaths[path], 0);
   }
 }
@@ -321,7 +322,7 @@ bool aligned(const void* pointer, std::initializer_list<int64_t> strides, int el
   return is;
 }
 
-Call call_of(const apet_problem& p, const apet_tensors& tensors, const apet_gpu_plan& plan, const Kernels& kernels) {
+Call call_of(const apet_problem& p, const apet_tensors& tensors, const apet_cuda_plan_t& plan, const Kernels& kernels) {
   Call call = {};
   call.at = tensors;
   call.op = p.op;
@@ -343,8 +344,8 @@ Call call_of(const apet_problem& p, const apet_tensors& tensors, const apet_gpu_
   call.blend = (float)p.blend;
   call.whole_in = aligned(tensors.x, {p.dim, p.stride_xn, p.images > 1 && !p.ragged ? p.stride_xb : 0}, element(p));
   call.whole_out = aligned(tensors.tokens, {p.dim}, element(p));
-  call.group = plan.group;
-  call.groups = plan.groups;
+  call.group = plan.ctas_per_image;
+  call.groups = plan.images_in_flight;
   call.resident = plan.resident;
   call.state_shared = plan.state_shared;
   call.basis_shared = plan.basis_shared;
@@ -368,25 +369,26 @@ Call call_of(const apet_problem& p, const apet_tensors& tensors, const apet_gpu_
 
 using namespace apet::cuda;
 
-apet_status apet_cuda_plan(const apet_problem* problem, const apet_cuda_wish* wish, apet_gpu_plan* plan) {
+apet_status apet_cuda_plan(const apet_problem* problem, const apet_cuda_override* override, apet_cuda_plan_t* plan) {
   if (!plan) return APET_NULL_POINTER;
   *plan = {};
   const apet_status status = apet_check(problem);
   if (status != APET_OK) return status;
   const apet_problem& p = *problem;
-  const apet_cuda_wish wanted = wish ? *wish : apet_cuda_wish{APET_CUDA_BEST, 0, -1, 0};
+  const apet_cuda_override wanted = override ? *override : apet_cuda_override{APET_CUDA_BEST, 0, -1, 0};
   if (empty(p)) {
-    plan->path = APET_CUDA_GROUPS;
+    plan->path = APET_CUDA_COOPERATIVE;
     std::snprintf(plan->why, sizeof plan->why, "there are no tokens, or no rows to fill");
     return APET_OK;
   }
   const Device* device;
   if (const apet_status failed = current_device(p.dtype, device); failed != APET_OK) return failed;
-  apet_gpu_plan best = {}, next = {};
+  apet_cuda_plan_t best = {}, next = {};
   double us[4] = {};  // the least estimate of each path, 0: it cannot run
   const auto consider = [&](apet_cuda_path path, int64_t group) {
     if (wanted.path != APET_CUDA_BEST && wanted.path != path) return;
-    if (!try_path(p, *device, wanted, path, wanted.group > 0 ? wanted.group : (int)group, next)) return;
+    if (!try_path(p, *device, wanted, path, wanted.ctas_per_image > 0 ? wanted.ctas_per_image : (int)group, next))
+      return;
     if (us[path] == 0 || next.estimated_us < us[path]) us[path] = next.estimated_us;
     if (best.launches == 0 || next.estimated_us < best.estimated_us) best = next;
   };
@@ -395,23 +397,23 @@ apet_status apet_cuda_plan(const apet_problem* problem, const apet_cuda_wish* wi
   // 1, 2, 4, ... images side by side, each with as many CTAs as there are then, or as have rows for a warp.
   const int64_t most = (longest(p) + kRows - 1) / kRows;
   for (int64_t side = 1; side < 2 * p.images && side <= device->cooperative; side *= 2)
-    consider(APET_CUDA_GROUPS, std::min(most, device->cooperative / side));
+    consider(APET_CUDA_COOPERATIVE, std::min(most, device->cooperative / side));
   if (best.launches == 0) {
     std::snprintf(
         plan->why, sizeof plan->why,
         "path %d with %d CTAs an image cannot run here: this device places %d clusters of 8 and %d cooperative "
         "CTAs with %d bytes of shared memory each",
-        (int)wanted.path, (int)wanted.group, device->clusters[0][8], device->cooperative, device->shared);
+        (int)wanted.path, (int)wanted.ctas_per_image, device->clusters[0][8], device->cooperative, device->shared);
     return APET_NO_CUDA_PATH;
   }
   *plan = best;
   Call none = {};
   plan->workspace_bytes = carve(p, *plan, nullptr, none);
-  explain(p, *device, wanted.path != APET_CUDA_BEST || wanted.group > 0, us, *plan);
+  explain(p, *device, wanted.path != APET_CUDA_BEST || wanted.ctas_per_image > 0, us, *plan);
   return APET_OK;
 }
 
-apet_status apet_cuda_run(const apet_problem* problem, const apet_tensors* tensors, const apet_gpu_plan* plan,
+apet_status apet_cuda_run(const apet_problem* problem, const apet_tensors* tensors, const apet_cuda_plan_t* plan,
                           void* workspace, size_t bytes, void* stream_) {
   const apet_status status = apet_check(problem);
   if (status != APET_OK) return status;
@@ -433,17 +435,17 @@ apet_status apet_cuda_run(const apet_problem* problem, const apet_tensors* tenso
   Call call = call_of(p, *tensors, *plan, kernels);
   if (!workspace || (uintptr_t)workspace % 64 || carve(p, *plan, workspace, call) > bytes) return APET_SMALL_WORKSPACE;
 
-  const bool cooperative = plan->path == APET_CUDA_GROUPS;
-  cudaLaunchAttribute attribute = cluster_of(plan->group);
+  const bool cooperative = plan->path == APET_CUDA_COOPERATIVE;
+  cudaLaunchAttribute attribute = cluster_of(plan->ctas_per_image);
   if (cooperative) {
     attribute = {};
     attribute.id = cudaLaunchAttributeCooperative;
     attribute.val.cooperative = 1;
   }
   // Clusters need not run all at once: one an image, as far as a grid reaches.
-  const int64_t groups = cooperative ? plan->groups : std::min<int64_t>(p.images, INT_MAX / kMaxCluster);
+  const int64_t groups = cooperative ? plan->images_in_flight : std::min<int64_t>(p.images, INT_MAX / kMaxCluster);
   cudaLaunchConfig_t config =
-      config_of((unsigned)(groups * plan->group), kThreads, plan->select_shared, stream, &attribute);
+      config_of((unsigned)(groups * plan->ctas_per_image), kThreads, plan->first_shared_bytes, stream, &attribute);
   const Kernel first = cooperative                     ? kernels.cooperative
                        : plan->path == APET_CUDA_FUSED ? kernels.fused
                                                        : kernels.cluster;

@@ -31,7 +31,7 @@ int64_t number(const char* what, const std::string& text) {
 void check(const apet_problem& problem, apet_status status) {
   if (status == APET_OK) return;
   char sentence[256];
-  apet_sentence(&problem, status, sentence, sizeof sentence);
+  apet_error_message(&problem, status, sentence, sizeof sentence);
   throw std::runtime_error(sentence);
 }
 
@@ -69,7 +69,7 @@ void run(const std::string& in, int64_t keep, const std::string& out, const std:
   tokens.data.resize(p.images * keep * p.dim * (p.dtype == APET_FLOAT32 ? 4 : 2));
   indices.data.resize(p.images * keep * sizeof(int64_t));
 
-  apet_plan plan;
+  apet_cpu_plan_t plan;
   check(p, apet_cpu_plan(&p, (int32_t)threads, &plan));
   // An engine would keep the workspace, and its threads, from call to call.
   const std::unique_ptr<void, void (*)(void*)> workspace(std::aligned_alloc(64, plan.workspace_bytes), std::free);
@@ -83,7 +83,8 @@ void run(const std::string& in, int64_t keep, const std::string& out, const std:
   npy::write(out, tokens);
   npy::write(positions, indices);
   std::printf("apet %s, %s: %lld of %lld tokens, %d threads in %d teams\n", apet_version(), apet_isa_name(plan.isa),
-              (long long)keep, (long long)p.tokens, plan.threads * plan.teams, plan.teams);
+              (long long)keep, (long long)p.tokens, plan.threads_per_image * plan.images_in_flight,
+              plan.images_in_flight);
 }
 
 }  // namespace

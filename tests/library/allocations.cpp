@@ -72,7 +72,7 @@ struct Buffers {
     t.x = x.data(), t.cu_seqlens = cu_seqlens.data(), t.cu_keep = cu_keep.data(), t.kept = kept.data();
     t.tokens = tokens.data(), t.indices = indices.data();
     t.residual = residual.data(), t.basis_indices = basis_indices.data();
-    apet_plan plan;
+    apet_cpu_plan_t plan;
     apet_status status = apet_check(&p);
     if (status == APET_OK) status = apet_cpu_plan(&p, pool ? pool->threads : 1, &plan);
     char* aligned = workspace.data() + (64 - (uintptr_t)workspace.data() % 64);
@@ -80,9 +80,9 @@ struct Buffers {
     calls++;
     char text[256];
     for (int any = APET_OK; any <= APET_RAGGED_NEEDS_COMPRESS + 1; any++)
-      apet_sentence(&p, (apet_status)any, text, sizeof text);
+      apet_error_message(&p, (apet_status)any, text, sizeof text);
     if (status == APET_OK) return true;
-    apet_sentence(&p, status, text, sizeof text);
+    apet_error_message(&p, status, text, sizeof text);
     std::fprintf(stderr, "%s\n", text);
     return false;
   }
