@@ -1,7 +1,7 @@
 """The CUDA sources, run on the CPU: what must not change a bit, what the sanitizers say, and planted bugs.
 
 Accuracy, layouts, hostile input and invariance under batching, packing and alignment are the shared tests', which run
-on the backend `cuda-simt` too; it takes another device, path, group and schedule for every call.
+on the backend `cuda-simt` too; it varies device, path, group size and schedule from call to call.
 """
 
 from __future__ import annotations
@@ -73,13 +73,13 @@ def drawn(seed: int) -> How:
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_nothing_but_the_problem_decides_a_bit(dtype, layout, pytestconfig):
-    """Device, path, group, rows in shared memory, tiles and schedule, drawn at random; many more with --interpret 0."""
+    """Device, path, group size, rows in shared memory, tiles and schedule, drawn at random; more with --interpret 0."""
     number = DTYPES.index(dtype) * 3 + LAYOUTS.index(layout)
     everyday = pytestconfig.getoption("--interpret")
     ran = 0
     for shape in [number] if everyday else range(number, number + 3):
         for name, case in cases(dtype, layout, shape).items():
-            expected = results(case(), How(path="cluster", group=1))
+            expected = results(case(), How(path="cluster", ctas_per_image=1))
             for n in range(4 if everyday else 60):
                 how = drawn(1000 * number + n)
                 try:
@@ -118,7 +118,7 @@ def test_two_streams_at_once():
         for case in (a, b):
             for t in case.outputs.values():
                 t.zero_()
-        ways = [How(path=path, group=2, seed=seed) for path in ("cluster", "fused")]
+        ways = [How(path=path, ctas_per_image=2, seed=seed) for path in ("cluster", "fused")]
         started = [call.start(c, how, stream) for c, how, stream in zip((a, b), ways, (1, 2), strict=True)]
         assert len(call.finish(*started, seed=seed)) == 3
         for case, expected in zip((a, b), alone, strict=True):
@@ -130,11 +130,11 @@ def test_two_streams_at_once():
     ("N", "D", "keep", "basis", "way", "lacks"),
     [
         # y and distances in the workspace: 67 numbers a token.
-        (300, 24, 40, 64, How(SMALL_SHARED, "cluster", group=1, seed=1), "state_shared"),
-        (300, 24, 40, 64, How(SMALL_SHARED, "cooperative", group=1, seed=2), "state_shared"),
+        (300, 24, 40, 64, How(SMALL_SHARED, "cluster", ctas_per_image=1, seed=1), "state_shared"),
+        (300, 24, 40, 64, How(SMALL_SHARED, "cooperative", ctas_per_image=1, seed=2), "state_shared"),
         # A row of 88000 bytes: the basis token is read from L2 as well.
-        (6, 44000, 3, 2, How(SMALL_SHARED, "cluster", group=2, seed=1), "basis_shared"),
-        (6, 44000, 3, 2, How(SMALL_SHARED, "cooperative", group=3, seed=2), "basis_shared"),
+        (6, 44000, 3, 2, How(SMALL_SHARED, "cluster", ctas_per_image=2, seed=1), "basis_shared"),
+        (6, 44000, 3, 2, How(SMALL_SHARED, "cooperative", ctas_per_image=3, seed=2), "basis_shared"),
     ],
 )
 @pytest.mark.parametrize("shift", [0, 1])
@@ -145,7 +145,7 @@ def test_what_does_not_fit_shared_memory(N, D, keep, basis, way, lacks, shift):
     x = room[:, :, shift : shift + D].copy_(make)
     case, roomy = (call.compress_case(t, keep, basis) for t in (x, make))
     assert getattr(call.plan(case.problem, way), lacks) == 0
-    wide = How(path="cluster", group=4)
+    wide = How(path="cluster", ctas_per_image=4)
     assert getattr(call.plan(roomy.problem, wide), lacks) == 1
     got, expected = results(case, way), results(roomy, wide)
     for name, value in expected.items():
@@ -155,8 +155,8 @@ def test_what_does_not_fit_shared_memory(N, D, keep, basis, way, lacks, shift):
 # ---- under the sanitizers, as programs of their own
 
 SANITIZED = [
-    How(path="fused", group=2),
-    How(path="cluster", group=2, resident=4, seed=1),
+    How(path="fused", ctas_per_image=2),
+    How(path="cluster", ctas_per_image=2, resident=4, seed=1),
     How(A100, "cooperative", 2, seed=2),
 ]
 
@@ -245,7 +245,11 @@ class Bug:
         return {RACE: "thread", OVERFLOW: "address"}.get(self.seen, "")
 
 
-CLUSTER, FUSED, COOPERATIVE = How(path="cluster", group=2), How(path="fused", group=2), How(A100, "cooperative", 2)
+CLUSTER, FUSED, COOPERATIVE = (
+    How(path="cluster", ctas_per_image=2),
+    How(path="fused", ctas_per_image=2),
+    How(A100, "cooperative", 2),
+)
 BUGS = [
     Bug(
         "a barrier is missing",
@@ -302,7 +306,7 @@ BUGS = [
         "one row too many",
         "s1_s3_sweep.cuh",
         [(r"min\(i0 \+ r, slice\.tokens - 1\)", "min(i0 + r, slice.tokens)")],
-        How(path="cluster", group=2, resident=0),
+        How(path="cluster", ctas_per_image=2, resident=0),
         OVERFLOW,
         everyday=True,
     ),
@@ -310,14 +314,14 @@ BUGS = [
         "one column too many",
         "dot.cuh",
         [(r"if \(k \* Chunk<T>::kSize \+ i < dim\) chunk", "if (k * Chunk<T>::kSize + i <= dim) chunk")],
-        How(path="cluster", group=2, resident=0),
+        How(path="cluster", ctas_per_image=2, resident=0),
         OVERFLOW,
     ),
     Bug(
         "rows lie one too far in shared memory",
         "s1_s3_sweep.cuh",
         [(r"call\.map\.resident \+ i \* call\.pitch", "call.map.resident + (i + 1) * call.pitch")],
-        How(path="cluster", group=2),
+        How(path="cluster", ctas_per_image=2),
         OVERFLOW,
     ),
     Bug(
@@ -371,7 +375,7 @@ BUGS = [
         "shared memory of another CTA before that CTA runs",
         "group.cuh",
         [(r"sync\(\);  // shared memory of another CTA may be used only once that CTA runs", "")],
-        How(path="cluster", group=2, seed=3),  # one block runs as far as it gets
+        How(path="cluster", ctas_per_image=2, seed=3),  # one block runs as far as it gets
         r"maps the shared memory of block \d+, which has not begun",
     ),
     Bug(

@@ -31,7 +31,7 @@ def test_the_floor_by_hand():
 def test_the_triton_backend_by_hand():
     norms, *steps, topk, assign, mean = floors.triton(BF16)
     assert [w.stage for w in (norms, steps[0], topk, assign, mean)] == [
-        *("s1_norms", "s1_s3_step", "s4_topk", "s5_assign", "s5_mean")
+        *("s1_norms", "s1_s3_sweep", "s4_topk", "s5_assign", "s5_mean")
     ]
     assert len(steps) == BASIS
     assert (norms.moved, norms.again, norms.lanes) == (240, (), 240)  # square and add, and convert

@@ -111,14 +111,14 @@ class How:
 
     device: Device = H100
     path: str = "best"
-    group: int = 0  # 0: chosen
+    ctas_per_image: int = 0  # 0: chosen
     resident: int = -1  # -1: as many as fit
     tile: int = 0  # 0: chosen
     seed: int = 0
 
     @property
     def override(self) -> Override:
-        return Override(PATHS.index(self.path), self.group, self.resident, self.tile)
+        return Override(PATHS.index(self.path), self.ctas_per_image, self.resident, self.tile)
 
 
 @functools.cache
@@ -377,13 +377,13 @@ class Functions:
         return function
 
 
-# Small groups: the time goes into switches between CUDA threads.
+# Few CTAs per image: most of the time is spent on switches between CUDA threads.
 DEFAULT_WAYS = [
-    How(path="fused", group=2),
-    How(path="cluster", group=2, seed=1),
-    How(A100, path="cooperative", group=3, resident=4, seed=2),
-    How(path="fused", group=3, seed=3),
-    How(RTX_3090, path="cooperative", group=2, tile=64, seed=4),
+    How(path="fused", ctas_per_image=2),
+    How(path="cluster", ctas_per_image=2, seed=1),
+    How(A100, path="cooperative", ctas_per_image=3, resident=4, seed=2),
+    How(path="fused", ctas_per_image=3, seed=3),
+    How(RTX_3090, path="cooperative", ctas_per_image=2, tile=64, seed=4),
     How(RTX_5090, seed=5),
 ]
 
