@@ -43,8 +43,7 @@ inline bool missing_pointer(const apet_problem& p, const apet_tensors& t) {
 // One image's part of x and of the result.
 struct Extent {
   int64_t token, tokens;  // its first token in x, and N
-  int64_t row, keep;      // its first row of the result, and K
-  int64_t row_end;        // the next image's first row: rows past K and the appended ones are blank
+  int64_t row, keep;      // its first row of the result, and K; the appended rows follow
 };
 
 struct Span {
@@ -53,14 +52,15 @@ struct Span {
 
 // Image s, from its spans of x and of the kept rows. cu_seqlens and cu_keep may hold anything: a span begins at the
 // maximum of cu[0..s] and ends at the maximum of cu[0..s + 1], both clamped into [0, total]. So spans ascend, never
-// overlap, and stay inside. p: sizes of the call, of which `tokens` and `keep` bound those of an image.
+// overlap, and stay inside. The rows of a span that the image does not fill, up to rows.end + (s + 1) * appended, are
+// blank: zeros, and index 0. p: the call's sizes, of which `tokens` and `keep` bound those of an image.
 template <class Sizes>
 APET_HOST_DEVICE inline Extent ragged_extent(const Sizes& p, int64_t appended, int64_t s, Span tokens, Span rows) {
   int64_t n = tokens.end - tokens.begin, keep = rows.end - rows.begin;
   if (n > p.tokens) n = p.tokens;
   if (keep > p.keep) keep = p.keep;
   if (keep > n) keep = n;
-  return {tokens.begin, n, rows.begin + s * appended, keep, rows.end + (s + 1) * appended};
+  return {tokens.begin, n, rows.begin + s * appended, keep};
 }
 
 }  // namespace apet
