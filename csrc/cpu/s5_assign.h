@@ -52,7 +52,7 @@ static inline int64_t padded(int64_t targets) { return (targets + W - 1) / W * W
 template <class E>
 static inline float* panel_at(const Input& in, const Rows& rows, const Merge& merge, int64_t t0) {
   const int64_t n = units<E>(in.dim), before = -(uintptr_t)rows.out % 64;
-  const int64_t bytes = rows.count * in.dim * (int64_t)sizeof(typename E::T) - before;
+  const int64_t bytes = (int64_t)sizeof(typename E::T) * rows.count * in.dim - before;
   const int64_t room = bytes < 0 ? 0 : bytes / 4 / n;
   const int64_t fit = room >= padded(merge.target_count) ? padded(merge.target_count) : room / NR * NR;
   return t0 < fit ? reinterpret_cast<float*>(rows.out + before) + t0 * n : merge.packed + (t0 - fit) * n;
