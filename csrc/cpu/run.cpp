@@ -13,17 +13,22 @@
 namespace apet::cpu {
 namespace {
 
-// Finds the extents of ragged images, and fills the rows that belong to no image with zeros and index 0.
+struct Span {
+  int64_t begin, end;
+};
+
+// Finds the extents of ragged images, and fills the rows that belong to none of them with zeros and index 0. cu_seqlens
+// and cu_keep may hold anything: the span of image s begins at the maximum of cu[0..s] and ends at the maximum of
+// cu[0..s + 1], both clamped into [0, total]. So spans ascend, never overlap and stay inside.
 void read_extents(const Call& call, Extent* extents) {
   const apet_problem& p = call.problem;
   const int64_t extra = appended(p), row_bytes = p.dim * element_size(p);
-  const int32_t *cu_seqlens = call.tensors.cu_seqlens, *cu_keep = call.tensors.cu_keep;
   char* tokens = static_cast<char*>(call.tensors.tokens);
   const auto next = [](Span span, const int32_t* cu, int64_t s, int64_t total) {
     const int64_t begin = std::clamp<int64_t>(cu[s], span.end, total);
     return Span{begin, std::clamp<int64_t>(cu[s + 1], begin, total)};
   };
-  int64_t filled = 0;  // every row below is
+  int64_t filled = 0;  // rows before this one are
   const auto blank_until = [&](int64_t end) {
     if (end <= filled) return;
     std::memset(tokens + filled * row_bytes, 0, (end - filled) * row_bytes);
@@ -32,11 +37,12 @@ void read_extents(const Call& call, Extent* extents) {
   };
   Span token = {0, 0}, row = {0, 0};
   for (int64_t s = 0; s < p.images; s++) {
-    token = next(token, cu_seqlens, s, p.total_tokens);
-    row = next(row, cu_keep, s, p.total_keep);
-    const Extent e = extents[s] = ragged_extent(p, extra, s, token, row);
-    blank_until(e.row);
-    if (e.tokens > 0) filled = e.row + e.keep + extra;
+    token = next(token, call.tensors.cu_seqlens, s, p.total_tokens);
+    row = next(row, call.tensors.cu_keep, s, p.total_keep);
+    const int64_t n = std::min(token.end - token.begin, p.tokens), keep = std::min({row.end - row.begin, p.keep, n});
+    extents[s] = {token.begin, n, row.begin + s * extra, keep};
+    blank_until(extents[s].row);
+    if (n > 0) filled += keep + extra;
     blank_until(row.end + (s + 1) * extra);
   }
   blank_until(p.total_keep + p.images * extra);

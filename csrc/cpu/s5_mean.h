@@ -20,10 +20,10 @@ static void mean(const Input& in, const Rows& rows, const Merge& merge, int64_t 
     const int32_t first = merge.row_begin[r], last = merge.row_begin[r + 1];
     if (rows.row_blend[r] >= 0) {
       const T* other = row<T>(in, rows.row_blend[r]);
-      const V blend = splat(in.blend), rest = splat(1.0f - in.blend);
+      const V blend = splat(in.blend), complement = splat(1.0f - in.blend);
       for (int64_t d = d0; d < d1; d += W) {
         const int64_t n = smaller(W, d1 - d);
-        store_n(out + d, fma(blend, load_n(x + d, n), rest * load_n(other + d, n)), n);
+        store_n(out + d, fma(blend, load_n(x + d, n), complement * load_n(other + d, n)), n);
       }
     } else if (first == last) {
       __builtin_memcpy(out + d0, x + d0, (size_t)(d1 - d0) * sizeof(T));

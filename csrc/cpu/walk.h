@@ -6,6 +6,12 @@
 
 namespace apet::cpu {
 
+// The part of x and of the result that is one ragged image's.
+struct Extent {
+  int64_t token, tokens;  // its first token in x, and N
+  int64_t row, keep;      // its first row of the result, and K; the appended rows follow
+};
+
 struct Call {
   const apet_problem& problem;
   const apet_tensors& tensors;
