@@ -1,7 +1,7 @@
 // The CPU backend's entry points: apet_cpu_plan and apet_cpu_run.
 //
 // A call is split among teams of threads (plan.h). Each team walks images through the stages (walk.h) and shares the
-// chunks of a stage among its threads (team.h). There is one parallel region per call, whatever the number of images.
+// chunks of a stage among its threads (team.h). There is one parallel region per call, for any number of images.
 #include <algorithm>
 #include <cstring>
 #include <new>

@@ -58,16 +58,16 @@ Stage Walk::next(Stage done) {
       image_.scores.has_norms = true;
       best_ = {kNeverPicked, -1};
       find_best();
-      return pick();
-    case Stage::kLeaders: find_best(); return best_.pick_value > least_leader_ ? pick() : contenders();
-    case Stage::kContenders: find_best(); return contenders();
+      return pick_best();
+    case Stage::kLeaders: find_best(); return best_.pick_value > least_leader_ ? pick_best() : list_contenders();
+    case Stage::kContenders: find_best(); return list_contenders();
     case Stage::kResidual:
       if (p.op == APET_SCORE) return next_image();
       choose_rows(image_.input, image_.scores, image_.basis, p.layout, image_.rows, image_.merge);
       if (p.layout == APET_APPEND) append_basis(image_.input, image_.basis, image_.rows);
       return merge_dropped();
     case Stage::kPack: return Stage::kAssign;
-    case Stage::kAssign: return average();
+    case Stage::kAssign: return average_rows();
     case Stage::kMean: return next_image();
     case Stage::kDone: break;
   }
@@ -106,12 +106,13 @@ Stage Walk::next_image() {
   return first_stage();
 }
 
+// All tokens stay: they are copied. The first basis token is given: it is swept at once. Else the norms come first.
 Stage Walk::first_stage() {
   const apet_problem& p = call_->problem;
   const Input& in = image_.input;
   if (p.op == APET_COMPRESS && in.keep == in.tokens && appended(p) == 0) {
     keep_all(in, image_.rows);
-    return average();
+    return average_rows();
   }
   if (p.op != APET_MERGE && p.start >= 0) {
     const int32_t start = (int32_t)std::min<int64_t>(p.start, in.tokens - 1);
@@ -127,11 +128,12 @@ void Walk::find_best() {
 }
 
 // s1: best_ is the next basis token, if it may be one.
-Stage Walk::pick() {
+Stage Walk::pick_best() {
   if (image_.basis.size == image_.input.max_basis || !(best_.pick_value > 0)) return finish_basis();
   return add_basis(best_.token);
 }
 
+// s2, then the first candidates for the next basis token.
 Stage Walk::add_basis(int32_t token) {
   const Input& in = image_.input;
   if (!add_basis_token(in, image_.scores, image_.basis, token)) return finish_basis();
@@ -142,11 +144,13 @@ Stage Walk::add_basis(int32_t token) {
   return image_.scores.candidate_count > 0 ? Stage::kLeaders : finish_basis();
 }
 
-Stage Walk::contenders() {
+// After the leaders: the tokens that may still exceed best_, until there are none.
+Stage Walk::list_contenders() {
   find_contenders(image_.input, image_.basis, image_.scores, best_.pick_value);
-  return image_.scores.candidate_count > 0 ? Stage::kContenders : pick();
+  return image_.scores.candidate_count > 0 ? Stage::kContenders : pick_best();
 }
 
+// The basis is complete: no token may be picked, or M are.
 Stage Walk::finish_basis() {
   const Input& in = image_.input;
   const Basis& basis = image_.basis;
@@ -156,7 +160,7 @@ Stage Walk::finish_basis() {
   } else if (in.keep == in.tokens) {  // append: all tokens, then the basis; no residual is needed
     keep_all(in, image_.rows);
     append_basis(in, basis, image_.rows);
-    return average();
+    return average_rows();
   }
   return Stage::kResidual;
 }
@@ -173,12 +177,13 @@ void Walk::given_rows() {
 Stage Walk::merge_dropped() {
   Merge& merge = image_.merge;
   if (merge.target_count == 0) merge.dropped_count = 0;
-  if (merge.dropped_count == 0) return average();
+  if (merge.dropped_count == 0) return average_rows();
   pad_targets(call_->kernels, merge);
   return Stage::kPack;
 }
 
-Stage Walk::average() {
+// s5, the means.
+Stage Walk::average_rows() {
   group_by_row(image_.rows, image_.merge);
   return Stage::kMean;
 }

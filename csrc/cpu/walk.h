@@ -42,13 +42,13 @@ class Walk {
   Stage next(Stage done);
   Stage next_image();
   Stage first_stage();
-  Stage pick();
+  Stage pick_best();
   Stage add_basis(int32_t token);
-  Stage contenders();
+  Stage list_contenders();
   Stage finish_basis();
   void given_rows();
   Stage merge_dropped();
-  Stage average();
+  Stage average_rows();
   void find_best();
 
   int64_t most_chunks() const;
