@@ -7,7 +7,7 @@
 namespace {
 
 void check_cuda(const apet_problem& problem, const apet_cuda_plan_t& plan, apet_status status) {
-  require(status != APET_CUDA_FAILED, "the CUDA runtime refused the call: ", apet_cuda_error());
+  require(status != APET_CUDA_FAILED, "a call of the CUDA runtime failed: ", apet_cuda_error());
   require(status != APET_NO_CUDA_PATH, plan.why);
   check(problem, status);
 }

@@ -1,4 +1,4 @@
-// _host: what Python asks of apet.h beside the ops: how the library was built, and how a call would run.
+// _host: the functions of apet.h that Python calls beside the ops: build information, plans, instruction sets.
 #include <pybind11/pybind11.h>
 
 #include <string>
@@ -10,7 +10,7 @@ namespace py = pybind11;
 
 namespace {
 
-// Dictionaries by the names that Python uses, so that the arguments read like the op's.
+// By the names that Python uses.
 const std::pair<const char*, apet_dtype> kDtypes[] = {
     {"float32", APET_FLOAT32}, {"float16", APET_FLOAT16}, {"bfloat16", APET_BFLOAT16}};
 const std::pair<const char*, apet_layout> kLayouts[] = {

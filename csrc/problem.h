@@ -4,12 +4,6 @@
 
 #include "apet.h"
 
-#if defined(__CUDACC__)
-#define APET_HOST_DEVICE __host__ __device__
-#else
-#define APET_HOST_DEVICE
-#endif
-
 namespace apet {
 
 inline int64_t element_size(const apet_problem& p) { return p.dtype == APET_FLOAT32 ? 4 : 2; }
@@ -36,31 +30,6 @@ inline bool missing_pointer(const apet_problem& p, const apet_tensors& t) {
     case APET_MERGE: return all_rows(p) > 0 && !(t.tokens && t.kept);
   }
   return true;
-}
-
-// ---- ragged images
-
-// One image's part of x and of the result.
-struct Extent {
-  int64_t token, tokens;  // its first token in x, and N
-  int64_t row, keep;      // its first row of the result, and K
-  int64_t row_end;        // the next image's first row: rows past K and the appended ones are blank
-};
-
-struct Span {
-  int64_t begin, end;
-};
-
-// Image s, from its spans of x and of the kept rows. cu_seqlens and cu_keep may hold anything: a span begins at the
-// maximum of cu[0..s] and ends at the maximum of cu[0..s + 1], both clamped into [0, total]. So spans ascend, never
-// overlap, and stay inside. p: sizes of the call, of which `tokens` and `keep` bound those of an image.
-template <class Sizes>
-APET_HOST_DEVICE inline Extent ragged_extent(const Sizes& p, int64_t appended, int64_t s, Span tokens, Span rows) {
-  int64_t n = tokens.end - tokens.begin, keep = rows.end - rows.begin;
-  if (n > p.tokens) n = p.tokens;
-  if (keep > p.keep) keep = p.keep;
-  if (keep > n) keep = n;
-  return {tokens.begin, n, rows.begin + s * appended, keep, rows.end + (s + 1) * appended};
 }
 
 }  // namespace apet

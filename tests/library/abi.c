@@ -1,4 +1,4 @@
-/* The binary interface of apet.h on LP64, number by number: whatever stops this from compiling, as C11 or C++17, breaks
+/* The binary interface of apet.h on LP64, number by number: a change that stops this from compiling, as C11 or C++17, breaks
  * programs that are compiled already. Then APET_VERSION_MINOR (from 1.0 on MAJOR) goes up, and the numbers follow. What
  * is added to apet_status is added here. tests/test_library.py compiles it, and looks that nothing of the header is
  * missing. */
@@ -142,7 +142,7 @@ VALUE(APET_CUDA_FUSED, 1);
 VALUE(APET_CUDA_CLUSTER, 2);
 VALUE(APET_CUDA_COOPERATIVE, 3);
 
-/* Functions, declared once more: a compiler refuses two declarations that differ. */
+/* Functions, declared once more: a compiler rejects two declarations that differ. */
 #ifdef __cplusplus
 extern "C" {
 #endif

@@ -1,5 +1,5 @@
 // Counts what is asked of the allocator during calls of apet.h, and fails if it is anything: every op, dtype, layout
-// and selection, ragged or not, with and without a pool, on every instruction set; plans, checks and sentences too.
+// and selection, ragged or not, with and without a pool, on every instruction set; plans, checks and error messages too.
 //
 // The C library's functions are replaced by ones that count and pass on; operator new ends in them. Prints the number
 // of calls and returns 1 if they allocated, or if an allocation goes unnoticed.
@@ -66,7 +66,7 @@ struct Buffers {
     }
   }
 
-  // Everything that a caller does for one call; false, with a sentence, if that is refused.
+  // Everything that a caller does for one call; false, with a message, on an error.
   bool call(const apet_problem& p, const apet_pool* pool) {
     apet_tensors t = {};
     t.x = x.data(), t.cu_seqlens = cu_seqlens.data(), t.cu_keep = cu_keep.data(), t.kept = kept.data();
