@@ -58,6 +58,8 @@ def test_one_file_per_library_binds_to_torch():
 BACKENDS = {
     "reference": [ROOT / "apet_kernels/reference.py"],
     "cpu": sorted((ROOT / "csrc/cpu").iterdir()),
+    "cuda": sorted((ROOT / "csrc/cuda").iterdir()),
+    "triton": sorted((ROOT / "apet_kernels/triton_kernels").glob("*.py")),
 }
 # What a backend's files of stages are called, but for their suffix.
 STEMS = {
@@ -66,6 +68,11 @@ STEMS = {
         *("s1_basis", "s2_solve", "s1_s3_sweep", "s3_residual", "s4_topk"),
         *("s5_lists", "s5_assign", "s5_mean"),
     },
+    "cuda": {
+        *("s1_s3_sweep", "s4_topk", "s5_assign", "s5_mean"),
+        *("s1_s4_group", "s5_merge", "s1_s5_cluster"),
+    },
+    "triton": {"s1_norms", "s1_s3_sweep", "s4_topk", "s4_given_rows", "s5_assign", "s5_mean"},
 }
 # Names that said something else in another backend, by what the glossary of docs/algorithm.md calls it now.
 RETIRED = {
@@ -108,6 +115,14 @@ def test_reference_has_every_stage():
 def test_stages_have_one_name(backend: str):
     """A file of stages is named by the stages it spans, with the same stem in every backend."""
     assert {p.stem for p in BACKENDS[backend] if re.match(r"s\d", p.name)} == STEMS[backend]
+
+
+@pytest.mark.parametrize("backend", ["cuda", "triton"])
+def test_a_kernel_has_a_file_of_its_name(backend: str):
+    kernel = r"^(?:@jit\ndef|__global__ void [^;{]*?) (\w+)\((?:const Call |\n)"
+    found = {(name, path.stem) for path in BACKENDS[backend] for name in re.findall(kernel, path.read_text(), re.M)}
+    assert len(found) == {"cuda": 3, "triton": 6}[backend]
+    assert {name for name, stem in found if name != stem} == set()
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

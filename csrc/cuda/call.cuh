@@ -89,7 +89,7 @@ struct Call {
 constexpr int32_t kCopied = -1, kBlended = -2;
 
 __host__ __device__ constexpr int message_words(int basis) { return 3 + basis; }
-__host__ __device__ constexpr int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
+__host__ __device__ constexpr int64_t round_up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
 // Bytes of a row in shared memory: zeros pad it to whole 32-byte steps of s5, and an odd number of 16-byte words places
 // the rows of a matrix instruction in different banks.
 __host__ __device__ constexpr int64_t row_pitch(int64_t row_bytes) { return round_up(row_bytes, 32) + 16; }

@@ -64,9 +64,9 @@ apet_status query_device(int index, const Kernels& kernels, Device& device) {
 
 }  // namespace
 
-bool succeeded(cudaError_t error) {
-  last_error = error;
-  if (error == cudaSuccess) return true;
+bool succeeded(cudaError_t result) {
+  last_error = result;
+  if (result == cudaSuccess) return true;
   (void)cudaGetLastError();  // reported here, so it must not appear again in a later call
   return false;
 }

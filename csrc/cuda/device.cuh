@@ -22,7 +22,7 @@ struct Device {
 apet_status current_device(apet_dtype dtype, const Device*& device);
 
 // Whether a call of the runtime succeeded. If not, apet_cuda_error() has the message.
-bool succeeded(cudaError_t error);
+bool succeeded(cudaError_t result);
 #define APET_TRY(call) \
   if (!succeeded(call)) return APET_CUDA_FAILED
 

@@ -25,9 +25,9 @@ struct alignas(16) Chunk {
 __device__ __forceinline__ float widen(float v) { return v; }
 __device__ __forceinline__ float widen(__half v) { return __half2float(v); }
 __device__ __forceinline__ float widen(__nv_bfloat16 v) { return __bfloat162float(v); }
-__device__ __forceinline__ void narrow(float& to, float v) { to = v; }
-__device__ __forceinline__ void narrow(__half& to, float v) { to = __float2half_rn(v); }
-__device__ __forceinline__ void narrow(__nv_bfloat16& to, float v) { to = __float2bfloat16_rn(v); }
+__device__ __forceinline__ void narrow(float& out, float v) { out = v; }
+__device__ __forceinline__ void narrow(__half& out, float v) { out = __float2half_rn(v); }
+__device__ __forceinline__ void narrow(__nv_bfloat16& out, float v) { out = __float2bfloat16_rn(v); }
 
 // Chunk k of a row of dim elements, zeros past its end. whole: the row consists of whole aligned chunks.
 template <class T>

@@ -89,10 +89,10 @@ __device__ inline void load_resident_rows(const Call& call, const Slice<T>& slic
   const int chunks = chunks_of<T>(call.dim), padded = (call.pitch - 16) / 16;
   for (int i = threadIdx.x / 32; i < slice.resident; i += kWarps) {
     const T* from = slice.row(call, i);
-    Chunk<T>* to = reinterpret_cast<Chunk<T>*>(slice.resident_row(call, i));
+    Chunk<T>* out = reinterpret_cast<Chunk<T>*>(slice.resident_row(call, i));
     for (int k = threadIdx.x % 32; k < padded; k += 32) {
-      if (call.whole_in) copy_async_16(to + k, k < chunks ? from + (int64_t)k * Chunk<T>::kSize : from, k < chunks);
-      else to[k] = load_chunk(from, k, call.dim, false);
+      if (call.whole_in) copy_async_16(out + k, k < chunks ? from + (int64_t)k * Chunk<T>::kSize : from, k < chunks);
+      else out[k] = load_chunk(from, k, call.dim, false);
     }
   }
   copy_async_commit();

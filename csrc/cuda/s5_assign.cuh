@@ -120,9 +120,9 @@ __device__ inline void s5_assign(const Call& call, const Image& image, const Sli
         const int chunk = step * (kStepBytes / 16) + k;
         const bool valid = position >= 0 && chunk < chunks;
         const T* row = x + max(position, 0) * call.stride_xn;
-        void* to = buffer + r * kBufferPitch + k * 16;
-        if (call.whole_in) copy_async_16(to, valid ? row + (int64_t)chunk * Chunk<T>::kSize : row, valid);
-        else *static_cast<Chunk<T>*>(to) = valid ? load_chunk(row, chunk, call.dim, false) : Chunk<T>{};
+        void* out = buffer + r * kBufferPitch + k * 16;
+        if (call.whole_in) copy_async_16(out, valid ? row + (int64_t)chunk * Chunk<T>::kSize : row, valid);
+        else *static_cast<Chunk<T>*>(out) = valid ? load_chunk(row, chunk, call.dim, false) : Chunk<T>{};
       }
     }
     copy_async_commit();  // past the end an empty group, so that every step waits for the same count
