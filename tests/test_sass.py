@@ -24,7 +24,8 @@ def test_flags_are_those_of_the_build():
     assert "target_compile_options(apet_cuda PRIVATE -fmad=false" in text
     assert "CUDA_STANDARD 17" in text
     listed = set(re.findall(r"cuda/(\w+)\.cu\b", text))
-    assert listed == {*sass.DTYPES, "device", "plan", "launch"} == {path.stem for path in (sass.CSRC / "cuda").glob("*.cu")}
+    assert listed == {*sass.DTYPES, "device", "plan", "launch"}
+    assert listed == {path.stem for path in (sass.CSRC / "cuda").glob("*.cu")}
 
 
 def test_kernels_on_two_targets(kernels):
@@ -32,7 +33,7 @@ def test_kernels_on_two_targets(kernels):
 
 
 def test_every_kernel_is_there(kernels):
-    """As many for every dtype and target; those that launch.cu can launch."""
+    """For every dtype and target, those in the table of kernels.cuh."""
     names = collections.defaultdict(set)
     for kernel in kernels:
         names[kernel.target, kernel.dtype].add(
