@@ -147,7 +147,7 @@ def test_no_worse_than_twice_plain_torch(backend, dtype):
     target = (X[dropped] @ torch.nn.functional.normalize(X[rows_]).T).argmax(1)
     count = 1 + torch.bincount(target, minlength=len(rows_))[:, None]
     exact = X[rows_].index_add(0, target, X[dropped]) / count
-    plain = x[0, rows_].index_add(0, target, x[0, dropped]) / count.target(dtype)
+    plain = x[0, rows_].index_add(0, target, x[0, dropped]) / count.to(dtype)
     got = backend.merge(x, rows_[None])[0].double()
     floor = torch.finfo(dtype).eps / 2 * exact.abs().max()
     assert (got - exact).abs().max() <= 2 * (plain.double() - exact).abs().max() + floor
