@@ -1,13 +1,14 @@
 """The specification of ApET (arXiv 2602.19870): five stages in plain torch, in float64, one image at a time.
 
-    x [N, D] -s1_basis-> p [m] -s2_solve-> W [m, N] -s3_residual-> e2 [N] -s4_topk-> kept [K] -s5_merge-> tokens [K, D]
+    x [N, D] -s1_basis-> p [m] -s2_solve-> W [m, N] -s3_residual-> e_sq [N]
+             -s4_topk-> kept [K] -s5_merge-> tokens [K, D]
 
-Every backend is judged by this file, so it says what is meant and not how to be fast: the ridge least squares is
-solved by QR, the residual is the norm of a difference, distances are differences squared. docs/algorithm.md derives
-the one-sweep form that the kernels use and lists the decisions made here. It runs on any device that has float64,
-looks at the data (so it synchronises), and checks no arguments: `apet_kernels.ops` does.
+Every backend is judged by this file, so it states the meaning and is not written for speed: the ridge least squares is
+solved by QR, the residual is the norm of a difference, distances are squared differences. docs/algorithm.md has the
+glossary of names, derives the one-sweep form of the kernels and lists the decisions made here. The functions run on any
+device that has float64, synchronise with it, and do not check arguments: `apet_kernels.ops` does.
 
-Names: B images, N tokens of D channels, M basis tokens asked for and m <= M found, K tokens kept, S packed images of T
+Sizes: B images, N tokens of D features, M basis tokens asked for and m <= M found, K tokens kept, S packed images of T
 tokens in all; `u` is the unit roundoff of float32, in which kernels accumulate.
 """
 
@@ -28,49 +29,49 @@ class Tokens(NamedTuple):
     """One image, widened. A token whose squared norm float32 cannot hold has a zero row here, and is marked."""
 
     X: Tensor  # [N, D] float64
-    sq: Tensor  # [N] float64, ||x||^2
+    norm_sq: Tensor  # [N] float64, ||x||^2
     finite: Tensor  # [N] bool
 
 
 def widen(x: Tensor) -> Tokens:
     """x [N, D] of any float dtype -> Tokens."""
     X = x.double()  # [N, D]
-    sq = (X * X).sum(-1)  # [N]
-    finite = sq <= FLT_MAX  # [N], false for NaN as well
-    return Tokens(X.masked_fill(~finite[:, None], 0), sq.masked_fill(~finite, 0), finite)
+    norm_sq = (X * X).sum(-1)  # [N]
+    finite = norm_sq <= FLT_MAX  # [N], false for NaN as well
+    return Tokens(X.masked_fill(~finite[:, None], 0), norm_sq.masked_fill(~finite, 0), finite)
 
 
 def s1_basis(image: Tokens, basis: int, select: str = "fps", start: int = -1, ridge: float = 1e-5) -> Tensor:
     """Positions of the basis tokens in the order they are picked: [m] int64, m <= basis.
 
     The first is token `start`, or (start=-1, or that token's norm is not finite) the one of largest norm; if that is 0
-    there is no basis. Then "fps" takes the token farthest from those taken and stops at distance 0; "qr" takes the
-    unpicked token that those taken rebuild worst, ridge penalty included, and stops where it would be dependent
+    there is no basis. Then "fps" picks the token farthest from the basis so far and stops at distance 0; "qr" picks the
+    token that the basis so far reconstructs worst, ridge penalty included, and stops where it would be dependent
     (column-pivoted QR). Ties go to the lower position.
     """
-    X, sq, finite = image
+    X, norm_sq, finite = image
     if start >= 0 and finite[start]:
         picks = [start]
     else:
-        picks = [int(sq.argmax())]
-        if sq[picks[0]] == 0:
+        picks = [int(norm_sq.argmax())]
+        if norm_sq[picks[0]] == 0:
             return torch.empty(0, dtype=torch.int64, device=X.device)
-    nearest = torch.full_like(sq, math.inf)  # [N]
+    dist_sq = torch.full_like(norm_sq, math.inf)  # [N]
     while len(picks) < basis:
         if select == "fps":
-            # d^2 = (||x||^2 - x.p) + (||p||^2 - x.p), written so that it is 0 exactly where x = p
+            # ||x - p||^2, in a form that is exactly 0 where x = p
             distance = ((X - X[picks[-1]]) ** 2).sum(-1)  # [N]
-            nearest = torch.minimum(nearest, distance).masked_fill(~finite, 0)  # [N]
-            best = int(nearest.argmax())
-            if nearest[best] == 0:
+            dist_sq = torch.minimum(dist_sq, distance).masked_fill(~finite, 0)  # [N]
+            best = int(dist_sq.argmax())
+            if dist_sq[best] == 0:
                 break
         else:
             p = torch.tensor(picks, device=X.device)  # [m]
             W = s2_solve(image, p, ridge)  # [m, N]
-            r = ((X - W.T @ X[p]) ** 2).sum(-1) + ridge * (W * W).sum(0)  # [N], = ||x||^2 - ||y||^2
-            r = r.index_fill(0, p, -math.inf).masked_fill(~finite, -math.inf)
-            best = int((r >= r.max() - SLACK * sq).int().argmax())
-            if r[best] <= 0 or r[best] + ridge <= 4 * U * sq[best]:
+            resid_sq = ((X - W.T @ X[p]) ** 2).sum(-1) + ridge * (W * W).sum(0)  # [N], = ||x||^2 - ||y||^2
+            resid_sq = resid_sq.index_fill(0, p, -math.inf).masked_fill(~finite, -math.inf)
+            best = int((resid_sq >= resid_sq.max() - SLACK * norm_sq).int().argmax())
+            if resid_sq[best] <= 0 or resid_sq[best] + ridge <= 4 * U * norm_sq[best]:
                 break
         picks.append(best)
     return torch.tensor(picks, device=X.device)
@@ -79,15 +80,16 @@ def s1_basis(image: Tokens, basis: int, select: str = "fps", start: int = -1, ri
 def s2_solve(image: Tokens, p: Tensor, ridge: float = 1e-5) -> Tensor:
     """W [m, N] float64 that minimises ||x - S^T w||^2 + ridge ||w||^2 for every token x, S = X[p] [m, D].
 
-    With Q R = [S^T; sqrt(ridge) I] the minimum is R w = Q_top^T x. A basis token that its predecessors rebuild to
-    within rounding (pivot = ||p||^2 + ridge - ||Q_top^T p||^2 <= 4u ||p||^2) is dependent: its row of W is 0.
+    With Q R = [S^T; sqrt(ridge) I] the minimum is R w = Q_top^T x. A basis token that the earlier ones
+    reconstruct to within rounding (pivot = ||p||^2 + ridge - ||Q_top^T p||^2 <= 4u ||p||^2) is dependent: its row of W
+    is 0.
     """
-    X, sq, _ = image
+    X, norm_sq, _ = image
     S = X[p]  # [m, D]
     rows: list[int] = []  # the independent ones, r of them
     for k in range(len(S)):
         y = _qr(S[rows], ridge)[0].T @ S[k]  # [r]
-        if sq[p[k]] + ridge - y @ y > 4 * U * sq[p[k]]:
+        if norm_sq[p[k]] + ridge - y @ y > 4 * U * norm_sq[p[k]]:
             rows.append(k)
     Q, R = _qr(S[rows], ridge)  # [D, r], [r, r]
     W = X.new_zeros(len(S), len(X))  # [m, N]
@@ -103,55 +105,55 @@ def _qr(S: Tensor, ridge: float) -> tuple[Tensor, Tensor]:
 
 
 def s3_residual(image: Tokens, p: Tensor, W: Tensor, basis: int) -> Tensor:
-    """e2 [N] float64 = ||x - S^T w||^2; 0 where it is within rounding of 0, +inf where the norm is not finite.
+    """e_sq [N] float64 = ||x - S^T w||^2; 0 where it is within rounding of 0, +inf where the norm is not finite.
 
     `basis` is the M of the call, not the m found: the bound 4 M u ||x||^2 belongs to the problem, not to the data.
     """
-    X, sq, finite = image
-    e2 = ((X - W.T @ X[p]) ** 2).sum(-1)  # [N]
-    return e2.masked_fill(e2 <= 4 * basis * U * sq, 0).masked_fill(~finite, math.inf)
+    X, norm_sq, finite = image
+    e_sq = ((X - W.T @ X[p]) ** 2).sum(-1)  # [N]
+    return e_sq.masked_fill(e_sq <= 4 * basis * U * norm_sq, 0).masked_fill(~finite, math.inf)
 
 
-def s4_topk(e2: Tensor, p: Tensor, keep: int, layout: str = "inplace") -> tuple[Tensor, Tensor]:
-    """Which tokens stay: kept [K] int64, ascending, and overwritten [K] bool, the slots that basis tokens take over.
+def s4_topk(e_sq: Tensor, p: Tensor, keep: int, layout: str = "inplace") -> tuple[Tensor, Tensor]:
+    """Which tokens stay: kept [K] int64, ascending, and overwritten [K] bool, the rows that basis tokens overwrite.
 
-    Rank: largest float32 e2 first, ties to the lower position. "inplace" keeps the basis (in picking order if they
-    do not all fit) and then the best of the others; "overwrite" and "append" keep the best of all, and "overwrite"
-    gives the m lowest ranked of them away. keep = N keeps everything as it is.
+    Order: largest float32 e_sq first, ties to the lower position. "inplace" keeps the basis (the first K picks if they
+    do not all fit) and then the first of the others; "overwrite" and "append" keep the first of all, and in "overwrite"
+    the last m of these are overwritten. keep = N keeps every token as it is.
     """
-    rank = e2.float().sort(descending=True, stable=True).indices  # [N]
+    order = e_sq.float().sort(descending=True, stable=True).indices  # [N]
     if layout == "inplace":
-        rank = torch.cat([p, rank[~torch.isin(rank, p)]])  # [N]
-    kept = rank[:keep].sort().values  # [K]
-    taken = len(p) if layout == "overwrite" and keep < len(rank) else 0
-    return kept, torch.isin(kept, rank[max(keep - taken, 0) : keep])
+        order = torch.cat([p, order[~torch.isin(order, p)]])  # [N]
+    kept = order[:keep].sort().values  # [K]
+    overwritten = len(p) if layout == "overwrite" and keep < len(order) else 0
+    return kept, torch.isin(kept, order[max(keep - overwritten, 0) : keep])
 
 
 def s5_merge(x: Tensor, image: Tokens, rows: Tensor, targets: Tensor) -> Tensor:
-    """Tokens [R, D] in x's dtype: x[rows], each averaged with the tokens not in `rows` that go to it.
+    """Tokens [R, D] in x's dtype: x[rows], each averaged with the tokens not in `rows` that are merged into it.
 
-    A token goes to the row of largest cosine similarity among those whose `targets` [R] flag is set, ties to the
-    earlier row; similarity with a zero vector is 0. Tokens of non-finite norm neither go nor receive. A row that
-    receives nothing is copied bit for bit.
+    A token is merged into the row of largest cosine similarity among those whose `targets` [R] flag is set, ties to the
+    earlier row; similarity with a zero vector is 0. Tokens of non-finite norm are neither merged nor targets. A row
+    without merged tokens is copied bit for bit.
     """
-    X, sq, finite = image
+    X, norm_sq, finite = image
     allowed = targets & finite[rows]  # [R]
-    dropped = finite.index_fill(0, rows, False)  # [N] bool, n of them
+    dropped = finite.index_fill(0, rows, False)  # [N] bool, true for n
     if not allowed.any() or not dropped.any():
         return x[rows]
     Xd, T = X[dropped], X[rows]  # [n, D], [R, D]
-    norm = sq[rows].sqrt()  # [R]
+    norm = norm_sq[rows].sqrt()  # [R]
     similarity = torch.where(norm > 0, Xd @ T.T / norm, 0).masked_fill(~allowed, -math.inf)  # [n, R]; ||x|| is common
-    best = similarity.amax(-1, keepdim=True) - SLACK * sq[dropped].sqrt()[:, None]  # [n, 1]
-    to = (similarity >= best).int().argmax(-1)  # [n]
-    member = torch.nn.functional.one_hot(to, len(rows)).double()  # [n, R]
+    best = similarity.amax(-1, keepdim=True) - SLACK * norm_sq[dropped].sqrt()[:, None]  # [n, 1]
+    target = (similarity >= best).int().argmax(-1)  # [n]
+    member = torch.nn.functional.one_hot(target, len(rows)).double()  # [n, R]
     count = member.sum(0)[:, None]  # [R, 1]
     mean = (T + member.T @ Xd) / (1 + count)  # [R, D]
     return torch.where(count > 0, mean.to(x.dtype), x[rows])
 
 
 def _score(image: Tokens, basis: int, select: str, start: int, ridge: float) -> tuple[Tensor, Tensor]:
-    """One image, s1 to s3: e2 [N] float64, p [m]."""
+    """One image, s1 to s3: e_sq [N] float64, p [m]."""
     p = s1_basis(image, basis, select, start, ridge)
     return s3_residual(image, p, s2_solve(image, p, ridge), basis), p
 
@@ -161,17 +163,17 @@ def _compress(
 ) -> tuple[Tensor, Tensor]:
     """One image x [N, D] -> tokens [R, D] in x's dtype, indices [R]; R = keep, or keep + basis if layout="append"."""
     image = widen(x)
-    e2, p = _score(image, basis, select, start, ridge)  # [N], [m]
-    kept, overwritten = s4_topk(e2, p, keep, layout)  # [K], [K]
+    e_sq, p = _score(image, basis, select, start, ridge)  # [N], [m]
+    kept, overwritten = s4_topk(e_sq, p, keep, layout)  # [K], [K]
     tokens = s5_merge(x, image, kept, ~overwritten)  # [K, D]
     if layout == "overwrite":
-        lost = kept[overwritten]  # [min(m, K)]
-        p = p[: len(lost)]  # as many
-        mixed = blend * x[p].double() + (1 - blend) * x[lost].double()  # [min(m, K), D]
-        tokens[overwritten] = x[p] if blend == 1 else mixed.to(x.dtype)
+        below = kept[overwritten]  # [min(m, K)]
+        p = p[: len(below)]  # [min(m, K)]
+        blended = blend * x[p].double() + (1 - blend) * x[below].double()  # [min(m, K), D]
+        tokens[overwritten] = x[p] if blend == 1 else blended.to(x.dtype)
     if layout == "append":
-        first = p[:1] if len(p) else p.new_zeros(1)
-        rows = torch.cat([p, first.expand(basis - len(p))])  # [M]
+        fill = p[:1] if len(p) else p.new_zeros(1)
+        rows = torch.cat([p, fill.expand(basis - len(p))])  # [M]
         return torch.cat([tokens, x[rows]]), torch.cat([kept, rows])
     return tokens, kept
 
@@ -260,9 +262,9 @@ def compress_varlen(
     to size their work by, and clamp as well); rows that no image fills hold zeros and index 0.
     """
     x = x.to(out_dtype or x.dtype)
-    extra = basis * (layout == "append")
+    appended = basis * (layout == "append")
     S = len(cu_seqlens) - 1
-    tokens = x.new_zeros(total_keep + S * extra, x.shape[1])
+    tokens = x.new_zeros(total_keep + S * appended, x.shape[1])
     indices = torch.zeros(len(tokens), dtype=torch.int64, device=x.device)
     bounds = cu_seqlens.clamp(0, len(x)).tolist()
     slots = cu_keep.clamp(0, total_keep).tolist()
@@ -272,7 +274,7 @@ def compress_varlen(
         if n == 0:
             continue
         image = x[bounds[s] : bounds[s] + n]  # [n, D]
-        rows = slice(slots[s] + s * extra, slots[s] + s * extra + keep + extra)
+        rows = slice(slots[s] + s * appended, slots[s] + s * appended + keep + appended)
         tokens[rows], at = _compress(image, keep, basis, layout, select, min(start, n - 1), ridge, blend)
         indices[rows] = at + bounds[s]
     return tokens, indices

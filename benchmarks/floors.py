@@ -121,11 +121,11 @@ def floor(case: Case) -> list[Work]:
 def triton(case: Case) -> list[Work]:
     """The Triton backend: M + 4 launches, named as its kernels.
 
-    s1_norms    moved B N D itemsize;                         lanes B N D (1 + c)
-    s1_s3_step  M times: again X;                             lanes B N D (3 + c)    the dot product and the distance
-    s4_topk     nothing with a D in it
-    s5_assign   again the dropped tokens and the targets;     matrix B 2 (N - K) T D
-    s5_mean     again the same; moved B K D itemsize;         lanes B (N - K) D (1 + c)
+    s1_norms     moved B N D itemsize;                        lanes B N D (1 + c)
+    s1_s3_sweep  M times: again X;                            lanes B N D (3 + c)    the dot product and the distance
+    s4_topk      nothing with a D in it
+    s5_assign    again the dropped tokens and the targets;    matrix B 2 (N - K) T D
+    s5_mean      again the same; moved B K D itemsize;        lanes B (N - K) D (1 + c)
 
     c = 1 for 16-bit tokens, each of which is converted to float32 by an instruction of its own, else 0.
     """
@@ -136,7 +136,7 @@ def triton(case: Case) -> list[Work]:
     product = _product(case)
     return [
         Work("s1_norms", moved=X, lanes=B * N * D * (1 + c)),
-        *(Work("s1_s3_step", again=((1, X),), lanes=B * N * D * (3 + c)) for _ in range(BASIS)),
+        *(Work("s1_s3_sweep", again=((1, X),), lanes=B * N * D * (3 + c)) for _ in range(BASIS)),
         Work("s4_topk"),
         Work("s5_assign", again=((1, merged),), matrix=product.matrix, lanes=product.lanes),
         Work(

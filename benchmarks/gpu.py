@@ -212,7 +212,7 @@ def _sample(device: Device, call: Callable[[], object], count: int) -> Callable[
 
 
 def _prefixes(case: Case, device: Device, ring: list[Tensor]) -> dict[str, Callable[[], float]]:
-    """ "until s1_norms", "until s1_s3_step", ...: the call up to that kernel's last launch, from a graph.
+    """ "until s1_norms", "until s1_s3_sweep", ...: the call up to that kernel's last launch, from a graph.
 
     A kernel's time is a difference of two of these, so it is measured where it runs: with the caches as the launches
     before leave them.

@@ -46,7 +46,7 @@ class Group:
     candidates: Callable[[int, int], Iterator[Values]]
 
 
-def _steps(wide: int, element: int) -> Iterator[Values]:
+def _sweeps(wide: int, element: int) -> Iterator[Values]:
     """Tokens, channels, warps: 4 to 64 float32 sums a thread, or fewer where a tile has no more."""
     for n, d, warps in itertools.product((4, 8, 16, 32), (128, 256, 512, 1024), (2, 4, 8)):
         if d <= wide and 4 <= n * d / (32 * warps) <= 64:
@@ -74,10 +74,10 @@ def _mean(wide: int, element: int) -> Iterator[Values]:
 
 
 GROUPS = (
-    Group(("s1_norms", "s1_s3_step"), ("step_n", "step_d", "step_warps"), _steps),
+    Group(("s1_norms", "s1_s3_sweep"), ("sweep_n", "sweep_d", "sweep_warps"), _sweeps),
     Group(("s4_topk",), ("topk_chunk", "topk_warps"), _topk),
     Group(("s5_assign",), ("assign_r", "assign_t", "assign_d", "assign_warps", "assign_stages"), _assign),
-    Group(("s5_mean",), ("mean_chunk", "mean_group", "mean_warps"), _mean),
+    Group(("s5_mean",), ("mean_chunk", "mean_unroll", "mean_warps"), _mean),
 )
 
 

@@ -1,7 +1,7 @@
 /* apet.h: the whole C interface of apet-kernels, free of torch and of C++.
  *
  * ApET (arXiv 2602.19870) keeps, of the N visual tokens of an image, the K that a small basis of M other tokens
- * rebuilds worst, and averages each dropped token into the kept token it resembles most:
+ * reconstructs worst, and averages each dropped token into the most similar kept token:
  *
  *   x [N, D] -> s1 basis -> s2 solve -> s3 residual -> s4 top-k -> s5 merge -> tokens [K, D], indices [K]
  *
@@ -9,12 +9,12 @@
  * apet_cuda_plan for the workspace it needs, and hands pointers and workspace to apet_cpu_run or apet_cuda_run.
  *
  * For every function here:
- *   memory    Nothing allocates, and nothing keeps a pointer: what is passed in may go when the call returns, but for
+ *   memory    No function allocates, and none keeps a pointer: arguments may be freed when the call returns, except
  *             the device memory of apet_cuda_run, which the stream still uses.
- *   errors    Nothing throws, prints, aborts or reads errno: a status comes back, and apet_sentence puts it in words.
- *             On a status other than APET_OK nothing has been written, unless the function says so.
- *   threads   Any function may be called from several threads at once, apet_cpu_use_isa excepted (see there). Calls
- *             that run at once need outputs and workspaces of their own; inputs they may share.
+ *   errors    No function throws, prints, aborts or reads errno: each returns a status, and apet_error_message gives
+ *             its text. On a status other than APET_OK nothing has been written, unless the function says so.
+ *   threads   Any function may be called from several threads at once, except apet_cpu_use_isa (see there). Concurrent
+ *             calls need outputs and workspaces of their own; they may share inputs.
  *   units     Strides count elements, sizes of memory bytes. Positions of tokens count from 0.
  *   overlap   Outputs and workspace must not overlap each other or an input.
  *
@@ -31,8 +31,8 @@
 #define APET_VERSION_MINOR 1
 #define APET_VERSION_PATCH 0
 
-/* Before what a shared library exports. With APET_STATIC, which a static library's users and sources define alike, and
- * -fvisibility=hidden, nothing of it is exported by what it is linked into. */
+/* Marks what a shared library exports. Define APET_STATIC, for the static library's sources and its users alike, and
+ * compile with -fvisibility=hidden: then a library that links it statically exports none of its symbols. */
 #if defined(__GNUC__) && !defined(APET_STATIC)
 #define APET_API __attribute__((visibility("default")))
 #else
@@ -48,7 +48,7 @@ extern "C" {
 /* Largest basis (M) of any backend. */
 #define APET_MAX_BASIS 64
 
-/* Of x and of the tokens returned. Sums are float32 or wider, whatever it is. */
+/* Type of x and of the tokens returned. Sums are float32 or wider in every case. */
 typedef enum apet_dtype {
   APET_FLOAT32 = 0,  /* IEEE binary32, 4 bytes */
   APET_FLOAT16 = 1,  /* IEEE binary16, 2 bytes */
@@ -58,7 +58,7 @@ typedef enum apet_dtype {
 typedef enum apet_op {
   APET_COMPRESS = 0, /* all five stages */
   APET_SCORE = 1,    /* s1 to s3: residuals and basis, for budgets chosen by the caller */
-  APET_MERGE = 2,    /* s5: everything else is averaged into rows that the caller has chosen */
+  APET_MERGE = 2,    /* s5: all other tokens are averaged into rows that the caller has chosen */
 } apet_op;
 
 /* Which rows come out, and where the basis goes. m <= M is the length that the basis has: s1 stops early where tokens
@@ -77,8 +77,8 @@ typedef enum apet_select {
   APET_QR = 1,  /* residual so far (column-pivoted QR) */
 } apet_select;
 
-/* What a call computes. Zero-initialise it, then set what applies. Of members that do not name an op, that op asks only
- * that enumerations hold one of their values. Who compresses has to set blend: 0 is not its neutral value. */
+/* What a call computes. Zero-initialise it, then set what applies. Members that an op does not use are ignored, but
+ * enumerations must hold one of their values. APET_COMPRESS requires blend to be set (1: no blending). */
 typedef struct apet_problem {
   apet_op op;
   apet_dtype dtype;
@@ -103,9 +103,9 @@ typedef struct apet_problem {
   int64_t total_keep;   /* ragged: the K of all images together, 0..total_tokens */
 } apet_problem;
 
-/* Where the data lies: host memory for apet_cpu_run, device memory for apet_cuda_run. Addresses are multiples of the
- * element's size; nothing more is needed, and results do not depend on it. Outputs are contiguous. What an op does not
- * name is ignored; what it names may be NULL only where it has no elements.
+/* Where the data is: host memory for apet_cpu_run, device memory for apet_cuda_run. Addresses must be multiples of the
+ * element's size; more alignment is not needed and does not change results. Outputs are contiguous. Members that an op
+ * does not use are ignored; those that it uses may be NULL only where they have no elements.
  *
  *   compress  reads x, and if ragged cu_seqlens and cu_keep; writes tokens and indices
  *   score     reads x; writes residual and basis_indices
@@ -116,9 +116,9 @@ typedef struct apet_problem {
 typedef struct apet_tensors {
   const void* x;               /* [images, tokens, dim], or ragged [total_tokens, dim], of dtype */
   const int32_t* cu_seqlens;   /* [images + 1] first token of each image, and the end; 0 <= ... <= total_tokens,
-                                  ascending. Whatever it holds, nothing outside x is read */
-  const int32_t* cu_keep;      /* [images + 1] the same for the K of the images, up to total_keep. Whatever it holds,
-                                  nothing outside the outputs is written */
+                                  ascending. With any other values, still nothing outside x is read */
+  const int32_t* cu_keep;      /* [images + 1] the same for the K of the images, up to total_keep. With any other
+                                  values, still nothing outside the outputs is written */
   const int64_t* kept;         /* [images, keep] positions of the rows, in any order, repeated or not; clamped into
                                   0..tokens-1 */
   const uint8_t* kept_targets; /* [images, keep] not 0: tokens may be merged into this row. NULL: into all */
@@ -126,7 +126,7 @@ typedef struct apet_tensors {
   int64_t* indices;       /* [images, R], or ragged [rows]: the row's position in its image, or ragged in the packed
                              x; ascending within an image but for appended rows. An overwritten row's is its own,
                              not the basis token's */
-  float* residual;        /* [images, tokens] e^2, the squared distance to what the basis rebuilds */
+  float* residual;        /* [images, tokens] e^2, the squared distance to its reconstruction from the basis */
   int64_t* basis_indices; /* [images, basis] in picking order; -1 from m on */
 } apet_tensors;
 
@@ -152,31 +152,31 @@ typedef enum apet_status {
   APET_BAD_TOTAL_KEEP = 16,          /* total_keep is outside 0..total_tokens */
   APET_BAD_MAX = 17,                 /* ragged: tokens or keep is negative */
   APET_TOO_LARGE = 18,               /* a size is past 2^31-1 */
-  APET_NULL_POINTER = 19,            /* something that the call needs is NULL */
+  APET_NULL_POINTER = 19,            /* a pointer that the call needs is NULL */
   APET_SMALL_WORKSPACE = 20,         /* the workspace is NULL, too small, or not 64-byte aligned */
   APET_NO_ISA = 21,                  /* this build or this processor lacks the instruction set */
-  APET_CUDA_FAILED = 22,             /* the CUDA runtime refused; apet_cuda_error() has its words */
-  APET_NO_CUDA_PATH = 23,            /* no path can run this on the device; the plan's `why` says why */
+  APET_CUDA_FAILED = 22,             /* a call of the CUDA runtime failed; apet_cuda_error() has its message */
+  APET_NO_CUDA_PATH = 23,            /* no path can run this on the device; the plan's `why` gives the reason */
   APET_RAGGED_NEEDS_COMPRESS = 24,   /* score or merge of ragged images */
 } apet_status;
 
-/* The library's version, e.g. "0.1.0": a literal that lives as long as the library. */
+/* The library's version, e.g. "0.1.0": a string literal. */
 APET_API const char* apet_version(void);
 
-/* Refuses what no backend could run: APET_OK, or what is wrong. plan and run ask it too. problem NULL:
- * APET_NULL_POINTER. */
+/* Checks a problem: APET_OK, or the first error that makes it invalid for every backend. plan and run call it too.
+ * problem NULL: APET_NULL_POINTER. */
 APET_API apet_status apet_check(const apet_problem* problem);
 
-/* Writes the sentence for a status, with the problem's offending value, into text: at most `capacity` bytes with the
- * final 0, cut off where they do not suffice; 256 always do. Returns the length that the sentence has in full, without
- * the 0. text may be NULL if capacity is 0, and problem if none is at hand. */
-APET_API size_t apet_sentence(const apet_problem* problem, apet_status status, char* text, size_t capacity);
+/* Writes the message for a status, with the problem's offending value, into text: at most `capacity` bytes including
+ * the terminating 0, truncated if it is longer; 256 always suffice. Returns the length of the full message without the
+ * 0. text may be NULL if capacity is 0; problem may be NULL. */
+APET_API size_t apet_error_message(const apet_problem* problem, apet_status status, char* text, size_t capacity);
 
 /* ---- CPU -------------------------------------------------------------------------------------------------------- */
 
 /* Instruction sets of the CPU kernel, each including the ones before it. Results of two differ in their last bits. */
 typedef enum apet_isa {
-  APET_ISA_GENERIC = 0,     /* whatever the compiler was told to compile for */
+  APET_ISA_GENERIC = 0,     /* the compiler's target */
   APET_ISA_AVX2 = 1,        /* x86-64 with AVX2, FMA and F16C */
   APET_ISA_AVX512 = 2,      /* and AVX-512 F, BW, DQ and VL */
   APET_ISA_AVX512_BF16 = 3, /* and AVX512_BF16: products of bfloat16 tokens */
@@ -186,35 +186,35 @@ typedef enum apet_isa {
 /* One share of a call's work, given to apet_pool.run. */
 typedef void (*apet_task)(void* task_context, int64_t begin, int64_t end);
 
-/* The caller's threads; libapet has none. */
+/* The caller's threads; libapet starts none. */
 typedef struct apet_pool {
   int32_t threads; /* how many run() can put to work at once: below 1 counts as 1, above 256 as 256 */
-  void* context;   /* handed to run() as it is */
+  void* context;   /* passed to run() */
   /* Must call task(task_context, begin, end) over disjoint ranges that cover [0, tasks), from any threads, and return
-   * when all of these calls have. They may happen at once, in any order, or one after the other on one thread: nothing
-   * waits for a range that has not started. A call uses it once at most, on the thread that makes the call, with
+   * when all of these calls have returned. They may run at once, in any order, or one after the other on one thread: no
+   * range waits for one that has not started. apet_cpu_run calls it at most once, on its own thread, with
    * 2 <= tasks <= threads. It must not throw. */
   void (*run)(void* context, int64_t tasks, apet_task task, void* task_context);
 } apet_pool;
 
 /* How a call would run. */
-typedef struct apet_plan {
-  apet_isa isa;           /* in use when the plan was made */
-  int32_t teams;          /* images in flight at once */
-  int32_t threads;        /* threads that share one image; teams * threads is at most what was asked for */
-  size_t workspace_bytes; /* 64-byte aligned workspace that apet_cpu_run wants; a multiple of 64 */
-  double estimated_ns[2]; /* the estimate behind teams and threads: whole call on one thread, and as planned. Good for
-                             comparing, not for predicting */
-} apet_plan;
+typedef struct apet_cpu_plan_t {
+  apet_isa isa;              /* in use when the plan was made */
+  int32_t images_in_flight;  /* images that are worked on at once */
+  int32_t threads_per_image; /* threads that share one image; the product of the two is at most `threads` */
+  size_t workspace_bytes;    /* workspace that apet_cpu_run needs, 64-byte aligned; a multiple of 64 */
+  double estimated_ns[2];    /* the estimates that were compared: the whole call on one thread, and as planned. Their
+                                ratio is meaningful, their size is not */
+} apet_cpu_plan_t;
 
-/* Plans a call on at most `threads` threads, 1 if it will have no pool. A microsecond or so; looks at sizes alone, so a
- * plan may be kept for later calls of the same problem on as many threads. */
-APET_API apet_status apet_cpu_plan(const apet_problem* problem, int32_t threads, apet_plan* plan);
+/* Plans a call on at most `threads` threads (1 if it will have no pool), in about a microsecond. Depends on sizes only,
+ * so a plan may be kept for later calls of the same problem on as many threads. */
+APET_API apet_status apet_cpu_plan(const apet_problem* problem, int32_t threads, apet_cpu_plan_t* plan);
 
-/* Runs it, and returns when it is done. pool: as many threads as were planned for, or NULL for the calling thread
- * alone. workspace: 64-byte aligned, of at least the plan's workspace_bytes, whatever it holds; NULL where nothing is
- * to be done. The result does not depend on the pool, the batch, or where the data lies: an image gives the same bits
- * in any call on an instruction set. */
+/* Runs a call, and returns when it is done. pool: as many threads as were planned for, or NULL for the calling thread
+ * alone. workspace: at least the plan's workspace_bytes, 64-byte aligned, with any contents; may be NULL if the result
+ * is empty. The result does not depend on the pool, the batch or the addresses: on one instruction set an image gives
+ * the same bits in every call. */
 APET_API apet_status apet_cpu_run(const apet_problem* problem, const apet_tensors* tensors, const apet_pool* pool,
                                   void* workspace, size_t workspace_bytes);
 
@@ -224,63 +224,64 @@ APET_API int apet_cpu_has_isa(apet_isa isa);
 /* "generic", "avx2", "avx512", "avx512_bf16", "best", or "unknown": literals. */
 APET_API const char* apet_isa_name(apet_isa isa);
 
-/* Pins every later call of the process to one instruction set; APET_ISA_BEST, as at the start: unpins. For tests and
- * benchmarks, while no other thread is between apet_cpu_plan and the end of apet_cpu_run: plans differ. APET_NO_ISA
- * where it is missing. */
+/* Makes every later call of the process use one instruction set; APET_ISA_BEST restores the default. For tests and
+ * benchmarks. No other thread may be between apet_cpu_plan and the end of apet_cpu_run, because workspace sizes differ.
+ * Returns APET_NO_ISA if the instruction set is missing. */
 APET_API apet_status apet_cpu_use_isa(apet_isa isa);
 
 /* ---- CUDA: a library of its own, for the calling thread's current device ---------------------------------------- */
 
 /* How an image is taken through the stages. A *group* of CTAs owns an image; its rows are cut into one slice a CTA. */
 typedef enum apet_cuda_path {
-  APET_CUDA_BEST = 0,    /* in a wish: the path of the lowest estimate here */
+  APET_CUDA_BEST = 0,    /* in an override: the path with the lowest estimate */
   APET_CUDA_FUSED = 1,   /* one launch: the group is a cluster, and its slices stay in shared memory from s1 to s5 */
   APET_CUDA_CLUSTER = 2, /* two launches: s1-s4 in clusters, then s5 */
-  APET_CUDA_GROUPS = 3,  /* two launches: s1-s4 in groups of a cooperative launch, then s5 */
+  APET_CUDA_COOPERATIVE = 3, /* two launches: s1-s4 in groups of a cooperative launch, then s5 */
 } apet_cuda_path;
 
-/* What a caller would have instead of the rule's choice, for tests and measurements: every path gives the same bits. */
-typedef struct apet_cuda_wish {
+/* Replaces parts of the plan's choice, for tests and measurements: every path gives the same bits. */
+typedef struct apet_cuda_override {
   apet_cuda_path path;
-  int32_t group;    /* CTAs of a group; 0: chosen */
-  int32_t resident; /* rows of a slice that stay in shared memory, at most; -1: as many as fit */
-  int32_t tile;     /* s5 as its own launch: 64 or 128 rows of a tile; 0: chosen */
-} apet_cuda_wish;
+  int32_t ctas_per_image; /* 0: chosen */
+  int32_t resident;       /* rows of a slice that stay in shared memory, at most; -1: as many as fit */
+  int32_t tile;           /* s5 as its own launch: 64 or 128 rows of a tile; 0: chosen */
+} apet_cuda_override;
 
-/* How a call would run. To be read, and handed to apet_cuda_run as it is. */
-typedef struct apet_gpu_plan {
+/* How a call would run. Pass it to apet_cuda_run unchanged. */
+typedef struct apet_cuda_plan_t {
   apet_cuda_path path;
-  int32_t launches;       /* score, and an empty call, have fewer than the path */
-  int32_t group;          /* CTAs that share an image */
-  int32_t groups;         /* images in flight at once */
-  int32_t slice;          /* rows of the longest image that a CTA owns */
-  int32_t resident;       /* of which so many stay in shared memory; the others are read again from L2 */
-  int32_t state_shared;   /* 1: y, norms and distances lie in shared memory, 0: in the workspace */
-  int32_t basis_shared;   /* 1: the basis token of a step is copied to shared memory, 0: its row is too long */
-  int32_t tile;           /* s5 as its own launch: rows of a tile, else 0 */
-  int32_t select_shared;  /* bytes of shared memory of a CTA of the first launch */
-  int32_t merge_shared;   /* and of the second, 0 without one */
-  size_t workspace_bytes; /* 64-byte aligned device memory that apet_cuda_run wants; a multiple of 64 */
-  double estimated_us;    /* computed, not measured: docs/cuda.md */
-  char why[256];          /* a sentence: why this path, and what ruled out a better one */
-} apet_gpu_plan;
+  int32_t launches;            /* score, and an empty call, have fewer than the path */
+  int32_t ctas_per_image;      /* CTAs that share an image */
+  int32_t images_in_flight;    /* images that are worked on at once */
+  int32_t slice;               /* rows of the longest image that a CTA owns */
+  int32_t resident;            /* of these, rows that stay in shared memory; the others are read again from L2 */
+  int32_t state_shared;        /* 1: y, norms and distances are in shared memory, 0: in the workspace */
+  int32_t basis_shared;        /* 1: the basis token of a step is copied to shared memory, 0: its row is too long */
+  int32_t tile;                /* s5 as its own launch: rows of a tile, else 0 */
+  int32_t first_shared_bytes;  /* shared memory of a CTA of the first launch */
+  int32_t second_shared_bytes; /* and of the second, 0 without one */
+  size_t workspace_bytes;      /* device memory that apet_cuda_run needs, 64-byte aligned; a multiple of 64 */
+  double estimated_us;         /* computed, not measured: docs/cuda.md */
+  char why[256];               /* message: why this path, and why no better one */
+} apet_cuda_plan_t;
 
-/* Plans a call on the current device, which it asks for its shared memory, occupancy and clusters (once a process,
- * device and dtype; that first time loads the kernels, so plan once before a stream is captured). Enqueues nothing. A
- * plan may be kept for later calls of the same problem on the same device. wish may be NULL. Always writes *plan.
- * APET_NO_CUDA_PATH: nothing here can run it, or not what the wish says; plan->why says why. APET_CUDA_FAILED: no
- * device, no driver, or no kernel for it; apet_cuda_error() has the runtime's words. */
-APET_API apet_status apet_cuda_plan(const apet_problem* problem, const apet_cuda_wish* wish, apet_gpu_plan* plan);
+/* Plans a call on the current device. The first plan of a process, device and dtype queries shared memory, occupancy
+ * and clusters, which loads the kernels: plan once before a stream is captured. Enqueues nothing. A plan may be kept
+ * for later calls of the same problem on the same device. override may be NULL. Always writes *plan.
+ * APET_NO_CUDA_PATH: no path, or not the one of the override, can run on this device; plan->why gives the reason.
+ * APET_CUDA_FAILED: no device, no driver, or no kernel for it; apet_cuda_error() has the runtime's message. */
+APET_API apet_status apet_cuda_plan(const apet_problem* problem, const apet_cuda_override* override,
+                                    apet_cuda_plan_t* plan);
 
-/* Enqueues it on `stream` (a cudaStream_t; NULL: the default stream) of the current device, and returns. plan: what
- * apet_cuda_plan made of the same problem on this device. Never synchronises, safe under stream capture: a graph
- * replays it with the same pointers. workspace: device memory as the plan says, whatever it holds, untouched by
- * anything but this call until the stream is past it; later calls on the same stream may use it again. An image gives
- * the same bits on every path and in any call of this device. APET_CUDA_FAILED: one launch may already be enqueued. */
-APET_API apet_status apet_cuda_run(const apet_problem* problem, const apet_tensors* tensors, const apet_gpu_plan* plan,
-                                   void* workspace, size_t workspace_bytes, void* stream);
+/* Enqueues a call on `stream` (a cudaStream_t; NULL: the default stream) of the current device, and returns. plan: from
+ * apet_cuda_plan, for the same problem and device. Never synchronises; safe under stream capture: a graph replays it
+ * with the same pointers. workspace: device memory of the plan's workspace_bytes, with any contents, used by nothing
+ * else until the stream has finished this call; later calls on the same stream may use it again. An image gives the
+ * same bits on every path and in every call on this device. APET_CUDA_FAILED: one launch may already be enqueued. */
+APET_API apet_status apet_cuda_run(const apet_problem* problem, const apet_tensors* tensors,
+                                   const apet_cuda_plan_t* plan, void* workspace, size_t workspace_bytes, void* stream);
 
-/* The CUDA runtime's words for the last APET_CUDA_FAILED of the calling thread; a literal. */
+/* The CUDA runtime's message for the last APET_CUDA_FAILED of the calling thread; a string literal. */
 APET_API const char* apet_cuda_error(void);
 
 #ifdef __cplusplus

@@ -6,21 +6,21 @@
 
 namespace {
 
-void check_cuda(const apet_problem& problem, const apet_gpu_plan& plan, apet_status status) {
-  require(status != APET_CUDA_FAILED, "the CUDA runtime refused the call: ", apet_cuda_error());
+void check_cuda(const apet_problem& problem, const apet_cuda_plan_t& plan, apet_status status) {
+  require(status != APET_CUDA_FAILED, "a call of the CUDA runtime failed: ", apet_cuda_error());
   require(status != APET_NO_CUDA_PATH, plan.why);
   check(problem, status);
 }
 
-apet_gpu_plan plan_for(const apet_problem& p) {
-  apet_gpu_plan plan = {};
+apet_cuda_plan_t plan_for(const apet_problem& p) {
+  apet_cuda_plan_t plan = {};
   check_cuda(p, plan, apet_cuda_plan(&p, nullptr, &plan));
   return plan;
 }
 
 void run(const apet_problem& p, const apet_tensors& tensors, const Tensor& x) {
   const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
-  const apet_gpu_plan plan = plan_for(p);
+  const apet_cuda_plan_t plan = plan_for(p);
   // Freed as soon as this returns, which is before the kernels run: torch's allocator hands it out again on this stream
   // only, behind them. It aligns to 512 bytes.
   Tensor workspace = torch::stable::new_empty(x, {(int64_t)plan.workspace_bytes}, ScalarType::Byte);
@@ -30,7 +30,7 @@ void run(const apet_problem& p, const apet_tensors& tensors, const Tensor& x) {
 }
 
 const char* name_of(apet_cuda_path path) {
-  return path == APET_CUDA_FUSED ? "fused" : path == APET_CUDA_CLUSTER ? "cluster" : "groups";
+  return path == APET_CUDA_FUSED ? "fused" : path == APET_CUDA_CLUSTER ? "cluster" : "cooperative";
 }
 
 // How compress would run, for apet_kernels.plan; the order of the schema in apet_kernels/ops.py.
@@ -39,9 +39,15 @@ std::tuple<std::string, std::string, int64_t, int64_t, int64_t, int64_t, int64_t
     double blend) {
   const apet_problem p = compress_problem(x, keep, basis, layout, select, start, ridge, blend);
   const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
-  const apet_gpu_plan g = plan_for(p);
-  return {g.why,         name_of(g.path), g.launches, g.group,
-          g.groups,      g.slice,         g.resident, (int64_t)g.workspace_bytes,
+  const apet_cuda_plan_t g = plan_for(p);
+  return {g.why,
+          name_of(g.path),
+          g.launches,
+          g.ctas_per_image,
+          g.images_in_flight,
+          g.slice,
+          g.resident,
+          (int64_t)g.workspace_bytes,
           g.estimated_us};
 }
 

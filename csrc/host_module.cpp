@@ -1,4 +1,4 @@
-// _host: what Python asks of apet.h beside the ops: how the library was built, and how a call would run.
+// _host: the functions of apet.h that Python calls beside the ops: build information, plans, instruction sets.
 #include <pybind11/pybind11.h>
 
 #include <string>
@@ -10,7 +10,7 @@ namespace py = pybind11;
 
 namespace {
 
-// Dictionaries by the names that Python uses, so that the arguments read like the op's.
+// By the names that Python uses.
 const std::pair<const char*, apet_dtype> kDtypes[] = {
     {"float32", APET_FLOAT32}, {"float16", APET_FLOAT16}, {"bfloat16", APET_BFLOAT16}};
 const std::pair<const char*, apet_layout> kLayouts[] = {
@@ -30,7 +30,7 @@ T named(const char* what, const std::string& name, const std::pair<const char*, 
 void check(const apet_problem& problem, apet_status status) {
   if (status == APET_OK) return;
   char text[256];
-  apet_sentence(&problem, status, text, sizeof text);
+  apet_error_message(&problem, status, text, sizeof text);
   throw py::value_error(text);
 }
 
@@ -45,12 +45,12 @@ py::dict plan(int64_t images, int64_t tokens, int64_t dim, int64_t keep, int32_t
   p.images = images, p.tokens = tokens, p.dim = dim, p.keep = keep, p.basis = basis;
   p.stride_xb = tokens * dim, p.stride_xn = dim, p.stride_xd = 1;
   p.start = start, p.ridge = ridge, p.blend = blend;
-  apet_plan plan;
+  apet_cpu_plan_t plan;
   check(p, apet_cpu_plan(&p, threads, &plan));
   py::dict d;
   d["isa"] = apet_isa_name(plan.isa);
-  d["teams"] = plan.teams;
-  d["threads_per_team"] = plan.threads;
+  d["teams"] = plan.images_in_flight;
+  d["threads_per_team"] = plan.threads_per_image;
   d["workspace_bytes"] = plan.workspace_bytes;
   d["serial_us"] = plan.estimated_ns[0] / 1e3;
   d["planned_us"] = plan.estimated_ns[1] / 1e3;

@@ -1,4 +1,4 @@
-// What every backend refuses, and the sentences that say so.
+// The checks that hold for every backend, and the error messages.
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
@@ -55,56 +55,56 @@ apet_status apet_check(const apet_problem* p) {
   return APET_OK;
 }
 
-size_t apet_sentence(const apet_problem* problem, apet_status status, char* text, size_t capacity) {
+size_t apet_error_message(const apet_problem* problem, apet_status status, char* text, size_t capacity) {
   static const apet_problem kNone = {};
   const apet_problem& p = problem ? *problem : kNone;
   const int64_t starts = p.ragged ? p.total_tokens : p.tokens;
   int n = 0;
-#define SAY(...) n = std::snprintf(text, capacity, __VA_ARGS__)
+#define WRITE(...) n = std::snprintf(text, capacity, __VA_ARGS__)
   switch (status) {
-    case APET_OK: SAY("all is well"); break;
-    case APET_BAD_OP: SAY("op=%d is none of compress, score, merge", (int)p.op); break;
-    case APET_BAD_DTYPE: SAY("dtype=%d is none of float32, float16, bfloat16", (int)p.dtype); break;
-    case APET_BAD_LAYOUT: SAY("layout=%d is none of inplace, overwrite, append", (int)p.layout); break;
-    case APET_BAD_SELECT: SAY("select=%d is none of fps, qr", (int)p.select); break;
-    case APET_BAD_IMAGES: SAY("%lld images is a negative count", ll(p.images)); break;
-    case APET_BAD_DIM: SAY("x has %lld features per token; at least 1 is needed", ll(p.dim)); break;
-    case APET_BAD_TOKENS: SAY("x has %lld tokens per image; at least 1 is needed", ll(p.tokens)); break;
+    case APET_OK: WRITE("no error"); break;
+    case APET_BAD_OP: WRITE("op=%d is none of compress, score, merge", (int)p.op); break;
+    case APET_BAD_DTYPE: WRITE("dtype=%d is none of float32, float16, bfloat16", (int)p.dtype); break;
+    case APET_BAD_LAYOUT: WRITE("layout=%d is none of inplace, overwrite, append", (int)p.layout); break;
+    case APET_BAD_SELECT: WRITE("select=%d is none of fps, qr", (int)p.select); break;
+    case APET_BAD_IMAGES: WRITE("%lld images is a negative count", ll(p.images)); break;
+    case APET_BAD_DIM: WRITE("x has %lld features per token; at least 1 is needed", ll(p.dim)); break;
+    case APET_BAD_TOKENS: WRITE("x has %lld tokens per image; at least 1 is needed", ll(p.tokens)); break;
     case APET_BAD_STRIDE:
-      SAY("the last dimension of x has stride %lld; it must be contiguous (stride 1)", ll(p.stride_xd));
+      WRITE("the last dimension of x has stride %lld; it must be contiguous (stride 1)", ll(p.stride_xd));
       break;
     case APET_BAD_KEEP:
-      SAY("%s=%lld is outside 1..%lld, the tokens of an image", p.op == APET_MERGE ? "K" : "keep", ll(p.keep),
-          ll(p.tokens));
+      WRITE("%s=%lld is outside 1..%lld, the tokens of an image", p.op == APET_MERGE ? "K" : "keep", ll(p.keep),
+            ll(p.tokens));
       break;
-    case APET_BAD_BASIS: SAY("basis=%d is outside 1..%d", (int)p.basis, APET_MAX_BASIS); break;
-    case APET_BAD_START: SAY("start=%lld is outside -1..%lld", ll(p.start), ll(starts > 0 ? starts - 1 : 0)); break;
-    case APET_BAD_RIDGE: SAY("ridge=%g must be finite and at least 0", p.ridge); break;
-    case APET_BAD_BLEND: SAY("blend=%g is outside 0..1", p.blend); break;
+    case APET_BAD_BASIS: WRITE("basis=%d is outside 1..%d", (int)p.basis, APET_MAX_BASIS); break;
+    case APET_BAD_START: WRITE("start=%lld is outside -1..%lld", ll(p.start), ll(starts > 0 ? starts - 1 : 0)); break;
+    case APET_BAD_RIDGE: WRITE("ridge=%g must be finite and at least 0", p.ridge); break;
+    case APET_BAD_BLEND: WRITE("blend=%g is outside 0..1", p.blend); break;
     case APET_BLEND_WITHOUT_OVERWRITE:
-      SAY("blend=%g needs layout='overwrite', got layout='%s'", p.blend, name(p.layout));
+      WRITE("blend=%g needs layout='overwrite', got layout='%s'", p.blend, name(p.layout));
       break;
     case APET_OVERWRITE_NEEDS_MORE:
-      SAY("layout='overwrite' needs keep > basis, got keep=%lld and basis=%d", ll(p.keep), (int)p.basis);
+      WRITE("layout='overwrite' needs keep > basis, got keep=%lld and basis=%d", ll(p.keep), (int)p.basis);
       break;
     case APET_BAD_TOTAL_KEEP:
-      SAY("total_keep=%lld is outside 0..%lld, the tokens of x", ll(p.total_keep), ll(p.total_tokens));
+      WRITE("total_keep=%lld is outside 0..%lld, the tokens of x", ll(p.total_keep), ll(p.total_tokens));
       break;
-    case APET_BAD_MAX: SAY("max_seqlen=%lld and max_keep=%lld must be at least 0", ll(p.tokens), ll(p.keep)); break;
+    case APET_BAD_MAX: WRITE("max_seqlen=%lld and max_keep=%lld must be at least 0", ll(p.tokens), ll(p.keep)); break;
     case APET_TOO_LARGE:
-      SAY("%lld images of %lld tokens with %lld features (%lld tokens in all) exceed 2147483647 in one of them",
-          ll(p.images), ll(p.tokens), ll(p.dim), ll(p.total_tokens));
+      WRITE("%lld images of %lld tokens with %lld features (%lld tokens in all) exceed 2147483647 in one of them",
+            ll(p.images), ll(p.tokens), ll(p.dim), ll(p.total_tokens));
       break;
-    case APET_NULL_POINTER: SAY("a pointer that this call needs is null"); break;
-    case APET_SMALL_WORKSPACE: SAY("the workspace is smaller than the plan asks for, or not 64-byte aligned"); break;
-    case APET_NO_ISA: SAY("this build or this processor lacks the instruction set asked for"); break;
-    case APET_CUDA_FAILED: SAY("the CUDA runtime refused the call; apet_cuda_error() has its words"); break;
-    case APET_NO_CUDA_PATH: SAY("no CUDA path can run this call on this device; the plan says why"); break;
+    case APET_NULL_POINTER: WRITE("a pointer that this call needs is null"); break;
+    case APET_SMALL_WORKSPACE: WRITE("the workspace is smaller than the plan asks for, or not 64-byte aligned"); break;
+    case APET_NO_ISA: WRITE("this build or this processor lacks the instruction set asked for"); break;
+    case APET_CUDA_FAILED: WRITE("a call of the CUDA runtime failed; apet_cuda_error() has its message"); break;
+    case APET_NO_CUDA_PATH: WRITE("no CUDA path can run this call on this device; the plan gives the reason"); break;
     case APET_RAGGED_NEEDS_COMPRESS:
-      SAY("ragged images can be compressed, but op is %s", p.op == APET_SCORE ? "score" : "merge");
+      WRITE("ragged images can be compressed, but op is %s", p.op == APET_SCORE ? "score" : "merge");
       break;
-    default: SAY("status %d is unknown", (int)status); break;
+    default: WRITE("status %d is unknown", (int)status); break;
   }
-#undef SAY
+#undef WRITE
   return n < 0 ? 0 : (size_t)n;
 }

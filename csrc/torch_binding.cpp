@@ -9,7 +9,7 @@ void in_torchs_pool(void*, int64_t tasks, apet_task task, void* context) {
 
 void run(const apet_problem& p, const apet_tensors& tensors, const Tensor& x) {
   const apet_pool pool = {(int32_t)torch::stable::get_num_threads(), nullptr, in_torchs_pool};
-  apet_plan plan;
+  apet_cpu_plan_t plan;
   check(p, apet_cpu_plan(&p, pool.threads, &plan));
   // 64 spare bytes: the workspace must be aligned whatever allocator torch uses.
   Tensor workspace = torch::stable::new_empty(x, {(int64_t)plan.workspace_bytes + 64}, ScalarType::Byte);

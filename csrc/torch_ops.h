@@ -1,5 +1,5 @@
-// The ops over torch tensors, whatever the device: tensors to apet_problem and apet_tensors, through the LibTorch
-// stable ABI. A binding includes this and defines run(); schemas and fakes stand in apet_kernels/ops.py.
+// The ops over torch tensors of any device: tensors to apet_problem and apet_tensors, through the LibTorch stable ABI. A
+// binding includes this and defines run(). Schemas and fakes are in apet_kernels/ops.py.
 #pragma once
 
 #include <torch/csrc/stable/device.h>
@@ -14,20 +14,20 @@
 #include <string>
 #include <tuple>
 
-#include "apet.h"
+#include "problem.h"
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
 namespace {
 
-// Torch's own check macros put the place in this file before the sentence.
-template <class... Words>
-void require(bool holds, const Words&... words) {
+// Throws the message made of `parts`. (Torch's own check macros prepend a place in this file.)
+template <class... Parts>
+void require(bool holds, const Parts&... parts) {
   if (holds) return;
-  std::ostringstream sentence;
-  (sentence << ... << words);
-  throw std::runtime_error(sentence.str());
+  std::ostringstream message;
+  (message << ... << parts);
+  throw std::runtime_error(message.str());
 }
 
 apet_layout layout_of(const std::string& name) {
@@ -46,11 +46,11 @@ apet_select select_of(const std::string& name) {
 void check(const apet_problem& problem, apet_status status) {
   if (status == APET_OK) return;
   char text[256];
-  apet_sentence(&problem, status, text, sizeof text);
+  apet_error_message(&problem, status, text, sizeof text);
   require(false, text);
 }
 
-// What x alone says: [B, N, D], or [T, D] where ragged.
+// The members that x alone determines: [B, N, D], or [T, D] if ragged.
 apet_problem problem_of(apet_op op, const Tensor& x, bool ragged) {
   require(x.dim() == (ragged ? 2 : 3), "x has ", x.dim(), " dimensions; ",
           ragged ? "[T, D] is needed" : "[B, N, D] is needed");
@@ -78,7 +78,7 @@ apet_problem problem_of(apet_op op, const Tensor& x, bool ragged) {
 }
 
 void set_basis(apet_problem& p, int64_t basis, const std::string& select, int64_t start, double ridge) {
-  // Here and not by apet_check, which holds it in 32 bits.
+  // Checked here because apet_problem has 32 bits for it.
   require(basis >= 1 && basis <= APET_MAX_BASIS, "basis=", basis, " is outside 1..", APET_MAX_BASIS);
   p.basis = (int32_t)basis;
   p.select = select_of(select);
@@ -86,7 +86,7 @@ void set_basis(apet_problem& p, int64_t basis, const std::string& select, int64_
   p.ridge = ridge;
 }
 
-// Runs a call on the device of x, which lends its allocator; the one thing that a binding defines.
+// Runs a call on the device of x, with workspace from its allocator. Defined by the binding.
 void run(const apet_problem& problem, const apet_tensors& tensors, const Tensor& x);
 
 apet_problem compress_problem(const Tensor& x, int64_t keep, int64_t basis, const std::string& layout,
@@ -103,7 +103,7 @@ apet_problem compress_problem(const Tensor& x, int64_t keep, int64_t basis, cons
 std::tuple<Tensor, Tensor> compress(const Tensor& x, int64_t keep, int64_t basis, std::string layout,
                                     std::string select, int64_t start, double ridge, double blend) {
   const apet_problem p = compress_problem(x, keep, basis, layout, select, start, ridge, blend);
-  const int64_t rows = keep + (p.layout == APET_APPEND ? basis : 0);
+  const int64_t rows = keep + apet::appended(p);
   Tensor tokens = torch::stable::new_empty(x, {p.images, rows, p.dim});
   Tensor indices = torch::stable::new_empty(x, {p.images, rows}, ScalarType::Long);
   apet_tensors t = {};
@@ -149,11 +149,11 @@ std::tuple<Tensor, Tensor> compress_varlen(const Tensor& x, const Tensor& cu_seq
   p.total_keep = total_keep;
   require(max_seqlen >= 0 && max_keep >= 0, "max_seqlen=", max_seqlen, " and max_keep=", max_keep,
           " must be at least 0");
-  // No image is longer, or keeps more, than all of them: larger bounds would only cost workspace.
+  // No image is longer, or keeps more, than all images together: larger bounds would only cost workspace.
   p.tokens = max_seqlen < p.total_tokens ? max_seqlen : p.total_tokens;
   p.keep = max_keep < total_keep ? max_keep : total_keep;
   check(p, apet_check(&p));
-  const int64_t rows = total_keep + (p.layout == APET_APPEND ? p.images * basis : 0);
+  const int64_t rows = apet::all_rows(p);
   Tensor tokens = torch::stable::new_empty(x, {rows, p.dim});
   Tensor indices = torch::stable::new_empty(x, {rows}, ScalarType::Long);
   t.x = x.const_data_ptr();

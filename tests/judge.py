@@ -35,53 +35,53 @@ def assert_same(a: Tensor, b: Tensor, what: str = "result") -> None:
 def rebuild(image: Tokens, p: Tensor, ridge: float, tolerance: float) -> tuple[Tensor, Tensor, Tensor]:
     """Ridge least squares by Gram-Schmidt on the augmented rows [p; sqrt(ridge) e_k], each orthogonalised twice.
 
-    Returns e2 [N] with no threshold; r [N] = ||x||^2 - ||y||^2; and the factor [N] >= 1, the largest a_k^2, by which
-    small pivots stretch the bound 4 M u ||x||^2 (docs/algorithm.md, "Rounding").
+    Returns e_sq [N] with no threshold; resid_sq [N] = ||x||^2 - ||y||^2; and the factor [N] >= 1, the largest a_k^2, by
+    which small pivots stretch the bound 4 M u ||x||^2 (docs/algorithm.md, "Rounding").
     """
-    X, sq, _ = image
+    X, norm_sq, _ = image
     m, (N, D) = len(p), X.shape
     Z = torch.cat([X, X.new_zeros(N, m)], 1)  # [N, D + m]
     rows: list[Tensor] = []
-    factor = torch.ones_like(sq)
+    factor = torch.ones_like(norm_sq)
     for k in range(m):
         v = torch.cat([X[p[k]], ridge**0.5 * torch.eye(m, dtype=X.dtype)[k]])  # [D + m]
         for q in rows * 2:
             v = v - (q @ v) * q
         pivot = v @ v
-        if pivot <= tolerance * sq[p[k]]:
+        if pivot <= tolerance * norm_sq[p[k]]:
             continue
         rows.append(v / pivot.sqrt())
         y = Z @ rows[-1]  # [N]
         Z = Z - y[:, None] * rows[-1]
-        factor = torch.maximum(factor, sq[p[k]] / pivot * y**2 / sq.clamp_min(1e-300))
+        factor = torch.maximum(factor, norm_sq[p[k]] / pivot * y**2 / norm_sq.clamp_min(1e-300))
     return (Z[:, :D] ** 2).sum(1), (Z**2).sum(1), factor
 
 
 def check_basis(x: Tensor, p: Tensor, basis: int, select: str, start: int, ridge: float) -> bool:
     """Replays the picks p [m] of image x [N, D]; True if no pick and no stop was a matter of rounding."""
     image = widen(x)
-    X, sq, finite = image
+    X, norm_sq, finite = image
     N = len(X)
     assert len(p) <= min(basis, N)
     assert len(set(p.tolist())) == len(p), f"basis tokens picked twice: {p.tolist()}"
     assert finite[p].all(), f"basis tokens of non-finite norm: {p.tolist()}"
     fixed = start >= 0 and bool(finite[start])
-    if not fixed and sq.max() == 0:
+    if not fixed and norm_sq.max() == 0:
         assert len(p) == 0, "a basis where every token is zero"
         return True
     assert len(p) > 0, "no basis though a token has a norm"
     sure = True
-    nearest = torch.full_like(sq, torch.inf)
+    dist_sq = torch.full_like(norm_sq, torch.inf)
     for k in range(len(p) + (len(p) < basis)):
         stopped = k == len(p)
         if k == 0:
-            value, slack = sq, PICK * sq
+            value, slack = norm_sq, PICK * norm_sq
         elif select == "fps":
-            nearest = torch.minimum(nearest, ((X - X[p[k - 1]]) ** 2).sum(1))
-            value, slack = nearest, PICK * (sq + sq[p[:k]].max())
+            dist_sq = torch.minimum(dist_sq, ((X - X[p[k - 1]]) ** 2).sum(1))
+            value, slack = dist_sq, PICK * (norm_sq + norm_sq[p[:k]].max())
         else:
             _, value, factor = rebuild(image, p[:k], ridge, 4 * U)
-            slack = max(4 * basis * U, PICK) * sq * factor
+            slack = max(4 * basis * U, PICK) * norm_sq * factor
         open_ = finite.index_fill(0, p[:k], False)  # [N] bool
         if k == 0 and fixed:
             assert p[0] == start
@@ -91,7 +91,7 @@ def check_basis(x: Tensor, p: Tensor, basis: int, select: str, start: int, ridge
             continue
         best = int(value.masked_fill(~open_, -1).argmax())
         if stopped:  # nothing worth picking was left
-            limit = 0 if select == "fps" else max(0.0, 4 * U * float(sq[best]) - ridge)
+            limit = 0 if select == "fps" else max(0.0, 4 * U * float(norm_sq[best]) - ridge)
             assert value[best] <= limit + slack[best], f"stopped after {k} picks with {best} at {float(value[best])}"
             sure &= bool(value[best] == 0) or (select == "qr" and bool(value[best] <= limit - slack[best]))
             continue
@@ -99,31 +99,31 @@ def check_basis(x: Tensor, p: Tensor, basis: int, select: str, start: int, ridge
         if k > 0 and select == "fps":
             assert value[c] > 0, f"pick {k} repeats a basis token"
         if k > 0 and select == "qr":
-            assert value[c] + ridge >= 4 * U * sq[c] - slack[c], f"pick {k} is dependent"
-            sure &= bool(value[c] + ridge > 4 * U * sq[c] + slack[c])
+            assert value[c] + ridge >= 4 * U * norm_sq[c] - slack[c], f"pick {k} is dependent"
+            sure &= bool(value[c] + ridge > 4 * U * norm_sq[c] + slack[c])
         assert value[c] + slack[c] >= value[best] - slack[best], f"pick {k} is {c}, but {best} is farther"
         copies = X.eq(X[c]).all(1)  # [N]
         assert not (copies & open_)[:c].any(), f"pick {k} is {c}, but an earlier token equals it"
-        rivals = open_ & ~copies
-        sure &= not bool((value + slack >= value[c] - slack[c])[rivals].any())
+        others = open_ & ~copies
+        sure &= not bool((value + slack >= value[c] - slack[c])[others].any())
     return sure
 
 
-def check_residual(x: Tensor, e2: Tensor, p: Tensor, basis: int, ridge: float) -> Tensor:
-    """|delta e2| <= 4 M u ||x||^2 for e2 [N] float32 of image x [N, D]. Returns the range that allows [2, N].
+def check_residual(x: Tensor, e_sq: Tensor, p: Tensor, basis: int, ridge: float) -> Tensor:
+    """|delta e_sq| <= 4 M u ||x||^2 for e_sq [N] float32 of image x [N, D]. Returns the range that allows [2, N].
 
     Rows whose pivot is within rounding of the dependency threshold may count either way.
     """
     image = widen(x)
-    _, sq, finite = image
-    zero = 4 * basis * U * sq  # [N], what counts as 0
+    _, norm_sq, finite = image
+    zero = 4 * basis * U * norm_sq  # [N], what counts as 0
     low, _, factor = rebuild(image, p, ridge, 1e-9 * U)
     high, _, _ = rebuild(image, p, ridge, 4 * (basis + 1) * U)
     low, high = torch.minimum(low, high), torch.maximum(low, high)
     slack = zero * factor + SUBNORMAL
     low, high = (low - slack).clamp_min(0), high + slack
     low = low.masked_fill(low <= zero, 0)
-    got = e2.double()
+    got = e_sq.double()
     assert (got[~finite] == torch.inf).all(), "a token of non-finite norm does not rank highest"
     wrong = finite & ~((got >= low) & (got <= high))
     assert not wrong.any(), _first("squared residual", wrong, got, low, high)
@@ -151,21 +151,21 @@ def check_merge(x: Tensor, tokens: Tensor, rows: Tensor, targets: Tensor, skip: 
     A row is judged where no dropped token is within rounding of going there or elsewhere. The mean may be off by half a
     unit of the output dtype, and by the roundings of a float32 sum.
     """
-    X, sq, finite = widen(x)
+    X, norm_sq, finite = widen(x)
     allowed = targets & finite[rows]  # [R]
     dropped = finite.index_fill(0, rows, False)  # [N]
-    Xd, T, norm = X[dropped], X[rows], sq[rows].sqrt()  # [n, D], [R, D], [R]
+    Xd, T, norm = X[dropped], X[rows], norm_sq[rows].sqrt()  # [n, D], [R, D], [R]
     similarity = (Xd @ T.T / norm.clamp_min(1e-300)).masked_fill(~allowed, -torch.inf)  # [n, R]
-    length = sq[dropped].sqrt()[:, None]  # [n, 1]
+    length = norm_sq[dropped].sqrt()[:, None]  # [n, 1]
     member = torch.zeros_like(similarity)  # [n, R]
     unsure = torch.zeros(len(rows), dtype=torch.bool)
     if allowed.any() and len(Xd):
         best = similarity.amax(1, keepdim=True)
-        to = (similarity >= best - 1e-12 * length).int().argmax(1)  # [n], the earliest of equals
-        member[torch.arange(len(to)), to] = 1
-        near = (similarity >= best - 2 * SIMILARITY * length) & (length > 0)  # [n, R]; a zero vector goes to the first
-        copies = (T[to][:, None] == T[None]).all(-1) if len(rows) * Xd.numel() < 2**24 else torch.zeros_like(near)
-        tie = (near & ~copies).index_put((torch.arange(len(to)), to), torch.tensor(False)).any(1)  # [n]
+        target = (similarity >= best - 1e-12 * length).int().argmax(1)  # [n], the earliest of equals
+        member[torch.arange(len(target)), target] = 1
+        near = (similarity >= best - 2 * SIMILARITY * length) & (length > 0)  # [n, R]; zero vectors: to the first
+        copies = (T[target][:, None] == T[None]).all(-1) if len(rows) * Xd.numel() < 2**24 else torch.zeros_like(near)
+        tie = (near & ~copies).index_put((torch.arange(len(target)), target), torch.tensor(False)).any(1)  # [n]
         unsure = near[tie].any(0)
     count = member.sum(0)[:, None]  # [R, 1]
     mean = (T + member.T @ Xd) / (1 + count)

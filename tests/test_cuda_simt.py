@@ -1,7 +1,7 @@
 """The CUDA sources, run on the CPU: what must not change a bit, what the sanitizers say, and planted bugs.
 
 Accuracy, layouts, hostile input and invariance under batching, packing and alignment are the shared tests', which run
-on the backend `cuda-simt` too; it takes another device, path, group and schedule for every call.
+on the backend `cuda-simt` too; it varies device, path, group size and schedule from call to call.
 """
 
 from __future__ import annotations
@@ -59,8 +59,8 @@ def drawn(seed: int) -> How:
     """A device, a path on it, how the images are cut, and a schedule."""
     make = random.Random(seed)
     device = make.choice([H100, SMALL_SHARED, A100, RTX_3090, RTX_5090])
-    path = make.choice(["fused", "cluster", "groups"] if device.largest_cluster else ["groups"])
-    most = device.multiprocessors if path == "groups" else device.largest_cluster
+    path = make.choice(["fused", "cluster", "cooperative"] if device.largest_cluster else ["cooperative"])
+    most = device.multiprocessors if path == "cooperative" else device.largest_cluster
     return How(
         device,
         path,
@@ -74,13 +74,13 @@ def drawn(seed: int) -> How:
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_nothing_but_the_problem_decides_a_bit(dtype, layout, pytestconfig):
-    """Device, path, group, rows in shared memory, tiles and schedule, drawn at random; many more with --interpret 0."""
+    """Device, path, group size, rows in shared memory, tiles and schedule, drawn at random; more with --interpret 0."""
     number = DTYPES.index(dtype) * 3 + LAYOUTS.index(layout)
     everyday = pytestconfig.getoption("--interpret")
     ran = 0
     for shape in [number] if everyday else range(number, number + 3):
         for name, case in cases(dtype, layout, shape).items():
-            expected = results(case(), How(path="cluster", group=1))
+            expected = results(case(), How(path="cluster", ctas_per_image=1))
             for n in range(4 if everyday else 60):
                 how = drawn(1000 * number + n)
                 try:
@@ -94,7 +94,8 @@ def test_nothing_but_the_problem_decides_a_bit(dtype, layout, pytestconfig):
 
 
 @pytest.mark.parametrize(
-    ("device", "path", "launches"), [(H100, "fused", 1), (H100, "cluster", 2), (H100, "groups", 2), (A100, "best", 2)]
+    ("device", "path", "launches"),
+    [(H100, "fused", 1), (H100, "cluster", 2), (H100, "cooperative", 2), (A100, "best", 2)],
 )
 def test_launches(device, path, launches):
     case = call.compress_case(tokens(2, 60, 32, dtype=torch.float16), 12, 5)
@@ -102,7 +103,7 @@ def test_launches(device, path, launches):
     lines = call.run(case, how)
     assert len(lines) == call.plan(case.problem, how).launches == launches
     assert ("clusters of" in lines[0]) == (path in ("fused", "cluster"))
-    assert ("cooperative" in lines[0]) == (path == "groups" or device is A100)
+    assert ("cooperative" in lines[0]) == (path == "cooperative" or device is A100)
     # The second kernel may overlap the first's tail where the architecture has that.
     assert [("overlapping" in line) for line in lines[1:]] == [device is H100] * (launches - 1)
     score = call.score_case(tokens(2, 60, 32), 5)
@@ -118,7 +119,7 @@ def test_two_streams_at_once():
         for case in (a, b):
             for t in case.outputs.values():
                 t.zero_()
-        ways = [How(path=path, group=2, seed=seed) for path in ("cluster", "fused")]
+        ways = [How(path=path, ctas_per_image=2, seed=seed) for path in ("cluster", "fused")]
         started = [call.start(c, how, stream) for c, how, stream in zip((a, b), ways, (1, 2), strict=True)]
         assert len(call.finish(*started, seed=seed)) == 3
         for case, expected in zip((a, b), alone, strict=True):
@@ -130,11 +131,11 @@ def test_two_streams_at_once():
     ("N", "D", "keep", "basis", "way", "lacks"),
     [
         # y and distances in the workspace: 67 numbers a token.
-        (300, 24, 40, 64, How(SMALL_SHARED, "cluster", group=1, seed=1), "state_shared"),
-        (300, 24, 40, 64, How(SMALL_SHARED, "groups", group=1, seed=2), "state_shared"),
+        (300, 24, 40, 64, How(SMALL_SHARED, "cluster", ctas_per_image=1, seed=1), "state_shared"),
+        (300, 24, 40, 64, How(SMALL_SHARED, "cooperative", ctas_per_image=1, seed=2), "state_shared"),
         # A row of 88000 bytes: the basis token is read from L2 as well.
-        (6, 44000, 3, 2, How(SMALL_SHARED, "cluster", group=2, seed=1), "basis_shared"),
-        (6, 44000, 3, 2, How(SMALL_SHARED, "groups", group=3, seed=2), "basis_shared"),
+        (6, 44000, 3, 2, How(SMALL_SHARED, "cluster", ctas_per_image=2, seed=1), "basis_shared"),
+        (6, 44000, 3, 2, How(SMALL_SHARED, "cooperative", ctas_per_image=3, seed=2), "basis_shared"),
     ],
 )
 @pytest.mark.parametrize("shift", [0, 1])
@@ -145,7 +146,7 @@ def test_what_does_not_fit_shared_memory(N, D, keep, basis, way, lacks, shift):
     x = room[:, :, shift : shift + D].copy_(make)
     case, roomy = (call.compress_case(t, keep, basis) for t in (x, make))
     assert getattr(call.plan(case.problem, way), lacks) == 0
-    wide = How(path="cluster", group=4)
+    wide = How(path="cluster", ctas_per_image=4)
     assert getattr(call.plan(roomy.problem, wide), lacks) == 1
     got, expected = results(case, way), results(roomy, wide)
     for name, value in expected.items():
@@ -155,9 +156,9 @@ def test_what_does_not_fit_shared_memory(N, D, keep, basis, way, lacks, shift):
 # ---- under the sanitizers, as programs of their own
 
 SANITIZED = [
-    How(path="fused", group=2),
-    How(path="cluster", group=2, resident=4, seed=1),
-    How(A100, "groups", 2, seed=2),
+    How(path="fused", ctas_per_image=2),
+    How(path="cluster", ctas_per_image=2, resident=4, seed=1),
+    How(A100, "cooperative", 2, seed=2),
 ]
 
 
@@ -245,41 +246,45 @@ class Bug:
         return {RACE: "thread", OVERFLOW: "address"}.get(self.seen, "")
 
 
-CLUSTER, FUSED, GROUPS = How(path="cluster", group=2), How(path="fused", group=2), How(A100, "groups", 2)
+CLUSTER, FUSED, COOPERATIVE = (
+    How(path="cluster", ctas_per_image=2),
+    How(path="fused", ctas_per_image=2),
+    How(A100, "cooperative", 2),
+)
 BUGS = [
     Bug(
         "a barrier is missing",
-        "s1_s3_select.cuh",
+        "s1_s3_sweep.cuh",
         [(r"(warp_best\[warp\] = best;)\s*__syncthreads\(\);", r"\1")],
         FUSED,
         RACE,
         everyday=True,
     ),
     Bug(
-        "candidates are read before the group has met",
-        "s1_s3_select.cuh",
-        [(r"(group\.publish\(message, 3 \+ m\);)\s*group\.sync\(\);", r"\1")],
+        "candidates are read before the group's barrier",
+        "s1_s3_sweep.cuh",
+        [(r"(group\.publish\(message, 3 \+ k\);)\s*group\.sync\(\);", r"\1")],
         CLUSTER,
         RACE,
     ),
     Bug("one set of slots instead of two", "group.cuh", [(r"turn_ \^= 1;", "")], CLUSTER, RACE),
     Bug(
         "residuals are ranked before all are there",
-        "kernels.cuh",
-        [(r"group\.sync\(\);  // rank and norm2 of the whole image", "")],
-        GROUPS,
+        "s1_s4_group.cuh",
+        [(r"group\.sync\(\);  // rank and norm_sq of the whole image", "")],
+        COOPERATIVE,
         RACE,
     ),
     Bug(
         "a flag that publishes nothing",
         "group.cuh",
         [(r"add_release\(arrived_, 1\);", "atomicAdd(arrived_, 1u);")],
-        GROUPS,
+        COOPERATIVE,
         RACE,
     ),
     Bug(
         "the second launch does not wait for the first",
-        "kernels.cuh",
+        "s5_merge.cuh",
         [(r"wait_previous_launch\(\);", "")],
         CLUSTER,
         RACE,
@@ -300,9 +305,9 @@ BUGS = [
     ),
     Bug(
         "one row too many",
-        "s1_s3_select.cuh",
-        [(r"min\(i0 \+ r, slice\.count - 1\)", "min(i0 + r, slice.count)")],
-        How(path="cluster", group=2, resident=0),
+        "s1_s3_sweep.cuh",
+        [(r"min\(i0 \+ r, slice\.tokens - 1\)", "min(i0 + r, slice.tokens)")],
+        How(path="cluster", ctas_per_image=2, resident=0),
         OVERFLOW,
         everyday=True,
     ),
@@ -310,19 +315,19 @@ BUGS = [
         "one column too many",
         "dot.cuh",
         [(r"if \(k \* Chunk<T>::kSize \+ i < dim\) chunk", "if (k * Chunk<T>::kSize + i <= dim) chunk")],
-        How(path="cluster", group=2, resident=0),
+        How(path="cluster", ctas_per_image=2, resident=0),
         OVERFLOW,
     ),
     Bug(
         "rows lie one too far in shared memory",
-        "s1_s3_select.cuh",
-        [(r"call\.map\.rows \+ i \* call\.pitch", "call.map.rows + (i + 1) * call.pitch")],
-        How(path="cluster", group=2),
+        "s1_s3_sweep.cuh",
+        [(r"call\.map\.resident \+ i \* call\.pitch", "call.map.resident + (i + 1) * call.pitch")],
+        How(path="cluster", ctas_per_image=2),
         OVERFLOW,
     ),
     Bug(
         "a copy is not waited for",
-        "s1_s3_select.cuh",
+        "s1_s3_sweep.cuh",
         [(r"copy_async_wait<0>\(\);", "")],
         FUSED,
         r"exits with \d+ asynchronous copies that it has not waited for",
@@ -331,7 +336,7 @@ BUGS = [
     Bug(
         "a copy is waited for one step too late",
         "s5_assign.cuh",
-        [(r"copy_async_wait<kStages - 2>", "copy_async_wait<kStages - 1>")],
+        [(r"copy_async_wait<kBuffers - 2>", "copy_async_wait<kBuffers - 1>")],
         CLUSTER,
         WRONG,
         everyday=True,
@@ -339,7 +344,7 @@ BUGS = [
     Bug(
         "a mask of half a warp",
         "s5_mean.cuh",
-        [(r"__ballot_sync\(kAllLanes, to", "__ballot_sync(0xffffu, to")],
+        [(r"__ballot_sync\(kAllLanes, target", "__ballot_sync(0xffffu, target")],
         FUSED,
         r"calls __ballot_sync with mask 0x0000ffff, which leaves out its lane",
         everyday=True,
@@ -353,7 +358,7 @@ BUGS = [
     ),
     Bug(
         "means wait for one tile more than there is",
-        "kernels.cuh",
+        "s5_merge.cuh",
         [(r"< \(uint32_t\)call\.tiles\)", "< (uint32_t)call.tiles + 1)")],
         CLUSTER,
         r"deadlock: .* waits in a loop around load_acquire",
@@ -361,17 +366,17 @@ BUGS = [
     ),
     Bug(
         "a thread leaves before a barrier",
-        "kernels.cuh",
+        "s5_merge.cuh",
         [(r"if \(ticket >= end\) return;", "if (thread == 5) return;\n    if (ticket >= end) return;")],
         CLUSTER,
         r"divergent barrier: thread 5 of block \d+ exits|divergent barrier: .* 1 threads of the block have exited",
         everyday=True,
     ),
     Bug(
-        "a peer's shared memory before the peer runs",
+        "shared memory of another CTA before that CTA runs",
         "group.cuh",
-        [(r"sync\(\);  // no peer's shared memory before the peer runs", "")],
-        How(path="cluster", group=2, seed=3),  # one block runs as far as it gets
+        [(r"sync\(\);  // shared memory of another CTA may be used only once that CTA runs", "")],
+        How(path="cluster", ctas_per_image=2, seed=3),  # one block runs as far as it gets
         r"maps the shared memory of block \d+, which has not begun",
     ),
     Bug(

@@ -112,7 +112,7 @@ def test_a_device_is_asked_once(cuda):
 
 
 def test_a_device_that_refuses(cuda):
-    cuda.refuses = "the CUDA runtime refused the call: no kernel image is available"
+    cuda.refuses = "a call of the CUDA runtime failed: no kernel image is available"
     for _ in range(2):
         assert ops.no_cuda(cuda_device(1)) == f"the CUDA kernels do not run on cuda:1: {cuda.refuses}"
     assert len(cuda.planned) == 1

@@ -289,7 +289,7 @@ def test_dry_run_of_the_check(tmp_path):
     assert row["failed"] == {}
     assert set(row["graph_us"]) == {"triton", "eager", "tuned", "compiled"}
     assert set(row["host_us"]) == {"published", *row["graph_us"]}
-    kernels = ["s1_norms", "s1_s3_step", "s4_topk", "s5_assign", "s5_mean"]
+    kernels = ["s1_norms", "s1_s3_sweep", "s4_topk", "s5_assign", "s5_mean"]
     assert [stage["kernel"] for stage in row["stages"]] == kernels
     for name in (*kernels, "DRY RUN", "x published", "of floor"):
         assert name in page
@@ -299,4 +299,4 @@ def test_dry_run_of_the_check(tmp_path):
 @pytest.mark.slow
 def test_dry_run_of_tuning():
     said = dry_run("tune", "--only", "float32")
-    assert "('interpreter', 16, 4): Tiles(step_n=" in said.splitlines()[-1]
+    assert "('interpreter', 16, 4): Tiles(sweep_n=" in said.splitlines()[-1]

@@ -55,8 +55,86 @@ def test_one_file_per_library_binds_to_torch():
     assert {p.name for p in files} == TO_TORCH
 
 
-def test_stages_have_one_name():
-    """The same stem in the reference, the kernels and the tests; a fused kernel is named by the stages it spans."""
+BACKENDS = {
+    "reference": [ROOT / "apet_kernels/reference.py"],
+    "cpu": sorted((ROOT / "csrc/cpu").iterdir()),
+    "cuda": sorted((ROOT / "csrc/cuda").iterdir()),
+    "triton": sorted((ROOT / "apet_kernels/triton_kernels").glob("*.py")),
+}
+# What a backend's files of stages are called, but for their suffix.
+STEMS = {
+    "reference": set(),
+    "cpu": {
+        *("s1_basis", "s2_solve", "s1_s3_sweep", "s3_residual", "s4_topk"),
+        *("s5_lists", "s5_assign", "s5_mean"),
+    },
+    "cuda": {
+        *("s1_s3_sweep", "s4_topk", "s5_assign", "s5_mean"),
+        *("s1_s4_group", "s5_merge", "s1_s5_cluster"),
+    },
+    "triton": {"s1_norms", "s1_s3_sweep", "s4_topk", "s4_given_rows", "s5_assign", "s5_mean"},
+}
+# Names that said something else in another backend, by what the glossary of docs/algorithm.md calls it now.
+RETIRED = {
+    "norm_sq": ["sq", "norm2"],
+    "dist_sq": ["nearest"],
+    "pick_value": ["reach", "measure"],
+    "resid_sq": ["energy", "rest", "left"],
+    "e_sq": ["e2", "error"],
+    "L": ["factor"],
+    "inv_diag": ["inv_pivot", "inverse", "inv"],
+    "inv_norm": ["target_scale"],
+    "target": ["to"],
+    "appended": ["extra_rows"],
+    "row_blend": ["source"],
+}
+
+
+def names_in(path: Path) -> set[str]:
+    """What a source file names: in C++ every identifier outside of comments and strings, in Python its variables,
+    arguments and the attributes that it sets."""
+    text = path.read_text()
+    if path.suffix != ".py":
+        return set(re.findall(r"\w+", re.sub(r"//[^\n]*|/\*.*?\*/|\"[^\"\n]*\"", " ", text, flags=re.DOTALL)))
+    names = set()
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.Name):
+            names.add(node.id)
+        elif isinstance(node, ast.arg):
+            names.add(node.arg)
+        elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store):
+            names.add(node.attr)
+    return names
+
+
+def test_reference_has_every_stage():
     assert [n for n in STAGES if not hasattr(reference, n)] == []
-    kernels = {p.stem for p in (ROOT / "csrc" / "cpu").iterdir() if re.match(r"s\d", p.name)}
-    assert kernels == {"s1_s3_sweep", "s4_topk", "s5_merge"}
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_stages_have_one_name(backend: str):
+    """A file of stages is named by the stages it spans, with the same stem in every backend."""
+    assert {p.stem for p in BACKENDS[backend] if re.match(r"s\d", p.name)} == STEMS[backend]
+
+
+@pytest.mark.parametrize("backend", ["cuda", "triton"])
+def test_a_kernel_has_a_file_of_its_name(backend: str):
+    kernel = r"^(?:@jit\ndef|__global__ void [^;{]*?) (\w+)\((?:const Call |\n)"
+    found = {(name, path.stem) for path in BACKENDS[backend] for name in re.findall(kernel, path.read_text(), re.M)}
+    assert len(found) == {"cuda": 3, "triton": 6}[backend]
+    assert {name for name, stem in found if name != stem} == set()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_quantities_have_one_name(backend: str):
+    """The glossary's: names that meant another quantity in another backend do not come back."""
+    retired = {old: new for new, names in RETIRED.items() for old in names}
+    found = {(path.name, name) for path in BACKENDS[backend] for name in names_in(path) & set(retired)}
+    assert {f"{file}: {name} is called {retired[name]}" for file, name in found} == set()
+
+
+def test_the_glossary_has_these_names():
+    """With what they mean, in the table of docs/algorithm.md."""
+    glossary = (ROOT / "docs/algorithm.md").read_text().partition("## Names")[2].partition("\n## ")[0]
+    named = set(re.findall(r"`(\w+)`", glossary))
+    assert set(RETIRED) <= named

@@ -19,29 +19,29 @@ def residual(backend, x, basis, **choose):
 def test_by_hand(backend, dtype):
     # S = (2, 0), ridge 1: w = 2 x0 / 5, so x0 / 5 is left of the first channel, and all of the second.
     x = rows([2, 0], [5, 3], [0, -7], dtype=dtype)
-    e2 = residual(backend, x, 1, start=0, ridge=1.0)
+    e_sq = residual(backend, x, 1, start=0, ridge=1.0)
     bound = 8 * U * torch.tensor([4.0, 34, 49])
-    assert ((e2 - torch.tensor([0.16, 10, 49])).abs() <= bound).all()
+    assert ((e_sq - torch.tensor([0.16, 10, 49])).abs() <= bound).all()
 
 
 def test_two_basis_tokens_by_hand(backend):
     # (3,0,0) and the farthest from it, (-30,40,0), span the plane: what is left is the third channel.
     x = rows([3, 0, 0], [-30, 40, 0], [1, 2, 5], [-6, 8, 0.5])
-    e2, p = backend.score(x, 2, start=0, ridge=0.0)
+    e_sq, p = backend.score(x, 2, start=0, ridge=0.0)
     assert p.tolist() == [[0, 1]]
-    torch.testing.assert_close(e2[0], torch.tensor([0, 0, 25, 0.25]), rtol=1e-5, atol=0)
+    torch.testing.assert_close(e_sq[0], torch.tensor([0, 0, 25, 0.25]), rtol=1e-5, atol=0)
 
 
 def test_ridge_penalty_is_not_part_of_the_residual(backend):
-    """e2 is ||x - S^T w||^2; ||x||^2 - ||y||^2 would be 0.8 here, not 0.16."""
+    """e_sq is ||x - S^T w||^2; ||x||^2 - ||y||^2 would be 0.8 here, not 0.16."""
     assert residual(backend, rows([2, 0], [2, 0]), 1, ridge=1.0)[1] == pytest.approx(0.16, abs=8 * U * 4)
 
 
 def test_rounding_counts_as_zero(backend):
-    # ||(1, t)||^2 = 1 + t^2 and the projection on (1, 0) are exact in float32, so e2 = t^2 exactly.
+    # ||(1, t)||^2 = 1 + t^2 and the projection on (1, 0) are exact in float32, so e_sq = t^2 exactly.
     x = rows([1, 0], [1, 2**-10], [1, 2**-11])
-    e2 = residual(backend, x, 1, start=0, ridge=0.0)
-    assert e2.tolist() == [0.0, 16 * U, 0.0], "16u is above 4 M u ||x||^2 with M = 1, and 4u is not"
+    e_sq = residual(backend, x, 1, start=0, ridge=0.0)
+    assert e_sq.tolist() == [0.0, 16 * U, 0.0], "16u is above 4 M u ||x||^2 with M = 1, and 4u is not"
 
 
 def test_the_bound_takes_the_basis_asked_for(backend):
@@ -63,8 +63,8 @@ def test_the_bound_does_not_shrink_with_the_basis_found(backend):
 
 def test_basis_tokens_have_none(backend):
     x = tokens(1, 60, 48, kind="clustered", seed=1)
-    e2, p = backend.score(x, 10, ridge=0.0)
-    assert (e2[0, p[0]] == 0).all()
+    e_sq, p = backend.score(x, 10, ridge=0.0)
+    assert (e_sq[0, p[0]] == 0).all()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -73,9 +73,9 @@ def test_basis_tokens_have_none(backend):
 @pytest.mark.parametrize(("N", "D", "M"), [(50, 64, 10), (33, 7, 5), (80, 129, 20), (20, 1024, 3), (9, 4096, 1)])
 def test_bound(backend, dtype, select, kind, N, D, M):
     x = tokens(1, N, D, dtype=dtype, kind=kind, seed=N)
-    e2, p = backend.score(x, M, select=select)
+    e_sq, p = backend.score(x, M, select=select)
     p = p[0][p[0] >= 0]
-    check_residual(x[0], e2[0], p, M, 1e-5)
+    check_residual(x[0], e_sq[0], p, M, 1e-5)
     if D > M:  # otherwise nothing is left but what the ridge leaves
         assert rebuild(reference.widen(x[0]), p, 1e-5, 4 * U)[2].max() < 16, "the bound was not stretched much"
 
@@ -84,43 +84,43 @@ def test_bound(backend, dtype, select, kind, N, D, M):
 @pytest.mark.parametrize("select", ["fps", "qr"])
 def test_ridge(backend, ridge, select):
     x = tokens(1, 40, 24, kind="clustered", seed=7)
-    e2, p = backend.score(x, 8, select=select, ridge=ridge)
-    check_residual(x[0], e2[0], p[0], 8, ridge)
+    e_sq, p = backend.score(x, 8, select=select, ridge=ridge)
+    check_residual(x[0], e_sq[0], p[0], 8, ridge)
 
 
 def test_dependent_basis_tokens_change_nothing(backend):
     """fps takes -a and 2a although a is there: their rows are 0, nothing is divided by their pivots of 0."""
     a, b, c = torch.tensor([1.0, 2, 0, 0]), torch.tensor([0, 1.0, 1, 0]), torch.tensor([1.0, 1, 1, 1])
     x = torch.stack([-3 * a, 2 * a, a, -a, b, c, 2 * c])[None]
-    e2, p = backend.score(x, 7, ridge=0.0)
+    e_sq, p = backend.score(x, 7, ridge=0.0)
     assert sorted(p[0].tolist()) == list(range(7))
-    assert (e2 == 0).all()
-    e2, p = backend.score(x, 3, ridge=0.0, start=0)
-    check_residual(x[0], e2[0], p[0], 3, 0.0)
+    assert (e_sq == 0).all()
+    e_sq, p = backend.score(x, 3, ridge=0.0, start=0)
+    check_residual(x[0], e_sq[0], p[0], 3, 0.0)
 
 
 @pytest.mark.parametrize("D", [1, 2, 5])
 def test_more_basis_tokens_than_channels(backend, D):
     x = tokens(1, 40, D, seed=D)
     for ridge in (0.0, 1e-5):
-        e2, p = backend.score(x, 12, ridge=ridge)
-        check_residual(x[0], e2[0], p[0][p[0] >= 0], 12, ridge)
-    e2, p = backend.score(x, 12, ridge=0.0, select="qr")
+        e_sq, p = backend.score(x, 12, ridge=ridge)
+        check_residual(x[0], e_sq[0], p[0][p[0] >= 0], 12, ridge)
+    e_sq, p = backend.score(x, 12, ridge=0.0, select="qr")
     assert (p[0] >= 0).sum() >= D  # a pivot of pure rounding may still pass for one
-    assert (e2 == 0).all()
+    assert (e_sq == 0).all()
 
 
 def test_no_basis_leaves_the_norm(backend):
-    e2, p = backend.score(torch.zeros(1, 4, 3), 2)
+    e_sq, p = backend.score(torch.zeros(1, 4, 3), 2)
     assert p.tolist() == [[-1, -1]]
-    assert e2.tolist() == [[0, 0, 0, 0]]
+    assert e_sq.tolist() == [[0, 0, 0, 0]]
 
 
 def test_non_finite_norm_is_infinite(backend):
     x = tokens(1, 9, 5, seed=3)
     x[0, 4, 1], x[0, 7, 0] = float("nan"), 3e38
-    e2 = residual(backend, x, 2)
-    assert (e2 == INF).nonzero().flatten().tolist() == [4, 7]
+    e_sq = residual(backend, x, 2)
+    assert (e_sq == INF).nonzero().flatten().tolist() == [4, 7]
 
 
 def test_the_reference_agrees_with_gram_schmidt_and_with_the_normal_equations():
@@ -132,6 +132,6 @@ def test_the_reference_agrees_with_gram_schmidt_and_with_the_normal_equations():
     S = image.X[p]
     normal = torch.linalg.solve(S @ S.T + 1e-5 * torch.eye(10, dtype=S.dtype), S @ image.X.T)
     torch.testing.assert_close(W, normal, rtol=1e-9, atol=1e-9)
-    e2, r, _ = rebuild(image, p, 1e-5, 4 * U)
-    torch.testing.assert_close(((image.X - W.T @ S) ** 2).sum(1), e2, rtol=1e-9, atol=1e-12)
-    torch.testing.assert_close(r - 1e-5 * (W**2).sum(0), e2, rtol=1e-9, atol=1e-12)
+    e_sq, r, _ = rebuild(image, p, 1e-5, 4 * U)
+    torch.testing.assert_close(((image.X - W.T @ S) ** 2).sum(1), e_sq, rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(r - 1e-5 * (W**2).sum(0), e_sq, rtol=1e-9, atol=1e-12)

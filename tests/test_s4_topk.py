@@ -81,9 +81,9 @@ def test_non_finite_ranks_highest(backend):
 
 
 def test_float32_ranks():
-    """Two residuals that float32 cannot tell apart are a tie, in the reference too."""
-    e2 = torch.tensor([1.0, 1.0 + 2.0**-30, 0.5, 1.0 - 2.0**-30], dtype=torch.float64)
-    kept, overwritten = reference.s4_topk(e2, torch.empty(0, dtype=torch.int64), 2, "append")
+    """In the reference too, two residuals that float32 cannot tell apart are a tie."""
+    e_sq = torch.tensor([1.0, 1.0 + 2.0**-30, 0.5, 1.0 - 2.0**-30], dtype=torch.float64)
+    kept, overwritten = reference.s4_topk(e_sq, torch.empty(0, dtype=torch.int64), 2, "append")
     assert kept.tolist() == [0, 1]
     assert not overwritten.any()
 

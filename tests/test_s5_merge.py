@@ -144,10 +144,10 @@ def test_no_worse_than_twice_plain_torch(backend, dtype):
     x = tokens(1, 300, 48, dtype=dtype, kind="clustered", seed=6)
     rows_, X = torch.arange(0, 300, 20), x[0].double()
     dropped = torch.ones(300, dtype=torch.bool).index_fill(0, rows_, False)
-    to = (X[dropped] @ torch.nn.functional.normalize(X[rows_]).T).argmax(1)
-    count = 1 + torch.bincount(to, minlength=len(rows_))[:, None]
-    exact = X[rows_].index_add(0, to, X[dropped]) / count
-    plain = x[0, rows_].index_add(0, to, x[0, dropped]) / count.to(dtype)
+    target = (X[dropped] @ torch.nn.functional.normalize(X[rows_]).T).argmax(1)
+    count = 1 + torch.bincount(target, minlength=len(rows_))[:, None]
+    exact = X[rows_].index_add(0, target, X[dropped]) / count
+    plain = x[0, rows_].index_add(0, target, x[0, dropped]) / count.to(dtype)
     got = backend.merge(x, rows_[None])[0].double()
     floor = torch.finfo(dtype).eps / 2 * exact.abs().max()
     assert (got - exact).abs().max() <= 2 * (plain.double() - exact).abs().max() + floor

@@ -24,7 +24,8 @@ def test_flags_are_those_of_the_build():
     assert "target_compile_options(apet_cuda PRIVATE -fmad=false" in text
     assert "CUDA_STANDARD 17" in text
     listed = set(re.findall(r"cuda/(\w+)\.cu\b", text))
-    assert listed == {*sass.DTYPES, "launch"} == {path.stem for path in (sass.CSRC / "cuda").glob("*.cu")}
+    assert listed == {*sass.DTYPES, "device", "plan", "launch"}
+    assert listed == {path.stem for path in (sass.CSRC / "cuda").glob("*.cu")}
 
 
 def test_kernels_on_two_targets(kernels):
@@ -32,14 +33,14 @@ def test_kernels_on_two_targets(kernels):
 
 
 def test_every_kernel_is_there(kernels):
-    """As many for every dtype and target; those that launch.cu can launch."""
+    """For every dtype and target, those in the table of kernels.cuh."""
     names = collections.defaultdict(set)
     for kernel in kernels:
         names[kernel.target, kernel.dtype].add(
-            re.sub(r"<.*>", "", kernel.name) if "merge" in kernel.name else kernel.name
+            re.sub(r"<.*>", "", kernel.name) if "s5_merge" in kernel.name else kernel.name
         )
     assert set(map(frozenset, names.values())) == {
-        frozenset({"select<ClusterGroup>", "select<CooperativeGroup>", "fused", "merge"})
+        frozenset({"s1_s4_group<ClusterGroup>", "s1_s4_group<CooperativeGroup>", "s1_s5_cluster", "s5_merge"})
     }
     assert len(kernels) == 5 * len(sass.SMOKE)
 
@@ -93,15 +94,15 @@ template __global__ void %s<float>(const Call);
 def test_what_is_read_is_what_is_there(tmp_path: Path, body: str, said: str):
     """A kernel with one fault, compiled."""
     (tmp_path / "cuda").mkdir()
-    (tmp_path / "cuda/float32.cu").write_text(PLANTED % ("merge", body, "merge"))
+    (tmp_path / "cuda/float32.cu").write_text(PLANTED % ("s5_merge", body, "s5_merge"))
     (kernel,) = sass.examine("sm_90a", "float32", tmp_path)
-    assert (kernel.name, kernel.threads) == ("merge", 256)
+    assert (kernel.name, kernel.threads) == ("s5_merge", 256)
     assert any(said in fault for fault in kernel.faults())
 
 
 def test_a_body_where_there_are_no_clusters(tmp_path: Path):
     (tmp_path / "cuda").mkdir()
-    (tmp_path / "cuda/float32.cu").write_text(PLANTED % ("fused", "call.at[threadIdx.x] = 1;", "fused"))
+    (tmp_path / "cuda/float32.cu").write_text(PLANTED % ("s1_s5_cluster", "call.at[threadIdx.x] = 1;", "s1_s5_cluster"))
     (kernel,) = sass.examine("sm_80", "float32", tmp_path)
     assert kernel.faults() == ["has a body, on a target without clusters"]
 

@@ -113,8 +113,8 @@ def compiler():
 @pytest.mark.parametrize(("D", "dtype"), [(64, torch.bfloat16), (33, torch.float32)])
 def test_one_binary_for_all_calls(compiler, target, D, dtype):
     needed = compiler.submit(binaries, target, D, dtype).result()
-    first = ("s1_norms", "s1_s3_step", "s4_topk", "s5_assign", "s5_mean")
-    assert needed == {**{kernel: ["a call"] for kernel in first}, "s5_rows": ["merge"]}
+    first = ("s1_norms", "s1_s3_sweep", "s4_topk", "s5_assign", "s5_mean")
+    assert needed == {**{kernel: ["a call"] for kernel in first}, "s4_given_rows": ["merge"]}
 
 
 def test_one_form_for_all_calls(compiler):
@@ -133,7 +133,7 @@ def specialised(x, n, N: tl.constexpr):
 
 def control() -> int:
     """In a process that compiles: how many binaries a kernel needs that is decorated with plain triton.jit."""
-    from apet_kernels.triton_kernels.launch import Launch
+    from apet_kernels.triton_kernels.call import Launch
 
     target = offline.TARGETS["sm_90a"]
     x = torch.empty(100)
@@ -147,12 +147,12 @@ def test_the_count_sees_specialisation(compiler):
 
 
 def sums_over_channels(target: str, D: int, dtype: torch.dtype, Ms: tuple[int, ...]) -> list[list[str]]:
-    """In a process that compiles: for every M, the layouts of what s1_s3_step adds up over the channels."""
+    """In a process that compiles: for every M, the layouts of what s1_s3_sweep adds up over the channels."""
     chosen = offline.TARGETS[target]
     result = []
     for M in Ms:
         launch = offline.Problem("compress", D, dtype, M).launches(target)[1]
-        assert launch.kernel.__name__ == "s1_s3_step"
+        assert launch.kernel.__name__ == "s1_s3_sweep"
         ttgir = offline.compile_launch(launch, chosen)[0].asm["ttgir"]
         layouts = dict(re.findall(r"^(#\w+) = (#ttg\..*)$", ttgir, re.MULTILINE))
         shape = f"{launch.constants['BLOCK_N']}x{launch.constants['BLOCK_D']}xf32"

@@ -13,7 +13,8 @@ from tests.data import DTYPES, tokens
 from tests.judge import assert_same
 
 pytest.importorskip("triton")
-from apet_kernels.triton_kernels import configs, launch
+from apet_kernels.triton_kernels import configs, launch, s5_assign
+from apet_kernels.triton_kernels.call import Call, Launch
 
 on_the_cpu = pytest.mark.skipif(torch.cuda.is_available(), reason="for tensors on the CPU")
 
@@ -22,7 +23,7 @@ CU, CU_KEEP = torch.tensor([0, 9, 9, 70], dtype=torch.int32), torch.tensor([0, 4
 LAYOUTS = ("inplace", "overwrite", "append")
 
 
-def build(op: str, x: Tensor, M: int = 4, layout: str = "inplace", **options) -> launch.Call:
+def build(op: str, x: Tensor, M: int = 4, layout: str = "inplace", **options) -> Call:
     """The launches of one of the ops on x [B, N, D], whatever its device and its data."""
     options["device_class"] = "interpreter"
     if op == "score":
@@ -36,7 +37,7 @@ def build(op: str, x: Tensor, M: int = 4, layout: str = "inplace", **options) ->
     return launch.compress_varlen(x[0], cu, cu_keep, K, N, K, M, layout=layout, **options)
 
 
-def names(call: launch.Call) -> list[str]:
+def names(call: Call) -> list[str]:
     return [one.kernel.__name__ for one in call.launches]
 
 
@@ -47,9 +48,9 @@ def test_m_plus_4_launches(M, layout):
     for op in ("compress", "compress_varlen"):
         for select in ("fps", "qr"):
             made = names(build(op, x, M, layout, select=select))
-            assert made == ["s1_norms", *["s1_s3_step"] * M, "s4_topk", "s5_assign", "s5_mean"]
-    assert names(build("score", x, M)) == ["s1_norms", *["s1_s3_step"] * M]
-    assert names(build("merge", x)) == ["s1_norms", "s5_rows", "s5_assign", "s5_mean"]
+            assert made == ["s1_norms", *["s1_s3_sweep"] * M, "s4_topk", "s5_assign", "s5_mean"]
+    assert names(build("score", x, M)) == ["s1_norms", *["s1_s3_sweep"] * M]
+    assert names(build("merge", x)) == ["s1_norms", "s4_given_rows", "s5_assign", "s5_mean"]
 
 
 @on_the_cpu
@@ -57,7 +58,7 @@ def test_m_plus_4_launches(M, layout):
 def test_a_call_runs_what_was_built(monkeypatch):
     """No launch but those of the list: what is counted above is what a GPU sees."""
     ran = []
-    monkeypatch.setattr(launch.Launch, "run", lambda self: ran.append(self.kernel.__name__))
+    monkeypatch.setattr(Launch, "run", lambda self: ran.append(self.kernel.__name__))
     x = tokens(B, N, D)
     for op, call in calls(x).items():
         ran.clear()
@@ -76,7 +77,7 @@ def calls(x: Tensor) -> dict[str, Callable]:
     }
 
 
-def described(call: launch.Call) -> list:
+def described(call: Call) -> list:
     """All that a call asks of a GPU, but for values: programs, numbers, and the form of every tensor."""
     form = [
         (
@@ -127,7 +128,7 @@ def test_how_many_programs_share_the_work_decides_nothing(monkeypatch, layout):
     tokens_, indices = call()
     shares = [one.args["shares"] for one in build("compress", x).launches if "shares" in one.args]
     assert min(shares) > 1
-    monkeypatch.setattr(launch, "ENOUGH_PROGRAMS", 1)
+    monkeypatch.setattr(s5_assign, "ENOUGH_PROGRAMS", 1)
     monkeypatch.setattr(configs, "PARTIALS", 2)
     fewer = launch.compress(x, 60, 3, layout=layout)
     assert [one.args.get("shares", 1) for one in fewer.launches] == [1] * 7

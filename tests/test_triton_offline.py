@@ -59,19 +59,26 @@ def test_faults_are_seen():
     with offline.pool(1) as executor:
         faults, narrow = executor.submit(altered, "s5_assign", BLOCK_R=256, BLOCK_D=256).result()
         assert any(re.fullmatch(r"needs \d+ bytes of shared memory of 232448", fault) for fault in faults), faults
-        faults, narrow = executor.submit(altered, "s1_s3_step", BLOCK_N=64).result()
+        faults, narrow = executor.submit(altered, "s1_s3_sweep", BLOCK_N=64).result()
         assert any(re.fullmatch(r"spills \d+ bytes", fault) for fault in faults), faults
         assert narrow == []
-        faults, narrow = executor.submit(altered, "s1_s3_step", ALIGN=2).result()
+        faults, narrow = executor.submit(altered, "s1_s3_sweep", ALIGN=2).result()
         assert len(narrow) == 1
-        assert re.fullmatch(r"s1_s3_step.py:\d+:\d+ loads x by 2 bytes, 8192 by 128 threads", narrow[0])
+        assert re.fullmatch(r"s1_s3_sweep.py:\d+:\d+ loads x by 2 bytes, 8192 by 128 threads", narrow[0])
 
 
 def test_what_most_users_run():
     """Three sizes on three GPUs, 48 kernels; `make test-slow SLOW=slow` compiles the others."""
     results = offline.compile_all(offline.SMOKE, smoke=True)
     assert {r.target for r in results} == set(offline.SMOKE)
-    assert {r.kernel for r in results} == {"s1_norms", "s1_s3_step", "s4_topk", "s5_assign", "s5_mean", "s5_rows"}
+    assert {r.kernel for r in results} == {
+        "s1_norms",
+        "s1_s3_sweep",
+        "s4_topk",
+        "s5_assign",
+        "s5_mean",
+        "s4_given_rows",
+    }
     assert offline.faults(results) == []
 
 

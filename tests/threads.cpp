@@ -53,7 +53,7 @@ Result compress(const std::vector<float>& x, int64_t images, int64_t tokens, int
   p.stride_xb = tokens * dim, p.stride_xn = dim, p.stride_xd = 1;
   p.start = -1, p.ridge = 1e-5f, p.blend = 1;
   apet_pool threads = {pool ? pool->threads : 1, pool, Pool::run};
-  apet_plan plan;
+  apet_cpu_plan_t plan;
   apet_status status = apet_cpu_plan(&p, threads.threads, &plan);
   Result r{std::vector<float>(images * keep * dim, -1), std::vector<int64_t>(images * keep, -1)};
   std::vector<char> workspace(plan.workspace_bytes + 64, 0x7f);
@@ -64,7 +64,7 @@ Result compress(const std::vector<float>& x, int64_t images, int64_t tokens, int
                           reinterpret_cast<void*>(((uintptr_t)workspace.data() + 63) / 64 * 64), plan.workspace_bytes);
   if (status != APET_OK) {
     char text[256];
-    apet_sentence(&p, status, text, sizeof text);
+    apet_error_message(&p, status, text, sizeof text);
     std::fprintf(stderr, "%s\n", text);
     std::exit(1);
   }

@@ -1,7 +1,7 @@
-"""One fixed configuration per kernel and device class; `python -m benchmarks.tune` finds them again on a GPU.
+"""One fixed configuration per kernel and device class; `python -m benchmarks.tune` searches for them on a GPU.
 
-No tile may depend on the number of images or tokens: it could change the order of a sum, and with it the bits that an
-image gets in another batch. The channels D and the element size may.
+Tile sizes may depend on the channels D and the element size, but not on the number of images or tokens: another tile
+could change the order of a sum, so an image could get other bits in another batch.
 """
 
 from __future__ import annotations
@@ -10,10 +10,10 @@ from dataclasses import dataclass
 
 import torch
 
-# Partial results of the arg-max that one launch leaves for the next: 2 KB that every program of a step reads.
+# Candidates of an image, at most, that one launch leaves for the next: 2 KB that every program of a step reads.
 PARTIALS = 256
-# With so few channels, M basis tokens may almost span the space, and rounding is stretched (docs/algorithm.md): sums
-# over D are float64 there, which is not worth its price where D is larger.
+# With so few channels M basis tokens may almost span the space, which amplifies rounding errors (docs/algorithm.md):
+# sums over D are float64 there. For larger D they would cost more than they give.
 NARROW = 128
 # Ampere, Ada and consumer Blackwell: mma.sync takes its operands from registers, not from shared memory as Hopper's
 # wgmma and Blackwell's tcgen05 do, and adds into the same registers, unlike AMD's mfma.
@@ -24,9 +24,9 @@ MMA_SYNC = ("sm_8", "sm_12")
 class Tiles:
     """Constexpr sizes and warps of every kernel. Sizes are powers of 2."""
 
-    step_n: int  # tokens of a tile in s1_norms and s1_s3_step
-    step_d: int  # channels it holds at once: step_n * step_d float32 sums, twice, in registers
-    step_warps: int
+    sweep_n: int  # tokens of a tile in s1_norms and s1_s3_sweep
+    sweep_d: int  # channels of a tile at once: sweep_n * sweep_d float32 sums, twice, in registers
+    sweep_warps: int
     topk_chunk: int
     topk_warps: int
     assign_r: int  # dropped tokens x targets x channels of a tile
@@ -35,7 +35,7 @@ class Tiles:
     assign_warps: int
     assign_stages: int  # tiles of input in flight in shared memory
     mean_chunk: int
-    mean_group: int  # rows in flight
+    mean_unroll: int  # rows in flight
     mean_warps: int
 
 
@@ -44,12 +44,17 @@ def power_of_2(n: int) -> int:
     return 1 << max(n - 1, 0).bit_length()
 
 
+def block_m(M: int) -> int:
+    """Size of a block of M values: a power of 2, and more than 1."""
+    return max(power_of_2(M), 2)
+
+
 def tiles(device_class: str, D: int, element: int) -> Tiles:
-    """The configuration for D channels of `element` bytes on one of the classes that `device_class` returns."""
+    """The configuration for D channels of `element` bytes on a device class (see `device_class`)."""
     if device_class == "interpreter":  # small, so that small tests cross every edge
         return Tiles(32, 64, 4, 64, 4, 16, 16, 64, 4, 1, 64, 4, 4)
     wide = power_of_2(D)
-    step_d = min(wide, 512)
+    sweep_d = min(wide, 512)
     if element == 4:
         # No matrix instruction multiplies float32 exactly: products are unrolled into registers, so the tile is small.
         assign = (32, 32, 32, 8, 2)
@@ -60,13 +65,13 @@ def tiles(device_class: str, D: int, element: int) -> Tiles:
         # Products stay in registers there: with 64 channels at once, eight warps spill.
         assign = (128, 128, 32, 8, 4)
     else:
-        # 64 operations per byte from L2, twice those of a tile of 64 x 64; three tiles fill 96 KB, or
-        # on gfx942 the 64 KB there are.
+        # 64 operations per byte from L2, twice as many as with 64 x 64. Three tiles take 96 KB, or on gfx942 all of its
+        # 64 KB.
         assign = (128, 128, 64, 8, 3)
     return Tiles(
-        step_n=8,
-        step_d=step_d,
-        step_warps=8,  # a warp each
+        sweep_n=8,
+        sweep_d=sweep_d,
+        sweep_warps=8,  # a warp each
         topk_chunk=2048,
         topk_warps=8,
         assign_r=assign[0],
@@ -75,13 +80,13 @@ def tiles(device_class: str, D: int, element: int) -> Tiles:
         assign_warps=assign[3],
         assign_stages=assign[4],
         mean_chunk=1024,
-        mean_group=max(1, min(8, 8192 // wide)),
+        mean_unroll=max(1, min(8, 8192 // wide)),
         mean_warps=max(1, min(8, wide * element // 512)),  # one 16-byte word per thread
     )
 
 
 def device_class(device: torch.device) -> str:
-    """Which entry of the tables a device takes; CPU tensors are run by Triton's interpreter."""
+    """Which entry of `tiles` a device uses; CPU tensors are run by Triton's interpreter."""
     if device.type == "cpu":
         return "interpreter"
     properties = torch.cuda.get_device_properties(device)

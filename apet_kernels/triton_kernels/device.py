@@ -1,4 +1,4 @@
-"""What every kernel shares: the decorator, the table of images, and packed keys."""
+"""What the kernels share: the decorator, the table of images, rows of x, and packed keys."""
 
 import inspect
 from collections.abc import Callable
@@ -6,16 +6,20 @@ from collections.abc import Callable
 import triton
 import triton.language as tl
 
-# One row of the table `images` [S, 8] int64, written by s1_norms and read by every later launch.
-BASE = tl.constexpr(0)  # offset in x of the image's first token, in elements
-TOKEN = tl.constexpr(1)  # its number among all tokens, which is where its part of every per-token array starts
-FIRST = tl.constexpr(2)  # what is added to positions in the image to make the indices returned
-COUNT = tl.constexpr(3)  # n, its tokens
+# Columns of the table of images, [images, FIELDS] int64. s1_norms writes it, later launches read it.
+BASE = tl.constexpr(0)  # offset of the image's first token in x, in elements
+TOKEN = tl.constexpr(1)  # index of its first token in every per-token array
+FIRST_TOKEN = tl.constexpr(2)  # added to positions in the image to give indices
+TOKENS = tl.constexpr(3)  # N
 ROW = tl.constexpr(4)  # its first row of the result
-KEEP = tl.constexpr(5)  # K, its kept rows
-END = tl.constexpr(6)  # the first row that the next image owns: rows from ROW + KEEP (+ M appended) to END are blank
-DROPPED = tl.constexpr(7)  # its tokens that are not kept; written by s4_topk or s5_rows
+KEEP = tl.constexpr(5)  # K
+ROW_END = tl.constexpr(6)  # first row of the next image: rows from ROW + KEEP (+ M appended) to ROW_END are blank
+DROPPED_COUNT = tl.constexpr(7)  # tokens that are not kept; written by s4
 FIELDS = tl.constexpr(8)
+
+# row_role of rows that no basis token overwrites.
+TARGET = tl.constexpr(-1)  # tokens may be merged into the row
+COPIED = tl.constexpr(-2)
 
 FLT_MAX = tl.constexpr(3.4028234663852886e38)
 U = tl.constexpr(2.0**-24)  # the unit roundoff of float32
@@ -32,8 +36,20 @@ def jit(kernel: Callable) -> triton.JITFunction:
 
 
 @triton.jit
-def field(images, s, name: tl.constexpr):
-    return tl.load(images + s * FIELDS + name)
+def field(table, s, name: tl.constexpr):
+    return tl.load(table + s * FIELDS + name)
+
+
+@triton.jit
+def image_of(table, s):
+    """BASE, TOKEN, FIRST_TOKEN, TOKENS, ROW and KEEP of image s; loads that a kernel does not use are not compiled."""
+    base = field(table, s, BASE)
+    token = field(table, s, TOKEN)
+    first_token = field(table, s, FIRST_TOKEN)
+    tokens = field(table, s, TOKENS)
+    row = field(table, s, ROW)
+    keep = field(table, s, KEEP)
+    return base, token, first_token, tokens, row, keep
 
 
 @triton.jit
@@ -49,5 +65,12 @@ def unpack_position(key):
 
 @triton.jit
 def at(x, offset, ALIGN: tl.constexpr):
-    """x + offset, and the promise that launch.py keeps: rows of x and of the result start at multiples of ALIGN."""
+    """x + offset, a multiple of ALIGN bytes: `Call` places rows of x and of the result so."""
     return tl.multiple_of(x + offset, ALIGN)
+
+
+@triton.jit
+def tile_rows(x, base, stride_xn, tile, tokens, ALIGN: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Positions of a tile of an image [BLOCK_N], whether they are tokens, and pointers to their rows of x."""
+    n = tile * BLOCK_N + tl.arange(0, BLOCK_N)
+    return n, n < tokens, at(x, base + n.to(tl.int64) * stride_xn, ALIGN)

@@ -1,34 +1,44 @@
 """Launch M + 3: the target of every dropped token.
 
-    to[r] = arg max_t  x_r . x_t / ||x_t||        (the length of x_r changes no arg-max), ties to the earlier row
+    target_row[r] = arg max_t  x_r . x_t / ||x_t||     (scaling x_r changes no arg-max), ties to the earlier row
 
-Programs are (image, tile of BLOCK_R dropped tokens, share of the targets). A program forms its tile's similarities with
-BLOCK_T targets after BLOCK_T targets on the tensor cores and keeps the best of each row in registers: the [n - K, K]
-matrix exists nowhere. Small images have few tiles, so `shares` programs divide the targets between them, and the next
-launch takes the maximum of their packed keys: an integer, so it does not matter who computed which.
+Programs are (image, tile of BLOCK_R dropped tokens, share of the targets). A program multiplies its tile with BLOCK_T
+targets after BLOCK_T targets on the tensor cores and keeps the best of each row in registers: the [dropped, targets]
+matrix is never stored. Small images have few tiles, so `shares` programs divide the targets between them, and the next
+launch takes the maximum of their keys: integers, so the division does not change the result.
 
-A tile's sum over D runs in steps of BLOCK_D in order, inside one matrix instruction after the other: float32 input is
+A tile's sum over D runs in steps of BLOCK_D in order, one matrix instruction after the other. float32 input is
 multiplied as IEEE float32, never tf32.
 
-    dropped rows of x: once per share; targets: once per tile, from L2      best [shares, tokens] int64
+    dropped rows of x: once per share; targets: once per tile, from L2      target_key [shares, all_tokens] int64
 """
 
+import torch
 import triton.language as tl
+from torch import Tensor
 
-from .device import BASE, DROPPED, FLT_MAX, KEEP, ROW, TOKEN, at, field, jit
+from . import configs
+from .call import Call, Rows
+from .device import DROPPED_COUNT, FLT_MAX, TARGET, at, field, image_of, jit
+from .s1_norms import Norms
+
+# Programs that fill the largest devices (132 to 304 multiprocessors). If dropped tokens make fewer tiles than this,
+# several programs share the targets of a tile. More than 8 would not shorten s5_assign, which must load its rows.
+ENOUGH_PROGRAMS = 256
+MOST_SHARES = 8
 
 
 @jit
 def s5_assign(
     x,
-    images,  # [S, FIELDS] int64
-    norm2,  # [tokens] float32
-    kept,  # [rows] int32
-    source,  # [rows] int32: only rows with -1 are targets
-    dropped,  # [tokens] int32
-    best,  # [shares, tokens] int64, written: key of similarity and row, or -1 for none
+    table,  # [images, FIELDS] int64
+    norm_sq,  # [all_tokens] float32
+    kept,  # [all rows] int32
+    row_role,  # [all rows] int32: only TARGET rows are compared
+    dropped,  # [all_tokens] int32
+    target_key,  # [shares, all_tokens] int64, written: similarity and target row of every dropped token; -1: none
     stride_xn: tl.int64,
-    tokens: tl.int64,
+    all_tokens: tl.int64,
     tiles: tl.int32,  # of one image
     shares: tl.int32,
     D: tl.constexpr,
@@ -40,42 +50,69 @@ def s5_assign(
     share = tl.program_id(0) % shares
     tile = (tl.program_id(0) // shares) % tiles
     s = (tl.program_id(0) // shares // tiles).to(tl.int64)
-    base = field(images, s, BASE)
-    token = field(images, s, TOKEN)
-    row = field(images, s, ROW)
-    keep = field(images, s, KEEP)
-    left = field(images, s, DROPPED)
+    base, token, _, _, row, keep = image_of(table, s)
+    dropped_count = field(table, s, DROPPED_COUNT)
     r = tile * BLOCK_R + tl.arange(0, BLOCK_R)
-    if tile * BLOCK_R < left:
-        has_row = r < left
-        n = tl.load(dropped + token + r, mask=has_row, other=0)
-        movable = has_row & (tl.load(norm2 + token + n, mask=has_row, other=0.0) <= FLT_MAX)
+    if tile * BLOCK_R < dropped_count:
+        inside = r < dropped_count
+        n = tl.load(dropped + token + r, mask=inside, other=0)
+        finite = inside & (tl.load(norm_sq + token + n, mask=inside, other=0.0) <= FLT_MAX)
         rows = at(x, base + n.to(tl.int64) * stride_xn, ALIGN)
         d = tl.arange(0, BLOCK_D)
-        width = tl.where(left > 0, D, 0)  # D, as no constant: the compiler would unroll the loop over it, and spill
+        width = tl.where(dropped_count > 0, D, 0)  # D, but no constant: the compiler would unroll the loop, and spill
         similarity = tl.full((BLOCK_R,), float("-inf"), tl.float32)
-        target = tl.full((BLOCK_R,), -1, tl.int32)
+        target_row = tl.full((BLOCK_R,), -1, tl.int32)
         for t0 in range(share * BLOCK_T, keep, shares * BLOCK_T):
             t = t0 + tl.arange(0, BLOCK_T)
             is_row = t < keep
             m = tl.load(kept + row + t, mask=is_row, other=0)
-            sq = tl.load(norm2 + token + m, mask=is_row, other=0.0)
-            allowed = is_row & (tl.load(source + row + t, mask=is_row, other=-2) == -1) & (sq <= FLT_MAX)
+            t_norm_sq = tl.load(norm_sq + token + m, mask=is_row, other=0.0)
+            role = tl.load(row_role + row + t, mask=is_row, other=-2)
+            is_target = is_row & (role == TARGET) & (t_norm_sq <= FLT_MAX)
             columns = at(x, base + m.to(tl.int64) * stride_xn, ALIGN)
             product = tl.zeros((BLOCK_R, BLOCK_T), tl.float32)
             for d0 in range(0, width, BLOCK_D):
                 within = d0 + d < D
-                a = tl.load(rows[:, None] + (d0 + d)[None, :], mask=movable[:, None] & within[None, :], other=0.0)
-                b = tl.load(columns[:, None] + (d0 + d)[None, :], mask=allowed[:, None] & within[None, :], other=0.0)
+                a = tl.load(rows[:, None] + (d0 + d)[None, :], mask=finite[:, None] & within[None, :], other=0.0)
+                b = tl.load(columns[:, None] + (d0 + d)[None, :], mask=is_target[:, None] & within[None, :], other=0.0)
                 product = tl.dot(a, b.T, product, input_precision="ieee")
-            scale = tl.where(allowed & (sq > 0), tl.div_rn(1.0, tl.sqrt_rn(tl.where(sq > 0, sq, 1.0))), 0.0)
-            product = tl.where(allowed[None, :], product * scale[None, :], float("-inf"))
+            nonzero = t_norm_sq > 0
+            inv_norm = tl.where(is_target & nonzero, tl.div_rn(1.0, tl.sqrt_rn(tl.where(nonzero, t_norm_sq, 1.0))), 0.0)
+            product = tl.where(is_target[None, :], product * inv_norm[None, :], float("-inf"))
             here, which = tl.max(product, 1, return_indices=True, return_indices_tie_break_left=True)
-            better = here > similarity  # an earlier tile keeps a tie
+            better = here > similarity  # at a tie the earlier target stays
             similarity = tl.where(better, here, similarity)
-            target = tl.where(better, (t0 + which).to(tl.int32), target)
-        goes = (target >= 0) & movable  # a token that is not finite goes nowhere
-        bits = (similarity + 0.0).to(tl.int32, bitcast=True)  # -0 is +0
+            target_row = tl.where(better, (t0 + which).to(tl.int32), target_row)
+        merges = (target_row >= 0) & finite  # a token that is not finite is not merged
+        bits = (similarity + 0.0).to(tl.int32, bitcast=True)  # -0 becomes +0
         order = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits).to(tl.int64) + 0x80000000  # unsigned and monotone
-        key = (order << 31) | (0x7FFFFFFF - target.to(tl.int64))
-        tl.store(best + share * tokens + token + r, tl.where(goes, key, -1), mask=has_row)
+        key = (order << 31) | (0x7FFFFFFF - target_row.to(tl.int64))
+        tl.store(target_key + share * all_tokens + token + r, tl.where(merges, key, -1), mask=inside)
+
+
+def launch(call: Call, norms: Norms, rows: Rows, most_dropped: int, most_kept: int) -> Tensor:
+    """Adds s5_assign; returns target_key [shares, all tokens] int64. The counts: of an image, at most."""
+    x, t = call.x, call.tiles
+    tiles = max(-(-most_dropped // t.assign_r), 1)
+    shares = max(1, min(MOST_SHARES, -(-most_kept // t.assign_t), ENOUGH_PROGRAMS // (call.images * tiles)))
+    target_key = call.new(torch.int64, shares, call.all_tokens)
+    args = {
+        "x": x,
+        "table": norms.table,
+        "norm_sq": norms.norm_sq,
+        **rows._asdict(),
+        "target_key": target_key,
+        "stride_xn": x.stride(-2),
+        "all_tokens": call.all_tokens,
+        "tiles": tiles,
+        "shares": shares,
+    }
+    constants = {
+        "D": call.dim,
+        "ALIGN": call.align,
+        "BLOCK_R": t.assign_r,
+        "BLOCK_T": t.assign_t,
+        "BLOCK_D": min(t.assign_d, max(configs.power_of_2(call.dim), 16)),
+    }
+    call.add(s5_assign, call.images * tiles * shares, args, constants, t.assign_warps, t.assign_stages)
+    return target_key

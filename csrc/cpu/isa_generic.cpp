@@ -1,4 +1,4 @@
-// Any architecture: four-lane vectors that the compiler maps to whatever there is.
+// Any architecture: four-lane vectors, which the compiler maps to the instructions of its target.
 #define APET_ISA generic
 #include "loops.h"
 

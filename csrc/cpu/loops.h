@@ -11,14 +11,32 @@
 
 namespace apet::cpu {
 namespace APET_ISA {
-#include "s1_s3_sweep.h"
-#include "s5_merge.h"
+#include "s3_residual.h"
+#include "s5_assign.h"
+#include "s5_mean.h"
+
+template <class E>
+static constexpr Kernels kernels_of() {
+  Kernels k = {};
+  k.token_group = kGroup;
+  k.dropped_group = MR;
+  k.vector = W;
+  k.panel = NR;
+  k.packed_floats = packed_floats<E>;
+  k.scratch_bytes = scratch_bytes<E>;
+  k.norms = norms<E>;
+  k.sweep = sweep<E>;
+  k.sweep_candidates = sweep_candidates<E>;
+  k.residual = residual<E>;
+  k.pack = pack<E>;
+  k.assign = assign<E>;
+  k.mean = mean<typename E::T>;
+  return k;
+}
 
 template <class E>
 static const Kernels* table() {
-  static constexpr Kernels kTable = {
-      kGroup,   MR,      W,           NR,      packed_floats<E>, scratch_bytes<E>,   norms<E>,
-      sweep<E>, step<E>, residual<E>, pack<E>, assign<E>,        mean<typename E::T>};
+  static constexpr Kernels kTable = kernels_of<E>();
   return &kTable;
 }
 }  // namespace APET_ISA

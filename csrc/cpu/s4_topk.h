@@ -1,34 +1,114 @@
-// s4: an exact cut. The k largest of n keys, ties to the lower index, without sorting: four passes over the keys, one
-// byte each from the top, narrow down the k-th largest value and how many equal to it belong above the cut.
+// s4: which tokens stay, exactly K of them, and the lists that s5 reads, all ascending by position.
 //
-// Keys are the bits of non-negative floats, which order as the floats do.
+//   e_sq [N] -> rank [N] -> cut -> row_token, row_blend, indices [R], target_row, inv_norm [T], dropped [N - K]
+//
+// A rank is the bits of a non-negative float, which order as the floats do.
 #pragma once
-#include <cstdint>
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+
+#include "s1_basis.h"
 
 namespace apet::cpu {
 
+// The tokens above a cut: every larger rank, and the first `ties` of those that equal it.
 struct Cut {
-  uint32_t key;   // every larger key is in,
-  int64_t equal;  // and so are the first `equal` keys that equal it
+  uint32_t rank;
+  int64_t ties;
 
-  // To be asked in ascending order, once for each index.
-  bool takes(uint32_t other) { return other > key || (other == key && equal-- > 0); }
+  // To be called once per token, in ascending order.
+  bool takes(uint32_t other) { return other > rank || (other == rank && ties-- > 0); }
 };
 
-// 1 <= k <= n.
-inline Cut cut_at(const uint32_t* key, int64_t n, int64_t k) {
+// The k largest of n ranks, 1 <= k <= n, without sorting: four passes, one byte each from the top, narrow down the k-th
+// largest rank and how many equal to it are above the cut.
+static Cut cut_at(const uint32_t* rank, int64_t n, int64_t k) {
   uint32_t prefix = 0;
   int64_t wanted = k;
   for (int shift = 24; shift >= 0; shift -= 8) {
     int64_t count[256] = {};
     const uint32_t known = shift == 24 ? 0 : ~0u << (shift + 8);
     for (int64_t i = 0; i < n; i++)
-      if ((key[i] & known) == prefix) count[key[i] >> shift & 255]++;
+      if ((rank[i] & known) == prefix) count[rank[i] >> shift & 255]++;
     uint32_t digit = 255;
     while (count[digit] < wanted) wanted -= count[digit--];
     prefix |= digit << shift;
   }
   return {prefix, wanted};
+}
+
+static void set_row(Rows& rows, int64_t r, int32_t token, int32_t blend = -1) {
+  rows.row_token[r] = token;
+  rows.row_blend[r] = blend;
+}
+
+static void add_target(Merge& merge, int32_t row, float norm_sq) {
+  merge.target_row[merge.target_count] = row;
+  merge.inv_norm[merge.target_count++] = norm_sq > 0 ? 1 / std::sqrt(norm_sq) : 0;
+}
+
+// The K rows of compress, K < N.
+static void choose_rows(const Input& in, const Scores& scores, const Basis& basis, apet_layout layout, Rows& rows,
+                        Merge& merge) {
+  const int64_t n = in.tokens, k = in.keep;
+  if (k == 0) return;
+  uint32_t* rank = reinterpret_cast<uint32_t*>(merge.merged);     // scratch
+  std::memcpy(rank, scores.resid_sq, n * sizeof(float));          // e_sq
+  const int32_t placed = std::min<int32_t>(basis.size, in.keep);  // basis tokens that get a row
+  if (layout == APET_INPLACE)
+    for (int32_t j = 0; j < placed; j++) rank[basis.token[j]] = UINT32_MAX;
+  const int64_t overwritten = layout == APET_OVERWRITE ? placed : 0;  // the lowest of the kept tokens
+  Cut kept = cut_at(rank, n, k);
+  Cut intact = k > overwritten ? cut_at(rank, n, k - overwritten) : Cut{UINT32_MAX, 0};
+  int32_t r = 0, j = 0;
+  for (int32_t i = 0; i < n; i++) {
+    if (!kept.takes(rank[i])) {
+      if (finite(scores, i)) merge.dropped[merge.dropped_count++] = i;
+      continue;
+    }
+    rows.indices[r] = rows.first_token + i;
+    if (overwritten == 0 || intact.takes(rank[i])) {
+      set_row(rows, r, i);
+      if (finite(scores, i)) add_target(merge, r, scores.norm_sq[i]);
+    } else {
+      set_row(rows, r, basis.token[j++], in.blend == 1 ? -1 : i);
+    }
+    r++;
+  }
+}
+
+// The rows of compress where K = N: all tokens, as they are.
+static void keep_all(const Input& in, Rows& rows) {
+  for (int32_t i = 0; i < in.tokens; i++) {
+    set_row(rows, i, i);
+    rows.indices[i] = rows.first_token + i;
+  }
+}
+
+// The basis after the kept rows; a shorter one repeats its first token, an empty one is token 0.
+static void append_basis(const Input& in, const Basis& basis, Rows& rows) {
+  for (int32_t j = 0; j < in.max_basis; j++) {
+    const int32_t token = j < basis.size ? basis.token[j] : basis.size ? basis.token[0] : 0;
+    set_row(rows, in.keep + j, token);
+    rows.indices[in.keep + j] = rows.first_token + token;
+  }
+}
+
+// The rows of merge(): kept [K] as the caller gives them, in any order, repeated or out of range; kept_targets [K] or
+// null.
+static void take_given_rows(const Input& in, const Scores& scores, const int64_t* kept, const uint8_t* kept_targets,
+                            Rows& rows, Merge& merge) {
+  int32_t* is_kept = merge.merged;  // scratch
+  std::fill_n(is_kept, in.tokens, 0);
+  for (int32_t r = 0; r < rows.count; r++) {
+    const int32_t token = (int32_t)std::clamp<int64_t>(kept[r], 0, in.tokens - 1);
+    set_row(rows, r, token);
+    is_kept[token] = 1;
+    if (finite(scores, token) && (!kept_targets || kept_targets[r])) add_target(merge, r, scores.norm_sq[token]);
+  }
+  for (int32_t i = 0; i < in.tokens; i++)
+    if (!is_kept[i] && finite(scores, i)) merge.dropped[merge.dropped_count++] = i;
 }
 
 }  // namespace apet::cpu

@@ -1,13 +1,14 @@
-// A team of threads that walks a program of stages together, in one parallel region, and cannot deadlock.
+// A team of threads that runs a program of stages together, in one parallel region, and cannot deadlock.
 //
-// A program is a sequence of stages, each cut into chunks. Whoever takes part takes chunks until none is left; whoever
-// finishes the last chunk runs the program's serial step (advance) and opens the next stage. Nobody ever waits for a
-// thread that has not taken a chunk: if the pool starts only one of the threads, or one after the other (nested
-// parallelism, a busy machine), that one does all the work, and late comers find it done.
+// A program is a sequence of stages, each cut into chunks. A thread takes chunks until none is left; the thread that
+// finishes the last chunk runs the program's serial step (advance) and opens the next stage. A thread waits only for
+// chunks that another thread has already taken. So if the pool starts only one of the threads, or one after the other
+// (nested parallelism, a busy machine), that one does all the work, and threads that start late find it done.
 //
-//   slot 0 | chunks 0 1 2 3      each thread starts with the chunks of its own slot, the same ones at every stage over
-//   slot 1 | chunks 4 5 6 7      the same things, so that its part of them stays in its own cache, from either end, so
-//                                that what it touched last it can touch first; then it helps the others
+//   slot 0 | chunks 0 1 2 3      A thread starts with the chunks of its own slot, then takes from the other slots. The
+//   slot 1 | chunks 4 5 6 7      chunks of a slot cover the same tokens at every pass, so that they stay in the cache of
+//                                one thread; passes run in alternating direction, so that what a cache still holds of
+//                                the last pass is read first.
 #pragma once
 #include <atomic>
 #include <cstdint>
@@ -15,8 +16,11 @@
 
 namespace apet::cpu {
 
-// Program: int64_t chunks(); bool backwards(): which end a slot starts from; void run(int64_t chunk, int slot); bool
-// advance(): serial, false when all is done.
+// Program:
+//   int64_t chunks()                      of the open stage
+//   bool backwards()                      whether slots start with their last chunk
+//   void run(int64_t chunk, int slot)
+//   bool advance()                        opens the next stage; runs on one thread; false at the end of the program
 template <class Program>
 class Team {
  public:
@@ -24,13 +28,13 @@ class Team {
     std::atomic<uint64_t> count;
   };
 
-  // counters: one for each thread, on a cache line of its own; their contents do not matter.
+  // counters: one for each thread, uninitialised.
   Team(Program* program, int threads, Counter* counters) : program_(program), threads_(threads), taken_(counters) {
     open(0);
   }
 
-  // Called once per slot, from any threads, in any order; returns when the program is over.
-  void take_part(int slot) {
+  // To be called once per slot, from any threads, in any order. Returns at the end of the program.
+  void work(int slot) {
     uint32_t stage = stage_.load(std::memory_order_acquire);
     while (stage != kOver) {
       for (int i = 0; i < threads_; i++) take_chunks(stage, slot, (slot + i) % threads_);
@@ -50,15 +54,16 @@ class Team {
     stage_.store(stage, std::memory_order_release);
   }
 
-  // A slot's counter holds the stage beside the number of its chunks that are gone: whoever comes from an earlier stage
-  // fails the exchange and takes nothing. (chunks_ has one place for even and one for odd stages: while a thread may
-  // still read it at stage s, stage s + 1 writes the other, and once s + 2 writes this one the counters have moved on.)
-  void take_chunks(uint32_t stage, int slot, int victim) {
-    std::atomic<uint64_t>& counter = taken_[victim].count;
+  // Takes chunks of the slot `owner`. A slot's counter holds the stage beside the number of its chunks that are taken: a
+  // thread that is still in an earlier stage fails the exchange and takes nothing. (chunks_ has one entry for even and
+  // one for odd stages: while a thread may still read one at stage s, stage s + 1 writes the other, and when s + 2
+  // writes this one the counters have moved on.)
+  void take_chunks(uint32_t stage, int slot, int owner) {
+    std::atomic<uint64_t>& counter = taken_[owner].count;
     uint64_t taken = counter.load(std::memory_order_acquire);
     while (taken >> 32 == stage) {
       const int64_t chunks = chunks_[stage & 1].load(std::memory_order_acquire), n = (int64_t)(taken & 0xffffffffu);
-      const int64_t begin = chunks * victim / threads_, end = chunks * (victim + 1) / threads_;
+      const int64_t begin = chunks * owner / threads_, end = chunks * (owner + 1) / threads_;
       if (begin + n >= end) return;
       if (!counter.compare_exchange_weak(taken, taken + 1, std::memory_order_acq_rel)) continue;
       program_->run(program_->backwards() ? end - 1 - n : begin + n, slot);

@@ -1,8 +1,8 @@
 // The vector vocabulary of one instruction set: V holds W floats, I holds W int32.
 //
 // Included inside the namespace of its instruction set. Arithmetic is written with operators; sums of
-// products go through fma() so that the rounding is ours and no compiler's (contraction is off). Everything is
-// static: no symbol of one instruction set may ever serve another.
+// products go through fma(), so that rounding does not depend on the compiler (contraction is off). Everything is
+// static: no symbol of one instruction set may serve another.
 #pragma once
 
 #if defined(__AVX512F__)
@@ -234,7 +234,7 @@ static inline void transpose(V (&v)[W]) {
 }
 #endif
 
-// ---- element policies: how a row of T meets another
+// ---- element policies: how rows of T are multiplied
 // Widened: each element becomes a float; one fma a product. N elements make a vector.
 template <class T_>
 struct Widened {

@@ -1,13 +1,16 @@
-// 16-byte chunks of a row, and the dot product that every path shares.
+// 16-byte chunks of a row, and the dot product that every path uses.
 //
-//   lane l of a warp takes chunks l, l + 32, l + 64, ... of the row; in float32:
-//   the products of a chunk, fma by fma, then the chunks' sums, then an xor-shuffle tree over the lanes: 16, 8, 4,
-//   2, 1.
+//   lane l of a warp takes chunks l, l + 32, l + 64, ... of the row. In float32:
 //
-// Three levels, since one sum a lane would miss the bound on e^2 at M = 1 (docs/algorithm.md, "Rounding"). Rows of no
-// more than 32 chunks are summed in float64. So the order of the sum follows from D and the dtype alone, and not from
-// where the row lies, how it is aligned, which rows share the warp, or how an image is cut. ||x||^2 is the same routine
-// with x on both sides: a copy of a basis token has ||x||^2 = x.p = ||p||^2 to the bit, and with that distance 0.
+//     inside a chunk       fma by fma
+//     chunks of a lane     added in ascending order
+//     lanes of the warp    an xor-shuffle tree: 16, 8, 4, 2, 1
+//
+// There are three levels because one sum per lane would exceed the bound on e_sq at M = 1 (docs/algorithm.md,
+// "Rounding"). Rows of at most 32 chunks are summed in float64. The order of the sum therefore follows from D and the
+// dtype alone, and not from the row's address or alignment, the rows that share the warp, or how the image is divided.
+// norm_sq is the same routine with x on both sides: a copy of a basis token has ||x||^2 = x.p = ||p||^2 to the bit, and
+// so distance 0.
 #pragma once
 #include "call.cuh"
 
@@ -22,11 +25,11 @@ struct alignas(16) Chunk {
 __device__ __forceinline__ float widen(float v) { return v; }
 __device__ __forceinline__ float widen(__half v) { return __half2float(v); }
 __device__ __forceinline__ float widen(__nv_bfloat16 v) { return __bfloat162float(v); }
-__device__ __forceinline__ void narrow(float& to, float v) { to = v; }
-__device__ __forceinline__ void narrow(__half& to, float v) { to = __float2half_rn(v); }
-__device__ __forceinline__ void narrow(__nv_bfloat16& to, float v) { to = __float2bfloat16_rn(v); }
+__device__ __forceinline__ void narrow(float& out, float v) { out = v; }
+__device__ __forceinline__ void narrow(__half& out, float v) { out = __float2half_rn(v); }
+__device__ __forceinline__ void narrow(__nv_bfloat16& out, float v) { out = __float2bfloat16_rn(v); }
 
-// Chunk k of a row of dim elements; whole: the row is made of whole aligned chunks. Past the end: zeros.
+// Chunk k of a row of dim elements, zeros past its end. whole: the row consists of whole aligned chunks.
 template <class T>
 __device__ __forceinline__ Chunk<T> load_chunk(const T* row, int64_t k, int dim, bool whole) {
   if (whole) return reinterpret_cast<const Chunk<T>*>(row)[k];
@@ -53,11 +56,11 @@ __host__ __device__ constexpr int chunks_of(int64_t dim) {
   return (int)((dim + Chunk<T>::kSize - 1) / Chunk<T>::kSize);
 }
 
-// Rows that a warp takes at once: each chunk of the candidate is widened once for all of them.
+// Rows that a warp takes at once: each chunk of p is widened once for all of them.
 constexpr int kRows = 4;
 
-// Where a lane has one chunk at most: few products, so that float64 costs nothing. It is needed there: basis tokens
-// come close to spanning all D dimensions, and small pivots stretch every rounding.
+// For rows of at most one chunk per lane: so few products that float64 costs nothing. Such rows need it: basis tokens
+// come close to spanning all D dimensions, and small pivots amplify every rounding error.
 template <class T, bool kSelf, bool kWhole>
 __device__ __forceinline__ void narrow_dots(const T* const (&row)[kRows], const T* p, bool p_whole, int dim,
                                             float (&sum)[kRows]) {

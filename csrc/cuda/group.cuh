@@ -1,12 +1,12 @@
-// A group of CTAs owns an image: the two ways it can be one, behind the same four functions.
+// A group: the CTAs that share an image. There are two kinds, with the same interface:
 //
-//   Cluster      co-scheduled by the hardware; a barrier of its own; messages go straight into every peer's shared
-//   memory Cooperative  a slice of a cooperative launch; a counter in global memory; messages lie in L2
+//                       placed by                           barrier                     candidates are exchanged in
+//   ClusterGroup        the hardware, as one cluster        the cluster's               every CTA's shared memory
+//   CooperativeGroup    a cooperative launch, all at once   a counter in global memory  L2
 //
-// Each step of s1 ends with one exchange: every CTA publishes its best candidate (key, ||p||^2, and the y of it, which
-// is the next row of L) and after one barrier reads all of them. There are two sets of slots, used in turn: a CTA that
-// is ahead publishes into the other one, and cannot be two ahead of anybody, since the barrier between would not have
-// opened.
+// Each step of s1 ends with one exchange: every CTA publishes its best candidate (key, norm_sq and y, which becomes the
+// next row of L), and after one barrier reads those of all CTAs. There are two sets of slots, used in turns. A CTA that
+// is one step ahead writes the other set; it cannot be two steps ahead, because that takes another barrier.
 #pragma once
 #include <cooperative_groups.h>
 
@@ -15,35 +15,35 @@
 namespace apet::cuda {
 
 struct ClusterGroup {
-  int rank, size;
-  uint32_t first, stride;  // images first, first + stride, ... are this group's
+  int cta, size;           // this CTA's number in the group, and their count
+  uint32_t first, stride;  // the group takes images first, first + stride, ...
 
   __device__ explicit ClusterGroup(const Call& call)
-      : size(call.group),
-        first(blockIdx.x / call.group),
-        stride(gridDim.x / call.group),
+      : size(call.ctas_per_image),
+        first(blockIdx.x / call.ctas_per_image),
+        stride(gridDim.x / call.ctas_per_image),
         words_(message_words(call.basis)) {
     slots_ = reinterpret_cast<uint32_t*>(shared_memory() + call.map.slots);
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
-    rank = cooperative_groups::this_cluster().block_rank();
+    cta = cooperative_groups::this_cluster().block_rank();
 #endif
-    sync();  // no peer's shared memory before the peer runs
+    sync();  // shared memory of another CTA may be used only once that CTA runs
   }
 
-  // All threads of all CTAs of the group; what they wrote before is visible after.
+  // Barrier of all threads of the group. What they wrote before it is visible after it.
   __device__ void sync() {
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
     cooperative_groups::this_cluster().sync();
 #endif
   }
 
-  // All threads: the CTA's message, to be read by everybody after the next sync().
+  // Called by all threads of the CTA: its message, which every CTA of the group can read after the next sync().
   __device__ void publish(const uint32_t* message, int words) {
     turn_ ^= 1;
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
     const auto cluster = cooperative_groups::this_cluster();
     for (int i = threadIdx.x; i < size * words; i += kThreads)
-      cluster.map_shared_rank(slots_, i / words)[(turn_ * size + rank) * words_ + i % words] = message[i % words];
+      cluster.map_shared_rank(slots_, i / words)[(turn_ * size + cta) * words_ + i % words] = message[i % words];
 #endif
   }
 
@@ -55,19 +55,19 @@ struct ClusterGroup {
 };
 
 struct CooperativeGroup {
-  int rank, size;
-  uint32_t first, stride;  // images first, first + stride, ... are this group's
+  int cta, size;           // this CTA's number in the group, and their count
+  uint32_t first, stride;  // the group takes images first, first + stride, ...
 
   __device__ explicit CooperativeGroup(const Call& call)
-      : rank(blockIdx.x % call.group),
-        size(call.group),
-        first(blockIdx.x / call.group),
-        stride(call.groups),
+      : cta(blockIdx.x % call.ctas_per_image),
+        size(call.ctas_per_image),
+        first(blockIdx.x / call.ctas_per_image),
+        stride(call.images_in_flight),
         words_(message_words(call.basis)) {
     slots_ = call.slots + (int64_t)first * 2 * size * words_;
     arrived_ = call.arrived + first;
-    if (rank == 0 && threadIdx.x == 0) *arrived_ = 0;
-    cooperative_groups::this_grid().sync();  // once a launch: shows the zero to everybody
+    if (cta == 0 && threadIdx.x == 0) *arrived_ = 0;
+    cooperative_groups::this_grid().sync();  // once per launch: makes the zero visible
   }
 
   __device__ void sync() {
@@ -75,7 +75,7 @@ struct CooperativeGroup {
     if (threadIdx.x == 0) {
       awaited_ += size;
       add_release(arrived_, 1);
-      // The counter may wrap: what counts is how far it still has to go.
+      // The counter may wrap, so the difference is compared.
       while ((int32_t)(load_acquire(arrived_) - awaited_) < 0) {
       }
     }
@@ -85,7 +85,7 @@ struct CooperativeGroup {
   __device__ void publish(const uint32_t* message, int words) {
     turn_ ^= 1;
     for (int i = threadIdx.x; i < words; i += kThreads)
-      __stcg(slots_ + (int64_t)(turn_ * size + rank) * words_ + i, message[i]);
+      __stcg(slots_ + (int64_t)(turn_ * size + cta) * words_ + i, message[i]);
   }
 
   __device__ uint32_t read(int from, int word) const {

@@ -1,8 +1,7 @@
-// Every piece of inline PTX, and what needs the compiler's own keywords: one function each, so that the rest is plain
-// C++.
+// All inline PTX, and what needs nvcc's own keywords, one function each. The other files are plain C++.
 //
-// A build without nvcc finds the same functions for the CPU in <simt_ptx.h>: they follow the PTX manual, and what is
-// asynchronous here lands only when it is waited for there.
+// A build without nvcc takes the same functions from <simt_ptx.h>. They follow the PTX manual on the CPU; asynchronous
+// copies arrive only when the kernel waits for them.
 #pragma once
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
@@ -23,7 +22,7 @@ inline constexpr bool kHasClusters = true;
 inline constexpr bool kHasClusters = false;
 #endif
 
-// The CTA's dynamic shared memory: there is no other.
+// The CTA's dynamic shared memory. The kernels use no other.
 __device__ __forceinline__ unsigned char* shared_memory() {
   extern __shared__ __align__(128) unsigned char bytes[];
   return bytes;
@@ -47,8 +46,8 @@ __device__ __forceinline__ void add_release(uint32_t* flag, uint32_t value) {
 
 // ---- copies to shared memory that run beside the arithmetic
 
-// 16 bytes from global to shared memory, both aligned; zeros if not valid (global must be a valid address all the
-// same).
+// Copies 16 bytes from global to shared memory, both aligned; zeros if not valid (global must still be an address that
+// may be read).
 __device__ __forceinline__ void copy_async_16(void* shared, const void* global, bool valid) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(shared)), "l"(global),
                "r"(valid ? 16 : 0)
@@ -57,7 +56,7 @@ __device__ __forceinline__ void copy_async_16(void* shared, const void* global, 
 
 __device__ __forceinline__ void copy_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 
-// Until at most kPending of the calling thread's groups are under way.
+// Waits until at most kPending of the calling thread's committed groups are still being copied.
 template <int kPending>
 __device__ __forceinline__ void copy_async_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
@@ -65,8 +64,8 @@ __device__ __forceinline__ void copy_async_wait() {
 
 // ---- matrix instructions
 
-// Four 8 x 8 matrices of 16-bit numbers: lane l names row l % 8 of matrix l / 8 (16 bytes); r[i] is its pair of matrix
-// i.
+// Loads four 8 x 8 matrices of 16-bit numbers. Lane l gives the address of row l % 8 of matrix l / 8 (16 bytes), and
+// gets its pair of matrix i in r[i].
 __device__ __forceinline__ void ldmatrix_x4(uint32_t (&r)[4], const void* row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
@@ -89,16 +88,16 @@ __device__ __forceinline__ void mma_16816(float (&d)[4], const uint32_t (&a)[4],
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 
-// ---- programmatic dependent launch: nothing before sm_90, where launches do not overlap
+// ---- programmatic dependent launch. Before sm_90 launches do not overlap, and these do nothing
 
-// Until the launch before this one has ended, and what it wrote is visible.
+// Waits until the previous launch has ended and its writes are visible.
 __device__ __forceinline__ void wait_previous_launch() {
 #if __CUDA_ARCH__ >= 900
   cudaGridDependencySynchronize();
 #endif
 }
 
-// The next launch may start where there is room, as soon as every CTA of this one has said so.
+// The next launch may start on free SMs as soon as every CTA of this one has called this or ended.
 __device__ __forceinline__ void allow_next_launch() {
 #if __CUDA_ARCH__ >= 900
   cudaTriggerProgrammaticLaunchCompletion();

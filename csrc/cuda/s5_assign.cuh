@@ -1,24 +1,24 @@
-// s5, first half: the merge target of every dropped token, arg max_t x.t / ||t|| (the length of x changes no arg-max).
+// s5, first half: the merge target of every dropped token, arg max_t x.t / ||t|| (scaling x changes no arg-max).
 //
-//                 targets (kColumns of them)            a warp owns kFragM x kFragN matrix instructions of 16 x 8;
+//                 targets (kColumns)                    a warp computes kFragM x kFragN matrix instructions of 16 x 8;
 //               +-------+-------+                       steps of 128 bytes of D, three in flight in shared memory
 //     dropped   | warp  | warp  |
-//     (kTile)   +-------+-------+  -> x.t / ||t||, largest of the row -> packed key -> one atomicMax a row
+//     (kRows)   +-------+-------+  -> x.t / ||t||, largest of the row -> target_key -> one atomicMax per row
 //               | warp  | warp  |
 //               +-------+-------+
 //
-// The [dropped, targets] matrix exists nowhere. A product is one float32 accumulator over ascending D: the hardware's
-// order inside a matrix instruction of 16 elements (16-bit tokens), or fma by fma (float32, IEEE: never tf32). So no
-// tile changes a bit of it, and the arg-max is over integers: similarity, then the lower target.
+// The [dropped_count, T] matrix is never stored. A product is one float32 accumulator over ascending D: the hardware's
+// order inside a matrix instruction of 16 elements (16-bit tokens), or fma by fma (float32, IEEE: never tf32). Tile
+// sizes therefore do not change a bit of it, and the arg-max is over integers: similarity, then the lower target.
 #pragma once
 #include "dot.cuh"
-#include "s1_s3_select.cuh"
+#include "s1_s3_sweep.cuh"
 
 namespace apet::cuda {
 
-constexpr int kStepBytes = 128;               // of D a step
-constexpr int kStagePitch = kStepBytes + 16;  // 9 words of 16 bytes: 8 rows of a matrix lie in different banks
-constexpr int kStages = 3;
+constexpr int kStepBytes = 128;                // of a row, per step
+constexpr int kBufferPitch = kStepBytes + 16;  // 9 words of 16 bytes: 8 rows of a matrix are in different banks
+constexpr int kBuffers = 3;
 
 // kWarpsM x kWarpsN warps, each with 16 kFragM dropped tokens x 8 kFragN targets.
 template <int kWarpsM_, int kWarpsN_, int kFragM_, int kFragN_>
@@ -26,27 +26,26 @@ struct Tile {
   static constexpr int kWarpsM = kWarpsM_, kWarpsN = kWarpsN_, kFragM = kFragM_, kFragN = kFragN_;
   static constexpr int kRows = kWarpsM * kFragM * 16, kColumns = kWarpsN * kFragN * 8;
   static constexpr int kThreads = kWarpsM * kWarpsN * 32;
-  // Buffers, and the lists of a tile: positions of dropped tokens and of targets, and the scales of the targets.
+  // Buffers, and the lists of a tile: positions of the dropped tokens and of the targets, and inv_norm of the targets.
   template <bool kResident>
   static constexpr int shared_bytes() {
-    return kStages * ((kResident ? 0 : kRows) + kColumns) * kStagePitch + (kRows + 2 * kColumns) * 4;
+    return kBuffers * ((kResident ? 0 : kRows) + kColumns) * kBufferPitch + (kRows + 2 * kColumns) * 4;
   }
 };
 using SmallTile = Tile<2, 2, 2, 4>;  // 64 x 64: enough tiles for a small image
-using LargeTile = Tile<2, 4, 4, 4>;  // 128 x 128: half the bytes from L2 a product
-// Inside `fused`, 96 x 128: a CTA's slice at once, with the 12 warps of `select`; float32 is short of registers, 96
-// x 64.
+using LargeTile = Tile<2, 4, 4, 4>;  // 128 x 128: half the bytes from L2 per product
+// In s1_s5_cluster, with its 12 warps: 96 x 128 (float32, for lack of registers: 96 x 64).
 template <class T>
-using FusedTile = Tile<3, 4, 2, sizeof(T) == 2 ? 4 : 2>;
+using ClusterTile = Tile<3, 4, 2, sizeof(T) == 2 ? 4 : 2>;
 
-// A float's bits so that they ascend with it; -0 as +0, NaN below all.
+// Bits that sort as the floats do; -0 as +0, NaN below all others.
 __device__ __forceinline__ uint32_t ordered(float v) {
   if (v != v) return 0;
   const uint32_t bits = __float_as_uint(__fadd_rn(v, 0));
   return bits >> 31 ? ~bits : bits | 0x80000000u;
 }
 
-// acc += the products over 32 bytes of D: a[i], b[j] are the shared rows that this lane loads from (rows_of_lane).
+// acc += the products over 32 bytes of D. a[i], b[j]: the rows in shared memory that this lane loads from.
 template <class T, class Tl>
 __device__ __forceinline__ void multiply(float (&acc)[Tl::kFragM][Tl::kFragN][4], const unsigned char* const* a,
                                          const unsigned char* const* b, int at_a, int at_b) {
@@ -85,26 +84,27 @@ __device__ __forceinline__ void multiply(float (&acc)[Tl::kFragM][Tl::kFragN][4]
   }
 }
 
-// One tile: dropped tokens [r0, r_end) and targets from t0 on, of as many as the tile has. Raises best[dropped].
-// kResident: the dropped tokens are resident rows of `slice`; else they are staged like the targets.
+// One tile: dropped tokens [r0, r_end) and targets from t0 on, as many as the tile has. Raises their target_key.
+// kResident: the dropped tokens are resident rows of `slice`; else they are copied to shared memory like the targets.
 template <class T, class Tl, bool kResident>
 __device__ inline void s5_assign(const Call& call, const Image& image, const Slice<T>* slice, int r0, int r_end, int t0,
                                  unsigned char* shared) {
-  constexpr int kStaged = (kResident ? 0 : Tl::kRows) + Tl::kColumns;  // rows of a stage: dropped, then targets
-  unsigned char* stages = shared;
-  int* dropped = reinterpret_cast<int*>(stages + kStages * kStaged * kStagePitch);  // positions; -1: none
-  int* target = dropped + Tl::kRows;
-  float* scale = reinterpret_cast<float*>(target + Tl::kColumns);
+  constexpr int kBufferRows =
+      (kResident ? 0 : Tl::kRows) + Tl::kColumns;  // rows of a buffer: dropped tokens, then targets
+  unsigned char* buffers = shared;
+  int* dropped = reinterpret_cast<int*>(buffers + kBuffers * kBufferRows * kBufferPitch);  // positions; -1: none
+  int* target_token = dropped + Tl::kRows;                                                 // positions; -1: none
+  float* inv_norm = reinterpret_cast<float*>(target_token + Tl::kColumns);
   const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32;
-  const T* x = static_cast<const T*>(call.at.x) + image.base;
+  const T* x = static_cast<const T*>(call.tensors.x) + image.base;
 
-  __syncthreads();  // the tile before this one is done with the buffers
+  __syncthreads();  // all threads have finished the previous tile, which used the same buffers
   for (int r = thread; r < Tl::kRows; r += Tl::kThreads)
     dropped[r] = r0 + r < r_end ? __ldcg(call.dropped + image.token + r0 + r) : -1;
   for (int t = thread; t < Tl::kColumns; t += Tl::kThreads) {
-    const bool there = t0 + t < image.targets;
-    target[t] = there ? __ldcg(call.target + image.row + t0 + t) : -1;
-    scale[t] = there ? __ldcg(call.target_scale + image.row + t0 + t) : 0;
+    const bool there = t0 + t < image.target_count;
+    target_token[t] = there ? __ldcg(call.target_token + image.row + t0 + t) : -1;
+    inv_norm[t] = there ? __ldcg(call.inv_norm + image.row + t0 + t) : 0;
   }
   __syncthreads();
 
@@ -113,22 +113,22 @@ __device__ inline void s5_assign(const Call& call, const Image& image, const Sli
   const int steps = (slabs + kStepBytes / 32 - 1) / (kStepBytes / 32);
   const auto load = [&](int step) {
     if (step < steps) {
-      unsigned char* stage = stages + step % kStages * kStaged * kStagePitch;
-      for (int i = thread; i < kStaged * (kStepBytes / 16); i += Tl::kThreads) {
+      unsigned char* buffer = buffers + step % kBuffers * kBufferRows * kBufferPitch;
+      for (int i = thread; i < kBufferRows * (kStepBytes / 16); i += Tl::kThreads) {
         const int r = i / (kStepBytes / 16), k = i % (kStepBytes / 16);
-        const int position = kResident || r >= Tl::kRows ? target[r - (kResident ? 0 : Tl::kRows)] : dropped[r];
+        const int position = kResident || r >= Tl::kRows ? target_token[r - (kResident ? 0 : Tl::kRows)] : dropped[r];
         const int chunk = step * (kStepBytes / 16) + k;
         const bool valid = position >= 0 && chunk < chunks;
         const T* row = x + max(position, 0) * call.stride_xn;
-        void* to = stage + r * kStagePitch + k * 16;
-        if (call.whole_in) copy_async_16(to, valid ? row + (int64_t)chunk * Chunk<T>::kSize : row, valid);
-        else *static_cast<Chunk<T>*>(to) = valid ? load_chunk(row, chunk, call.dim, false) : Chunk<T>{};
+        void* out = buffer + r * kBufferPitch + k * 16;
+        if (call.whole_in) copy_async_16(out, valid ? row + (int64_t)chunk * Chunk<T>::kSize : row, valid);
+        else *static_cast<Chunk<T>*>(out) = valid ? load_chunk(row, chunk, call.dim, false) : Chunk<T>{};
       }
     }
-    copy_async_commit();  // an empty group past the end: every step waits for the same count
+    copy_async_commit();  // past the end an empty group, so that every step waits for the same count
   };
 
-  // The rows this lane loads from: of a matrix (16-bit), or of its own sums (float32).
+  // The rows that this lane loads from: those of a matrix (16-bit tokens), or those of its own sums (float32).
   constexpr bool kMatrix = sizeof(T) == 2;
   constexpr int kRowsA = kMatrix ? Tl::kFragM : Tl::kFragM * 2, kRowsB = kMatrix ? Tl::kFragN / 2 : Tl::kFragN * 2;
   const int warp_row = warp / Tl::kWarpsN * Tl::kFragM * 16, warp_column = warp % Tl::kWarpsN * Tl::kFragN * 8;
@@ -139,28 +139,28 @@ __device__ inline void s5_assign(const Call& call, const Image& image, const Sli
     if constexpr (kResident)
       a[i] =
           reinterpret_cast<unsigned char*>(slice->resident_row(call, dropped[r] >= 0 ? dropped[r] - slice->first : 0));
-    else a[i] = stages + r * kStagePitch;
+    else a[i] = buffers + r * kBufferPitch;
     if (kMatrix) a[i] += lane / 16 * 16;
   }
 #pragma unroll
   for (int j = 0; j < kRowsB; j++) {
     const int t = warp_column + (kMatrix ? j * 16 + lane % 8 + lane / 16 * 8 : j / 2 * 8 + lane % 4 * 2 + j % 2);
-    b[j] = stages + ((kResident ? 0 : Tl::kRows) + t) * kStagePitch + (kMatrix ? lane / 8 % 2 * 16 : 0);
+    b[j] = buffers + ((kResident ? 0 : Tl::kRows) + t) * kBufferPitch + (kMatrix ? lane / 8 % 2 * 16 : 0);
   }
 
   float acc[Tl::kFragM][Tl::kFragN][4] = {};
-  const bool busy = r0 + warp_row < r_end && t0 + warp_column < image.targets;
-  for (int step = 0; step < kStages - 1; step++) load(step);
+  const bool busy = r0 + warp_row < r_end && t0 + warp_column < image.target_count;
+  for (int step = 0; step < kBuffers - 1; step++) load(step);
   for (int step = 0; step < steps; step++) {
-    copy_async_wait<kStages - 2>();
-    __syncthreads();  // this step is there for everybody, and everybody is done with the one before
-    load(step + kStages - 1);
-    const int stage = step % kStages * kStaged * kStagePitch;
+    copy_async_wait<kBuffers - 2>();
+    __syncthreads();  // this step's rows are there, and all threads have finished the step before
+    load(step + kBuffers - 1);
+    const int buffer = step % kBuffers * kBufferRows * kBufferPitch;
     if (busy) {
 #pragma unroll
       for (int k = 0; k < kStepBytes; k += 32)
         if (step * (kStepBytes / 32) + k / 32 < slabs)
-          multiply<T, Tl>(acc, a, b, kResident ? step * kStepBytes + k : stage + k, stage + k);
+          multiply<T, Tl>(acc, a, b, kResident ? step * kStepBytes + k : buffer + k, buffer + k);
     }
   }
   copy_async_wait<0>();
@@ -177,12 +177,13 @@ __device__ inline void s5_assign(const Call& call, const Image& image, const Sli
 #pragma unroll
         for (int c = 0; c < 2; c++) {
           const int t = warp_column + j * 8 + lane % 4 * 2 + c;
-          if (target[t] >= 0) best = larger(best, pack(ordered(__fmul_rn(acc[i][j][half * 2 + c], scale[t])), t0 + t));
+          if (target_token[t] >= 0)
+            best = larger(best, pack(ordered(__fmul_rn(acc[i][j][half * 2 + c], inv_norm[t])), t0 + t));
         }
       best = larger(best, __shfl_xor_sync(kAllLanes, best, 1));
       best = larger(best, __shfl_xor_sync(kAllLanes, best, 2));
       const int r = warp_row + i * 16 + half * 8 + lane / 4;
-      if (lane % 4 == 0 && dropped[r] >= 0) atomicMax(call.best + image.token + r0 + r, best);
+      if (lane % 4 == 0 && dropped[r] >= 0) atomicMax(call.target_key + image.token + r0 + r, best);
     }
 }
 

@@ -1,4 +1,4 @@
-/* The binary interface of apet.h on LP64, number by number: whatever stops this from compiling, as C11 or C++17, breaks
+/* The binary interface of apet.h on LP64, number by number: a change that stops this from compiling, as C11 or C++17, breaks
  * programs that are compiled already. Then APET_VERSION_MINOR (from 1.0 on MAJOR) goes up, and the numbers follow. What
  * is added to apet_status is added here. tests/test_library.py compiles it, and looks that nothing of the header is
  * missing. */
@@ -54,34 +54,34 @@ MEMBER(apet_pool, threads, 0, 4);
 MEMBER(apet_pool, context, 8, 8);
 MEMBER(apet_pool, run, 16, 8);
 
-SIZE(apet_plan, 40);
-MEMBER(apet_plan, isa, 0, 4);
-MEMBER(apet_plan, teams, 4, 4);
-MEMBER(apet_plan, threads, 8, 4);
-MEMBER(apet_plan, workspace_bytes, 16, 8);
-MEMBER(apet_plan, estimated_ns, 24, 16);
+SIZE(apet_cpu_plan_t, 40);
+MEMBER(apet_cpu_plan_t, isa, 0, 4);
+MEMBER(apet_cpu_plan_t, images_in_flight, 4, 4);
+MEMBER(apet_cpu_plan_t, threads_per_image, 8, 4);
+MEMBER(apet_cpu_plan_t, workspace_bytes, 16, 8);
+MEMBER(apet_cpu_plan_t, estimated_ns, 24, 16);
 
-SIZE(apet_cuda_wish, 16);
-MEMBER(apet_cuda_wish, path, 0, 4);
-MEMBER(apet_cuda_wish, group, 4, 4);
-MEMBER(apet_cuda_wish, resident, 8, 4);
-MEMBER(apet_cuda_wish, tile, 12, 4);
+SIZE(apet_cuda_override, 16);
+MEMBER(apet_cuda_override, path, 0, 4);
+MEMBER(apet_cuda_override, ctas_per_image, 4, 4);
+MEMBER(apet_cuda_override, resident, 8, 4);
+MEMBER(apet_cuda_override, tile, 12, 4);
 
-SIZE(apet_gpu_plan, 320);
-MEMBER(apet_gpu_plan, path, 0, 4);
-MEMBER(apet_gpu_plan, launches, 4, 4);
-MEMBER(apet_gpu_plan, group, 8, 4);
-MEMBER(apet_gpu_plan, groups, 12, 4);
-MEMBER(apet_gpu_plan, slice, 16, 4);
-MEMBER(apet_gpu_plan, resident, 20, 4);
-MEMBER(apet_gpu_plan, state_shared, 24, 4);
-MEMBER(apet_gpu_plan, basis_shared, 28, 4);
-MEMBER(apet_gpu_plan, tile, 32, 4);
-MEMBER(apet_gpu_plan, select_shared, 36, 4);
-MEMBER(apet_gpu_plan, merge_shared, 40, 4);
-MEMBER(apet_gpu_plan, workspace_bytes, 48, 8);
-MEMBER(apet_gpu_plan, estimated_us, 56, 8);
-MEMBER(apet_gpu_plan, why, 64, 256);
+SIZE(apet_cuda_plan_t, 320);
+MEMBER(apet_cuda_plan_t, path, 0, 4);
+MEMBER(apet_cuda_plan_t, launches, 4, 4);
+MEMBER(apet_cuda_plan_t, ctas_per_image, 8, 4);
+MEMBER(apet_cuda_plan_t, images_in_flight, 12, 4);
+MEMBER(apet_cuda_plan_t, slice, 16, 4);
+MEMBER(apet_cuda_plan_t, resident, 20, 4);
+MEMBER(apet_cuda_plan_t, state_shared, 24, 4);
+MEMBER(apet_cuda_plan_t, basis_shared, 28, 4);
+MEMBER(apet_cuda_plan_t, tile, 32, 4);
+MEMBER(apet_cuda_plan_t, first_shared_bytes, 36, 4);
+MEMBER(apet_cuda_plan_t, second_shared_bytes, 40, 4);
+MEMBER(apet_cuda_plan_t, workspace_bytes, 48, 8);
+MEMBER(apet_cuda_plan_t, estimated_us, 56, 8);
+MEMBER(apet_cuda_plan_t, why, 64, 256);
 
 SIZE(apet_dtype, 4);
 VALUE(APET_FLOAT32, 0);
@@ -140,24 +140,24 @@ SIZE(apet_cuda_path, 4);
 VALUE(APET_CUDA_BEST, 0);
 VALUE(APET_CUDA_FUSED, 1);
 VALUE(APET_CUDA_CLUSTER, 2);
-VALUE(APET_CUDA_GROUPS, 3);
+VALUE(APET_CUDA_COOPERATIVE, 3);
 
-/* Functions, declared once more: a compiler refuses two declarations that differ. */
+/* Functions, declared once more: a compiler rejects two declarations that differ. */
 #ifdef __cplusplus
 extern "C" {
 #endif
 typedef void (*apet_task)(void* task_context, int64_t begin, int64_t end);
 const char* apet_version(void);
 apet_status apet_check(const apet_problem* problem);
-size_t apet_sentence(const apet_problem* problem, apet_status status, char* text, size_t capacity);
-apet_status apet_cpu_plan(const apet_problem* problem, int32_t threads, apet_plan* plan);
+size_t apet_error_message(const apet_problem* problem, apet_status status, char* text, size_t capacity);
+apet_status apet_cpu_plan(const apet_problem* problem, int32_t threads, apet_cpu_plan_t* plan);
 apet_status apet_cpu_run(const apet_problem* problem, const apet_tensors* tensors, const apet_pool* pool,
                          void* workspace, size_t workspace_bytes);
 int apet_cpu_has_isa(apet_isa isa);
 const char* apet_isa_name(apet_isa isa);
 apet_status apet_cpu_use_isa(apet_isa isa);
-apet_status apet_cuda_plan(const apet_problem* problem, const apet_cuda_wish* wish, apet_gpu_plan* plan);
-apet_status apet_cuda_run(const apet_problem* problem, const apet_tensors* tensors, const apet_gpu_plan* plan,
+apet_status apet_cuda_plan(const apet_problem* problem, const apet_cuda_override* override, apet_cuda_plan_t* plan);
+apet_status apet_cuda_run(const apet_problem* problem, const apet_tensors* tensors, const apet_cuda_plan_t* plan,
                           void* workspace, size_t workspace_bytes, void* stream);
 const char* apet_cuda_error(void);
 #ifdef __cplusplus

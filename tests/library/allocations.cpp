@@ -1,5 +1,5 @@
 // Counts what is asked of the allocator during calls of apet.h, and fails if it is anything: every op, dtype, layout
-// and selection, ragged or not, with and without a pool, on every instruction set; plans, checks and sentences too.
+// and selection, ragged or not, with and without a pool, on every instruction set; plans, checks and error messages too.
 //
 // The C library's functions are replaced by ones that count and pass on; operator new ends in them. Prints the number
 // of calls and returns 1 if they allocated, or if an allocation goes unnoticed.
@@ -66,13 +66,13 @@ struct Buffers {
     }
   }
 
-  // Everything that a caller does for one call; false, with a sentence, if that is refused.
+  // Everything that a caller does for one call; false, with a message, on an error.
   bool call(const apet_problem& p, const apet_pool* pool) {
     apet_tensors t = {};
     t.x = x.data(), t.cu_seqlens = cu_seqlens.data(), t.cu_keep = cu_keep.data(), t.kept = kept.data();
     t.tokens = tokens.data(), t.indices = indices.data();
     t.residual = residual.data(), t.basis_indices = basis_indices.data();
-    apet_plan plan;
+    apet_cpu_plan_t plan;
     apet_status status = apet_check(&p);
     if (status == APET_OK) status = apet_cpu_plan(&p, pool ? pool->threads : 1, &plan);
     char* aligned = workspace.data() + (64 - (uintptr_t)workspace.data() % 64);
@@ -80,9 +80,9 @@ struct Buffers {
     calls++;
     char text[256];
     for (int any = APET_OK; any <= APET_RAGGED_NEEDS_COMPRESS + 1; any++)
-      apet_sentence(&p, (apet_status)any, text, sizeof text);
+      apet_error_message(&p, (apet_status)any, text, sizeof text);
     if (status == APET_OK) return true;
-    apet_sentence(&p, status, text, sizeof text);
+    apet_error_message(&p, status, text, sizeof text);
     std::fprintf(stderr, "%s\n", text);
     return false;
   }

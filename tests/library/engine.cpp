@@ -5,7 +5,7 @@
 
 ENGINE_API const char* engine_version(void) { return apet_version(); }
 
-ENGINE_API int engine_plan(const apet_problem* problem, int32_t threads, apet_plan* plan) {
+ENGINE_API int engine_plan(const apet_problem* problem, int32_t threads, apet_cpu_plan_t* plan) {
   return apet_cpu_plan(problem, threads, plan);
 }
 

@@ -28,7 +28,7 @@ OPTIMISED = {"": ["-O2"], "address": ["-O1", "-g"], "thread": ["-O1", "-g"]}
 
 
 def missing() -> str | None:
-    """None where kernels can be compiled for the CPU here, else the sentence that says why not."""
+    """None where kernels can be compiled for the CPU here, else the reason."""
     if platform.machine() != "x86_64":
         return f"fibers are written for x86-64, and this is {platform.machine()}"
     if not shutil.which("g++"):

@@ -20,7 +20,7 @@ from apet_kernels import ops
 
 from . import build
 
-PATHS = ("best", "fused", "cluster", "groups")  # apet_cuda_path
+PATHS = ("best", "fused", "cluster", "cooperative")  # apet_cuda_path
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)  # apet_dtype
 COMPRESS, SCORE, MERGE = range(3)  # apet_op
 NO_PATH = "APET_NO_CUDA_PATH"
@@ -41,18 +41,21 @@ class Problem(ctypes.Structure):
     ]
 
 
-class Wish(ctypes.Structure):
-    """apet_cuda_wish."""
+class Override(ctypes.Structure):
+    """apet_cuda_override."""
 
-    _fields_ = [(name, int32) for name in ("path", "group", "resident", "tile")]
+    _fields_ = [(name, int32) for name in ("path", "ctas_per_image", "resident", "tile")]
 
 
 class Plan(ctypes.Structure):
-    """apet_gpu_plan."""
+    """apet_cuda_plan_t."""
 
     _fields_ = [
-        *((name, int32) for name in ("path", "launches", "group", "groups", "slice", "resident", "state_shared")),
-        *((name, int32) for name in ("basis_shared", "tile", "select_shared", "merge_shared")),
+        *(
+            (name, int32)
+            for name in ("path", "launches", "ctas_per_image", "images_in_flight", "slice", "resident", "state_shared")
+        ),
+        *((name, int32) for name in ("basis_shared", "tile", "first_shared_bytes", "second_shared_bytes")),
         ("workspace_bytes", ctypes.c_size_t),
         ("estimated_us", ctypes.c_double),
         ("why", ctypes.c_char * 256),
@@ -108,14 +111,14 @@ class How:
 
     device: Device = H100
     path: str = "best"
-    group: int = 0  # 0: chosen
+    ctas_per_image: int = 0  # 0: chosen
     resident: int = -1  # -1: as many as fit
     tile: int = 0  # 0: chosen
     seed: int = 0
 
     @property
-    def wish(self) -> Wish:
-        return Wish(PATHS.index(self.path), self.group, self.resident, self.tile)
+    def override(self) -> Override:
+        return Override(PATHS.index(self.path), self.ctas_per_image, self.resident, self.tile)
 
 
 @functools.cache
@@ -123,18 +126,18 @@ def load() -> ctypes.CDLL:
     lib = ctypes.CDLL(str(build.library()))
     for name in ("simt_run", "simt_launches", "apet_cuda_error"):
         getattr(lib, name).restype = ctypes.c_char_p
-    lib.apet_sentence.restype = ctypes.c_size_t
+    lib.apet_error_message.restype = ctypes.c_size_t
     return lib
 
 
 def plan(problem: Problem, how: How) -> Plan:
     """What the backend would do; NoPath if it cannot do it as `how` wants it."""
-    lib, result, wish = load(), Plan(), how.wish
+    lib, result, override = load(), Plan(), how.override
     d = how.device
     lib.simt_use_device(
         d.capability, d.multiprocessors, d.shared_per_block, d.shared_per_multiprocessor, d.largest_cluster
     )
-    status = lib.apet_cuda_plan(ctypes.byref(problem), ctypes.byref(wish), ctypes.byref(result))
+    status = lib.apet_cuda_plan(ctypes.byref(problem), ctypes.byref(override), ctypes.byref(result))
     if status == status_numbers()[NO_PATH]:
         raise NoPath(result.why.decode())
     _check(problem, status)
@@ -193,14 +196,14 @@ def run_in_program(case: Case, how: How, program: Path, timeout: float = 300) ->
     could end."""
     device = how.device
     numbers = (
-        *(ctypes.sizeof(t) for t in (Problem, Wish, Plan)),
+        *(ctypes.sizeof(t) for t in (Problem, Override, Plan)),
         *(device.capability, device.multiprocessors, device.shared_per_block, device.shared_per_multiprocessor),
         *(device.largest_cluster, how.seed),
     )
     with tempfile.TemporaryDirectory() as folder:
         file, result = Path(folder, "case"), Path(folder, "result")
         with file.open("wb") as f:
-            f.write(bytes((int64 * len(numbers))(*numbers)) + bytes(case.problem) + bytes(how.wish))
+            f.write(bytes((int64 * len(numbers))(*numbers)) + bytes(case.problem) + bytes(how.override))
             for name in NAMES:
                 t = case.inputs.get(name)
                 content = b"" if t is None else _reach(t)
@@ -242,7 +245,7 @@ def _check(problem: Problem, status: int) -> None:
         return
     lib = load()
     text = ctypes.create_string_buffer(512)
-    lib.apet_sentence(ctypes.byref(problem), status, text, ctypes.c_size_t(512))
+    lib.apet_error_message(ctypes.byref(problem), status, text, ctypes.c_size_t(512))
     raise Fault(f"{text.value.decode()} {(lib.apet_cuda_error() or b'').decode()}".strip())
 
 
@@ -374,13 +377,13 @@ class Functions:
         return function
 
 
-# Small groups: the time goes into switches between CUDA threads.
+# Few CTAs per image: most of the time is spent on switches between CUDA threads.
 DEFAULT_WAYS = [
-    How(path="fused", group=2),
-    How(path="cluster", group=2, seed=1),
-    How(A100, path="groups", group=3, resident=4, seed=2),
-    How(path="fused", group=3, seed=3),
-    How(RTX_3090, path="groups", group=2, tile=64, seed=4),
+    How(path="fused", ctas_per_image=2),
+    How(path="cluster", ctas_per_image=2, seed=1),
+    How(A100, path="cooperative", ctas_per_image=3, resident=4, seed=2),
+    How(path="fused", ctas_per_image=3, seed=3),
+    How(RTX_3090, path="cooperative", ctas_per_image=2, tile=64, seed=4),
     How(RTX_5090, seed=5),
 ]
 

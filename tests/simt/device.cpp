@@ -191,7 +191,7 @@ void simt_use_device(int capability, int multiprocessors, int shared_per_block, 
 
 void simt_use_seed(unsigned seed) { simt::set_seed(seed); }
 
-// Runs all that was launched; NULL, or the sentence of the fault that ended it.
+// Runs all that was launched; NULL, or the message of the fault that ended it.
 const char* simt_run() { return simt::run() ? nullptr : simt::last_fault().c_str(); }
 
 // What was launched since the last call of this, a line each.

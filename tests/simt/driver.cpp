@@ -42,7 +42,7 @@ struct Memory {
 void check(const apet_problem& problem, apet_status status) {
   if (status == APET_OK) return;
   char text[512];
-  apet_sentence(&problem, status, text, sizeof text);
+  apet_error_message(&problem, status, text, sizeof text);
   std::fprintf(stderr, "%s\n", apet_cuda_error());
   stop(text);
 }
@@ -55,13 +55,13 @@ int main(int count, char** arguments) {
   if (!file) stop("no case");
   int64_t numbers[9];
   apet_problem problem;
-  apet_cuda_wish wish;
-  apet_gpu_plan plan;
+  apet_cuda_override override;
+  apet_cuda_plan_t plan;
   read(numbers, sizeof numbers, file);
-  if (numbers[0] != sizeof problem || numbers[1] != sizeof wish || numbers[2] != sizeof plan)
+  if (numbers[0] != sizeof problem || numbers[1] != sizeof override || numbers[2] != sizeof plan)
     stop("the structures of call.py are not those of apet.h");
   read(&problem, sizeof problem, file);
-  read(&wish, sizeof wish, file);
+  read(&override, sizeof override, file);
   Memory memory[9];
   for (int i = 0; i < 9; i++) memory[i].read_from(file, i >= 5);
   std::fclose(file);
@@ -78,7 +78,7 @@ int main(int count, char** arguments) {
   tensors.indices = reinterpret_cast<int64_t*>(memory[6].data);
   tensors.residual = reinterpret_cast<float*>(memory[7].data);
   tensors.basis_indices = reinterpret_cast<int64_t*>(memory[8].data);
-  check(problem, apet_cuda_plan(&problem, &wish, &plan));
+  check(problem, apet_cuda_plan(&problem, &override, &plan));
   void* workspace;
   if (posix_memalign(&workspace, 64, plan.workspace_bytes ? plan.workspace_bytes : 1)) stop("no memory");
   std::memset(workspace, 0xff, plan.workspace_bytes);

@@ -197,7 +197,7 @@ bool run() {
   Unseen unseen;
   runtime.random.seed(runtime.seed);
   runtime.failed = false;
-  runtime.sentence.clear();
+  runtime.message.clear();
   runtime.polls_in_vain = 0;
   for (auto& [stream, grid] : runtime.grids) {
     publish(&grid->host_order);
@@ -217,7 +217,7 @@ bool run() {
       break;
     } else {
       runtime.failed = true;
-      runtime.sentence = deadlock();
+      runtime.message = deadlock();
     }
   }
   for (auto& cluster : runtime.clusters) release(*cluster);  // after a fault
@@ -230,6 +230,6 @@ bool run() {
   return !runtime.failed;
 }
 
-const std::string& last_fault() { return runtime.sentence; }
+const std::string& last_fault() { return runtime.message; }
 
 }  // namespace simt

@@ -32,7 +32,7 @@ void set_seed(unsigned seed);
 void enqueue(void* stream, Launch launch);
 // Runs everything on all streams, those of different streams at once. False: a fault has ended it.
 bool run();
-// The sentence of the fault that ended the last run, or "".
+// The message of the fault that ended the last run, or "".
 const std::string& last_fault();
 
 }  // namespace simt

@@ -132,18 +132,18 @@ std::string deadlock() {
   return text;
 }
 
-void fault(const char* sentence, ...) {
+void fault(const char* message, ...) {
   char text[1024];
   va_list arguments;
-  va_start(arguments, sentence);
-  std::vsnprintf(text, sizeof text, sentence, arguments);
+  va_start(arguments, message);
+  std::vsnprintf(text, sizeof text, message, arguments);
   va_end(arguments);
   if (!runtime.running) {
     std::fprintf(stderr, "simt: outside of a kernel: %s\n", text);
     std::abort();
   }
   runtime.failed = true;
-  runtime.sentence = text;
+  runtime.message = text;
   Fiber& from = runtime.running->fiber;
   runtime.running = nullptr;
   Fiber::of_host().enter_from(from);

@@ -108,7 +108,7 @@ struct Runtime {
   Lane* running = nullptr;
   bool to_host = false;  // there is something for `run` to do before the next lane runs
   bool failed = false;
-  std::string sentence;
+  std::string message;
   unsigned seed = 0;
   Policy policy = Policy::kOldest;
   std::mt19937 random;

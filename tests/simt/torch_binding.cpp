@@ -22,12 +22,12 @@ struct Guard {
   ~Guard() { guards--; }
 };
 
-apet_status plan_guarded(const apet_problem* problem, const apet_cuda_wish* wish, apet_gpu_plan* plan) {
+apet_status plan_guarded(const apet_problem* problem, const apet_cuda_override* override, apet_cuda_plan_t* plan) {
   require(guards == 1, "planned for another device than that of x");
-  return apet_cuda_plan(problem, wish, plan);
+  return apet_cuda_plan(problem, override, plan);
 }
 
-apet_status run_at_once(const apet_problem* problem, const apet_tensors* tensors, const apet_gpu_plan* plan,
+apet_status run_at_once(const apet_problem* problem, const apet_tensors* tensors, const apet_cuda_plan_t* plan,
                         void* workspace, size_t bytes, void* stream) {
   require(guards == 1, "enqueued on another device than that of x");
   require((intptr_t)stream == kStream, "enqueued on another stream than the current one");

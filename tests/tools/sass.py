@@ -81,29 +81,29 @@ class Claim:
 
 
 TENSOR = ("float16", "bfloat16")
-CLUSTERS = r"ClusterGroup|fused"
+CLUSTERS = r"ClusterGroup|s1_s5"
 CLAIMS = (
     Claim("reads rows of tokens by 16 bytes", r"LDG\.E\.128\S*"),
     Claim("writes results by 16 bytes", r"STG\.E\.128\S*"),
     Claim("copies to shared memory asynchronously, by 16 bytes", r"LDGSTS\.E\.BYPASS\.128\S*"),
-    Claim("reads its resident rows by 16 bytes", r"LDS\.128", "select|fused"),
+    Claim("reads its resident rows by 16 bytes", r"LDS\.128", "s1_s4|s1_s5"),
     Claim(
         "multiplies 16-bit tokens on the matrix units, with float32 sums",
         r"HMMA\.16816\.F32(?:\.BF16)?",
-        "merge|fused",
+        "s5_merge|s1_s5",
         TENSOR,
     ),
-    Claim("loads their tiles by ldmatrix", r"LDSM\.16\.M88\.4", "merge|fused", TENSOR),
+    Claim("loads their tiles by ldmatrix", r"LDSM\.16\.M88\.4", "s5_merge|s1_s5", TENSOR),
     Claim("multiplies float32 tokens by fma, not in tf32", r"HMMA\.\S*", "", ("float32",), present=False),
     Claim("waits at the cluster's barrier", r"UCGABAR_WAIT", CLUSTERS, since=90),
-    Claim("waits at no cluster's barrier", r"UCGABAR_\w+", "CooperativeGroup|merge", present=False),
+    Claim("waits at no cluster's barrier", r"UCGABAR_\w+", "CooperativeGroup|s5_merge", present=False),
     Claim("counts its group's arrivals in global memory", r"REDG?\.E\.ADD\.STRONG\.GPU", "CooperativeGroup"),
-    Claim("lets the next launch begin", r"PREEXIT", "select", since=90),
-    Claim("waits for the launch before it", r"ACQBULK", "merge", since=90),
+    Claim("lets the next launch begin", r"PREEXIT", "s1_s4", since=90),
+    Claim("waits for the launch before it", r"ACQBULK", "s5_merge", since=90),
     Claim(
         "takes the best target as a 64-bit integer maximum",
         r"REDG?\.E\.MAX\.64\S*|ATOMG?\.E\.MAX\.64\S*",
-        "merge|fused",
+        "s5_merge|s1_s5",
     ),
     Claim("adds no floats atomically", r"(?:RED|ATOM)\w?\.\S*(?:F16|F32|BF16|F64)\S*", present=False),
 )
@@ -210,7 +210,7 @@ def _number(report: str, pattern: str, otherwise: int | None = None) -> int:
 
 
 def readable(symbol: str) -> str:
-    """`_ZN4apet4cuda6selectIfNS0_12ClusterGroupEEEvNS0_4CallE` -> `select<ClusterGroup>`."""
+    """`_ZN4apet4cuda11s1_s4_groupIfNS0_12ClusterGroupEEEvNS0_4CallE` -> `s1_s4_group<ClusterGroup>`."""
     name = _run("c++filt", symbol).strip().replace("apet::cuda::", "")
     name = re.sub(r"^void |\(Call\)$", "", name)
     return re.sub(r"<(?:float|__half|__nv_bfloat16)(?:, (.*))?>$", lambda m: f"<{m[1]}>" if m[1] else "", name)
@@ -268,9 +268,9 @@ def table(kernels: list[Kernel]) -> str:
     for c in CLAIMS:
         which = ", ".join(sorted({k.name.partition("<")[0] for k in kernels if re.search(c.kernels, k.name)}))
         groups = {
-            CLUSTERS: "fused, select<ClusterGroup>",
-            "CooperativeGroup": "select<CooperativeGroup>",
-            "CooperativeGroup|merge": "merge, select<CooperativeGroup>",
+            CLUSTERS: "s1_s4_group<ClusterGroup>, s1_s5_cluster",
+            "CooperativeGroup": "s1_s4_group<CooperativeGroup>",
+            "CooperativeGroup|s5_merge": "s1_s4_group<CooperativeGroup>, s5_merge",
         }
         which = groups.get(c.kernels, which)
         which += " of 16-bit tokens" if c.dtypes == TENSOR else " of float32 tokens" if c.dtypes == ("float32",) else ""

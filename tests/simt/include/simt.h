@@ -4,13 +4,15 @@
 //
 // A fiber runs until it has to wait: at a barrier, for the lanes of its warp, in a spin loop. Then another one runs;
 // which, and how many blocks are resident at once, is drawn from a seed, so that a schedule that shows a fault shows it
-// again. What a GPU leaves undefined ends a launch here, with a sentence that says who and where:
+// again. What a GPU leaves undefined ends a launch here, with a message that names the thread and the place:
 //
-//   __syncthreads that not every thread of the block reaches, or that they reach in different lines
-//   *_sync without the caller in its mask, with other lanes at another primitive, a shuffle from a lane that is not
-//   there waiting for what never comes: barriers, warps, spin loops, copies; blocks that cannot start before the
-//   waiting ones end asynchronous copies that are misaligned, outside of shared memory, or never waited for shared
-//   memory of a block of the cluster that has exited; grid.sync in a launch that is not cooperative
+//   __syncthreads      that not every thread of the block reaches, or that threads reach in different lines
+//   *_sync             without the caller in its mask, or with other lanes at another primitive
+//   shuffles           from a lane that takes no part
+//   deadlocks          at barriers, in warps, spin loops and copies; blocks that cannot start before the waiting ones end
+//   async copies       that are misaligned, outside of shared memory, or never waited for
+//   cluster memory     of a block that has exited
+//   grid.sync          in a launch that is not cooperative
 //
 // Shared memory starts as NaN. Asynchronous copies land as late as they may (seed 0) or at a time drawn for each. A
 // launch that may overlap its predecessor does. AddressSanitizer and ThreadSanitizer work on kernels as on any code:
@@ -49,8 +51,8 @@ struct Place {
   int line;
 };
 
-// Ends the launch: the sentence (as printf) is the runtime's last_fault() from then on.
-[[noreturn]] void fault(const char* sentence, ...) __attribute__((format(printf, 1, 2)));
+// Ends the launch: the message (as printf) is the runtime's last_fault() from then on.
+[[noreturn]] void fault(const char* message, ...) __attribute__((format(printf, 1, 2)));
 
 // ---- barriers. Each returns when all threads concerned have come.
 enum class Scope { kBlock, kCluster, kGrid };

@@ -1,0 +1,101 @@
+"""What the launches of a call share: the tokens, the tile sizes and the workspace."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import configs
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One kernel launch over a 1-D grid."""
+
+    kernel: Any  # a triton.JITFunction
+    programs: int
+    args: dict[str, Any]
+    constants: dict[str, Any]
+    options: dict[str, int | bool]
+
+    def run(self) -> None:
+        self.kernel[(self.programs,)](**self.args, **self.constants, **self.options)
+
+
+class Call:
+    """The launches of one call of an op, and the tensors that they leave.
+
+    Args:
+        x: [B, N, D], or ragged [T, D].
+        images: B, or the number of ragged images.
+        max_tokens: N, or the largest N of a ragged image.
+        results: what the op returns; the launches fill it.
+        device_class: which entry of `configs.tiles` to use; None: that of x's device.
+    """
+
+    def __init__(
+        self, x: Tensor, images: int, max_tokens: int, results: tuple[Tensor, ...], device_class: str | None
+    ) -> None:
+        D, element = x.shape[-1], x.element_size()
+        # Rows of whole 16-byte words are loaded by words, so they must start at a multiple of 16 bytes. Which form is
+        # loaded follows from D and the dtype alone, because another form could add in another order.
+        self.align = 16 if D * element % 16 == 0 else element
+        strides = [n * element for n in x.stride()[:-1]]
+        if x.stride(-1) != 1 or any(n % self.align for n in (*strides, 0 if x.is_meta else x.data_ptr())):
+            x = x.clone(memory_format=torch.contiguous_format)
+        self.x = x
+        self.dim = D
+        self.images = images
+        self.max_tokens = max_tokens
+        self.all_tokens = x.shape[:-1].numel()
+        self.results = results
+        self.device_class = device_class or configs.device_class(x.device)
+        self.tiles = configs.tiles(self.device_class, D, element)
+        self.launches: list[Launch] = []
+        self.workspace_bytes = 0
+
+    def new(self, dtype: torch.dtype, *shape: int) -> Tensor:
+        """A tensor of the workspace."""
+        tensor = torch.empty(shape, dtype=dtype, device=self.x.device)
+        self.workspace_bytes += tensor.numel() * tensor.element_size()
+        return tensor
+
+    def add(
+        self,
+        kernel: Any,
+        programs: int,
+        args: dict[str, Any],
+        constants: dict[str, Any],
+        warps: int,
+        stages: int = 2,
+        registers: int = 255,
+    ) -> None:
+        """Appends a launch. stages: tiles of input in flight; registers: of a thread at most, on NVIDIA."""
+        # Only a written fma rounds once: the compiler must not form others.
+        options = {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": False}
+        if self.device_class.startswith("sm_"):
+            options["maxnreg"] = registers  # without a limit ptxas spills a little to fit one more program
+        self.launches.append(Launch(kernel, programs, args, constants, options))
+
+    def run(self) -> tuple[Tensor, ...]:
+        for launch in self.launches:
+            launch.run()
+        return self.results
+
+
+class Rows(NamedTuple):
+    """The rows of the result and the tokens that are merged into them, as s4 leaves them."""
+
+    kept: Tensor  # [all rows] int32: position in the image of every kept row
+    row_role: (
+        Tensor  # [all rows] int32 (device.py): TARGET, COPIED, or number of the basis token that overwrites the row
+    )
+    dropped: Tensor  # [all tokens] int32: positions of the tokens to merge, ascending; undefined past their count
+
+
+def new_rows(call: Call, rows: int) -> Rows:
+    """Lists for that many rows of all images."""
+    return Rows(call.new(torch.int32, rows), call.new(torch.int32, rows), call.new(torch.int32, call.all_tokens))

@@ -1,0 +1,42 @@
+// How a call is split among threads, by an estimate of its time of which only the order of magnitude matters.
+#pragma once
+#include <algorithm>
+#include <cmath>
+
+#include "../problem.h"
+
+namespace apet::cpu {
+
+constexpr double kNsPerByte = 1 / 20.0;  // one thread sweeping tokens from the shared cache
+constexpr double kNsPerFlop = 1 / 50.0;  // one thread multiplying in s5
+constexpr double kNsPerStage = 1000;     // a team of several threads: from the last chunk of a stage to the next stage
+constexpr double kNsPerThread = 10000;   // less work than this is not worth waking a thread
+// More threads than this in one call stay idle: a batch of images cannot use more.
+constexpr int kMaxThreads = 256;
+
+// A team of threads takes one image at a time through the stages.
+struct Split {
+  int teams, threads;  // images in flight, threads of each team
+  double serial_ns, planned_ns;
+};
+
+inline Split split(const apet_problem& p, int32_t available) {
+  const double n = p.tokens, d = p.dim, k = p.keep;
+  // Norms, first basis token, all others; and two stages for the candidates of each basis token.
+  const double sweeps = p.op == APET_MERGE ? 1 : 3, stages = p.op == APET_MERGE ? 5 : 2 * p.basis + 5;
+  const double products = 2 * n * p.basis * d + (p.op == APET_SCORE ? 0 : 2 * (n - k) * k * d);
+  const double image = sweeps * n * d * element_size(p) * kNsPerByte + products * kNsPerFlop;
+  const double serial = p.images * image;
+  const int most = (int)std::clamp<double>(serial / kNsPerThread, 1, std::clamp(available, 1, kMaxThreads));
+  // Few large teams leave threads idle between stages, many small ones at the end of the batch.
+  Split best = {1, 1, serial, serial};
+  for (int teams = 1; teams <= std::min<int64_t>(most, p.images); teams++) {
+    const int threads = most / teams;
+    const double rounds = std::ceil((double)p.images / teams);
+    const double ns = rounds * (image / threads + (threads > 1 ? stages * kNsPerStage : 0));
+    if (ns < best.planned_ns) best = {teams, threads, serial, ns};
+  }
+  return best;
+}
+
+}  // namespace apet::cpu

@@ -1,0 +1,35 @@
+// s3: the residual, from the last y of every token.
+//
+//   w    = L^-T y                                   back substitution, from the last row up
+//   e_sq = ||x||^2 - ||y||^2 - ridge ||w||^2        0 where that is within rounding of 0
+//
+// N M^2 operations and one reading of y. Included by loops.h alone, inside the namespace of its instruction set.
+#pragma once
+#include "s1_s3_sweep.h"
+
+template <class E>
+static void residual(const Input& in, const Basis& basis, Scores& s, int64_t begin, int64_t end) {
+  sweep<E>(in, basis, s, begin, end);
+  const float rounding = 4.0f * (float)in.max_basis * 0x1p-24f;  // times ||x||^2: what float32 cannot tell from 0
+  for (int64_t t = begin; t < end; t += kTile) {
+    const int64_t n = smaller(kTile, end - t);
+    double w[APET_MAX_BASIS][kTile], w_sq[kTile] = {};
+    for (int32_t j = basis.size - 1; j >= 0; j--) {
+      const float* y_j = s.y + (int64_t)j * in.tokens + t;
+      for (int64_t i = 0; i < n; i++) w[j][i] = y_j[i];
+      for (int32_t q = j + 1; q < basis.size; q++) {
+        const double l = basis.L[q][j];
+        for (int64_t i = 0; i < n; i++) w[j][i] -= l * w[q][i];
+      }
+      for (int64_t i = 0; i < n; i++) {
+        w[j][i] *= basis.inv_diag[j];
+        w_sq[i] += w[j][i] * w[j][i];
+      }
+    }
+    for (int64_t i = 0; i < n; i++) {
+      const float norm_sq = s.norm_sq[t + i], e_sq = (float)(s.resid_sq[t + i] - in.ridge * w_sq[i]);
+      const float rounded = e_sq > rounding * norm_sq ? e_sq : 0.0f;
+      s.resid_sq[t + i] = norm_sq <= __FLT_MAX__ ? rounded : __builtin_inff();
+    }
+  }
+}

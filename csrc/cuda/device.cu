@@ -1,0 +1,90 @@
+// Queries the current device, and keeps the answers and the last error.
+#include <mutex>
+
+#include "device.cuh"
+
+namespace apet::cuda {
+namespace {
+
+constexpr int kMaxDevices = 64;
+thread_local cudaError_t last_error = cudaSuccess;
+
+// How many clusters of each size run at once.
+apet_status query_clusters(Kernel kernel, int shared_bytes, int (&clusters)[kMaxCluster + 1]) {
+  APET_TRY(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes));
+  APET_TRY(cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1));
+  for (int size = 1; size <= kMaxCluster; size++) {
+    cudaLaunchAttribute attribute = cluster_attribute(size);
+    const cudaLaunchConfig_t config = launch_config(size, kThreads, shared_bytes, nullptr, &attribute);
+    // An error for a size that the device or its partition cannot place means that there are no such clusters.
+    if (cudaOccupancyMaxActiveClusters(&clusters[size], kernel, &config) != cudaSuccess)
+      clusters[size] = 0, (void)cudaGetLastError();
+  }
+  return APET_OK;
+}
+
+// How many CTAs run at once.
+apet_status query_ctas(Kernel kernel, int threads, int shared_bytes, int sms, int& ctas) {
+  int per_sm;
+  APET_TRY(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes));
+  APET_TRY(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&per_sm, kernel, threads, shared_bytes));
+  ctas = per_sm * sms;
+  return APET_OK;
+}
+
+// Also raises the kernels' limit of shared memory to what the device has.
+apet_status query_device(int index, const Kernels& kernels, Device& device) {
+  int major, clusters, cooperative;
+  APET_TRY(cudaDeviceGetAttribute(&device.sms, cudaDevAttrMultiProcessorCount, index));
+  APET_TRY(cudaDeviceGetAttribute(&device.shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, index));
+  APET_TRY(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, index));
+  APET_TRY(cudaDeviceGetAttribute(&clusters, cudaDevAttrClusterLaunch, index));
+  APET_TRY(cudaDeviceGetAttribute(&cooperative, cudaDevAttrCooperativeLaunch, index));
+  device.overlaps = major >= 9;
+  apet_status status = APET_OK;
+  if (clusters) {
+    status = query_clusters(kernels.s1_s4_cluster, device.shared_bytes, device.s1_s4_clusters);
+    if (status != APET_OK) return status;
+    status = query_clusters(kernels.s1_s5_cluster, device.shared_bytes, device.s1_s5_clusters);
+    if (status != APET_OK) return status;
+  }
+  if (cooperative) {
+    status = query_ctas(kernels.s1_s4_cooperative, kThreads, device.shared_bytes, device.sms, device.cooperative_ctas);
+    if (status != APET_OK) return status;
+  }
+  for (int i = 0; i < 2; i++) {
+    const MergeKernel& merge = kernels.s5_merge[i];
+    if (merge.shared_bytes > device.shared_bytes) continue;
+    status = query_ctas(merge.kernel, merge.threads, merge.shared_bytes, device.sms, device.merge_ctas[i]);
+    if (status != APET_OK) return status;
+  }
+  device.known = true;
+  return APET_OK;
+}
+
+}  // namespace
+
+bool succeeded(cudaError_t result) {
+  last_error = result;
+  if (result == cudaSuccess) return true;
+  (void)cudaGetLastError();  // reported here, so it must not appear again in a later call
+  return false;
+}
+
+apet_status current_device(apet_dtype dtype, const Device*& device) {
+  static Device devices[kMaxDevices][3];
+  static std::mutex mutex;
+  int index;
+  APET_TRY(cudaGetDevice(&index));
+  APET_TRY(index < kMaxDevices ? cudaSuccess : cudaErrorInvalidValue);
+  const std::lock_guard<std::mutex> lock(mutex);
+  Device& entry = devices[index][dtype];
+  device = &entry;
+  if (entry.known) return APET_OK;
+  entry = {};
+  return query_device(index, kernels_for(dtype), entry);
+}
+
+}  // namespace apet::cuda
+
+const char* apet_cuda_error(void) { return cudaGetErrorString(apet::cuda::last_error); }

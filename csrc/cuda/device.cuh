@@ -1,0 +1,49 @@
+// What the current device can run, and calls of the CUDA runtime that may fail.
+#pragma once
+#include "kernels.cuh"
+
+namespace apet::cuda {
+
+constexpr int kMaxCluster = 16;
+
+// What a device can run at once of the kernels of one dtype, each CTA with all of the shared memory that it may have.
+struct Device {
+  bool known;
+  int sms;
+  int shared_bytes;                     // of a CTA, at most
+  bool overlaps;                        // programmatic dependent launch
+  int s1_s4_clusters[kMaxCluster + 1];  // clusters of each size; 0: none
+  int s1_s5_clusters[kMaxCluster + 1];  // clusters of each size; 0: none
+  int cooperative_ctas;                 // CTAs of a cooperative launch of s1_s4_group; 0: none
+  int merge_ctas[2];                    // CTAs of each of Kernels::s5_merge; 0: none
+};
+
+// The current device, queried once per process, device and dtype.
+apet_status current_device(apet_dtype dtype, const Device*& device);
+
+// Whether a call of the runtime succeeded. If not, apet_cuda_error() has the message.
+bool succeeded(cudaError_t result);
+#define APET_TRY(call) \
+  if (!succeeded(call)) return APET_CUDA_FAILED
+
+inline cudaLaunchConfig_t launch_config(unsigned grid, int threads, int shared_bytes, cudaStream_t stream,
+                                        cudaLaunchAttribute* attribute) {
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(grid);
+  config.blockDim = dim3(threads);
+  config.dynamicSmemBytes = shared_bytes;
+  config.stream = stream;
+  config.attrs = attribute;
+  config.numAttrs = attribute ? 1 : 0;
+  return config;
+}
+
+inline cudaLaunchAttribute cluster_attribute(int size) {
+  cudaLaunchAttribute attribute = {};
+  attribute.id = cudaLaunchAttributeClusterDimension;
+  attribute.val.clusterDim.x = size;
+  attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
+  return attribute;
+}
+
+}  // namespace apet::cuda

@@ -1,0 +1,109 @@
+// Where everything of a call lies: the sizes of a problem, the shared memory of a CTA, and the workspace.
+#pragma once
+#include <algorithm>
+#include <climits>
+
+#include "../problem.h"
+#include "kernels.cuh"
+
+namespace apet::cuda {
+
+// ---- sizes
+
+inline int basis_of(const apet_problem& p) { return p.op == APET_MERGE ? 0 : p.basis; }
+// The largest N, K and dropped_count of an image, none larger than those of all images together.
+inline int64_t most_tokens(const apet_problem& p) { return p.ragged ? std::min(p.tokens, p.total_tokens) : p.tokens; }
+inline int64_t most_kept(const apet_problem& p) {
+  if (p.op == APET_SCORE) return 0;
+  return p.ragged ? std::min({p.keep, p.total_keep, most_tokens(p)}) : p.keep;
+}
+inline int64_t most_dropped(const apet_problem& p) {
+  return p.ragged ? most_tokens(p) : p.op == APET_MERGE ? p.tokens - 1 : p.tokens - p.keep;
+}
+inline bool empty(const apet_problem& p) {
+  return p.images == 0 || most_tokens(p) == 0 || (p.op != APET_SCORE && all_rows(p) == 0);
+}
+inline int64_t row_bytes(const apet_problem& p) { return p.dim * element_size(p); }
+
+// ---- the shared memory of a CTA of the first launch
+
+// By the plan's path, ctas_per_image, slice, resident, state_shared and basis_shared. Offsets beyond 32 bits: INT_MAX.
+inline SharedMap shared_map(const apet_problem& p, const apet_cuda_plan_t& plan) {
+  SharedMap map = {};
+  int64_t used = 0;
+  const auto take = [&](int64_t bytes) {
+    const int64_t at = used;
+    used += round_up(bytes, 16);
+    return (int32_t)std::min<int64_t>(at, INT_MAX);
+  };
+  const int64_t m = basis_of(p), message_bytes = message_words((int)m) * 4;
+  map.work = take(kWorkBytes);
+  map.message = take(message_bytes);
+  map.slots = take(plan.path == APET_CUDA_COOPERATIVE ? 0 : 2 * plan.ctas_per_image * message_bytes);
+  map.L = take(m * m * 4);
+  map.inv_diag = take(m * 8);
+  map.basis = take(m * 4);
+  map.warp_best = take(kWarps * 8);
+  map.scan = take(kScanWords * 4);
+  map.state = take(plan.state_shared ? plan.slice * (3 + m) * 4 : 0);
+  map.p_row = take(plan.basis_shared ? row_pitch(row_bytes(p)) : 0);
+  map.s5 = take(plan.path == APET_CUDA_FUSED ? kernels_for(p.dtype).s1_s5_shared_bytes : 0);
+  map.resident = take(plan.resident * row_pitch(row_bytes(p)));
+  map.total = take(0);
+  return map;
+}
+
+// Divides the longest image between the CTAs of a group, and decides what of a slice lies in shared memory: the basis
+// token of a step, then y and the distances, then as many rows as fit. False if that is too little for the plan's path.
+inline bool divide_image(const apet_problem& p, int shared_bytes, int most_resident, apet_cuda_plan_t& plan) {
+  plan.slice = (int32_t)((most_tokens(p) + plan.ctas_per_image - 1) / plan.ctas_per_image);
+  if (plan.slice > INT_MAX / 2) return false;  // kernels count rows in 32 bits
+  plan.resident = plan.state_shared = plan.basis_shared = 0;
+  const auto fits = [&] { return shared_map(p, plan).total <= shared_bytes; };
+  if (!fits()) return false;
+  plan.basis_shared = 1;
+  plan.basis_shared = fits();
+  plan.state_shared = 1;
+  plan.state_shared = fits();
+  if (plan.basis_shared) {
+    int64_t rows = (shared_bytes - shared_map(p, plan).total) / row_pitch(row_bytes(p));
+    if (most_resident >= 0) rows = std::min<int64_t>(rows, most_resident);
+    // The rows that a warp takes at once are all resident, or none.
+    plan.resident = (int32_t)(rows >= plan.slice ? plan.slice : rows / kRows * kRows);
+  }
+  plan.first_shared_bytes = shared_map(p, plan).total;
+  return plan.path != APET_CUDA_FUSED || (plan.resident == plan.slice && plan.state_shared);
+}
+
+// ---- the workspace
+
+// Writes the pointers of the workspace at `base` into the call, and returns its bytes. base may be null, to count only.
+inline size_t lay_out_workspace(const apet_problem& p, const apet_cuda_plan_t& plan, void* base, Call& call) {
+  size_t used = 0;
+  const auto take = [&](auto*& pointer, int64_t count) {
+    using Item = std::remove_reference_t<decltype(*pointer)>;
+    pointer = base ? reinterpret_cast<Item*>(static_cast<char*>(base) + used) : nullptr;
+    used += (size_t)round_up(count * (int64_t)sizeof(Item), 64);
+  };
+  const int64_t tokens = all_tokens(p), rows = all_rows(p), m = basis_of(p);
+  const int64_t in_flight = plan.images_in_flight, ctas = plan.ctas_per_image;
+  const bool merges = p.op != APET_SCORE, cooperative = plan.path == APET_CUDA_COOPERATIVE;
+  take(call.table, merges ? p.images : 0);
+  take(call.slice_begin, plan.path == APET_CUDA_FUSED ? p.images * (ctas + 1) : 0);
+  take(call.norm_sq, tokens);
+  take(call.state, plan.state_shared ? 0 : tokens * (3 + m));
+  take(call.rank, merges ? tokens : 0);
+  take(call.dropped, merges ? tokens : 0);
+  take(call.target_key, merges ? tokens : 0);
+  take(call.row_token, rows);
+  take(call.row_role, rows);
+  take(call.target_token, rows);
+  take(call.inv_norm, rows);
+  take(call.ticket, merges ? 1 : 0);
+  take(call.tiles_done, merges ? p.images : 0);
+  take(call.slots, cooperative ? in_flight * 2 * ctas * message_words((int)m) : 0);
+  take(call.arrived, cooperative ? in_flight : 0);
+  return used;
+}
+
+}  // namespace apet::cuda

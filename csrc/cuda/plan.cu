@@ -1,0 +1,160 @@
+// Plans a call: estimates every path that the device can run, and chooses the fastest. Looks at sizes alone.
+// docs/cuda.md explains the formulas of the estimate and the source of its figures.
+#include <cmath>
+#include <cstdio>
+
+#include "device.cuh"
+#include "layout.cuh"
+
+namespace apet::cuda {
+namespace {
+
+// ---- figures of the estimate, in microseconds, bytes and operations per microsecond. Computed for an H100; only the
+// order of the estimates matters.
+constexpr double kLaunchUs = 2.5, kOverlappedLaunchUs = 1.5;
+constexpr double kClusterStepUs = 1.2, kCooperativeStepUs = 2.0;  // barrier and exchange of a step
+constexpr double kListsUs = 2;                                    // s4
+constexpr double kFillUs = 1;                                     // until the first bytes arrive from memory
+constexpr double kTermUs = 0.01;          // per term of y: a float64 fma that waits for the one before, 16 cycles
+constexpr double kElementsPerSm = 76e3;   // widened and multiplied: 128 lanes, 2 instructions, 70 % of the issue slots
+constexpr double kL2PerSm = 87e3;         // bytes from L2 to one SM
+constexpr double kL2Share = 40e3;         // the same, if all SMs read at once
+constexpr double kMemoryShare = 25e3;     // from memory, if all SMs read at once
+constexpr double kFlopsPerSm16 = 3.4e6;   // s5 of 16-bit tokens: matrix units at 45 %
+constexpr double kFlopsPerSm32 = 0.26e6;  // s5 of float32 tokens: fma at 60 %
+constexpr int kClusterSizes[] = {4, 8, 16};
+
+double estimate_us(const apet_problem& p, const Device& device, const apet_cuda_plan_t& plan) {
+  const double row = (double)row_bytes(p), slice = plan.slice * row;
+  const double rounds = std::ceil((double)p.images / plan.images_in_flight);
+  const double busy_ctas = (double)std::min<int64_t>(p.images, plan.images_in_flight) * plan.ctas_per_image;
+  const auto read = [&](double bytes, double share) {
+    return std::max(bytes / kL2PerSm, bytes * busy_ctas / (device.sms * share));
+  };
+  const double sweep = (double)plan.slice * p.dim / kElementsPerSm;
+  const double reread = read((plan.slice - plan.resident) * row, kL2Share);
+  const double exchange = plan.path == APET_CUDA_COOPERATIVE ? kCooperativeStepUs : kClusterStepUs;
+  const double step = std::max(sweep, reread) + exchange;
+  // A thread takes a row through at most M / 2 terms in each of M steps, and as many again for the residual.
+  const double algebra = std::ceil((double)plan.slice / kThreads) * basis_of(p) * basis_of(p) * kTermUs;
+  double us =
+      kLaunchUs + rounds * (kFillUs + read(slice, kMemoryShare) + sweep + basis_of(p) * step + algebra + kListsUs);
+  if (p.op == APET_SCORE) return us;
+  const double flops = 2.0 * most_dropped(p) * most_kept(p) * p.dim;
+  const double rate = p.dtype == APET_FLOAT32 ? kFlopsPerSm32 : kFlopsPerSm16;
+  if (plan.path == APET_CUDA_FUSED)
+    return us + rounds * (std::max(flops / (plan.ctas_per_image * rate), most_kept(p) * row / kL2PerSm) +
+                          read(slice, kL2Share) + kClusterStepUs);
+  const double tiles =
+      p.images * std::ceil((double)most_dropped(p) / plan.tile) * std::ceil((double)most_kept(p) / plan.tile);
+  const double waves = std::ceil(tiles / device.sms), tile = 2.0 * plan.tile * plan.tile * p.dim / rate;
+  return us + (device.overlaps ? kOverlappedLaunchUs : kLaunchUs) + waves * (tile + kFillUs) + kFillUs +
+         p.images * most_tokens(p) * row / (device.sms * kL2Share);
+}
+
+// The tile of s5_merge; 0 rows: chosen.
+void choose_tile(const apet_problem& p, const Device& device, int rows, apet_cuda_plan_t& plan) {
+  const MergeKernel(&merge)[2] = kernels_for(p.dtype).s5_merge;
+  const auto tiles = [&](int64_t side) {
+    return p.images * ((most_dropped(p) + side - 1) / side) * ((most_kept(p) + side - 1) / side);
+  };
+  // The large tile reads half as much. It pays once there are two of them for every CTA that runs at once.
+  const bool large = rows ? rows == merge[1].tile : tiles(merge[1].tile) >= 2 * device.merge_ctas[1];
+  const MergeKernel& chosen = merge[large && device.merge_ctas[1] > 0];
+  plan.tile = chosen.tile;
+  plan.second_shared_bytes = chosen.shared_bytes;
+}
+
+// Whether the device can run `path` with that many CTAs per image. If so, completes the plan.
+bool try_path(const apet_problem& p, const Device& device, const apet_cuda_override& override, apet_cuda_path path,
+              int ctas_per_image, apet_cuda_plan_t& plan) {
+  plan.path = path;
+  plan.ctas_per_image = ctas_per_image;
+  const bool cooperative = path == APET_CUDA_COOPERATIVE, fused = path == APET_CUDA_FUSED;
+  if (ctas_per_image < 1 || (!cooperative && ctas_per_image > kMaxCluster)) return false;
+  const int64_t room = cooperative ? device.cooperative_ctas / ctas_per_image
+                       : fused     ? device.s1_s5_clusters[ctas_per_image]
+                                   : device.s1_s4_clusters[ctas_per_image];
+  plan.images_in_flight = (int32_t)std::min(p.images, room);
+  if (plan.images_in_flight == 0 || (fused && p.op == APET_SCORE)) return false;
+  if (!divide_image(p, device.shared_bytes, override.resident, plan)) return false;
+  plan.launches = p.op == APET_SCORE || fused ? 1 : 2;
+  plan.tile = plan.second_shared_bytes = 0;
+  if (plan.launches == 2) choose_tile(p, device, override.tile, plan);
+  plan.estimated_us = estimate_us(p, device, plan);
+  return true;
+}
+
+constexpr const char* kPaths[] = {"best", "fused", "cluster", "cooperative"};
+
+// Writes plan.why: the plan's estimate, and those of the other paths or why the device cannot run them. us: the lowest
+// estimate of each path, 0 if the device cannot run it.
+void explain(const apet_problem& p, const Device& device, bool overridden, const double (&us)[4],
+             apet_cuda_plan_t& plan) {
+  int n = std::snprintf(plan.why, sizeof plan.why, "%s%s with %d CTAs an image: %.1f us by estimate",
+                        overridden ? "as asked for, " : "", kPaths[plan.path], plan.ctas_per_image, plan.estimated_us);
+  const auto append = [&](const char* format, const char* path, double estimate) {
+    if (n < (int)sizeof plan.why) n += std::snprintf(plan.why + n, sizeof plan.why - n, format, path, estimate);
+  };
+  if (overridden) return;
+  const bool clusters = device.s1_s4_clusters[kClusterSizes[0]] > 0;
+  if (!clusters) append("; %s: this device places none", "clusters", 0);
+  for (const apet_cuda_path path : {APET_CUDA_FUSED, APET_CUDA_CLUSTER, APET_CUDA_COOPERATIVE}) {
+    if (path == plan.path || (path == APET_CUDA_FUSED && p.op == APET_SCORE)) continue;
+    if (path != APET_CUDA_COOPERATIVE && !clusters) continue;
+    if (us[path] > 0) append("; %s: %.1f us", kPaths[path], us[path]);
+    else if (path == APET_CUDA_FUSED) append("; %s: a CTA's tokens do not fit its shared memory", kPaths[path], 0);
+    else if (path == APET_CUDA_COOPERATIVE) append("; %s: this device places no cooperative launch", kPaths[path], 0);
+    else append("; %s: too little shared memory", kPaths[path], 0);
+  }
+}
+
+}  // namespace
+}  // namespace apet::cuda
+
+using namespace apet::cuda;
+
+apet_status apet_cuda_plan(const apet_problem* problem, const apet_cuda_override* override, apet_cuda_plan_t* plan) {
+  if (!plan) return APET_NULL_POINTER;
+  *plan = {};
+  const apet_status status = apet_check(problem);
+  if (status != APET_OK) return status;
+  const apet_problem& p = *problem;
+  const apet_cuda_override wanted = override ? *override : apet_cuda_override{APET_CUDA_BEST, 0, -1, 0};
+  if (empty(p)) {
+    plan->path = APET_CUDA_COOPERATIVE;
+    std::snprintf(plan->why, sizeof plan->why, "there are no tokens, or no rows to fill");
+    return APET_OK;
+  }
+  const Device* device;
+  if (const apet_status failed = current_device(p.dtype, device); failed != APET_OK) return failed;
+  apet_cuda_plan_t best = {}, next = {};
+  double us[4] = {};  // the lowest estimate of each path; 0: the device cannot run it
+  const auto consider = [&](apet_cuda_path path, int64_t ctas_per_image) {
+    if (wanted.path != APET_CUDA_BEST && wanted.path != path) return;
+    if (wanted.ctas_per_image > 0) ctas_per_image = wanted.ctas_per_image;
+    if (!try_path(p, *device, wanted, path, (int)ctas_per_image, next)) return;
+    if (us[path] == 0 || next.estimated_us < us[path]) us[path] = next.estimated_us;
+    if (best.launches == 0 || next.estimated_us < best.estimated_us) best = next;
+  };
+  for (const apet_cuda_path path : {APET_CUDA_FUSED, APET_CUDA_CLUSTER})
+    for (const int size : kClusterSizes) consider(path, size);
+  // 1, 2, 4, ... images in flight share all CTAs, but an image has no more CTAs than there are rows for one warp each.
+  const int64_t most = (most_tokens(p) + kRows - 1) / kRows;
+  for (int64_t in_flight = 1; in_flight < 2 * p.images && in_flight <= device->cooperative_ctas; in_flight *= 2)
+    consider(APET_CUDA_COOPERATIVE, std::min(most, device->cooperative_ctas / in_flight));
+  if (best.launches == 0) {
+    std::snprintf(
+        plan->why, sizeof plan->why,
+        "path %d with %d CTAs an image cannot run here: this device places %d clusters of 8 and %d cooperative "
+        "CTAs with %d bytes of shared memory each",
+        (int)wanted.path, (int)wanted.ctas_per_image, device->s1_s4_clusters[8], device->cooperative_ctas,
+        device->shared_bytes);
+    return APET_NO_CUDA_PATH;
+  }
+  *plan = best;
+  Call none = {};
+  plan->workspace_bytes = lay_out_workspace(p, *plan, nullptr, none);
+  explain(p, *device, wanted.path != APET_CUDA_BEST || wanted.ctas_per_image > 0, us, *plan);
+  return APET_OK;
+}
