@@ -16,7 +16,7 @@ from simt import build as simt_build
 from simt import call as simt_call
 
 import apet_kernels
-from apet_kernels import reference
+from apet_kernels import reference, testing
 
 if importlib.util.find_spec("triton") and not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when triton is first imported
@@ -55,8 +55,8 @@ FUNCTIONS = ("compress", "compress_varlen", "score", "merge")
 def backend_ids() -> list[str]:
     """The reference, the CPU kernel on every instruction set of this machine, Triton (on a GPU, or interpreted), CUDA
     (on a GPU), and the CUDA sources compiled for the CPU (tests/simt)."""
-    usable = [name for name, why in apet_kernels.backends().items() if why is None]
-    cpu = apet_kernels.cpu_isa() if "cpu" in usable else []
+    usable = apet_kernels.available_backends()
+    cpu = testing.cpu_isa() if "cpu" in usable else []
     gpu = [name for name in usable if name in ("triton", "cuda")]
     simt = [] if simt_build.missing() else ["cuda-simt"]
     return ["reference", *(f"cpu-{isa}" for isa in cpu), *gpu, *simt]
@@ -103,13 +103,13 @@ def backend(request: pytest.FixtureRequest) -> Iterator[Backend]:
     elif name == "reference":
         yield Backend(name, *(getattr(reference, f) for f in FUNCTIONS))
     elif name == "cpu":
-        apet_kernels.use_cpu_isa(isa)
+        testing.use_cpu_isa(isa)
         try:
             yield Backend(
                 request.param, *(functools.partial(getattr(apet_kernels, f), backend=name) for f in FUNCTIONS)
             )
         finally:
-            apet_kernels.use_cpu_isa(None)
+            testing.use_cpu_isa(None)
     else:
         yield Backend(name, *(on_gpu(getattr(apet_kernels, f), name) for f in FUNCTIONS))
 
