@@ -86,6 +86,7 @@ sanitize-triton: .build/ttsem  ## the Triton kernels' IR on the CPU, watched for
 lint: $(VENV)/installed-dev  ## formatting and static checks
 	$(bin)/ruff check
 	$(bin)/ruff format --check
+	$(bin)/mypy
 	$(bin)/clang-format --dry-run -Werror $$(find csrc tests examples -name "*.h" -o -name "*.cpp" -o -name "*.cu" -o -name "*.cuh")
 
 format: $(VENV)/installed-dev  ## format everything

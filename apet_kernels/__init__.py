@@ -5,7 +5,7 @@
 Importing this package registers `torch.ops.apet.compress`, `compress_varlen`, `score` and `merge`.
 """
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from . import ops as ops
 from . import reference as reference
@@ -38,14 +38,16 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:
-    if name in ("cpu_isa", "use_cpu_isa"):
-        import warnings
+if not TYPE_CHECKING:  # else every misspelt name would be right to a type checker
 
-        from . import testing
+    def __getattr__(name: str) -> Any:
+        if name in ("cpu_isa", "use_cpu_isa"):
+            import warnings
 
-        warnings.warn(
-            f"apet_kernels.{name} is deprecated: use apet_kernels.testing.{name}", DeprecationWarning, stacklevel=2
-        )
-        return getattr(testing, name)
-    raise AttributeError(f"module '{__name__}' has no attribute '{name}'")
+            from . import testing
+
+            warnings.warn(
+                f"apet_kernels.{name} is deprecated: use apet_kernels.testing.{name}", DeprecationWarning, stacklevel=2
+            )
+            return getattr(testing, name)
+        raise AttributeError(f"module '{__name__}' has no attribute '{name}'")

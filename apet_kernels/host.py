@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import importlib
 from typing import Any
 
 from .dispatch import HOW_TO_GET_KERNELS
 
 _host: Any
 try:
-    from . import _host  # type: ignore[attr-defined, no-redef]
+    _host = importlib.import_module("._host", __package__)
 except ImportError:  # a pure wheel, or libraries of another Python
     _host = None
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from .options import LAYOUTS as LAYOUTS  # three names that users of 0.1 import from here
 from .options import MAX_BASIS as MAX_BASIS
 from .options import SELECTS as SELECTS
-from .options import Options, check_keep
+from .options import Options, check_keep, require
 from .registry import registry
 from .version import __version__
 
@@ -52,23 +52,22 @@ def check_grad(*tensors: Tensor | None) -> None:
 
 
 def _check_tokens(x: Tensor, dims: int) -> None:
-    check = torch._check_value
     shape = "[T, D]" if dims == 2 else "[B, N, D]"
-    check(x.layout == torch.strided, lambda: f"x has layout {x.layout}; a dense tensor (torch.strided) is needed")
-    check(x.dim() == dims, lambda: f"x has {x.dim()} dimensions; {shape} is needed")
-    check(x.dtype in DTYPES, lambda: f"x has dtype {_name(x.dtype)}; Float, Half or BFloat16 is needed")
-    check(x.shape[-1] >= 1, lambda: f"x has {x.shape[-1]} features per token; at least 1 is needed")
+    require(x.layout == torch.strided, lambda: f"x has layout {x.layout}; a dense tensor (torch.strided) is needed")
+    require(x.dim() == dims, lambda: f"x has {x.dim()} dimensions; {shape} is needed")
+    require(x.dtype in DTYPES, lambda: f"x has dtype {_name(x.dtype)}; Float, Half or BFloat16 is needed")
+    require(x.shape[-1] >= 1, lambda: f"x has {x.shape[-1]} features per token; at least 1 is needed")
     if dims == 3:
-        check(x.shape[1] >= 1, lambda: f"x has {x.shape[1]} tokens per image; at least 1 is needed")
+        require(x.shape[1] >= 1, lambda: f"x has {x.shape[1]} tokens per image; at least 1 is needed")
 
 
 def _check_device(name: str, tensor: Tensor, x: Tensor) -> None:
-    torch._check_value(tensor.device == x.device, lambda: f"{name} is on {tensor.device}, but x is on {x.device}")
+    require(tensor.device == x.device, lambda: f"{name} is on {tensor.device}, but x is on {x.device}")
 
 
 def _check_offsets(name: str, cu: Tensor, x: Tensor) -> None:
     _check_device(name, cu, x)
-    torch._check_value(
+    require(
         cu.dim() == 1 and cu.dtype == torch.int32 and cu.shape[0] >= 1,
         lambda: f"{name} must be int32 [S + 1], got {_name(cu.dtype)} with {cu.dim()} dimensions",
     )
@@ -98,21 +97,20 @@ def check_compress_varlen(
     **options: Any,
 ) -> None:
     """Raises ValueError for what `compress_varlen` rejects without looking at the values of the cu tensors."""
-    check = torch._check_value
     _check_tokens(x, 2)
     Options(basis, **options).check(x.shape[0])
     _check_offsets("cu_seqlens", cu_seqlens, x)
     _check_offsets("cu_keep", cu_keep, x)
-    check(
+    require(
         cu_seqlens.shape[0] == cu_keep.shape[0],
         lambda: f"cu_seqlens has {cu_seqlens.shape[0]} entries but cu_keep has {cu_keep.shape[0]}",
     )
-    check(
+    require(
         max_seqlen >= 0 and max_keep >= 0,
         lambda: f"max_seqlen={max_seqlen} and max_keep={max_keep} must be at least 0",
     )
     for holds in (total_keep >= 0, total_keep <= x.shape[0]):
-        check(holds, lambda: f"total_keep={total_keep} is outside 0..{x.shape[0]}, the tokens of x")
+        require(holds, lambda: f"total_keep={total_keep} is outside 0..{x.shape[0]}, the tokens of x")
 
 
 def check_score(x: Tensor, basis: int = 10, **options: Any) -> None:
@@ -124,14 +122,14 @@ def check_score(x: Tensor, basis: int = 10, **options: Any) -> None:
 def check_merge(x: Tensor, indices: Tensor, *, targets: Tensor | None = None) -> None:
     """Raises ValueError for what `merge` rejects without looking at the values of the indices."""
     _check_tokens(x, 3)
-    torch._check_value(
+    require(
         indices.dim() == 2 and indices.dtype == torch.int64 and indices.shape[0] == x.shape[0],
         lambda: f"indices must be int64 [{x.shape[0]}, K], got {_name(indices.dtype)} with {indices.dim()} dimensions",
     )
     _check_device("indices", indices, x)
     check_keep(indices.shape[1], x.shape[1], "K")
     if targets is not None:
-        torch._check_value(
+        require(
             targets.dim() == 2 and targets.dtype == torch.bool and targets.shape == indices.shape,
             lambda: (
                 f"targets must be bool [{indices.shape[0]}, {indices.shape[1]}] as indices are, "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -16,6 +17,11 @@ LAYOUTS: tuple[Layout, ...] = get_args(Layout)
 SELECTS: tuple[Select, ...] = get_args(Select)
 BACKENDS: tuple[Backend, ...] = get_args(Backend)
 MAX_BASIS = 64
+
+
+def require(holds: bool, message: Callable[[], str]) -> None:
+    """Raises ValueError with this message unless the condition holds, which may be on symbolic sizes."""
+    torch._check_value(holds, message)
 
 
 @dataclass(frozen=True)
@@ -44,25 +50,24 @@ class Options:
         Raises:
             ValueError: names the first option that is out of range, and its value.
         """
-        check = torch._check_value  # which also takes conditions on symbolic sizes
-        check(1 <= self.basis <= MAX_BASIS, lambda: f"basis={self.basis} is outside 1..{MAX_BASIS}")
-        check(self.select in SELECTS, lambda: f"select='{self.select}' is none of {', '.join(SELECTS)}")
-        check(self.layout in LAYOUTS, lambda: f"layout='{self.layout}' is none of {', '.join(LAYOUTS)}")
-        check(
+        require(1 <= self.basis <= MAX_BASIS, lambda: f"basis={self.basis} is outside 1..{MAX_BASIS}")
+        require(self.select in SELECTS, lambda: f"select='{self.select}' is none of {', '.join(SELECTS)}")
+        require(self.layout in LAYOUTS, lambda: f"layout='{self.layout}' is none of {', '.join(LAYOUTS)}")
+        require(
             self.start in (-1, 0) or 0 < self.start < tokens,
             lambda: f"start={self.start} is outside -1..{max(int(tokens) - 1, 0)}",
         )
-        check(
+        require(
             self.ridge >= 0 and math.isfinite(self.ridge), lambda: f"ridge={self.ridge:g} must be finite and at least 0"
         )
         if keep is not None:
             check_keep(keep, tokens)
-        check(0 <= self.blend <= 1, lambda: f"blend={self.blend:g} is outside 0..1")
-        check(
+        require(0 <= self.blend <= 1, lambda: f"blend={self.blend:g} is outside 0..1")
+        require(
             self.blend == 1 or self.layout == "overwrite",
             lambda: f"blend={self.blend:g} needs layout='overwrite', got layout='{self.layout}'",
         )
-        check(
+        require(
             keep is None or self.layout != "overwrite" or keep > self.basis or keep == tokens,
             lambda: f"layout='overwrite' needs keep > basis, got keep={keep} and basis={self.basis}",
         )
@@ -91,4 +96,4 @@ def check_keep(keep: int, tokens: int, name: str = "keep") -> None:
         ValueError: otherwise.
     """
     for holds in (keep >= 1, keep <= tokens):
-        torch._check_value(holds, lambda: f"{name}={keep} is outside 1..{tokens}, the tokens of an image")
+        require(holds, lambda: f"{name}={keep} is outside 1..{tokens}, the tokens of an image")

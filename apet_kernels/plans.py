@@ -45,7 +45,7 @@ class Plan:
         )
         name = _OLD_KEYS.get(name, name)
         common = {"backend", "why", "launches", "workspace_bytes"}
-        return getattr(self, name) if name in common else self.details[name]  # type: ignore[no-any-return]
+        return getattr(self, name) if name in common else self.details[name]
 
 
 def plan(

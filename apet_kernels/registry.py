@@ -59,7 +59,7 @@ def registry(version: str, file: str, schemas: tuple[str, ...]) -> Registry:
         ImportError: if the ops are defined already, by another version or with other schemas.
     """
     namespace = getattr(torch.ops, NAMESPACE)
-    earlier = vars(namespace).get(_ATTRIBUTE)
+    earlier: Registry | None = vars(namespace).get(_ATTRIBUTE)  # or of the same class in another copy
     if earlier is None:
         earlier = Registry(version, file, schemas)
         setattr(namespace, _ATTRIBUTE, earlier)

@@ -259,7 +259,6 @@ def test_lazy_names_of_apet():
     for name in apet.__all__:
         assert getattr(apet, name) is not None
     tree = ast.parse(Path(apet.__file__).read_text())
-    (block,) = [node for node in tree.body if isinstance(node, ast.If)]
-    assert ast.unparse(block.test) == "TYPE_CHECKING"
+    (block,) = [node for node in tree.body if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"]
     assert {alias.name: node.module for node in block.body for alias in node.names} == apet._LAZY
     assert set(apet.__all__) == {*apet._LAZY, "Refused", "__version__"}
