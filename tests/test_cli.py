@@ -365,7 +365,7 @@ def files(tmp_path: Path) -> Path:
         (("photo.png", "--size", "100000"), "photo.png would become 51009525 tokens, more than 65536"),
         (("photo.png", "--size", "13"), "size=13 is smaller than one 14 x 14 patch"),
         (("photo.png", "--layer", "13"), "layer=13 is outside the 12 layers"),
-        (("photo.png", "--backend", "abacus"), "unknown backend 'abacus'"),
+        (("photo.png", "--backend", "abacus"), "backend='abacus' is none of cpu, triton, cuda, reference"),
         (("photo.png", "--model", "no/such/model"), "cannot load model 'no/such/model'"),
         (("photo.png", "--out", "photo.txt"), "the name must end in"),
         (("photo.png", "--out", "photo.png"), "the picture would replace the photo"),
