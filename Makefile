@@ -107,6 +107,7 @@ sanitize-triton: .build/ttsem  ## the Triton kernels' IR on the CPU, watched for
 lint: $(VENV)/installed-dev  ## formatting and static checks
 	$(bin)/ruff check
 	$(bin)/ruff format --check
+	$(bin)/mypy
 	$(bin)/clang-format --dry-run -Werror $(cpp)
 
 format: $(VENV)/installed-dev  ## format everything

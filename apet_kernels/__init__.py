@@ -5,26 +5,49 @@
 Importing this package registers `torch.ops.apet.compress`, `compress_varlen`, `score` and `merge`.
 """
 
-from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING, Any
 
-from . import ops, reference
-from .api import backends, build_info, compress, compress_varlen, cpu_isa, merge, plan, score, use_cpu_isa
-
-try:
-    __version__ = version("apet-kernels")
-except PackageNotFoundError:  # vendored without its metadata
-    __version__ = build_info().get("version", "unknown")
+from . import ops as ops
+from . import reference as reference
+from .api import Compressed, Scored, compress, compress_packed, compress_varlen, merge, score
+from .api import backends as backends
+from .dispatch import available_backends, why_unavailable
+from .host import build_info
+from .options import Backend, Layout, Options, Select
+from .plans import Plan, plan
+from .version import __version__
 
 __all__ = [
-    "backends",
+    "Backend",
+    "Compressed",
+    "Layout",
+    "Options",
+    "Plan",
+    "Scored",
+    "Select",
+    "__version__",
+    "available_backends",
     "build_info",
     "compress",
+    "compress_packed",
     "compress_varlen",
-    "cpu_isa",
     "merge",
-    "ops",
     "plan",
-    "reference",
     "score",
-    "use_cpu_isa",
+    "why_unavailable",
 ]
+
+
+if not TYPE_CHECKING:  # else every misspelt name would be right to a type checker
+
+    def __getattr__(name: str) -> Any:
+        if name in ("cpu_isa", "use_cpu_isa"):
+            import warnings
+
+            from . import testing
+
+            warnings.warn(
+                f"apet_kernels.{name} is deprecated: use apet_kernels.testing.{name}", DeprecationWarning, stacklevel=2
+            )
+            return getattr(testing, name)
+        raise AttributeError(f"module '{__name__}' has no attribute '{name}'")

@@ -6,7 +6,8 @@
 Every backend is judged by this file, so it states the meaning and is not written for speed: the ridge least squares is
 solved by QR, the residual is the norm of a difference, distances are squared differences. docs/algorithm.md has the
 glossary of names, derives the one-sweep form of the kernels and lists the decisions made here. The functions run on any
-device that has float64, synchronise with it, and do not check arguments: `apet_kernels.ops` does.
+device that has float64, synchronise with it, and do not check arguments: `apet_kernels.ops` does. The four functions at
+the end take what the ops take: `basis` and, by name, the other fields of `Options`.
 
 Sizes: B images, N tokens of D features, M basis tokens asked for and m <= M found, K tokens kept, S packed images of T
 tokens in all; `u` is the unit roundoff of float32, in which kernels accumulate.
@@ -15,10 +16,13 @@ tokens in all; `u` is the unit roundoff of float32, in which kernels accumulate.
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+from .options import Options
 
 U = 2.0**-24
 FLT_MAX = torch.finfo(torch.float32).max
@@ -152,18 +156,17 @@ def s5_merge(x: Tensor, image: Tokens, rows: Tensor, targets: Tensor) -> Tensor:
     return torch.where(count > 0, mean.to(x.dtype), x[rows])
 
 
-def _score(image: Tokens, basis: int, select: str, start: int, ridge: float) -> tuple[Tensor, Tensor]:
+def _score(image: Tokens, options: Options) -> tuple[Tensor, Tensor]:
     """One image, s1 to s3: e_sq [N] float64, p [m]."""
-    p = s1_basis(image, basis, select, start, ridge)
-    return s3_residual(image, p, s2_solve(image, p, ridge), basis), p
+    p = s1_basis(image, options.basis, options.select, options.start, options.ridge)
+    return s3_residual(image, p, s2_solve(image, p, options.ridge), options.basis), p
 
 
-def _compress(
-    x: Tensor, keep: int, basis: int, layout: str, select: str, start: int, ridge: float, blend: float
-) -> tuple[Tensor, Tensor]:
+def _compress(x: Tensor, keep: int, options: Options) -> tuple[Tensor, Tensor]:
     """One image x [N, D] -> tokens [R, D] in x's dtype, indices [R]; R = keep, or keep + basis if layout="append"."""
+    layout, basis, blend = options.layout, options.basis, options.blend
     image = widen(x)
-    e_sq, p = _score(image, basis, select, start, ridge)  # [N], [m]
+    e_sq, p = _score(image, options)  # [N], [m]
     kept, overwritten = s4_topk(e_sq, p, keep, layout)  # [K], [K]
     tokens = s5_merge(x, image, kept, ~overwritten)  # [K, D]
     if layout == "overwrite":
@@ -180,20 +183,15 @@ def _compress(
 
 @torch.no_grad()
 def score(
-    x: Tensor,
-    basis: int = 10,
-    *,
-    select: str = "fps",
-    start: int = -1,
-    ridge: float = 1e-5,
-    out_dtype: torch.dtype = torch.float32,
+    x: Tensor, basis: int = 10, *, out_dtype: torch.dtype = torch.float32, **options: Any
 ) -> tuple[Tensor, Tensor]:
     """s1 to s3 of x [B, N, D]: squared residuals [B, N] in out_dtype, basis positions [B, M] int64 padded with -1."""
+    chosen = Options(basis, **options)
     B, N, _ = x.shape
     residual = x.new_empty(B, N, dtype=out_dtype)
     picks = torch.full((B, basis), -1, dtype=torch.int64, device=x.device)
     for b in range(B):
-        residual[b], p = _score(widen(x[b]), basis, select, start, ridge)
+        residual[b], p = _score(widen(x[b]), chosen)
         picks[b, : len(p)] = p
     return residual, picks
 
@@ -214,27 +212,19 @@ def merge(x: Tensor, indices: Tensor, *, targets: Tensor | None = None, out_dtyp
 
 @torch.no_grad()
 def compress(
-    x: Tensor,
-    keep: int,
-    basis: int = 10,
-    *,
-    layout: str = "inplace",
-    select: str = "fps",
-    start: int = -1,
-    ridge: float = 1e-5,
-    blend: float = 1.0,
-    out_dtype: torch.dtype | None = None,
+    x: Tensor, keep: int, basis: int = 10, *, out_dtype: torch.dtype | None = None, **options: Any
 ) -> tuple[Tensor, Tensor]:
     """x [B, N, D] -> tokens [B, R, D] in x's dtype (or out_dtype) and their positions [B, R] int64.
 
     R = keep, or keep + basis if layout="append". Everything is computed in float64 and rounded once at the end.
     """
+    chosen = Options(basis, **options)
     x = x.to(out_dtype or x.dtype)
     B, _, D = x.shape
-    R = keep + basis * (layout == "append")
+    R = chosen.rows(keep)
     tokens, indices = x.new_empty(B, R, D), torch.empty(B, R, dtype=torch.int64, device=x.device)
     for b in range(B):
-        tokens[b], indices[b] = _compress(x[b], keep, basis, layout, select, start, ridge, blend)
+        tokens[b], indices[b] = _compress(x[b], keep, chosen)
     return tokens, indices
 
 
@@ -248,12 +238,8 @@ def compress_varlen(
     max_keep: int,
     basis: int = 10,
     *,
-    layout: str = "inplace",
-    select: str = "fps",
-    start: int = -1,
-    ridge: float = 1e-5,
-    blend: float = 1.0,
     out_dtype: torch.dtype | None = None,
+    **options: Any,
 ) -> tuple[Tensor, Tensor]:
     """Ragged images packed in x [T, D]: image s is x[cu_seqlens[s]:cu_seqlens[s+1]], keeps cu_keep[s+1] - cu_keep[s].
 
@@ -261,10 +247,10 @@ def compress_varlen(
     * basis), image after image. Whatever the cu tensors hold is clamped (max_seqlen and max_keep are bounds for kernels
     to size their work by, and clamp as well); rows that no image fills hold zeros and index 0.
     """
+    chosen = Options(basis, **options)
     x = x.to(out_dtype or x.dtype)
-    appended = basis * (layout == "append")
-    S = len(cu_seqlens) - 1
-    tokens = x.new_zeros(total_keep + S * appended, x.shape[1])
+    S, appended = len(cu_seqlens) - 1, chosen.rows(0)
+    tokens = x.new_zeros(chosen.rows(total_keep, images=S), x.shape[1])
     indices = torch.zeros(len(tokens), dtype=torch.int64, device=x.device)
     bounds = cu_seqlens.clamp(0, len(x)).tolist()
     slots = cu_keep.clamp(0, total_keep).tolist()
@@ -275,6 +261,6 @@ def compress_varlen(
             continue
         image = x[bounds[s] : bounds[s] + n]  # [n, D]
         rows = slice(slots[s] + s * appended, slots[s] + s * appended + keep + appended)
-        tokens[rows], at = _compress(image, keep, basis, layout, select, min(start, n - 1), ridge, blend)
+        tokens[rows], at = _compress(image, keep, replace(chosen, start=min(chosen.start, n - 1)))
         indices[rows] = at + bounds[s]
     return tokens, indices

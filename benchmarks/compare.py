@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 import apet_kernels
+from apet_kernels import testing
 from benchmarks.machine import last_level_cache
 
 THREADS = 2
@@ -142,19 +143,19 @@ def ring(make: Callable[[int], Tensor]) -> list[Tensor]:
 def on_each_isa(name: str, call: Callable[[Input], Result]) -> dict[str, Callable[[Input], Result]]:
     """`call`, which runs the CPU kernel, as `name`; and before it on every lesser instruction set of this machine, as
     "name generic" and the like. Raises RuntimeError where there is no such kernel."""
-    reason = apet_kernels.backends()["cpu"]
+    reason = apet_kernels.why_unavailable("cpu")
     if reason is not None:
         raise RuntimeError(f"there is no CPU kernel to measure: {reason}")
 
     def pinned(isa: str) -> Callable[[Input], Result]:
         def run(x: Input) -> Result:
-            apet_kernels.use_cpu_isa(isa)
+            testing.use_cpu_isa(isa)
             try:
                 return call(x)
             finally:
-                apet_kernels.use_cpu_isa(None)
+                testing.use_cpu_isa(None)
 
         return run
 
-    *lesser, _ = apet_kernels.cpu_isa()
+    *lesser, _ = testing.cpu_isa()
     return {**{f"{name} {isa}": pinned(isa) for isa in lesser}, name: call}

@@ -41,7 +41,7 @@ def smoke(request: pytest.FixtureRequest) -> bool:
 @pytest.fixture(autouse=True)
 def kernel() -> Iterator[None]:
     """The CPU kernel on two threads, or a skip that says why there is none."""
-    reason = apet_kernels.backends()["cpu"]
+    reason = apet_kernels.why_unavailable("cpu")
     if reason is not None:
         pytest.skip(reason)
     before = torch.get_num_threads()

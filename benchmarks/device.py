@@ -118,7 +118,7 @@ def find(dry_run: bool) -> Device:
         if not torch.cuda.is_available():
             raise RuntimeError(NO_GPU)
         return Gpu()
-    if apet_kernels.backends()["triton"] is not None or torch.cuda.is_available():
+    if "triton" not in apet_kernels.available_backends() or torch.cuda.is_available():
         raise RuntimeError(NO_INTERPRETER)
     return DryRun()
 

@@ -178,7 +178,7 @@ def inputs_of(case: Case, device: Device) -> list[Tensor]:
 
 def _implementations(case: Case, device: Device) -> dict[str, Compress]:
     """The backends, then the rivals, whose capture may fail and disturb what follows."""
-    usable = [name for name in BACKENDS if apet_kernels.backends()[name] is None]
+    usable = [name for name in BACKENDS if name in apet_kernels.available_backends()]
     calls = {name: functools.partial(apet_kernels.compress, **case.arguments, backend=name) for name in usable}
     rivals: dict[str, Callable] = {"tuned": baselines.tuned, "eager": baselines.eager}
     if floors.published_memory(case) < 0.75 * device.memory_bytes:

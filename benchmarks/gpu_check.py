@@ -77,7 +77,7 @@ class Sanitizer:
 def run_sanitizers() -> list[Sanitizer]:
     """benchmarks/sanitized.py under each tool; not run where the CUDA kernels or the tools are missing."""
     program = shutil.which("compute-sanitizer") or shutil.which("/usr/local/cuda/bin/compute-sanitizer")
-    why = apet_kernels.backends()["cuda"] or ("" if program else "there is no compute-sanitizer")
+    why = apet_kernels.why_unavailable("cuda") or ("" if program else "there is no compute-sanitizer")
     if why:
         return [Sanitizer(tool, None, why) for tool in SANITIZERS]
     results = []

@@ -169,7 +169,7 @@ def measure(
     """All rounds of one batch size."""
     given, chosen = inputs(batch, dtype), list(counts)
     seconds: dict[Setting, list[tuple[float, ...]]] = {setting: [] for setting in chosen}
-    with spent(apet_kernels, ["compress_varlen"]) as op, spent(Engine, HOOKS) as hooks:
+    with spent(apet_kernels, ["compress_packed", "compress_varlen"]) as op, spent(Engine, HOOKS) as hooks:
         with running(model, chosen[0]):
             clock(model, given, 1)  # to warm up
         for turn in range(rounds):

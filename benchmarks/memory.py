@@ -47,7 +47,7 @@ def workspace_bound(case: Case) -> int:
 def planned_workspace(case: Case) -> int:
     """What the kernel says it needs."""
     x = torch.empty(case.B, case.N, case.D, dtype=case.dtype)
-    return apet_kernels.plan(x, **case.arguments)["workspace_bytes"]
+    return apet_kernels.plan(x, **case.arguments).workspace_bytes
 
 
 def measured_growth(case: Case, name: str = "kernel") -> int:

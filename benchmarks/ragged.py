@@ -1,4 +1,4 @@
-"""Images of different sizes, packed: one call of compress_varlen against one call for each image.
+"""Images of different sizes, packed: one call of compress_packed against one call for each image.
 
 python -m benchmarks.ragged     (benchmarks/suite.py says what it takes)
 """
@@ -87,7 +87,7 @@ def compare(ragged: Ragged) -> Comparison:
         return torch.cat([rows[0] for rows, _, _ in found]), torch.cat([where[0] + at for _, where, at in found])
 
     def packed(x: Tensor) -> tuple[Tensor, Tensor]:
-        return apet_kernels.compress_varlen(x, lengths, keeps)
+        return apet_kernels.compress_packed(x, lengths, keeps)
 
     calls: dict[str, Compress] = {
         "one by one": functools.partial(alone, torch.ops.apet.compress),
@@ -138,8 +138,8 @@ def sheets(results: Results) -> list[Sheet]:
     names = ("kernel", *isa, *RIVALS, *OTHERS, "floor")
     return [
         Sheet(
-            "compress_varlen",
-            "Milliseconds, medians. kernel: one call of compress_varlen; the others one call for each image. x: how "
+            "compress_packed",
+            "Milliseconds, medians. kernel: one call of compress_packed; the others one call for each image. x: how "
             "many times faster the kernel is. floor: one torch.mm and M sweeps for each image. of floor: the share of "
             "the kernel's time that the floor explains. noise: of kernel and floor. judged: rows checked.",
             [
@@ -161,7 +161,7 @@ def sheets(results: Results) -> list[Sheet]:
 
 SUITE = Suite(
     "ragged",
-    "Images of different sizes, packed: one call of compress_varlen against one call for each image.",
+    "Images of different sizes, packed: one call of compress_packed against one call for each image.",
     cases,
     compare,
     sheets,

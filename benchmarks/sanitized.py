@@ -24,8 +24,8 @@ def ragged_and_given(dtype: torch.dtype) -> list[str]:
     x = torch.randn(sum(LENGTHS), D, generator=torch.Generator().manual_seed(1)).to(dtype)
     for layout in ops.LAYOUTS:
         options = {"basis": 4, "layout": layout}
-        _, at = apet_kernels.compress_varlen(x.cuda(), LENGTHS, KEEPS, **options, backend="cuda")
-        _, wanted = apet_kernels.compress_varlen(x, LENGTHS, KEEPS, **options, backend="reference")
+        _, at = apet_kernels.compress_packed(x.cuda(), LENGTHS, KEEPS, **options, backend="cuda")
+        _, wanted = apet_kernels.compress_packed(x, LENGTHS, KEEPS, **options, backend="reference")
         if not torch.equal(at.cpu(), wanted):
             faults.append(f"compress_varlen of {dtype}, layout='{layout}', keeps other tokens than the reference")
     images, rows = x[:60].view(2, 30, D), torch.tensor([[3, 0, 3, 29, 17], [1, 2, 4, 8, 16]])
@@ -40,7 +40,7 @@ def ragged_and_given(dtype: torch.dtype) -> list[str]:
 
 def main() -> None:
     """Runs it all, says what is wrong."""
-    if why := apet_kernels.backends()["cuda"]:
+    if why := apet_kernels.why_unavailable("cuda"):
         print(f"the CUDA kernels cannot run here: {why}", file=sys.stderr)
         sys.exit(2)
     faults = selftest.run("cuda").faults

@@ -1,4 +1,4 @@
-// The ops on CUDA tensors, as torch.ops.apet._cuda_*: apet_kernels/ops.py decides which tensors come here. Outputs and
+// The ops on CUDA tensors, as torch.ops.apet._cuda_*: apet_kernels/dispatch.py decides which come here. Outputs and
 // workspace from torch's allocator, on its current stream; nothing here synchronises.
 #include <torch/csrc/stable/accelerator.h>
 
@@ -37,7 +37,7 @@ const char* name_of(apet_cuda_path path) {
 std::tuple<std::string, std::string, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, double> plan(
     const Tensor& x, int64_t keep, int64_t basis, std::string layout, std::string select, int64_t start, double ridge,
     double blend) {
-  const apet_problem p = compress_problem(x, keep, basis, layout, select, start, ridge, blend);
+  const apet_problem p = compress_problem(readable(x), keep, basis, layout, select, start, ridge, blend);
   const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
   const apet_cuda_plan_t g = plan_for(p);
   return {g.why,

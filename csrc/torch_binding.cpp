@@ -17,9 +17,6 @@ void run(const apet_problem& p, const apet_tensors& tensors, const Tensor& x) {
   check(p, apet_cpu_run(&p, &tensors, &pool, (void*)address, plan.workspace_bytes));
 }
 
-// What any op of this library costs before it does anything: the yardstick of benchmarks/test_overhead.py.
-Tensor empty(const Tensor& x) { return torch::stable::new_empty(x, {0}); }
-
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(apet, CPU, m) {
@@ -27,5 +24,4 @@ STABLE_TORCH_LIBRARY_IMPL(apet, CPU, m) {
   m.impl("compress_varlen", TORCH_BOX(&compress_varlen));
   m.impl("score", TORCH_BOX(&score));
   m.impl("merge", TORCH_BOX(&merge));
-  m.impl("_empty", TORCH_BOX(&empty));
 }

@@ -50,6 +50,12 @@ void check(const apet_problem& problem, apet_status status) {
   require(false, text);
 }
 
+// What the kernels read: x itself, or a copy if its last dimension is not contiguous.
+Tensor readable(const Tensor& x) {
+  const int64_t last = x.dim() - 1;
+  return last < 0 || x.size(last) <= 1 || x.stride(last) == 1 ? x : torch::stable::contiguous(x);
+}
+
 // The members that x alone determines: [B, N, D], or [T, D] if ragged.
 apet_problem problem_of(apet_op op, const Tensor& x, bool ragged) {
   require(x.dim() == (ragged ? 2 : 3), "x has ", x.dim(), " dimensions; ",
@@ -100,8 +106,9 @@ apet_problem compress_problem(const Tensor& x, int64_t keep, int64_t basis, cons
   return p;
 }
 
-std::tuple<Tensor, Tensor> compress(const Tensor& x, int64_t keep, int64_t basis, std::string layout,
+std::tuple<Tensor, Tensor> compress(const Tensor& given, int64_t keep, int64_t basis, std::string layout,
                                     std::string select, int64_t start, double ridge, double blend) {
+  const Tensor x = readable(given);
   const apet_problem p = compress_problem(x, keep, basis, layout, select, start, ridge, blend);
   const int64_t rows = keep + apet::appended(p);
   Tensor tokens = torch::stable::new_empty(x, {p.images, rows, p.dim});
@@ -131,10 +138,11 @@ const int32_t* offsets(const char* name, const Tensor& cu, const Tensor& x, Tens
   return static_cast<const int32_t*>(contiguous.const_data_ptr());
 }
 
-std::tuple<Tensor, Tensor> compress_varlen(const Tensor& x, const Tensor& cu_seqlens, const Tensor& cu_keep,
+std::tuple<Tensor, Tensor> compress_varlen(const Tensor& given, const Tensor& cu_seqlens, const Tensor& cu_keep,
                                            int64_t total_keep, int64_t max_seqlen, int64_t max_keep, int64_t basis,
                                            std::string layout, std::string select, int64_t start, double ridge,
                                            double blend) {
+  const Tensor x = readable(given);
   apet_problem p = problem_of(APET_COMPRESS, x, true);
   set_basis(p, basis, select, start, ridge);
   p.layout = layout_of(layout);
@@ -163,7 +171,8 @@ std::tuple<Tensor, Tensor> compress_varlen(const Tensor& x, const Tensor& cu_seq
   return {tokens, indices};
 }
 
-std::tuple<Tensor, Tensor> score(const Tensor& x, int64_t basis, std::string select, int64_t start, double ridge) {
+std::tuple<Tensor, Tensor> score(const Tensor& given, int64_t basis, std::string select, int64_t start, double ridge) {
+  const Tensor x = readable(given);
   apet_problem p = problem_of(APET_SCORE, x, false);
   set_basis(p, basis, select, start, ridge);
   check(p, apet_check(&p));
@@ -177,7 +186,8 @@ std::tuple<Tensor, Tensor> score(const Tensor& x, int64_t basis, std::string sel
   return {residual, basis_indices};
 }
 
-Tensor merge(const Tensor& x, const Tensor& indices, std::optional<Tensor> targets) {
+Tensor merge(const Tensor& given, const Tensor& indices, std::optional<Tensor> targets) {
+  const Tensor x = readable(given);
   apet_problem p = problem_of(APET_MERGE, x, false);
   require(indices.dim() == 2 && indices.scalar_type() == ScalarType::Long && indices.size(0) == p.images,
           "indices must be int64 [", p.images, ", K], got ", torch::headeronly::toString(indices.scalar_type()),

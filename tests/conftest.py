@@ -20,7 +20,7 @@ import torch
 import torch.utils._pytree as pytree
 
 import apet_kernels
-from apet_kernels import reference
+from apet_kernels import reference, testing
 from tests.simt import build as simt_build
 from tests.simt import call as simt_call
 
@@ -43,7 +43,7 @@ def without(isa: str) -> None:
     """Hides an instruction set and the later ones, which need it, from all that asks apet_kernels."""
     if isa not in ISAS:
         raise pytest.UsageError(f"{WITHOUT}={isa} is none of {', '.join(ISAS)}")
-    host = apet_kernels.api._host
+    host = apet_kernels.host._host
     if host is None:
         return
     left = [name for name in host.cpu_isa() if name not in ISAS[ISAS.index(isa) :]]
@@ -52,7 +52,7 @@ def without(isa: str) -> None:
         host.use_cpu_isa("unknown to this processor" if name in ISAS and name not in left else name or left[-1])
 
     others = {name: getattr(host, name) for name in dir(host) if not name.startswith("__")}
-    apet_kernels.api._host = SimpleNamespace(**others | {"cpu_isa": lambda: list(left), "use_cpu_isa": use})
+    apet_kernels.host._host = SimpleNamespace(**others | {"cpu_isa": lambda: list(left), "use_cpu_isa": use})
     use(None)
 
 
@@ -92,8 +92,8 @@ FUNCTIONS = ("compress", "compress_varlen", "score", "merge")
 def backend_ids() -> list[str]:
     """The reference, the CPU kernel on every instruction set of this machine, Triton (on a GPU, or interpreted), CUDA
     (on a GPU), and the CUDA sources compiled for the CPU (tests/simt)."""
-    usable = [name for name, why in apet_kernels.backends().items() if why is None]
-    cpu = apet_kernels.cpu_isa() if "cpu" in usable else []
+    usable = apet_kernels.available_backends()
+    cpu = testing.cpu_isa() if "cpu" in usable else []
     gpu = [name for name in usable if name in ("triton", "cuda")]
     simt = [] if simt_build.missing() else ["cuda-simt"]
     return ["reference", *(f"cpu-{isa}" for isa in cpu), *gpu, *simt]
@@ -186,13 +186,13 @@ def backend(request: pytest.FixtureRequest) -> Iterator[Backend]:
     elif name == "reference":
         yield Backend(name, *(getattr(reference, f) for f in FUNCTIONS))
     elif name == "cpu":
-        apet_kernels.use_cpu_isa(isa)
+        testing.use_cpu_isa(isa)
         try:
             yield Backend(
                 request.param, *(functools.partial(getattr(apet_kernels, f), backend=name) for f in FUNCTIONS)
             )
         finally:
-            apet_kernels.use_cpu_isa(None)
+            testing.use_cpu_isa(None)
     else:
         yield Backend(name, *(on_gpu(getattr(apet_kernels, f), name) for f in FUNCTIONS))
 

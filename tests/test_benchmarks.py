@@ -215,13 +215,13 @@ def test_the_reference_is_timed_stage_by_stage() -> None:
 
 def test_packed_images_are_checked(monkeypatch: pytest.MonkeyPatch) -> None:
     (small,) = ragged.cases(smoke=True)
-    real = ragged.apet_kernels.compress_varlen
+    real = ragged.apet_kernels.compress_packed
 
     def wrong(x: torch.Tensor, *given: object) -> tuple[torch.Tensor, torch.Tensor]:
         rows, at = real(x, *given)
         return rows.index_fill(0, torch.tensor([20]), 7.0), at
 
-    monkeypatch.setattr(ragged.apet_kernels, "compress_varlen", wrong)
+    monkeypatch.setattr(ragged.apet_kernels, "compress_packed", wrong)
     with pytest.raises(AssertionError, match="rows are not the mean of their tokens"):
         ragged.compare(small)
 

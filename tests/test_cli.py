@@ -19,6 +19,7 @@ from apet import Refused, cli, eager, encoders, media, outcome, pictures, selfte
 from PIL import Image
 
 import apet_kernels
+from apet_kernels import testing
 from tests.command import invoke, refused, said
 
 SMALL = ("--size", "112")  # 8 x 8 patches for a square photo: fast
@@ -365,7 +366,7 @@ def files(tmp_path: Path) -> Path:
         (("photo.png", "--size", "100000"), "photo.png would become 51009525 tokens, more than 65536"),
         (("photo.png", "--size", "13"), "size=13 is smaller than one 14 x 14 patch"),
         (("photo.png", "--layer", "13"), "layer=13 is outside the 12 layers"),
-        (("photo.png", "--backend", "abacus"), "unknown backend 'abacus'"),
+        (("photo.png", "--backend", "abacus"), "backend='abacus' is none of cpu, triton, cuda, reference"),
         (("photo.png", "--model", "no/such/model"), "cannot load model 'no/such/model'"),
         (("photo.png", "--out", "photo.txt"), "the name must end in"),
         (("photo.png", "--out", "photo.png"), "the picture would replace the photo"),
@@ -412,7 +413,7 @@ def test_missing_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_backend_that_cannot_run_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(apet_kernels, "backends", lambda: {"cpu": None, "cuda": "there is no GPU"})
+    monkeypatch.setattr(apet_kernels, "why_unavailable", lambda name: "there is no GPU" if name == "cuda" else None)
     sentence = refused("compress", CHELSEA, "--backend", "cuda", "--out", tmp_path / "p.png")
     assert "backend cuda cannot be used: there is no GPU" in sentence
 
@@ -432,7 +433,7 @@ def test_doctor_finds_this_build_right() -> None:
     text = said("doctor")
     for word in ("torch", torch.__version__.split("+")[0], "cpu", "triton", "cuda", "reference"):
         assert word in text
-    for isa in apet_kernels.cpu_isa():
+    for isa in testing.cpu_isa():
         assert isa in text
     assert "agrees with the float64 reference" in text
     assert "wrong" not in text.replace("above 1 is wrong", "")
@@ -445,10 +446,11 @@ def test_doctor_shows_the_plan(monkeypatch: pytest.MonkeyPatch) -> None:
     for dtype in (torch.float32, torch.bfloat16):
         plan = apet_kernels.plan(torch.empty(1, 576, 1024, dtype=dtype, device="meta"), 64)
         (line,) = [x for x in text.splitlines() if x.startswith(f" {str(dtype).removeprefix('torch.')} ")]
-        for word in (plan["backend"], plan.get("isa", ""), f"{plan['workspace_bytes'] / 1024:.0f}"):
+        for word in (plan.backend, plan.details.get("isa", ""), f"{plan.workspace_bytes / 1024:.0f}"):
             assert word in line
-        assert plan["why"] in text
-        assert "teams" not in plan or f"{plan['teams']} x {plan['threads_per_team']}" in line
+        assert plan.why in text
+        if plan.backend == "cpu":
+            assert f"{plan.details['images_in_flight']} x {plan.details['threads_per_image']}" in line
 
 
 def shifted(tokens: torch.Tensor, indices: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -478,8 +480,10 @@ def test_doctor_finds_a_planted_fault(
 ) -> None:
     right = getattr(apet_kernels, function)
     monkeypatch.setattr(selftest, "CASES", selftest.CASES[:2])
-    monkeypatch.setattr(apet_kernels, "cpu_isa", lambda: [])
-    monkeypatch.setattr(apet_kernels, "backends", lambda: {"reference": None, "cuda": "there is no GPU"})
+    monkeypatch.setattr(testing, "cpu_isa", lambda: [])
+    monkeypatch.setattr(
+        apet_kernels, "why_unavailable", lambda name: None if name == "reference" else "there is no GPU"
+    )
     monkeypatch.setattr(apet_kernels, function, lambda *a, **k: fault(*right(*a, **k)))
     result = invoke("doctor")
     assert result.exit_code == 1

@@ -13,7 +13,8 @@ import pytest
 import torch
 
 import apet_kernels
-from apet_kernels import ops, reference
+from apet_kernels import dispatch, ops, plans, reference
+from apet_kernels.options import Options
 from tests.data import DTYPES, tokens
 from tests.judge import assert_same
 from tests.simt import build, call
@@ -21,7 +22,7 @@ from tests.test_op import NAMES, REFUSED, calls, refusal
 
 pytestmark = [
     pytest.mark.skipif(build.missing() is not None, reason=str(build.missing())),
-    pytest.mark.skipif(ops.NO_LIBRARY is not None, reason="torch's headers were missing when this was installed"),
+    pytest.mark.skipif(dispatch.why_not_cpu() is not None, reason="built without torch's headers"),
 ]
 HOW = call.How()
 
@@ -68,7 +69,7 @@ def test_every_argument_arrives(name, dtype):
     op_name = op.__name__
     with call.always(HOW) as functions:
         expected = flat(getattr(functions, op_name)(*args, **options))
-    for got, wanted in zip(flat(ops.run_cuda(op_name, *args, **options)), expected, strict=True):
+    for got, wanted in zip(flat(dispatch.run_cuda(op_name, *args, **options)), expected, strict=True):
         assert_same(got, wanted)
 
 
@@ -82,9 +83,9 @@ def apart(t: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("name", NAMES)
 def test_tensors_of_any_form(name):
     op, args, options = calls()[name]
-    expected = flat(ops.run_cuda(op.__name__, *args, **options))
+    expected = flat(dispatch.run_cuda(op.__name__, *args, **options))
     moved = [apart(a) if isinstance(a, torch.Tensor) else a for a in args]
-    for got, wanted in zip(flat(ops.run_cuda(op.__name__, *moved, **options)), expected, strict=True):
+    for got, wanted in zip(flat(dispatch.run_cuda(op.__name__, *moved, **options)), expected, strict=True):
         assert_same(got, wanted)
 
 
@@ -119,14 +120,14 @@ def test_the_device_refuses():
     call.load().simt_use_device(80, 4, 1 << 10, 1 << 10, 0)
     x = tokens(1, 20, 7, seed=1)
     assert re.search(
-        r"cannot run here: this device places .* with 1024 bytes", refusal(ops.run_cuda, ("compress", x, 4), {})
+        r"cannot run here: this device places .* with 1024 bytes", refusal(dispatch.run_cuda, ("compress", x, 4), {})
     )
 
 
 def test_the_whole_way_from_the_choice(monkeypatch):
-    monkeypatch.setattr(ops, "no_cuda", lambda device: None)
+    monkeypatch.setattr(dispatch, "why_not_cuda", lambda device: None)
     x = tokens(3, 41, 24, seed=5)
-    got = ops._run_on_gpu("compress", x, 12, 4, layout="append")
+    got = dispatch._run_on_gpu("compress", x, 12, 4, layout="append")
     for a, b in zip(got, reference.compress(x, 12, 4, layout="append"), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
 
@@ -135,11 +136,19 @@ def test_the_whole_way_from_the_choice(monkeypatch):
 def test_plan(layout):
     x = tokens(2, 300, 64, seed=3)
     options = {"layout": layout, "select": "qr", "start": 3, "ridge": 1e-3, "blend": 1.0}
-    plan = apet_kernels.api._plan_cuda(x, 40, 12, **options)
+    plan = plans._plan_cuda(x, 40, Options(12, **options))
     expected = call.plan(call.compress_case(x, 40, 12, **options).problem, HOW)
-    assert plan["backend"] == "cuda"
-    assert plan["path"] == call.PATHS[expected.path]
-    assert plan["why"] == expected.why.decode()
-    for name in ("launches", "slice", "resident", "workspace_bytes", "estimated_us"):
-        assert plan[name] == getattr(expected, name)
-    assert (plan["group"], plan["groups"]) == (expected.ctas_per_image, expected.images_in_flight)
+    assert plan == apet_kernels.Plan(
+        backend="cuda",
+        why=expected.why.decode(),
+        launches=expected.launches,
+        workspace_bytes=expected.workspace_bytes,
+        details={
+            "path": call.PATHS[expected.path],
+            "images_in_flight": expected.images_in_flight,
+            "ctas_per_image": expected.ctas_per_image,
+            "rows_per_cta": expected.slice,
+            "rows_in_shared_memory": expected.resident,
+            "estimated_us": expected.estimated_us,
+        },
+    )

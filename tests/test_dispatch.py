@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -10,9 +11,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch import Tensor
 
 import apet_kernels
-from apet_kernels import ops, reference
+from apet_kernels import dispatch, ops
 
 WITHOUT = "the CUDA kernels do not run on cuda:0: too old"
 TRITON_WITHOUT = "Triton does not import"
@@ -21,7 +23,7 @@ TRITON_WITHOUT = "Triton does not import"
 @pytest.fixture(autouse=True)
 def fresh() -> Iterator[None]:
     """What is decided once a process is decided again, in the test and after it."""
-    cached = [ops.no_cuda, ops.no_cuda_library, ops.no_triton, ops._warn_once]
+    cached = [dispatch.why_not_cuda, dispatch.why_not_cuda_library, dispatch.why_not_triton, dispatch._warn_once]
     for function in cached:
         function.cache_clear()
     yield
@@ -33,10 +35,13 @@ def fresh() -> Iterator[None]:
 def taken(monkeypatch: pytest.MonkeyPatch) -> list[tuple]:
     """The calls that got to kernels, which do not run."""
     calls: list[tuple] = []
+
+    def take(backend: str, *args: object, **kwargs: object) -> tuple[Tensor, Tensor]:
+        calls.append((backend, args, kwargs))
+        return torch.empty(0), torch.empty(0)
+
     for backend in ("cuda", "triton"):
-        monkeypatch.setattr(
-            ops, f"run_{backend}", lambda *args, _of=backend, **kwargs: calls.append((_of, args, kwargs))
-        )
+        monkeypatch.setattr(dispatch, f"run_{backend}", functools.partial(take, backend))
     return calls
 
 
@@ -48,31 +53,20 @@ def test_every_op_comes_to_the_choice():
 @pytest.mark.parametrize("triton", [None, TRITON_WITHOUT])
 @pytest.mark.parametrize("op", ops.OPS)
 def test_cuda_kernels_before_triton(monkeypatch, taken, op, triton):
-    monkeypatch.setattr(ops, "no_cuda", lambda device: None)
-    monkeypatch.setattr(ops, "no_triton", lambda: triton)
+    monkeypatch.setattr(dispatch, "why_not_cuda", lambda device: None)
+    monkeypatch.setattr(dispatch, "why_not_triton", lambda: triton)
     x = torch.zeros(1, 4, 2)
-    ops._run_on_gpu(op, x, 2, start=0)
+    dispatch._run_on_gpu(op, x, 2, start=0)
     assert taken == [("cuda", (op, x, 2), {"start": 0})]
 
 
 @pytest.mark.parametrize("op", ops.OPS)
 def test_triton_where_the_cuda_kernels_do_not_run(monkeypatch, taken, op):
-    monkeypatch.setattr(ops, "no_cuda", lambda device: WITHOUT)
-    monkeypatch.setattr(ops, "no_triton", lambda: None)
+    monkeypatch.setattr(dispatch, "why_not_cuda", lambda device: WITHOUT)
+    monkeypatch.setattr(dispatch, "why_not_triton", lambda: None)
     x = torch.zeros(1, 4, 2)
-    ops._run_on_gpu(op, x, 2, start=0)
+    dispatch._run_on_gpu(op, x, 2, start=0)
     assert taken == [("triton", (op, x, 2), {"start": 0})]
-
-
-def test_the_reference_without_both_says_why(monkeypatch, taken):
-    monkeypatch.setattr(ops, "no_cuda", lambda device: WITHOUT)
-    monkeypatch.setattr(ops, "no_triton", lambda: TRITON_WITHOUT)
-    x = torch.randn(1, 6, 4)
-    with pytest.warns(UserWarning, match=f"{WITHOUT}; {TRITON_WITHOUT}"):
-        got = ops._run_on_gpu("compress", x, 3, 2)
-    for a, b in zip(got, reference.compress(x, 3, 2), strict=True):
-        assert torch.equal(a, b)
-    assert not taken
 
 
 # ---- whether the CUDA kernels run
@@ -96,7 +90,7 @@ def cuda(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> SimpleNamespace:
 
     empty = torch.empty
     monkeypatch.setattr(torch.version, "cuda", "13.0")
-    monkeypatch.setattr(ops, "CUDA_LIBRARY", library)
+    monkeypatch.setattr(dispatch, "CUDA_LIBRARY", library)
     monkeypatch.setattr(torch.ops, "load_library", seen.loaded.append)
     monkeypatch.setattr(torch.ops.apet, "_cuda_plan", plan, raising=False)
     monkeypatch.setattr(torch, "empty", lambda *shape, device=None: empty(*shape, device="meta"))
@@ -105,33 +99,35 @@ def cuda(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> SimpleNamespace:
 
 def test_a_device_is_asked_once(cuda):
     for _ in range(3):
-        assert ops.no_cuda(cuda_device(0)) is None
-        assert ops.no_cuda(cuda_device(1)) is None
-    assert cuda.loaded == [ops.CUDA_LIBRARY]
+        assert dispatch.why_not_cuda(cuda_device(0)) is None
+        assert dispatch.why_not_cuda(cuda_device(1)) is None
+    assert cuda.loaded == [dispatch.CUDA_LIBRARY]
     assert cuda.planned == [(1, 2, 1)] * 2
 
 
 def test_a_device_that_refuses(cuda):
     cuda.refuses = "a call of the CUDA runtime failed: no kernel image is available"
     for _ in range(2):
-        assert ops.no_cuda(cuda_device(1)) == f"the CUDA kernels do not run on cuda:1: {cuda.refuses}"
+        assert dispatch.why_not_cuda(cuda_device(1)) == f"the CUDA kernels do not run on cuda:1: {cuda.refuses}"
     assert len(cuda.planned) == 1
 
 
 def test_a_tensor_elsewhere(cuda):
-    assert ops.no_cuda(torch.device("cpu")) == "x is on cpu"
+    assert dispatch.why_not_cuda(torch.device("cpu")) == "x is on cpu"
     assert not cuda.loaded
 
 
 def test_a_torch_without_cuda(cuda, monkeypatch):
     monkeypatch.setattr(torch.version, "cuda", None)
-    assert ops.no_cuda(cuda_device()) == "this torch is built without CUDA"
+    assert dispatch.why_not_cuda(cuda_device()) == "this torch is built without CUDA"
     assert not cuda.loaded
 
 
 def test_an_installation_without_the_kernels(cuda):
-    ops.CUDA_LIBRARY.unlink()
-    assert "libapet_cuda_torch.so is not part of this installation; install nvcc" in ops.no_cuda(cuda_device())
+    dispatch.CUDA_LIBRARY.unlink()
+    assert "libapet_cuda_torch.so is not part of this installation; install nvcc" in dispatch.why_not_cuda(
+        cuda_device()
+    )
     assert not cuda.loaded
 
 
@@ -140,19 +136,19 @@ def test_a_library_that_does_not_load(cuda, monkeypatch):
         raise OSError("undefined symbol: aoti_torch_get_current_cuda_stream")
 
     monkeypatch.setattr(torch.ops, "load_library", fail)
-    why = ops.no_cuda(cuda_device())
+    why = dispatch.why_not_cuda(cuda_device())
     assert "libapet_cuda_torch.so does not load (undefined symbol: aoti_torch_get_current_cuda_stream)" in why
     assert not cuda.planned
 
 
 def test_backends_ask_the_current_device(cuda, monkeypatch):
-    assert apet_kernels.backends()["cuda"] == "torch finds no GPU"
+    assert apet_kernels.why_unavailable("cuda") == "torch finds no GPU"
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 2)
-    assert apet_kernels.backends()["cuda"] is None
-    ops.no_cuda.cache_clear()
+    assert apet_kernels.why_unavailable("cuda") is None
+    dispatch.why_not_cuda.cache_clear()
     cuda.refuses = "too old"
-    assert apet_kernels.backends()["cuda"] == "the CUDA kernels do not run on cuda:2: too old"
+    assert apet_kernels.why_unavailable("cuda") == "the CUDA kernels do not run on cuda:2: too old"
 
 
 # ---- backend="cuda"
@@ -160,8 +156,8 @@ def test_backends_ask_the_current_device(cuda, monkeypatch):
 
 @pytest.mark.parametrize("op", ops.OPS)
 def test_forced(monkeypatch, taken, op):
-    monkeypatch.setattr(apet_kernels.api, "backends", lambda: {"cuda": None})
-    monkeypatch.setattr(ops, "no_cuda", lambda device: None)
+    monkeypatch.setattr(dispatch, "why_unavailable", lambda name: None)
+    monkeypatch.setattr(dispatch, "why_not_cuda", lambda device: None)
     x, lengths = torch.zeros(1, 4, 2), torch.tensor([0, 4], dtype=torch.int32)
     args = {
         "compress": (x, 2),
@@ -173,7 +169,7 @@ def test_forced(monkeypatch, taken, op):
     ((backend, (name, *given), _),) = taken
     assert (backend, name) == ("cuda", op)
     assert all(a is b for a, b in zip(given, args, strict=False))
-    with pytest.raises(RuntimeError, match="requires grad"):
+    with pytest.raises(ValueError, match="requires grad"):
         getattr(apet_kernels, op)(args[0].clone().requires_grad_(), *args[1:], backend="cuda")
     assert len(taken) == 1
 
@@ -182,7 +178,7 @@ def test_forced_where_it_cannot_run(monkeypatch, taken):
     x = torch.zeros(1, 4, 2)
     with pytest.raises(ValueError, match="backend='cuda' cannot run here: this torch is built without CUDA"):
         apet_kernels.compress(x, 2, backend="cuda")
-    monkeypatch.setattr(apet_kernels.api, "backends", lambda: {"cuda": None})
+    monkeypatch.setattr(dispatch, "why_unavailable", lambda name: None)
     with pytest.raises(ValueError, match="backend='cuda' cannot run here: x is on cpu"):
         apet_kernels.compress(x, 2, backend="cuda")
     assert not taken
@@ -202,38 +198,40 @@ class OnGpu:
 
 
 def test_plan_of_the_cuda_kernels(monkeypatch):
-    figures = ("fused with 8 CTAs", "fused", 1, 8, 1, 72, 72, 4096, 27.5)
+    figures = ("fused with 8 CTAs", "fused", 1, 8, 1, 72, 70, 4096, 27.5)
     asked = []
-    monkeypatch.setattr(ops, "no_cuda", lambda device: None)
+    monkeypatch.setattr(dispatch, "why_not_cuda", lambda device: None)
     monkeypatch.setattr(
         torch.ops.apet, "_cuda_plan", lambda *args, **kwargs: asked.append((args, kwargs)) or figures, raising=False
     )
     x = OnGpu(torch.empty(1, 576, 1024, device="meta"))
-    assert apet_kernels.plan(x, 64, layout="append", ridge=0.5) == {
-        "backend": "cuda",
-        "why": "fused with 8 CTAs",
-        "path": "fused",
-        "launches": 1,
-        "group": 8,
-        "groups": 1,
-        "slice": 72,
-        "resident": 72,
-        "workspace_bytes": 4096,
-        "estimated_us": 27.5,
-    }
-    options = {"layout": "append", "select": "fps", "start": -1, "ridge": 0.5, "blend": 1.0}
-    assert asked == [((x, 64, 10), options)]
+    assert apet_kernels.plan(x, 64, layout="append", ridge=0.5) == apet_kernels.Plan(
+        backend="cuda",
+        why="fused with 8 CTAs",
+        launches=1,
+        workspace_bytes=4096,
+        details={
+            "path": "fused",
+            "images_in_flight": 1,
+            "ctas_per_image": 8,
+            "rows_per_cta": 72,
+            "rows_in_shared_memory": 70,
+            "estimated_us": 27.5,
+        },
+    )
+    options = {"basis": 10, "layout": "append", "select": "fps", "start": -1, "ridge": 0.5, "blend": 1.0}
+    assert asked == [((x, 64), options)]
 
 
-@pytest.mark.skipif(ops.no_triton() is not None, reason="Triton is not installed")
+@pytest.mark.skipif(dispatch.why_not_triton() is not None, reason="Triton is not installed")
 def test_plan_of_triton_says_why_not_cuda(monkeypatch):
     from apet_kernels.triton_kernels import configs
 
-    monkeypatch.setattr(ops, "no_cuda", lambda device: WITHOUT)
+    monkeypatch.setattr(dispatch, "why_not_cuda", lambda device: WITHOUT)
     monkeypatch.setattr(configs, "device_class", lambda device: "sm_80")
     plan = apet_kernels.plan(OnGpu(torch.empty(1, 576, 1024, device="meta")), 64)
-    assert plan["backend"] == "triton"
-    assert WITHOUT in plan["why"]
+    assert plan.backend == "triton"
+    assert WITHOUT in plan.why
 
 
 # ---- where there is no CUDA
@@ -243,7 +241,7 @@ def test_plan_of_triton_says_why_not_cuda(monkeypatch):
 def test_nothing_of_cuda_is_loaded_without_it():
     code = """
 import torch, apet_kernels
-apet_kernels.backends()
+apet_kernels.available_backends()
 apet_kernels.compress(torch.randn(1, 8, 4), 4, 2)
 assert "apet_cuda" not in open("/proc/self/maps").read()
 assert not [s for s in torch._C._dispatch_get_all_op_names() if s.startswith("apet::_cuda")]

@@ -27,7 +27,7 @@ from tests.judge import assert_same, check
 OPS = torch.ops.apet
 DRY = not torch.cuda.is_available()
 DEVICE = "cpu" if DRY else "cuda"
-WHY_NOT = {name: apet_kernels.backends()[name] for name in ("triton", "cuda")}
+WHY_NOT = {name: apet_kernels.why_unavailable(name) for name in ("triton", "cuda")}
 LAYOUTS = ("inplace", "overwrite", "append")
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(None not in WHY_NOT.values(), reason=str(WHY_NOT))]
 needs_gpu = pytest.mark.skipif(DRY, reason="a dry run has no streams and no memory to count")
@@ -93,7 +93,7 @@ def listed(seed: int) -> tuple[Tensor, ...]:
 
 
 def packed(x: Tensor, lengths: Tensor, keeps: Tensor, **options: Any) -> Any:
-    return OPS.compress_varlen(x, lengths, keeps, sum(KEEPS[0]), N, max(map(max, KEEPS)), BASIS, **options)
+    return OPS.compress_packed(x, lengths, keeps, sum(KEEPS[0]), N, max(map(max, KEEPS)), BASIS, **options)
 
 
 CALLS: dict[str, tuple[Callable[[int], tuple[Tensor, ...]], Callable[..., Any]]] = {
@@ -122,8 +122,8 @@ def test_the_dispatcher(gpu_backend):
         got = OPS.compress(x, KEEP, BASIS)
     assert_all_same(got, apet_kernels.compress(x, KEEP, BASIS, backend=gpu_backend), "compress")
     plan = apet_kernels.plan(x, KEEP, BASIS)
-    assert plan["backend"] == gpu_backend
-    assert plan["launches"] <= BASIS + 4
+    assert plan.backend == gpu_backend
+    assert plan.launches <= BASIS + 4
 
 
 def test_a_graph_replays_with_other_input(call, clock):
@@ -254,7 +254,7 @@ def test_alone_in_a_batch_packed_or_apart(gpu_backend, dtype, channels):
         assert_all_same(score, (residual[b : b + 1], picks[b : b + 1]), f"score of image {b}")
 
     lengths, keeps = [N] * B, [KEEP] * B
-    rows, at = apet_kernels.compress_varlen(x.flatten(0, 1), lengths, keeps, basis=BASIS, backend=gpu_backend)
+    rows, at = apet_kernels.compress_packed(x.flatten(0, 1), lengths, keeps, basis=BASIS, backend=gpu_backend)
     at = at.view(B, KEEP) - N * torch.arange(B, device=DEVICE)[:, None]
     assert_all_same((rows.view(together[0].shape), at), together, "packed")
 
@@ -275,7 +275,7 @@ def test_ragged_images(gpu_backend, dtype):
     x = features(sum(lengths), D, dtype=dtype, seed=3)
     for layout in ("inplace", "append"):
         options = {"basis": 4, "layout": layout, "backend": gpu_backend}
-        rows, at = apet_kernels.compress_varlen(x, lengths, keeps, **options)
+        rows, at = apet_kernels.compress_packed(x, lengths, keeps, **options)
         sizes = [k + (4 if layout == "append" else 0) for k in keeps]
         images = zip(x.split(lengths), rows.split(sizes), at.split(sizes), strict=True)
         first = 0
@@ -328,7 +328,7 @@ def test_more_elements_than_32_bits_count():
     x[-1] = features(n, channels, dtype=torch.bfloat16, seed=2)
     together = OPS.compress(x, KEEP, BASIS)
     assert_all_same(OPS.compress(x[-1:].clone(), KEEP, BASIS), [t[-1:] for t in together], "the last image")
-    rows, at = OPS.compress_varlen(
+    rows, at = OPS.compress_packed(
         x.flatten(0, 1), cu([n] * B), cu([KEEP] * B), B * KEEP, n, KEEP, BASIS
     )  # positions past 2^20, offsets past 2^31
     assert_same(rows[-KEEP:], together[0][-1])
@@ -346,7 +346,7 @@ def test_memory(B, n, channels, keep):
     torch.cuda.reset_peak_memory_stats()
     rows, at = OPS.compress(x, keep, BASIS)
     grown = torch.cuda.max_memory_allocated() - before - rows.nbytes - at.nbytes
-    workspace = apet_kernels.plan(x, keep, BASIS)["workspace_bytes"]
+    workspace = apet_kernels.plan(x, keep, BASIS).workspace_bytes
     slack = 32 * 512  # the allocator's blocks
     assert grown <= workspace + slack
     assert workspace <= 1.5 * 4 * B * (n * (BASIS + 1) + keep * channels) + 2**20

@@ -17,7 +17,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import apet_kernels
-from apet_kernels import reference
+from apet_kernels import dispatch, reference
 from benchmarks import baselines, floors, gpu, gpu_check, sanitized, tune
 from benchmarks import device as devices
 from benchmarks.cases import BASIS, RIDGE, Case, gpu_cases
@@ -25,7 +25,7 @@ from tests.simt import build as simt_build
 from tests.simt import call as simt_call
 
 ROOT = Path(__file__).parents[1]
-needs_triton = pytest.mark.skipif(apet_kernels.backends()["triton"] is not None, reason="Triton is not installed")
+needs_triton = pytest.mark.skipif("triton" not in apet_kernels.available_backends(), reason="Triton is not installed")
 
 
 @pytest.mark.parametrize("module", [gpu, gpu_check, tune], ids=lambda m: m.__name__)
@@ -243,7 +243,7 @@ def test_sanitizers(tmp_path, monkeypatch, said, code, expected):
 
 
 def test_sanitizers_that_cannot_run():
-    why = apet_kernels.backends()["cuda"]
+    why = apet_kernels.why_unavailable("cuda")
     if why is None:
         pytest.skip("the CUDA kernels run here")
     assert {(s.code, s.said) for s in gpu_check.run_sanitizers()} == {(None, why)}
@@ -254,16 +254,16 @@ def test_what_the_sanitizers_run(monkeypatch):
     """On the simulated GPU, right; and a wrong result is said."""
     functions = simt_call.Functions()
     monkeypatch.setattr(torch.Tensor, "cuda", lambda t: t)
-    monkeypatch.setattr(apet_kernels.api, "backends", lambda: {"cuda": None, "reference": None})
-    monkeypatch.setattr(apet_kernels.ops, "no_cuda", lambda device: None)
-    monkeypatch.setattr(apet_kernels.ops, "run_cuda", lambda name, *a, **k: getattr(functions, name)(*a, **k))
+    monkeypatch.setattr(dispatch, "why_unavailable", lambda name: None)
+    monkeypatch.setattr(dispatch, "why_not_cuda", lambda device: None)
+    monkeypatch.setattr(dispatch, "run_cuda", lambda name, *a, **k: getattr(functions, name)(*a, **k))
     for dtype in apet_kernels.ops.DTYPES:
         assert sanitized.ragged_and_given(dtype) == []
 
     def wrong(name: str, *args: object, **kwargs: object) -> object:
         return torch.utils._pytree.tree_map(lambda t: t + 1, getattr(functions, name)(*args, **kwargs))
 
-    monkeypatch.setattr(apet_kernels.ops, "run_cuda", wrong)
+    monkeypatch.setattr(dispatch, "run_cuda", wrong)
     faults = sanitized.ragged_and_given(torch.float16)
     assert [fault.split()[0] for fault in faults] == ["compress_varlen"] * 3 + ["merge"] * 2
 

@@ -82,11 +82,11 @@ def test_threads(backend, dtype, B, N, D, keep, basis, kind):
 
 
 def test_the_shapes_above_do_use_threads():
-    if apet_kernels.backends()["cpu"]:
+    if "cpu" not in apet_kernels.available_backends():
         pytest.skip("the CPU library is not built")
     torch.set_num_threads(2)
     plans = [apet_kernels.plan(torch.empty(B, N, 99, device="meta"), 64) for B, N in ((1, 401), (5, 190))]
-    assert [(p["teams"], p["threads_per_team"]) for p in plans] == [(1, 2), (2, 1)]
+    assert [(p.details["images_in_flight"], p.details["threads_per_image"]) for p in plans] == [(1, 2), (2, 1)]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -101,6 +101,9 @@ def test_strides_and_alignment(backend, dtype, D):
         views[f"padded rows, {shift} in"] = room[:, :, shift : shift + D]
     views["tokens first"] = torch.full((40, 2, D), float("nan"), dtype=dtype).transpose(0, 1)
     views["every third token, behind a class token"] = torch.full((2, 122, D), float("nan"), dtype=dtype)[:, 1:120:3]
+    # The last dimension apart: features of a convolution, flattened and transposed, and the like.
+    views["channels first"] = torch.full((2, D, 40), float("nan"), dtype=dtype).transpose(1, 2)
+    views["every second channel"] = torch.full((2, 40, 2 * D), float("nan"), dtype=dtype)[:, :, ::2]
     for name, view in views.items():
         view.copy_(x)
         got = everything(backend, view, 12, 5, "inplace")
@@ -113,11 +116,18 @@ def test_strides_and_alignment(backend, dtype, D):
 def test_strided_rows_of_a_packed_tensor(backend, dtype):
     room = tokens(60, 50, dtype=dtype, seed=5)
     cu, cu_keep = torch.tensor([0, 25, 60], dtype=torch.int32), torch.tensor([0, 8, 20], dtype=torch.int32)
-    view = room[:, 7:40]
-    got = backend.compress_varlen(view, cu, cu_keep, 20, 35, 12, 4)
-    expected = backend.compress_varlen(view.contiguous(), cu, cu_keep, 20, 35, 12, 4)
-    assert_same(got[0], expected[0])
-    assert_same(got[1], expected[1])
+    for view in (room[:, 7:40], room[:, 1:50:3], tokens(33, 60, dtype=dtype, seed=7).T):
+        got = backend.compress_varlen(view, cu, cu_keep, 20, 35, 12, 4)
+        expected = backend.compress_varlen(view.contiguous(), cu, cu_keep, 20, 35, 12, 4)
+        assert_same(got[0], expected[0])
+        assert_same(got[1], expected[1])
+
+
+def test_broadcast_channels(backend):
+    """A stride of 0 within a token."""
+    x = tokens(2, 30, 1, seed=6).expand(2, 30, 12)
+    for got, expected in zip(backend.compress(x, 9, 3), backend.compress(x.contiguous(), 9, 3), strict=True):
+        assert_same(got, expected)
 
 
 def test_broadcast_images(backend):

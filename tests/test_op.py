@@ -12,6 +12,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import apet_kernels
+from apet_kernels import testing
 from tests.data import DTYPES, tokens
 from tests.judge import assert_same
 
@@ -140,7 +141,7 @@ def test_dynamic_packing_compiles_once():
         cu, cu_keep = (torch.tensor([0, *n]).cumsum(0).int() for n in (lengths, keeps))
         x = tokens(sum(lengths), 6, seed=1)
         got = layer(x, cu, cu_keep, sum(keeps), max(lengths), max(keeps))
-        for a, b in zip(got, apet_kernels.compress_varlen(x, lengths, keeps, basis=3), strict=True):
+        for a, b in zip(got, apet_kernels.compress_packed(x, lengths, keeps, 3), strict=True):
             assert_same(a, b)
     assert counter.frame_count == 1
 
@@ -170,7 +171,6 @@ REFUSED = [
     ("compress", (x3(20, 7), 3), {}, "x has 2 dimensions"),
     ("compress", (x3(dtype=torch.float64), 3), {}, "Double"),
     ("compress", (x3(dtype=torch.int32), 3), {}, "Int"),
-    ("compress", (x3(2, 7, 20).transpose(1, 2), 3), {}, "stride 20"),
     ("compress", (x3(2, 20, 0), 3), {}, "x has 0 features"),
     ("compress", (x3(2, 0, 7), 3), {}, "x has 0 tokens"),
     ("compress", (x3(), 0), {}, "keep=0"),
@@ -237,16 +237,28 @@ def test_refusals(name, args, options, words):
         ([9, 11], [4, 12], {}, r"keep=12.*11.*image 1"),
         ([9, 11], [0, 5], {}, r"keep=0.*image 0"),
         ([9, 11], [5.5, 5], {}, r"keep=5.5 of image 0"),
-        ([9, 11], [4, 5], {"total_keep": 99}, "total_keep=99"),
         ([9, 0, 11], [3, 1, 5], {}, r"image 1 has 0 tokens"),
         ([9, 11], [4, 3], {"layout": "overwrite", "basis": 3}, r"keep=3.*image 1.*basis=3"),
-        (CU, [4, 5], {}, "both"),
-        (CU, CU_KEEP, {}, "total_keep=None"),
     ],
 )
 def test_refusals_of_lists(lengths, keeps, options, words):
-    said = refusal(apet_kernels.compress_varlen, (x3(20, 7), lengths, keeps), options)
-    assert re.search(words, said), said
+    with pytest.raises(ValueError, match=words):
+        apet_kernels.compress_packed(x3(20, 7), lengths, keeps, **options)
+
+
+@pytest.mark.parametrize(
+    ("offsets", "words"),
+    [
+        ((CU, [4, 5]), "must both be tensors"),
+        (([9, 11], CU_KEEP, 9, 11, 5), "must both be tensors"),
+        ((CU, CU_KEEP), "total_keep=None"),
+        ((CU, CU_KEEP, 9, 11), "max_keep=None must be given"),
+        (([9, 11], [4, 5], 99), "total_keep=99.* follow from the lists"),
+    ],
+)
+def test_refusals_of_offsets(offsets, words):
+    with pytest.raises(ValueError, match=words):
+        apet_kernels.compress_varlen(x3(20, 7), *offsets)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -277,40 +289,40 @@ def test_accepted_at_the_limits():
 @pytest.mark.parametrize("backend", [None, "reference"])
 def test_lists_of_lengths(backend):
     x = tokens(20, 7, seed=4)
-    got = apet_kernels.compress_varlen(x, [9, 11], [4, 5], basis=3, layout="append", backend=backend)
+    got = apet_kernels.compress_packed(x, [9, 11], [4, 5], 3, layout="append", backend=backend)
     expected = apet_kernels.compress_varlen(x, CU, CU_KEEP, 9, 11, 5, 3, layout="append", backend=backend)
     for a, b in zip(got, expected, strict=True):
         assert_same(a, b)
 
 
 def test_backends():
-    usable = apet_kernels.backends()
-    assert list(usable) == ["cpu", "triton", "cuda", "reference"]
-    assert usable["reference"] is None
     x = tokens(1, 9, 4)
-    assert "backend='abacus'" in refusal(apet_kernels.compress, (x, 3), {"backend": "abacus"})
-    for name, why_not in usable.items():
+    usable = apet_kernels.available_backends()
+    assert usable[-1] == "reference"
+    for name in ("cpu", "triton", "cuda", "reference"):
+        why_not = apet_kernels.why_unavailable(name)
+        assert (why_not is None) == (name in usable)
         if why_not:
             assert why_not in refusal(apet_kernels.compress, (x, 3), {"backend": name})
             assert why_not in refusal(apet_kernels.merge, (x, torch.zeros(1, 1).long()), {"backend": name})
-    if usable["cpu"] is None:
+    if "cpu" in usable:
         assert "meta" in refusal(apet_kernels.score, (x.to("meta"), 3), {"backend": "cpu"})
 
 
-@pytest.mark.skipif(apet_kernels.backends()["cpu"] is not None, reason="the CPU library is not built")
+@pytest.mark.skipif("cpu" not in apet_kernels.available_backends(), reason="the CPU library is not built")
 def test_instruction_sets():
-    names = apet_kernels.cpu_isa()
+    names = testing.cpu_isa()
     assert names[0] == "generic"
     assert set(names) <= {"generic", "avx2", "avx512", "avx512_bf16"}
     with pytest.raises(ValueError, match="sse9"):
-        apet_kernels.use_cpu_isa("sse9")
+        testing.use_cpu_isa("sse9")
     try:
         for name in names:
-            apet_kernels.use_cpu_isa(name)
-            assert apet_kernels.plan(tokens(1, 9, 4), 3)["isa"] == name
+            testing.use_cpu_isa(name)
+            assert apet_kernels.plan(tokens(1, 9, 4), 3).details["isa"] == name
     finally:
-        apet_kernels.use_cpu_isa(None)
-    assert apet_kernels.plan(tokens(1, 9, 4), 3)["isa"] == names[-1]
+        testing.use_cpu_isa(None)
+    assert apet_kernels.plan(tokens(1, 9, 4), 3).details["isa"] == names[-1]
 
 
 def test_without_the_compiled_library(tmp_path: Path):
@@ -330,8 +342,15 @@ assert len(caught) == 1 and "install" in str(caught[0].message), [str(w.message)
 b = apet_kernels.reference.compress(x, 4, 2)
 assert a[0].equal(b[0]) and a[1].equal(b[1])
 assert torch.compile(torch.ops.apet.compress, fullgraph=True, backend="eager")(x, 4, 2)[0].equal(b[0])
-assert "not part" in apet_kernels.backends()["cpu"] and apet_kernels.cpu_isa() == [] and apet_kernels.build_info() == {}
-assert apet_kernels.plan(x, 4, 2)["backend"] == "reference"
+from apet_kernels import testing
+assert "not part" in apet_kernels.why_unavailable("cpu") and testing.cpu_isa() == [] and apet_kernels.build_info() == {}
+assert apet_kernels.plan(x, 4, 2).backend == "reference"
+try:
+    testing.use_cpu_isa("generic")
+except ValueError as error:
+    assert "_host is not part of this installation" in str(error), error
+else:
+    raise AssertionError("there is nothing to pin")
 """
     done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

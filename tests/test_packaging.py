@@ -399,7 +399,7 @@ def test_what_apet_cuda_archs_asks_for_is_built(cuda_archs: Callable, monkeypatc
 CHECK_KERNELS = """
 import warnings; warnings.simplefilter("error")
 import torch, apet_kernels
-assert apet_kernels.backends()["cpu"] is None, apet_kernels.backends()
+assert apet_kernels.why_unavailable("cpu") is None, apet_kernels.why_unavailable("cpu")
 x = torch.randn(2, 64, 32)
 tokens, indices = torch.ops.apet.compress(x, 16)
 expected, expected_indices = apet_kernels.reference.compress(x, 16)
@@ -410,15 +410,15 @@ CHECK_CUDA = """
 import torch, apet_kernels
 info = apet_kernels.build_info()
 assert info["cuda_archs"] == "90-real" and info["cuda_compiler"].startswith("NVIDIA"), info
-assert apet_kernels.ops.CUDA_LIBRARY.exists()
-assert apet_kernels.backends()["cuda"] == "this torch is built without CUDA", apet_kernels.backends()
+assert apet_kernels.dispatch.CUDA_LIBRARY.exists()
+assert apet_kernels.why_unavailable("cuda") == "this torch is built without CUDA"
 apet_kernels.compress(torch.randn(1, 64, 32), 16)
 assert "apet_cuda" not in open("/proc/self/maps").read()
 """
 
 CHECK_REFERENCE = """
 import torch, apet_kernels
-assert apet_kernels.backends()["cpu"] is not None
+assert apet_kernels.why_unavailable("cpu") is not None
 tokens, indices = torch.ops.apet.compress(torch.randn(2, 64, 32), 16)
 assert tokens.shape == (2, 16, 32) and indices.shape == (2, 16)
 """

@@ -12,7 +12,8 @@ from typer.testing import CliRunner
 import apet_kernels
 
 interpreted = pytest.mark.skipif(
-    apet_kernels.backends()["triton"] is not None or torch.cuda.is_available(), reason="Triton is not interpreted here"
+    "triton" not in apet_kernels.available_backends() or torch.cuda.is_available(),
+    reason="it is not interpreted",
 )
 
 
@@ -36,7 +37,9 @@ def doctor() -> str:
 def test_interpreted_kernels_are_judged_without_bfloat16(monkeypatch):
     chosen = [case for case in selftest.CASES if case.name in ("float32, nothing to drop", "bfloat16, blend")]
     monkeypatch.setattr(selftest, "CASES", tuple(chosen))
-    monkeypatch.setattr(apet_kernels, "backends", lambda: {"triton": None, "cuda": "there are no kernels"})
+    monkeypatch.setattr(
+        apet_kernels, "why_unavailable", lambda name: None if name == "triton" else "there are no kernels"
+    )
     text = doctor()
     assert "\ntriton interpreter 1 " in text
     assert "Interpreted: without bfloat16" in text
@@ -57,13 +60,13 @@ def test_an_interpreted_fault_is_found(monkeypatch):
 def test_the_plan_on_a_gpu_is_shown(monkeypatch):
     real = apet_kernels.plan
 
-    def plan(x: torch.Tensor, keep: int) -> dict:
+    def plan(x: torch.Tensor, keep: int) -> apet_kernels.Plan:
         if x.dtype is torch.bfloat16:
-            return {"backend": "triton", "why": f"keep={keep}", "launches": 14, "workspace_bytes": 2048}
+            return apet_kernels.Plan("triton", f"keep={keep}", launches=14, workspace_bytes=2048)
         return real(x, keep)
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(apet_kernels, "backends", lambda: {"reference": None})
+    monkeypatch.setattr(apet_kernels, "why_unavailable", lambda name: None if name == "reference" else "not chosen")
     monkeypatch.setattr(apet_kernels, "plan", plan)
     monkeypatch.setattr(diagnose, "_typical", lambda dtype, _: torch.empty(1, 576, 1024, dtype=dtype, device="meta"))
     text = doctor()

@@ -188,7 +188,7 @@ def test_without_triton():
     run(
         WITHOUT
         + """
-why = apet_kernels.backends()["triton"]
+why = apet_kernels.why_unavailable("triton")
 assert "pip install apet-kernels[triton]" in why and why.startswith("Triton"), why
 try:
     apet_kernels.compress(x, 4, 2, backend="triton")
@@ -207,7 +207,7 @@ def test_without_a_gpu():
     """Triton is there, but has nothing to run on."""
     run("""
 import torch, apet_kernels
-why = apet_kernels.backends()["triton"]
+why = apet_kernels.why_unavailable("triton")
 assert "no GPU" in why, why
 x = torch.zeros(1, 12, 5)
 try:

@@ -1,36 +1,68 @@
-"""ApET on models and on files: the command `apet`, pictures, and the encoders behind them.
+"""ApET on models and on files: hooks for models, the command `apet`, pictures, and the encoders behind them.
 
-The kernels themselves are in `apet_kernels`; importing `apet` imports neither them nor torch.
+The kernels themselves are in `apet_kernels`; importing `apet` imports neither them nor torch: what needs them is
+imported when it is first used.
 """
 
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-# Where the names live that need torch or transformers: importing apet imports neither.
+if TYPE_CHECKING:
+    from .hooks import (
+        Adapter,
+        Kept,
+        Options,
+        Visual,
+        equal_units,
+        kept,
+        one_unit,
+        options,
+        patch,
+        patched,
+        register_adapter,
+        unpatch,
+    )
+    from .model_pictures import picture
+    from .model_report import Report, report
+
+# The module of each name above; tests/test_api.py compares the two.
 _LAZY = {
-    **dict.fromkeys(
-        (
-            "Adapter",
-            "Kept",
-            "Options",
-            "Visual",
-            "equal_units",
-            "kept",
-            "one_unit",
-            "options",
-            "patch",
-            "patched",
-            "register_adapter",
-            "unpatch",
-        ),
-        "hooks",
-    ),
+    "Adapter": "hooks",
+    "Kept": "hooks",
+    "Options": "hooks",
     "Report": "model_report",
-    "report": "model_report",
+    "Visual": "hooks",
+    "equal_units": "hooks",
+    "kept": "hooks",
+    "one_unit": "hooks",
+    "options": "hooks",
+    "patch": "hooks",
+    "patched": "hooks",
     "picture": "model_pictures",
+    "register_adapter": "hooks",
+    "report": "model_report",
+    "unpatch": "hooks",
 }
-__all__ = ["Refused", "__version__", *_LAZY]
+__all__ = [
+    "Adapter",
+    "Kept",
+    "Options",
+    "Refused",
+    "Report",
+    "Visual",
+    "__version__",
+    "equal_units",
+    "kept",
+    "one_unit",
+    "options",
+    "patch",
+    "patched",
+    "picture",
+    "register_adapter",
+    "report",
+    "unpatch",
+]
 
 try:
     __version__ = version("apet-kernels")
@@ -39,10 +71,16 @@ except PackageNotFoundError:  # a source tree on the path that was never install
 
 
 class Refused(Exception):
-    """Something that cannot be done as asked, said in one sentence for the person who asked."""
+    """Something that cannot be done as asked; the message is for the person who asked."""
 
 
-def __getattr__(name: str) -> Any:
-    if name in _LAZY:
-        return getattr(import_module(f".{_LAZY[name]}", __name__), name)
-    raise AttributeError(f"module '{__name__}' has no attribute '{name}'")
+if not TYPE_CHECKING:  # else every misspelt name would be right to a type checker
+
+    def __getattr__(name: str) -> Any:
+        if name in _LAZY:
+            return getattr(import_module(f".{_LAZY[name]}", __name__), name)
+        raise AttributeError(f"module '{__name__}' has no attribute '{name}'")
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -404,11 +404,14 @@ def _check_tokens(job: Job, basis: int, layout: str, start: int) -> None:
 def _check_backend(backend: str | None) -> None:
     import apet_kernels
 
-    known = apet_kernels.backends()
-    if backend is not None and backend not in known:
-        raise Refused(f"unknown backend {backend!r}: choose {', '.join(known)}")
-    if backend is not None and known[backend] is not None:
-        raise Refused(f"backend {backend} cannot be used: {known[backend]}")
+    if backend is None:
+        return
+    try:
+        why = apet_kernels.why_unavailable(backend)
+    except ValueError as error:
+        raise Refused(str(error)) from None
+    if why is not None:
+        raise Refused(f"backend {backend} cannot be used: {why}")
 
 
 def _picture_paths(files: list[Path], out: Path | None) -> list[Path]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import platform
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
@@ -31,12 +31,13 @@ def run(console: Console) -> int:
     """Print it all. Returns: the exit code, 1 if the kernels cannot be imported or a backend is wrong."""
     try:
         import apet_kernels
+        from apet_kernels import testing
     except Exception as error:  # a broken installation is what people call a doctor for
-        console.print(_installed(None))
+        console.print(_installed(None, []))
         console.print(f"[bold red]apet_kernels cannot be imported:[/] {escape(str(error))}")
         return 1
-    backends = apet_kernels.backends()
-    console.print(_installed(apet_kernels))
+    backends = {name: apet_kernels.why_unavailable(name) for name in get_args(apet_kernels.Backend)}
+    console.print(_installed(apet_kernels, testing.cpu_isa()))
     console.print(_backends(backends))
     _show_plans(console)
     wrong = _self_test(console, [name for name, why_not in backends.items() if why_not is None])
@@ -61,8 +62,13 @@ def _version(name: str) -> str | None:
         return None
 
 
-def _installed(kernels: Any) -> Table:
-    """Versions, the processor, and how the kernels were built (`kernels` is the module, None if it is broken)."""
+def _installed(kernels: Any, isas: list[str]) -> Table:
+    """Versions, the processor, and how the kernels were built.
+
+    Args:
+        kernels: the module apet_kernels, None if it is broken.
+        isas: the instruction sets that its CPU kernels can use.
+    """
     table = _table("Installed", "", "")
     table.show_header = False
     table.add_row("apet-kernels", apet.__version__)
@@ -73,7 +79,7 @@ def _installed(kernels: Any) -> Table:
     table.add_row("processor", escape(_processor()))
     if kernels is not None:
         table.add_row("GPU", escape(_gpu()))
-        table.add_row("its instruction sets", ", ".join(kernels.cpu_isa()) or "none: no compiled CPU kernel")
+        table.add_row("its instruction sets", ", ".join(isas) or "none: no compiled CPU kernel")
         for key, value in kernels.build_info().items():
             text = ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
             table.add_row(f"build: {key.replace('_', ' ')}", escape(text or "none"))
@@ -110,22 +116,23 @@ def _show_plans(console: Console) -> None:
     import apet_kernels
 
     table = _table(f"Plan: compress {' x '.join(map(str, TYPICAL))} to {KEEP} tokens", "tokens", "backend", "path")
-    for heading in ("teams x threads", "launches", "workspace KiB"):
+    for heading in ("images x threads", "launches", "workspace KiB"):
         table.add_column(heading, justify="right")
     reasons = []
     for device in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
         for dtype in (torch.float32, torch.bfloat16):
             name = ("GPU " if device == "cuda" else "") + str(dtype).removeprefix("torch.")
             plan = apet_kernels.plan(_typical(dtype, device), KEEP)
+            details = plan.details
             table.add_row(
                 name,
-                plan["backend"],
-                plan.get("isa") or plan.get("path", ""),
-                f"{plan['teams']} x {plan['threads_per_team']}" if "teams" in plan else "",
-                str(plan["launches"]),
-                f"{plan['workspace_bytes'] / 1024:.0f}",
+                plan.backend,
+                str(details.get("isa") or details.get("path", "")),
+                f"{details['images_in_flight']} x {details['threads_per_image']}" if plan.backend == "cpu" else "",
+                str(plan.launches),
+                f"{plan.workspace_bytes / 1024:.0f}",
             )
-            reasons.append(f"[dim]{name}: {escape(plan['why'])}.[/]")
+            reasons.append(f"[dim]{name}: {escape(plan.why)}.[/]")
     console.print(table, *reasons, sep="\n")
     console.print()
 
@@ -139,10 +146,10 @@ def _typical(dtype: Any, device: str) -> Any:
 
 def _self_test(console: Console, usable: list[str]) -> int:
     """Print a line for each backend and instruction set; returns how many are wrong."""
-    import apet_kernels
     from apet import selftest
+    from apet_kernels import testing
 
-    pairs = [(name, isa) for name in usable for isa in (apet_kernels.cpu_isa() or [None] if name == "cpu" else [None])]
+    pairs = [(name, isa) for name in usable for isa in (testing.cpu_isa() or [None] if name == "cpu" else [None])]
     with console.status("testing") as status:
         outcomes = []
         for name, isa in pairs:

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 
 import apet_kernels
-from apet_kernels import reference
+from apet_kernels import reference, testing
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ def run(backend: str, isa: str | None = None) -> Outcome:
     """
     outcome = Outcome(backend, isa)
     if isa is not None:
-        apet_kernels.use_cpu_isa(isa)
+        testing.use_cpu_isa(isa)
     try:
         for number, case in enumerate(CASES):
             if interpreted(backend) and case.dtype is torch.bfloat16:
@@ -105,7 +105,7 @@ def run(backend: str, isa: str | None = None) -> Outcome:
                 outcome.faults.append(f"{case.name}: {type(error).__name__}: {str(error).strip().splitlines()[0]}")
     finally:
         if isa is not None:
-            apet_kernels.use_cpu_isa(None)
+            testing.use_cpu_isa(None)
     return outcome
 
 

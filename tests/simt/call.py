@@ -270,6 +270,11 @@ def _problem(op: int, x: Tensor, **values: object) -> Problem:
     )
 
 
+def _readable(x: Tensor) -> Tensor:
+    """What the bindings of torch hand to the kernels: the last dimension contiguous."""
+    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+
+
 def _basis(basis: int, select: str, start: int, ridge: float) -> dict[str, object]:
     return {"basis": basis, "select": ops.SELECTS.index(select), "start": start, "ridge": ridge}
 
@@ -286,6 +291,7 @@ def compress_case(
     blend: float = 1.0,
 ) -> Case:
     ops.check_compress(x, keep, basis, layout=layout, select=select, start=start, ridge=ridge, blend=blend)
+    x = _readable(x)
     options = {"layout": ops.LAYOUTS.index(layout), "keep": keep, "blend": blend}
     problem = _problem(COMPRESS, x, **options, **_basis(basis, select, start, ridge))
     rows = keep + basis * (layout == "append")
@@ -310,7 +316,7 @@ def compress_varlen_case(
     sizes = (total_keep, max_seqlen, max_keep, basis)
     choose = {"select": select, "start": start, "ridge": ridge}
     ops.check_compress_varlen(x, cu_seqlens, cu_keep, *sizes, layout=layout, blend=blend, **choose)
-    images = len(cu_seqlens) - 1
+    x, images = _readable(x), len(cu_seqlens) - 1
     problem = _problem(
         COMPRESS,
         x,
@@ -329,6 +335,7 @@ def compress_varlen_case(
 
 def score_case(x: Tensor, basis: int = 10, *, select: str = "fps", start: int = -1, ridge: float = 1e-5) -> Case:
     ops.check_score(x, basis, select=select, start=start, ridge=ridge)
+    x = _readable(x)
     problem = _problem(SCORE, x, **_basis(basis, select, start, ridge))
     outputs = {
         "residual": x.new_empty(x.shape[:2], dtype=torch.float32),
@@ -339,6 +346,7 @@ def score_case(x: Tensor, basis: int = 10, *, select: str = "fps", start: int = 
 
 def merge_case(x: Tensor, indices: Tensor, *, targets: Tensor | None = None) -> Case:
     ops.check_merge(x, indices, targets=targets)
+    x = _readable(x)
     problem = _problem(MERGE, x, keep=indices.shape[1])
     inputs = {"x": x, "kept": indices.contiguous()}
     if targets is not None:

@@ -18,14 +18,14 @@ def note(worker: Any) -> None:
     """In every rank: remembers which rows the kernel kept."""
     from apet.vllm import compress
 
-    kernel, worker.kept = compress.apet_kernels.compress_varlen, []
+    kernel, worker.kept = compress.apet_kernels.compress_packed, []
 
     def noting(*args: Any, **kwargs: Any) -> Any:
         tokens, indices = kernel(*args, **kwargs)
         worker.kept.append(indices.tolist())
         return tokens, indices
 
-    compress.apet_kernels.compress_varlen = noting
+    compress.apet_kernels.compress_packed = noting
 
 
 def kept(worker: Any) -> list[list[int]]:

@@ -27,14 +27,14 @@ def test_two_ranks_keep_the_same_tokens(served, folder: Callable[[str], Path], m
     assert done.returncode == 0, done.stderr[-3000:]
     two = json.loads(next(line for line in done.stdout.splitlines()[::-1] if line.startswith("{")))
 
-    kept, kernel = [], compress.apet_kernels.compress_varlen
+    kept, kernel = [], compress.apet_kernels.compress_packed
 
     def noting(*args, **kwargs):
         tokens, indices = kernel(*args, **kwargs)
         kept.append(indices.tolist())
         return tokens, indices
 
-    monkeypatch.setattr(compress.apet_kernels, "compress_varlen", noting)
+    monkeypatch.setattr(compress.apet_kernels, "compress_packed", noting)
     one = parallel.answer(served)
 
     assert two["kept"] == [kept, kept]

@@ -51,7 +51,7 @@ class Item:
 
     @property
     def kernel(self) -> dict[str, Any]:
-        """The arguments of `apet_kernels.compress_varlen`; any where nothing is dropped."""
+        """The arguments of `apet_kernels.compress_packed`; any where nothing is dropped."""
         return (self.options or Options()).kernel
 
 
@@ -65,7 +65,7 @@ def compress(x: Tensor, items: Sequence[Item]) -> tuple[Tensor, Tensor]:
         batch = list(group)
         lengths = [n for item in batch for n in item.lengths]
         end = start + sum(lengths)
-        rows, where = apet_kernels.compress_varlen(
+        rows, where = apet_kernels.compress_packed(
             x[start:end], lengths, [k for item in batch for k in item.kept], **kernel
         )
         tokens.append(rows)

@@ -1,0 +1,143 @@
+"""How a call of `compress` would run: `plan`, and the type of its answer."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from . import dispatch, host, ops
+from .options import Backend, Layout, Options, Select
+
+# What keys of 0.1's dictionary are called now.
+_OLD_KEYS = {
+    "teams": "images_in_flight",
+    "threads_per_team": "threads_per_image",
+    "group": "ctas_per_image",
+    "groups": "images_in_flight",
+    "slice": "rows_per_cta",
+    "resident": "rows_in_shared_memory",
+}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a call of `compress` would run."""
+
+    backend: Backend
+    why: str  # the reason for this backend and path
+    launches: int  # kernels; 1 on the CPU: its one parallel region; 0 for the reference
+    workspace_bytes: int  # beyond the results
+    # "cpu": isa; images_in_flight, threads_per_image; serial_us (estimated, on one thread), planned_us (estimated).
+    # "cuda": path (fused, cluster or groups: docs/cuda.md); images_in_flight; ctas_per_image; rows_per_cta, of these
+    # rows_in_shared_memory; estimated_us. Empty for the others.
+    details: Mapping[str, str | int | float] = field(default_factory=dict)
+
+    def __getitem__(self, name: str) -> str | int | float:
+        """The value of a field or a detail. Deprecated: `plan` returned a dictionary."""
+        warnings.warn(
+            f"apet_kernels.plan(...)['{name}'] is deprecated: it returns a Plan with fields and `details`",
+            DeprecationWarning,
+            stacklevel=2,
+        )
+        name = _OLD_KEYS.get(name, name)
+        common = {"backend", "why", "launches", "workspace_bytes"}
+        return getattr(self, name) if name in common else self.details[name]
+
+
+def plan(
+    x: Tensor,
+    keep: int,
+    basis: int = 10,
+    *,
+    layout: Layout = "inplace",
+    select: Select = "fps",
+    start: int = -1,
+    ridge: float = 1e-5,
+    blend: float = 1.0,
+) -> Plan:
+    """How `compress` with these arguments would run, without running it.
+
+    Args:
+        x: [B, N, D] float32, float16 or bfloat16; a meta tensor stands for one on the CPU.
+        keep, basis, layout, select, start, ridge, blend: as in `compress`.
+
+    Returns:
+        The backend, the reason for it, launches, bytes of workspace, and details that depend on the backend.
+
+    Raises:
+        ValueError: as `compress` does.
+        RuntimeError: if no path of the CUDA kernels can run on x's device.
+
+    Example:
+        >>> import torch
+        >>> plan = apet_kernels.plan(torch.empty(1, 576, 1024, device="meta"), keep=64)
+        >>> plan.backend in apet_kernels.available_backends()
+        True
+    """
+    options = Options(basis, layout, select, start, ridge, blend)
+    ops.check_compress(x, keep, **options.arguments)
+    device = torch.device("cpu") if x.device.type == "meta" else x.device
+    if device.type == "cuda" and dispatch.why_not_cuda(device) is None:
+        return _plan_cuda(x, keep, options)
+    if device.type == "cuda" and dispatch.why_not_triton() is None:
+        return _plan_triton(x, keep, options)
+    if why := dispatch.why_not_cpu():
+        return Plan("reference", why, launches=0, workspace_bytes=0)
+    return _plan_cpu(x, keep, options, dispatch.why_no_kernels(device))
+
+
+def _plan_cpu(x: Tensor, keep: int, options: Options, why_copied: str | None) -> Plan:
+    B, N, D = x.shape
+    threads = torch.get_num_threads()
+    path = host.module().plan(
+        images=B,
+        tokens=N,
+        dim=D,
+        keep=keep,
+        dtype=str(x.dtype).removeprefix("torch."),
+        threads=threads,
+        **options.arguments,
+    )
+    where = f"x is copied to the CPU ({why_copied})" if why_copied else "x is on the CPU"
+    details = {
+        "isa": path["isa"],
+        "images_in_flight": path["teams"],
+        "threads_per_image": path["threads_per_team"],
+        "serial_us": path["serial_us"],
+        "planned_us": path["planned_us"],
+    }
+    why = (
+        f"{where}, whose best instruction set in this build is {path['isa']}; the work, estimated at "
+        f"{path['serial_us']:.0f} us on one thread, is worth {path['teams'] * path['threads_per_team']} of "
+        f"{threads} threads"
+    )
+    return Plan("cpu", why, launches=1, workspace_bytes=path["workspace_bytes"], details=details)
+
+
+def _plan_cuda(x: Tensor, keep: int, options: Options) -> Plan:
+    why, path, launches, ctas, images, rows, in_shared_memory, workspace_bytes, estimated_us = (
+        torch.ops.apet._cuda_plan(x, keep, **options.arguments)
+    )
+    details = {
+        "path": path,
+        "images_in_flight": images,
+        "ctas_per_image": ctas,
+        "rows_per_cta": rows,
+        "rows_in_shared_memory": in_shared_memory,
+        "estimated_us": estimated_us,
+    }
+    return Plan("cuda", why, launches, workspace_bytes, details)
+
+
+def _plan_triton(x: Tensor, keep: int, options: Options) -> Plan:
+    from .triton_kernels import configs, launch
+
+    device_class = configs.device_class(x.device)
+    shape = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta")
+    call = launch.compress(shape, keep, **options.arguments, device_class=device_class)
+    why = f"x is on {x.device} ({device_class}); {dispatch.why_not_cuda(x.device)}"
+    return Plan("triton", why, len(call.launches), call.workspace_bytes)

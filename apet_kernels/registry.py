@@ -1,0 +1,86 @@
+"""The one definition of `torch.ops.apet.*` in a process, however often this package is imported.
+
+torch lets an op be defined once, and an implementation be registered once per key. But a module may be executed again
+(importlib.reload, %autoreload in a notebook), and an engine may vendor a copy of this package beside the installed one.
+So the definition lies where every copy finds it, on `torch.ops.apet`. A copy of the same version with the same schemas
+shares it, with the implementations of the copy that was imported first: nothing is registered twice, and what was
+compiled or traced with these ops stays valid. Edited schemas, fakes and implementations need a new process.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+NAMESPACE = "apet"
+_ATTRIBUTE = "_apet_kernels_registry"  # of torch.ops.apet
+
+
+class Registry:
+    """Who defined the ops, and what is registered for them so far."""
+
+    def __init__(self, version: str, file: str, schemas: tuple[str, ...]) -> None:
+        """Defines the ops.
+
+        Raises:
+            ImportError: if something else has defined ops in this namespace.
+        """
+        self.version, self.file, self.schemas = version, file, schemas
+        self._registered: set[tuple[str, str]] = set()
+        try:
+            self._library = torch.library.Library(NAMESPACE, "DEF")
+        except RuntimeError as error:
+            raise ImportError(
+                f"torch.ops.{NAMESPACE} is already defined in this process, by an older apet-kernels or by another "
+                f"library; {_this(version, file)} cannot share it. torch says: {str(error).splitlines()[0]}"
+            ) from None
+        for schema in schemas:
+            self._library.define(schema)
+
+    def implement(self, op: str, key: str, function: Callable[..., Any], with_keyset: bool = False) -> None:
+        """Registers `function` for a dispatch key, unless this has been done."""
+        if (op, key) not in self._registered:
+            self._library.impl(op, function, key, with_keyset=with_keyset)
+            self._registered.add((op, key))
+
+    def fake(self, op: str, function: Callable[..., Any]) -> None:
+        """Registers the function that gives the shapes of an op's results, unless this has been done."""
+        if (op, "fake") not in self._registered:
+            torch.library.register_fake(f"{NAMESPACE}::{op}", function, lib=self._library)
+            self._registered.add((op, "fake"))
+
+
+def registry(version: str, file: str, schemas: tuple[str, ...]) -> Registry:
+    """The registry of this process: that of an earlier import, or a new one.
+
+    Raises:
+        ImportError: if the ops are defined already, by another version or with other schemas.
+    """
+    namespace = getattr(torch.ops, NAMESPACE)
+    earlier: Registry | None = vars(namespace).get(_ATTRIBUTE)  # or of the same class in another copy
+    if earlier is None:
+        earlier = Registry(version, file, schemas)
+        setattr(namespace, _ATTRIBUTE, earlier)
+    if earlier.version != version:
+        raise ImportError(
+            f"torch.ops.{NAMESPACE} is already defined in this process by {_this(earlier.version, earlier.file)}; "
+            f"{_this(version, file)} is another version and cannot share it: import one of the two"
+        )
+    if earlier.schemas != schemas:
+        raise ImportError(
+            f"torch.ops.{NAMESPACE} is already defined in this process by {_this(earlier.version, earlier.file)}; "
+            f"{_this(version, file)} has other schemas: restart Python, and import one of the two"
+        )
+    return earlier
+
+
+def has_kernel(op: str, key: str) -> bool:
+    """Whether an implementation is registered for just this dispatch key, by whichever copy of this package."""
+    name = f"{NAMESPACE}::{op}"
+    return torch._C._dispatch_has_kernel(name) and torch._C._dispatch_has_kernel_for_dispatch_key(name, key)
+
+
+def _this(version: str, file: str) -> str:
+    return f"apet-kernels {version} ({file})"
