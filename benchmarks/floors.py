@@ -19,13 +19,13 @@ instructions outside them, an fma being one. So these are lower bounds of a form
 
 from __future__ import annotations
 
-import argparse
 import inspect
 from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console
 
+from benchmarks import command
 from benchmarks.cases import BASIS, Case, gpu_cases
 from benchmarks.sheet import Sheet, markdown, show
 
@@ -292,13 +292,7 @@ def replaced(text: str, begin: str, end: str, body: str) -> str:
 
 def main() -> None:
     """Prints the tables, or writes them into docs/gpu.md."""
-    summary, _, usage = (__doc__ or "").partition("\n\n")
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.floors",
-        description=summary,
-        epilog=usage,
-        formatter_class=argparse.RawTextHelpFormatter,
-    )
+    parser = command.parser("floors", __doc__)
     parser.add_argument("--markdown", action="store_true", help=f"write the tables into {DOCUMENT.name}")
     if parser.parse_args().markdown:
         DOCUMENT.write_text(replaced(DOCUMENT.read_text(), BEGIN, END, section()))

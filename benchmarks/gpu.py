@@ -14,7 +14,6 @@ rotates from round to round, and times are medians over the rounds.
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import functools
 import gc
@@ -33,7 +32,7 @@ from rich.console import Console
 from torch import Tensor
 
 import apet_kernels
-from benchmarks import baselines, floors
+from benchmarks import baselines, command, floors
 from benchmarks.cases import Case, gpu_cases, tokens
 from benchmarks.check import judge
 from benchmarks.compare import ROUNDS, spread
@@ -377,22 +376,14 @@ def backends_failed(row: Row) -> bool:
 
 def main() -> None:
     """Measures, prints, writes. Exits with 1 if a backend failed, 2 if there is nothing to measure on."""
-    summary, _, usage = (__doc__ or "").partition("\n\n")
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.gpu",
-        description=summary,
-        epilog=usage,
-        formatter_class=argparse.RawTextHelpFormatter,
-    )
+    parser = command.parser("gpu", __doc__)
     parser.add_argument("--dry-run", action="store_true", help="on a CPU, tiny cases, Triton's interpreter")
     parser.add_argument("--rounds", type=int, default=ROUNDS, help=f"samples of each implementation ({ROUNDS})")
-    parser.add_argument("--only", nargs="*", default=[], metavar="TEXT", help="cases whose name holds every TEXT")
+    command.add_only(parser)
     parser.add_argument("--json", type=Path, metavar="FILE", help="write everything measured")
     parser.add_argument("--markdown", type=Path, metavar="FILE", help="write the tables")
     options = parser.parse_args()
-    chosen = [case for case in gpu_cases(options.dry_run) if all(text in str(case) for text in options.only)]
-    if not chosen:
-        parser.error(f"no case holds {' and '.join(options.only)}")
+    chosen = command.chosen(parser, gpu_cases(options.dry_run), options.only)
     try:
         device = find(options.dry_run)
     except RuntimeError as error:

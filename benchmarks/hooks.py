@@ -12,7 +12,6 @@ as many tokens as are kept. In the dtype that is faster here with every setting,
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import dataclasses
 import functools
@@ -37,6 +36,7 @@ from rich.console import Console
 from torch import Tensor, nn
 
 import apet_kernels
+from benchmarks import command
 from benchmarks.ceilings import peak_gflops
 from benchmarks.compare import NOISE, THREADS, spread
 from benchmarks.floors import replaced
@@ -295,13 +295,7 @@ def _line(row: Row) -> list[str]:
 
 def main() -> None:
     """Measures, prints, writes."""
-    summary, _, usage = (__doc__ or "").partition("\n\n")
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.hooks",
-        description=summary,
-        epilog=usage,
-        formatter_class=argparse.RawTextHelpFormatter,
-    )
+    parser = command.parser("hooks", __doc__)
     parser.add_argument("--smoke", action="store_true", help="a tiny model")
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 4], help="batch sizes (1 4)")
     parser.add_argument("--rounds", type=int, default=3, help="answers with each setting (3)")

@@ -11,7 +11,6 @@ lesser instruction sets are held to the same, where the suite times them, and it
 
 from __future__ import annotations
 
-import argparse
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +18,7 @@ from statistics import median
 
 from rich.console import Console
 
+from benchmarks import command
 from benchmarks.compare import NOISE, Row
 from benchmarks.sheet import Sheet, show
 from benchmarks.suite import Results, load, named
@@ -76,13 +76,7 @@ def _changes(before: Row, after: Row) -> dict[str, float]:
 
 def main() -> None:
     """Compares, shows, exits."""
-    summary, _, usage = (__doc__ or "").partition("\n\n")
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.regress",
-        description=summary,
-        epilog=usage,
-        formatter_class=argparse.RawTextHelpFormatter,
-    )
+    parser = command.parser("regress", __doc__)
     parser.add_argument("baseline", type=Path, help="results as they were")
     parser.add_argument("new", type=Path, help="results as they are")
     parser.add_argument("--allow", type=float, default=ALLOW, help=f"how much worse is no regression ({ALLOW})")

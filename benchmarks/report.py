@@ -8,12 +8,11 @@ section without results says so. Pictures go beside the page.
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks import cpu, growth, kept, plots, ragged, stages
+from benchmarks import command, cpu, growth, kept, plots, ragged, stages
 from benchmarks.floors import replaced
 from benchmarks.sheet import document
 from benchmarks.suite import Results, Suite, load, number
@@ -107,13 +106,7 @@ def text(page: Path, results: Path) -> str:
 
 def main() -> None:
     """Writes page and pictures."""
-    summary, _, usage = (__doc__ or "").partition("\n\n")
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.report",
-        description=summary,
-        epilog=usage,
-        formatter_class=argparse.RawTextHelpFormatter,
-    )
+    parser = command.parser("report", __doc__)
     parser.add_argument("--results", type=Path, default=RESULTS, metavar="FOLDER", help="where the results are")
     parser.add_argument("--page", type=Path, default=PAGE, metavar="FILE", help="what is written")
     options = parser.parse_args()

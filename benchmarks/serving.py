@@ -11,7 +11,6 @@ language model. --markdown writes the table into docs/engines.md.
 
 from __future__ import annotations
 
-import argparse
 import base64
 import concurrent.futures
 import contextlib
@@ -37,6 +36,7 @@ import skimage
 from PIL import Image
 from rich.console import Console
 
+from benchmarks import command
 from benchmarks.floors import replaced
 from benchmarks.llava import PICTURE, TEXT, TOKENS, VISION
 from benchmarks.machine import describe
@@ -98,9 +98,9 @@ def server(size: Size) -> Iterator[str]:
         # vLLM would keep a core for the server alone: of two that is half.
         settings |= {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": str(os.cpu_count())}
         log = Path(folder, "log")
-        command = [Path(sys.executable).parent / "vllm", "serve", folder, *options]
+        serve = [Path(sys.executable).parent / "vllm", "serve", folder, *options]
         with log.open("w") as out:
-            process = subprocess.Popen(command, env=os.environ | settings, stdout=out, stderr=subprocess.STDOUT)
+            process = subprocess.Popen(serve, env=os.environ | settings, stdout=out, stderr=subprocess.STDOUT)
         try:
             address = f"http://127.0.0.1:{port}"
             while process.poll() is None:
@@ -211,13 +211,7 @@ def sheet(rows: list[Row]) -> Sheet:
 
 def main() -> None:
     """Measures, prints, writes."""
-    summary, _, usage = (__doc__ or "").partition("\n\n")
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.serving",
-        description=summary,
-        epilog=usage,
-        formatter_class=argparse.RawTextHelpFormatter,
-    )
+    parser = command.parser("serving", __doc__)
     parser.add_argument("--smoke", action="store_true", help="a tiny model")
     parser.add_argument("--rounds", type=int, default=2, help="times that every setting has its turn (2)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write everything measured")

@@ -9,7 +9,6 @@ of them, `python -m benchmarks.regress` compares two.
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import json
 import sys
@@ -21,7 +20,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from benchmarks import ceilings
+from benchmarks import ceilings, command
 from benchmarks.compare import NOISE, ROUNDS, THREADS, Comparison, Row
 from benchmarks.machine import describe
 from benchmarks.sheet import Sheet, show
@@ -58,21 +57,19 @@ class Suite:
 
     def main(self) -> None:
         """Measures, shows, writes."""
-        parser = argparse.ArgumentParser(prog=f"python -m benchmarks.{self.name}", description=self.about)
+        parser = command.parser(self.name, self.about)
         parser.add_argument("--smoke", action="store_true", help=f"tiny cases and {SMOKE_ROUNDS} rounds")
         parser.add_argument("--rounds", type=int, default=self.rounds, help=f"calls of each ({self.rounds})")
-        parser.add_argument("--only", nargs="*", default=[], metavar="TEXT", help="cases whose name holds every TEXT")
+        command.add_only(parser)
         parser.add_argument("--json", type=Path, metavar="FILE", help="write everything measured")
         options = parser.parse_args()
-        chosen = [case for case in self.cases(options.smoke) if all(text in str(case) for text in options.only)]
-        if not chosen:
-            parser.error(f"no case holds {' and '.join(options.only)}")
+        cases = command.chosen(parser, self.cases(options.smoke), options.only)
         torch.set_num_threads(THREADS)
         console = Console(width=None if sys.stdout.isatty() else 220)
         rates = ceilings.measure()
         results = Results(self.name, {**describe(), "ceilings": said(rates)}, rates, [])
-        for number, case in enumerate(chosen, 1):
-            with console.status(f"{number} of {len(chosen)}: {case}"):
+        for number, case in enumerate(cases, 1):
+            with console.status(f"{number} of {len(cases)}: {case}"):
                 results.rows.append(self.measure(case, SMOKE_ROUNDS if options.smoke else options.rounds))
             if options.json:
                 save(results, options.json)

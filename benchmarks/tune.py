@@ -11,7 +11,6 @@ are judged on every case, and printed as configs.py has them. --dry-run and --on
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import itertools
 import math
@@ -27,6 +26,7 @@ from rich.console import Console
 from torch import Tensor
 
 import apet_kernels
+from benchmarks import command
 from benchmarks.cases import Case, gpu_cases
 from benchmarks.check import judge
 from benchmarks.device import Device, describe, find
@@ -175,19 +175,11 @@ def sheet(entry: tuple[str, int, int], cases: list[Case], outcomes: list[Outcome
 
 def main() -> None:
     """Tunes, prints. Exits with 2 if there is nothing to tune on."""
-    summary, _, usage = (__doc__ or "").partition("\n\n")
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.tune",
-        description=summary,
-        epilog=usage,
-        formatter_class=argparse.RawTextHelpFormatter,
-    )
+    parser = command.parser("tune", __doc__)
     parser.add_argument("--dry-run", action="store_true", help="on a CPU, a tiny case, Triton's interpreter")
-    parser.add_argument("--only", nargs="*", default=[], metavar="TEXT", help="cases whose name holds every TEXT")
+    command.add_only(parser)
     options = parser.parse_args()
-    chosen = [case for case in gpu_cases(options.dry_run) if all(text in str(case) for text in options.only)]
-    if not chosen:
-        parser.error(f"no case holds {' and '.join(options.only)}")
+    chosen = command.chosen(parser, gpu_cases(options.dry_run), options.only)
     try:
         device = find(options.dry_run)
     except RuntimeError as error:
