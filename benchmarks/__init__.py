@@ -1,8 +1,9 @@
-"""Benchmarks of apet_kernels: every result is checked before it is timed, and every time has its floor beside it.
+"""Benchmarks of apet_kernels: every result is checked before it is timed, and every time has beside it what it is
+read against.
 
 python -m benchmarks.kept         time against tokens kept, next to other methods for the same job
 python -m benchmarks.growth       how time and memory grow with every size
-python -m benchmarks.stages       the stages, each with its floor, on every instruction set
+python -m benchmarks.stages       the stages, each beside its reference cost, on every instruction set
 python -m benchmarks.ragged       images of different sizes, packed
 python -m benchmarks.cpu          shape by shape against the published formulation, eager torch and torch.compile
 python -m benchmarks.report       docs/benchmarks.md and its pictures, from what these wrote into benchmarks/results

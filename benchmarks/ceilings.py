@@ -1,4 +1,5 @@
-"""The floor that a time is read against, and the machine's peak.
+"""What a time is read against: the floor, which no implementation can beat; a reference cost, which a good one should
+come near or beat; and the rates of the machine.
 
 Work of one call on x [B, N, D], M basis tokens, K kept, T merge targets (K, or K - M for layout="overwrite"):
 
@@ -7,24 +8,36 @@ Work of one call on x [B, N, D], M basis tokens, K kept, T merge targets (K, or 
     bytes(s1)   = M * B N D itemsize            M sweeps over x, each for the basis token that the one before has
                                                 picked: the plain form of s1, of which the kernel leaves most out
 
-    floor = time of torch.mm [N-K, D] x [D, T], B times, in x's dtype
-          + time of M sweeps over each of the B images, in turn, that do nothing but read
+    floor of one image = X / bandwidth + max(second / bandwidth, flops(s5) / peak)
 
-Both terms are measured in the same rounds and on the same buffers as what they are compared with. A kernel may
-beat the floor: it need not sweep, and torch.mm need not be the fastest product on a machine (the header prints its
-rate on a large matrix).
+X = N D itemsize is read once before anything can be kept. s5 then needs the tokens again: `second` is what of X exceeds
+the last-level cache, and may overlap the product. bandwidth: the fastest of copying and reading. peak: the fastest
+product in any dtype, torch.mm's or the kernel's, whatever unit it runs on. With several images, the first pass over
+one may overlap the product of another:
+
+    floor = max(all bytes / bandwidth, smallest X / bandwidth + all flops(s5) / peak)
+
+It is computed from rates that the same run has measured.
+
+    reference cost = time of torch.mm [N-K, D] x [D, T], B times, in x's dtype
+                   + time of M sweeps over each of the B images, in turn, that do nothing but read
+
+Both terms are measured in the same rounds and on the same buffers as what they are compared with. The kernel may beat
+it: it need not sweep, and torch.mm need not be the fastest product on a machine.
 """
 
 from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
+import apet_kernels  # noqa: F401, registers the op
 from benchmarks.cases import Case
+from benchmarks.machine import last_level_cache
 
 
 def flops(case: Case) -> int:
@@ -37,7 +50,27 @@ def swept_bytes(case: Case) -> int:
     return case.basis * case.B * case.N * case.D * case.itemsize
 
 
-def floor(case: Case) -> dict[str, Callable[[Tensor], None]]:
+def floor_ms(images: Sequence[Case], rates: Mapping[str, float]) -> float | None:
+    """Of one call on all of these; None where the run did not measure its rates."""
+    if not {"peak GFLOP/s", "cache MB", "read GB/s", "copy GB/s"} <= rates.keys():
+        return None
+    bandwidth, cache = (
+        1e6 * max(rates["copy GB/s"], rates["read GB/s"]),
+        1e6 * rates["cache MB"],
+    )  # bytes in a ms, bytes
+    once = [case.N * case.D * case.itemsize for case in images]
+    read = sum(case.B * (x + max(0.0, x - cache)) for case, x in zip(images, once, strict=True))
+    product = sum(case.B * 2 * (case.N - case.keep) * case.targets * case.D for case in images)
+    return max(read / bandwidth, min(once) / bandwidth + product / (1e6 * rates["peak GFLOP/s"]))
+
+
+def of_floor(images: Sequence[Case], kernel_ms: float, rates: Mapping[str, float]) -> str:
+    """The share of the kernel's time that the floor explains, for a table."""
+    floor = floor_ms(images, rates)
+    return "-" if floor is None else f"{floor / kernel_ms:.0%}"
+
+
+def reference_cost(case: Case) -> dict[str, Callable[[Tensor], None]]:
     """Both terms, by name."""
     return {"product": product(case), "sweeps": sweeps(case)}
 
@@ -92,27 +125,53 @@ def call_us() -> float:
 
 def measure() -> dict[str, float]:
     """All of them, by name and unit."""
+    large = {dtype: _product_seconds(dtype, 2048) for dtype in (torch.float32, torch.bfloat16)}
+    fastest = [_gflops(min(seconds), 2048) for seconds in large.values()]
+    fastest += [_gflops(min(_product_seconds(dtype, 1024)), 1024) for dtype in large]  # the operands fit the caches
     return {
-        "float32 GFLOP/s": peak_gflops(torch.float32),
-        "bfloat16 GFLOP/s": peak_gflops(torch.bfloat16),
+        "float32 GFLOP/s": _gflops(statistics.median(large[torch.float32]), 2048),
+        "bfloat16 GFLOP/s": _gflops(statistics.median(large[torch.bfloat16]), 2048),
+        "peak GFLOP/s": max(*fastest, *map(merge_gflops, large)),
         "copy GB/s": copy_gbytes(),
         "read GB/s": read_gbytes(),
         "cached GB/s": read_gbytes(2**22),
+        "cache MB": last_level_cache() / 1e6,
         "call us": call_us(),
     }
 
 
 def peak_gflops(dtype: torch.dtype, n: int = 2048) -> float:
     """What torch.mm reaches on n x n matrices, the median of five."""
+    return _gflops(statistics.median(_product_seconds(dtype, n)), n)
+
+
+def merge_gflops(dtype: torch.dtype) -> float:
+    """What the kernel's own s5 reaches, all of it counted in: its product may be faster than torch.mm's."""
+    N, K, D = 4096, 2048, 1024
+    x, kept = torch.randn(1, N, D).to(dtype), torch.arange(0, N, N // K)[None]
+    with torch.inference_mode():
+        return 2 * (N - K) * K * D / min(_five(lambda: torch.ops.apet.merge(x, kept))) / 1e9
+
+
+def _gflops(seconds: float, n: int) -> float:
+    return 2 * n**3 / seconds / 1e9
+
+
+def _product_seconds(dtype: torch.dtype, n: int) -> list[float]:
     a, b = torch.randn(n, n).to(dtype), torch.randn(n, n).to(dtype)
-    return 2 * n**3 / _seconds(lambda: torch.mm(a, b)) / 1e9
+    return _five(lambda: torch.mm(a, b))
 
 
 def _seconds(call: Callable[[], object]) -> float:
-    """The median of five, after one."""
+    """The median of five."""
+    return statistics.median(_five(call))
+
+
+def _five(call: Callable[[], object]) -> list[float]:
+    """Seconds of five calls, after one."""
     seconds = []
     for _ in range(6):
         begin = time.perf_counter()
         call()
         seconds.append(time.perf_counter() - begin)
-    return statistics.median(seconds[1:])
+    return seconds[1:]

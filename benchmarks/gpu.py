@@ -35,7 +35,7 @@ import apet_kernels
 from benchmarks import baselines, command, floors
 from benchmarks.cases import Case, gpu_cases, tokens
 from benchmarks.check import judge
-from benchmarks.compare import ROUNDS, spread
+from benchmarks.compare import ROUNDS, rotated, spread
 from benchmarks.device import Device, describe, find
 from benchmarks.sheet import Sheet, document, show
 
@@ -145,8 +145,7 @@ def measure(case: Case, device: Device, rates: floors.Rates, rounds: int) -> Row
         order = list(contest)
         row.seconds = {name: [] for name in order}
         for number in range(rounds):
-            for place in range(len(order)):
-                name = order[(number + place) % len(order)]
+            for name in rotated(order, number):
                 row.seconds[name].append(contest[name]())
     _summarise(row, case, design, rates)
     return row

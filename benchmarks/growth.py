@@ -113,7 +113,7 @@ def compare(point: Point) -> Comparison:
         called = torch.ops.apet.compress if name == "kernel" else getattr(baselines, name)
         calls[name] = functools.partial(called, **its.arguments)
         judged[name] = checked(its, name, calls[name], inputs[0])
-    return Comparison(point.fields(), {**ceilings.floor(case), **calls}, inputs, judged)
+    return Comparison(point.fields(), {**ceilings.reference_cost(case), **calls}, inputs, judged)
 
 
 def memory(point: Point) -> dict[str, int]:

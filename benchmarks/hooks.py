@@ -36,9 +36,9 @@ from rich.console import Console
 from torch import Tensor, nn
 
 import apet_kernels
-from benchmarks import command
+from benchmarks import command, llava
 from benchmarks.ceilings import peak_gflops
-from benchmarks.compare import NOISE, THREADS, spread
+from benchmarks.compare import NOISE, THREADS, paired, rotated, spread
 from benchmarks.floors import replaced
 from benchmarks.llava import PICTURE, TEXT, TOKENS, VISION
 from benchmarks.machine import describe
@@ -126,10 +126,8 @@ class Row:
 
 def build(size: Size, dtype: torch.dtype) -> nn.Module:
     """The model, with random weights."""
-    vision = transformers.CLIPVisionConfig(**size.vision, **PICTURE)
-    text = transformers.LlamaConfig(**size.text, vocab_size=32064, max_position_embeddings=4096)
-    config = transformers.LlavaConfig(vision_config=vision, text_config=text, image_token_index=IMAGE)
     torch.manual_seed(0)
+    config = llava.config(size.vision, size.text, vocabulary=32064, image=IMAGE)
     model = transformers.LlavaForConditionalGeneration._from_config(config, dtype=dtype)
     model.generation_config.eos_token_id = None
     model.generation_config.pad_token_id = 0
@@ -173,8 +171,7 @@ def measure(
         with running(model, chosen[0]):
             clock(model, given, 1)  # to warm up
         for turn in range(rounds):
-            start = turn % len(chosen)
-            for setting in chosen[start:] + chosen[:start]:
+            for setting in rotated(chosen, turn):
                 with running(model, setting):
                     begin = time.perf_counter()
                     prefill, total = clock(model, given, size.new_tokens)
@@ -196,10 +193,10 @@ def measure(
                 counts[chosen[0]].flops / counts[setting].flops,
                 *(prefill, total, op_seconds, hook_seconds),
                 attainable_seconds=least if setting.llm_keep is None else [],
-                speedup=_ratio(base[0], prefill),
-                total_speedup=_ratio(base[1], total),
-                op_share=_ratio(op_seconds, base[0]),
-                hook_share=_ratio(hook_seconds, base[0]),
+                speedup=paired(base[0], prefill),
+                total_speedup=paired(base[1], total),
+                op_share=paired(op_seconds, base[0]),
+                hook_share=paired(hook_seconds, base[0]),
             )
         )
     return rows
@@ -215,10 +212,6 @@ def attainable(model: nn.Module, given: dict[str, Tensor], keep: int) -> float:
     out = model.model.language_model(inputs_embeds=torch.cat([image, text], 1), use_cache=True)
     model.lm_head(out.last_hidden_state[:, -1:])
     return time.perf_counter() - begin
-
-
-def _ratio(over: list[float], under: list[float]) -> float:
-    return statistics.median(a / b for a, b in zip(over, under, strict=True))
 
 
 @contextlib.contextmanager

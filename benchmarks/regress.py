@@ -3,10 +3,11 @@
     python -m benchmarks.regress BASELINE NEW [--allow 0.25]
 
 Seconds differ from machine to machine and from hour to hour; the kernel's time over that of what was timed in turns
-with it (the floor, its terms, the rivals) hardly does. Each such ratio of a case is divided by what it was; the median
-says how much slower the kernel has become, so one rival that got faster proves nothing. The kernel's halves and its
-lesser instruction sets are held to the same, where the suite times them, and its memory as it is. What is more than
---allow worse has regressed. Exits with 1 if anything has, or a case is gone; with 2 if nothing can be compared.
+with it (the reference cost, its terms, the other implementations) hardly does. Each such ratio of a case is divided by
+what it was; the median says how much slower the kernel has become, so one implementation that got faster proves
+nothing. The kernel's halves and its lesser instruction sets are held to the same, where the suite times them, and its
+memory as it is. What is more than --allow worse has regressed. Exits with 1 if anything has, or a case is gone; with 2
+if nothing can be compared.
 """
 
 from __future__ import annotations

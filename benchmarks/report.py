@@ -45,10 +45,10 @@ def kept_conclusions(results: Results) -> list[str]:
         lines.append(
             f"{plots.LABELS[name]}: {number(min(ratios))} to {number(max(ratios))} times the time of the kernel{where}."
         )
-    floors = [row.floors for row in results.rows]
+    costs = [row.costs for row in results.rows]
     copies = [1 / row.faster["copy"] for row in results.rows]
     lines.append(
-        f"The kernel takes {min(floors):.2f} to {max(floors):.2f} floors, and {number(min(copies))} to "
+        f"The kernel takes {min(costs):.2f} to {max(costs):.2f} reference costs, and {number(min(copies))} to "
         f"{number(max(copies))} times as long as one copy of the tokens."
     )
     return lines

@@ -36,17 +36,16 @@ import skimage
 from PIL import Image
 from rich.console import Console
 
-from benchmarks import command
+from benchmarks import command, llava
+from benchmarks.compare import paired, rotated
 from benchmarks.floors import replaced
-from benchmarks.llava import PICTURE, TEXT, TOKENS, VISION
+from benchmarks.llava import TEXT, TOKENS, VISION
 from benchmarks.machine import describe
 from benchmarks.sheet import Sheet, document, show
-from tests.vllm.tiny import configure
 
 PAGE = Path(__file__).parents[1] / "docs" / "engines.md"
 BEGIN, END = "<!-- serving:begin -->", "<!-- serving:end -->"
 QUESTION = "What is to be seen in this picture?"
-LETTERS = list(range(20, 100))  # ids of tokens that are text, so that each arrives as one
 
 
 @dataclass(frozen=True)
@@ -64,7 +63,13 @@ REAL = Size(VISION, TEXT, (TOKENS, 512, 64), (1, 4, 16), 16)
 SMOKE = dataclasses.replace(
     REAL,
     vision={"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 2},
-    text={"hidden_size": 128, "intermediate_size": 192, "num_hidden_layers": 2},
+    text={
+        "hidden_size": 128,
+        "intermediate_size": 192,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+    },
     keeps=(TOKENS, 64),
     answer=4,
 )
@@ -89,7 +94,7 @@ def server(size: Size) -> Iterator[str]:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     with tempfile.TemporaryDirectory() as folder:
-        configure("llava", Path(folder), size.text, {**size.vision, **PICTURE, "projection_dim": 768})
+        llava.save(Path(folder), size.vision, size.text)
         options = ["--load-format", "dummy", "--dtype", "bfloat16", "--enforce-eager", "--no-enable-prefix-caching"]
         options += ["--max-model-len", "1024", "--max-num-seqs", "16", "--served-model-name", "model"]
         options += ["--mm-processor-kwargs", json.dumps({"apet_keep": 1.0}), "--trust-request-mm-kwargs"]
@@ -129,7 +134,7 @@ def ask(address: str, url: str, keep: int, answer: int) -> tuple[float, int]:
     """Seconds to the first token, and tokens of the prompt. Raises RuntimeError where the answer is not whole."""
     content = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": QUESTION}]
     body: dict[str, Any] = {"model": "model", "messages": [{"role": "user", "content": content}]}
-    body |= {"max_tokens": answer, "temperature": 0, "ignore_eos": True, "allowed_token_ids": LETTERS}
+    body |= {"max_tokens": answer, "temperature": 0, "ignore_eos": True, "allowed_token_ids": list(llava.LETTERS)}
     body |= {"stream": True, "stream_options": {"include_usage": True}, "mm_processor_kwargs": {"apet_keep": keep}}
     request = urllib.request.Request(address, json.dumps(body).encode(), {"Content-Type": "application/json"})
     begin, first, usage = time.perf_counter(), None, {}
@@ -172,14 +177,14 @@ def measure(size: Size, rounds: int, console: Console) -> list[Row]:
             requests = max(3, concurrency)
             some = [Row(concurrency, keep, [], []) for keep in size.keeps]
             for turn in range(rounds):
-                for row in some[turn % len(some) :] + some[: turn % len(some)]:
+                for row in rotated(some, turn):
                     rate, first, _ = run(address, urls, row.keep, concurrency, requests, size.answer)
                     row.rates.append(rate)
                     row.first.append(first)
             for row in some:
-                row.faster = statistics.median(a / b for a, b in zip(row.rates, some[0].rates, strict=True))
+                row.faster = paired(row.rates, some[0].rates)
                 medians = ([statistics.median(f) for f in r.first] for r in (some[0], row))
-                row.sooner = statistics.median(a / b for a, b in zip(*medians, strict=True))
+                row.sooner = paired(*medians)
             rows += some
     return rows
 
