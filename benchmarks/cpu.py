@@ -1,6 +1,6 @@
 """The CPU kernel against the published formulation, eager torch and torch.compile, plain and tuned.
 
-python -m benchmarks.cpu     (benchmarks/suite.py says what it takes)
+python -m benchmarks.cpu     (benchmarks/lib/suite.py says what it takes)
 """
 
 from __future__ import annotations
@@ -11,13 +11,13 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from benchmarks import baselines, ceilings
-from benchmarks.cases import SHAPES, Case, cases, tokens
-from benchmarks.check import judge
-from benchmarks.compare import Comparison, Row, on_each_isa, ring
-from benchmarks.machine import available_memory
-from benchmarks.sheet import Sheet
-from benchmarks.suite import Results, Suite, ms, noisy
+from benchmarks.lib import baselines, ceilings
+from benchmarks.lib.cases import SHAPES, Case, cases, tokens
+from benchmarks.lib.check import checked
+from benchmarks.lib.compare import Comparison, Row, on_each_isa, ring
+from benchmarks.lib.machine import available_memory
+from benchmarks.lib.sheet import Sheet
+from benchmarks.lib.suite import Results, Suite, ms, noisy
 
 COST = "reference cost"
 RIVALS = ("published", "eager", "compiled", "tuned", "tuned compiled")
@@ -43,13 +43,6 @@ def eager_rivals(case: Case) -> dict[str, Callable[[Tensor], tuple[Tensor, Tenso
     if case.layout == "overwrite" and broadcast < 0.75 * available_memory():
         rivals = {"published": baselines.published, **rivals}
     return {name: functools.partial(rival, **case.arguments) for name, rival in rivals.items()}
-
-
-def checked(case: Case, name: str, call: Callable[[Tensor], tuple[Tensor, Tensor]], x: Tensor) -> float:
-    """The share of rows judged, of the second of two calls: the first one warms up."""
-    with torch.inference_mode():
-        call(x)
-        return judge(case, name, x, call(x))
 
 
 def goals(case: Case) -> dict[str, float]:
@@ -83,9 +76,8 @@ def sheets(results: Results) -> list[Sheet]:
         "torch.ops.apet.compress",
         "Milliseconds, medians; (n) where fewer rounds than the kernel's were timed; - where the broadcast does not "
         "fit memory or the layout does not exist. x: how many times faster the kernel is, median of paired rounds. "
-        "reference cost: one torch.mm [N-K, D] x [D, T] per image and M sweeps over X. of floor: the share of the "
-        "kernel's time that the lower bound explains (benchmarks/ceilings.py; - where its rates were not measured). "
-        "noise: interquartile range over median, the worst of kernel and reference cost. "
+        "reference cost: one torch.mm [N-K, D] x [D, T] per image and M sweeps over X. "
+        f"{ceilings.OF_FLOOR} noise: interquartile range over median, the worst of kernel and reference cost. "
         "judged: rows whose values were checked (less than 100 % where rounding decides).",
         [
             *("shape", "dtype", "layout", *RIVALS, "kernel", COST),

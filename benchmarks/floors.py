@@ -25,9 +25,9 @@ from pathlib import Path
 
 from rich.console import Console
 
-from benchmarks import command
-from benchmarks.cases import BASIS, Case, gpu_cases
-from benchmarks.sheet import Sheet, markdown, show
+from benchmarks.lib import command
+from benchmarks.lib.cases import BASIS, Case, gpu_cases
+from benchmarks.lib.sheet import Sheet, markdown, replaced, show
 
 DOCUMENT = Path(__file__).parents[1] / "docs" / "gpu.md"
 BEGIN, END = "<!-- floors:begin -->", "<!-- floors:end -->"
@@ -149,7 +149,7 @@ def triton(case: Case) -> list[Work]:
 
 
 def published(case: Case) -> list[Work]:
-    """The published formulation (benchmarks/baselines.py) in eager torch, one image after the other.
+    """The published formulation (benchmarks/lib/baselines.py) in eager torch, one image after the other.
 
     For each image, with X4 = 4 N D and V = (N - K) T D itemsize, the size of the broadcast similarity:
 
@@ -279,15 +279,6 @@ def section() -> str:
     texts = [model[1] + model[2], *(f"{call.__name__}: {inspect.getdoc(call)}" for call in (floor, triton, published))]
     formulas = "\n\n".join(f"```text\n{text.strip()}\n```" for text in texts)
     return "\n\n".join([f"### Formulas\n\n{formulas}", *map(markdown, sheets(gpu_cases()))]) + "\n"
-
-
-def replaced(text: str, begin: str, end: str, body: str) -> str:
-    """`text` with what is between its two markers replaced. Raises ValueError where one is missing."""
-    before, found, rest = text.partition(begin)
-    _, closed, after = rest.partition(end)
-    if not found or not closed:
-        raise ValueError(f"there is no {end if found else begin}")
-    return f"{before}{begin}\n{body}{end}{after}"
 
 
 def main() -> None:

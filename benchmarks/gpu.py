@@ -7,7 +7,7 @@ Without a GPU it says so and exits with 2. --dry-run goes through all of it on a
 TRITON_INTERPRET=1, so that the first run on a GPU does not end at a slip. --only keeps the cases whose name (such as
 "1x576x1024 keep 96 bfloat16 overwrite") holds every TEXT given.
 
-Every result is judged against float64 (benchmarks/check.py) before it is timed, from a graph too. In a round each
+Every result is judged against float64 (benchmarks/lib/check.py) before it is timed, from a graph too. In a round each
 implementation is timed once, over several calls on the next inputs of a ring larger than the last cache; the order
 rotates from round to round, and times are medians over the rounds.
 """
@@ -32,12 +32,13 @@ from rich.console import Console
 from torch import Tensor
 
 import apet_kernels
-from benchmarks import baselines, command, floors
-from benchmarks.cases import Case, gpu_cases, tokens
-from benchmarks.check import judge
-from benchmarks.compare import ROUNDS, rotated, spread
-from benchmarks.device import Device, describe, find
-from benchmarks.sheet import Sheet, document, show
+from benchmarks import floors
+from benchmarks.lib import baselines, command
+from benchmarks.lib.cases import Case, gpu_cases, tokens
+from benchmarks.lib.check import judge
+from benchmarks.lib.compare import ROUNDS, rotated, spread
+from benchmarks.lib.device import Device, describe, find
+from benchmarks.lib.sheet import Sheet, document, show
 
 RIVALS = ("published", "eager", "compiled", "tuned")
 BACKENDS = ("triton", "cuda")

@@ -22,8 +22,8 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 import apet_kernels
-from benchmarks import command
-from benchmarks.device import find
+from benchmarks.lib import command
+from benchmarks.lib.device import find
 
 ROOT = Path(__file__).parents[1]
 SANITIZERS = ("memcheck", "racecheck", "initcheck", "synccheck")

@@ -2,7 +2,7 @@
 
     python -m benchmarks.hooks [--smoke] [--batch 1 4] [--rounds 3] [--json FILE] [--markdown]
 
-The model is that of benchmarks/llava.py. A round generates once with every setting, in turns; ratios are medians of
+The model is that of benchmarks/lib/llava.py. A round generates once with every setting, in turns; ratios are medians of
 ratios within a round. The prefill lasts from the call of generate() to the first token, the vision encoder in it. What
 the compression takes is measured inside these calls: "op" is the calls of the op, "hooks" everything that the hooks do,
 the op included. "attainable" is the model's own work without hooks: the vision encoder, then projector and decoder on
@@ -36,13 +36,12 @@ from rich.console import Console
 from torch import Tensor, nn
 
 import apet_kernels
-from benchmarks import command, llava
-from benchmarks.ceilings import peak_gflops
-from benchmarks.compare import NOISE, THREADS, paired, rotated, spread
-from benchmarks.floors import replaced
-from benchmarks.llava import PICTURE, TEXT, TOKENS, VISION
-from benchmarks.machine import describe
-from benchmarks.sheet import Sheet, document, show
+from benchmarks.lib import command, llava
+from benchmarks.lib.ceilings import peak_gflops
+from benchmarks.lib.compare import NOISE, THREADS, paired, rotated, spread
+from benchmarks.lib.llava import PICTURE, TEXT, TOKENS, VISION
+from benchmarks.lib.machine import describe
+from benchmarks.lib.sheet import Sheet, document, replaced, show
 
 PAGE = Path(__file__).parents[1] / "docs" / "benchmarks.md"
 BEGIN, END = "<!-- hooks:begin -->", "<!-- hooks:end -->"

@@ -12,8 +12,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from benchmarks import growth, kept
-from benchmarks.cases import Case
-from benchmarks.suite import Results
+from benchmarks.lib.cases import Case
+from benchmarks.lib.suite import Results
 
 # What is ours stands out, what computes the same is warm, other methods are cool, ceilings are grey.
 STYLES = {

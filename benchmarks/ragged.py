@@ -1,6 +1,6 @@
 """Images of different sizes, packed: one call of compress_varlen against one call for each image.
 
-python -m benchmarks.ragged     (benchmarks/suite.py says what it takes)
+python -m benchmarks.ragged     (benchmarks/lib/suite.py says what it takes)
 """
 
 from __future__ import annotations
@@ -15,13 +15,12 @@ import torch
 from torch import Tensor
 
 import apet_kernels
-from benchmarks import alternatives, baselines, ceilings
-from benchmarks.cases import Case, tokens
-from benchmarks.check import judge
-from benchmarks.compare import Comparison, Row, on_each_isa, ring
-from benchmarks.kept import check_other
-from benchmarks.sheet import Sheet
-from benchmarks.suite import Results, Suite, ms, number
+from benchmarks.lib import alternatives, baselines, ceilings
+from benchmarks.lib.cases import Case, tokens
+from benchmarks.lib.check import check_other, judge
+from benchmarks.lib.compare import Comparison, Row, on_each_isa, ring
+from benchmarks.lib.sheet import Sheet
+from benchmarks.lib.suite import Results, Suite, ms, number
 
 RIVALS = ("one by one", "eager", "tuned")
 OTHERS = ("divprune", "tome")
@@ -140,9 +139,8 @@ def sheets(results: Results) -> list[Sheet]:
         Sheet(
             "compress_varlen",
             "Milliseconds, medians. kernel: one call of compress_varlen; the others one call for each image. x: how "
-            "many times faster the kernel is. reference cost: one torch.mm and M sweeps for each image. of floor: "
-            "the share of the kernel's time that the lower bound explains (benchmarks/ceilings.py; - where its rates "
-            "were not measured). noise: of kernel and reference cost. judged: rows checked.",
+            "many times faster the kernel is. reference cost: one torch.mm and M sweeps for each image. "
+            f"{ceilings.OF_FLOOR} noise: of kernel and reference cost. judged: rows checked.",
             [
                 *("images", "dtype", *names, *(f"x {rival}" for rival in (*RIVALS, *OTHERS))),
                 *("of floor", "noise", "judged"),

@@ -19,10 +19,10 @@ from statistics import median
 
 from rich.console import Console
 
-from benchmarks import command
-from benchmarks.compare import NOISE, Row
-from benchmarks.sheet import Sheet, show
-from benchmarks.suite import Results, load, named
+from benchmarks.lib import command
+from benchmarks.lib.compare import NOISE, Row
+from benchmarks.lib.sheet import Sheet, show
+from benchmarks.lib.suite import Results, load, named
 
 ALLOW = 0.25
 OURS = ("kernel", "score", "merge")

@@ -12,10 +12,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks import command, cpu, growth, kept, plots, ragged, stages
-from benchmarks.floors import replaced
-from benchmarks.sheet import document
-from benchmarks.suite import Results, Suite, load, number
+from benchmarks import cpu, growth, kept, plots, ragged, stages
+from benchmarks.lib import command
+from benchmarks.lib.sheet import document, replaced
+from benchmarks.lib.suite import Results, Suite, load, number
 
 RESULTS = Path(__file__).parent / "results"
 PAGE = Path(__file__).parents[1] / "docs" / "benchmarks.md"

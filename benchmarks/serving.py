@@ -2,9 +2,9 @@
 
     .build/vllm/bin/python -m benchmarks.serving [--smoke] [--rounds 2] [--json FILE] [--markdown]
 
-`make test-vllm` makes that environment. One server (benchmarks/llava.py) answers chat requests of one photo and some
-text, budgets per request. Every request has a picture of its own, so that no cache helps, and caches of prefixes are
-off. Clients, as many as the concurrency, send their next request when the last is answered; budgets take turns, and
+`make test-vllm` makes that environment. One server (benchmarks/lib/llava.py) answers chat requests of one photo and
+some text, budgets per request. Every request has a picture of its own, so that no cache helps, and caches of prefixes
+are off. Clients, as many as the concurrency, send their next request when the last is answered; budgets take turns, and
 ratios are medians of ratios within a round. Everything counts: HTTP, preprocessing, vision encoder, compression,
 language model. --markdown writes the table into docs/engines.md.
 """
@@ -36,12 +36,11 @@ import skimage
 from PIL import Image
 from rich.console import Console
 
-from benchmarks import command, llava
-from benchmarks.compare import paired, rotated
-from benchmarks.floors import replaced
-from benchmarks.llava import TEXT, TOKENS, VISION
-from benchmarks.machine import describe
-from benchmarks.sheet import Sheet, document, show
+from benchmarks.lib import command, llava
+from benchmarks.lib.compare import paired, rotated
+from benchmarks.lib.llava import TEXT, TOKENS, VISION
+from benchmarks.lib.machine import describe
+from benchmarks.lib.sheet import Sheet, document, replaced, show
 
 PAGE = Path(__file__).parents[1] / "docs" / "engines.md"
 BEGIN, END = "<!-- serving:begin -->", "<!-- serving:end -->"

@@ -1,6 +1,6 @@
 """The stages of the kernel beside their reference costs, on every instruction set, and those of the reference.
 
-python -m benchmarks.stages     (benchmarks/suite.py says what it takes)
+python -m benchmarks.stages     (benchmarks/lib/suite.py says what it takes)
 
 The kernel fuses s1 to s3, so what can be timed is what is exposed: `score` (s1 to s3), `merge` (s5) and `compress`.
 Two differences look further in. What one more basis token takes is 1/(M-1) of `score` with M of them less `score` with
@@ -20,12 +20,12 @@ import torch
 from torch import Tensor
 
 from apet_kernels import reference
-from benchmarks import ceilings
-from benchmarks.cases import RIDGE, Case, tokens
-from benchmarks.check import judge
-from benchmarks.compare import Comparison, Row, on_each_isa, ring
-from benchmarks.sheet import Sheet
-from benchmarks.suite import Results, Suite, ms, noisy, number
+from benchmarks.lib import ceilings
+from benchmarks.lib.cases import RIDGE, Case, tokens
+from benchmarks.lib.check import judge
+from benchmarks.lib.compare import Comparison, Row, on_each_isa, ring
+from benchmarks.lib.sheet import Sheet
+from benchmarks.lib.suite import Results, Suite, ms, noisy, number
 
 SHAPES = ((1, 576, 1024, 64), (5, 576, 1024, 192), (8, 256, 4096, 22), (1, 1280, 3584, 384), (1, 4096, 3584, 512))
 REFERENCE = ("s1_basis", "s2_solve", "s3_residual", "s4_topk", "s5_merge")
@@ -114,8 +114,8 @@ def sheets(results: Results) -> list[Sheet]:
     isa = list(dict.fromkeys(n.removeprefix("kernel ") for row in results.rows for n in row.ms if n[:7] == "kernel "))
     kernel = Sheet(
         "Stages of the kernel",
-        "Milliseconds, medians. s1-s3: `score`; s5: `merge`; all: `compress`. of floor: the share that the lower "
-        "bound explains (benchmarks/ceilings.py; - where its rates were not measured). sweeps / s1-s3, product / s5: M "
+        "Milliseconds, medians. s1-s3: `score`; s5: `merge`; all: `compress`. "
+        f"{ceilings.OF_FLOOR} sweeps / s1-s3, product / s5: M "
         "sweeps that only read, and torch.mm, in times of the stage. one more: basis token, and the operations of its "
         "products with every token. s4 and one call: `compress` less `score` and `merge`. noise: of kernel and "
         "reference cost. judged: rows checked.",

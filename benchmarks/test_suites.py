@@ -8,7 +8,7 @@ from typing import Any
 
 from pytest_benchmark.fixture import BenchmarkFixture
 
-from benchmarks.suite import SMOKE_ROUNDS, Suite
+from benchmarks.lib.suite import SMOKE_ROUNDS, Suite
 
 
 def test_suite(

@@ -4,9 +4,9 @@
 
 Cases whose channels round up to the same power of 2, with elements of the same size, share an entry. Each group of
 kernels is tuned on its own, the others as they are: a candidate must first give a result that is right (float64,
-benchmarks/check.py), then its kernels are timed from a graph on every case of the entry, over inputs larger than the
-last cache; the one of least product of times wins. What does not compile or fit is passed over. The winners together
-are judged on every case, and printed as configs.py has them. --dry-run and --only as in benchmarks.gpu.
+benchmarks/lib/check.py), then its kernels are timed from a graph on every case of the entry, over inputs larger than
+the last cache; the one of least product of times wins. What does not compile or fit is passed over. The winners
+together are judged on every case, and printed as configs.py has them. --dry-run and --only as in benchmarks.gpu.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ from rich.console import Console
 from torch import Tensor
 
 import apet_kernels
-from benchmarks import command
-from benchmarks.cases import Case, gpu_cases
-from benchmarks.check import judge
-from benchmarks.device import Device, describe, find
 from benchmarks.gpu import inputs_of, kernel_name, launches
-from benchmarks.sheet import Sheet, show
+from benchmarks.lib import command
+from benchmarks.lib.cases import Case, gpu_cases
+from benchmarks.lib.check import judge
+from benchmarks.lib.device import Device, describe, find
+from benchmarks.lib.sheet import Sheet, show
 
 SAMPLES = 5
 Values = tuple[int, ...]

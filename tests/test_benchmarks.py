@@ -14,11 +14,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import ceilings, compare, growth, kept, memory, ragged, regress, report, stages, suite
-from benchmarks.baselines import published_bytes
-from benchmarks.cases import Case, tokens
-from benchmarks.compare import Comparison, Row
-from benchmarks.suite import Results
+from benchmarks import growth, kept, ragged, regress, report, stages
+from benchmarks.lib import ceilings, compare, memory, suite
+from benchmarks.lib.baselines import published_bytes
+from benchmarks.lib.cases import Case, tokens
+from benchmarks.lib.compare import Comparison, Row
+from benchmarks.lib.suite import Results
 
 RATES = {"float32 GFLOP/s": 200.0, "bfloat16 GFLOP/s": 800.0, "copy GB/s": 40.0, "read GB/s": 50.0}
 RATES |= {"cached GB/s": 100.0, "call us": 10.0, "peak GFLOP/s": 1000.0, "cache MB": 0.001}

@@ -9,8 +9,9 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from benchmarks import baselines, floors
-from benchmarks.cases import BASIS, RIDGE, Case, gpu_cases, tokens
+from benchmarks import floors
+from benchmarks.lib import baselines
+from benchmarks.lib.cases import BASIS, RIDGE, Case, gpu_cases, tokens
 
 BF16 = Case(B=2, N=20, D=3, keep=12, dtype=torch.bfloat16, layout="overwrite")  # T = 2, N - K = 8, X = 240 bytes
 FLOAT = Case(B=1, N=16, D=4, keep=14, dtype=torch.float32, layout="inplace")  # T = 14, N - K = 2, X = 256 bytes

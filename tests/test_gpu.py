@@ -22,7 +22,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 import apet_kernels
 from apet_kernels import ops
-from benchmarks import device as devices
+from benchmarks.lib import device as devices
 
 OPS = torch.ops.apet
 DRY = not torch.cuda.is_available()

@@ -12,7 +12,8 @@ import transformers
 from apet.model_report import Prefill
 from PIL import Image
 
-from benchmarks import hooks, llava
+from benchmarks import hooks
+from benchmarks.lib import llava
 
 
 def test_smoke(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -20,13 +20,13 @@ import torch
 from torch import Tensor
 
 import apet_kernels
-from benchmarks.machine import last_level_cache
+from benchmarks.lib.machine import last_level_cache
 
 THREADS = 2
 ROUNDS = 20
 NOISE = 0.3  # interquartile range over median of a time: above, the machine was busy and nothing counts
 SECONDS = 20.0  # an implementation that has used this up sits out the remaining rounds, but not before the third
-COST = {"reference cost": ("product", "sweeps")}  # benchmarks/ceilings.py
+COST = {"reference cost": ("product", "sweeps")}  # benchmarks/lib/ceilings.py
 Input, Result = TypeVar("Input"), TypeVar("Result")
 
 

@@ -33,6 +33,15 @@ def document(head: dict[str, str], sheets: list[Sheet]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
+def replaced(text: str, begin: str, end: str, body: str) -> str:
+    """`text` with what is between its two markers replaced. Raises ValueError where one is missing."""
+    before, found, rest = text.partition(begin)
+    _, closed, after = rest.partition(end)
+    if not found or not closed:
+        raise ValueError(f"there is no {end if found else begin}")
+    return f"{before}{begin}\n{body}{end}{after}"
+
+
 def show(console: Console, head: dict[str, str], sheets: list[Sheet]) -> None:
     """The same on a terminal."""
     for key, value in head.items():

@@ -20,17 +20,17 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from benchmarks import ceilings, command
-from benchmarks.compare import NOISE, ROUNDS, THREADS, Comparison, Row
-from benchmarks.machine import describe
-from benchmarks.sheet import Sheet, show
+from benchmarks.lib import ceilings, command
+from benchmarks.lib.compare import NOISE, ROUNDS, THREADS, Comparison, Row
+from benchmarks.lib.machine import describe
+from benchmarks.lib.sheet import Sheet, show
 
 SMOKE_ROUNDS = 3
 
 
 @dataclass
 class Results:
-    """A file of them. `rates`: what benchmarks/ceilings.py measured in the same run."""
+    """A file of them. `rates`: what benchmarks/lib/ceilings.py measured in the same run."""
 
     suite: str
     head: dict[str, str]

@@ -36,8 +36,13 @@ import torch
 from torch import Tensor
 
 import apet_kernels  # noqa: F401, registers the op
-from benchmarks.cases import Case
-from benchmarks.machine import last_level_cache
+from benchmarks.lib.cases import Case
+from benchmarks.lib.machine import last_level_cache
+
+OF_FLOOR = (
+    "of floor: the share of the kernel's time that the lower bound explains (benchmarks/lib/ceilings.py; - where its "
+    "rates were not measured)."
+)
 
 
 def flops(case: Case) -> int:
