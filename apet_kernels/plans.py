@@ -32,8 +32,8 @@ class Plan:
     launches: int  # kernels; 1 on the CPU: its one parallel region; 0 for the reference
     workspace_bytes: int  # beyond the results
     # "cpu": isa; images_in_flight, threads_per_image; serial_us (estimated, on one thread), planned_us (estimated).
-    # "cuda": path (fused, cluster or groups: docs/cuda.md); images_in_flight; ctas_per_image; rows_per_cta, of these
-    # rows_in_shared_memory; estimated_us. Empty for the others.
+    # "cuda": path (fused, cluster or cooperative: docs/cuda.md), images_in_flight, ctas_per_image, rows_per_cta and of
+    # these rows_in_shared_memory, estimated_us. Empty for the others.
     details: Mapping[str, str | int | float] = field(default_factory=dict)
 
     def __getitem__(self, name: str) -> str | int | float:

@@ -1,14 +1,18 @@
-"""Benchmarks of apet_kernels: every result is checked before it is timed, and every time has its floor beside it.
+"""Benchmarks of apet_kernels: every result is checked before it is timed, and every time has beside it what it is
+read against.
 
 python -m benchmarks.kept         time against tokens kept, next to other methods for the same job
 python -m benchmarks.growth       how time and memory grow with every size
-python -m benchmarks.stages       the stages, each with its floor, on every instruction set
+python -m benchmarks.stages       the stages, each beside its reference cost, on every instruction set
 python -m benchmarks.ragged       images of different sizes, packed
 python -m benchmarks.cpu          shape by shape against the published formulation, eager torch and torch.compile
+python -m benchmarks.hooks        a Hugging Face model with and without compression; benchmarks.serving: a vLLM server
+python -m benchmarks.quality      how good the kept tokens are: a study of its own, docs/quality.md
 python -m benchmarks.report       docs/benchmarks.md and its pictures, from what these wrote into benchmarks/results
 python -m benchmarks.regress      whether the kernel got slower between two of those files, in ratios
 python -m pytest benchmarks       the same measurements under pytest-benchmark, with memory and overhead per call
 All that measure take --smoke: tiny cases and three rounds, to see in seconds that everything still runs.
+benchmarks/lib holds what they share.
 
 python -m benchmarks.gpu_check    on a GPU, `make gpu-check`: the tests, benchmarks.gpu, and a report
 python -m benchmarks.tune         on a GPU: tiles for the Triton kernels

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 import apet_kernels
-from benchmarks.cases import cases, gpu_cases
-from benchmarks.compare import THREADS
+from benchmarks.lib.cases import cases, gpu_cases
+from benchmarks.lib.compare import THREADS
 from benchmarks.report import SUITES
 
 

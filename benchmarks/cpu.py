@@ -1,6 +1,6 @@
-"""The CPU kernel against the published formulation, eager torch and torch.compile, plain and tuned, and the floor.
+"""The CPU kernel against the published formulation, eager torch and torch.compile, plain and tuned.
 
-python -m benchmarks.cpu     (benchmarks/suite.py says what it takes)
+python -m benchmarks.cpu     (benchmarks/lib/suite.py says what it takes)
 """
 
 from __future__ import annotations
@@ -11,14 +11,15 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from benchmarks import baselines, ceilings
-from benchmarks.cases import SHAPES, Case, cases, tokens
-from benchmarks.check import judge
-from benchmarks.compare import Comparison, Row, on_each_isa, ring
-from benchmarks.machine import available_memory
-from benchmarks.sheet import Sheet
-from benchmarks.suite import Results, Suite, ms, noisy
+from benchmarks.lib import baselines, ceilings
+from benchmarks.lib.cases import SHAPES, Case, cases, tokens
+from benchmarks.lib.check import checked
+from benchmarks.lib.compare import Comparison, Row, on_each_isa, ring
+from benchmarks.lib.machine import available_memory
+from benchmarks.lib.sheet import Sheet
+from benchmarks.lib.suite import Results, Suite, ms, noisy
 
+COST = "reference cost"
 RIVALS = ("published", "eager", "compiled", "tuned", "tuned compiled")
 
 
@@ -32,7 +33,7 @@ def compare(case: Case) -> Comparison:
     calls = {**rivals, **on_each_isa("kernel", functools.partial(torch.ops.apet.compress, **case.arguments))}
     inputs = ring(functools.partial(tokens, case))
     judged = {name: checked(case, name, call, inputs[0]) for name, call in calls.items()}
-    return Comparison(case.fields(), {**ceilings.floor(case), **calls}, inputs, judged)
+    return Comparison(case.fields(), {**ceilings.reference_cost(case), **calls}, inputs, judged)
 
 
 def eager_rivals(case: Case) -> dict[str, Callable[[Tensor], tuple[Tensor, Tensor]]]:
@@ -44,33 +45,27 @@ def eager_rivals(case: Case) -> dict[str, Callable[[Tensor], tuple[Tensor, Tenso
     return {name: functools.partial(rival, **case.arguments) for name, rival in rivals.items()}
 
 
-def checked(case: Case, name: str, call: Callable[[Tensor], tuple[Tensor, Tensor]], x: Tensor) -> float:
-    """The share of rows judged, of the second of two calls: the first one warms up."""
-    with torch.inference_mode():
-        call(x)
-        return judge(case, name, x, call(x))
-
-
 def goals(case: Case) -> dict[str, float]:
-    """How many times faster than each rival the kernel should be, and ("floor") how many floors it may take.
+    """How many times faster than each rival the kernel should be, and how many reference costs it may
+    take.
 
-    None for the tuned ones: they take 1.2 to 2.1 floors in float32 and 2.7 to 6.2 in bfloat16, so that the goals of
-    4 and 6.5 would ask for less than the floor of most shapes.
+    None for the tuned ones: they take 1.2 to 2.1 reference costs in float32 and 2.7 to 6.2 in bfloat16, so that the
+    goals of 4 and 6.5 would ask for less than the reference cost of most shapes.
     """
     if case.dtype is torch.float16 or (case.B, case.N, case.D, case.keep) not in SHAPES:
         return {}
     if case.dtype is torch.bfloat16:
-        return {"published": 75, "eager": 6.5, "compiled": 3.2, "floor": 1.4}
-    return {"published": 75, "eager": 2.5 if case.N >= 5120 else 4, "compiled": 1.6, "floor": 1.4}
+        return {"published": 75, "eager": 6.5, "compiled": 3.2, COST: 1.4}
+    return {"published": 75, "eager": 2.5 if case.N >= 5120 else 4, "compiled": 1.6, COST: 1.4}
 
 
 def missed(row: Row) -> list[str]:
     """Sentences about the goals that this row does not reach."""
-    wanted, reached = goals(Case.of(row.case)), {**row.faster, "floor": row.floors}
+    wanted, reached = goals(Case.of(row.case)), {**row.faster, COST: row.costs}
     return [
         f"{name} {reached[name]:.2f}x, goal {goal:g}x"
         for name, goal in wanted.items()
-        if name in reached and (reached[name] > goal if name == "floor" else reached[name] < goal)
+        if name in reached and (reached[name] > goal if name == COST else reached[name] < goal)
     ] + (noisy(row) if wanted else [])
 
 
@@ -81,20 +76,20 @@ def sheets(results: Results) -> list[Sheet]:
         "torch.ops.apet.compress",
         "Milliseconds, medians; (n) where fewer rounds than the kernel's were timed; - where the broadcast does not "
         "fit memory or the layout does not exist. x: how many times faster the kernel is, median of paired rounds. "
-        "floor: one torch.mm [N-K, D] x [D, T] per image and M sweeps over X. of floor: the share of the kernel's time "
-        "that the floor explains. noise: interquartile range over median, the worst of kernel and floor. "
+        "reference cost: one torch.mm [N-K, D] x [D, T] per image and M sweeps over X. "
+        f"{ceilings.OF_FLOOR} noise: interquartile range over median, the worst of kernel and reference cost. "
         "judged: rows whose values were checked (less than 100 % where rounding decides).",
         [
-            *("shape", "dtype", "layout", *RIVALS, "kernel", "floor"),
+            *("shape", "dtype", "layout", *RIVALS, "kernel", COST),
             *(f"x {rival}" for rival in RIVALS),
-            *("kernel / floor", "of floor", "GFLOP/s", "noise", "judged", "goals"),
+            *(f"kernel / {COST}", "of floor", "GFLOP/s", "noise", "judged", "goals"),
         ],
-        [_speed_line(row) for row in rows],
+        [_speed_line(row, results.rates) for row in rows],
     )
     names = list(dict.fromkeys(name for row in rows for name in row.ms if name.startswith("kernel")))
     isa = Sheet(
         "Instruction sets",
-        "Milliseconds, medians, and the floor they are read against; kernel is the best set of this machine.",
+        "Milliseconds, medians, and the reference cost they are read against; kernel is the best set of this machine.",
         ["shape", "dtype", "layout", *names, "product", "sweeps", "sweeps GB/s"],
         [
             [*_named(row), *(ms(row, name) for name in (*names, "product", "sweeps")), _swept(row)]
@@ -114,13 +109,13 @@ def _swept(row: Row) -> str:
     return f"{ceilings.swept_bytes(Case.of(row.case)) / row.ms['sweeps'] / 1e6:.0f}"
 
 
-def _speed_line(row: Row) -> list[str]:
+def _speed_line(row: Row, rates: dict[str, float]) -> list[str]:
     wrong = missed(row)
     return [
         *_named(row),
-        *(ms(row, name) for name in (*RIVALS, "kernel", "floor")),
+        *(ms(row, name) for name in (*RIVALS, "kernel", COST)),
         *(f"{row.faster[rival]:.1f}" if rival in row.faster else "-" for rival in RIVALS),
-        *(f"{row.floors:.2f}", f"{1 / row.floors:.0%}"),
+        *(f"{row.costs:.2f}", ceilings.of_floor([Case.of(row.case)], row.ms["kernel"], rates)),
         f"{ceilings.flops(Case.of(row.case)) / row.ms['kernel'] / 1e6:.0f}",
         *(f"{row.worst_noise:.0%}", f"{row.judged['kernel']:.0%}"),
         "; ".join(wrong) if wrong else "met" if goals(Case.of(row.case)) else "none",
@@ -129,7 +124,7 @@ def _speed_line(row: Row) -> list[str]:
 
 SUITE = Suite(
     "cpu",
-    "The CPU kernel against the published formulation, eager torch and torch.compile, plain and tuned, and the floor.",
+    "The CPU kernel against the published formulation, eager torch and torch.compile, plain and tuned.",
     cases,
     compare,
     sheets,

@@ -19,15 +19,15 @@ instructions outside them, an fma being one. So these are lower bounds of a form
 
 from __future__ import annotations
 
-import argparse
 import inspect
 from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console
 
-from benchmarks.cases import BASIS, Case, gpu_cases
-from benchmarks.sheet import Sheet, markdown, show
+from benchmarks.lib import command
+from benchmarks.lib.cases import BASIS, Case, gpu_cases
+from benchmarks.lib.sheet import Sheet, markdown, replaced, show
 
 DOCUMENT = Path(__file__).parents[1] / "docs" / "gpu.md"
 BEGIN, END = "<!-- floors:begin -->", "<!-- floors:end -->"
@@ -149,7 +149,7 @@ def triton(case: Case) -> list[Work]:
 
 
 def published(case: Case) -> list[Work]:
-    """The published formulation (benchmarks/baselines.py) in eager torch, one image after the other.
+    """The published formulation (benchmarks/lib/baselines.py) in eager torch, one image after the other.
 
     For each image, with X4 = 4 N D and V = (N - K) T D itemsize, the size of the broadcast similarity:
 
@@ -281,24 +281,9 @@ def section() -> str:
     return "\n\n".join([f"### Formulas\n\n{formulas}", *map(markdown, sheets(gpu_cases()))]) + "\n"
 
 
-def replaced(text: str, begin: str, end: str, body: str) -> str:
-    """`text` with what is between its two markers replaced. Raises ValueError where one is missing."""
-    before, found, rest = text.partition(begin)
-    _, closed, after = rest.partition(end)
-    if not found or not closed:
-        raise ValueError(f"there is no {end if found else begin}")
-    return f"{before}{begin}\n{body}{end}{after}"
-
-
 def main() -> None:
     """Prints the tables, or writes them into docs/gpu.md."""
-    summary, _, usage = (__doc__ or "").partition("\n\n")
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.floors",
-        description=summary,
-        epilog=usage,
-        formatter_class=argparse.RawTextHelpFormatter,
-    )
+    parser = command.parser("floors", __doc__)
     parser.add_argument("--markdown", action="store_true", help=f"write the tables into {DOCUMENT.name}")
     if parser.parse_args().markdown:
         DOCUMENT.write_text(replaced(DOCUMENT.read_text(), BEGIN, END, section()))

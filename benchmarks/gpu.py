@@ -7,14 +7,13 @@ Without a GPU it says so and exits with 2. --dry-run goes through all of it on a
 TRITON_INTERPRET=1, so that the first run on a GPU does not end at a slip. --only keeps the cases whose name (such as
 "1x576x1024 keep 96 bfloat16 overwrite") holds every TEXT given.
 
-Every result is judged against float64 (benchmarks/check.py) before it is timed, from a graph too. In a round each
+Every result is judged against float64 (benchmarks/lib/check.py) before it is timed, from a graph too. In a round each
 implementation is timed once, over several calls on the next inputs of a ring larger than the last cache; the order
 rotates from round to round, and times are medians over the rounds.
 """
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import functools
 import gc
@@ -33,12 +32,13 @@ from rich.console import Console
 from torch import Tensor
 
 import apet_kernels
-from benchmarks import baselines, floors
-from benchmarks.cases import Case, gpu_cases, tokens
-from benchmarks.check import judge
-from benchmarks.compare import ROUNDS, spread
-from benchmarks.device import Device, describe, find
-from benchmarks.sheet import Sheet, document, show
+from benchmarks import floors
+from benchmarks.lib import baselines, command
+from benchmarks.lib.cases import Case, gpu_cases, tokens
+from benchmarks.lib.check import judge
+from benchmarks.lib.compare import ROUNDS, rotated, spread
+from benchmarks.lib.device import Device, describe, find
+from benchmarks.lib.sheet import Sheet, document, show
 
 RIVALS = ("published", "eager", "compiled", "tuned")
 BACKENDS = ("triton", "cuda")
@@ -146,8 +146,7 @@ def measure(case: Case, device: Device, rates: floors.Rates, rounds: int) -> Row
         order = list(contest)
         row.seconds = {name: [] for name in order}
         for number in range(rounds):
-            for place in range(len(order)):
-                name = order[(number + place) % len(order)]
+            for name in rotated(order, number):
                 row.seconds[name].append(contest[name]())
     _summarise(row, case, design, rates)
     return row
@@ -377,22 +376,14 @@ def backends_failed(row: Row) -> bool:
 
 def main() -> None:
     """Measures, prints, writes. Exits with 1 if a backend failed, 2 if there is nothing to measure on."""
-    summary, _, usage = (__doc__ or "").partition("\n\n")
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.gpu",
-        description=summary,
-        epilog=usage,
-        formatter_class=argparse.RawTextHelpFormatter,
-    )
+    parser = command.parser("gpu", __doc__)
     parser.add_argument("--dry-run", action="store_true", help="on a CPU, tiny cases, Triton's interpreter")
     parser.add_argument("--rounds", type=int, default=ROUNDS, help=f"samples of each implementation ({ROUNDS})")
-    parser.add_argument("--only", nargs="*", default=[], metavar="TEXT", help="cases whose name holds every TEXT")
+    command.add_only(parser)
     parser.add_argument("--json", type=Path, metavar="FILE", help="write everything measured")
     parser.add_argument("--markdown", type=Path, metavar="FILE", help="write the tables")
     options = parser.parse_args()
-    chosen = [case for case in gpu_cases(options.dry_run) if all(text in str(case) for text in options.only)]
-    if not chosen:
-        parser.error(f"no case holds {' and '.join(options.only)}")
+    chosen = command.chosen(parser, gpu_cases(options.dry_run), options.only)
     try:
         device = find(options.dry_run)
     except RuntimeError as error:

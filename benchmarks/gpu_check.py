@@ -10,7 +10,6 @@ tiny case.
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import re
@@ -23,7 +22,8 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 import apet_kernels
-from benchmarks.device import find
+from benchmarks.lib import command
+from benchmarks.lib.device import find
 
 ROOT = Path(__file__).parents[1]
 SANITIZERS = ("memcheck", "racecheck", "initcheck", "synccheck")
@@ -128,13 +128,7 @@ def report(tests: Suite, sanitizers: list[Sanitizer], code: int, tables: str, na
 
 def main() -> None:
     """Checks, writes the report, exits."""
-    summary, _, usage = (__doc__ or "").partition("\n\n")
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.gpu_check",
-        description=summary,
-        epilog=usage,
-        formatter_class=argparse.RawTextHelpFormatter,
-    )
+    parser = command.parser("gpu_check", __doc__)
     parser.add_argument("--dry-run", action="store_true", help="on a CPU, tiny cases, Triton's interpreter")
     parser.add_argument("--directory", type=Path, default=ROOT, help="where the report goes (here)")
     options = parser.parse_args()

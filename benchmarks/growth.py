@@ -1,6 +1,6 @@
 """How cost grows, in time and memory, with tokens, features, images, tokens kept and basis tokens.
 
-python -m benchmarks.growth     (benchmarks/suite.py says what it takes)
+python -m benchmarks.growth     (benchmarks/lib/suite.py says what it takes)
 
 One of N, D, B, K and M varies, the others stay at one image of 1024 tokens of 1024 features, 10 % kept, M = 10.
 Measured exponents are slopes of least squares through the logarithms, predicted ones of the same fit through a cost
@@ -10,7 +10,7 @@ model:
     product = B 2 ((N - K) K + M N) D      floating-point operations of the similarity, s5, and of s1
     bytes   = B (4 N D + K D) s            norms, first basis token, the others, means; s bytes a number
               + B (4 M + 32) N             dot products and ranks
-    memory  = outputs + I (4 N (M + 1) + D min(4 K, (4 - s) K + 324)), at most: benchmarks/memory.py
+    memory  = outputs + I (4 N (M + 1) + D min(4 K, (4 - s) K + 324)), at most: benchmarks/lib/memory.py
 
 The rates are those that the same run measures. Of an image that fits half the last-level cache only the first pass is
 memory bytes. So the product dominates where 2 ((N - K) K + M N) / rate > 4 N s / bandwidth, whatever D is: with many
@@ -29,13 +29,13 @@ from typing import Any
 
 import torch
 
-from benchmarks import baselines, ceilings
-from benchmarks.cases import Case, tokens
-from benchmarks.compare import Comparison, Row, ring
-from benchmarks.cpu import checked
-from benchmarks.memory import measured_growth, output_bytes, workspace_bound
-from benchmarks.sheet import Sheet
-from benchmarks.suite import Results, Suite
+from benchmarks.lib import baselines, ceilings
+from benchmarks.lib.cases import Case, tokens
+from benchmarks.lib.check import checked
+from benchmarks.lib.compare import Comparison, Row, ring
+from benchmarks.lib.memory import measured_growth, output_bytes, workspace_bound
+from benchmarks.lib.sheet import Sheet
+from benchmarks.lib.suite import Results, Suite
 
 SHARE = 0.1
 PAGE = 4096  # bytes that memory grows by; a call that finds room in what is there grows it by none
@@ -112,7 +112,7 @@ def compare(point: Point) -> Comparison:
         called = torch.ops.apet.compress if name == "kernel" else getattr(baselines, name)
         calls[name] = functools.partial(called, **its.arguments)
         judged[name] = checked(its, name, calls[name], inputs[0])
-    return Comparison(point.fields(), {**ceilings.floor(case), **calls}, inputs, judged)
+    return Comparison(point.fields(), {**ceilings.reference_cost(case), **calls}, inputs, judged)
 
 
 def memory(point: Point) -> dict[str, int]:

@@ -2,7 +2,7 @@
 
     python -m benchmarks.hooks [--smoke] [--batch 1 4] [--rounds 3] [--json FILE] [--markdown]
 
-The model is that of benchmarks/llava.py. A round generates once with every setting, in turns; ratios are medians of
+The model is that of benchmarks/lib/llava.py. A round generates once with every setting, in turns; ratios are medians of
 ratios within a round. The prefill lasts from the call of generate() to the first token, the vision encoder in it. What
 the compression takes is measured inside these calls: "op" is the calls of the op, "hooks" everything that the hooks do,
 the op included. "attainable" is the model's own work without hooks: the vision encoder, then projector and decoder on
@@ -12,7 +12,6 @@ as many tokens as are kept. In the dtype that is faster here with every setting,
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import dataclasses
 import functools
@@ -37,12 +36,12 @@ from rich.console import Console
 from torch import Tensor, nn
 
 import apet_kernels
-from benchmarks.ceilings import peak_gflops
-from benchmarks.compare import NOISE, THREADS, spread
-from benchmarks.floors import replaced
-from benchmarks.llava import PICTURE, TEXT, TOKENS, VISION
-from benchmarks.machine import describe
-from benchmarks.sheet import Sheet, document, show
+from benchmarks.lib import command, llava
+from benchmarks.lib.ceilings import peak_gflops
+from benchmarks.lib.compare import NOISE, THREADS, paired, rotated, spread
+from benchmarks.lib.llava import PICTURE, TEXT, TOKENS, VISION
+from benchmarks.lib.machine import describe
+from benchmarks.lib.sheet import Sheet, document, replaced, show
 
 PAGE = Path(__file__).parents[1] / "docs" / "benchmarks.md"
 BEGIN, END = "<!-- hooks:begin -->", "<!-- hooks:end -->"
@@ -126,10 +125,8 @@ class Row:
 
 def build(size: Size, dtype: torch.dtype) -> nn.Module:
     """The model, with random weights."""
-    vision = transformers.CLIPVisionConfig(**size.vision, **PICTURE)
-    text = transformers.LlamaConfig(**size.text, vocab_size=32064, max_position_embeddings=4096)
-    config = transformers.LlavaConfig(vision_config=vision, text_config=text, image_token_index=IMAGE)
     torch.manual_seed(0)
+    config = llava.config(size.vision, size.text, vocabulary=32064, image=IMAGE)
     model = transformers.LlavaForConditionalGeneration._from_config(config, dtype=dtype)
     model.generation_config.eos_token_id = None
     model.generation_config.pad_token_id = 0
@@ -169,12 +166,11 @@ def measure(
     """All rounds of one batch size."""
     given, chosen = inputs(batch, dtype), list(counts)
     seconds: dict[Setting, list[tuple[float, ...]]] = {setting: [] for setting in chosen}
-    with spent(apet_kernels, ["compress_packed", "compress_varlen"]) as op, spent(Engine, HOOKS) as hooks:
+    with spent(apet_kernels, ["compress_packed"]) as op, spent(Engine, HOOKS) as hooks:
         with running(model, chosen[0]):
             clock(model, given, 1)  # to warm up
         for turn in range(rounds):
-            start = turn % len(chosen)
-            for setting in chosen[start:] + chosen[:start]:
+            for setting in rotated(chosen, turn):
                 with running(model, setting):
                     begin = time.perf_counter()
                     prefill, total = clock(model, given, size.new_tokens)
@@ -196,10 +192,10 @@ def measure(
                 counts[chosen[0]].flops / counts[setting].flops,
                 *(prefill, total, op_seconds, hook_seconds),
                 attainable_seconds=least if setting.llm_keep is None else [],
-                speedup=_ratio(base[0], prefill),
-                total_speedup=_ratio(base[1], total),
-                op_share=_ratio(op_seconds, base[0]),
-                hook_share=_ratio(hook_seconds, base[0]),
+                speedup=paired(base[0], prefill),
+                total_speedup=paired(base[1], total),
+                op_share=paired(op_seconds, base[0]),
+                hook_share=paired(hook_seconds, base[0]),
             )
         )
     return rows
@@ -215,10 +211,6 @@ def attainable(model: nn.Module, given: dict[str, Tensor], keep: int) -> float:
     out = model.model.language_model(inputs_embeds=torch.cat([image, text], 1), use_cache=True)
     model.lm_head(out.last_hidden_state[:, -1:])
     return time.perf_counter() - begin
-
-
-def _ratio(over: list[float], under: list[float]) -> float:
-    return statistics.median(a / b for a, b in zip(over, under, strict=True))
 
 
 @contextlib.contextmanager
@@ -295,13 +287,7 @@ def _line(row: Row) -> list[str]:
 
 def main() -> None:
     """Measures, prints, writes."""
-    summary, _, usage = (__doc__ or "").partition("\n\n")
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.hooks",
-        description=summary,
-        epilog=usage,
-        formatter_class=argparse.RawTextHelpFormatter,
-    )
+    parser = command.parser("hooks", __doc__)
     parser.add_argument("--smoke", action="store_true", help="a tiny model")
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 4], help="batch sizes (1 4)")
     parser.add_argument("--rounds", type=int, default=3, help="answers with each setting (3)")

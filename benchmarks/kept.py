@@ -1,9 +1,9 @@
 """Time against tokens kept: the kernel, other ways to compute the same, and other methods for the same job.
 
-python -m benchmarks.kept     (benchmarks/suite.py says what it takes)
+python -m benchmarks.kept     (benchmarks/lib/suite.py says what it takes)
 
-The other methods are those of benchmarks/alternatives.py, in eager torch on all threads. FastV and VisionZip are given
-the attention weights that they rank by; what getting these costs a model that runs FlashAttention is not in their
+The other methods are those of benchmarks/lib/alternatives.py, in eager torch on all threads. FastV and VisionZip are
+given the attention weights that they rank by; what getting these costs a model that runs FlashAttention is not in their
 times.
 """
 
@@ -13,14 +13,13 @@ import dataclasses
 import functools
 
 import torch
-from torch import Tensor
 
-from benchmarks import alternatives, baselines, ceilings
-from benchmarks.cases import Case, tokens
-from benchmarks.compare import Comparison, Row, ring
-from benchmarks.cpu import checked
-from benchmarks.sheet import Sheet
-from benchmarks.suite import Results, Suite, ms, number
+from benchmarks.lib import alternatives, baselines, ceilings
+from benchmarks.lib.cases import Case, tokens
+from benchmarks.lib.check import check_other, checked
+from benchmarks.lib.compare import Comparison, Row, ring
+from benchmarks.lib.sheet import Sheet
+from benchmarks.lib.suite import Results, Suite, ms, number
 
 SHARES = (1 / 2, 1 / 4, 1 / 8, 1 / 16, 1 / 32)
 # [B, N, D]: LLaVA-1.5, the tiles of one LLaVA-NeXT image, a large image of Qwen2.5-VL.
@@ -33,7 +32,6 @@ SHAPES = (
 SAME = ("published", "eager", "tuned")
 OTHERS = tuple(alternatives.METHODS)
 PUBLISHED = 2**32  # bytes of its broadcast up to which the published formulation is run
-MERGING = ("visionzip", "tome")  # the rows of the others are tokens as they came
 
 
 def cases(smoke: bool) -> list[Case]:
@@ -60,36 +58,25 @@ def compare(case: Case) -> Comparison:
         with torch.inference_mode():
             check_other(name, case, inputs[0], *calls[name](inputs[0]))
         judged[name] = 1.0
-    return Comparison(case.fields(), {**ceilings.floor(case), "copy": torch.clone, **calls}, inputs, judged)
-
-
-def check_other(name: str, case: Case, x: Tensor, kept: Tensor, indices: Tensor) -> None:
-    """What any method's result must be; tests/test_alternatives.py judges which tokens. Raises AssertionError."""
-    assert kept.shape == (case.B, case.keep, case.D), f"{name}, {case}: tokens have shape {tuple(kept.shape)}"
-    assert indices.shape == (case.B, case.keep), f"{name}, {case}: indices have shape {tuple(indices.shape)}"
-    assert indices.min() >= 0, f"{name}, {case}: an index is {int(indices.min())}"
-    assert indices.max() < case.N, f"{name}, {case}: an index is {int(indices.max())}"
-    assert (indices.diff() > 0).all(), f"{name}, {case}: indices do not ascend"
-    assert kept.isfinite().all(), f"{name}, {case}: a token is not finite"
-    moved = (kept != x.gather(1, indices[..., None].expand_as(kept))).any(-1)  # [B, K]
-    assert moved.any() == (name in MERGING), f"{name}, {case}: {int(moved.sum())} rows are not tokens of x"
+    return Comparison(case.fields(), {**ceilings.reference_cost(case), "copy": torch.clone, **calls}, inputs, judged)
 
 
 def sheets(results: Results) -> list[Sheet]:
     """Times of everything, then what the others take next to the kernel."""
-    names = ("kernel", *SAME, *OTHERS, "copy", "floor")
+    names = ("kernel", *SAME, *OTHERS, "copy", "reference cost")
     times = Sheet(
         "Time against tokens kept",
         "Milliseconds, medians; (n) where fewer rounds than the kernel's were timed; - where its broadcast would "
-        "take more than 4 GiB. copy: x, copied once. floor: one torch.mm [N-K, D] x [D, K] per image and M sweeps "
-        "over X. of floor: the share of the kernel's time that the floor explains; of copy: likewise. noise: "
-        "interquartile range over median, the worst of kernel and floor. judged: rows of the kernel whose values were "
-        "checked.",
+        "take more than 4 GiB. copy: x, copied once. reference cost: one torch.mm [N-K, D] x [D, K] per image and "
+        "M sweeps over X. "
+        f"{ceilings.OF_FLOOR} of copy: likewise. noise: interquartile range over median, the worst of kernel and "
+        "reference cost. judged: rows of the kernel whose values were checked.",
         ["shape", "dtype", *names, "of floor", "of copy", "noise", "judged"],
         [
             [
                 *(*_named(row), *(ms(row, name) for name in names)),
-                *(f"{share:.0%}" for share in (row.faster["floor"], row.faster["copy"], row.worst_noise)),
+                ceilings.of_floor([Case.of(row.case)], row.ms["kernel"], results.rates),
+                *(f"{share:.0%}" for share in (row.faster["copy"], row.worst_noise)),
                 f"{row.judged['kernel']:.0%}",
             ]
             for row in results.rows

@@ -12,8 +12,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from benchmarks import growth, kept
-from benchmarks.cases import Case
-from benchmarks.suite import Results
+from benchmarks.lib.cases import Case
+from benchmarks.lib.suite import Results
 
 # What is ours stands out, what computes the same is warm, other methods are cool, ceilings are grey.
 STYLES = {
@@ -30,7 +30,7 @@ STYLES = {
     "random": {"color": "tab:brown", "marker": "."},
     "uniform": {"color": "silver", "marker": "."},
     "copy": {"color": "grey", "linestyle": ":"},
-    "floor": {"color": "grey", "linestyle": "--"},
+    "reference cost": {"color": "grey", "linestyle": "--"},
     "predicted": {"color": "grey", "linestyle": "--"},
 }
 LABELS = {
@@ -47,7 +47,7 @@ LABELS = {
     "random": "random",
     "uniform": "uniform grid",
     "copy": "one copy of x",
-    "floor": "floor: product + sweeps",
+    "reference cost": "reference cost: product + sweeps",
     "predicted": "cost model",
 }
 SIZE = {"markersize": 4, "linewidth": 1.3}
@@ -59,7 +59,7 @@ def draw_kept(results: Results, path: Path) -> None:
     for row in results.rows:
         case = Case.of(row.case)
         panel = panels.setdefault(f"[{case.B}, {case.N}, {case.D}] {case.dtype_name}", {})
-        for name in ("kernel", *kept.SAME, *kept.OTHERS, "copy", "floor"):
+        for name in ("kernel", *kept.SAME, *kept.OTHERS, "copy", "reference cost"):
             if name in row.ms:
                 panel.setdefault(name, []).append((case.keep, row.ms[name]))
     figure, axes = pyplot.subplots(1, len(panels), figsize=(3.6 * len(panels), 5), squeeze=False, sharey=True)

@@ -1,6 +1,6 @@
 """Images of different sizes, packed: one call of compress_packed against one call for each image.
 
-python -m benchmarks.ragged     (benchmarks/suite.py says what it takes)
+python -m benchmarks.ragged     (benchmarks/lib/suite.py says what it takes)
 """
 
 from __future__ import annotations
@@ -15,13 +15,12 @@ import torch
 from torch import Tensor
 
 import apet_kernels
-from benchmarks import alternatives, baselines, ceilings
-from benchmarks.cases import Case, tokens
-from benchmarks.check import judge
-from benchmarks.compare import Comparison, on_each_isa, ring
-from benchmarks.kept import check_other
-from benchmarks.sheet import Sheet
-from benchmarks.suite import Results, Suite, ms, number
+from benchmarks.lib import alternatives, baselines, ceilings
+from benchmarks.lib.cases import Case, tokens
+from benchmarks.lib.check import check_other, judge
+from benchmarks.lib.compare import Comparison, Row, on_each_isa, ring
+from benchmarks.lib.sheet import Sheet
+from benchmarks.lib.suite import Results, Suite, ms, number
 
 RIVALS = ("one by one", "eager", "tuned")
 OTHERS = ("divprune", "tome")
@@ -101,8 +100,8 @@ def compare(ragged: Ragged) -> Comparison:
     with torch.inference_mode():
         for ours, theirs in zip(packed(inputs[0]), calls["one by one"](inputs[0]), strict=True):
             assert torch.equal(ours, theirs), f"{ragged}: packed images give other bits than alone"
-    floors = {name: functools.partial(_each, ragged, name) for name in ("product", "sweeps")}
-    return Comparison(ragged.fields(), {**floors, **calls}, inputs, judged)
+    cost = {name: functools.partial(_each, ragged, name) for name in ("product", "sweeps")}
+    return Comparison(ragged.fields(), {**cost, **calls}, inputs, judged)
 
 
 def _options(method: Callable[..., tuple[Tensor, Tensor]], case: Case) -> dict[str, Any]:
@@ -110,9 +109,9 @@ def _options(method: Callable[..., tuple[Tensor, Tensor]], case: Case) -> dict[s
 
 
 def _each(ragged: Ragged, term: str, x: Tensor) -> None:
-    """A term of the floor, of every image."""
+    """A term of the reference cost, of every image."""
     for part, case in zip(x.split(ragged.lengths), ragged.images(), strict=True):
-        ceilings.floor(case)[term](part[None])
+        ceilings.reference_cost(case)[term](part[None])
 
 
 def _checked(ragged: Ragged, name: str, call: Compress, x: Tensor) -> float:
@@ -135,13 +134,13 @@ def _checked(ragged: Ragged, name: str, call: Compress, x: Tensor) -> float:
 def sheets(results: Results) -> list[Sheet]:
     """One table."""
     isa = list(dict.fromkeys(n for row in results.rows for n in row.ms if n.startswith("kernel ")))
-    names = ("kernel", *isa, *RIVALS, *OTHERS, "floor")
+    names = ("kernel", *isa, *RIVALS, *OTHERS, "reference cost")
     return [
         Sheet(
             "compress_packed",
             "Milliseconds, medians. kernel: one call of compress_packed; the others one call for each image. x: how "
-            "many times faster the kernel is. floor: one torch.mm and M sweeps for each image. of floor: the share of "
-            "the kernel's time that the floor explains. noise: of kernel and floor. judged: rows checked.",
+            "many times faster the kernel is. reference cost: one torch.mm and M sweeps for each image. "
+            f"{ceilings.OF_FLOOR} noise: of kernel and reference cost. judged: rows checked.",
             [
                 *("images", "dtype", *names, *(f"x {rival}" for rival in (*RIVALS, *OTHERS))),
                 *("of floor", "noise", "judged"),
@@ -150,13 +149,19 @@ def sheets(results: Results) -> list[Sheet]:
                 [
                     *(row.case["name"], row.case["dtype"], *(ms(row, name) for name in names)),
                     *(number(row.faster[rival]) for rival in (*RIVALS, *OTHERS)),
-                    *(f"{share:.0%}" for share in (row.faster["floor"], row.worst_noise, row.judged["kernel"])),
+                    ceilings.of_floor(_images(row), row.ms["kernel"], results.rates),
+                    *(f"{share:.0%}" for share in (row.worst_noise, row.judged["kernel"])),
                 ]
                 for row in results.rows
             ],
             words=("images", "dtype"),
         )
     ]
+
+
+def _images(row: Row) -> list[Case]:
+    case = row.case
+    return Ragged(**{**case, "dtype": getattr(torch, case["dtype"])}).images()
 
 
 SUITE = Suite(

@@ -3,15 +3,15 @@
     python -m benchmarks.regress BASELINE NEW [--allow 0.25]
 
 Seconds differ from machine to machine and from hour to hour; the kernel's time over that of what was timed in turns
-with it (the floor, its terms, the rivals) hardly does. Each such ratio of a case is divided by what it was; the median
-says how much slower the kernel has become, so one rival that got faster proves nothing. The kernel's halves and its
-lesser instruction sets are held to the same, where the suite times them, and its memory as it is. What is more than
---allow worse has regressed. Exits with 1 if anything has, or a case is gone; with 2 if nothing can be compared.
+with it (the reference cost, its terms, the other implementations) hardly does. Each such ratio of a case is divided by
+what it was; the median says how much slower the kernel has become, so one implementation that got faster proves
+nothing. The kernel's halves and its lesser instruction sets are held to the same, where the suite times them, and its
+memory as it is. What is more than --allow worse has regressed. Exits with 1 if anything has, or a case is gone; with 2
+if nothing can be compared.
 """
 
 from __future__ import annotations
 
-import argparse
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,9 +19,10 @@ from statistics import median
 
 from rich.console import Console
 
-from benchmarks.compare import NOISE, Row
-from benchmarks.sheet import Sheet, show
-from benchmarks.suite import Results, load, named
+from benchmarks.lib import command
+from benchmarks.lib.compare import NOISE, Row
+from benchmarks.lib.sheet import Sheet, show
+from benchmarks.lib.suite import Results, load, named
 
 ALLOW = 0.25
 OURS = ("kernel", "score", "merge")
@@ -76,13 +77,7 @@ def _changes(before: Row, after: Row) -> dict[str, float]:
 
 def main() -> None:
     """Compares, shows, exits."""
-    summary, _, usage = (__doc__ or "").partition("\n\n")
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.regress",
-        description=summary,
-        epilog=usage,
-        formatter_class=argparse.RawTextHelpFormatter,
-    )
+    parser = command.parser("regress", __doc__)
     parser.add_argument("baseline", type=Path, help="results as they were")
     parser.add_argument("new", type=Path, help="results as they are")
     parser.add_argument("--allow", type=float, default=ALLOW, help=f"how much worse is no regression ({ALLOW})")

@@ -8,15 +8,14 @@ section without results says so. Pictures go beside the page.
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks import cpu, growth, kept, plots, ragged, stages
-from benchmarks.floors import replaced
-from benchmarks.sheet import document
-from benchmarks.suite import Results, Suite, load, number
+from benchmarks.lib import command
+from benchmarks.lib.sheet import document, replaced
+from benchmarks.lib.suite import Results, Suite, load, number
 
 RESULTS = Path(__file__).parent / "results"
 PAGE = Path(__file__).parents[1] / "docs" / "benchmarks.md"
@@ -46,10 +45,10 @@ def kept_conclusions(results: Results) -> list[str]:
         lines.append(
             f"{plots.LABELS[name]}: {number(min(ratios))} to {number(max(ratios))} times the time of the kernel{where}."
         )
-    floors = [row.floors for row in results.rows]
+    costs = [row.costs for row in results.rows]
     copies = [1 / row.faster["copy"] for row in results.rows]
     lines.append(
-        f"The kernel takes {min(floors):.2f} to {max(floors):.2f} floors, and {number(min(copies))} to "
+        f"The kernel takes {min(costs):.2f} to {max(costs):.2f} reference costs, and {number(min(copies))} to "
         f"{number(max(copies))} times as long as one copy of the tokens."
     )
     return lines
@@ -107,13 +106,7 @@ def text(page: Path, results: Path) -> str:
 
 def main() -> None:
     """Writes page and pictures."""
-    summary, _, usage = (__doc__ or "").partition("\n\n")
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.report",
-        description=summary,
-        epilog=usage,
-        formatter_class=argparse.RawTextHelpFormatter,
-    )
+    parser = command.parser("report", __doc__)
     parser.add_argument("--results", type=Path, default=RESULTS, metavar="FOLDER", help="where the results are")
     parser.add_argument("--page", type=Path, default=PAGE, metavar="FILE", help="what is written")
     options = parser.parse_args()

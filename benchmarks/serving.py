@@ -2,16 +2,15 @@
 
     .build/vllm/bin/python -m benchmarks.serving [--smoke] [--rounds 2] [--json FILE] [--markdown]
 
-`make test-vllm` makes that environment. One server (benchmarks/llava.py) answers chat requests of one photo and some
-text, budgets per request. Every request has a picture of its own, so that no cache helps, and caches of prefixes are
-off. Clients, as many as the concurrency, send their next request when the last is answered; budgets take turns, and
+`make test-vllm` makes that environment. One server (benchmarks/lib/llava.py) answers chat requests of one photo and
+some text, budgets per request. Every request has a picture of its own, so that no cache helps, and caches of prefixes
+are off. Clients, as many as the concurrency, send their next request when the last is answered; budgets take turns, and
 ratios are medians of ratios within a round. Everything counts: HTTP, preprocessing, vision encoder, compression,
 language model. --markdown writes the table into docs/engines.md.
 """
 
 from __future__ import annotations
 
-import argparse
 import base64
 import concurrent.futures
 import contextlib
@@ -37,16 +36,15 @@ import skimage
 from PIL import Image
 from rich.console import Console
 
-from benchmarks.floors import replaced
-from benchmarks.llava import PICTURE, TEXT, TOKENS, VISION
-from benchmarks.machine import describe
-from benchmarks.sheet import Sheet, document, show
-from tests.vllm.tiny import configure
+from benchmarks.lib import command, llava
+from benchmarks.lib.compare import paired, rotated
+from benchmarks.lib.llava import TEXT, TOKENS, VISION
+from benchmarks.lib.machine import describe
+from benchmarks.lib.sheet import Sheet, document, replaced, show
 
 PAGE = Path(__file__).parents[1] / "docs" / "engines.md"
 BEGIN, END = "<!-- serving:begin -->", "<!-- serving:end -->"
 QUESTION = "What is to be seen in this picture?"
-LETTERS = list(range(20, 100))  # ids of tokens that are text, so that each arrives as one
 
 
 @dataclass(frozen=True)
@@ -64,7 +62,13 @@ REAL = Size(VISION, TEXT, (TOKENS, 512, 64), (1, 4, 16), 16)
 SMOKE = dataclasses.replace(
     REAL,
     vision={"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 2},
-    text={"hidden_size": 128, "intermediate_size": 192, "num_hidden_layers": 2},
+    text={
+        "hidden_size": 128,
+        "intermediate_size": 192,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+    },
     keeps=(TOKENS, 64),
     answer=4,
 )
@@ -89,7 +93,7 @@ def server(size: Size) -> Iterator[str]:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     with tempfile.TemporaryDirectory() as folder:
-        configure("llava", Path(folder), size.text, {**size.vision, **PICTURE, "projection_dim": 768})
+        llava.save(Path(folder), size.vision, size.text)
         options = ["--load-format", "dummy", "--dtype", "bfloat16", "--enforce-eager", "--no-enable-prefix-caching"]
         options += ["--max-model-len", "1024", "--max-num-seqs", "16", "--served-model-name", "model"]
         options += ["--mm-processor-kwargs", json.dumps({"apet_keep": 1.0}), "--trust-request-mm-kwargs"]
@@ -98,9 +102,9 @@ def server(size: Size) -> Iterator[str]:
         # vLLM would keep a core for the server alone: of two that is half.
         settings |= {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": str(os.cpu_count())}
         log = Path(folder, "log")
-        command = [Path(sys.executable).parent / "vllm", "serve", folder, *options]
+        serve = [Path(sys.executable).parent / "vllm", "serve", folder, *options]
         with log.open("w") as out:
-            process = subprocess.Popen(command, env=os.environ | settings, stdout=out, stderr=subprocess.STDOUT)
+            process = subprocess.Popen(serve, env=os.environ | settings, stdout=out, stderr=subprocess.STDOUT)
         try:
             address = f"http://127.0.0.1:{port}"
             while process.poll() is None:
@@ -129,7 +133,7 @@ def ask(address: str, url: str, keep: int, answer: int) -> tuple[float, int]:
     """Seconds to the first token, and tokens of the prompt. Raises RuntimeError where the answer is not whole."""
     content = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": QUESTION}]
     body: dict[str, Any] = {"model": "model", "messages": [{"role": "user", "content": content}]}
-    body |= {"max_tokens": answer, "temperature": 0, "ignore_eos": True, "allowed_token_ids": LETTERS}
+    body |= {"max_tokens": answer, "temperature": 0, "ignore_eos": True, "allowed_token_ids": list(llava.LETTERS)}
     body |= {"stream": True, "stream_options": {"include_usage": True}, "mm_processor_kwargs": {"apet_keep": keep}}
     request = urllib.request.Request(address, json.dumps(body).encode(), {"Content-Type": "application/json"})
     begin, first, usage = time.perf_counter(), None, {}
@@ -172,14 +176,14 @@ def measure(size: Size, rounds: int, console: Console) -> list[Row]:
             requests = max(3, concurrency)
             some = [Row(concurrency, keep, [], []) for keep in size.keeps]
             for turn in range(rounds):
-                for row in some[turn % len(some) :] + some[: turn % len(some)]:
+                for row in rotated(some, turn):
                     rate, first, _ = run(address, urls, row.keep, concurrency, requests, size.answer)
                     row.rates.append(rate)
                     row.first.append(first)
             for row in some:
-                row.faster = statistics.median(a / b for a, b in zip(row.rates, some[0].rates, strict=True))
+                row.faster = paired(row.rates, some[0].rates)
                 medians = ([statistics.median(f) for f in r.first] for r in (some[0], row))
-                row.sooner = statistics.median(a / b for a, b in zip(*medians, strict=True))
+                row.sooner = paired(*medians)
             rows += some
     return rows
 
@@ -211,13 +215,7 @@ def sheet(rows: list[Row]) -> Sheet:
 
 def main() -> None:
     """Measures, prints, writes."""
-    summary, _, usage = (__doc__ or "").partition("\n\n")
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.serving",
-        description=summary,
-        epilog=usage,
-        formatter_class=argparse.RawTextHelpFormatter,
-    )
+    parser = command.parser("serving", __doc__)
     parser.add_argument("--smoke", action="store_true", help="a tiny model")
     parser.add_argument("--rounds", type=int, default=2, help="times that every setting has its turn (2)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write everything measured")

@@ -1,13 +1,14 @@
-"""The stages of the kernel, each with its floor, on every instruction set, beside those of the reference.
+"""The stages of the kernel beside their reference costs, on every instruction set, and those of the reference.
 
-python -m benchmarks.stages     (benchmarks/suite.py says what it takes)
+python -m benchmarks.stages     (benchmarks/lib/suite.py says what it takes)
 
 The kernel fuses s1 to s3, so what can be timed is what is exposed: `score` (s1 to s3), `merge` (s5) and `compress`.
 Two differences look further in. What one more basis token takes is 1/(M-1) of `score` with M of them less `score` with
 one. What `compress` takes beyond `score` and `merge` is s4, less what one call saves of two: it may be negative. The
 float64 reference runs each stage alone.
 
-Floors: of `score` M sweeps that only read, of `merge` one torch.mm [N-K, D] x [D, K], measured in the same rounds.
+Reference costs: of `score` M sweeps that only read, of `merge` one torch.mm [N-K, D] x [D, K], measured in the same
+rounds.
 """
 
 from __future__ import annotations
@@ -19,12 +20,12 @@ import torch
 from torch import Tensor
 
 from apet_kernels import reference
-from benchmarks import ceilings
-from benchmarks.cases import RIDGE, Case, tokens
-from benchmarks.check import judge
-from benchmarks.compare import Comparison, Row, on_each_isa, ring
-from benchmarks.sheet import Sheet
-from benchmarks.suite import Results, Suite, ms, noisy, number
+from benchmarks.lib import ceilings
+from benchmarks.lib.cases import RIDGE, Case, tokens
+from benchmarks.lib.check import judge
+from benchmarks.lib.compare import Comparison, Row, on_each_isa, ring
+from benchmarks.lib.sheet import Sheet
+from benchmarks.lib.suite import Results, Suite, ms, noisy, number
 
 SHAPES = ((1, 576, 1024, 64), (5, 576, 1024, 192), (8, 256, 4096, 22), (1, 1280, 3584, 384), (1, 4096, 3584, 512))
 REFERENCE = ("s1_basis", "s2_solve", "s3_residual", "s4_topk", "s5_merge")
@@ -56,10 +57,10 @@ def compare(case: Case) -> Comparison:
     with torch.inference_mode():
         inputs = [(x, torch.ops.apet.compress(x, **case.arguments)[1]) for x in ring(functools.partial(tokens, case))]
         judged = {name: check(case, name, inputs[0][0], call, halves) for name, call in whole.items()}
-        floors = {name: _of_x(call) for name, call in ceilings.floor(case).items()}
+        cost = {name: _of_x(call) for name, call in ceilings.reference_cost(case).items()}
         stages = {f"reference {name}": call for name, call in reference_stages(case, inputs[0][0]).items()}
     first = functools.partial(score, basis=1)
-    calls = {**floors, **stages, "score one": first, **halves, **whole}
+    calls = {**cost, **stages, "score one": first, **halves, **whole}
     return Comparison(case.fields(), calls, inputs, judged)
 
 
@@ -113,15 +114,16 @@ def sheets(results: Results) -> list[Sheet]:
     isa = list(dict.fromkeys(n.removeprefix("kernel ") for row in results.rows for n in row.ms if n[:7] == "kernel "))
     kernel = Sheet(
         "Stages of the kernel",
-        "Milliseconds, medians. s1-s3: `score`; s5: `merge`; all: `compress`. of floor: the share that the floor "
-        "explains, M sweeps that only read, or the product. one more: basis token, and the operations of its products "
-        "with every token. s4 and one call: `compress` less `score` and `merge`. noise: of kernel and floor. judged: "
-        "rows checked.",
+        "Milliseconds, medians. s1-s3: `score`; s5: `merge`; all: `compress`. "
+        f"{ceilings.OF_FLOOR} sweeps / s1-s3, product / s5: M "
+        "sweeps that only read, and torch.mm, in times of the stage. one more: basis token, and the operations of its "
+        "products with every token. s4 and one call: `compress` less `score` and `merge`. noise: of kernel and "
+        "reference cost. judged: rows checked.",
         [
-            *("shape", "dtype", "all", "of floor", "s1-s3", "of sweeps", "one more", "one more GFLOP/s"),
-            *("s5", "of product", "s5 GFLOP/s", "s4 and one call", "noise", "judged"),
+            *("shape", "dtype", "all", "of floor", "s1-s3", "sweeps / s1-s3", "one more", "one more GFLOP/s"),
+            *("s5", "product / s5", "s5 GFLOP/s", "s4 and one call", "noise", "judged"),
         ],
-        [_line(row) for row in results.rows],
+        [_line(row, results.rates) for row in results.rows],
     )
     sets = Sheet(
         "Stages by instruction set",
@@ -146,15 +148,15 @@ def _named(row: Row) -> list[str]:
     return [case.shape, case.dtype_name]
 
 
-def _line(row: Row) -> list[str]:
+def _line(row: Row, rates: dict[str, float]) -> list[str]:
     case, took = Case.of(row.case), row.ms
     one_more = (took["score"] - took["score one"]) / (case.basis - 1)
     dots = case.B * 2 * case.N * case.D
     product = case.B * 2 * (case.N - case.keep) * case.targets * case.D
     return [
-        *(*_named(row), ms(row, "kernel"), f"{row.faster['floor']:.0%}"),
-        *(ms(row, "score"), f"{took['sweeps'] / took['score']:.0%}", number(one_more), f"{dots / one_more / 1e6:.0f}"),
-        *(ms(row, "merge"), f"{took['product'] / took['merge']:.0%}", f"{product / took['merge'] / 1e6:.0f}"),
+        *(*_named(row), ms(row, "kernel"), ceilings.of_floor([case], took["kernel"], rates)),
+        *(ms(row, "score"), f"{took['sweeps'] / took['score']:.2f}", number(one_more), f"{dots / one_more / 1e6:.0f}"),
+        *(ms(row, "merge"), f"{took['product'] / took['merge']:.2f}", f"{product / took['merge'] / 1e6:.0f}"),
         *(number(took["kernel"] - took["score"] - took["merge"]), "; ".join(noisy(row)) or f"{row.worst_noise:.0%}"),
         f"{row.judged['kernel']:.0%}",
     ]
@@ -162,7 +164,7 @@ def _line(row: Row) -> list[str]:
 
 SUITE = Suite(
     "stages",
-    "The stages of the kernel, each with its floor, on every instruction set, beside those of the reference.",
+    "The stages of the kernel beside their reference costs, on every instruction set, and those of the reference.",
     cases,
     compare,
     sheets,

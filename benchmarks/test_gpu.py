@@ -9,11 +9,11 @@ import pytest
 from pytest_benchmark.fixture import BenchmarkFixture
 
 from benchmarks import gpu
-from benchmarks.cases import Case
-from benchmarks.compare import ROUNDS
-from benchmarks.device import Device, find
 from benchmarks.floors import Rates
-from benchmarks.suite import SMOKE_ROUNDS
+from benchmarks.lib.cases import Case
+from benchmarks.lib.compare import ROUNDS
+from benchmarks.lib.device import Device, find
+from benchmarks.lib.suite import SMOKE_ROUNDS
 
 
 @pytest.fixture(scope="module")

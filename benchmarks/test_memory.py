@@ -8,8 +8,8 @@ from collections.abc import Callable
 import pytest
 from pytest_benchmark.fixture import BenchmarkFixture
 
-from benchmarks.cases import Case
-from benchmarks.memory import measured_growth, output_bytes, planned_workspace, workspace_bound
+from benchmarks.lib.cases import Case
+from benchmarks.lib.memory import measured_growth, output_bytes, planned_workspace, workspace_bound
 
 FACTOR = 1.5  # of the bound: padding of rows to whole vectors and panels
 FIXED = 2**20  # stacks, tiles, allocator: does not grow with the problem

@@ -8,7 +8,7 @@ from typing import Any
 
 from pytest_benchmark.fixture import BenchmarkFixture
 
-from benchmarks.suite import SMOKE_ROUNDS, Suite
+from benchmarks.lib.suite import SMOKE_ROUNDS, Suite
 
 
 def test_suite(
@@ -22,6 +22,6 @@ def test_suite(
     row = comparison.row()
     benchmark.extra_info.update(dataclasses.asdict(row))
     times = ", ".join(f"{name} {ms:.3g}" for name, ms in row.ms.items())
-    say(f"{suite.name}, {suite_case}: {times} ms; kernel / floor {row.floors:.2f}")
+    say(f"{suite.name}, {suite_case}: {times} ms; kernel / reference cost {row.costs:.2f}")
     missed = suite.missed(row)
     assert not missed, "; ".join(missed)

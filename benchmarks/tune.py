@@ -4,14 +4,13 @@
 
 Cases whose channels round up to the same power of 2, with elements of the same size, share an entry. Each group of
 kernels is tuned on its own, the others as they are: a candidate must first give a result that is right (float64,
-benchmarks/check.py), then its kernels are timed from a graph on every case of the entry, over inputs larger than the
-last cache; the one of least product of times wins. What does not compile or fit is passed over. The winners together
-are judged on every case, and printed as configs.py has them. --dry-run and --only as in benchmarks.gpu.
+benchmarks/lib/check.py), then its kernels are timed from a graph on every case of the entry, over inputs larger than
+the last cache; the one of least product of times wins. What does not compile or fit is passed over. The winners
+together are judged on every case, and printed as configs.py has them. --dry-run and --only as in benchmarks.gpu.
 """
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import itertools
 import math
@@ -27,11 +26,12 @@ from rich.console import Console
 from torch import Tensor
 
 import apet_kernels
-from benchmarks.cases import Case, gpu_cases
-from benchmarks.check import judge
-from benchmarks.device import Device, describe, find
 from benchmarks.gpu import inputs_of, kernel_name, launches
-from benchmarks.sheet import Sheet, show
+from benchmarks.lib import command
+from benchmarks.lib.cases import Case, gpu_cases
+from benchmarks.lib.check import judge
+from benchmarks.lib.device import Device, describe, find
+from benchmarks.lib.sheet import Sheet, show
 
 SAMPLES = 5
 Values = tuple[int, ...]
@@ -175,19 +175,11 @@ def sheet(entry: tuple[str, int, int], cases: list[Case], outcomes: list[Outcome
 
 def main() -> None:
     """Tunes, prints. Exits with 2 if there is nothing to tune on."""
-    summary, _, usage = (__doc__ or "").partition("\n\n")
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.tune",
-        description=summary,
-        epilog=usage,
-        formatter_class=argparse.RawTextHelpFormatter,
-    )
+    parser = command.parser("tune", __doc__)
     parser.add_argument("--dry-run", action="store_true", help="on a CPU, a tiny case, Triton's interpreter")
-    parser.add_argument("--only", nargs="*", default=[], metavar="TEXT", help="cases whose name holds every TEXT")
+    command.add_only(parser)
     options = parser.parse_args()
-    chosen = [case for case in gpu_cases(options.dry_run) if all(text in str(case) for text in options.only)]
-    if not chosen:
-        parser.error(f"no case holds {' and '.join(options.only)}")
+    chosen = command.chosen(parser, gpu_cases(options.dry_run), options.only)
     try:
         device = find(options.dry_run)
     except RuntimeError as error:

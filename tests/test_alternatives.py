@@ -1,11 +1,11 @@
-"""The other methods of benchmarks/alternatives.py against plain loops written from their papers."""
+"""The other methods of benchmarks/lib/alternatives.py against plain loops written from their papers."""
 
 import numpy as np
 import pytest
 import torch
 
-from benchmarks import alternatives
-from benchmarks.alternatives import METHODS, NEED_ATTENTION
+from benchmarks.lib import alternatives
+from benchmarks.lib.alternatives import METHODS, NEED_ATTENTION
 
 B, N, D = 3, 49, 16
 

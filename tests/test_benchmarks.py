@@ -14,14 +14,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import ceilings, compare, growth, kept, memory, ragged, regress, report, stages, suite
-from benchmarks.baselines import published_bytes
-from benchmarks.cases import Case, tokens
-from benchmarks.compare import Comparison, Row
-from benchmarks.suite import Results
+from benchmarks import growth, kept, ragged, regress, report, stages
+from benchmarks.lib import ceilings, compare, memory, suite
+from benchmarks.lib.baselines import published_bytes
+from benchmarks.lib.cases import Case, tokens
+from benchmarks.lib.compare import Comparison, Row
+from benchmarks.lib.suite import Results
 
 RATES = {"float32 GFLOP/s": 200.0, "bfloat16 GFLOP/s": 800.0, "copy GB/s": 40.0, "read GB/s": 50.0}
-RATES |= {"cached GB/s": 100.0, "call us": 10.0, "cache MiB": 32.0}
+RATES |= {"cached GB/s": 100.0, "call us": 10.0, "peak GFLOP/s": 1000.0, "cache MiB": 32.0}
 ONLY = {"cpu": ["inplace"], "growth": ["float32"]}  # of the smoke cases, where the others take more than they tell
 
 
@@ -42,7 +43,7 @@ def test_every_suite_runs_and_is_reported(name: str, tmp_path: Path, monkeypatch
     chosen = [case for case in its.cases(True) if all(text in str(case) for text in only)]
     assert [row.case for row in found.rows] == [case.fields() for case in chosen]
     for row in found.rows:
-        assert {"kernel", "floor", "product", "sweeps"} <= row.ms.keys()
+        assert {"kernel", "reference cost", "product", "sweeps"} <= row.ms.keys()
         assert {n: len(spent) for n, spent in row.seconds.items()}.items() <= row.rounds.items()
         assert row.rounds["kernel"] == suite.SMOKE_ROUNDS
         assert row.judged["kernel"] > 0.5
@@ -289,6 +290,29 @@ def test_memory_is_of_the_call_alone() -> None:
     ours = memory.measured_growth(case)
     outputs = memory.output_bytes(case)
     assert outputs < ours < 1.5 * (outputs + memory.workspace_bound(case)) + 2**20
+
+
+# ---- the floor
+
+
+def test_the_floor_by_hand() -> None:
+    """X has 400 bytes and fits the cache of 1000: it is read once. The product has 2 * 15 * 5 * 5 operations."""
+    case = Case(B=1, N=20, D=5, keep=5, dtype=torch.float32, layout="inplace")
+    assert ceilings.floor_ms([case], RATES) == pytest.approx(400 / 50e6 + 750 / 1000e6)
+    large = dataclasses.replace(case, D=50)  # 4000 bytes: 3000 again from memory, while the product takes less
+    assert ceilings.floor_ms([large], RATES) == pytest.approx((4000 + 3000) / 50e6)
+    both = ceilings.floor_ms([case, large], RATES)  # the smaller first pass, then all products, or all bytes
+    assert both == pytest.approx(max((400 + 7000) / 50e6, 400 / 50e6 + 8250 / 1000e6))
+    batch = dataclasses.replace(case, B=3, dtype=torch.bfloat16)
+    assert ceilings.floor_ms([batch], RATES) == pytest.approx(max(600 / 50e6, 200 / 50e6 + 3 * 750 / 1000e6))
+    overwrite = dataclasses.replace(case, layout="overwrite", basis=2)  # 3 targets
+    assert ceilings.floor_ms([overwrite], RATES) == pytest.approx(400 / 50e6 + 450 / 1000e6)
+
+
+def test_no_floor_without_its_rates() -> None:
+    case = Case(1, 20, 5, 5, torch.float32, "inplace")
+    assert ceilings.of_floor([case], 1.0, {"read GB/s": 1.0}) == "-"
+    assert ceilings.of_floor([case], 2 * ceilings.floor_ms([case], RATES), RATES) == "50%"
 
 
 # ---- regressions

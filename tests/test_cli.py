@@ -11,15 +11,17 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import pytest
 import torch
-from apet import Refused, cli, eager, encoders, media, outcome, pictures, selftest
+from apet import Refused, encoders, hub, media, outcome, pictures, selftest
+from apet.cli import arguments, output
 from PIL import Image
 
 import apet_kernels
-from apet_kernels import testing
+from apet_kernels import options, testing
 from tests.command import invoke, refused, said
 
 SMALL = ("--size", "112")  # 8 x 8 patches for a square photo: fast
@@ -62,7 +64,7 @@ def quick() -> Iterator[None]:
 def test_photo_gives_picture_and_tables(tmp_path: Path) -> None:
     out = tmp_path / "picture.png"
     text = said("compress", ASTRONAUT, "--keep", 64, "--out", out)
-    for word in ("astronaut.png", "24 x 24", "576", "64", "residual kept", "s1-s3", "s4", "s5", "eager", "speed-up"):
+    for word in ("astronaut.png", "24 x 24", "576", "64", "residual kept", "s1-s3", "s4", "s5", "compress"):
         assert word in text
     picture = pixels(out)
     assert min(picture.shape[:2]) > 500
@@ -80,8 +82,7 @@ def test_numbers(tmp_path: Path) -> None:
         values = [f[name] for f in found]
         assert values == sorted(values)
         assert 0 < values[0] < values[-1] == 1
-    assert set(found[0]["milliseconds"]) == {"encode", "score", "select", "merge", "compress", "eager"}
-    assert "eager" not in found[-1]["milliseconds"]  # the published formulation cannot keep everything
+    assert set(found[0]["milliseconds"]) == {"encode", "score", "select", "merge", "compress"}
 
 
 @pytest.mark.parametrize("layout", ["inplace", "overwrite", "append"])
@@ -178,7 +179,7 @@ def test_constant_photo_has_no_negative_zero(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("share", "text"), [(-1e-8, "0.0%"), (-0.02, "-2.0%"), (0.2564, "25.6%"), (1.0, "100.0%")])
 def test_percent(share: float, text: str) -> None:
-    assert cli._percent(share, 1) == text
+    assert output.percent(share, 1) == text
 
 
 def test_photo_taken_upright(tmp_path: Path) -> None:
@@ -194,8 +195,7 @@ def test_photo_taken_upright(tmp_path: Path) -> None:
 @pytest.mark.parametrize("layout", ["inplace", "overwrite", "append"])
 def test_goals_are_those_of_the_op(layout: str) -> None:
     x = torch.randn(1, 80, 32, generator=torch.Generator().manual_seed(0))  # [1, N, D]
-    options = outcome.Options(layout=layout)
-    (frame,), _ = outcome.compress(x, 24, options)
+    (frame,), _ = outcome.compress(x, 24, outcome.OpArguments(layout=layout))
     tokens, indices = apet_kernels.compress(x, 24, layout=layout)  # [1, R, D], [1, R]
     assert frame.kept.tolist() == indices[0, :24].tolist()
     for row, position in enumerate(frame.kept):
@@ -217,7 +217,7 @@ def test_nothing_goes_to_or_from_an_infinite_token() -> None:
 
 def test_lost_patches_are_dimmed_and_kept_ones_clear() -> None:
     x = torch.randn(1, 24, 16, generator=torch.Generator().manual_seed(0))
-    (frame,), _ = outcome.compress(x, 8, outcome.Options(basis=3))
+    (frame,), _ = outcome.compress(x, 8, outcome.OpArguments(basis=3))
     photo = np.full((4 * pictures.PATCH, 6 * pictures.PATCH, 3), 0.8)
     figure = pictures.photo_figure(pictures.Panel(photo, frame, (4, 6)), "title", "subtitle")
     shown = np.asarray(figure.axes[0].images[0].get_array())[:: pictures.PATCH, :: pictures.PATCH, 0].ravel()  # [N]
@@ -225,14 +225,6 @@ def test_lost_patches_are_dimmed_and_kept_ones_clear() -> None:
     assert (np.delete(shown, frame.kept) < 0.5).all()
     assert {t.get_text() for t in figure.axes[0].texts} == {"1", "2", "3"}  # the basis, in picking order
     assert np.allclose(figure.axes[2].images[0].get_array().ravel(), frame.residual)
-
-
-def test_eager_formulation_is_the_layout_overwrite() -> None:
-    x = torch.randn(200, 48, generator=torch.Generator().manual_seed(0))
-    tokens, kept = eager.compress(x, 50)
-    expected, indices = apet_kernels.compress(x[None], 50, layout="overwrite")
-    assert torch.equal(kept, indices[0])
-    torch.testing.assert_close(tokens, expected[0], rtol=1e-4, atol=1e-5)
 
 
 # --- encoders ---
@@ -341,32 +333,28 @@ def files(tmp_path: Path) -> Path:
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
-        (("missing.png",), "no such file: missing.png"),
-        ((".",), "not a file"),
+        (("missing.png",), "'missing.png' does not exist"),
+        ((".",), "'.' is a directory"),
         (("text.png",), "neither a photo nor a video"),
         (("empty.png",), "the file is empty"),
         (("half.png",), "cannot read the photo half.png"),
         (("half.mp4",), "half.mp4"),
-        (("photo.png", "missing.png"), "no such file: missing.png"),
-        (("photo.png", "--keep", "71", *SMALL), "keep=71 exceeds the 70 tokens of photo.png"),
-        (("photo.png", "--keep", "0"), "keep=0 is neither"),
-        (("photo.png", "--keep", "-3"), "keep=-3 is neither"),
-        (("photo.png", "--keep", "1.5"), "keep=1.5 is neither"),
-        (("photo.png", "--keep", "nan%"), "keep=nan% is neither"),
-        (("photo.png", "--keep", "many"), "keep=many is neither"),
-        (("photo.png", "--basis", "65"), "basis=65 is outside 1..64"),
-        (("photo.png", "--layout", "sideways"), "layout='sideways' is none of inplace, overwrite, append"),
-        (("photo.png", "--select", "best"), "select='best' is none of fps, qr"),
-        (("photo.png", "--start", "-2"), "start=-2"),
-        (("photo.png", "--start", "70", "--keep", "9", *SMALL), "start=70 is not one of the 70 tokens"),
-        (("photo.png", "--layout", "overwrite", "--keep", "10"), "keep > basis"),
-        (("photo.png", "--blend", "0.5"), "blend=0.5"),
-        (("photo.png", "--blend", "2", "--layout", "overwrite"), "blend=2.0 is outside 0..1"),
-        (("photo.png", "--frames", "0"), "frames=0"),
+        (("photo.png", "missing.png"), "'missing.png' does not exist"),
+        (("photo.png", "--keep", "71", *SMALL), "photo.png: keep=71 is outside 1..70"),
+        (("photo.png", "--keep", "0"), "Invalid value for '--keep': 0 is neither"),
+        (("photo.png", "--keep", "-3"), "-3 is neither"),
+        (("photo.png", "--keep", "1.5"), "1.5 is neither"),
+        (("photo.png", "--keep", "nan%"), "nan% is neither"),
+        (("photo.png", "--keep", "many"), "many is neither"),
+        (("photo.png", "--layout", "sideways"), "'sideways' is not one of 'inplace', 'overwrite', 'append'"),
+        (("photo.png", "--select", "best"), "'best' is not one of 'fps', 'qr'"),
+        (("photo.png", "--start", "70", "--keep", "9", *SMALL), "photo.png: start=70 is outside -1..69"),
+        (("photo.png", "--layout", "overwrite", "--keep", "10"), "photo.png: layout='overwrite' needs keep > basis"),
+        (("photo.png", "--blend", "0.5"), "photo.png: blend=0.5 needs layout='overwrite'"),
         (("photo.png", "--size", "100000"), "photo.png would become 51009525 tokens, more than 65536"),
         (("photo.png", "--size", "13"), "size=13 is smaller than one 14 x 14 patch"),
         (("photo.png", "--layer", "13"), "layer=13 is outside the 12 layers"),
-        (("photo.png", "--backend", "abacus"), "backend='abacus' is none of cpu, triton, cuda, reference"),
+        (("photo.png", "--backend", "abacus"), "'abacus' is not one of 'cpu', 'triton', 'cuda', 'reference'"),
         (("photo.png", "--model", "no/such/model"), "cannot load model 'no/such/model'"),
         (("photo.png", "--out", "photo.txt"), "the name must end in"),
         (("photo.png", "--out", "photo.png"), "the picture would replace the photo"),
@@ -374,7 +362,6 @@ def files(tmp_path: Path) -> Path:
         (("photo.png", "photo.png", "--out", "photo.png"), "photo.png is a file"),
         (("photo.png", "photo.png", "--out", "two.png"), "two.png names one picture, but several files need a folder"),
         (("photo.png", "--kep", "3"), "--kep"),
-        (("photo.png", "--basis", "ten"), "Invalid value for '--basis'"),
         ((), "Missing argument"),
     ],
 )
@@ -383,6 +370,16 @@ def test_refusals(files: Path, monkeypatch: pytest.MonkeyPatch, words: tuple[str
     before = sorted(files.iterdir())
     assert sentence in refused("compress", *words)
     assert sorted(files.iterdir()) == before  # nothing was drawn before everything was checked
+
+
+@pytest.mark.parametrize(
+    ("option", "value"), [("--basis", "65"), ("--basis", "ten"), ("--start", "-2"), ("--blend", "2"), ("--frames", "0")]
+)
+def test_values_out_of_range(files: Path, option: str, value: str) -> None:
+    for words in ((option, value), (f"{option}={value}",)):
+        message = refused("compress", files / "photo.png", *words)
+        assert f"Invalid value for '{option}'" in message
+        assert value in message.partition("Invalid value")[2]
 
 
 @pytest.mark.parametrize(
@@ -412,10 +409,17 @@ def test_missing_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     assert 'pip install "apet-kernels[demo]"' in refused("compress", CHELSEA, "--out", tmp_path / "p.png")
 
 
-def test_backend_that_cannot_run_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(apet_kernels, "why_unavailable", lambda name: "there is no GPU" if name == "cuda" else None)
-    sentence = refused("compress", CHELSEA, "--backend", "cuda", "--out", tmp_path / "p.png")
-    assert "backend cuda cannot be used: there is no GPU" in sentence
+def test_backend_that_cannot_run_says_why(tmp_path: Path) -> None:
+    """Tokens of photos are on the CPU, where CUDA kernels cannot run on any machine."""
+    message = refused("compress", CHELSEA, *SMALL, "--keep", 9, "--backend", "cuda", "--out", tmp_path / "p.png")
+    assert "backend='cuda' cannot run here: " in message
+    assert not (tmp_path / "p.png").exists()
+
+
+def test_choices_are_those_of_the_op() -> None:
+    assert get_args(arguments.Layout) == options.LAYOUTS
+    assert get_args(arguments.Select) == options.SELECTS
+    assert get_args(arguments.Backend) == options.BACKENDS
 
 
 def test_refused_op_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -551,4 +555,4 @@ def test_error_from_outside(files: Path) -> None:
 
 def test_need_names_what_is_missing() -> None:
     with pytest.raises(Refused, match="no_such_module: pip install"):
-        encoders.need("no_such_module")
+        hub.need("no_such_module")

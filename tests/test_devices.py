@@ -9,15 +9,15 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from data import tokens
-from judge import assert_same
-from test_op import CU, CU_KEEP, REFUSED, calls, flat, refusal
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
 import apet_kernels
 from apet_kernels import dispatch
+from tests.data import tokens
+from tests.judge import assert_same
+from tests.test_op import CU, CU_KEEP, REFUSED, calls, flat, refusal
 
 DEVICES = ("mps", "vulkan")  # torch starts the runtime of others, which is not here, before it asks this test
 NAMES = list(calls())

@@ -9,8 +9,9 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from benchmarks import baselines, floors
-from benchmarks.cases import BASIS, RIDGE, Case, gpu_cases, tokens
+from benchmarks import floors
+from benchmarks.lib import baselines
+from benchmarks.lib.cases import BASIS, RIDGE, Case, gpu_cases, tokens
 
 BF16 = Case(B=2, N=20, D=3, keep=12, dtype=torch.bfloat16, layout="overwrite")  # T = 2, N - K = 8, X = 240 bytes
 # One byte, one operation a second, so that seconds are counts; a launch costs 1000, and 5000 on the host.

@@ -20,7 +20,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 import apet_kernels
 from apet_kernels import ops
-from benchmarks import device as devices
+from benchmarks.lib import device as devices
 from tests.data import DTYPES, tokens
 from tests.judge import assert_same, check
 

@@ -18,9 +18,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import apet_kernels
 from apet_kernels import dispatch, reference
-from benchmarks import baselines, floors, gpu, gpu_check, sanitized, tune
-from benchmarks import device as devices
-from benchmarks.cases import BASIS, RIDGE, Case, gpu_cases
+from benchmarks import floors, gpu, gpu_check, sanitized, tune
+from benchmarks.lib import baselines
+from benchmarks.lib import device as devices
+from benchmarks.lib.cases import BASIS, RIDGE, Case, gpu_cases
 from tests.simt import build as simt_build
 from tests.simt import call as simt_call
 
@@ -55,7 +56,7 @@ def test_rivals_run_where_the_tokens_lie(rival, layout, dtype):
 
 
 class FakeCuda:
-    """What benchmarks.device asks of torch.cuda, in the order in which it is asked."""
+    """What benchmarks.lib.device asks of torch.cuda, in the order in which it is asked."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.log: list[str] = []

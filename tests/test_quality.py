@@ -11,7 +11,7 @@ import torch
 from PIL import Image, ImageDraw
 
 from apet_kernels import reference
-from benchmarks import alternatives
+from benchmarks.lib import alternatives
 from benchmarks.quality import agreement, counting, features, intrinsic, methods, reader, scenes
 from benchmarks.quality.__main__ import main
 

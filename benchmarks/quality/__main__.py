@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from apet import Refused
 
-from benchmarks.machine import describe
+from benchmarks.lib.machine import describe
 from benchmarks.quality import agreement, features, intrinsic, methods, reader, report, task
 
 ROOT = Path(__file__).parents[2]

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 import apet_kernels
-from benchmarks import alternatives
+from benchmarks.lib import alternatives
 
 Way = Callable[[Tensor, int, Tensor], tuple[Tensor, Tensor]]
 
@@ -82,7 +82,7 @@ def residuals(x: Tensor, basis: Tensor, ridge: float = 1e-5) -> Tensor:
 
 
 def other(name: str, x: Tensor, keep: int, attention: Tensor, merge: bool = False) -> tuple[Tensor, Tensor]:
-    """A method of benchmarks/alternatives.py; `merge`: what it drops is merged into what it keeps, as ApET does."""
+    """A method of benchmarks/lib/alternatives.py; `merge`: what it drops is merged into what it keeps, as ApET does."""
     tokens, kept = alternatives.METHODS[name](x, keep, attention=attention, seed=SEED)
     return (apet_kernels.merge(x, kept) if merge else tokens), kept
 

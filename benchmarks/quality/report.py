@@ -11,9 +11,9 @@ from apet import encoders, outcome, pictures
 from matplotlib.figure import Figure
 
 import apet_kernels
+from benchmarks.lib.sheet import Sheet, markdown
 from benchmarks.quality import features, intrinsic, methods, scenes
 from benchmarks.quality.counting import Interval, answers, best
-from benchmarks.sheet import Sheet, markdown
 
 MIDDLE = 8  # the layer whose tables are shown in full
 SHOWN = ("apet", "apet overwrite", "tome", "divprune", "visionzip", "fastv", "fps", "norm", "uniform", "random")
@@ -39,7 +39,8 @@ of that on all 256; in brackets, 95 % of {resamples} bootstraps over pictures, o
 compared.
 
 At 8 tokens, layouts that need more tokens than basis tokens get a basis of 4; `append` keeps so many tokens less as
-it appends. Other methods are our own short versions ([benchmarks/alternatives.py](../benchmarks/alternatives.py)) and
+it appends. Other methods are our own short versions
+([benchmarks/lib/alternatives.py](../benchmarks/lib/alternatives.py)) and
 get the class token's attention of the same layer; "+ merge" gives them ApET's merging. FastV and VisionZip were made
 for attention that CLIP's class token or a language model pays; this encoder's may serve them worse.
 

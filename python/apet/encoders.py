@@ -7,21 +7,18 @@ Images are prepared with PIL and torch alone; torchvision is never needed.
 
 from __future__ import annotations
 
-import importlib
 import importlib.metadata
 import inspect
 import json
 import logging
 import math
-import socket
-import urllib.parse
-import urllib.request
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from apet import Refused
+from apet.hub import first_line, load_config, need
 
 if TYPE_CHECKING:
     import torch
@@ -43,17 +40,6 @@ TOWERS = {
 TRUNK = {"hidden_size": 384, "num_hidden_layers": 12, "num_attention_heads": 6, "image_size": 518, "patch_size": 14}
 TRUNK_LAYER = 8
 TRUNK_SIDE = 336  # 24 x 24 = 576 tokens for a square photo, as many as LLaVA-1.5 has
-
-
-def need(module: str) -> ModuleType:
-    """Import a module of the extra [demo], or say how to install it.
-
-    Raises: Refused where it is not installed.
-    """
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        raise Refused(f'this needs {error.name or module}: pip install "apet-kernels[demo]"') from error
 
 
 @dataclass
@@ -188,14 +174,7 @@ def trunk_weights(path: Path) -> dict[str, torch.Tensor]:
 
 def _tower(transformers: ModuleType, model: str, layer: int | None) -> Encoder:
     """The vision tower of a CLIP, SigLIP or DINOv2 model, with the image preparation that its files describe."""
-    local = Path(model).is_dir() or not hub_answers()
-    try:
-        config = transformers.AutoConfig.from_pretrained(model, local_files_only=local)
-    except Exception as error:  # the hub client raises its own kinds, besides OSError and ValueError
-        raise Refused(
-            f"cannot load model {model!r}: it is neither a folder with a config.json nor a model that is "
-            "downloaded or could be reached on the Hugging Face Hub"
-        ) from error
+    config, local = load_config(model)
     if config.model_type not in TOWERS:
         raise Refused(f"model {model!r} is a {config.model_type!r}, not a CLIP, SigLIP or DINOv2 vision model")
     kind, (mean, std) = TOWERS[config.model_type]
@@ -214,20 +193,6 @@ def _tower(transformers: ModuleType, model: str, layer: int | None) -> Encoder:
         encoder.options = {"interpolate_pos_encoding": True}
     _prepare(encoder, _preprocessor(transformers, model, local))
     return encoder
-
-
-def hub_answers() -> bool:
-    """Whether the Hugging Face Hub can be reached; its own client would try for half a minute before it says no."""
-    from huggingface_hub import constants
-
-    if urllib.request.getproxies():  # then its address need not be known here
-        return True
-    hub = urllib.parse.urlsplit(constants.ENDPOINT)
-    try:
-        socket.create_connection((hub.hostname or "", hub.port or 443), timeout=5).close()
-    except OSError:
-        return False
-    return True
 
 
 def _preprocessor(transformers: ModuleType, model: str, local: bool) -> dict[str, Any]:
@@ -260,8 +225,3 @@ def _edge(size: Any) -> int | None:
     if isinstance(size, dict):
         size = size.get("shortest_edge") or size.get("height")
     return int(size) if size else None
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of an error, without the full stop that the sentence around it does not need."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from apet import Refused
-from apet.encoders import first_line, need
+from apet.hub import first_line, need
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -33,9 +33,7 @@ def read(path: Path, frames: int) -> Media:
 
     Raises: Refused where the file is missing, is neither, or is damaged.
     """
-    if not path.exists():
-        raise Refused(f"no such file: {path}")
-    if not path.is_file():
+    if path.exists() and not path.is_file():  # opening a named pipe would wait for a writer
         raise Refused(f"not a file: {path}")
     try:
         with path.open("rb") as file:

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from apet import Refused
-from apet.encoders import first_line, hub_answers, need
+from apet.hub import first_line, load_config, need
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -31,14 +30,7 @@ def load(name: str, trials: Sequence[Mapping[str, Any]], dtype: str, device: str
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     where = _device(device)
-    local = Path(name).is_dir() or not hub_answers()
-    try:
-        config = transformers.AutoConfig.from_pretrained(name, local_files_only=local)
-    except Exception as error:  # the hub client raises its own kinds, besides OSError and ValueError
-        raise Refused(
-            f"cannot load model {name!r}: it is neither a folder with a config.json nor a model that is downloaded or "
-            "could be reached on the Hugging Face Hub"
-        ) from error
+    config, local = load_config(name)
     kind = getattr(transformers, (config.architectures or [""])[0], None)
     if not hasattr(kind, "generate"):
         raise Refused(f"model {name!r} is a {config.model_type!r} of class {config.architectures}, with no generate()")

@@ -2,25 +2,21 @@
 
 from __future__ import annotations
 
-import statistics
-import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
+from torch.utils.benchmark import Timer
 
 import apet_kernels
-from apet import eager
 from apet_kernels import reference
 
-# The published formulation holds [N-K, K-M, D] float32 at once; above this it is left out of the table.
-EAGER_BYTES = 2**31
-TIMING_SECONDS = 1.0
+TIMING_SECONDS = 0.25  # for each of four calls
 
 
 @dataclass
-class Options:
+class OpArguments:
     """The arguments of `apet_kernels.compress` that the command passes on."""
 
     basis: int = 10
@@ -54,15 +50,21 @@ class Measure:
     milliseconds: dict[str, float]
 
 
-def compress(x: torch.Tensor, keep: int, options: Options) -> tuple[list[Frame], Measure]:
+def check(tokens: int, keep: int, arguments: OpArguments) -> None:
+    """Raises: ValueError or RuntimeError where the op rejects these arguments for an image of so many tokens."""
+    no_data = torch.empty(1, tokens, 1, device="meta")
+    _compress(no_data, keep, replace(arguments, backend=None))  # backends take no meta tensors
+
+
+def compress(x: torch.Tensor, keep: int, arguments: OpArguments) -> tuple[list[Frame], Measure]:
     """Compress images [B, N, D] and measure it all; the encoder's time is not in it.
 
-    Raises: ValueError or RuntimeError where the op refuses its arguments.
+    Raises: ValueError or RuntimeError where the op rejects its arguments.
     """
-    tokens, indices = _compress(x, keep, options)  # [B, R, D], [B, R]
-    residual, basis = _score(x, options)  # [B, N], [B, M]
+    tokens, indices = _compress(x, keep, arguments)  # [B, R, D], [B, R]
+    residual, basis = _score(x, arguments)  # [B, N], [B, M]
     frames = [
-        frame(x[b], indices[b, :keep], residual[b], basis[b][basis[b] >= 0], options.layout) for b in range(len(x))
+        frame(x[b], indices[b, :keep], residual[b], basis[b][basis[b] >= 0], arguments.layout) for b in range(len(x))
     ]
     total = sum(float(f.residual.sum()) for f in frames)
     kept = sum(float(f.residual[f.survives].sum()) for f in frames)
@@ -71,7 +73,7 @@ def compress(x: torch.Tensor, keep: int, options: Options) -> tuple[list[Frame],
         tokens_out=tokens.shape[1],
         residual_kept=kept / total if total else 1.0,
         explained=_explained(x, tokens[:, :keep], frames),
-        milliseconds=_times(x, keep, options, frames),
+        milliseconds=_times(x, keep, arguments, frames),
     )
     return frames, measure
 
@@ -121,18 +123,18 @@ def _explained(x: torch.Tensor, rows: torch.Tensor, frames: list[Frame]) -> floa
     return 1 - lost / spread if spread else 1.0
 
 
-def _compress(x: torch.Tensor, keep: int, o: Options) -> tuple[torch.Tensor, torch.Tensor]:
+def _compress(x: torch.Tensor, keep: int, o: OpArguments) -> tuple[torch.Tensor, torch.Tensor]:
     return apet_kernels.compress(
         x, keep, o.basis, layout=o.layout, select=o.select, start=o.start, blend=o.blend, backend=o.backend
     )
 
 
-def _score(x: torch.Tensor, o: Options) -> tuple[torch.Tensor, torch.Tensor]:
+def _score(x: torch.Tensor, o: OpArguments) -> tuple[torch.Tensor, torch.Tensor]:
     return apet_kernels.score(x, o.basis, select=o.select, start=o.start, backend=o.backend)
 
 
-def _times(x: torch.Tensor, keep: int, o: Options, frames: list[Frame]) -> dict[str, float]:
-    """Milliseconds of the halves, of the whole call, and of the published formulation where it can run."""
+def _times(x: torch.Tensor, keep: int, o: OpArguments, frames: list[Frame]) -> dict[str, float]:
+    """Median milliseconds of the stages, called one by one, and of the one call that does them all."""
     residual, _ = _score(x, o)
     indices = torch.from_numpy(np.stack([f.kept for f in frames]))  # [B, K]
     targets = torch.from_numpy(np.stack([~np.isin(f.kept, f.overwritten) for f in frames]))  # [B, K]
@@ -142,26 +144,9 @@ def _times(x: torch.Tensor, keep: int, o: Options, frames: list[Frame]) -> dict[
         "merge": lambda: apet_kernels.merge(x, indices, targets=targets, backend=o.backend),
         "compress": lambda: _compress(x, keep, o),
     }
-    n, d = x.shape[1:]
-    if min(o.basis, n) < keep < n and (n - keep) * (keep - o.basis) * d * 4 <= EAGER_BYTES:
-        calls["eager"] = lambda: [eager.compress(image, keep, o.basis) for image in x]
-    return medians(calls)
+    return {name: _median_ms(call) for name, call in calls.items()}
 
 
-def medians(calls: dict[str, Callable[[], object]]) -> dict[str, float]:
-    """Median milliseconds of each call: a round to warm up, then 3 to 30 rounds, as many as TIMING_SECONDS allow.
-
-    Every round makes every call once, so that a busy moment of the machine falls on all of them alike.
-    """
-    for call in calls.values():
-        call()
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    begin = time.perf_counter()
-    for done in range(30):
-        if done >= 3 and time.perf_counter() - begin > TIMING_SECONDS:
-            break
-        for name, call in calls.items():
-            start = time.perf_counter()
-            call()
-            times[name].append((time.perf_counter() - start) * 1e3)
-    return {name: statistics.median(t) for name, t in times.items()}
+def _median_ms(call: Callable[[], object]) -> float:
+    timer = Timer("call()", globals={"call": call}, num_threads=torch.get_num_threads())
+    return timer.blocked_autorange(min_run_time=TIMING_SECONDS).median * 1e3

@@ -8,9 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from apet.model_report import Prefill
+from PIL import Image
 
 from benchmarks import hooks
+from benchmarks.lib import llava
 
 
 def test_smoke(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -80,6 +83,21 @@ def test_sheet() -> None:
 def test_the_page_has_a_place_for_the_tables() -> None:
     text = hooks.replaced(hooks.PAGE.read_text(), hooks.BEGIN, hooks.END, "figures\n")
     assert f"{hooks.BEGIN}\nfigures\n{hooks.END}" in text
+
+
+def test_the_model_that_is_served(tmp_path: Path) -> None:
+    """As vLLM reads it: an image is 576 placeholders, every letter a token that decodes to one sign."""
+    llava.save(tmp_path, hooks.SMOKE.vision, hooks.SMOKE.text)
+    config = transformers.AutoConfig.from_pretrained(tmp_path)
+    processor = transformers.AutoProcessor.from_pretrained(tmp_path)
+    chat = [{"role": "user", "content": "<image>\nWhat?"}]
+    prompt = processor.apply_chat_template(chat, tokenize=False)
+    assert prompt == "user: <image>\nWhat?\nassistant:"
+    ids = processor(images=[Image.new("RGB", (500, 400))], text=[prompt], return_tensors="pt")["input_ids"][0]
+    assert int((ids == config.image_token_index).sum()) == llava.TOKENS
+    assert len(ids) == llava.TOKENS + len(prompt) - len("<image>")
+    signs = [processor.tokenizer.decode([token]) for token in llava.LETTERS]
+    assert signs == [chr(code) for code in range(ord("!"), ord("~") + 1)]
 
 
 def test_the_model_has_about_a_billion_parameters() -> None:

@@ -10,13 +10,14 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from apet import models
-from command import refused, said
+from apet import hub
 from families import FAMILIES, build
 from PIL import Image
 from processors import Processor, answer, llava_folder
 from test_picture import scene
 from transformers import PreTrainedModel
+
+from tests.command import refused, said
 
 NEW = 4
 
@@ -126,24 +127,24 @@ def test_other_families(
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
-        (["--keep", "0"], "keep=0 is neither a count from 1 nor a share"),
-        (["--keep", ""], "keep= is neither a count from 1 nor a share"),
-        (["--llm-layer", "2", "--llm-keep", "150%"], "llm_keep=150% is neither a count from 1 nor a share"),
+        (["--keep", "0"], "'--keep': 0 is neither a count from 1 nor a share"),
+        (["--keep", ""], "'--keep': '' is neither a count from 1 nor a share"),
+        (["--llm-layer", "2", "--llm-keep", "150%"], "'--llm-keep': 150% is neither a count from 1 nor a share"),
         (["--llm-layer", "2"], "llm_layer=2 and llm_keep=None must be given together"),
         (["--llm-layer", "9", "--llm-keep", "4"], "llm_layer=9 is outside 1..3"),
-        (["--layout", "sideways"], "layout='sideways' is none of inplace, overwrite, append"),
+        (["--layout", "sideways"], "'sideways' is not one of 'inplace', 'overwrite', 'append'"),
         (["--layout", "overwrite", "--keep", "5"], "layout='overwrite' needs keep > basis"),
         (["--preset", "paper-65"], "preset='paper-65' is not known for llava; its presets are: paper-192"),
         (["--preset", "paper-64"], "llm_layer=16 is outside 1..3"),
-        (["--max-new-tokens", "0"], "max_new_tokens=0 is less than 1"),
-        (["--frames", "0"], "frames=0 is less than 1"),
-        (["--dtype", "float8"], "dtype='float8' is none of auto, float32, bfloat16, float16"),
+        (["--max-new-tokens", "0"], "Invalid value for '--max-new-tokens'"),
+        (["--frames", "0"], "Invalid value for '--frames'"),
+        (["--dtype", "float8"], "'float8' is not one of 'auto', 'float32'"),
         (["--device", "toaster"], "device='toaster' is no device of torch"),
         (["--device", "cuda:99"], "device='cuda:99' is not available"),
         (["--out", "picture.doc"], "cannot write a picture as 'picture.doc'"),
         (["--out", "nowhere/picture.png"], "no such folder: nowhere"),
-        (["--video", "clip.mp4"], "give photos (--image, once for each) or a clip (--video), one of the two"),
-        (["--image", "missing.png"], "no such file: missing.png"),
+        (["--video", __file__], "give photos (--image, once for each) or a clip (--video), one of the two"),
+        (["--image", "missing.png"], "'missing.png' does not exist"),
     ],
 )
 def test_refused_options(
@@ -180,7 +181,7 @@ def test_refused_configurations(change: dict, sentence: str, llava: Path, photos
 
 
 def test_refused_models(llava: Path, photos: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(models, "hub_answers", lambda: False)
+    monkeypatch.setattr(hub, "reachable", lambda: False)
     rest = ("--image", photos[0], "--prompt", "w3")
     assert "cannot load model 'no/such-model'" in refused("generate", "--model", "no/such-model", *rest)
 

@@ -108,8 +108,8 @@ def test_calls_of_the_op() -> None:
     """Arguments that stand at their defaults, and those that do not."""
     x = torch.randn(9 + 7, 8)
     with calls.Recorder() as recorder:
-        tokens, indices = apet_kernels.compress_varlen(x, [9, 7], [5, 4], basis=3, layout="overwrite", blend=0.5)
-        apet_kernels.compress_varlen(x, [9, 7], [5, 4])
+        tokens, indices = apet_kernels.compress_packed(x, [9, 7], [5, 4], basis=3, layout="overwrite", blend=0.5)
+        apet_kernels.compress_packed(x, [9, 7], [5, 4])
     first, second = recorder.calls
     assert (first.lengths, first.keeps) == ([9, 7], [5, 4])
     assert torch.equal(first.tokens, tokens)

@@ -1,12 +1,10 @@
-"""`apet eval`: a vision-language model with and without compression over images and questions: docs/evaluation.md.
+"""`apet eval`: a vision-language model with and without compression over a folder of images and questions of your own
+(docs/evaluation.md). Official benchmarks are run by lmms-eval, see `apet.lmms`.
 
 | file | holds |
 |---|---|
 | `questions.py` | the folder of images and questions, checked |
-| `official.py` | the official files of GQA, POPE and TextVQA, turned into such a folder |
-| `metrics.py` | what an answer is worth |
-| `processes.py` | several processes or machines, and what they agree on |
-| `journal.py` | the answers so far, on disk |
+| `answers.py` | the answers so far, on disk |
 | `run.py` | asking every question |
 | `summary.py` | the table |
 """

@@ -12,31 +12,25 @@ from apet import Refused
 
 FILE = "questions.jsonl"
 NEEDED = {"id": (str, int), "image": str, "question": str, "answers": list}
-OPTIONAL = {"group": str}
 
 
 @dataclass(frozen=True)
 class Question:
-    """One line of the file.
+    """One line of the file."""
 
-    id: unlike any other; image: its path; text: the whole prompt but for the image; answers: those that people gave, at
-    least one; group: accuracy is reported for each ("" where there are none); where: file and line, for sentences.
-    """
-
-    id: str
+    id: str  # unlike any other
     image: Path
-    text: str
-    answers: tuple[str, ...]
-    group: str
-    where: str
+    text: str  # the whole prompt but for the image
+    answers: tuple[str, ...]  # those that are right, at least one
+    where: str  # file and line, for errors
 
 
 @dataclass(frozen=True)
 class Questions:
-    """All of them in the order of the file, and the SHA-256 of its bytes."""
+    """All of them."""
 
-    items: list[Question]
-    digest: str
+    items: list[Question]  # in the order of the file
+    digest: str  # SHA-256 of its bytes
 
 
 def read(folder: Path) -> Questions:
@@ -60,13 +54,9 @@ def read(folder: Path) -> Questions:
         if name in lines:
             raise Refused(f"{where}: the id {name!r} is that of line {lines[name]}, too")
         lines[name] = number
-        answers, group = tuple(record["answers"]), record.get("group", "")
-        items.append(Question(name, folder / record["image"], record["question"], answers, group, where))
+        items.append(Question(name, folder / record["image"], record["question"], tuple(record["answers"]), where))
     if not items:
         raise Refused(f"{path} holds no question")
-    if len({bool(item.group) for item in items}) > 1:
-        bare = next(item for item in items if not item.group)
-        raise Refused(f"{bare.where}: there is no group, but other lines have one")
     return Questions(items, hashlib.sha256(data).hexdigest())
 
 
@@ -77,14 +67,13 @@ def _record(line: bytes, where: str) -> dict[str, Any]:
         raise Refused(f"{where}: this is no JSON: {error}") from error
     if not isinstance(record, dict):
         raise Refused(f"{where}: {record!r} is no JSON object")
-    known = NEEDED | OPTIONAL
     for key in NEEDED:
         if key not in record:
             raise Refused(f"{where}: the key {key!r} is missing")
     for key, value in record.items():
-        if key not in known:
-            raise Refused(f"{where}: the key {key!r} is none of {', '.join(known)}")
-        if not isinstance(value, known[key]) or isinstance(value, bool):
+        if key not in NEEDED:
+            raise Refused(f"{where}: the key {key!r} is none of {', '.join(NEEDED)}")
+        if not isinstance(value, NEEDED[key]) or isinstance(value, bool):
             raise Refused(f"{where}: {key}={value!r} is of the wrong kind")
         if value in ("", []):
             raise Refused(f"{where}: {key} is empty")

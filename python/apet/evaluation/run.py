@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import platform
 import time
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from importlib.metadata import version
-from os import getpid
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,49 +14,36 @@ import torch
 
 import apet
 from apet import Refused, hooks, media, models
-from apet.encoders import first_line
-from apet.evaluation.journal import Journal, Record, Records, merged
-from apet.evaluation.processes import Processes
+from apet.evaluation.answers import Answers, Record, Records
 from apet.evaluation.questions import Question, Questions
 from apet.hooks.adapter import adapter_for
+from apet.hub import first_line
 from apet.model_report import GREEDY, Clock
 
 if TYPE_CHECKING:
     from torch import nn
 
 PLAIN = "uncompressed"
-Options = Mapping[str, Any]
+PatchOptions = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What a run is asked for.
-
-    variants: the options of `apet.patch` by name, None for the model as it is; dtype, device: as in `apet.models.load`.
-    """
+    """What a run is asked for."""
 
     model: str
-    variants: Mapping[str, Options | None]
+    variants: Mapping[str, PatchOptions | None]  # the options of `apet.patch` by name, None for the model as it is
     max_new_tokens: int
-    dtype: str
+    dtype: str  # as in `apet.models.load`, like the device
     device: str | None
 
 
-def evaluate(
-    questions: Questions,
-    out: Path,
-    settings: Settings,
-    processes: Processes,
-    progress: Callable[[str, int, int], None],
-) -> Records:
-    """Asks whatever `out` does not hold yet, and returns all records of these questions and variants.
+def evaluate(questions: Questions, out: Path, settings: Settings, progress: Callable[[str, int, int], None]) -> Records:
+    """Asks what the file `out` does not hold yet, and returns all records of these questions and variants.
 
-    The work is split by questions: of those that lack an answer, in the order of the file, process r of n does every
-    n-th from the r-th on. What is lacking is agreed upon before anybody writes, so that every question has one process,
-    however many there were before. progress is called with what is being done, and how many of how many questions.
+    progress is called with what is being done, and how many of how many questions.
 
-    Raises: Refused, in every process, where the model or the folder cannot be used as asked, or processes were not
-    asked the same.
+    Raises: Refused where the model or the file cannot be used as asked.
     """
     made_with = {
         "model": settings.model,
@@ -67,59 +52,34 @@ def evaluate(
         "dtype": settings.dtype,
         "versions": {name: version(name) for name in ("torch", "transformers")} | {"apet": apet.__version__},
     }
-    asked = made_with, dict(settings.variants)
-    for rank, other in enumerate(processes.gather(asked)):
-        if other != asked:
-            raise Refused(f"process {processes.rank} was asked {asked}, process {rank} {other}")
-    journal = processes.together(lambda: Journal(out, processes.rank, made_with))
-    try:
-        done = merged(processes.gather(processes.together(journal.read)))
-        missing = {question.id: _missing(done, question, settings.variants) for question in questions.items}
-        mine = processes.share([question for question in questions.items if missing[question.id]])
-        if any(missing.values()):
-            progress("loading the model", 0, len(mine))
+    with Answers(out, made_with) as answers:
+        missing = {q: _missing(answers.records, q, settings.variants) for q in questions.items}
+        todo = [(question, variants) for question, variants in missing.items() if variants]
+        if todo:
+            progress("loading the model", 0, len(todo))
             trials = [options for options in settings.variants.values() if options is not None]
-            device = processes.device(settings.device)
-            model, processor = processes.together(lambda: models.load(settings.model, trials, settings.dtype, device))
-
-            def ask() -> None:
-                journal.start(_by(processes, model))
-                for number, question in enumerate(mine):
-                    progress("asking", number, len(mine))
-                    for record in _ask(model, processor, question, missing[question.id], settings.max_new_tokens):
-                        journal.add(record)
-                progress("waiting for the others", len(mine), len(mine))
-
-            processes.together(ask)
-        done = merged(processes.gather(processes.together(journal.read)))
-    finally:
-        journal.close()
-    return {(question.id, name): done[question.id, name] for question in questions.items for name in settings.variants}
+            model, processor = models.load(settings.model, trials, settings.dtype, settings.device)
+            for number, (question, variants) in enumerate(todo):
+                progress("asking", number, len(todo))
+                for record in _ask(model, processor, question, variants, settings.max_new_tokens):
+                    answers.add(record)
+    return {(q.id, name): answers.records[q.id, name] for q in questions.items for name in settings.variants}
 
 
-def _missing(done: Records, question: Question, variants: Mapping[str, Options | None]) -> dict[str, Options | None]:
+def _missing(
+    done: Records, question: Question, variants: Mapping[str, PatchOptions | None]
+) -> dict[str, PatchOptions | None]:
     """The variants that a question lacks. One that failed is asked again: the image may have been mended."""
     records = {name: done.get((question.id, name)) for name in variants}
     return {name: variants[name] for name, record in records.items() if record is None or "failed" in record}
 
 
-def _by(processes: Processes, model: nn.Module) -> dict[str, Any]:
-    """Who writes the lines that follow."""
-    device = model.device
-    name = platform.processor() if device.type == "cpu" else torch.get_device_module(device).get_device_name(device)
-    return {
-        "host": platform.node(),
-        "pid": getpid(),
-        "rank": processes.rank,
-        "processes": processes.count,
-        "device": f"{device} {name}".strip(),
-        "dtype": str(model.dtype),
-        "threads": torch.get_num_threads(),
-    }
-
-
 def _ask(
-    model: nn.Module, processor: Any, question: Question, variants: Mapping[str, Options | None], max_new_tokens: int
+    model: nn.Module,
+    processor: Any,
+    question: Question,
+    variants: Mapping[str, PatchOptions | None],
+    max_new_tokens: int,
 ) -> list[Record]:
     """One question with every variant; the image is read once. A failure is a record as well."""
     try:
@@ -135,7 +95,7 @@ def _ask(
             with nullcontext() if options is None else hooks.patched(model, **options):
                 said = _answer(model, processor, inputs, max_new_tokens)
             records.append({"id": question.id, "variant": name, **said})
-        except (ValueError, torch.OutOfMemoryError) as error:  # what compression refuses; an image too large
+        except (ValueError, torch.OutOfMemoryError) as error:  # what compression rejects; an image too large
             records.append(_failed(question, name, error))
     return records
 

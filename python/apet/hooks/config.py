@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from apet_kernels import ops
+from apet_kernels.options import LAYOUTS, MAX_BASIS, SELECTS
 
 Keep = int | float | tuple[int | float, ...]
 
@@ -94,14 +94,14 @@ def _check(options: Options, layers: range) -> None:
             raise ValueError(f"{name}={value!r} is not a whole number")
     if options.llm_layer is not None and options.llm_layer not in layers:
         raise ValueError(f"llm_layer={options.llm_layer} is outside {layers[0]}..{layers[-1]}, between decoder layers")
-    if options.layout not in ops.LAYOUTS:
-        raise ValueError(f"layout='{options.layout}' is none of {', '.join(ops.LAYOUTS)}")
+    if options.layout not in LAYOUTS:
+        raise ValueError(f"layout='{options.layout}' is none of {', '.join(LAYOUTS)}")
     if options.layout == "append" and options.llm_layer is not None:
         raise ValueError(f"layout='append' has no second stage; leave out llm_layer={options.llm_layer}")
-    if options.select not in ops.SELECTS:
-        raise ValueError(f"select='{options.select}' is none of {', '.join(ops.SELECTS)}")
-    if not 1 <= options.basis <= ops.MAX_BASIS:
-        raise ValueError(f"basis={options.basis} is outside 1..{ops.MAX_BASIS}")
+    if options.select not in SELECTS:
+        raise ValueError(f"select='{options.select}' is none of {', '.join(SELECTS)}")
+    if not 1 <= options.basis <= MAX_BASIS:
+        raise ValueError(f"basis={options.basis} is outside 1..{MAX_BASIS}")
     if not 0 <= options.blend <= 1:
         raise ValueError(f"blend={options.blend:g} is outside 0..1")
     if options.blend != 1 and options.layout != "overwrite":

@@ -101,7 +101,7 @@ def shorten(x: Tensor, tokens: Tokens, keep: Keep, options: Options) -> Shorter 
         where = where[torch.tensor(active).repeat_interleave(torch.tensor(tokens.lengths)).to(x.device)]
     extra = options.basis if options.layout == "append" else 0
     kept = [k - extra for k in rows_left]
-    rows, indices = apet_kernels.compress_varlen(x[where], lengths, kept, **options.kernel)
+    rows, indices = apet_kernels.compress_packed(x[where], lengths, kept, **options.kernel)
     slots = sources = where[indices]
     if extra:  # more rows than kept positions: they take the unit's places from its first on
         places = [torch.arange(k) + end - n for k, n, end in zip(rows_left, lengths, accumulate(lengths), strict=True)]

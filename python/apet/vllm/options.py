@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from apet_kernels import ops
+from apet_kernels.options import LAYOUTS, SELECTS
 
 from ..hooks.config import Options, count, resolve
 
@@ -61,7 +61,7 @@ def kept(options: Options | None, lengths: Sequence[int]) -> list[int]:
 def pack(options: Options) -> Tensor:
     """[6] int64 that vLLM carries beside an item's pixels; whole numbers: it casts others to the model's dtype."""
     keep = options.keep
-    layout, select = ops.LAYOUTS.index(options.layout), ops.SELECTS.index(options.select)
+    layout, select = LAYOUTS.index(options.layout), SELECTS.index(options.select)
     values = [keep, isinstance(keep, float), options.basis, layout, select, options.blend]
     return torch.tensor(values, dtype=torch.float64).view(torch.int64)
 
@@ -74,4 +74,4 @@ def unpack(packed: Tensor | None, items: int) -> list[Options | None]:
 
 
 def _one(keep: float, ratio: float, basis: float, layout: float, select: float, blend: float) -> Options:
-    return Options(keep if ratio else int(keep), int(basis), ops.LAYOUTS[int(layout)], ops.SELECTS[int(select)], blend)
+    return Options(keep if ratio else int(keep), int(basis), LAYOUTS[int(layout)], SELECTS[int(select)], blend)

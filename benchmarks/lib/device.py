@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 import apet_kernels
-from benchmarks import machine
+from benchmarks.lib import machine
 
 NO_GPU = "torch finds no GPU here, and this measures one: run it on a machine with a CUDA or ROCm GPU"
 NO_INTERPRETER = (

@@ -21,13 +21,13 @@ from torch import Tensor
 
 import apet_kernels
 from apet_kernels import testing
-from benchmarks.machine import last_level_cache
+from benchmarks.lib.machine import last_level_cache
 
 THREADS = 2
 ROUNDS = 20
 NOISE = 0.3  # interquartile range over median of a time: above, the machine was busy and nothing counts
 SECONDS = 20.0  # an implementation that has used this up sits out the remaining rounds, but not before the third
-FLOOR = {"floor": ("product", "sweeps")}  # benchmarks/ceilings.py
+COST = {"reference cost": ("product", "sweeps")}  # benchmarks/lib/ceilings.py
 Input, Result = TypeVar("Input"), TypeVar("Result")
 
 
@@ -45,14 +45,14 @@ class Row:
     memory: dict[str, int] = field(default_factory=dict)  # bytes that a call needs at its peak, where that was measured
 
     @property
-    def floors(self) -> float:
-        """The kernel's time in floors."""
-        return 1 / self.faster["floor"]
+    def costs(self) -> float:
+        """The kernel's time in reference costs."""
+        return 1 / self.faster["reference cost"]
 
     @property
     def worst_noise(self) -> float:
-        """Of the kernel and the floor."""
-        return max(self.noise["kernel"], self.noise["floor"])
+        """Of the kernel and the reference cost."""
+        return max(self.noise["kernel"], self.noise["reference cost"])
 
 
 class Comparison:
@@ -67,7 +67,7 @@ class Comparison:
         calls: Mapping[str, Callable[[Any], object]],
         ring: Sequence[Any],
         judged: dict[str, float],
-        sums: Mapping[str, tuple[str, ...]] = FLOOR,
+        sums: Mapping[str, tuple[str, ...]] = COST,
     ) -> None:
         self._case, self._calls, self._judged, self._sums = case, calls, judged, sums
         self._inputs = itertools.cycle(ring)
@@ -80,8 +80,7 @@ class Comparison:
 
     def time_others(self) -> None:
         """One round of everything but the kernel."""
-        turn = len(self._seconds["kernel"]) % len(self._others)
-        for name in self._others[turn:] + self._others[:turn]:
+        for name in rotated(self._others, len(self._seconds["kernel"])):
             spent = self._seconds[name]
             if len(spent) < 3 or sum(spent) < SECONDS:
                 self._time(name)
@@ -108,7 +107,7 @@ class Comparison:
             ms={name: 1e3 * statistics.median(spent) for name, spent in seconds.items()},
             rounds={name: len(spent) for name, spent in seconds.items()},
             faster={
-                name: statistics.median(theirs / ours for theirs, ours in zip(spent, kernel, strict=False))
+                name: paired(spent[: len(kernel)], kernel[: len(spent)])
                 for name, spent in seconds.items()
                 if name != "kernel"
             },
@@ -123,6 +122,17 @@ class Comparison:
             begin = time.perf_counter()
             call(x)
             self._seconds[name].append(time.perf_counter() - begin)
+
+
+def rotated(names: Sequence[Input], turn: int) -> list[Input]:
+    """The order of one round: it begins one place later in every round, so that no name always follows the same one."""
+    start = turn % len(names)
+    return [*names[start:], *names[:start]]
+
+
+def paired(over: Sequence[float], under: Sequence[float]) -> float:
+    """The median of the ratios within a round."""
+    return statistics.median(a / b for a, b in zip(over, under, strict=True))
 
 
 def spread(values: list[float]) -> float:

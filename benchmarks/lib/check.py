@@ -10,13 +10,16 @@ A result is judged image by image against `apet_kernels.reference` in float64, o
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from apet_kernels import reference
-from benchmarks.cases import RIDGE, Case
+from benchmarks.lib.cases import RIDGE, Case
 
 U = reference.U
+MERGING = ("visionzip", "tome")  # the rows of the others are tokens as they came
 FLOAT32_SIMILARITY = 32 * U  # of ||x||: how far x.t / ||t|| may be off, summed in float32
 
 
@@ -33,6 +36,13 @@ def judge(case: Case, name: str, x: Tensor, result: tuple[Tensor, Tensor]) -> fl
         raise AssertionError(f"{wrong} ({name}, {case})") from None
 
 
+def checked(case: Case, name: str, call: Callable[[Tensor], tuple[Tensor, Tensor]], x: Tensor) -> float:
+    """The share of rows judged, of the second of two calls: the first one warms up."""
+    with torch.inference_mode():
+        call(x)
+        return judge(case, name, x, call(x))
+
+
 def check(case: Case, x: Tensor, tokens: Tensor, indices: Tensor, error: float = FLOAT32_SIMILARITY) -> float:
     """Returns the share of rows that were judged; `error` is that of x.t / ||t||, relative to ||x||.
 
@@ -42,6 +52,18 @@ def check(case: Case, x: Tensor, tokens: Tensor, indices: Tensor, error: float =
     assert tokens.dtype == x.dtype, f"tokens are {tokens.dtype}, not {x.dtype}"
     judged = sum(_check_image(case, *image, error) for image in zip(x, tokens, indices, strict=True))
     return judged / (case.B * case.keep)
+
+
+def check_other(name: str, case: Case, x: Tensor, kept: Tensor, indices: Tensor) -> None:
+    """What any method's result must be; tests/test_alternatives.py judges which tokens. Raises AssertionError."""
+    assert kept.shape == (case.B, case.keep, case.D), f"{name}, {case}: tokens have shape {tuple(kept.shape)}"
+    assert indices.shape == (case.B, case.keep), f"{name}, {case}: indices have shape {tuple(indices.shape)}"
+    assert indices.min() >= 0, f"{name}, {case}: an index is {int(indices.min())}"
+    assert indices.max() < case.N, f"{name}, {case}: an index is {int(indices.max())}"
+    assert (indices.diff() > 0).all(), f"{name}, {case}: indices do not ascend"
+    assert kept.isfinite().all(), f"{name}, {case}: a token is not finite"
+    moved = (kept != x.gather(1, indices[..., None].expand_as(kept))).any(-1)  # [B, K]
+    assert moved.any() == (name in MERGING), f"{name}, {case}: {int(moved.sum())} rows are not tokens of x"
 
 
 def _check_image(case: Case, x: Tensor, tokens: Tensor, kept: Tensor, similarity_error: float) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import NamedTuple
 
 from rich.console import Console
@@ -9,26 +10,36 @@ from rich.table import Table
 
 
 class Sheet(NamedTuple):
-    """Title, what to know to read it, headings and lines; `words` names the columns that are not numbers."""
+    """Title, headings and lines; `words` names the columns that are not numbers."""
 
     title: str
-    note: str
+    note: str  # what to know to read it; below a markdown table each of its sentences is a bullet
     columns: list[str]
     lines: list[list[str]]
     words: tuple[str, ...] = ("shape", "dtype", "layout", "goals")
 
 
 def markdown(sheet: Sheet) -> str:
-    """Title, note and table."""
+    """Title, table and note."""
     rule = ["---"] * len(sheet.columns)
     table = "\n".join("| " + " | ".join(line) + " |" for line in [sheet.columns, rule, *sheet.lines])
-    return f"### {sheet.title}\n\n{sheet.note}\n\n{table}"
+    note = "\n".join(f"- {part}" for part in re.split(r"(?<=\.) ", sheet.note))
+    return f"### {sheet.title}\n\n{table}\n\n{note}"
 
 
 def document(head: dict[str, str], sheets: list[Sheet]) -> str:
     """Head and tables, as docs/ holds them."""
     parts = ["\n".join(f"- {key}: {value}" for key, value in head.items()), *map(markdown, sheets)]
     return "\n\n".join(parts) + "\n"
+
+
+def replaced(text: str, begin: str, end: str, body: str) -> str:
+    """`text` with what is between its two markers replaced. Raises ValueError where one is missing."""
+    before, found, rest = text.partition(begin)
+    _, closed, after = rest.partition(end)
+    if not found or not closed:
+        raise ValueError(f"there is no {end if found else begin}")
+    return f"{before}{begin}\n{body}{end}{after}"
 
 
 def show(console: Console, head: dict[str, str], sheets: list[Sheet]) -> None:

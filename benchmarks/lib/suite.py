@@ -9,7 +9,6 @@ of them, `python -m benchmarks.regress` compares two.
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import json
 import sys
@@ -21,17 +20,17 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from benchmarks import ceilings
-from benchmarks.compare import NOISE, ROUNDS, THREADS, Comparison, Row
-from benchmarks.machine import describe
-from benchmarks.sheet import Sheet, show
+from benchmarks.lib import ceilings, command
+from benchmarks.lib.compare import NOISE, ROUNDS, THREADS, Comparison, Row
+from benchmarks.lib.machine import describe
+from benchmarks.lib.sheet import Sheet, show
 
 SMOKE_ROUNDS = 3
 
 
 @dataclass
 class Results:
-    """A file of them. `rates`: what benchmarks/ceilings.py measured in the same run."""
+    """A file of them. `rates`: what benchmarks/lib/ceilings.py measured in the same run."""
 
     suite: str
     head: dict[str, str]
@@ -58,21 +57,19 @@ class Suite:
 
     def main(self) -> None:
         """Measures, shows, writes."""
-        parser = argparse.ArgumentParser(prog=f"python -m benchmarks.{self.name}", description=self.about)
+        parser = command.parser(self.name, self.about)
         parser.add_argument("--smoke", action="store_true", help=f"tiny cases and {SMOKE_ROUNDS} rounds")
         parser.add_argument("--rounds", type=int, default=self.rounds, help=f"calls of each ({self.rounds})")
-        parser.add_argument("--only", nargs="*", default=[], metavar="TEXT", help="cases whose name holds every TEXT")
+        command.add_only(parser)
         parser.add_argument("--json", type=Path, metavar="FILE", help="write everything measured")
         options = parser.parse_args()
-        chosen = [case for case in self.cases(options.smoke) if all(text in str(case) for text in options.only)]
-        if not chosen:
-            parser.error(f"no case holds {' and '.join(options.only)}")
+        cases = command.chosen(parser, self.cases(options.smoke), options.only)
         torch.set_num_threads(THREADS)
         console = Console(width=None if sys.stdout.isatty() else 220)
         rates = ceilings.measure()
         results = Results(self.name, {**describe(), "ceilings": said(rates)}, rates, [])
-        for number, case in enumerate(chosen, 1):
-            with console.status(f"{number} of {len(chosen)}: {case}"):
+        for number, case in enumerate(cases, 1):
+            with console.status(f"{number} of {len(cases)}: {case}"):
                 results.rows.append(self.measure(case, SMOKE_ROUNDS if options.smoke else options.rounds))
             if options.json:
                 save(results, options.json)
@@ -81,9 +78,10 @@ class Suite:
 
 def said(rates: dict[str, float]) -> str:
     """Ceilings, for the head of a table."""
+    products = ", ".join(f"{name} {rates[f'{name} GFLOP/s']:.0f} GFLOP/s" for name in ("float32", "bfloat16"))
     return (
-        f"torch.mm of 2048^3 {rates['float32 GFLOP/s']:.0f} GFLOP/s in float32, {rates['bfloat16 GFLOP/s']:.0f} in "
-        f"bfloat16; copying 256 MiB {rates['copy GB/s']:.0f} GB/s, reading them {rates['read GB/s']:.0f} GB/s, "
+        f"torch.mm of 2048^3 {products}, the fastest product {rates['peak GFLOP/s']:.0f} GFLOP/s; "
+        f"copying 256 MiB {rates['copy GB/s']:.0f} GB/s, reading them {rates['read GB/s']:.0f} GB/s, "
         f"reading 4 MiB again {rates['cached GB/s']:.0f} GB/s; a call with nothing to do {rates['call us']:.1f} us"
     )
 

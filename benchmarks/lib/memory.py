@@ -21,9 +21,9 @@ from pathlib import Path
 import torch
 
 import apet_kernels
-from benchmarks import baselines
-from benchmarks.cases import Case, tokens
-from benchmarks.compare import THREADS
+from benchmarks.lib import baselines
+from benchmarks.lib.cases import Case, tokens
+from benchmarks.lib.compare import THREADS
 
 PANEL = 81  # 64 targets that share a load, a vector of 16, and one for the alignment
 CALLS: dict[str, Callable] = {
@@ -60,7 +60,7 @@ def _processes() -> Pool:
     """One process for each task, forked from one that has imported this and run nothing: no heap is warm, and torch is
     loaded once."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["benchmarks.memory"])
+    context.set_forkserver_preload(["benchmarks.lib.memory"])
     return context.Pool(1, maxtasksperchild=1)
 
 

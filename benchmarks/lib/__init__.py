@@ -1,0 +1,1 @@
+"""What the benchmarks share: cases and checks, turns and rows, baselines and ceilings, tables and command lines."""

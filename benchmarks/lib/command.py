@@ -1,0 +1,30 @@
+"""What the benchmarks' command lines share."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+
+def parser(name: str, doc: str | None) -> argparse.ArgumentParser:
+    """Of `python -m benchmarks.NAME`, described by that module's docstring."""
+    summary, _, usage = (doc or "").partition("\n\n")
+    return argparse.ArgumentParser(
+        prog=f"python -m benchmarks.{name}",
+        description=summary,
+        epilog=usage,
+        formatter_class=argparse.RawTextHelpFormatter,
+    )
+
+
+def add_only(given: argparse.ArgumentParser) -> None:
+    """--only TEXT ..."""
+    given.add_argument("--only", nargs="*", default=[], metavar="TEXT", help="cases whose name holds every TEXT")
+
+
+def chosen(given: argparse.ArgumentParser, cases: list[Any], only: list[str]) -> list[Any]:
+    """The cases whose name, which is their str(), holds every TEXT of --only. Exits with 2 where none does."""
+    found = [case for case in cases if all(text in str(case) for text in only)]
+    if not found:
+        given.error(f"no case holds {' and '.join(only)}")
+    return found

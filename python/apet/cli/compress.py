@@ -1,0 +1,194 @@
+"""`apet compress`."""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+
+from apet import Refused
+from apet.cli.arguments import Backend, Frames, Layout, Select, budget
+from apet.cli.output import percent, picture_paths, printable, progress, save, table
+from apet.hub import first_line, need
+
+if TYPE_CHECKING:
+    from apet.encoders import Encoder
+    from apet.media import Media
+    from apet.outcome import Frame, Measure, OpArguments
+
+MOST_TOKENS = 65536  # of one image
+
+
+@dataclass
+class Job:
+    """One photo or clip that has passed every check."""
+
+    item: Media
+    grid: tuple[int, int]  # rows, columns of patches
+    keep: int
+    picture: Path
+
+
+def compress(
+    files: Annotated[
+        list[Path],
+        typer.Argument(metavar="PHOTO|VIDEO...", exists=True, dir_okay=False, help="Photos, or short clips."),
+    ],
+    keep: Annotated[
+        float,
+        typer.Option(parser=budget, metavar="COUNT|SHARE", help="Tokens to keep of each image: 64, 0.25 or 25%."),
+    ] = 64,
+    basis: Annotated[int, typer.Option(min=1, max=64, help="Basis tokens.")] = 10,
+    layout: Annotated[Layout, typer.Option(help="Where basis tokens go.")] = "inplace",
+    select: Annotated[Select, typer.Option(help="How the basis is picked.")] = "fps",
+    start: Annotated[int, typer.Option(min=-1, help="First basis token; -1 is the one of largest norm.")] = -1,
+    blend: Annotated[
+        float, typer.Option(min=0, max=1, help="With overwrite: the basis token's share of its slot.")
+    ] = 1.0,
+    backend: Annotated[Backend | None, typer.Option(help="Else the best there is.")] = None,
+    model: Annotated[
+        str | None, typer.Option(help="CLIP, SigLIP or DINOv2 from Hugging Face: an id or a folder.")
+    ] = None,
+    layer: Annotated[
+        int | None, typer.Option(help="Layer whose output is taken; negative counts from the last (-1).")
+    ] = None,
+    size: Annotated[int | None, typer.Option(help="Pixels that a square photo is scaled to.")] = None,
+    frames: Frames = 8,
+    out: Annotated[
+        Path | None, typer.Option(help="The picture; a folder for several. Else <name>.apet.png here.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the numbers as JSON instead of tables.")] = False,
+) -> None:
+    """Compress the patch tokens of photos or clips, and draw what was kept, merged and why."""
+    with progress() as bar:
+        step = bar.add_task("reading", total=None)
+        for module in ("numpy", "PIL", "matplotlib"):
+            need(module)
+        from apet import encoders, media
+        from apet.outcome import OpArguments
+
+        arguments = OpArguments(basis, layout, select, start, blend, backend)
+        found = [media.read(path, frames) for path in files]
+        pictures = picture_paths(files, out)
+        bar.update(step, description="loading the encoder")
+        encoder = encoders.load(model, layer=layer, size=size)
+        jobs = [_job(*each, encoder, keep, arguments) for each in zip(found, pictures, strict=True)]
+        results = []
+        bar.update(step, total=len(jobs))
+        for job in jobs:
+            bar.update(step, description=printable(job.item.path.name))
+            results.append(_compress(job, encoder, arguments))
+            bar.advance(step)
+    if as_json:
+        print(json.dumps(results, indent=2))
+    else:
+        _print_tables(results, encoder, arguments)
+
+
+def _job(item: Media, picture: Path, encoder: Encoder, keep: float, arguments: OpArguments) -> Job:
+    """Raises: Refused where the arguments do not fit this photo's number of tokens."""
+    from apet import outcome
+
+    rows, cols = encoder.grid(*item.size)
+    tokens = rows * cols
+    if tokens > MOST_TOKENS:
+        raise Refused(f"{item.path.name} would become {tokens} tokens, more than {MOST_TOKENS}: choose a smaller size")
+    job = Job(item, (rows, cols), keep if isinstance(keep, int) else max(1, round(keep * tokens)), picture)
+    try:
+        outcome.check(tokens, job.keep, arguments)
+    except (ValueError, RuntimeError) as error:
+        raise Refused(f"{item.path.name}: {first_line(error)}") from error
+    return job
+
+
+def _compress(job: Job, encoder: Encoder, arguments: OpArguments) -> dict[str, Any]:
+    """Encode, compress, measure and draw one photo or clip; returns what the tables and --json say of it."""
+    from apet import outcome
+
+    views = [encoder.view(frame) for frame in job.item.frames]
+    begin = time.perf_counter()
+    x = encoder.encode(views)  # [B, N, D]
+    encode = (time.perf_counter() - begin) * 1e3
+    try:
+        frames, measure = outcome.compress(x, job.keep, arguments)
+    except (ValueError, RuntimeError) as error:  # the op's own message
+        raise Refused(first_line(error)) from error
+    measure.milliseconds = {"encode": encode, **measure.milliseconds}
+    _draw(job, frames, measure, encoder, arguments)
+    return {
+        "file": printable(job.item.path),
+        "picture": printable(job.picture),
+        "encoder": encoder.name,
+        "layer": encoder.layer,
+        "images": len(frames),
+        "grid": list(job.grid),
+        "channels": x.shape[-1],
+        **asdict(arguments),
+        **asdict(measure),
+    }
+
+
+def _draw(job: Job, frames: list[Frame], measure: Measure, encoder: Encoder, arguments: OpArguments) -> None:
+    import numpy as np
+
+    from apet import pictures
+
+    photos = [np.asarray(encoder.view(frame, pictures.PATCH), np.float32) / 255 for frame in job.item.frames]
+    labels = [f"{seconds:.2f} s" for seconds in job.item.times] or [""]
+    panels = [pictures.Panel(p, f, job.grid, label) for p, f, label in zip(photos, frames, labels, strict=True)]
+    extra = f" + {arguments.basis} basis" if arguments.layout == "append" else ""
+    title = f"{printable(job.item.path.name)}: {measure.tokens_in} → {job.keep}{extra} tokens"
+    share, variance = measure.tokens_out / measure.tokens_in, percent(measure.explained, 0)
+    subtitle = (
+        f"{share:.1%} of the tokens, {variance} of their variance   ·   "
+        f"layout {arguments.layout}, {len(frames[0].basis)} basis tokens   ·   {encoder.name}, layer {encoder.layer}"
+    )
+    if job.item.times:
+        figure = pictures.clip_figure(panels, f"{title} in each of {len(panels)} frames", subtitle)
+    else:
+        figure = pictures.photo_figure(panels[0], title, subtitle)
+    save(figure, job.picture)
+
+
+def _print_tables(results: list[dict[str, Any]], encoder: Encoder, arguments: OpArguments) -> None:
+    """Two tables, a line for each photo or clip: what became of the tokens, and the time it took."""
+    import torch
+
+    console = Console()
+    title = f"Tokens: {encoder.name}, layer {encoder.layer}; layout {arguments.layout}, select {arguments.select}"
+    console.print(f"[bold]{escape(title)}[/]")
+    tokens = table("grid", "in", "out", "residual kept", "explained")
+    times = table("encode", "s1-s3", "s4", "s5", "compress")
+    for r in results:
+        name, ms = escape(Path(r["file"]).name), r["milliseconds"]
+        rows, cols = r["grid"]
+        frames = f"{r['images']} x " if r["images"] > 1 else ""
+        tokens.add_row(
+            name,
+            f"{frames}{rows} x {cols}",
+            str(r["tokens_in"]),
+            str(r["tokens_out"]),
+            f"{r['residual_kept']:.1%}",
+            percent(r["explained"], 1),
+        )
+        times.add_row(
+            name,
+            *(f"{ms[stage]:.2f}" for stage in ("encode", "score", "select", "merge")),
+            f"[bold]{ms['compress']:.2f}[/]",
+        )
+    console.print(tokens)
+    console.print(f"[bold]Milliseconds (median, {torch.get_num_threads()} threads; the encoder ran once)[/]")
+    console.print(times)
+    console.print(
+        "[dim]Residual kept: share of all e^2 that lies in the kept tokens. Explained: share of the tokens' variance. "
+        "s1-s3 (score), s4 (top-k) and s5 (merge) were called one by one; compress is one call of the op for all of "
+        "them.[/]\n"
+    )
+    for r in results:
+        console.print(f"Picture: [bold]{escape(r['picture'])}[/]", soft_wrap=True)

@@ -1,0 +1,104 @@
+"""`apet eval`."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+
+from apet import Refused
+from apet.cli.arguments import Device, Layout, Model, Weights, budget
+from apet.cli.output import progress
+from apet.hub import need
+
+if TYPE_CHECKING:
+    from apet.evaluation.summary import Summary
+
+MOST_MESSAGES = 20  # about single questions
+
+
+def evaluate(
+    model: Model,
+    data: Annotated[
+        Path,
+        typer.Option(
+            exists=True, file_okay=False, help="A folder of images with questions.jsonl (docs/evaluation.md)."
+        ),
+    ],
+    out: Annotated[
+        Path,
+        typer.Option(
+            dir_okay=False, help="A file (.jsonl) for the answers; a run that was cut off goes on from there."
+        ),
+    ],
+    keep: Annotated[
+        list[float] | None,
+        typer.Option(
+            parser=budget,
+            metavar="COUNT|SHARE",
+            help="Visual tokens to keep: 64, 0.25 or 25%; may be repeated. \\[64]",
+        ),
+    ] = None,
+    preset: Annotated[
+        list[str] | None, typer.Option(help="Both stages with the paper's budgets, such as paper-64; may be repeated.")
+    ] = None,
+    layout: Annotated[Layout | None, typer.Option(help="Where basis tokens go, for all of these budgets.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Length of an answer at most.")] = 16,
+    dtype: Weights = "auto",
+    device: Device = None,
+) -> None:
+    """Ask a vision-language model your questions about your images, with and without compression, and compare."""
+    budgets = _budgets(keep or [], preset or [], layout)
+    for module in ("numpy", "PIL", "transformers"):
+        need(module)
+    from apet.evaluation import questions, run, summary
+
+    found = questions.read(data)
+    settings = run.Settings(model, {run.PLAIN: None, **budgets}, max_new_tokens, dtype, device)
+    with progress() as bar:
+        task = bar.add_task("reading")
+        records = run.evaluate(
+            found,
+            out,
+            settings,
+            lambda what, done, total: bar.update(task, description=what, completed=done, total=total),
+        )
+    result = summary.summarise(found.items, list(settings.variants), records)
+    _print_summary(result, model)
+    raise typer.Exit(1 if result.failed else 0)
+
+
+def _budgets(keeps: list[float], presets: list[str], layout: str | None) -> dict[str, dict[str, Any]]:
+    """The options of `apet.patch` by the name that tables call them."""
+    given: list[tuple[str, dict[str, Any]]] = [(f"keep={keep}", {"keep": keep}) for keep in keeps]
+    given += [(preset, {"preset": preset}) for preset in presets]
+    budgets: dict[str, dict[str, Any]] = {}
+    for name, options in given or [("keep=64", {"keep": 64})]:
+        if name in budgets:
+            raise Refused(f"{name} is given twice")
+        budgets[name] = options
+    if layout is None:
+        return budgets
+    return {f"{name}, {layout}": {**options, "layout": layout} for name, options in budgets.items()}
+
+
+def _print_summary(result: Summary, model: str) -> None:
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=120)  # a file or a pipe holds lines of any length
+    if result.rows:
+        console.print(f"[bold]{escape(model)}[/]")
+        console.print(result.table())
+        console.print(
+            "[dim]Exact: the answer is one of those given. Contains: one of those given occurs in it. Agreement: the "
+            "answer is that of the first row. Visual tokens: mean of decoder layers. Prefill: to the first token, "
+            "vision encoder included; medians.[/]"
+        )
+    for message in result.failed[:MOST_MESSAGES]:
+        print(f"apet: {message}", file=sys.stderr)
+    if result.failed:
+        print(f"apet: {len(result.failed)} of {result.asked} questions failed and do not count", file=sys.stderr)

@@ -1,0 +1,99 @@
+"""What commands print and where they write: tables, percentages, names of files, pictures, progress."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+
+from apet import Refused
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+    from rich.progress import Progress
+
+PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".pdf", ".svg")
+
+
+def printable(path: Path | str) -> str:
+    """A file's name for people: bytes that are not UTF-8 become the replacement sign."""
+    return os.fsencode(path).decode("utf-8", "replace")
+
+
+def percent(share: float, digits: int) -> str:
+    """0.256 -> '25.6%'; what rounds to zero has no sign."""
+    return f"{round(share, digits + 2) + 0.0:.{digits}%}"
+
+
+def table(*headings: str) -> Table:
+    """A table whose first column is a file name and whose others are numbers."""
+    made = Table(box=SIMPLE_HEAD, pad_edge=False)
+    made.add_column("", overflow="fold")  # a long name is broken before any number is
+    for heading in headings:
+        made.add_column(heading, justify="right", no_wrap=True)
+    return made
+
+
+def progress() -> Progress:
+    """A bar on stderr that vanishes when it is done; nothing where stderr is not a terminal."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+    console = Console(stderr=True)
+    return Progress(
+        SpinnerColumn(),
+        TextColumn("{task.description}", markup=False),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        console=console,
+        transient=True,
+        disable=not console.is_terminal,
+    )
+
+
+def picture_paths(files: list[Path], out: Path | None) -> list[Path]:
+    """Where each picture goes; made sure of before any work is done.
+
+    Raises: Refused where a picture could not be written, or would replace one of the photos.
+    """
+    if out is not None and len(files) == 1 and not out.is_dir():
+        if out.suffix.lower() not in PICTURES:
+            raise Refused(f"cannot write a picture as {out.name!r}: the name must end in one of {', '.join(PICTURES)}")
+        paths = [out]
+    else:
+        folder = out or Path()
+        if folder.exists() and not folder.is_dir():
+            raise Refused(f"{folder} is a file, but several pictures need a folder")
+        if len(files) > 1 and folder.suffix.lower() in PICTURES and not folder.exists():
+            raise Refused(f"{folder} names one picture, but several files need a folder")
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise Refused(f"cannot make the folder {folder}: {error.strerror}") from error
+        paths = []
+        for file in files:
+            name, n = f"{file.stem}.apet.png", 2
+            while folder / name in paths:
+                name, n = f"{file.stem}-{n}.apet.png", n + 1
+            paths.append(folder / name)
+    for path in paths:
+        if not path.parent.is_dir():
+            raise Refused(f"no such folder: {path.parent}")
+        if path.resolve() in [file.resolve() for file in files]:
+            raise Refused(f"the picture would replace the photo {path}")
+    return paths
+
+
+def save(figure: Figure, path: Path) -> None:
+    """Raises: Refused where the picture cannot be written."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the font has no sign for some letter of a file name
+            figure.savefig(path)
+    except OSError as error:
+        raise Refused(f"cannot write the picture {path}: {error.strerror or error}") from error

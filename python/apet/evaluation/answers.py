@@ -1,0 +1,124 @@
+"""The answers so far, in a file to which lines are appended and never changed.
+
+A line is written before the next question is asked, so a run that dies loses the question that it was at, and no more.
+The first line says what the answers were made with:
+
+    {"made with": {"model": ..., "questions": ..., ...}}
+    {"id": "7", "variant": "keep=64", "answer": "yes", ...}
+    {"id": "8", "variant": "keep=64", "failed": "questions.jsonl, line 8: cannot read ..."}
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from apet import Refused
+
+Record = dict[str, Any]
+Records = dict[tuple[str, str], Record]  # by id and variant
+HEADER = "made with"
+START = json.dumps({HEADER: {}}).encode()[:-3]  # of every such file
+
+
+class Answers:
+    """The open file, which no other run may write meanwhile; a context manager.
+
+    path: made if need be, with its folder; made_with: what must be the same in every run that adds to the file.
+    records: what it holds.
+
+    Raises: Refused where the file cannot be written, is in use, is damaged, or was made with something else.
+    """
+
+    def __init__(self, path: Path, made_with: Mapping[str, Any]):
+        self.path, self.made_with, self.records = path, dict(made_with), Records()
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self.file = path.open("ab", buffering=0)
+        except OSError as error:
+            raise Refused(f"cannot write {path}: {error.strerror}") from error
+        try:
+            self._lock()
+            self._read()
+        except Refused:
+            self.file.close()
+            raise
+
+    def __enter__(self) -> Answers:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.file.close()
+
+    def add(self, record: Record) -> None:
+        """A line; with the operating system when this returns. Raises: Refused where the disk is full."""
+        if not self.records:
+            self._write({HEADER: self.made_with})
+        self._write(record)
+        self._note(record, str(self.path))
+
+    def _lock(self) -> None:
+        try:
+            fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise Refused(f"another run is writing {self.path}; wait for it, or give another --out") from error
+
+    def _write(self, line: Mapping[str, Any]) -> None:
+        data = json.dumps(line).encode() + b"\n"
+        try:
+            if self.file.write(data) < len(data):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError as error:
+            raise Refused(f"cannot write {self.path}: {error.strerror}") from error
+
+    def _read(self) -> None:
+        """The file's records; a last line that was cut short is removed, so that nothing is appended to it."""
+        data = self.path.read_bytes()
+        if not START.startswith(data[: len(START)]):
+            raise Refused(f"{self.path} holds something else than answers of apet eval: give another --out")
+        whole = data.rfind(b"\n") + 1
+        self.file.truncate(whole)
+        for number, line in enumerate(data[:whole].splitlines(), 1):
+            where = f"{self.path}, line {number}"
+            record = _parse(line, where)
+            if number == 1:
+                made_with = record[HEADER]
+            elif "id" not in record or "variant" not in record:
+                raise Refused(f"{where}: this is no answer of a run")
+            else:
+                self._note(record, where)
+        if self.records:
+            self._check(made_with)
+        else:
+            self.file.truncate(0)  # a run that got no further may have been asked otherwise
+
+    def _check(self, before: Mapping[str, Any]) -> None:
+        for name, value in self.made_with.items():
+            if before.get(name) != value:
+                raise Refused(
+                    f"{self.path} was made with {name}={before.get(name)!r}, this run has {value!r}: give another --out"
+                )
+
+    def _note(self, record: Record, where: str) -> None:
+        """An answer replaces a failure, and a failure nothing."""
+        key = record["id"], record["variant"]
+        before = self.records.get(key)
+        if before is None or "failed" in before:
+            self.records[key] = record
+        elif "failed" not in record:
+            raise Refused(f"{where}: question {key[0]!r} was answered before with {key[1]}")
+
+
+def _parse(line: bytes, where: str) -> Record:
+    try:
+        record = json.loads(line)
+    except ValueError as error:
+        raise Refused(f"{where}: this line is damaged") from error
+    if not isinstance(record, dict):
+        raise Refused(f"{where}: this line is damaged")
+    return record
