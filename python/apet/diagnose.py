@@ -1,4 +1,4 @@
-"""What `apet doctor` shows: what is installed, which backends are usable, and whether they are right."""
+"""What `apet doctor` shows: what is installed, which backends are usable, and whether they and the hooks are right."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ OPTIONAL = {
 
 
 def run(console: Console) -> int:
-    """Print it all. Returns: the exit code, 1 if the kernels cannot be imported or a backend is wrong."""
+    """Print it all. Returns: the exit code, 1 if the kernels cannot be imported, or a backend or a hook is wrong."""
     try:
         import apet_kernels
         from apet_kernels import testing
@@ -41,11 +41,14 @@ def run(console: Console) -> int:
     console.print(_backends(backends))
     _show_plans(console)
     wrong = _self_test(console, [name for name, why_not in backends.items() if why_not is None])
+    wrong_hooks = _check_hooks(console)
     if wrong:
-        console.print(f"[bold red]{wrong} of the tests above failed.[/]")
+        console.print(f"[bold red]{wrong} of the tests of backends above failed.[/]")
     else:
         console.print("[bold green]Every usable backend agrees with the float64 reference.[/]")
-    return 1 if wrong else 0
+    if wrong_hooks:
+        console.print(f"[bold red]The hooks are wrong for {wrong_hooks} families of models.[/]")
+    return 1 if wrong or wrong_hooks else 0
 
 
 def _table(title: str, *headings: str) -> Table:
@@ -174,3 +177,33 @@ def _self_test(console: Console, usable: list[str]) -> int:
     if any(selftest.interpreted(outcome.backend) for outcome in outcomes):
         console.print("[dim]Interpreted: without bfloat16, which Triton's interpreter computes on its bits.[/]")
     return sum(not outcome.right for outcome in outcomes)
+
+
+def _check_hooks(console: Console) -> int:
+    """Print what the self-check of the hooks finds for every family of models; returns how many are wrong."""
+    try:
+        import transformers
+
+        from apet.hooks import selfcheck
+        from apet.hooks.adapters import ADAPTERS
+        from apet.hooks.versions import TESTED
+    except ImportError as error:
+        console.print(f"[yellow]The hooks (apet.patch) cannot be used: {escape(str(error))}[/]")
+        return 0
+    with console.status("checking the hooks") as status:
+        results = []
+        for name in sorted(ADAPTERS):
+            status.update(f"checking the hooks: {name}")
+            results.append(selfcheck.check_family(name))
+    version = transformers.__version__
+    tested = "tested with this version" if version in TESTED else f"not tested with it, but with {', '.join(TESTED)}"
+    table = _table(f"Hooks under transformers {version} ({tested})", "model_type")
+    table.add_column("difference", justify="right")
+    table.add_column("result")
+    for result in results:
+        passed = result.error is None
+        shown = "[green]right[/]" if passed else f"[bold red]wrong[/]: {escape(result.error or '')}"
+        table.add_row(result.name, f"{result.difference:.1e}", shown)
+    console.print(table)
+    console.print("[dim]Largest difference of logits from an independent reference, on tiny random models.[/]")
+    return sum(result.error is not None for result in results)

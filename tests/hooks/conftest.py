@@ -18,15 +18,29 @@ def family(request: pytest.FixtureRequest) -> families.Family:
     return families.FAMILIES[request.param]
 
 
+# The hooks differ by family in adapters alone, and what is common takes long: every day, the tests of these functions run
+# on every family, the others on four that differ in what matters (projector, tiles, M-RoPE, nothing of these).
 FOUR = ("llava", "llava_next", "qwen2_5_vl", "video_llava")
+EVERY_FAMILY = {
+    *(
+        "test_batch",
+        "test_forward",
+        "test_keeping_all_is_bitwise_the_unpatched_model",
+        "test_positions",
+        "test_presets",
+    ),
+    *("test_static_cache", "test_second_turn", "test_generate_of_the_class", "test_unpatch_leaves_nothing"),
+    *("test_images_after_a_prefilled_text_prefix", "test_report", "test_picture"),
+}
 
 
-@pytest.fixture(
-    params=[name if name in FOUR else pytest.param(name, marks=pytest.mark.slow) for name in families.FAMILIES]
-)
-def main_family(request: pytest.FixtureRequest) -> families.Family:
-    """For what is the engine's alone, and slow: four families every day."""
-    return families.FAMILIES[request.param]
+@pytest.hookimpl(tryfirst=True)  # before the marks are looked at
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        family = getattr(item, "callspec", None) and item.callspec.params.get("family")
+        name = family.name if isinstance(family, families.Family) else family
+        if name in families.FAMILIES and name not in FOUR and item.originalname not in EVERY_FAMILY:
+            item.add_marker(pytest.mark.slow)
 
 
 @pytest.fixture(scope="session")

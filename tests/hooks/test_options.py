@@ -217,15 +217,15 @@ CALLS: dict[str, tuple[Callable[..., None], str]] = {
 
 @pytest.mark.parametrize("stage", ["first", "second"])
 @pytest.mark.parametrize("call", CALLS)
-def test_calls_that_are_refused(main_family: Family, call: str, stage: str) -> None:
+def test_calls_that_are_refused(family: Family, call: str, stage: str) -> None:
     """In one sentence; and the next call is right."""
     run, says = CALLS[call]
-    if call == "features from outside" and not takes(shared(main_family.name), "mm_encoder_outputs"):
+    if call == "features from outside" and not takes(shared(family.name), "mm_encoder_outputs"):
         pytest.skip("this version takes no encoded features")
-    model, row = shared(main_family.name), conversation(main_family, 3, "image", 5)
-    inputs = collate(main_family, [row])
+    model, row = shared(family.name), conversation(family, 3, "image", 5)
+    inputs = collate(family, [row])
     with apet.patched(model, **STAGES[stage]):
         with pytest.raises((ValueError, RuntimeError), match=says) as refusal:
-            run(main_family, model, dict(inputs))
+            run(family, model, dict(inputs))
         one_sentence(refusal.value)
-        judge(main_family, [row], say(model, inputs), STAGES[stage])
+        judge(family, [row], say(model, inputs), STAGES[stage])

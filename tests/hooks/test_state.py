@@ -29,8 +29,8 @@ def fingerprint(model: nn.Module) -> dict[str, object]:
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_forward_hooks_with_kwargs", "_forward_pre_hooks_with_kwargs")
 
 
-def test_unpatch_leaves_nothing(main_family: Family) -> None:
-    model, inputs = build(main_family.name), collate(main_family, conversations(main_family))
+def test_unpatch_leaves_nothing(family: Family) -> None:
+    model, inputs = build(family.name), collate(family, conversations(family))
     say(model, inputs)
     before, said = fingerprint(model), say(model, inputs)
     apet.patch(model, **BOTH)
@@ -42,49 +42,49 @@ def test_unpatch_leaves_nothing(main_family: Family) -> None:
     apet.unpatch(model)  # a model that is not patched: nothing to do
 
 
-def test_nothing_global_changes(main_family: Family) -> None:
+def test_nothing_global_changes(family: Family) -> None:
     """The classes of transformers hold what they held."""
-    model = build(main_family.name)
+    model = build(family.name)
     classes = {type(module) for module in model.modules()}
     before = {cls: dict(vars(cls)) for cls in classes}
     apet.patch(model, **BOTH)
-    say(model, collate(main_family, conversations(main_family)))
+    say(model, collate(family, conversations(family)))
     assert {cls: dict(vars(cls)) for cls in classes} == before
 
 
-def test_patch_twice_replaces(main_family: Family) -> None:
-    model, rows = build(main_family.name), conversations(main_family)
+def test_patch_twice_replaces(family: Family) -> None:
+    model, rows = build(family.name), conversations(family)
     assert apet.options(model) is None
     apet.patch(model, **FIRST)
     chosen = apet.patch(model, **BOTH)
     assert apet.options(model) == chosen
     assert (chosen.keep, chosen.basis, chosen.llm_layer, chosen.llm_keep) == (9, 4, 2, 0.5)
-    judge(main_family, rows, say(model, collate(main_family, rows)), BOTH)
+    judge(family, rows, say(model, collate(family, rows)), BOTH)
     apet.unpatch(model)
     assert apet.options(model) is None
 
 
-def test_patched_goes_back_to_what_was_there(main_family: Family) -> None:
-    model, rows = build(main_family.name), conversations(main_family)
-    inputs = collate(main_family, rows)
+def test_patched_goes_back_to_what_was_there(family: Family) -> None:
+    model, rows = build(family.name), conversations(family)
+    inputs = collate(family, rows)
     apet.patch(model, **FIRST)
     with apet.patched(model, **SECOND):
-        judge(main_family, rows, say(model, inputs), SECOND)
-    judge(main_family, rows, say(model, inputs), FIRST)
+        judge(family, rows, say(model, inputs), SECOND)
+    judge(family, rows, say(model, inputs), FIRST)
     with pytest.raises(KeyError), apet.patched(model, **BOTH):
         raise KeyError
-    judge(main_family, rows, say(model, inputs), FIRST)
+    judge(family, rows, say(model, inputs), FIRST)
 
 
-def test_two_models(main_family: Family) -> None:
+def test_two_models(family: Family) -> None:
     """Patched differently, run in turns."""
-    rows = conversations(main_family)
-    inputs, models = collate(main_family, rows), [build(main_family.name) for _ in range(3)]
+    rows = conversations(family)
+    inputs, models = collate(family, rows), [build(family.name) for _ in range(3)]
     apet.patch(models[0], **FIRST)
     apet.patch(models[1], **BOTH)
     for _ in range(2):
         for model, options in zip(models, (FIRST, BOTH, {}), strict=True):
-            judge(main_family, rows, say(model, inputs), options)
+            judge(family, rows, say(model, inputs), options)
 
 
 def copies(model: transformers.PreTrainedModel) -> dict[str, transformers.PreTrainedModel]:
@@ -98,10 +98,10 @@ def copies(model: transformers.PreTrainedModel) -> dict[str, transformers.PreTra
     }
 
 
-def test_copies(main_family: Family) -> None:
+def test_copies(family: Family) -> None:
     """A copy is patched as the original was, its hooks are its own, and neither's fate is the other's."""
-    rows = conversations(main_family)
-    inputs, model = collate(main_family, rows), build(main_family.name)
+    rows = conversations(family)
+    inputs, model = collate(family, rows), build(family.name)
     apet.patch(model, **BOTH)
     # Before the first call: once run, models of transformers 5 cannot be pickled, patched or not.
     for other in copies(model).values():
@@ -110,30 +110,30 @@ def test_copies(main_family: Family) -> None:
             other.lm_head.weight.zero_()  # seen if the copy's hooks still ran the original
         assert not say(other, inputs).logits.any()
         other.lm_head.weight.data.copy_(model.lm_head.weight)
-        judge(main_family, rows, say(other, inputs), BOTH)
+        judge(family, rows, say(other, inputs), BOTH)
         apet.patch(other, **FIRST)
-        judge(main_family, rows, say(model, inputs), BOTH)
+        judge(family, rows, say(model, inputs), BOTH)
         apet.unpatch(other)
-        judge(main_family, rows, say(other, inputs), {})
-        judge(main_family, rows, say(model, inputs), BOTH)
+        judge(family, rows, say(other, inputs), {})
+        judge(family, rows, say(model, inputs), BOTH)
 
 
-def test_copy_survives_the_original(main_family: Family) -> None:
-    rows, model = conversations(main_family), build(main_family.name)
+def test_copy_survives_the_original(family: Family) -> None:
+    rows, model = conversations(family), build(family.name)
     apet.patch(model, **BOTH)
-    say(model, collate(main_family, rows))
+    say(model, collate(family, rows))
     other = copy.deepcopy(model)
     apet.unpatch(model)
-    judge(main_family, rows, say(other, collate(main_family, rows)), BOTH)
-    judge(main_family, rows, say(model, collate(main_family, rows)), {})
+    judge(family, rows, say(other, collate(family, rows)), BOTH)
+    judge(family, rows, say(model, collate(family, rows)), {})
 
 
-def test_save_pretrained(main_family: Family, tmp_path) -> None:
+def test_save_pretrained(family: Family, tmp_path) -> None:
     """What is written is what an unpatched model writes, and it loads into one."""
-    model = build(main_family.name)
+    model = build(family.name)
     model.save_pretrained(tmp_path / "before")
     apet.patch(model, **BOTH)
-    say(model, collate(main_family, conversations(main_family)))
+    say(model, collate(family, conversations(family)))
     model.save_pretrained(tmp_path / "patched")
     files = sorted(path.name for path in (tmp_path / "before").iterdir())
     assert files == sorted(path.name for path in (tmp_path / "patched").iterdir())
@@ -182,10 +182,10 @@ def flat(features: object) -> list[torch.Tensor]:
     return [features] if isinstance(features, torch.Tensor) else [x for x in features if isinstance(x, torch.Tensor)]
 
 
-def test_failure_in_a_call_leaves_the_model_usable(main_family: Family) -> None:
+def test_failure_in_a_call_leaves_the_model_usable(family: Family) -> None:
     """An exception in the middle of a forward: the next call is right."""
-    model, rows = shared(main_family.name), conversations(main_family)
-    inputs = collate(main_family, rows)
+    model, rows = shared(family.name), conversations(family)
+    inputs = collate(family, rows)
 
     def fail(*_: object) -> None:
         raise ZeroDivisionError
@@ -196,7 +196,7 @@ def test_failure_in_a_call_leaves_the_model_usable(main_family: Family) -> None:
             with pytest.raises(ZeroDivisionError):
                 say(model, inputs)
             handle.remove()
-            judge(main_family, rows, say(model, inputs), BOTH)
+            judge(family, rows, say(model, inputs), BOTH)
 
 
 def parts(family: Family, one: Visual) -> list[torch.Tensor]:

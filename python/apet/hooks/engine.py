@@ -173,6 +173,18 @@ class Engine:
             frame = frame.f_back
         return None
 
+    def check_kept_cache(self, cache: Cache) -> None:
+        """Raises ValueError where the class's generate() goes on from a compressed prompt: it takes tokens that were
+        dropped for new ones. The instance's counts the tokens as given."""
+        if state.current(self, "generate") is None:
+            call = self.generation_of_the_class()
+            if call is not None and any(value is cache for value in call.inputs.values()):
+                name = type(self.model).__name__
+                raise ValueError(
+                    f"{name}.generate(model, ...) was called with a cache that holds a compressed prompt, and counts "
+                    "its tokens wrongly; call model.generate(...)"
+                )
+
     # ---- the model and the core model
 
     def before_model(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[tuple, dict] | None:
@@ -316,6 +328,7 @@ class Engine:
         position = roles.get("cache_position", arguments)
         if new > 1 and not torch.compiler.is_compiling():
             caches.check_position(prompt, past, position)
+            self.check_kept_cache(cache)
         replaced = {
             "mask": prompt.early.columns(past, new, tail).long(),
             "positions": prompt.early.positions(past, new, tail),

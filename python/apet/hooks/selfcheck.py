@@ -128,6 +128,16 @@ def check(cls: type, name: str, decoder: str | None = None, stage: str = "both",
     return Result(name, stage, worst)
 
 
+def check_family(name: str) -> Result:
+    """The self-check of a family by its `model_type`, both stages, on transformers' own class."""
+    try:
+        config = transformers.AutoConfig.for_model(name)
+        cls = getattr(transformers, type(config).__name__.removesuffix("Config") + "ForConditionalGeneration")
+    except (AttributeError, ImportError, ValueError) as error:
+        return Result(name, "both", error=f"transformers has no such model: {error}")
+    return check(cls, name)
+
+
 # ---- what the patched model does ------------------------------------------------------------------------------------
 
 

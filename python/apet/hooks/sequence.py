@@ -28,7 +28,7 @@ class Packing:
     def rows(self, x: Tensor) -> Tensor:
         """x [B, L, D] -> [B, L2, D]."""
         x = x.to(self.index.device)
-        return x.gather(1, self.index[..., None].expand(-1, -1, x.shape[-1]))
+        return x.gather(1, self.index.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
 
     def along(self, x: Tensor, dim: int) -> Tensor:
         """x [..., B or 1, L, ...] with L at `dim` -> the same with L2, by source; on the device of the packing."""
