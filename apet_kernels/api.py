@@ -310,9 +310,9 @@ def _call(op: str, backend: Backend | None, *args: Any, **kwargs: Any) -> Any:
     except RuntimeError as error:
         try:
             ops.check(op, *args, **kwargs)
-        except ValueError as wrong:  # an argument's fault; what else there is stays as it is
+        except ValueError as wrong:  # an argument is at fault; other errors stay as they are
             raise wrong from None
-        except Exception:  # not even of a type that the check expects: the op's own message says so
+        except Exception:  # an argument of a type that the check does not expect: keep the op's own message
             raise error from None
         raise
 

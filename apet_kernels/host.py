@@ -1,4 +1,4 @@
-"""The compiled module `_host`: how the library was built, and what it would do with a call."""
+"""The compiled module `_host`: how the library was built, and how it would run a call."""
 
 from __future__ import annotations
 

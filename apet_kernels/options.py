@@ -26,7 +26,7 @@ def require(holds: bool, message: Callable[[], str]) -> None:
 
 @dataclass(frozen=True)
 class Options:
-    """What `compress` may be told beside the tokens and how many to keep. `score` uses basis, select, start and ridge.
+    """The arguments of `compress` beside the tokens and `keep`. `score` uses basis, select, start and ridge.
 
     Example:
         >>> Options(basis=8, layout="append").check(tokens=576, keep=64)

@@ -1,4 +1,4 @@
-"""The one definition of `torch.ops.apet.*` in a process, however often this package is imported.
+"""The single definition of `torch.ops.apet.*` in a process, however often this package is imported.
 
 torch lets an op be defined once, and an implementation be registered once per key. But a module may be executed again
 (importlib.reload, %autoreload in a notebook), and an engine may vendor a copy of this package beside the installed one.
@@ -19,7 +19,7 @@ _ATTRIBUTE = "_apet_kernels_registry"  # of torch.ops.apet
 
 
 class Registry:
-    """Who defined the ops, and what is registered for them so far."""
+    """The definition of the ops, and the implementations registered so far."""
 
     def __init__(self, version: str, file: str, schemas: tuple[str, ...]) -> None:
         """Defines the ops.

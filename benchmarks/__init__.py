@@ -1,5 +1,5 @@
-"""Benchmarks of apet_kernels: every result is checked before it is timed, and every time has beside it what it is
-read against.
+"""Benchmarks of apet_kernels: every result is checked before it is timed, and every time is shown with a baseline or a
+bound.
 
 python -m benchmarks.kept         time against tokens kept, next to other methods for the same job
 python -m benchmarks.growth       how time and memory grow with every size
@@ -16,5 +16,5 @@ benchmarks/lib holds what they share.
 
 python -m benchmarks.gpu_check    on a GPU, `make gpu-check`: the tests, benchmarks.gpu, and a report
 python -m benchmarks.tune         on a GPU: tiles for the Triton kernels
-python -m benchmarks.floors       without one: what a GPU takes at least, computed
+python -m benchmarks.floors       without one: a lower bound of the time on a GPU, computed
 """

@@ -1,5 +1,5 @@
-"""What the kernels are compared with: ApET (arXiv 2602.19870) in torch, as published, as a good engineer writes it, and
-as fast as we could make it. They run where x lies.
+"""What the kernels are compared with: ApET (arXiv 2602.19870) in torch, as published, as an experienced engineer would
+write it, and tuned as far as we could. They run on the device of x.
 
 All take x [B, N, D] and return tokens [B, K, D] in x's dtype and indices [B, K], with the meaning of
 `torch.ops.apet.compress` on ordinary tokens. None handles what the op does: repeated tokens (a singular system),
@@ -65,7 +65,8 @@ def _published_image(x: Tensor, keep: int, basis: int, start: int, ridge: float)
 
 
 def eager(x: Tensor, keep: int, basis: int, layout: str, start: int, ridge: float) -> tuple[Tensor, Tensor]:
-    """What a good engineer writes: batched, every heavy step a matrix product, nothing of size N x K x D, in float32.
+    """As an experienced engineer would write it: batched, every heavy step a matrix product, nothing of size N x K x D,
+    in float32.
 
     (In 16 bits the products are float32 too: their own would round the similarity, and a tenth to half of the merged
     rows would differ.)

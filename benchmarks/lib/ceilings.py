@@ -1,5 +1,5 @@
-"""What a time is read against: the floor, which no implementation can beat; a reference cost, which a good one should
-come near or beat; and the rates of the machine.
+"""What times are compared with: the floor, a lower bound that no implementation can beat; a reference cost, which a
+good implementation should approach or beat; and the rates of the machine.
 
 Work of one call on x [B, N, D], M basis tokens, K kept, T merge targets (K, or K - M for layout="overwrite"):
 

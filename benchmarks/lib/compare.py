@@ -1,7 +1,7 @@
 """One measurement, used by the tables and by pytest-benchmark: everything that can do a case, in turns.
 
-Each round calls every implementation once, so that whatever slows the machine down for a while slows all of them, and
-ratios are medians of the ratios within a round. Every call gets the next of a ring of inputs, together at least twice
+Each round calls every implementation once, so that a temporary slowdown of the machine affects all of them. Ratios are
+medians of the ratios within a round. Every call gets the next of a ring of inputs, together at least twice
 the last-level cache, so none finds its input in the cache because another has just read it. The order rotates from
 round to round; the kernel is last.
 """

@@ -71,7 +71,7 @@ except PackageNotFoundError:  # a source tree on the path that was never install
 
 
 class Refused(Exception):
-    """Something that cannot be done as asked; the message is for the person who asked."""
+    """The error of the command line and what it calls: one message, meant for the user, with the offending value."""
 
 
 if not TYPE_CHECKING:  # else every misspelt name would be right to a type checker

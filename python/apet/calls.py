@@ -1,4 +1,4 @@
-"""The calls of the op that a piece of code makes: what was compressed, and what became of it."""
+"""Records the calls of the op that a piece of code makes, with their inputs and results."""
 
 from __future__ import annotations
 
@@ -12,18 +12,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 @dataclass(frozen=True)
 class Call:
-    """One call of `torch.ops.apet.compress_varlen`.
+    """One call of `torch.ops.apet.compress_varlen`."""
 
-    x [T, D]: the images, one after another; lengths, keeps: tokens of each and how many it keeps; tokens, indices: the
-    result; options: basis, layout, select, start, ridge and blend.
-    """
-
-    x: Tensor
-    lengths: list[int]
-    keeps: list[int]
-    tokens: Tensor
-    indices: Tensor
-    options: dict[str, Any]
+    x: Tensor  # [T, D], the images one after another
+    lengths: list[int]  # tokens of each image
+    keeps: list[int]  # tokens that each image keeps
+    tokens: Tensor  # [R, D], the result
+    indices: Tensor  # [R] int64, the result
+    options: dict[str, Any]  # basis, layout, select, start, ridge and blend
 
     @property
     def flops(self) -> int:

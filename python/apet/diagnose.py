@@ -28,11 +28,11 @@ OPTIONAL = {
 
 
 def run(console: Console) -> int:
-    """Print it all. Returns: the exit code, 1 if the kernels cannot be imported, or a backend or a hook is wrong."""
+    """Print everything. Returns the exit code: 1 if the kernels cannot be imported, or a backend or a hook is wrong."""
     try:
         import apet_kernels
         from apet_kernels import testing
-    except Exception as error:  # a broken installation is what people call a doctor for
+    except Exception as error:  # a broken installation is the reason to call this command
         console.print(_installed(None, []))
         console.print(f"[bold red]apet_kernels cannot be imported:[/] {escape(str(error))}")
         return 1
@@ -90,7 +90,7 @@ def _installed(kernels: Any, isas: list[str]) -> Table:
 
 
 def _processor() -> str:
-    """The model name that Linux gives, else what Python knows."""
+    """The model name from /proc/cpuinfo, else Python's name of the processor."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
@@ -180,7 +180,7 @@ def _self_test(console: Console, usable: list[str]) -> int:
 
 
 def _check_hooks(console: Console) -> int:
-    """Print what the self-check of the hooks finds for every family of models; returns how many are wrong."""
+    """Print the result of the hooks' self-check for every family of models; returns how many failed."""
     try:
         import transformers
 

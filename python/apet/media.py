@@ -1,4 +1,4 @@
-"""Photos and clips from files: whatever the command line names becomes RGB pictures, or one sentence."""
+"""Photos and clips from files, as RGB pictures; a file that cannot be read raises one error."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def read(path: Path, frames: int) -> Media:
 
 
 def _photo(path: Path) -> Image.Image | None:
-    """An RGB photo, upright, transparency on white; None where PIL does not know the format."""
+    """An RGB photo, upright, transparency on white; None if PIL does not know the format."""
     need("PIL")
     from PIL import Image, ImageOps, UnidentifiedImageError
 
@@ -79,7 +79,7 @@ def _rgb(image: Image.Image) -> Image.Image:
 
 
 def _clip(path: Path, count: int) -> Media:
-    """`count` evenly spaced frames, the middle ones of equal stretches; all of them where the clip has no more."""
+    """`count` evenly spaced frames, the middle frames of equal segments; all frames if the clip has no more."""
     av = need("av")
     try:
         with av.open(str(path)) as file:

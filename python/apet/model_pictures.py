@@ -1,4 +1,4 @@
-"""The picture of `apet compress`, drawn from what a patched model did to an image in its own prefill."""
+"""The picture of `apet compress` for a patched model, drawn from its own prefill."""
 
 from __future__ import annotations
 
@@ -31,16 +31,16 @@ def picture(model: nn.Module, inputs: Mapping[str, Any], processor: Any, visual:
 
     Args:
         model: a model that `apet.patch` has patched.
-        inputs: what `model.generate(**inputs)` takes. A prefill is run with it.
-        processor: what made the inputs; its image_mean and image_std turn pixel values into pictures again.
+        inputs: arguments of `model.generate(**inputs)`; one prefill is run with them.
+        processor: the one that made the inputs; its image_mean and image_std convert pixel values back to pictures.
         visual: number of the image or video, as in `apet.kept(model).visuals`.
 
     Returns:
         A figure with a column for each tile or frame and each stage; `figure.savefig("picture.png")` writes it.
 
     Raises:
-        ValueError, in a sentence, where the model is not patched, there is no such image, nothing of it was dropped, or
-        the places of its tokens in the image are not known (models that cut or scale projected features).
+        ValueError: the model is not patched, there is no such image, none of its tokens was dropped, or the positions
+            of its tokens in the image are not known (models that crop or scale projected features).
     """
     drawn = panels(model, inputs, processor, visual)
     engine, seen = engine_of(model), kept(model).visuals[visual]

@@ -30,17 +30,13 @@ GREEDY = {"do_sample": False, "num_beams": 1, "use_cache": True, "temperature": 
 
 @dataclass(frozen=True)
 class Prefill:
-    """What one prefill takes.
+    """The size and cost of one prefill."""
 
-    lengths: of the sequence in each decoder layer, padding included; vision_flops: of the vision encoder and the
-    projector; language_flops: of the decoder and its head; compression_flops: of the op; cache_bytes: keys and values.
-    """
-
-    lengths: list[int]
-    vision_flops: int
-    language_flops: int
-    compression_flops: int
-    cache_bytes: int
+    lengths: list[int]  # of the sequence in each decoder layer, padding included
+    vision_flops: int  # vision encoder and projector
+    language_flops: int  # decoder and its head
+    compression_flops: int  # the op
+    cache_bytes: int  # keys and values
 
     @property
     def flops(self) -> int:
@@ -81,7 +77,7 @@ class Report:
         return text.get()
 
     def rows(self) -> Iterator[tuple[str, float, float, str]]:
-        """What the table holds: name, without, compressed, unit ("" counts, "FLOP", "B" or "s")."""
+        """The rows of the table: name, without, compressed, unit ("" counts, "FLOP", "B" or "s")."""
         before, after = self.without, self.compressed
         first = 1
         for (long, short), run in itertools.groupby(zip(before.lengths, after.lengths, strict=True)):
@@ -98,23 +94,23 @@ class Report:
 
 
 def report(model: nn.Module, inputs: Mapping[str, Any], *, max_new_tokens: int = 32, rounds: int = 3) -> Report:
-    """What compression saves a patched model on these inputs, measured by generating with it and without it.
+    """Measures what compression saves a patched model on these inputs, by generating with and without it.
 
     Args:
         model: a model that `apet.patch` has patched; it stays so.
-        inputs: what `model.generate(**inputs)` takes, images or videos among it.
-        max_new_tokens: the length of the answers whose total time is taken. Both are of this length, greedy.
-        rounds: how often both are timed, in turns; the report holds medians.
+        inputs: arguments of `model.generate(**inputs)`, with images or videos.
+        max_new_tokens: length of both answers, generated greedily, for the total time.
+        rounds: how often both are timed, alternately; the report holds medians.
 
     FLOPs are counted in one prefill each, by torch's counter: 2 m n k for every matrix product and convolution, and
     4 B H L^2 d for attention (scores and weighted sum of L tokens, the masked half included; d per head) in every
     layer; `Call.flops` for the compression. So a decoder layer of P weights in matrices takes 2 B L P + 4 B H L^2 d.
-    Norms, activations and other work that grows with L alone are not counted. Attention other than torch's own is
-    exchanged for sdpa in that prefill, since the counter cannot see into it. The cache is what generate() makes: one of
-    fixed size has the same bytes either way.
+    Norms, activations and other work that grows with L alone are not counted. In that prefill other attention
+    implementations are replaced by sdpa, which the counter knows. The cache is the one that generate() makes; a static
+    cache has the same size with and without compression.
 
     Raises:
-        ValueError, in a sentence, where the model is not patched, or the inputs bring nothing to compress or a cache.
+        ValueError: the model is not patched, or the inputs hold nothing to compress or a cache.
     """
     engine = engine_of(model)
     if not engine.adapter.brings(inputs):
@@ -149,7 +145,7 @@ def report(model: nn.Module, inputs: Mapping[str, Any], *, max_new_tokens: int =
 
 
 def engine_of(model: nn.Module) -> Engine:
-    """What has patched a model. Raises ValueError where nothing has."""
+    """The engine of a patched model. Raises ValueError if the model is not patched."""
     engine = vars(plain(model)).get(ENGINE)
     if engine is None:
         raise ValueError(f"this {type(model).__name__} is not patched: call apet.patch(model, keep=...) first")
@@ -158,7 +154,7 @@ def engine_of(model: nn.Module) -> Engine:
 
 @contextmanager
 def unpatched(engine: Engine) -> Iterator[None]:
-    """The model as it was, for the length of a with block."""
+    """Removes the patch within a with block."""
     engine.remove()
     try:
         yield
@@ -167,7 +163,7 @@ def unpatched(engine: Engine) -> Iterator[None]:
 
 
 def count(engine: Engine, inputs: Mapping[str, Any]) -> Prefill:
-    """The operations, lengths and cache of one prefill, patched or not as the model is."""
+    """FLOPs, lengths and cache size of one prefill, with the model as it is, patched or not."""
     sdpa = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops}
     counter, at_decoder = FlopCounterMode(display=False, custom_mapping=sdpa), []
     seen = engine.language_model.register_forward_pre_hook(lambda *_: at_decoder.append(counter.get_total_flops()))
@@ -197,7 +193,7 @@ def clock(model: nn.Module, inputs: Mapping[str, Any], new_tokens: int) -> tuple
 
 
 class Clock(BaseStreamer):
-    """When the prompt and then each token came; a token is on the CPU by then."""
+    """Records the time of the prompt and of each token, when it has arrived on the CPU."""
 
     def __init__(self) -> None:
         self.times: list[float] = []

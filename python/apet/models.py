@@ -1,4 +1,4 @@
-"""Vision-language models of `apet generate` and `apet eval`: load one with its processor, put a question to it."""
+"""Vision-language models of `apet generate` and `apet eval`: loads one with its processor, and asks it a question."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ if TYPE_CHECKING:
 def load(name: str, trials: Sequence[Mapping[str, Any]], dtype: str, device: str | None) -> tuple[nn.Module, Any]:
     """A model (a folder or a hub id) and its processor.
 
-    trials: options of `apet.patch` that are going to be used; they are tried on a model without weights before anything
-    large is read.
+    trials: options of `apet.patch` that will be used; they are checked on a model without weights before the weights
+    are read.
 
-    Raises: Refused, in one sentence.
+    Raises: Refused, if the model cannot be loaded or the options do not fit it.
     """
     transformers = need("transformers")
     import torch
@@ -64,7 +64,7 @@ def question(
 ) -> dict[str, Any]:
     """The inputs of a question about images, or about the frames of a clip.
 
-    Raises: Refused, in one sentence.
+    Raises: Refused, if the processor does not accept the prompt.
     """
     import numpy as np
 
@@ -83,7 +83,7 @@ def question(
 
 
 def answer(model: nn.Module, processor: Any, inputs: Mapping[str, Any], max_new_tokens: int) -> None:
-    """Prints the answer to a question, greedy, word by word as it comes."""
+    """Prints the greedy answer to a question while it is generated."""
     from transformers import TextStreamer
 
     from apet.model_report import GREEDY
@@ -93,7 +93,7 @@ def answer(model: nn.Module, processor: Any, inputs: Mapping[str, Any], max_new_
 
 
 def _device(name: str | None) -> Any:
-    """The device of that name; of None, the accelerator if there is one. Raises: Refused."""
+    """The device of that name; for None an accelerator, if there is one. Raises: Refused, if it is not available."""
     import torch
 
     there = torch.accelerator.current_accelerator(check_available=True)

@@ -1,4 +1,4 @@
-"""What `apet compress` shows of a photo or clip: who was kept, who went where, what is lost, and the time it takes."""
+"""What `apet compress` shows of a photo or clip: kept tokens, merge targets, what is lost, and time."""
 
 from __future__ import annotations
 
@@ -51,15 +51,15 @@ class Measure:
 
 
 def check(tokens: int, keep: int, arguments: OpArguments) -> None:
-    """Raises: ValueError or RuntimeError where the op rejects these arguments for an image of so many tokens."""
+    """Raises: ValueError or RuntimeError if the op rejects these arguments for an image of so many tokens."""
     no_data = torch.empty(1, tokens, 1, device="meta")
     _compress(no_data, keep, replace(arguments, backend=None))  # backends take no meta tensors
 
 
 def compress(x: torch.Tensor, keep: int, arguments: OpArguments) -> tuple[list[Frame], Measure]:
-    """Compress images [B, N, D] and measure it all; the encoder's time is not in it.
+    """Compress images [B, N, D] and measure; the encoder's time is not included.
 
-    Raises: ValueError or RuntimeError where the op rejects its arguments.
+    Raises: ValueError or RuntimeError if the op rejects its arguments.
     """
     tokens, indices = _compress(x, keep, arguments)  # [B, R, D], [B, R]
     residual, basis = _score(x, arguments)  # [B, N], [B, M]
@@ -79,9 +79,9 @@ def compress(x: torch.Tensor, keep: int, arguments: OpArguments) -> tuple[list[F
 
 
 def merge_goals(x: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """Which target every token resembles most: largest cosine, ties to the lower position, in float64.
+    """The target of largest cosine for every token, ties to the lower position, in float64.
 
-    The op does not return this, so pictures work it out again; rounding may tell it apart from the op in a tie.
+    The op does not return this, so it is computed again for pictures; near a tie, rounding may give another target.
     x: [N, D]; targets: [T] positions, ascending. Returns: [N] positions, -1 where there is no target of finite norm
     or the token's own norm is not finite.
     """
@@ -98,7 +98,7 @@ def merge_goals(x: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
 
 
 def frame(x: torch.Tensor, kept: torch.Tensor, residual: torch.Tensor, basis: torch.Tensor, layout: str) -> Frame:
-    """x [N, D], kept [K], residual [N], basis [m] -> what became of every token."""
+    """x [N, D], kept [K], residual [N], basis [m] -> the outcome for every token."""
     _, given_away = reference.s4_topk(residual, basis, len(kept), layout)  # [K] bool
     targets = kept[~given_away]
     goal = merge_goals(x, targets)
@@ -134,7 +134,7 @@ def _score(x: torch.Tensor, o: OpArguments) -> tuple[torch.Tensor, torch.Tensor]
 
 
 def _times(x: torch.Tensor, keep: int, o: OpArguments, frames: list[Frame]) -> dict[str, float]:
-    """Median milliseconds of the stages, called one by one, and of the one call that does them all."""
+    """Median milliseconds of the stages, called one by one, and of the one call that does all of them."""
     residual, _ = _score(x, o)
     indices = torch.from_numpy(np.stack([f.kept for f in frames]))  # [B, K]
     targets = torch.from_numpy(np.stack([~np.isin(f.kept, f.overwritten) for f in frames]))  # [B, K]

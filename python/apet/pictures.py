@@ -1,6 +1,6 @@
-"""The picture of a compressed photo or clip: who was kept, who was merged into whom, and the residual that decided it.
+"""The picture of a compressed photo or clip: kept tokens, merge targets, and the residual that decided.
 
-Drawn with matplotlib's figure objects, not pyplot, so that nothing global is touched and no display is wanted.
+Drawn with matplotlib's figure objects, not pyplot, so that no global state changes and no display is needed.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ def _cell(rows: int, cols: int, long: float) -> tuple[float, float]:
 
 
 def _sheet(lines: list[list[_Cell]], cell: tuple[float, float], title: str, subtitle: str) -> Figure:
-    """Panels in lines, a heading above each, the title above and the key below them. Lengths are inches."""
+    """Panels in lines, a heading above each, the title at the top and the key at the bottom. Lengths are inches."""
     w, h = cell
     side, top, key, gap, bar = 0.35, 0.82, 0.58, 0.16, 0.85
     heads = [0.34 if line[0][2] else 0.1 for line in lines]

@@ -1,7 +1,7 @@
 """Every usable backend against the float64 reference, on small inputs: what `apet doctor` runs.
 
-The inputs are seeded, and chosen so that no pick, cut or nearest target is anywhere near a tie (a relative 4e-5 at the
-least, hundreds of roundings): kept sets have to be equal, not merely as good.
+The inputs are seeded, and chosen so that no pick, cut or merge target is near a tie (relative margins of at least 4e-5,
+hundreds of roundings), so kept sets must be equal.
 """
 
 from __future__ import annotations
@@ -42,14 +42,14 @@ class Case:
 
 
 def _strided(x: torch.Tensor) -> torch.Tensor:
-    """The same values, rows and images farther apart than they need be."""
+    """The same values with gaps between rows and images."""
     room = x.new_zeros(x.shape[0], x.shape[1] + 3, x.shape[2] + 5)
     room[:, : x.shape[1], : x.shape[2]] = x
     return room[:, : x.shape[1], : x.shape[2]]
 
 
 def _spoiled(x: torch.Tensor) -> torch.Tensor:
-    """One infinite token in image 0; image 1 must not notice."""
+    """One infinite token in image 0, which must not affect image 1."""
     x = x.clone()
     x[0, 7, 3] = float("inf")
     return x
@@ -70,14 +70,14 @@ CASES = (
 
 @dataclass
 class Outcome:
-    """One backend (with one instruction set). Ratios are of what is allowed: above 1 is wrong."""
+    """One backend (with one instruction set). Ratios are to the allowed error: above 1 is wrong."""
 
     backend: str
     isa: str | None
     cases: int = 0  # that were judged
     residual: float = 0.0  # worst |e^2 - reference| / (4 M u ||x||^2)
     tokens: float = 0.0  # worst token error / allowed error
-    faults: list[str] = field(default_factory=list)  # one sentence each
+    faults: list[str] = field(default_factory=list)  # one message each
 
     @property
     def right(self) -> bool:
@@ -101,7 +101,7 @@ def run(backend: str, isa: str | None = None) -> Outcome:
                 with warnings.catch_warnings():
                     warnings.simplefilter("ignore", RuntimeWarning)  # numpy's, of infinities, in the interpreter
                     _judge(case, _truth(number), outcome)
-            except Exception as error:  # whatever a broken backend raises is a finding, not a crash of the doctor
+            except Exception as error:  # an error of a broken backend is a result of the test, and must not end it
                 outcome.faults.append(f"{case.name}: {type(error).__name__}: {str(error).strip().splitlines()[0]}")
     finally:
         if isa is not None:
@@ -115,7 +115,7 @@ def interpreted(backend: str) -> bool:
 
 
 class Truth(NamedTuple):
-    """What the float64 reference makes of a case."""
+    """The results of the float64 reference for a case."""
 
     residual: torch.Tensor  # [B, N] float64
     basis: torch.Tensor  # [B, M]
@@ -125,7 +125,7 @@ class Truth(NamedTuple):
 
 @functools.cache
 def _truth(number: int) -> Truth:
-    """The reference's answer to CASES[number], worked out once for all backends."""
+    """The reference's results for CASES[number], computed once for all backends."""
     case = CASES[number]
     x = case.input()
     residual, basis = reference.score(x, case.basis, **case.score_options, out_dtype=torch.float64)
@@ -135,7 +135,7 @@ def _truth(number: int) -> Truth:
 
 
 def _judge(case: Case, truth: Truth, outcome: Outcome) -> None:
-    """Add to `outcome` what one case says."""
+    """Runs one case and adds its errors to `outcome`."""
     on_gpu = outcome.backend in ("triton", "cuda") and torch.cuda.is_available()
     x = case.input()  # [B, N, D]
     there = x.to("cuda") if on_gpu else x
@@ -152,7 +152,7 @@ def _judge(case: Case, truth: Truth, outcome: Outcome) -> None:
     if not torch.equal(kept.cpu(), truth.kept):
         outcome.faults.append(f"{case.name}: the kept tokens are not the reference's")
         return
-    # Twice the error of rounding the true value to the dtype, and what summing in float32 may add to that.
+    # Twice the error of rounding the true value to the dtype, plus the error of a float32 sum.
     largest = x.double().masked_fill(~x.isfinite(), 0).abs().amax()
     allowed = torch.finfo(x.dtype).eps * truth.tokens.abs() + 16 * reference.U * largest
     ratio = _ratio(tokens.cpu().double(), truth.tokens, allowed)

@@ -7,7 +7,7 @@ from rich.console import Console
 
 
 def doctor() -> None:
-    """Show what is installed and usable, and test every usable backend against the float64 reference."""
+    """Show what is installed and usable, and test every usable backend and the hooks."""
     from apet import diagnose
 
     raise typer.Exit(diagnose.run(Console()))

@@ -73,7 +73,7 @@ def evaluate(
 
 
 def _budgets(keeps: list[float], presets: list[str], layout: str | None) -> dict[str, dict[str, Any]]:
-    """The options of `apet.patch` by the name that tables call them."""
+    """The options of `apet.patch` of each budget, by the budget's name in the table."""
     given: list[tuple[str, dict[str, Any]]] = [(f"keep={keep}", {"keep": keep}) for keep in keeps]
     given += [(preset, {"preset": preset}) for preset in presets]
     budgets: dict[str, dict[str, Any]] = {}

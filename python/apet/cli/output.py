@@ -21,7 +21,7 @@ PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".pdf", ".svg")
 
 
 def printable(path: Path | str) -> str:
-    """A file's name for people: bytes that are not UTF-8 become the replacement sign."""
+    """A file name for display: bytes that are not UTF-8 become the replacement character."""
     return os.fsencode(path).decode("utf-8", "replace")
 
 
@@ -40,7 +40,7 @@ def table(*headings: str) -> Table:
 
 
 def progress() -> Progress:
-    """A bar on stderr that vanishes when it is done; nothing where stderr is not a terminal."""
+    """A progress bar on stderr that disappears at the end; none if stderr is not a terminal."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
     console = Console(stderr=True)
@@ -57,9 +57,9 @@ def progress() -> Progress:
 
 
 def picture_paths(files: list[Path], out: Path | None) -> list[Path]:
-    """Where each picture goes; made sure of before any work is done.
+    """Where each picture goes, checked before any work is done.
 
-    Raises: Refused where a picture could not be written, or would replace one of the photos.
+    Raises: Refused, if a picture could not be written, or would replace one of the photos.
     """
     if out is not None and len(files) == 1 and not out.is_dir():
         if out.suffix.lower() not in PICTURES:
@@ -90,10 +90,10 @@ def picture_paths(files: list[Path], out: Path | None) -> list[Path]:
 
 
 def save(figure: Figure, path: Path) -> None:
-    """Raises: Refused where the picture cannot be written."""
+    """Writes a picture. Raises: Refused, if it cannot be written."""
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # the font has no sign for some letter of a file name
+            warnings.simplefilter("ignore")  # the font may lack a character of a file name
             figure.savefig(path)
     except OSError as error:
         raise Refused(f"cannot write the picture {path}: {error.strerror or error}") from error

@@ -1,7 +1,7 @@
 """The answers so far, in a file to which lines are appended and never changed.
 
-A line is written before the next question is asked, so a run that dies loses the question that it was at, and no more.
-The first line says what the answers were made with:
+A line is written before the next question is asked, so an interrupted run loses one question at most. The first line
+records the settings:
 
     {"made with": {"model": ..., "questions": ..., ...}}
     {"id": "7", "variant": "keep=64", "answer": "yes", ...}
@@ -27,12 +27,12 @@ START = json.dumps({HEADER: {}}).encode()[:-3]  # of every such file
 
 
 class Answers:
-    """The open file, which no other run may write meanwhile; a context manager.
+    """The open file, locked against other runs; a context manager.
 
-    path: made if need be, with its folder; made_with: what must be the same in every run that adds to the file.
-    records: what it holds.
+    path: created if missing, with its folder. made_with: settings that must be the same in every run that adds to the
+    file. records: its contents.
 
-    Raises: Refused where the file cannot be written, is in use, is damaged, or was made with something else.
+    Raises: Refused, if the file cannot be written, is in use, is damaged, or was made with something else.
     """
 
     def __init__(self, path: Path, made_with: Mapping[str, Any]):
@@ -56,7 +56,7 @@ class Answers:
         self.file.close()
 
     def add(self, record: Record) -> None:
-        """A line; with the operating system when this returns. Raises: Refused where the disk is full."""
+        """Appends a line, which is handed to the operating system at once. Raises: Refused, if the disk is full."""
         if not self.records:
             self._write({HEADER: self.made_with})
         self._write(record)
@@ -95,7 +95,7 @@ class Answers:
         if self.records:
             self._check(made_with)
         else:
-            self.file.truncate(0)  # a run that got no further may have been asked otherwise
+            self.file.truncate(0)  # without answers, the settings may change
 
     def _check(self, before: Mapping[str, Any]) -> None:
         for name, value in self.made_with.items():
@@ -105,7 +105,7 @@ class Answers:
                 )
 
     def _note(self, record: Record, where: str) -> None:
-        """An answer replaces a failure, and a failure nothing."""
+        """An answer replaces a failure; a failure replaces nothing."""
         key = record["id"], record["variant"]
         before = self.records.get(key)
         if before is None or "failed" in before:

@@ -34,9 +34,9 @@ class Questions:
 
 
 def read(folder: Path) -> Questions:
-    """The questions of a folder. Whether an image is there and sound turns out when it is its turn.
+    """The questions of a folder. Images are not read here.
 
-    Raises: Refused with file and line where a line is not as docs/evaluation.md says.
+    Raises: Refused, with file and line, if a line does not have the format of docs/evaluation.md.
     """
     path = folder / FILE
     try:

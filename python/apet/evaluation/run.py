@@ -1,4 +1,4 @@
-"""Asking every question, with and without compression, and writing down what was answered and how long it took."""
+"""Asks every question with and without compression, and records answers and times."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ PatchOptions = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Settings:
-    """What a run is asked for."""
+    """The settings of a run."""
 
     model: str
     variants: Mapping[str, PatchOptions | None]  # the options of `apet.patch` by name, None for the model as it is
@@ -39,11 +39,11 @@ class Settings:
 
 
 def evaluate(questions: Questions, out: Path, settings: Settings, progress: Callable[[str, int, int], None]) -> Records:
-    """Asks what the file `out` does not hold yet, and returns all records of these questions and variants.
+    """Asks the questions that the file `out` does not hold yet; returns all records of these questions and variants.
 
-    progress is called with what is being done, and how many of how many questions.
+    progress is called with the current step, the number of questions done, and the number of questions.
 
-    Raises: Refused where the model or the file cannot be used as asked.
+    Raises: Refused, if the model or the file cannot be used.
     """
     made_with = {
         "model": settings.model,
@@ -69,7 +69,7 @@ def evaluate(questions: Questions, out: Path, settings: Settings, progress: Call
 def _missing(
     done: Records, question: Question, variants: Mapping[str, PatchOptions | None]
 ) -> dict[str, PatchOptions | None]:
-    """The variants that a question lacks. One that failed is asked again: the image may have been mended."""
+    """The variants that a question lacks. A failed one is asked again: the image may have been repaired."""
     records = {name: done.get((question.id, name)) for name in variants}
     return {name: variants[name] for name, record in records.items() if record is None or "failed" in record}
 
@@ -107,8 +107,8 @@ def _failed(question: Question, variant: str, error: Exception) -> Record:
 def _answer(model: nn.Module, processor: Any, inputs: Mapping[str, Any], max_new_tokens: int) -> Record:
     """The greedy answer, its length, the visual tokens (mean of decoder layers), seconds to the first and last token.
 
-    Layers hold the prompt and all new tokens but the last, so what a layer holds less than that was dropped from the
-    image.
+    Without compression a layer's cache holds the prompt and all new tokens but the last. The difference to that is the
+    number of visual tokens that were dropped.
     """
     clock = Clock()
     if model.device.type != "cpu":

@@ -36,7 +36,7 @@ class Summary:
     asked: int
 
     def table(self) -> Table:
-        """For people."""
+        """The rows as a printable table."""
         table = Table(box=SIMPLE_HEAD, pad_edge=False)
         table.add_column("", no_wrap=True)
         for heading in ("questions", "exact", "contains", "agreement", "visual tokens", "prefill ms", "total ms"):
@@ -52,7 +52,7 @@ class Summary:
 
 
 def summarise(questions: Sequence[Question], variants: Sequence[str], records: Records) -> Summary:
-    """What the answers of all questions are worth. variants: the uncompressed one first.
+    """Accuracy, tokens and time of every variant. variants: the uncompressed one first.
 
     A question that failed with one variant counts with none, so that all are compared on the same questions.
     """

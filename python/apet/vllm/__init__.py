@@ -1,11 +1,11 @@
-"""A vLLM plugin: vLLM compresses the visual tokens of its own models when it is asked to. docs/engines.md.
+"""A vLLM plugin: vLLM compresses the visual tokens of its own models if `apet_keep` is set (docs/engines.md).
 
 vLLM finds `register` by itself, as an entry point of the group `vllm.general_plugins`, in every one of its processes.
 """
 
 from __future__ import annotations
 
-# Named, not imported: vLLM reads what a model can do in a process of its own, and imports the one that it serves.
+# By name: vLLM inspects models in a separate process, and imports only the one that it serves.
 MODELS = {
     "LlavaForConditionalGeneration": "apet.vllm.llava:Llava",
     "LlavaNextForConditionalGeneration": "apet.vllm.llava_next:LlavaNext",
@@ -14,7 +14,7 @@ MODELS = {
 
 
 def register() -> None:
-    """Puts subclasses of vLLM's models in their places; without `apet_keep` they are what they were."""
+    """Registers subclasses of vLLM's models in their place; without `apet_keep` they behave as before."""
     from vllm import ModelRegistry
 
     for architecture, model in MODELS.items():

@@ -21,7 +21,7 @@ class Model(nn.Module):
     """Mixed into vLLM's models. `at_start`: the options that the engine was started with."""
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
-        # Here too, since vLLM takes a processor that refuses for a model of text.
+        # Checked here too: if a processor raises an error, vLLM takes the model for a text model.
         at_start = options.of(vllm_config.model_config.multimodal_config.mm_processor_kwargs or {})
         if at_start:
             self.check(vllm_config, at_start)
@@ -29,7 +29,7 @@ class Model(nn.Module):
         self.at_start = at_start
 
     def check(self, vllm_config: VllmConfig, at_start: Options) -> None:
-        """Raises ValueError for an engine that could not do what it is asked at its start."""
+        """Raises ValueError for an engine whose configuration does not support compression."""
 
 
 @dataclass(frozen=True)
@@ -41,12 +41,12 @@ class Item:
 
     @property
     def kept(self) -> list[int]:
-        """Tokens left of each unit."""
+        """Tokens that remain of each unit."""
         return options.kept(self.options, self.lengths)
 
     @property
     def gone(self) -> int:
-        """Tokens that leave."""
+        """Tokens that are dropped."""
         return sum(self.lengths) - sum(self.kept)
 
     @property

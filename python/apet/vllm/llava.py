@@ -3,7 +3,7 @@
 Modifications:
 - an image has as many placeholders as tokens are kept of it;
 - the projector gets the kept rows of the tower's features, images of different budgets in one call;
-- embeddings given instead of an image are taken as they are.
+- embeddings given instead of an image are not compressed.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from .compress import Item, Model, compress
 
 
 class LlavaInfo(processing.Info, llava.LlavaProcessingInfo):
-    """Reserves for images of all their tokens."""
+    """Reserves space for all tokens of an image."""
 
     def get_mm_max_tokens_per_item(self, seq_len: int, mm_counts: Mapping[str, int]) -> Mapping[str, int] | None:
-        # vLLM would count an image shortened by what the engine was started with; a request may ask for more.
+        # vLLM would count an image with the budget of start-up; a request may keep more.
         return None if self.at_start is None else {"image": self.get_max_image_tokens()}
 
 
@@ -57,7 +57,7 @@ def build_processor(info: BaseProcessingInfo, dummy_inputs: Any) -> BaseMultiMod
 
 @MULTIMODAL_REGISTRY.register_processor(build_processor, info=build_info, dummy_inputs=llava.LlavaDummyInputsBuilder)
 class Llava(Model, llava.LlavaForConditionalGeneration):
-    """vLLM's LLaVA-1.5, compressing between tower and projector."""
+    """vLLM's LLaVA-1.5, with compression between tower and projector."""
 
     def _parse_and_validate_image_input(self, **kwargs: Any) -> llava.LlavaImageInputs | None:
         inputs = super()._parse_and_validate_image_input(**kwargs)

@@ -3,8 +3,8 @@
 Modifications:
 - an image has as many placeholders as tokens are kept of its tiles, and all of its newline tokens;
 - the projector gets the kept rows of every tile, chosen among those that unpadding leaves;
-- unpadding, newline tokens and their order are vLLM's own: the rows that went travel through them, marked;
-- embeddings given instead of an image are taken as they are.
+- unpadding, newline tokens and their order are vLLM's own: dropped rows pass through them, marked with -inf;
+- embeddings given instead of an image are not compressed.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def units(config: Any, height: int, width: int) -> list[Tensor]:
     LlavaNextProcessor, info=LlavaNextInfo, dummy_inputs=llava_next.LlavaDummyInputsBuilder
 )
 class LlavaNext(Model, llava_next.LlavaNextForConditionalGeneration):
-    """vLLM's LLaVA-NeXT, compressing between tower and projector."""
+    """vLLM's LLaVA-NeXT, with compression between tower and projector."""
 
     def _parse_and_validate_image_input(self, **kwargs: Any) -> llava_next.LlavaNextImageInputs | None:
         inputs = super()._parse_and_validate_image_input(**kwargs)
@@ -93,5 +93,5 @@ class LlavaNext(Model, llava_next.LlavaNextForConditionalGeneration):
 
 
 def _left(x: Tensor, rows: int) -> Tensor:
-    """The rows of x that are not marked, of which there are so many: no synchronisation to count them."""
+    """The rows of x [N, D] that are not marked. Their number is given, so that counting needs no synchronisation."""
     return x[x.isneginf().all(-1).to(torch.uint8).argsort(stable=True)[:rows]]

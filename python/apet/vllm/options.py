@@ -1,4 +1,4 @@
-"""What was asked of the plugin: from `mm_processor_kwargs` to the options of an item, and on to the model."""
+"""The plugin's options: read from `mm_processor_kwargs`, and passed to the model with each item."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ NAMES = ("keep", "basis", "layout", "select", "blend")
 
 
 def of(kwargs: Mapping[str, object]) -> Options | None:
-    """The options that `mm_processor_kwargs` hold, None where they say nothing, or `apet_keep` is null.
+    """The options in `mm_processor_kwargs`; None if there are none, or `apet_keep` is null.
 
-    Raises ValueError, in a sentence with the offending value.
+    Raises ValueError, which names the offending value.
     """
     for scope, values in kwargs.items():
         if isinstance(values, Mapping) and any(str(name).startswith(PREFIX) for name in values):
@@ -59,7 +59,7 @@ def kept(options: Options | None, lengths: Sequence[int]) -> list[int]:
 
 
 def pack(options: Options) -> Tensor:
-    """[6] int64 that vLLM carries beside an item's pixels; whole numbers: it casts others to the model's dtype."""
+    """[6] int64 that vLLM carries beside an item's pixels. Integers, because vLLM casts floats to the model's dtype."""
     keep = options.keep
     layout, select = LAYOUTS.index(options.layout), SELECTS.index(options.select)
     values = [keep, isinstance(keep, float), options.basis, layout, select, options.blend]

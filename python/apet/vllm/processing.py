@@ -1,4 +1,4 @@
-"""The front of vLLM: options read and checked, placeholders counted, cache keys told, before any image is encoded.
+"""vLLM's input processing: options, placeholder counts and cache keys, before any image is encoded.
 
 Mixins for a model's `ProcessingInfo` and `MultiModalProcessor`.
 """
@@ -27,26 +27,26 @@ FIELD = "apet_{}"  # of an image or a video: its options, packed
 
 
 class Context(InputProcessingContext):
-    """Keeps `apet_*` from the model's own processor, which would not know them."""
+    """Removes `apet_*` from the arguments of the model's own processor, which does not know them."""
 
     def get_merged_mm_kwargs(self, kwargs: Mapping[str, object], **supported: Any) -> dict[str, Any]:
         return options.without(super().get_merged_mm_kwargs(kwargs, **supported))
 
 
 class Info(BaseProcessingInfo):
-    """Reads the options that the engine was started with, and those of a request over them."""
+    """Reads the options of the engine's start-up, and those of a request, which override them."""
 
     def __init__(self, ctx: InputProcessingContext) -> None:
         super().__init__(Context(ctx.model_config, ctx.tokenizer))
         self.at_start = self.options({})
 
     def options(self, kwargs: Mapping[str, object]) -> Options | None:
-        """Of a request with these `mm_processor_kwargs`. Raises ValueError where they cannot be met."""
+        """The options of a request with these `mm_processor_kwargs`. Raises ValueError if they are invalid."""
         return options.of(self.ctx.get_mm_config().merge_mm_processor_kwargs(kwargs))
 
 
 class Processor(BaseMultiModalProcessor):
-    """Shortens the placeholders of every item to what will be left of it, and sends its options along."""
+    """Shortens the placeholders of every item to its kept tokens, and attaches its options."""
 
     info: Info
 
@@ -58,7 +58,7 @@ class Processor(BaseMultiModalProcessor):
 
     def _get_mm_hashes(self, inputs: ProcessorInputs) -> Any:
         # The keys of the processor cache, the encoder cache and the prefix cache. vLLM makes them from what the request
-        # says; made from what is in force, they also tell engines that were started differently apart.
+        # says; with the options in force they also distinguish engines with different start-up options.
         told = options.without(inputs.hf_processor_mm_kwargs)
         if wanted := self.info.options(inputs.hf_processor_mm_kwargs):
             told["apet"] = repr(wanted)

@@ -3,10 +3,10 @@
 Modifications:
 - an image or video has as many placeholders as tokens are kept of it;
 - merged embeddings are compressed, those of each temporal step of a video by themselves;
-- kept tokens keep their M-RoPE positions, and what follows an image stands where it would have stood: positions of
-  text come from the grid alone, those of kept tokens with their embeddings, by the way that vLLM has for pruned video.
+- kept tokens keep their M-RoPE positions, and text after an image keeps the positions that it has without compression:
+  the grid gives those of text, and vLLM's mechanism for pruned video (EVS) attaches those of kept tokens to embeddings.
 
-That way is taken when the engine starts, so `apet_keep` has to be given then (1.0: all, until a request asks for less).
+vLLM enables EVS at start-up only, so `apet_keep` must be set there (1.0: all tokens, unless a request asks for less).
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ CHANNELS = 3 * DIGITS
 
 
 class QwenInfo(processing.Info, qwen2_5_vl.Qwen2_5_VLProcessingInfo):
-    """Refuses requests that the engine has not been prepared for."""
+    """Rejects requests with compression if the engine was started without `apet_keep`."""
 
     def options(self, kwargs: Any) -> Options | None:
         wanted = super().options(kwargs)
@@ -60,7 +60,7 @@ class QwenProcessor(processing.Processor, qwen2_5_vl.Qwen2_5_VLMultiModalProcess
     QwenProcessor, info=QwenInfo, dummy_inputs=qwen2_5_vl.Qwen2_5_VLDummyInputsBuilder
 )
 class Qwen2_5_VL(Model, qwen2_5_vl.Qwen2_5_VLForConditionalGeneration):
-    """vLLM's Qwen2.5-VL, compressing between merger and language model."""
+    """vLLM's Qwen2.5-VL, with compression between merger and language model."""
 
     def check(self, vllm_config: VllmConfig, at_start: Options) -> None:
         config = vllm_config.model_config.multimodal_config
@@ -70,7 +70,7 @@ class Qwen2_5_VL(Model, qwen2_5_vl.Qwen2_5_VLForConditionalGeneration):
             raise ValueError(f"apet_keep: with pipeline_parallel_size={stages} later stages get no M-RoPE positions")
         if vllm_config.speculative_config is not None:
             raise ValueError("apet_keep: a draft model gets no M-RoPE positions; leave out speculative_config")
-        # What vLLM asks, in its model and its runners, to know whether embeddings come with positions; it would go by
+        # vLLM's model and runners call this to know whether embeddings carry positions; vLLM's own version tests
         # video_pruning_rate. A partial can be pickled.
         config.is_multimodal_pruning_enabled = functools.partial(bool, True)
         if current_platform.is_cpu():
@@ -176,8 +176,8 @@ class Qwen2_5_VL(Model, qwen2_5_vl.Qwen2_5_VLForConditionalGeneration):
 
 
 def tell_cpu_runner() -> None:
-    """Makes vLLM's runner for CPUs ask, too, whether embeddings come with positions: it keeps what its base class says
-    before any model is loaded."""
+    """Makes vLLM's CPU runner check whether embeddings carry positions: its own value is from before the model is
+    loaded."""
     from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 
     def asks(runner: Any) -> bool:
