@@ -20,34 +20,33 @@ from benchmarks.lib.sheet import Sheet
 from benchmarks.lib.suite import Results, Suite, ms, noisy
 
 COST = "reference cost"
-RIVALS = ("published", "eager", "compiled", "tuned", "tuned compiled")
+BASELINES = ("published", "eager", "compiled", "tuned", "tuned compiled")
 
 
 def compare(case: Case) -> Comparison:
-    """Checks everything that can do `case`: the rivals, the kernel, and the kernel on lesser instruction sets."""
-    rivals = {
-        **eager_rivals(case),
+    """Checks everything that can do `case`: the baselines, the kernel, and the kernel on lesser instruction sets."""
+    others = {
+        **eager_baselines(case),
         "compiled": functools.partial(baselines.compiled(), **case.arguments),
         "tuned compiled": functools.partial(baselines.tuned_compiled(), **case.arguments),
     }
-    calls = {**rivals, **on_each_isa("kernel", functools.partial(torch.ops.apet.compress, **case.arguments))}
+    calls = {**others, **on_each_isa("kernel", functools.partial(torch.ops.apet.compress, **case.arguments))}
     inputs = ring(functools.partial(tokens, case))
     judged = {name: checked(case, name, call, inputs[0]) for name, call in calls.items()}
     return Comparison(case.fields(), {**ceilings.reference_cost(case), **calls}, inputs, judged)
 
 
-def eager_rivals(case: Case) -> dict[str, Callable[[Tensor], tuple[Tensor, Tensor]]]:
+def eager_baselines(case: Case) -> dict[str, Callable[[Tensor], tuple[Tensor, Tensor]]]:
     """Those that need no compiler; "published" where it has the layout and its broadcast fits the memory."""
-    rivals = {"eager": baselines.eager, "tuned": baselines.tuned}
+    functions = {"eager": baselines.eager, "tuned": baselines.tuned}
     broadcast = baselines.published_bytes(case.N, case.D, case.keep, case.basis, case.itemsize)
     if case.layout == "overwrite" and broadcast < 0.75 * available_memory():
-        rivals = {"published": baselines.published, **rivals}
-    return {name: functools.partial(rival, **case.arguments) for name, rival in rivals.items()}
+        functions = {"published": baselines.published, **functions}
+    return {name: functools.partial(function, **case.arguments) for name, function in functions.items()}
 
 
 def goals(case: Case) -> dict[str, float]:
-    """How many times faster than each rival the kernel should be, and how many reference costs it may
-    take.
+    """How many times faster than each baseline the kernel should be, and how many reference costs it may take.
 
     None for the tuned ones: they take 1.2 to 2.1 reference costs in float32 and 2.7 to 6.2 in bfloat16, so that the
     goals of 4 and 6.5 would ask for less than the reference cost of most shapes.
@@ -60,7 +59,7 @@ def goals(case: Case) -> dict[str, float]:
 
 
 def missed(row: Row) -> list[str]:
-    """Sentences about the goals that this row does not reach."""
+    """The goals that this row does not reach, each with what it reached."""
     wanted, reached = goals(Case.of(row.case)), {**row.faster, COST: row.costs}
     return [
         f"{name} {reached[name]:.2f}x, goal {goal:g}x"
@@ -80,8 +79,8 @@ def sheets(results: Results) -> list[Sheet]:
         f"{ceilings.OF_FLOOR} noise: interquartile range over median, the worst of kernel and reference cost. "
         "judged: rows whose values were checked (less than 100 % where rounding decides).",
         [
-            *("shape", "dtype", "layout", *RIVALS, "kernel", COST),
-            *(f"x {rival}" for rival in RIVALS),
+            *("shape", "dtype", "layout", *BASELINES, "kernel", COST),
+            *(f"x {name}" for name in BASELINES),
             *(f"kernel / {COST}", "of floor", "GFLOP/s", "noise", "judged", "goals"),
         ],
         [_speed_line(row, results.rates) for row in rows],
@@ -113,8 +112,8 @@ def _speed_line(row: Row, rates: dict[str, float]) -> list[str]:
     wrong = missed(row)
     return [
         *_named(row),
-        *(ms(row, name) for name in (*RIVALS, "kernel", COST)),
-        *(f"{row.faster[rival]:.1f}" if rival in row.faster else "-" for rival in RIVALS),
+        *(ms(row, name) for name in (*BASELINES, "kernel", COST)),
+        *(f"{row.faster[name]:.1f}" if name in row.faster else "-" for name in BASELINES),
         *(f"{row.costs:.2f}", ceilings.of_floor([Case.of(row.case)], row.ms["kernel"], rates)),
         f"{ceilings.flops(Case.of(row.case)) / row.ms['kernel'] / 1e6:.0f}",
         *(f"{row.worst_noise:.0%}", f"{row.judged['kernel']:.0%}"),

@@ -40,7 +40,7 @@ from benchmarks.lib.compare import ROUNDS, rotated, spread
 from benchmarks.lib.device import Device, describe, find
 from benchmarks.lib.sheet import Sheet, document, show
 
-RIVALS = ("published", "eager", "compiled", "tuned")
+BASELINES = ("published", "eager", "compiled", "tuned")
 BACKENDS = ("triton", "cuda")
 BURST = 0.02  # seconds of calls that are timed at once, if the ring has as many inputs
 Compress = Callable[[Tensor], tuple[Tensor, Tensor]]
@@ -176,14 +176,14 @@ def inputs_of(case: Case, device: Device) -> list[Tensor]:
 
 
 def _implementations(case: Case, device: Device) -> dict[str, Compress]:
-    """The backends, then the rivals, whose capture may fail and disturb what follows."""
+    """The backends first, then the baselines: the capture of a baseline may fail and disturb the calls after it."""
     usable = [name for name in BACKENDS if name in apet_kernels.available_backends()]
     calls = {name: functools.partial(apet_kernels.compress, **case.arguments, backend=name) for name in usable}
-    rivals: dict[str, Callable] = {"tuned": baselines.tuned, "eager": baselines.eager}
+    functions: dict[str, Callable] = {"tuned": baselines.tuned, "eager": baselines.eager}
     if floors.published_memory(case) < 0.75 * device.memory_bytes:
-        rivals["published"] = baselines.published
-    rivals["compiled"] = baselines.compiled()
-    return {**calls, **{name: functools.partial(rival, **case.arguments) for name, rival in rivals.items()}}
+        functions["published"] = baselines.published
+    functions["compiled"] = baselines.compiled()
+    return {**calls, **{name: functools.partial(function, **case.arguments) for name, function in functions.items()}}
 
 
 def _burst(call: Compress, inputs: Any, count: int) -> Any:
@@ -279,7 +279,7 @@ def sheets(rates: floors.Rates, rows: list[Row]) -> list[Sheet]:
         "Microseconds, medians. floor: computed, the M + 4 launches of the Triton backend one by one.",
         rows,
         kernels,
-        RIVALS,
+        BASELINES,
         lambda row: row.host_us,
         lambda row: row.host_floor_us,
         "host",
@@ -290,7 +290,7 @@ def sheets(rates: floors.Rates, rows: list[Row]) -> list[Sheet]:
         "that reads the tokens once.",
         rows,
         kernels,
-        RIVALS[1:],
+        BASELINES[1:],
         lambda row: row.graph_us,
         lambda row: row.graph_floor_us,
         "graph",
@@ -321,7 +321,7 @@ def _sheet(
     note: str,
     rows: list[Row],
     kernels: list[str],
-    rivals: tuple[str, ...],
+    others: tuple[str, ...],
     times: Callable[[Row], dict[str, float]],
     floor: Callable[[Row], float],
     mode: str,
@@ -332,15 +332,15 @@ def _sheet(
         "median. judged: rows whose values were checked (less than 100 % where rounding decides). - where it does not "
         "run or fit.",
         [
-            *("shape", "dtype", *rivals, *kernels),
-            *(f"x {rival}" for rival in rivals),
+            *("shape", "dtype", *others, *kernels),
+            *(f"x {name}" for name in others),
             *("floor", "of floor", "noise", "judged"),
         ],
         [
             [
                 *(row.shape, row.dtype),
-                *(_us(times(row).get(name)) for name in (*rivals, *kernels)),
-                *(_ratio(times(row).get(rival), times(row).get(kernels[0]), "x") for rival in rivals),
+                *(_us(times(row).get(name)) for name in (*others, *kernels)),
+                *(_ratio(times(row).get(name), times(row).get(kernels[0]), "x") for name in others),
                 _us(floor(row)),
                 _ratio(floor(row), times(row).get(kernels[0]), "%"),
                 _ratio(row.noise.get(f"{mode} {kernels[0]}"), 1.0, "%"),
@@ -365,12 +365,12 @@ def _ratio(a: float | None, b: float | None, form: str) -> str:
 
 
 def failures(rows: list[Row]) -> list[str]:
-    """Sentences about what did not run, or was wrong."""
+    """What did not run or was wrong, each with its error."""
     return [f"{name}, {row.shape} {row.dtype}: {why}" for row in rows for name, why in row.failed.items()]
 
 
 def backends_failed(row: Row) -> bool:
-    """Whether one of ours is among what did not run or was wrong; a rival may fail to be captured."""
+    """Whether a backend did not run or was wrong. A baseline may fail, in its capture for example."""
     return any(name.split()[0] in (*BACKENDS, "stages") for name in row.failed)
 
 
@@ -413,8 +413,8 @@ def _markdown(head: dict[str, str], rates: floors.Rates, rows: list[Row]) -> str
     return text + ("\n### Failed\n\n" + "".join(f"- {line}\n" for line in failed) if failed else "")
 
 
-def _say(sentence: str) -> int:
-    print(sentence, file=sys.stderr)
+def _say(message: str) -> int:
+    print(message, file=sys.stderr)
     return 2
 
 

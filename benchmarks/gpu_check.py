@@ -4,8 +4,8 @@
 
 Runs the whole test suite on the GPU, tests/test_gpu.py included, the CUDA kernels under compute-sanitizer's four tools,
 then benchmarks/gpu.py, and writes gpu-report-DEVICE.md and .json. Exits with 0 if all of it passed, 1 if not, and 2,
-with a sentence, where there is no GPU. --dry-run: on a CPU under TRITON_INTERPRET=1, tests/test_gpu.py alone and one
-tiny case.
+with an error message, where there is no GPU. --dry-run: on a CPU under TRITON_INTERPRET=1, tests/test_gpu.py alone and
+one tiny case.
 """
 
 from __future__ import annotations

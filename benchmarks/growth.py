@@ -41,7 +41,7 @@ SHARE = 0.1
 PAGE = 4096  # bytes that memory grows by; a call that finds room in what is there grows it by none
 EAGER = 10**11  # operations of the product up to which it is run
 PUBLISHED = 5 * 2**28  # bytes of the broadcast up to which it is run
-RIVALS = ("eager", "published")
+BASELINES = ("eager", "published")
 AXES = {"N": "tokens", "D": "features", "B": "images", "keep": "tokens kept", "basis": "basis tokens"}
 
 
@@ -93,8 +93,8 @@ def points(smoke: bool) -> list[Point]:
     return found
 
 
-def rivals(case: Case) -> dict[str, Case]:
-    """Those that are run, in float32 alone and while they are small enough, and their cases."""
+def baseline_cases(case: Case) -> dict[str, Case]:
+    """The baselines that are run (float32 only, and up to a size), and the case of each."""
     chosen = {}
     if case.dtype is torch.float32 and _product(case) <= EAGER:
         chosen["eager"] = case
@@ -105,10 +105,10 @@ def rivals(case: Case) -> dict[str, Case]:
 
 
 def compare(point: Point) -> Comparison:
-    """Checks the kernel and the rivals."""
+    """Checks the kernel and the baselines."""
     case = point.case
     inputs, calls, judged = ring(functools.partial(tokens, case)), {}, {}
-    for name, its in {**rivals(case), "kernel": case}.items():
+    for name, its in {**baseline_cases(case), "kernel": case}.items():
         called = torch.ops.apet.compress if name == "kernel" else getattr(baselines, name)
         calls[name] = functools.partial(called, **its.arguments)
         judged[name] = checked(its, name, calls[name], inputs[0])
@@ -117,7 +117,8 @@ def compare(point: Point) -> Comparison:
 
 def memory(point: Point) -> dict[str, int]:
     """Peak of each, in a fresh process."""
-    return {name: measured_growth(case, name) for name, case in {**rivals(point.case), "kernel": point.case}.items()}
+    cases = {**baseline_cases(point.case), "kernel": point.case}
+    return {name: measured_growth(case, name) for name, case in cases.items()}
 
 
 def predicted_ms(case: Case, rates: dict[str, float]) -> float:
@@ -174,7 +175,7 @@ def curves(results: Results, cost: str) -> list[Curve]:
     found: dict[tuple[str, str, str], list[tuple[int, float]]] = {}
     for row in results.rows:
         point, costs = Point.of(row.case), measured(row)
-        for name in ("kernel", "predicted", *RIVALS):
+        for name in ("kernel", "predicted", *BASELINES):
             if name in costs or name == "predicted":
                 key = point.axis, point.case.dtype_name, name
                 found.setdefault(key, []).append((point.value, costs[name] if name in costs else model(point)))
@@ -192,7 +193,7 @@ def sheets(results: Results) -> list[Sheet]:
         Sheet(
             f"How {cost} grows",
             f"{notes[cost]} `published` and `eager`: as far as they were run.",
-            ["axis", "dtype", "from", "to", "kernel", "predicted", *RIVALS],
+            ["axis", "dtype", "from", "to", "kernel", "predicted", *BASELINES],
             _exponents(curves(results, cost)),
             words=("axis", "dtype"),
         )
@@ -208,7 +209,7 @@ def _exponents(found: list[Curve]) -> list[list[str]]:
         for half in (0, 1):
             values, _ = by[axis, dtype, "kernel"].part(half)
             line = [AXES[axis], dtype, str(values[0]), str(values[-1])]
-            for name in ("kernel", "predicted", *RIVALS):
+            for name in ("kernel", "predicted", *BASELINES):
                 curve = by.get((axis, dtype, name))
                 at = [(v, c) for v, c in zip(curve.values, curve.costs, strict=True) if v in values] if curve else []
                 line.append(f"{exponent(*map(list, zip(*at, strict=True))):.2f}" if len(at) > 1 else "-")

@@ -22,7 +22,7 @@ from benchmarks.lib.compare import Comparison, Row, on_each_isa, ring
 from benchmarks.lib.sheet import Sheet
 from benchmarks.lib.suite import Results, Suite, ms, number
 
-RIVALS = ("one by one", "eager", "tuned")
+BASELINES = ("one by one", "eager", "tuned")
 OTHERS = ("divprune", "tome")
 Compress = Callable[[Tensor], tuple[Tensor, Tensor]]
 
@@ -134,7 +134,7 @@ def _checked(ragged: Ragged, name: str, call: Compress, x: Tensor) -> float:
 def sheets(results: Results) -> list[Sheet]:
     """One table."""
     isa = list(dict.fromkeys(n for row in results.rows for n in row.ms if n.startswith("kernel ")))
-    names = ("kernel", *isa, *RIVALS, *OTHERS, "reference cost")
+    names = ("kernel", *isa, *BASELINES, *OTHERS, "reference cost")
     return [
         Sheet(
             "compress_packed",
@@ -142,13 +142,13 @@ def sheets(results: Results) -> list[Sheet]:
             "many times faster the kernel is. reference cost: one torch.mm and M sweeps for each image. "
             f"{ceilings.OF_FLOOR} noise: of kernel and reference cost. judged: rows checked.",
             [
-                *("images", "dtype", *names, *(f"x {rival}" for rival in (*RIVALS, *OTHERS))),
+                *("images", "dtype", *names, *(f"x {name}" for name in (*BASELINES, *OTHERS))),
                 *("of floor", "noise", "judged"),
             ],
             [
                 [
                     *(row.case["name"], row.case["dtype"], *(ms(row, name) for name in names)),
-                    *(number(row.faster[rival]) for rival in (*RIVALS, *OTHERS)),
+                    *(number(row.faster[name]) for name in (*BASELINES, *OTHERS)),
                     ceilings.of_floor(_images(row), row.ms["kernel"], results.rates),
                     *(f"{share:.0%}" for share in (row.worst_noise, row.judged["kernel"])),
                 ]

@@ -19,7 +19,7 @@ LENGTHS, KEEPS, D = [33, 1, 70, 12], [9, 1, 30, 12], 40
 
 
 def ragged_and_given(dtype: torch.dtype) -> list[str]:
-    """compress_varlen in every layout, and merge; sentences about what is wrong."""
+    """compress_varlen in every layout, and merge. Returns what is wrong."""
     faults = []
     x = torch.randn(sum(LENGTHS), D, generator=torch.Generator().manual_seed(1)).to(dtype)
     for layout in ops.LAYOUTS:

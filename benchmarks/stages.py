@@ -136,7 +136,7 @@ def sheets(results: Results) -> list[Sheet]:
     )
     judges = Sheet(
         "Stages of the reference",
-        "Milliseconds, medians, in float64 and one image after another: the specification, not a rival.",
+        "Milliseconds, medians, in float64 and one image after another: the specification, not a baseline.",
         ["shape", "dtype", *REFERENCE],
         [[*_named(row), *(ms(row, f"reference {name}") for name in REFERENCE)] for row in results.rows],
     )

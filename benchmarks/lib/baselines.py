@@ -119,7 +119,7 @@ def compiled() -> Compress:
 def tuned(x: Tensor, keep: int, basis: int, layout: str, start: int, ridge: float) -> tuple[Tensor, Tensor]:
     """The fastest eager torch we could make: products reused, means by embedding_bag. On a CPU halves for two threads,
     and oneDNN told to multiply float32 as bfloat16 where that is exact; on a GPU 16-bit tokens as they are, multiplied
-    into float32 (written without a GPU at hand: nobody has tuned it there)."""
+    into float32 (not tuned there: it was written without a GPU)."""
     return _two_steps(_s1_to_s4, _s5_merge, x, keep, basis, layout, start, ridge)
 
 

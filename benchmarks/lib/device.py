@@ -113,7 +113,7 @@ class DryRun(Device):
 
 
 def find(dry_run: bool) -> Device:
-    """The GPU, or the CPU for a dry run. Raises RuntimeError with a sentence where it is not to be had."""
+    """The GPU, or the CPU for a dry run. Raises RuntimeError where there is none."""
     if not dry_run:
         if not torch.cuda.is_available():
             raise RuntimeError(NO_GPU)

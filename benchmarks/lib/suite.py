@@ -43,13 +43,13 @@ class Suite:
     """Cases, how each is measured, and how it is shown."""
 
     name: str
-    about: str  # one sentence
+    about: str  # one line
     cases: Callable[[bool], list[Any]]  # given --smoke; str() of each is its name
     compare: Callable[[Any], Comparison]
     sheets: Callable[[Results], list[Sheet]]
     rounds: int = ROUNDS
     memory: Callable[[Any], dict[str, int]] = lambda case: {}
-    missed: Callable[[Row], list[str]] = lambda row: []  # sentences about goals
+    missed: Callable[[Row], list[str]] = lambda row: []  # the goals that were missed, and by how much
 
     def measure(self, case: Any, rounds: int) -> Row:
         """Time, and where the suite has it memory."""
@@ -105,7 +105,7 @@ def named(case: dict[str, Any]) -> str:
 
 
 def noisy(row: Row) -> list[str]:
-    """A sentence if the machine was too busy for the row to count."""
+    """A remark if the machine was too busy for the row to count."""
     return [f"noise {row.worst_noise:.0%}, measure again on an idle machine"] if row.worst_noise > NOISE else []
 
 

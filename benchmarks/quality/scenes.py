@@ -87,7 +87,7 @@ def source(path: Path) -> Source:
 def sources(split: str, folder: Path | None = None) -> list[Source]:
     """The sources of a split, or every file of a folder of your own.
 
-    Raises: ImportError, in a sentence, where a package that holds them is missing; apet.Refused for other files.
+    Raises: ImportError, where a package that holds them is missing; apet.Refused for other files.
     """
     if folder is not None:
         return [source(path) for path in sorted(folder.iterdir()) if path.is_file()]
