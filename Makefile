@@ -26,11 +26,14 @@ help:  ## this list
 # itself, so there the lock's are dropped for what it brought.
 $(VENV)/constraints.txt: requirements/lock.txt requirements/build.in
 	@echo "Setting up $(VENV) with $(TORCH) (a minute) ..."
-	@$(PYTHON) -m venv $(VENV)
+	@if [ -e $(VENV) ] && [ ! -e $(VENV)/of-this-makefile ]; then \
+	  echo "$(VENV) is an environment of yours, and would be replaced: name another, make VENV=..."; exit 1; fi
+	@$(PYTHON) -m venv --clear $(VENV)
+	@touch $(VENV)/of-this-makefile
 	@sed '$(if $(findstring $(locked-torch),$(TORCH)),,/^\(torch\|triton\|cuda-.*\|nvidia-.*\)==/d)' requirements/lock.txt > $@
 	@$(install) --requirement requirements/build.in
 	@$(install) $(TORCH)
-	@$(bin)/python -m pip freeze > $(VENV)/before.txt
+	@$(bin)/python -m pip freeze --exclude-editable > $(VENV)/before.txt
 	@awk -F '[ =]' '{ name = tolower($$1); gsub(/[-_.]+/, "-", name) } NR == FNR { has[name]; print; next } \
 	  !(name in has)' $(VENV)/before.txt requirements/lock.txt > $@
 

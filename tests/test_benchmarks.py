@@ -297,16 +297,17 @@ def test_memory_is_of_the_call_alone() -> None:
 
 def test_the_floor_by_hand() -> None:
     """X has 400 bytes and fits the cache of 1000: it is read once. The product has 2 * 15 * 5 * 5 operations."""
+    rates = RATES | {"cache MiB": 1000 / 2**20}
     case = Case(B=1, N=20, D=5, keep=5, dtype=torch.float32, layout="inplace")
-    assert ceilings.floor_ms([case], RATES) == pytest.approx(400 / 50e6 + 750 / 1000e6)
+    assert ceilings.floor_ms([case], rates) == pytest.approx(400 / 50e6 + 750 / 1000e6)
     large = dataclasses.replace(case, D=50)  # 4000 bytes: 3000 again from memory, while the product takes less
-    assert ceilings.floor_ms([large], RATES) == pytest.approx((4000 + 3000) / 50e6)
-    both = ceilings.floor_ms([case, large], RATES)  # the smaller first pass, then all products, or all bytes
+    assert ceilings.floor_ms([large], rates) == pytest.approx((4000 + 3000) / 50e6)
+    both = ceilings.floor_ms([case, large], rates)  # the smaller first pass, then all products, or all bytes
     assert both == pytest.approx(max((400 + 7000) / 50e6, 400 / 50e6 + 8250 / 1000e6))
     batch = dataclasses.replace(case, B=3, dtype=torch.bfloat16)
-    assert ceilings.floor_ms([batch], RATES) == pytest.approx(max(600 / 50e6, 200 / 50e6 + 3 * 750 / 1000e6))
+    assert ceilings.floor_ms([batch], rates) == pytest.approx(max(600 / 50e6, 200 / 50e6 + 3 * 750 / 1000e6))
     overwrite = dataclasses.replace(case, layout="overwrite", basis=2)  # 3 targets
-    assert ceilings.floor_ms([overwrite], RATES) == pytest.approx(400 / 50e6 + 450 / 1000e6)
+    assert ceilings.floor_ms([overwrite], rates) == pytest.approx(400 / 50e6 + 450 / 1000e6)
 
 
 def test_no_floor_without_its_rates() -> None:

@@ -95,7 +95,7 @@ def test_many_tokens(backend):
     x[0, :, 0] = 1
     x[0, :, 1] = torch.randint(1, 40, (9001,), generator=make) / 64  # many ties
     residual, picks = backend.score(x, 1, start=0)
-    for keep in (1, 2, 255, 4096, 9000):
+    for keep in (1, 9000) if backend.interpreted else (1, 2, 255, 4096, 9000):  # s5's tiles are as K (N - K)
         indices = backend.compress(x, keep, 1, start=0, layout="append")[1][0, :keep]
         expected = residual[0].sort(descending=True, stable=True).indices[:keep].sort().values
         assert indices.equal(expected)

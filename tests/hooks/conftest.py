@@ -18,8 +18,8 @@ def family(request: pytest.FixtureRequest) -> families.Family:
     return families.FAMILIES[request.param]
 
 
-# The hooks differ by family in adapters alone, and what is common takes long: every day, the tests of these functions run
-# on every family, the others on four that differ in what matters (projector, tiles, M-RoPE, nothing of these).
+# The hooks differ by family in adapters alone, and what is common takes long. So every day these functions run on every
+# family, and the others on four that differ in what matters (projector, tiles, M-RoPE, none of these).
 FOUR = ("llava", "llava_next", "qwen2_5_vl", "video_llava")
 EVERY_FAMILY = {
     *(

@@ -16,7 +16,7 @@ import apet
 from apet import Refused, hooks, media, models
 from apet.evaluation.answers import Answers, Record, Records
 from apet.evaluation.questions import Question, Questions
-from apet.hooks.adapter import adapter_for
+from apet.hooks.adapters import adapter_for
 from apet.hub import first_line
 from apet.model_report import GREEDY, Clock
 

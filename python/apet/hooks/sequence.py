@@ -12,18 +12,14 @@ from torch.nn.attention.flex_attention import create_mask
 
 @dataclass
 class Packing:
-    """How a batch of rows of length L was shortened to L2.
+    """How a batch of rows of length L was shortened to L2."""
 
-    index [B, L2]: the column that each new column held; valid [B, L2] bool: False where it is padding, which repeats a
-    token that stayed (4.57 counts the non-zero keys of a static cache, and what left may be infinite);
-    source [B, L2]: as index, but for appended basis rows the column of their token; moved [B, L]: the new column of an
-    old one (meaningless where it went).
-    """
-
-    index: Tensor
+    index: Tensor  # [B, L2]: the column that each new column held
+    # [B, L2] bool: False where it is padding, which repeats a token that stayed (4.57 counts the non-zero keys of a
+    # static cache, and what left may be infinite)
     valid: Tensor
-    source: Tensor
-    moved: Tensor
+    source: Tensor  # [B, L2]: as index, but for appended basis rows the column of their token
+    moved: Tensor  # [B, L]: the new column of an old one; of no meaning where that went
 
     def rows(self, x: Tensor) -> Tensor:
         """x [B, L, D] -> [B, L2, D]."""

@@ -17,15 +17,11 @@ from .sequence import Packing, pack
 
 @dataclass
 class Tokens:
-    """The compressible tokens among the rows of some x [T, D].
+    """The compressible tokens among the rows of some x [T, D]."""
 
-    where [N]: their rows, unit after unit, ascending within a unit; lengths: tokens of each unit; visuals: the image
-    or video that each unit belongs to, as a number within the call.
-    """
-
-    where: Tensor
-    lengths: list[int]
-    visuals: list[int]
+    where: Tensor  # [N]: their rows, unit after unit, ascending within a unit
+    lengths: list[int]  # tokens of each unit
+    visuals: list[int]  # the image or video that each unit belongs to, as a number within the call
 
     def after(self, keep: Keep, options: Options) -> list[int]:
         """How many rows each unit has left: all of its tokens where it would not get shorter."""
@@ -48,23 +44,19 @@ class Tokens:
 
 @dataclass
 class Shorter:
-    """What compressing some `Tokens` of x [T, D] gave.
+    """What compressing some `Tokens` of x [T, D] gave."""
 
-    gone [T] bool: rows of x that leave; slots [R]: rows of x that take `rows` [R, D] instead; sources [R]: where these
-    come from; tokens: those that are left.
-    """
+    gone: Tensor  # [T] bool: rows of x that leave
+    slots: Tensor  # [R]: rows of x that take `rows` instead
+    sources: Tensor  # [R]: where these come from
+    rows: Tensor  # [R, D]
+    tokens: Tokens  # those that are left
 
-    gone: Tensor
-    slots: Tensor
-    sources: Tensor
-    rows: Tensor
-    tokens: Tokens
-
-    def pack(self, valid: Tensor, left: bool) -> Packing:
+    def pack(self, valid: Tensor, pad_left: bool) -> Packing:
         """How a batch of valid [B, L] tokens, T = B * L, closes up."""
         columns = torch.arange(valid.shape[1], device=valid.device).repeat(len(valid))  # [B * L]
         source = columns.index_copy(0, self.slots, columns[self.sources])
-        return pack(~self.gone.view_as(valid) & valid, source.view_as(valid), left)
+        return pack(~self.gone.view_as(valid) & valid, source.view_as(valid), pad_left)
 
     def placed(self, packing: Packing, x: Tensor) -> Tensor:
         """x [B, L, D] -> [B, L2, D], with the compressed rows in their slots."""
