@@ -3,8 +3,8 @@ that the same run measures.
 
     python -m benchmarks.gpu [--dry-run] [--rounds 20] [--only TEXT ...] [--json FILE] [--markdown FILE]
 
-Without a GPU it says so and exits with 2. --dry-run goes through all of it on a CPU, with tiny cases under
-TRITON_INTERPRET=1, so that the first run on a GPU does not end at a slip. --only keeps the cases whose name (such as
+Without a GPU it prints an error and exits with 2. --dry-run runs everything on a CPU, with tiny cases under
+TRITON_INTERPRET=1, to find mistakes before the first run on a GPU. --only keeps the cases whose name (such as
 "1x576x1024 keep 96 bfloat16 overwrite") holds every TEXT given.
 
 Every result is judged against float64 (benchmarks/lib/check.py) before it is timed, from a graph too. In a round each
@@ -72,7 +72,7 @@ class Row:
     noise: dict[str, float] = field(default_factory=dict)  # interquartile range over median, of "graph triton", ...
     judged: dict[str, float] = field(default_factory=dict)  # share of rows whose values were checked
     stages: list[Stage] = field(default_factory=list)
-    failed: dict[str, str] = field(default_factory=dict)  # what did not run or was wrong, and what it said
+    failed: dict[str, str] = field(default_factory=dict)  # what did not run or was wrong, and its error
     seconds: dict[str, list[float]] = field(default_factory=dict)  # every sample, a call
 
 
@@ -110,7 +110,7 @@ def measure_rates(device: Device) -> floors.Rates:
 
 
 def measure(case: Case, device: Device, rates: floors.Rates, rounds: int) -> Row:
-    """Checks and times everything that can do `case`; what fails is named in the row, and the rest goes on."""
+    """Checks and times everything that can do `case`; failures are recorded in the row, and the rest continues."""
     design = floors.triton(case)
     row = Row(
         case.shape,
@@ -153,7 +153,7 @@ def measure(case: Case, device: Device, rates: floors.Rates, rounds: int) -> Row
 
 
 class _Noting:
-    """An implementation that fails is written down; the others still count."""
+    """Records the error of an implementation that fails; the others continue."""
 
     def __init__(self, row: Row, name: str) -> None:
         self.row, self.name = row, name

@@ -1,12 +1,12 @@
-"""The hooks in a whole model: prefill and answer against the tokens kept, next to what the FLOPs predict.
+"""The hooks in a whole model: time of prefill and answer against tokens kept, with the prediction from FLOPs.
 
     python -m benchmarks.hooks [--smoke] [--batch 1 4] [--rounds 3] [--json FILE] [--markdown]
 
 The model is that of benchmarks/lib/llava.py. A round generates once with every setting, in turns; ratios are medians of
-ratios within a round. The prefill lasts from the call of generate() to the first token, the vision encoder in it. What
-the compression takes is measured inside these calls: "op" is the calls of the op, "hooks" everything that the hooks do,
-the op included. "attainable" is the model's own work without hooks: the vision encoder, then projector and decoder on
-as many tokens as are kept. In the dtype that is faster here with every setting, in the other where there are goals.
+ratios within a round. The prefill lasts from the call of generate() to the first token, including the vision encoder.
+The time of compression is measured inside these calls: "op" is the calls of the op, "hooks" all work of the hooks with
+the op. "attainable" is the model's own work without hooks: the vision encoder, then projector and decoder on as many
+tokens as are kept. The dtype that is faster here runs with every setting, the other only where there are goals.
 --markdown writes the tables into docs/benchmarks.md.
 """
 

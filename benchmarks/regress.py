@@ -1,13 +1,13 @@
-"""Whether the kernel has become slower or hungrier, in ratios: two files of results of the same suite.
+"""Whether the kernel has become slower or needs more memory, in ratios: compares two result files of a suite.
 
     python -m benchmarks.regress BASELINE NEW [--allow 0.25]
 
-Seconds differ from machine to machine and from hour to hour; the kernel's time over that of what was timed in turns
-with it (the reference cost, its terms, the other implementations) hardly does. Each such ratio of a case is divided by
-what it was; the median says how much slower the kernel has become, so one implementation that got faster proves
-nothing. The kernel's halves and its lesser instruction sets are held to the same, where the suite times them, and its
-memory as it is. What is more than --allow worse has regressed. Exits with 1 if anything has, or a case is gone; with 2
-if nothing can be compared.
+Times vary between machines and over time. The ratio of the kernel's time to that of everything timed alternately with
+it (the reference cost, its terms, the other implementations) hardly varies. Each ratio of a case is divided by its
+earlier value; the median is the slowdown of the kernel, so a single implementation that became faster does not count.
+The kernel's halves and lesser instruction sets are compared likewise, where the suite times them, and its memory in
+bytes. More than --allow worse is a regression. Exits with 1 for a regression or a missing case; with 2 if nothing can
+be compared.
 """
 
 from __future__ import annotations

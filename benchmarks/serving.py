@@ -3,10 +3,10 @@
     .build/vllm/bin/python -m benchmarks.serving [--smoke] [--rounds 2] [--json FILE] [--markdown]
 
 `make test-vllm` makes that environment. One server (benchmarks/lib/llava.py) answers chat requests of one photo and
-some text, budgets per request. Every request has a picture of its own, so that no cache helps, and caches of prefixes
-are off. Clients, as many as the concurrency, send their next request when the last is answered; budgets take turns, and
-ratios are medians of ratios within a round. Everything counts: HTTP, preprocessing, vision encoder, compression,
-language model. --markdown writes the table into docs/engines.md.
+some text, budgets per request. Every request has a different picture, so that no cache helps, and prefix caching is
+off. Each of the concurrent clients sends its next request when the last is answered. Budgets alternate, and ratios are
+medians of ratios within a round. Times include everything: HTTP, preprocessing, vision encoder, compression, language
+model. --markdown writes the table into docs/engines.md.
 """
 
 from __future__ import annotations

@@ -1,12 +1,13 @@
-"""The tiles of apet_kernels/triton_kernels/configs.py, found again on this GPU.
+"""Searches the tiles of apet_kernels/triton_kernels/configs.py on this GPU.
 
     python -m benchmarks.tune [--dry-run] [--only TEXT ...]
 
 Cases whose channels round up to the same power of 2, with elements of the same size, share an entry. Each group of
 kernels is tuned on its own, the others as they are: a candidate must first give a result that is right (float64,
 benchmarks/lib/check.py), then its kernels are timed from a graph on every case of the entry, over inputs larger than
-the last cache; the one of least product of times wins. What does not compile or fit is passed over. The winners
-together are judged on every case, and printed as configs.py has them. --dry-run and --only as in benchmarks.gpu.
+the last cache; the candidate with the smallest product of times wins. Candidates that do not compile or fit are
+skipped. The winners together are judged on every case, and printed in the form of configs.py. --dry-run and --only as
+in benchmarks.gpu.
 """
 
 from __future__ import annotations

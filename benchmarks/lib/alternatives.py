@@ -1,12 +1,12 @@
-"""What other methods make of the same job, N visual tokens to K: our own short implementations, from their papers.
+"""Other methods for the same task, N visual tokens to K: our own short implementations, from their papers.
 
 All take (x [B, N, D], keep, *, attention=None, seed=0) and return (tokens [B, keep, D] in x's dtype, indices [B, keep]
 int64, ascending): a row's source, or of merged tokens the one that the row stands for. attention [B, N] is what a token
 received from the class or text tokens; methods that need none ignore it, as all but `random` ignore the seed. They run
-where x lies and compute in float32. Papers that compare keys of an attention layer are given the tokens themselves,
-since tokens are all that this job has. ValueError, with the offending value, for what does not fit.
+on the device of x and compute in float32. Methods that compare keys of an attention layer get the tokens instead,
+since there are no keys here. Invalid arguments raise a ValueError that names the value.
 
-`ranked`, `farthest` and `tome_groups` are the halves that studies look into.
+Studies also use the parts `ranked`, `farthest` and `tome_groups`.
 """
 
 from __future__ import annotations

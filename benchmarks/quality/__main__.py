@@ -21,7 +21,7 @@ STEPS = ("features", "intrinsic", "task", "agreement", "write")
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Runs one step, or all of them; each goes on where an earlier call was stopped."""
+    """Runs one step, or all of them; each continues an earlier call that was stopped."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.quality", description=__doc__.splitlines()[0])
     parser.add_argument("step", choices=[*STEPS, "all"])
     parser.add_argument("--folder", type=Path, default=ROOT / ".build/quality/main", help="features and readers")

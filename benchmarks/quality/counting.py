@@ -17,7 +17,7 @@ FULL = (methods.FULL, "full")
 
 
 class Interval(NamedTuple):
-    """A figure and where 95 % of its bootstrap lies."""
+    """A figure with its 95 % bootstrap interval."""
 
     value: float
     low: float

@@ -64,7 +64,7 @@ class Split:
 
 
 def extract(folder: Path, sizes: dict[str, int], seed: int, photos: Path | None = None) -> None:
-    """Writes the features of every split into `folder`, and goes on where an earlier call was stopped.
+    """Writes the features of every split into `folder`; continues an earlier call that was stopped.
 
     photos: a folder whose files take the place of the test photographs.
     """
@@ -78,7 +78,7 @@ def extract(folder: Path, sizes: dict[str, int], seed: int, photos: Path | None 
 
 
 def write(folder: Path, split: str, made: Iterator[scenes.Scene], count: int, eye: Eye) -> None:
-    """Looks at `count` scenes; says how far it is every 200."""
+    """Encodes `count` scenes; prints the progress every 200."""
     side = (scenes.SIDE // 14) ** 2
     tokens = _open(folder / f"{split}-tokens.npy", (count, len(LAYERS), side, 384))
     attention = _open(folder / f"{split}-attention.npy", (count, len(LAYERS), side))

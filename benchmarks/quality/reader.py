@@ -36,7 +36,7 @@ class Asked:
 
 
 class _Round(nn.Module):
-    """Questions look at the tokens, and then think."""
+    """A block: questions attend to the tokens, then an MLP."""
 
     def __init__(self) -> None:
         super().__init__()
