@@ -9,7 +9,6 @@ from __future__ import annotations
 import ast
 import inspect
 import re
-import textwrap
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -50,7 +49,7 @@ class Classes:
     """The classes of a family, and edits of their functions until the test ends."""
 
     def __init__(self, name: str, monkeypatch: pytest.MonkeyPatch):
-        self.name, self.monkeypatch = name, monkeypatch
+        self.name, self.monkeypatch, self.edited = name, monkeypatch, False
         self.model = getattr(transformers, FAMILIES[name].model)
         self.module = inspect.getmodule(self.model)
         self.core = getattr(self.module, self.model.__name__.replace("ForConditionalGeneration", "Model"))
@@ -68,6 +67,7 @@ class Classes:
         names = inspect.unwrap(vars(owner)[method]).__globals__ | (more or {})
         exec(compile(source, f"<{owner.__name__}.{method}, changed>", "exec"), names)
         self.monkeypatch.setattr(owner, method, names[method])
+        self.edited = True
 
     def layer_call(self, pattern: str, new: str) -> tuple[str, str]:
         """A change within the call of a decoder layer."""
@@ -86,11 +86,15 @@ class Classes:
             change(this)
 
         self.monkeypatch.setattr(owner, "__init__", changed)
+        self.edited = True
 
 
 def source_of(owner: Any, method: str) -> str:
     """The source of a function, normalized; without the decorator that reads sources to write documentation."""
-    (tree,) = ast.parse(textwrap.dedent(inspect.getsource(inspect.unwrap(vars(owner)[method])))).body
+    source = inspect.getsource(inspect.unwrap(vars(owner)[method]))
+    (tree,) = ast.parse(f"class Indented:\n{source}" if source[0] == " " else source).body
+    if isinstance(tree, ast.ClassDef):
+        (tree,) = tree.body
     assert isinstance(tree, ast.FunctionDef)
     tree.decorator_list = [d for d in tree.decorator_list if "auto_docstring" not in ast.unparse(d)]
     return ast.unparse(tree)
@@ -117,6 +121,8 @@ class Mutation:
     families: tuple[str, ...] = ("llava",)
     # What `patch` or the call says, by stage; a stage that is not here must give the right answers.
     says: dict[str, str] = field(default_factory=dict)
+    inputs: dict[str, str] = field(default_factory=dict)  # what the arguments of a call are called
+    faithful: bool = True  # the model that is not patched computes what it did
 
 
 MUTATIONS: dict[str, Mutation] = {}
@@ -124,11 +130,11 @@ ALL = tuple(DECODERS)
 BOTH_STAGES = ("first", "both")
 
 
-def mutation(*families: str, first: str | None = None, both: str | None = None) -> Callable:
+def mutation(*families: str, first: str | None = None, both: str | None = None, **more: Any) -> Callable:
     says = {stage: text for stage, text in (("first", first), ("both", both)) if text is not None}
 
     def add(apply: Callable[[Classes], None]) -> Callable[[Classes], None]:
-        MUTATIONS[apply.__name__] = Mutation(apply, families or ("llava",), says)
+        MUTATIONS[apply.__name__] = Mutation(apply, families or ("llava",), says, **more)
         return apply
 
     return add
@@ -177,8 +183,8 @@ def layer_cache_renamed_without_annotation(c: Classes) -> None:
 def cache_renamed_in_generate_too(c: Classes) -> None:
     mixin = generation.GenerationMixin
     for name, function in list(vars(mixin).items()):
-        if inspect.isfunction(function) and CACHE in source_of(mixin, name):
-            c.edit(mixin, (rf"(?<![\w.]){CACHE}(?!\w|=DynamicCache)", "memory"), method=name)
+        if inspect.isfunction(function) and re.search(rf"(?<![\w.]){CACHE}(?!\w)", source_of(mixin, name)):
+            c.edit(mixin, (rf"(?<![\w.]){CACHE}(?!\w)", "memory"), method=name)
     for owner in (c.model, c.core):
         for name, function in list(vars(owner).items()):
             if inspect.isfunction(function) and re.search(rf"(?<![\w.]){CACHE}(?!\w)", source_of(owner, name)):
@@ -395,7 +401,7 @@ def layer_rotary_renamed(c: Classes) -> None:
 
 @mutation("llava", "qwen3_vl")
 def layer_rotary_split(c: Classes) -> None:
-    c.edit(c.layer, (r"position_embeddings: [^=]*?(=None)?, ", ""), (r"\*\*kwargs: ", "cos=None, sin=None, **kwargs: "), ("position_embeddings=position_embeddings", "position_embeddings=(cos, sin)"))
+    c.edit(c.layer, (r"position_embeddings: tuple\[[^\]]*\]( \| None=None)?, ", ""), (r"\*\*kwargs: ", "cos=None, sin=None, **kwargs: "), ("position_embeddings=position_embeddings", "position_embeddings=(cos, sin)"))
     c.edit(c.lm, c.layer_call("position_embeddings=position_embeddings", "cos=position_embeddings[0], sin=position_embeddings[1]"))
 
 
@@ -624,7 +630,7 @@ def prefill_in_two_calls(c: Classes) -> None:
 @mutation(*ALL)
 def layer_argument_along_the_sequence(c: Classes) -> None:
     """[B, L]"""
-    c.edit(c.lm, c.layer_call(r"position_embeddings=position_embeddings", r"\g<0>, gate=gate"[9:] and "position_embeddings=position_embeddings, gate=gate"), (r"\n    position_embeddings = ", r"\n    gate = torch.ones(hidden_states.shape[:2])\g<0>"))
+    c.edit(c.lm, c.layer_call("position_embeddings=position_embeddings", "position_embeddings=position_embeddings, gate=gate"), (r"\n    position_embeddings = ", r"\n    gate = torch.ones(hidden_states.shape[:2])\g<0>"))
     c.edit(c.layer, (r"\*\*kwargs: ", "gate=None, **kwargs: "), (r"\n    return hidden_states", r"\n    hidden_states = hidden_states * gate[..., None]\g<0>"))
 
 
@@ -703,7 +709,7 @@ def language_model_embeds_the_text(c: Classes) -> None:
 
 @mutation("llava")
 def embeddings_renamed(c: Classes) -> None:
-    c.edit(c.lm, *parameter("inputs_embeds", "embeddings"), (r"inputs_embeds=inputs_embeds", "inputs_embeds=embeddings"))
+    c.edit(c.lm, *parameter("inputs_embeds", "embeddings"))
     c.edit(c.core, c.lm_call("inputs_embeds=", "embeddings="))
 
 
@@ -727,7 +733,7 @@ def placeholder_moved_in_the_configuration(c: Classes) -> None:
                 c.edit(owner, (r"config\.image_token_id", "config.placeholder"), method=name)
 
 
-@mutation(*ALL)
+@mutation(*ALL, inputs={"pixel_values": "image_pixels"})
 def pixels_renamed(c: Classes) -> None:
     """In generate() and everywhere: a caller says image_pixels."""
     for owner in (c.model, c.core):
@@ -759,4 +765,4 @@ def implementation_of_attention_renamed(c: Classes) -> None:
             return getattr(self.__dict__["config"], "_attn_implementation" if name == "attention" else name)
 
     c.after_init(c.lm, lambda this: setattr(this, "config", Config(this.config)))
-    c.edit(c.lm, (r"config=self\.config|'config': self\.config", lambda m: m[0] + ".config"))  # of masks
+    c.edit(c.lm, (r"config=self\.config|'config': self\.config", r"\g<0>.config"))  # of masks
