@@ -7,18 +7,19 @@ what is right. Edits are made in the source as `ast.unparse` writes it: one line
 from __future__ import annotations
 
 import ast
+import copy
+import functools
 import inspect
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-import apet
 import pytest
 import torch
 import transformers
 from apet.hooks.calling import NAMES
-from families import FAMILIES, OTHERS
+from families import FAMILIES
 from torch import nn
 from transformers import generation, masking_utils
 
@@ -100,6 +101,10 @@ def source_of(owner: Any, method: str) -> str:
     return ast.unparse(tree)
 
 
+# Where a decoder layer begins.
+FIRST_LINE = r"\n    residual = [^\n]*(?=\n    hidden_states = self\.input_layernorm)"
+
+
 def renamed(old: str, new: str) -> tuple[str, str]:
     """A local name or parameter, but no keyword of a call."""
     return rf"(?<![\w.'\"]){old}\b(?!=[^=]|['\"])", new
@@ -127,14 +132,17 @@ class Mutation:
 
 MUTATIONS: dict[str, Mutation] = {}
 ALL = tuple(DECODERS)
-BOTH_STAGES = ("first", "both")
 
 
-def mutation(*families: str, first: str | None = None, both: str | None = None, **more: Any) -> Callable:
-    says = {stage: text for stage, text in (("first", first), ("both", both)) if text is not None}
+def mutation(
+    *families: str, says: str | None = None, first: str | None = None, both: str | None = None, **more: Any
+) -> Callable[[Callable[[Classes], None]], Callable[[Classes], None]]:
+    """Adds a mutation of these families. says: what an error says with the first stage and with both; first, both:
+    where they differ, or one of them is right."""
+    texts = {stage: text for stage, text in (("first", first or says), ("both", both or says)) if text is not None}
 
     def add(apply: Callable[[Classes], None]) -> Callable[[Classes], None]:
-        MUTATIONS[apply.__name__] = Mutation(apply, families or ("llava",), says, **more)
+        MUTATIONS[apply.__name__] = Mutation(apply, families, texts, **more)
         return apply
 
     return add
@@ -161,7 +169,7 @@ def language_model_cache_renamed(c: Classes) -> None:
     c.edit(c.core, c.lm_call(f"{CACHE}=", "kv="))
 
 
-@mutation(*ALL)
+@mutation(*ALL, says="no argument known for cache")
 def language_model_cache_renamed_without_annotation(c: Classes) -> None:
     c.edit(c.lm, *parameter(CACHE, "kv"), bare("kv"))
     c.edit(c.core, c.lm_call(f"{CACHE}=", "kv="))
@@ -173,7 +181,7 @@ def layer_cache_renamed(c: Classes) -> None:
     c.edit(c.lm, c.layer_call(f"{CACHE}=", "kv="))
 
 
-@mutation(*ALL)
+@mutation(*ALL, says="no argument known for cache")
 def layer_cache_renamed_without_annotation(c: Classes) -> None:
     c.edit(c.layer, *parameter(CACHE, "kv"), bare("kv"))
     c.edit(c.lm, c.layer_call(f"{CACHE}=", "kv="))
@@ -181,14 +189,18 @@ def layer_cache_renamed_without_annotation(c: Classes) -> None:
 
 @mutation(*ALL)
 def cache_renamed_in_generate_too(c: Classes) -> None:
-    mixin = generation.GenerationMixin
-    for name, function in list(vars(mixin).items()):
-        if inspect.isfunction(function) and re.search(rf"(?<![\w.]){CACHE}(?!\w)", source_of(mixin, name)):
-            c.edit(mixin, (rf"(?<![\w.]){CACHE}(?!\w)", "memory"), method=name)
-    for owner in (c.model, c.core):
+    """And in the core model and the model; not in outputs and in the language model."""
+    word = rf"(?<![\w.]){CACHE}(?!\w)"
+    for owner in (generation.GenerationMixin, c.model, c.core):
         for name, function in list(vars(owner).items()):
-            if inspect.isfunction(function) and re.search(rf"(?<![\w.]){CACHE}(?!\w)", source_of(owner, name)):
-                c.edit(owner, (rf"(?<![\w.]){CACHE}(?!\w)", "memory"), method=name)
+            if not inspect.isfunction(function) or not re.search(word, source := source_of(owner, name)):
+                continue
+            changed = re.sub(word, "memory", source)
+            changed = re.sub(r"(\w*Output\w*\([^\n]*?)\bmemory=", rf"\1{CACHE}=", changed)
+            changed = re.sub(r"(self\.language_model\([^\n]*?)\bmemory=", rf"\1{CACHE}=", changed)
+            changed = changed.replace("'memory' in outputs", f"'{CACHE}' in outputs")
+            changed = changed.replace("outputs['memory']", f"outputs['{CACHE}']")
+            c.edit(owner, (r"(?s)\A.*\Z", changed.replace("\\", r"\\")), method=name)
 
 
 class Subclass(transformers.DynamicCache):
@@ -211,13 +223,13 @@ def cache_of_a_subclass(c: Classes) -> None:
         c.monkeypatch.setattr(module, "DynamicCache", Subclass)
 
 
-@mutation("llava", "qwen2_5_vl")
+@mutation("llava", "qwen2_5_vl", says="a cache of type Wrapper")
 def cache_that_is_none(c: Classes) -> None:
     for module in (inspect.getmodule(generation.GenerationMixin), c.decoder_module):
         c.monkeypatch.setattr(module, "DynamicCache", Wrapper)
 
 
-@mutation("llava")
+@mutation("llava", says="DecoderLayer was called with a cache of type View")
 def cache_wrapped_in_the_language_model(c: Classes) -> None:
     """The layers get something that is no Cache."""
 
@@ -231,7 +243,7 @@ def cache_wrapped_in_the_language_model(c: Classes) -> None:
     c.edit(c.lm, c.layer_call(f"{CACHE}={CACHE}", f"{CACHE}=View({CACHE}) if {CACHE} is not None else None"), more={"View": View})
 
 
-@mutation("llava", "qwen3_vl")
+@mutation("llava", "qwen3_vl", says="a cache of type EncoderDecoderCache")
 def cache_of_an_encoder_and_a_decoder(c: Classes) -> None:
     def both(**kwargs: Any) -> transformers.EncoderDecoderCache:
         return transformers.EncoderDecoderCache(transformers.DynamicCache(**kwargs), transformers.DynamicCache(**kwargs))
@@ -240,22 +252,21 @@ def cache_of_an_encoder_and_a_decoder(c: Classes) -> None:
     c.edit(c.attention, (rf"{CACHE}\.update\(", f"getattr({CACHE}, 'self_attention_cache', {CACHE}).update("))
 
 
-@mutation("llava", "qwen2_5_vl")
+@mutation("llava", "qwen2_5_vl", says="made from another cache")
 def cache_made_anew_by_the_language_model(c: Classes) -> None:
     """Handed on in the output; the layers fill another than the one that was given."""
     c.edit(
         c.lm,
         (r"\n( *)(\w+) = inputs_embeds\n", rf"\n\1{CACHE} = copy.copy({CACHE})\n\1\2 = inputs_embeds\n"),
-        more={"copy": __import__("copy")},
+        more={"copy": copy},
     )
 
 
-@mutation("llava", "qwen2_5_vl")
+@mutation("llava", "qwen2_5_vl", faithful=False, says="was called with no cache in a step of generate")
 def cache_lost_after_the_prefill(c: Classes) -> None:
     c.edit(
         generation.GenerationMixin,
         (rf"model_kwargs\['{CACHE}'\] = outputs\['?{CACHE}'?\]", "pass"),
-        (rf"\Z", ""),
         method="_update_model_kwargs_for_generation",
     )
     c.edit(
@@ -309,19 +320,19 @@ def layers_return_a_tuple(c: Classes) -> None:
 # ---- the mask -------------------------------------------------------------------------------------------------------
 
 
-@mutation("llava", "qwen3_vl")
+@mutation("llava", "qwen3_vl", both="no argument known for mask")
 def layer_mask_renamed(c: Classes) -> None:
     c.edit(c.layer, *parameter("attention_mask", "mask"))
     c.edit(c.lm, c.layer_call("attention_mask=", "mask="))
 
 
-@mutation("llava", "qwen2_5_vl")
+@mutation("llava", "qwen2_5_vl", says="no argument known for mask")
 def language_model_mask_renamed(c: Classes) -> None:
     c.edit(c.lm, *parameter("attention_mask", "mask"))
     c.edit(c.core, c.lm_call("attention_mask=", "mask="))
 
 
-@mutation("llava", "qwen3_vl")
+@mutation("llava", "qwen3_vl", says="no argument known for mask")
 def language_model_mask_among_keywords(c: Classes) -> None:
     c.edit(c.lm, (r" attention_mask: [^=]*=None,", ""), (r"\n    if \(?input_ids is None", r"\n    attention_mask = kwargs.pop('attention_mask', None)\g<0>"))
 
@@ -330,11 +341,11 @@ def language_model_mask_among_keywords(c: Classes) -> None:
 def layers_make_their_masks(c: Classes) -> None:
     """From a mask [B, past + L]."""
     more = {"make": lambda layer, x, mask, cache: masking_utils.create_causal_mask(layer.self_attn.config, x, mask, cache, layer_idx=layer.self_attn.layer_idx)}
-    c.edit(c.layer, (r"\n    residual = ", rf"\n    attention_mask = make(self, hidden_states, attention_mask, {CACHE})\n    residual = "), more=more)
+    c.edit(c.layer, (FIRST_LINE, rf"\n    attention_mask = make(self, hidden_states, attention_mask, {CACHE})\g<0>"), more=more)
     c.edit(c.lm, (r"= create_causal_mask\([^\n]*\)", "= attention_mask"))
 
 
-@mutation("llava", "qwen3_vl")
+@mutation("llava", "qwen3_vl", says="attention_mask must be 2-D")
 def core_makes_the_mask(c: Classes) -> None:
     """The language model is given one of four dimensions."""
     more = {"make": masking_utils.create_causal_mask}
@@ -342,7 +353,7 @@ def core_makes_the_mask(c: Classes) -> None:
     c.edit(c.core, (r"\n    outputs = self\.language_model", rf"\n    {made}\g<0>"), more=more)
 
 
-@mutation("llava", "qwen3_vl")
+@mutation("llava", "qwen3_vl", both=r"create_causal_mask\(config, heads, .* is not called as apet knows it")
 def masks_made_by_a_function_of_other_arguments(c: Classes) -> None:
     name = "create_causal_mask"
     c.edit(masking_utils, (rf"def {name}\(config: \w+, inputs_embeds: [\w.]+, ", f"def {name}(config, heads, inputs_embeds, "), method=name)
@@ -350,62 +361,60 @@ def masks_made_by_a_function_of_other_arguments(c: Classes) -> None:
     c.edit(c.lm, (rf"{name}\(", f"{name}(heads=1, "))
 
 
-@mutation("llava", "qwen3_vl")
+@mutation("llava", "qwen3_vl", both="has no create_causal_mask")
 def function_that_makes_masks_moved(c: Classes) -> None:
     c.monkeypatch.delattr(masking_utils, "create_causal_mask")
 
 
-@mutation("llava", "qwen3_vl")
+@mutation("llava", "qwen3_vl", both="a mask of type dict")
 def function_that_makes_masks_returns_a_dictionary(c: Classes) -> None:
     name = "create_causal_mask"
     make = getattr(masking_utils, name)
 
+    @functools.wraps(make)
     def changed(*args: Any, **kwargs: Any) -> dict[str, Any]:
         return {"mask": make(*args, **kwargs)}
 
-    import functools
-
-    changed = functools.wraps(make)(changed)
     c.monkeypatch.setattr(masking_utils, name, changed)
     c.monkeypatch.setattr(c.decoder_module, name, changed)
     c.edit(c.attention, (r"\n    input_shape", r"\n    attention_mask = attention_mask['mask'] if isinstance(attention_mask, dict) else attention_mask\n    input_shape"))
 
 
-@mutation("llava", "qwen3_vl")
+@mutation("llava", "qwen3_vl", both="a mask of type dict")
 def masks_of_the_layers_in_a_dictionary(c: Classes) -> None:
     """Each layer takes its own out of it."""
     c.edit(c.lm, c.layer_call(r"attention_mask=(\w+)", r"attention_mask={'full_attention': \g<2>}"))
-    c.edit(c.layer, (r"\n    residual = ", r"\n    attention_mask = attention_mask['full_attention']\n    residual = "))
+    c.edit(c.layer, (FIRST_LINE, r"\n    attention_mask = attention_mask['full_attention']\g<0>"))
 
 
 # ---- positions and rotary embeddings ----------------------------------------------------------------------------------
 
 
-@mutation("llava", "qwen2_5_vl")
+@mutation("llava", "qwen2_5_vl", says="no argument known for positions")
 def language_model_positions_renamed(c: Classes) -> None:
     c.edit(c.lm, *parameter("position_ids", "positions"))
     c.edit(c.core, c.lm_call("position_ids=", "positions="))
 
 
-@mutation("llava", "qwen2_5_vl")
+@mutation("llava", "qwen2_5_vl", both="called with positions of shape")
 def layer_positions_renamed(c: Classes) -> None:
     c.edit(c.layer, *parameter("position_ids", "positions"))
     c.edit(c.lm, c.layer_call("position_ids=", "positions="))
 
 
-@mutation(*ALL)
+@mutation(*ALL, both="layers do not share one rotary embedding")
 def layer_rotary_renamed(c: Classes) -> None:
     c.edit(c.layer, *parameter("position_embeddings", "rotary"))
     c.edit(c.lm, c.layer_call("position_embeddings=", "rotary="))
 
 
-@mutation("llava", "qwen3_vl")
+@mutation("llava", "qwen3_vl", both="layers do not share one rotary embedding")
 def layer_rotary_split(c: Classes) -> None:
     c.edit(c.layer, (r"position_embeddings: tuple\[[^\]]*\]( \| None=None)?, ", ""), (r"\*\*kwargs: ", "cos=None, sin=None, **kwargs: "), ("position_embeddings=position_embeddings", "position_embeddings=(cos, sin)"))
     c.edit(c.lm, c.layer_call("position_embeddings=position_embeddings", "cos=position_embeddings[0], sin=position_embeddings[1]"))
 
 
-@mutation("llava")
+@mutation("llava", both="layers do not share one rotary embedding")
 def layer_makes_its_rotary_embeddings(c: Classes) -> None:
     """From position_ids."""
     made = c.rotary
@@ -434,38 +443,38 @@ def attention_makes_rotary_embeddings(c: Classes) -> None:
     c.edit(c.attention, (r"cos, sin = position_embeddings", f"cos, sin = self.rotary(hidden_states, {positions})"))
 
 
-@mutation("llava", "qwen2_5_vl")
+@mutation("llava", "qwen2_5_vl", both=r"takes \(x, position_ids, length\), where apet knows")
 def rotary_called_with_another_argument(c: Classes) -> None:
-    c.edit(c.rotary, (r"\(self, x, position_ids\)", "(self, x, position_ids, length)"))
+    c.edit(c.rotary, ("@dynamic_rope_update\n", ""), (r"\(self, x, position_ids\)", "(self, x, position_ids, length)"))
     c.edit(c.lm, (r"(self\.rotary_emb\([^\n]*)\)\n", r"\1, length=1)\n"))
 
 
-@mutation("llava", "qwen2_5_vl")
+@mutation("llava", "qwen2_5_vl", both=r"takes \(x, positions\), where apet knows")
 def rotary_argument_renamed(c: Classes) -> None:
-    c.edit(c.rotary, *parameter("position_ids", "positions"))
+    c.edit(c.rotary, ("@dynamic_rope_update\n", ""), *parameter("position_ids", "positions"))
     c.edit(c.lm, (r"self\.rotary_emb\(hidden_states, (position_ids=)?position_ids\)", "self.rotary_emb(hidden_states, positions=position_ids)"))
 
 
-@mutation("llava", "qwen3_vl")
+@mutation("llava", "qwen3_vl", both="was called with rotary embeddings")
 def rotary_with_an_axis_for_heads(c: Classes) -> None:
     c.edit(c.rotary, (r"return \(cos\.to\(dtype=x\.dtype\), sin\.to\(dtype=x\.dtype\)\)", "return (cos.to(dtype=x.dtype)[:, None], sin.to(dtype=x.dtype)[:, None])"))
     c.edit(c.attention, (r"cos, sin = position_embeddings", "cos, sin = (t[:, 0] for t in position_embeddings)"))
 
 
-@mutation("llava", "qwen2_5_vl")
+@mutation("llava", "qwen2_5_vl", both="was called with rotary embeddings")
 def rotary_in_one_tensor(c: Classes) -> None:
     c.edit(c.rotary, (r"return \((cos\.to\(dtype=x\.dtype\), sin\.to\(dtype=x\.dtype\))\)", r"return torch.cat([\1], dim=-1)"))
     c.edit(c.attention, (r"cos, sin = position_embeddings", "cos, sin = position_embeddings.chunk(2, dim=-1)"))
 
 
-@mutation("llava")
+@mutation("llava", both="was called with rotary embeddings")
 def rotary_before_the_sequence(c: Classes) -> None:
     """[L, B, d]: with as many rows as columns nothing would fail."""
     c.edit(c.rotary, (r"return \(cos\.to\(dtype=x\.dtype\), sin\.to\(dtype=x\.dtype\)\)", "return (cos.to(dtype=x.dtype).transpose(0, 1), sin.to(dtype=x.dtype).transpose(0, 1))"))
     c.edit(c.attention, (r"cos, sin = position_embeddings", "cos, sin = (t.transpose(0, 1) for t in position_embeddings)"))
 
 
-@mutation("llava", "qwen3_vl")
+@mutation("llava", "qwen3_vl", says="no argument known for positions")
 def language_model_counts_its_positions(c: Classes) -> None:
     """And is told none."""
     if c.name == "llava":
@@ -480,12 +489,12 @@ def language_model_counts_its_positions(c: Classes) -> None:
 # ---- how things are called --------------------------------------------------------------------------------------------
 
 
-@mutation("llava", "qwen3_vl")
+@mutation("llava", "qwen3_vl", says="no argument known for .*hidden")
 def hidden_states_renamed(c: Classes) -> None:
     c.edit(c.layer, *parameter("hidden_states", "x"))
 
 
-@mutation("llava")
+@mutation("llava", says="no argument known for .*hidden")
 def hidden_states_renamed_and_given_by_keyword(c: Classes) -> None:
     c.edit(c.layer, *parameter("hidden_states", "x"))
     c.edit(c.lm, (r"decoder_layer\(hidden_states", "decoder_layer(x=hidden_states"))
@@ -504,7 +513,8 @@ def in_order(function: Any, call: str) -> str:
     names = [n for n, p in inspect.signature(function).parameters.items() if p.kind == p.POSITIONAL_OR_KEYWORD][1:]
     keywords = {k.arg: k.value for k in given.keywords}
     by_position = list(given.args)
-    for name in names[len(by_position) :]:
+    last = max(i for i, name in enumerate(names) if name in keywords)
+    for name in names[len(by_position) : last + 1]:
         by_position.append(keywords.pop(name, ast.Constant(None)))
     given.args = by_position
     given.keywords = [ast.keyword(name, value) for name, value in keywords.items()]
@@ -558,7 +568,7 @@ def layers_wrapped_and_called_by_keyword(c: Classes) -> None:
     hidden_states_given_by_keyword(c)
 
 
-@mutation("llava", "qwen3_vl")
+@mutation("llava", "qwen3_vl", first="AroundNamed.* has no argument known for cache", both="layers do not share one rotary embedding")
 def layers_wrapped_and_one_argument_named(c: Classes) -> None:
     wrap(c, AroundNamed)
 
@@ -582,33 +592,33 @@ def layers_run_in_two_groups(c: Classes) -> None:
     c.edit(c.lm, (re.escape(loop), "".join(halves).replace("\\", "")))
 
 
-@mutation("llava")
+@mutation("llava", both="has 3 layers, and its configuration 4")
 def layers_in_two_lists(c: Classes) -> None:
     def change(this: nn.Module) -> None:
-        this.late = this.layers[3:]
+        this.layers_late = this.layers[3:]
         this.layers = this.layers[:3]
 
     c.after_init(c.lm, change)
-    c.edit(c.lm, (r"self\.layers\[:self\.config\.num_hidden_layers\]", "[*self.layers, *self.late]"))
+    c.edit(c.lm, (r"self\.layers\[:self\.config\.num_hidden_layers\]", "[*self.layers, *self.layers_late]"))
 
 
-@mutation("llava")
+@mutation("llava", says="has no list `layers`")
 def layers_renamed(c: Classes) -> None:
     def change(this: nn.Module) -> None:
-        this.blocks = this.layers
+        this.layers_ = this.layers
         del this.layers
 
     c.after_init(c.lm, change)
-    c.edit(c.lm, (r"self\.layers", "self.blocks"))
+    c.edit(c.lm, (r"self\.layers", "self.layers_"))
 
 
-@mutation("llava", "qwen2_5_vl")
+@mutation("llava", "qwen2_5_vl", says="but calls its language model with")
 def language_model_called_twice(c: Classes) -> None:
     """The first time to measure something."""
     c.edit(c.core, (r"\n( *)outputs = (self\.language_model\([^\n]*\))", r"\n\1_ = self.language_model(inputs_embeds=inputs_embeds[:, :1], use_cache=False)\g<0>"))
 
 
-@mutation("llava")
+@mutation("llava", says="but calls its language model with")
 def prefill_in_two_calls(c: Classes) -> None:
     """Of the language model: images in the first, and the rest of the prompt in the second."""
     c.edit(
@@ -617,8 +627,8 @@ def prefill_in_two_calls(c: Classes) -> None:
             r"\n( *)outputs = self\.language_model\([^\n]*",
             rf"\n\1cut = inputs_embeds.shape[1] - (3 if inputs_embeds.shape[1] > 3 else 0)"
             rf"\n\1if cut < inputs_embeds.shape[1]:"
-            rf"\n\1    self.language_model(attention_mask=attention_mask[:, :cut], position_ids=position_ids[:, :cut], {CACHE}={CACHE}, inputs_embeds=inputs_embeds[:, :cut])"
-            rf"\n\1    position_ids, inputs_embeds = position_ids[:, cut:], inputs_embeds[:, cut:]"
+            rf"\n\1    self.language_model(attention_mask=attention_mask[:, :cut], position_ids=position_ids if position_ids is None else position_ids[:, :cut], {CACHE}={CACHE}, inputs_embeds=inputs_embeds[:, :cut])"
+            rf"\n\1    position_ids, inputs_embeds = position_ids if position_ids is None else position_ids[:, cut:], inputs_embeds[:, cut:]"
             r"\g<0>",
         ),
     )
@@ -627,35 +637,35 @@ def prefill_in_two_calls(c: Classes) -> None:
 # ---- more along the sequence ------------------------------------------------------------------------------------------
 
 
-@mutation(*ALL)
+@mutation(*ALL, both="called with gate of shape")
 def layer_argument_along_the_sequence(c: Classes) -> None:
     """[B, L]"""
     c.edit(c.lm, c.layer_call("position_embeddings=position_embeddings", "position_embeddings=position_embeddings, gate=gate"), (r"\n    position_embeddings = ", r"\n    gate = torch.ones(hidden_states.shape[:2])\g<0>"))
     c.edit(c.layer, (r"\*\*kwargs: ", "gate=None, **kwargs: "), (r"\n    return hidden_states", r"\n    hidden_states = hidden_states * gate[..., None]\g<0>"))
 
 
-@mutation(*ALL)
+@mutation(*ALL, both="called with added of shape")
 def layer_argument_along_the_sequence_with_channels(c: Classes) -> None:
     """[B, L, D]"""
     c.edit(c.lm, c.layer_call(r"position_embeddings=position_embeddings", "position_embeddings=position_embeddings, added=added"), (r"\n    position_embeddings = ", r"\n    added = torch.zeros_like(hidden_states)\g<0>"))
     c.edit(c.layer, (r"\*\*kwargs: ", "added=None, **kwargs: "), (r"\n    return hidden_states", r"\n    hidden_states = hidden_states + added\g<0>"))
 
 
-@mutation("llava", "qwen2_5_vl")
+@mutation("llava", "qwen2_5_vl", both="the hooks are not right for")
 def first_states_added_in_each_layer(c: Classes) -> None:
     """And taken away again: an attribute of the layers, which no argument shows."""
     c.edit(c.lm, (r"\n( *)position_embeddings = ", r"\n\1for layer in self.layers:\n\1    layer.first = hidden_states\g<0>"))
     c.edit(c.layer, (r"\n    return hidden_states", r"\n    hidden_states = hidden_states + 0 * self.first\g<0>"))
 
 
-@mutation(*ALL)
+@mutation(*ALL, says="called with gate of shape")
 def language_model_argument_along_the_sequence(c: Classes) -> None:
     """[B, L]"""
     c.edit(c.core, c.lm_call(r"inputs_embeds=inputs_embeds", "inputs_embeds=inputs_embeds, gate=torch.ones(inputs_embeds.shape[:2])"))
     c.edit(c.lm, (r"\*\*kwargs: ", "gate=None, **kwargs: "), (r"\n    hidden_states = inputs_embeds", r"\n    hidden_states = inputs_embeds if gate is None else inputs_embeds * gate[..., None]"))
 
 
-@mutation("llava", "qwen2_5_vl")
+@mutation("llava", "qwen2_5_vl", says="called with deep of shape")
 def language_model_argument_of_the_visual_tokens(c: Classes) -> None:
     """[visual tokens, D], added in the language model."""
     c.edit(
@@ -669,7 +679,7 @@ def language_model_argument_of_the_visual_tokens(c: Classes) -> None:
     )
 
 
-@mutation("llava")
+@mutation("llava", says="called with deep of shape")
 def language_model_argument_of_the_visual_tokens_and_no_mask(c: Classes) -> None:
     """[visual tokens, D], and the language model knows where."""
     c.edit(
@@ -686,13 +696,13 @@ def language_model_argument_of_the_visual_tokens_and_no_mask(c: Classes) -> None
 # ---- embeddings, placeholders and pixels ------------------------------------------------------------------------------
 
 
-@mutation("llava", "qwen2_5_vl")
+@mutation("llava", "qwen2_5_vl", says="the hooks are not right for")
 def embeddings_scaled_in_the_language_model(c: Classes) -> None:
     c.edit(c.core, c.lm_call("inputs_embeds=inputs_embeds", "inputs_embeds=inputs_embeds / 2"))
     c.edit(c.lm, (r"\n( *)hidden_states = inputs_embeds", r"\g<0> * 2"))
 
 
-@mutation("llava")
+@mutation("llava", says="without embeddings")
 def language_model_embeds_the_text(c: Classes) -> None:
     """It is given ids, and the features of the images."""
     c.edit(
@@ -707,24 +717,18 @@ def language_model_embeds_the_text(c: Classes) -> None:
     )
 
 
-@mutation("llava")
+@mutation("llava", says="no argument known for embeds")
 def embeddings_renamed(c: Classes) -> None:
     c.edit(c.lm, *parameter("inputs_embeds", "embeddings"))
     c.edit(c.core, c.lm_call("inputs_embeds=", "embeddings="))
 
 
-@mutation("llava")
-def token_before_all_others(c: Classes) -> None:
-    """Put there by the core model, and taken away again behind the language model."""
-    c.edit(c.core, c.lm_call("inputs_embeds=inputs_embeds", "inputs_embeds=torch.nn.functional.pad(inputs_embeds, (0, 0, 0, 1))"), (r"\n( *)outputs = self\.language_model[^\n]*", r"\g<0>\n\1outputs.last_hidden_state = outputs.last_hidden_state[:, :-1]"))
-
-
-@mutation("llava", "qwen2_5_vl")
+@mutation("llava", "qwen2_5_vl", says="has no image_token_id")
 def placeholder_moved_in_the_configuration(c: Classes) -> None:
     config = c.model.config_class
 
     def change(this: Any) -> None:
-        this.placeholder = this.__dict__.pop("image_token_id")
+        this.placeholder, this.image_token_id = this.image_token_id, None
 
     c.after_init(config, change)
     for owner in (c.core,):
@@ -733,9 +737,9 @@ def placeholder_moved_in_the_configuration(c: Classes) -> None:
                 c.edit(owner, (r"config\.image_token_id", "config.placeholder"), method=name)
 
 
-@mutation(*ALL, inputs={"pixel_values": "image_pixels"})
+@mutation(*ALL, inputs={"pixel_values": "image_pixels"}, faithful=False, says="image_pixels")
 def pixels_renamed(c: Classes) -> None:
-    """In generate() and everywhere: a caller says image_pixels."""
+    """A caller says image_pixels. (generate() does not know that, and leaves them out.)"""
     for owner in (c.model, c.core):
         for name, function in list(vars(owner).items()):
             if inspect.isfunction(function) and re.search(r"\bpixel_values\b", source_of(owner, name)):
@@ -745,13 +749,18 @@ def pixels_renamed(c: Classes) -> None:
 # ---- the configuration ------------------------------------------------------------------------------------------------
 
 
-@mutation("qwen2_5_vl")
+@mutation("qwen2_5_vl", both="layers of type attention")
 def types_of_layers_renamed(c: Classes) -> None:
+    for name in ("DYNAMIC_LAYER_TYPE_MAPPING", "STATIC_LAYER_TYPE_MAPPING"):
+        if not hasattr(transformers.cache_utils, name):
+            raise NotThisVersion(f"transformers.cache_utils has no {name}")
+        known = getattr(transformers.cache_utils, name)
+        c.monkeypatch.setitem(known, "attention", known["full_attention"])
     c.after_init(c.lm, lambda this: setattr(this.config, "layer_types", ["attention"] * len(this.layers)))
     c.edit(c.lm, ("'full_attention'", "'attention'"))
 
 
-@mutation("llava", "qwen2_5_vl")
+@mutation("llava", "qwen2_5_vl", says="has no _attn_implementation")
 def implementation_of_attention_renamed(c: Classes) -> None:
     """In the configuration of the language model."""
 

@@ -50,7 +50,7 @@ class Arguments:
     @classmethod
     def of(cls, module: nn.Module, needed: Iterable[str] = ()) -> Arguments:
         """Looks the roles up in a module's signature. Raises ValueError where a needed one is not found."""
-        module = _within(module)
+        module = within(module)
         owner, signature = type(module).__name__, inspect.signature(module.forward)
         kinds = inspect.Parameter
         positional = (kinds.POSITIONAL_ONLY, kinds.POSITIONAL_OR_KEYWORD)
@@ -150,7 +150,7 @@ class Arguments:
                     )
 
 
-def _within(module: nn.Module) -> nn.Module:
+def within(module: nn.Module) -> nn.Module:
     """The module that another calls with all that it is called with, as wrappers around layers do."""
     variadic = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
     while all(p.kind in variadic for p in inspect.signature(module.forward).parameters.values()):

@@ -149,6 +149,10 @@ class Engine:
     def check_generation(self, model: nn.Module, given: Mapping[str, Any]) -> None:
         """Raises ValueError for what generate() would do wrong with images."""
         if not self.target.adapter.brings(given):
+            prompts = {"input_ids": next((p for p in map(given.get, ("inputs", "input_ids")) if p is not None), None)}
+            unknown = self.target.core_arguments.unknown(given)
+            if unknown:
+                self.check_no_images(self.target.core(), prompts, unknown)
             return
         config = given.get("generation_config") or model.generation_config
         chunk = given.get("prefill_chunk_size") or getattr(config, "prefill_chunk_size", None)

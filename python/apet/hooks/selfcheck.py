@@ -28,7 +28,7 @@ import transformers
 from torch import Tensor, nn
 
 from . import state, tiny
-from .calling import Arguments, implementation
+from .calling import Arguments, implementation, within
 from .config import Options
 from .engine import Engine
 from .target import Target
@@ -247,7 +247,7 @@ def _counts(model: nn.Module, past: int) -> dict[str, Tensor]:
 
 def reference(model: nn.Module, target: Target, observed: Observed) -> Tensor:
     """The logits [B, 1 + TOKENS, V] of the decoder that is not patched, given the rows that were kept."""
-    language_model, border = target.language_model(), target.options.llm_layer
+    language_model, border = within(target.language_model()), target.options.llm_layer
     head = model.get_output_embeddings()
     early = language_model if border is None else _layers(language_model, 0, border)
     embedded = model.get_input_embeddings()(torch.tensor(TOKENS))  # [TOKENS, D]
