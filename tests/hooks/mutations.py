@@ -4,6 +4,7 @@ A mutation must not change what the model that is not patched computes; so the r
 what is right. Edits are made in the source as `ast.unparse` writes it: one line to a statement, keywords as `name=`.
 """
 
+# ruff: noqa: E501 - an edit is on one line, as the source that it edits
 from __future__ import annotations
 
 import ast
@@ -240,13 +241,19 @@ def cache_wrapped_in_the_language_model(c: Classes) -> None:
         def __getattr__(self, name: str) -> Any:
             return getattr(self.__dict__["cache"], name)
 
-    c.edit(c.lm, c.layer_call(f"{CACHE}={CACHE}", f"{CACHE}=View({CACHE}) if {CACHE} is not None else None"), more={"View": View})
+    c.edit(
+        c.lm,
+        c.layer_call(f"{CACHE}={CACHE}", f"{CACHE}=View({CACHE}) if {CACHE} is not None else None"),
+        more={"View": View},
+    )
 
 
 @mutation("llava", "qwen3_vl", says="a cache of type EncoderDecoderCache")
 def cache_of_an_encoder_and_a_decoder(c: Classes) -> None:
     def both(**kwargs: Any) -> transformers.EncoderDecoderCache:
-        return transformers.EncoderDecoderCache(transformers.DynamicCache(**kwargs), transformers.DynamicCache(**kwargs))
+        return transformers.EncoderDecoderCache(
+            transformers.DynamicCache(**kwargs), transformers.DynamicCache(**kwargs)
+        )
 
     c.monkeypatch.setattr(inspect.getmodule(generation.GenerationMixin), "DynamicCache", both)
     c.edit(c.attention, (rf"{CACHE}\.update\(", f"getattr({CACHE}, 'self_attention_cache', {CACHE}).update("))
@@ -292,23 +299,55 @@ def cache_cropped_and_the_last_token_given_again(c: Classes) -> None:
 @mutation("llava", "qwen2_5_vl")
 def outputs_of_the_language_model_renamed(c: Classes) -> None:
     Output = transformers.utils.ModelOutput
-    c.edit(c.lm, (r"return BaseModelOutputWithPast\(last_hidden_state=(\w+), \w+=\w+\)", rf"return Output(states=\1, memory={CACHE})"), more={"Output": Output})
-    c.edit(c.core, (r"\n( *)return (\w+)\(\*\*outputs", rf"\n\1return \2(last_hidden_state=outputs.states, {CACHE}=outputs.memory"))
+    c.edit(
+        c.lm,
+        (
+            r"return BaseModelOutputWithPast\(last_hidden_state=(\w+), \w+=\w+\)",
+            rf"return Output(states=\1, memory={CACHE})",
+        ),
+        more={"Output": Output},
+    )
+    c.edit(
+        c.core,
+        (
+            r"\n( *)return (\w+)\(\*\*outputs",
+            rf"\n\1return \2(last_hidden_state=outputs.states, {CACHE}=outputs.memory",
+        ),
+    )
 
 
 @mutation("llava", "qwen2_5_vl")
 def language_model_returns_a_tuple(c: Classes) -> None:
-    c.edit(c.lm, (r"@capture_outputs\n", ""), (r"return BaseModelOutputWithPast\(last_hidden_state=(\w+), \w+=\w+\)", rf"return (\1, {CACHE})"))
-    c.edit(c.core, (r"\n( *)return (\w+)\(\*\*outputs", rf"\n\1return \2(last_hidden_state=outputs[0], {CACHE}=outputs[1]"))
+    c.edit(
+        c.lm,
+        (r"@capture_outputs\n", ""),
+        (r"return BaseModelOutputWithPast\(last_hidden_state=(\w+), \w+=\w+\)", rf"return (\1, {CACHE})"),
+    )
+    c.edit(
+        c.core, (r"\n( *)return (\w+)\(\*\*outputs", rf"\n\1return \2(last_hidden_state=outputs[0], {CACHE}=outputs[1]")
+    )
 
 
 @mutation(*ALL)
 def cache_handed_on_in_another_field(c: Classes) -> None:
     """Of the outputs of the core model and the model, where generate() looks for it."""
     Output = transformers.utils.ModelOutput
-    c.edit(c.core, (r"return \w+\(\*\*outputs", rf"return Output(last_hidden_state=outputs[0], memory=outputs.{CACHE}"), more={"Output": Output})
-    c.edit(c.model, (r"return \w+\(loss=[^\n]*", r"return Output(logits=logits, memory=outputs.memory)"), more={"Output": Output})
-    c.edit(generation.GenerationMixin, (rf"'{CACHE}' in outputs", "'memory' in outputs"), (rf"outputs\['{CACHE}'\]", "outputs['memory']"), method="_update_model_kwargs_for_generation")
+    c.edit(
+        c.core,
+        (r"return \w+\(\*\*outputs", rf"return Output(last_hidden_state=outputs[0], memory=outputs.{CACHE}"),
+        more={"Output": Output},
+    )
+    c.edit(
+        c.model,
+        (r"return \w+\(loss=[^\n]*", r"return Output(logits=logits, memory=outputs.memory)"),
+        more={"Output": Output},
+    )
+    c.edit(
+        generation.GenerationMixin,
+        (rf"'{CACHE}' in outputs", "'memory' in outputs"),
+        (rf"outputs\['{CACHE}'\]", "outputs['memory']"),
+        method="_update_model_kwargs_for_generation",
+    )
 
 
 @mutation("llava", "qwen2_5_vl")
@@ -334,14 +373,26 @@ def language_model_mask_renamed(c: Classes) -> None:
 
 @mutation("llava", "qwen3_vl", says="no argument known for mask")
 def language_model_mask_among_keywords(c: Classes) -> None:
-    c.edit(c.lm, (r" attention_mask: [^=]*=None,", ""), (r"\n    if \(?input_ids is None", r"\n    attention_mask = kwargs.pop('attention_mask', None)\g<0>"))
+    c.edit(
+        c.lm,
+        (r" attention_mask: [^=]*=None,", ""),
+        (r"\n    if \(?input_ids is None", r"\n    attention_mask = kwargs.pop('attention_mask', None)\g<0>"),
+    )
 
 
 @mutation("llava", "qwen3_vl")
 def layers_make_their_masks(c: Classes) -> None:
     """From a mask [B, past + L]."""
-    more = {"make": lambda layer, x, mask, cache: masking_utils.create_causal_mask(layer.self_attn.config, x, mask, cache, layer_idx=layer.self_attn.layer_idx)}
-    c.edit(c.layer, (FIRST_LINE, rf"\n    attention_mask = make(self, hidden_states, attention_mask, {CACHE})\g<0>"), more=more)
+    more = {
+        "make": lambda layer, x, mask, cache: masking_utils.create_causal_mask(
+            layer.self_attn.config, x, mask, cache, layer_idx=layer.self_attn.layer_idx
+        )
+    }
+    c.edit(
+        c.layer,
+        (FIRST_LINE, rf"\n    attention_mask = make(self, hidden_states, attention_mask, {CACHE})\g<0>"),
+        more=more,
+    )
     c.edit(c.lm, (r"= create_causal_mask\([^\n]*\)", "= attention_mask"))
 
 
@@ -356,7 +407,11 @@ def core_makes_the_mask(c: Classes) -> None:
 @mutation("llava", "qwen3_vl", both=r"create_causal_mask\(config, heads, .* is not called as apet knows it")
 def masks_made_by_a_function_of_other_arguments(c: Classes) -> None:
     name = "create_causal_mask"
-    c.edit(masking_utils, (rf"def {name}\(config: \w+, inputs_embeds: [\w.]+, ", f"def {name}(config, heads, inputs_embeds, "), method=name)
+    c.edit(
+        masking_utils,
+        (rf"def {name}\(config: \w+, inputs_embeds: [\w.]+, ", f"def {name}(config, heads, inputs_embeds, "),
+        method=name,
+    )
     c.monkeypatch.setattr(c.decoder_module, name, getattr(masking_utils, name))
     c.edit(c.lm, (rf"{name}\(", f"{name}(heads=1, "))
 
@@ -377,7 +432,13 @@ def function_that_makes_masks_returns_a_dictionary(c: Classes) -> None:
 
     c.monkeypatch.setattr(masking_utils, name, changed)
     c.monkeypatch.setattr(c.decoder_module, name, changed)
-    c.edit(c.attention, (r"\n    input_shape", r"\n    attention_mask = attention_mask['mask'] if isinstance(attention_mask, dict) else attention_mask\n    input_shape"))
+    c.edit(
+        c.attention,
+        (
+            r"\n    input_shape",
+            r"\n    attention_mask = attention_mask['mask'] if isinstance(attention_mask, dict) else attention_mask\n    input_shape",
+        ),
+    )
 
 
 @mutation("llava", "qwen3_vl", both="a mask of type dict")
@@ -410,8 +471,18 @@ def layer_rotary_renamed(c: Classes) -> None:
 
 @mutation("llava", "qwen3_vl", both="layers do not share one rotary embedding")
 def layer_rotary_split(c: Classes) -> None:
-    c.edit(c.layer, (r"position_embeddings: tuple\[[^\]]*\]( \| None=None)?, ", ""), (r"\*\*kwargs: ", "cos=None, sin=None, **kwargs: "), ("position_embeddings=position_embeddings", "position_embeddings=(cos, sin)"))
-    c.edit(c.lm, c.layer_call("position_embeddings=position_embeddings", "cos=position_embeddings[0], sin=position_embeddings[1]"))
+    c.edit(
+        c.layer,
+        (r"position_embeddings: tuple\[[^\]]*\]( \| None=None)?, ", ""),
+        (r"\*\*kwargs: ", "cos=None, sin=None, **kwargs: "),
+        ("position_embeddings=position_embeddings", "position_embeddings=(cos, sin)"),
+    )
+    c.edit(
+        c.lm,
+        c.layer_call(
+            "position_embeddings=position_embeddings", "cos=position_embeddings[0], sin=position_embeddings[1]"
+        ),
+    )
 
 
 @mutation("llava", both="layers do not share one rotary embedding")
@@ -419,8 +490,14 @@ def layer_makes_its_rotary_embeddings(c: Classes) -> None:
     """From position_ids."""
     made = c.rotary
     c.after_init(c.layer, lambda this: setattr(this, "rotary", made(this.self_attn.config)))
-    c.edit(c.layer, (r" position_embeddings: [^=]*=None,", ""), ("position_embeddings=position_embeddings", "position_embeddings=self.rotary(hidden_states, position_ids)"))
-    c.edit(c.lm, c.layer_call("position_embeddings=position_embeddings, ", ""), (r"\n *position_embeddings = [^\n]*", ""))
+    c.edit(
+        c.layer,
+        (r" position_embeddings: [^=]*=None,", ""),
+        ("position_embeddings=position_embeddings", "position_embeddings=self.rotary(hidden_states, position_ids)"),
+    )
+    c.edit(
+        c.lm, c.layer_call("position_embeddings=position_embeddings, ", ""), (r"\n *position_embeddings = [^\n]*", "")
+    )
 
 
 @mutation("llava")
@@ -428,7 +505,10 @@ def layer_makes_its_rotary_embeddings_all_the_same(c: Classes) -> None:
     """From position_ids, and the argument is still there."""
     made = c.rotary
     c.after_init(c.layer, lambda this: setattr(this, "rotary", made(this.self_attn.config)))
-    c.edit(c.layer, ("position_embeddings=position_embeddings", "position_embeddings=self.rotary(hidden_states, position_ids)"))
+    c.edit(
+        c.layer,
+        ("position_embeddings=position_embeddings", "position_embeddings=self.rotary(hidden_states, position_ids)"),
+    )
 
 
 @mutation("llava", "qwen2_5_vl")
@@ -438,7 +518,9 @@ def attention_makes_rotary_embeddings(c: Classes) -> None:
     c.after_init(c.attention, lambda this: setattr(this, "rotary", made(this.config)))
     positions = "kwargs['position_ids']"
     if c.name != "llava":  # the layers get M-RoPE's positions, too
-        c.edit(c.lm, c.layer_call(r"position_ids=\w+", "position_ids=text_position_ids, rotary_position_ids=position_ids"))
+        c.edit(
+            c.lm, c.layer_call(r"position_ids=\w+", "position_ids=text_position_ids, rotary_position_ids=position_ids")
+        )
         positions = "kwargs.pop('rotary_position_ids')"
     c.edit(c.attention, (r"cos, sin = position_embeddings", f"cos, sin = self.rotary(hidden_states, {positions})"))
 
@@ -452,26 +534,49 @@ def rotary_called_with_another_argument(c: Classes) -> None:
 @mutation("llava", "qwen2_5_vl", both=r"takes \(x, positions\), where apet knows")
 def rotary_argument_renamed(c: Classes) -> None:
     c.edit(c.rotary, ("@dynamic_rope_update\n", ""), *parameter("position_ids", "positions"))
-    c.edit(c.lm, (r"self\.rotary_emb\(hidden_states, (position_ids=)?position_ids\)", "self.rotary_emb(hidden_states, positions=position_ids)"))
+    c.edit(
+        c.lm,
+        (
+            r"self\.rotary_emb\(hidden_states, (position_ids=)?position_ids\)",
+            "self.rotary_emb(hidden_states, positions=position_ids)",
+        ),
+    )
 
 
 @mutation("llava", "qwen3_vl", both="was called with rotary embeddings")
 def rotary_with_an_axis_for_heads(c: Classes) -> None:
-    c.edit(c.rotary, (r"return \(cos\.to\(dtype=x\.dtype\), sin\.to\(dtype=x\.dtype\)\)", "return (cos.to(dtype=x.dtype)[:, None], sin.to(dtype=x.dtype)[:, None])"))
+    c.edit(
+        c.rotary,
+        (
+            r"return \(cos\.to\(dtype=x\.dtype\), sin\.to\(dtype=x\.dtype\)\)",
+            "return (cos.to(dtype=x.dtype)[:, None], sin.to(dtype=x.dtype)[:, None])",
+        ),
+    )
     c.edit(c.attention, (r"cos, sin = position_embeddings", "cos, sin = (t[:, 0] for t in position_embeddings)"))
 
 
 @mutation("llava", "qwen2_5_vl", both="was called with rotary embeddings")
 def rotary_in_one_tensor(c: Classes) -> None:
-    c.edit(c.rotary, (r"return \((cos\.to\(dtype=x\.dtype\), sin\.to\(dtype=x\.dtype\))\)", r"return torch.cat([\1], dim=-1)"))
+    c.edit(
+        c.rotary,
+        (r"return \((cos\.to\(dtype=x\.dtype\), sin\.to\(dtype=x\.dtype\))\)", r"return torch.cat([\1], dim=-1)"),
+    )
     c.edit(c.attention, (r"cos, sin = position_embeddings", "cos, sin = position_embeddings.chunk(2, dim=-1)"))
 
 
 @mutation("llava", both="was called with rotary embeddings")
 def rotary_before_the_sequence(c: Classes) -> None:
     """[L, B, d]: with as many rows as columns nothing would fail."""
-    c.edit(c.rotary, (r"return \(cos\.to\(dtype=x\.dtype\), sin\.to\(dtype=x\.dtype\)\)", "return (cos.to(dtype=x.dtype).transpose(0, 1), sin.to(dtype=x.dtype).transpose(0, 1))"))
-    c.edit(c.attention, (r"cos, sin = position_embeddings", "cos, sin = (t.transpose(0, 1) for t in position_embeddings)"))
+    c.edit(
+        c.rotary,
+        (
+            r"return \(cos\.to\(dtype=x\.dtype\), sin\.to\(dtype=x\.dtype\)\)",
+            "return (cos.to(dtype=x.dtype).transpose(0, 1), sin.to(dtype=x.dtype).transpose(0, 1))",
+        ),
+    )
+    c.edit(
+        c.attention, (r"cos, sin = position_embeddings", "cos, sin = (t.transpose(0, 1) for t in position_embeddings)")
+    )
 
 
 @mutation("llava", "qwen3_vl", says="no argument known for positions")
@@ -480,10 +585,18 @@ def language_model_counts_its_positions(c: Classes) -> None:
     if c.name == "llava":
         made = "attention_mask.cumsum(1)[:, -inputs_embeds.shape[1]:] - 1 if attention_mask is not None else None"
         c.edit(c.core, c.lm_call("position_ids=position_ids, ", ""))
-        c.edit(c.lm, (r" position_ids: [^=]*=None,", ""), (r"\n    if position_ids is None", rf"\n    position_ids = {made}\g<0>"))
+        c.edit(
+            c.lm,
+            (r" position_ids: [^=]*=None,", ""),
+            (r"\n    if position_ids is None", rf"\n    position_ids = {made}\g<0>"),
+        )
     else:
         c.edit(c.core, c.lm_call("position_ids=position_ids", "places=position_ids"))
-        c.edit(c.lm, (r"position_ids: ", "places: "), (r"\n    if position_ids is None", r"\n    position_ids = places\g<0>"))
+        c.edit(
+            c.lm,
+            (r"position_ids: ", "places: "),
+            (r"\n    if position_ids is None", r"\n    position_ids = places\g<0>"),
+        )
 
 
 # ---- how things are called --------------------------------------------------------------------------------------------
@@ -568,7 +681,12 @@ def layers_wrapped_and_called_by_keyword(c: Classes) -> None:
     hidden_states_given_by_keyword(c)
 
 
-@mutation("llava", "qwen3_vl", first="AroundNamed.* has no argument known for cache", both="layers do not share one rotary embedding")
+@mutation(
+    "llava",
+    "qwen3_vl",
+    first="AroundNamed.* has no argument known for cache",
+    both="layers do not share one rotary embedding",
+)
 def layers_wrapped_and_one_argument_named(c: Classes) -> None:
     wrap(c, AroundNamed)
 
@@ -588,7 +706,9 @@ def layers_run_in_two_groups(c: Classes) -> None:
     if c.name == "llava":
         halves = [re.sub(r"self\.layers\[[^\]]*\]", f"self.layers[{part}]", loop) for part in (":2", "2:")]
     else:
-        halves = [loop.replace("enumerate(self.layers)", f"list(enumerate(self.layers))[{part}]") for part in (":2", "2:")]
+        halves = [
+            loop.replace("enumerate(self.layers)", f"list(enumerate(self.layers))[{part}]") for part in (":2", "2:")
+        ]
     c.edit(c.lm, (re.escape(loop), "".join(halves).replace("\\", "")))
 
 
@@ -615,7 +735,13 @@ def layers_renamed(c: Classes) -> None:
 @mutation("llava", "qwen2_5_vl", says="but calls its language model with")
 def language_model_called_twice(c: Classes) -> None:
     """The first time to measure something."""
-    c.edit(c.core, (r"\n( *)outputs = (self\.language_model\([^\n]*\))", r"\n\1_ = self.language_model(inputs_embeds=inputs_embeds[:, :1], use_cache=False)\g<0>"))
+    c.edit(
+        c.core,
+        (
+            r"\n( *)outputs = (self\.language_model\([^\n]*\))",
+            r"\n\1_ = self.language_model(inputs_embeds=inputs_embeds[:, :1], use_cache=False)\g<0>",
+        ),
+    )
 
 
 @mutation("llava", says="but calls its language model with")
@@ -640,29 +766,62 @@ def prefill_in_two_calls(c: Classes) -> None:
 @mutation(*ALL, both="called with gate of shape")
 def layer_argument_along_the_sequence(c: Classes) -> None:
     """[B, L]"""
-    c.edit(c.lm, c.layer_call("position_embeddings=position_embeddings", "position_embeddings=position_embeddings, gate=gate"), (r"\n    position_embeddings = ", r"\n    gate = torch.ones(hidden_states.shape[:2])\g<0>"))
-    c.edit(c.layer, (r"\*\*kwargs: ", "gate=None, **kwargs: "), (r"\n    return hidden_states", r"\n    hidden_states = hidden_states * gate[..., None]\g<0>"))
+    c.edit(
+        c.lm,
+        c.layer_call("position_embeddings=position_embeddings", "position_embeddings=position_embeddings, gate=gate"),
+        (r"\n    position_embeddings = ", r"\n    gate = torch.ones(hidden_states.shape[:2])\g<0>"),
+    )
+    c.edit(
+        c.layer,
+        (r"\*\*kwargs: ", "gate=None, **kwargs: "),
+        (r"\n    return hidden_states", r"\n    hidden_states = hidden_states * gate[..., None]\g<0>"),
+    )
 
 
 @mutation(*ALL, both="called with added of shape")
 def layer_argument_along_the_sequence_with_channels(c: Classes) -> None:
     """[B, L, D]"""
-    c.edit(c.lm, c.layer_call(r"position_embeddings=position_embeddings", "position_embeddings=position_embeddings, added=added"), (r"\n    position_embeddings = ", r"\n    added = torch.zeros_like(hidden_states)\g<0>"))
-    c.edit(c.layer, (r"\*\*kwargs: ", "added=None, **kwargs: "), (r"\n    return hidden_states", r"\n    hidden_states = hidden_states + added\g<0>"))
+    c.edit(
+        c.lm,
+        c.layer_call(
+            r"position_embeddings=position_embeddings", "position_embeddings=position_embeddings, added=added"
+        ),
+        (r"\n    position_embeddings = ", r"\n    added = torch.zeros_like(hidden_states)\g<0>"),
+    )
+    c.edit(
+        c.layer,
+        (r"\*\*kwargs: ", "added=None, **kwargs: "),
+        (r"\n    return hidden_states", r"\n    hidden_states = hidden_states + added\g<0>"),
+    )
 
 
 @mutation("llava", "qwen2_5_vl", both="the hooks are not right for")
 def first_states_added_in_each_layer(c: Classes) -> None:
     """And taken away again: an attribute of the layers, which no argument shows."""
-    c.edit(c.lm, (r"\n( *)position_embeddings = ", r"\n\1for layer in self.layers:\n\1    layer.first = hidden_states\g<0>"))
+    c.edit(
+        c.lm,
+        (r"\n( *)position_embeddings = ", r"\n\1for layer in self.layers:\n\1    layer.first = hidden_states\g<0>"),
+    )
     c.edit(c.layer, (r"\n    return hidden_states", r"\n    hidden_states = hidden_states + 0 * self.first\g<0>"))
 
 
 @mutation(*ALL, says="called with gate of shape")
 def language_model_argument_along_the_sequence(c: Classes) -> None:
     """[B, L]"""
-    c.edit(c.core, c.lm_call(r"inputs_embeds=inputs_embeds", "inputs_embeds=inputs_embeds, gate=torch.ones(inputs_embeds.shape[:2])"))
-    c.edit(c.lm, (r"\*\*kwargs: ", "gate=None, **kwargs: "), (r"\n    hidden_states = inputs_embeds", r"\n    hidden_states = inputs_embeds if gate is None else inputs_embeds * gate[..., None]"))
+    c.edit(
+        c.core,
+        c.lm_call(
+            r"inputs_embeds=inputs_embeds", "inputs_embeds=inputs_embeds, gate=torch.ones(inputs_embeds.shape[:2])"
+        ),
+    )
+    c.edit(
+        c.lm,
+        (r"\*\*kwargs: ", "gate=None, **kwargs: "),
+        (
+            r"\n    hidden_states = inputs_embeds",
+            r"\n    hidden_states = inputs_embeds if gate is None else inputs_embeds * gate[..., None]",
+        ),
+    )
 
 
 @mutation("llava", "qwen2_5_vl", says="called with deep of shape")
@@ -670,12 +829,18 @@ def language_model_argument_of_the_visual_tokens(c: Classes) -> None:
     """[visual tokens, D], added in the language model."""
     c.edit(
         c.core,
-        (r"\n( *)inputs_embeds = inputs_embeds\.masked_scatter\((\w*image_mask), (\w+)\)", r"\g<0>\n\1kwargs['deep'] = [\3 * 0]\n\1kwargs['deep_mask'] = \2[..., 0]"),
+        (
+            r"\n( *)inputs_embeds = inputs_embeds\.masked_scatter\((\w*image_mask), (\w+)\)",
+            r"\g<0>\n\1kwargs['deep'] = [\3 * 0]\n\1kwargs['deep_mask'] = \2[..., 0]",
+        ),
     )
     c.edit(
         c.lm,
         (r"\*\*kwargs: ", "deep=None, deep_mask=None, **kwargs: "),
-        (r"\n( *)hidden_states = inputs_embeds", r"\g<0>\n\1if deep is not None:\n\1    hidden_states = hidden_states.masked_scatter(deep_mask[..., None], hidden_states[deep_mask] + deep[0])"),
+        (
+            r"\n( *)hidden_states = inputs_embeds",
+            r"\g<0>\n\1if deep is not None:\n\1    hidden_states = hidden_states.masked_scatter(deep_mask[..., None], hidden_states[deep_mask] + deep[0])",
+        ),
     )
 
 
@@ -684,12 +849,18 @@ def language_model_argument_of_the_visual_tokens_and_no_mask(c: Classes) -> None
     """[visual tokens, D], and the language model knows where."""
     c.edit(
         c.core,
-        (r"\n( *)inputs_embeds = inputs_embeds\.masked_scatter\((\w*image_mask), (\w+)\)", r"\g<0>\n\1kwargs['deep'] = [\3 * 0]\n\1self.language_model.deep_mask = \2[..., 0]"),
+        (
+            r"\n( *)inputs_embeds = inputs_embeds\.masked_scatter\((\w*image_mask), (\w+)\)",
+            r"\g<0>\n\1kwargs['deep'] = [\3 * 0]\n\1self.language_model.deep_mask = \2[..., 0]",
+        ),
     )
     c.edit(
         c.lm,
         (r"\*\*kwargs: ", "deep=None, **kwargs: "),
-        (r"\n( *)hidden_states = inputs_embeds", r"\g<0>\n\1if deep is not None:\n\1    hidden_states = hidden_states.masked_scatter(self.deep_mask[..., None], hidden_states[self.deep_mask] + deep[0])"),
+        (
+            r"\n( *)hidden_states = inputs_embeds",
+            r"\g<0>\n\1if deep is not None:\n\1    hidden_states = hidden_states.masked_scatter(self.deep_mask[..., None], hidden_states[self.deep_mask] + deep[0])",
+        ),
     )
 
 
@@ -707,13 +878,19 @@ def language_model_embeds_the_text(c: Classes) -> None:
     """It is given ids, and the features of the images."""
     c.edit(
         c.core,
-        (r"\n( *)inputs_embeds = inputs_embeds\.masked_scatter\((\w*image_mask), (\w+)\)", r"\n\1kwargs['images'] = \3\n\1kwargs['where'] = \2"),
+        (
+            r"\n( *)inputs_embeds = inputs_embeds\.masked_scatter\((\w*image_mask), (\w+)\)",
+            r"\n\1kwargs['images'] = \3\n\1kwargs['where'] = \2",
+        ),
         c.lm_call("inputs_embeds=inputs_embeds", "input_ids=input_ids"),
     )
     c.edit(
         c.lm,
         (r"\*\*kwargs: ", "images=None, where=None, **kwargs: "),
-        (r"\n( *)hidden_states = inputs_embeds", r"\n\1hidden_states = inputs_embeds if images is None else inputs_embeds.masked_scatter(where, images)"),
+        (
+            r"\n( *)hidden_states = inputs_embeds",
+            r"\n\1hidden_states = inputs_embeds if images is None else inputs_embeds.masked_scatter(where, images)",
+        ),
     )
 
 

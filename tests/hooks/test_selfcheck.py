@@ -66,8 +66,10 @@ def padding_seen(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_fails_with_an_error_in_the_hooks(name: str, plant: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     plant(monkeypatch)
     result = selfcheck.check(getattr(transformers, FAMILIES[name].model), name, None, "both")
-    assert result.error is not None and "logits after 1 more tokens are off by" in result.error
-    assert transformers.__version__ in result.message() and versions.TESTED[0] in result.message()
+    assert result.error is not None
+    assert "logits after 1 more tokens are off by" in result.error
+    assert transformers.__version__ in result.message()
+    assert versions.TESTED[0] in result.message()
     assert "check=False" in result.message()
 
 
@@ -79,7 +81,9 @@ def test_patch_raises_where_it_fails(
         positions_off_by_one(planted)
         with pytest.raises(ValueError, match=r"the hooks are not right for model_type='llava' with transformers"):
             apet.patch(model, **FIRST)
-        assert apet.options(model) is None and not families.hooks_of(model, "apet") and not folder.exists()
+        assert apet.options(model) is None
+        assert not families.hooks_of(model, "apet")
+        assert not folder.exists()
         apet.patch(model, **FIRST, check=False)
     assert apet.options(model) is not None
     assert calls == ["llava"]
@@ -107,10 +111,12 @@ def test_folder_that_cannot_be_written(untested: None, folder: Path, calls: list
 def test_code_as_tested_is_not_checked(folder: Path, calls: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     model = build("llava")
     files, unchanged = selfcheck.code(selfcheck.classes_of(find(model, FIRST)))
-    assert unchanged and "models/llama/modeling_llama.py" in files
+    assert unchanged
+    assert "models/llama/modeling_llama.py" in files
     monkeypatch.setattr(selfcheck, "digests", lambda: {transformers.__version__: files})
     apet.patch(model, **FIRST)
-    assert calls == [] and not folder.exists()
+    assert calls == []
+    assert not folder.exists()
     changed = files | {"models/llama/modeling_llama.py": "0" * 16}
     monkeypatch.setattr(selfcheck, "digests", lambda: {transformers.__version__: changed})
     apet.patch(model, **FIRST)
@@ -128,7 +134,8 @@ def test_functions_replaced_in_memory_are_checked_each_time(
     model = build("llava")
     for _ in range(2):
         apet.patch(model, **FIRST)
-    assert calls == ["llava", "llava"] and not folder.exists()
+    assert calls == ["llava", "llava"]
+    assert not folder.exists()
 
 
 def test_family_without_a_tiny_model(untested: None, calls: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -141,4 +148,3 @@ def test_family_without_a_tiny_model(untested: None, calls: list[str], monkeypat
         warnings.simplefilter("error")
         apet.patch(model, **FIRST)
     assert calls == []
-

@@ -226,8 +226,8 @@ class Engine:
         if isinstance(ids, Tensor) and any(token is not None and bool((ids == token).any()) for token in tokens):
             raise ValueError(
                 f"{type(core).__name__} was called with placeholders of images or videos and with "
-                f"{', '.join(unknown)}, but with no pixel_values: apet does not know what these are, and would compress "
-                f"nothing ({versions()})"
+                f"{', '.join(unknown)}, but with no pixel_values: apet does not know what these are, and would "
+                f"compress nothing ({versions()})"
             )
 
     @torch.compiler.disable(reason=PREFILL)

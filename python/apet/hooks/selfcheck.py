@@ -206,7 +206,9 @@ def _watch(target: Target, index: int, rows: list[Tensor]) -> Any:
     def listen(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         rows.append(roles.get("hidden", roles.bind(args, kwargs)))
 
-    return target.layers()[index].register_forward_pre_hook(listen, with_kwargs=True)  # after the engine's, so: what the layer gets
+    return target.layers()[index].register_forward_pre_hook(
+        listen, with_kwargs=True
+    )  # after the engine's, so: what the layer gets
 
 
 def _caches(model: nn.Module) -> dict[str, Callable[[], transformers.Cache]]:

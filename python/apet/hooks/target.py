@@ -83,7 +83,10 @@ class Target:
             Arguments.of(model),
             Arguments.of(core),
             Arguments.of(language_model, ("embeds", "mask", "positions", "cache")),
-            tuple(Arguments.of(layer, needed if i in layers_from else ("cache", "hidden")) for i, layer in enumerate(layers)),
+            tuple(
+                Arguments.of(layer, needed if i in layers_from else ("cache", "hidden"))
+                for i, layer in enumerate(layers)
+            ),
             masks,
         )
 
