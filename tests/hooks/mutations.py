@@ -744,7 +744,7 @@ def language_model_called_twice(c: Classes) -> None:
     )
 
 
-@mutation("llava", says="but calls its language model with")
+@mutation("llava", says="but calls its language model with|the hooks are not right for")
 def prefill_in_two_calls(c: Classes) -> None:
     """Of the language model: images in the first, and the rest of the prompt in the second."""
     c.edit(
@@ -914,7 +914,7 @@ def placeholder_moved_in_the_configuration(c: Classes) -> None:
                 c.edit(owner, (r"config\.image_token_id", "config.placeholder"), method=name)
 
 
-@mutation(*ALL, inputs={"pixel_values": "image_pixels"}, faithful=False, says="image_pixels")
+@mutation(*ALL, inputs={"pixel_values": "image_pixels"}, faithful=False, says="image_pixels|the hooks are not right for")
 def pixels_renamed(c: Classes) -> None:
     """A caller says image_pixels. (generate() does not know that, and leaves them out.)"""
     for owner in (c.model, c.core):
