@@ -16,6 +16,7 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask
 from transformers import Cache, masking_utils
 
 from .versions import TESTED
@@ -49,6 +50,7 @@ class Arguments:
     @classmethod
     def of(cls, module: nn.Module, needed: Iterable[str] = ()) -> Arguments:
         """Looks the roles up in a module's signature. Raises ValueError where a needed one is not found."""
+        module = within(module)
         owner, signature = type(module).__name__, inspect.signature(module.forward)
         kinds = inspect.Parameter
         positional = (kinds.POSITIONAL_ONLY, kinds.POSITIONAL_OR_KEYWORD)
@@ -115,6 +117,17 @@ class Arguments:
             )
         return value
 
+    def unknown(self, call: Mapping[str, Any]) -> list[str]:
+        """The arguments with numbers in them that have no role here: features of something."""
+        known = {n for role in NAMES if (n := self.name(role, call)) is not None}
+        return [
+            name
+            for name, value in call.items()
+            if name not in known
+            and not name.startswith("pixel_values")
+            and any(t.is_floating_point() and t.dim() > 1 for t in _tensors(value))
+        ]
+
     def check_along(self, call: Mapping[str, Any], sizes: Mapping[int, str], known: Iterable[str] = ()) -> None:
         """Raises ValueError for an argument that runs along the sequence and that nothing here shortens.
 
@@ -135,6 +148,17 @@ class Arguments:
                         f"number of {found}. apet does not know this argument, so it cannot drop tokens from it "
                         f"({versions()})"
                     )
+
+
+def within(module: nn.Module) -> nn.Module:
+    """The module that another calls with all that it is called with, as wrappers around layers do."""
+    variadic = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    while all(p.kind in variadic for p in inspect.signature(module.forward).parameters.values()):
+        children = list(module.children())
+        if len(children) != 1:
+            break
+        module = children[0]
+    return module
 
 
 def _named(role: str, named: Mapping[str, inspect.Parameter]) -> str | None:
@@ -229,7 +253,15 @@ class MaskBuilder:
         if self.takes_cache_position:
             more["cache_position"] = torch.arange(x.shape[1], device=x.device) + past
         names = {self.embeds: x, self.cache: shown}
-        return (self.sliding if sliding else self.full)(config=config, attention_mask=mask, **names, **more)
+        made = (self.sliding if sliding else self.full)(config=config, attention_mask=mask, **names, **more)
+        check_mask("create_causal_mask returned", made)
+        return made
+
+
+def check_mask(what: str, mask: Any) -> None:
+    """Raises ValueError for what is no mask of one decoder layer."""
+    if mask is not None and not isinstance(mask, Tensor | BlockMask):
+        raise ValueError(f"{what} a mask of type {type(mask).__name__}, which apet does not know ({versions()})")
 
 
 class _OneLayer:
@@ -245,6 +277,17 @@ class _OneLayer:
 
     def get_seq_length(self, _: int = 0) -> int:
         return self.cache.get_seq_length(self.layer)
+
+
+def implementation(config: Any) -> str:
+    """The name of the attention that a decoder runs."""
+    found = getattr(config, "_attn_implementation", None)
+    if not isinstance(found, str):
+        raise ValueError(
+            f"{type(config).__name__} has no _attn_implementation, by which apet knows the attention of a decoder "
+            f"({versions()})"
+        )
+    return found
 
 
 def attention_types(config: Any) -> list[str]:

@@ -149,6 +149,10 @@ class Engine:
     def check_generation(self, model: nn.Module, given: Mapping[str, Any]) -> None:
         """Raises ValueError for what generate() would do wrong with images."""
         if not self.target.adapter.brings(given):
+            prompts = {"input_ids": next((p for p in map(given.get, ("inputs", "input_ids")) if p is not None), None)}
+            unknown = self.target.core_arguments.unknown(given)
+            if unknown:
+                self.check_no_images(self.target.core(), prompts, unknown)
             return
         config = given.get("generation_config") or model.generation_config
         chunk = given.get("prefill_chunk_size") or getattr(config, "prefill_chunk_size", None)
@@ -219,8 +223,24 @@ class Engine:
         inputs = self.target.core_arguments.bind(args, kwargs)
         if self.target.adapter.brings(inputs):
             self.begin_call(module, inputs)
-        elif not torch.compiler.is_compiling():
+            return
+        if not torch.compiler.is_compiling():
             state.end(self, "core")  # of a call that raised where hooks could not clean up
+        unknown = self.target.core_arguments.unknown(inputs)
+        if unknown:
+            self.check_no_images(module, inputs, unknown)
+
+    @torch.compiler.disable(reason=PREFILL)
+    def check_no_images(self, core: nn.Module, inputs: Mapping[str, Any], unknown: list[str]) -> None:
+        """Raises ValueError for a call with placeholders whose pixels may have a name that is not known."""
+        ids = inputs.get("input_ids")
+        tokens = [getattr(core.config, name, None) for name in self.target.adapter.tokens.values()]
+        if isinstance(ids, Tensor) and any(token is not None and bool((ids == token).any()) for token in tokens):
+            raise ValueError(
+                f"{type(core).__name__} was called with placeholders of images or videos and with "
+                f"{', '.join(unknown)}, but with no pixel_values: apet does not know what these are, and would "
+                f"compress nothing ({versions()})"
+            )
 
     @torch.compiler.disable(reason=PREFILL)
     def begin_call(self, core: nn.Module, inputs: Mapping[str, Any]) -> None:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from transformers import Cache
 
+from .calling import check_mask, versions
 from .sequence import counted
 from .state import PREFILL, Forward, Late, part
 from .target import Target
@@ -50,7 +51,7 @@ def shortened(target: Target, forward: Forward, cache: Cache | None, arguments: 
     packing = shorter.pack(valid, forward.pad_left)
     everything = torch.cat([prefix, packing.valid], dim=1)
     positions = counted(everything)[:, past:]
-    check_rotary_arguments(roles.owner, rotary, x.shape[1])
+    check_rotary_arguments(roles.owner, rotary, x)
     if target.adapter.positions == "renumber":
         before = counted(torch.cat([prefix, valid], dim=1))[:, past:]
         check_rotary_values(forward, x, rotary, before, valid, past)
@@ -65,14 +66,18 @@ def shortened(target: Target, forward: Forward, cache: Cache | None, arguments: 
     return roles.replace(arguments, hidden=x)
 
 
-def check_rotary_arguments(owner: str, rotary: Any, length: int) -> None:
-    """Raises ValueError where a layer is not given cosines and sines [.., L, d] of its positions."""
+def check_rotary_arguments(owner: str, rotary: Any, x: Tensor) -> None:
+    """Raises ValueError where a layer is not given cosines and sines of the positions of x [B, L, D]: of [B or 1, L, d]
+    or, of the three axes of M-RoPE, [3, B, L, d]."""
+    batch, length = x.shape[:2]
+    known = [((batch, length), 3), ((1, length), 3), ((3, batch, length), 4)]
     pair = isinstance(rotary, tuple | list) and len(rotary) == 2
-    if not pair or not all(isinstance(t, Tensor) and t.dim() >= 3 and t.shape[-2] == length for t in rotary):
-        shapes = [tuple(getattr(t, "shape", ())) for t in rotary] if isinstance(rotary, tuple | list) else rotary
+    if not pair or not all(isinstance(t, Tensor) and (tuple(t.shape[:-1]), t.dim()) in known for t in rotary):
+        given = rotary if isinstance(rotary, tuple | list) else [rotary]
+        shapes = ", ".join(str(tuple(t.shape)) if isinstance(t, Tensor) else type(t).__name__ for t in given)
         raise ValueError(
             f"{owner} was called with rotary embeddings {shapes}, where apet knows a cosine and a sine of "
-            f"[B, {length}, d]"
+            f"[{batch}, {length}, d] ({versions()})"
         )
 
 
@@ -102,7 +107,11 @@ def arguments(target: Target, forward: Forward, index: int, call: dict[str, Any]
     """What decoder layer `index` >= `llm_layer` is called with, instead of `call`."""
     late, roles = forward.late, target.layer_arguments[index]
     length = late.x.shape[1]
+    if forward.tokens is not None:
+        whole = forward.valid.shape[1]
+        roles.check_along(call, {whole: "tokens", sum(forward.tokens.lengths): "visual tokens"})
     given = roles.get("mask", call)
+    check_mask(f"{roles.owner} was called with", given)
     replaced: dict[str, Any] = {}
     if isinstance(given, Tensor) and given.dim() == 2:  # the layer makes its own mask
         replaced["mask"] = late.mask.to(given.dtype)

@@ -28,7 +28,7 @@ import transformers
 from torch import Tensor, nn
 
 from . import state, tiny
-from .calling import Arguments
+from .calling import Arguments, implementation, within
 from .config import Options
 from .engine import Engine
 from .target import Target
@@ -102,8 +102,8 @@ def check(cls: type, name: str, decoder: str | None = None, stage: str = "both",
 
     adapter = ADAPTERS[name] if like is None else like.adapter
     attention = "sdpa"
-    if like is not None and like.language_model().config._attn_implementation in ("eager", "sdpa"):
-        attention = like.language_model().config._attn_implementation
+    if like is not None and implementation(like.language_model().config) in ("eager", "sdpa"):
+        attention = implementation(like.language_model().config)
     worst = 0.0
     try:
         with torch.no_grad(), warnings.catch_warnings():
@@ -170,11 +170,9 @@ class Observed:
         engine.install()
         try:
             for kind, cache in caches:
-                watched = [target.layers()[0]]
-                if target.options.llm_layer is not None:
-                    watched.append(target.layers()[target.options.llm_layer])
+                watched = [0] if target.options.llm_layer is None else [0, target.options.llm_layer]
                 rows: list[Tensor] = []
-                handles = [_watch(layer, rows) for layer in watched]
+                handles = [_watch(target, index, rows) for index in watched]
                 try:
                     logits = [_call(model, cache, **inputs)[:, -1]]
                 finally:
@@ -212,11 +210,15 @@ class Observed:
             self.origin.append(origin)
 
 
-def _watch(layer: nn.Module, rows: list[Tensor]) -> Any:
-    def listen(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        rows.append(args[0] if args else kwargs["hidden_states"])
+def _watch(target: Target, index: int, rows: list[Tensor]) -> Any:
+    roles = target.layer_arguments[index]
 
-    return layer.register_forward_pre_hook(listen, with_kwargs=True)  # after the engine's, so: what the layer gets
+    def listen(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        rows.append(roles.get("hidden", roles.bind(args, kwargs)))
+
+    return target.layers()[index].register_forward_pre_hook(
+        listen, with_kwargs=True
+    )  # after the engine's, so: what the layer gets
 
 
 def _caches(model: nn.Module) -> dict[str, Callable[[], transformers.Cache]]:
@@ -257,7 +259,7 @@ def _counts(model: nn.Module, past: int) -> dict[str, Tensor]:
 
 def reference(model: nn.Module, target: Target, observed: Observed) -> Tensor:
     """The logits [B, 1 + TOKENS, V] of the decoder that is not patched, given the rows that were kept."""
-    language_model, border = target.language_model(), target.options.llm_layer
+    language_model, border = within(target.language_model()), target.options.llm_layer
     head = model.get_output_embeddings()
     early = language_model if border is None else _layers(language_model, 0, border)
     embedded = model.get_input_embeddings()(torch.tensor(TOKENS))  # [TOKENS, D]
@@ -289,7 +291,7 @@ def _run(target: Target, language_model: nn.Module, x: Tensor, more: dict[str, A
     roles = target.language_model_arguments
     given = {roles.names["embeds"]: x, roles.names["mask"]: torch.ones(x.shape[:2], dtype=torch.long)}
     output = language_model(**given, **more, use_cache=False)
-    return output[0] if isinstance(output, tuple) else output.last_hidden_state
+    return output[0]
 
 
 def _positions(target: Target, observed: Observed, b: int, columns: Tensor) -> dict[str, Any]:
@@ -340,8 +342,8 @@ def code(classes: set[type]) -> tuple[dict[str, str], bool]:
     """The files of transformers that the hooks of some classes rely on, with their digests, and whether the functions
     that are loaded are those of the files."""
     root = Path(inspect.getfile(transformers)).parent
-    used: list[Callable[..., Any]] = [transformers.masking_utils.create_causal_mask]
-    used.append(transformers.masking_utils.create_sliding_window_causal_mask)
+    makers = ("create_causal_mask", "create_sliding_window_causal_mask")
+    used = [f for f in (getattr(transformers.masking_utils, name, None) for name in makers) if f is not None]
     caches = (transformers.Cache, transformers.DynamicCache, transformers.StaticCache)
     for cls in (*caches, transformers.GenerationMixin):
         used += [f for f in vars(cls).values() if inspect.isfunction(f)]
@@ -353,8 +355,17 @@ def code(classes: set[type]) -> tuple[dict[str, str], bool]:
     places = {Path(f.__code__.co_filename) for function in used for f in _layers_of(function)}
     inside = {p for p in places if p.is_relative_to(root)}
     libraries = (Path(inspect.getfile(torch)).parent, Path(inspect.getfile(contextlib)).parent)  # their decorators
-    unchanged = all(p in inside or _is_of_library(p, libraries) for p in places)
+    beside = {Path(f.__code__.co_filename) for function in _beside(classes) for f in _layers_of(function)}
+    unchanged = all(p.is_relative_to(root) or _is_of_library(p, libraries) for p in places | beside)
     return {p.relative_to(root).as_posix(): _digest(p) for p in sorted(inside)}, unchanged
+
+
+def _beside(classes: set[type]) -> Iterator[Callable[..., Any]]:
+    """All functions of all modules in the files of some classes: of attention, too, and of what makes positions."""
+    for name in {cls.__module__ for cls in classes}:
+        for cls in vars(sys.modules[name]).values():
+            if isinstance(cls, type) and issubclass(cls, nn.Module) and cls.__module__ == name:
+                yield from (f for f in vars(cls).values() if inspect.isfunction(f))
 
 
 def _is_of_library(path: Path, libraries: Iterable[Path]) -> bool:

@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from .adapter import Adapter
-from .calling import ATTENTION_TYPES, Arguments, MaskBuilder, attention_types, check_rotary, versions
+from .calling import ATTENTION_TYPES, Arguments, MaskBuilder, attention_types, check_rotary, implementation, versions
 from .config import Options
 
 
@@ -50,6 +50,7 @@ class Target:
                 f"{type(language_model).__name__}, the language model of {type(model).__name__}, has no list `layers` "
                 "of decoder layers; an adapter's `language_model` says where they are (docs/hooks.md)"
             )
+        implementation(language_model.config)
         options = resolve(adapter, core, range(adapter.first_llm_layer(core), len(layers)))
         projector = None
         if adapter.projector is not None and options.keep is not None:
@@ -59,6 +60,11 @@ class Target:
         if options.llm_layer is not None:
             layers_from = range(options.llm_layer, len(layers))
             check_rotary(language_model, layers, options.llm_layer)
+            if len(attention_types(language_model.config)) != len(layers):
+                raise ValueError(
+                    f"llm_layer={options.llm_layer} cannot be used: {type(language_model).__name__}.layers has "
+                    f"{len(layers)} layers, and its configuration {len(attention_types(language_model.config))}"
+                )
             unknown = {*attention_types(language_model.config)} - {*ATTENTION_TYPES}
             if unknown:
                 raise ValueError(
@@ -77,7 +83,10 @@ class Target:
             Arguments.of(model),
             Arguments.of(core),
             Arguments.of(language_model, ("embeds", "mask", "positions", "cache")),
-            tuple(Arguments.of(layer, needed if i in layers_from else ("cache",)) for i, layer in enumerate(layers)),
+            tuple(
+                Arguments.of(layer, needed if i in layers_from else ("cache", "hidden"))
+                for i, layer in enumerate(layers)
+            ),
             masks,
         )
 
@@ -86,7 +95,7 @@ class Target:
     @staticmethod
     def flash(language_model: nn.Module) -> bool:
         """Whether attention takes sequence lengths instead of masks."""
-        return "flash" in language_model.config._attn_implementation
+        return "flash" in implementation(language_model.config)
 
     @staticmethod
     def slides(language_model: nn.Module, index: int) -> bool:

@@ -1,0 +1,150 @@
+"""The self-check that `patch` runs where transformers, torch or the code of a model are not as tested."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from pathlib import Path
+from typing import Any
+
+import apet
+import families
+import pytest
+import torch
+import transformers
+from apet.hooks import find, selfcheck, state, tiny, versions
+from families import FAMILIES, Family, build
+from running import BOTH, FIRST
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where records of passed checks go in these tests."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    return tmp_path / "apet-kernels" / "selfcheck"
+
+
+@pytest.fixture
+def untested(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if no version of transformers had been tested."""
+    monkeypatch.setattr(selfcheck, "digests", dict)
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The families that were checked."""
+    seen: list[str] = []
+    check = selfcheck.check
+
+    def counted(cls: type, name: str, *args: Any) -> selfcheck.Result:
+        seen.append(name)
+        return check(cls, name, *args)
+
+    monkeypatch.setattr(selfcheck, "check", counted)
+    return seen
+
+
+@pytest.mark.parametrize("stage", selfcheck.STAGES)
+def test_passes(family: Family, stage: str) -> None:
+    result = selfcheck.check(getattr(transformers, family.model), family.name, None, stage)
+    assert result.error is None
+    assert 0 < result.difference < selfcheck.TOLERANCE
+
+
+def positions_off_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = state.Part.positions
+    monkeypatch.setattr(state.Part, "positions", lambda *args: right(*args) + 1)
+
+
+def padding_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = state.Part.columns
+    monkeypatch.setattr(state.Part, "columns", lambda *args: torch.ones_like(right(*args)))
+
+
+@pytest.mark.parametrize("plant", [positions_off_by_one, padding_seen])
+@pytest.mark.parametrize("name", ["llava", "qwen2_5_vl"])
+def test_fails_with_an_error_in_the_hooks(name: str, plant: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    plant(monkeypatch)
+    result = selfcheck.check(getattr(transformers, FAMILIES[name].model), name, None, "both")
+    assert result.error is not None
+    assert "logits after 1 more tokens are off by" in result.error
+    assert transformers.__version__ in result.message()
+    assert versions.TESTED[0] in result.message()
+    assert "check=False" in result.message()
+
+
+def test_patch_raises_where_it_fails(
+    untested: None, folder: Path, monkeypatch: pytest.MonkeyPatch, calls: list[str]
+) -> None:
+    model = build("llava")
+    with monkeypatch.context() as planted:
+        positions_off_by_one(planted)
+        with pytest.raises(ValueError, match=r"the hooks are not right for model_type='llava' with transformers"):
+            apet.patch(model, **FIRST)
+        assert apet.options(model) is None
+        assert not families.hooks_of(model, "apet")
+        assert not folder.exists()
+        apet.patch(model, **FIRST, check=False)
+    assert apet.options(model) is not None
+    assert calls == ["llava"]
+
+
+def test_record(untested: None, folder: Path, calls: list[str]) -> None:
+    """One for each stage; a later patch of the same code runs no check."""
+    model = build("llava")
+    for options in (FIRST, FIRST, BOTH, FIRST, BOTH):
+        apet.patch(model, **options)
+    assert calls == ["llava", "llava"]
+    records = [json.loads(path.read_text()) for path in folder.iterdir()]
+    assert len(records) == 2
+    assert all(transformers.__version__ in record["key"] and torch.__version__ in record["key"] for record in records)
+
+
+def test_folder_that_cannot_be_written(untested: None, folder: Path, calls: list[str]) -> None:
+    folder.parent.parent.joinpath("apet-kernels").write_text("a file, where a folder should be")
+    model = build("llava")
+    for _ in range(2):
+        apet.patch(model, **FIRST)
+    assert calls == ["llava", "llava"]
+
+
+def test_code_as_tested_is_not_checked(folder: Path, calls: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    model = build("llava")
+    files, unchanged = selfcheck.code(selfcheck.classes_of(find(model, FIRST)))
+    assert unchanged
+    assert "models/llama/modeling_llama.py" in files
+    monkeypatch.setattr(selfcheck, "digests", lambda: {transformers.__version__: files})
+    apet.patch(model, **FIRST)
+    assert calls == []
+    assert not folder.exists()
+    changed = files | {"models/llama/modeling_llama.py": "0" * 16}
+    monkeypatch.setattr(selfcheck, "digests", lambda: {transformers.__version__: changed})
+    apet.patch(model, **FIRST)
+    assert calls == ["llava"]
+
+
+@pytest.mark.parametrize("method", ["forward", "__init__"])
+def test_functions_replaced_in_memory_are_checked_each_time(
+    method: str, folder: Path, calls: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a module beside those that the hooks touch, as libraries of faster kernels do."""
+    attention = type(build("llava").model.language_model.layers[0].self_attn)
+    right = getattr(attention, method)
+    monkeypatch.setattr(attention, method, lambda self, *args, **kwargs: right(self, *args, **kwargs))
+    model = build("llava")
+    for _ in range(2):
+        apet.patch(model, **FIRST)
+    assert calls == ["llava", "llava"]
+    assert not folder.exists()
+
+
+def test_family_without_a_tiny_model(untested: None, calls: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    model = build("llava")
+    monkeypatch.setattr(tiny, "settings", lambda *_: None)
+    monkeypatch.setattr(selfcheck, "_WARNED", set())
+    with pytest.warns(UserWarning, match="no tiny model of model_type='llava'"):
+        apet.patch(model, **FIRST)
+    with warnings.catch_warnings():  # once
+        warnings.simplefilter("error")
+        apet.patch(model, **FIRST)
+    assert calls == []
