@@ -188,7 +188,7 @@ def layer_cache_renamed_without_annotation(c: Classes) -> None:
     c.edit(c.lm, c.layer_call(f"{CACHE}=", "kv="))
 
 
-@mutation(*ALL)
+@mutation("llava")
 def cache_renamed_in_generate_too(c: Classes) -> None:
     """And in the core model and the model; not in outputs and in the language model."""
     word = rf"(?<![\w.]){CACHE}(?!\w)"
@@ -511,7 +511,7 @@ def layer_makes_its_rotary_embeddings_all_the_same(c: Classes) -> None:
     )
 
 
-@mutation("llava", "qwen2_5_vl")
+@mutation("llava")
 def attention_makes_rotary_embeddings(c: Classes) -> None:
     """From position_ids, and layers are given both."""
     made = c.rotary
@@ -640,7 +640,7 @@ def layers_called_by_position(c: Classes) -> None:
     c.edit(c.lm, (re.escape(call), in_order(c.layer.forward, call).replace("\\", "")))
 
 
-@mutation(*ALL)
+@mutation("llava")
 def language_model_called_by_position(c: Classes) -> None:
     call = re.search(r"= (self\.language_model\([^\n]*\))\n", source_of(c.core, "forward"))[1]
     c.edit(c.core, (re.escape(call), in_order(c.lm.forward, call)))
@@ -900,7 +900,7 @@ def embeddings_renamed(c: Classes) -> None:
     c.edit(c.core, c.lm_call("inputs_embeds=", "embeddings="))
 
 
-@mutation("llava", "qwen2_5_vl", says="has no image_token_id")
+@mutation("llava", says="has no image_token_id")
 def placeholder_moved_in_the_configuration(c: Classes) -> None:
     config = c.model.config_class
 

@@ -22,7 +22,11 @@ from transformers import PreTrainedModel
 
 CHECKED = ("first", "both")
 OURS = Path(apet.__file__).parent
-CASES = [(name, family) for name, one in MUTATIONS.items() for family in one.families]
+CASES = [
+    pytest.param(name, family, marks=() if family == "llava" else pytest.mark.slow)
+    for name, one in MUTATIONS.items()
+    for family in one.families
+]
 
 # With check=False a mutation may get past `patch`. What the calls do then, where it is neither right nor an error of
 # this package: "bare" is an error of torch or transformers, which does not say what is not as known; "wrong" is a wrong
