@@ -56,6 +56,21 @@ def test_metadata():
     assert command.value == "apet.cli:main"
 
 
+def test_every_file_of_the_packages_is_packaged():
+    """Data files have to be named in pyproject.toml, or a wheel lacks them."""
+    (table,) = re.findall(
+        r"^\[tool\.setuptools\.package-data\]\n((?:.+\n)+)", (ROOT / "pyproject.toml").read_text(), re.M
+    )
+    patterns = {name: re.findall(r'"([^"]+)"', names) for name, names in re.findall(r'^"(.+?)" = (.+)$', table, re.M)}
+    for root in (ROOT / "apet_kernels", ROOT / "python/apet"):
+        for path in root.rglob("*"):
+            if not path.is_file() or path.suffix in (".py", ".so", ".pyc"):
+                continue
+            package = ".".join(path.parent.relative_to(root.parent).parts)
+            names = patterns["*"] + patterns.get(package, [])
+            assert path.name in names, f"{path.relative_to(ROOT)} is in no pattern of package-data"
+
+
 def test_building_never_asks_for_torch():
     """And requires what the lock knows as building it."""
     (requires,) = re.findall(r"^requires = \[(.*)\]", (ROOT / "pyproject.toml").read_text(), re.M)

@@ -914,7 +914,9 @@ def placeholder_moved_in_the_configuration(c: Classes) -> None:
                 c.edit(owner, (r"config\.image_token_id", "config.placeholder"), method=name)
 
 
-@mutation(*ALL, inputs={"pixel_values": "image_pixels"}, faithful=False, says="image_pixels|the hooks are not right for")
+@mutation(
+    *ALL, inputs={"pixel_values": "image_pixels"}, faithful=False, says="image_pixels|the hooks are not right for"
+)
 def pixels_renamed(c: Classes) -> None:
     """A caller says image_pixels. (generate() does not know that, and leaves them out.)"""
     for owner in (c.model, c.core):
