@@ -133,6 +133,10 @@ FIRST = (
 )
 
 
+# Of these an interpreter takes one point: each is several calls on an image of hundreds of tokens, 10 s and more.
+ONE_POINT = ("test_invariance.py::",)
+
+
 def ordered(items: list[pytest.Item], seed: int | None) -> list[pytest.Item]:
     """By the table above, or as the seed draws. Every worker has to come to the same order."""
     if seed is not None:
@@ -170,9 +174,10 @@ def cut_grids(config: pytest.Config, items: list[pytest.Item]) -> None:
         if isinstance(backend, str) and interpreted(backend):
             grids.setdefault((item.nodeid.partition("[")[0], backend), []).append(item)
     cut: set[pytest.Item] = set()
-    for grid in grids.values():
-        last, steps = len(grid) - 1, max(points - 1, 1)
-        cut.update(set(grid) - {grid[i * last // steps] for i in range(min(points, len(grid)))})
+    for (name, _), grid in grids.items():
+        wanted = 1 if name.removeprefix("tests/").startswith(ONE_POINT) else points
+        last, steps = len(grid) - 1, max(wanted - 1, 1)
+        cut.update(set(grid) - {grid[i * last // steps] for i in range(min(wanted, len(grid)))})
     config.hook.pytest_deselected(items=list(cut))
     items[:] = [item for item in items if item not in cut]
 

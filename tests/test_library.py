@@ -273,7 +273,11 @@ def cases() -> list[tuple[Tensor, int, dict[str, object]]]:
 
 
 @needs_op
-@pytest.mark.parametrize("copy", COPIES, ids=lambda copy: copy.__name__)
+@pytest.mark.parametrize(
+    "copy",
+    [COPIES[0], *(pytest.param(copy, marks=pytest.mark.slow) for copy in COPIES[1:])],  # each compiles the library
+    ids=lambda copy: copy.__name__,
+)
 def test_every_way_of_building_gives_the_bits_of_the_op(copy: Callable[[], Copy]):
     library = copy()
     checked = 0

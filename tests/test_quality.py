@@ -191,6 +191,7 @@ def test_agreement_tells_equal_sets_from_different_ones(monkeypatch):
     assert 2 / 3 < found["common"] < 1
 
 
+@pytest.mark.slow  # a minute: the study is no part of the package
 def test_the_whole_study_on_a_few_pictures(tmp_path, monkeypatch):
     """Every step, with one layer and two budgets, without the packages that only the full study needs. One test, since
     each of its parts wants the results of all steps before."""

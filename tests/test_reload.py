@@ -98,6 +98,7 @@ still_right(apet_kernels, 60)
     )
 
 
+@pytest.mark.slow  # starts Python and torch several times
 def test_copies_under_other_names(tmp_path):
     """An engine vendors this package beside the installed one: the same files, copies of them, and the Python alone."""
     shutil.copytree(PACKAGE, tmp_path / "all", ignore=shutil.ignore_patterns("__pycache__"))
@@ -120,6 +121,7 @@ for n, folder in enumerate({folders}):
     )
 
 
+@pytest.mark.slow  # starts Python and torch several times
 def test_a_copy_without_kernels_gets_those_of_the_next(tmp_path):
     """The first copy defines the ops; a library that comes with the second implements them for both."""
     shutil.copytree(PACKAGE, tmp_path / "vendored", ignore=shutil.ignore_patterns("*.so", "__pycache__"))
@@ -167,6 +169,7 @@ def test_another_version(tmp_path):
     assert f"apet-kernels 99.1.0 ({folder / 'ops.py'}) is another version" in line
 
 
+@pytest.mark.slow  # starts Python and torch several times
 def test_other_schemas(tmp_path):
     """Of the same version: someone is at work on them."""
     folder = other(tmp_path, "ops.py", "float blend=1.0", "float blend=0.5")
@@ -176,6 +179,7 @@ def test_other_schemas(tmp_path):
     assert str(folder / "ops.py") in line
 
 
+@pytest.mark.slow  # starts Python and torch several times
 def test_ops_of_something_else():
     """A release of before this registry, or another library that chose the same name."""
     said = run(

@@ -110,13 +110,16 @@ def compiler():
 
 
 @pytest.mark.parametrize("target", TARGETS)
-@pytest.mark.parametrize(("D", "dtype"), [(64, torch.bfloat16), (33, torch.float32)])
+@pytest.mark.parametrize(
+    ("D", "dtype"), [pytest.param(64, torch.bfloat16, marks=pytest.mark.slow), (33, torch.float32)]
+)
 def test_one_binary_for_all_calls(compiler, target, D, dtype):
     needed = compiler.submit(binaries, target, D, dtype).result()
     first = ("s1_norms", "s1_s3_sweep", "s4_topk", "s5_assign", "s5_mean")
     assert needed == {**{kernel: ["a call"] for kernel in first}, "s4_given_rows": ["merge"]}
 
 
+@pytest.mark.slow
 def test_one_form_for_all_calls(compiler):
     names = ("a call", "an offset", "one image of one token")
     one, *others = compiler.submit(forms, 64, torch.float16, names).result()

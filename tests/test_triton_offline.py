@@ -67,6 +67,7 @@ def test_faults_are_seen():
         assert re.fullmatch(r"s1_s3_sweep.py:\d+:\d+ loads x by 2 bytes, 8192 by 128 threads", narrow[0])
 
 
+@pytest.mark.slow  # a minute; test_sass.py and the interpreter see every kernel every day
 def test_what_most_users_run():
     """Three sizes on three GPUs, 48 kernels; `make test-slow SLOW=slow` compiles the others."""
     results = offline.compile_all(offline.SMOKE, smoke=True)
