@@ -134,7 +134,7 @@ FIRST = (
 
 
 # Of these an interpreter takes one point: each is several calls on an image of hundreds of tokens, 10 s and more.
-ONE_POINT = ("test_invariance.py::",)
+ONE_POINT = ("test_invariance.py::", "test_layouts.py::", "test_s1_basis.py::", "test_s4_topk.py::")
 
 
 def ordered(items: list[pytest.Item], seed: int | None) -> list[pytest.Item]:
