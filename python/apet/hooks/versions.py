@@ -1,4 +1,4 @@
-"""The versions that the hooks were tested with: `make matrix` runs them, docs/compatibility.md has the results."""
+"""The versions under which the hooks passed at least their self-check. docs/compatibility.md has those whose tests ran."""
 
 from __future__ import annotations
 
@@ -16,6 +16,6 @@ def digests() -> dict[str, dict[str, str]]:
     return json.loads(FILE.read_text())
 
 
-# The oldest of each is the lower bound in pyproject.toml.
+# Beside another torch the self-check runs once.
 TESTED: tuple[str, ...] = tuple(digests())
-TORCH: tuple[str, ...] = ("2.10", "2.11", "2.12", "2.13", "2.14", "2.15")
+TORCH: tuple[str, ...] = ("2.13",)
