@@ -1,4 +1,4 @@
-"""The versions under which the hooks passed at least their self-check. docs/compatibility.md has those whose tests ran."""
+"""The versions under which the hooks passed their self-check; docs/compatibility.md has those whose tests were run."""
 
 from __future__ import annotations
 
