@@ -13,6 +13,7 @@ from typing import Any
 import apet
 import pytest
 import torch
+import transformers
 from conversations import Sample, collate
 from families import FAMILIES, build, twin
 from mutations import MUTATIONS, Classes, NotThisVersion
@@ -21,6 +22,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 CHECKED = ("first", "both")
+WRITTEN_FOR = "5.24."  # the mutations edit its source; on others some give a model that does not run
 OURS = Path(apet.__file__).parent
 CASES = [
     pytest.param(name, family, marks=() if family == "llava" else pytest.mark.slow)
@@ -89,7 +91,12 @@ def test_mutation(name: str, family: str, tmp_path: Path, monkeypatch: pytest.Mo
             pytest.skip(str(reason))
         model = build(family)
         given: dict[str, Any] = {mutation.inputs.get(n, n): value for n, value in inputs.items()}
-        told = say(model, given)
+        try:
+            told = say(model, given)
+        except Exception as error:
+            if transformers.__version__.startswith(WRITTEN_FOR):
+                raise
+            pytest.skip(f"the change does not fit this version's code: {error}")
         for stage in CHECKED:
             outcomes[stage] = [attempt(model, given, stage, check=True)]
             if isinstance(outcomes[stage][0], Exception):
