@@ -157,6 +157,16 @@ def test_a_compressed_cache_in_a_model_that_is_not_patched(family: Family, stage
             go_on(model, torch.tensor([[11]]), out, len(row.ids))
 
 
+@pytest.mark.parametrize("then", [FIRST, {**BOTH, "llm_layer": 3}], ids=["first", "another layer"])
+def test_a_cache_of_another_llm_layer(family: Family, then: dict[str, Any]) -> None:
+    """The model is patched otherwise between two turns."""
+    model, row = shared(family.name), conversation(family, 3, "image", 5)
+    with apet.patched(model, **BOTH):
+        first = model(**collate(family, [row]), use_cache=True)
+    with apet.patched(model, **then), pytest.raises(ValueError, match="compressed at llm_layer=2"):
+        go_on(model, torch.tensor([[11]]), first, len(row.ids))
+
+
 def reloaded(cache: transformers.Cache) -> transformers.Cache:
     return pickle.loads(pickle.dumps(cache))
 

@@ -40,7 +40,7 @@ def resolve(
 ) -> Options:
     """The options that `patch` was given, over those of the preset, over the defaults. layers: what llm_layer may be.
 
-    Raises ValueError, in a sentence with the offending value.
+    Raises ValueError with the offending value.
     """
     given = {name: value for name, value in given.items() if value is not None}
     preset = given.get("preset")

@@ -162,7 +162,7 @@ class Engine:
             )
 
     def generation(self) -> Call | None:
-        """The generate() that runs in this thread: this instance's, or the class's that somebody called directly."""
+        """The generate() that runs in this thread: this instance's, or the class's, called directly."""
         return state.current(self, "generate") or self.generation_of_the_class()
 
     def generation_of_the_class(self) -> Call | None:
@@ -340,6 +340,11 @@ class Engine:
         roles = self.target.language_model_arguments
         batch, new = roles.get("embeds", arguments).shape[:2]
         caches.check(prompt, cache, batch)
+        if prompt.late is not None and prompt.llm_layer != self.options.llm_layer:
+            raise ValueError(
+                f"the cache holds a prompt compressed at llm_layer={prompt.llm_layer}, but the model is patched "
+                f"with llm_layer={self.options.llm_layer} now; start without the cache"
+            )
         past = cache.get_seq_length()
         tail = caches.tail(prompt, cache, roles.get("mask", arguments), past, new)
         prompt.forward = Forward(module, prompt, tail=tail)

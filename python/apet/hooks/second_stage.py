@@ -61,6 +61,7 @@ def shortened(target: Target, forward: Forward, cache: Cache | None, arguments: 
     x = shorter.placed(packing, x)
     forward.trace.stage(shorter, packing)
     following = everything.sum(1, keepdim=True)
+    forward.prompt.llm_layer = options.llm_layer
     forward.prompt.late = part(cache, everything, following, target.flash(forward.language_model))
     forward.late = Late(everything, past, tuple(t.to(x.device) for t in rotary), positions, x)
     return roles.replace(arguments, hidden=x)

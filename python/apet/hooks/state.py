@@ -71,6 +71,7 @@ class Prompt:
     tokens: int = 0  # its length as given, padding included; 0: no visual tokens
     early: Part | None = None  # None for layers in which nothing was dropped
     late: Part | None = None
+    llm_layer: int | None = None  # where the late layers begin
     dropped: int = 0  # by how much the early layers' is shorter
     least: int | Tensor = 0  # how many columns of the early layers end with its last visual token
     forward: Forward | None = None  # the step that is running
