@@ -185,14 +185,13 @@ def _check_hooks(console: Console) -> int:
         import transformers
 
         from apet.hooks import selfcheck
-        from apet.hooks.adapters import ADAPTERS
         from apet.hooks.versions import TESTED
     except ImportError as error:
         console.print(f"[yellow]The hooks (apet.patch) cannot be used: {escape(str(error))}[/]")
         return 0
     with console.status("checking the hooks") as status:
         results = []
-        for name in sorted(ADAPTERS):
+        for name in selfcheck.families():
             status.update(f"checking the hooks: {name}")
             results.append(selfcheck.check_family(name))
     version = transformers.__version__

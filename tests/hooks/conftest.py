@@ -11,6 +11,7 @@ import families
 import processors
 import pytest
 import torch
+from apet.hooks.adapters import ADAPTERS
 
 
 @pytest.fixture(params=list(families.FAMILIES))
@@ -51,10 +52,14 @@ def llava(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def clean() -> Iterator[None]:
-    """No hook, option or attribute stays on a shared model; nothing is printed about tiny configurations."""
+    """No hook, option or attribute stays on a shared model, and no adapter in the registry; nothing is printed about
+    tiny configurations."""
     logging.getLogger("transformers").setLevel(logging.ERROR)
+    known = dict(ADAPTERS)
     with torch.no_grad():
         yield
+    ADAPTERS.clear()
+    ADAPTERS.update(known)
     for model in families.built.values():
         assert apet.options(model) is None
         assert families.hooks_of(model, "apet") == []

@@ -148,3 +148,9 @@ def test_family_without_a_tiny_model(untested: None, calls: list[str], monkeypat
         warnings.simplefilter("error")
         apet.patch(model, **FIRST)
     assert calls == []
+
+
+def test_an_adapter_of_a_user_is_not_among_the_families_that_the_doctor_checks() -> None:
+    before = selfcheck.families()
+    apet.register_adapter("aya_vision", apet.Adapter())
+    assert selfcheck.families() == before == sorted(FAMILIES)

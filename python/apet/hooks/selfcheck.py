@@ -128,6 +128,13 @@ def check(cls: type, name: str, decoder: str | None = None, stage: str = "both",
     return Result(name, stage, worst)
 
 
+def families() -> list[str]:
+    """The `model_type`s that have an adapter and a tiny model; registered adapters of a user's own have none."""
+    from .adapters import ADAPTERS
+
+    return sorted(name for name in ADAPTERS if tiny.settings(name) is not None)
+
+
 def check_family(name: str) -> Result:
     """The self-check of a family by its `model_type`, both stages, on transformers' own class."""
     try:
