@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from apet_kernels.options import LAYOUTS, MAX_BASIS, SELECTS
+from apet_kernels import options as kernel
+from apet_kernels.options import Layout, Select
 
 Keep = int | float | tuple[int | float, ...]
 
@@ -22,8 +24,8 @@ class Options:
 
     keep: Keep | None = None
     basis: int = 10
-    layout: str = "inplace"
-    select: str = "fps"
+    layout: Layout = "inplace"
+    select: Select = "fps"
     blend: float = 1.0
     llm_layer: int | None = None
     llm_keep: Keep | None = None
@@ -94,18 +96,9 @@ def _check(options: Options, layers: range) -> None:
             raise ValueError(f"{name}={value!r} is not a whole number")
     if options.llm_layer is not None and options.llm_layer not in layers:
         raise ValueError(f"llm_layer={options.llm_layer} is outside {layers[0]}..{layers[-1]}, between decoder layers")
-    if options.layout not in LAYOUTS:
-        raise ValueError(f"layout='{options.layout}' is none of {', '.join(LAYOUTS)}")
+    kernel.Options(**options.kernel).check(tokens=sys.maxsize)  # how many a model has is known when it is called
     if options.layout == "append" and options.llm_layer is not None:
         raise ValueError(f"layout='append' has no second stage; leave out llm_layer={options.llm_layer}")
-    if options.select not in SELECTS:
-        raise ValueError(f"select='{options.select}' is none of {', '.join(SELECTS)}")
-    if not 1 <= options.basis <= MAX_BASIS:
-        raise ValueError(f"basis={options.basis} is outside 1..{MAX_BASIS}")
-    if not 0 <= options.blend <= 1:
-        raise ValueError(f"blend={options.blend:g} is outside 0..1")
-    if options.blend != 1 and options.layout != "overwrite":
-        raise ValueError(f"blend={options.blend:g} needs layout='overwrite', got layout='{options.layout}'")
     for name, keep in (("keep", options.keep), ("llm_keep", options.llm_keep)):
         counts = [k for k in (keep if isinstance(keep, tuple) else (keep,)) if isinstance(k, int)]
         if options.layout == "overwrite" and counts and min(counts) <= options.basis:
