@@ -117,7 +117,7 @@ def pytest_configure(config: pytest.Config) -> None:
 # What takes longest, first: whatever ends last is then short, and workers that steal work end together. Files, or tests
 # in them. Only the order of a run depends on this table.
 FIRST = (
-    "test_library.py::test_every_way_of_building",  # which builds what other tests of the file share
+    "test_library_builds.py::test_every_way_of_building",  # which builds what other tests of these files share
     "test_cuda_simt.py::test_planted_bugs",
     "test_triton_offline.py",
     "test_triton_invariance.py",
@@ -125,7 +125,7 @@ FIRST = (
     "hooks/",
     "test_quality.py::test_the_whole_study",
     "test_packaging.py",
-    "test_library.py",
+    "test_library_",
     "test_cli.py",
     "test_cuda_simt.py",
     "test_eval.py::test_processes_agree",

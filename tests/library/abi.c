@@ -1,6 +1,6 @@
 /* The binary interface of apet.h on LP64, number by number: a change that stops this from compiling, as C11 or C++17, breaks
  * programs that are compiled already. Then APET_VERSION_MINOR (from 1.0 on MAJOR) goes up, and the numbers follow. What
- * is added to apet_status is added here. tests/test_library.py compiles it, and looks that nothing of the header is
+ * is added to apet_status is added here. tests/test_library_abi.py compiles it, and looks that nothing of the header is
  * missing. */
 #include "apet.h"
 

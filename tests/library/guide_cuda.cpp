@@ -1,4 +1,4 @@
-// The snippet of docs/vendoring.md, which tests/test_library.py takes out of it, for ctypes and the simulated GPU.
+// The snippet of docs/vendoring.md, which tests/test_library_guide.py takes out of it, for ctypes and the simulated GPU.
 #include <cstdio>
 #include <cstdlib>
 

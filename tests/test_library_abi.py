@@ -1,0 +1,234 @@
+"""The C header and the binary interface of the library; what the library takes from elsewhere."""
+
+from __future__ import annotations
+
+import ctypes
+import re
+import shutil
+import subprocess
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.binaries import RUNTIMES, declared, declared_for, exported, needed, run, undefined, version
+from tests.data import tokens
+from tests.judge import assert_same
+from tests.library.copies import (
+    CSRC,
+    HEADER,
+    ISAS,
+    SOURCES,
+    STRICT,
+    Copy,
+    built,
+    each,
+    installed,
+    listed,
+    make_by_hand,
+    make_installed,
+    needs_sources,
+    newer,
+)
+from tests.simt import call as simt_call
+
+pytestmark = needs_sources
+
+
+# ---- the header and the binary interface -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("compiler", "language", "file"),
+    [
+        ("cc", ["-std=c99"], "header.c"),
+        ("cc", ["-std=c11"], "header.c"),
+        ("c++", ["-std=c++17", "-x", "c++"], "header.c"),
+        ("cc", ["-std=c11"], "abi.c"),
+        ("c++", ["-std=c++17", "-x", "c++"], "abi.c"),
+    ],
+    ids=["c99", "c11", "c++17", "abi-c11", "abi-c++17"],
+)
+@pytest.mark.parametrize("static", [[], ["-DAPET_STATIC"]], ids=["shared", "static"])
+def test_header_compiles(tmp_path: Path, compiler: str, language: list[str], file: str, static: list[str]):
+    if not shutil.which(compiler):
+        pytest.skip(f"{compiler} is not installed")
+    run(compiler, *language, *STRICT, *static, "-I", CSRC, "-c", SOURCES / file, "-o", tmp_path / "object.o")
+
+
+def header_code() -> str:
+    return re.sub(r"/\*.*?\*/", "", HEADER.read_text(), flags=re.S)
+
+
+def test_abi_pins_all_of_the_header():
+    """Every type, member, enumerator and function of apet.h stands in tests/library/abi.c."""
+    code, pinned = header_code(), re.sub(r"\s+", " ", (SOURCES / "abi.c").read_text())
+    found = re.findall(r"typedef (?:struct|enum) \w+ \{(.*?)\} (\w+);", code, re.S)
+    bodies = {name: body for body, name in found}
+    assert len(bodies) == 13
+    wanted = {f"SIZE({name}, " for name in bodies}
+    for name, body in bodies.items():
+        if "," in body and ";" not in body:
+            wanted |= {f"VALUE({enumerator}, " for enumerator in re.findall(r"APET_\w+", body)}
+        else:
+            declarators = re.findall(r"\(\*(\w+)\)\(|(\w+)(?:\[\d+\])?;", body)
+            wanted |= {f"MEMBER({name}, {pointer or plain}, " for pointer, plain in declarators}
+    wanted |= {f"{name}(" for name in declared()} | {"VALUE(APET_MAX_BASIS, "}
+    assert len(wanted) > 110
+    assert {entry for entry in wanted if entry not in pinned} == set()
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("int64_t keep; ", "int32_t keep; "),
+        ("int32_t images_in_flight; ", "int32_t images_in_flight, more; "),
+        ("APET_QR = 1", "APET_QR = 2"),
+        ("#define APET_VERSION_MINOR 1", "#define APET_VERSION_MINOR 2"),
+        ("apet_check(const apet_problem* problem)", "apet_check(apet_problem* problem)"),
+    ],
+    ids=["member", "added", "enumerator", "version", "function"],
+)
+def test_abi_notices_a_change(tmp_path: Path, old: str, new: str):
+    text = re.sub(r" +", " ", HEADER.read_text())
+    assert old in text
+    (tmp_path / "apet.h").write_text(text.replace(old, new))
+    shutil.copy(SOURCES / "abi.c", tmp_path)
+    done = subprocess.run(
+        ["cc", "-std=c11", "-c", tmp_path / "abi.c", "-o", tmp_path / "abi.o"], capture_output=True, text=True
+    )
+    assert done.returncode != 0
+    assert "the binary interface has changed" in done.stderr or "conflicting types" in done.stderr
+
+
+def test_every_status_has_a_message_and_no_other_number():
+    library = installed().library
+    library.apet_error_message.restype = ctypes.c_size_t
+    messages = set()
+    problem = simt_call.Problem()
+    numbers = simt_call.status_numbers()
+    assert len(numbers) == 25
+    for status in [*numbers.values(), 25]:
+        text = ctypes.create_string_buffer(256)
+        length = library.apet_error_message(ctypes.byref(problem), status, text, ctypes.c_size_t(256))
+        assert length == len(text.value) < 256
+        assert library.apet_error_message(None, status, None, ctypes.c_size_t(0)) > 0
+        cut = ctypes.create_string_buffer(b"xxxxxxxx", 8)
+        assert library.apet_error_message(ctypes.byref(problem), status, cut, ctypes.c_size_t(5)) == length
+        assert cut.raw[:4] + cut.raw[4:] == text.value[:4] + b"\0xxx"
+        messages.add(text.value.decode())
+    assert len(messages) == 26
+    assert {s for s in messages if "unknown" in s} == {"status 25 is unknown"}
+
+
+@pytest.mark.parametrize("op", ["SCORE", "MERGE"])
+def test_ragged_images_can_only_be_compressed(op: str):
+    """score and merge lay their results out by image, and would write past them."""
+    library = installed().library
+    cu_seqlens, cu_keep = (torch.tensor(offsets, dtype=torch.int32) for offsets in ([0, 10, 30], [0, 4, 9]))
+    problem = simt_call.compress_varlen_case(tokens(30, 8), cu_seqlens, cu_keep, 9, 20, 5).problem
+    assert library.apet_check(ctypes.byref(problem)) == 0
+    problem.op = getattr(simt_call, op)
+    status = library.apet_check(ctypes.byref(problem))
+    text = ctypes.create_string_buffer(256)
+    library.apet_error_message(ctypes.byref(problem), status, text, ctypes.c_size_t(256))
+    assert text.value.decode() == f"ragged images can be compressed, but op is {op.lower()}"
+
+
+class Pool(ctypes.Structure):
+    """apet_pool."""
+
+    _fields_ = [("threads", ctypes.c_int32), ("context", ctypes.c_void_p), ("run", ctypes.c_void_p)]
+
+
+def test_a_pool_without_a_function_is_refused():
+    library, case = installed().library, simt_call.compress_case(tokens(8, 300, 64), 30)
+    room = torch.empty(1 << 24, dtype=torch.uint8)
+    tensors = simt_call.Tensors(**{name: t.data_ptr() for name, t in (case.inputs | case.outputs).items()})
+    pool, workspace = Pool(threads=8), ctypes.c_void_p((room.data_ptr() + 63) // 64 * 64)
+    arguments = (ctypes.byref(case.problem), ctypes.byref(tensors))
+    status = library.apet_cpu_run(*arguments, ctypes.byref(pool), workspace, ctypes.c_size_t(len(room) - 64))
+    assert status == simt_call.status_numbers()["APET_NULL_POINTER"]
+
+
+@each(installed, newer)
+def test_exports_exactly_the_header(copy: Callable[[], Copy]):
+    assert exported(Path(copy().library._name)) == declared_for("libapet")
+
+
+@each(installed, newer)
+def test_name_and_calls_of_a_shared_library(copy: Callable[[], Copy]):
+    """Its name holds the version that is compatible; its calls to itself can end in no other copy."""
+    library = Path(copy().library._name)
+    abi = ".".join(copy().version().split(".")[:2])
+    assert f"Library soname: [libapet.so.{abi}]" in run("readelf", "-d", library)
+    assert not re.findall(r"apet_\w+", run("readelf", "-r", library))
+
+
+@pytest.mark.slow
+def test_two_versions_side_by_side():
+    """Each keeps its own state, and both give the same bits, called in turn and at once."""
+    old, new = installed(), newer()
+    major, minor, patch = map(int, version().split("."))
+    assert (old.version(), new.version()) == (version(), f"{major}.{minor + 1}.{patch}")
+    x = tokens(2, 150, 64)
+    problem = simt_call.compress_case(x, 20).problem
+    assert new.use_isa("generic")
+    try:
+        assert new.plan(problem).isa == ISAS.index("generic")
+        best = old.plan(problem).isa
+    finally:
+        new.use_isa("best")
+    assert best == new.plan(problem).isa
+    expected = old.compress(x, 20)
+    with ThreadPoolExecutor(2) as pool:
+        both = [pool.submit(library.compress, x, 20) for _ in range(20) for library in (old, new)]
+        for result in both:
+            for got, wanted in zip(result.result(), expected, strict=True):
+                assert_same(got, wanted)
+
+
+# ---- what it does not do ---------------------------------------------------------------------------------------------
+
+
+def test_uses_nothing_that_allocates_waits_or_throws():
+    """All that libapet takes from elsewhere. A call through the caller's pool is the only one that leaves it."""
+    allowed = {"memcpy", "memmove", "memset", "snprintf", "sched_yield", "__cxa_guard_acquire", "__cxa_guard_release"}
+    hardened = {"__memcpy_chk", "__memset_chk", "__snprintf_chk", "__stack_chk_fail"}  # of compilers that do so unasked
+    library = Path(installed().library._name)
+    assert {"memcpy", "snprintf"} < undefined(library) <= allowed | hardened
+    assert needed(library) <= RUNTIMES
+
+
+def test_compiles_without_exceptions_and_rtti():
+    for name in sorted(listed("cpu")):
+        if name.endswith(".cpp") and "isa_avx" not in name:
+            options = ["-std=c++17", "-fno-exceptions", "-fno-rtti", "-fsyntax-only"]
+            run("g++", *options, CSRC / name)
+
+
+@pytest.mark.parametrize("copy", ["shared", pytest.param("static", marks=pytest.mark.slow)])
+def test_allocates_nothing(tmp_path: Path, copy: str):
+    program = tmp_path / "allocations"
+    options = ["-std=c++17", "-O1", *STRICT[:2], "-I", CSRC, SOURCES / "allocations.cpp", "-o", program]
+    if copy == "static":
+        run("g++", *options, "-DAPET_STATIC", built("by_hand", make_by_hand) / "libapet.a")
+    else:
+        folder = built("installed", make_installed) / "moved/lib"
+        run("g++", *options, f"-L{folder}", "-lapet", f"-Wl,-rpath,{folder}")
+    calls, allocations = re.fullmatch(r"(\d+) calls, (\d+) allocations\n", run(program)).groups()
+    assert int(calls) >= 100
+    assert int(allocations) == 0
+
+
+def test_cuda_neither_allocates_nor_waits():
+    """Every function of the CUDA runtime that is called; the last two by kernels, for the launch before and after."""
+    text = "\n".join(re.sub(r"//.*", "", path.read_text()) for path in sorted((CSRC / "cuda").glob("*.cu*")))
+    assert set(re.findall(r"\b(cuda[A-Z]\w+)\(", text)) == {
+        *("cudaGetDevice", "cudaDeviceGetAttribute", "cudaFuncSetAttribute", "cudaGetErrorString", "cudaGetLastError"),
+        *("cudaOccupancyMaxActiveBlocksPerMultiprocessor", "cudaOccupancyMaxActiveClusters"),
+        *("cudaLaunchKernelEx", "cudaMemsetAsync"),
+        *("cudaGridDependencySynchronize", "cudaTriggerProgrammaticLaunchCompletion"),
+    }
