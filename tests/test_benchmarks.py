@@ -26,7 +26,10 @@ RATES |= {"cached GB/s": 100.0, "call us": 10.0, "peak GFLOP/s": 1000.0, "cache 
 ONLY = {"cpu": ["inplace"], "growth": ["float32"]}  # of the smoke cases, where the others take more than they tell
 
 
-@pytest.mark.parametrize("name", report.SUITES)
+@pytest.mark.parametrize(
+    "name",  # that of the CPU compiles its baseline by torch.compile, in half a minute
+    [pytest.param(name, marks=pytest.mark.slow if name == "cpu" else ()) for name in report.SUITES],
+)
 def test_every_suite_runs_and_is_reported(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """On small sizes: what it times is checked, its results are read, its section of the page is written."""
     its, only = report.SUITES[name], ONLY.get(name, [])

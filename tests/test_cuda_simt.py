@@ -173,6 +173,7 @@ def sanitized(case: Case, how: How, sanitizer: str) -> None:
         assert_same(case.outputs[name], value, name)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("op", ["compress", "compress_varlen", "score", "merge"])
 def test_address_sanitizer(op, dtype):
@@ -189,6 +190,7 @@ def test_address_sanitizer(op, dtype):
 OFFSETS = [[0, 20, 10, 50], [-5, -1, 3, 2**31 - 1], [-(2**31), 2**31 - 1, -(2**31), 2**31 - 1], [50, 40, 30, 0]]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("cu", OFFSETS)
 def test_offsets_that_are_wrong_stay_in_bounds(cu, layout):
@@ -200,13 +202,14 @@ def test_offsets_that_are_wrong_stay_in_bounds(cu, layout):
         sanitized(call.compress_varlen_case(x, seqlens, keeps, 12, 50, 12, 3, layout=layout), how, "address")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", SANITIZED, ids=lambda how: how.path)
 @pytest.mark.parametrize(
     ("op", "dtype"),
     [
         ("compress", torch.float16),
         *(
-            pytest.param(op, dtype, marks=[pytest.mark.slow, pytest.mark.matrix])
+            pytest.param(op, dtype, marks=pytest.mark.matrix)
             for op in ("compress", "compress_varlen", "merge")
             for dtype in DTYPES
             if (op, dtype) != ("compress", torch.float16)
@@ -232,14 +235,18 @@ RACE = r"WARNING: ThreadSanitizer: data race"
 OVERFLOW = r"ERROR: AddressSanitizer: heap-buffer-overflow"
 WRONG = "other bits"
 
+# When a bug is planted. Each is a build of its own: every day only some without a sanitizer.
+EVERY_DAY, SLOW = (), (pytest.mark.slow,)
+ALL_BUGS = (*SLOW, pytest.mark.matrix)
+
 
 class Bug:
     """A change [pattern, replacement] of a file in csrc/cuda, where it has to show, and as what."""
 
     def __init__(
-        self, name: str, file: str, change: list[tuple[str, str]], how: How, seen: str, everyday: bool = False
+        self, name: str, file: str, change: list[tuple[str, str]], how: How, seen: str, when: tuple = ALL_BUGS
     ):
-        self.name, self.file, self.change, self.how, self.seen, self.everyday = name, file, change, how, seen, everyday
+        self.name, self.file, self.change, self.how, self.seen, self.when = name, file, change, how, seen, when
 
     @property
     def sanitizer(self) -> str:
@@ -258,7 +265,7 @@ BUGS = [
         [(r"(warp_best\[warp\] = best;)\s*__syncthreads\(\);", r"\1")],
         FUSED,
         RACE,
-        everyday=True,
+        when=SLOW,
     ),
     Bug(
         "candidates are read before the group's barrier",
@@ -309,7 +316,7 @@ BUGS = [
         [(r"min\(i0 \+ r, slice\.tokens - 1\)", "min(i0 + r, slice.tokens)")],
         How(path="cluster", ctas_per_image=2, resident=0),
         OVERFLOW,
-        everyday=True,
+        when=SLOW,
     ),
     Bug(
         "one column too many",
@@ -331,7 +338,7 @@ BUGS = [
         [(r"copy_async_wait<0>\(\);", "")],
         FUSED,
         r"exits with \d+ asynchronous copies that it has not waited for",
-        everyday=True,
+        when=SLOW,
     ),
     Bug(
         "a copy is waited for one step too late",
@@ -339,7 +346,7 @@ BUGS = [
         [(r"copy_async_wait<kBuffers - 2>", "copy_async_wait<kBuffers - 1>")],
         CLUSTER,
         WRONG,
-        everyday=True,
+        when=EVERY_DAY,
     ),
     Bug(
         "a mask of half a warp",
@@ -347,7 +354,7 @@ BUGS = [
         [(r"__ballot_sync\(kAllLanes, target", "__ballot_sync(0xffffu, target")],
         FUSED,
         r"calls __ballot_sync with mask 0x0000ffff, which leaves out its lane",
-        everyday=True,
+        when=EVERY_DAY,
     ),
     Bug(
         "lanes that a shuffle waits for stay away",
@@ -362,7 +369,7 @@ BUGS = [
         [(r"< \(uint32_t\)call\.tiles\)", "< (uint32_t)call.tiles + 1)")],
         CLUSTER,
         r"deadlock: .* waits in a loop around load_acquire",
-        everyday=True,
+        when=EVERY_DAY,
     ),
     Bug(
         "a thread leaves before a barrier",
@@ -370,7 +377,7 @@ BUGS = [
         [(r"if \(ticket >= end\) return;", "if (thread == 5) return;\n    if (ticket >= end) return;")],
         CLUSTER,
         r"divergent barrier: thread 5 of block \d+ exits|divergent barrier: .* 1 threads of the block have exited",
-        everyday=True,
+        when=SLOW,
     ),
     Bug(
         "shared memory of another CTA before that CTA runs",
@@ -388,17 +395,14 @@ BUGS = [
         ],
         CLUSTER,
         WRONG,
-        everyday=True,
+        when=SLOW,
     ),
 ]
 
 
 @pytest.mark.parametrize(
     "bug",
-    [
-        pytest.param(b, id=b.name.replace(" ", "_"), marks=[] if b.everyday else [pytest.mark.slow, pytest.mark.matrix])
-        for b in BUGS
-    ],
+    [pytest.param(b, id=b.name.replace(" ", "_"), marks=b.when) for b in BUGS],
 )
 def test_planted_bugs(bug: Bug, tmp_path: Path):
     csrc = tmp_path / "csrc"

@@ -1,13 +1,37 @@
 """Random shapes, dtypes, layouts, strides and contents, all through the judge. Seeded: every run tries the same."""
 
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.conftest import Backend
 from tests.data import DTYPES, tokens
 from tests.judge import assert_same, check, check_merge
 
-ANY_BACKEND = settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+FEW = 4  # examples on kernels that are interpreted, where one takes seconds; with --interpret 0 as many as elsewhere
+
+
+def on_every_backend(**strategies: st.SearchStrategy) -> Callable:
+    """A test of a body that takes `backend`, and values drawn from these strategies."""
+
+    def decorate(body: Callable) -> Callable:
+        def test(backend: Backend, request: pytest.FixtureRequest) -> None:
+            def example(**values: object) -> None:
+                body(backend, **values)
+
+            example.__qualname__ = body.__qualname__
+            few = backend.interpreted and request.config.getoption("--interpret")
+            settings(max_examples=FEW if few else settings().max_examples)(given(**strategies)(example))()
+
+        test.__name__, test.__doc__ = body.__name__, body.__doc__
+        return test
+
+    return decorate
 
 
 @st.composite
@@ -41,15 +65,13 @@ def problems(draw):
     return x, keep, basis, options
 
 
-@ANY_BACKEND
-@given(problem=problems())
+@on_every_backend(problem=problems())
 def test_judged(backend, problem):
     x, keep, basis, options = problem
     check(backend, x, keep, basis, **options)
 
 
-@ANY_BACKEND
-@given(problem=problems(), padding=st.integers(0, 9), shift=st.integers(0, 9))
+@on_every_backend(problem=problems(), padding=st.integers(0, 9), shift=st.integers(0, 9))
 def test_strides_do_not_matter(backend, problem, padding, shift):
     x, keep, basis, options = problem
     B, N, D = x.shape
@@ -61,8 +83,7 @@ def test_strides_do_not_matter(backend, problem, padding, shift):
         assert_same(got, expected)
 
 
-@ANY_BACKEND
-@given(data=st.data(), dtype=st.sampled_from(DTYPES), basis=st.integers(1, 12), D=st.integers(1, 70))
+@on_every_backend(data=st.data(), dtype=st.sampled_from(DTYPES), basis=st.integers(1, 12), D=st.integers(1, 70))
 def test_packed_or_one_by_one(backend, data, dtype, basis, D):
     lengths = data.draw(st.lists(st.integers(1, 60), min_size=1, max_size=5))
     keeps = [data.draw(st.integers(1, n)) for n in lengths]
@@ -79,8 +100,7 @@ def test_packed_or_one_by_one(backend, data, dtype, basis, D):
     assert_same(indices, torch.cat([a[1][0] + int(c) for a, c in zip(alone, cu, strict=False)]))
 
 
-@ANY_BACKEND
-@given(data=st.data(), dtype=st.sampled_from(DTYPES), N=st.integers(1, 90), D=st.integers(1, 70))
+@on_every_backend(data=st.data(), dtype=st.sampled_from(DTYPES), N=st.integers(1, 90), D=st.integers(1, 70))
 def test_merge_of_any_rows(backend, data, dtype, N, D):
     K = data.draw(st.integers(1, N))
     seed = data.draw(st.integers(0, 999))

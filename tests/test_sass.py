@@ -11,7 +11,10 @@ import pytest
 
 from tests.tools import sass
 
-pytestmark = pytest.mark.skipif(sass.missing() is not None, reason=str(sass.missing()))
+pytestmark = [
+    pytest.mark.skipif(sass.missing() is not None, reason=str(sass.missing())),
+    pytest.mark.slow,  # nvcc takes minutes for every kernel on two targets
+]
 
 
 @pytest.fixture(scope="module")

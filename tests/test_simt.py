@@ -212,6 +212,7 @@ def test_a_device_without_clusters_refuses_them(lib):
         lib.simt_use_device(90, 16, 227 << 10, 228 << 10, 16)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", [0, 1])
 @pytest.mark.parametrize("sanitizer", ["address", "thread"])
 def test_sanitizers(sanitizer, seed):

@@ -53,10 +53,8 @@ def test_generate_follows_a_patch_after_it_has_compiled(fresh: None) -> None:
     torch.testing.assert_close(after.logits, before.logits, rtol=0, atol=TOLERANCE)
 
 
-@pytest.mark.parametrize(
-    "what",
-    ["model", *(pytest.param(w, marks=pytest.mark.slow) for w in ("forward", "language model", "layer"))],  # minutes
-)
+@pytest.mark.slow  # minutes; every day the test above
+@pytest.mark.parametrize("what", ["model", "forward", "language model", "layer"])
 def test_a_patch_after_the_first_compiled_call(what: str, fresh: None) -> None:
     family, model = FAMILIES["llava"], build("llava")
     inputs = collate(family, [conversation(family, 3, "image", 5)])
