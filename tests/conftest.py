@@ -232,7 +232,7 @@ def one_thread() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def poison() -> Iterator[None]:
-    """Fresh tensors hold NaN or the largest integer, so that an element that nobody writes is seen."""
+    """Fresh tensors hold NaN or the largest integer, so that an element that is not written is seen."""
     torch.use_deterministic_algorithms(True)  # with torch.utils.deterministic.fill_uninitialized_memory, on by default
     yield
     torch.use_deterministic_algorithms(False)

@@ -21,7 +21,7 @@ from apet_kernels import dispatch, host, ops, testing
 from apet_kernels.options import LAYOUTS, MAX_BASIS, SELECTS, Options
 from tests.data import tokens
 from tests.judge import assert_same
-from tests.test_op import CU, CU_KEEP, REFUSED, refusal
+from tests.test_op import CU, CU_KEEP, WRONG_CALLS, error_of
 
 PUBLIC = [getattr(apet_kernels, name) for name in apet_kernels.__all__ if callable(getattr(apet_kernels, name))]
 FUNCTIONS = [f for f in PUBLIC if inspect.isfunction(f)] + [testing.cpu_isa, testing.use_cpu_isa]
@@ -102,7 +102,7 @@ def test_a_plan_is_frozen_and_has_the_same_fields_on_every_backend(monkeypatch):
 # ---- errors
 
 
-@pytest.mark.parametrize(("name", "args", "options", "words"), REFUSED, ids=[f"{r[0]}-{r[3]}" for r in REFUSED])
+@pytest.mark.parametrize(("name", "args", "options", "words"), WRONG_CALLS, ids=[f"{r[0]}-{r[3]}" for r in WRONG_CALLS])
 def test_value_errors_with_the_words_of_the_op(name, args, options, words):
     """From the function, whichever backend runs; RuntimeError from the op."""
     with pytest.raises(RuntimeError) as op_error:
@@ -131,12 +131,12 @@ WRONG = {
 @pytest.mark.parametrize("names", list(itertools.combinations(WRONG, 2)), ids=" and ".join)
 def test_of_two_wrong_options_every_side_names_the_same(names):
     x, options = tokens(1, 20, 7), {"keep": 12} | {name: WRONG[name] for name in names}
-    said = refusal(torch.ops.apet.compress, (x,), options)
-    assert refusal(torch.ops.apet.compress, (x.to("meta"),), options) == said
-    assert refusal(apet_kernels.compress, (x,), options | {"backend": "reference"}) == said
-    assert refusal(apet_kernels.plan, (x,), options) == said
+    said = error_of(torch.ops.apet.compress, (x,), options)
+    assert error_of(torch.ops.apet.compress, (x.to("meta"),), options) == said
+    assert error_of(apet_kernels.compress, (x,), options | {"backend": "reference"}) == said
+    assert error_of(apet_kernels.plan, (x,), options) == said
     keep = options.pop("keep")
-    assert refusal(Options(**options).check, (20, keep), {}) == said
+    assert error_of(Options(**options).check, (20, keep), {}) == said
 
 
 def test_errors_that_are_not_the_arguments_stay_what_they_are(monkeypatch):
@@ -157,7 +157,7 @@ def test_sparse_tensors_are_rejected():
     x = tokens(2, 20, 7)
     for layout in (torch.sparse_coo, torch.sparse_csc):
         for function in (torch.ops.apet.compress, apet_kernels.compress):
-            said = refusal(function, (x.to_sparse(layout=layout), 5), {})
+            said = error_of(function, (x.to_sparse(layout=layout), 5), {})
             assert said == f"x has layout {layout}; a dense tensor (torch.strided) is needed"
 
 

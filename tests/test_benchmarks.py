@@ -81,7 +81,7 @@ def test_the_page_is_what_the_results_say() -> None:
             assert report.PAGE.with_name(f"benchmarks-{section.file}.png").exists()
 
 
-def test_results_of_another_suite_are_refused(tmp_path: Path) -> None:
+def test_results_of_another_suite_raise(tmp_path: Path) -> None:
     suite.save(Results("ragged", {}, {}, []), tmp_path / "kept.json")
     with pytest.raises(ValueError, match=r"kept\.json has results of ragged, not of kept"):
         report.body(report.SECTIONS[0], tmp_path, report.PAGE)
@@ -352,7 +352,7 @@ def test_planted_regressions_are_found() -> None:
 
 def test_what_is_no_regression() -> None:
     assert worse(row(product=9.0, sweeps=3.0, eager=24.0, kernel=6.0)) == []  # a slower machine
-    assert worse(row(eager=2.0)) == []  # a rival that got faster
+    assert worse(row(eager=2.0)) == []  # a baseline that got faster
     assert worse(row(kernel=2.4)) == []  # within what is allowed
     assert worse(row(kernel=1.0)) == []
 

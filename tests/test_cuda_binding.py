@@ -18,7 +18,7 @@ from apet_kernels.options import Options
 from tests.data import DTYPES, tokens
 from tests.judge import assert_same
 from tests.simt import build, call
-from tests.test_op import NAMES, REFUSED, calls, refusal
+from tests.test_op import NAMES, WRONG_CALLS, calls, error_of
 
 pytestmark = [
     pytest.mark.skipif(build.missing() is not None, reason=str(build.missing())),
@@ -89,10 +89,10 @@ def test_tensors_of_any_form(name):
         assert_same(got, wanted)
 
 
-@pytest.mark.parametrize(("name", "args", "options", "words"), REFUSED, ids=[f"{r[0]}-{r[3]}" for r in REFUSED])
-def test_refusals_are_those_of_the_op(name, args, options, words):
-    said = refusal(getattr(torch.ops.apet, f"_cuda_{name}"), args, options)
-    assert said == refusal(getattr(torch.ops.apet, name), args, options)
+@pytest.mark.parametrize(("name", "args", "options", "words"), WRONG_CALLS, ids=[f"{r[0]}-{r[3]}" for r in WRONG_CALLS])
+def test_errors_are_those_of_the_op(name, args, options, words):
+    said = error_of(getattr(torch.ops.apet, f"_cuda_{name}"), args, options)
+    assert said == error_of(getattr(torch.ops.apet, name), args, options)
     assert re.search(words, said), said
 
 
@@ -101,26 +101,26 @@ def test_tensors_beside_x():
     x, at = tokens(2, 20, 7, seed=1), torch.zeros(2, 3, dtype=torch.int64)
     here = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)
     merge = torch.ops.apet._cuda_merge.default
-    assert refusal(lambda: merge.redispatch(here, x, at.to("meta")), (), {}) == (
+    assert error_of(lambda: merge.redispatch(here, x, at.to("meta")), (), {}) == (
         "indices is on another device, but x is on cpu"
     )
     targets = at.bool().to("meta")
-    assert "targets is on another" in refusal(lambda: merge.redispatch(here, x, at, targets=targets), (), {})
+    assert "targets is on another" in error_of(lambda: merge.redispatch(here, x, at, targets=targets), (), {})
     varlen = torch.ops.apet._cuda_compress_varlen.default
     packed, cu = tokens(20, 7, seed=1), torch.tensor([0, 20], dtype=torch.int32)
     for wrong in ("cu_seqlens", "cu_keep"):
         offsets = [cu.to("meta") if name == wrong else cu for name in ("cu_seqlens", "cu_keep")]
-        assert f"{wrong} is on another device" in refusal(
+        assert f"{wrong} is on another device" in error_of(
             lambda o=offsets: varlen.redispatch(here, packed, *o, 20, 20, 20, 3), (), {}
         )
 
 
-def test_the_device_refuses():
-    """A GPU without room for anything: the sentence of the plan."""
+def test_the_device_cannot():
+    """A GPU without room for anything: the message of the plan."""
     call.load().simt_use_device(80, 4, 1 << 10, 1 << 10, 0)
     x = tokens(1, 20, 7, seed=1)
     assert re.search(
-        r"cannot run here: this device places .* with 1024 bytes", refusal(dispatch.run_cuda, ("compress", x, 4), {})
+        r"cannot run here: this device places .* with 1024 bytes", error_of(dispatch.run_cuda, ("compress", x, 4), {})
     )
 
 

@@ -17,7 +17,7 @@ import apet_kernels
 from apet_kernels import dispatch
 from tests.data import tokens
 from tests.judge import assert_same
-from tests.test_op import CU, CU_KEEP, REFUSED, calls, flat, refusal
+from tests.test_op import CU, CU_KEEP, WRONG_CALLS, calls, error_of, flat
 
 DEVICES = ("mps", "vulkan")  # torch starts the runtime of others, which is not here, before it asks this test
 NAMES = list(calls())
@@ -93,19 +93,19 @@ def test_the_bits_of_the_cpu(device, name):
         dispatch._run_on_cpu(op.__name__, *away, **away_options)
 
 
-@pytest.mark.parametrize(("name", "args", "options", "words"), REFUSED, ids=[f"{r[0]}-{r[3]}" for r in REFUSED])
+@pytest.mark.parametrize(("name", "args", "options", "words"), WRONG_CALLS, ids=[f"{r[0]}-{r[3]}" for r in WRONG_CALLS])
 def test_rejected_as_on_the_cpu(name, args, options, words):
-    said = refusal(getattr(torch.ops.apet, name), args, options)
+    said = error_of(getattr(torch.ops.apet, name), args, options)
     with WithoutFloat64("mps"), warnings.catch_warnings():
         warnings.simplefilter("error")
         args, options = there("mps", (args, options))
-        assert refusal(dispatch._run_on_cpu, (name, *args), options) == said
+        assert error_of(dispatch._run_on_cpu, (name, *args), options) == said
 
 
 def test_the_others_have_to_be_beside_x():
     with WithoutFloat64("mps"):
         x = there("mps", tokens(20, 7, seed=1))
-        said = refusal(dispatch._run_on_cpu, ("compress_varlen", x, CU, CU_KEEP, 9, 11, 5), {})
+        said = error_of(dispatch._run_on_cpu, ("compress_varlen", x, CU, CU_KEEP, 9, 11, 5), {})
     assert said == "cu_seqlens is on cpu, but x is on mps:0"
 
 
@@ -133,7 +133,7 @@ def test_the_reference_is_asked_for_where_there_is_no_float64():
     """By name it runs where x is, or says why it cannot."""
     x = there("mps", tokens(1, 32, 16))
     with WithoutFloat64("mps"):
-        said = refusal(apet_kernels.compress, (x, 8), {"backend": "reference"})
+        said = error_of(apet_kernels.compress, (x, 8), {"backend": "reference"})
     assert said.startswith(
         "backend='reference' cannot run here: apet_kernels.reference needs float64, which mps:0 does not have"
     )
@@ -152,7 +152,7 @@ def test_no_float64_anywhere():
     x = tokens(1, 32, 16)
     expected = apet_kernels.compress(x, 8)
     with Nowhere():
-        assert "apet_kernels.reference needs float64" in refusal(
+        assert "apet_kernels.reference needs float64" in error_of(
             apet_kernels.compress, (x, 8), {"backend": "reference"}
         )
         if dispatch.why_not_cpu() is None:

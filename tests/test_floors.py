@@ -91,7 +91,7 @@ def test_the_document_holds_these_tables():
     )
 
 
-def test_a_document_without_markers_is_refused():
+def test_a_document_without_markers_raises():
     with pytest.raises(ValueError, match="there is no <b>"):
         floors.replaced("text", "<b>", "<e>", "body")
     with pytest.raises(ValueError, match="there is no <e>"):

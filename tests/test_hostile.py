@@ -228,7 +228,7 @@ def test_an_empty_image(backend, layout):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_packed_image_that_keeps_no_more_than_its_basis(backend, dtype):
-    """overwrite, k <= m: what `compress` refuses cannot be seen here, so the first k basis tokens take all k slots."""
+    """overwrite, k <= m: what `compress` rejects cannot be seen here, so the first k basis tokens take all k slots."""
     x = tokens(40, 6, dtype=dtype, seed=11)
     got, indices = varlen(backend, x, [0, 15, 40], [0, 2, 12], 12, "overwrite", basis=5)
     p = backend.score(x[None, :15].clone(), 5)[1][0]

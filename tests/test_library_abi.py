@@ -143,7 +143,7 @@ class Pool(ctypes.Structure):
     _fields_ = [("threads", ctypes.c_int32), ("context", ctypes.c_void_p), ("run", ctypes.c_void_p)]
 
 
-def test_a_pool_without_a_function_is_refused():
+def test_a_pool_without_a_function_raises():
     library, case = installed().library, simt_call.compress_case(tokens(8, 300, 64), 30)
     room = torch.empty(1 << 24, dtype=torch.uint8)
     tensors = simt_call.Tensors(**{name: t.data_ptr() for name, t in (case.inputs | case.outputs).items()})

@@ -161,7 +161,7 @@ def test_find_package_finds(tmp_path: Path, request_: str):
         ("REQUIRED COMPONENTS rocm", "apet has no component rocm here"),
     ],
 )
-def test_find_package_refuses(tmp_path: Path, request_: str, message: str):
+def test_find_package_rejects(tmp_path: Path, request_: str, message: str):
     code, said = find(tmp_path, request_, built("installed", make_installed) / "moved")
     assert code != 0
     assert message in said, said

@@ -1,4 +1,4 @@
-"""`torch.ops.apet.*` as PyTorch operators, and `apet_kernels.*` in front of them: schemas, fakes, tracing, refusals."""
+"""`torch.ops.apet.*` as PyTorch operators, and `apet_kernels.*` in front of them: schemas, fakes, tracing, errors."""
 
 import re
 import shutil
@@ -160,14 +160,14 @@ def test_export():
         assert_same(got, expected)
 
 
-# ---- refusals: one sentence, with what was wrong in it
+# ---- errors: one message, with what was wrong in it
 
 
 def x3(*shape: int, **options) -> torch.Tensor:
     return torch.zeros(*(shape or (2, 20, 7)), **options)
 
 
-REFUSED = [
+WRONG_CALLS = [
     ("compress", (x3(20, 7), 3), {}, "x has 2 dimensions"),
     ("compress", (x3(dtype=torch.float64), 3), {}, "Double"),
     ("compress", (x3(dtype=torch.int32), 3), {}, "Int"),
@@ -213,20 +213,20 @@ REFUSED = [
 ]
 
 
-def refusal(function, args, options) -> str:
+def error_of(function, args, options) -> str:
     with pytest.raises((RuntimeError, ValueError)) as caught:
         function(*args, **options)
     return str(caught.value).splitlines()[0]
 
 
-@pytest.mark.parametrize(("name", "args", "options", "words"), REFUSED, ids=[f"{r[0]}-{r[3]}" for r in REFUSED])
-def test_refusals(name, args, options, words):
+@pytest.mark.parametrize(("name", "args", "options", "words"), WRONG_CALLS, ids=[f"{r[0]}-{r[3]}" for r in WRONG_CALLS])
+def test_errors(name, args, options, words):
     """The op, its fake, and the reference say the same."""
-    said = refusal(getattr(OPS, name), args, options)
+    said = error_of(getattr(OPS, name), args, options)
     assert re.search(words, said), said
-    assert refusal(getattr(apet_kernels, name), args, {**options, "backend": "reference"}) == said
+    assert error_of(getattr(apet_kernels, name), args, {**options, "backend": "reference"}) == said
     meta_args, meta_options = torch.utils._pytree.tree_map_only(torch.Tensor, lambda t: t.to("meta"), (args, options))
-    assert refusal(getattr(OPS, name), meta_args, meta_options) == said
+    assert error_of(getattr(OPS, name), meta_args, meta_options) == said
 
 
 @pytest.mark.parametrize(
@@ -241,7 +241,7 @@ def test_refusals(name, args, options, words):
         ([9, 11], [4, 3], {"layout": "overwrite", "basis": 3}, r"keep=3.*image 1.*basis=3"),
     ],
 )
-def test_refusals_of_lists(lengths, keeps, options, words):
+def test_errors_of_lists(lengths, keeps, options, words):
     with pytest.raises(ValueError, match=words):
         apet_kernels.compress_packed(x3(20, 7), lengths, keeps, **options)
 
@@ -256,19 +256,19 @@ def test_refusals_of_lists(lengths, keeps, options, words):
         (([9, 11], [4, 5], 99), "total_keep=99.* follow from the lists"),
     ],
 )
-def test_refusals_of_offsets(offsets, words):
+def test_errors_of_offsets(offsets, words):
     with pytest.raises(ValueError, match=words):
         apet_kernels.compress_varlen(x3(20, 7), *offsets)
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_an_input_that_requires_grad_is_refused(name):
+def test_an_input_that_requires_grad_raises(name):
     op, args, options = calls()[name]
     args = (args[0].requires_grad_(), *args[1:])
-    assert "requires grad" in refusal(op, args, options)
+    assert "requires grad" in error_of(op, args, options)
     python = getattr(apet_kernels, name.split()[0])
-    assert "requires grad" in refusal(python, args, options)
-    assert "requires grad" in refusal(python, args, {**options, "backend": "reference"})
+    assert "requires grad" in error_of(python, args, options)
+    assert "requires grad" in error_of(python, args, {**options, "backend": "reference"})
     for quiet in (torch.no_grad, torch.inference_mode):
         with quiet():
             for r in flat(op(*args, **options)) + flat(python(*args, **options, backend="reference")):
@@ -303,10 +303,10 @@ def test_backends():
         why_not = apet_kernels.why_unavailable(name)
         assert (why_not is None) == (name in usable)
         if why_not:
-            assert why_not in refusal(apet_kernels.compress, (x, 3), {"backend": name})
-            assert why_not in refusal(apet_kernels.merge, (x, torch.zeros(1, 1).long()), {"backend": name})
+            assert why_not in error_of(apet_kernels.compress, (x, 3), {"backend": name})
+            assert why_not in error_of(apet_kernels.merge, (x, torch.zeros(1, 1).long()), {"backend": name})
     if "cpu" in usable:
-        assert "meta" in refusal(apet_kernels.score, (x.to("meta"), 3), {"backend": "cpu"})
+        assert "meta" in error_of(apet_kernels.score, (x.to("meta"), 3), {"backend": "cpu"})
 
 
 @pytest.mark.skipif("cpu" not in apet_kernels.available_backends(), reason="the CPU library is not built")

@@ -254,14 +254,14 @@ def are_the_encoders_and_go_on_where_they_stopped(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "sentence"),
+    ("arguments", "message"),
     [
         (["task"], "no features of split 'val'"),
         (["write"], "No such file"),
     ],
 )
-def test_a_step_out_of_turn_is_a_sentence(arguments, sentence, tmp_path):
-    with pytest.raises(SystemExit, match=sentence):
+def test_a_step_out_of_turn_raises(arguments, message, tmp_path):
+    with pytest.raises(SystemExit, match=message):
         main([*arguments, f"--folder={tmp_path}", f"--results={tmp_path}", f"--docs={tmp_path}"])
 
 

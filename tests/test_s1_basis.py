@@ -51,8 +51,8 @@ def test_ties_go_to_the_lower_position(backend):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_ties_with_a_token_that_led_nobody(backend, dtype):
-    """Whoever brings only the leaders of the last step up to date must not forget a lower token that ties with them."""
+def test_ties_with_a_token_that_never_led(backend, dtype):
+    """A kernel that updates only the leaders of the last step must not forget a lower token that ties with them."""
     # After (100,0), all near it have fallen, (70,40) to 2500: what (0,-50), behind eight others, has had all along.
     near = [[90, k] for k in range(7)]
     x = rows([0, 0], [0, -50], [100, 0], *near, [70, 40], dtype=dtype)
@@ -65,7 +65,7 @@ def test_ties_with_a_token_that_led_nobody(backend, dtype):
 
 @pytest.mark.parametrize("select", ["fps", "qr"])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_a_step_at_which_nobody_can_be_ruled_out(backend, dtype, select):
+def test_a_step_at_which_no_token_can_be_ruled_out(backend, dtype, select):
     """600 tokens far away, all near the second pick, which alone is farther: each of them has to be looked at again."""
     x = tokens(1, 700, 40, dtype=dtype, seed=8) / 64
     x[0, 100:, 0] += 100

@@ -48,7 +48,7 @@ def test_every_kernel_is_there(kernels):
     assert len(kernels) == 5 * len(sass.SMOKE)
 
 
-@pytest.mark.parametrize("claim", sass.CLAIMS, ids=lambda claim: claim.sentence)
+@pytest.mark.parametrize("claim", sass.CLAIMS, ids=lambda claim: claim.text)
 def test_a_claim_that_is_broken_is_noticed(kernels, claim):
     able = [k for k in kernels if re.search(claim.kernels, k.name) and k.dtype in claim.dtypes and k.capability >= 90]
     assert able
@@ -61,9 +61,9 @@ def test_a_claim_that_is_broken_is_noticed(kernels, claim):
             )
             left = kernel.instructions | {planted: 1}
         broken = dataclasses.replace(kernel, instructions=collections.Counter(left))
-        assert any(claim.sentence in fault for fault in broken.faults())
+        assert any(claim.text in fault for fault in broken.faults())
     others = [k for k in kernels if not re.search(claim.kernels, k.name)]
-    assert any(claim.sentence in fault for fault in sass.faults(others))  # no kernel is there to hold it
+    assert any(claim.text in fault for fault in sass.faults(others))  # no kernel is there to hold it
 
 
 PLANTED = """

@@ -148,7 +148,7 @@ def test_conversions(lib, bits, dtype):
         assert narrow[~real].isnan().all()
 
 
-# Case -> the sentence, under every seed.
+# Case -> the message, under every seed.
 FAULTS = {
     "skipped_barrier": r"divergent barrier: thread \d+ of block 0 (exits, others wait at|waits at) selftest.cu:\d+",
     "two_barriers": r"divergent barrier: thread \d+ of block 0 waits at selftest.cu:\d+, but thread \d+",
@@ -176,17 +176,17 @@ def test_faults(lib, name, seed):
 
 # Some schedule has to show these; the others may not.
 @pytest.mark.parametrize(
-    ("name", "sentence"),
+    ("name", "message"),
     [
         ("wait_for_next_block", r"deadlock: .* blocks have not started"),
         ("peer_has_exited", r"maps the shared memory of block 1, which has exited"),
         ("copy_without_wait", r"exits with 1 asynchronous copies that it has not waited for"),
     ],
 )
-def test_faults_of_some_schedules(lib, name, sentence):
+def test_faults_of_some_schedules(lib, name, message):
     found = [fault for seed in range(12) if (fault := run(lib, name, seed)[0])]
     assert found, "nothing was found"
-    assert all(re.search(sentence, fault) for fault in found), found
+    assert all(re.search(message, fault) for fault in found), found
 
 
 def test_a_copy_lands_only_at_its_wait(lib):
@@ -204,7 +204,7 @@ def test_shared_memory_starts_as_nan(lib):
     assert (run(lib, "unwritten_shared", 0)[1][:32] == -1).all()
 
 
-def test_a_device_without_clusters_refuses_them(lib):
+def test_a_device_without_clusters_rejects_them(lib):
     try:
         lib.simt_use_device(80, 8, 163 << 10, 164 << 10, 0)
         assert run(lib, "clusters", 0)[0] == "cudaErrorNotSupported"

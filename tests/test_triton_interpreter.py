@@ -183,7 +183,7 @@ def copy(x, out, n, shift, N: tl.constexpr):
 
 
 @pytest.mark.parametrize(
-    ("n", "shift", "sentence"),
+    ("n", "shift", "message"),
     [
         (31, 0, None),
         (31, 1, r"program 1 loads out of bounds.* 1 elements of x, first at byte 124"),
@@ -192,16 +192,16 @@ def copy(x, out, n, shift, N: tl.constexpr):
         (32, 0, "program 1 loads out of bounds"),
     ],
 )
-def test_bounds_are_the_tensors(n, shift, sentence):
+def test_bounds_are_the_tensors(n, shift, message):
     """Not those of the storage that two tensors share, nor of the memory of the process."""
     storage = torch.arange(100.0)
     x, out = storage[10:41], storage[50:82]
     launch = lambda: copy[(2,)](x, out, n, shift, 16)  # noqa: E731
-    if sentence is None:
+    if message is None:
         launch()
         assert_same(out[:31], x)
         return
-    with pytest.raises(InterpreterError, match=sentence):
+    with pytest.raises(InterpreterError, match=message):
         launch()
 
 
@@ -235,15 +235,15 @@ def load_then_store(x, out, N: tl.constexpr):
 
 
 @pytest.mark.parametrize(
-    ("store_at", "load_at", "sentence"),
+    ("store_at", "load_at", "message"),
     [
         (0, 8, "program 1 stores what another program stores: 1 elements of out"),
         (4, 0, "program 1 loads what another program stores: 1 elements of out"),
     ],
 )
-def test_programs_race(store_at, load_at, sentence):
+def test_programs_race(store_at, load_at, message):
     x, out = torch.zeros(2, dtype=torch.int32), torch.zeros(16, dtype=torch.int32)
-    with pytest.raises(InterpreterError, match=sentence):
+    with pytest.raises(InterpreterError, match=message):
         between[(2,)](x, out, store_at, load_at, 1)
 
 
@@ -276,18 +276,18 @@ def reverse(x, out, LOAD: tl.constexpr, STORE: tl.constexpr, BARRIER: tl.constex
 
 
 @pytest.mark.parametrize(
-    ("LOAD", "STORE", "sentence"),
+    ("LOAD", "STORE", "message"),
     [
         (False, False, "loads what it stored, no barrier between: 64 elements of out"),
         (True, True, "stores what it loaded, no barrier between: 64 elements of out"),
         (False, True, "stores over what it stored, no barrier between: 64 elements of out"),
     ],
 )
-def test_a_missing_barrier(LOAD, STORE, sentence):
+def test_a_missing_barrier(LOAD, STORE, message):
     x, out = torch.zeros(N, dtype=torch.int32), torch.arange(N, dtype=torch.int32)
     reverse[(1,)](x, out, LOAD, STORE, True, N)
     assert (out if STORE else x).tolist() == list(reversed(range(N)))
-    with pytest.raises(InterpreterError, match=sentence):
+    with pytest.raises(InterpreterError, match=message):
         reverse[(1,)](x, out, LOAD, STORE, False, N)
 
 
@@ -339,7 +339,7 @@ def count(out):
     tl.atomic_add(out, 1)
 
 
-def test_atomics_are_refused():
+def test_atomics_raise():
     with pytest.raises(InterpreterError, match="atomics"):
         count[(1,)](torch.zeros(1, dtype=torch.int32))
 

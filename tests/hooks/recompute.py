@@ -226,7 +226,7 @@ def language(model: PreTrainedModel, prompt: Prompt, generated: list[int], optio
         if slides(text.config, i):  # over what the layer gets to see
             number = kept.cumsum(0)
             allowed &= number[:, None] - number < text.config.sliding_window
-        allowed |= torch.eye(L + extra, dtype=torch.bool)  # so that no row is empty; nobody reads dropped rows
+        allowed |= torch.eye(L + extra, dtype=torch.bool)  # so that no row is empty; dropped rows are not read
         mask = torch.zeros(L + extra, L + extra, dtype=hidden.dtype)
         mask = mask.masked_fill(~allowed, torch.finfo(hidden.dtype).min)[None, None]
         rotary = text.rotary_emb(hidden, positions.unsqueeze(-2))

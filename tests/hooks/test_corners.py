@@ -1,4 +1,4 @@
-"""Prompts and calls that nobody plans for: images at both ends, no text, embeddings instead of ids, cropped caches."""
+"""Prompts and calls that no test above has: images at both ends, no text, embeddings instead of ids, cropped caches."""
 
 from __future__ import annotations
 
@@ -237,7 +237,7 @@ def test_placeholders_that_do_not_fit(family: Family) -> None:
     assert str(during.value) == str(without.value) or "placeholder" in str(during.value)
 
 
-def test_hidden_placeholders_are_refused(family: Family) -> None:
+def test_hidden_placeholders_raise(family: Family) -> None:
     """A mask that hides some tokens of an image."""
     model, row = shared(family.name), conversation(family, 3, "image", 5)
     inputs = collate(family, [row])

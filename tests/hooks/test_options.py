@@ -1,4 +1,4 @@
-"""Options: what they say of themselves, presets, and what is refused, in one sentence with the value at fault."""
+"""Options: what they say of themselves, presets, and what raises, in one message with the value at fault."""
 
 from __future__ import annotations
 
@@ -49,20 +49,20 @@ BAD: list[tuple[dict[str, Any], str]] = [
 
 
 @pytest.mark.parametrize(("options", "says"), BAD, ids=[str(options) for options, _ in BAD])
-def test_bad_options_are_refused(options: dict[str, Any], says: str) -> None:
+def test_bad_options_raise(options: dict[str, Any], says: str) -> None:
     """Before anything is patched, and what was in force stays."""
     model = build("llava")
     apet.patch(model, **FIRST)
-    with pytest.raises(ValueError, match=says) as refusal:
+    with pytest.raises(ValueError, match=says) as error:
         apet.patch(model, **options)
-    one_sentence(refusal.value)
+    one_message(error.value)
     assert apet.options(model) == apet.Options(**FIRST)
     with pytest.raises(ValueError, match=says), apet.patched(model, **options):
         pass
     assert apet.options(model) == apet.Options(**FIRST)
 
 
-def one_sentence(error: BaseException) -> None:
+def one_message(error: BaseException) -> None:
     text = str(error)
     assert 20 < len(text) < 400
     assert "\n" not in text
@@ -75,9 +75,9 @@ def test_unknown_argument() -> None:
 
 @pytest.mark.parametrize("model", [nn.Linear(2, 2), "llava"], ids=["module", "name"])
 def test_what_is_no_known_model(model: Any) -> None:
-    with pytest.raises((ValueError, TypeError), match=type(model).__name__) as refusal:
+    with pytest.raises((ValueError, TypeError), match=type(model).__name__) as error:
         apet.patch(model, keep=9)
-    one_sentence(refusal.value)
+    one_message(error.value)
 
 
 def test_options_are_frozen_printable_and_comparable() -> None:
@@ -148,12 +148,12 @@ def test_budgets_of_each_visual(family: Family) -> None:
 def test_budgets_for_another_number_of_visuals(family: Family, wrong: dict[str, Any]) -> None:
     rows, model = conversations(family)[:2], shared(family.name)
     with apet.patched(model, basis=3, **wrong):
-        with pytest.raises(ValueError, match=rf"{len(wrong['keep'])}.*3|3.*{len(wrong['keep'])}") as refusal:
+        with pytest.raises(ValueError, match=rf"{len(wrong['keep'])}.*3|3.*{len(wrong['keep'])}") as error:
             say(model, collate(family, rows))
-        one_sentence(refusal.value)
+        one_message(error.value)
 
 
-# ---- calls that are refused
+# ---- calls that raise
 
 
 def labels(family: Family, model: nn.Module, inputs: dict[str, Any]) -> None:
@@ -217,15 +217,15 @@ CALLS: dict[str, tuple[Callable[..., None], str]] = {
 
 @pytest.mark.parametrize("stage", ["first", "second"])
 @pytest.mark.parametrize("call", CALLS)
-def test_calls_that_are_refused(family: Family, call: str, stage: str) -> None:
-    """In one sentence; and the next call is right."""
+def test_calls_that_raise(family: Family, call: str, stage: str) -> None:
+    """In one message; and the next call is right."""
     run, says = CALLS[call]
     if call == "features from outside" and not takes(shared(family.name), "mm_encoder_outputs"):
         pytest.skip("this version takes no encoded features")
     model, row = shared(family.name), conversation(family, 3, "image", 5)
     inputs = collate(family, [row])
     with apet.patched(model, **STAGES[stage]):
-        with pytest.raises((ValueError, RuntimeError), match=says) as refusal:
+        with pytest.raises((ValueError, RuntimeError), match=says) as error:
             run(family, model, dict(inputs))
-        one_sentence(refusal.value)
+        one_message(error.value)
         judge(family, [row], say(model, inputs), STAGES[stage])

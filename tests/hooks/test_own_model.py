@@ -114,7 +114,7 @@ def test_copy(other: Family) -> None:
     judge(other, rows, say(model, collate(other, rows)), {})
 
 
-def test_images_that_see_ahead_are_refused() -> None:
+def test_images_that_see_ahead_raise() -> None:
     """In Gemma 3 the tokens of an image see each other both ways: no adapter can promise that of what is left. And its
     layers turn their keys by two different rotary embeddings."""
     apet.register_adapter("gemma3", apet.Adapter())

@@ -182,7 +182,7 @@ def test_title_counts_appended_rows() -> None:
     assert figure.texts[0].get_text() == "image 1: 36 → 9 + 4 basis tokens"
 
 
-def test_refused() -> None:
+def test_wrong_arguments() -> None:
     model, inputs = shared("llava"), inputs_of(FAMILIES["llava"])
     with pytest.raises(ValueError, match=r"is not patched: call apet\.patch"):
         apet.picture(model, inputs, PROCESSOR)

@@ -179,20 +179,20 @@ def test_prints_side_by_side() -> None:
 
 
 @pytest.mark.parametrize(
-    ("more", "sentence"),
+    ("more", "message"),
     [
         ({"max_new_tokens": 0}, "max_new_tokens=0 is less than 1"),
         ({"rounds": 0}, "rounds=0 is less than 1"),
     ],
 )
-def test_refused_numbers(more: dict, sentence: str) -> None:
+def test_wrong_numbers(more: dict, message: str) -> None:
     model = shared("llava")
     inputs = collate(LLAVA, [conversation(LLAVA, 3, "image", 5)])
-    with apet.patched(model, **FIRST), pytest.raises(ValueError, match=sentence):
+    with apet.patched(model, **FIRST), pytest.raises(ValueError, match=message):
         apet.report(model, inputs, **more)
 
 
-def test_refused_inputs() -> None:
+def test_wrong_inputs() -> None:
     model = shared("llava")
     inputs = collate(LLAVA, [conversation(LLAVA, 3, "image", 5)])
     with pytest.raises(ValueError, match=r"this LlavaForConditionalGeneration is not patched: call apet\.patch"):

@@ -93,7 +93,7 @@ class NoPath(Exception):
 
 
 class Fault(Exception):
-    """A kernel did what a GPU leaves undefined, or a launch was refused."""
+    """A kernel did what a GPU leaves undefined, or a launch failed."""
 
 
 @dataclass
@@ -167,7 +167,7 @@ def start(case: Case, how: How, stream: int = 0) -> Started:
         ctypes.c_void_p(stream),
     )
     if status:
-        lib.simt_run()  # what was queued before it was refused
+        lib.simt_run()  # what was queued before it failed
         _check(problem, status)
     return Started(room, slice(first, first + planned.workspace_bytes))
 

@@ -3,7 +3,7 @@
     python -m tests.tools.offline [--smoke] [--target sm_90a ...] [--markdown]
 
 The launches are those that `launch.py` builds, here on meta tensors, and Triton compiles them as it does on a launch,
-but for a stand-in of the driver that names the GPU. Fails, in sentences, where
+but for a stand-in of the driver that names the GPU. Fails, with messages, where
 
 - the shared memory of a program is more than the GPU has, or anything spills;
 - a 16-bit s5_assign multiplies without a matrix instruction, or a float32 one in tf32;
@@ -241,7 +241,7 @@ def examine_launch(name: str, launch: Any, dtype: torch.dtype) -> tuple[Compiled
 
 
 def narrow_loads(ttir: str, assembly: str, threads: int, dtype: torch.dtype) -> list[str]:
-    """Sentences about the loads of x that could be of 16 bytes and are not."""
+    """Messages about the loads of x that could be of 16 bytes and are not."""
     widths = collections.defaultdict(set)
     for place, line in placed(assembly):
         widths[place] |= load_bytes(line)
@@ -355,7 +355,7 @@ def compile_all(names: Iterable[str], smoke: bool) -> list[Compiled]:
 
 
 def faults(results: list[Compiled]) -> list[str]:
-    """Sentences about what must not be."""
+    """Messages about what must not be."""
     return [
         f"{r.kernel} for {r.target}, D={r.D}, {str(r.dtype).removeprefix('torch.')}: {fault}"
         for r in results

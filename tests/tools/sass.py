@@ -2,7 +2,7 @@
 
     python -m tests.tools.sass [--smoke] [--target sm_90a ...] [--markdown]
 
-Fails, in sentences, where a kernel
+Fails, with messages, where a kernel
 
 - spills, or keeps anything else in local memory; has static shared memory, which the launches do not count; or needs
   more registers than a multiprocessor has for one CTA;
@@ -41,7 +41,7 @@ REGISTERS = 65536  # of a multiprocessor, the same on every target
 
 
 def missing() -> str | None:
-    """None where kernels can be compiled and read here, else the sentence that says why not."""
+    """None where kernels can be compiled and read here, else the message that says why not."""
     if not nvcc():
         return "there is no nvcc"
     try:
@@ -72,7 +72,7 @@ def tools() -> dict[str, str]:
 class Claim:
     """Of the kernels whose names match, on targets from `since` on: an instruction is there, or none is."""
 
-    sentence: str  # after "it"
+    text: str  # after "it"
     instruction: str
     kernels: str = ""
     dtypes: tuple[str, ...] = DTYPES
@@ -160,7 +160,7 @@ class Kernel:
                 continue
             count = self.count(claim.instruction)
             if bool(count) != claim.present:
-                found.append(f"does not hold the claim that it {claim.sentence}: {count} {claim.instruction}")
+                found.append(f"does not hold the claim that it {claim.text}: {count} {claim.instruction}")
         return found
 
 
@@ -227,13 +227,13 @@ def _run(*command: object, **environment: str) -> str:
 
 
 def faults(kernels: list[Kernel]) -> Iterator[str]:
-    """Sentences about every kernel, and about claims that no kernel was there to hold."""
+    """Messages about every kernel, and about claims that no kernel was there to hold."""
     for k in kernels:
         for fault in k.faults():
             yield f"{k.name} of {k.dtype} for {k.target} {fault}"
     for claim in CLAIMS:
         if not any(re.search(claim.kernels, k.name) and k.dtype in claim.dtypes for k in kernels):
-            yield f"no kernel matches {claim.kernels!r}, which {claim.sentence}"
+            yield f"no kernel matches {claim.kernels!r}, which {claim.text}"
 
 
 def compiler() -> str:
@@ -276,7 +276,7 @@ def table(kernels: list[Kernel]) -> str:
         which += " of 16-bit tokens" if c.dtypes == TENSOR else " of float32 tokens" if c.dtypes == ("float32",) else ""
         which += f", from sm_{c.since} on" if c.since > 80 else ""
         instruction = c.instruction.replace("|", r"\|")
-        lines.append(f"| {which} | {'' if c.present else 'no '}`{instruction}` | {c.sentence} |")
+        lines.append(f"| {which} | {'' if c.present else 'no '}`{instruction}` | {c.text} |")
     return "\n".join(lines) + "\n"
 
 

@@ -4,7 +4,7 @@
 
 - bfloat16 is computed on values and rounded to nearest even (Triton computes on its bits, and truncates), and an fma
   rounds once;
-- a load or store outside the tensor that its pointer was made from is refused, to the byte;
+- a load or store outside the tensor that its pointer was made from raises, to the byte;
 - so is an element that one program stores and another one loads or stores: programs run in any order, and at once;
 - so is an element that a program loads after storing it, stores after loading it, or stores twice with another value,
   with no `tl.debug_barrier()` between: the threads of a program run apart, and an element may be in the hands of
@@ -73,7 +73,7 @@ TensorHandle = interpreter.TensorHandle
 # A pointer is (slot << SLOT) + ORIGIN + bytes from the start of its tensor, and as aligned as the true one: no offset
 # leads into another tensor.
 SLOT, ORIGIN, PAGE = 44, 1 << 43, 4096
-NOBODY, SEVERAL = -1, -2
+NONE_YET, SEVERAL = -1, -2
 NAN_IS_ORDER = "an arg-max or arg-min over NaN depends on the order of the comparisons"
 
 _np_dtype, _apply_reduce = interpreter._get_np_dtype, interpreter.ReduceOps.apply_impl
@@ -84,10 +84,10 @@ class Storage:
 
     def __init__(self, storage: torch.UntypedStorage) -> None:
         self.address, size = storage.data_ptr(), storage.nbytes()
-        self.stored_by = np.full(size, NOBODY, np.int32)  # program
-        self.loaded_by = np.full(size, NOBODY, np.int32)  # program, or SEVERAL
-        self.stored_in = np.full(size, NOBODY, np.int32)  # stretch of a program: what lies between two barriers
-        self.loaded_in = np.full(size, NOBODY, np.int32)
+        self.stored_by = np.full(size, NONE_YET, np.int32)  # program
+        self.loaded_by = np.full(size, NONE_YET, np.int32)  # program, or SEVERAL
+        self.stored_in = np.full(size, NONE_YET, np.int32)  # stretch of a program: what lies between two barriers
+        self.loaded_in = np.full(size, NONE_YET, np.int32)
         self.bytes = np.ctypeslib.as_array((ctypes.c_uint8 * size).from_address(self.address))
 
     def read(self, at: np.ndarray, itemsize: int) -> np.ndarray:
@@ -137,7 +137,7 @@ class Launch:
             offset = pointers[here].astype(np.int64) - argument.first
             outside = (offset < 0) | (offset + itemsize > argument.extent)
             does = "loads" if values is None else "stores"
-            self._refuse(argument, outside, f"{does} out of bounds (0..{argument.extent} bytes)", offset)
+            self._reject(argument, outside, f"{does} out of bounds (0..{argument.extent} bytes)", offset)
             at = argument.start + offset
             if values is None:
                 self._load(argument, at)
@@ -149,29 +149,29 @@ class Launch:
     def _load(self, argument: Argument, at: np.ndarray) -> None:
         memory = argument.storage
         stored, loaded = memory.stored_by[at], memory.loaded_by[at]
-        self._refuse(argument, (stored != NOBODY) & (stored != self.program), "loads what another program stores", at)
-        self._refuse(argument, memory.stored_in[at] == self.stretch, "loads what it stored, no barrier between", at)
-        memory.loaded_by[at] = np.where((loaded == NOBODY) | (loaded == self.program), self.program, SEVERAL)
+        self._reject(argument, (stored != NONE_YET) & (stored != self.program), "loads what another program stores", at)
+        self._reject(argument, memory.stored_in[at] == self.stretch, "loads what it stored, no barrier between", at)
+        memory.loaded_by[at] = np.where((loaded == NONE_YET) | (loaded == self.program), self.program, SEVERAL)
         memory.loaded_in[at] = self.stretch
 
     def _store(self, argument: Argument, at: np.ndarray, values: np.ndarray) -> None:
         memory = argument.storage
         for by, does in ((memory.stored_by[at], "stores"), (memory.loaded_by[at], "loads")):
-            self._refuse(argument, (by != NOBODY) & (by != self.program), f"stores what another program {does}", at)
+            self._reject(argument, (by != NONE_YET) & (by != self.program), f"stores what another program {does}", at)
         bits = np.ascontiguousarray(values).view(f"u{values.itemsize}")
         again = memory.stored_in[at] == self.stretch
         again[again] = memory.read(at[again], values.itemsize) != bits[again]
-        self._refuse(argument, again, "stores over what it stored, no barrier between", at)
+        self._reject(argument, again, "stores over what it stored, no barrier between", at)
         loaded = memory.loaded_in[at] == self.stretch
-        self._refuse(argument, loaded, "stores what it loaded, no barrier between", at)
+        self._reject(argument, loaded, "stores what it loaded, no barrier between", at)
         order = np.argsort(at, kind="stable")
         bits = bits[order]
         differ = (at[order][1:] == at[order][:-1]) & (bits[1:] != bits[:-1])
-        self._refuse(argument, differ, "stores different values at once", at[order][1:])
+        self._reject(argument, differ, "stores different values at once", at[order][1:])
         memory.stored_by[at] = self.program
         memory.stored_in[at] = self.stretch
 
-    def _refuse(self, argument: Argument, where: np.ndarray, what: str, at: np.ndarray) -> None:
+    def _reject(self, argument: Argument, where: np.ndarray, what: str, at: np.ndarray) -> None:
         if where.any():
             raise RuntimeError(
                 f"program {self.program} {what}: {int(where.sum())} elements of {argument.name}, first at byte "

@@ -134,10 +134,10 @@ BAD = [
 
 
 @pytest.mark.parametrize("served", ["llava"], indirect=True)
-@pytest.mark.parametrize(("kwargs", "sentence"), BAD)
-def test_what_cannot_be_met_is_refused(served, kwargs, sentence):
-    """In a sentence, and the engine lives on."""
-    with pytest.raises(ValueError, match=sentence):
+@pytest.mark.parametrize(("kwargs", "message"), BAD)
+def test_what_cannot_be_met_raises(served, kwargs, message):
+    """In a message, and the engine lives on."""
+    with pytest.raises(ValueError, match=message):
         served.ids(prompt("llava", picture(112, 112), **kwargs))
     assert len(served.ids(prompt("llava", picture(112, 112), apet_keep=8))[0]) == 8
 

@@ -1,4 +1,4 @@
-"""`vllm serve` with a real photo: budgets at the start and per request, refusals that clients can read."""
+"""`vllm serve` with a real photo: budgets at the start and per request, errors that clients can read."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def test_a_photo_in_a_chat(address):
 
 
 @pytest.mark.parametrize(
-    ("kwargs", "sentence"),
+    ("kwargs", "message"),
     [
         ({"apet_keep": 0}, "apet_keep=0 is neither a count (an int from 1) nor a ratio (a float in (0, 1])"),
         ({"apet_keep": "many"}, "apet_keep='many' is neither a count"),
@@ -93,9 +93,9 @@ def test_a_photo_in_a_chat(address):
         ({"apet_kepe": 8}, "apet_kepe is no option of ApET"),
     ],
 )
-def test_a_bad_budget_is_the_clients_fault(address, kwargs, sentence):
+def test_a_bad_budget_is_the_clients_fault(address, kwargs, message):
     """And the server lives on."""
     status, answer = chat(address, kwargs)
     assert 400 <= status < 500
-    assert sentence in answer["error"]["message"]
+    assert message in answer["error"]["message"]
     assert chat(address, {"apet_keep": 8})[0] == 200

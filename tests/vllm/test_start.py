@@ -1,4 +1,4 @@
-"""Options given when the engine starts, and what it then refuses."""
+"""Options given when the engine starts, and what it then rejects."""
 
 from __future__ import annotations
 
@@ -33,22 +33,22 @@ def test_qwen_has_to_be_told_at_the_start(folder: Callable[[str], Path]):
 
 
 @pytest.mark.parametrize(
-    ("name", "at_start", "more", "sentence"),
+    ("name", "at_start", "more", "message"),
     [
         ("llava", {"apet_keep": 0}, {}, "apet_keep=0 is neither a count"),
         ("qwen2_5_vl", {"apet_keep": 8}, {"video_pruning_rate": 0.5}, "video_pruning_rate=0.5 both drop tokens"),
     ],
 )
-def test_a_start_that_cannot_be_met_is_refused(folder: Callable[[str], Path], name, at_start, more, sentence):
-    with pytest.raises(ValueError, match=sentence):
+def test_a_start_that_cannot_be_met_raises(folder: Callable[[str], Path], name, at_start, more, message):
+    with pytest.raises(ValueError, match=message):
         Served(name, folder(name), at_start, **more)
 
 
 @pytest.mark.parametrize(
-    ("stages", "drafts", "sentence"),
+    ("stages", "drafts", "message"),
     [(2, None, "with pipeline_parallel_size=2 later stages get no"), (1, object(), "leave out speculative_config")],
 )
-def test_qwen_refuses_engines_whose_parts_get_no_positions(stages, drafts, sentence):
+def test_qwen_rejects_engines_whose_parts_get_no_positions(stages, drafts, message):
     from apet.vllm.qwen2_5_vl import Qwen2_5_VL
 
     model_config = SimpleNamespace(
@@ -56,5 +56,5 @@ def test_qwen_refuses_engines_whose_parts_get_no_positions(stages, drafts, sente
     )
     parallel = SimpleNamespace(pipeline_parallel_size=stages)
     config = SimpleNamespace(model_config=model_config, parallel_config=parallel, speculative_config=drafts)
-    with pytest.raises(ValueError, match=sentence):
+    with pytest.raises(ValueError, match=message):
         Qwen2_5_VL(vllm_config=config)

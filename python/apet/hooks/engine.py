@@ -123,7 +123,7 @@ class Engine:
         self.__dict__.update(state, target=Target(**fields | refs), threads=threading.local())
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Engine:
-        """Of a copy of the whole model; whoever copies a part (PEFT the projector) shares this one."""
+        """Of a copy of the whole model; a copy of a part (PEFT the projector) shares this one."""
         if id(self.target.model()) not in memo:
             return self
         twin = memo[id(self)] = object.__new__(Engine)

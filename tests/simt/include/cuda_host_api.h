@@ -82,7 +82,7 @@ cudaError_t cudaDeviceSynchronize();
 
 namespace simt {
 cudaError_t set_attribute(const void* kernel, cudaFuncAttribute attribute, int value);
-// Refuses what a GPU would refuse, else enqueues.
+// Fails where a GPU would fail, else enqueues.
 cudaError_t launch(const void* kernel, const cudaLaunchConfig_t& config, std::function<void()> body);
 cudaError_t resident_blocks(int* count, const void* kernel, int threads, size_t shared);
 cudaError_t resident_clusters(int* count, const void* kernel, const cudaLaunchConfig_t& config);
