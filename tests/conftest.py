@@ -10,6 +10,7 @@ import functools
 import importlib.util
 import os
 import random
+import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -103,7 +104,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--interpret",
         type=int,
-        default=2,
+        default=1,
         metavar="N",
         help="how many points of each test's parameter grid run on kernels that are interpreted; 0: all",
     )
@@ -133,10 +134,6 @@ FIRST = (
 )
 
 
-# Of these an interpreter takes one point: each is several calls on an image of hundreds of tokens, 10 s and more.
-ONE_POINT = ("test_invariance.py::", "test_layouts.py::", "test_s1_basis.py::", "test_s4_topk.py::")
-
-
 def ordered(items: list[pytest.Item], seed: int | None) -> list[pytest.Item]:
     """By the table above, or as the seed draws. Every worker has to come to the same order."""
     if seed is not None:
@@ -162,22 +159,24 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 def cut_grids(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Cuts the grids of kernels of a GPU that this processor runs, at 10 ms or so for each program or launch.
 
-    What is left is spread evenly over the grid, both ends included; the compiled backends run all of it, and so does
-    Triton on a GPU, or with --interpret 0 (`make test-triton`).
+    What is left is spread evenly over the grid, both ends included; of a single point the test's name says at which end
+    it is. The compiled backends run all of it, and so does Triton on a GPU, or with --interpret 0 (`make test-triton`).
     """
     points = config.getoption("--interpret")
     if not points:
         return
-    grids: dict[tuple[str, str], list[pytest.Item]] = {}
+    grids: dict[tuple[str, str, bool], list[pytest.Item]] = {}  # slow points apart: they are deselected as a rule
     for item in items:
         backend = item.callspec.params.get("backend") if getattr(item, "callspec", None) else None
         if isinstance(backend, str) and interpreted(backend):
-            grids.setdefault((item.nodeid.partition("[")[0], backend), []).append(item)
+            slow = item.get_closest_marker("slow") is not None
+            grids.setdefault((item.nodeid.partition("[")[0], backend, slow), []).append(item)
     cut: set[pytest.Item] = set()
-    for (name, _), grid in grids.items():
-        wanted = 1 if name.removeprefix("tests/").startswith(ONE_POINT) else points
-        last, steps = len(grid) - 1, max(wanted - 1, 1)
-        cut.update(set(grid) - {grid[i * last // steps] for i in range(min(wanted, len(grid)))})
+    for (name, *_), grid in grids.items():
+        last = len(grid) - 1
+        one = {last * (zlib.crc32(name.encode()) % 2)}
+        left = one if points == 1 else {i * last // (points - 1) for i in range(points)}
+        cut.update(set(grid) - {grid[i] for i in left})
     config.hook.pytest_deselected(items=list(cut))
     items[:] = [item for item in items if item not in cut]
 

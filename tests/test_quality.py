@@ -78,6 +78,7 @@ def test_the_colour_is_where_the_place_question_says():
             assert cell == middle[0] * 4 // scenes.SIDE * 4 + middle[1] * 4 // scenes.SIDE
 
 
+@pytest.mark.slow
 def test_a_reader_learns_ignores_padding_and_does_not_mind_the_order_of_tokens():
     """The token at a place that the argument names holds the count."""
     g = torch.Generator().manual_seed(0)

@@ -380,8 +380,12 @@ def imported(change: str) -> str:
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ("del interpreter._get_np_dtype", "has no _get_np_dtype"),
-        ("del interpreter.InterpreterBuilder.create_masked_load", "has no InterpreterBuilder.create_masked_load"),
+        pytest.param("del interpreter._get_np_dtype", "has no _get_np_dtype", marks=pytest.mark.slow),
+        pytest.param(
+            "del interpreter.InterpreterBuilder.create_masked_load",
+            "has no InterpreterBuilder.create_masked_load",
+            marks=pytest.mark.slow,
+        ),
         ("interpreter._interpreter.load = lambda *_: None", "does not run a kernel of the tests"),
     ],
 )

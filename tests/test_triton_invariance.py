@@ -109,7 +109,7 @@ def compiler():
         yield executor
 
 
-@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("target", [TARGETS[0], *(pytest.param(t, marks=pytest.mark.slow) for t in TARGETS[1:])])
 @pytest.mark.parametrize(
     ("D", "dtype"), [pytest.param(64, torch.bfloat16, marks=pytest.mark.slow), (33, torch.float32)]
 )

@@ -118,7 +118,7 @@ def test_workspace(B, N, D, M, K, dtype):
 
 @on_the_cpu
 @pytest.mark.interpreter
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", [*(pytest.param(one, marks=pytest.mark.slow) for one in LAYOUTS[:-1]), LAYOUTS[-1]])
 def test_how_many_programs_share_the_work_decides_nothing(monkeypatch, layout):
     """A program of s1 takes one tile, or many; a program of s5_assign compares all targets, or several have a part."""
     x = tokens(2, 150, 70, kind="repeated")

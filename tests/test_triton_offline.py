@@ -55,6 +55,7 @@ def altered(kernel: str, **constants) -> tuple[list[str], list[str]]:
     return result.faults, offline.narrow_loads(compiled.asm["ttir"], compiled.asm["ptx"], 128, torch.float16)
 
 
+@pytest.mark.slow
 def test_faults_are_seen():
     with offline.pool(1) as executor:
         faults, narrow = executor.submit(altered, "s5_assign", BLOCK_R=256, BLOCK_D=256).result()

@@ -32,8 +32,8 @@ class Graphs:
         return self
 
 
-# Compiling takes seconds, and what is compiled is the engine's: one family with each kind of positions every day.
-DAILY = (("llava", "both"), ("qwen2_5_vl", "both"))
+# Compiling takes seconds, and what is compiled is the engine's: one loop and one `generate` every day.
+DAILY = (("qwen2_5_vl", "both"),)
 LOOPS = [
     pytest.param(name, options, id=f"{name}-{stage}", marks=() if (name, stage) in DAILY else pytest.mark.slow)
     for name in FAMILIES
