@@ -354,7 +354,7 @@ BUGS = [
         [(r"__ballot_sync\(kAllLanes, target", "__ballot_sync(0xffffu, target")],
         FUSED,
         r"calls __ballot_sync with mask 0x0000ffff, which leaves out its lane",
-        when=EVERY_DAY,
+        when=SLOW,
     ),
     Bug(
         "lanes that a shuffle waits for stay away",

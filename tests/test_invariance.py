@@ -8,8 +8,8 @@ from tests.data import DTYPES, tokens
 from tests.judge import assert_same
 
 LAYOUTS = ("inplace", "overwrite", "append")
-# N, D, keep, basis: multiples of nothing, of 64, one token, more channels than one block of a matrix kernel.
-SHAPES = [(70, 45, 20, 6), (192, 128, 64, 10), (1, 8, 1, 1), (53, 1100, 40, 3), (300, 7, 33, 12)]
+# N, D, keep, basis: multiples of nothing, of 64, more tokens or channels than one block of a matrix kernel, one token.
+SHAPES = [(70, 45, 20, 6), (192, 128, 64, 10), (300, 7, 33, 12), (53, 1100, 40, 3), (1, 8, 1, 1)]
 
 
 def everything(backend, x, keep, basis, layout):

@@ -76,7 +76,7 @@ def test_repeated_rows(backend):
 
 
 def test_more_repeated_rows_than_are_read_at_once(backend):
-    pairs = 150 if backend.interpreted else 650  # interpreted, each row is a program
+    pairs = 50 if backend.interpreted else 650  # interpreted, each row is a program
     x = tokens(1, 2 * pairs, 5, seed=1)
     got = merge(backend, x, [3, 7] * pairs)
     assert_same(got[:2], merge(backend, x, [3, 7]))
