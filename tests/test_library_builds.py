@@ -205,7 +205,8 @@ def check_planned(said: str) -> None:
 
 @needs_nvcc
 @pytest.mark.slow
-@pytest.mark.parametrize("shared", ["ON", pytest.param("OFF", marks=pytest.mark.matrix)])
+@pytest.mark.matrix
+@pytest.mark.parametrize("shared", ["ON", "OFF"])
 def test_the_cuda_library_is_found_where_it_is_installed(tmp_path: Path, shared: str):
     source = copy_listed(tmp_path, "cpu", "cuda", "cmake")
     compiler = f"-DCMAKE_CUDA_COMPILER={sass.nvcc()}"
