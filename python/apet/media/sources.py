@@ -163,5 +163,3 @@ def reject_text(file: BinaryIO, name: str) -> None:
     for beginning, kind in BEGINNINGS:
         if start.startswith(beginning.lower()):
             raise Refused(f"neither a photo nor a video: {name} is {kind}")
-
-
