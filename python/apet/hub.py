@@ -72,8 +72,8 @@ def _unknown(what: str, config: Mapping[str, Any]) -> str:
     here = transformers.__version__
     if config.get("auto_map"):
         return (
-            f"{what} is code of its own authors (trust_remote_code), which apet does not run: use a checkpoint that was "
-            'converted to transformers, often named "...-hf"'
+            f"{what} is code of its own authors (trust_remote_code), which apet does not run: use a checkpoint that "
+            'was converted to transformers, often named "...-hf"'
         )
     if made is not None and made > Version(here):
         return (
@@ -118,7 +118,10 @@ def why(error: BaseException, model: str) -> str:
     if caused(errors.HFValidationError):
         return "it is neither a folder nor a name of the form owner/model"
     if caused(errors.RepositoryNotFoundError):
-        return f"there is no such folder, and no such model on {constants.ENDPOINT}: check the name; if it is private, run hf auth login"
+        return (
+            f"there is no such folder, and no such model on {constants.ENDPOINT}: check the name; if it is private, run "
+            "hf auth login"
+        )
     if status & {401, 403}:
         return f"{constants.ENDPOINT} rejects this login: run hf auth login, or check HF_TOKEN"
     if caused(errors.OfflineModeIsEnabled, errors.LocalEntryNotFoundError):
