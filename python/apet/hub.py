@@ -119,8 +119,8 @@ def why(error: BaseException, model: str) -> str:
         return "it is neither a folder nor a name of the form owner/model"
     if caused(errors.RepositoryNotFoundError):
         return (
-            f"there is no such folder, and no such model on {constants.ENDPOINT}: check the name; if it is private, run "
-            "hf auth login"
+            f"there is no such folder, and no such model on {constants.ENDPOINT}: check its name; if it is private, "
+            "run hf auth login"
         )
     if status & {401, 403}:
         return f"{constants.ENDPOINT} rejects this login: run hf auth login, or check HF_TOKEN"

@@ -147,14 +147,15 @@ def _placed(name: str, value: Any, model: nn.Module) -> Any:
     return value.to(model.device, model.dtype if pixels else None)
 
 
-def answer(model: nn.Module, processor: Any, inputs: Mapping[str, Any], max_new_tokens: int) -> None:
-    """Prints the greedy answer to a question while it is generated."""
+def answer(model: nn.Module, processor: Any, inputs: Mapping[str, Any], max_new_tokens: int, show: bool) -> str:
+    """The greedy answer to a question; with `show` it is printed while it is generated."""
     from transformers import TextStreamer
 
     from apet.model_report import GREEDY
 
-    streamer = TextStreamer(processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
-    model.generate(**inputs, **GREEDY, max_new_tokens=max_new_tokens, streamer=streamer)
+    streamer = TextStreamer(processor.tokenizer, skip_prompt=True, skip_special_tokens=True) if show else None
+    (tokens,) = model.generate(**inputs, **GREEDY, max_new_tokens=max_new_tokens, streamer=streamer)
+    return processor.tokenizer.decode(tokens[inputs["input_ids"].shape[1] :], skip_special_tokens=True)
 
 
 def _device(name: str | None) -> Any:

@@ -101,18 +101,18 @@ class Target:
         A ratio of 1 says so itself.
         """
         keep = getattr(self.options, name)
-        if name in self.said or all(
-            k == 1 and isinstance(k, float) for k in (keep if isinstance(keep, tuple) else [keep])
-        ):
+        wanted = keep if isinstance(keep, tuple) else (keep,)
+        basis = self.options.basis if self.options.layout == "append" else 0
+        most = max(tokens.lengths)
+        least = most - basis  # the least keep that drops nothing of any unit
+        if name in self.said or least <= 1 or all(isinstance(k, float) and k == 1 for k in wanted):
             return
         self.said.add(name)
         units = " or ".join(sorted({self.adapter.unit_names.get(modality, modality) for modality in modalities}))
-        basis = self.options.basis if self.options.layout == "append" else 0
-        most = max(tokens.lengths)
         added = f", and layout='append' adds {basis} basis tokens" if basis else ""
         message = (
             f"{name}={keep} drops nothing: it counts per {units}, and the largest has {most} tokens{added}; "
-            f"{name} below {most - basis} drops some"
+            f"{name}={least - 1} or less drops some"
         )
         warnings.warn(apet.Notice(message, f"{name}={keep}"), stacklevel=2)
 
