@@ -56,7 +56,7 @@ def evaluate(
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Ask a vision-language model your questions about your images and clips, with and without compression, and compare."""
+    """Ask a vision-language model your questions about images or clips, with and without compression, and compare."""
     hush(quiet)
     budgets = _budgets(keep or [], preset or [], layout)
     for module in ("numpy", "PIL", "transformers"):

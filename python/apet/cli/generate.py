@@ -98,12 +98,8 @@ def generate(
         raise Refused(first_line(error)) from error
     if as_json:
         read = [{"file": printable(i.name), "times": i.times, "notes": i.notes} for i in found]
-        print(
-            json.dumps(
-                {"model": model, "prompt": prompt, "read": read, **said, "pictures": [*map(printable, pictures)]},
-                indent=2,
-            )
-        )
+        result = {"model": model, "prompt": prompt, "read": read, **said, "pictures": [*map(printable, pictures)]}
+        print(json.dumps(result, indent=2))
     elif not quiet:
         for path in pictures:
             Console().print(f"Picture: [bold]{escape(printable(path))}[/]", soft_wrap=True)

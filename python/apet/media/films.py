@@ -51,8 +51,9 @@ def read(file: BinaryIO, name: str, count: int) -> Media:
             lasts = (frame.duration or 0) * frame.time_base
         if not starts:
             raise Refused(f"no frame of the video {name} can be decoded{decoder.because}")
-        times = timeline(starts, decoder.step)
-        end = times[-1] + (lasts or decoder.step)
+        step = lasts or decoder.step
+        times = timeline(starts, step)
+        end = times[-1] + step
         chosen = choose(times, end, count)
         notes = decoder.notes(float(end))
         found = _pictures(decoder, {number for number, _ in chosen})
@@ -103,7 +104,7 @@ class _Decoder:
 
     def __init__(self, av: Any, file: BinaryIO, index: int):
         self.av, self.file, self.index = av, file, index
-        self.step = Fraction(1, 25)  # between frames, where the file does not say when one comes on screen
+        self.step = Fraction(1, 25)  # between frames, where the file does not say how long one lasts
         self.aspect = Fraction(1)  # width of a pixel / its height
         self.skipped = 0  # packets or frames, in the latest round
         self.cause: Exception | None = None  # of the first of these
@@ -116,7 +117,7 @@ class _Decoder:
             stream = container.streams[self.index]
             if stream.width * stream.height > MOST_PIXELS:
                 raise ValueError(f"its {stream.width} x {stream.height} pixels are more than {MOST_PIXELS}")
-            rate = stream.average_rate or stream.guessed_rate
+            rate = stream.guessed_rate or stream.average_rate
             self.step = 1 / rate if rate else self.step
             self.aspect = stream.sample_aspect_ratio or Fraction(1)
             packets = container.demux(stream)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import http.client
 import io
 import re
@@ -111,6 +112,17 @@ def _opener() -> urllib.request.OpenerDirector:
     return opener
 
 
+def _request(address: str) -> urllib.request.Request:
+    """With the user and password of the address, which no redirect hands on."""
+    parts = urllib.parse.urlsplit(address)
+    user, at, host = parts.netloc.rpartition("@")
+    request = urllib.request.Request(urllib.parse.urlunsplit(parts._replace(netloc=host)))
+    if at:
+        secret = base64.b64encode(urllib.parse.unquote(user).encode()).decode()
+        request.add_unredirected_header("Authorization", f"Basic {secret}")
+    return request
+
+
 def _download(address: str) -> BinaryIO:
     name, scheme = shown(address), address.partition(":")[0].lower()
     if scheme not in ("http", "https"):
@@ -118,7 +130,7 @@ def _download(address: str) -> BinaryIO:
     end = time.monotonic() + PATIENCE
     data = io.BytesIO()
     try:
-        with _opener().open(address, timeout=SILENCE) as answer:
+        with _opener().open(_request(address), timeout=SILENCE) as answer:
             if int(answer.headers.get("Content-Length") or 0) > MOST_BYTES:
                 raise _too_large(name)
             while chunk := answer.read1(CHUNK):
