@@ -197,13 +197,13 @@ def packets(data: bytes) -> list[tuple[int, int]]:
 def test_a_damaged_packet_is_skipped_and_counted() -> None:
     data = bytearray(film([grey(i) for i in range(20)], "mov", "mjpeg", "yuvj420p"))
     for which, (at, size) in enumerate(packets(bytes(data))):
-        if which in (3, 10):
+        if which in (3, 12):
             data[at : at + size] = bytes(size)
     clip = read(bytes(data), 4)
     assert clip.notes == ["2 damaged packets skipped"]
     assert clip.total == 18
-    assert numbers(clip) == [2, 8, 13, 17]
-    assert clip.times == pytest.approx([0.2, 0.8, 1.3, 1.7])  # what is there keeps its time
+    assert numbers(clip) == [2, 7, 11, 17]
+    assert clip.times == pytest.approx([0.2, 0.7, 1.1, 1.7])  # what is there keeps its time
 
 
 def test_a_clip_without_a_sound_frame_is_rejected() -> None:
