@@ -95,7 +95,7 @@ def model_class(model: str, config: Any) -> Any:
         raise Refused(f"model {model!r} is a {config.model_type!r} whose config.json names no class (architectures)")
     kind = getattr(transformers, name, None)
     if kind is None:
-        raise Refused(f"cannot load model {model!r}: {_unknown(f'class {name}', config.to_dict())}")
+        raise Refused(f"cannot load model {model!r}: {_unknown(f'class {name}', vars(config))}")
     if not hasattr(kind, "generate"):
         raise Refused(f"model {model!r} is a {config.model_type!r} of class {name}, with no generate()")
     return kind
