@@ -42,7 +42,9 @@ def read(file: BinaryIO, name: str, count: int) -> Media | None:
                 heif = need("pillow_heif", "heif", "a HEIC photo")
                 with heif.HeifImageFile(file) as image:
                     return _photo(image, name)
-            with Image.open(file, formats=FORMATS) as image:
+            Image.init()
+            known = [name for name in FORMATS if name in Image.OPEN]  # older releases of Pillow lack some
+            with Image.open(file, formats=known) as image:
                 if image.format in ANIMATIONS and getattr(image, "n_frames", 1) > 1 + _stand_in(image):
                     return _animation(image, name, count)
                 return _photo(image, name)
