@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -59,9 +60,9 @@ def read(file: BinaryIO, name: str, count: int) -> Media:
         found = _pictures(decoder, {number for number, _ in chosen})
     except av.error.InvalidDataError as error:
         raise Refused(f"neither a photo nor a video, or damaged: {name}") from error
-    except av.error.ArgumentError as error:  # a format that is not among the films
-        raise Refused(f"neither a photo nor a video: {name}") from error
     except (av.error.FFmpegError, OSError, ValueError) as error:
+        if getattr(error, "errno", None) == errno.EINVAL:  # a format that is not among the films
+            raise Refused(f"neither a photo nor a video: {name}") from error
         raise Refused(f"cannot read the video {name}: {first_line(error)}") from error
     size = found[chosen[0][0]].size
     frames = [found[number] if found[number].size == size else found[number].resize(size) for number, _ in chosen]
