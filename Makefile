@@ -84,12 +84,13 @@ test-transformers4: .build/transformers4  ## the tests of the Hugging Face hooks
 	@.build/vllm/bin/python tests/vllm/environment.py mend
 	@touch $@
 
-test-vllm: .build/vllm/ready $(VENV)/installed-dev  ## the vLLM plugin, installed from an sdist, in the real engine
+test-vllm: .build/vllm/ready $(VENV)/installed-dev  ## the vLLM plugin from an sdist, in the real engine; clips with torchvision
 	@rm -rf .build/vllm/dist
 	@$(bin)/python -m build --no-isolation --sdist --outdir .build/vllm/dist >.build/vllm/sdist.log || { cat .build/vllm/sdist.log; false; }
 	@.build/vllm/bin/python -m pip uninstall --quiet --yes apet-kernels
 	@$(vllm-install) .build/vllm/dist/*.tar.gz
 	.build/vllm/bin/pytest -q -o pythonpath= --confcutdir tests/vllm tests/vllm
+	.build/vllm/bin/pytest -q -o pythonpath= --confcutdir tests/hooks tests/hooks/test_clips.py
 
 test-triton: $(VENV)/installed-test  ## the Triton kernels, interpreted: all of every test
 	$(pytest) --interpret 0 -k triton

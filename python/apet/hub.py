@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import importlib
+import json
 import socket
 import urllib.parse
 import urllib.request
+from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -13,32 +15,121 @@ from typing import Any
 from apet import Refused
 
 
-def need(module: str) -> ModuleType:
-    """Import a module of the extra [demo], or say how to install it.
+def need(module: str, extra: str = "demo", what: str = "this") -> ModuleType:
+    """Import a module of an extra, or say how to install it. what: that needs it.
 
     Raises: Refused, if it is not installed.
     """
     try:
         return importlib.import_module(module)
     except ImportError as error:
-        raise Refused(f'this needs {error.name or module}: pip install "apet-kernels[demo]"') from error
+        raise Refused(f'{what} needs {error.name or module}: pip install "apet-kernels[{extra}]"') from error
 
 
 def load_config(model: str) -> tuple[Any, bool]:
     """The config of a model (a folder or a hub id), and whether its other files must be local as well.
 
-    Raises: Refused, if there is no such model, or it is not downloaded and the hub cannot be reached.
+    Raises: Refused, with the cause and what to do, if there is no such model, or its config cannot be read.
     """
-    from transformers import AutoConfig
+    from transformers import CONFIG_MAPPING, AutoConfig
+    from transformers.utils import cached_file
 
-    local = Path(model).is_dir() or not reachable()
+    begin = f"cannot load model {model!r}: "
+    folder = Path(model)
+    if not folder.is_dir() and (folder.exists() or folder.is_absolute() or model.startswith((".", "~"))):
+        raise Refused(f"{begin}there is no such folder")
+    local = folder.is_dir() or not reachable()
     try:
-        return AutoConfig.from_pretrained(model, local_files_only=local), local
+        path = cached_file(model, "config.json", local_files_only=local)
     except Exception as error:  # the hub client raises its own kinds, besides OSError and ValueError
-        raise Refused(
-            f"cannot load model {model!r}: it is neither a folder with a config.json nor a model that is downloaded or "
-            "could be reached on the Hugging Face Hub"
-        ) from error
+        raise Refused(f"{begin}{why(error, model)}") from error
+    if path is None:
+        raise Refused(f"{begin}it has no config.json")
+    try:
+        told = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise Refused(f"{begin}its config.json is broken: {first_line(error)}") from error
+    kind = told.get("model_type") if isinstance(told, dict) else None
+    if not isinstance(kind, str):
+        raise Refused(f"{begin}its config.json names no model_type")
+    if kind not in CONFIG_MAPPING:
+        raise Refused(f"{begin}{_unknown(f'model_type {kind!r}', told)}")
+    try:
+        return AutoConfig.from_pretrained(model, local_files_only=local, trust_remote_code=False), local
+    except Exception as error:
+        raise Refused(f"{begin}its config.json is broken: {first_line(error)}") from error
+
+
+def _unknown(what: str, config: Mapping[str, Any]) -> str:
+    """Why the installed transformers does not know what a config.json names, and what to do."""
+    import transformers
+    from packaging.version import InvalidVersion, Version
+
+    try:
+        made = Version(str(config.get("transformers_version")))
+    except InvalidVersion:
+        made = None
+    here = transformers.__version__
+    if config.get("auto_map"):
+        return (
+            f"{what} is code of its own authors (trust_remote_code), which apet does not run: use a checkpoint that "
+            'was converted to transformers, often named "...-hf"'
+        )
+    if made is not None and made > Version(here):
+        return (
+            f"{what} is not known to transformers {here}, and the model was made with {made}: pip install "
+            "--upgrade transformers"
+        )
+    return (
+        f"{what} is not known to transformers {here}: upgrade that if the model is newer, or use a checkpoint that was "
+        'converted to transformers, often named "...-hf"'
+    )
+
+
+def model_class(model: str, config: Any) -> Any:
+    """The class in transformers that a config names, with generate(). Raises: Refused, if there is none."""
+    import transformers
+
+    name = (config.architectures or [None])[0]
+    if not name:
+        raise Refused(f"model {model!r} is a {config.model_type!r} whose config.json names no class (architectures)")
+    kind = getattr(transformers, name, None)
+    if kind is None:
+        raise Refused(f"cannot load model {model!r}: {_unknown(f'class {name}', vars(config))}")
+    if not hasattr(kind, "generate"):
+        raise Refused(f"model {model!r} is a {config.model_type!r} of class {name}, with no generate()")
+    return kind
+
+
+def why(error: BaseException, model: str) -> str:
+    """The cause of a load that failed, and what to do about it: transformers' message often names another one."""
+    from huggingface_hub import constants, errors
+
+    causes = [error]
+    while (cause := causes[-1].__cause__ or causes[-1].__context__) is not None and cause not in causes:
+        causes.append(cause)
+
+    def caused(*kinds: type[BaseException]) -> bool:
+        return any(isinstance(cause, kinds) for cause in causes)
+
+    status = {getattr(getattr(cause, "response", None), "status_code", None) for cause in causes}
+    if caused(errors.GatedRepoError):
+        return f"it is gated: accept its terms on {constants.ENDPOINT}/{model}, then run hf auth login"
+    if caused(errors.HFValidationError):
+        return "it is neither a folder nor a name of the form owner/model"
+    if caused(errors.RepositoryNotFoundError):
+        return (
+            f"there is no such folder, and no such model on {constants.ENDPOINT}: check its name; if it is private, "
+            "run hf auth login"
+        )
+    if status & {401, 403}:
+        return f"{constants.ENDPOINT} rejects this login: run hf auth login, or check HF_TOKEN"
+    if caused(errors.OfflineModeIsEnabled, errors.LocalEntryNotFoundError):
+        offline = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else f"{constants.ENDPOINT} cannot be reached"
+        return f"there is no such folder, it is not downloaded, and {offline}"
+    if any("trust_remote_code" in str(cause) for cause in causes):
+        return "it needs code of its own authors (trust_remote_code), which apet does not run"
+    return first_line(error)
 
 
 def reachable() -> bool:

@@ -7,11 +7,13 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from apet import Refused
-from apet.hub import first_line, load_config, need
+from apet.hub import first_line, load_config, model_class, need, why
 
 if TYPE_CHECKING:
     from PIL import Image
     from torch import nn
+
+    from apet.media import Media
 
 
 def load(name: str, trials: Sequence[Mapping[str, Any]], dtype: str, device: str | None) -> tuple[nn.Module, Any]:
@@ -31,9 +33,7 @@ def load(name: str, trials: Sequence[Mapping[str, Any]], dtype: str, device: str
     transformers.logging.disable_progress_bar()
     where = _device(device)
     config, local = load_config(name)
-    kind = getattr(transformers, (config.architectures or [""])[0], None)
-    if not hasattr(kind, "generate"):
-        raise Refused(f"model {name!r} is a {config.model_type!r} of class {config.architectures}, with no generate()")
+    kind = model_class(name, config)
     try:
         with torch.device("meta"):
             empty = kind(config)
@@ -45,51 +45,117 @@ def load(name: str, trials: Sequence[Mapping[str, Any]], dtype: str, device: str
     except ValueError as error:
         raise Refused(first_line(error)) from error
     try:
-        processor = transformers.AutoProcessor.from_pretrained(name, local_files_only=local)
+        processor = transformers.AutoProcessor.from_pretrained(name, local_files_only=local, trust_remote_code=False)
     except Exception as error:
         hint = "" if find_spec("torchvision") else " (many processors need torchvision, which is not installed)"
-        raise Refused(f"cannot load the processor of model {name!r}{hint}: {first_line(error)}") from error
+        raise Refused(f"cannot load the processor of model {name!r}{hint}: {why(error, name)}") from error
     try:
         model, report = kind.from_pretrained(name, dtype=dtype, local_files_only=local, output_loading_info=True)
         model = model.eval().to(where)
     except Exception as error:
-        raise Refused(f"cannot load the weights of model {name!r}: {first_line(error)}") from error
+        raise Refused(f"cannot load the weights of model {name!r}: {why(error, name)}") from error
     if report["missing_keys"]:
         raise Refused(f"model {name!r} lacks {len(report['missing_keys'])} of its weights")
     return model, processor
 
 
 def question(
-    model: nn.Module, processor: Any, prompt: str, images: Sequence[Image.Image], frames: Sequence[Image.Image]
+    model: nn.Module, processor: Any, prompt: str, images: Sequence[Image.Image], clip: Media | None = None
 ) -> dict[str, Any]:
-    """The inputs of a question about images, or about the frames of a clip.
+    """The inputs of a question about images, or about a clip: all of its frames, at their times.
 
-    Raises: Refused, if the processor does not accept the prompt.
+    Raises: Refused, if the processor does not accept the prompt, or takes other frames.
     """
     import numpy as np
 
-    kinds = ["image"] * len(images) + ["video"] * bool(frames)
+    kinds = ["image"] * len(images) + ["video"] * (clip is not None)
+    if clip is not None and not hasattr(processor, "video_processor") and not hasattr(processor, "video_token"):
+        raise Refused(f"this model takes no clips: its {type(processor).__name__} has no video processor")
     try:
         if getattr(processor, "chat_template", None):
             content = [*({"type": kind} for kind in kinds), {"type": "text", "text": prompt}]
             text = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
         else:
             text = "".join(getattr(processor, f"{kind}_token") + "\n" for kind in kinds) + prompt
-        given: dict[str, Any] = {"images": list(images)} if images else {"videos": [np.stack(frames)]}
-        inputs = processor(text=[text], return_tensors="pt", **given)
+        given: dict[str, Any] = {"images": list(images)} if images else {}
+        if clip is not None:
+            # Left to themselves, some processors choose among the frames again, at times that they assume.
+            given |= {
+                "videos": [np.stack(clip.frames)],
+                "video_metadata": [metadata(clip)],
+                "do_sample_frames": False,
+            }
+        inputs = dict(processor(text=[text], return_tensors="pt", **given))
     except Exception as error:  # every processor has its own ways to fail
         raise Refused(f"the processor of this model cannot take such a prompt: {first_line(error)}") from error
-    return dict(inputs.to(model.device, model.dtype))
+    inputs.pop("video_metadata", None)
+    if clip is not None:
+        _check_frames(processor, inputs, clip)
+    return {name: _placed(name, value, model) for name, value in inputs.items()}
 
 
-def answer(model: nn.Module, processor: Any, inputs: Mapping[str, Any], max_new_tokens: int) -> None:
-    """Prints the greedy answer to a question while it is generated."""
+TICKS = 1000  # a second: a clock for frames, whatever rate they have
+
+
+def metadata(clip: Media) -> dict[str, Any]:
+    """A clip as `transformers.video_utils.VideoMetadata` describes it, on a clock of `TICKS` frames a second.
+
+    So the time of each frame, index / fps, is right under a variable frame rate, too; and so is the mean distance of
+    frames, total / fps / their number.
+    """
+    width, height = clip.size
+    return {
+        "total_num_frames": max(round(clip.seconds * TICKS), len(clip.frames)),
+        "fps": float(TICKS),
+        "width": width,
+        "height": height,
+        "duration": clip.seconds,
+        "video_backend": "pyav",
+        "frames_indices": [round(time * TICKS) for time in clip.times],
+    }
+
+
+def _check_frames(processor: Any, inputs: dict[str, Any], clip: Media) -> None:
+    """Raises Refused, if the inputs do not have all frames; sets the seconds of a step of Qwen2.5-VL.
+
+    Versions of its processor differ in where they take these from; all of them hand them to the model.
+    """
+    frames = len(clip.frames)
+    each = getattr(getattr(processor, "video_processor", None), "temporal_patch_size", None) or 1
+    grid, pixels = inputs.get("video_grid_thw"), inputs.get("pixel_values_videos")
+    if grid is not None:
+        found, wanted = int(grid[0][0]), -(-frames // each)
+    elif pixels is not None:
+        found, wanted = pixels.shape[1], frames
+    else:  # InternVL: frames are images
+        found, wanted = len(inputs["pixel_values"]), frames
+    if found != wanted:
+        raise Refused(f"the processor of this model made {found} steps of {frames} frames, where {wanted} are right")
+    if "second_per_grid_ts" in inputs:
+        inputs["second_per_grid_ts"] = [each * clip.seconds / frames]
+
+
+def _placed(name: str, value: Any, model: nn.Module) -> Any:
+    """A value on the model's device, pixels in its dtype (times and sizes stay exact)."""
+    import torch
+
+    if name == "second_per_grid_ts":
+        value = torch.as_tensor(value, dtype=torch.float32)
+    if not isinstance(value, torch.Tensor):
+        return value
+    pixels = name.startswith("pixel_values") and value.is_floating_point()
+    return value.to(model.device, model.dtype if pixels else None)
+
+
+def answer(model: nn.Module, processor: Any, inputs: Mapping[str, Any], max_new_tokens: int, show: bool) -> str:
+    """The greedy answer to a question; with `show` it is printed while it is generated."""
     from transformers import TextStreamer
 
     from apet.model_report import GREEDY
 
-    streamer = TextStreamer(processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
-    model.generate(**inputs, **GREEDY, max_new_tokens=max_new_tokens, streamer=streamer)
+    streamer = TextStreamer(processor.tokenizer, skip_prompt=True, skip_special_tokens=True) if show else None
+    (tokens,) = model.generate(**inputs, **GREEDY, max_new_tokens=max_new_tokens, streamer=streamer)
+    return processor.tokenizer.decode(tokens[inputs["input_ids"].shape[1] :], skip_special_tokens=True)
 
 
 def _device(name: str | None) -> Any:

@@ -85,8 +85,12 @@ class Processor:
 
     def __init__(self, family: families.Family):
         self.family, self.tokenizer = family, tokenizer()
+        self.named: dict[str, Any] = {}  # what else it was called with
 
-    def __call__(self, text: Sequence[str], images: Any = (), videos: Any = (), return_tensors: str = "pt") -> Any:
+    def __call__(
+        self, text: Sequence[str], images: Any = (), videos: Any = (), return_tensors: str = "pt", **named: Any
+    ) -> Any:
+        self.named = named
         visuals = [self.visual("image", [np.asarray(image) for image in images][i]) for i in range(len(images))]
         visuals += [self.visual("video", frames) for frames in videos]
         row, waiting = Sample(visuals=visuals), iter(visuals)

@@ -6,8 +6,11 @@ Real photographs, and a tiny random LLaVA with the processor of transformers, sa
 from __future__ import annotations
 
 import collections
+import errno
+import fcntl
 import importlib.util
 import json
+import os
 import re
 import shutil
 from pathlib import Path
@@ -19,9 +22,10 @@ import transformers
 from apet.evaluation import questions, run
 from apet.evaluation.answers import Answers
 from families import FAMILIES, build
+from PIL import Image
 from processors import Processor, answer, llava_folder
 
-from tests.command import refused, said
+from tests.command import invoke, refused, said
 
 NEW = 4
 PHOTOS = ("astronaut.png", "chelsea.png", "coffee.png", "rocket.jpg", "coins.png", "camera.png")
@@ -131,6 +135,44 @@ class _Watched:
         return self.context.__exit__(*error)
 
 
+def test_clips(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A question about a clip, whose frames and their number are those of --frames."""
+    build("video_llava").save_pretrained(tmp_path / "model")
+    processor = Processor(FAMILIES["video_llava"])
+    monkeypatch.setattr(transformers.AutoProcessor, "from_pretrained", lambda *_, **__: processor)
+    photos = [Image.open(data / name).convert("RGB").resize((60, 40)) for name in PHOTOS]
+    photos[0].save(data / "clip.gif", save_all=True, append_images=photos[1:], duration=500)
+    write(
+        data,
+        [
+            {"id": 1, "video": "clip.gif", "question": "w3", "answers": ["w5"]},
+            entry(0),
+            {**entry(2), "image": "clip.gif"},
+        ],
+    )
+    words = ("--model", tmp_path / "model", "--data", data, "--out", tmp_path / "out.jsonl", "--max-new-tokens", 2)
+    result = json.loads(said("eval", *words, "--keep", 9, "--frames", 3, "--json", code=1).partition("apet: ")[0])
+    assert result["asked"] == 3
+    assert [row["questions"] for row in result["rows"]] == [2, 2]
+    (failed,) = result["failed"]
+    assert "line 3: " in failed
+    assert "is a clip, not a photo" in failed
+    done = {(r["id"], r["variant"]): r for r in records(tmp_path / "out.jsonl") if "failed" not in r}
+    assert done["1", "uncompressed"]["visual tokens"] == 3 * 37
+    assert done["1", "keep=9"]["visual tokens"] == 3 * (9 + 1)
+    assert done["0", "uncompressed"]["visual tokens"] == 36
+    assert "was made with frames=3, this run has 2" in refused("eval", *words, "--frames", 2)
+
+
+def test_a_budget_that_drops_nothing_is_told_once(llava: Path, data: Path, tmp_path: Path) -> None:
+    write(data, [entry(i) for i in range(3)])
+    words = ("--model", llava, "--data", data, "--max-new-tokens", 1, "--keep", 36, "--keep", 50, "--keep", 35)
+    result = invoke("eval", *words, "--out", tmp_path / "out.jsonl")
+    told = [line for line in result.stderr.splitlines() if "drops nothing" in line]
+    assert [line.split()[1] for line in told] == ["keep=36", "keep=50"]
+    assert invoke("eval", *words, "--out", tmp_path / "quiet.jsonl", "--quiet").output == ""
+
+
 # --- going on ---
 
 
@@ -190,6 +232,15 @@ def test_file_in_use_or_not_to_be_written(llava: Path, data: Path, tmp_path: Pat
         assert "another run is writing" in refused("eval", *words)
     (tmp_path / "file").touch()
     assert "cannot write" in refused("eval", *words[:-1], tmp_path / "file" / "out.jsonl")
+
+
+def test_a_file_system_without_locks_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def flock(*_: object) -> None:
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with pytest.warns(apet.Notice, match=r"out\.jsonl has no locks \(Function not implemented\)"):
+        Answers(tmp_path / "out.jsonl", {})
 
 
 def test_bad_images_lose_nothing_else(llava: Path, data: Path, tmp_path: Path) -> None:

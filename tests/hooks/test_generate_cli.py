@@ -7,6 +7,7 @@ import re
 import shutil
 from pathlib import Path
 
+import huggingface_hub.errors
 import pytest
 import torch
 import transformers
@@ -17,7 +18,7 @@ from processors import Processor, answer, llava_folder
 from test_picture import scene
 from transformers import PreTrainedModel
 
-from tests.command import refused, said
+from tests.command import invoke, refused, said
 
 NEW = 4
 
@@ -121,6 +122,69 @@ def test_other_families(
     assert (tmp_path / "p.png").stat().st_size > 50_000
 
 
+def test_a_clip_keeps_its_times(clip: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The processor is told when each frame was, and not to choose again; an animation is a clip, too."""
+    build("video_llava").save_pretrained(tmp_path / "model")
+    processor = Processor(FAMILIES["video_llava"])
+    monkeypatch.setattr(transformers.AutoProcessor, "from_pretrained", lambda *_, **__: processor)
+    first, *rest = [Image.fromarray(scene(96, 64)[:, :: (-1) ** i].copy()) for i in range(4)]
+    first.save(tmp_path / "clip.gif", save_all=True, append_images=rest, duration=[100, 100, 800, 2000])
+    words = ("--model", tmp_path / "model", "--prompt", "w3", "--keep", 9, "--frames", 3, "--json")
+    for source, times, seconds in ((clip, [0.2, 0.6, 1.0], 1.2), (tmp_path / "clip.gif", [0.2, 1.0, 2.5], 3.0)):
+        found = json.loads(generated(*words, "--video", source))
+        assert found["read"] == [{"file": str(source), "times": times, "notes": []}]
+        assert not processor.named.pop("do_sample_frames")
+        (told,) = processor.named.pop("video_metadata")
+        assert not processor.named
+        assert [index / told["fps"] for index in told["frames_indices"]] == times
+        assert told["total_num_frames"] / told["fps"] == told["duration"] == seconds
+        assert (told["width"], told["height"]) == (96, 64)
+
+
+def test_json_and_quiet(llava: Path, photos: list[Path], tmp_path: Path) -> None:
+    words = ("--model", llava, "--image", photos[0], "--prompt", "w3 w4", "--keep", 12, "--compare")
+    found = json.loads(generated(*words, "--json", "--out", tmp_path / "p.png"))
+    assert found["answer"] == answer(llava, photos[:1], "<image>\nw3 w4", NEW, keep=12)
+    assert found["answer without compression"] == answer(llava, photos[:1], "<image>\nw3 w4", NEW)
+    assert found["pictures"] == [str(tmp_path / "p.png")]
+    report = found["report"]
+    assert (report["visual_tokens"], report["options"]["keep"], report["compressed"]["lengths"]) == (36, 12, [14] * 4)
+    lines = generated(*words, "--quiet").splitlines()
+    assert [line for line in lines if line] == [
+        found["answer"],
+        "Without compression:",
+        found["answer without compression"],
+    ]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            ["--keep", 100],
+            "keep=100 drops nothing: it counts per image, and the largest has 36 tokens; keep=35 or less",
+        ),
+        (["--keep", 9, "--llm-layer", 2, "--llm-keep", 20], "llm_keep=20 drops nothing: it counts per image, and the"),
+        (
+            ["--keep", 30, "--layout", "append"],
+            "has 36 tokens, and layout='append' adds 10 basis tokens; keep=25 or less",
+        ),
+    ],
+)
+def test_a_budget_that_drops_nothing_is_told_once(options: list, message: str, llava: Path, photos: list[Path]) -> None:
+    words = ("generate", "--model", llava, "--image", photos[0], "--prompt", "w3", "--max-new-tokens", 2, *options)
+    result = invoke(*words)
+    assert result.stderr.startswith("apet: ")
+    assert message in result.stderr
+    assert result.stderr.count("\n") == 1
+    assert invoke(*words, "--quiet").stderr == ""
+
+
+def test_all_of_it_is_no_budget_that_drops_nothing(llava: Path, photos: list[Path]) -> None:
+    words = ("--model", llava, "--image", photos[0], "--prompt", "w3", "--keep", "100%", "--max-new-tokens", 2)
+    assert invoke("generate", *words).stderr == ""
+
+
 # --- refusals ---
 
 
@@ -160,7 +224,7 @@ def test_refused_files(llava: Path, photos: list[Path], clip: Path) -> None:
     assert "give photos" in refused("generate", *words)
     assert "is a clip: give it as --video" in refused("generate", *words, "--image", clip)
     assert "is a photo: give it as --image" in refused("generate", *words, "--video", photos[0])
-    assert "processor of this model cannot take such a prompt" in refused("generate", *words, "--video", clip)
+    assert "this model takes no clips" in refused("generate", *words, "--video", clip)
     assert "Missing option '--prompt'" in refused("generate", "--model", llava, "--image", photos[0])
 
 
@@ -168,16 +232,64 @@ def test_refused_files(llava: Path, photos: list[Path], clip: Path) -> None:
     ("change", "sentence"),
     [
         ({"architectures": ["CLIPVisionModel"]}, "with no generate()"),
-        ({"architectures": None}, "with no generate()"),
-        ({"architectures": ["NoSuchModel"]}, "with no generate()"),
+        ({"architectures": None}, "names no class (architectures)"),
+        ({"architectures": ["NoSuchModel"]}, "class NoSuchModel is not known to transformers"),
+        (
+            {"architectures": ["NoSuchModel"], "transformers_version": "99.0"},
+            "the model was made with 99.0: pip install",
+        ),
+        ({"architectures": ["NoSuchModel"], "auto_map": {"AutoModel": "x.Y"}}, "code of its own authors"),
         ({"architectures": ["LlamaForCausalLM"]}, "cannot make a LlamaForCausalLM from the config.json"),
-        ({"model_type": "no_such_type"}, "cannot load model"),
+        ({"model_type": "no_such_type"}, "model_type 'no_such_type' is not known to transformers"),
+        ({"model_type": "no_such_type", "transformers_version": "99.0"}, "the model was made with 99.0: pip install"),
+        ({"model_type": "no_such_type", "auto_map": {"AutoConfig": "x.Y"}}, "code of its own authors"),
+        ({"model_type": None}, "names no model_type"),
+        ({"text_config": 7}, "its config.json is broken"),
     ],
 )
 def test_refused_configurations(change: dict, sentence: str, llava: Path, photos: list[Path], tmp_path: Path) -> None:
     config = json.loads((llava / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | change))
     assert sentence in refused("generate", "--model", tmp_path, "--image", photos[0], "--prompt", "w3")
+
+
+def test_folders_without_a_config(photos: list[Path], tmp_path: Path) -> None:
+    rest = ("--image", photos[0], "--prompt", "w3")
+    assert "it has no config.json" in refused("generate", "--model", tmp_path, *rest)
+    assert "there is no such folder" in refused("generate", "--model", tmp_path / "nowhere", *rest)
+    (tmp_path / "config.json").write_text('{"model_type": "llava",')
+    assert "its config.json is broken: Expecting" in refused("generate", "--model", tmp_path, *rest)
+    (tmp_path / "config.json").write_text("[]")
+    assert "names no model_type" in refused("generate", "--model", tmp_path, *rest)
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        (
+            "GatedRepoError",
+            "it is gated: accept its terms on https://huggingface.co/some/model, then run hf auth login",
+        ),
+        ("RepositoryNotFoundError", "no such model on https://huggingface.co: check its name"),
+        ("LocalEntryNotFoundError", "it is not downloaded, and https://huggingface.co cannot be reached"),
+        ("HFValidationError", "neither a folder nor a name of the form owner/model"),
+    ],
+)
+def test_what_the_hub_says(kind: str, message: str, photos: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Within an OSError of transformers, whose own message names another cause."""
+
+    def cached_file(*_: object, **__: object) -> None:
+        error = getattr(huggingface_hub.errors, kind)
+        try:
+            raise error.__new__(error)
+        except error as cause:
+            raise OSError("You are not connected, or this is no folder, or ...") from cause
+
+    monkeypatch.setattr(hub, "reachable", lambda: True)
+    monkeypatch.setattr(transformers.utils, "cached_file", cached_file)
+    found = refused("generate", "--model", "some/model", "--image", photos[0], "--prompt", "w3")
+    assert "cannot load model 'some/model': " in found
+    assert message in found
 
 
 def test_refused_models(llava: Path, photos: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import itertools
 import sys
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Annotated, Any, NoReturn
 
 import typer
 from typer.core import TyperGroup
 
 import apet
-from apet import Refused
+from apet import Notice, Refused
 from apet.cli import compress, doctor, evaluate, generate
 
 # What typer raises for wrong options. Newer releases carry their own click, so click's class may be another one.
@@ -30,7 +32,8 @@ class Commands(TyperGroup):
     ) -> NoReturn:
         words = sys.argv[1:] if args is None else args
         try:
-            code = super().main(words, *more, standalone_mode=False, **named)
+            with _notices():
+                code = super().main(words, *more, standalone_mode=False, **named)
         except UsageError as error:
             code = _complain(error.format_message() + _values(error, words))
         except Refused as error:
@@ -38,6 +41,25 @@ class Commands(TyperGroup):
         except (typer.Abort, KeyboardInterrupt):
             code = 130
         sys.exit(code if isinstance(code, int) else 0)
+
+
+@contextmanager
+def _notices() -> Iterator[None]:
+    """Notices are printed as lines on stderr, the first of each key alone."""
+    shown: set[str] = set()
+    with warnings.catch_warnings():
+        before = warnings.showwarning
+
+        def show(message: Any, category: type[Warning], *where: Any) -> None:
+            if not isinstance(message, Notice):
+                before(message, category, *where)
+            elif message.key not in shown:
+                shown.add(message.key)
+                print(f"apet: {message}", file=sys.stderr)
+
+        warnings.showwarning = show
+        warnings.simplefilter("always", Notice)
+        yield
 
 
 def _complain(message: str) -> int:
@@ -57,7 +79,7 @@ def _values(error: Exception, words: Sequence[str]) -> str:
     return "" if shown else f" (given: {', '.join(values)})"
 
 
-app = typer.Typer(cls=Commands, add_completion=False, rich_markup_mode="rich", pretty_exceptions_enable=False)
+app = typer.Typer(cls=Commands, rich_markup_mode="rich", pretty_exceptions_enable=False)
 app.command()(compress.compress)
 app.command()(generate.generate)
 app.command("eval")(evaluate.evaluate)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
@@ -31,7 +32,25 @@ def budget(given: str | float) -> float:
     raise typer.BadParameter(f"{text or repr(text)} is neither a count from 1 nor a share such as 0.25 or 25%")
 
 
+def source(given: str) -> str:
+    """A path that exists, "-" or an address, as `apet.media.read` takes it.
+
+    Raises: typer.BadParameter.
+    """
+    from apet.media import is_address
+
+    if given != "-" and not is_address(given):
+        path = Path(given)
+        if not path.exists():
+            raise typer.BadParameter(f"'{given}' does not exist")
+        if path.is_dir():
+            raise typer.BadParameter(f"'{given}' is a directory")
+    return given
+
+
 Model = Annotated[str, typer.Option(help="A vision-language model from Hugging Face: an id or a folder.")]
-Frames = Annotated[int, typer.Option(min=1, help="Frames taken from a clip, evenly spaced.")]
+Frames = Annotated[int, typer.Option(min=1, help="Frames taken from a clip, evenly spaced in time.")]
 Weights = Annotated[Dtype, typer.Option(help="dtype of the weights; auto is as stored.")]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...; else an accelerator, if any.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables and text.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print no tables, notes or progress.")]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from dataclasses import asdict, dataclass
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -13,8 +13,8 @@ from rich.console import Console
 from rich.markup import escape
 
 from apet import Refused
-from apet.cli.arguments import Backend, Frames, Layout, Select, budget
-from apet.cli.output import percent, picture_paths, printable, progress, save, table
+from apet.cli.arguments import Backend, Frames, Json, Layout, Quiet, Select, budget, source
+from apet.cli.output import note, percent, picture_paths, printable, progress, save, table
 from apet.hub import first_line, need
 
 if TYPE_CHECKING:
@@ -34,11 +34,18 @@ class Job:
     keep: int
     picture: Path
 
+    @property
+    def name(self) -> str:
+        """The last part of the source's path."""
+        return PurePath(self.item.name).name
+
 
 def compress(
     files: Annotated[
-        list[Path],
-        typer.Argument(metavar="PHOTO|VIDEO...", exists=True, dir_okay=False, help="Photos, or short clips."),
+        list[str],
+        typer.Argument(
+            parser=source, metavar="PHOTO|VIDEO...", help="Photos or short clips: files, - (standard input), addresses."
+        ),
     ],
     keep: Annotated[
         float,
@@ -63,10 +70,11 @@ def compress(
     out: Annotated[
         Path | None, typer.Option(help="The picture; a folder for several. Else <name>.apet.png here.")
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the numbers as JSON instead of tables.")] = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
 ) -> None:
     """Compress the patch tokens of photos or clips, and draw what was kept, merged and why."""
-    with progress() as bar:
+    with progress(quiet) as bar:
         step = bar.add_task("reading", total=None)
         for module in ("numpy", "PIL", "matplotlib"):
             need(module)
@@ -74,7 +82,10 @@ def compress(
         from apet.outcome import OpArguments
 
         arguments = OpArguments(basis, layout, select, start, blend, backend)
-        found = [media.read(path, frames) for path in files]
+        found = []
+        for file in files:
+            bar.update(step, description=f"reading {printable(media.shown(file))}")
+            found.append(media.read(file, frames))
         pictures = picture_paths(files, out)
         bar.update(step, description="loading the encoder")
         encoder = encoders.load(model, layer=layer, size=size)
@@ -82,12 +93,13 @@ def compress(
         results = []
         bar.update(step, total=len(jobs))
         for job in jobs:
-            bar.update(step, description=printable(job.item.path.name))
+            bar.update(step, description=printable(job.name))
             results.append(_compress(job, encoder, arguments))
             bar.advance(step)
+    note((f"{item.name}: {message}" for item in found for message in item.notes), quiet)
     if as_json:
         print(json.dumps(results, indent=2))
-    else:
+    elif not quiet:
         _print_tables(results, encoder, arguments)
 
 
@@ -98,12 +110,12 @@ def _job(item: Media, picture: Path, encoder: Encoder, keep: float, arguments: O
     rows, cols = encoder.grid(*item.size)
     tokens = rows * cols
     if tokens > MOST_TOKENS:
-        raise Refused(f"{item.path.name} would become {tokens} tokens, more than {MOST_TOKENS}: choose a smaller size")
+        raise Refused(f"{item.name} would become {tokens} tokens, more than {MOST_TOKENS}: choose a smaller size")
     job = Job(item, (rows, cols), keep if isinstance(keep, int) else max(1, round(keep * tokens)), picture)
     try:
         outcome.check(tokens, job.keep, arguments)
     except (ValueError, RuntimeError) as error:
-        raise Refused(f"{item.path.name}: {first_line(error)}") from error
+        raise Refused(f"{item.name}: {first_line(error)}") from error
     return job
 
 
@@ -122,11 +134,13 @@ def _compress(job: Job, encoder: Encoder, arguments: OpArguments) -> dict[str, A
     measure.milliseconds = {"encode": encode, **measure.milliseconds}
     _draw(job, frames, measure, encoder, arguments)
     return {
-        "file": printable(job.item.path),
+        "file": printable(job.item.name),
         "picture": printable(job.picture),
         "encoder": encoder.name,
         "layer": encoder.layer,
         "images": len(frames),
+        "times": job.item.times,
+        "notes": job.item.notes,
         "grid": list(job.grid),
         "channels": x.shape[-1],
         **asdict(arguments),
@@ -143,13 +157,13 @@ def _draw(job: Job, frames: list[Frame], measure: Measure, encoder: Encoder, arg
     labels = [f"{seconds:.2f} s" for seconds in job.item.times] or [""]
     panels = [pictures.Panel(p, f, job.grid, label) for p, f, label in zip(photos, frames, labels, strict=True)]
     extra = f" + {arguments.basis} basis" if arguments.layout == "append" else ""
-    title = f"{printable(job.item.path.name)}: {measure.tokens_in} → {job.keep}{extra} tokens"
+    title = f"{printable(job.name)}: {measure.tokens_in} → {job.keep}{extra} tokens"
     share, variance = measure.tokens_out / measure.tokens_in, percent(measure.explained, 0)
     subtitle = (
         f"{share:.1%} of the tokens, {variance} of their variance   ·   "
         f"layout {arguments.layout}, {len(frames[0].basis)} basis tokens   ·   {encoder.name}, layer {encoder.layer}"
     )
-    if job.item.times:
+    if job.item.is_clip:
         figure = pictures.clip_figure(panels, f"{title} in each of {len(panels)} frames", subtitle)
     else:
         figure = pictures.photo_figure(panels[0], title, subtitle)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -11,8 +13,8 @@ from rich.console import Console
 from rich.markup import escape
 
 from apet import Refused
-from apet.cli.arguments import Device, Layout, Model, Weights, budget
-from apet.cli.output import progress
+from apet.cli.arguments import Device, Frames, Json, Layout, Model, Quiet, Weights, budget
+from apet.cli.output import hush, progress
 from apet.hub import need
 
 if TYPE_CHECKING:
@@ -26,7 +28,7 @@ def evaluate(
     data: Annotated[
         Path,
         typer.Option(
-            exists=True, file_okay=False, help="A folder of images with questions.jsonl (docs/evaluation.md)."
+            exists=True, file_okay=False, help="A folder of images or clips with questions.jsonl (docs/evaluation.md)."
         ),
     ],
     out: Annotated[
@@ -47,19 +49,23 @@ def evaluate(
         list[str] | None, typer.Option(help="Both stages with the paper's budgets, such as paper-64; may be repeated.")
     ] = None,
     layout: Annotated[Layout | None, typer.Option(help="Where basis tokens go, for all of these budgets.")] = None,
+    frames: Frames = 8,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Length of an answer at most.")] = 16,
     dtype: Weights = "auto",
     device: Device = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
 ) -> None:
-    """Ask a vision-language model your questions about your images, with and without compression, and compare."""
+    """Ask a vision-language model your questions about images or clips, with and without compression, and compare."""
+    hush(quiet)
     budgets = _budgets(keep or [], preset or [], layout)
     for module in ("numpy", "PIL", "transformers"):
         need(module)
     from apet.evaluation import questions, run, summary
 
     found = questions.read(data)
-    settings = run.Settings(model, {run.PLAIN: None, **budgets}, max_new_tokens, dtype, device)
-    with progress() as bar:
+    settings = run.Settings(model, {run.PLAIN: None, **budgets}, max_new_tokens, dtype, device, frames)
+    with progress(quiet) as bar:
         task = bar.add_task("reading")
         records = run.evaluate(
             found,
@@ -68,7 +74,11 @@ def evaluate(
             lambda what, done, total: bar.update(task, description=what, completed=done, total=total),
         )
     result = summary.summarise(found.items, list(settings.variants), records)
-    _print_summary(result, model)
+    if as_json:
+        print(json.dumps({"model": model, **asdict(result)}, indent=2))
+    elif not quiet:
+        _print_summary(result, model)
+    _print_failures(result)
     raise typer.Exit(1 if result.failed else 0)
 
 
@@ -98,6 +108,9 @@ def _print_summary(result: Summary, model: str) -> None:
             "answer is that of the first row. Visual tokens: mean of decoder layers. Prefill: to the first token, "
             "vision encoder included; medians.[/]"
         )
+
+
+def _print_failures(result: Summary) -> None:
     for message in result.failed[:MOST_MESSAGES]:
         print(f"apet: {message}", file=sys.stderr)
     if result.failed:

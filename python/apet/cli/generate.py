@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -11,8 +13,8 @@ from rich.markup import escape
 
 import apet
 from apet import Refused
-from apet.cli.arguments import Device, Frames, Layout, Model, Weights, budget
-from apet.cli.output import picture_paths, printable, progress, save
+from apet.cli.arguments import Device, Frames, Json, Layout, Model, Quiet, Weights, budget, source
+from apet.cli.output import hush, note, picture_paths, printable, progress, save
 from apet.hub import first_line, need
 
 if TYPE_CHECKING:
@@ -23,10 +25,11 @@ def generate(
     model: Model,
     prompt: Annotated[str, typer.Option(help="What to ask about the photos or the clip.")],
     image: Annotated[
-        list[Path] | None, typer.Option(exists=True, dir_okay=False, help="A photo; may be repeated.")
+        list[str] | None,
+        typer.Option(parser=source, metavar="PHOTO", help="A file, - (standard input) or an address; may be repeated."),
     ] = None,
     video: Annotated[
-        Path | None, typer.Option(exists=True, dir_okay=False, help="A short clip, instead of photos.")
+        str | None, typer.Option(parser=source, metavar="CLIP", help="A short clip, instead of photos.")
     ] = None,
     frames: Frames = 8,
     keep: Annotated[
@@ -50,6 +53,8 @@ def generate(
     out: Annotated[
         Path | None, typer.Option(help="Draw what was kept: a picture; a folder for several photos.")
     ] = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
 ) -> None:
     """Ask a vision-language model about photos or a clip, compressed, and show what compression saved."""
     if bool(image) == (video is not None):
@@ -57,47 +62,70 @@ def generate(
     if (keep, llm_layer, preset) == (None, None, None):
         keep = 64
     options = {"keep": keep, "llm_layer": llm_layer, "llm_keep": llm_keep, "preset": preset, "layout": layout}
-    files = image or [video]
-    with progress() as bar:
+    files = image or [str(video)]
+    hush(quiet)
+    with progress(quiet) as bar:
         step = bar.add_task("reading", total=None)
         for module in ("numpy", "PIL", *(["matplotlib"] if out else [])):
             need(module)
         from apet import media, models
 
-        found = [media.read(path, frames) for path in files]
+        found = [media.read(file, frames) for file in files]
         for item in found:
-            if bool(item.times) != (video is not None):
+            if item.is_clip != (video is not None):
                 raise Refused(
-                    f"{item.path} is a {'clip: give it as --video' if item.times else 'photo: give it as --image'}"
+                    f"{item.name} is a {'clip: give it as --video' if item.is_clip else 'photo: give it as --image'}"
                 )
         pictures = picture_paths(files, out) if out else []
         bar.update(step, description="loading the model")
         lm, processor = models.load(model, [options], dtype, device)
         apet.patch(lm, **options)
         inputs = models.question(
-            lm, processor, prompt, *(([f.frames[0] for f in found], []) if image else ([], found[0].frames))
+            lm, processor, prompt, *(([f.frames[0] for f in found], None) if image else ([], found[0]))
         )
+    note((f"{item.name}: {message}" for item in found for message in item.notes), quiet)
     try:
-        _answer(lm, processor, inputs, max_new_tokens, compare)
-        from apet import model_report
+        said = _answer(lm, processor, inputs, max_new_tokens, compare, show=not as_json)
+        with progress(quiet) as bar:
+            step = bar.add_task("measuring", total=None)
+            said |= _measure(lm, inputs, max_new_tokens, show=not (as_json or quiet))
+            for number, path in enumerate(pictures):
+                from apet import model_pictures
 
-        Console().print(model_report.report(lm, inputs, max_new_tokens=max_new_tokens, rounds=1))
-        for number, path in enumerate(pictures):
-            from apet import model_pictures
-
-            save(model_pictures.picture(lm, inputs, processor, number), path)
-            Console().print(f"Picture: [bold]{escape(printable(path))}[/]", soft_wrap=True)
+                bar.update(step, description=f"drawing {printable(path)}")
+                save(model_pictures.picture(lm, inputs, processor, number), path)
     except (ValueError, RuntimeError) as error:  # the hooks' own messages, or no memory
         raise Refused(first_line(error)) from error
+    if as_json:
+        read = [{"file": printable(i.name), "times": i.times, "notes": i.notes} for i in found]
+        result = {"model": model, "prompt": prompt, "read": read, **said, "pictures": [*map(printable, pictures)]}
+        print(json.dumps(result, indent=2))
+    elif not quiet:
+        for path in pictures:
+            Console().print(f"Picture: [bold]{escape(printable(path))}[/]", soft_wrap=True)
 
 
-def _answer(model: nn.Module, processor: Any, inputs: dict[str, Any], max_new_tokens: int, compare: bool) -> None:
-    """The answer, and with `compare` that of the model without compression."""
+def _answer(
+    model: nn.Module, processor: Any, inputs: dict[str, Any], max_new_tokens: int, compare: bool, show: bool
+) -> dict[str, str]:
+    """The answer, and with `compare` that of the model without compression; with `show` they are printed."""
     from apet import models
     from apet.model_report import engine_of, unpatched
 
-    models.answer(model, processor, inputs, max_new_tokens)
+    said = {"answer": models.answer(model, processor, inputs, max_new_tokens, show)}
     if compare:
-        print("\nWithout compression:")
+        if show:
+            print("\nWithout compression:")
         with unpatched(engine_of(model)):
-            models.answer(model, processor, inputs, max_new_tokens)
+            said["answer without compression"] = models.answer(model, processor, inputs, max_new_tokens, show)
+    return said
+
+
+def _measure(model: nn.Module, inputs: dict[str, Any], max_new_tokens: int, show: bool) -> dict[str, Any]:
+    """The report; with `show` it is printed."""
+    from apet import model_report
+
+    report = model_report.report(model, inputs, max_new_tokens=max_new_tokens, rounds=1)
+    if show:
+        Console().print(report)
+    return {"report": asdict(report)}

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import sys
 import warnings
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,7 +13,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from apet import Refused
+from apet import Notice, Refused
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -39,7 +41,19 @@ def table(*headings: str) -> Table:
     return made
 
 
-def progress() -> Progress:
+def note(messages: Iterable[str], quiet: bool) -> None:
+    """Lines on stderr, about what was read."""
+    for message in () if quiet else messages:
+        print(f"apet: {printable(message)}", file=sys.stderr)
+
+
+def hush(quiet: bool) -> None:
+    """With `quiet`, notices of the hooks are not shown: for the rest of the command."""
+    if quiet:
+        warnings.simplefilter("ignore", Notice)
+
+
+def progress(quiet: bool = False) -> Progress:
     """A progress bar on stderr that disappears at the end; none if stderr is not a terminal."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
@@ -52,15 +66,17 @@ def progress() -> Progress:
         TimeElapsedColumn(),
         console=console,
         transient=True,
-        disable=not console.is_terminal,
+        disable=quiet or not console.is_terminal,
     )
 
 
-def picture_paths(files: list[Path], out: Path | None) -> list[Path]:
+def picture_paths(files: Sequence[str], out: Path | None) -> list[Path]:
     """Where each picture goes, checked before any work is done.
 
     Raises: Refused, if a picture could not be written, or would replace one of the photos.
     """
+    from apet.media import is_address, stem
+
     if out is not None and len(files) == 1 and not out.is_dir():
         if out.suffix.lower() not in PICTURES:
             raise Refused(f"cannot write a picture as {out.name!r}: the name must end in one of {', '.join(PICTURES)}")
@@ -77,14 +93,15 @@ def picture_paths(files: list[Path], out: Path | None) -> list[Path]:
             raise Refused(f"cannot make the folder {folder}: {error.strerror}") from error
         paths = []
         for file in files:
-            name, n = f"{file.stem}.apet.png", 2
+            name, n = f"{stem(file)}.apet.png", 2
             while folder / name in paths:
-                name, n = f"{file.stem}-{n}.apet.png", n + 1
+                name, n = f"{stem(file)}-{n}.apet.png", n + 1
             paths.append(folder / name)
+    photos = [Path(file).resolve() for file in files if file != "-" and not is_address(file)]
     for path in paths:
         if not path.parent.is_dir():
             raise Refused(f"no such folder: {path.parent}")
-        if path.resolve() in [file.resolve() for file in files]:
+        if path.resolve() in photos:
             raise Refused(f"the picture would replace the photo {path}")
     return paths
 

@@ -14,11 +14,12 @@ import errno
 import fcntl
 import json
 import os
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from apet import Refused
+from apet import Notice, Refused
 
 Record = dict[str, Any]
 Records = dict[tuple[str, str], Record]  # by id and variant
@@ -66,7 +67,13 @@ class Answers:
         try:
             fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            raise Refused(f"another run is writing {self.path}; wait for it, or give another --out") from error
+            if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
+                raise Refused(f"another run is writing {self.path}; wait for it, or give another --out") from error
+            # ENOSYS, ENOTSUP, ENOLCK, ...: Lustre without -o flock, some network file systems
+            message = (
+                f"the file system of {self.path} has no locks ({error.strerror}): let no other run write this file"
+            )
+            warnings.warn(Notice(message), stacklevel=4)
 
     def _write(self, line: Mapping[str, Any]) -> None:
         data = json.dumps(line).encode() + b"\n"

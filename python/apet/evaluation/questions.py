@@ -1,4 +1,4 @@
-"""A folder of images with their questions in `questions.jsonl`: read and checked before any work is done."""
+"""A folder of images and clips with their questions in `questions.jsonl`: read and checked before any work is done."""
 
 from __future__ import annotations
 
@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from apet import Refused
+from apet.media import is_address
 
 FILE = "questions.jsonl"
-NEEDED = {"id": (str, int), "image": str, "question": str, "answers": list}
+KINDS = {"id": (str, int), "image": str, "video": str, "question": str, "answers": list}
+NEEDED = ("id", "question", "answers")
 
 
 @dataclass(frozen=True)
@@ -19,7 +21,8 @@ class Question:
     """One line of the file."""
 
     id: str  # unlike any other
-    image: Path
+    source: str | Path  # of a photo, or of a clip: a path, or an address
+    is_clip: bool
     text: str  # the whole prompt but for the image
     answers: tuple[str, ...]  # those that are right, at least one
     where: str  # file and line, for errors
@@ -54,7 +57,10 @@ def read(folder: Path) -> Questions:
         if name in lines:
             raise Refused(f"{where}: the id {name!r} is that of line {lines[name]}, too")
         lines[name] = number
-        items.append(Question(name, folder / record["image"], record["question"], tuple(record["answers"]), where))
+        given = record.get("image") or record["video"]
+        source = given if is_address(given) else folder / given
+        answers = tuple(record["answers"])
+        items.append(Question(name, source, "video" in record, record["question"], answers, where))
     if not items:
         raise Refused(f"{path} holds no question")
     return Questions(items, hashlib.sha256(data).hexdigest())
@@ -70,10 +76,12 @@ def _record(line: bytes, where: str) -> dict[str, Any]:
     for key in NEEDED:
         if key not in record:
             raise Refused(f"{where}: the key {key!r} is missing")
+    if ("image" in record) == ("video" in record):
+        raise Refused(f"{where}: give one of the keys 'image' and 'video'")
     for key, value in record.items():
-        if key not in NEEDED:
-            raise Refused(f"{where}: the key {key!r} is none of {', '.join(NEEDED)}")
-        if not isinstance(value, NEEDED[key]) or isinstance(value, bool):
+        if key not in KINDS:
+            raise Refused(f"{where}: the key {key!r} is none of {', '.join(KINDS)}")
+        if not isinstance(value, KINDS[key]) or isinstance(value, bool):
             raise Refused(f"{where}: {key}={value!r} is of the wrong kind")
         if value in ("", []):
             raise Refused(f"{where}: {key} is empty")

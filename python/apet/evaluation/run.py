@@ -36,6 +36,7 @@ class Settings:
     max_new_tokens: int
     dtype: str  # as in `apet.models.load`, like the device
     device: str | None
+    frames: int = 8  # of each clip
 
 
 def evaluate(questions: Questions, out: Path, settings: Settings, progress: Callable[[str, int, int], None]) -> Records:
@@ -52,6 +53,8 @@ def evaluate(questions: Questions, out: Path, settings: Settings, progress: Call
         "dtype": settings.dtype,
         "versions": {name: version(name) for name in ("torch", "transformers")} | {"apet": apet.__version__},
     }
+    if any(question.is_clip for question in questions.items):
+        made_with["frames"] = settings.frames
     with Answers(out, made_with) as answers:
         missing = {q: _missing(answers.records, q, settings.variants) for q in questions.items}
         todo = [(question, variants) for question, variants in missing.items() if variants]
@@ -61,7 +64,7 @@ def evaluate(questions: Questions, out: Path, settings: Settings, progress: Call
             model, processor = models.load(settings.model, trials, settings.dtype, settings.device)
             for number, (question, variants) in enumerate(todo):
                 progress("asking", number, len(todo))
-                for record in _ask(model, processor, question, variants, settings.max_new_tokens):
+                for record in _ask(model, processor, question, variants, settings):
                     answers.add(record)
     return {(q.id, name): answers.records[q.id, name] for q in questions.items for name in settings.variants}
 
@@ -79,21 +82,24 @@ def _ask(
     processor: Any,
     question: Question,
     variants: Mapping[str, PatchOptions | None],
-    max_new_tokens: int,
+    settings: Settings,
 ) -> list[Record]:
-    """One question with every variant; the image is read once. A failure is a record as well."""
+    """One question with every variant; the image or clip is read once. A failure is a record as well."""
     try:
-        photo = media.read(question.image, 1)
-        if photo.times:
-            raise Refused(f"{question.image} is a clip, not a photo")
-        inputs = models.question(model, processor, question.text, photo.frames, [])
+        if isinstance(question.source, Path) and question.source.exists() and not question.source.is_file():
+            raise Refused(f"cannot read {question.source}: it is no file")
+        item = media.read(question.source, settings.frames)
+        if item.is_clip != question.is_clip:
+            raise Refused(f"{item.name} is a {'clip, not a photo' if item.is_clip else 'photo, not a clip'}")
+        images, clip = ([], item) if item.is_clip else (item.frames, None)
+        inputs = models.question(model, processor, question.text, images, clip)
     except Refused as error:
         return [_failed(question, name, error) for name in variants]
     records = []
     for name, options in variants.items():
         try:
             with nullcontext() if options is None else hooks.patched(model, **options):
-                said = _answer(model, processor, inputs, max_new_tokens)
+                said = _answer(model, processor, inputs, settings.max_new_tokens)
             records.append({"id": question.id, "variant": name, **said})
         except (ValueError, torch.OutOfMemoryError) as error:  # what compression rejects; an image too large
             records.append(_failed(question, name, error))
@@ -132,7 +138,8 @@ def _answer(model: nn.Module, processor: Any, inputs: Mapping[str, Any], max_new
 
 
 def _visual_tokens(model: nn.Module, inputs: Mapping[str, Any]) -> int:
-    """Placeholders of images in the prompt."""
+    """Placeholders of images and clips in the prompt."""
     adapter = adapter_for(model)
-    token = getattr(adapter.core(model).config, adapter.tokens["image"])
-    return int((inputs["input_ids"] == token).sum())
+    config = adapter.core(model).config
+    tokens = {getattr(config, name, None) for name in adapter.tokens.values()} - {None}
+    return sum(int((inputs["input_ids"] == token).sum()) for token in tokens)

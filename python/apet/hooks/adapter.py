@@ -26,6 +26,8 @@ class Adapter:
     """"renumber": 0, 1, 2, ... over what is left of a row; "keep": every token keeps its position (M-RoPE)."""
     projector: ClassVar[str | None] = None
     """The module to compress before, by its name in the core model; None: compress where the language model begins."""
+    unit_names: ClassVar[Mapping[str, str]] = {"image": "image", "video": "video"}
+    """What a unit of each modality is called in messages."""
     tokens: ClassVar[Mapping[str, str]] = {"image": "image_token_id", "video": "video_token_id"}
     """Where the configuration keeps the placeholder of each modality."""
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {}

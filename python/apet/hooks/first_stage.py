@@ -105,7 +105,9 @@ def begin(
     if options.keep is not None:
         find_shorter = marked if target.projector is not None else shorten
         shorter = find_shorter(x.flatten(0, 1), tokens, options.keep, options)
-        if shorter is not None:
+        if shorter is None:
+            target.say_nothing_dropped("keep", tokens, (modality for modality, _, _ in trace.visuals))
+        else:
             arguments = shortened(target, forward, shorter, arguments)
     return forward, arguments
 

@@ -46,6 +46,7 @@ def shortened(target: Target, forward: Forward, cache: Cache | None, arguments: 
     tokens, valid, prefix = (t.to(x.device) for t in (forward.tokens, forward.valid, forward.prefix))
     shorter = shorten(x.flatten(0, 1), tokens, options.llm_keep, options)
     if shorter is None:
+        target.say_nothing_dropped("llm_keep", tokens, (modality for modality, _, _ in forward.trace.visuals))
         return arguments
     past = prefix.shape[1]
     packing = shorter.pack(valid, forward.pad_left)

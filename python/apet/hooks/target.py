@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import warnings
 import weakref
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
 
+import apet
+
 from .adapter import Adapter
 from .calling import ATTENTION_TYPES, Arguments, MaskBuilder, attention_types, check_rotary, implementation, versions
 from .config import Options
+from .units import Tokens
 
 
 @dataclass(frozen=True)
@@ -32,6 +36,7 @@ class Target:
     language_model_arguments: Arguments
     layer_arguments: tuple[Arguments, ...]
     masks: MaskBuilder | None  # for the second stage
+    said: set[str] = field(default_factory=set)  # what users were told once
 
     @classmethod
     def find(
@@ -89,6 +94,27 @@ class Target:
             ),
             masks,
         )
+
+    def say_nothing_dropped(self, name: str, tokens: Tokens, modalities: Iterable[str]) -> None:
+        """Tells once that `keep` or `llm_keep`, whichever the name is, drops none of these tokens, and what would.
+
+        A ratio of 1 says so itself.
+        """
+        keep = getattr(self.options, name)
+        wanted = keep if isinstance(keep, tuple) else (keep,)
+        basis = self.options.basis if self.options.layout == "append" else 0
+        most = max(tokens.lengths)
+        least = most - basis  # the least keep that drops nothing of any unit
+        if name in self.said or least <= 1 or all(isinstance(k, float) and k == 1 for k in wanted):
+            return
+        self.said.add(name)
+        units = " or ".join(sorted({self.adapter.unit_names.get(modality, modality) for modality in modalities}))
+        added = f", and layout='append' adds {basis} basis tokens" if basis else ""
+        message = (
+            f"{name}={keep} drops nothing: it counts per {units}, and the largest has {most} tokens{added}; "
+            f"{name}={least - 1} or less drops some"
+        )
+        warnings.warn(apet.Notice(message, f"{name}={keep}"), stacklevel=2)
 
     # ---- of a module that runs, which may be a replica of the one that was patched
 

@@ -8,6 +8,8 @@ Modifications:
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from torch import nn
 
 from ..adapter import Adapter, Units, equal_units
@@ -15,6 +17,8 @@ from ..adapter import Adapter, Units, equal_units
 
 class InternVL(Adapter):
     """A run of placeholders is an image, a tile of it is a unit; the frames of a video are such images."""
+
+    unit_names: ClassVar = {"image": "tile"}
 
     def run(self, core: nn.Module, tokens: int) -> Units:
         vision = core.config.vision_config

@@ -9,7 +9,7 @@ Modifications:
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,8 @@ from ..adapter import Adapter, Units, equal_units
 
 class LlavaOnevision(Adapter):
     """An image is a unit, and so is each frame of a video."""
+
+    unit_names: ClassVar = {"image": "image", "video": "frame"}
 
     def visuals(self, core: nn.Module, inputs: Mapping[str, Any], counts: Mapping[str, int]) -> dict[str, list[Units]]:
         found = {}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import nn
 
@@ -13,6 +13,7 @@ from ..adapter import Adapter, Units, equal_units
 class QwenGrid(Adapter):
     """An image is a unit, and so is each temporal step of a video."""
 
+    unit_names: ClassVar = {"image": "image", "video": "temporal step"}
     positions = "keep"
 
     def visuals(self, core: nn.Module, inputs: Mapping[str, Any], counts: Mapping[str, int]) -> dict[str, list[Units]]:

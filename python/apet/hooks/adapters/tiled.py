@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,8 @@ from ..adapter import Adapter, Units
 
 class Tiled(Adapter):
     """A tile is a unit: the base image, and every tile of the grid without its padding."""
+
+    unit_names: ClassVar = {"image": "tile", "video": "frame"}
 
     def visuals(self, core: nn.Module, inputs: Mapping[str, Any], counts: Mapping[str, int]) -> dict[str, list[Units]]:
         per_tile = (core.config.vision_config.image_size // core.config.vision_config.patch_size) ** 2

@@ -20,6 +20,7 @@ from ..adapter import Adapter, Units, one_unit
 class VideoLlava(Adapter):
     """An image is a unit, and so is each frame of a video without its CLS."""
 
+    unit_names: ClassVar = {"image": "image", "video": "frame"}
     presets: ClassVar = {"paper-32": {"keep": 22, "basis": 10, "layout": "append"}}
 
     def visuals(self, core: nn.Module, inputs: Mapping[str, Any], counts: Mapping[str, int]) -> dict[str, list[Units]]:

@@ -1,0 +1,41 @@
+"""Photos and clips from files, pipes and addresses, as RGB pictures; what cannot be read raises one error.
+
+docs/media.md says which files are read, how frames are chosen, and what is rejected.
+
+| file | holds |
+|---|---|
+| `frames.py` | `Media`, and the choice of frames by time |
+| `sources.py` | files, pipes and addresses, opened as files that can be sought in |
+| `photos.py` | photos and animations, by Pillow and pillow-heif |
+| `films.py` | films, by PyAV |
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import BinaryIO
+
+from . import films, photos, sources
+from .frames import Media
+from .sources import is_address, shown, stem
+
+__all__ = ["Media", "decode", "is_address", "read", "shown", "stem"]
+
+
+def read(source: str | Path, frames: int) -> Media:
+    """A photo, or `frames` frames of a clip, evenly spaced in time.
+
+    Args:
+        source: a path, "-" (standard input), or an address that begins with http:// or https://.
+        frames: taken from a clip; all of them where it has no more.
+
+    Raises: Refused where the source cannot be opened, is neither a photo nor a clip, or is damaged.
+    """
+    with sources.opened(source) as file:
+        return decode(file, shown(source), frames)
+
+
+def decode(file: BinaryIO, name: str, frames: int) -> Media:
+    """The same of an open file that can be sought in, for example `io.BytesIO` of an upload. name: for errors."""
+    sources.reject_text(file, name)
+    return photos.read(file, name, frames) or films.read(file, name, frames)

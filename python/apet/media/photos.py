@@ -1,0 +1,126 @@
+"""Photos and animations: Pillow, and pillow-heif for HEIC, which are asked for by the file's contents alone."""
+
+from __future__ import annotations
+
+import warnings
+from fractions import Fraction
+from itertools import accumulate
+from typing import TYPE_CHECKING, Any, BinaryIO
+
+from apet import Refused
+from apet.hub import first_line, need
+
+from .frames import Media, choose
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+# Pillow knows more: formats that it hands to other programs (EPS), that no picture has a mark of (TGA), films (MPEG).
+FORMATS = (
+    *("AVIF", "BMP", "DDS", "FLI", "GIF", "ICO", "JPEG", "JPEG2000", "PCX", "PNG", "PPM", "PSD", "QOI", "SGI", "TIFF"),
+    "WEBP",
+)
+ANIMATIONS = ("AVIF", "FLI", "GIF", "PNG", "WEBP")  # several frames are a clip; elsewhere they are pages or views
+HEIC = {b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"hevm", b"hevs"}
+AVIF = {b"avif", b"avis"}
+UNSET = 10  # milliseconds: animations that say no more mean 100, as browsers read them
+
+
+def read(file: BinaryIO, name: str, count: int) -> Media | None:
+    """A photo, or `count` frames of an animation; None if it is in no format of photos.
+
+    Raises: Refused, if it is damaged, or needs a package that is not installed.
+    """
+    need("PIL")
+    from PIL import Image, UnidentifiedImageError
+
+    brands = _brands(file)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # warnings about odd metadata and sizes are not for this command's user
+            if brands & HEIC:
+                heif = need("pillow_heif", "heif", "a HEIC photo")
+                with heif.HeifImageFile(file) as image:
+                    return _photo(image, name)
+            Image.init()
+            known = [name for name in FORMATS if name in Image.OPEN]  # older releases of Pillow lack some
+            with Image.open(file, formats=known) as image:
+                if image.format in ANIMATIONS and getattr(image, "n_frames", 1) > 1 + _stand_in(image):
+                    return _animation(image, name, count)
+                return _photo(image, name)
+    except UnidentifiedImageError:
+        if brands & AVIF:
+            raise Refused(f"{name} is an AVIF photo, which needs Pillow 11.3 or newer: pip install -U pillow") from None
+        file.seek(0)
+        return None
+    except Refused:
+        raise
+    except Exception as error:  # decoders raise many kinds for a damaged file
+        raise Refused(f"cannot read the photo {name}: {first_line(error)}") from error
+
+
+def _brands(file: BinaryIO) -> set[bytes]:
+    """The brands that a file of the ISO family (MP4, HEIC, AVIF) says it has."""
+    head = file.read(256)
+    file.seek(0)
+    if head[4:8] != b"ftyp":
+        return set()
+    end = int.from_bytes(head[:4], "big")
+    return {head[8:12]} | {head[at : at + 4] for at in range(16, min(end, len(head)), 4)}
+
+
+def _stand_in(image: Any) -> int:
+    """1 if the first frame of an APNG is for programs that show no animation, and no part of it."""
+    return int(getattr(image, "default_image", False))
+
+
+def _photo(image: Image.Image, name: str) -> Media:
+    from PIL import ImageOps
+
+    pages = getattr(image, "n_frames", 1)
+    image.load()
+    notes = []
+    if pages > 1 and image.format == "TIFF":
+        notes.append(f"only the first of {pages} pages was read")
+    return Media(name, [_rgb(ImageOps.exif_transpose(image))], notes=notes)
+
+
+def _animation(image: Any, name: str, count: int) -> Media:
+    """One round of an animation."""
+    first, notes = _stand_in(image), []
+    lasts: list[Fraction] = []  # milliseconds that each frame is on screen
+    for number in range(first, image.n_frames):
+        try:
+            image.seek(number)
+            image.load()
+        except Exception as error:  # decoders raise many kinds for a damaged file
+            if not lasts:
+                raise
+            notes.append(f"damaged after frame {len(lasts)}, the rest was skipped: {first_line(error)}")
+            break
+        said = Fraction(image.info.get("duration") or 0)
+        lasts.append(said if said > UNSET else Fraction(100))
+    starts = [time / 1000 for time in accumulate(lasts, initial=Fraction(0))]
+    chosen = choose(starts[:-1], starts[-1], count)
+    frames = []
+    for number, _ in chosen:
+        image.seek(first + number)
+        frames.append(_rgb(image.copy()))
+    return Media(name, frames, [time for _, time in chosen], len(lasts), float(starts[-1]), notes)
+
+
+def _rgb(image: Image.Image) -> Image.Image:
+    """RGB, transparency on white; grey of 16 or 32 bits from its darkest to its lightest value."""
+    from PIL import Image
+
+    if image.mode.startswith(("I", "F")):  # PIL would clip it to white
+        import numpy as np
+
+        grey = np.asarray(image, np.float64)
+        low, high = float(np.nanmin(grey)), float(np.nanmax(grey))
+        grey = np.nan_to_num((grey - low) / (high - low or 1.0) * 255)
+        image = Image.fromarray(grey.round().astype(np.uint8))
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
