@@ -52,8 +52,8 @@ double estimate_us(const apet_problem& p, const Device& device, const apet_cuda_
          p.images * most_tokens(p) * row / (device.sms * kL2Share);
 }
 
-// The tile of s5_merge; 0 rows: chosen.
-void choose_tile(const apet_problem& p, const Device& device, int rows, apet_cuda_plan_t& plan) {
+// The tile of s5_merge; 0 rows: chosen. False if the device cannot run the one that is asked for.
+bool choose_tile(const apet_problem& p, const Device& device, int rows, apet_cuda_plan_t& plan) {
   const MergeKernel(&merge)[2] = kernels_for(p.dtype).s5_merge;
   const auto tiles = [&](int64_t side) {
     return p.images * ((most_dropped(p) + side - 1) / side) * ((most_kept(p) + side - 1) / side);
@@ -63,6 +63,7 @@ void choose_tile(const apet_problem& p, const Device& device, int rows, apet_cud
   const MergeKernel& chosen = merge[large && device.merge_ctas[1] > 0];
   plan.tile = chosen.tile;
   plan.second_shared_bytes = chosen.shared_bytes;
+  return rows == 0 || rows == plan.tile;
 }
 
 // Whether the device can run `path` with that many CTAs per image. If so, completes the plan.
@@ -80,7 +81,7 @@ bool try_path(const apet_problem& p, const Device& device, const apet_cuda_overr
   if (!divide_image(p, device.shared_bytes, override.resident, plan)) return false;
   plan.launches = p.op == APET_SCORE || fused ? 1 : 2;
   plan.tile = plan.second_shared_bytes = 0;
-  if (plan.launches == 2) choose_tile(p, device, override.tile, plan);
+  if (plan.launches == 2 && !choose_tile(p, device, override.tile, plan)) return false;
   plan.estimated_us = estimate_us(p, device, plan);
   return true;
 }
@@ -146,15 +147,17 @@ apet_status apet_cuda_plan(const apet_problem* problem, const apet_cuda_override
   if (best.launches == 0) {
     std::snprintf(
         plan->why, sizeof plan->why,
-        "path %d with %d CTAs an image cannot run here: this device places %d clusters of 8 and %d cooperative "
-        "CTAs with %d bytes of shared memory each",
-        (int)wanted.path, (int)wanted.ctas_per_image, device->s1_s4_clusters[8], device->cooperative_ctas,
-        device->shared_bytes);
+        "path %s with %d CTAs an image (0: any) and tile %d (0: any) cannot run here: this device places %d clusters "
+        "of 8 and %d cooperative CTAs with %d bytes of shared memory each",
+        kPaths[wanted.path], (int)wanted.ctas_per_image, (int)wanted.tile, device->s1_s4_clusters[8],
+        device->cooperative_ctas, device->shared_bytes);
     return APET_NO_CUDA_PATH;
   }
   *plan = best;
   Call none = {};
   plan->workspace_bytes = lay_out_workspace(p, *plan, nullptr, none);
-  explain(p, *device, wanted.path != APET_CUDA_BEST || wanted.ctas_per_image > 0, us, *plan);
+  const bool overridden =
+      wanted.path != APET_CUDA_BEST || wanted.ctas_per_image > 0 || wanted.resident >= 0 || wanted.tile > 0;
+  explain(p, *device, overridden, us, *plan);
   return APET_OK;
 }
