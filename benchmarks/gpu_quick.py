@@ -5,12 +5,12 @@
 Run it in the root of the checkout. It needs torch >= 2.10 and, for Triton's kernels, Triton >= 3.5: no virtual
 environment, no pip, no pytest, no network. It builds the CUDA kernels for this GPU where there is an nvcc, or takes
 libraries that `python -m benchmarks.gpu_carry` made elsewhere (--carried). FOLDER gets results.jsonl, a line for every
-item as soon as it ends, log.txt, the same to read, a file for what each step printed, and summary.txt: at most 40 lines,
-which are also printed last.
+item as soon as it ends; log.txt, the same to read; a file for what each step printed; and summary.txt, at most 40
+lines, which are also printed last.
 
 Each step is a process with a limit of its own. An item that fails, crashes or hangs is one line, and the next item runs
-in a new process. Exits with the number of lines that are not right, at most 99; an item that the machine cannot run ("not
-possible") is not counted. --only: the items whose "STEP: ITEM" holds one of the TEXTs.
+in a new process. Exits with the number of lines that are not right, at most 99; an item that the machine cannot run
+("not possible") is not counted. --only: the items whose "STEP: ITEM" holds one of the TEXTs.
 
 --rehearse runs all of it on a CPU, to find mistakes before the first run on a GPU: CUDA paths on the simulated GPU of
 tests/simt, Triton interpreted, times from a fake clock. --plant "STEP: ITEM=KIND" makes an item of a rehearsal raise,
@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import selectors
 import shlex
 import signal
@@ -66,7 +67,7 @@ class Recorder:
     digests: dict[str, tuple[str, str]] = field(default_factory=dict)  # group -> the first digest, and its item
 
     def __post_init__(self) -> None:
-        self._results, self._log = (open(self.out / name, "w") for name in ("results.jsonl", "log.txt"))
+        self._results, self._log = ((self.out / name).open("w") for name in ("results.jsonl", "log.txt"))
 
     def write(self, **line: Any) -> None:
         self.judge(line)
@@ -122,6 +123,8 @@ class Run:
 
     def step(self, name: str) -> None:
         """All items of a step, in as many processes as it takes."""
+        if self.only and all(re.match(r"[a-z]+: ?", text) and not text.startswith(f"{name}:") for text in self.only):
+            return
         of_step, of_item = (limit * (PATIENCE if self.rehearse else 1) for limit in LIMITS[name])
         later = FOR_TIMES if list(LIMITS).index(name) < list(LIMITS).index("times") else 0
         ends = time.monotonic() + min(of_step, max(0.0, self.left - later))
@@ -255,6 +258,10 @@ def main() -> None:
     try:
         for name in LIMITS:
             run.step(name)
+            device = [line for line in recorder.lines if (line["step"], line["item"]) == ("card", "device")]
+            if name == "card" and device and device[0]["status"] == "failed" and not options.rehearse:
+                recorder.write(step="run", item="the rest", status="not run", said="there is no device to run it on")
+                break
     except KeyboardInterrupt:
         recorder.write(step="run", item="the rest", status="not run", said="the run was stopped")
     block = report.block(recorder.lines)

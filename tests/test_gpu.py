@@ -1,5 +1,5 @@
 """What only a GPU can show: graphs, streams, the compiler, real sizes; for each backend that runs on it.
-`make gpu-check` runs this and the shared tests.
+`make gpu-check` runs this where pytest is installed.
 
 Without a GPU `pytest -m gpu` runs the same bodies on interpreted kernels with tiny sizes, so that their first run on a
 GPU does not end at a slip; that shows nothing else, and what needs a stream is skipped.

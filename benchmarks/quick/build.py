@@ -1,7 +1,7 @@
 """The libraries for one run: built here or carried from elsewhere, beside a copy of the package that loads them.
 
-Nothing here changes the checkout or the environment. By CMake where cmake, ninja and pybind11 are there, else by nvcc and
-g++ directly: then the CUDA kernels and their binding alone. Needs the standard library, and torch's headers.
+Nothing here changes the checkout or the environment. By CMake where cmake, ninja and pybind11 are there, else by nvcc
+and g++ directly: then the CUDA kernels and their binding alone. Needs the standard library, and torch's headers.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ def build(into: Path, archs: str, jobs: int) -> Built:
 
 
 def take(carried: Path, into: Path) -> Built:
-    """Libraries that `benchmarks.gpu_carry` made elsewhere: a folder, or its archive. Raises RuntimeError for others."""
+    """Libraries that `benchmarks.gpu_carry` made: a folder, or its archive. Raises RuntimeError for others."""
     into.mkdir(parents=True, exist_ok=True)
     if carried.is_file():
         with tarfile.open(carried) as archive:

@@ -1,4 +1,4 @@
-"""The steps of benchmarks/gpu_quick.py, each a row of items that stand alone. What an item returns goes into its line."""
+"""The steps of benchmarks/gpu_quick.py, each a row of items. What an item returns goes into its line."""
 
 from __future__ import annotations
 
@@ -97,6 +97,8 @@ def _device(options: Options) -> dict[str, Any]:
 
     if options.rehearse:
         return {"device": {"name": "a rehearsal", "capability": [9, 0], "sms": 16}}
+    if not torch.cuda.is_available():
+        raise RuntimeError("torch finds no GPU here; --rehearse runs this on a CPU")
     p = torch.cuda.get_device_properties(torch.cuda.current_device())
     return {
         "device": {

@@ -1,4 +1,4 @@
-"""The process of one step: it runs the step's items in order, and writes what each gives to a pipe, a JSON line at once.
+"""The process of one step: it runs the step's items in order, and writes what each gives to a pipe at once.
 
     python -m benchmarks.quick.worker STEP --pipe FD --options JSON
 

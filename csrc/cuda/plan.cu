@@ -4,52 +4,42 @@
 #include <cstdio>
 
 #include "device.cuh"
+#include "figures.cuh"
 #include "layout.cuh"
 
 namespace apet::cuda {
 namespace {
 
-// ---- figures of the estimate, in microseconds, bytes and operations per microsecond. Computed for an H100; only the
-// order of the estimates matters.
-constexpr double kLaunchUs = 2.5, kOverlappedLaunchUs = 1.5;
-constexpr double kClusterStepUs = 1.2, kCooperativeStepUs = 2.0;  // barrier and exchange of a step
-constexpr double kListsUs = 2;                                    // s4
-constexpr double kFillUs = 1;                                     // until the first bytes arrive from memory
-constexpr double kTermUs = 0.01;          // per term of y: a float64 fma that waits for the one before, 16 cycles
-constexpr double kElementsPerSm = 76e3;   // widened and multiplied: 128 lanes, 2 instructions, 70 % of the issue slots
-constexpr double kL2PerSm = 87e3;         // bytes from L2 to one SM
-constexpr double kL2Share = 40e3;         // the same, if all SMs read at once
-constexpr double kMemoryShare = 25e3;     // from memory, if all SMs read at once
-constexpr double kFlopsPerSm16 = 3.4e6;   // s5 of 16-bit tokens: matrix units at 45 %
-constexpr double kFlopsPerSm32 = 0.26e6;  // s5 of float32 tokens: fma at 60 %
+// Sizes of clusters that are considered.
 constexpr int kClusterSizes[] = {4, 8, 16};
 
 double estimate_us(const apet_problem& p, const Device& device, const apet_cuda_plan_t& plan) {
+  const Figures& f = figures_for(device.capability);
   const double row = (double)row_bytes(p), slice = plan.slice * row;
   const double rounds = std::ceil((double)p.images / plan.images_in_flight);
   const double busy_ctas = (double)std::min<int64_t>(p.images, plan.images_in_flight) * plan.ctas_per_image;
   const auto read = [&](double bytes, double share) {
-    return std::max(bytes / kL2PerSm, bytes * busy_ctas / (device.sms * share));
+    return std::max(bytes / f.l2_per_sm, bytes * busy_ctas / (device.sms * share));
   };
-  const double sweep = (double)plan.slice * p.dim / kElementsPerSm;
-  const double reread = read((plan.slice - plan.resident) * row, kL2Share);
-  const double exchange = plan.path == APET_CUDA_COOPERATIVE ? kCooperativeStepUs : kClusterStepUs;
+  const double sweep = (double)plan.slice * p.dim / f.elements_per_sm;
+  const double reread = read((plan.slice - plan.resident) * row, f.l2_share);
+  const double exchange = plan.path == APET_CUDA_COOPERATIVE ? f.cooperative_step_us : f.cluster_step_us;
   const double step = std::max(sweep, reread) + exchange;
   // A thread takes a row through at most M / 2 terms in each of M steps, and as many again for the residual.
-  const double algebra = std::ceil((double)plan.slice / kThreads) * basis_of(p) * basis_of(p) * kTermUs;
-  double us =
-      kLaunchUs + rounds * (kFillUs + read(slice, kMemoryShare) + sweep + basis_of(p) * step + algebra + kListsUs);
+  const double algebra = std::ceil((double)plan.slice / kThreads) * basis_of(p) * basis_of(p) * f.term_us;
+  double us = f.launch_us +
+              rounds * (f.fill_us + read(slice, f.memory_share) + sweep + basis_of(p) * step + algebra + f.lists_us);
   if (p.op == APET_SCORE) return us;
   const double flops = 2.0 * most_dropped(p) * most_kept(p) * p.dim;
-  const double rate = p.dtype == APET_FLOAT32 ? kFlopsPerSm32 : kFlopsPerSm16;
+  const double rate = p.dtype == APET_FLOAT32 ? f.flops_per_sm_32 : f.flops_per_sm_16;
   if (plan.path == APET_CUDA_FUSED)
-    return us + rounds * (std::max(flops / (plan.ctas_per_image * rate), most_kept(p) * row / kL2PerSm) +
-                          read(slice, kL2Share) + kClusterStepUs);
+    return us + rounds * (std::max(flops / (plan.ctas_per_image * rate), most_kept(p) * row / f.l2_per_sm) +
+                          read(slice, f.l2_share) + f.cluster_step_us);
   const double tiles =
       p.images * std::ceil((double)most_dropped(p) / plan.tile) * std::ceil((double)most_kept(p) / plan.tile);
   const double waves = std::ceil(tiles / device.sms), tile = 2.0 * plan.tile * plan.tile * p.dim / rate;
-  return us + (device.overlaps ? kOverlappedLaunchUs : kLaunchUs) + waves * (tile + kFillUs) + kFillUs +
-         p.images * most_tokens(p) * row / (device.sms * kL2Share);
+  return us + (device.overlaps ? f.overlapped_launch_us : f.launch_us) + waves * (tile + f.fill_us) + f.fill_us +
+         p.images * most_tokens(p) * row / (device.sms * f.l2_share);
 }
 
 // The tile of s5_merge; 0 rows: chosen. False if the device cannot run the one that is asked for.
