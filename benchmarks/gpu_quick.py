@@ -53,7 +53,7 @@ LIMITS = {
 FOR_TIMES = 60  # seconds that steps before `times` leave to it
 START = 60  # seconds until the first item of a process begins, at most: imports, and the simulation's compiler
 MOST_PROCESSES = 12  # of one step
-PATIENCE = 10  # times as long has a rehearsal, which may share a slow processor
+PATIENCE = 30  # times as long has a rehearsal, which may share a slow processor
 HANG = 10  # seconds until an item is killed that a rehearsal makes hang
 
 
