@@ -155,15 +155,15 @@ class Run:
                 start_new_session=True,  # so that what it starts ends with it
             )
             os.close(write)
+            running, late = "", "stopped"
             try:
                 running, late = self.follow(name, pipe, done, ends, of_item)
             finally:
-                if child.poll() is None:
-                    try:
-                        child.wait(timeout=0 if sys.exc_info()[0] else 5)
-                    except subprocess.TimeoutExpired:
-                        os.killpg(child.pid, signal.SIGKILL)
-                        child.wait()
+                try:
+                    child.wait(timeout=0 if late else 5)
+                except subprocess.TimeoutExpired:
+                    os.killpg(child.pid, signal.SIGKILL)
+                    child.wait()
         if late == "step":
             item = running or "the rest"
             self.recorder.write(step=name, item=item, status="not run", said="the time of its step is over")
