@@ -199,7 +199,7 @@ def selftests(options: Options) -> Iterator[Item]:
     _prepare(options)
     from apet_kernels import dispatch
 
-    for name in ("cuda", "triton", "cpu"):
+    for name in ("cuda", "cpu", "triton"):
 
         def run(name: str = name) -> dict[str, Any]:
             from apet import selftest
