@@ -53,6 +53,7 @@ LIMITS = {
 FOR_TIMES = 120  # seconds that steps before `times` leave to it
 START = 60  # seconds until the first item of a process begins, at most: imports, and the simulation's compiler
 MOST_PROCESSES = 12  # of one step
+TEARDOWN = 20  # seconds that a process has to end, once all is done
 PATIENCE = 30  # times as long has a rehearsal, which may share a slow processor
 HANG = 10  # seconds until an item is killed that a rehearsal makes hang
 
@@ -155,39 +156,42 @@ class Run:
                 start_new_session=True,  # so that what it starts ends with it
             )
             os.close(write)
-            running, late = "", "stopped"
+            before, running, end = len(done), "", "stopped"
             try:
-                running, late = self.follow(name, pipe, done, ends, of_item)
+                running, end = self.follow(name, pipe, done, ends, of_item)
             finally:
                 try:
-                    child.wait(timeout=0 if late else 5)
+                    child.wait(timeout=TEARDOWN if end in ("finished", "died") else 0)
                 except subprocess.TimeoutExpired:
                     os.killpg(child.pid, signal.SIGKILL)
                     child.wait()
-        if late == "step":
+        code = child.returncode
+        if end == "finished":
+            if code < 0 and code != -signal.SIGKILL:
+                self.recorder.write(step=name, item="its end", status="crashed", said=died(code))
+            return False
+        if end == "step":
             item = running or "the rest"
             self.recorder.write(step=name, item=item, status="not run", said="the time of its step is over")
             return False
-        if late == "item":
-            self.recorder.write(
-                step=name, item=running or "start", status="hung", said="killed: it gave no line for too long"
-            )
-        elif child.returncode and running:
-            self.recorder.write(step=name, item=running, status="crashed", said=died(child.returncode))
-        elif child.returncode and not done:
-            said = (self.out / f"step-{name}.txt").read_text().strip().splitlines()[-1:]
-            self.recorder.write(
-                step=name, item="start", status="failed", said=" ".join([died(child.returncode), *said])
-            )
-            return False
-        elif not child.returncode:
-            return False
+        if end == "item":
+            said = "killed: it gave no line for too long"
+            self.recorder.write(step=name, item=running or "start", status="hung", said=said)
+        elif running:
+            self.recorder.write(step=name, item=running, status="crashed", said=died(code))
+        elif len(done) == before:
+            last = (self.out / f"step-{name}.txt").read_text().strip().splitlines()[-1:]
+            said = ": ".join([died(code), *last])
+            self.recorder.write(step=name, item="start", status="failed", said=said)
+        if not running and len(done) == before:
+            return False  # another process would end in the same way
         if running:
             done.append(running)
-        return bool(running or done)
+        return True
 
     def follow(self, name: str, pipe: Any, done: list[str], ends: float, of_item: float) -> tuple[str, str]:
-        """Writes the lines of a process until it ends. The item that it was in, and what was late: "item" or "step"."""
+        """Writes the lines of a process until it ends. Returns the item that it was in, and how it ended: "finished",
+        "died", or late by its "item" or "step"."""
         running, rest, due = "", b"", time.monotonic() + of_item + START
         with selectors.DefaultSelector() as selector:
             selector.register(pipe, selectors.EVENT_READ)
@@ -199,10 +203,12 @@ class Run:
                     continue
                 found = os.read(pipe.fileno(), 1 << 16)
                 if not found:
-                    return running, ""
+                    return running, "died"
                 *whole, rest = (rest + found).split(b"\n")
                 for text in whole:
                     line = json.loads(text)
+                    if "finished" in line:
+                        return "", "finished"
                     running = line.get("begin", "")
                     due = time.monotonic() + (HANG if self.planted.get(f"{name}: {running}") == "hang" else of_item)
                     if "end" in line:

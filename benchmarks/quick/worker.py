@@ -3,7 +3,7 @@
     python -m benchmarks.quick.worker STEP --pipe FD --options JSON
 
 Started by benchmarks/gpu_quick.py, which kills it where an item hangs, and starts another for the items that are left
-where it dies. "begin" comes before an item, "end" after it: "ok", "failed" or "not possible".
+where it dies. "begin" comes before an item, "end" after it: "ok", "failed" or "not possible"; "finished" after all.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ def main() -> None:
     given = parser.parse_args()
     with os.fdopen(given.pipe, "w", buffering=1) as pipe:
         run(given.step, Options(**given.options), lambda line: pipe.write(json.dumps(line) + "\n"))
+        pipe.write('{"finished": true}\n')
 
 
 def run(step: str, options: Options, send: Any) -> None:
