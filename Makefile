@@ -4,6 +4,7 @@ VENV ?= .venv
 locked-torch := torch==2.13.0
 TORCH ?= $(locked-torch)
 WORKERS ?= 2
+OUT ?= gpu-check
 SLOW ?= slow and not matrix
 bin := $(VENV)/bin
 pip := -m pip --disable-pip-version-check install --quiet --no-build-isolation
@@ -139,8 +140,8 @@ lock: $(VENV)/installed-dev  ## renew the locked versions, in requirements/
 	$(compile) --python-version 3.11 --override requirements/vllm-overrides.txt --output-file requirements/vllm.txt \
 	  requirements/vllm.in requirements/build.in pyproject.toml
 
-gpu-check: $(VENV)/installed-test  ## on a machine with a GPU: every test, the GPU benchmarks, one report
-	$(bin)/python -m benchmarks.gpu_check
+gpu-check:  ## on a machine with a GPU, with the torch of PYTHON: proofs and times of every path, in minutes
+	$(PYTHON) -m benchmarks.gpu_quick --out $(OUT)
 
 bench: $(VENV)/installed-test  ## the benchmarks, each result checked first
 	$(bin)/python -m pytest -q benchmarks --benchmark-only

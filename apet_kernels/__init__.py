@@ -11,7 +11,7 @@ from . import ops as ops
 from . import reference as reference
 from .api import Compressed, Scored, compress, compress_packed, compress_varlen, merge, score
 from .api import backends as backends
-from .dispatch import available_backends, why_unavailable
+from .dispatch import available_backends, set_backend, use_backend, why_unavailable
 from .host import build_info
 from .options import Backend, Layout, Options, Select
 from .plans import Plan, plan
@@ -34,6 +34,8 @@ __all__ = [
     "merge",
     "plan",
     "score",
+    "set_backend",
+    "use_backend",
     "why_unavailable",
 ]
 

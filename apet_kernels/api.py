@@ -61,7 +61,8 @@ def compress(
         start: the first basis token, or -1: the one of largest norm.
         ridge: >= 0, added to the diagonal of the Gram matrix of the basis.
         blend: "overwrite" only: blend * basis + (1 - blend) * token.
-        backend: "cpu", "triton", "cuda" or "reference" instead of the dispatcher's choice.
+        backend: "cpu", "triton", "cuda" or "reference"; None: that of `use_backend` or `set_backend`, else the
+            dispatcher's choice.
 
     Returns:
         tokens [B, R, D] in x's dtype and indices [B, R] int64, the position of every row, ascending. R = keep; with
@@ -304,6 +305,9 @@ def backends() -> dict[str, str | None]:
 
 def _call(op: str, backend: Backend | None, *args: Any, **kwargs: Any) -> Any:
     """Runs the op, or one backend's implementation of it."""
+    # torch.compile cannot trace the look-up; on a GPU the op itself looks (dispatch.py).
+    if backend is None and not torch.compiler.is_compiling():
+        backend = dispatch.chosen_backend()
     function = getattr(torch.ops.apet, op) if backend is None else dispatch.forced(op, backend, args[0])
     try:
         return function(*args, **kwargs)

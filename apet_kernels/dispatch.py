@@ -9,9 +9,11 @@ Without the compiled library, CPU tensors get the float64 reference. Both of the
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
 import functools
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -181,6 +183,8 @@ def run_reference(op: str, x: Tensor, *args: Any, **kwargs: Any) -> Any:
 
 def _run_on_gpu(op: str, x: Tensor, *args: Any, **kwargs: Any) -> Any:
     """The op for a CUDA or ROCm tensor."""
+    if (backend := chosen_backend()) is not None:
+        return forced(op, backend, x)(x, *args, **kwargs)
     if why_not_cuda(x.device) is None:
         return run_cuda(op, x, *args, **kwargs)
     if why_not_triton() is None:
@@ -217,7 +221,74 @@ for _op in ops.OPS:
 why_not_cpu()  # loads the library: its ops are there from now on
 
 
-# ---- a backend that the caller names
+# ---- a backend that the caller names: in the call, for a block, or for the process
+
+_for_process: Backend | None = None
+# A tuple, so that a block can also choose None: what the dispatcher chooses.
+_for_block: contextvars.ContextVar[tuple[Backend | None] | None] = contextvars.ContextVar("apet_backend", default=None)
+
+
+def set_backend(name: Backend | None) -> None:
+    """Sets the backend of every later call in this process, in all of its threads, that names none itself.
+
+    It is as if these calls said `backend=name`: they raise ValueError for a tensor that the backend does not take.
+    That holds for the functions of `apet_kernels`, for hooks and plugins built on them, and, with tensors on a GPU, for
+    `torch.ops.apet.*` itself, also in compiled code. Code that torch.compile makes for tensors on the CPU calls the op,
+    whose CPU kernel runs whatever is set.
+
+    Args:
+        name: "cpu", "triton", "cuda" or "reference"; None: the dispatcher chooses again.
+
+    Raises:
+        ValueError: if there is no such backend, or it cannot be used here; the message says why.
+
+    Example:
+        >>> apet_kernels.set_backend("reference")
+        >>> apet_kernels.set_backend(None)
+    """
+    global _for_process
+    _check_name(name)
+    _for_process = name
+
+
+@contextlib.contextmanager
+def use_backend(name: Backend | None) -> Iterator[None]:
+    """`set_backend` for the calls in a `with` block, of this thread or asyncio task alone; blocks may be nested.
+
+    Args:
+        name: as in `set_backend`. None: the dispatcher chooses, whatever `set_backend` says.
+
+    Raises:
+        ValueError: as `set_backend` does.
+
+    Example:
+        >>> import torch
+        >>> with apet_kernels.use_backend("reference"):
+        ...     tokens, indices = apet_kernels.compress(torch.randn(1, 20, 8), keep=4, basis=3)
+    """
+    _check_name(name)
+    token = _for_block.set((name,))
+    try:
+        yield
+    finally:
+        _for_block.reset(token)
+
+
+def chosen_backend() -> Backend | None:
+    """The backend of `use_backend` or, outside of such a block, of `set_backend`; None: the dispatcher chooses."""
+    block = _for_block.get()
+    return _for_process if block is None else block[0]
+
+
+def _check_name(name: Backend | None) -> None:
+    if name is not None and (why := why_unavailable(name)):
+        raise ValueError(f"backend='{name}' cannot run here: {why}")
+
+
+def check_usable(backend: Backend, device: torch.device) -> None:
+    """Raises ValueError if the backend cannot run here, or takes no tensors on this device."""
+    if why := why_unavailable(backend) or _why_not_on(backend, device):
+        raise ValueError(f"backend='{backend}' cannot run here: {why}")
 
 
 def forced(op: str, backend: Backend, x: Tensor) -> Callable[..., Any]:
@@ -226,9 +297,7 @@ def forced(op: str, backend: Backend, x: Tensor) -> Callable[..., Any]:
     Raises:
         ValueError: if the backend cannot run here, or not on x's device.
     """
-    why = why_unavailable(backend) or _why_not_on(backend, x.device)
-    if why:
-        raise ValueError(f"backend='{backend}' cannot run here: {why}")
+    check_usable(backend, x.device)
     if backend == "cpu":
         return getattr(torch.ops.apet, op)  # type: ignore[no-any-return]
     run = {"triton": run_triton, "cuda": run_cuda, "reference": run_reference}[backend]

@@ -31,11 +31,13 @@ SCHEMAS = (
     f"score(Tensor x, int basis=10, *, {_BASIS_OPTIONS}) -> (Tensor residual, Tensor basis_indices)",
     "merge(Tensor x, Tensor indices, *, Tensor? targets=None) -> Tensor",
 )
-# What csrc/cuda_torch_binding.cpp registers: the ops again, for dispatch.py to call, and how compress would run.
+# What csrc/cuda_torch_binding.cpp registers: the ops again, for dispatch.py to call, how compress would run, and what
+# apet_kernels.testing forces.
 CUDA_SCHEMAS = (
     *(f"_cuda_{schema}" for schema in SCHEMAS),
     f"_cuda_plan(Tensor x, SymInt keep, int basis=10, *, {_OPTIONS}) -> (str why, str path, int launches, int group, "
-    "int groups, int slice, int resident, int workspace_bytes, float estimated_us)",
+    "int groups, int slice, int resident, int tile, int workspace_bytes, float estimated_us)",
+    "_cuda_override(Tensor like, str path, int ctas_per_image, int resident, int tile) -> ()",
 )
 REGISTRY = registry(__version__, __file__, (*SCHEMAS, *CUDA_SCHEMAS) if torch.version.cuda else SCHEMAS)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -33,7 +33,7 @@ class Plan:
     workspace_bytes: int  # beyond the results
     # "cpu": isa; images_in_flight, threads_per_image; serial_us (estimated, on one thread), planned_us (estimated).
     # "cuda": path (fused, cluster or cooperative: docs/cuda.md), images_in_flight, ctas_per_image, rows_per_cta and of
-    # these rows_in_shared_memory, estimated_us. Empty for the others.
+    # these rows_in_shared_memory, tile (of s5 as its own launch, else 0), estimated_us. Empty for the others.
     details: Mapping[str, str | int | float] = field(default_factory=dict)
 
     def __getitem__(self, name: str) -> str | int | float:
@@ -59,7 +59,8 @@ def plan(
     ridge: float = 1e-5,
     blend: float = 1.0,
 ) -> Plan:
-    """How `compress` with these arguments would run, without running it.
+    """How `compress` with these arguments would run, without running it; by the backend of `use_backend` or
+    `set_backend`, if one is set.
 
     Args:
         x: [B, N, D] float32, float16 or bfloat16; a meta tensor stands for one on the CPU.
@@ -81,16 +82,32 @@ def plan(
     options = Options(basis, layout, select, start, ridge, blend)
     ops.check_compress(x, keep, **options.arguments)
     device = torch.device("cpu") if x.device.type == "meta" else x.device
+    backend = dispatch.chosen_backend()
+    if backend is not None:
+        dispatch.check_usable(backend, device)
+        found = _plan_by(backend, x, keep, options, why="")
+        return replace(found, why=f"chosen by use_backend or set_backend; {found.why}")
     if device.type == "cuda" and dispatch.why_not_cuda(device) is None:
-        return _plan_cuda(x, keep, options)
+        return _plan_by("cuda", x, keep, options, why="")
     if device.type == "cuda" and dispatch.why_not_triton() is None:
-        return _plan_triton(x, keep, options)
+        return _plan_by("triton", x, keep, options, why=f"; {dispatch.why_not_cuda(x.device)}")
     if why := dispatch.why_not_cpu():
-        return Plan("reference", why, launches=0, workspace_bytes=0)
-    return _plan_cpu(x, keep, options, dispatch.why_no_kernels(device))
+        return _plan_by("reference", x, keep, options, why)
+    return _plan_by("cpu", x, keep, options, dispatch.why_no_kernels(device) or "")
 
 
-def _plan_cpu(x: Tensor, keep: int, options: Options, why_copied: str | None) -> Plan:
+def _plan_by(backend: Backend, x: Tensor, keep: int, options: Options, why: str) -> Plan:
+    """The plan of one backend. why: what kept the call from another one; empty where nothing did."""
+    if backend == "cuda":
+        return _plan_cuda(x, keep, options)
+    if backend == "triton":
+        return _plan_triton(x, keep, options, why)
+    if backend == "reference":
+        return Plan("reference", why or "the float64 reference", launches=0, workspace_bytes=0)
+    return _plan_cpu(x, keep, options, why)
+
+
+def _plan_cpu(x: Tensor, keep: int, options: Options, why_copied: str) -> Plan:
     B, N, D = x.shape
     threads = torch.get_num_threads()
     path = host.module().plan(
@@ -119,7 +136,7 @@ def _plan_cpu(x: Tensor, keep: int, options: Options, why_copied: str | None) ->
 
 
 def _plan_cuda(x: Tensor, keep: int, options: Options) -> Plan:
-    why, path, launches, ctas, images, rows, in_shared_memory, workspace_bytes, estimated_us = (
+    why, path, launches, ctas, images, rows, in_shared_memory, tile, workspace_bytes, estimated_us = (
         torch.ops.apet._cuda_plan(x, keep, **options.arguments)
     )
     details = {
@@ -128,16 +145,17 @@ def _plan_cuda(x: Tensor, keep: int, options: Options) -> Plan:
         "ctas_per_image": ctas,
         "rows_per_cta": rows,
         "rows_in_shared_memory": in_shared_memory,
+        "tile": tile,
         "estimated_us": estimated_us,
     }
     return Plan("cuda", why, launches, workspace_bytes, details)
 
 
-def _plan_triton(x: Tensor, keep: int, options: Options) -> Plan:
+def _plan_triton(x: Tensor, keep: int, options: Options, why_not_cuda: str) -> Plan:
     from .triton_kernels import configs, launch
 
     device_class = configs.device_class(x.device)
     shape = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta")
     call = launch.compress(shape, keep, **options.arguments, device_class=device_class)
-    why = f"x is on {x.device} ({device_class}); {dispatch.why_not_cuda(x.device)}"
+    why = f"x is on {x.device} ({device_class}){why_not_cuda}"
     return Plan("triton", why, len(call.launches), call.workspace_bytes)

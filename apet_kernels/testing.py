@@ -1,10 +1,18 @@
-"""For tests and benchmarks of this package: pins the CPU kernels of a process to one instruction set."""
+"""For tests and benchmarks of this package: pins CPU kernels to one instruction set, CUDA kernels to one path."""
 
 from __future__ import annotations
 
-from . import host
+import contextlib
+import threading
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import Literal
 
-__all__ = ["cpu_isa", "use_cpu_isa"]
+import torch
+
+from . import dispatch, host
+
+__all__ = ["CudaPath", "cpu_isa", "cuda_paths", "use_cpu_isa", "use_cuda_path"]
 
 
 def cpu_isa() -> list[str]:
@@ -38,3 +46,80 @@ def use_cpu_isa(name: str | None) -> None:
         >>> testing.use_cpu_isa(None)
     """
     host.module().use_cpu_isa(name)
+
+
+@dataclass(frozen=True)
+class CudaPath:
+    """How the CUDA kernels take a call (docs/cuda.md). No choice of these changes a bit of the result."""
+
+    path: Literal["best", "fused", "cluster", "cooperative"] = "best"  # best: the one of the lowest estimate
+    ctas_per_image: int = 0  # 0: chosen
+    rows_in_shared_memory: int = -1  # of a CTA, at most; -1: as many as fit
+    tile: int = 0  # of s5 as its own launch: 64 or 128; 0: chosen
+
+    def __str__(self) -> str:
+        parts = [self.path, str(self.ctas_per_image or "any")]
+        parts += [f"resident {self.rows_in_shared_memory}"] if self.rows_in_shared_memory >= 0 else []
+        return " ".join(parts + ([f"tile {self.tile}"] if self.tile else []))
+
+
+_thread = threading.local()  # .forced: the CudaPath of this thread, as the compiled library has it
+
+
+@contextlib.contextmanager
+def use_cuda_path(way: CudaPath) -> Iterator[None]:
+    """Forces the calls of the CUDA kernels in a `with` block, of this thread alone; blocks may be nested.
+
+    Such a call, and `apet_kernels.plan` of one, raises RuntimeError where the device cannot run it in that way.
+
+    Raises:
+        ValueError: if the CUDA kernels cannot be used here, or there is no such path, group or tile.
+
+    Example:
+        >>> from apet_kernels import testing
+        >>> if "cuda" in apet_kernels.available_backends():
+        ...     with testing.use_cuda_path(testing.CudaPath("cluster", ctas_per_image=8)):
+        ...         apet_kernels.compress(torch.randn(1, 576, 1024, device="cuda"), keep=64)
+    """
+    if why := dispatch.why_unavailable("cuda"):
+        raise ValueError(f"no CUDA path can be forced: {why}")
+    if way.path not in ("best", "fused", "cluster", "cooperative"):
+        raise ValueError(f"path='{way.path}' is none of best, fused, cluster, cooperative")
+    if way.tile not in (0, 64, 128):
+        raise ValueError(f"tile={way.tile} is none of 64, 128, and 0 for the one that is chosen")
+    if not 0 <= way.ctas_per_image < 2**31 or not -1 <= way.rows_in_shared_memory < 2**31:
+        raise ValueError(
+            f"ctas_per_image={way.ctas_per_image} must be at least 0 and "
+            f"rows_in_shared_memory={way.rows_in_shared_memory} at least -1"
+        )
+    before = getattr(_thread, "forced", CudaPath())
+    _force(way)
+    try:
+        yield
+    finally:
+        _force(before)
+
+
+def cuda_paths() -> list[CudaPath]:
+    """Every path with small, middle and largest groups, all rows in shared memory, some and none, and both tiles; of
+    which a device can run some.
+
+    Example:
+        >>> from apet_kernels import testing
+        >>> sorted({way.path for way in testing.cuda_paths()})
+        ['cluster', 'cooperative', 'fused']
+    """
+    found = [CudaPath("fused", ctas) for ctas in (2, 4, 8, 16)]
+    for resident in (-1, 4, 0):
+        for tile in (64, 128):
+            found += [CudaPath("cluster", ctas, resident, tile) for ctas in (1, 4, 8, 16)]
+            found += [CudaPath("cooperative", ctas, resident, tile) for ctas in (1, 16, 0)]
+    return found
+
+
+def _force(way: CudaPath) -> None:
+    # The op is found by the device of a tensor. The simulated GPU of this package's tests has its tensors on the CPU.
+    like = torch.empty(0, device="cuda" if torch.cuda.is_available() else "cpu")
+    path, *numbers = asdict(way).values()
+    torch.ops.apet._cuda_override(like, path, *numbers)
+    _thread.forced = way

@@ -14,7 +14,10 @@ python -m pytest benchmarks       the same measurements under pytest-benchmark, 
 All that measure take --smoke: tiny cases and three rounds, to see in seconds that everything still runs.
 benchmarks/lib holds what they share.
 
-python -m benchmarks.gpu_check    on a GPU, `make gpu-check`: the tests, benchmarks.gpu, and a report
+python -m benchmarks.gpu_quick    on a GPU, `make gpu-check`: proofs and times of every path, in minutes
+python -m benchmarks.gpu_carry    the libraries for a GPU machine that cannot build them
+python -m benchmarks.gpu_figures  figures of the estimate and tables of the documents, from a run of gpu_quick
+python -m benchmarks.gpu          on a GPU: against torch and the published formulation, shape by shape
 python -m benchmarks.tune         on a GPU: tiles for the Triton kernels
 python -m benchmarks.floors       without one: a lower bound of the time on a GPU, computed
 """

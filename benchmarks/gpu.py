@@ -34,6 +34,7 @@ from torch import Tensor
 import apet_kernels
 from benchmarks import floors
 from benchmarks.lib import baselines, command
+from benchmarks.lib import rates as ceilings
 from benchmarks.lib.cases import Case, gpu_cases, tokens
 from benchmarks.lib.check import judge
 from benchmarks.lib.compare import ROUNDS, rotated, spread
@@ -74,39 +75,6 @@ class Row:
     stages: list[Stage] = field(default_factory=list)
     failed: dict[str, str] = field(default_factory=dict)  # what did not run or was wrong, and its error
     seconds: dict[str, list[float]] = field(default_factory=dict)  # every sample, a call
-
-
-def measure_rates(device: Device) -> floors.Rates:
-    """The ceilings of this machine: the fastest of ten for copies and products, the mean over a chain for launches."""
-    large = device.type == "cuda"
-    source = torch.empty(2**28 if large else 2**16, device=device.type).normal_()
-    target = torch.empty_like(source)
-
-    def fastest(call: Callable[[], object]) -> float:
-        call()
-        return min(device.seconds(call) for _ in range(10))
-
-    def product(n: int, dtype: torch.dtype) -> float:
-        a, b = (torch.randn(n, n, device=device.type).to(dtype) for _ in range(2))
-        return 2 * n**3 / fastest(lambda: torch.mm(a, b))
-
-    one, links = torch.zeros(1, device=device.type), 500
-
-    def chain() -> None:
-        for _ in range(links):
-            one.add_(1)
-
-    return floors.Rates(
-        name=device.name,
-        bandwidth=2 * source.nbytes / fastest(lambda: target.copy_(source)),
-        matrix=product(8192 if large else 64, torch.bfloat16),
-        float32=product(4096 if large else 64, torch.float32),
-        memory=device.memory_bytes,
-        cache=device.cache_bytes,
-        source="measured: copy_ of 1 GiB, torch.mm of 8192^3 and 4096^3, chains of 500 additions to one number",
-        gap=fastest(device.graphed(chain)) / links,
-        host=fastest(chain) / links,
-    )
 
 
 def measure(case: Case, device: Device, rates: floors.Rates, rounds: int) -> Row:
@@ -388,7 +356,7 @@ def main() -> None:
         device = find(options.dry_run)
     except RuntimeError as error:
         sys.exit(_say(str(error)))
-    head, rates = describe(device), measure_rates(device)
+    head, rates = describe(device), ceilings.measure(device)
     console, rows = Console(width=None if sys.stdout.isatty() else 220), []
     for number, case in enumerate(chosen, 1):
         with console.status(f"{number} of {len(chosen)}: {case}"):

@@ -10,6 +10,7 @@ from pytest_benchmark.fixture import BenchmarkFixture
 
 from benchmarks import gpu
 from benchmarks.floors import Rates
+from benchmarks.lib import rates as ceilings
 from benchmarks.lib.cases import Case
 from benchmarks.lib.compare import ROUNDS
 from benchmarks.lib.device import Device, find
@@ -26,7 +27,7 @@ def device() -> Device:
 
 @pytest.fixture(scope="module")
 def rates(device: Device) -> Rates:
-    return gpu.measure_rates(device)
+    return ceilings.measure(device)
 
 
 def test_gpu(

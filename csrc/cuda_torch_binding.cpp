@@ -6,6 +6,9 @@
 
 namespace {
 
+// What apet_kernels.testing forces on the calls of this thread; by default nothing.
+thread_local apet_cuda_override forced = {APET_CUDA_BEST, 0, -1, 0};
+
 void check_cuda(const apet_problem& problem, const apet_cuda_plan_t& plan, apet_status status) {
   require(status != APET_CUDA_FAILED, "a call of the CUDA runtime failed: ", apet_cuda_error());
   require(status != APET_NO_CUDA_PATH, plan.why);
@@ -14,7 +17,7 @@ void check_cuda(const apet_problem& problem, const apet_cuda_plan_t& plan, apet_
 
 apet_cuda_plan_t plan_for(const apet_problem& p) {
   apet_cuda_plan_t plan = {};
-  check_cuda(p, plan, apet_cuda_plan(&p, nullptr, &plan));
+  check_cuda(p, plan, apet_cuda_plan(&p, &forced, &plan));
   return plan;
 }
 
@@ -29,26 +32,27 @@ void run(const apet_problem& p, const apet_tensors& tensors, const Tensor& x) {
   check_cuda(p, plan, apet_cuda_run(&p, &tensors, &plan, workspace.mutable_data_ptr(), plan.workspace_bytes, stream));
 }
 
-const char* name_of(apet_cuda_path path) {
-  return path == APET_CUDA_FUSED ? "fused" : path == APET_CUDA_CLUSTER ? "cluster" : "cooperative";
+constexpr const char* kPaths[] = {"best", "fused", "cluster", "cooperative"};  // in the order of apet_cuda_path
+
+// Forces the later calls of this thread; `like` is any tensor on a GPU, by which torch's dispatcher comes here.
+void override_plans(const Tensor&, std::string path, int64_t ctas_per_image, int64_t resident, int64_t tile) {
+  for (int i = 0; i < 4; i++) {
+    if (path != kPaths[i]) continue;
+    forced = {(apet_cuda_path)i, (int32_t)ctas_per_image, (int32_t)resident, (int32_t)tile};
+    return;
+  }
+  require(false, "path='", path, "' is none of best, fused, cluster, cooperative");
 }
 
 // How compress would run, for apet_kernels.plan; the order of the schema in apet_kernels/ops.py.
-std::tuple<std::string, std::string, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, double> plan(
+std::tuple<std::string, std::string, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, double> plan(
     const Tensor& x, int64_t keep, int64_t basis, std::string layout, std::string select, int64_t start, double ridge,
     double blend) {
   const apet_problem p = compress_problem(readable(x), keep, basis, layout, select, start, ridge, blend);
   const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
   const apet_cuda_plan_t g = plan_for(p);
-  return {g.why,
-          name_of(g.path),
-          g.launches,
-          g.ctas_per_image,
-          g.images_in_flight,
-          g.slice,
-          g.resident,
-          (int64_t)g.workspace_bytes,
-          g.estimated_us};
+  return {g.why,   kPaths[g.path], g.launches, g.ctas_per_image,           g.images_in_flight,
+          g.slice, g.resident,     g.tile,     (int64_t)g.workspace_bytes, g.estimated_us};
 }
 
 }  // namespace
@@ -59,4 +63,5 @@ STABLE_TORCH_LIBRARY_IMPL(apet, CUDA, m) {
   m.impl("_cuda_score", TORCH_BOX(&score));
   m.impl("_cuda_merge", TORCH_BOX(&merge));
   m.impl("_cuda_plan", TORCH_BOX(&plan));
+  m.impl("_cuda_override", TORCH_BOX(&override_plans));
 }

@@ -7,7 +7,6 @@ every tensor and option has to arrive in its place, and every result to come bac
 from __future__ import annotations
 
 import re
-from pathlib import Path
 
 import pytest
 import torch
@@ -17,7 +16,7 @@ from apet_kernels import dispatch, ops, plans, reference
 from apet_kernels.options import Options
 from tests.data import DTYPES, tokens
 from tests.judge import assert_same
-from tests.simt import build, call
+from tests.simt import binding, build, call
 from tests.test_op import NAMES, WRONG_CALLS, calls, error_of
 
 pytestmark = [
@@ -27,34 +26,11 @@ pytestmark = [
 HOW = call.How()
 
 
-@pytest.fixture(scope="module", autouse=True)
-def binding() -> torch.library.Library:
-    """The ops `_cuda_*` on the CPU key."""
-    torch_folder = Path(torch.__file__).parent
-    options = ["-std=c++17", "-O1", "-fPIC", "-shared", "-fvisibility=hidden", "-Wall", "-Wextra", "-DUSE_CUDA"]
-    options += ["-DTORCH_TARGET_VERSION=0x020a000000000000", f"-I{build.CSRC}", f"-isystem{torch_folder / 'include'}"]
-    source = build.HERE / "torch_binding.cpp"
-    files = [source, build.CSRC / "cuda_torch_binding.cpp", build.CSRC / "torch_ops.h", build.CSRC / "apet.h"]
-    libraries = [
-        str(build.library()),
-        "-Wl,--no-as-needed",
-        *(f"{torch_folder}/lib/{name}.so" for name in ("libtorch", "libtorch_cpu")),
-    ]
-    digest = build.digest(torch.__version__, *options, *libraries, *(file.read_text() for file in files))
-    path = build.make(build.FOLDER / f"libsimt_torch-{digest}.so", ["g++", *options, str(source), *libraries])
-    library = torch.library.Library("apet", "FRAGMENT")
-    if not torch.version.cuda:  # else apet_kernels has defined them
-        for schema in ops.CUDA_SCHEMAS:
-            library.define(schema)
-    torch.ops.load_library(path)
-    return library
-
-
 @pytest.fixture(autouse=True)
 def device() -> None:
     """The binding plans for the current device."""
-    traits = (HOW.device.capability, HOW.device.multiprocessors, HOW.device.shared_per_block)
-    call.load().simt_use_device(*traits, HOW.device.shared_per_multiprocessor, HOW.device.largest_cluster)
+    binding.load()
+    binding.use_device(HOW.device)
 
 
 def flat(result: torch.Tensor | tuple) -> list[torch.Tensor]:
@@ -117,7 +93,7 @@ def test_tensors_beside_x():
 
 def test_the_device_cannot():
     """A GPU without room for anything: the message of the plan."""
-    call.load().simt_use_device(80, 4, 1 << 10, 1 << 10, 0)
+    binding.use_device(call.Device(80, 4, 1 << 10, 1 << 10, 0))
     x = tokens(1, 20, 7, seed=1)
     assert re.search(
         r"cannot run here: this device places .* with 1024 bytes", error_of(dispatch.run_cuda, ("compress", x, 4), {})
@@ -149,6 +125,7 @@ def test_plan(layout):
             "ctas_per_image": expected.ctas_per_image,
             "rows_per_cta": expected.slice,
             "rows_in_shared_memory": expected.resident,
+            "tile": expected.tile,
             "estimated_us": expected.estimated_us,
         },
     )

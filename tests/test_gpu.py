@@ -1,5 +1,5 @@
 """What only a GPU can show: graphs, streams, the compiler, real sizes; for each backend that runs on it.
-`make gpu-check` runs this and the shared tests.
+`make gpu-check` runs this where pytest is installed.
 
 Without a GPU `pytest -m gpu` runs the same bodies on interpreted kernels with tiny sizes, so that their first run on a
 GPU does not end at a slip; that shows nothing else, and what needs a stream is skipped.
@@ -19,7 +19,6 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import apet_kernels
-from apet_kernels import ops
 from benchmarks.lib import device as devices
 from tests.data import DTYPES, tokens
 from tests.judge import assert_same, check
@@ -34,11 +33,10 @@ needs_gpu = pytest.mark.skipif(DRY, reason="a dry run has no streams and no memo
 
 
 @pytest.fixture(params=[name for name, why in WHY_NOT.items() if why is None], autouse=True)
-def gpu_backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Its name; on a GPU it is what the dispatcher takes."""
-    if request.param == "triton":
-        monkeypatch.setattr(ops, "no_cuda", lambda device: "it is another backend's turn")
-    return request.param
+def gpu_backend(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Its name; on a GPU it is what the ops take."""
+    with contextlib.nullcontext() if DRY else apet_kernels.use_backend(request.param):
+        yield request.param
 
 
 @pytest.fixture
@@ -93,7 +91,7 @@ def listed(seed: int) -> tuple[Tensor, ...]:
 
 
 def packed(x: Tensor, lengths: Tensor, keeps: Tensor, **options: Any) -> Any:
-    return OPS.compress_packed(x, lengths, keeps, sum(KEEPS[0]), N, max(map(max, KEEPS)), BASIS, **options)
+    return OPS.compress_varlen(x, lengths, keeps, sum(KEEPS[0]), N, max(map(max, KEEPS)), BASIS, **options)
 
 
 CALLS: dict[str, tuple[Callable[[int], tuple[Tensor, ...]], Callable[..., Any]]] = {
@@ -328,7 +326,7 @@ def test_more_elements_than_32_bits_count():
     x[-1] = features(n, channels, dtype=torch.bfloat16, seed=2)
     together = OPS.compress(x, KEEP, BASIS)
     assert_all_same(OPS.compress(x[-1:].clone(), KEEP, BASIS), [t[-1:] for t in together], "the last image")
-    rows, at = OPS.compress_packed(
+    rows, at = OPS.compress_varlen(
         x.flatten(0, 1), cu([n] * B), cu([KEEP] * B), B * KEEP, n, KEEP, BASIS
     )  # positions past 2^20, offsets past 2^31
     assert_same(rows[-KEEP:], together[0][-1])

@@ -17,10 +17,10 @@ from torch import Tensor
 
 from apet_kernels import reference
 from benchmarks.lib.cases import RIDGE, Case
+from tests.judge import similarity_error
 
 U = reference.U
 MERGING = ("visionzip", "tome")  # the rows of the others are tokens as they came
-FLOAT32_SIMILARITY = 32 * U  # of ||x||: how far x.t / ||t|| may be off, summed in float32
 
 
 def judge(case: Case, name: str, x: Tensor, result: tuple[Tensor, Tensor]) -> float:
@@ -29,7 +29,7 @@ def judge(case: Case, name: str, x: Tensor, result: tuple[Tensor, Tensor]) -> fl
     What published rounds in 16 bits is excused. Raises AssertionError, what is wrong first.
     """
     rounded = name == "published" and case.dtype is not torch.float32
-    error = 2 * torch.finfo(case.dtype).eps if rounded else FLOAT32_SIMILARITY
+    error = 2 * torch.finfo(case.dtype).eps if rounded else None
     try:
         return check(case, x.cpu(), *(t.cpu() for t in result), error)
     except AssertionError as wrong:
@@ -43,13 +43,15 @@ def checked(case: Case, name: str, call: Callable[[Tensor], tuple[Tensor, Tensor
         return judge(case, name, x, call(x))
 
 
-def check(case: Case, x: Tensor, tokens: Tensor, indices: Tensor, error: float = FLOAT32_SIMILARITY) -> float:
-    """Returns the share of rows that were judged; `error` is that of x.t / ||t||, relative to ||x||.
+def check(case: Case, x: Tensor, tokens: Tensor, indices: Tensor, error: float | None = None) -> float:
+    """Returns the share of rows that were judged; `error` is that of x.t / ||t||, relative to ||x||. None: twice that
+    of tests/judge.py, for float32 sums in any order.
 
     Raises AssertionError, naming what is wrong and by how much.
     """
     assert tokens.shape == (case.B, case.keep, case.D), f"tokens have shape {tuple(tokens.shape)}"
     assert tokens.dtype == x.dtype, f"tokens are {tokens.dtype}, not {x.dtype}"
+    error = 2 * similarity_error(case.D) if error is None else error
     judged = sum(_check_image(case, *image, error) for image in zip(x, tokens, indices, strict=True))
     return judged / (case.B * case.keep)
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import re
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-from rich.console import Console
-from rich.table import Table
+if TYPE_CHECKING:
+    from rich.console import Console
 
 
 class Sheet(NamedTuple):
@@ -44,6 +44,8 @@ def replaced(text: str, begin: str, end: str, body: str) -> str:
 
 def show(console: Console, head: dict[str, str], sheets: list[Sheet]) -> None:
     """The same on a terminal."""
+    from rich.table import Table  # here, so that the GPU check runs without it
+
     for key, value in head.items():
         console.print(f"[bold]{key}[/bold] {value}", highlight=False, soft_wrap=True)
     for sheet in sheets:

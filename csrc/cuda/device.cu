@@ -34,12 +34,14 @@ apet_status query_ctas(Kernel kernel, int threads, int shared_bytes, int sms, in
 
 // Also raises the kernels' limit of shared memory to what the device has.
 apet_status query_device(int index, const Kernels& kernels, Device& device) {
-  int major, clusters, cooperative;
+  int major, minor, clusters, cooperative;
   APET_TRY(cudaDeviceGetAttribute(&device.sms, cudaDevAttrMultiProcessorCount, index));
   APET_TRY(cudaDeviceGetAttribute(&device.shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, index));
   APET_TRY(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, index));
+  APET_TRY(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, index));
   APET_TRY(cudaDeviceGetAttribute(&clusters, cudaDevAttrClusterLaunch, index));
   APET_TRY(cudaDeviceGetAttribute(&cooperative, cudaDevAttrCooperativeLaunch, index));
+  device.capability = 10 * major + minor;
   device.overlaps = major >= 9;
   apet_status status = APET_OK;
   if (clusters) {

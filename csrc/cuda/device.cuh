@@ -9,6 +9,7 @@ constexpr int kMaxCluster = 16;
 // What a device can run at once of the kernels of one dtype, each CTA with all of the shared memory that it may have.
 struct Device {
   bool known;
+  int capability;  // 10 * major + minor
   int sms;
   int shared_bytes;                     // of a CTA, at most
   bool overlaps;                        // programmatic dependent launch

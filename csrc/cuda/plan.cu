@@ -4,56 +4,46 @@
 #include <cstdio>
 
 #include "device.cuh"
+#include "figures.cuh"
 #include "layout.cuh"
 
 namespace apet::cuda {
 namespace {
 
-// ---- figures of the estimate, in microseconds, bytes and operations per microsecond. Computed for an H100; only the
-// order of the estimates matters.
-constexpr double kLaunchUs = 2.5, kOverlappedLaunchUs = 1.5;
-constexpr double kClusterStepUs = 1.2, kCooperativeStepUs = 2.0;  // barrier and exchange of a step
-constexpr double kListsUs = 2;                                    // s4
-constexpr double kFillUs = 1;                                     // until the first bytes arrive from memory
-constexpr double kTermUs = 0.01;          // per term of y: a float64 fma that waits for the one before, 16 cycles
-constexpr double kElementsPerSm = 76e3;   // widened and multiplied: 128 lanes, 2 instructions, 70 % of the issue slots
-constexpr double kL2PerSm = 87e3;         // bytes from L2 to one SM
-constexpr double kL2Share = 40e3;         // the same, if all SMs read at once
-constexpr double kMemoryShare = 25e3;     // from memory, if all SMs read at once
-constexpr double kFlopsPerSm16 = 3.4e6;   // s5 of 16-bit tokens: matrix units at 45 %
-constexpr double kFlopsPerSm32 = 0.26e6;  // s5 of float32 tokens: fma at 60 %
+// Sizes of clusters that are considered.
 constexpr int kClusterSizes[] = {4, 8, 16};
 
 double estimate_us(const apet_problem& p, const Device& device, const apet_cuda_plan_t& plan) {
+  const Figures& f = figures_for(device.capability);
   const double row = (double)row_bytes(p), slice = plan.slice * row;
   const double rounds = std::ceil((double)p.images / plan.images_in_flight);
   const double busy_ctas = (double)std::min<int64_t>(p.images, plan.images_in_flight) * plan.ctas_per_image;
   const auto read = [&](double bytes, double share) {
-    return std::max(bytes / kL2PerSm, bytes * busy_ctas / (device.sms * share));
+    return std::max(bytes / f.l2_per_sm, bytes * busy_ctas / (device.sms * share));
   };
-  const double sweep = (double)plan.slice * p.dim / kElementsPerSm;
-  const double reread = read((plan.slice - plan.resident) * row, kL2Share);
-  const double exchange = plan.path == APET_CUDA_COOPERATIVE ? kCooperativeStepUs : kClusterStepUs;
+  const double sweep = (double)plan.slice * p.dim / f.elements_per_sm;
+  const double reread = read((plan.slice - plan.resident) * row, f.l2_share);
+  const double exchange = plan.path == APET_CUDA_COOPERATIVE ? f.cooperative_step_us : f.cluster_step_us;
   const double step = std::max(sweep, reread) + exchange;
   // A thread takes a row through at most M / 2 terms in each of M steps, and as many again for the residual.
-  const double algebra = std::ceil((double)plan.slice / kThreads) * basis_of(p) * basis_of(p) * kTermUs;
-  double us =
-      kLaunchUs + rounds * (kFillUs + read(slice, kMemoryShare) + sweep + basis_of(p) * step + algebra + kListsUs);
+  const double algebra = std::ceil((double)plan.slice / kThreads) * basis_of(p) * basis_of(p) * f.term_us;
+  double us = f.launch_us +
+              rounds * (f.fill_us + read(slice, f.memory_share) + sweep + basis_of(p) * step + algebra + f.lists_us);
   if (p.op == APET_SCORE) return us;
   const double flops = 2.0 * most_dropped(p) * most_kept(p) * p.dim;
-  const double rate = p.dtype == APET_FLOAT32 ? kFlopsPerSm32 : kFlopsPerSm16;
+  const double rate = p.dtype == APET_FLOAT32 ? f.flops_per_sm_32 : f.flops_per_sm_16;
   if (plan.path == APET_CUDA_FUSED)
-    return us + rounds * (std::max(flops / (plan.ctas_per_image * rate), most_kept(p) * row / kL2PerSm) +
-                          read(slice, kL2Share) + kClusterStepUs);
+    return us + rounds * (std::max(flops / (plan.ctas_per_image * rate), most_kept(p) * row / f.l2_per_sm) +
+                          read(slice, f.l2_share) + f.cluster_step_us);
   const double tiles =
       p.images * std::ceil((double)most_dropped(p) / plan.tile) * std::ceil((double)most_kept(p) / plan.tile);
   const double waves = std::ceil(tiles / device.sms), tile = 2.0 * plan.tile * plan.tile * p.dim / rate;
-  return us + (device.overlaps ? kOverlappedLaunchUs : kLaunchUs) + waves * (tile + kFillUs) + kFillUs +
-         p.images * most_tokens(p) * row / (device.sms * kL2Share);
+  return us + (device.overlaps ? f.overlapped_launch_us : f.launch_us) + waves * (tile + f.fill_us) + f.fill_us +
+         p.images * most_tokens(p) * row / (device.sms * f.l2_share);
 }
 
-// The tile of s5_merge; 0 rows: chosen.
-void choose_tile(const apet_problem& p, const Device& device, int rows, apet_cuda_plan_t& plan) {
+// The tile of s5_merge; 0 rows: chosen. False if the device cannot run the one that is asked for.
+bool choose_tile(const apet_problem& p, const Device& device, int rows, apet_cuda_plan_t& plan) {
   const MergeKernel(&merge)[2] = kernels_for(p.dtype).s5_merge;
   const auto tiles = [&](int64_t side) {
     return p.images * ((most_dropped(p) + side - 1) / side) * ((most_kept(p) + side - 1) / side);
@@ -63,6 +53,7 @@ void choose_tile(const apet_problem& p, const Device& device, int rows, apet_cud
   const MergeKernel& chosen = merge[large && device.merge_ctas[1] > 0];
   plan.tile = chosen.tile;
   plan.second_shared_bytes = chosen.shared_bytes;
+  return rows == 0 || rows == plan.tile;
 }
 
 // Whether the device can run `path` with that many CTAs per image. If so, completes the plan.
@@ -80,7 +71,7 @@ bool try_path(const apet_problem& p, const Device& device, const apet_cuda_overr
   if (!divide_image(p, device.shared_bytes, override.resident, plan)) return false;
   plan.launches = p.op == APET_SCORE || fused ? 1 : 2;
   plan.tile = plan.second_shared_bytes = 0;
-  if (plan.launches == 2) choose_tile(p, device, override.tile, plan);
+  if (plan.launches == 2 && !choose_tile(p, device, override.tile, plan)) return false;
   plan.estimated_us = estimate_us(p, device, plan);
   return true;
 }
@@ -146,15 +137,17 @@ apet_status apet_cuda_plan(const apet_problem* problem, const apet_cuda_override
   if (best.launches == 0) {
     std::snprintf(
         plan->why, sizeof plan->why,
-        "path %d with %d CTAs an image cannot run here: this device places %d clusters of 8 and %d cooperative "
-        "CTAs with %d bytes of shared memory each",
-        (int)wanted.path, (int)wanted.ctas_per_image, device->s1_s4_clusters[8], device->cooperative_ctas,
-        device->shared_bytes);
+        "path %s with %d CTAs an image (0: any) and tile %d (0: any) cannot run here: this device places %d clusters "
+        "of 8 and %d cooperative CTAs with %d bytes of shared memory each",
+        kPaths[wanted.path], (int)wanted.ctas_per_image, (int)wanted.tile, device->s1_s4_clusters[8],
+        device->cooperative_ctas, device->shared_bytes);
     return APET_NO_CUDA_PATH;
   }
   *plan = best;
   Call none = {};
   plan->workspace_bytes = lay_out_workspace(p, *plan, nullptr, none);
-  explain(p, *device, wanted.path != APET_CUDA_BEST || wanted.ctas_per_image > 0, us, *plan);
+  const bool overridden =
+      wanted.path != APET_CUDA_BEST || wanted.ctas_per_image > 0 || wanted.resident >= 0 || wanted.tile > 0;
+  explain(p, *device, overridden, us, *plan);
   return APET_OK;
 }

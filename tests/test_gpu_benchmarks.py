@@ -1,4 +1,4 @@
-"""`make gpu-check` and benchmarks/tune.py as far as they go without a GPU: refusals, choices, dry runs of it all."""
+"""benchmarks/gpu.py and benchmarks/tune.py as far as they go without a GPU: errors, choices, dry runs of it all."""
 
 from __future__ import annotations
 
@@ -17,19 +17,17 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import apet_kernels
-from apet_kernels import dispatch, reference
-from benchmarks import floors, gpu, gpu_check, sanitized, tune
+from apet_kernels import reference
+from benchmarks import floors, gpu, tune
 from benchmarks.lib import baselines
 from benchmarks.lib import device as devices
 from benchmarks.lib.cases import BASIS, RIDGE, Case, gpu_cases
-from tests.simt import build as simt_build
-from tests.simt import call as simt_call
 
 ROOT = Path(__file__).parents[1]
 needs_triton = pytest.mark.skipif("triton" not in apet_kernels.available_backends(), reason="Triton is not installed")
 
 
-@pytest.mark.parametrize("module", [gpu, gpu_check, tune], ids=lambda m: m.__name__)
+@pytest.mark.parametrize("module", [gpu, tune], ids=lambda m: m.__name__)
 def test_without_a_gpu(module, monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(sys, "argv", ["it"])
@@ -196,79 +194,6 @@ def test_every_entry_has_candidates():
     assert sorted(name for group in tune.GROUPS for name in group.fields) == sorted(Tiles.__annotations__)
 
 
-def test_the_report_says_what_failed():
-    suite = gpu_check.Suite("python -m pytest", 3, 1, ["tests.test_x::test_y"])
-    tools = [gpu_check.Sanitizer("memcheck", 0, "0 errors"), gpu_check.Sanitizer("racecheck", None, "there is no such")]
-    page = gpu_check.report(suite, tools, 0, "tables\n", "some GPU")
-    assert page.startswith("# GPU check on some GPU: FAILED")
-    assert "- FAILED tests.test_x::test_y" in page
-    assert "- memcheck: passed: 0 errors\n- racecheck: not run: there is no such" in page
-    suite.failed.clear()
-    assert "passed\n" in gpu_check.report(suite, tools, 0, "tables\n", "some GPU")
-    assert "FAILED" in gpu_check.report(suite, tools, 1, "tables\n", "some GPU")
-    hazard = gpu_check.Sanitizer("racecheck", 99, "1 hazard displayed")
-    page = gpu_check.report(suite, [*tools, hazard], 0, "tables\n", "some GPU")
-    assert page.startswith("# GPU check on some GPU: FAILED")
-    assert "- racecheck: FAILED: 1 hazard displayed" in page
-    suite.passed = 0
-    assert "FAILED" in gpu_check.report(suite, tools, 0, "tables\n", "some GPU")
-
-
-def compute_sanitizer(folder: Path, monkeypatch: pytest.MonkeyPatch, said: str, code: int) -> None:
-    """A program of that name that notes what it is called with."""
-    program = folder / "compute-sanitizer"
-    program.write_text(
-        f"#!/bin/sh\necho $PYTORCH_NO_CUDA_MEMORY_CACHING $* >> {folder}/calls\necho '{said}'\nexit {code}\n"
-    )
-    program.chmod(0o755)
-    monkeypatch.setenv("PATH", f"{folder}{os.pathsep}{os.environ['PATH']}")
-    monkeypatch.setattr(apet_kernels, "why_unavailable", lambda name: None)
-
-
-@pytest.mark.parametrize(
-    ("said", "code", "expected"),
-    [
-        ("========= ERROR SUMMARY: 0 errors", 0, (0, "ERROR SUMMARY: 0 errors")),
-        ("========= RACECHECK SUMMARY: 1 hazard displayed", 99, (99, "RACECHECK SUMMARY: 1 hazard displayed")),
-        ("killed", 0, (1, "no summary: killed")),
-    ],
-)
-def test_sanitizers(tmp_path, monkeypatch, said, code, expected):
-    compute_sanitizer(tmp_path, monkeypatch, said, code)
-    results = gpu_check.run_sanitizers()
-    assert [(s.tool, s.code, s.said) for s in results] == [(tool, *expected) for tool in gpu_check.SANITIZERS]
-    assert all(s.right == (expected[0] == 0) for s in results)
-    calls = (tmp_path / "calls").read_text().splitlines()
-    program = f"--error-exitcode 99 {sys.executable} -m benchmarks.sanitized"
-    assert calls == [f"1 --tool {tool} {program}" for tool in ("memcheck", "racecheck", "initcheck", "synccheck")]
-
-
-def test_sanitizers_that_cannot_run():
-    why = apet_kernels.why_unavailable("cuda")
-    if why is None:
-        pytest.skip("the CUDA kernels run here")
-    assert {(s.code, s.said) for s in gpu_check.run_sanitizers()} == {(None, why)}
-
-
-@pytest.mark.skipif(simt_build.missing() is not None, reason=str(simt_build.missing()))
-def test_what_the_sanitizers_run(monkeypatch):
-    """On the simulated GPU, right; and a wrong result is said."""
-    functions = simt_call.Functions()
-    monkeypatch.setattr(torch.Tensor, "cuda", lambda t: t)
-    monkeypatch.setattr(dispatch, "why_unavailable", lambda name: None)
-    monkeypatch.setattr(dispatch, "why_not_cuda", lambda device: None)
-    monkeypatch.setattr(dispatch, "run_cuda", lambda name, *a, **k: getattr(functions, name)(*a, **k))
-    for dtype in apet_kernels.ops.DTYPES:
-        assert sanitized.ragged_and_given(dtype) == []
-
-    def wrong(name: str, *args: object, **kwargs: object) -> object:
-        return torch.utils._pytree.tree_map(lambda t: t + 1, getattr(functions, name)(*args, **kwargs))
-
-    monkeypatch.setattr(dispatch, "run_cuda", wrong)
-    faults = sanitized.ragged_and_given(torch.float16)
-    assert [fault.split()[0] for fault in faults] == ["compress_varlen"] * 3 + ["merge"] * 2
-
-
 def dry_run(module: str, *options: str) -> str:
     environment = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "HIP_VISIBLE_DEVICES": ""}
     command = [sys.executable, "-m", f"benchmarks.{module}", "--dry-run", *options]
@@ -279,21 +204,18 @@ def dry_run(module: str, *options: str) -> str:
 
 @needs_triton
 @pytest.mark.slow
-def test_dry_run_of_the_check(tmp_path):
-    """tests/test_gpu.py, every figure and the report, with interpreted kernels."""
-    dry_run("gpu_check", "--directory", str(tmp_path))
-    page = (tmp_path / "gpu-report-dry-run-on-a-cpu.md").read_text()
-    assert page.startswith("# GPU check on dry run on a CPU: passed")
-    data = json.loads((tmp_path / "gpu-report-dry-run-on-a-cpu.json").read_text())
-    assert data["tests"]["passed"] > 20
-    (row,) = data["benchmark"]["rows"]
+def test_dry_run_of_the_benchmark(tmp_path):
+    """Every figure of one case, with interpreted kernels."""
+    tables, numbers = tmp_path / "tables.md", tmp_path / "figures.json"
+    dry_run("gpu", "--rounds", "1", "--only", "float32", "--markdown", str(tables), "--json", str(numbers))
+    (row,) = json.loads(numbers.read_text())["rows"]
     assert row["failed"] == {}
     assert set(row["graph_us"]) == {"triton", "eager", "tuned", "compiled"}
     assert set(row["host_us"]) == {"published", *row["graph_us"]}
     kernels = ["s1_norms", "s1_s3_sweep", "s4_topk", "s5_assign", "s5_mean"]
     assert [stage["kernel"] for stage in row["stages"]] == kernels
     for name in (*kernels, "DRY RUN", "x published", "of floor"):
-        assert name in page
+        assert name in tables.read_text()
 
 
 @needs_triton

@@ -1,0 +1,82 @@
+"""What a run of benchmarks.gpu_quick teaches: figures of the estimate for its card, and tables of the documents.
+
+    python -m benchmarks.gpu_figures FOLDER    into csrc/cuda/figures.cuh, benchmarks/results and the documents
+    python -m benchmarks.gpu_figures           the documents again, from benchmarks/results
+    python -m benchmarks.gpu_figures FOLDER --rehearsed ELSEWHERE    of a rehearsal, into a folder of its own
+
+A rehearsal is rejected without --rehearsed, and so is a run in which a kernel was wrong. Figures that the run did not
+measure stay as they are.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+from pathlib import Path
+
+from benchmarks.lib import command
+from benchmarks.lib.sheet import replaced
+from benchmarks.quick import figures, report
+
+ROOT = Path(__file__).parents[1]
+HEADER = "csrc/cuda/figures.cuh"
+RESULTS = "benchmarks/results"
+DOCUMENTS = ("README.md", "docs/gpu.md", "docs/cuda.md")
+BEGIN, END = "<!-- measured:begin -->", "<!-- measured:end -->"
+
+
+def runs(root: Path) -> list[list[report.Line]]:
+    """The runs that are checked in."""
+    return [report.load(folder.parent) for folder in sorted((root / RESULTS).glob("gpu-*/results.jsonl"))]
+
+
+def add(folder: Path, root: Path) -> str:
+    """Puts a run into the header and the results. Returns what to say."""
+    lines = report.load(folder)
+    name = re.sub(r"[^a-z0-9]+", "-", report.named(lines, "card", "device")["device"]["name"].lower()).strip("-")
+    into = root / RESULTS / f"gpu-{name}"
+    into.mkdir(parents=True, exist_ok=True)
+    shutil.copy(folder / "results.jsonl", into)
+    header = root / HEADER
+    text, kept = figures.updated(header.read_text(), lines)
+    header.write_text(text)
+    return f"{header}: a row for {name}; not measured, and left as they were: {', '.join(kept) or 'none'}"
+
+
+def write_documents(root: Path) -> None:
+    """The tables between the markers."""
+    body = figures.section(runs(root))
+    for name in DOCUMENTS:
+        path = root / name
+        path.write_text(replaced(path.read_text(), BEGIN, END, body))
+
+
+def main() -> None:
+    """Writes it all, or says why not and exits with 2."""
+    parser = command.parser("gpu_figures", __doc__)
+    parser.add_argument("folder", type=Path, nargs="?", help="of a run of benchmarks.gpu_quick")
+    parser.add_argument("--rehearsed", type=Path, metavar="ELSEWHERE", help="of a rehearsal: into this folder")
+    options = parser.parse_args()
+    root = ROOT
+    if options.folder:
+        lines = report.load(options.folder)
+        if report.rehearsed(lines) != bool(options.rehearsed):
+            what = "is a rehearsal, whose figures mean nothing" if report.rehearsed(lines) else "is no rehearsal"
+            parser.error(f"{options.folder} {what}: {'give' if report.rehearsed(lines) else 'leave out'} --rehearsed")
+        if why := figures.wrong(lines):
+            parser.error(f"{options.folder} holds a result that is not right, so no time of it counts: {why}")
+        if not report.named(lines, "card", "device"):
+            parser.error(f"{options.folder} does not say on which card it ran")
+        if options.rehearsed:
+            root = options.rehearsed
+            for name in (HEADER, *DOCUMENTS):
+                (root / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy(ROOT / name, root / name)
+        print(add(options.folder, root))
+    elif options.rehearsed:
+        parser.error("--rehearsed needs the folder of a rehearsal")
+    write_documents(root)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,25 @@
+"""Selection by the CUDA kernels, merging by Triton's: what a dispatcher could do where the second has the faster matrix
+instructions. Measured by benchmarks/gpu_quick.py."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from torch import Tensor
+
+from apet_kernels import dispatch
+
+
+def compress(x: Tensor, keep: int, basis: int, layout: str, start: int, ridge: float) -> tuple[Tensor, ...]:
+    """tokens [B, K, D] and indices [B, K], as `torch.ops.apet.compress`: one launch of CUDA, and Triton's but for the
+    sweeps."""
+    from apet_kernels.triton_kernels import launch
+
+    call = launch.compress(x, keep, basis, layout=layout, start=start, ridge=ridge)
+    e_sq, picks = dispatch.run_cuda("score", x, basis, start=start, ridge=ridge)  # [B, N], [B, M]
+    found = {"e_sq": e_sq.flatten(), "basis": picks}
+    for launched in call.launches:
+        if launched.kernel.fn.__name__ != "s1_s3_sweep":
+            args = {name: found.get(name, value) for name, value in launched.args.items()}
+            dataclasses.replace(launched, args=args).run()
+    return call.results

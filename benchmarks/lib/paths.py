@@ -1,0 +1,105 @@
+"""The calls that every CUDA path has to answer with the same bits: every op and layout, each dtype, rows of whole
+16-byte words and others. tests/test_gpu_paths.py and benchmarks/gpu_quick.py force the paths of `testing.cuda_paths`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import apet_kernels
+from apet_kernels import ops, testing
+from tests import judge
+from tests.data import tokens
+
+OPS = ("inplace", "overwrite", "append", "varlen", "score", "merge")
+
+
+@dataclass(frozen=True)
+class Shape:
+    """x [B, N, D]; K kept; M basis tokens."""
+
+    B: int
+    N: int
+    D: int
+    keep: int
+    basis: int
+
+
+REAL = (Shape(3, 576, 1024, 64, 10), Shape(2, 300, 131, 100, 12))
+TINY = (Shape(2, 37, 40, 14, 4), Shape(1, 30, 13, 17, 5))
+
+
+@dataclass(frozen=True)
+class Call:
+    """One op, or `compress` in one layout, on tokens of one dtype."""
+
+    op: str  # one of OPS
+    dtype: torch.dtype
+    shape: Shape
+
+    def __str__(self) -> str:
+        s = self.shape
+        return f"{s.B}x{s.N}x{s.D} keep {s.keep} {str(self.dtype).removeprefix('torch.')} {self.op}"
+
+    def tokens(self) -> Tensor:
+        """x [B, N, D] on the CPU."""
+        s = self.shape
+        return tokens(s.B, s.N, s.D, dtype=self.dtype, kind="clustered", seed=s.N)
+
+    def run(self, device: str, backend: str = "cuda") -> tuple[Tensor, ...]:
+        """The results, by one backend, on a device."""
+        s, x = self.shape, self.tokens().to(device)
+        if self.op in ops.LAYOUTS:
+            return tuple(apet_kernels.compress(x, s.keep, s.basis, layout=self.op, backend=backend))
+        if self.op == "score":
+            return tuple(apet_kernels.score(x, s.basis, backend=backend))
+        if self.op == "merge":
+            rows = torch.randint(s.N, (s.B, s.keep), generator=torch.Generator().manual_seed(1)).to(device)
+            return (apet_kernels.merge(x, rows, targets=rows % 3 > 0, backend=backend),)
+        lengths = [s.N // 3, 1, s.N - s.N // 3 - 1]
+        keeps = [s.keep // 3, 1, s.keep // 2]
+        packed = x.flatten(0, 1)[: s.N]
+        return tuple(apet_kernels.compress_packed(packed, lengths, keeps, s.basis, layout="append", backend=backend))
+
+    def judged(self, device: str, backend: str = "cuda") -> None:
+        """Judges a layout against float64 (tests/judge.py). Raises AssertionError, what is wrong first."""
+
+        def carried(function: Callable[..., Any]) -> Callable[..., tuple[Tensor, ...]]:
+            return lambda x, *args, **options: tuple(
+                t.cpu() for t in function(x.to(device), *args, **options, backend=backend)
+            )
+
+        functions = SimpleNamespace(score=carried(apet_kernels.score), compress=carried(apet_kernels.compress))
+        judge.check(functions, self.tokens(), self.shape.keep, self.shape.basis, layout=self.op)
+
+
+def calls(tiny: bool = False) -> list[Call]:
+    """All of them; tiny: for a simulated GPU."""
+    return [Call(op, dtype, shape) for shape in (TINY if tiny else REAL) for dtype in ops.DTYPES for op in OPS]
+
+
+def forced(call: Call, way: testing.CudaPath, device: str) -> tuple[Tensor, ...] | None:
+    """The results in one way; None where the device cannot run the call so."""
+    with testing.use_cuda_path(way):
+        try:
+            return call.run(device)
+        except RuntimeError as error:
+            if "cannot run here" in str(error):
+                return None
+            raise
+
+
+def digest(results: tuple[Tensor, ...]) -> str:
+    """Of dtypes, shapes and bytes."""
+    found = hashlib.sha256()
+    for t in results:
+        found.update(f"{t.dtype} {tuple(t.shape)}".encode())
+        found.update(t.cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()[:16]

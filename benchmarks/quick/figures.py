@@ -1,0 +1,131 @@
+"""The figures of the estimate (csrc/cuda/figures.cuh) from what benchmarks/gpu_quick.py measured, and its tables."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from typing import Any
+
+from benchmarks.quick.report import COLUMNS, Line, named, rehearsed, table
+
+BEGIN, END = "    // figures:begin\n", "    // figures:end\n"
+FIELD = re.compile(r"^  (?:int|double) (\w+);", re.MULTILINE)
+ROW = re.compile(r"((?:    //.*\n)+)    \{(.*)\},\n")
+Figures = dict[str, float]  # by the names of the members of `Figures`
+
+
+def parabola(x: list[float], y: list[float]) -> tuple[float, float, float]:
+    """a, b and c of the least squares of y = a + b x + c x^2."""
+    import numpy as np
+
+    c, b, a = np.polyfit(x, y, 2)
+    return float(a), float(b), float(c)
+
+
+def read(header: str) -> list[tuple[str, Figures]]:
+    """The rows of figures.cuh: comment and figures. Raises ValueError where one has not all members."""
+    names = FIELD.findall(header)
+    body = header[header.index(BEGIN) + len(BEGIN) : header.index(END)]
+    rows = []
+    for comment, values in ROW.findall(body):
+        numbers = [float(value) for value in values.split(",")]
+        rows.append((comment, dict(zip(names, numbers, strict=True))))
+    return rows
+
+
+def write(header: str, rows: Iterable[tuple[str, Figures]]) -> str:
+    """The header with these rows."""
+    body = ""
+    for comment, row in rows:
+        values = [f"{value:.4g}" for name, value in row.items() if name != "capability"]
+        body += f"{comment}    {{{int(row['capability'])}, {', '.join(values)}}},\n"
+    return header[: header.index(BEGIN) + len(BEGIN)] + body + header[header.index(END) :]
+
+
+def measured(lines: list[Line]) -> Figures:
+    """What a run has measured, less what is no positive number: a difference that noise ate."""
+    device = named(lines, "card", "device")["device"]
+    sms = device["sms"]
+
+    def item(name: str) -> Line:
+        return named(lines, "primitives", name)
+
+    found: dict[str, float | None] = {}
+    if rates := item("rates").get("rates"):
+        found["launch_us"] = 1e6 * rates["gap"]
+        found["memory_share"] = rates["bandwidth"] / 1e6 / sms
+    steps = [line for n in (4, 8, 16) if (line := item(f"step cluster {n}"))]
+    found["cluster_step_us"] = middle(line["step_us"] for line in steps)
+    found["term_us"] = middle(line["term_us"] for line in steps or [item(f"step cooperative {sms}")] if line)
+    found["cooperative_step_us"] = item(f"step cooperative {sms}").get("step_us")
+    found["lists_us"] = item("s4 576").get("us")
+    for name, key, width in (
+        ("sweep {} 4 resident", "elements_per_sm", 1),
+        ("sweep {} 4 L2", "l2_per_sm", 2),
+        (f"sweep cooperative {sms} L2", "l2_share", 2),
+    ):
+        sweep = item(name.format("cluster")) or item(name.format("cooperative"))
+        if sweep and sweep["step_us"] > 0:
+            found[key] = sweep["rows"] * sweep["dim"] * width / sweep["step_us"]
+    for dtype, key in (("bfloat16", "flops_per_sm_16"), ("float32", "flops_per_sm_32")):
+        products = [x for x in lines if x["item"].startswith("s5 ") and x["status"] == "ok" and dtype in x["item"]]
+        found[key] = max((x["flops"] / x["us"] / sms for x in products if x["us"] > 0), default=None)
+    return {name: value for name, value in found.items() if value is not None and value > 0}
+
+
+def middle(values: Iterable[float]) -> float | None:
+    """The lower median."""
+    found = sorted(values)
+    return found[(len(found) - 1) // 2] if found else None
+
+
+def updated(header: str, lines: list[Line]) -> tuple[str, list[str]]:
+    """figures.cuh with a row for the run's card, and the members that it has not measured: they stay as they are for
+    this capability, or for the first row."""
+    device, rows = named(lines, "card", "device")["device"], read(header)
+    capability = 10 * device["capability"][0] + device["capability"][1]
+    before = next((row for _, row in rows if row["capability"] == capability), rows[0][1])
+    found = measured(lines)
+    kept = [name for name in before if name not in found and name != "capability"]
+    comment = (
+        f"    // {device['name']}, measured at commit {_commit(lines)}; left as it was: {', '.join(kept) or 'none'}\n"
+    )
+    comment = ("    // REHEARSED: no figure means anything\n" if rehearsed(lines) else "") + comment
+    new = (comment, before | found | {"capability": capability})
+    others = [(text, row) for text, row in rows if row["capability"] != capability]
+    # The first row is every other device's: it stays the first, if it is replaced too.
+    first = rows[0][1]["capability"] == capability
+    return write(header, [new, *others] if first else [*others, new]), kept
+
+
+def _commit(lines: list[Line]) -> str:
+    versions: dict[str, Any] = named(lines, "card", "versions").get("versions", {})
+    return str(versions.get("commit", "unknown"))
+
+
+def wrong(lines: list[Line]) -> str | None:
+    """Why nothing may be made of a run: a result of a kernel that was not right comes before every time."""
+    for line in lines:
+        ours = line["step"] in ("selftest", "paths", "times") and not line["item"].endswith("| tuned")
+        if ours and line["status"] in ("failed", "differs", "crashed", "hung"):
+            return f"{line['step']}: {line['item']} {line['status']}: {line.get('said', '')}"
+    return None
+
+
+def section(runs: list[list[Line]]) -> str:
+    """What lies between the markers of the documents: a table for each card."""
+    parts = []
+    for lines in runs:
+        device = named(lines, "card", "device").get("device", {})
+        versions = named(lines, "card", "versions").get("versions", {})
+        mark = "**REHEARSED: no GPU, and no figure means anything.** " if rehearsed(lines) else ""
+        head = (
+            f"{mark}{device.get('name', 'unknown')}, commit {_commit(lines)}, torch {versions.get('torch')}, Triton "
+            f"{versions.get('triton')}, {versions.get('nvcc')}; `python -m benchmarks.gpu_quick`. Microseconds a call, "
+            "replayed from a graph, M = 10, `inplace`. mix: selection by CUDA, merging by Triton. computed: the "
+            "estimate of the path chosen. of ceiling: the floor's share of our best time."
+        )
+        rule = ["---"] * len(COLUMNS)
+        rows = "\n".join("| " + " | ".join(row) + " |" for row in [list(COLUMNS), rule, *table(lines)])
+        parts.append(f"{head}\n\n{rows}\n")
+    return "\n".join(parts) if parts else "Nothing has been measured on a GPU yet.\n"
