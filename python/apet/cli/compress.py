@@ -117,9 +117,10 @@ def _compress(job: Job, encoder: Encoder, arguments: OpArguments) -> dict[str, A
     encode = (time.perf_counter() - begin) * 1e3
     try:
         frames, measure = outcome.compress(x, job.keep, arguments)
+        times = outcome.times(x, job.keep, arguments, frames)
     except (ValueError, RuntimeError) as error:  # the op's own message
         raise Refused(first_line(error)) from error
-    measure.milliseconds = {"encode": encode, **measure.milliseconds}
+    measure.milliseconds = {"encode": encode, **times}
     _draw(job, frames, measure, encoder, arguments)
     return {
         "file": printable(job.item.path),
