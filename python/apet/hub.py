@@ -13,15 +13,15 @@ from typing import Any
 from apet import Refused
 
 
-def need(module: str) -> ModuleType:
-    """Import a module of the extra [demo], or say how to install it.
+def need(module: str, extra: str = "demo") -> ModuleType:
+    """Import a module of an extra, or say how to install it.
 
     Raises: Refused, if it is not installed.
     """
     try:
         return importlib.import_module(module)
     except ImportError as error:
-        raise Refused(f'this needs {error.name or module}: pip install "apet-kernels[demo]"') from error
+        raise Refused(f'this needs {error.name or module}: pip install "apet-kernels[{extra}]"') from error
 
 
 def load_config(model: str) -> tuple[Any, bool]:

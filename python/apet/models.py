@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
@@ -82,13 +82,21 @@ def question(
     return dict(inputs.to(model.device, model.dtype))
 
 
-def answer(model: nn.Module, processor: Any, inputs: Mapping[str, Any], max_new_tokens: int) -> None:
-    """Prints the greedy answer to a question while it is generated."""
+def answer(
+    model: nn.Module,
+    processor: Any,
+    inputs: Mapping[str, Any],
+    max_new_tokens: int,
+    write: Callable[[str], object] | None = None,
+) -> None:
+    """Writes the greedy answer to a question while it is generated. write: takes parts of it; None: print them."""
     from transformers import TextStreamer
 
     from apet.model_report import GREEDY
 
     streamer = TextStreamer(processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
+    if write is not None:
+        streamer.on_finalized_text = lambda text, stream_end=False: write(text)
     model.generate(**inputs, **GREEDY, max_new_tokens=max_new_tokens, streamer=streamer)
 
 

@@ -77,7 +77,9 @@ class Files:
         found = media.read(path, self.frames)
         rows, cols = self.encoder.grid(*found.size)
         if rows * cols > MOST_TOKENS:
-            raise Refused(f"{path.name} would become {rows * cols} tokens, more than {MOST_TOKENS}: choose a smaller size")
+            raise Refused(
+                f"{path.name} would become {rows * cols} tokens, more than {MOST_TOKENS}: choose a smaller size"
+            )
         with self._encoding:
             tokens = self.encoder.encode([self.encoder.view(frame) for frame in found.frames])
         views = [self.encoder.view(frame, PATCH) for frame in found.frames]
@@ -100,7 +102,9 @@ def _check_size(path: Path) -> None:
         with Image.open(path) as image:
             width, height = image.size
     except Image.DecompressionBombError as error:
-        raise Refused(f"{path.name} has over {2 * (Image.MAX_IMAGE_PIXELS or 0) // 1_000_000} megapixels, {most}") from error
+        raise Refused(
+            f"{path.name} has over {2 * (Image.MAX_IMAGE_PIXELS or 0) // 1_000_000} megapixels, {most}"
+        ) from error
     except (UnidentifiedImageError, OSError, ValueError, SyntaxError):
         return  # a clip, or damaged: whoever reads it says so
     if width * height > MOST_PIXELS:

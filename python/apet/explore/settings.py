@@ -85,7 +85,15 @@ def _settings(query: Mapping[str, str], prefix: str, messages: list[str]) -> Set
 
 
 def _count(name: str, text: str, least: int, most: int | None, messages: list[str]) -> int | None:
-    if text.isascii() and text.isdigit() and len(text) <= 9 and int(text) >= least and (most is None or int(text) <= most):
+    if (
+        text.isascii()
+        and text.isdigit()
+        and len(text) <= 9
+        and int(text) >= least
+        and (most is None or int(text) <= most)
+    ):
         return int(text)
-    messages.append(f"{name}={text!r} in the address is no number {f'from {least}' if most is None else f'in {least}..{most}'}")
+    messages.append(
+        f"{name}={text!r} in the address is no number {f'from {least}' if most is None else f'in {least}..{most}'}"
+    )
     return None

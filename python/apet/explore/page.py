@@ -1,0 +1,208 @@
+"""The page itself, in Gradio: components, what they call, and the server. No other module imports Gradio."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+
+from apet import Refused
+from apet.explore import view
+from apet.explore.explorer import Explorer
+from apet.explore.files import MOST_TOKENS
+from apet.explore.settings import DEFAULT, METHODS, Link, Settings, read_link
+
+TITLE = "What is kept of a picture"
+MOST_AT_ONCE = 10  # requests of one kind; each takes well under a second
+SCRIPT = (files(__package__) / "page.js").read_text(encoding="utf-8")
+STYLE = view.STYLE + (files(__package__) / "page.css").read_text(encoding="utf-8")
+MOST_TOKENS_FIRST = 576  # of the slider, until a file says how many there are
+
+
+def build(explorer: Explorer, start: Path | None) -> gr.Blocks:
+    """The page, with a file that is there from the start or without."""
+    with gr.Blocks(
+        title=f"apet: {TITLE}", analytics_enabled=False, delete_cache=(3600, 86400), fill_width=True
+    ) as page:
+        gr.HTML(f'<header class="apet head"><h1>{TITLE}</h1></header>')
+        with gr.Row(elem_id="columns"):
+            with gr.Column(elem_id="controls", min_width=280, scale=0):
+                file = gr.File(start and str(start), label="Photo or clip", height=130, elem_id="file")
+                frame = gr.Slider(1, 8, 1, step=1, label="Frame of the clip", visible=False)
+                first = _controls("Setting" if explorer.asker is None else "Setting", DEFAULT, True)
+                compare = gr.Checkbox(False, label="Compare with a second setting")
+                second = _controls("Second setting", replace(DEFAULT, method="uniform"), False)
+                with gr.Row():
+                    picture = gr.Button("Picture (PNG)", size="sm")
+                    numbers = gr.Button("Numbers (JSON)", size="sm")
+                    copy = gr.Button("Copy link", size="sm")
+            with gr.Column(elem_id="shown", min_width=300, scale=1):
+                shown = gr.HTML(view.message("One moment ..."), js_on_load="window.apet.mount(element, watch)")
+                if explorer.asker is not None:
+                    with gr.Group():
+                        prompt = gr.Textbox(label=f"Ask {explorer.asker.name}", placeholder="What is in the picture?")
+                        ask = gr.Button("Ask with all tokens and with those kept")
+                    answers = gr.HTML()
+        made = gr.JSON(visible=False)
+
+        settings = [frame, compare, *first[1], *second[1]]
+        inputs = [file, *settings]
+        quick: dict[str, Any] = {
+            "show_progress": "hidden",
+            "concurrency_limit": MOST_AT_ONCE,
+            "api_visibility": "private",
+        }
+
+        def show(path: str | None, *values: Any) -> str:
+            return explorer.page(path, _link(values))
+
+        def opened(path: str | None, *values: Any) -> list[Any]:
+            """After another file: as many tokens and frames as it has."""
+            return _state(explorer, path, replace(_link(values), frame=1), [])
+
+        def started(path: str | None, request: gr.Request) -> list[Any]:
+            """After the page was loaded: the settings of its address."""
+            link, messages = read_link(dict(request.query_params))
+            return _state(explorer, path, link, messages)
+
+        everything = [shown, *settings, first[0], second[0], *first[2], *second[2]]
+        page.load(started, file, everything, **quick)
+        file.change(opened, inputs, everything, **quick)
+        for one in (frame, *first[1], *second[1]):
+            one.input(show, inputs, shown, trigger_mode="always_last", **quick)
+        for method, changing in ((first[1][0], first[2]), (second[1][0], second[2])):
+            method.input(_of_method, method, changing, **quick)
+        compare.input(lambda on, *_: gr.update(visible=on), [compare], second[0], **quick)
+        compare.input(show, inputs, shown, trigger_mode="always_last", **quick)
+
+        def saved(make: Callable[[str, Link], dict[str, str]]) -> Callable[..., dict[str, str]]:
+            def save(path: str | None, *values: Any) -> dict[str, str]:
+                try:
+                    if path is None:
+                        raise Refused("there is no photo or clip yet")
+                    return make(path, _link(values))
+                except Refused as error:
+                    raise gr.Error(str(error), print_exception=False) from error
+
+            return save
+
+        for button, make in ((picture, explorer.picture), (numbers, explorer.numbers)):
+            button.click(saved(make), inputs, made, **quick).success(None, made, None, js="window.apet.save")
+        copy.click(None, None, None, js="window.apet.copy")
+        if explorer.asker is not None:
+
+            def asked(path: str | None, words: str, *values: Any) -> Any:
+                yield from explorer.answers(path, _link(values), words)
+
+            gr.on(
+                [ask.click, prompt.submit],
+                asked,
+                [file, prompt, *settings],
+                answers,
+                concurrency_limit=MOST_AT_ONCE,  # the model itself takes one after another
+                concurrency_id="model",
+                api_visibility="private",
+            )
+    return page
+
+
+def serve(page: gr.Blocks, *, port: int | None, megabytes: int, allowed: Sequence[Path], browser: bool) -> str:
+    """Starts the server on this machine alone; returns the address.
+
+    Raises: Refused, if the port is taken.
+    """
+    fonts = ["system-ui", "-apple-system", "Segoe UI", "Liberation Sans", "Arial", "sans-serif"]
+    theme = gr.themes.Default(
+        primary_hue="blue",
+        neutral_hue="slate",
+        font=[gr.themes.Font(name) for name in fonts],
+        font_mono=[gr.themes.Font(name) for name in ("ui-monospace", "Consolas", "monospace")],
+    )
+    try:
+        _, address, _ = page.queue(default_concurrency_limit=MOST_AT_ONCE).launch(
+            server_name="127.0.0.1",
+            server_port=port,
+            share=False,
+            inbrowser=browser,
+            max_file_size=f"{megabytes}mb",
+            allowed_paths=[str(path) for path in allowed],
+            prevent_thread_lock=True,
+            quiet=True,
+            ssr_mode=False,
+            pwa=False,
+            mcp_server=False,
+            enable_monitoring=False,
+            footer_links=[],
+            theme=theme,
+            css=STYLE,
+            head=f"<script>{SCRIPT}</script>",
+        )
+    except OSError as error:
+        raise Refused(f"cannot listen on port {port or 'from 7860 on'} of 127.0.0.1: choose another --port") from error
+    return address
+
+
+def _controls(title: str, of: Settings, visible: bool) -> tuple[gr.Group, list[Any], list[Any]]:
+    """The controls of a setting: their group, all of them as in `Settings`, and those that ApET alone has."""
+    with gr.Group(visible=visible) as group:
+        gr.HTML(f'<h2 class="apet group">{title}</h2>', padding=True)
+        method = gr.Dropdown([(name, key) for key, name in METHODS.items()], value=of.method, label=f"{title}: method")
+        keep = gr.Slider(1, MOST_TOKENS_FIRST, of.keep, step=1, label=f"{title}: tokens kept")
+        apet_alone = of.method == "apet"
+        basis = gr.Slider(1, 64, of.basis, step=1, label="Basis tokens", visible=apet_alone)
+        layout = gr.Radio(["inplace", "overwrite", "append"], value=of.layout, label="Layout", visible=apet_alone)
+        select = gr.Radio(["fps", "qr"], value=of.select, label="Selection of the basis", visible=apet_alone)
+    return group, [method, keep, basis, layout, select], [basis, layout, select]
+
+
+def _of_method(method: str) -> list[Any]:
+    """Whether the controls that ApET alone has are shown."""
+    return [gr.update(visible=method == "apet")] * 3
+
+
+def _link(values: Sequence[Any]) -> Link:
+    """The values of the controls, in the order of `settings` in `build`."""
+    frame, compare, *rest = values
+    first, second = (
+        Settings(method, int(keep), int(basis), layout, select)
+        for method, keep, basis, layout, select in (rest[:5], rest[5:])
+    )
+    return Link(first, second if compare else None, int(frame))
+
+
+def _state(explorer: Explorer, path: str | None, link: Link, messages: list[str]) -> list[Any]:
+    """Updates of `everything` in `build` for a file and the settings of an address; both are made to fit the file."""
+    frames, most = 1, MOST_TOKENS
+    if path is not None:
+        try:
+            found = explorer.files.get(Path(path))
+            frames, most = len(found.photos), found.grid[0] * found.grid[1]
+        except Refused:
+            pass  # the page says it
+    for name, one in (("", link.first), ("second ", link.second)):
+        if one is not None and one.keep > most:
+            messages.append(f"{name}keep={one.keep} is more than the {most} tokens of this picture")
+    if link.frame > frames:
+        messages.append(f"frame={link.frame} is more than the {frames} there are")
+    for message in messages:
+        gr.Warning(f"{message}: changed to what there is")
+    first = replace(link.first, keep=min(link.first.keep, most))
+    second = link.second and replace(link.second, keep=min(link.second.keep, most))
+    link = Link(first, second, min(link.frame, frames))
+    other = second or replace(DEFAULT, method="uniform", keep=first.keep)
+    updates: list[Any] = [
+        explorer.page(path, link),
+        gr.update(value=link.frame, maximum=max(frames, 2), visible=frames > 1),
+        second is not None,
+    ]
+    for one in (first, other):
+        updates += [
+            gr.update(value=value, **({"maximum": most} if name == "keep" else {}))
+            for name, value in asdict(one).items()
+        ]
+    updates += [gr.update(visible=True), gr.update(visible=second is not None)]
+    return updates + _of_method(first.method) + _of_method(other.method)
