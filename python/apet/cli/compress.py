@@ -14,11 +14,12 @@ from rich.markup import escape
 
 from apet import Refused
 from apet.cli.arguments import Backend, Frames, Layout, Select, budget
-from apet.cli.output import percent, picture_paths, printable, progress, save, table
+from apet.cli.output import check_report, percent, picture_paths, printable, progress, save, table
 from apet.hub import first_line, need
 
 if TYPE_CHECKING:
     from apet.encoders import Encoder
+    from apet.explore.report import Entry
     from apet.media import Media
     from apet.outcome import Frame, Measure, OpArguments
 
@@ -63,6 +64,9 @@ def compress(
     out: Annotated[
         Path | None, typer.Option(help="The picture; a folder for several. Else <name>.apet.png here.")
     ] = None,
+    report: Annotated[
+        Path | None, typer.Option(dir_okay=False, help="Write one HTML page (.html) about all files, too.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the numbers as JSON instead of tables.")] = False,
 ) -> None:
     """Compress the patch tokens of photos or clips, and draw what was kept, merged and why."""
@@ -76,15 +80,24 @@ def compress(
         arguments = OpArguments(basis, layout, select, start, blend, backend)
         found = [media.read(path, frames) for path in files]
         pictures = picture_paths(files, out)
+        if report is not None:
+            check_report(report, files)
         bar.update(step, description="loading the encoder")
         encoder = encoders.load(model, layer=layer, size=size)
         jobs = [_job(*each, encoder, keep, arguments) for each in zip(found, pictures, strict=True)]
-        results = []
+        results, entries = [], []
         bar.update(step, total=len(jobs))
         for job in jobs:
             bar.update(step, description=printable(job.item.path.name))
-            results.append(_compress(job, encoder, arguments))
+            result, frame = _compress(job, encoder, arguments)
+            results.append(result)
+            if report is not None:
+                entries.append(_entry(job, frame, result, len(entries), encoder))
             bar.advance(step)
+        if report is not None:
+            from apet.explore.report import write
+
+            write(entries, report, f"{encoder.name}, layer {encoder.layer}; {_describe(arguments)}")
     if as_json:
         print(json.dumps(results, indent=2))
     else:
@@ -107,8 +120,9 @@ def _job(item: Media, picture: Path, encoder: Encoder, keep: float, arguments: O
     return job
 
 
-def _compress(job: Job, encoder: Encoder, arguments: OpArguments) -> dict[str, Any]:
-    """Encode, compress, measure and draw one photo or clip; returns what the tables and --json say of it."""
+def _compress(job: Job, encoder: Encoder, arguments: OpArguments) -> tuple[dict[str, Any], Frame]:
+    """Encode, compress, measure and draw one photo or clip; returns what the tables and --json say of it, and its
+    first frame."""
     from apet import outcome
 
     views = [encoder.view(frame) for frame in job.item.frames]
@@ -122,7 +136,7 @@ def _compress(job: Job, encoder: Encoder, arguments: OpArguments) -> dict[str, A
         raise Refused(first_line(error)) from error
     measure.milliseconds = {"encode": encode, **times}
     _draw(job, frames, measure, encoder, arguments)
-    return {
+    result = {
         "file": printable(job.item.path),
         "picture": printable(job.picture),
         "encoder": encoder.name,
@@ -133,6 +147,25 @@ def _compress(job: Job, encoder: Encoder, arguments: OpArguments) -> dict[str, A
         **asdict(arguments),
         **asdict(measure),
     }
+    return result, frames[0]
+
+
+def _entry(job: Job, frame: Frame, result: dict[str, Any], number: int, encoder: Encoder) -> Entry:
+    """A file in the report, with a thumbnail of its first frame."""
+    from apet.explore import report, view
+    from apet.explore.settings import Settings
+    from apet.outcome import Measure
+
+    photo = encoder.view(job.item.frames[0], report.PIXELS)
+    measure = Measure(**{name: result[name] for name in ("tokens_in", "tokens_out", "residual_kept", "explained")})
+    settings = Settings("apet", job.keep, result["basis"], result["layout"], result["select"])
+    name = printable(job.item.path.name)
+    shown = view.Shown(f"file-{number + 1}", name, view.data_uri(photo), photo, job.grid, settings, frame, measure)
+    return report.Entry(shown, job.item.path, job.picture, result)
+
+
+def _describe(arguments: OpArguments) -> str:
+    return f"layout {arguments.layout}, select {arguments.select}, {arguments.basis} basis tokens"
 
 
 def _draw(job: Job, frames: list[Frame], measure: Measure, encoder: Encoder, arguments: OpArguments) -> None:

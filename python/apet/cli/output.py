@@ -89,6 +89,16 @@ def picture_paths(files: list[Path], out: Path | None) -> list[Path]:
     return paths
 
 
+def check_report(report: Path, files: list[Path]) -> None:
+    """Raises: Refused, if a report could not be written there, or would replace one of the files."""
+    if report.suffix.lower() not in (".html", ".htm"):
+        raise Refused(f"cannot write a report as {report.name!r}: the name must end in .html")
+    if not report.parent.is_dir():
+        raise Refused(f"no such folder: {report.parent}")
+    if report.resolve() in [file.resolve() for file in files]:
+        raise Refused(f"the report would replace the photo {report}")
+
+
 def save(figure: Figure, path: Path) -> None:
     """Writes a picture. Raises: Refused, if it cannot be written."""
     try:

@@ -6,6 +6,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import apet
 from apet import Refused, media, models
@@ -28,7 +29,7 @@ class Asker:
     def __init__(self, model: str, frames: int, max_new_tokens: int, dtype: str, device: str | None) -> None:
         self.name, self._frames, self._length = model, frames, max_new_tokens
         self._model, self._processor = models.load(model, [{"keep": Settings().keep}], dtype, device)
-        self._one = threading.Lock()
+        self._one = threading.Lock()  # held while the model is patched or answers
 
     def ask(self, path: Path, prompt: str, settings: Sequence[Settings]) -> Iterator[Answer]:
         """The answer with all tokens, then that of each setting. Of a clip the model sees all frames.
@@ -37,30 +38,34 @@ class Asker:
         """
         if not prompt.strip():
             raise Refused("the question is empty")
-        with self._one:
-            found = media.read(path, self._frames)
-            frames = found.frames if found.times else []
-            inputs = models.question(self._model, self._processor, prompt, [] if frames else found.frames, frames)
-            yield Answer("All tokens", self._answer(inputs))
-            for one in settings:
-                if one.method != "apet":
-                    yield Answer(
-                        str(one), f"The model is compressed with ApET alone, not with {METHODS[one.method]!r}."
-                    )
-                    continue
-                try:
-                    apet.patch(self._model, keep=one.keep, basis=one.basis, layout=one.layout, select=one.select)
-                    text = self._answer(inputs)
-                    counts = [[seen.tokens, *map(len, seen.left)] for seen in apet.kept(self._model).visuals]
-                except ValueError as error:
-                    raise Refused(f"{one}: {first_line(error)}") from error
-                finally:
-                    if apet.patched(self._model):
-                        apet.unpatch(self._model)
-                tokens = " + ".join(" → ".join(map(str, of)) for of in counts)
-                yield Answer(f"{one}: {tokens} visual tokens", text)
+        found = media.read(path, self._frames)
+        frames = found.frames if found.times else []
+        inputs = models.question(self._model, self._processor, prompt, [] if frames else found.frames, frames)
+        yield Answer("All tokens", self._answer(inputs))
+        for one in settings:
+            if one.method == "apet":
+                yield self._compressed(inputs, one)
+            else:
+                yield Answer(str(one), f"(the model can be compressed with ApET, not with {METHODS[one.method]!r})")
 
-    def _answer(self, inputs: dict[str, object]) -> str:
+    def _compressed(self, inputs: dict[str, Any], one: Settings) -> Answer:
+        try:
+            with (
+                self._one,
+                apet.patched(self._model, keep=one.keep, basis=one.basis, layout=one.layout, select=one.select),
+            ):
+                text = self._generate(inputs)
+                counts = [[seen.tokens, *map(len, seen.left)] for seen in apet.kept(self._model).visuals]
+        except ValueError as error:
+            raise Refused(f"{one}: {first_line(error)}") from error
+        tokens = " + ".join(" → ".join(map(str, of)) for of in counts)
+        return Answer(f"{one}: {tokens} visual tokens", text)
+
+    def _answer(self, inputs: dict[str, Any]) -> str:
+        with self._one:
+            return self._generate(inputs)
+
+    def _generate(self, inputs: dict[str, Any]) -> str:
         parts: list[str] = []
         try:
             models.answer(self._model, self._processor, inputs, self._length, parts.append)

@@ -38,8 +38,8 @@ class Encoded:
 
 
 class Files:
-    """Reads and encodes files. Threads may share it: a file is read once, those who wait for it get the same result, and
-    nobody waits who wants another one that is there."""
+    """Reads and encodes files. Threads may share it: a file is read once, all who asked for it meanwhile get the same
+    result, and a request for a file that is known does not wait for another file."""
 
     def __init__(self, encoder: Encoder, frames: int) -> None:
         self.encoder = encoder
@@ -106,6 +106,6 @@ def _check_size(path: Path) -> None:
             f"{path.name} has over {2 * (Image.MAX_IMAGE_PIXELS or 0) // 1_000_000} megapixels, {most}"
         ) from error
     except (UnidentifiedImageError, OSError, ValueError, SyntaxError):
-        return  # a clip, or damaged: whoever reads it says so
+        return  # a clip, or damaged, which reading it will tell
     if width * height > MOST_PIXELS:
         raise Refused(f"{path.name} has {width * height / 1e6:.1f} megapixels, {most}")

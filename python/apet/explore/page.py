@@ -33,7 +33,7 @@ def build(explorer: Explorer, start: Path | None) -> gr.Blocks:
             with gr.Column(elem_id="controls", min_width=280, scale=0):
                 file = gr.File(start and str(start), label="Photo or clip", height=130, elem_id="file")
                 frame = gr.Slider(1, 8, 1, step=1, label="Frame of the clip", visible=False)
-                first = _controls("Setting" if explorer.asker is None else "Setting", DEFAULT, True)
+                first = _controls("Setting", DEFAULT, True)
                 compare = gr.Checkbox(False, label="Compare with a second setting")
                 second = _controls("Second setting", replace(DEFAULT, method="uniform"), False)
                 with gr.Row():
@@ -103,8 +103,7 @@ def build(explorer: Explorer, start: Path | None) -> gr.Blocks:
                 asked,
                 [file, prompt, *settings],
                 answers,
-                concurrency_limit=MOST_AT_ONCE,  # the model itself takes one after another
-                concurrency_id="model",
+                concurrency_limit=1,  # others wait in the queue, and see so
                 api_visibility="private",
             )
     return page

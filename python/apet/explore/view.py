@@ -52,7 +52,7 @@ def page(shown: Sequence[Shown], query: str = "") -> str:
     sections = "".join(_section(one, most, letter.strip()) for one, letter in zip(shown, letters, strict=True))
     time = "" if shown[0].time is None else f"Frame at {shown[0].time:.2f} s. "
     return (
-        f'<div class="apet" data-count="{len(shown)}" data-query="{escape(query)}">{_photo(shown[0])}'
+        f'<div class="apet" data-count="{len(shown)}" data-query="{escape(query)}">{photo(shown[0])}'
         f'<p class="where" role="status">{time}Point at a patch, tap it, or move with the arrow keys to see where it '
         f'went.</p><div class="settings">{sections}</div></div>'
     )
@@ -87,11 +87,12 @@ def poster(shown: Sequence[Shown], kinds: Sequence[str] = ALL, dark: bool = Fals
                 parts.append(_arrow(x_of[i] - gap / 2, y + line + high / 2))
         y += line + high + side / 2
     height = y + side / 2
-    names = "; ".join(f"{one.name}: {heading(one)}" for one in shown)
+    names = escape("; ".join(f"{one.name}: {heading(one)}" for one in shown))
+    theme = " dark" if dark else ""
     return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" class="apet poster{" dark" if dark else ""}" width="{width}" '
-        f'height="{height:.0f}" viewBox="0 0 {width} {height:.0f}" role="img" aria-label="{escape(names)}"><style>{STYLE}'
-        f'</style><rect class="paper" width="100%" height="100%"/>{_photo(shown[0])}{"".join(parts)}</svg>'
+        f'<svg xmlns="http://www.w3.org/2000/svg" class="apet poster{theme}" width="{width}" height="{height:.0f}" '
+        f'viewBox="0 0 {width} {height:.0f}" role="img" aria-label="{names}"><style>{STYLE}</style>'
+        f'<rect class="paper" width="100%" height="100%"/>{photo(shown[0])}{"".join(parts)}</svg>'
     )
 
 
@@ -194,13 +195,10 @@ def panel(one: Shown, kind: str, most: float, place: str = "") -> str:
     )
 
 
-def _photo(one: Shown) -> str:
+def photo(one: Shown) -> str:
     """The photo, for the pictures that refer to it."""
-    rows, cols = one.grid
-    return (
-        f'<svg class="photo" width="0" height="0" aria-hidden="true"><defs>{_image(one.photo, one.grid, f"{one.id}-photo")}'
-        "</defs></svg>"
-    )
+    image = _image(one.photo, one.grid, f"{one.id}-photo")
+    return f'<svg class="photo" width="0" height="0" aria-hidden="true"><defs>{image}</defs></svg>'
 
 
 def _image(uri: str, grid: tuple[int, int], id: str = "") -> str:
