@@ -76,7 +76,7 @@ class Page:
         """Until a JavaScript expression of `given` holds."""
         self.tab.wait_for_function(f"(given) => {condition}", arg=list(given))
 
-    def keep(self, count: int, label: str = "Setting: tokens kept") -> None:
+    def keep(self, count: int, label: str = "Tokens kept") -> None:
         box = self.tab.get_by_label(f"number input for {label}")
         box.fill(str(count))
         box.press("Enter")
@@ -103,7 +103,7 @@ def test_moving_a_slider(page: Page) -> None:
     page.until("document.querySelector('h2 b').textContent === '100 tokens'")
     assert len(page.view()["kept"]) == 100
     assert "keep=100" in page.tab.url
-    slider = page.tab.get_by_label("range slider for Setting: tokens kept")
+    slider = page.tab.get_by_label("range slider for Tokens kept")
     slider.focus()
     slider.press("ArrowRight")
     page.until("document.querySelector('h2 b').textContent === '101 tokens'")
@@ -154,7 +154,7 @@ def test_arrow_keys(page: Page) -> None:
 def test_two_settings_and_the_link_to_them(page: Page, chromium: Any, address: str) -> None:
     page.tab.get_by_label("Compare with a second setting").check()
     page.until("document.querySelectorAll('section[data-view]').length === 2")
-    page.keep(30, "Second setting: tokens kept")
+    page.keep(30, "Tokens kept of the second")
     page.until("document.querySelectorAll('h2 b')[1].textContent === '30 tokens'")
     left, right = (page.tab.locator("section").nth(i).bounding_box() for i in (0, 1))
     assert left["y"] == right["y"]

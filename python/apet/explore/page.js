@@ -83,9 +83,9 @@ window.apet = (() => {
       const picture = event.target.closest?.("svg.patches");
       if (!picture) return null;
       const [rows, cols] = dataOf(picture.closest("section")).grid;
-      const box = picture.getBoundingClientRect();
-      const col = Math.min(Math.max(Math.floor(((event.clientX - box.left) / box.width) * cols), 0), cols - 1);
-      const row = Math.min(Math.max(Math.floor(((event.clientY - box.top) / box.height) * rows), 0), rows - 1);
+      const { x, y } = new DOMPoint(event.clientX, event.clientY).matrixTransform(picture.getScreenCTM().inverse());
+      const col = Math.min(Math.max(Math.floor(x), 0), cols - 1);
+      const row = Math.min(Math.max(Math.floor(y), 0), rows - 1);
       return row * cols + col;
     };
     const go = (to) => {
@@ -157,9 +157,14 @@ window.apet = (() => {
   };
 
   const copy = async () => {
-    await navigator.clipboard.writeText(window.location.href);
+    let said = "The link is in the clipboard.";
+    try {
+      await navigator.clipboard.writeText(window.location.href);
+    } catch {
+      said = "This browser does not let a page copy: the address above is the link.";
+    }
     const where = document.querySelector(".apet .where");
-    if (where) where.textContent = "The link is in the clipboard.";
+    if (where) where.textContent = said;
   };
 
   return { mount, save, copy };

@@ -15,12 +15,13 @@ from apet.explore import view
 from apet.explore.explorer import Explorer
 from apet.explore.files import MOST_TOKENS
 from apet.explore.settings import DEFAULT, METHODS, Link, Settings, read_link
+from apet_kernels.options import LAYOUTS, MAX_BASIS, SELECTS
 
 TITLE = "What is kept of a picture"
 MOST_AT_ONCE = 10  # requests of one kind; each takes well under a second
 SCRIPT = (files(__package__) / "page.js").read_text(encoding="utf-8")
 STYLE = view.STYLE + (files(__package__) / "page.css").read_text(encoding="utf-8")
-MOST_TOKENS_FIRST = 576  # of the slider, until a file says how many there are
+FIRST_MOST = 576  # tokens on the slider, until a file says how many there are
 
 
 def build(explorer: Explorer, start: Path | None) -> gr.Blocks:
@@ -33,15 +34,15 @@ def build(explorer: Explorer, start: Path | None) -> gr.Blocks:
             with gr.Column(elem_id="controls", min_width=280, scale=0):
                 file = gr.File(start and str(start), label="Photo or clip", height=130, elem_id="file")
                 frame = gr.Slider(1, 8, 1, step=1, label="Frame of the clip", visible=False)
-                first = _controls("Setting", DEFAULT, True)
+                first = _controls("", DEFAULT, True)
                 compare = gr.Checkbox(False, label="Compare with a second setting")
-                second = _controls("Second setting", replace(DEFAULT, method="uniform"), False)
-                with gr.Row():
+                second = _controls(" of the second", replace(DEFAULT, method="uniform"), False)
+            with gr.Column(elem_id="shown", min_width=300, scale=1):
+                shown = gr.HTML(view.message("One moment ..."), js_on_load="window.apet.mount(element, watch)")
+                with gr.Row(elem_id="save"):
                     picture = gr.Button("Picture (PNG)", size="sm")
                     numbers = gr.Button("Numbers (JSON)", size="sm")
                     copy = gr.Button("Copy link", size="sm")
-            with gr.Column(elem_id="shown", min_width=300, scale=1):
-                shown = gr.HTML(view.message("One moment ..."), js_on_load="window.apet.mount(element, watch)")
                 if explorer.asker is not None:
                     with gr.Group():
                         prompt = gr.Textbox(label=f"Ask {explorer.asker.name}", placeholder="What is in the picture?")
@@ -145,16 +146,15 @@ def serve(page: gr.Blocks, *, port: int | None, megabytes: int, allowed: Sequenc
     return address
 
 
-def _controls(title: str, of: Settings, visible: bool) -> tuple[gr.Group, list[Any], list[Any]]:
+def _controls(whose: str, of: Settings, visible: bool) -> tuple[gr.Group, list[Any], list[Any]]:
     """The controls of a setting: their group, all of them as in `Settings`, and those that ApET alone has."""
+    alone = of.method == "apet"
     with gr.Group(visible=visible) as group:
-        gr.HTML(f'<h2 class="apet group">{title}</h2>', padding=True)
-        method = gr.Dropdown([(name, key) for key, name in METHODS.items()], value=of.method, label=f"{title}: method")
-        keep = gr.Slider(1, MOST_TOKENS_FIRST, of.keep, step=1, label=f"{title}: tokens kept")
-        apet_alone = of.method == "apet"
-        basis = gr.Slider(1, 64, of.basis, step=1, label="Basis tokens", visible=apet_alone)
-        layout = gr.Radio(["inplace", "overwrite", "append"], value=of.layout, label="Layout", visible=apet_alone)
-        select = gr.Radio(["fps", "qr"], value=of.select, label="Selection of the basis", visible=apet_alone)
+        method = gr.Dropdown([(name, key) for key, name in METHODS.items()], value=of.method, label=f"Method{whose}")
+        keep = gr.Slider(1, FIRST_MOST, of.keep, step=1, label=f"Tokens kept{whose}")
+        basis = gr.Slider(1, MAX_BASIS, of.basis, step=1, label=f"Basis tokens{whose}", visible=alone)
+        layout = gr.Radio(LAYOUTS, value=of.layout, label=f"Layout{whose}", visible=alone, elem_classes="choice")
+        select = gr.Radio(SELECTS, value=of.select, label=f"Selection{whose}", visible=alone, elem_classes="choice")
     return group, [method, keep, basis, layout, select], [basis, layout, select]
 
 

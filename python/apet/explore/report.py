@@ -32,7 +32,6 @@ article { content-visibility: auto; contain-intrinsic-size: auto 340px; min-widt
 .patches { display: block; width: 100%; height: auto; border-radius: 4px; }
 .photo { position: absolute; }
 .faint { color: var(--faint); }
-@media (prefers-color-scheme: dark) { %s }
 """
 
 
@@ -65,7 +64,7 @@ def document(entries: Sequence[Entry], folder: Path, subtitle: str) -> str:
     return (
         f'<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" '
         f'content="width=device-width, initial-scale=1"><title>apet compress: {files}</title>'
-        f"<style>{view.STYLE}{STYLE % dark}</style></head>"
+        f"<style>{view.STYLE}@media (prefers-color-scheme: dark) {{ {dark} }}{STYLE}</style></head>"
         f'<body class="apet"><h1>{files}, compressed</h1><p class="faint">{escape(subtitle)}</p>'
         f"<table><thead><tr><th scope=col>file</th>{heads}</tr></thead><tbody>{rows}</tbody></table>"
         f'<div class="cards">{"".join(_card(one, folder) for one in entries)}</div></body></html>'

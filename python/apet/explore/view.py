@@ -69,7 +69,7 @@ def poster(shown: Sequence[Shown], kinds: Sequence[str] = ALL, dark: bool = Fals
     most = heat_of(shown)
     rows, cols = shown[0].grid
     wide = (width - 2 * side - (len(kinds) - 1) * gap) / len(kinds)
-    high = wide * rows / cols
+    high = min(rows / cols, 1.5) * wide
     x_of = [side + i * (wide + gap) for i in range(len(kinds))]
     y, parts = float(side), []
     for one in shown:
@@ -151,7 +151,7 @@ def _section(one: Shown, most: float, letter: str) -> str:
         "residual": [float(f"{e:.4g}") if np.isfinite(e) else None for e in frame.residual],
     }
     figures = "".join(
-        f"<figure><figcaption>{escape(CAPTIONS[kind](one, False))}</figcaption>{panel(one, kind, most)}"
+        f"<figure><figcaption>{escape(CAPTIONS[kind](one, False))}</figcaption>{panel(one, kind, most, keys=kind == 'kept')}"
         f"{_scale(most) if kind == 'residual' else ''}</figure>"
         for kind in ALL
     )
@@ -184,14 +184,18 @@ CAPTIONS: dict[str, Callable[[Shown, bool], str]] = {
 }
 
 
-def panel(one: Shown, kind: str, most: float, place: str = "") -> str:
-    """One of CAPTIONS. most: the top of the scale of residuals; place: attributes of the SVG element."""
+def panel(one: Shown, kind: str, most: float, place: str = "", keys: bool = False) -> str:
+    """One of CAPTIONS. most: the top of the scale of residuals; place: attributes of the SVG element; keys: whether it
+    takes the arrow keys."""
     rows, cols = one.grid
     says = f"{one.name}. {CAPTIONS[kind](one, False)}."
-    focus = ' tabindex="0" aria-roledescription="patches, arrow keys move"' if kind == "kept" and not place else ""
+    role = 'role="img"'
+    if keys:  # an application, so that a screen reader leaves it the keys
+        role = 'role="application" tabindex="0"'
+        says += " The arrow keys move from patch to patch."
     return (
-        f'<svg class="patches {kind}" viewBox="0 0 {cols} {rows}" preserveAspectRatio="none" role="img" '
-        f'aria-label="{escape(says)}"{focus} {place}>{_MARKS[kind](one, most)}<g class="cursor"></g></svg>'
+        f'<svg class="patches {kind}" viewBox="0 0 {cols} {rows}" {role} aria-label="{escape(says)}" {place}>'
+        f'{_MARKS[kind](one, most)}<g class="cursor"></g></svg>'
     )
 
 
