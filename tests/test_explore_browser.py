@@ -154,7 +154,7 @@ def test_arrow_keys(page: Page) -> None:
 def test_two_settings_and_the_link_to_them(page: Page, chromium: Any, address: str) -> None:
     page.tab.get_by_label("Compare with a second setting").check()
     page.until("document.querySelectorAll('section[data-view]').length === 2")
-    page.keep(30, "Tokens kept of the second")
+    page.keep(30, "Tokens kept, B")
     page.until("document.querySelectorAll('h2 b')[1].textContent === '30 tokens'")
     left, right = (page.tab.locator("section").nth(i).bounding_box() for i in (0, 1))
     assert left["y"] == right["y"]

@@ -18,7 +18,6 @@ from apet.explore.settings import DEFAULT, METHODS, Link, Settings, read_link
 from apet_kernels.options import LAYOUTS, MAX_BASIS, SELECTS
 
 TITLE = "What is kept of a picture"
-MOST_AT_ONCE = 10  # requests of one kind; each takes well under a second
 SCRIPT = (files(__package__) / "page.js").read_text(encoding="utf-8")
 STYLE = view.STYLE + (files(__package__) / "page.css").read_text(encoding="utf-8")
 FIRST_MOST = 576  # tokens on the slider, until a file says how many there are
@@ -36,7 +35,7 @@ def build(explorer: Explorer, start: Path | None) -> gr.Blocks:
                 frame = gr.Slider(1, 8, 1, step=1, label="Frame of the clip", visible=False)
                 first = _controls("", DEFAULT, True)
                 compare = gr.Checkbox(False, label="Compare with a second setting")
-                second = _controls(" of the second", replace(DEFAULT, method="uniform"), False)
+                second = _controls(", B", replace(DEFAULT, method="uniform"), False)
             with gr.Column(elem_id="shown", min_width=300, scale=1):
                 shown = gr.HTML(view.message("One moment ..."), js_on_load="window.apet.mount(element, watch)")
                 with gr.Row(elem_id="save"):
@@ -54,7 +53,7 @@ def build(explorer: Explorer, start: Path | None) -> gr.Blocks:
         inputs = [file, *settings]
         quick: dict[str, Any] = {
             "show_progress": "hidden",
-            "concurrency_limit": MOST_AT_ONCE,
+            "queue": False,  # answered at once, by a thread of its own
             "api_visibility": "private",
         }
 
@@ -123,7 +122,7 @@ def serve(page: gr.Blocks, *, port: int | None, megabytes: int, allowed: Sequenc
         font_mono=[gr.themes.Font(name) for name in ("ui-monospace", "Consolas", "monospace")],
     )
     try:
-        _, address, _ = page.queue(default_concurrency_limit=MOST_AT_ONCE).launch(
+        _, address, _ = page.launch(
             server_name="127.0.0.1",
             server_port=port,
             share=False,

@@ -150,11 +150,10 @@ def _section(one: Shown, most: float, letter: str) -> str:
         "basis": frame.basis.tolist(),
         "residual": [float(f"{e:.4g}") if np.isfinite(e) else None for e in frame.residual],
     }
-    figures = "".join(
-        f"<figure><figcaption>{escape(CAPTIONS[kind](one, False))}</figcaption>{panel(one, kind, most, keys=kind == 'kept')}"
-        f"{_scale(most) if kind == 'residual' else ''}</figure>"
-        for kind in ALL
-    )
+    figures = ""
+    for kind in ALL:
+        picture = panel(one, kind, most, keys=kind == "kept") + (_scale(most) if kind == "residual" else "")
+        figures += f"<figure><figcaption>{escape(CAPTIONS[kind](one, False))}</figcaption>{picture}</figure>"
     label = f"<span>{letter}</span> " if letter else ""
     before, _, after = heading(one).partition(" → ")
     return (
