@@ -269,6 +269,7 @@ def test_what_is_wrong_is_one_message_on_the_page(tmp_path: Path, photo: Path, e
             assert words in page, page
             assert page.count("<p") == 1
             assert "<b>" not in page
+            assert str(tmp_path) not in page
     assert EMPTY in explorer.page(None, Link())
 
 

@@ -54,7 +54,7 @@ class Explorer:
         try:
             return view.page(self.shown(Path(path), link), link.query())
         except Refused as error:
-            return view.message(str(error))
+            return view.message(_without_folder(error, path))
 
     def picture(self, path: str, link: Link) -> dict[str, str]:
         """A file for the browser to save: the pictures as SVG, which page.js makes a PNG of."""
@@ -79,7 +79,12 @@ class Explorer:
                 done += f"<dt>{escape(answer.title)}</dt><dd>{text}</dd>"
                 yield f'<dl class="apet answers">{done}</dl>'
         except Refused as error:
-            yield f'<dl class="apet answers">{done}</dl>' * bool(done) + view.message(str(error))
+            yield f'<dl class="apet answers">{done}</dl>' * bool(done) + view.message(_without_folder(error, path))
+
+
+def _without_folder(error: Refused, path: str) -> str:
+    """The message, with the name of an uploaded file alone: where the server keeps it means nothing to its user."""
+    return str(error).replace(path, Path(path).name)
 
 
 def _settings(link: Link) -> list[Settings]:

@@ -60,7 +60,8 @@ def page(shown: Sequence[Shown], query: str = "") -> str:
 
 def message(words: str, error: bool = True) -> str:
     """HTML of a message in the place of the pictures."""
-    return f'<div class="apet"><p class="message"{" role=alert" if error else ""}>{escape(words)}</p></div>'
+    role = ' role="alert"' if error else ""
+    return f'<div class="apet"><p class="message"{role}>{escape(words)}</p></div>'
 
 
 def poster(shown: Sequence[Shown], kinds: Sequence[str] = ALL, dark: bool = False, width: int = 1280) -> str:
