@@ -7,13 +7,16 @@ from pathlib import Path
 
 import apet
 import pytest
-from apet import Refused
+from apet import Refused, encoders
 from apet.explore.asking import Asker
 from apet.explore.explorer import Explorer
+from apet.explore.files import Files
 from apet.explore.settings import Link, Settings
 from PIL import Image
 from processors import answer
 from test_picture import scene
+
+from tests import browser
 
 NEW = 4
 PROMPT = "<image>\nw3 w4"
@@ -68,3 +71,19 @@ def test_what_is_wrong_is_one_message(asker: Asker, photo: Path, tmp_path: Path)
 def test_a_model_that_cannot_be_loaded(tmp_path: Path) -> None:
     with pytest.raises(Refused, match="cannot load model"):
         Asker(str(tmp_path), 3, NEW, "auto", "cpu")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(browser.missing() is not None, reason=str(browser.missing()))
+def test_asking_on_the_page(asker: Asker, llava: Path, photo: Path) -> None:
+    explorer = Explorer(Files(encoders.load(), 3), asker)
+    with browser.served(explorer, photo) as address, browser.browser() as chromium:
+        tab = chromium.new_page()
+        tab.set_default_timeout(60_000)
+        tab.goto(f"{address}?keep=12")
+        tab.wait_for_selector("section[data-view]")
+        tab.get_by_label(f"Ask {asker.name}").fill("w3 w4")
+        tab.get_by_role("button", name="Ask with all tokens").click()
+        tab.locator("dd").nth(1).wait_for()
+        found = [text.strip() for text in tab.locator("dd").all_inner_texts()]
+    assert found == [answer(llava, [photo], PROMPT, NEW), answer(llava, [photo], PROMPT, NEW, keep=12)]
