@@ -21,7 +21,7 @@ from tests.test_explore import huge
 
 MISSING = browser.missing()
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(MISSING is not None, reason=str(MISSING))]
-WAIT = 60_000  # milliseconds, on a machine that is busy with other things
+WAIT = 180_000  # milliseconds, on a machine that is busy with other things
 MEGABYTES = 4
 
 

@@ -79,7 +79,7 @@ def test_asking_on_the_page(asker: Asker, llava: Path, photo: Path) -> None:
     explorer = Explorer(Files(encoders.load(), 3), asker)
     with browser.served(explorer, photo) as address, browser.browser() as chromium:
         tab = chromium.new_page()
-        tab.set_default_timeout(60_000)
+        tab.set_default_timeout(180_000)
         tab.goto(f"{address}?keep=12")
         tab.wait_for_selector("section[data-view]")
         tab.get_by_label(f"Ask {asker.name}").fill("w3 w4")

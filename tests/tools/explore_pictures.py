@@ -23,6 +23,7 @@ from tests import browser
 DOCS = Path(__file__).parents[2] / "docs"
 ASTRONAUT = Path(skimage.__path__[0], "data", "astronaut.png")
 THEMES = ("light", "dark")
+WAIT = 180_000  # milliseconds, on a machine that is busy with other things
 
 
 def readme(explorer: Explorer, chromium: Any) -> None:
@@ -32,6 +33,7 @@ def readme(explorer: Explorer, chromium: Any) -> None:
             path = Path(folder, f"{theme}.svg")
             path.write_text(view.poster(shown, view.README, dark=theme == "dark"), encoding="utf-8")
             tab = chromium.new_page(viewport={"width": 1280, "height": 600}, device_scale_factor=1.5)
+            tab.set_default_timeout(WAIT)
             tab.goto(path.as_uri())
             picture = Image.open(io.BytesIO(tab.locator("svg.poster").screenshot())).convert("RGB")
             picture.save(DOCS / f"kept-{theme}.jpg", quality=88, optimize=True)
@@ -44,8 +46,9 @@ def screenshots(explorer: Explorer, chromium: Any) -> None:
             for theme in THEMES:
                 context = chromium.new_context(viewport={"width": width, "height": height}, color_scheme=theme)
                 tab = context.new_page()
+                tab.set_default_timeout(WAIT)
                 tab.goto(f"{address}?b_method=uniform" if (width, theme) == (1280, "dark") else address)
-                tab.wait_for_selector("section[data-view]", timeout=120_000)
+                tab.wait_for_selector("section[data-view]")
                 picture = tab.locator("svg.merged").first
                 picture.scroll_into_view_if_needed()
                 box = picture.bounding_box()
