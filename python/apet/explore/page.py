@@ -20,6 +20,7 @@ from apet_kernels.options import LAYOUTS, MAX_BASIS, SELECTS
 TITLE = "What is kept of a picture"
 SCRIPT = (files(__package__) / "page.js").read_text(encoding="utf-8")
 STYLE = view.STYLE + (files(__package__) / "page.css").read_text(encoding="utf-8")
+ALONE = ("basis", "layout", "select")  # settings that ApET alone has
 FIRST_MOST = 576  # tokens on the slider, until a file says how many there are
 
 
@@ -69,14 +70,14 @@ def build(explorer: Explorer, start: Path | None) -> gr.Blocks:
             link, messages = read_link(dict(request.query_params))
             return _state(explorer, path, link, messages)
 
-        everything = [shown, *settings, first[0], second[0], *first[2], *second[2]]
+        everything = [shown, *settings, second[0]]
         page.load(started, file, everything, **quick)
         file.change(opened, inputs, everything, **quick)
         for one in (frame, *first[1], *second[1]):
             one.input(show, inputs, shown, trigger_mode="always_last", **quick)
-        for method, changing in ((first[1][0], first[2]), (second[1][0], second[2])):
-            method.input(_of_method, method, changing, **quick)
-        compare.input(lambda on, *_: gr.update(visible=on), [compare], second[0], **quick)
+        for method, _, *alone in (first[1], second[1]):
+            method.input(_of_method, method, alone, **quick)
+        compare.input(lambda on: gr.update(visible=on), compare, second[0], **quick)
         compare.input(show, inputs, shown, trigger_mode="always_last", **quick)
 
         def saved(make: Callable[[str, Link], dict[str, str]]) -> Callable[..., dict[str, str]]:
@@ -145,8 +146,8 @@ def serve(page: gr.Blocks, *, port: int | None, megabytes: int, allowed: Sequenc
     return address
 
 
-def _controls(whose: str, of: Settings, visible: bool) -> tuple[gr.Group, list[Any], list[Any]]:
-    """The controls of a setting: their group, all of them as in `Settings`, and those that ApET alone has."""
+def _controls(whose: str, of: Settings, visible: bool) -> tuple[gr.Group, list[Any]]:
+    """The controls of a setting: their group, and each of them, in the order of `Settings`."""
     alone = of.method == "apet"
     with gr.Group(visible=visible) as group:
         method = gr.Dropdown([(name, key) for key, name in METHODS.items()], value=of.method, label=f"Method{whose}")
@@ -154,12 +155,12 @@ def _controls(whose: str, of: Settings, visible: bool) -> tuple[gr.Group, list[A
         basis = gr.Slider(1, MAX_BASIS, of.basis, step=1, label=f"Basis tokens{whose}", visible=alone)
         layout = gr.Radio(LAYOUTS, value=of.layout, label=f"Layout{whose}", visible=alone, elem_classes="choice")
         select = gr.Radio(SELECTS, value=of.select, label=f"Selection{whose}", visible=alone, elem_classes="choice")
-    return group, [method, keep, basis, layout, select], [basis, layout, select]
+    return group, [method, keep, basis, layout, select]
 
 
 def _of_method(method: str) -> list[Any]:
     """Whether the controls that ApET alone has are shown."""
-    return [gr.update(visible=method == "apet")] * 3
+    return [gr.update(visible=method == "apet")] * len(ALONE)
 
 
 def _link(values: Sequence[Any]) -> Link:
@@ -198,9 +199,7 @@ def _state(explorer: Explorer, path: str | None, link: Link, messages: list[str]
         second is not None,
     ]
     for one in (first, other):
-        updates += [
-            gr.update(value=value, **({"maximum": most} if name == "keep" else {}))
-            for name, value in asdict(one).items()
-        ]
-    updates += [gr.update(visible=True), gr.update(visible=second is not None)]
-    return updates + _of_method(first.method) + _of_method(other.method)
+        changed: dict[str, dict[str, Any]] = {name: {"visible": one.method == "apet"} for name in ALONE}
+        changed["keep"] = {"maximum": most}
+        updates += [gr.update(value=value, **changed.get(name, {})) for name, value in asdict(one).items()]
+    return [*updates, gr.update(visible=second is not None)]
