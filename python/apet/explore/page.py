@@ -52,11 +52,9 @@ def build(explorer: Explorer, start: Path | None) -> gr.Blocks:
 
         settings = [frame, compare, *first[1], *second[1]]
         inputs = [file, *settings]
-        quick: dict[str, Any] = {
-            "show_progress": "hidden",
-            "queue": False,  # answered at once, by a thread of its own
-            "api_visibility": "private",
-        }
+        quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
+        quick = {**quiet, "queue": False}  # answered at once, by a thread of its own
+        opening = {**quiet, "concurrency_limit": None}  # Gradio shows warnings of what is in its queue alone
 
         def show(path: str | None, *values: Any) -> str:
             return explorer.page(path, _link(values))
@@ -71,8 +69,8 @@ def build(explorer: Explorer, start: Path | None) -> gr.Blocks:
             return _state(explorer, path, link, messages)
 
         everything = [shown, *settings, second[0]]
-        page.load(started, file, everything, **quick)
-        file.change(opened, inputs, everything, **quick)
+        page.load(started, file, everything, **opening)
+        file.change(opened, inputs, everything, **opening)
         for one in (frame, *first[1], *second[1]):
             one.input(show, inputs, shown, trigger_mode="always_last", **quick)
         for method, _, *alone in (first[1], second[1]):
