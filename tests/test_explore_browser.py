@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import re
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -21,7 +21,7 @@ from tests.test_explore import huge
 
 MISSING = browser.missing()
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(MISSING is not None, reason=str(MISSING))]
-WAIT = 180_000  # milliseconds, on a machine that is busy with other things
+WAIT = 60_000  # milliseconds, on a machine that is busy with other things
 MEGABYTES = 4
 
 
@@ -100,13 +100,13 @@ def page(chromium: Any, address: str) -> Iterator[Page]:
 def test_moving_a_slider(page: Page) -> None:
     assert len(page.view()["kept"]) == 64
     page.keep(100)
-    page.until("document.querySelector('h2 b').textContent === '100 tokens'")
+    page.until("document.querySelector('h2 b')?.textContent === '100 tokens'")
     assert len(page.view()["kept"]) == 100
     assert "keep=100" in page.tab.url
     slider = page.tab.get_by_label("range slider for Tokens kept")
     slider.focus()
     slider.press("ArrowRight")
-    page.until("document.querySelector('h2 b').textContent === '101 tokens'")
+    page.until("document.querySelector('h2 b')?.textContent === '101 tokens'")
     page.tab.get_by_label("overwrite", exact=True).first.click()
     page.until("location.search.includes('layout=overwrite')")
     page.keep(5)
@@ -127,7 +127,7 @@ def test_pointing_at_a_patch(page: Page) -> None:
     picture.hover(position=place)
     goal_row, goal_col = divmod(view["goal"][at], cols)
     words = f"Row {row + 1}, column {col + 1}: merged into row {goal_row + 1}, column {goal_col + 1}"
-    page.until("document.querySelector('.where').textContent.startsWith(given[0])", words)
+    page.until("document.querySelector('.where')?.textContent.startsWith(given[0])", words)
     for kind in ("kept", "merged", "rebuilt", "residual"):
         assert page.tab.locator(f"svg.{kind} .cursor .here").get_attribute("x") == str(col)
         assert page.tab.locator(f"svg.{kind} .cursor .same").count() == view["goal"].count(view["goal"][at])
@@ -135,7 +135,7 @@ def test_pointing_at_a_patch(page: Page) -> None:
     page.tab.mouse.move(5, 5)
     assert page.tab.locator("svg.kept .cursor .here").count() == 1  # held by the click
     page.keep(128)
-    page.until("document.querySelector('h2 b').textContent === '128 tokens'")
+    page.until("document.querySelector('h2 b')?.textContent === '128 tokens'")
     assert page.where().startswith(f"Row {row + 1}, column {col + 1}: ")  # and by another setting
 
 
@@ -176,10 +176,10 @@ def test_a_link_with_values_that_are_none(chromium: Any, address: str) -> None:
 
 def test_other_files(page: Page, tmp_path: Path) -> None:
     page.upload(CHELSEA)
-    page.until("JSON.parse(document.querySelector('section').dataset.view).grid[1] !== 24")
+    page.until("JSON.parse(document.querySelector('section')?.dataset.view ?? '{}').grid?.[1] > 24")
     page.upload(BIKES)
     page.tab.get_by_label("number input for Frame of the clip").wait_for()
-    page.until("document.querySelector('.where').textContent.startsWith('Frame at ')")
+    page.until("document.querySelector('.where')?.textContent.startsWith('Frame at ')")
     first = page.view()
     box = page.tab.get_by_label("number input for Frame of the clip")
     box.fill("3")
@@ -251,17 +251,14 @@ def test_every_control_has_a_name(page: Page) -> None:
     assert unnamed == []
 
 
-def test_ten_tabs(address: str) -> None:
-    """Each with its own setting, moving its slider at the same time: each shows its own."""
-
-    def use(number: int) -> list[int]:
-        with browser.browser() as chromium, Page(chromium, address, query=f"?keep={20 + number}") as page:
-            found = [len(page.view()["kept"])]
-            for keep in (40 + number, 60 + number):
-                page.keep(keep)
-                page.until("document.querySelector('h2 b').textContent === given[0]", f"{keep} tokens")
-                found.append(len(page.view()["kept"]))
-            return found
-
-    with ThreadPoolExecutor(10) as pool:
-        assert list(pool.map(use, range(10))) == [[20 + n, 40 + n, 60 + n] for n in range(10)]
+def test_ten_tabs(chromium: Any, address: str) -> None:
+    """Each with its own setting, moving its slider before the others have their answer: each shows its own."""
+    with contextlib.ExitStack() as tabs:
+        pages = [tabs.enter_context(Page(chromium, address, query=f"?keep={20 + n}")) for n in range(10)]
+        assert [len(page.view()["kept"]) for page in pages] == [20 + n for n in range(10)]
+        for base in (40, 60):
+            for n, page in enumerate(pages):
+                page.keep(base + n)
+            for n, page in enumerate(pages):
+                page.until("document.querySelector('h2 b')?.textContent === given[0]", f"{base + n} tokens")
+            assert [len(page.view()["kept"]) for page in pages] == [base + n for n in range(10)]
