@@ -137,7 +137,7 @@ def test_the_lock_has_what_pyproject_asks_for(python: str):
             continue
         if any(
             requirement.marker is None or requirement.marker.evaluate({**environment, "extra": extra})
-            for extra in ("demo", "models", "eval", "triton", "test", "dev")
+            for extra in ("demo", "models", "eval", "triton", "explore", "test", "dev")
         ):
             assert versions[canonicalize_name(requirement.name)] in requirement.specifier, requirement
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -47,7 +47,7 @@ class Measure:
     tokens_out: int
     residual_kept: float  # share of the sum of e^2 that the kept tokens carry
     explained: float  # 1 - (distance^2 of every token to the row it went to) / (distance^2 to the mean token)
-    milliseconds: dict[str, float]
+    milliseconds: dict[str, float] = field(default_factory=dict)  # by `times`
 
 
 def check(tokens: int, keep: int, arguments: OpArguments) -> None:
@@ -57,7 +57,7 @@ def check(tokens: int, keep: int, arguments: OpArguments) -> None:
 
 
 def compress(x: torch.Tensor, keep: int, arguments: OpArguments) -> tuple[list[Frame], Measure]:
-    """Compress images [B, N, D] and measure; the encoder's time is not included.
+    """Compress images [B, N, D] and measure what is left of them.
 
     Raises: ValueError or RuntimeError if the op rejects its arguments.
     """
@@ -66,16 +66,19 @@ def compress(x: torch.Tensor, keep: int, arguments: OpArguments) -> tuple[list[F
     frames = [
         frame(x[b], indices[b, :keep], residual[b], basis[b][basis[b] >= 0], arguments.layout) for b in range(len(x))
     ]
+    return frames, measure(x, tokens, frames)
+
+
+def measure(x: torch.Tensor, tokens: torch.Tensor, frames: list[Frame]) -> Measure:
+    """x: [B, N, D], tokens: [B, R, D], of which the first K are those that the frames speak of."""
     total = sum(float(f.residual.sum()) for f in frames)
     kept = sum(float(f.residual[f.survives].sum()) for f in frames)
-    measure = Measure(
+    return Measure(
         tokens_in=x.shape[1],
         tokens_out=tokens.shape[1],
         residual_kept=kept / total if total else 1.0,
-        explained=_explained(x, tokens[:, :keep], frames),
-        milliseconds=_times(x, keep, arguments, frames),
+        explained=_explained(x, tokens[:, : len(frames[0].kept)], frames),
     )
-    return frames, measure
 
 
 def merge_goals(x: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
@@ -133,7 +136,7 @@ def _score(x: torch.Tensor, o: OpArguments) -> tuple[torch.Tensor, torch.Tensor]
     return apet_kernels.score(x, o.basis, select=o.select, start=o.start, backend=o.backend)
 
 
-def _times(x: torch.Tensor, keep: int, o: OpArguments, frames: list[Frame]) -> dict[str, float]:
+def times(x: torch.Tensor, keep: int, o: OpArguments, frames: list[Frame]) -> dict[str, float]:
     """Median milliseconds of the stages, called one by one, and of the one call that does all of them."""
     residual, _ = _score(x, o)
     indices = torch.from_numpy(np.stack([f.kept for f in frames]))  # [B, K]

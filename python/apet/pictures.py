@@ -41,7 +41,7 @@ def photo_figure(panel: Panel, title: str, subtitle: str) -> Figure:
     frame = panel.frame
     cells = [
         (_kept, panel, f"{len(frame.kept)} tokens kept"),
-        (_merged, panel, f"{_moved(frame)} merged: a colour and a dot for each token they went to"),
+        (_merged, panel, f"{moved(frame)} merged: a colour and a dot for each token they went to"),
         (_residual, panel, "residual $e^2$"),
     ]
     if cols > 2.2 * rows:
@@ -117,7 +117,7 @@ def _kept(axes: Axes, panel: Panel, heat: Normalize) -> None:
     clear = panel.frame.survives
     dim = 0.10 + 0.36 * (0.75 * _grey(panel.photo) + 0.25 * panel.photo)
     _image(axes, np.where(_enlarge(clear, panel), panel.photo, dim), panel)
-    axes.add_collection(LineCollection(_borders(clear, panel.grid), colors="white", linewidths=0.7, alpha=0.9))
+    axes.add_collection(LineCollection(borders_of(clear, panel.grid), colors="white", linewidths=0.7, alpha=0.9))
     _outline_basis(axes, panel)
 
 
@@ -125,13 +125,13 @@ def _merged(axes: Axes, panel: Panel, heat: Normalize) -> None:
     """Every group of merged tokens in a colour of its own, a line from each token to the one it was merged into."""
     rows, cols = panel.grid
     goal, kept = panel.frame.goal, panel.frame.kept
-    colours = _colours(goal)  # [N, 3]
+    colours = group_colours(goal)  # [N, 3]
     strong = np.isin(np.arange(rows * cols), kept)
     weight = np.where(strong, 0.35, 0.62) * (goal >= 0)  # a kept patch shows more of its photo
     share = _enlarge(weight, panel)
     tint = _enlarge(colours, panel)
     _image(axes, (1 - share) * (0.15 + 0.75 * _grey(panel.photo)) + share * tint, panel)
-    axes.add_collection(LineCollection(_borders(goal, panel.grid), colors="white", linewidths=0.8, alpha=0.9))
+    axes.add_collection(LineCollection(borders_of(goal, panel.grid), colors="white", linewidths=0.8, alpha=0.9))
     moved = np.flatnonzero((goal >= 0) & (goal != np.arange(rows * cols)))
     ends = np.stack([_centres(moved, cols), _centres(goal[moved], cols)], axis=1)  # [moved, 2, 2]
     axes.add_collection(LineCollection(ends, colors=colours[moved] * 0.55, linewidths=0.55, alpha=0.55))
@@ -152,7 +152,7 @@ def _residual(axes: Axes, panel: Panel, heat: Normalize) -> None:
         interpolation="nearest",
         aspect="auto",
     )
-    borders = _borders(panel.frame.survives, panel.grid)
+    borders = borders_of(panel.frame.survives, panel.grid)
     axes.add_collection(LineCollection(borders, colors="white", linewidths=0.7, alpha=0.6))
     _outline_basis(axes, panel)
 
@@ -212,12 +212,12 @@ def _heat(panels: list[Panel]) -> Normalize:
     return Normalize(0, max(float(finite.max()) if len(finite) else 0.0, 1e-12))
 
 
-def _moved(frame: Frame) -> int:
+def moved(frame: Frame) -> int:
     """How many tokens were merged into another one."""
     return int(((frame.goal >= 0) & (frame.goal != np.arange(len(frame.goal)))).sum())
 
 
-def _colours(goal: np.ndarray) -> np.ndarray:
+def group_colours(goal: np.ndarray) -> np.ndarray:
     """[N, 3]: every token in the colour of its goal; large groups get hues far apart, goalless tokens grey."""
     targets, counts = np.unique(goal[goal >= 0], return_counts=True)
     table = np.full((len(goal) + 1, 3), 0.5)  # the last row is for goal -1
@@ -227,7 +227,7 @@ def _colours(goal: np.ndarray) -> np.ndarray:
     return table[goal]
 
 
-def _borders(groups: np.ndarray, grid: tuple[int, int]) -> list[list[tuple[int, int]]]:
+def borders_of(groups: np.ndarray, grid: tuple[int, int]) -> list[list[tuple[int, int]]]:
     """Edges between neighbouring patches of different groups. groups: [N]."""
     g = groups.reshape(grid)
     upright = [[(c + 1, r), (c + 1, r + 1)] for r, c in np.argwhere(g[:, 1:] != g[:, :-1])]

@@ -1,5 +1,6 @@
-"""The command `apet`: `apet compress` shows what compression does to a photo or clip, `apet generate` what it does to a
-vision-language model, `apet eval` measures what it costs in accuracy, `apet doctor` checks the kernels.
+"""The command `apet`: `apet compress` shows what compression does to a photo or clip, `apet explore` shows it on a page
+with sliders, `apet generate` what it does to a vision-language model, `apet eval` measures what it costs in accuracy,
+`apet doctor` checks the kernels.
 
 Modules that need torch are imported by the commands that use them, so that `apet --help` answers at once.
 """
@@ -18,7 +19,7 @@ from typer.core import TyperGroup
 
 import apet
 from apet import Notice, Refused
-from apet.cli import compress, doctor, evaluate, generate
+from apet.cli import compress, doctor, evaluate, explore, generate
 
 # What typer raises for wrong options. Newer releases carry their own click, so click's class may be another one.
 UsageError = typer.BadParameter.__base__
@@ -81,6 +82,7 @@ def _values(error: Exception, words: Sequence[str]) -> str:
 
 app = typer.Typer(cls=Commands, rich_markup_mode="rich", pretty_exceptions_enable=False)
 app.command()(compress.compress)
+app.command()(explore.explore)
 app.command()(generate.generate)
 app.command("eval")(evaluate.evaluate)
 app.command()(doctor.doctor)

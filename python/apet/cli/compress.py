@@ -14,11 +14,12 @@ from rich.markup import escape
 
 from apet import Refused
 from apet.cli.arguments import Backend, Frames, Json, Layout, Quiet, Select, budget, source
-from apet.cli.output import note, percent, picture_paths, printable, progress, save, table
+from apet.cli.output import check_report, note, percent, picture_paths, printable, progress, save, table
 from apet.hub import first_line, need
 
 if TYPE_CHECKING:
     from apet.encoders import Encoder
+    from apet.explore.report import Entry
     from apet.media import Media
     from apet.outcome import Frame, Measure, OpArguments
 
@@ -29,6 +30,7 @@ MOST_TOKENS = 65536  # of one image
 class Job:
     """One photo or clip that has passed every check."""
 
+    source: str
     item: Media
     grid: tuple[int, int]  # rows, columns of patches
     keep: int
@@ -70,6 +72,9 @@ def compress(
     out: Annotated[
         Path | None, typer.Option(help="The picture; a folder for several. Else <name>.apet.png here.")
     ] = None,
+    report: Annotated[
+        Path | None, typer.Option(dir_okay=False, help="Write one HTML page (.html) about all files, too.")
+    ] = None,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -87,15 +92,24 @@ def compress(
             bar.update(step, description=f"reading {printable(media.shown(file))}")
             found.append(media.read(file, frames))
         pictures = picture_paths(files, out)
+        if report is not None:
+            check_report(report, files)
         bar.update(step, description="loading the encoder")
         encoder = encoders.load(model, layer=layer, size=size)
-        jobs = [_job(*each, encoder, keep, arguments) for each in zip(found, pictures, strict=True)]
-        results = []
+        jobs = [_job(*each, encoder, keep, arguments) for each in zip(files, found, pictures, strict=True)]
+        results, entries = [], []
         bar.update(step, total=len(jobs))
         for job in jobs:
             bar.update(step, description=printable(job.name))
-            results.append(_compress(job, encoder, arguments))
+            result, frame = _compress(job, encoder, arguments)
+            results.append(result)
+            if report is not None:
+                entries.append(_entry(job, frame, result, len(entries), encoder))
             bar.advance(step)
+        if report is not None:
+            from apet.explore.report import write
+
+            write(entries, report, f"{encoder.name}, layer {encoder.layer}; {_describe(arguments)}")
     note((f"{item.name}: {message}" for item in found for message in item.notes), quiet)
     if as_json:
         print(json.dumps(results, indent=2))
@@ -103,7 +117,7 @@ def compress(
         _print_tables(results, encoder, arguments)
 
 
-def _job(item: Media, picture: Path, encoder: Encoder, keep: float, arguments: OpArguments) -> Job:
+def _job(source: str, item: Media, picture: Path, encoder: Encoder, keep: float, arguments: OpArguments) -> Job:
     """Raises: Refused where the arguments do not fit this photo's number of tokens."""
     from apet import outcome
 
@@ -111,7 +125,7 @@ def _job(item: Media, picture: Path, encoder: Encoder, keep: float, arguments: O
     tokens = rows * cols
     if tokens > MOST_TOKENS:
         raise Refused(f"{item.name} would become {tokens} tokens, more than {MOST_TOKENS}: choose a smaller size")
-    job = Job(item, (rows, cols), keep if isinstance(keep, int) else max(1, round(keep * tokens)), picture)
+    job = Job(source, item, (rows, cols), keep if isinstance(keep, int) else max(1, round(keep * tokens)), picture)
     try:
         outcome.check(tokens, job.keep, arguments)
     except (ValueError, RuntimeError) as error:
@@ -119,8 +133,9 @@ def _job(item: Media, picture: Path, encoder: Encoder, keep: float, arguments: O
     return job
 
 
-def _compress(job: Job, encoder: Encoder, arguments: OpArguments) -> dict[str, Any]:
-    """Encode, compress, measure and draw one photo or clip; returns what the tables and --json say of it."""
+def _compress(job: Job, encoder: Encoder, arguments: OpArguments) -> tuple[dict[str, Any], Frame]:
+    """Encode, compress, measure and draw one photo or clip; returns what the tables and --json say of it, and its
+    first frame."""
     from apet import outcome
 
     views = [encoder.view(frame) for frame in job.item.frames]
@@ -129,11 +144,12 @@ def _compress(job: Job, encoder: Encoder, arguments: OpArguments) -> dict[str, A
     encode = (time.perf_counter() - begin) * 1e3
     try:
         frames, measure = outcome.compress(x, job.keep, arguments)
+        times = outcome.times(x, job.keep, arguments, frames)
     except (ValueError, RuntimeError) as error:  # the op's own message
         raise Refused(first_line(error)) from error
-    measure.milliseconds = {"encode": encode, **measure.milliseconds}
+    measure.milliseconds = {"encode": encode, **times}
     _draw(job, frames, measure, encoder, arguments)
-    return {
+    result = {
         "file": printable(job.item.name),
         "picture": printable(job.picture),
         "encoder": encoder.name,
@@ -146,6 +162,26 @@ def _compress(job: Job, encoder: Encoder, arguments: OpArguments) -> dict[str, A
         **asdict(arguments),
         **asdict(measure),
     }
+    return result, frames[0]
+
+
+def _entry(job: Job, frame: Frame, result: dict[str, Any], number: int, encoder: Encoder) -> Entry:
+    """A file in the report, with a thumbnail of its first frame."""
+    from apet.explore import report, view
+    from apet.explore.settings import Settings
+    from apet.outcome import Measure
+
+    photo = encoder.view(job.item.frames[0], report.PIXELS)
+    measure = Measure(**{name: result[name] for name in ("tokens_in", "tokens_out", "residual_kept", "explained")})
+    settings = Settings("apet", job.keep, result["basis"], result["layout"], result["select"])
+    shown = view.Shown(
+        f"file-{number + 1}", printable(job.name), view.data_uri(photo), photo, job.grid, settings, frame, measure
+    )
+    return report.Entry(shown, job.source, job.picture, result)
+
+
+def _describe(arguments: OpArguments) -> str:
+    return f"layout {arguments.layout}, select {arguments.select}, {arguments.basis} basis tokens"
 
 
 def _draw(job: Job, frames: list[Frame], measure: Measure, encoder: Encoder, arguments: OpArguments) -> None:

@@ -75,7 +75,7 @@ def picture_paths(files: Sequence[str], out: Path | None) -> list[Path]:
 
     Raises: Refused, if a picture could not be written, or would replace one of the photos.
     """
-    from apet.media import is_address, stem
+    from apet.media import stem
 
     if out is not None and len(files) == 1 and not out.is_dir():
         if out.suffix.lower() not in PICTURES:
@@ -97,13 +97,30 @@ def picture_paths(files: Sequence[str], out: Path | None) -> list[Path]:
             while folder / name in paths:
                 name, n = f"{stem(file)}-{n}.apet.png", n + 1
             paths.append(folder / name)
-    photos = [Path(file).resolve() for file in files if file != "-" and not is_address(file)]
+    photos = _paths(files)
     for path in paths:
         if not path.parent.is_dir():
             raise Refused(f"no such folder: {path.parent}")
         if path.resolve() in photos:
             raise Refused(f"the picture would replace the photo {path}")
     return paths
+
+
+def _paths(files: Sequence[str]) -> list[Path]:
+    """Of those that are files."""
+    from apet.media import is_address
+
+    return [Path(file).resolve() for file in files if file != "-" and not is_address(file)]
+
+
+def check_report(report: Path, files: Sequence[str]) -> None:
+    """Raises: Refused, if a report could not be written there, or would replace one of the files."""
+    if report.suffix.lower() not in (".html", ".htm"):
+        raise Refused(f"cannot write a report as {report.name!r}: the name must end in .html")
+    if not report.parent.is_dir():
+        raise Refused(f"no such folder: {report.parent}")
+    if report.resolve() in _paths(files):
+        raise Refused(f"the report would replace the photo {report}")
 
 
 def save(figure: Figure, path: Path) -> None:

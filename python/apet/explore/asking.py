@@ -1,0 +1,72 @@
+"""Questions to a vision-language model about what the page shows, with all tokens and with those that are kept."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import apet
+from apet import Refused, media, models
+from apet.explore.settings import METHODS, Settings
+from apet.hub import first_line
+
+
+@dataclass(frozen=True)
+class Answer:
+    title: str
+    text: str
+
+
+class Asker:
+    """A model that answers one question at a time, for all users: it is patched for every answer and restored after it.
+
+    Raises: Refused, if it cannot be loaded.
+    """
+
+    def __init__(self, model: str, frames: int, max_new_tokens: int, dtype: str, device: str | None) -> None:
+        self.name, self._frames, self._length = model, frames, max_new_tokens
+        self._model, self._processor = models.load(model, [{"keep": Settings().keep}], dtype, device)
+        self._one = threading.Lock()  # held while the model is patched or answers
+
+    def ask(self, path: Path, prompt: str, settings: Sequence[Settings]) -> Iterator[Answer]:
+        """The answer with all tokens, then that of each setting. Of a clip the model sees all frames.
+
+        Raises: Refused, if the file, the prompt or a setting does not fit the model.
+        """
+        if not prompt.strip():
+            raise Refused("the question is empty")
+        found = media.read(path, self._frames)
+        photos, clip = ([], found) if found.is_clip else (found.frames, None)
+        inputs = models.question(self._model, self._processor, prompt, photos, clip)
+        yield Answer("All tokens", self._answer(inputs))
+        for one in settings:
+            if one.method == "apet":
+                yield self._compressed(inputs, one)
+            else:
+                yield Answer(str(one), f"(the model can be compressed with ApET, not with {METHODS[one.method]!r})")
+
+    def _compressed(self, inputs: dict[str, Any], one: Settings) -> Answer:
+        try:
+            with (
+                self._one,
+                apet.patched(self._model, keep=one.keep, basis=one.basis, layout=one.layout, select=one.select),
+            ):
+                text = self._generate(inputs)
+                counts = [[seen.tokens, *map(len, seen.left)] for seen in apet.kept(self._model).visuals]
+        except ValueError as error:
+            raise Refused(f"{one}: {first_line(error)}") from error
+        tokens = " + ".join(" → ".join(map(str, of)) for of in counts)
+        return Answer(f"{one}: {tokens} visual tokens", text)
+
+    def _answer(self, inputs: dict[str, Any]) -> str:
+        with self._one:
+            return self._generate(inputs)
+
+    def _generate(self, inputs: dict[str, Any]) -> str:
+        try:
+            return models.answer(self._model, self._processor, inputs, self._length, show=False).strip()
+        except RuntimeError as error:  # no memory
+            raise Refused(first_line(error)) from error

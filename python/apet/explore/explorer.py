@@ -1,0 +1,91 @@
+"""What the page does, without the page: every method is a function of a file and the settings in an address."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from html import escape
+from pathlib import Path
+
+from apet import Refused
+from apet.explore import methods, view
+from apet.explore.asking import Asker
+from apet.explore.files import Files
+from apet.explore.settings import Link, Settings
+from apet.explore.view import Shown
+from apet.hub import first_line
+
+EMPTY = "Drop a photo or a short clip to see which of its tokens are kept. It does not leave this machine."
+
+
+class Explorer:
+    """Threads may share it: it holds what was read and encoded, and nothing about who asked."""
+
+    def __init__(self, files: Files, asker: Asker | None = None) -> None:
+        self.files = files
+        self.asker = asker
+
+    def shown(self, path: Path, link: Link) -> list[Shown]:
+        """One or two settings of a photo, or of a frame of a clip.
+
+        Raises: Refused, if the file or a setting will not do.
+        """
+        found = self.files.get(path)
+        if not 1 <= link.frame <= len(found.photos):
+            raise Refused(f"frame={link.frame} is outside 1..{len(found.photos)}, the frames taken from {found.name}")
+        n = link.frame - 1
+        time = found.times[n] if found.times else None
+        shown = []
+        for settings in _settings(link):
+            try:
+                frame, measure = methods.compress(found.tokens[n : n + 1], found.grid, settings)
+            except (ValueError, RuntimeError) as error:  # the op's own message
+                raise Refused(f"{settings}: {first_line(error)}") from error
+            picture = found.views[n]
+            shown.append(
+                Shown("photo", found.name, found.photos[n], picture, found.grid, settings, frame, measure, time)
+            )
+        return shown
+
+    def page(self, path: str | None, link: Link) -> str:
+        """HTML of the pictures, or of what is wrong."""
+        if path is None:
+            return view.message(EMPTY, error=False)
+        try:
+            return view.page(self.shown(Path(path), link), link.query())
+        except Refused as error:
+            return view.message(_without_folder(error, path))
+
+    def picture(self, path: str, link: Link) -> dict[str, str]:
+        """A file for the browser to save: the pictures as SVG, which page.js makes a PNG of."""
+        shown = self.shown(Path(path), link)
+        return {"name": f"{Path(shown[0].name).stem}.apet.png", "text": view.poster(shown)}
+
+    def numbers(self, path: str, link: Link) -> dict[str, str]:
+        """A file for the browser to save: all numbers, as JSON."""
+        shown = self.shown(Path(path), link)
+        name = f"{Path(shown[0].name).stem}.apet.json"
+        return {"name": name, "text": json.dumps([view.numbers(one) for one in shown], indent=1)}
+
+    def answers(self, path: str | None, link: Link, prompt: str) -> Iterator[str]:
+        """HTML of the answers, again after each."""
+        if self.asker is None or path is None:
+            yield view.message("there is no photo or clip to ask about")
+            return
+        done = ""
+        try:
+            for answer in self.asker.ask(Path(path), prompt, _settings(link)):
+                text = escape(answer.text) or "<em>(an empty answer)</em>"
+                done += f"<dt>{escape(answer.title)}</dt><dd>{text}</dd>"
+                yield f'<dl class="apet answers">{done}</dl>'
+        except Refused as error:
+            yield f'<dl class="apet answers">{done}</dl>' * bool(done) + view.message(_without_folder(error, path))
+
+
+def _without_folder(error: Refused, path: str) -> str:
+    """The message, with the name of an uploaded file alone: where the server keeps it means nothing to its user."""
+    return str(error).replace(path, Path(path).name)
+
+
+def _settings(link: Link) -> list[Settings]:
+    return [link.first] if link.second is None else [link.first, link.second]

@@ -1,0 +1,86 @@
+"""A setting applied to the tokens of an image: ApET, or one of the baselines that it is compared with."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import apet_kernels
+from apet import outcome
+from apet.explore.settings import Settings
+from apet.outcome import Frame, Measure, OpArguments
+
+SEED = 7  # of random tokens
+
+
+def compress(x: Tensor, grid: tuple[int, int], settings: Settings) -> tuple[Frame, Measure]:
+    """x: [1, N, D], grid: the rows and columns of its N patches.
+
+    Raises: ValueError, if there are not so many tokens, or the op rejects the setting.
+    """
+    keep, n = settings.keep, x.shape[1]
+    if not 1 <= keep <= n:
+        raise ValueError(f"keep={keep} is outside 1..{n}")
+    if settings.method == "apet":
+        arguments = OpArguments(settings.basis, settings.layout, settings.select)
+        outcome.check(n, keep, arguments)
+        frames, measure = outcome.compress(x, keep, arguments)
+        return frames[0], measure
+    residual = apet_kernels.score(x, min(settings.basis, n), select=settings.select)[0][0]  # [N]
+    if settings.method == "pooling":
+        goal, kept = pooled(grid, keep)
+        rows = torch.stack([x[0, goal == k].mean(0) for k in kept])  # [K, D]
+    else:
+        kept = even(grid, keep) if settings.method == "uniform" else drawn(n, keep)
+        rows = apet_kernels.merge(x, kept[None])[0]
+        goal = outcome.merge_goals(x[0], kept)
+        goal[kept] = kept
+    survives = np.zeros(n, bool)
+    survives[kept.numpy()] = True
+    none = np.zeros(0, np.int64)
+    frame = Frame(kept.numpy(), none, none, survives, goal.numpy(), residual.double().numpy())
+    return frame, outcome.measure(x, rows[None], [frame])
+
+
+def even(grid: tuple[int, int], keep: int) -> Tensor:
+    """[K] ascending positions in rows as far apart as those in a row, as nearly as so many can be."""
+    rows, cols = grid
+    used = min(max(round((keep * rows / cols) ** 0.5), -(-keep // cols), 1), rows, keep)
+    ends = [i * keep // used for i in range(used + 1)]
+    positions = [
+        row * cols + col
+        for row, (begin, end) in zip(_spread(used, rows), itertools.pairwise(ends), strict=True)
+        for col in _spread(end - begin, cols)
+    ]
+    return torch.tensor(positions)
+
+
+def drawn(tokens: int, keep: int) -> Tensor:
+    """[K] ascending positions, the same for every call."""
+    return torch.randperm(tokens, generator=torch.Generator().manual_seed(SEED))[:keep].sort().values
+
+
+def pooled(grid: tuple[int, int], keep: int) -> tuple[Tensor, Tensor]:
+    """Blocks of an even division of the grid, `keep` of them or the next smaller number that there is; where two are as
+    good, the squarer ones. Returns the position [N] in the middle of every token's block, and those positions [K]."""
+    rows, cols = grid
+    down, across = max(
+        ((r, min(cols, keep // r)) for r in range(1, min(rows, keep) + 1)),
+        key=lambda n: (n[0] * n[1], -abs(np.log(rows / n[0] * n[1] / cols))),
+    )
+    block_row, block_col = torch.arange(rows) * down // rows, torch.arange(cols) * across // cols
+    middle_row, middle_col = (
+        torch.stack([(block == b).nonzero().view(-1).median() for b in range(count)])
+        for block, count in ((block_row, down), (block_col, across))
+    )
+    goal = middle_row[block_row][:, None] * cols + middle_col[block_col]  # [rows, cols]
+    kept = middle_row[:, None] * cols + middle_col
+    return goal.view(-1), kept.view(-1)
+
+
+def _spread(count: int, places: int) -> list[int]:
+    """`count` of so many places, the middles of equal parts."""
+    return [(2 * i + 1) * places // (2 * count) for i in range(count)]

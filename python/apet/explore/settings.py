@@ -1,0 +1,99 @@
+"""A setting of the page, and the query of an address that holds one or two of them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from urllib.parse import urlencode
+
+from apet_kernels.options import LAYOUTS, MAX_BASIS, SELECTS
+
+METHODS = {
+    "apet": "ApET",
+    "uniform": "Even grid, merged",
+    "random": "Random, merged",
+    "pooling": "Average pooling",
+}
+CHOICES: dict[str, tuple[str, ...]] = {"method": tuple(METHODS), "layout": LAYOUTS, "select": SELECTS}
+LEAST = {"keep": 1, "basis": 1}
+MOST = {"basis": MAX_BASIS}
+SECOND = "b_"  # before the names of the second setting in an address
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How the tokens of an image are compressed. basis, layout and select are those of ApET; basis is of the residual,
+    too."""
+
+    method: str = "apet"
+    keep: int = 64
+    basis: int = 10
+    layout: str = "inplace"
+    select: str = "fps"
+
+    def __str__(self) -> str:
+        words = f"{METHODS[self.method]}, keep {self.keep}"
+        return words + f", basis {self.basis}, {self.layout}, {self.select}" if self.method == "apet" else words
+
+
+DEFAULT = Settings()
+
+
+@dataclass(frozen=True)
+class Link:
+    """What an address holds. frame counts from 1."""
+
+    first: Settings = DEFAULT
+    second: Settings | None = None
+    frame: int = 1
+
+    def query(self) -> str:
+        """'keep=32&b_method=uniform&...'. Of the first setting, what is not the default."""
+        given = {name: value for name, value in asdict(self.first).items() if value != getattr(DEFAULT, name)}
+        if self.second is not None:
+            given |= {SECOND + name: value for name, value in asdict(self.second).items()}
+        if self.frame != 1:
+            given["frame"] = self.frame
+        return urlencode(given)
+
+
+def read_link(query: Mapping[str, str]) -> tuple[Link, list[str]]:
+    """The settings in the query of an address, and a message for every value that is none; its default is taken then.
+    Names that are not known are left alone: Gradio has its own, such as __theme."""
+    messages: list[str] = []
+    first, second = (_settings(query, prefix, messages) for prefix in ("", SECOND))
+    has_second = any(SECOND + name in query for name in asdict(DEFAULT))
+    frame = _count("frame", query["frame"], 1, None, messages) if "frame" in query else None
+    return Link(first, second if has_second else None, frame or 1), messages
+
+
+def _settings(query: Mapping[str, str], prefix: str, messages: list[str]) -> Settings:
+    settings = DEFAULT
+    for name in asdict(DEFAULT):
+        text = query.get(prefix + name)
+        if text is None:
+            continue
+        if name in CHOICES:
+            if text in CHOICES[name]:
+                settings = replace(settings, **{name: text})
+            else:
+                messages.append(f"{prefix}{name}={text!r} in the address is none of {', '.join(CHOICES[name])}")
+        else:
+            count = _count(prefix + name, text, LEAST[name], MOST.get(name), messages)
+            settings = settings if count is None else replace(settings, **{name: count})
+    return settings
+
+
+def _count(name: str, text: str, least: int, most: int | None, messages: list[str]) -> int | None:
+    if (
+        text.isascii()
+        and text.isdigit()
+        and len(text) <= 9
+        and int(text) >= least
+        and (most is None or int(text) <= most)
+    ):
+        return int(text)
+    messages.append(
+        f"{name}={text!r} in the address is no number {f'from {least}' if most is None else f'in {least}..{most}'}"
+    )
+    return None

@@ -1,0 +1,313 @@
+"""What became of the tokens of a photo, drawn as SVG: for the page, the PNG, the README and the HTML report.
+
+Every picture counts in patches: column c, row r is the square [c, c+1] x [r, r+1] of the SVG. A document holds each
+photo once, and its pictures refer to it; so the ids of the photos of one document must differ.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from html import escape
+from importlib.resources import files
+from typing import Any
+
+import matplotlib
+import numpy as np
+from PIL import Image
+
+from apet.explore.files import PATCH, data_uri
+from apet.explore.settings import Settings
+from apet.outcome import Frame, Measure
+from apet.pictures import HEAT, borders_of, group_colours, moved
+
+STYLE = (files(__package__) / "view.css").read_text(encoding="utf-8")
+HEAT_PIXELS = 8  # to an edge of a patch, so that no viewer blurs it
+README = ("photo", "clear", "rebuilt")
+ALL = ("kept", "merged", "rebuilt", "residual")
+
+
+@dataclass(frozen=True)
+class Shown:
+    """A photo, or a frame of a clip, and what a setting makes of it."""
+
+    id: str  # of the photo in the document: letters, digits and hyphens
+    name: str
+    photo: str  # data URI
+    picture: Image.Image  # the same, PATCH pixels to an edge of a patch
+    grid: tuple[int, int]
+    settings: Settings
+    frame: Frame
+    measure: Measure
+    time: float | None = None  # seconds into the clip
+
+
+def page(shown: Sequence[Shown], query: str = "") -> str:
+    """HTML of one or two settings of one photo. query: the address of the page that shows them."""
+    most = heat_of(shown)
+    letters = "AB" if len(shown) > 1 else " "
+    sections = "".join(_section(one, most, letter.strip()) for one, letter in zip(shown, letters, strict=True))
+    time = "" if shown[0].time is None else f"Frame at {shown[0].time:.2f} s. "
+    return (
+        f'<div class="apet" data-count="{len(shown)}" data-query="{escape(query)}">{photo(shown[0])}'
+        f'<p class="where" role="status">{time}Point at a patch, tap it, or move with the arrow keys to see where it '
+        f'went.</p><div class="settings">{sections}</div></div>'
+    )
+
+
+def message(words: str, error: bool = True) -> str:
+    """HTML of a message in the place of the pictures."""
+    role = ' role="alert"' if error else ""
+    return f'<div class="apet"><p class="message"{role}>{escape(words)}</p></div>'
+
+
+def poster(shown: Sequence[Shown], kinds: Sequence[str] = ALL, dark: bool = False, width: int = 1280) -> str:
+    """A picture of its own, an SVG document: a line for each setting."""
+    side, gap, head, line = 28, 44, 46, 30
+    most = heat_of(shown)
+    rows, cols = shown[0].grid
+    wide = (width - 2 * side - (len(kinds) - 1) * gap) / len(kinds)
+    high = min(rows / cols, 1.5) * wide
+    x_of = [side + i * (wide + gap) for i in range(len(kinds))]
+    y, parts = float(side), []
+    for one in shown:
+        if kinds == ALL:
+            y += head
+            parts.append(
+                _text(side, y - 16, heading(one), "title") + _text(width - side, y - 16, facts(one), "facts", "end")
+            )
+        for i, kind in enumerate(kinds):
+            large = kinds == README
+            parts.append(_text(x_of[i], y + line - 12, CAPTIONS[kind](one, large), "large" if large else "caption"))
+            place = f'x="{x_of[i]:.1f}" y="{y + line:.1f}" width="{wide:.1f}" height="{high:.1f}"'
+            parts.append(panel(one, kind, most, place))
+            if large and i:
+                parts.append(_arrow(x_of[i] - gap / 2, y + line + high / 2))
+        y += line + high + side / 2
+    height = y + side / 2
+    names = escape("; ".join(f"{one.name}: {heading(one)}" for one in shown))
+    theme = " dark" if dark else ""
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" class="apet poster{theme}" width="{width}" height="{height:.0f}" '
+        f'viewBox="0 0 {width} {height:.0f}" role="img" aria-label="{names}"><style>{STYLE}</style>'
+        f'<rect class="paper" width="100%" height="100%"/>{photo(shown[0])}{"".join(parts)}</svg>'
+    )
+
+
+def numbers(one: Shown) -> dict[str, Any]:
+    """All that is known of what is shown, for JSON: positions count row by row. e^2 that is not finite is null."""
+    frame, measure = one.frame, one.measure
+    finite = np.isfinite(frame.residual)
+    return {
+        "file": one.name,
+        "seconds": one.time,
+        "grid": list(one.grid),
+        **vars(one.settings),
+        "tokens_in": measure.tokens_in,
+        "tokens_out": measure.tokens_out,
+        "residual_kept": measure.residual_kept,
+        "explained": measure.explained,
+        "kept": frame.kept.tolist(),
+        "basis_positions": frame.basis.tolist(),
+        "overwritten": frame.overwritten.tolist(),
+        "merged_into": frame.goal.tolist(),
+        "residual": [float(e) if ok else None for e, ok in zip(frame.residual, finite, strict=True)],
+    }
+
+
+def heading(one: Shown) -> str:
+    return f"{one.measure.tokens_in} → {one.measure.tokens_out} tokens"
+
+
+def facts(one: Shown) -> str:
+    """One line about a setting and what it keeps."""
+    measure = one.measure
+    return (
+        f"{one.settings}   ·   {measure.residual_kept:.0%} of the residual   ·   "
+        f"{max(round(measure.explained, 2), 0):.0%} of the variance"
+    )
+
+
+def heat_of(shown: Sequence[Shown]) -> float:
+    """The largest finite e^2, the top of the scale that what is shown shares."""
+    finite = np.concatenate([one.frame.residual[np.isfinite(one.frame.residual)] for one in shown])
+    return max(float(finite.max(initial=0.0)), 1e-12)
+
+
+# --- a section of the page ---
+
+
+def _section(one: Shown, most: float, letter: str) -> str:
+    """The pictures of one setting, with the positions that page.js needs."""
+    frame = one.frame
+    data = {
+        "grid": one.grid,
+        "goal": frame.goal.tolist(),
+        "kept": frame.kept.tolist(),
+        "survives": np.flatnonzero(frame.survives).tolist(),
+        "basis": frame.basis.tolist(),
+        "residual": [float(f"{e:.4g}") if np.isfinite(e) else None for e in frame.residual],
+    }
+    figures = ""
+    for kind in ALL:
+        picture = panel(one, kind, most, keys=kind == "kept") + (_scale(most) if kind == "residual" else "")
+        figures += f"<figure><figcaption>{escape(CAPTIONS[kind](one, False))}</figcaption>{picture}</figure>"
+    label = f"<span>{letter}</span> " if letter else ""
+    before, _, after = heading(one).partition(" → ")
+    return (
+        f'<section aria-label="{escape(f"Setting {letter}: {one.settings}")}" data-view="{escape(json.dumps(data))}">'
+        f"<header><h2>{label}{before} → <b>{after}</b></h2><p>{escape(facts(one))}</p></header>"
+        f'<div class="panels">{figures}</div></section>'
+    )
+
+
+def _scale(most: float) -> str:
+    colours = ", ".join(matplotlib.colors.to_hex(matplotlib.colormaps[HEAT](i / 8)) for i in range(9))
+    return (
+        f'<p class="scale"><span>0</span><i style="background: linear-gradient(90deg, {colours})"></i>'
+        f"<span>{most:.3g}</span></p>"
+    )
+
+
+# --- one picture ---
+
+CAPTIONS: dict[str, Callable[[Shown, bool], str]] = {
+    "photo": lambda one, large: f"{one.measure.tokens_in} tokens",
+    "clear": lambda one, large: f"{one.measure.tokens_out} tokens",
+    "kept": lambda one, large: f"Kept: {len(one.frame.kept)} patches",
+    "merged": lambda one, large: f"Merged: {moved(one.frame)} patches, a colour per group",
+    "rebuilt": lambda one, large: "what the model still sees" if large else "Rebuilt: the mean of each group",
+    "residual": lambda one, large: "Residual e²: what the basis misses",
+}
+
+
+def panel(one: Shown, kind: str, most: float, place: str = "", keys: bool = False) -> str:
+    """One of CAPTIONS. most: the top of the scale of residuals; place: attributes of the SVG element; keys: whether it
+    takes the arrow keys."""
+    rows, cols = one.grid
+    says = f"{one.name}. {CAPTIONS[kind](one, False)}."
+    role = 'role="img"'
+    if keys:  # an application, so that a screen reader leaves it the keys
+        role = 'role="application" tabindex="0"'
+        says += " The arrow keys move from patch to patch."
+    return (
+        f'<svg class="patches {kind}" viewBox="0 0 {cols} {rows}" {role} aria-label="{escape(says)}" {place}>'
+        f'{_MARKS[kind](one, most)}<g class="cursor"></g></svg>'
+    )
+
+
+def photo(one: Shown) -> str:
+    """The photo, for the pictures that refer to it."""
+    image = _image(one.photo, one.grid, f"{one.id}-photo")
+    return f'<svg class="photo" width="0" height="0" aria-hidden="true"><defs>{image}</defs></svg>'
+
+
+def _image(uri: str, grid: tuple[int, int], id: str = "") -> str:
+    rows, cols = grid
+    name = f'id="{id}" ' if id else ""
+    return f'<image {name}width="{cols}" height="{rows}" preserveAspectRatio="none" decoding="sync" href="{uri}"/>'
+
+
+def _use(one: Shown) -> str:
+    return f'<use href="#{one.id}-photo"/>'
+
+
+def _draw_photo(one: Shown, most: float) -> str:
+    rows, cols = one.grid
+    lines = "".join(f"M{c} 0v{rows}" for c in range(1, cols)) + "".join(f"M0 {r}h{cols}" for r in range(1, rows))
+    return f'{_use(one)}<path class="grid" d="{lines}"/>'
+
+
+def _draw_clear(one: Shown, most: float) -> str:
+    clear = one.frame.survives
+    return f'{_use(one)}<path class="veil" d="{_area(~clear, one.grid)}"/>{_edges(clear, one.grid)}'
+
+
+def _draw_kept(one: Shown, most: float) -> str:
+    return _draw_clear(one, most) + _basis(one)
+
+
+def _draw_merged(one: Shown, most: float) -> str:
+    """Groups of more than one token in colours of their own; a dot on the token that stands for the group."""
+    goal = one.frame.goal
+    colours = group_colours(goal)  # [N, 3]
+    targets, counts = np.unique(goal[goal >= 0], return_counts=True)
+    parts = [f'<g class="grey">{_use(one)}</g>']
+    dots = []
+    for target in targets[counts > 1]:
+        colour = matplotlib.colors.to_hex(colours[target])
+        parts.append(f'<path class="group" fill="{colour}" d="{_area(goal == target, one.grid)}"/>')
+        row, col = divmod(int(target), one.grid[1])
+        dots.append(f'<circle cx="{col + 0.5}" cy="{row + 0.5}" r="0.3" fill="{colour}"/>')
+    return "".join(parts) + _edges(goal, one.grid) + f'<g class="dots">{"".join(dots)}</g>'
+
+
+def _draw_rebuilt(one: Shown, most: float) -> str:
+    """Every place with the mean of the patches that were merged into the same token; black where it went nowhere."""
+    rows, cols = one.grid
+    size = PATCH // 2
+    pixels = np.asarray(one.picture.resize((cols * size, rows * size)), np.float32)
+    patches = pixels.reshape(rows, size, cols, size, 3).swapaxes(1, 2).reshape(rows * cols, -1)  # [N, 3 size^2]
+    goal = one.frame.goal
+    targets, group = np.unique(goal, return_inverse=True)  # [G], [N]
+    sums = (np.arange(len(targets))[:, None] == group).astype(np.float32) @ patches  # [G, 3 size^2]
+    means = sums / np.bincount(group)[:, None] * (targets >= 0)[:, None]
+    picture = means[group].reshape(rows, cols, size, size, 3).swapaxes(1, 2).reshape(rows * size, cols * size, 3)
+    return _image(data_uri(Image.fromarray(picture.round().astype(np.uint8))), one.grid)
+
+
+def _draw_residual(one: Shown, most: float) -> str:
+    """e^2 as heat, with the outlines of what is kept; what is not finite as the top of the scale."""
+    heat = np.nan_to_num(one.frame.residual, nan=most, posinf=most) / most
+    pixels = matplotlib.colormaps[HEAT](heat.reshape(one.grid), bytes=True)[..., :3]
+    file = io.BytesIO()
+    Image.fromarray(pixels.repeat(HEAT_PIXELS, 0).repeat(HEAT_PIXELS, 1)).save(file, "PNG")
+    uri = "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
+    return _image(uri, one.grid) + _edges(one.frame.survives, one.grid)
+
+
+_MARKS: dict[str, Callable[[Shown, float], str]] = {
+    "photo": _draw_photo,
+    "clear": _draw_clear,
+    "kept": _draw_kept,
+    "merged": _draw_merged,
+    "rebuilt": _draw_rebuilt,
+    "residual": _draw_residual,
+}
+
+
+def _area(chosen: np.ndarray, grid: tuple[int, int]) -> str:
+    """The path of all chosen patches [N], a rectangle for each run in a row."""
+    rows, cols = grid
+    steps = np.diff(chosen.reshape(rows, cols).astype(np.int8), axis=1, prepend=0, append=0)  # [rows, cols + 1]
+    begins, ends = np.argwhere(steps == 1), np.argwhere(steps == -1)
+    return "".join(
+        f"M{c} {r}h{e - c}v1h{c - e}z" for (r, c), (_, e) in zip(begins.tolist(), ends.tolist(), strict=True)
+    )
+
+
+def _edges(groups: np.ndarray, grid: tuple[int, int]) -> str:
+    """Lines between neighbouring patches of different groups [N]."""
+    lines = "".join(f"M{x} {y}L{u} {v}" for (x, y), (u, v) in borders_of(groups, grid))
+    return f'<path class="edges" d="{lines}"/>'
+
+
+def _basis(one: Shown) -> str:
+    cols = one.grid[1]
+    parts = []
+    for order, position in enumerate(one.frame.basis.tolist(), start=1):
+        row, col = divmod(position, cols)
+        parts.append(f'<rect x="{col}" y="{row}" width="1" height="1"/>')
+        parts.append(f'<text x="{col + 0.5}" y="{row + 0.69}">{order}</text>')
+    return f'<g class="basis">{"".join(parts)}</g>'
+
+
+def _text(x: float, y: float, words: str, kind: str, anchor: str = "start") -> str:
+    return f'<text class="{kind}" x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{escape(words)}</text>'
+
+
+def _arrow(x: float, y: float) -> str:
+    return f'<path class="arrow" d="M{x - 11:.1f} {y:.1f}h20m-8 -8l8 8l-8 8"/>'

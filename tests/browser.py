@@ -1,0 +1,75 @@
+"""A headless browser, and the page of `apet explore` served from this process."""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+BROWSERS = ("chromium", "chromium-browser", "google-chrome")
+
+
+def missing() -> str | None:
+    """Why the page cannot be tried in a browser here."""
+    for module in ("gradio", "playwright.sync_api"):
+        try:
+            __import__(module)
+        except ImportError:
+            return f"{module.partition('.')[0]} is not installed: pip install '.[dev]'"
+    return None if executable() else f"no browser: none of {', '.join(BROWSERS)} is on the path"
+
+
+def executable() -> str | None:
+    return next(filter(None, map(shutil.which, BROWSERS)), None)
+
+
+@contextlib.contextmanager
+def browser() -> Iterator[Any]:
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        # Root, as in a container, may start it without its sandbox alone.
+        chromium = playwright.chromium.launch(executable_path=executable(), args=["--no-sandbox"])
+        yield chromium
+        chromium.close()
+
+
+@contextlib.contextmanager
+def served(explorer: Any, start: Path | None, megabytes: int = 64) -> Iterator[str]:
+    """The address of a page while it is served."""
+    from apet.explore.page import build, serve
+
+    page = build(explorer, start)
+    try:
+        yield serve(page, port=None, megabytes=megabytes, allowed=[start] if start else [], browser=False)
+    finally:
+        page.close(verbose=False)
+
+
+@contextlib.contextmanager
+def connections() -> Iterator[list[str]]:
+    """Hosts other than this one that this process connects to or asks the address of."""
+    outside: list[str] = []
+    connect, resolve = socket.socket.connect, socket.getaddrinfo
+
+    def local(host: object) -> bool:
+        return str(host) in ("127.0.0.1", "::1", "localhost", "None", "")
+
+    def connecting(self: socket.socket, address: Any) -> None:
+        if self.family in (socket.AF_INET, socket.AF_INET6) and not local(address[0]):
+            outside.append(str(address[0]))
+        return connect(self, address)
+
+    def resolving(host: Any, *more: Any, **named: Any) -> Any:
+        if not local(host):
+            outside.append(str(host))
+        return resolve(host, *more, **named)
+
+    socket.socket.connect, socket.getaddrinfo = connecting, resolving  # type: ignore[method-assign, assignment]
+    try:
+        yield outside
+    finally:
+        socket.socket.connect, socket.getaddrinfo = connect, resolve  # type: ignore[method-assign]
