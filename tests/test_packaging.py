@@ -528,7 +528,8 @@ def test_wheel_with_torch(with_torch: Path, source: Path, tmp_path: Path, isolat
     assert {f"apet_kernels/{n}" for n in ("libapet.so", "libapet_torch.so", "_host.so", "py.typed")} < files
     assert {name.split("/")[0] for name in files} == {"apet", "apet_kernels"}
     data = {name for name in files if Path(name).suffix not in (".py", ".so", ".typed")}
-    assert data == {"apet/hooks/tested.json"}
+    page = {f"apet/explore/{name}" for name in ("page.css", "page.js", "view.css")}
+    assert data == page | {"apet/hooks/tested.json"}
     run(with_torch, "-m", "pip", "install", "--no-deps", "--force-reinstall", wheel)
     run(with_torch, "-I", "-c", CHECK_KERNELS)
     recorded = (source / "COMMIT").read_text().strip()
