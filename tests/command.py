@@ -17,8 +17,8 @@ def said(*words: object, code: int = 0) -> str:
     return result.output if code else result.stdout
 
 
-def refused(*words: object) -> str:
-    """The one sentence of a call that must fail with exit code 2."""
+def failed(*words: object) -> str:
+    """The one message of a call that must fail with exit code 2."""
     result = invoke(*words)
     assert (result.exit_code, result.stdout) == (2, "")
     assert result.stderr.count("\n") == 1

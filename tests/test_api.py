@@ -261,4 +261,4 @@ def test_lazy_names_of_apet():
     tree = ast.parse(Path(apet.__file__).read_text())
     (block,) = [node for node in tree.body if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"]
     assert {alias.name: node.module for node in block.body for alias in node.names} == apet._LAZY
-    assert set(apet.__all__) == {*apet._LAZY, "Notice", "Refused", "__version__"}
+    assert set(apet.__all__) == {*apet._LAZY, "Notice", "ApetError", "__version__"}

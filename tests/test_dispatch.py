@@ -81,12 +81,12 @@ def cuda(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> SimpleNamespace:
     """An installation with CUDA kernels, and as many calls of its plan as were made."""
     library = tmp_path / "libapet_cuda_torch.so"
     library.write_text("")
-    seen = SimpleNamespace(loaded=[], planned=[], refuses=None)
+    seen = SimpleNamespace(loaded=[], planned=[], error=None)
 
     def plan(x: torch.Tensor, keep: int) -> None:
         seen.planned.append(tuple(x.shape))
-        if seen.refuses:
-            raise RuntimeError(seen.refuses)
+        if seen.error:
+            raise RuntimeError(seen.error)
 
     empty = torch.empty
     monkeypatch.setattr(torch.version, "cuda", "13.0")
@@ -105,10 +105,10 @@ def test_a_device_is_asked_once(cuda):
     assert cuda.planned == [(1, 2, 1)] * 2
 
 
-def test_a_device_that_refuses(cuda):
-    cuda.refuses = "a call of the CUDA runtime failed: no kernel image is available"
+def test_a_device_that_fails(cuda):
+    cuda.error = "a call of the CUDA runtime failed: no kernel image is available"
     for _ in range(2):
-        assert dispatch.why_not_cuda(cuda_device(1)) == f"the CUDA kernels do not run on cuda:1: {cuda.refuses}"
+        assert dispatch.why_not_cuda(cuda_device(1)) == f"the CUDA kernels do not run on cuda:1: {cuda.error}"
     assert len(cuda.planned) == 1
 
 
@@ -147,7 +147,7 @@ def test_backends_ask_the_current_device(cuda, monkeypatch):
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 2)
     assert apet_kernels.why_unavailable("cuda") is None
     dispatch.why_not_cuda.cache_clear()
-    cuda.refuses = "too old"
+    cuda.error = "too old"
     assert apet_kernels.why_unavailable("cuda") == "the CUDA kernels do not run on cuda:2: too old"
 
 

@@ -8,7 +8,7 @@ import signal
 from pathlib import Path
 
 import pytest
-from apet import Refused
+from apet import ApetError
 from apet.evaluation import questions, summary
 from apet.evaluation.answers import Answers
 
@@ -71,13 +71,13 @@ def without(key: str) -> dict:
 )
 def test_lines_that_are_rejected(second: object, message: str, tmp_path: Path) -> None:
     lines(tmp_path / "questions.jsonl", [GOOD, second])
-    with pytest.raises(Refused, match=f"questions.jsonl, {message}"):
+    with pytest.raises(ApetError, match=f"questions.jsonl, {message}"):
         questions.read(tmp_path)
 
 
 def test_files_that_are_rejected(tmp_path: Path) -> None:
     path = tmp_path / "questions.jsonl"
-    with pytest.raises(Refused, match=r"cannot read .*questions.jsonl: No such file"):
+    with pytest.raises(ApetError, match=r"cannot read .*questions.jsonl: No such file"):
         questions.read(tmp_path)
     for content, message in (
         (b"\n", "holds no question"),
@@ -85,7 +85,7 @@ def test_files_that_are_rejected(tmp_path: Path) -> None:
         (b'{"id": "\xff"}', "line 1: this is no JSON"),
     ):
         path.write_bytes(content)
-        with pytest.raises(Refused, match=message):
+        with pytest.raises(ApetError, match=message):
             questions.read(tmp_path)
 
 
@@ -126,7 +126,7 @@ def test_a_full_disk_is_an_error(tmp_path: Path) -> None:
         with Answers(path, MADE) as answers:
             resource.setrlimit(resource.RLIMIT_FSIZE, (len(data) + 10, before[1]))
             for _ in range(2):  # a part of the line, then nothing
-                with pytest.raises(Refused, match=f"cannot write {path}: (No space|File too large)"):
+                with pytest.raises(ApetError, match=f"cannot write {path}: (No space|File too large)"):
                     answers.add({"id": "1", "variant": "v", "answer": "long enough"})
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
@@ -147,7 +147,7 @@ def test_answers_replace_failures(tmp_path: Path) -> None:
 @pytest.mark.parametrize("content", [b"notes without a line end", b"[]\n", b"\xff\n"])
 def test_another_file_is_left_as_it_is(content: bytes, tmp_path: Path) -> None:
     (tmp_path / "notes").write_bytes(content)
-    with pytest.raises(Refused, match="holds something else than answers of apet eval"):
+    with pytest.raises(ApetError, match="holds something else than answers of apet eval"):
         Answers(tmp_path / "notes", MADE)
     assert (tmp_path / "notes").read_bytes() == content
 
@@ -156,7 +156,7 @@ def test_a_run_without_answers_binds_no_other(tmp_path: Path) -> None:
     path = tmp_path / "answers.jsonl"
     path.write_text('{"made with": {"model": "other"}}\n')
     written(path, [{"id": "1", "variant": "v", "answer": ""}])
-    with pytest.raises(Refused, match="was made with model='m', this run has 'other'"):
+    with pytest.raises(ApetError, match="was made with model='m', this run has 'other'"):
         Answers(path, {"model": "other"})
 
 

@@ -30,7 +30,7 @@ from apet.explore.settings import METHODS, Link, Settings, read_link
 from PIL import Image
 
 import apet_kernels
-from tests.command import refused, said
+from tests.command import failed, said
 
 SMALL = Settings(keep=12, basis=4)
 
@@ -452,7 +452,7 @@ def test_a_report_of_many_files(tmp_path: Path, photo: Path, clip: Path, quick: 
 )
 def test_reports_that_cannot_be_written(tmp_path: Path, photo: Path, quick: None, report_name: str, words: str) -> None:
     before = sorted(tmp_path.iterdir())
-    message = refused(
+    message = failed(
         "compress", photo, "--keep", 9, "--report", tmp_path / report_name, "--out", tmp_path / "picture.png"
     )
     assert words in message
@@ -471,12 +471,12 @@ def test_a_report_is_small(photo: Path, explorer: Explorer) -> None:
 
 def test_the_extra_is_named(monkeypatch: pytest.MonkeyPatch, photo: Path) -> None:
     monkeypatch.setitem(sys.modules, "gradio", None)  # importing it fails now
-    assert refused("explore", photo) == 'apet: this needs gradio: pip install "apet-kernels[explore]"\n'
+    assert failed("explore", photo) == 'apet: this needs gradio: pip install "apet-kernels[explore]"\n'
 
 
 def test_the_command_rejects_before_it_serves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "gradio", functools)  # any module: it must not come so far
     monkeypatch.setattr(encoders, "load", lambda *_, **__: Tiles())
-    assert "'missing.png' does not exist" in refused("explore", "missing.png")
-    assert "--port" in refused("explore", "--port", "99999")
-    assert "--max-size" in refused("explore", "--max-size", "0")
+    assert "'missing.png' does not exist" in failed("explore", "missing.png")
+    assert "--port" in failed("explore", "--port", "99999")
+    assert "--max-size" in failed("explore", "--max-size", "0")

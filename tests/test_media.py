@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from apet import Refused, media
+from apet import ApetError, media
 from apet.media import frames, sources
 from PIL import Image
 
@@ -78,7 +78,7 @@ def read(data: bytes, count: int = 4) -> media.Media:
 
 
 def rejected(data: bytes, count: int = 4) -> str:
-    with pytest.raises(Refused) as error:
+    with pytest.raises(ApetError) as error:
         read(data, count)
     return str(error.value)
 
@@ -405,8 +405,8 @@ def photo() -> bytes:
     return saved(Image.new("RGB", (30, 20), "red"), "PNG")
 
 
-def refused(source: str | Path) -> str:
-    with pytest.raises(Refused) as error:
+def failed(source: str | Path) -> str:
+    with pytest.raises(ApetError) as error:
         media.read(source, 4)
     return str(error.value)
 
@@ -417,9 +417,9 @@ def test_files_are_read_by_their_contents(photo: bytes, tmp_path: Path) -> None:
     assert media.read(path, 4).size == (30, 20)
     assert media.read(str(path), 4).name == str(path)
     (tmp_path / "empty.png").touch()
-    assert "the file is empty" in refused(tmp_path / "empty.png")
-    assert "it is a folder" in refused(tmp_path)
-    assert "No such file" in refused(tmp_path / "missing.png")
+    assert "the file is empty" in failed(tmp_path / "empty.png")
+    assert "it is a folder" in failed(tmp_path)
+    assert "No such file" in failed(tmp_path / "missing.png")
 
 
 def test_standard_input_and_descriptors(photo: bytes) -> None:
@@ -441,7 +441,7 @@ def test_named_pipe(photo: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert media.read(pipe, 2).size == (30, 20)
     monkeypatch.setattr(sources, "MOST_BYTES", 10)
     threading.Thread(target=lambda: pipe.open("wb", buffering=0).write(photo)).start()
-    assert "is larger than 0 MiB" in refused(pipe)
+    assert "is larger than 0 MiB" in failed(pipe)
 
 
 class Server(http.server.BaseHTTPRequestHandler):
@@ -490,20 +490,20 @@ def test_addresses(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
         assert media.read(address + path, 2).size == (30, 20)
     item = media.read(address.replace("://", "://user:secret@") + "/locked?token=secret", 2)
     assert item.name == f"{address}/locked"
-    assert "the server answers 404" in refused(f"{address}/missing")
-    assert "cannot download" in refused(f"{address}/file")
-    assert "bytes at its end are missing" in refused(f"{address}/short")
+    assert "the server answers 404" in failed(f"{address}/missing")
+    assert "cannot download" in failed(f"{address}/file")
+    assert "bytes at its end are missing" in failed(f"{address}/short")
     monkeypatch.setattr(sources, "SILENCE", 0.2)
-    assert "nothing arrived for 0.2 seconds" in refused(f"{address}/silent")
+    assert "nothing arrived for 0.2 seconds" in failed(f"{address}/silent")
     monkeypatch.setattr(sources, "PATIENCE", -1.0)
-    assert "takes longer than -1 seconds" in refused(f"{address}/photo")
+    assert "takes longer than -1 seconds" in failed(f"{address}/photo")
     monkeypatch.setattr(sources, "MOST_BYTES", 10)
-    assert "is larger than 0 MiB" in refused(f"{address}/photo")
+    assert "is larger than 0 MiB" in failed(f"{address}/photo")
 
 
 @pytest.mark.parametrize("scheme", ["file", "ftp", "concat", "data"])
 def test_other_schemes_are_rejected(scheme: str) -> None:
-    assert "of addresses only http and https are read" in refused(f"{scheme}:///etc/passwd")
+    assert "of addresses only http and https are read" in failed(f"{scheme}:///etc/passwd")
 
 
 @pytest.mark.parametrize(

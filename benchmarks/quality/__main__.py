@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 import torch
-from apet import Refused
+from apet import ApetError
 
 from benchmarks.lib.machine import describe
 from benchmarks.quality import agreement, features, intrinsic, methods, reader, report, task
@@ -37,7 +37,7 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         for step in STEPS if given.step == "all" else (given.step,):
             run(step, given)
-    except (Refused, ImportError, FileNotFoundError) as error:
+    except (ApetError, ImportError, FileNotFoundError) as error:
         sys.exit(f"error: {error}")
 
 

@@ -76,7 +76,7 @@ class Scene:
 
 
 def source(path: Path) -> Source:
-    """A photograph or `FRAMES` frames of a clip. Raises: apet.Refused where the file is neither."""
+    """A photograph or `FRAMES` frames of a clip. Raises: apet.ApetError where the file is neither."""
     frames = []
     for frame in media.read(path, FRAMES).frames:
         zoom = max(300 / min(frame.size), 1.0)
@@ -87,7 +87,7 @@ def source(path: Path) -> Source:
 def sources(split: str, folder: Path | None = None) -> list[Source]:
     """The sources of a split, or every file of a folder of your own.
 
-    Raises: ImportError, where a package that holds them is missing; apet.Refused for other files.
+    Raises: ImportError, where a package that holds them is missing; apet.ApetError for other files.
     """
     if folder is not None:
         return [source(path) for path in sorted(folder.iterdir()) if path.is_file()]

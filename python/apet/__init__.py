@@ -46,10 +46,10 @@ _LAZY = {
 }
 __all__ = [
     "Adapter",
+    "ApetError",
     "Kept",
     "Notice",
     "Options",
-    "Refused",
     "Report",
     "Visual",
     "__version__",
@@ -79,7 +79,7 @@ class Notice(UserWarning):
         self.key = key or message
 
 
-class Refused(Exception):
+class ApetError(Exception):
     """The error of the command line and what it calls: one message, meant for the user, with the offending value."""
 
 

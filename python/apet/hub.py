@@ -12,24 +12,24 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from apet import Refused
+from apet import ApetError
 
 
 def need(module: str, extra: str = "demo", what: str = "this") -> ModuleType:
     """Import a module of an extra, or say how to install it. what: that needs it.
 
-    Raises: Refused, if it is not installed.
+    Raises: ApetError, if it is not installed.
     """
     try:
         return importlib.import_module(module)
     except ImportError as error:
-        raise Refused(f'{what} needs {error.name or module}: pip install "apet-kernels[{extra}]"') from error
+        raise ApetError(f'{what} needs {error.name or module}: pip install "apet-kernels[{extra}]"') from error
 
 
 def load_config(model: str) -> tuple[Any, bool]:
     """The config of a model (a folder or a hub id), and whether its other files must be local as well.
 
-    Raises: Refused, with the cause and what to do, if there is no such model, or its config cannot be read.
+    Raises: ApetError, with the cause and what to do, if there is no such model, or its config cannot be read.
     """
     from transformers import CONFIG_MAPPING, AutoConfig
     from transformers.utils import cached_file
@@ -37,27 +37,27 @@ def load_config(model: str) -> tuple[Any, bool]:
     begin = f"cannot load model {model!r}: "
     folder = Path(model)
     if not folder.is_dir() and (folder.exists() or folder.is_absolute() or model.startswith((".", "~"))):
-        raise Refused(f"{begin}there is no such folder")
+        raise ApetError(f"{begin}there is no such folder")
     local = folder.is_dir() or not reachable()
     try:
         path = cached_file(model, "config.json", local_files_only=local)
     except Exception as error:  # the hub client raises its own kinds, besides OSError and ValueError
-        raise Refused(f"{begin}{why(error, model)}") from error
+        raise ApetError(f"{begin}{why(error, model)}") from error
     if path is None:
-        raise Refused(f"{begin}it has no config.json")
+        raise ApetError(f"{begin}it has no config.json")
     try:
         told = json.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise Refused(f"{begin}its config.json is broken: {first_line(error)}") from error
+        raise ApetError(f"{begin}its config.json is broken: {first_line(error)}") from error
     kind = told.get("model_type") if isinstance(told, dict) else None
     if not isinstance(kind, str):
-        raise Refused(f"{begin}its config.json names no model_type")
+        raise ApetError(f"{begin}its config.json names no model_type")
     if kind not in CONFIG_MAPPING:
-        raise Refused(f"{begin}{_unknown(f'model_type {kind!r}', told)}")
+        raise ApetError(f"{begin}{_unknown(f'model_type {kind!r}', told)}")
     try:
         return AutoConfig.from_pretrained(model, local_files_only=local, trust_remote_code=False), local
     except Exception as error:
-        raise Refused(f"{begin}its config.json is broken: {first_line(error)}") from error
+        raise ApetError(f"{begin}its config.json is broken: {first_line(error)}") from error
 
 
 def _unknown(what: str, config: Mapping[str, Any]) -> str:
@@ -87,17 +87,17 @@ def _unknown(what: str, config: Mapping[str, Any]) -> str:
 
 
 def model_class(model: str, config: Any) -> Any:
-    """The class in transformers that a config names, with generate(). Raises: Refused, if there is none."""
+    """The class in transformers that a config names, with generate(). Raises: ApetError, if there is none."""
     import transformers
 
     name = (config.architectures or [None])[0]
     if not name:
-        raise Refused(f"model {model!r} is a {config.model_type!r} whose config.json names no class (architectures)")
+        raise ApetError(f"model {model!r} is a {config.model_type!r} whose config.json names no class (architectures)")
     kind = getattr(transformers, name, None)
     if kind is None:
-        raise Refused(f"cannot load model {model!r}: {_unknown(f'class {name}', vars(config))}")
+        raise ApetError(f"cannot load model {model!r}: {_unknown(f'class {name}', vars(config))}")
     if not hasattr(kind, "generate"):
-        raise Refused(f"model {model!r} is a {config.model_type!r} of class {name}, with no generate()")
+        raise ApetError(f"model {model!r} is a {config.model_type!r} of class {name}, with no generate()")
     return kind
 
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
-from apet import Refused
+from apet import ApetError
 from apet.hub import first_line, load_config, model_class, need, why
 
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ def load(name: str, trials: Sequence[Mapping[str, Any]], dtype: str, device: str
     trials: options of `apet.patch` that will be used; they are checked on a model without weights before the weights
     are read.
 
-    Raises: Refused, if the model cannot be loaded or the options do not fit it.
+    Raises: ApetError, if the model cannot be loaded or the options do not fit it.
     """
     transformers = need("transformers")
     import torch
@@ -38,24 +38,26 @@ def load(name: str, trials: Sequence[Mapping[str, Any]], dtype: str, device: str
         with torch.device("meta"):
             empty = kind(config)
     except Exception as error:
-        raise Refused(f"cannot make a {kind.__name__} from the config.json of {name!r}: {first_line(error)}") from error
+        raise ApetError(
+            f"cannot make a {kind.__name__} from the config.json of {name!r}: {first_line(error)}"
+        ) from error
     try:
         for options in trials:
             hooks.patch(empty, **options)
     except ValueError as error:
-        raise Refused(first_line(error)) from error
+        raise ApetError(first_line(error)) from error
     try:
         processor = transformers.AutoProcessor.from_pretrained(name, local_files_only=local, trust_remote_code=False)
     except Exception as error:
         hint = "" if find_spec("torchvision") else " (many processors need torchvision, which is not installed)"
-        raise Refused(f"cannot load the processor of model {name!r}{hint}: {why(error, name)}") from error
+        raise ApetError(f"cannot load the processor of model {name!r}{hint}: {why(error, name)}") from error
     try:
         model, report = kind.from_pretrained(name, dtype=dtype, local_files_only=local, output_loading_info=True)
         model = model.eval().to(where)
     except Exception as error:
-        raise Refused(f"cannot load the weights of model {name!r}: {why(error, name)}") from error
+        raise ApetError(f"cannot load the weights of model {name!r}: {why(error, name)}") from error
     if report["missing_keys"]:
-        raise Refused(f"model {name!r} lacks {len(report['missing_keys'])} of its weights")
+        raise ApetError(f"model {name!r} lacks {len(report['missing_keys'])} of its weights")
     return model, processor
 
 
@@ -64,13 +66,13 @@ def question(
 ) -> dict[str, Any]:
     """The inputs of a question about images, or about a clip: all of its frames, at their times.
 
-    Raises: Refused, if the processor does not accept the prompt, or takes other frames.
+    Raises: ApetError, if the processor does not accept the prompt, or takes other frames.
     """
     import numpy as np
 
     kinds = ["image"] * len(images) + ["video"] * (clip is not None)
     if clip is not None and not hasattr(processor, "video_processor") and not hasattr(processor, "video_token"):
-        raise Refused(f"this model takes no clips: its {type(processor).__name__} has no video processor")
+        raise ApetError(f"this model takes no clips: its {type(processor).__name__} has no video processor")
     try:
         if getattr(processor, "chat_template", None):
             content = [*({"type": kind} for kind in kinds), {"type": "text", "text": prompt}]
@@ -87,7 +89,7 @@ def question(
             }
         inputs = dict(processor(text=[text], return_tensors="pt", **given))
     except Exception as error:  # every processor has its own ways to fail
-        raise Refused(f"the processor of this model cannot take such a prompt: {first_line(error)}") from error
+        raise ApetError(f"the processor of this model cannot take such a prompt: {first_line(error)}") from error
     inputs.pop("video_metadata", None)
     if clip is not None:
         _check_frames(processor, inputs, clip)
@@ -116,7 +118,7 @@ def metadata(clip: Media) -> dict[str, Any]:
 
 
 def _check_frames(processor: Any, inputs: dict[str, Any], clip: Media) -> None:
-    """Raises Refused, if the inputs do not have all frames; sets the seconds of a step of Qwen2.5-VL.
+    """Raises ApetError, if the inputs do not have all frames; sets the seconds of a step of Qwen2.5-VL.
 
     Versions of its processor differ in where they take these from; all of them hand them to the model.
     """
@@ -130,7 +132,7 @@ def _check_frames(processor: Any, inputs: dict[str, Any], clip: Media) -> None:
     else:  # InternVL: frames are images
         found, wanted = len(inputs["pixel_values"]), frames
     if found != wanted:
-        raise Refused(f"the processor of this model made {found} steps of {frames} frames, where {wanted} are right")
+        raise ApetError(f"the processor of this model made {found} steps of {frames} frames, where {wanted} are right")
     if "second_per_grid_ts" in inputs:
         inputs["second_per_grid_ts"] = [each * clip.seconds / frames]
 
@@ -159,7 +161,7 @@ def answer(model: nn.Module, processor: Any, inputs: Mapping[str, Any], max_new_
 
 
 def _device(name: str | None) -> Any:
-    """The device of that name; for None an accelerator, if there is one. Raises: Refused, if it is not available."""
+    """The device of that name; for None an accelerator, if there is one. Raises: ApetError, if it is not available."""
     import torch
 
     there = torch.accelerator.current_accelerator(check_available=True)
@@ -168,8 +170,8 @@ def _device(name: str | None) -> Any:
     try:
         device = torch.device(name)
     except RuntimeError as error:
-        raise Refused(f"device={name!r} is no device of torch") from error
+        raise ApetError(f"device={name!r} is no device of torch") from error
     usable = device.type == "cpu" or (there is not None and device.type == there.type)
     if not usable or (device.index or 0) >= max(torch.accelerator.device_count(), 1):
-        raise Refused(f"device={name!r} is not available: torch finds {there or 'no accelerator'}")
+        raise ApetError(f"device={name!r} is not available: torch finds {there or 'no accelerator'}")
     return device

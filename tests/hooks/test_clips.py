@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from apet import Refused, models
+from apet import ApetError, models
 from apet.media import Media
 from families import END, IMAGE, PATCH, PINPOINTS, SIDE, START, TILE, VIDEO, build, core
 from PIL import Image
@@ -159,5 +159,5 @@ def test_a_processor_that_takes_other_frames_is_found(clip: Media) -> None:
         def __call__(self, text: Any, videos: Any, video_metadata: Any, **named: Any) -> Any:
             return made(text=text, videos=[videos[0][::2]], **named)
 
-    with pytest.raises(Refused, match="made 1 steps of 4 frames, where 2 are right"):
+    with pytest.raises(ApetError, match="made 1 steps of 4 frames, where 2 are right"):
         models.question(build("qwen2_5_vl"), Stubborn(), "w3", [], clip)

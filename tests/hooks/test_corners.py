@@ -187,7 +187,7 @@ def test_cache_cropped_into_an_image(family: Family, stage: str) -> None:
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_padded_turn_in_a_static_cache(family: Family, stage: str) -> None:
-    """Refused: a mask of fixed size has no place for padding behind the prompt."""
+    """ApetError: a mask of fixed size has no place for padding behind the prompt."""
     model = shared(family.name)
     rows = [conversation(family, 3, "image", 5), conversation(family, 2, "image", 1, seed=1)]
     inputs = collate(family, rows)

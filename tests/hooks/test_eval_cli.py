@@ -25,7 +25,7 @@ from families import FAMILIES, build
 from PIL import Image
 from processors import Processor, answer, llava_folder
 
-from tests.command import invoke, refused, said
+from tests.command import failed, invoke, said
 
 NEW = 4
 PHOTOS = ("astronaut.png", "chelsea.png", "coffee.png", "rocket.jpg", "coins.png", "camera.png")
@@ -154,14 +154,14 @@ def test_clips(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     result = json.loads(said("eval", *words, "--keep", 9, "--frames", 3, "--json", code=1).partition("apet: ")[0])
     assert result["asked"] == 3
     assert [row["questions"] for row in result["rows"]] == [2, 2]
-    (failed,) = result["failed"]
-    assert "line 3: " in failed
-    assert "is a clip, not a photo" in failed
+    (wrong,) = result["failed"]
+    assert "line 3: " in wrong
+    assert "is a clip, not a photo" in wrong
     done = {(r["id"], r["variant"]): r for r in records(tmp_path / "out.jsonl") if "failed" not in r}
     assert done["1", "uncompressed"]["visual tokens"] == 3 * 37
     assert done["1", "keep=9"]["visual tokens"] == 3 * (9 + 1)
     assert done["0", "uncompressed"]["visual tokens"] == 36
-    assert "was made with frames=3, this run has 2" in refused("eval", *words, "--frames", 2)
+    assert "was made with frames=3, this run has 2" in failed("eval", *words, "--frames", 2)
 
 
 def test_a_budget_that_drops_nothing_is_told_once(llava: Path, data: Path, tmp_path: Path) -> None:
@@ -205,14 +205,14 @@ def test_what_does_not_fit_the_folder(llava: Path, data: Path, tmp_path: Path) -
     write(data, [entry(0)])
     said("eval", *words, "--keep", 12, "--max-new-tokens", NEW)
     made = f"{out} was made with "
-    assert f"{made}max_new_tokens=4, this run has 5: give another --out" in refused(
+    assert f"{made}max_new_tokens=4, this run has 5: give another --out" in failed(
         "eval", *words, "--max-new-tokens", 5
     )
-    assert f"{made}dtype='auto', this run has 'float32'" in refused(
+    assert f"{made}dtype='auto', this run has 'float32'" in failed(
         "eval", *words, "--max-new-tokens", NEW, "--dtype", "float32"
     )
     write(data, [entry(1)])
-    assert f"{made}questions=" in refused("eval", *words, "--max-new-tokens", NEW)
+    assert f"{made}questions=" in failed("eval", *words, "--max-new-tokens", NEW)
 
     write(data, [entry(0)])
     header, *rest = out.read_bytes().splitlines(keepends=True)
@@ -223,15 +223,15 @@ def test_what_does_not_fit_the_folder(llava: Path, data: Path, tmp_path: Path) -
         (rest[0], "line 3: question '0' was answered before with uncompressed"),
     ):
         out.write_bytes(header + damage + b"".join(rest))
-        assert message in refused("eval", *words, "--max-new-tokens", NEW)
+        assert message in failed("eval", *words, "--max-new-tokens", NEW)
 
 
 def test_file_in_use_or_not_to_be_written(llava: Path, data: Path, tmp_path: Path) -> None:
     words = ("--model", llava, "--data", data, "--out", tmp_path / "out.jsonl")
     with Answers(tmp_path / "out.jsonl", {}):
-        assert "another run is writing" in refused("eval", *words)
+        assert "another run is writing" in failed("eval", *words)
     (tmp_path / "file").touch()
-    assert "cannot write" in refused("eval", *words[:-1], tmp_path / "file" / "out.jsonl")
+    assert "cannot write" in failed("eval", *words[:-1], tmp_path / "file" / "out.jsonl")
 
 
 def test_a_file_system_without_locks_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -311,7 +311,7 @@ def test_rejected_options(
     """Before any weights are read, and nothing is asked."""
     monkeypatch.setattr("apet.hub.reachable", lambda: False)
     monkeypatch.delattr(transformers.PreTrainedModel, "from_pretrained")
-    assert message in refused("eval", "--model", llava, "--data", data, "--out", tmp_path / "out.jsonl", *words)
+    assert message in failed("eval", "--model", llava, "--data", data, "--out", tmp_path / "out.jsonl", *words)
     assert not (tmp_path / "out.jsonl").exists() or (tmp_path / "out.jsonl").read_bytes() == b""
 
 

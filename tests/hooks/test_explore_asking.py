@@ -1,4 +1,4 @@
-"""What `apet explore --model` answers: with all tokens and with those kept, whoever else asks."""
+"""What `apet explore --model` answers: with all tokens and with those kept, whatever other users ask."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 import apet
 import pytest
-from apet import Refused, encoders
+from apet import ApetError, encoders
 from apet.explore.asking import Asker
 from apet.explore.explorer import Explorer
 from apet.explore.files import Files
@@ -69,7 +69,7 @@ def test_what_is_wrong_is_one_message(asker: Asker, photo: Path, tmp_path: Path)
 
 
 def test_a_model_that_cannot_be_loaded(tmp_path: Path) -> None:
-    with pytest.raises(Refused, match="cannot load model"):
+    with pytest.raises(ApetError, match="cannot load model"):
         Asker(str(tmp_path), 3, NEW, "auto", "cpu")
 
 

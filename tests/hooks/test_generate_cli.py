@@ -1,4 +1,4 @@
-"""`apet generate`: the answer is the patched model's, the numbers follow, and whatever is wrong is one sentence."""
+"""`apet generate`: the answer is the patched model's, the numbers follow, and whatever is wrong is one message."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from processors import Processor, answer, llava_folder
 from test_picture import scene
 from transformers import PreTrainedModel
 
-from tests.command import invoke, refused, said
+from tests.command import failed, invoke, said
 
 NEW = 4
 
@@ -185,11 +185,11 @@ def test_all_of_it_is_no_budget_that_drops_nothing(llava: Path, photos: list[Pat
     assert invoke("generate", *words).stderr == ""
 
 
-# --- refusals ---
+# --- errors ---
 
 
 @pytest.mark.parametrize(
-    ("words", "sentence"),
+    ("words", "message"),
     [
         (["--keep", "0"], "'--keep': 0 is neither a count from 1 nor a share"),
         (["--keep", ""], "'--keep': '' is neither a count from 1 nor a share"),
@@ -211,25 +211,25 @@ def test_all_of_it_is_no_budget_that_drops_nothing(llava: Path, photos: list[Pat
         (["--image", "missing.png"], "'missing.png' does not exist"),
     ],
 )
-def test_refused_options(
-    words: list[str], sentence: str, llava: Path, photos: list[Path], monkeypatch: pytest.MonkeyPatch
+def test_wrong_options(
+    words: list[str], message: str, llava: Path, photos: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Before any weights are read."""
     monkeypatch.delattr(transformers.PreTrainedModel, "from_pretrained")
-    assert sentence in refused("generate", "--model", llava, "--image", photos[0], "--prompt", "w3", *words)
+    assert message in failed("generate", "--model", llava, "--image", photos[0], "--prompt", "w3", *words)
 
 
-def test_refused_files(llava: Path, photos: list[Path], clip: Path) -> None:
+def test_wrong_files(llava: Path, photos: list[Path], clip: Path) -> None:
     words = ("--model", llava, "--prompt", "w3")
-    assert "give photos" in refused("generate", *words)
-    assert "is a clip: give it as --video" in refused("generate", *words, "--image", clip)
-    assert "is a photo: give it as --image" in refused("generate", *words, "--video", photos[0])
-    assert "this model takes no clips" in refused("generate", *words, "--video", clip)
-    assert "Missing option '--prompt'" in refused("generate", "--model", llava, "--image", photos[0])
+    assert "give photos" in failed("generate", *words)
+    assert "is a clip: give it as --video" in failed("generate", *words, "--image", clip)
+    assert "is a photo: give it as --image" in failed("generate", *words, "--video", photos[0])
+    assert "this model takes no clips" in failed("generate", *words, "--video", clip)
+    assert "Missing option '--prompt'" in failed("generate", "--model", llava, "--image", photos[0])
 
 
 @pytest.mark.parametrize(
-    ("change", "sentence"),
+    ("change", "message"),
     [
         ({"architectures": ["CLIPVisionModel"]}, "with no generate()"),
         ({"architectures": None}, "names no class (architectures)"),
@@ -247,20 +247,20 @@ def test_refused_files(llava: Path, photos: list[Path], clip: Path) -> None:
         ({"text_config": 7}, "its config.json is broken"),
     ],
 )
-def test_refused_configurations(change: dict, sentence: str, llava: Path, photos: list[Path], tmp_path: Path) -> None:
+def test_wrong_configurations(change: dict, message: str, llava: Path, photos: list[Path], tmp_path: Path) -> None:
     config = json.loads((llava / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | change))
-    assert sentence in refused("generate", "--model", tmp_path, "--image", photos[0], "--prompt", "w3")
+    assert message in failed("generate", "--model", tmp_path, "--image", photos[0], "--prompt", "w3")
 
 
 def test_folders_without_a_config(photos: list[Path], tmp_path: Path) -> None:
     rest = ("--image", photos[0], "--prompt", "w3")
-    assert "it has no config.json" in refused("generate", "--model", tmp_path, *rest)
-    assert "there is no such folder" in refused("generate", "--model", tmp_path / "nowhere", *rest)
+    assert "it has no config.json" in failed("generate", "--model", tmp_path, *rest)
+    assert "there is no such folder" in failed("generate", "--model", tmp_path / "nowhere", *rest)
     (tmp_path / "config.json").write_text('{"model_type": "llava",')
-    assert "its config.json is broken: Expecting" in refused("generate", "--model", tmp_path, *rest)
+    assert "its config.json is broken: Expecting" in failed("generate", "--model", tmp_path, *rest)
     (tmp_path / "config.json").write_text("[]")
-    assert "names no model_type" in refused("generate", "--model", tmp_path, *rest)
+    assert "names no model_type" in failed("generate", "--model", tmp_path, *rest)
 
 
 @pytest.mark.parametrize(
@@ -287,34 +287,34 @@ def test_what_the_hub_says(kind: str, message: str, photos: list[Path], monkeypa
 
     monkeypatch.setattr(hub, "reachable", lambda: True)
     monkeypatch.setattr(transformers.utils, "cached_file", cached_file)
-    found = refused("generate", "--model", "some/model", "--image", photos[0], "--prompt", "w3")
+    found = failed("generate", "--model", "some/model", "--image", photos[0], "--prompt", "w3")
     assert "cannot load model 'some/model': " in found
     assert message in found
 
 
-def test_refused_models(llava: Path, photos: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wrong_models(llava: Path, photos: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hub, "reachable", lambda: False)
     rest = ("--image", photos[0], "--prompt", "w3")
-    assert "cannot load model 'no/such-model'" in refused("generate", "--model", "no/such-model", *rest)
+    assert "cannot load model 'no/such-model'" in failed("generate", "--model", "no/such-model", *rest)
 
     text = transformers.LlamaConfig(architectures=["LlamaForCausalLM"], hidden_size=64, num_hidden_layers=2)
     text.save_pretrained(tmp_path / "text")
-    assert "no adapter for model_type='llama'" in refused("generate", "--model", tmp_path / "text", *rest)
+    assert "no adapter for model_type='llama'" in failed("generate", "--model", tmp_path / "text", *rest)
 
     folder = shutil.copytree(llava, tmp_path / "no-processor")
     for path in (*folder.glob("*processor*"), *folder.glob("*token*")):
         path.unlink()
-    assert "cannot load the processor of model" in refused("generate", "--model", folder, *rest)
+    assert "cannot load the processor of model" in failed("generate", "--model", folder, *rest)
 
     folder = shutil.copytree(llava, tmp_path / "no-weights")
     (folder / "model.safetensors").write_bytes(b"not weights")
-    assert "cannot load the weights of model" in refused("generate", "--model", folder, *rest)
+    assert "cannot load the weights of model" in failed("generate", "--model", folder, *rest)
 
     folder = shutil.copytree(llava, tmp_path / "fewer-weights")
     model = transformers.LlavaForConditionalGeneration.from_pretrained(folder)
     weights = {name: weight for name, weight in model.state_dict().items() if "layers.1." not in name}
     model.save_pretrained(folder, state_dict=weights)
-    assert re.search(r"lacks \d+ of its weights", refused("generate", "--model", folder, *rest))
+    assert re.search(r"lacks \d+ of its weights", failed("generate", "--model", folder, *rest))
 
 
 def test_no_memory_is_a_sentence(llava: Path, photos: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -322,5 +322,5 @@ def test_no_memory_is_a_sentence(llava: Path, photos: list[Path], monkeypatch: p
         raise torch.OutOfMemoryError("out of memory: tried to allocate 9 GiB\nand a long list of advice")
 
     monkeypatch.setattr(transformers.LlavaForConditionalGeneration, "generate", generate)
-    sentence = refused("generate", "--model", llava, "--image", photos[0], "--prompt", "w3")
-    assert sentence == "apet: out of memory: tried to allocate 9 GiB\n"
+    message = failed("generate", "--model", llava, "--image", photos[0], "--prompt", "w3")
+    assert message == "apet: out of memory: tried to allocate 9 GiB\n"

@@ -18,7 +18,7 @@ import typer
 from typer.core import TyperGroup
 
 import apet
-from apet import Notice, Refused
+from apet import ApetError, Notice
 from apet.cli import compress, doctor, evaluate, explore, generate
 
 # What typer raises for wrong options. Newer releases carry their own click, so click's class may be another one.
@@ -37,7 +37,7 @@ class Commands(TyperGroup):
                 code = super().main(words, *more, standalone_mode=False, **named)
         except UsageError as error:
             code = _complain(error.format_message() + _values(error, words))
-        except Refused as error:
+        except ApetError as error:
             code = _complain(str(error))
         except (typer.Abort, KeyboardInterrupt):
             code = 130

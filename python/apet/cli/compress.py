@@ -12,7 +12,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from apet import Refused
+from apet import ApetError
 from apet.cli.arguments import Backend, Frames, Json, Layout, Quiet, Select, budget, source
 from apet.cli.output import check_report, note, percent, picture_paths, printable, progress, save, table
 from apet.hub import first_line, need
@@ -118,18 +118,18 @@ def compress(
 
 
 def _job(source: str, item: Media, picture: Path, encoder: Encoder, keep: float, arguments: OpArguments) -> Job:
-    """Raises: Refused where the arguments do not fit this photo's number of tokens."""
+    """Raises: ApetError where the arguments do not fit this photo's number of tokens."""
     from apet import outcome
 
     rows, cols = encoder.grid(*item.size)
     tokens = rows * cols
     if tokens > MOST_TOKENS:
-        raise Refused(f"{item.name} would become {tokens} tokens, more than {MOST_TOKENS}: choose a smaller size")
+        raise ApetError(f"{item.name} would become {tokens} tokens, more than {MOST_TOKENS}: choose a smaller size")
     job = Job(source, item, (rows, cols), keep if isinstance(keep, int) else max(1, round(keep * tokens)), picture)
     try:
         outcome.check(tokens, job.keep, arguments)
     except (ValueError, RuntimeError) as error:
-        raise Refused(f"{item.name}: {first_line(error)}") from error
+        raise ApetError(f"{item.name}: {first_line(error)}") from error
     return job
 
 
@@ -146,7 +146,7 @@ def _compress(job: Job, encoder: Encoder, arguments: OpArguments) -> tuple[dict[
         frames, measure = outcome.compress(x, job.keep, arguments)
         times = outcome.times(x, job.keep, arguments, frames)
     except (ValueError, RuntimeError) as error:  # the op's own message
-        raise Refused(first_line(error)) from error
+        raise ApetError(first_line(error)) from error
     measure.milliseconds = {"encode": encode, **times}
     _draw(job, frames, measure, encoder, arguments)
     result = {

@@ -12,7 +12,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from apet import Refused
+from apet import ApetError
 from apet.cli.arguments import Device, Frames, Json, Layout, Model, Quiet, Weights, budget
 from apet.cli.output import hush, progress
 from apet.hub import need
@@ -89,7 +89,7 @@ def _budgets(keeps: list[float], presets: list[str], layout: str | None) -> dict
     budgets: dict[str, dict[str, Any]] = {}
     for name, options in given or [("keep=64", {"keep": 64})]:
         if name in budgets:
-            raise Refused(f"{name} is given twice")
+            raise ApetError(f"{name} is given twice")
         budgets[name] = options
     if layout is None:
         return budgets

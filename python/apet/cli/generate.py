@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.markup import escape
 
 import apet
-from apet import Refused
+from apet import ApetError
 from apet.cli.arguments import Device, Frames, Json, Layout, Model, Quiet, Weights, budget, source
 from apet.cli.output import hush, note, picture_paths, printable, progress, save
 from apet.hub import first_line, need
@@ -58,7 +58,7 @@ def generate(
 ) -> None:
     """Ask a vision-language model about photos or a clip, compressed, and show what compression saved."""
     if bool(image) == (video is not None):
-        raise Refused("give photos (--image, once for each) or a clip (--video), one of the two")
+        raise ApetError("give photos (--image, once for each) or a clip (--video), one of the two")
     if (keep, llm_layer, preset) == (None, None, None):
         keep = 64
     options = {"keep": keep, "llm_layer": llm_layer, "llm_keep": llm_keep, "preset": preset, "layout": layout}
@@ -73,7 +73,7 @@ def generate(
         found = [media.read(file, frames) for file in files]
         for item in found:
             if item.is_clip != (video is not None):
-                raise Refused(
+                raise ApetError(
                     f"{item.name} is a {'clip: give it as --video' if item.is_clip else 'photo: give it as --image'}"
                 )
         pictures = picture_paths(files, out) if out else []
@@ -95,7 +95,7 @@ def generate(
                 bar.update(step, description=f"drawing {printable(path)}")
                 save(model_pictures.picture(lm, inputs, processor, number), path)
     except (ValueError, RuntimeError) as error:  # the hooks' own messages, or no memory
-        raise Refused(first_line(error)) from error
+        raise ApetError(first_line(error)) from error
     if as_json:
         read = [{"file": printable(i.name), "times": i.times, "notes": i.notes} for i in found]
         result = {"model": model, "prompt": prompt, "read": read, **said, "pictures": [*map(printable, pictures)]}

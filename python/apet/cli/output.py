@@ -13,7 +13,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from apet import Notice, Refused
+from apet import ApetError, Notice
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -73,24 +73,26 @@ def progress(quiet: bool = False) -> Progress:
 def picture_paths(files: Sequence[str], out: Path | None) -> list[Path]:
     """Where each picture goes, checked before any work is done.
 
-    Raises: Refused, if a picture could not be written, or would replace one of the photos.
+    Raises: ApetError, if a picture could not be written, or would replace one of the photos.
     """
     from apet.media import stem
 
     if out is not None and len(files) == 1 and not out.is_dir():
         if out.suffix.lower() not in PICTURES:
-            raise Refused(f"cannot write a picture as {out.name!r}: the name must end in one of {', '.join(PICTURES)}")
+            raise ApetError(
+                f"cannot write a picture as {out.name!r}: the name must end in one of {', '.join(PICTURES)}"
+            )
         paths = [out]
     else:
         folder = out or Path()
         if folder.exists() and not folder.is_dir():
-            raise Refused(f"{folder} is a file, but several pictures need a folder")
+            raise ApetError(f"{folder} is a file, but several pictures need a folder")
         if len(files) > 1 and folder.suffix.lower() in PICTURES and not folder.exists():
-            raise Refused(f"{folder} names one picture, but several files need a folder")
+            raise ApetError(f"{folder} names one picture, but several files need a folder")
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise Refused(f"cannot make the folder {folder}: {error.strerror}") from error
+            raise ApetError(f"cannot make the folder {folder}: {error.strerror}") from error
         paths = []
         for file in files:
             name, n = f"{stem(file)}.apet.png", 2
@@ -100,9 +102,9 @@ def picture_paths(files: Sequence[str], out: Path | None) -> list[Path]:
     photos = _paths(files)
     for path in paths:
         if not path.parent.is_dir():
-            raise Refused(f"no such folder: {path.parent}")
+            raise ApetError(f"no such folder: {path.parent}")
         if path.resolve() in photos:
-            raise Refused(f"the picture would replace the photo {path}")
+            raise ApetError(f"the picture would replace the photo {path}")
     return paths
 
 
@@ -114,20 +116,20 @@ def _paths(files: Sequence[str]) -> list[Path]:
 
 
 def check_report(report: Path, files: Sequence[str]) -> None:
-    """Raises: Refused, if a report could not be written there, or would replace one of the files."""
+    """Raises: ApetError, if a report could not be written there, or would replace one of the files."""
     if report.suffix.lower() not in (".html", ".htm"):
-        raise Refused(f"cannot write a report as {report.name!r}: the name must end in .html")
+        raise ApetError(f"cannot write a report as {report.name!r}: the name must end in .html")
     if not report.parent.is_dir():
-        raise Refused(f"no such folder: {report.parent}")
+        raise ApetError(f"no such folder: {report.parent}")
     if report.resolve() in _paths(files):
-        raise Refused(f"the report would replace the photo {report}")
+        raise ApetError(f"the report would replace the photo {report}")
 
 
 def save(figure: Figure, path: Path) -> None:
-    """Writes a picture. Raises: Refused, if it cannot be written."""
+    """Writes a picture. Raises: ApetError, if it cannot be written."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the font may lack a character of a file name
             figure.savefig(path)
     except OSError as error:
-        raise Refused(f"cannot write the picture {path}: {error.strerror or error}") from error
+        raise ApetError(f"cannot write the picture {path}: {error.strerror or error}") from error

@@ -19,7 +19,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from apet import Notice, Refused
+from apet import ApetError, Notice
 
 Record = dict[str, Any]
 Records = dict[tuple[str, str], Record]  # by id and variant
@@ -33,7 +33,7 @@ class Answers:
     path: created if missing, with its folder. made_with: settings that must be the same in every run that adds to the
     file. records: its contents.
 
-    Raises: Refused, if the file cannot be written, is in use, is damaged, or was made with something else.
+    Raises: ApetError, if the file cannot be written, is in use, is damaged, or was made with something else.
     """
 
     def __init__(self, path: Path, made_with: Mapping[str, Any]):
@@ -42,11 +42,11 @@ class Answers:
             path.parent.mkdir(parents=True, exist_ok=True)
             self.file = path.open("ab", buffering=0)
         except OSError as error:
-            raise Refused(f"cannot write {path}: {error.strerror}") from error
+            raise ApetError(f"cannot write {path}: {error.strerror}") from error
         try:
             self._lock()
             self._read()
-        except Refused:
+        except ApetError:
             self.file.close()
             raise
 
@@ -57,7 +57,7 @@ class Answers:
         self.file.close()
 
     def add(self, record: Record) -> None:
-        """Appends a line, which is handed to the operating system at once. Raises: Refused, if the disk is full."""
+        """Appends a line, which is handed to the operating system at once. Raises: ApetError, if the disk is full."""
         if not self.records:
             self._write({HEADER: self.made_with})
         self._write(record)
@@ -68,7 +68,7 @@ class Answers:
             fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
-                raise Refused(f"another run is writing {self.path}; wait for it, or give another --out") from error
+                raise ApetError(f"another run is writing {self.path}; wait for it, or give another --out") from error
             # ENOSYS, ENOTSUP, ENOLCK, ...: Lustre without -o flock, some network file systems
             message = (
                 f"the file system of {self.path} has no locks ({error.strerror}): let no other run write this file"
@@ -81,13 +81,13 @@ class Answers:
             if self.file.write(data) < len(data):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         except OSError as error:
-            raise Refused(f"cannot write {self.path}: {error.strerror}") from error
+            raise ApetError(f"cannot write {self.path}: {error.strerror}") from error
 
     def _read(self) -> None:
         """The file's records; a last line that was cut short is removed, so that nothing is appended to it."""
         data = self.path.read_bytes()
         if not START.startswith(data[: len(START)]):
-            raise Refused(f"{self.path} holds something else than answers of apet eval: give another --out")
+            raise ApetError(f"{self.path} holds something else than answers of apet eval: give another --out")
         whole = data.rfind(b"\n") + 1
         self.file.truncate(whole)
         for number, line in enumerate(data[:whole].splitlines(), 1):
@@ -96,7 +96,7 @@ class Answers:
             if number == 1:
                 made_with = record[HEADER]
             elif "id" not in record or "variant" not in record:
-                raise Refused(f"{where}: this is no answer of a run")
+                raise ApetError(f"{where}: this is no answer of a run")
             else:
                 self._note(record, where)
         if self.records:
@@ -107,7 +107,7 @@ class Answers:
     def _check(self, before: Mapping[str, Any]) -> None:
         for name, value in self.made_with.items():
             if before.get(name) != value:
-                raise Refused(
+                raise ApetError(
                     f"{self.path} was made with {name}={before.get(name)!r}, this run has {value!r}: give another --out"
                 )
 
@@ -118,14 +118,14 @@ class Answers:
         if before is None or "failed" in before:
             self.records[key] = record
         elif "failed" not in record:
-            raise Refused(f"{where}: question {key[0]!r} was answered before with {key[1]}")
+            raise ApetError(f"{where}: question {key[0]!r} was answered before with {key[1]}")
 
 
 def _parse(line: bytes, where: str) -> Record:
     try:
         record = json.loads(line)
     except ValueError as error:
-        raise Refused(f"{where}: this line is damaged") from error
+        raise ApetError(f"{where}: this line is damaged") from error
     if not isinstance(record, dict):
-        raise Refused(f"{where}: this line is damaged")
+        raise ApetError(f"{where}: this line is damaged")
     return record

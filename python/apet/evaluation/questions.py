@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from apet import Refused
+from apet import ApetError
 from apet.media import is_address
 
 FILE = "questions.jsonl"
@@ -39,13 +39,13 @@ class Questions:
 def read(folder: Path) -> Questions:
     """The questions of a folder. Images are not read here.
 
-    Raises: Refused, with file and line, if a line does not have the format of docs/evaluation.md.
+    Raises: ApetError, with file and line, if a line does not have the format of docs/evaluation.md.
     """
     path = folder / FILE
     try:
         data = path.read_bytes()
     except OSError as error:
-        raise Refused(f"cannot read {path}: {error.strerror}") from error
+        raise ApetError(f"cannot read {path}: {error.strerror}") from error
     items: list[Question] = []
     lines: dict[str, int] = {}
     for number, line in enumerate(data.splitlines(), 1):
@@ -55,14 +55,14 @@ def read(folder: Path) -> Questions:
         record = _record(line, where)
         name = str(record["id"])
         if name in lines:
-            raise Refused(f"{where}: the id {name!r} is that of line {lines[name]}, too")
+            raise ApetError(f"{where}: the id {name!r} is that of line {lines[name]}, too")
         lines[name] = number
         given = record.get("image") or record["video"]
         source = given if is_address(given) else folder / given
         answers = tuple(record["answers"])
         items.append(Question(name, source, "video" in record, record["question"], answers, where))
     if not items:
-        raise Refused(f"{path} holds no question")
+        raise ApetError(f"{path} holds no question")
     return Questions(items, hashlib.sha256(data).hexdigest())
 
 
@@ -70,22 +70,22 @@ def _record(line: bytes, where: str) -> dict[str, Any]:
     try:
         record = json.loads(line)
     except ValueError as error:  # no JSON, or no UTF-8
-        raise Refused(f"{where}: this is no JSON: {error}") from error
+        raise ApetError(f"{where}: this is no JSON: {error}") from error
     if not isinstance(record, dict):
-        raise Refused(f"{where}: {record!r} is no JSON object")
+        raise ApetError(f"{where}: {record!r} is no JSON object")
     for key in NEEDED:
         if key not in record:
-            raise Refused(f"{where}: the key {key!r} is missing")
+            raise ApetError(f"{where}: the key {key!r} is missing")
     if ("image" in record) == ("video" in record):
-        raise Refused(f"{where}: give one of the keys 'image' and 'video'")
+        raise ApetError(f"{where}: give one of the keys 'image' and 'video'")
     for key, value in record.items():
         if key not in KINDS:
-            raise Refused(f"{where}: the key {key!r} is none of {', '.join(KINDS)}")
+            raise ApetError(f"{where}: the key {key!r} is none of {', '.join(KINDS)}")
         if not isinstance(value, KINDS[key]) or isinstance(value, bool):
-            raise Refused(f"{where}: {key}={value!r} is of the wrong kind")
+            raise ApetError(f"{where}: {key}={value!r} is of the wrong kind")
         if value in ("", []):
-            raise Refused(f"{where}: {key} is empty")
+            raise ApetError(f"{where}: {key} is empty")
     for answer in record["answers"]:
         if not isinstance(answer, str) or not answer.strip():
-            raise Refused(f"{where}: {answer!r} among the answers is no text")
+            raise ApetError(f"{where}: {answer!r} among the answers is no text")
     return record

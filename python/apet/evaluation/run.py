@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 import apet
-from apet import Refused, hooks, media, models
+from apet import ApetError, hooks, media, models
 from apet.evaluation.answers import Answers, Record, Records
 from apet.evaluation.questions import Question, Questions
 from apet.hooks.adapters import adapter_for
@@ -44,7 +44,7 @@ def evaluate(questions: Questions, out: Path, settings: Settings, progress: Call
 
     progress is called with the current step, the number of questions done, and the number of questions.
 
-    Raises: Refused, if the model or the file cannot be used.
+    Raises: ApetError, if the model or the file cannot be used.
     """
     made_with = {
         "model": settings.model,
@@ -87,13 +87,13 @@ def _ask(
     """One question with every variant; the image or clip is read once. A failure is a record as well."""
     try:
         if isinstance(question.source, Path) and question.source.exists() and not question.source.is_file():
-            raise Refused(f"cannot read {question.source}: it is no file")
+            raise ApetError(f"cannot read {question.source}: it is no file")
         item = media.read(question.source, settings.frames)
         if item.is_clip != question.is_clip:
-            raise Refused(f"{item.name} is a {'clip, not a photo' if item.is_clip else 'photo, not a clip'}")
+            raise ApetError(f"{item.name} is a {'clip, not a photo' if item.is_clip else 'photo, not a clip'}")
         images, clip = ([], item) if item.is_clip else (item.frames, None)
         inputs = models.question(model, processor, question.text, images, clip)
-    except Refused as error:
+    except ApetError as error:
         return [_failed(question, name, error) for name in variants]
     records = []
     for name, options in variants.items():

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import apet
-from apet import Refused, media, models
+from apet import ApetError, media, models
 from apet.explore.settings import METHODS, Settings
 from apet.hub import first_line
 
@@ -23,7 +23,7 @@ class Answer:
 class Asker:
     """A model that answers one question at a time, for all users: it is patched for every answer and restored after it.
 
-    Raises: Refused, if it cannot be loaded.
+    Raises: ApetError, if it cannot be loaded.
     """
 
     def __init__(self, model: str, frames: int, max_new_tokens: int, dtype: str, device: str | None) -> None:
@@ -34,10 +34,10 @@ class Asker:
     def ask(self, path: Path, prompt: str, settings: Sequence[Settings]) -> Iterator[Answer]:
         """The answer with all tokens, then that of each setting. Of a clip the model sees all frames.
 
-        Raises: Refused, if the file, the prompt or a setting does not fit the model.
+        Raises: ApetError, if the file, the prompt or a setting does not fit the model.
         """
         if not prompt.strip():
-            raise Refused("the question is empty")
+            raise ApetError("the question is empty")
         found = media.read(path, self._frames)
         photos, clip = ([], found) if found.is_clip else (found.frames, None)
         inputs = models.question(self._model, self._processor, prompt, photos, clip)
@@ -57,7 +57,7 @@ class Asker:
                 text = self._generate(inputs)
                 counts = [[seen.tokens, *map(len, seen.left)] for seen in apet.kept(self._model).visuals]
         except ValueError as error:
-            raise Refused(f"{one}: {first_line(error)}") from error
+            raise ApetError(f"{one}: {first_line(error)}") from error
         tokens = " + ".join(" → ".join(map(str, of)) for of in counts)
         return Answer(f"{one}: {tokens} visual tokens", text)
 
@@ -69,4 +69,4 @@ class Asker:
         try:
             return models.answer(self._model, self._processor, inputs, self._length, show=False).strip()
         except RuntimeError as error:  # no memory
-            raise Refused(first_line(error)) from error
+            raise ApetError(first_line(error)) from error

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from html import escape
 from pathlib import Path
 
-from apet import Refused
+from apet import ApetError
 from apet.explore import methods, view
 from apet.explore.asking import Asker
 from apet.explore.files import Files
@@ -28,11 +28,11 @@ class Explorer:
     def shown(self, path: Path, link: Link) -> list[Shown]:
         """One or two settings of a photo, or of a frame of a clip.
 
-        Raises: Refused, if the file or a setting will not do.
+        Raises: ApetError, if the file or a setting will not do.
         """
         found = self.files.get(path)
         if not 1 <= link.frame <= len(found.photos):
-            raise Refused(f"frame={link.frame} is outside 1..{len(found.photos)}, the frames taken from {found.name}")
+            raise ApetError(f"frame={link.frame} is outside 1..{len(found.photos)}, the frames taken from {found.name}")
         n = link.frame - 1
         time = found.times[n] if found.times else None
         shown = []
@@ -40,7 +40,7 @@ class Explorer:
             try:
                 frame, measure = methods.compress(found.tokens[n : n + 1], found.grid, settings)
             except (ValueError, RuntimeError) as error:  # the op's own message
-                raise Refused(f"{settings}: {first_line(error)}") from error
+                raise ApetError(f"{settings}: {first_line(error)}") from error
             picture = found.views[n]
             shown.append(
                 Shown("photo", found.name, found.photos[n], picture, found.grid, settings, frame, measure, time)
@@ -53,7 +53,7 @@ class Explorer:
             return view.message(EMPTY, error=False)
         try:
             return view.page(self.shown(Path(path), link), link.query())
-        except Refused as error:
+        except ApetError as error:
             return view.message(_without_folder(error, path))
 
     def picture(self, path: str, link: Link) -> dict[str, str]:
@@ -78,11 +78,11 @@ class Explorer:
                 text = escape(answer.text) or "<em>(an empty answer)</em>"
                 done += f"<dt>{escape(answer.title)}</dt><dd>{text}</dd>"
                 yield f'<dl class="apet answers">{done}</dl>'
-        except Refused as error:
+        except ApetError as error:
             yield f'<dl class="apet answers">{done}</dl>' * bool(done) + view.message(_without_folder(error, path))
 
 
-def _without_folder(error: Refused, path: str) -> str:
+def _without_folder(error: ApetError, path: str) -> str:
     """The message, with the name of an uploaded file alone: where the server keeps it means nothing to its user."""
     return str(error).replace(path, Path(path).name)
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from apet import Refused, media
+from apet import ApetError, media
 
 if TYPE_CHECKING:
     import torch
@@ -49,11 +49,11 @@ class Files:
         self._encoding = threading.Lock()  # one at a time: each uses all cores
 
     def get(self, path: Path) -> Encoded:
-        """Raises: Refused, if the file cannot be read or is too large."""
+        """Raises: ApetError, if the file cannot be read or is too large."""
         try:
             stat = path.stat()
         except OSError as error:
-            raise Refused(f"cannot read {path.name}: {error.strerror}") from error
+            raise ApetError(f"cannot read {path.name}: {error.strerror}") from error
         key = (str(path), stat.st_mtime_ns, stat.st_size)
         with self._lock:
             future = self._known.get(key)
@@ -77,7 +77,7 @@ class Files:
         found = media.read(path, self.frames)
         rows, cols = self.encoder.grid(*found.size)
         if rows * cols > MOST_TOKENS:
-            raise Refused(
+            raise ApetError(
                 f"{path.name} would become {rows * cols} tokens, more than {MOST_TOKENS}: choose a smaller size"
             )
         with self._encoding:
@@ -102,10 +102,10 @@ def _check_size(path: Path) -> None:
         with Image.open(path) as image:
             width, height = image.size
     except Image.DecompressionBombError as error:
-        raise Refused(
+        raise ApetError(
             f"{path.name} has over {2 * (Image.MAX_IMAGE_PIXELS or 0) // 1_000_000} megapixels, {most}"
         ) from error
     except (UnidentifiedImageError, OSError, ValueError, SyntaxError):
         return  # a clip, or damaged, which reading it will tell
     if width * height > MOST_PIXELS:
-        raise Refused(f"{path.name} has {width * height / 1e6:.1f} megapixels, {most}")
+        raise ApetError(f"{path.name} has {width * height / 1e6:.1f} megapixels, {most}")

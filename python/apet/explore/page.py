@@ -10,7 +10,7 @@ from typing import Any
 
 import gradio as gr
 
-from apet import Refused
+from apet import ApetError
 from apet.explore import view
 from apet.explore.explorer import Explorer
 from apet.explore.files import MOST_TOKENS
@@ -82,9 +82,9 @@ def build(explorer: Explorer, start: Path | None) -> gr.Blocks:
             def save(path: str | None, *values: Any) -> dict[str, str]:
                 try:
                     if path is None:
-                        raise Refused("there is no photo or clip yet")
+                        raise ApetError("there is no photo or clip yet")
                     return make(path, _link(values))
-                except Refused as error:
+                except ApetError as error:
                     raise gr.Error(str(error), print_exception=False) from error
 
             return save
@@ -111,7 +111,7 @@ def build(explorer: Explorer, start: Path | None) -> gr.Blocks:
 def serve(page: gr.Blocks, *, port: int | None, megabytes: int, allowed: Sequence[Path], browser: bool) -> str:
     """Starts the server on this machine alone; returns the address.
 
-    Raises: Refused, if the port is taken.
+    Raises: ApetError, if the port is taken.
     """
     fonts = ["system-ui", "-apple-system", "Segoe UI", "Liberation Sans", "Arial", "sans-serif"]
     theme = gr.themes.Default(
@@ -140,7 +140,9 @@ def serve(page: gr.Blocks, *, port: int | None, megabytes: int, allowed: Sequenc
             head=f"<script>{SCRIPT}</script>",
         )
     except OSError as error:
-        raise Refused(f"cannot listen on port {port or 'from 7860 on'} of 127.0.0.1: choose another --port") from error
+        raise ApetError(
+            f"cannot listen on port {port or 'from 7860 on'} of 127.0.0.1: choose another --port"
+        ) from error
     return address
 
 
@@ -178,7 +180,7 @@ def _state(explorer: Explorer, path: str | None, link: Link, messages: list[str]
         try:
             found = explorer.files.get(Path(path))
             frames, most = len(found.photos), found.grid[0] * found.grid[1]
-        except Refused:
+        except ApetError:
             pass  # the page says it
     for name, one in (("", link.first), ("second ", link.second)):
         if one is not None and one.keep > most:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from apet import Refused, media
+from apet import ApetError, media
 from apet.explore import view
 from apet.explore.view import Shown
 
@@ -46,11 +46,11 @@ class Entry:
 
 
 def write(entries: Sequence[Entry], path: Path, subtitle: str) -> None:
-    """Raises: Refused, if the file cannot be written."""
+    """Raises: ApetError, if the file cannot be written."""
     try:
         path.write_text(document(entries, path.parent, subtitle), encoding="utf-8")
     except OSError as error:
-        raise Refused(f"cannot write the report {path}: {error.strerror or error}") from error
+        raise ApetError(f"cannot write the report {path}: {error.strerror or error}") from error
 
 
 def document(entries: Sequence[Entry], folder: Path, subtitle: str) -> str:

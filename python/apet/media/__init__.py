@@ -29,7 +29,7 @@ def read(source: str | Path, frames: int) -> Media:
         source: a path, "-" (standard input), or an address that begins with http:// or https://.
         frames: taken from a clip; all of them where it has no more.
 
-    Raises: Refused where the source cannot be opened, is neither a photo nor a clip, or is damaged.
+    Raises: ApetError where the source cannot be opened, is neither a photo nor a clip, or is damaged.
     """
     with sources.opened(source) as file:
         return decode(file, shown(source), frames)

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from fractions import Fraction
 from typing import TYPE_CHECKING, Any, BinaryIO
 
-from apet import Refused
+from apet import ApetError
 from apet.hub import first_line, need
 
 from .frames import Media, choose, timeline
@@ -40,7 +40,7 @@ UPRIGHT = {
 
 
 def read(file: BinaryIO, name: str, count: int) -> Media:
-    """`count` frames of a film. Raises: Refused, if it is none, or no frame of it can be decoded."""
+    """`count` frames of a film. Raises: ApetError, if it is none, or no frame of it can be decoded."""
     av = need("av", "demo", "a clip")
     try:
         with _opened(av, file) as container:
@@ -51,7 +51,7 @@ def read(file: BinaryIO, name: str, count: int) -> Media:
             starts.append(None if frame.pts is None else frame.pts * frame.time_base)
             lasts = (frame.duration or 0) * frame.time_base
         if not starts:
-            raise Refused(f"no frame of the video {name} can be decoded{decoder.because}")
+            raise ApetError(f"no frame of the video {name} can be decoded{decoder.because}")
         step = lasts or decoder.step
         times = timeline(starts, step)
         end = times[-1] + step
@@ -59,11 +59,11 @@ def read(file: BinaryIO, name: str, count: int) -> Media:
         notes = decoder.notes(float(end))
         found = _pictures(decoder, {number for number, _ in chosen})
     except av.error.InvalidDataError as error:
-        raise Refused(f"neither a photo nor a video, or damaged: {name}") from error
+        raise ApetError(f"neither a photo nor a video, or damaged: {name}") from error
     except (av.error.FFmpegError, OSError, ValueError) as error:
         if getattr(error, "errno", None) == errno.EINVAL:  # a format that is not among the films
-            raise Refused(f"neither a photo nor a video: {name}") from error
-        raise Refused(f"cannot read the video {name}: {first_line(error)}") from error
+            raise ApetError(f"neither a photo nor a video: {name}") from error
+        raise ApetError(f"cannot read the video {name}: {first_line(error)}") from error
     size = found[chosen[0][0]].size
     frames = [found[number] if found[number].size == size else found[number].resize(size) for number, _ in chosen]
     return Media(name, frames, [time for _, time in chosen], len(times), float(end), notes)
@@ -79,7 +79,7 @@ def _opened(av: Any, file: BinaryIO) -> Iterator[Any]:
 def _film(container: Any, name: str) -> int:
     """The index of the film among the streams: of those that move, the one that lasts longest.
 
-    Raises: Refused, if there is none.
+    Raises: ApetError, if there is none.
     """
     from av.stream import Disposition
 
@@ -88,7 +88,7 @@ def _film(container: Any, name: str) -> int:
     if not films:
         what = "sound" if container.streams.audio else "no video"
         cover = " with a cover picture" if container.streams.video else ""
-        raise Refused(f"neither a photo nor a video: {name} holds {what}{cover}")
+        raise ApetError(f"neither a photo nor a video: {name} holds {what}{cover}")
     if len(films) == 1:
         return films[0].index
     packets = dict.fromkeys((stream.index for stream in films), 0)

@@ -7,7 +7,7 @@ from fractions import Fraction
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any, BinaryIO
 
-from apet import Refused
+from apet import ApetError
 from apet.hub import first_line, need
 
 from .frames import Media, choose
@@ -29,7 +29,7 @@ UNSET = 10  # milliseconds: animations that say no more mean 100, as browsers re
 def read(file: BinaryIO, name: str, count: int) -> Media | None:
     """A photo, or `count` frames of an animation; None if it is in no format of photos.
 
-    Raises: Refused, if it is damaged, or needs a package that is not installed.
+    Raises: ApetError, if it is damaged, or needs a package that is not installed.
     """
     need("PIL")
     from PIL import Image, UnidentifiedImageError
@@ -50,13 +50,15 @@ def read(file: BinaryIO, name: str, count: int) -> Media | None:
                 return _photo(image, name)
     except UnidentifiedImageError:
         if brands & AVIF:
-            raise Refused(f"{name} is an AVIF photo, which needs Pillow 11.3 or newer: pip install -U pillow") from None
+            raise ApetError(
+                f"{name} is an AVIF photo, which needs Pillow 11.3 or newer: pip install -U pillow"
+            ) from None
         file.seek(0)
         return None
-    except Refused:
+    except ApetError:
         raise
     except Exception as error:  # decoders raise many kinds for a damaged file
-        raise Refused(f"cannot read the photo {name}: {first_line(error)}") from error
+        raise ApetError(f"cannot read the photo {name}: {first_line(error)}") from error
 
 
 def _brands(file: BinaryIO) -> set[bytes]:

@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO
 
-from apet import Refused
+from apet import ApetError
 from apet.hub import first_line
 
 MOST_BYTES = 512 << 20  # of an address or a pipe, which are held in memory
@@ -53,18 +53,18 @@ def stem(source: str | Path) -> str:
 
 @contextmanager
 def opened(source: str | Path) -> Iterator[BinaryIO]:
-    """Raises: Refused, if it cannot be opened, is too large for memory where it is no file, or is empty."""
+    """Raises: ApetError, if it cannot be opened, is too large for memory where it is no file, or is empty."""
     if is_address(source):
         file: BinaryIO = _download(str(source))
     elif source == "-":
         if sys.stdin.isatty():
-            raise Refused("standard input is a terminal: pipe a file into it")
+            raise ApetError("standard input is a terminal: pipe a file into it")
         file = io.BytesIO(_all(sys.stdin.buffer, "standard input"))
     else:
         file = _open(Path(source))
     with file:
         if not file.read(1):
-            raise Refused(f"the file is empty: {shown(source)}")
+            raise ApetError(f"the file is empty: {shown(source)}")
         file.seek(0)
         yield file
 
@@ -77,11 +77,11 @@ def _open(path: Path) -> BinaryIO:
             with path.open("rb") as pipe:
                 return io.BytesIO(_all(pipe, str(path)))
         if path.is_dir():
-            raise Refused(f"cannot read {path}: it is a folder")
+            raise ApetError(f"cannot read {path}: it is a folder")
         path.stat()  # raises what is wrong with it
     except OSError as error:
-        raise Refused(f"cannot read {path}: {error.strerror or error}") from error
-    raise Refused(f"cannot read {path}: it is no file")
+        raise ApetError(f"cannot read {path}: {error.strerror or error}") from error
+    raise ApetError(f"cannot read {path}: it is no file")
 
 
 def _all(pipe: BinaryIO, name: str) -> bytes:
@@ -91,8 +91,8 @@ def _all(pipe: BinaryIO, name: str) -> bytes:
     return data
 
 
-def _too_large(name: str) -> Refused:
-    return Refused(f"{name} is larger than {MOST_BYTES >> 20} MiB: save it as a file first")
+def _too_large(name: str) -> ApetError:
+    return ApetError(f"{name} is larger than {MOST_BYTES >> 20} MiB: save it as a file first")
 
 
 def _opener() -> urllib.request.OpenerDirector:
@@ -126,7 +126,7 @@ def _request(address: str) -> urllib.request.Request:
 def _download(address: str) -> BinaryIO:
     name, scheme = shown(address), address.partition(":")[0].lower()
     if scheme not in ("http", "https"):
-        raise Refused(f"cannot read {name}: of addresses only http and https are read")
+        raise ApetError(f"cannot read {name}: of addresses only http and https are read")
     end = time.monotonic() + PATIENCE
     data = io.BytesIO()
     try:
@@ -138,20 +138,20 @@ def _download(address: str) -> BinaryIO:
                 if data.tell() > MOST_BYTES:
                     raise _too_large(name)
                 if time.monotonic() > end:
-                    raise Refused(f"cannot download {name}: it takes longer than {PATIENCE:g} seconds")
+                    raise ApetError(f"cannot download {name}: it takes longer than {PATIENCE:g} seconds")
             if answer.length:
-                raise Refused(f"cannot download {name}: {answer.length} bytes at its end are missing")
+                raise ApetError(f"cannot download {name}: {answer.length} bytes at its end are missing")
     except urllib.error.HTTPError as error:
         error.close()
-        raise Refused(f"cannot download {name}: the server answers {error.code} {error.reason}") from error
+        raise ApetError(f"cannot download {name}: the server answers {error.code} {error.reason}") from error
     except TimeoutError as error:
-        raise Refused(f"cannot download {name}: nothing arrived for {SILENCE:g} seconds") from error
+        raise ApetError(f"cannot download {name}: nothing arrived for {SILENCE:g} seconds") from error
     except (OSError, ValueError, http.client.HTTPException) as error:
         cause = error.reason if isinstance(error, urllib.error.URLError) else error
         if isinstance(cause, TimeoutError):
-            raise Refused(f"cannot download {name}: nothing arrived for {SILENCE:g} seconds") from error
+            raise ApetError(f"cannot download {name}: nothing arrived for {SILENCE:g} seconds") from error
         message = first_line(cause) if isinstance(cause, Exception) else str(cause)
-        raise Refused(f"cannot download {name}: {message}") from error
+        raise ApetError(f"cannot download {name}: {message}") from error
     data.seek(0)
     return data
 
@@ -169,9 +169,9 @@ BEGINNINGS = (
 
 
 def reject_text(file: BinaryIO, name: str) -> None:
-    """Raises: Refused, with the kind of text, where it is one that is taken for a photo or a clip by mistake."""
+    """Raises: ApetError, with the kind of text, where it is one that is taken for a photo or a clip by mistake."""
     start = file.read(512).lstrip(b"\xef\xbb\xbf \t\r\n").lower()
     file.seek(0)
     for beginning, kind in BEGINNINGS:
         if start.startswith(beginning.lower()):
-            raise Refused(f"neither a photo nor a video: {name} is {kind}")
+            raise ApetError(f"neither a photo nor a video: {name} is {kind}")
