@@ -38,15 +38,15 @@ needs_triton = pytest.mark.skipif("triton" not in apet_kernels.available_backend
 
 # A machine has torch, Triton and numpy; transformers and pytest perhaps.
 BLOCKED = ("rich", "typer", "pytest", "hypothesis", "skimage", "matplotlib", "PIL", "pybind11", "scipy", "av")
+# As where they are not installed: they cannot be found, which is no error of who asks.
 BLOCKER = f"""
-import sys
+import importlib.machinery
+find = importlib.machinery.PathFinder.find_spec
 
-class Blocker:
-    def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] in {BLOCKED!r}:
-            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
+def find_spec(name, path=None, target=None):
+    return None if name.partition(".")[0] in {BLOCKED!r} else find(name, path, target)
 
-sys.meta_path.insert(0, Blocker())
+importlib.machinery.PathFinder.find_spec = find_spec
 """
 
 
