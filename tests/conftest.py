@@ -60,7 +60,7 @@ def without(isa: str) -> None:
 if os.environ.get(WITHOUT):
     without(os.environ[WITHOUT])
 
-hypothesis.settings.register_profile("apet", deadline=None, derandomize=True, database=None, max_examples=40)
+hypothesis.settings.register_profile("apet", deadline=None, derandomize=True, database=None, max_examples=25)
 hypothesis.settings.load_profile("apet")
 
 

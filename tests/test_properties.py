@@ -13,7 +13,7 @@ from tests.conftest import Backend
 from tests.data import DTYPES, tokens
 from tests.judge import assert_same, check, check_merge
 
-FEW = 3  # examples on kernels that are interpreted, where one takes seconds; with --interpret 0 as many as elsewhere
+FEW = 2  # examples on kernels that are interpreted, where one takes seconds; with --interpret 0 as many as elsewhere
 
 
 def on_every_backend(**strategies: st.SearchStrategy) -> Callable:

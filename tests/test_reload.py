@@ -72,6 +72,7 @@ def run(code: str, folder: Path | None = None) -> str:
     return done.stdout
 
 
+@pytest.mark.slow
 def test_reload():
     """As importlib does it, as %autoreload does, and as notebooks do it that find both too little."""
     run(

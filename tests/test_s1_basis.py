@@ -129,12 +129,12 @@ def test_every_pick_is_the_best_of_its_step(backend, dtype, select, start, kind)
     assert sure, "this input was chosen so that no pick is within rounding of another"
 
 
-def test_basis_of_64(backend):
+@pytest.mark.parametrize("select", ["fps", "qr"])
+def test_basis_of_64(backend, select):
     x = tokens(1, 100, 80, seed=6)
-    for select in ("fps", "qr"):
-        p = backend.score(x, 64, select=select)[1][0]
-        assert (p >= 0).all()
-        check_basis(x[0], p, 64, select, -1, 1e-5)
+    p = backend.score(x, 64, select=select)[1][0]
+    assert (p >= 0).all()
+    check_basis(x[0], p, 64, select, -1, 1e-5)
 
 
 def test_qr_of_mixed_magnitudes(backend):

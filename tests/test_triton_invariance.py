@@ -109,10 +109,9 @@ def compiler():
         yield executor
 
 
-@pytest.mark.parametrize("target", [TARGETS[0], *(pytest.param(t, marks=pytest.mark.slow) for t in TARGETS[1:])])
-@pytest.mark.parametrize(
-    ("D", "dtype"), [pytest.param(64, torch.bfloat16, marks=pytest.mark.slow), (33, torch.float32)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize(("D", "dtype"), [(64, torch.bfloat16), (33, torch.float32)])
 def test_one_binary_for_all_calls(compiler, target, D, dtype):
     needed = compiler.submit(binaries, target, D, dtype).result()
     first = ("s1_norms", "s1_s3_sweep", "s4_topk", "s5_assign", "s5_mean")

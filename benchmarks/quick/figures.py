@@ -128,4 +128,4 @@ def section(runs: list[list[Line]]) -> str:
         rule = ["---"] * len(COLUMNS)
         rows = "\n".join("| " + " | ".join(row) + " |" for row in [list(COLUMNS), rule, *table(lines)])
         parts.append(f"{head}\n\n{rows}\n")
-    return "\n".join(parts) if parts else "Nothing has been measured on a GPU yet.\n"
+    return "\n".join(parts) if parts else "**No GPU kernel has run on a GPU yet.**\n"

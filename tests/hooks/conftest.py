@@ -20,8 +20,8 @@ def family(request: pytest.FixtureRequest) -> families.Family:
 
 
 # The hooks differ by family in adapters alone, and what is common takes long. So every day these functions run on every
-# family, and the others on four that differ in what matters (projector, tiles, M-RoPE, none of these).
-FOUR = ("llava", "llava_next", "qwen2_5_vl", "video_llava")
+# family, and the others on three that differ in what matters (one image, tiles, M-RoPE).
+THREE = ("llava", "llava_next", "qwen2_5_vl")
 EVERY_FAMILY = {
     *("test_batch", "test_forward", "test_positions", "test_presets", "test_second_turn"),
     *("test_generate_of_the_class", "test_unpatch_leaves_nothing", "test_report", "test_picture"),
@@ -33,7 +33,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         family = getattr(item, "callspec", None) and item.callspec.params.get("family")
         name = family.name if isinstance(family, families.Family) else family
-        if name in families.FAMILIES and name not in FOUR and item.originalname not in EVERY_FAMILY:
+        if name in families.FAMILIES and name not in THREE and item.originalname not in EVERY_FAMILY:
             item.add_marker(pytest.mark.slow)
 
 

@@ -26,6 +26,7 @@ def test_eager(family: Family, stage: str) -> None:
 
 
 @pytest.mark.parametrize("name", [name for name in FAMILIES if name not in ("qwen2_5_vl", "qwen2_vl", "video_llava")])
+@pytest.mark.slow  # compiles
 def test_flex(name: str) -> None:
     """Families for which transformers has flex attention; not compiled, since only the masks are in question."""
     family = FAMILIES[name]

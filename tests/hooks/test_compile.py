@@ -32,14 +32,14 @@ class Graphs:
         return self
 
 
-# Compiling takes seconds, and what is compiled is the engine's: one loop and one `generate` every day.
+# Compiling takes seconds: one loop every day, and tests/hooks/test_wrappers.py compiles `generate`.
 DAILY = (("qwen2_5_vl", "both"),)
 LOOPS = [
     pytest.param(name, options, id=f"{name}-{stage}", marks=() if (name, stage) in DAILY else pytest.mark.slow)
     for name in FAMILIES
     for stage, options in (("first", FIRST), ("both", BOTH))
 ]
-SOME = [pytest.param(name, marks=() if name == "llava" else pytest.mark.slow) for name in FAMILIES]
+SOME = [pytest.param(name, marks=pytest.mark.slow) for name in FAMILIES]
 
 
 @pytest.fixture
