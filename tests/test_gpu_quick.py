@@ -128,7 +128,7 @@ def test_the_whole_rehearsal(tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     assert {line["step"] for line in lines} == {"run", *steps.STEPS}
     ran = {line["step"] for line in lines if line["status"] == "ok"}
-    assert ran >= {*steps.STEPS} - {"tests"}  # which needs pytest
+    assert ran >= {*steps.STEPS} - {"tests", "sanitizers"}  # which need pytest, and compute-sanitizer on a GPU
     block = (tmp_path / "out/summary.txt").read_text().splitlines()
     assert len(block) <= report.MOST_LINES
     assert sum("keep" in line for line in block) == 2
