@@ -24,6 +24,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import warnings
 import zlib
 from pathlib import Path
 from typing import NoReturn
@@ -210,6 +211,8 @@ class SourceDistribution(sdist):
         Path(base_dir, "COMMIT").write_text(commit() + "\n")
 
 
+# setuptools warns of what every editable installation from a checkout has: packages beside the sources.
+warnings.filterwarnings("ignore", r"(?s)\s*Editable installation")
 build = os.environ.get("APET_BUILD", "")
 if build not in ("", "pure"):
     fail(f"APET_BUILD={build} is not known.")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import shutil
 import socket
 from collections.abc import Iterator
@@ -14,11 +15,9 @@ BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 
 def missing() -> str | None:
     """Why the page cannot be tried in a browser here."""
-    for module in ("gradio", "playwright.sync_api"):
-        try:
-            __import__(module)
-        except ImportError:
-            return f"{module.partition('.')[0]} is not installed: pip install '.[dev]'"
+    for module in ("gradio", "playwright", "axe_playwright_python"):
+        if importlib.util.find_spec(module) is None:
+            return f"{module} is not installed: pip install '.[dev]'"
     return None if executable() else f"no browser: none of {', '.join(BROWSERS)} is on the path"
 
 
@@ -35,6 +34,14 @@ def browser() -> Iterator[Any]:
         chromium = playwright.chromium.launch(executable_path=executable(), args=["--no-sandbox"])
         yield chromium
         chromium.close()
+
+
+def inaccessible(tab: Any) -> list[str]:
+    """What breaks the rules of WCAG that the library axe-core checks: contrast, names, roles, order, landmarks."""
+    from axe_playwright_python.sync_playwright import Axe
+
+    rules = Axe().run(tab).response["violations"]
+    return [f"{rule['id']}: {node['html']}" for rule in rules for node in rule["nodes"]]
 
 
 @contextlib.contextmanager

@@ -147,6 +147,10 @@ def ordered(items: list[pytest.Item], seed: int | None) -> list[pytest.Item]:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    for item in items:
+        params = item.callspec.params if hasattr(item, "callspec") else {}
+        if item.get_closest_marker("slow_interpreted") and params.get("backend") == "triton" and interpreted("triton"):
+            item.add_marker(pytest.mark.slow)
     cut_grids(config, items)
     if NO_INTERPRETER is not None:
         for item in items:

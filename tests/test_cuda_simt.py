@@ -401,6 +401,7 @@ BUGS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "bug",
     [pytest.param(b, id=b.name.replace(" ", "_"), marks=b.when) for b in BUGS],

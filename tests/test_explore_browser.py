@@ -239,6 +239,7 @@ def test_looks(chromium: Any, address: str, width: int, theme: str) -> None:
             assert box["x"] >= 0
             assert box["x"] + box["width"] <= width
             assert picture.get_attribute("aria-label")
+        assert browser.inaccessible(page.tab) == []
 
 
 def test_every_control_has_a_name(page: Page) -> None:

@@ -70,6 +70,7 @@ def rehearse(out: Path, *options: str, **environment: str) -> subprocess.Complet
 # ---- rehearsals
 
 
+@pytest.mark.slow
 @simulated
 def test_planted_faults(tmp_path):
     """Each is a line, the run goes on, and its exit code counts it."""

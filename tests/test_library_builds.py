@@ -151,6 +151,7 @@ def test_find_package_finds(tmp_path: Path, request_: str):
     assert f"found 1, version {version()}, cuda FALSE" in said
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("request_", "message"),
     [

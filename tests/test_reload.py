@@ -162,6 +162,7 @@ except ImportError as error:
     return line
 
 
+@pytest.mark.slow
 def test_another_version(tmp_path):
     """One error that names both versions and both files."""
     version = apet_kernels.__version__

@@ -144,6 +144,7 @@ def control() -> int:
     return len(kept(specialised, target))
 
 
+@pytest.mark.slow
 def test_the_count_sees_specialisation(compiler):
     assert compiler.submit(control).result() == 4
 
@@ -163,6 +164,7 @@ def sums_over_channels(target: str, D: int, dtype: torch.dtype, Ms: tuple[int, .
     return result
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("target", TARGETS)
 def test_sums_over_channels_do_not_know_the_basis(compiler, target):
     """x.p and ||x - p||^2: the layout of a sum is its order. M sets the size of other tensors in the same kernel."""

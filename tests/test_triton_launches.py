@@ -116,6 +116,7 @@ def test_workspace(B, N, D, M, K, dtype):
     assert sum(made.values()) == call.workspace_bytes
 
 
+@pytest.mark.slow
 @on_the_cpu
 @pytest.mark.interpreter
 @pytest.mark.parametrize("layout", [*(pytest.param(one, marks=pytest.mark.slow) for one in LAYOUTS[:-1]), LAYOUTS[-1]])

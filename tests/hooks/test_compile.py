@@ -48,6 +48,7 @@ def graphs() -> Graphs:
     return Graphs()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "options"), LOOPS)
 def test_own_loop(name: str, options: dict[str, Any], graphs: Graphs) -> None:
     """Only the first step of the first prompt compiles: not the next ones, and not those of a longer prompt."""

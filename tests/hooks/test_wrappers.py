@@ -41,6 +41,7 @@ def eager_compilation() -> dict[str, Any]:
     return {"cache_implementation": "static", "compile_config": compilation}
 
 
+@pytest.mark.slow
 def test_generate_follows_a_patch_after_it_has_compiled(fresh: None) -> None:
     """transformers keeps its compiled decode step on the model."""
     family, model = FAMILIES["llava"], build("llava")

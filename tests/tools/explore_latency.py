@@ -6,6 +6,7 @@ python -m tests.tools.explore_latency        with a photo and the default encode
 from __future__ import annotations
 
 import statistics
+from typing import Any
 
 from apet import encoders
 from apet.explore.explorer import Explorer
@@ -35,17 +36,21 @@ def main() -> None:
     """Measures and prints."""
     explorer = Explorer(Files(encoders.load(), 4))
     with browser.served(explorer, ASTRONAUT, MEGABYTES) as address, browser.browser() as chromium:
-        tab = Page(chromium, address).tab
-        tab.wait_for_selector("section[data-view]")
-        slider = tab.get_by_label("range slider for Tokens kept")
-        slider.focus()
-        times = []
-        for tokens in range(FIRST, LAST + 1):
-            tab.evaluate(WATCH, tokens)
-            slider.press("ArrowRight")
-            times.append(tab.evaluate("() => window.watched"))
-        counted = times[WARM:]
-        print(f"{len(counted)} presses: median {statistics.median(counted):.0f} ms, at most {max(counted):.0f} ms")
+        for name, query in (("one setting", ""), ("two settings side by side", "?b_keep=64&b_method=uniform")):
+            times = presses(Page(chromium, address, query=query).tab)
+            print(f"{name}, {len(times)} presses: median {statistics.median(times):.0f} ms, at most {max(times):.0f} ms")
+
+
+def presses(tab: Any) -> list[float]:
+    """The milliseconds of each press."""
+    slider = tab.get_by_label("range slider for Tokens kept").first
+    slider.focus()
+    times = []
+    for tokens in range(FIRST, LAST + 1):
+        tab.evaluate(WATCH, tokens)
+        slider.press("ArrowRight")
+        times.append(tab.evaluate("() => window.watched"))
+    return times[WARM:]
 
 
 if __name__ == "__main__":
