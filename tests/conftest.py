@@ -108,6 +108,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         metavar="N",
         help="how many points of each test's parameter grid run on kernels that are interpreted; 0: all",
     )
+    parser.addoption(
+        "--points",
+        type=int,
+        default=6,
+        metavar="N",
+        help="how many points of each test's parameter grid, per backend, run without `-m slow`; 0: all",
+    )
     parser.addoption("--shuffle", type=int, metavar="SEED", help="run the tests in the order that this seed draws")
 
 
@@ -152,6 +159,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         if item.get_closest_marker("slow_interpreted") and params.get("backend") == "triton" and interpreted("triton"):
             item.add_marker(pytest.mark.slow)
     cut_grids(config, items)
+    mark_points(config.getoption("--points"), items)
     if NO_INTERPRETER is not None:
         for item in items:
             params = item.callspec.params if hasattr(item, "callspec") else {}
@@ -163,26 +171,44 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 def cut_grids(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Cuts the grids of kernels of a GPU that this processor runs, at 10 ms or so for each program or launch.
 
-    What is left is spread evenly over the grid, both ends included; of a single point the test's name says at which end
-    it is. The compiled backends run all of it, and so does Triton on a GPU, or with --interpret 0 (`make test-triton`).
+    All of it runs on a GPU, or with --interpret 0 (`make test-triton`).
     """
     points = config.getoption("--interpret")
     if not points:
         return
-    grids: dict[tuple[str, str, bool], list[pytest.Item]] = {}  # slow points apart: they are deselected as a rule
-    for item in items:
-        backend = item.callspec.params.get("backend") if getattr(item, "callspec", None) else None
-        if isinstance(backend, str) and interpreted(backend):
-            slow = item.get_closest_marker("slow") is not None
-            grids.setdefault((item.nodeid.partition("[")[0], backend, slow), []).append(item)
     cut: set[pytest.Item] = set()
-    for (name, *_), grid in grids.items():
-        last = len(grid) - 1
-        one = {last * (zlib.crc32(name.encode()) % 2)}
-        left = one if points == 1 else {i * last // (points - 1) for i in range(points)}
-        cut.update(set(grid) - {grid[i] for i in left})
+    for (name, backend, _), grid in grids(items).items():
+        if interpreted(backend):
+            cut.update(set(grid) - spread(name, grid, points))
     config.hook.pytest_deselected(items=list(cut))
     items[:] = [item for item in items if item not in cut]
+
+
+def mark_points(points: int, items: list[pytest.Item]) -> None:
+    """Marks as slow what is more than `points` points of a test's grid, per backend: `make test` tries every test, and
+    `make test-slow` the rest of each grid."""
+    for (name, _, slow), grid in grids(items).items():
+        if points and not slow:
+            for item in set(grid) - spread(name, grid, points):
+                item.add_marker(pytest.mark.slow)
+
+
+def grids(items: list[pytest.Item]) -> dict[tuple[str, str, bool], list[pytest.Item]]:
+    """The tests by function, backend, and whether they are slow (these are deselected as a rule)."""
+    found: dict[tuple[str, str, bool], list[pytest.Item]] = {}
+    for item in items:
+        backend = item.callspec.params.get("backend") if getattr(item, "callspec", None) else None
+        slow = item.get_closest_marker("slow") is not None
+        key = (item.nodeid.partition("[")[0], backend if isinstance(backend, str) else "", slow)
+        found.setdefault(key, []).append(item)
+    return found
+
+
+def spread(name: str, grid: list[pytest.Item], points: int) -> set[pytest.Item]:
+    """So many points of a grid, both ends included; of a single one, the test's name says at which end it is."""
+    last = len(grid) - 1
+    one = {last * (zlib.crc32(name.encode()) % 2)}
+    return {grid[i] for i in (one if points == 1 else {i * last // (points - 1) for i in range(points)})}
 
 
 @pytest.fixture(params=backend_ids())

@@ -38,7 +38,9 @@ def main() -> None:
     with browser.served(explorer, ASTRONAUT, MEGABYTES) as address, browser.browser() as chromium:
         for name, query in (("one setting", ""), ("two settings side by side", "?b_keep=64&b_method=uniform")):
             times = presses(Page(chromium, address, query=query).tab)
-            print(f"{name}, {len(times)} presses: median {statistics.median(times):.0f} ms, at most {max(times):.0f} ms")
+            print(
+                f"{name}, {len(times)} presses: median {statistics.median(times):.0f} ms, at most {max(times):.0f} ms"
+            )
 
 
 def presses(tab: Any) -> list[float]:
