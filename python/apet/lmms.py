@@ -11,7 +11,11 @@ from typing import Any
 
 import apet
 
-MODELS = ("internvl_hf", "llava_hf", "qwen2_5_vl", "qwen2_vl", "qwen3_vl", "video_llava")
+# Those of lmms-eval whose `model` is a class of transformers that `apet.patch` takes; `huggingface` is any of them.
+MODELS = (
+    *("aria", "fuyu", "gemma3", "gemma4", "glm4v", "huggingface", "idefics2", "internvl_hf", "lfm2_5_vl"),
+    *("llama4_scout", "llava_hf", "mistral3_vl", "qwen2_5_vl", "qwen2_vl", "qwen3_5", "qwen3_vl", "video_llava"),
+)
 OPTIONS = ("keep", "basis", "layout", "select", "blend", "llm_layer", "llm_keep", "preset")
 
 
