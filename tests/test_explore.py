@@ -344,13 +344,17 @@ def test_the_page_holds_what_became_of_every_token(method: str, layout: str, pho
     assert status["class"] == "where"
 
 
-def test_a_path_covers_the_chosen_patches_and_no_other() -> None:
-    chosen = np.random.default_rng(0).random(48) < 0.5
-    covered = np.zeros((6, 8), bool)
-    for col, row, wide, back in re.findall(r"M(\d+) (\d+)h(\d+)v1h-(\d+)z", view._area(chosen, (6, 8))):
-        assert wide == back
-        covered[int(row), int(col) : int(col) + int(wide)] = True
-    assert (covered.ravel() == chosen).all()
+def test_a_path_covers_the_patches_of_its_group_and_no_other() -> None:
+    groups = np.random.default_rng(0).integers(-1, 2, 48)
+    groups[5:11] = 1  # a run that goes on in the next row
+    covered = np.full((6, 8), 9)
+    for group, path in view._areas(groups, (6, 8)).items():
+        for col, row, wide, back in re.findall(r"M(\d+) (\d+)h(\d+)v1h-(\d+)z", path):
+            assert wide == back
+            assert int(col) + int(wide) <= 8
+            assert (covered[int(row), int(col) : int(col) + int(wide)] == 9).all()
+            covered[int(row), int(col) : int(col) + int(wide)] = group
+    assert (covered.ravel() == groups).all()
 
 
 def embedded(svg: str) -> np.ndarray:
@@ -376,7 +380,7 @@ def test_rebuilt_is_the_mean_of_each_group(photo: Path, explorer: Explorer) -> N
     (one,) = shown(explorer, photo, SMALL)
     flat = Image.fromarray(np.arange(48, dtype=np.uint8).reshape(6, 8) * 5).convert("RGB")
     one = replace(one, picture=flat.resize((8 * files.PATCH, 6 * files.PATCH), Image.NEAREST))
-    size = files.PATCH // 2
+    size = files.SEEN
     found = embedded(view.panel(one, "rebuilt", 1.0))[size // 2 :: size, size // 2 :: size, 0].ravel()  # [N]
     for target in np.unique(one.frame.goal):
         group = one.frame.goal == target

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Iterator
 from html import escape
@@ -10,7 +11,7 @@ from pathlib import Path
 from apet import ApetError
 from apet.explore import methods, view
 from apet.explore.asking import Asker
-from apet.explore.files import Files
+from apet.explore.files import Encoded, Files
 from apet.explore.settings import Link, Settings
 from apet.explore.view import Shown
 from apet.hub import first_line
@@ -33,19 +34,7 @@ class Explorer:
         found = self.files.get(path)
         if not 1 <= link.frame <= len(found.photos):
             raise ApetError(f"frame={link.frame} is outside 1..{len(found.photos)}, the frames taken from {found.name}")
-        n = link.frame - 1
-        time = found.times[n] if found.times else None
-        shown = []
-        for settings in _settings(link):
-            try:
-                frame, measure = methods.compress(found.tokens[n : n + 1], found.grid, settings)
-            except (ValueError, RuntimeError) as error:  # the op's own message
-                raise ApetError(f"{settings}: {first_line(error)}") from error
-            picture = found.views[n]
-            shown.append(
-                Shown("photo", found.name, found.photos[n], picture, found.grid, settings, frame, measure, time)
-            )
-        return shown
+        return [_shown(found, link.frame - 1, settings) for settings in _settings(link)]
 
     def page(self, path: str | None, link: Link) -> str:
         """HTML of the pictures, or of what is wrong."""
@@ -80,6 +69,17 @@ class Explorer:
                 yield f'<dl class="apet answers">{done}</dl>'
         except ApetError as error:
             yield f'<dl class="apet answers">{done}</dl>' * bool(done) + view.message(_without_folder(error, path))
+
+
+@functools.lru_cache(maxsize=16)
+def _shown(found: Encoded, n: int, settings: Settings) -> Shown:
+    """Frame n. Remembered, since of two settings one stays as it is while the other is changed."""
+    try:
+        frame, measure = methods.compress(found.tokens[n : n + 1], found.grid, settings)
+    except (ValueError, RuntimeError) as error:  # the op's own message
+        raise ApetError(f"{settings}: {first_line(error)}") from error
+    time = found.times[n] if found.times else None
+    return Shown("photo", found.name, found.photos[n], found.views[n], found.grid, settings, frame, measure, time)
 
 
 def _without_folder(error: ApetError, path: str) -> str:

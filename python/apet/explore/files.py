@@ -22,18 +22,19 @@ if TYPE_CHECKING:
 REMEMBERED = 32  # files; the tokens of eight frames of 576 x 384 take 7 MB
 MOST_PIXELS = 80_000_000  # of a photo, which takes three bytes for each while it is read
 MOST_TOKENS = 4096  # of an image: more could be neither drawn nor seen
-PATCH = 28  # pixels drawn to an edge of a patch
+PATCH = 28  # pixels of the photo on the page to an edge of a patch
+SEEN = 14  # pixels to an edge of a patch, where patches are averaged
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Encoded:
     """A photo, or frames of a clip, as the page needs them. It is shared, so nothing of it may be changed."""
 
     name: str
     grid: tuple[int, int]  # rows and columns of patches
     tokens: torch.Tensor  # [B, N, D]
-    views: list[Image.Image]  # B pictures of what the encoder sees, PATCH pixels to an edge of a patch
-    photos: list[str]  # the same as data URIs
+    views: list[Image.Image]  # B pictures of what the encoder sees, SEEN pixels to an edge of a patch
+    photos: list[str]  # the same as data URIs, PATCH pixels to an edge of a patch
     times: list[float]  # seconds into the clip; [] for a photo
 
 
@@ -82,8 +83,9 @@ class Files:
             )
         with self._encoding:
             tokens = self.encoder.encode([self.encoder.view(frame) for frame in found.frames])
-        views = [self.encoder.view(frame, PATCH) for frame in found.frames]
-        return Encoded(path.name, (rows, cols), tokens, views, [data_uri(view) for view in views], found.times)
+        large = [self.encoder.view(frame, PATCH) for frame in found.frames]
+        views = [view.resize((cols * SEEN, rows * SEEN)) for view in large]
+        return Encoded(path.name, (rows, cols), tokens, views, [data_uri(view) for view in large], found.times)
 
 
 def data_uri(picture: Image.Image, quality: int = 82) -> str:

@@ -7,6 +7,7 @@ photo once, and its pictures refer to it; so the ids of the photos of one docume
 from __future__ import annotations
 
 import base64
+import functools
 import io
 import json
 from collections.abc import Callable, Sequence
@@ -19,7 +20,7 @@ import matplotlib
 import numpy as np
 from PIL import Image
 
-from apet.explore.files import PATCH, data_uri
+from apet.explore.files import SEEN, data_uri
 from apet.explore.settings import Settings
 from apet.outcome import Frame, Measure
 from apet.pictures import HEAT, borders_of, group_colours, moved
@@ -30,14 +31,14 @@ README = ("photo", "clear", "rebuilt")
 ALL = ("kept", "merged", "rebuilt", "residual")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Shown:
     """A photo, or a frame of a clip, and what a setting makes of it."""
 
     id: str  # of the photo in the document: letters, digits and hyphens
     name: str
     photo: str  # data URI
-    picture: Image.Image  # the same, PATCH pixels to an edge of a patch
+    picture: Image.Image  # the same, best with SEEN pixels to an edge of a patch
     grid: tuple[int, int]
     settings: Settings
     frame: Frame
@@ -140,6 +141,7 @@ def heat_of(shown: Sequence[Shown]) -> float:
 # --- a section of the page ---
 
 
+@functools.lru_cache(maxsize=16)
 def _section(one: Shown, most: float, letter: str) -> str:
     """The pictures of one setting, with the positions that page.js needs."""
     frame = one.frame
@@ -223,7 +225,8 @@ def _draw_photo(one: Shown, most: float) -> str:
 
 def _draw_clear(one: Shown, most: float) -> str:
     clear = one.frame.survives
-    return f'{_use(one)}<path class="veil" d="{_area(~clear, one.grid)}"/>{_edges(clear, one.grid)}'
+    veil = _areas(clear, one.grid).get(False, "")
+    return f'{_use(one)}<path class="veil" d="{veil}"/>{_edges(clear, one.grid)}'
 
 
 def _draw_kept(one: Shown, most: float) -> str:
@@ -235,12 +238,13 @@ def _draw_merged(one: Shown, most: float) -> str:
     goal = one.frame.goal
     colours = group_colours(goal)  # [N, 3]
     targets, counts = np.unique(goal[goal >= 0], return_counts=True)
+    areas = _areas(goal, one.grid)
     parts = [f'<g class="grey">{_use(one)}</g>']
     dots = []
-    for target in targets[counts > 1]:
+    for target in targets[counts > 1].tolist():
         colour = matplotlib.colors.to_hex(colours[target])
-        parts.append(f'<path class="group" fill="{colour}" d="{_area(goal == target, one.grid)}"/>')
-        row, col = divmod(int(target), one.grid[1])
+        parts.append(f'<path class="group" fill="{colour}" d="{areas[target]}"/>')
+        row, col = divmod(target, one.grid[1])
         dots.append(f'<circle cx="{col + 0.5}" cy="{row + 0.5}" r="0.3" fill="{colour}"/>')
     return "".join(parts) + _edges(goal, one.grid) + f'<g class="dots">{"".join(dots)}</g>'
 
@@ -248,14 +252,13 @@ def _draw_merged(one: Shown, most: float) -> str:
 def _draw_rebuilt(one: Shown, most: float) -> str:
     """Every place with the mean of the patches that were merged into the same token; black where it went nowhere."""
     rows, cols = one.grid
-    size = PATCH // 2
-    pixels = np.asarray(one.picture.resize((cols * size, rows * size)), np.float32)
-    patches = pixels.reshape(rows, size, cols, size, 3).swapaxes(1, 2).reshape(rows * cols, -1)  # [N, 3 size^2]
+    pixels = np.asarray(one.picture.resize((cols * SEEN, rows * SEEN)), np.float32)
+    patches = pixels.reshape(rows, SEEN, cols, SEEN, 3).swapaxes(1, 2).reshape(rows * cols, -1)  # [N, 3 SEEN^2]
     goal = one.frame.goal
     targets, group = np.unique(goal, return_inverse=True)  # [G], [N]
-    sums = (np.arange(len(targets))[:, None] == group).astype(np.float32) @ patches  # [G, 3 size^2]
+    sums = (np.arange(len(targets))[:, None] == group).astype(np.float32) @ patches  # [G, 3 SEEN^2]
     means = sums / np.bincount(group)[:, None] * (targets >= 0)[:, None]
-    picture = means[group].reshape(rows, cols, size, size, 3).swapaxes(1, 2).reshape(rows * size, cols * size, 3)
+    picture = means[group].reshape(rows, cols, SEEN, SEEN, 3).swapaxes(1, 2).reshape(rows * SEEN, cols * SEEN, 3)
     return _image(data_uri(Image.fromarray(picture.round().astype(np.uint8))), one.grid)
 
 
@@ -279,14 +282,19 @@ _MARKS: dict[str, Callable[[Shown, float], str]] = {
 }
 
 
-def _area(chosen: np.ndarray, grid: tuple[int, int]) -> str:
-    """The path of all chosen patches [N], a rectangle for each run in a row."""
-    rows, cols = grid
-    steps = np.diff(chosen.reshape(rows, cols).astype(np.int8), axis=1, prepend=0, append=0)  # [rows, cols + 1]
-    begins, ends = np.argwhere(steps == 1), np.argwhere(steps == -1)
-    return "".join(
-        f"M{c} {r}h{e - c}v1h{c - e}z" for (r, c), (_, e) in zip(begins.tolist(), ends.tolist(), strict=True)
-    )
+def _areas(groups: np.ndarray, grid: tuple[int, int]) -> dict[Any, str]:
+    """The path of the patches of each group [N], a rectangle for each run in a row."""
+    cols = grid[1]
+    begins = np.ones(len(groups), bool)
+    begins[1:] = groups[1:] != groups[:-1]
+    begins[::cols] = True
+    at = np.flatnonzero(begins)
+    runs = np.diff(at, append=len(groups))
+    areas: dict[Any, str] = {}
+    for group, start, run in zip(groups[at].tolist(), at.tolist(), runs.tolist(), strict=True):
+        row, col = divmod(start, cols)
+        areas[group] = areas.get(group, "") + f"M{col} {row}h{run}v1h{-run}z"
+    return areas
 
 
 def _edges(groups: np.ndarray, grid: tuple[int, int]) -> str:
