@@ -16,6 +16,7 @@ from torch import Tensor
 
 from . import dispatch, ops
 from .options import BACKENDS, Backend, Layout, Options, Select
+from .registry import registered
 
 
 class Compressed(NamedTuple):
@@ -308,7 +309,7 @@ def _call(op: str, backend: Backend | None, *args: Any, **kwargs: Any) -> Any:
     # torch.compile cannot trace the look-up; on a GPU the op itself looks (dispatch.py).
     if backend is None and not torch.compiler.is_compiling():
         backend = dispatch.chosen_backend()
-    function = getattr(torch.ops.apet, op) if backend is None else dispatch.forced(op, backend, args[0])
+    function = getattr(registered, op) if backend is None else dispatch.forced(op, backend, args[0])
     try:
         return function(*args, **kwargs)
     except RuntimeError as error:

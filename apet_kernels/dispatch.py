@@ -23,7 +23,7 @@ from torch.utils._pytree import tree_map_only
 
 from . import ops, reference
 from .options import BACKENDS, Backend
-from .registry import has_kernel
+from .registry import has_kernel, registered
 
 # The binding of the compiled library; absent from a pure wheel (APET_BUILD=pure).
 LIBRARY = Path(__file__).with_name("libapet_torch.so")
@@ -95,7 +95,7 @@ def why_not_cuda(device: torch.device) -> str | None:
         return why
     x = torch.empty(1, 2, 1, device=device)
     try:
-        torch.ops.apet._cuda_plan(x, 1)
+        registered._cuda_plan(x, 1)
     except RuntimeError as error:
         return f"the CUDA kernels do not run on {device}: {error}"
     return None
@@ -172,7 +172,7 @@ def run_triton(op: str, x: Tensor, *args: Any, **kwargs: Any) -> Any:
 
 def run_cuda(op: str, x: Tensor, *args: Any, **kwargs: Any) -> Any:
     """The op by the CUDA kernels, which check their arguments, for x on a device for which `why_not_cuda` is None."""
-    return getattr(torch.ops.apet, f"_cuda_{op}").default(x, *args, **kwargs)
+    return getattr(registered, f"_cuda_{op}").default(x, *args, **kwargs)
 
 
 def run_reference(op: str, x: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -202,7 +202,7 @@ def _run_on_cpu(op: str, x: Tensor, *args: Any, **kwargs: Any) -> Any:
     if x.device.type == "cpu":
         return getattr(reference, op)(x, *args, **kwargs)
     x_cpu, args, kwargs = tree_map_only(Tensor, Tensor.cpu, (x, args, kwargs))
-    results = getattr(torch.ops.apet, op)(x_cpu, *args, **kwargs)
+    results = getattr(registered, op)(x_cpu, *args, **kwargs)
     return tree_map_only(Tensor, lambda t: t.to(x.device), results)
 
 
@@ -299,7 +299,7 @@ def forced(op: str, backend: Backend, x: Tensor) -> Callable[..., Any]:
     """
     check_usable(backend, x.device)
     if backend == "cpu":
-        return getattr(torch.ops.apet, op)  # type: ignore[no-any-return]
+        return getattr(registered, op)  # type: ignore[no-any-return]
     run = {"triton": run_triton, "cuda": run_cuda, "reference": run_reference}[backend]
 
     def without_grad(*args: Any, **kwargs: Any) -> Any:

@@ -16,7 +16,7 @@ from .options import LAYOUTS as LAYOUTS  # three names that users of 0.1 import 
 from .options import MAX_BASIS as MAX_BASIS
 from .options import SELECTS as SELECTS
 from .options import Options, check_keep, require
-from .registry import registry
+from .registry import registered, registry
 from .version import __version__
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -225,4 +225,4 @@ def _reject_grad(op: torch._ops.OpOverload) -> Callable[..., Any]:
 
 for _op in OPS:
     # Under torch.inference_mode() the dispatcher leaves this key out, and its microseconds with it.
-    REGISTRY.implement(_op, "Autograd", _reject_grad(getattr(torch.ops.apet, _op).default), with_keyset=True)
+    REGISTRY.implement(_op, "Autograd", _reject_grad(getattr(registered, _op).default), with_keyset=True)

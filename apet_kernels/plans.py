@@ -11,6 +11,7 @@ from torch import Tensor
 
 from . import dispatch, host, ops
 from .options import Backend, Layout, Options, Select
+from .registry import registered
 
 # What keys of 0.1's dictionary are called now.
 _OLD_KEYS = {
@@ -137,7 +138,7 @@ def _plan_cpu(x: Tensor, keep: int, options: Options, why_copied: str) -> Plan:
 
 def _plan_cuda(x: Tensor, keep: int, options: Options) -> Plan:
     why, path, launches, ctas, images, rows, in_shared_memory, tile, workspace_bytes, estimated_us = (
-        torch.ops.apet._cuda_plan(x, keep, **options.arguments)
+        registered._cuda_plan(x, keep, **options.arguments)
     )
     details = {
         "path": path,

@@ -14,8 +14,9 @@ from typing import Any
 
 import torch
 
-NAMESPACE = "apet"
-_ATTRIBUTE = "_apet_kernels_registry"  # of torch.ops.apet
+NAMESPACE = "apet"  # the only place: builds for the Hugging Face Hub have another (examples/hub)
+registered: Any = getattr(torch.ops, NAMESPACE)
+_ATTRIBUTE = "_apet_kernels_registry"  # of `registered`
 
 
 class Registry:
@@ -58,11 +59,10 @@ def registry(version: str, file: str, schemas: tuple[str, ...]) -> Registry:
     Raises:
         ImportError: if the ops are defined already, by another version or with other schemas.
     """
-    namespace = getattr(torch.ops, NAMESPACE)
-    earlier: Registry | None = vars(namespace).get(_ATTRIBUTE)  # or of the same class in another copy
+    earlier: Registry | None = vars(registered).get(_ATTRIBUTE)  # or of the same class in another copy
     if earlier is None:
         earlier = Registry(version, file, schemas)
-        setattr(namespace, _ATTRIBUTE, earlier)
+        setattr(registered, _ATTRIBUTE, earlier)
     if earlier.version != version:
         raise ImportError(
             f"torch.ops.{NAMESPACE} is already defined in this process by {_this(earlier.version, earlier.file)}; "

@@ -11,6 +11,7 @@ from typing import Literal
 import torch
 
 from . import dispatch, host
+from .registry import registered
 
 __all__ = ["CudaPath", "cpu_isa", "cuda_paths", "use_cpu_isa", "use_cuda_path"]
 
@@ -121,5 +122,5 @@ def _force(way: CudaPath) -> None:
     # The op is found by the device of a tensor. The simulated GPU of this package's tests has its tensors on the CPU.
     like = torch.empty(0, device="cuda" if torch.cuda.is_available() else "cpu")
     path, *numbers = asdict(way).values()
-    torch.ops.apet._cuda_override(like, path, *numbers)
+    registered._cuda_override(like, path, *numbers)
     _thread.forced = way

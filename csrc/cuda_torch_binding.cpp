@@ -57,7 +57,7 @@ std::tuple<std::string, std::string, int64_t, int64_t, int64_t, int64_t, int64_t
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(apet, CUDA, m) {
+APET_IMPLEMENTS(CUDA, m) {
   m.impl("_cuda_compress", TORCH_BOX(&compress));
   m.impl("_cuda_compress_varlen", TORCH_BOX(&compress_varlen));
   m.impl("_cuda_score", TORCH_BOX(&score));

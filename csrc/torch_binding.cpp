@@ -19,7 +19,7 @@ void run(const apet_problem& p, const apet_tensors& tensors, const Tensor& x) {
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(apet, CPU, m) {
+APET_IMPLEMENTS(CPU, m) {
   m.impl("compress", TORCH_BOX(&compress));
   m.impl("compress_varlen", TORCH_BOX(&compress_varlen));
   m.impl("score", TORCH_BOX(&score));

@@ -16,6 +16,14 @@
 
 #include "problem.h"
 
+// The namespace of the ops: torch.ops.apet, or another for a build that lives beside one of another version. (Two
+// macros, so that the name is expanded first.)
+#ifndef APET_OPS_NAMESPACE
+#define APET_OPS_NAMESPACE apet
+#endif
+#define APET_IMPLEMENTS_IN(space, key, module) STABLE_TORCH_LIBRARY_IMPL(space, key, module)
+#define APET_IMPLEMENTS(key, module) APET_IMPLEMENTS_IN(APET_OPS_NAMESPACE, key, module)
+
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
