@@ -8,8 +8,6 @@ void in_torchs_pool(void*, int64_t tasks, apet_task task, void* context) {
 }
 
 void run(const apet_problem& p, const apet_tensors& tensors, const Tensor& x) {
-  require(!apet::in_rounds(p) && p.refine == 0,
-          "the CPU kernels pick no basis in rounds and have no medoid steps yet: use backend='reference'");
   const apet_pool pool = {(int32_t)torch::stable::get_num_threads(), nullptr, in_torchs_pool};
   apet_cpu_plan_t plan;
   check(p, apet_cpu_plan(&p, pool.threads, &plan));
