@@ -91,8 +91,11 @@ struct Centres {
   float* padding;         // [K rounded up to a vector] added to similarities: 0; -inf there
   int32_t* number;        // [N] of a centre: its number among the merge targets
   int32_t stale_count;    // columns that are not computed yet
-  int32_t* stale;         // [K] which
-  int32_t* stale_token;   // [K] and their centres
+  int32_t* stale;         // [K rounded up to two vectors] which
+  int32_t* stale_token;   // [K rounded up to two vectors] and their centres
+  int32_t* target_column; // [T] of a merge target: its column
+  int32_t* cluster;       // [N] column of the cluster that a token was in at the last medoid step, or -1
+  uint8_t* regrouped;     // [K] by column: the cluster has other tokens than at the last step
   float* cluster_mean;    // [K, D] by row
   float* mean_dist_sq;    // [N] ||x - the mean of its cluster||^2
 };

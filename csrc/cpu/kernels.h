@@ -49,9 +49,12 @@ struct Kernels {
   void (*pool_gram)(const Input&, const Rows&, const Factors&, Rounds&, int64_t begin, int64_t end, void* scratch);
   void (*round)(const Input&, const Rows&, const Factors&, Scores&, Rounds&, Centres&, int64_t begin, int64_t end,
                 void* scratch);
-  // s4: products of tokens [begin, end) with stale centres, the factors; the nearest centre of dropped[begin .. end);
-  // the means of clusters [begin, end), and the distances from them of merged[begin .. end).
-  void (*add_products)(const Input&, const Rows&, const Factors&, Centres&, int64_t begin, int64_t end, void* scratch);
+  // s4: products of tokens [begin, end), or of dropped[begin .. end), with stale centres, the factors; the nearest centre
+  // of dropped[begin .. end); the means of clusters [begin, end), and the distances from them of merged[begin .. end).
+  void (*add_all_products)(const Input&, const Rows&, const Factors&, Centres&, int64_t begin, int64_t end,
+                           void* scratch);
+  void (*add_last_products)(const Input&, const Rows&, const Factors&, Centres&, const Merge&, int64_t begin,
+                            int64_t end, void* scratch);
   void (*nearest)(const Scores&, const Centres&, Merge&, int64_t begin, int64_t end);
   void (*cluster_mean)(const Input&, const Rows&, const Merge&, Centres&, int64_t begin, int64_t end, int64_t d0,
                        int64_t d1);

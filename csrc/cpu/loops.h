@@ -35,7 +35,8 @@ static constexpr Kernels kernels_of() {
   k.pack_y = pack_y;
   k.pool_gram = pool_gram<E>;
   k.round = round<E>;
-  k.add_products = add_products<E>;
+  k.add_all_products = add_all_products<E>;
+  k.add_last_products = add_last_products<E>;
   k.nearest = nearest;
   k.cluster_mean = cluster_mean<typename E::T>;
   k.mean_distance = mean_distance<typename E::T>;

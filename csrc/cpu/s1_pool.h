@@ -45,6 +45,8 @@ static void pick_round(const Input& in, Scores& scores, Rounds& rounds) {
   const int64_t count = rounds.pool_count, most = rounds.size;
   double *diag = rounds.diag, *column = rounds.column;
   for (int64_t i = 0; i < count; i++) diag[i] = rounds.gram[i * count + i];
+  for (int64_t i = 0; i < count; i++)  // the lower triangle is not computed
+    for (int64_t j = 0; j < i; j++) rounds.gram[i * count + j] = rounds.gram[j * count + i];
   rounds.size = 0;
   for (; rounds.size < most; rounds.size++) {
     const int32_t k = rounds.size;
@@ -63,7 +65,7 @@ static void pick_round(const Input& in, Scores& scores, Rounds& rounds) {
     const bool dependent = pivot <= 4 * 0x1p-24 * scores.norm_sq[token];
     if ((dependent || !(diag[best] > 0)) && !(k == 0 && token == rounds.first)) return;
     const double inv_diag = dependent ? 0 : 1 / std::sqrt(pivot);
-    const float* row = rounds.gram + best * count;  // it is symmetric, to the bit
+    const float* row = rounds.gram + best * count;
     for (int64_t i = 0; i < count; i++) column[i] = row[i];
     for (int32_t j = 0; j < k; j++) {
       const float* y_j = rounds.pool_y + j * count;

@@ -36,7 +36,7 @@ static inline void subtract_y(const Rounds& rounds, Tokens tokens, int64_t begin
     }
 }
 
-// Rows [begin, end) of the residual Gram matrix of the pool, which is what is packed.
+// Rows [begin, end) of the residual Gram matrix of the pool, which is what is packed: the upper triangle.
 template <class E>
 static void pool_gram(const Input& in, const Rows& rows, const Factors& pool, Rounds& rounds, int64_t begin,
                       int64_t end, void* scratch) {
@@ -47,6 +47,7 @@ static void pool_gram(const Input& in, const Rows& rows, const Factors& pool, Ro
     load_chunk<E>(in, tokens, i0, smaller(step, end - i0), scratch, chunk);
     each_panel<E>(in, rows, pool, [&](auto width, const float* panel, int64_t t0) {
       constexpr int Vectors = decltype(width)::Vectors;
+      if (t0 + Vectors * W <= i0) return;
       multiply_panel<E, Vectors>(in, chunk, panel);
       subtract_y<Vectors>(rounds, tokens, i0, t0, chunk);
       const int64_t count = smaller(Vectors * W, pool.count - t0);

@@ -27,9 +27,20 @@ static void make_stale(Centres& centres, int32_t c) {
   centres.stale_token[centres.stale_count++] = centres.token[c];
 }
 
-// The number of each target among the targets, for the loops of s4_medoids.h.
-static void number_targets(const Rows& rows, const Merge& merge, Centres& centres) {
-  for (int32_t t = 0; t < merge.target_count; t++) centres.number[rows.row_token[merge.target_row[t]]] = t;
+// The number of each target among the targets, for the loops of s4_medoids.h, and back.
+static void number_targets(const Merge& merge, Centres& centres) {
+  for (int32_t t = 0; t < merge.target_count; t++) centres.number[merge.target_token[t]] = t;
+  for (int32_t c = 0; c < centres.count; c++)
+    if (centres.position[c] != INT_MAX) centres.target_column[centres.number[centres.token[c]]] = c;
+}
+
+// Completes the stale columns to two vectors by repetition: a product with a single one would take twelve rows at a time,
+// which the first-level cache does not hold where rows are a multiple of 4 KB.
+static void pad_stale(Centres& centres, int32_t vector) {
+  for (int32_t& count = centres.stale_count; count % (2 * vector); count++) {
+    centres.stale[count] = centres.stale[0];
+    centres.stale_token[count] = centres.stale_token[0];
+  }
 }
 
 // Makes the kept tokens centres. The first `known` columns have the products of tokens known[...] already, all of which
@@ -38,6 +49,7 @@ static void begin_centres(const Input& in, const Scores& scores, const Rows& row
                           const int32_t* known, int32_t known_count, int32_t vector, Centres& centres) {
   int32_t* is_known = merge.merged;  // scratch
   std::fill_n(is_known, in.tokens, 0);
+  std::fill_n(centres.cluster, in.tokens, -1);
   centres.count = 0;
   centres.stale_count = 0;
   for (int32_t j = 0; j < known_count; j++) {
@@ -55,7 +67,21 @@ static void begin_centres(const Input& in, const Scores& scores, const Rows& row
     centres.inv_norm[c] = 0;
     centres.padding[c] = -__builtin_inff();
   }
-  number_targets(rows, merge, centres);
+  number_targets(merge, centres);
+}
+
+// Notes which clusters have other tokens than at the last step, given the targets of the dropped tokens.
+static void note_regrouped(const Merge& merge, Centres& centres) {
+  std::fill_n(centres.regrouped, centres.count, uint8_t{0});
+  const auto put = [&](int32_t token, int32_t c) {
+    const int32_t before = centres.cluster[token];
+    if (before == c) return;
+    centres.regrouped[c] = 1;
+    if (before >= 0) centres.regrouped[before] = 1;
+    centres.cluster[token] = c;
+  };
+  for (int32_t i = 0; i < merge.dropped_count; i++) put(merge.dropped[i], centres.target_column[merge.target[i]]);
+  for (int32_t c = 0; c < centres.count; c++) put(centres.token[c], c);
 }
 
 // The token of row r's cluster that is nearest to its mean, ties to the lower position. Two tokens are as near as each
@@ -79,10 +105,10 @@ static bool move_centres(const Input& in, const Scores& scores, Rows& rows, Merg
   for (int32_t c = 0; c < centres.count; c++) column[centres.token[c]] = c;
   bool moved = false;
   for (int32_t r = 0; r < rows.count; r++) {
-    const int32_t token = medoid(rows, merge, centres, r);
-    if (token == rows.row_token[r]) continue;
-    moved = true;
     const int32_t c = column[rows.row_token[r]];
+    const int32_t token = centres.regrouped[c] ? medoid(rows, merge, centres, r) : centres.token[c];
+    if (token == centres.token[c]) continue;
+    moved = true;
     set_centre(scores, centres, c, token);
     make_stale(centres, c);
   }
@@ -103,7 +129,7 @@ static bool move_centres(const Input& in, const Scores& scores, Rows& rows, Merg
       }
     }
   }
-  number_targets(rows, merge, centres);
+  number_targets(merge, centres);
   return moved;
 }
 

@@ -12,23 +12,35 @@
 #include "product.h"
 #include "s5_mean.h"
 
-// Products of tokens [begin, end) with the stale centres, which are packed, into their columns.
-template <class E>
-static void add_products(const Input& in, const Rows& rows, const Factors& stale, Centres& centres, int64_t begin,
-                         int64_t end, void* scratch) {
+// Products of tokens[begin .. end) with the stale centres, which are packed, into their columns.
+template <class E, class Tokens>
+static inline void add_products(const Input& in, const Rows& rows, const Factors& stale, Centres& centres,
+                                Tokens tokens, int64_t begin, int64_t end, void* scratch) {
   const int64_t step = chunk_rows<E>(in.dim);
   Chunk chunk;
   for (int64_t i0 = begin; i0 < end; i0 += step) {
-    load_chunk<E>(in, Range{}, i0, smaller(step, end - i0), scratch, chunk);
+    load_chunk<E>(in, tokens, i0, smaller(step, end - i0), scratch, chunk);
     each_panel<E>(in, rows, stale, [&](auto width, const float* panel, int64_t t0) {
       constexpr int Vectors = decltype(width)::Vectors;
       multiply_panel<E, Vectors>(in, chunk, panel);
       const int64_t count = smaller(Vectors * W, stale.count - t0);
       for (int64_t i = 0; i < chunk.count; i++)
         for (int64_t t = 0; t < count; t++)
-          centres.product[(i0 + i) * centres.width + centres.stale[t0 + t]] = chunk.tile[i * NR + t];
+          centres.product[tokens[i0 + i] * centres.width + centres.stale[t0 + t]] = chunk.tile[i * NR + t];
     });
   }
+}
+// Of all tokens: a centre that moves away will need its own.
+template <class E>
+static void add_all_products(const Input& in, const Rows& rows, const Factors& stale, Centres& centres, int64_t begin,
+                             int64_t end, void* scratch) {
+  add_products<E>(in, rows, stale, centres, Range{}, begin, end, scratch);
+}
+// Of dropped[begin .. end), where no centre will move any more.
+template <class E>
+static void add_last_products(const Input& in, const Rows& rows, const Factors& stale, Centres& centres,
+                              const Merge& merge, int64_t begin, int64_t end, void* scratch) {
+  add_products<E>(in, rows, stale, centres, Listed{merge.dropped}, begin, end, scratch);
 }
 
 // The number of the centre of largest value(products, column), ties to the lower position; 0 where none has a value.
@@ -71,13 +83,19 @@ static void similar(const Centres& centres, Merge& merge, int64_t begin, int64_t
     });
 }
 
-// s4: features [d0, d1) of the means of clusters [begin, end). Of one or two tokens none is needed (s4_clusters.h).
+// Whether the mean of row r's cluster is needed: not of one or two tokens (s4_clusters.h), nor where they are those of
+// the last step, whose medoid the centre is.
+static inline bool needs_mean(const Rows& rows, const Merge& merge, const Centres& centres, int64_t r) {
+  return merge.row_begin[r + 1] - merge.row_begin[r] >= 2 && centres.regrouped[centres.cluster[rows.row_token[r]]];
+}
+
+// s4: features [d0, d1) of the means of clusters [begin, end).
 template <class T>
 static void cluster_mean(const Input& in, const Rows& rows, const Merge& merge, Centres& centres, int64_t begin,
                          int64_t end, int64_t d0, int64_t d1) {
   for (int64_t r = begin; r < end; r++) {
     const int32_t first = merge.row_begin[r], last = merge.row_begin[r + 1];
-    if (last - first >= 2)
+    if (needs_mean(rows, merge, centres, r))
       mean_of(in, row<T>(in, rows.row_token[r]), merge.merged, first, last, d0, d1, centres.cluster_mean + r * in.dim);
   }
 }
@@ -110,7 +128,7 @@ static void mean_distance(const Input& in, const Rows& rows, const Merge& merge,
   for (int64_t i = begin; i < end; i++) {
     while (merge.row_begin[r + 1] <= i) r++;
     const int32_t first = merge.row_begin[r];
-    if (merge.row_begin[r + 1] - first < 2) continue;
+    if (!needs_mean(rows, merge, centres, r)) continue;
     const float* mean = centres.cluster_mean + (int64_t)r * in.dim;
     const int32_t centre = rows.row_token[r], token = merge.merged[i];
     if (i == first) centres.mean_dist_sq[centre] = dist_sq(row<T>(in, centre), mean, in.dim);

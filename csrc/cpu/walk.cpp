@@ -89,7 +89,10 @@ Stage Walk::next(Stage done) {
     case Stage::kRound: return open_round();
     case Stage::kPackStale: return Stage::kProducts;
     case Stage::kProducts: image_.centres.stale_count = 0; return compare_centres();
-    case Stage::kNearest: group_by_row(image_.rows, image_.merge); return Stage::kClusterMean;
+    case Stage::kNearest:
+      note_regrouped(image_.merge, image_.centres);
+      group_by_row(image_.rows, image_.merge);
+      return Stage::kClusterMean;
     case Stage::kClusterMean: return Stage::kMeanDistance;
     case Stage::kMeanDistance:
       steps_left_ = move_centres(image_.input, image_.scores, image_.rows, image_.merge, image_.centres)
@@ -236,10 +239,11 @@ Stage Walk::begin_medoids(const int32_t* known, int32_t count) {
 // The next medoid step or, after the last, s5; before that, products that are missing.
 Stage Walk::compare_centres() {
   Merge& merge = image_.merge;
-  const Centres& centres = image_.centres;
+  Centres& centres = image_.centres;
   if (merge.target_count == 0) merge.dropped_count = 0;
   if (merge.dropped_count == 0) return average_rows();
   if (centres.stale_count > 0) {
+    pad_stale(centres, call_->kernels.vector);
     set_factors(centres.stale_count, centres.stale_token);
     return Stage::kPackStale;
   }
@@ -303,9 +307,15 @@ void Walk::cut_stage() {
       chunks_ = panels() * columns();
       if ((stage_ == Stage::kPackPool || stage_ == Stage::kPackPicks) && image_.rounds.begin > 0) chunks_ += panels();
       break;
-    case Stage::kPoolGram: chunks_ = product_chunks(image_.rounds.pool_count); break;
-    case Stage::kRound:
-    case Stage::kProducts: chunks_ = product_chunks(image_.input.tokens); break;
+    case Stage::kPoolGram: {  // of half of it, so that the first rows have more to do than the last
+      const int64_t groups = image_.rounds.pool_count / call_->kernels.dropped_group;
+      chunks_ = std::clamp<int64_t>(groups, 1, threads * kChunksPerThread);
+      break;
+    }
+    case Stage::kRound: chunks_ = product_chunks(image_.input.tokens); break;
+    case Stage::kProducts:
+      chunks_ = product_chunks(steps_left_ > 0 ? image_.input.tokens : merge.dropped_count);
+      break;
     case Stage::kAssign: chunks_ = product_chunks(merge.dropped_count); break;
     case Stage::kNearest:
     case Stage::kSimilar:
@@ -389,9 +399,12 @@ void Walk::run(int64_t c, int slot) {
       k.round(in, rows, factors, scores, image_.rounds, centres, begin, end, scratch);
       break;
     }
-    case Stage::kProducts:
-      k.add_products(in, rows, factors, centres, product_cut(c, in.tokens), product_cut(c + 1, in.tokens), scratch);
+    case Stage::kProducts: {
+      const int64_t n = steps_left_ > 0 ? in.tokens : dropped, begin = product_cut(c, n), end = product_cut(c + 1, n);
+      if (steps_left_ > 0) k.add_all_products(in, rows, factors, centres, begin, end, scratch);
+      else k.add_last_products(in, rows, factors, centres, merge, begin, end, scratch);
       break;
+    }
     case Stage::kNearest: k.nearest(scores, centres, merge, cut(c, dropped, 1), cut(c + 1, dropped, 1)); break;
     case Stage::kSimilar: k.similar(centres, merge, cut(c, dropped, 1), cut(c + 1, dropped, 1)); break;
     case Stage::kMeanDistance:

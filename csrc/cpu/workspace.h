@@ -56,8 +56,11 @@ inline void take_centres(const apet_problem& p, int64_t vector, Carver& carver, 
   centres.inv_norm = carver.take<float>(padded);
   centres.padding = carver.take<float>(padded);
   centres.number = carver.take<int32_t>(p.tokens);
-  centres.stale = carver.take<int32_t>(padded);
-  centres.stale_token = carver.take<int32_t>(padded);
+  centres.stale = carver.take<int32_t>(padded + 2 * vector);
+  centres.stale_token = carver.take<int32_t>(padded + 2 * vector);
+  centres.target_column = carver.take<int32_t>(p.keep);
+  centres.cluster = carver.take<int32_t>(p.tokens);
+  centres.regrouped = carver.take<uint8_t>(p.keep);
   centres.cluster_mean = carver.take<float>(has_medoids(p) ? p.keep * p.dim : 0);
   centres.mean_dist_sq = carver.take<float>(has_medoids(p) ? p.tokens : 0);
 }
