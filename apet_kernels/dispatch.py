@@ -40,6 +40,9 @@ HOW_TO_GET_CUDA = (
 )
 
 
+DEFAULT = Options()
+
+
 # ---- what is usable here: None, or the reason why it is not
 
 
@@ -101,7 +104,7 @@ def why_not_cuda(device: torch.device) -> str | None:
     return None
 
 
-def why_no_kernels(device: torch.device, options: Options = Options()) -> str | None:
+def why_no_kernels(device: torch.device, options: Options = DEFAULT) -> str | None:
     """None where one of the backends has kernels for tensors on this device and these options, else why none has."""
     if device.type == "cpu":
         return why_not_cpu()

@@ -62,9 +62,7 @@ class Options:
         require(self.select in SELECTS, lambda: f"select='{self.select}' is none of {', '.join(SELECTS)}")
         bound = keep if most_kept is None else most_kept  # None: score
         if self.basis is None:
-            require(
-                self.select == "qr", lambda: f"basis=None needs select='qr', got select='{self.select}'"
-            )
+            require(self.select == "qr", lambda: f"basis=None needs select='qr', got select='{self.select}'")
             require(bound is not None, lambda: f"basis=None is keep, which score does not have; give 1..{MAX_BASIS}")
         elif not 1 <= self.basis <= MAX_BASIS:
             most = MAX_BASIS if self.select == "fps" or bound is None else max(MAX_BASIS, bound)

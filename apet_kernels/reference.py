@@ -90,8 +90,8 @@ def s1_rounds(image: Tokens, basis: int, start: int = -1, ridge: float = 1e-5) -
     A round makes a share of the picks among a pool of candidates, `POOL` for each pick: the unpicked tokens of largest
     resid_sq = ||x||^2 - ||y||^2, ties to the lower position. Within the pool it is the pivoted QR of `s1_basis`: each
     pick is the one of largest resid_sq, after all picks before it. A round ends early where that is dependent. `start`
-    is the first pick of the first round; not finite: as -1. Tokens of non-finite norm, and those that the basis rebuilds
-    exactly (zero vectors too), are never picked.
+    is the first pick of the first round; not finite: as -1. Tokens of non-finite norm, and those that the basis
+    rebuilds exactly (zero vectors too), are never picked.
     """
     X, norm_sq, finite = image
     picks: list[int] = []

@@ -1,9 +1,9 @@
 // The checks that hold for every backend, and the error messages.
+#include "problem.h"
+
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
-
-#include "problem.h"
 
 namespace {
 // Token positions are held as int32, and a product of any two sizes must fit int64.
@@ -134,8 +134,7 @@ size_t apet_error_message(const apet_problem* problem, apet_status status, char*
       WRITE("refine=%lld needs layout='inplace', got layout='%s'", ll(p.refine), name(p.layout));
       break;
     case APET_REFINE_NEEDS_BASIS_KEEP:
-      if (p.ragged)
-        WRITE("refine=%lld of ragged images needs basis=None, got %d", ll(p.refine), (int)p.basis);
+      if (p.ragged) WRITE("refine=%lld of ragged images needs basis=None, got %d", ll(p.refine), (int)p.basis);
       else
         WRITE("refine=%lld needs basis=None or basis=keep, got basis=%d and keep=%lld", ll(p.refine), (int)p.basis,
               ll(p.keep));

@@ -61,7 +61,9 @@ def basis_in_rounds(x: Tensor, basis: int, start: int = -1, ridge: float = 1e-5)
     return picks, A.diagonal().clone(), sure
 
 
-def kept(x: Tensor, keep: int, basis: int | None = None, start: int = -1, ridge: float = 1e-5) -> tuple[list[int], bool]:
+def kept(
+    x: Tensor, keep: int, basis: int | None = None, start: int = -1, ridge: float = 1e-5
+) -> tuple[list[int], bool]:
     """The kept positions of image x [N, D], ascending, with M = basis (None: keep) in rounds; and whether surely so."""
     M = keep if basis is None else min(basis, keep)
     picks, r, sure = basis_in_rounds(x, M, start, ridge)
@@ -86,7 +88,7 @@ def medoid_step(x: Tensor, kept: list[int]) -> list[set[int]]:
     near[centres] = torch.eye(len(centres), dtype=torch.bool)
     near[~finite] = False
     certain = near.sum(1) == 1  # [N]
-    for j, c in enumerate(centres):
+    for j in range(len(centres)):
         here = near[:, j]
         if not certain[here].all():  # tokens that may belong here or elsewhere: any member may come out
             allowed.append(set(here.nonzero().view(-1).tolist()))

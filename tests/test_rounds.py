@@ -6,7 +6,7 @@ import torch
 import apet_kernels
 from apet_kernels import dispatch
 from tests import rule
-from tests.data import DTYPES, rows, tokens
+from tests.data import DTYPES, tokens
 from tests.judge import assert_same, check_merge
 
 NAN, INF = float("nan"), float("inf")
@@ -125,7 +125,7 @@ def test_start_is_the_first_pick(backend, start):
 @pytest.mark.parametrize("refine", [0, 2])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_copies(backend, dtype, refine):
-    """25 different tokens, four of each. In a pool copies are dependent, and end the round; all of 25 stay in the end."""
+    """25 different tokens, four of each. In a pool copies are dependent, and end the round; all of 25 stay."""
     x = tokens(1, 25, 64, dtype=dtype, seed=9).repeat_interleave(4, 1)
     got = keeps(backend, x, 40, ridge=0.0, refine=refine)
     assert len(set(got)) == 40

@@ -14,7 +14,7 @@ constexpr float kNeverPicked = -__builtin_inff();
 
 // Of a basis that is picked in rounds. Part of the rule: other numbers give other tokens (docs/algorithm.md).
 constexpr int64_t kRounds = 4;
-constexpr int64_t kPool = 2;  // candidates for each pick of a round
+constexpr int64_t kPool = 2;       // candidates for each pick of a round
 constexpr int64_t kFewPicks = 16;  // up to so many basis tokens are picked one at a time
 
 // A token that may be the next basis token.
@@ -61,16 +61,16 @@ struct Rounds {
   int32_t most, width;  // b; floats of a row of y
   int32_t first;        // the token that is picked first, or -1
   int32_t pool_count;
-  int32_t* pool;        // [P] candidates, ascending
-  int32_t* token;       // [M] basis tokens, in the order they are picked
-  float* y;             // [N, width] L^-1 S x
-  float* packed_y;      // of the pool or the picks, negated, in panels (product.h)
-  float* gram;          // [pool_count, pool_count] residual Gram matrix
-  double* diag;         // [P] its diagonal, after the picks so far
-  double* column;       // [P] scratch
-  float* pool_y;        // [b, pool_count] y of the pool's tokens in this round
-  float* L;             // [b, b] lower triangle, of this round, without its diagonal
-  float* inv_diag;      // [b]
+  int32_t* pool;    // [P] candidates, ascending
+  int32_t* token;   // [M] basis tokens, in the order they are picked
+  float* y;         // [N, width] L^-1 S x
+  float* packed_y;  // of the pool or the picks, negated, in panels (product.h)
+  float* gram;      // [pool_count, pool_count] residual Gram matrix
+  double* diag;     // [P] its diagonal, after the picks so far
+  double* column;   // [P] scratch
+  float* pool_y;    // [b, pool_count] y of the pool's tokens in this round
+  float* L;         // [b, b] lower triangle, of this round, without its diagonal
+  float* inv_diag;  // [b]
 };
 
 // Tokens that others are multiplied with, packed in panels (product.h).
@@ -82,22 +82,22 @@ struct Factors {
 
 // s4, where all that is kept is compared with all tokens: the kept tokens, each with a column of products.
 struct Centres {
-  int32_t count, width;   // K; floats of a row of products
-  float* product;         // [N, width] x.c
-  int32_t* token;         // [K] the centre of each column
-  int32_t* position;      // [K rounded up to a vector] the same; INT_MAX where its norm is not finite, and in padding
-  float* norm_sq;         // [K rounded up to a vector] ||c||^2; inf there
-  float* inv_norm;        // [K rounded up to a vector] 1 / ||c||; 0 there, and for a zero vector
-  float* padding;         // [K rounded up to a vector] added to similarities: 0; -inf there
-  int32_t* number;        // [N] of a centre: its number among the merge targets
-  int32_t stale_count;    // columns that are not computed yet
-  int32_t* stale;         // [K rounded up to two vectors] which
-  int32_t* stale_token;   // [K rounded up to two vectors] and their centres
-  int32_t* target_column; // [T] of a merge target: its column
-  int32_t* cluster;       // [N] column of the cluster that a token was in at the last medoid step, or -1
-  uint8_t* regrouped;     // [K] by column: the cluster has other tokens than at the last step
-  float* cluster_mean;    // [K, D] by row
-  float* mean_dist_sq;    // [N] ||x - the mean of its cluster||^2
+  int32_t count, width;    // K; floats of a row of products
+  float* product;          // [N, width] x.c
+  int32_t* token;          // [K] the centre of each column
+  int32_t* position;       // [K rounded up to a vector] the same; INT_MAX where its norm is not finite, and in padding
+  float* norm_sq;          // [K rounded up to a vector] ||c||^2; inf there
+  float* inv_norm;         // [K rounded up to a vector] 1 / ||c||; 0 there, and for a zero vector
+  float* padding;          // [K rounded up to a vector] added to similarities: 0; -inf there
+  int32_t* number;         // [N] of a centre: its number among the merge targets
+  int32_t stale_count;     // columns that are not computed yet
+  int32_t* stale;          // [K rounded up to two vectors] which
+  int32_t* stale_token;    // [K rounded up to two vectors] and their centres
+  int32_t* target_column;  // [T] of a merge target: its column
+  int32_t* cluster;        // [N] column of the cluster that a token was in at the last medoid step, or -1
+  uint8_t* regrouped;      // [K] by column: the cluster has other tokens than at the last step
+  float* cluster_mean;     // [K, D] by row
+  float* mean_dist_sq;     // [N] ||x - the mean of its cluster||^2
 };
 
 // s4: the rows of the result.

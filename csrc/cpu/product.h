@@ -71,7 +71,8 @@ static size_t scratch_bytes(int64_t dim) {
 
 // Packs features [d0, d1) of the rows row(t), t0 <= t < count, as one panel of `width`; d0 is a multiple of E::N.
 template <class E, bool Negated, class RowOf>
-static inline void pack_panel(RowOf row_of, int64_t t0, int64_t count, int64_t width, int64_t d0, int64_t d1, float* out) {
+static inline void pack_panel(RowOf row_of, int64_t t0, int64_t count, int64_t width, int64_t d0, int64_t d1,
+                              float* out) {
   constexpr int64_t kPerUnit = E::N / W;
   for (int64_t v = 0; v < width; v += W) {
     const typename E::T* t[W];

@@ -69,9 +69,8 @@ static void nearest(const Scores& s, const Centres& centres, Merge& merge, int64
   for (int64_t i = begin; i < end; i++) {
     const int32_t n = merge.dropped[i];
     const V norm_sq = splat(s.norm_sq[n]);
-    merge.target[i] = best_centre(centres, n, [&](V dot, int64_t c) {
-      return -((norm_sq - dot) + (load(centres.norm_sq + c) - dot));
-    });
+    merge.target[i] = best_centre(
+        centres, n, [&](V dot, int64_t c) { return -((norm_sq - dot) + (load(centres.norm_sq + c) - dot)); });
   }
 }
 

@@ -54,9 +54,9 @@ static void choose_rows(const Input& in, const Scores& scores, const int32_t* ba
                         apet_layout layout, Rows& rows, Merge& merge) {
   const int64_t n = in.tokens, k = in.keep;
   if (k == 0) return;
-  uint32_t* rank = reinterpret_cast<uint32_t*>(merge.merged);     // scratch
-  std::memcpy(rank, scores.resid_sq, n * sizeof(float));          // e_sq
-  const int32_t placed = std::min(basis_size, in.keep);  // basis tokens that get a row
+  uint32_t* rank = reinterpret_cast<uint32_t*>(merge.merged);  // scratch
+  std::memcpy(rank, scores.resid_sq, n * sizeof(float));       // e_sq
+  const int32_t placed = std::min(basis_size, in.keep);        // basis tokens that get a row
   if (layout == APET_INPLACE)
     for (int32_t j = 0; j < placed; j++) rank[basis[j]] = UINT32_MAX;
   const int64_t overwritten = layout == APET_OVERWRITE ? placed : 0;  // the lowest of the kept tokens

@@ -313,9 +313,7 @@ void Walk::cut_stage() {
       break;
     }
     case Stage::kRound: chunks_ = product_chunks(image_.input.tokens); break;
-    case Stage::kProducts:
-      chunks_ = product_chunks(steps_left_ > 0 ? image_.input.tokens : merge.dropped_count);
-      break;
+    case Stage::kProducts: chunks_ = product_chunks(steps_left_ > 0 ? image_.input.tokens : merge.dropped_count); break;
     case Stage::kAssign: chunks_ = product_chunks(merge.dropped_count); break;
     case Stage::kNearest:
     case Stage::kSimilar:

@@ -100,10 +100,10 @@ class Walk {
   int64_t width_ = kColumns;  // features per chunk of pack and mean
   char* scratch_;
   size_t scratch_bytes_;
-  Candidate* chunk_best_;  // by chunk
+  Candidate* chunk_best_;   // by chunk
   int64_t steps_left_ = 0;  // medoid steps
-  Candidate best_;         // of the tokens that are up to date
-  float least_leader_;     // pick_value of no other token exceeds it
+  Candidate best_;          // of the tokens that are up to date
+  float least_leader_;      // pick_value of no other token exceeds it
 };
 
 }  // namespace apet::cpu

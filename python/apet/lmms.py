@@ -12,7 +12,7 @@ from typing import Any
 import apet
 
 MODELS = ("internvl_hf", "llava_hf", "qwen2_5_vl", "qwen2_vl", "qwen3_vl", "video_llava")
-OPTIONS = ("keep", "basis", "layout", "select", "blend", "llm_layer", "llm_keep", "preset")
+OPTIONS = ("keep", "basis", "layout", "select", "blend", "refine", "llm_layer", "llm_keep", "preset")
 
 
 def manifests() -> list[Any]:

@@ -277,7 +277,12 @@ def _readable(x: Tensor) -> Tensor:
 
 
 def _basis(basis: int | None, select: str, start: int, ridge: float) -> dict[str, object]:
-    return {"basis": BASIS_KEEP if basis is None else basis, "select": ops.SELECTS.index(select), "start": start, "ridge": ridge}
+    return {
+        "basis": BASIS_KEEP if basis is None else basis,
+        "select": ops.SELECTS.index(select),
+        "start": start,
+        "ridge": ridge,
+    }
 
 
 def compress_case(
