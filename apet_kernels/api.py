@@ -36,13 +36,14 @@ class Scored(NamedTuple):
 def compress(
     x: Tensor,
     keep: int,
-    basis: int = 10,
+    basis: int | None = 10,
     *,
     layout: Layout = "inplace",
     select: Select = "fps",
     start: int = -1,
     ridge: float = 1e-5,
     blend: float = 1.0,
+    refine: int = 0,
     backend: Backend | None = None,
 ) -> Compressed:
     """Compress each image from N to `keep` tokens.
@@ -55,13 +56,16 @@ def compress(
     Args:
         x: [B, N, D] float32, float16 or bfloat16; any strides. If the last dimension is not contiguous, x is copied.
         keep: K, 1..N. keep = N returns x bit for bit.
-        basis: M, 1..64 basis tokens.
+        basis: M, 1..64 basis tokens. With select="qr" and layout="inplace" also more, up to keep, and None, which is
+            keep: then all that stays are pivots. More than 64, and None, are picked in four rounds.
         layout: "inplace" (basis and largest residuals, each at its own position), "overwrite" (the released code: the
             lowest of the kept are overwritten by the basis; needs keep > basis) or "append" (the basis after them).
-        select: "fps" (farthest point) or "qr" (largest residual so far).
+        select: "fps" (farthest point) or "qr" (column-pivoted QR: the largest residual so far).
         start: the first basis token, or -1: the one of largest norm.
         ridge: >= 0, added to the diagonal of the Gram matrix of the basis.
         blend: "overwrite" only: blend * basis + (1 - blend) * token.
+        refine: steps, 0..8, that replace each kept token by the medoid of the tokens nearest to it (k-medoids, by
+            Euclidean distance); "inplace" only, and where M is keep.
         backend: "cpu", "triton", "cuda" or "reference"; None: that of `use_backend` or `set_backend`, else the
             dispatcher's choice.
 
@@ -80,7 +84,7 @@ def compress(
         >>> tokens.shape, indices.shape
         (torch.Size([5, 64, 1024]), torch.Size([5, 64]))
     """
-    options = Options(basis, layout, select, start, ridge, blend)
+    options = Options(basis, layout, select, start, ridge, blend, refine)
     return Compressed(*_call("compress", backend, x, keep, **options.arguments))
 
 
@@ -92,13 +96,14 @@ def compress_varlen(
     total_keep: int,
     max_seqlen: int,
     max_keep: int,
-    basis: int = 10,
+    basis: int | None = 10,
     *,
     layout: Layout = "inplace",
     select: Select = "fps",
     start: int = -1,
     ridge: float = 1e-5,
     blend: float = 1.0,
+    refine: int = 0,
     backend: Backend | None = None,
 ) -> Compressed: ...
 @overload
@@ -107,12 +112,13 @@ def compress_varlen(
     cu_seqlens: Sequence[int],
     cu_keep: Sequence[int],
     *,
-    basis: int = 10,
+    basis: int | None = 10,
     layout: Layout = "inplace",
     select: Select = "fps",
     start: int = -1,
     ridge: float = 1e-5,
     blend: float = 1.0,
+    refine: int = 0,
     backend: Backend | None = None,
 ) -> Compressed: ...
 def compress_varlen(
@@ -122,13 +128,14 @@ def compress_varlen(
     total_keep: int | None = None,
     max_seqlen: int | None = None,
     max_keep: int | None = None,
-    basis: int = 10,
+    basis: int | None = 10,
     *,
     layout: Layout = "inplace",
     select: Select = "fps",
     start: int = -1,
     ridge: float = 1e-5,
     blend: float = 1.0,
+    refine: int = 0,
     backend: Backend | None = None,
 ) -> Compressed:
     """`compress` for S ragged images packed one after another in x, given by running sums on x's device.
@@ -143,7 +150,7 @@ def compress_varlen(
         total_keep: how many tokens all images keep, 0..T.
         max_seqlen: the length of the longest image.
         max_keep: the most that one image keeps.
-        basis, layout, select, start, ridge, blend, backend: as in `compress`.
+        basis, layout, select, start, ridge, blend, refine, backend: as in `compress`.
 
     Returns:
         tokens [R, D] in x's dtype, image after image, and indices [R] int64 into x. R = total_keep; with "append"
@@ -163,7 +170,7 @@ def compress_varlen(
         >>> tokens.shape
         torch.Size([201, 1024])
     """
-    options = Options(basis, layout, select, start, ridge, blend)
+    options = Options(basis, layout, select, start, ridge, blend, refine)
     sizes = (total_keep, max_seqlen, max_keep)
     if not isinstance(cu_seqlens, Tensor) and not isinstance(cu_keep, Tensor):
         if sizes != (None, None, None):
@@ -193,13 +200,14 @@ def compress_packed(
     x: Tensor,
     lengths: Sequence[int],
     keep: Sequence[int],
-    basis: int = 10,
+    basis: int | None = 10,
     *,
     layout: Layout = "inplace",
     select: Select = "fps",
     start: int = -1,
     ridge: float = 1e-5,
     blend: float = 1.0,
+    refine: int = 0,
     backend: Backend | None = None,
 ) -> Compressed:
     """`compress` for S ragged images packed one after another in x, given by lists.
@@ -208,7 +216,7 @@ def compress_packed(
         x: [T, D] float32, float16 or bfloat16, as in `compress`.
         lengths: how many tokens each image has; S integers from 1, whose sum is T.
         keep: how many tokens each image keeps; S integers, each from 1 to the length of its image.
-        basis, layout, select, start, ridge, blend, backend: as in `compress`.
+        basis, layout, select, start, ridge, blend, refine, backend: as in `compress`.
 
     Returns:
         tokens [R, D] in x's dtype, image after image, and indices [R] int64 into x. R = sum(keep); with "append"
@@ -224,12 +232,12 @@ def compress_packed(
         >>> tokens.shape
         torch.Size([201, 1024])
     """
-    return _packed(x, lengths, keep, Options(basis, layout, select, start, ridge, blend), backend)
+    return _packed(x, lengths, keep, Options(basis, layout, select, start, ridge, blend, refine), backend)
 
 
 def score(
     x: Tensor,
-    basis: int = 10,
+    basis: int | None = 10,
     *,
     select: Select = "fps",
     start: int = -1,
@@ -351,7 +359,7 @@ def _check_lengths(x: Tensor, lengths: list[int], keep: list[int], options: Opti
             raise ValueError(f"image {s} has {n} tokens; at least 1 is needed")
         if not 1 <= k <= n:
             raise ValueError(f"keep={k} is outside 1..{n}, the tokens of image {s}")
-        if options.layout == "overwrite" and k <= options.basis and k != n:
+        if options.layout == "overwrite" and options.basis is not None and k <= options.basis and k != n:
             raise ValueError(
                 f"layout='overwrite' needs keep > basis, got keep={k} for image {s} and basis={options.basis}"
             )

@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
 from . import ops, reference
-from .options import BACKENDS, Backend
+from .options import BACKENDS, Backend, Options
 from .registry import has_kernel, registered
 
 # The binding of the compiled library; absent from a pure wheel (APET_BUILD=pure).
@@ -38,6 +38,9 @@ HOW_TO_GET_CUDA = (
     "install nvcc 12 or later, then apet-kernels again from its source: "
     "`APET_CUDA_ARCHS=default pip install --force-reinstall --no-deps .`"
 )
+
+
+DEFAULT = Options()
 
 
 # ---- what is usable here: None, or the reason why it is not
@@ -101,14 +104,14 @@ def why_not_cuda(device: torch.device) -> str | None:
     return None
 
 
-def why_no_kernels(device: torch.device) -> str | None:
-    """None where one of the backends has kernels for tensors on this device, else why none has."""
+def why_no_kernels(device: torch.device, options: Options = DEFAULT) -> str | None:
+    """None where one of the backends has kernels for tensors on this device and these options, else why none has."""
     if device.type == "cpu":
         return why_not_cpu()
     if device.type != "cuda":
         return f"there are no kernels for {device.type}"
-    why_cuda = why_not_cuda(device)
-    why_triton = why_not_triton()
+    why_cuda = why_not_cuda(device) or why_not_with("cuda", options)
+    why_triton = why_not_triton() or why_not_with("triton", options)
     return None if why_cuda is None or why_triton is None else f"{why_cuda}; {why_triton}"
 
 
@@ -157,6 +160,27 @@ def available_backends() -> tuple[Backend, ...]:
     return tuple(name for name in BACKENDS if why_unavailable(name) is None)
 
 
+# The backends whose kernels neither pick a basis in rounds nor have medoid steps.
+WITHOUT_ROUNDS: tuple[Backend, ...] = ("triton", "cuda")
+
+
+def why_not_with(backend: Backend, options: Options) -> str | None:
+    """None where a backend has all that the options ask for, else what it lacks."""
+    if backend not in WITHOUT_ROUNDS or not (options.in_rounds or options.refine):
+        return None
+    asked = f"basis={options.basis}" if options.in_rounds else f"refine={options.refine}"
+    lacks = "picks no basis in rounds" if options.in_rounds else "has no medoid steps"
+    return f"the {backend} backend {lacks} yet ({asked}); backend='cpu' and backend='reference' do"
+
+
+def _options(op: str, *args: Any, **kwargs: Any) -> Options:
+    """The options of a call, given the arguments after x."""
+    place = {"compress": 1, "compress_varlen": 5, "score": 0}.get(op)
+    if place is None:
+        return Options()
+    return Options(args[place] if len(args) > place else kwargs.get("basis", 10), refine=kwargs.get("refine", 0))
+
+
 # ---- implementations
 
 
@@ -185,9 +209,10 @@ def _run_on_gpu(op: str, x: Tensor, *args: Any, **kwargs: Any) -> Any:
     """The op for a CUDA or ROCm tensor."""
     if (backend := chosen_backend()) is not None:
         return forced(op, backend, x)(x, *args, **kwargs)
-    if why_not_cuda(x.device) is None:
+    options = _options(op, *args, **kwargs)
+    if (why_not_cuda(x.device) or why_not_with("cuda", options)) is None:
         return run_cuda(op, x, *args, **kwargs)
-    if why_not_triton() is None:
+    if (why_not_triton() or why_not_with("triton", options)) is None:
         return run_triton(op, x, *args, **kwargs)
     return _run_on_cpu(op, x, *args, **kwargs)
 
@@ -198,7 +223,7 @@ def _run_on_cpu(op: str, x: Tensor, *args: Any, **kwargs: Any) -> Any:
     So it needs neither float64 nor a compiler on x's device, and gives the same bits as for x on the CPU.
     """
     ops.check_in_op(op, x, *args, **kwargs)
-    _warn_once(x.device.type, why_no_kernels(x.device))
+    _warn_once(x.device.type, why_no_kernels(x.device, _options(op, *args, **kwargs)))
     if x.device.type == "cpu":
         return getattr(reference, op)(x, *args, **kwargs)
     x_cpu, args, kwargs = tree_map_only(Tensor, Tensor.cpu, (x, args, kwargs))
@@ -295,16 +320,18 @@ def forced(op: str, backend: Backend, x: Tensor) -> Callable[..., Any]:
     """The op by one backend; like the op, it raises RuntimeError for wrong arguments.
 
     Raises:
-        ValueError: if the backend cannot run here, or not on x's device.
+        ValueError: if the backend cannot run here, or not on x's device; its result also for options that it lacks.
     """
     check_usable(backend, x.device)
     if backend == "cpu":
         return getattr(registered, op)  # type: ignore[no-any-return]
     run = {"triton": run_triton, "cuda": run_cuda, "reference": run_reference}[backend]
 
-    def without_grad(*args: Any, **kwargs: Any) -> Any:
-        ops.check_grad(*(a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)))
-        return run(op, *args, **kwargs)
+    def without_grad(x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        ops.check_grad(*(a for a in (x, *args, *kwargs.values()) if isinstance(a, Tensor)))
+        if why := why_not_with(backend, _options(op, *args, **kwargs)):
+            raise ValueError(f"backend='{backend}' cannot run this: {why}")
+        return run(op, x, *args, **kwargs)
 
     return without_grad
 

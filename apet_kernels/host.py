@@ -39,6 +39,6 @@ def build_info() -> dict[str, Any]:
 
     Example:
         >>> apet_kernels.build_info().get("version", "no compiled library")
-        '0.1.0'
+        '0.2.0'
     """
     return dict(_host.build_info()) if _host else {}

@@ -23,19 +23,19 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 OPS = ("compress", "compress_varlen", "score", "merge")
 
 _BASIS_OPTIONS = 'str select="fps", int start=-1, float ridge=1e-5'
-_OPTIONS = f'str layout="inplace", {_BASIS_OPTIONS}, float blend=1.0'
+_OPTIONS = f'str layout="inplace", {_BASIS_OPTIONS}, float blend=1.0, int refine=0'
 SCHEMAS = (
-    f"compress(Tensor x, SymInt keep, int basis=10, *, {_OPTIONS}) -> (Tensor tokens, Tensor indices)",
+    f"compress(Tensor x, SymInt keep, int? basis=10, *, {_OPTIONS}) -> (Tensor tokens, Tensor indices)",
     "compress_varlen(Tensor x, Tensor cu_seqlens, Tensor cu_keep, SymInt total_keep, SymInt max_seqlen, "
-    f"SymInt max_keep, int basis=10, *, {_OPTIONS}) -> (Tensor tokens, Tensor indices)",
-    f"score(Tensor x, int basis=10, *, {_BASIS_OPTIONS}) -> (Tensor residual, Tensor basis_indices)",
+    f"SymInt max_keep, int? basis=10, *, {_OPTIONS}) -> (Tensor tokens, Tensor indices)",
+    f"score(Tensor x, int? basis=10, *, {_BASIS_OPTIONS}) -> (Tensor residual, Tensor basis_indices)",
     "merge(Tensor x, Tensor indices, *, Tensor? targets=None) -> Tensor",
 )
 # What csrc/cuda_torch_binding.cpp registers: the ops again, for dispatch.py to call, how compress would run, and what
 # apet_kernels.testing forces.
 CUDA_SCHEMAS = (
     *(f"_cuda_{schema}" for schema in SCHEMAS),
-    f"_cuda_plan(Tensor x, SymInt keep, int basis=10, *, {_OPTIONS}) -> (str why, str path, int launches, int group, "
+    f"_cuda_plan(Tensor x, SymInt keep, int? basis=10, *, {_OPTIONS}) -> (str why, str path, int launches, int group, "
     "int groups, int slice, int resident, int tile, int workspace_bytes, float estimated_us)",
     "_cuda_override(Tensor like, str path, int ctas_per_image, int resident, int tile) -> ()",
 )
@@ -82,7 +82,7 @@ def _name(dtype: torch.dtype) -> str:
     return special.get(dtype, str(dtype).removeprefix("torch.").capitalize())
 
 
-def check_compress(x: Tensor, keep: int, basis: int = 10, **options: Any) -> None:
+def check_compress(x: Tensor, keep: int, basis: int | None = 10, **options: Any) -> None:
     """Raises ValueError for what `compress` rejects. options: the other fields of `Options`."""
     _check_tokens(x, 3)
     Options(basis, **options).check(x.shape[1], keep)
@@ -95,12 +95,12 @@ def check_compress_varlen(
     total_keep: int,
     max_seqlen: int,
     max_keep: int,
-    basis: int = 10,
+    basis: int | None = 10,
     **options: Any,
 ) -> None:
     """Raises ValueError for what `compress_varlen` rejects without looking at the values of the cu tensors."""
     _check_tokens(x, 2)
-    Options(basis, **options).check(x.shape[0])
+    Options(basis, **options).check(x.shape[0], most_kept=total_keep)
     _check_offsets("cu_seqlens", cu_seqlens, x)
     _check_offsets("cu_keep", cu_keep, x)
     require(
@@ -115,7 +115,7 @@ def check_compress_varlen(
         require(holds, lambda: f"total_keep={total_keep} is outside 0..{x.shape[0]}, the tokens of x")
 
 
-def check_score(x: Tensor, basis: int = 10, **options: Any) -> None:
+def check_score(x: Tensor, basis: int | None = 10, **options: Any) -> None:
     """Raises ValueError for what `score` rejects. options: select, start and ridge, as in `Options`."""
     _check_tokens(x, 3)
     Options(basis, **options).check(x.shape[1])
@@ -170,7 +170,7 @@ def check_in_op(op: str, *args: Any, **kwargs: Any) -> None:
 # ---- fakes: the shapes of the results, which never depend on the data
 
 
-def _fake_compress(x: Tensor, keep: int, basis: int = 10, **options: Any) -> tuple[Tensor, Tensor]:
+def _fake_compress(x: Tensor, keep: int, basis: int | None = 10, **options: Any) -> tuple[Tensor, Tensor]:
     check_in_op("compress", x, keep, basis, **options)
     B, _, D = x.shape
     R = Options(basis, **options).rows(keep)
@@ -184,7 +184,7 @@ def _fake_compress_varlen(
     total_keep: int,
     max_seqlen: int,
     max_keep: int,
-    basis: int = 10,
+    basis: int | None = 10,
     **options: Any,
 ) -> tuple[Tensor, Tensor]:
     check_in_op("compress_varlen", x, cu_seqlens, cu_keep, total_keep, max_seqlen, max_keep, basis, **options)
@@ -192,7 +192,7 @@ def _fake_compress_varlen(
     return x.new_empty(R, x.shape[1]), x.new_empty(R, dtype=torch.int64)
 
 
-def _fake_score(x: Tensor, basis: int = 10, **options: Any) -> tuple[Tensor, Tensor]:
+def _fake_score(x: Tensor, basis: int | None = 10, **options: Any) -> tuple[Tensor, Tensor]:
     check_in_op("score", x, basis, **options)
     B, N, _ = x.shape
     return x.new_empty(B, N, dtype=torch.float32), x.new_empty(B, basis, dtype=torch.int64)

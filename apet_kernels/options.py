@@ -16,7 +16,12 @@ Backend = Literal["cpu", "triton", "cuda", "reference"]
 LAYOUTS: tuple[Layout, ...] = get_args(Layout)
 SELECTS: tuple[Select, ...] = get_args(Select)
 BACKENDS: tuple[Backend, ...] = get_args(Backend)
-MAX_BASIS = 64
+MAX_BASIS = 64  # picked one at a time; more of them are picked in rounds
+MAX_REFINE = 8
+# Of the rule, not for tuning: another value gives other tokens (docs/algorithm.md, "In rounds").
+ROUNDS = 4
+POOL = 2  # candidates of a round for each of its picks
+FEW = 16  # up to so many basis tokens are picked one at a time: rounds of a few picks would be coarse
 
 
 def require(holds: bool, message: Callable[[], str]) -> None:
@@ -28,6 +33,8 @@ def require(holds: bool, message: Callable[[], str]) -> None:
 class Options:
     """The arguments of `compress` beside the tokens and `keep`. `score` uses basis, select, start and ridge.
 
+    `basis` up to 64 are picked one at a time. None stands for `keep`; that, and more than 64, are picked in rounds.
+
     Example:
         >>> Options(basis=8, layout="append").check(tokens=576, keep=64)
         >>> Options(basis=65).check(tokens=576)
@@ -35,24 +42,36 @@ class Options:
         ValueError: basis=65 is outside 1..64
     """
 
-    basis: int = 10  # M, 1..64 basis tokens
+    basis: int | None = 10  # M basis tokens: 1..64, or with select="qr" 1..keep and None
     layout: Layout = "inplace"
     select: Select = "fps"
     start: int = -1  # the first basis token; -1: the one of largest norm
     ridge: float = 1e-5  # added to the diagonal of the Gram matrix of the basis
     blend: float = 1.0  # "overwrite" only: blend * basis + (1 - blend) * token
+    refine: int = 0  # medoid steps, 0..8; "inplace" only, and where M is keep
 
-    def check(self, tokens: int, keep: int | None = None) -> None:
-        """Check the options against N tokens per image (ragged: T in all) and, if given, `keep` of them.
+    def check(self, tokens: int, keep: int | None = None, most_kept: int | None = None) -> None:
+        """Check the options against N tokens per image (ragged: T in all), and those of `compress` against `keep` of
+        them, or if ragged against what all images keep.
 
-        The order and the messages are those of csrc/torch_ops.h and csrc/problem.cpp. tokens and keep may be symbolic.
+        The order and the messages are those of csrc/torch_ops.h and csrc/problem.cpp. Sizes may be symbolic.
 
         Raises:
             ValueError: names the first option that is out of range, and its value.
         """
-        require(1 <= self.basis <= MAX_BASIS, lambda: f"basis={self.basis} is outside 1..{MAX_BASIS}")
         require(self.select in SELECTS, lambda: f"select='{self.select}' is none of {', '.join(SELECTS)}")
+        bound = keep if most_kept is None else most_kept  # None: score
+        if self.basis is None:
+            require(self.select == "qr", lambda: f"basis=None needs select='qr', got select='{self.select}'")
+            require(bound is not None, lambda: f"basis=None is keep, which score does not have; give 1..{MAX_BASIS}")
+        elif not 1 <= self.basis <= MAX_BASIS:
+            most = MAX_BASIS if self.select == "fps" or bound is None else max(MAX_BASIS, bound)
+            require(1 <= self.basis <= most, lambda: f"basis={self.basis} is outside 1..{most}")
         require(self.layout in LAYOUTS, lambda: f"layout='{self.layout}' is none of {', '.join(LAYOUTS)}")
+        require(
+            not self.in_rounds or self.layout == "inplace",
+            lambda: f"basis={self.basis} needs layout='inplace', got layout='{self.layout}'",
+        )
         require(
             self.start in (-1, 0) or 0 < self.start < tokens,
             lambda: f"start={self.start} is outside -1..{max(int(tokens) - 1, 0)}",
@@ -68,9 +87,33 @@ class Options:
             lambda: f"blend={self.blend:g} needs layout='overwrite', got layout='{self.layout}'",
         )
         require(
-            keep is None or self.layout != "overwrite" or keep > self.basis or keep == tokens,
+            keep is None or self.layout != "overwrite" or keep > self.basis or keep == tokens,  # type: ignore[operator]
             lambda: f"layout='overwrite' needs keep > basis, got keep={keep} and basis={self.basis}",
         )
+        require(0 <= self.refine <= MAX_REFINE, lambda: f"refine={self.refine} is outside 0..{MAX_REFINE}")
+        require(
+            self.refine == 0 or self.layout == "inplace",
+            lambda: f"refine={self.refine} needs layout='inplace', got layout='{self.layout}'",
+        )
+        if self.refine > 0 and self.basis is not None:
+            require(
+                keep is not None, lambda: f"refine={self.refine} of ragged images needs basis=None, got {self.basis}"
+            )
+            require(
+                self.basis == keep,
+                lambda: f"refine={self.refine} needs basis=None or basis=keep, got basis={self.basis} and keep={keep}",
+            )
+
+    @property
+    def in_rounds(self) -> bool:
+        """Whether images that keep more than `FEW` tokens have their basis picked in rounds."""
+        return self.basis is None or self.basis > MAX_BASIS
+
+    def basis_of(self, keep: int) -> int:
+        """M of an image that keeps so many tokens."""
+        if self.basis is None:
+            return keep
+        return min(self.basis, keep) if self.in_rounds else self.basis
 
     @property
     def arguments(self) -> dict[str, Any]:
@@ -82,11 +125,12 @@ class Options:
             "start": self.start,
             "ridge": self.ridge,
             "blend": self.blend,
+            "refine": self.refine,
         }
 
     def rows(self, keep: int, images: int = 1) -> int:
         """How many rows the result has: `keep`, and for "append" the basis of every image."""
-        return keep + images * self.basis if self.layout == "append" else keep
+        return keep + images * (self.basis or 0) if self.layout == "append" else keep
 
 
 def check_keep(keep: int, tokens: int, name: str = "keep") -> None:

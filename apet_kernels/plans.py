@@ -52,20 +52,21 @@ class Plan:
 def plan(
     x: Tensor,
     keep: int,
-    basis: int = 10,
+    basis: int | None = 10,
     *,
     layout: Layout = "inplace",
     select: Select = "fps",
     start: int = -1,
     ridge: float = 1e-5,
     blend: float = 1.0,
+    refine: int = 0,
 ) -> Plan:
     """How `compress` with these arguments would run, without running it; by the backend of `use_backend` or
     `set_backend`, if one is set.
 
     Args:
         x: [B, N, D] float32, float16 or bfloat16; a meta tensor stands for one on the CPU.
-        keep, basis, layout, select, start, ridge, blend: as in `compress`.
+        keep, basis, layout, select, start, ridge, blend, refine: as in `compress`.
 
     Returns:
         The backend, the reason for it, launches, bytes of workspace, and details that depend on the backend.
@@ -80,21 +81,24 @@ def plan(
         >>> plan.backend in apet_kernels.available_backends()
         True
     """
-    options = Options(basis, layout, select, start, ridge, blend)
+    options = Options(basis, layout, select, start, ridge, blend, refine)
     ops.check_compress(x, keep, **options.arguments)
     device = torch.device("cpu") if x.device.type == "meta" else x.device
     backend = dispatch.chosen_backend()
     if backend is not None:
         dispatch.check_usable(backend, device)
+        if why := dispatch.why_not_with(backend, options):
+            raise ValueError(f"backend='{backend}' cannot run this: {why}")
         found = _plan_by(backend, x, keep, options, why="")
         return replace(found, why=f"chosen by use_backend or set_backend; {found.why}")
-    if device.type == "cuda" and dispatch.why_not_cuda(device) is None:
+    why_cuda = dispatch.why_not_cuda(device) or dispatch.why_not_with("cuda", options)
+    if why_cuda is None:
         return _plan_by("cuda", x, keep, options, why="")
-    if device.type == "cuda" and dispatch.why_not_triton() is None:
-        return _plan_by("triton", x, keep, options, why=f"; {dispatch.why_not_cuda(x.device)}")
+    if device.type == "cuda" and (dispatch.why_not_triton() or dispatch.why_not_with("triton", options)) is None:
+        return _plan_by("triton", x, keep, options, why=f"; {why_cuda}")
     if why := dispatch.why_not_cpu():
         return _plan_by("reference", x, keep, options, why)
-    return _plan_by("cpu", x, keep, options, dispatch.why_no_kernels(device) or "")
+    return _plan_by("cpu", x, keep, options, dispatch.why_no_kernels(device, options) or "")
 
 
 def _plan_by(backend: Backend, x: Tensor, keep: int, options: Options, why: str) -> Plan:

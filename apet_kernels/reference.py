@@ -3,6 +3,9 @@
     x [N, D] -s1_basis-> p [m] -s2_solve-> W [m, N] -s3_residual-> e_sq [N]
              -s4_topk-> kept [K] -s5_merge-> tokens [K, D]
 
+`s1_rounds` picks a basis as large as K, and gives the residuals with it; `s4_medoids` moves the kept tokens to the
+middle of what is nearest to them.
+
 Every backend is judged by this file, so it states the meaning and is not written for speed: the ridge least squares is
 solved by QR, the residual is the norm of a difference, distances are squared differences. docs/algorithm.md has the
 glossary of names, derives the one-sweep form of the kernels and lists the decisions made here. The functions run on any
@@ -22,7 +25,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .options import Options
+from .options import FEW, POOL, ROUNDS, Options
 
 U = 2.0**-24
 FLT_MAX = torch.finfo(torch.float32).max
@@ -81,6 +84,45 @@ def s1_basis(image: Tokens, basis: int, select: str = "fps", start: int = -1, ri
     return torch.tensor(picks, device=X.device)
 
 
+def s1_rounds(image: Tokens, basis: int, start: int = -1, ridge: float = 1e-5) -> tuple[Tensor, Tensor]:
+    """Positions of the basis tokens [m] int64, m <= basis, by column-pivoted QR in rounds, and resid_sq [N] float64.
+
+    A round makes a share of the picks among a pool of candidates, `POOL` for each pick: the unpicked tokens of largest
+    resid_sq = ||x||^2 - ||y||^2, ties to the lower position. Within the pool it is the pivoted QR of `s1_basis`: each
+    pick is the one of largest resid_sq, after all picks before it. A round ends early where that is dependent. `start`
+    is the first pick of the first round; not finite: as -1. Tokens of non-finite norm, and those that the basis
+    rebuilds exactly (zero vectors too), are never picked.
+    """
+    X, norm_sq, finite = image
+    picks: list[int] = []
+    Q = X.new_zeros(0, X.shape[1])  # [m, D], the upper part of the Q of QR([S^T; sqrt(ridge) I]), transposed
+    resid_sq = norm_sq.clone()  # [N]
+    first = start if start >= 0 and bool(finite[start]) else -1
+    for t in range(ROUNDS):
+        size = (t + 1) * basis // ROUNDS - t * basis // ROUNDS
+        value = resid_sq.masked_fill(~finite, -math.inf)  # [N]
+        value[picks] = -math.inf
+        if t == 0 and first >= 0:
+            value[first] = math.inf
+        order = value.float().sort(descending=True, stable=True).indices  # [N]
+        pool = order[: POOL * size].sort().values  # [P]
+        pool = pool[value[pool] > 0]
+        for _ in range(min(size, len(pool))):
+            best = int(pool[(value[pool] >= (value[pool] - SLACK * norm_sq[pool]).max()).int().argmax()])
+            pivot = resid_sq[best] + ridge
+            if best != first and (resid_sq[best] <= 0 or pivot <= 4 * U * norm_sq[best]):
+                break
+            q = X.new_zeros(1, X.shape[1])  # a dependent first pick explains nothing
+            if pivot > 4 * U * norm_sq[best]:
+                q = (X[best] - (Q @ X[best]) @ Q) / pivot.sqrt()
+            y = X @ q.view(-1)  # [N]
+            picks.append(best)
+            Q = torch.cat([Q, q.view(1, -1)])
+            resid_sq = resid_sq - y**2
+            value = (value - y**2).index_fill(0, torch.tensor(picks, device=X.device), -math.inf)
+    return torch.tensor(picks, dtype=torch.int64, device=X.device), resid_sq
+
+
 def s2_solve(image: Tokens, p: Tensor, ridge: float = 1e-5) -> Tensor:
     """W [m, N] float64 that minimises ||x - S^T w||^2 + ridge ||w||^2 for every token x, S = X[p] [m, D].
 
@@ -113,9 +155,13 @@ def s3_residual(image: Tokens, p: Tensor, W: Tensor, basis: int) -> Tensor:
 
     `basis` is the M of the call, not the m found: the bound 4 M u ||x||^2 belongs to the problem, not to the data.
     """
-    X, norm_sq, finite = image
-    e_sq = ((X - W.T @ X[p]) ** 2).sum(-1)  # [N]
-    return e_sq.masked_fill(e_sq <= 4 * basis * U * norm_sq, 0).masked_fill(~finite, math.inf)
+    return _above_rounding(image, ((image.X - W.T @ image.X[p]) ** 2).sum(-1), basis)
+
+
+def _above_rounding(image: Tokens, e_sq: Tensor, basis: int) -> Tensor:
+    """e_sq [N], 0 where float32 cannot tell it from 0, +inf where the norm is not finite."""
+    zero = e_sq <= 4 * basis * U * image.norm_sq  # [N]
+    return e_sq.masked_fill(zero, 0).masked_fill(~image.finite, math.inf)
 
 
 def s4_topk(e_sq: Tensor, p: Tensor, keep: int, layout: str = "inplace") -> tuple[Tensor, Tensor]:
@@ -131,6 +177,31 @@ def s4_topk(e_sq: Tensor, p: Tensor, keep: int, layout: str = "inplace") -> tupl
     kept = order[:keep].sort().values  # [K]
     overwritten = len(p) if layout == "overwrite" and keep < len(order) else 0
     return kept, torch.isin(kept, order[max(keep - overwritten, 0) : keep])
+
+
+def s4_medoids(image: Tokens, kept: Tensor, steps: int) -> Tensor:
+    """The kept tokens [K] int64, ascending, after so many medoid steps (k-medoids), ascending again.
+
+    A step assigns each token to the nearest kept token (Euclidean, ties to the lower position; a kept token to itself),
+    and replaces every kept token by the token of its cluster that is nearest to the mean of the cluster. Tokens of
+    non-finite norm are in no cluster, and stay if they are kept.
+    """
+    X, norm_sq, finite = image
+    for _ in range(steps if len(kept) < len(X) else 0):
+        centres = kept[finite[kept]]  # [C]
+        if len(centres) == 0:
+            return kept
+        dist_sq = torch.stack([((X - X[c]) ** 2).sum(-1) for c in centres], 1)  # [N, C]
+        slack = SLACK * (norm_sq[:, None] + norm_sq[centres])  # [N, C]
+        cluster = (dist_sq <= (dist_sq + slack).amin(1, keepdim=True)).int().argmax(1)  # [N]
+        cluster[centres] = torch.arange(len(centres), device=X.device)
+        medoids = []
+        for j in range(len(centres)):
+            member = ((cluster == j) & finite).nonzero().view(-1)  # [C_j], ascending
+            off = ((X[member] - X[member].mean(0)) ** 2).sum(-1)  # [C_j]
+            medoids.append(member[(off <= (off + SLACK * norm_sq[member]).min()).int().argmax()])
+        kept = torch.cat([torch.stack(medoids), kept[~finite[kept]]]).sort().values
+    return kept
 
 
 def s5_merge(x: Tensor, image: Tokens, rows: Tensor, targets: Tensor) -> Tensor:
@@ -156,18 +227,29 @@ def s5_merge(x: Tensor, image: Tokens, rows: Tensor, targets: Tensor) -> Tensor:
     return torch.where(count > 0, mean.to(x.dtype), x[rows])
 
 
-def _score(image: Tokens, options: Options) -> tuple[Tensor, Tensor]:
-    """One image, s1 to s3: e_sq [N] float64, p [m]."""
-    p = s1_basis(image, options.basis, options.select, options.start, options.ridge)
-    return s3_residual(image, p, s2_solve(image, p, options.ridge), options.basis), p
+def _score(image: Tokens, options: Options, keep: int = 0) -> tuple[Tensor, Tensor]:
+    """One image, s1 to s3: e_sq [N] float64, p [m]. `keep` decides M if that is more than the op `score` takes.
+
+    A basis that is picked in rounds ranks the others by resid_sq, which its picks were the largest of, in place of
+    e_sq = resid_sq - ridge w_sq: two terms that differ where the ridge is large.
+    """
+    basis = options.basis_of(keep)
+    if options.in_rounds and basis > FEW:
+        p, resid_sq = s1_rounds(image, basis, options.start, options.ridge)
+        return _above_rounding(image, resid_sq, basis), p
+    p = s1_basis(image, basis, options.select, options.start, options.ridge)
+    return s3_residual(image, p, s2_solve(image, p, options.ridge), basis), p
 
 
 def _compress(x: Tensor, keep: int, options: Options) -> tuple[Tensor, Tensor]:
     """One image x [N, D] -> tokens [R, D] in x's dtype, indices [R]; R = keep, or keep + basis if layout="append"."""
-    layout, basis, blend = options.layout, options.basis, options.blend
+    layout, blend = options.layout, options.blend
     image = widen(x)
-    e_sq, p = _score(image, options)  # [N], [m]
+    if keep == 0 and options.in_rounds:  # ragged: no rows, and no basis either
+        return x[:0], torch.empty(0, dtype=torch.int64, device=x.device)
+    e_sq, p = _score(image, options, keep)  # [N], [m]
     kept, overwritten = s4_topk(e_sq, p, keep, layout)  # [K], [K]
+    kept = s4_medoids(image, kept, options.refine)  # [K]
     tokens = s5_merge(x, image, kept, ~overwritten)  # [K, D]
     if layout == "overwrite":
         below = kept[overwritten]  # [min(m, K)]
@@ -176,7 +258,7 @@ def _compress(x: Tensor, keep: int, options: Options) -> tuple[Tensor, Tensor]:
         tokens[overwritten] = x[p] if blend == 1 else blended.to(x.dtype)
     if layout == "append":
         fill = p[:1] if len(p) else p.new_zeros(1)
-        rows = torch.cat([p, fill.expand(basis - len(p))])  # [M]
+        rows = torch.cat([p, fill.expand(options.rows(0) - len(p))])  # [M]
         return torch.cat([tokens, x[rows]]), torch.cat([kept, rows])
     return tokens, kept
 
@@ -212,7 +294,7 @@ def merge(x: Tensor, indices: Tensor, *, targets: Tensor | None = None, out_dtyp
 
 @torch.no_grad()
 def compress(
-    x: Tensor, keep: int, basis: int = 10, *, out_dtype: torch.dtype | None = None, **options: Any
+    x: Tensor, keep: int, basis: int | None = 10, *, out_dtype: torch.dtype | None = None, **options: Any
 ) -> tuple[Tensor, Tensor]:
     """x [B, N, D] -> tokens [B, R, D] in x's dtype (or out_dtype) and their positions [B, R] int64.
 
@@ -236,7 +318,7 @@ def compress_varlen(
     total_keep: int,
     max_seqlen: int,
     max_keep: int,
-    basis: int = 10,
+    basis: int | None = 10,
     *,
     out_dtype: torch.dtype | None = None,
     **options: Any,

@@ -1,3 +1,3 @@
 """The version, which csrc/apet.h repeats for C; a copy of this package without its metadata has it too."""
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"

@@ -26,9 +26,9 @@
 #include <stdint.h>
 
 /* The version of this header. MAJOR, or while that is 0 MINOR, goes up whenever a program compiled with an older header
- * would break, and is part of the shared library's name (libapet.so.0.1): see docs/vendoring.md. */
+ * would break, and is part of the shared library's name (libapet.so.0.2): see docs/vendoring.md. */
 #define APET_VERSION_MAJOR 0
-#define APET_VERSION_MINOR 1
+#define APET_VERSION_MINOR 2
 #define APET_VERSION_PATCH 0
 
 /* Marks what a shared library exports. Define APET_STATIC, for the static library's sources and its users alike, and
@@ -45,8 +45,14 @@ extern "C" {
 
 /* ---- What a call computes --------------------------------------------------------------------------------------- */
 
-/* Largest basis (M) of any backend. */
+/* Largest basis (M) that is picked one token at a time, by any backend. */
 #define APET_MAX_BASIS 64
+
+/* As apet_problem.basis: M is keep, in every image. "None" in messages. */
+#define APET_BASIS_KEEP (-1)
+
+/* Most medoid steps. */
+#define APET_MAX_REFINE 8
 
 /* Type of x and of the tokens returned. Sums are float32 or wider in every case. */
 typedef enum apet_dtype {
@@ -84,7 +90,10 @@ typedef struct apet_problem {
   apet_dtype dtype;
   apet_layout layout; /* compress */
   apet_select select; /* compress, score */
-  int32_t basis;      /* compress, score: M, 1..APET_MAX_BASIS; 10 is the paper's */
+  int32_t basis;      /* compress, score: M, 1..APET_MAX_BASIS; 10 is the paper's. compress with APET_QR and
+                         APET_INPLACE: also up to keep (ragged: total_keep), and APET_BASIS_KEEP. Of APET_BASIS_KEEP
+                         and more than APET_MAX_BASIS an image has at most its keep; more than 16 of these are picked
+                         in four rounds */
   int32_t ragged;     /* 0: x is [images, tokens, dim]. 1: x is [total_tokens, dim], images of different lengths one
                          after another, cut up by cu_seqlens; compress alone */
   int64_t images;     /* B, or the number of ragged images; 0..2^31-1; 0: nothing is done */
@@ -101,6 +110,8 @@ typedef struct apet_problem {
   double blend;       /* compress: 1. overwrite: 0..1, a slot becomes blend * basis + (1 - blend) * token */
   int64_t total_tokens; /* ragged: T, rows of x, 0..2^31-1; else 0 */
   int64_t total_keep;   /* ragged: the K of all images together, 0..total_tokens */
+  int64_t refine;       /* compress: medoid steps, 0..APET_MAX_REFINE; other than 0 needs APET_INPLACE and basis = keep
+                           (ragged: APET_BASIS_KEEP) */
 } apet_problem;
 
 /* Where the data is: host memory for apet_cpu_run, device memory for apet_cuda_run. Addresses must be multiples of the
@@ -143,7 +154,7 @@ typedef enum apet_status {
   APET_BAD_TOKENS = 7,               /* tokens < 1 */
   APET_BAD_STRIDE = 8,               /* stride_xd is not 1 */
   APET_BAD_KEEP = 9,                 /* keep is outside 1..tokens */
-  APET_BAD_BASIS = 10,               /* basis is outside 1..APET_MAX_BASIS */
+  APET_BAD_BASIS = 10,               /* basis is neither in its range nor APET_BASIS_KEEP */
   APET_BAD_START = 11,               /* start is neither -1 nor a position */
   APET_BAD_RIDGE = 12,               /* ridge is negative or not finite */
   APET_BAD_BLEND = 13,               /* blend is outside 0..1 */
@@ -158,9 +169,15 @@ typedef enum apet_status {
   APET_CUDA_FAILED = 22,             /* a call of the CUDA runtime failed; apet_cuda_error() has its message */
   APET_NO_CUDA_PATH = 23,            /* no path can run this on the device; the plan's `why` gives the reason */
   APET_RAGGED_NEEDS_COMPRESS = 24,   /* score or merge of ragged images */
+  APET_BASIS_NEEDS_QR = 25,          /* APET_BASIS_KEEP, and select not qr */
+  APET_BASIS_NEEDS_KEEP = 26,        /* APET_BASIS_KEEP in score */
+  APET_BASIS_NEEDS_INPLACE = 27,     /* APET_BASIS_KEEP or more than APET_MAX_BASIS, and layout not inplace */
+  APET_BAD_REFINE = 28,              /* refine is outside 0..APET_MAX_REFINE */
+  APET_REFINE_NEEDS_INPLACE = 29,    /* refine is not 0, and layout not inplace */
+  APET_REFINE_NEEDS_BASIS_KEEP = 30, /* refine is not 0, and basis neither APET_BASIS_KEEP nor keep */
 } apet_status;
 
-/* The library's version, e.g. "0.1.0": a string literal. */
+/* The library's version, e.g. "0.2.0": a string literal. */
 APET_API const char* apet_version(void);
 
 /* Checks a problem: APET_OK, or the first error that makes it invalid for every backend. plan and run call it too.

@@ -46,9 +46,9 @@ void override_plans(const Tensor&, std::string path, int64_t ctas_per_image, int
 
 // How compress would run, for apet_kernels.plan; the order of the schema in apet_kernels/ops.py.
 std::tuple<std::string, std::string, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, double> plan(
-    const Tensor& x, int64_t keep, int64_t basis, std::string layout, std::string select, int64_t start, double ridge,
-    double blend) {
-  const apet_problem p = compress_problem(readable(x), keep, basis, layout, select, start, ridge, blend);
+    const Tensor& x, int64_t keep, std::optional<int64_t> basis, std::string layout, std::string select, int64_t start,
+    double ridge, double blend, int64_t refine) {
+  const apet_problem p = compress_problem(readable(x), keep, basis, layout, select, start, ridge, blend, refine);
   const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
   const apet_cuda_plan_t g = plan_for(p);
   return {g.why,   kPaths[g.path], g.launches, g.ctas_per_image,           g.images_in_flight,

@@ -1,6 +1,8 @@
 // _host: the functions of apet.h that Python calls beside the ops: build information, plans, instruction sets.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
+#include <optional>
 #include <string>
 
 #include "apet.h"
@@ -34,15 +36,16 @@ void check(const apet_problem& problem, apet_status status) {
   throw py::value_error(text);
 }
 
-py::dict plan(int64_t images, int64_t tokens, int64_t dim, int64_t keep, int32_t basis, const std::string& dtype,
-              const std::string& layout, const std::string& select, int64_t start, double ridge, double blend,
-              int32_t threads) {
+py::dict plan(int64_t images, int64_t tokens, int64_t dim, int64_t keep, std::optional<int32_t> basis,
+              const std::string& dtype, const std::string& layout, const std::string& select, int64_t start,
+              double ridge, double blend, int64_t refine, int32_t threads) {
   apet_problem p = {};
   p.op = APET_COMPRESS;
   p.dtype = named("dtype", dtype, kDtypes);
   p.layout = named("layout", layout, kLayouts);
   p.select = named("select", select, kSelects);
-  p.images = images, p.tokens = tokens, p.dim = dim, p.keep = keep, p.basis = basis;
+  p.images = images, p.tokens = tokens, p.dim = dim, p.keep = keep;
+  p.basis = basis.value_or(APET_BASIS_KEEP), p.refine = refine;
   p.stride_xb = tokens * dim, p.stride_xn = dim, p.stride_xd = 1;
   p.start = start, p.ridge = ridge, p.blend = blend;
   apet_cpu_plan_t plan;
@@ -99,7 +102,7 @@ PYBIND11_MODULE(_host, m) {
   });
   m.def("plan", &plan, py::kw_only(), py::arg("images"), py::arg("tokens"), py::arg("dim"), py::arg("keep"),
         py::arg("basis"), py::arg("dtype"), py::arg("layout"), py::arg("select"), py::arg("start"), py::arg("ridge"),
-        py::arg("blend"), py::arg("threads"));
+        py::arg("blend"), py::arg("refine"), py::arg("threads"));
   m.def("cpu_isa", &cpu_isa);
   m.def("use_cpu_isa", &use_cpu_isa, py::arg("name"));
 }

@@ -1,13 +1,19 @@
 // The checks that hold for every backend, and the error messages.
+#include "problem.h"
+
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
 
-#include "apet.h"
-
 namespace {
 // Token positions are held as int32, and a product of any two sizes must fit int64.
 constexpr int64_t kMaxExtent = INT32_MAX;
+
+// The largest basis that is a number.
+int64_t most_basis(const apet_problem& p) {
+  const int64_t keep = p.ragged ? p.total_keep : p.keep;
+  return p.op == APET_COMPRESS && p.select == APET_QR && keep > APET_MAX_BASIS ? keep : APET_MAX_BASIS;
+}
 
 const char* name(apet_layout layout) {
   return layout == APET_INPLACE ? "inplace" : layout == APET_OVERWRITE ? "overwrite" : "append";
@@ -33,7 +39,13 @@ apet_status apet_check(const apet_problem* p) {
     return APET_TOO_LARGE;
   if (p->dim > 1 && p->stride_xd != 1) return APET_BAD_STRIDE;
   if (p->op != APET_MERGE) {
-    if (p->basis < 1 || p->basis > APET_MAX_BASIS) return APET_BAD_BASIS;
+    if (p->basis == APET_BASIS_KEEP) {
+      if (p->select != APET_QR) return APET_BASIS_NEEDS_QR;
+      if (p->op == APET_SCORE) return APET_BASIS_NEEDS_KEEP;
+    } else if (p->basis < 1 || p->basis > most_basis(*p)) {
+      return APET_BAD_BASIS;
+    }
+    if (p->op == APET_COMPRESS && apet::in_rounds(*p) && p->layout != APET_INPLACE) return APET_BASIS_NEEDS_INPLACE;
     const int64_t starts = p->ragged ? p->total_tokens : p->tokens;
     if (p->start < -1 || (p->start >= starts && p->start != 0)) return APET_BAD_START;
     if (!(p->ridge >= 0) || !std::isfinite(p->ridge)) return APET_BAD_RIDGE;
@@ -51,6 +63,10 @@ apet_status apet_check(const apet_problem* p) {
     if (p->blend != 1 && p->layout != APET_OVERWRITE) return APET_BLEND_WITHOUT_OVERWRITE;
     if (!p->ragged && p->layout == APET_OVERWRITE && p->keep <= p->basis && p->keep != p->tokens)
       return APET_OVERWRITE_NEEDS_MORE;
+    if (p->refine < 0 || p->refine > APET_MAX_REFINE) return APET_BAD_REFINE;
+    if (p->refine > 0 && p->layout != APET_INPLACE) return APET_REFINE_NEEDS_INPLACE;
+    if (p->refine > 0 && p->basis != APET_BASIS_KEEP && (p->ragged || p->basis != p->keep))
+      return APET_REFINE_NEEDS_BASIS_KEEP;
   }
   return APET_OK;
 }
@@ -77,7 +93,7 @@ size_t apet_error_message(const apet_problem* problem, apet_status status, char*
       WRITE("%s=%lld is outside 1..%lld, the tokens of an image", p.op == APET_MERGE ? "K" : "keep", ll(p.keep),
             ll(p.tokens));
       break;
-    case APET_BAD_BASIS: WRITE("basis=%d is outside 1..%d", (int)p.basis, APET_MAX_BASIS); break;
+    case APET_BAD_BASIS: WRITE("basis=%d is outside 1..%lld", (int)p.basis, ll(most_basis(p))); break;
     case APET_BAD_START: WRITE("start=%lld is outside -1..%lld", ll(p.start), ll(starts > 0 ? starts - 1 : 0)); break;
     case APET_BAD_RIDGE: WRITE("ridge=%g must be finite and at least 0", p.ridge); break;
     case APET_BAD_BLEND: WRITE("blend=%g is outside 0..1", p.blend); break;
@@ -102,6 +118,26 @@ size_t apet_error_message(const apet_problem* problem, apet_status status, char*
     case APET_NO_CUDA_PATH: WRITE("no CUDA path can run this call on this device; the plan gives the reason"); break;
     case APET_RAGGED_NEEDS_COMPRESS:
       WRITE("ragged images can be compressed, but op is %s", p.op == APET_SCORE ? "score" : "merge");
+      break;
+    case APET_BASIS_NEEDS_QR: WRITE("basis=None needs select='qr', got select='fps'"); break;
+    case APET_BASIS_NEEDS_KEEP:
+      WRITE("basis=None is keep, which score does not have; give 1..%d", APET_MAX_BASIS);
+      break;
+    case APET_BASIS_NEEDS_INPLACE: {
+      char number[16] = "None";
+      if (p.basis != APET_BASIS_KEEP) std::snprintf(number, sizeof number, "%d", (int)p.basis);
+      WRITE("basis=%s needs layout='inplace', got layout='%s'", number, name(p.layout));
+      break;
+    }
+    case APET_BAD_REFINE: WRITE("refine=%lld is outside 0..%d", ll(p.refine), APET_MAX_REFINE); break;
+    case APET_REFINE_NEEDS_INPLACE:
+      WRITE("refine=%lld needs layout='inplace', got layout='%s'", ll(p.refine), name(p.layout));
+      break;
+    case APET_REFINE_NEEDS_BASIS_KEEP:
+      if (p.ragged) WRITE("refine=%lld of ragged images needs basis=None, got %d", ll(p.refine), (int)p.basis);
+      else
+        WRITE("refine=%lld needs basis=None or basis=keep, got basis=%d and keep=%lld", ll(p.refine), (int)p.basis,
+              ll(p.keep));
       break;
     default: WRITE("status %d is unknown", (int)status); break;
   }

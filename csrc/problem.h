@@ -8,6 +8,14 @@ namespace apet {
 
 inline int64_t element_size(const apet_problem& p) { return p.dtype == APET_FLOAT32 ? 4 : 2; }
 
+// Whether images that keep more than a few tokens have their basis picked in rounds.
+inline bool in_rounds(const apet_problem& p) { return p.basis == APET_BASIS_KEEP || p.basis > APET_MAX_BASIS; }
+
+// M of an image that keeps so many tokens.
+inline int64_t basis_of(const apet_problem& p, int64_t keep) {
+  return in_rounds(p) && (p.basis == APET_BASIS_KEEP || keep < p.basis) ? keep : p.basis;
+}
+
 // Rows that an image's result has after its kept tokens.
 inline int64_t appended(const apet_problem& p) {
   return p.op == APET_COMPRESS && p.layout == APET_APPEND ? p.basis : 0;

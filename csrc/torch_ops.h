@@ -91,11 +91,17 @@ apet_problem problem_of(apet_op op, const Tensor& x, bool ragged) {
   return p;
 }
 
-void set_basis(apet_problem& p, int64_t basis, const std::string& select, int64_t start, double ridge) {
-  // Checked here because apet_problem has 32 bits for it.
-  require(basis >= 1 && basis <= APET_MAX_BASIS, "basis=", basis, " is outside 1..", APET_MAX_BASIS);
-  p.basis = (int32_t)basis;
+// keep: what basis may be at most if that is picked in rounds; of all images together.
+void set_basis(apet_problem& p, std::optional<int64_t> basis, const std::string& select, int64_t start, double ridge,
+               int64_t keep) {
   p.select = select_of(select);
+  p.basis = APET_BASIS_KEEP;
+  if (basis.has_value()) {
+    // Checked here because apet_problem has 32 bits for it, and means something by -1.
+    const int64_t most = p.select == APET_QR && keep > APET_MAX_BASIS ? keep : APET_MAX_BASIS;
+    require(*basis >= 1 && *basis <= most, "basis=", *basis, " is outside 1..", most);
+    p.basis = (int32_t)(*basis < INT32_MAX ? *basis : INT32_MAX);  // a larger one is beyond any keep
+  }
   p.start = start;
   p.ridge = ridge;
 }
@@ -103,10 +109,11 @@ void set_basis(apet_problem& p, int64_t basis, const std::string& select, int64_
 // Runs a call on the device of x, with workspace from its allocator. Defined by the binding.
 void run(const apet_problem& problem, const apet_tensors& tensors, const Tensor& x);
 
-apet_problem compress_problem(const Tensor& x, int64_t keep, int64_t basis, const std::string& layout,
-                              const std::string& select, int64_t start, double ridge, double blend) {
+apet_problem compress_problem(const Tensor& x, int64_t keep, std::optional<int64_t> basis, const std::string& layout,
+                              const std::string& select, int64_t start, double ridge, double blend, int64_t refine) {
   apet_problem p = problem_of(APET_COMPRESS, x, false);
-  set_basis(p, basis, select, start, ridge);
+  set_basis(p, basis, select, start, ridge, keep);
+  p.refine = refine;
   p.layout = layout_of(layout);
   p.keep = keep;
   p.blend = blend;
@@ -114,10 +121,10 @@ apet_problem compress_problem(const Tensor& x, int64_t keep, int64_t basis, cons
   return p;
 }
 
-std::tuple<Tensor, Tensor> compress(const Tensor& given, int64_t keep, int64_t basis, std::string layout,
-                                    std::string select, int64_t start, double ridge, double blend) {
+std::tuple<Tensor, Tensor> compress(const Tensor& given, int64_t keep, std::optional<int64_t> basis, std::string layout,
+                                    std::string select, int64_t start, double ridge, double blend, int64_t refine) {
   const Tensor x = readable(given);
-  const apet_problem p = compress_problem(x, keep, basis, layout, select, start, ridge, blend);
+  const apet_problem p = compress_problem(x, keep, basis, layout, select, start, ridge, blend, refine);
   const int64_t rows = keep + apet::appended(p);
   Tensor tokens = torch::stable::new_empty(x, {p.images, rows, p.dim});
   Tensor indices = torch::stable::new_empty(x, {p.images, rows}, ScalarType::Long);
@@ -147,12 +154,13 @@ const int32_t* offsets(const char* name, const Tensor& cu, const Tensor& x, Tens
 }
 
 std::tuple<Tensor, Tensor> compress_varlen(const Tensor& given, const Tensor& cu_seqlens, const Tensor& cu_keep,
-                                           int64_t total_keep, int64_t max_seqlen, int64_t max_keep, int64_t basis,
-                                           std::string layout, std::string select, int64_t start, double ridge,
-                                           double blend) {
+                                           int64_t total_keep, int64_t max_seqlen, int64_t max_keep,
+                                           std::optional<int64_t> basis, std::string layout, std::string select,
+                                           int64_t start, double ridge, double blend, int64_t refine) {
   const Tensor x = readable(given);
   apet_problem p = problem_of(APET_COMPRESS, x, true);
-  set_basis(p, basis, select, start, ridge);
+  set_basis(p, basis, select, start, ridge, total_keep);
+  p.refine = refine;
   p.layout = layout_of(layout);
   p.blend = blend;
   Tensor seqlens = cu_seqlens, keeps = cu_keep;
@@ -179,13 +187,14 @@ std::tuple<Tensor, Tensor> compress_varlen(const Tensor& given, const Tensor& cu
   return {tokens, indices};
 }
 
-std::tuple<Tensor, Tensor> score(const Tensor& given, int64_t basis, std::string select, int64_t start, double ridge) {
+std::tuple<Tensor, Tensor> score(const Tensor& given, std::optional<int64_t> basis, std::string select, int64_t start,
+                                 double ridge) {
   const Tensor x = readable(given);
   apet_problem p = problem_of(APET_SCORE, x, false);
-  set_basis(p, basis, select, start, ridge);
+  set_basis(p, basis, select, start, ridge, 0);
   check(p, apet_check(&p));
   Tensor residual = torch::stable::new_empty(x, {p.images, p.tokens}, ScalarType::Float);
-  Tensor basis_indices = torch::stable::new_empty(x, {p.images, basis}, ScalarType::Long);
+  Tensor basis_indices = torch::stable::new_empty(x, {p.images, p.basis}, ScalarType::Long);
   apet_tensors t = {};
   t.x = x.const_data_ptr();
   t.residual = static_cast<float*>(residual.mutable_data_ptr());

@@ -66,6 +66,7 @@ STEMS = {
     "reference": set(),
     "cpu": {
         *("s1_basis", "s2_solve", "s1_s3_sweep", "s3_residual", "s4_topk"),
+        *("s1_pool", "s1_rounds", "s4_clusters", "s4_medoids"),
         *("s5_lists", "s5_assign", "s5_mean"),
     },
     "cuda": {

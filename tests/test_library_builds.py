@@ -144,7 +144,7 @@ def find(folder: Path, request: str, prefix: Path) -> tuple[int, str]:
     return done.returncode, re.sub(r"\s+", " ", done.stdout + done.stderr)
 
 
-@pytest.mark.parametrize("request_", ["REQUIRED", "0.1 REQUIRED", "0.1.0 EXACT REQUIRED COMPONENTS cpu"])
+@pytest.mark.parametrize("request_", ["REQUIRED", "0.2 REQUIRED", "0.2.0 EXACT REQUIRED COMPONENTS cpu"])
 def test_find_package_finds(tmp_path: Path, request_: str):
     code, said = find(tmp_path, request_, built("installed", make_installed) / "moved")
     assert code == 0, said
@@ -222,7 +222,7 @@ def test_the_cuda_library_is_found_where_it_is_installed(tmp_path: Path, shared:
     (tmp_path / "user/CMakeLists.txt").write_text("""
         cmake_minimum_required(VERSION 3.25)
         project(user LANGUAGES C CXX)
-        find_package(apet 0.1 REQUIRED COMPONENTS cpu cuda)
+        find_package(apet 0.2 REQUIRED COMPONENTS cpu cuda)
         add_executable(plan plan.c)
         target_link_libraries(plan PRIVATE apet::cuda)
         """)

@@ -30,6 +30,8 @@ def calls(dtype: torch.dtype = torch.float32) -> dict[str, tuple]:
         "compress append": (OPS.compress, (x, 6), {"layout": "append", "select": "qr", "start": 4}),
         "compress_varlen": (OPS.compress_varlen, (packed, CU, CU_KEEP, 9, 11, 5, 3), {}),
         "compress_varlen append": (OPS.compress_varlen, (packed, CU, CU_KEEP, 9, 11, 5, 3), {"layout": "append"}),
+        "compress rounds": (OPS.compress, (x, 18, None), {"select": "qr", "refine": 1}),
+        "compress_varlen rounds": (OPS.compress_varlen, (packed, CU, CU_KEEP, 9, 11, 5, None), {"select": "qr"}),
         "score": (OPS.score, (x, 3), {"select": "qr"}),
         "merge": (OPS.merge, (x, at), {}),
         "merge targets": (OPS.merge, (x, at), {"targets": at < 10}),
@@ -52,17 +54,17 @@ def test_opcheck(name, dtype):
 
 def test_schemas():
     options = 'str select="fps", int start=-1, float ridge=1.0000000000000001e-05'
-    layout = f'str layout="inplace", {options}, float blend=1.'
+    layout = f'str layout="inplace", {options}, float blend=1., int refine=0'
     pair = "(Tensor tokens, Tensor indices)"
     assert str(OPS.compress.default._schema) == (
-        f"apet::compress(Tensor x, SymInt keep, int basis=10, *, {layout}) -> {pair}"
+        f"apet::compress(Tensor x, SymInt keep, int? basis=10, *, {layout}) -> {pair}"
     )
     assert str(OPS.compress_varlen.default._schema) == (
         "apet::compress_varlen(Tensor x, Tensor cu_seqlens, Tensor cu_keep, SymInt total_keep, SymInt max_seqlen, "
-        f"SymInt max_keep, int basis=10, *, {layout}) -> {pair}"
+        f"SymInt max_keep, int? basis=10, *, {layout}) -> {pair}"
     )
     assert str(OPS.score.default._schema) == (
-        f"apet::score(Tensor x, int basis=10, *, {options}) -> (Tensor residual, Tensor basis_indices)"
+        f"apet::score(Tensor x, int? basis=10, *, {options}) -> (Tensor residual, Tensor basis_indices)"
     )
     assert str(OPS.merge.default._schema) == "apet::merge(Tensor x, Tensor indices, *, Tensor? targets=None) -> Tensor"
 
@@ -90,6 +92,7 @@ def test_compile_without_a_graph_break(name):
         first, *rest = flat(op(*(a * 1 if isinstance(a, torch.Tensor) else a for a in args), **options))
         return first + 1, *rest
 
+    torch._dynamo.reset()  # every op is another compilation of the same code, and these are limited
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
     with torch.no_grad():
         for got, expected in zip(compiled(*args), layer(*args), strict=True):
@@ -180,6 +183,22 @@ WRONG_CALLS = [
     ("compress", (x3(), 3, 65), {}, "basis=65"),
     ("compress", (x3(), 3, -5), {}, "basis=-5"),
     ("compress", (x3(), 3, 2**40), {}, "basis=1099511627776"),
+    ("compress", (x3(2, 90, 7), 80, 81), {"select": "qr"}, r"basis=81 is outside 1\.\.80"),
+    ("compress", (x3(2, 90, 7), 80, 70), {}, r"basis=70 is outside 1\.\.64"),
+    ("compress", (x3(), 3, 65), {"select": "qr"}, r"basis=65 is outside 1\.\.64"),
+    ("compress", (x3(), 3, 0), {"select": "qr"}, "basis=0"),
+    ("compress", (x3(), 3, -1), {"select": "qr"}, r"basis=-1 is outside"),
+    ("compress", (x3(), 3, None), {}, "basis=None needs select='qr', got select='fps'"),
+    ("compress", (x3(), 3, None), {"select": "qr", "layout": "append"}, "basis=None needs layout='inplace'.*append"),
+    ("compress", (x3(2, 90, 7), 80, 70), {"select": "qr", "layout": "overwrite"}, "basis=70 needs layout='inplace'"),
+    ("compress", (x3(), 3, None), {"select": "qr", "refine": 9}, r"refine=9 is outside 0\.\.8"),
+    ("compress", (x3(), 3, None), {"select": "qr", "refine": -1}, "refine=-1"),
+    ("compress", (x3(), 12, 10), {"refine": 2}, "refine=2 needs basis=None or basis=keep, got basis=10 and keep=12"),
+    ("compress", (x3(), 12, 12), {"refine": 2, "layout": "append"}, "refine=2 needs layout='inplace'.*append"),
+    ("compress_varlen", (x3(20, 7), CU, CU_KEEP, 9, 11, 5, 5), {"refine": 1}, "refine=1 of ragged.*got 5"),
+    ("compress_varlen", (x3(20, 7), CU, CU_KEEP, 9, 11, 5, None), {}, "basis=None needs select='qr'"),
+    ("score", (x3(), None), {"select": "qr"}, r"basis=None is keep, which score does not have; give 1\.\.64"),
+    ("score", (x3(), 65), {"select": "qr"}, r"basis=65 is outside 1\.\.64"),
     ("compress", (x3(), 12), {"blend": 1 - 1e-10}, "needs layout='overwrite'"),
     ("compress", (x3(), 3), {"layout": "sideways"}, "sideways"),
     ("compress", (x3(), 3), {"select": "random"}, "random"),

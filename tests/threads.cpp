@@ -46,10 +46,12 @@ struct Result {
   }
 };
 
-Result compress(const std::vector<float>& x, int64_t images, int64_t tokens, int64_t dim, int64_t keep, Pool* pool) {
+Result compress(const std::vector<float>& x, int64_t images, int64_t tokens, int64_t dim, int64_t keep, int refine,
+                Pool* pool) {
   apet_problem p = {};
   p.op = APET_COMPRESS;
   p.images = images, p.tokens = tokens, p.dim = dim, p.keep = keep, p.basis = 10;
+  if (refine >= 0) p.select = APET_QR, p.basis = APET_BASIS_KEEP, p.refine = refine;
   p.stride_xb = tokens * dim, p.stride_xn = dim, p.stride_xd = 1;
   p.start = -1, p.ridge = 1e-5f, p.blend = 1;
   apet_pool threads = {pool ? pool->threads : 1, pool, Pool::run};
@@ -75,20 +77,22 @@ Result compress(const std::vector<float>& x, int64_t images, int64_t tokens, int
 int wrong_results(int rounds) {
   struct Shape {
     int64_t images, tokens, dim, keep;
+    int refine;  // of a basis in rounds; -1: of 10, one at a time
   };
-  const Shape shapes[] = {{1, 576, 256, 64}, {3, 200, 512, 40}, {9, 70, 300, 20}, {1, 1200, 65, 500}};
+  const Shape shapes[] = {{1, 576, 256, 64, -1}, {3, 200, 512, 40, -1}, {9, 70, 300, 20, -1}, {1, 1200, 65, 500, -1},
+                          {1, 300, 256, 70, 0},  {3, 200, 33, 40, 2},   {9, 70, 100, 12, 1},  {1, 500, 65, 300, 2}};
   std::mt19937 random(1);
   std::normal_distribution<float> normal;
   int wrong = 0;
   for (const Shape& s : shapes) {
     std::vector<float> x(s.images * s.tokens * s.dim);
     for (float& value : x) value = normal(random);
-    const auto call = [&](Pool* pool) { return compress(x, s.images, s.tokens, s.dim, s.keep, pool); };
+    const auto call = [&](Pool* pool) { return compress(x, s.images, s.tokens, s.dim, s.keep, s.refine, pool); };
     const Result alone = call(nullptr);
     const auto judge = [&](const char* what, const Result& result) {
       if (result == alone) return;
-      std::printf("%s differs at %lld x %lld x %lld, keep %lld\n", what, (long long)s.images, (long long)s.tokens,
-                  (long long)s.dim, (long long)s.keep);
+      std::printf("%s differs at %lld x %lld x %lld, keep %lld, refine %d\n", what, (long long)s.images,
+                  (long long)s.tokens, (long long)s.dim, (long long)s.keep, s.refine);
       wrong++;
     };
     for (int round = 0; round < rounds; round++) {

@@ -12,6 +12,11 @@ namespace apet::cpu {
 // The pick_value of a token that must not be picked: it is in the basis, or its norm is not finite.
 constexpr float kNeverPicked = -__builtin_inff();
 
+// Of a basis that is picked in rounds. Part of the rule: other numbers give other tokens (docs/algorithm.md).
+constexpr int64_t kRounds = 4;
+constexpr int64_t kPool = 2;       // candidates for each pick of a round
+constexpr int64_t kFewPicks = 16;  // up to so many basis tokens are picked one at a time
+
 // A token that may be the next basis token.
 struct Candidate {
   float pick_value;
@@ -49,6 +54,52 @@ struct Basis {
   double inv_diag[APET_MAX_BASIS];          // 1 / L_jj; 0 for a dependent basis token
 };
 
+// s1, in rounds. b picks a round at most, of a pool of P = kPool b candidates.
+struct Rounds {
+  int32_t number;       // rounds that have begun
+  int32_t begin, size;  // basis tokens of the rounds before, and of this one
+  int32_t most, width;  // b; floats of a row of y
+  int32_t first;        // the token that is picked first, or -1
+  int32_t pool_count;
+  int32_t* pool;    // [P] candidates, ascending
+  int32_t* token;   // [M] basis tokens, in the order they are picked
+  float* y;         // [N, width] L^-1 S x
+  float* packed_y;  // of the pool or the picks, negated, in panels (product.h)
+  float* gram;      // [pool_count, pool_count] residual Gram matrix
+  double* diag;     // [P] its diagonal, after the picks so far
+  double* column;   // [P] scratch
+  float* pool_y;    // [b, pool_count] y of the pool's tokens in this round
+  float* L;         // [b, b] lower triangle, of this round, without its diagonal
+  float* inv_diag;  // [b]
+};
+
+// Tokens that others are multiplied with, packed in panels (product.h).
+struct Factors {
+  int32_t count;
+  const int32_t* token;  // [count]
+  float* packed;         // panels that rows.out has no room for
+};
+
+// s4, where all that is kept is compared with all tokens: the kept tokens, each with a column of products.
+struct Centres {
+  int32_t count, width;    // K; floats of a row of products
+  float* product;          // [N, width] x.c
+  int32_t* token;          // [K] the centre of each column
+  int32_t* position;       // [K rounded up to a vector] the same; INT_MAX where its norm is not finite, and in padding
+  float* norm_sq;          // [K rounded up to a vector] ||c||^2; inf there
+  float* inv_norm;         // [K rounded up to a vector] 1 / ||c||; 0 there, and for a zero vector
+  float* padding;          // [K rounded up to a vector] added to similarities: 0; -inf there
+  int32_t* number;         // [N] of a centre: its number among the merge targets
+  int32_t stale_count;     // columns that are not computed yet
+  int32_t* stale;          // [K rounded up to two vectors] which
+  int32_t* stale_token;    // [K rounded up to two vectors] and their centres
+  int32_t* target_column;  // [T] of a merge target: its column
+  int32_t* cluster;        // [N] column of the cluster that a token was in at the last medoid step, or -1
+  uint8_t* regrouped;      // [K] by column: the cluster has other tokens than at the last step
+  float* cluster_mean;     // [K, D] by row
+  float* mean_dist_sq;     // [N] ||x - the mean of its cluster||^2
+};
+
 // s4: the rows of the result.
 struct Rows {
   int32_t count;        // R
@@ -56,7 +107,7 @@ struct Rows {
   int32_t* row_blend;   // [R] token that it is blended with, or -1
   int64_t* indices;     // [R] output of compress
   int64_t first_token;  // added to positions in `indices`: ragged images count in the packed x
-  char* out;            // [R, D] output. Until the means it holds packed targets (s5_assign.h)
+  char* out;            // [R, D] output. Until the means it holds packed factors (product.h)
 };
 
 // s4 and s5: which tokens are merged into which rows.
@@ -64,9 +115,9 @@ struct Merge {
   int32_t dropped_count, target_count;  // T targets
   int32_t* dropped;                     // [N] tokens to merge, ascending
   int32_t* target_row;                  // [T] rows that tokens may be merged into, ascending
+  int32_t* target_token;                // [T] their tokens
   float* inv_norm;                      // [T rounded up to a vector] 1 / ||t||; 0 for a zero vector, and for padding
   float* padding;                       // [T rounded up to a vector] added to similarities: 0, and -inf for padding
-  float* packed;                        // targets that rows.out has no room for (s5_assign.h)
   int32_t* target;                      // [N] of dropped[i]: the number of its target
   int32_t* merged;                      // [N] dropped tokens by row, ascending within a row; scratch in s4
   int32_t* row_begin;                   // [R + 1] row r's are merged[row_begin[r] .. row_begin[r + 1])
@@ -76,6 +127,9 @@ struct Image {
   Input input;
   Scores scores;
   Basis basis;
+  Rounds rounds;
+  Factors factors;
+  Centres centres;
   Rows rows;
   Merge merge;
 };

@@ -24,10 +24,12 @@ struct Kernels {
   int32_t token_group;    // tokens that share each load of a basis token
   int32_t dropped_group;  // dropped tokens that share each load of a target
   int32_t vector;         // float lanes of a vector: arrays over targets are padded to a multiple
-  int32_t panel;          // targets of a packed panel
-  // Floats of Merge::packed for so many targets, and bytes of scratch that a thread needs in assign().
-  size_t (*packed_floats)(int64_t targets, int64_t dim);
+  int32_t panel;          // factors of a packed panel
+  // Floats of Factors::packed for up to so many factors, and bytes of scratch that a thread needs in a product; in
+  // round() also those for so many picks.
+  size_t (*packed_floats)(int64_t factors, int64_t dim);
   size_t (*scratch_bytes)(int64_t dim);
+  size_t (*round_scratch_bytes)(int64_t picks);
 
   // s1: norm_sq, and the start of pick_value and resid_sq, of tokens [begin, end). Returns the one of largest finite
   // norm, with norm_sq as its pick_value.
@@ -39,10 +41,27 @@ struct Kernels {
   Candidate (*sweep_candidates)(const Input&, const Basis&, Scores&, int64_t begin, int64_t end);
   // s3: sweep(), then resid_sq becomes e_sq.
   void (*residual)(const Input&, const Basis&, Scores&, int64_t begin, int64_t end);
-  // s5: packs features [d0, d1) of one panel of targets.
-  void (*pack)(const Input&, const Rows&, Merge&, int64_t panel, int64_t d0, int64_t d1);
-  // s5: target of dropped[begin .. end).
-  void (*assign)(const Input&, const Rows&, Merge&, int64_t begin, int64_t end, void* scratch);
+  // Packs features [d0, d1) of one panel of factors.
+  void (*pack)(const Input&, const Rows&, const Factors&, int64_t panel, int64_t d0, int64_t d1);
+  // s1, in rounds: packs y of one panel of factors; rows [begin, end) of the pool's residual Gram matrix, whose factors
+  // are the pool; and brings the picks of a round, the factors, into tokens [begin, end).
+  void (*pack_y)(const Factors&, Rounds&, int64_t panel);
+  void (*pool_gram)(const Input&, const Rows&, const Factors&, Rounds&, int64_t begin, int64_t end, void* scratch);
+  void (*round)(const Input&, const Rows&, const Factors&, Scores&, Rounds&, Centres&, int64_t begin, int64_t end,
+                void* scratch);
+  // s4: products of tokens [begin, end), or of dropped[begin .. end), with stale centres, the factors; the nearest centre
+  // of dropped[begin .. end); the means of clusters [begin, end), and the distances from them of merged[begin .. end).
+  void (*add_all_products)(const Input&, const Rows&, const Factors&, Centres&, int64_t begin, int64_t end,
+                           void* scratch);
+  void (*add_last_products)(const Input&, const Rows&, const Factors&, Centres&, const Merge&, int64_t begin,
+                            int64_t end, void* scratch);
+  void (*nearest)(const Scores&, const Centres&, Merge&, int64_t begin, int64_t end);
+  void (*cluster_mean)(const Input&, const Rows&, const Merge&, Centres&, int64_t begin, int64_t end, int64_t d0,
+                       int64_t d1);
+  void (*mean_distance)(const Input&, const Rows&, const Merge&, Centres&, int64_t begin, int64_t end);
+  // s5: target of dropped[begin .. end), from products with the factors, or from those that are stored.
+  void (*assign)(const Input&, const Rows&, const Factors&, Merge&, int64_t begin, int64_t end, void* scratch);
+  void (*similar)(const Centres&, Merge&, int64_t begin, int64_t end);
   // s5: features [d0, d1) of rows [begin, end) of the result.
   void (*mean)(const Input&, const Rows&, const Merge&, int64_t begin, int64_t end, int64_t d0, int64_t d1);
 };

@@ -11,7 +11,9 @@
 
 namespace apet::cpu {
 namespace APET_ISA {
+#include "s1_rounds.h"
 #include "s3_residual.h"
+#include "s4_medoids.h"
 #include "s5_assign.h"
 #include "s5_mean.h"
 
@@ -24,12 +26,22 @@ static constexpr Kernels kernels_of() {
   k.panel = NR;
   k.packed_floats = packed_floats<E>;
   k.scratch_bytes = scratch_bytes<E>;
+  k.round_scratch_bytes = round_scratch_bytes;
   k.norms = norms<E>;
   k.sweep = sweep<E>;
   k.sweep_candidates = sweep_candidates<E>;
   k.residual = residual<E>;
   k.pack = pack<E>;
+  k.pack_y = pack_y;
+  k.pool_gram = pool_gram<E>;
+  k.round = round<E>;
+  k.add_all_products = add_all_products<E>;
+  k.add_last_products = add_last_products<E>;
+  k.nearest = nearest;
+  k.cluster_mean = cluster_mean<typename E::T>;
+  k.mean_distance = mean_distance<typename E::T>;
   k.assign = assign<E>;
+  k.similar = similar;
   k.mean = mean<typename E::T>;
   return k;
 }

@@ -22,9 +22,13 @@ struct Split {
 
 inline Split split(const apet_problem& p, int32_t available) {
   const double n = p.tokens, d = p.dim, k = p.keep;
-  // Norms, first basis token, all others; and two stages for the candidates of each basis token.
-  const double sweeps = p.op == APET_MERGE ? 1 : 3, stages = p.op == APET_MERGE ? 5 : 2 * p.basis + 5;
-  const double products = 2 * n * p.basis * d + (p.op == APET_SCORE ? 0 : 2 * (n - k) * k * d);
+  // Norms, first basis token, all others; and two stages for the candidates of each basis token. In rounds: a reading
+  // and four stages each; and again for each medoid step.
+  const bool rounds = p.op != APET_MERGE && in_rounds(p);
+  const double steps = p.op == APET_COMPRESS ? p.refine : 0, m = p.op == APET_MERGE ? 0 : basis_of(p, p.keep);
+  const double sweeps = (p.op == APET_MERGE ? 1 : rounds ? 5 : 3) + 3 * steps;
+  const double stages = (rounds ? 16 : 2 * m) + 5 + 5 * steps;
+  const double products = 2 * n * m * d + (p.op == APET_SCORE ? 0 : 2 * (n - k) * k * d) * (1 + steps - rounds);
   const double image = sweeps * n * d * element_size(p) * kNsPerByte + products * kNsPerFlop;
   const double serial = p.images * image;
   const int most = (int)std::clamp<double>(serial / kNsPerThread, 1, std::clamp(available, 1, kMaxThreads));

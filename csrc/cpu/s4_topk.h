@@ -43,21 +43,22 @@ static void set_row(Rows& rows, int64_t r, int32_t token, int32_t blend = -1) {
   rows.row_blend[r] = blend;
 }
 
-static void add_target(Merge& merge, int32_t row, float norm_sq) {
+static void add_target(Merge& merge, int32_t row, int32_t token, float norm_sq) {
   merge.target_row[merge.target_count] = row;
+  merge.target_token[merge.target_count] = token;
   merge.inv_norm[merge.target_count++] = norm_sq > 0 ? 1 / std::sqrt(norm_sq) : 0;
 }
 
-// The K rows of compress, K < N.
-static void choose_rows(const Input& in, const Scores& scores, const Basis& basis, apet_layout layout, Rows& rows,
-                        Merge& merge) {
+// The K rows of compress, K < N, given the basis [basis_size] in the order it was picked.
+static void choose_rows(const Input& in, const Scores& scores, const int32_t* basis, int32_t basis_size,
+                        apet_layout layout, Rows& rows, Merge& merge) {
   const int64_t n = in.tokens, k = in.keep;
   if (k == 0) return;
-  uint32_t* rank = reinterpret_cast<uint32_t*>(merge.merged);     // scratch
-  std::memcpy(rank, scores.resid_sq, n * sizeof(float));          // e_sq
-  const int32_t placed = std::min<int32_t>(basis.size, in.keep);  // basis tokens that get a row
+  uint32_t* rank = reinterpret_cast<uint32_t*>(merge.merged);  // scratch
+  std::memcpy(rank, scores.resid_sq, n * sizeof(float));       // e_sq
+  const int32_t placed = std::min(basis_size, in.keep);        // basis tokens that get a row
   if (layout == APET_INPLACE)
-    for (int32_t j = 0; j < placed; j++) rank[basis.token[j]] = UINT32_MAX;
+    for (int32_t j = 0; j < placed; j++) rank[basis[j]] = UINT32_MAX;
   const int64_t overwritten = layout == APET_OVERWRITE ? placed : 0;  // the lowest of the kept tokens
   Cut kept = cut_at(rank, n, k);
   Cut intact = k > overwritten ? cut_at(rank, n, k - overwritten) : Cut{UINT32_MAX, 0};
@@ -70,9 +71,9 @@ static void choose_rows(const Input& in, const Scores& scores, const Basis& basi
     rows.indices[r] = rows.first_token + i;
     if (overwritten == 0 || intact.takes(rank[i])) {
       set_row(rows, r, i);
-      if (finite(scores, i)) add_target(merge, r, scores.norm_sq[i]);
+      if (finite(scores, i)) add_target(merge, r, i, scores.norm_sq[i]);
     } else {
-      set_row(rows, r, basis.token[j++], in.blend == 1 ? -1 : i);
+      set_row(rows, r, basis[j++], in.blend == 1 ? -1 : i);
     }
     r++;
   }
@@ -105,7 +106,7 @@ static void take_given_rows(const Input& in, const Scores& scores, const int64_t
     const int32_t token = (int32_t)std::clamp<int64_t>(kept[r], 0, in.tokens - 1);
     set_row(rows, r, token);
     is_kept[token] = 1;
-    if (finite(scores, token) && (!kept_targets || kept_targets[r])) add_target(merge, r, scores.norm_sq[token]);
+    if (finite(scores, token) && (!kept_targets || kept_targets[r])) add_target(merge, r, token, scores.norm_sq[token]);
   }
   for (int32_t i = 0; i < in.tokens; i++)
     if (!is_kept[i] && finite(scores, i)) merge.dropped[merge.dropped_count++] = i;

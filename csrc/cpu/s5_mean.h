@@ -9,11 +9,34 @@
 #pragma once
 #include "dot.h"
 
+// out = (x + sum of the tokens merged[first .. last)) / (1 + their count), features [d0, d1).
+template <class T, class Out>
+static inline void mean_of(const Input& in, const T* x, const int32_t* merged, int32_t first, int32_t last, int64_t d0,
+                           int64_t d1, Out* out) {
+  constexpr int kWide = 4;
+  const V count = splat((float)(1 + last - first));
+  int64_t d = d0;
+  for (; d + kWide * W <= d1; d += kWide * W) {
+    V total[kWide];
+    for (int v = 0; v < kWide; v++) total[v] = load(x + d + v * W);
+    for (int32_t q = first; q < last; q++) {
+      const T* dropped = row<T>(in, merged[q]) + d;
+      for (int v = 0; v < kWide; v++) total[v] = total[v] + load(dropped + v * W);
+    }
+    for (int v = 0; v < kWide; v++) store(out + d + v * W, total[v] / count);
+  }
+  for (; d < d1; d += W) {
+    const int64_t n = smaller(W, d1 - d);
+    V total = load_n(x + d, n);
+    for (int32_t q = first; q < last; q++) total = total + load_n(row<T>(in, merged[q]) + d, n);
+    store_n(out + d, total / count, n);
+  }
+}
+
 // Features [d0, d1) of rows [begin, end).
 template <class T>
 static void mean(const Input& in, const Rows& rows, const Merge& merge, int64_t begin, int64_t end, int64_t d0,
                  int64_t d1) {
-  constexpr int kWide = 4;
   for (int64_t r = begin; r < end; r++) {
     const T* x = row<T>(in, rows.row_token[r]);
     T* out = reinterpret_cast<T*>(rows.out) + r * in.dim;
@@ -28,23 +51,7 @@ static void mean(const Input& in, const Rows& rows, const Merge& merge, int64_t 
     } else if (first == last) {
       __builtin_memcpy(out + d0, x + d0, (size_t)(d1 - d0) * sizeof(T));
     } else {
-      const V count = splat((float)(1 + last - first));
-      int64_t d = d0;
-      for (; d + kWide * W <= d1; d += kWide * W) {
-        V total[kWide];
-        for (int v = 0; v < kWide; v++) total[v] = load(x + d + v * W);
-        for (int32_t q = first; q < last; q++) {
-          const T* dropped = row<T>(in, merge.merged[q]) + d;
-          for (int v = 0; v < kWide; v++) total[v] = total[v] + load(dropped + v * W);
-        }
-        for (int v = 0; v < kWide; v++) store(out + d + v * W, total[v] / count);
-      }
-      for (; d < d1; d += W) {
-        const int64_t n = smaller(W, d1 - d);
-        V total = load_n(x + d, n);
-        for (int32_t q = first; q < last; q++) total = total + load_n(row<T>(in, merge.merged[q]) + d, n);
-        store_n(out + d, total / count, n);
-      }
+      mean_of(in, x, merge.merged, first, last, d0, d1, out);
     }
   }
 }

@@ -5,6 +5,13 @@
 //   norms ---> sweep ---> leaders -> contenders ---> residual                                      score
 //   norms -------------------------------------------------------> pack ---> assign ---> mean      merge
 //
+// A basis that is picked in rounds, and the medoid steps of any:
+//
+//   norms ---> pack pool -> pool gram -> pack picks -> round ---> similar ---> mean                compress
+//              \_ for each of the rounds _________________/
+//          ... pack stale -> products -> nearest -> cluster mean -> mean distance ... similar ---> mean
+//              \_ for each medoid step _________________________________________/
+//
 // Walk::next() is this picture, with what is computed on the arrows; it runs on one thread. A stage's chunks run on all
 // threads of the team (team.h), through the loops of one instruction set (kernels.h).
 #include "walk.h"
@@ -12,7 +19,9 @@
 #include <algorithm>
 
 #include "s1_basis.h"
+#include "s1_pool.h"
 #include "s2_solve.h"
+#include "s4_clusters.h"
 #include "s4_topk.h"
 #include "s5_lists.h"
 
@@ -30,7 +39,10 @@ constexpr int kRowsPerChunk = 8;
 Walk::Walk(Call* call, Carver& carver) : call_(call) {
   take_arrays(call->problem, call->kernels, carver, image_);
   const bool merges = call->problem.op != APET_SCORE;
-  scratch_bytes_ = merges ? (call->kernels.scratch_bytes(call->problem.dim) + 63) / 64 * 64 : 0;
+  scratch_bytes_ = merges ? call->kernels.scratch_bytes(call->problem.dim) : 0;
+  if (picks_in_rounds(call->problem, call->problem.keep))
+    scratch_bytes_ += call->kernels.round_scratch_bytes(image_.rounds.most);
+  scratch_bytes_ = (scratch_bytes_ + 63) / 64 * 64;
   scratch_ = carver.take<char>(scratch_bytes_ * call->threads);
   chunk_best_ = carver.take<Candidate>(most_chunks());
 }
@@ -53,6 +65,10 @@ Stage Walk::next(Stage done) {
         given_rows();
         return merge_dropped();
       }
+      if (picks_in_rounds(p, image_.input.keep)) {
+        begin_rounds(image_.input, image_.scores, image_.rounds);
+        return open_round();
+      }
       [[fallthrough]];
     case Stage::kSweep:
       image_.scores.has_norms = true;
@@ -63,9 +79,27 @@ Stage Walk::next(Stage done) {
     case Stage::kContenders: find_best(); return list_contenders();
     case Stage::kResidual:
       if (p.op == APET_SCORE) return next_image();
-      choose_rows(image_.input, image_.scores, image_.basis, p.layout, image_.rows, image_.merge);
+      choose_rows(image_.input, image_.scores, image_.basis.token, image_.basis.size, p.layout, image_.rows,
+                  image_.merge);
       if (p.layout == APET_APPEND) append_basis(image_.input, image_.basis, image_.rows);
-      return merge_dropped();
+      return p.refine > 0 ? begin_medoids(nullptr, 0) : merge_dropped();
+    case Stage::kPackPool: return Stage::kPoolGram;
+    case Stage::kPoolGram: return make_round();
+    case Stage::kPackPicks: return Stage::kRound;
+    case Stage::kRound: return open_round();
+    case Stage::kPackStale: return Stage::kProducts;
+    case Stage::kProducts: image_.centres.stale_count = 0; return compare_centres();
+    case Stage::kNearest:
+      note_regrouped(image_.merge, image_.centres);
+      group_by_row(image_.rows, image_.merge);
+      return Stage::kClusterMean;
+    case Stage::kClusterMean: return Stage::kMeanDistance;
+    case Stage::kMeanDistance:
+      steps_left_ = move_centres(image_.input, image_.scores, image_.rows, image_.merge, image_.centres)
+                        ? steps_left_ - 1
+                        : 0;  // another step would change nothing
+      return compare_centres();
+    case Stage::kSimilar: return average_rows();
     case Stage::kPack: return Stage::kAssign;
     case Stage::kAssign: return average_rows();
     case Stage::kMean: return next_image();
@@ -90,7 +124,7 @@ Stage Walk::next_image() {
     in.tokens = (int32_t)e.tokens;
     in.dim = (int32_t)p.dim;
     in.keep = (int32_t)e.keep;
-    in.max_basis = p.basis;
+    in.max_basis = (int32_t)basis_of(p, e.keep);
     in.select = p.select;
     in.blend = (float)p.blend;
     in.ridge = p.ridge;
@@ -103,6 +137,7 @@ Stage Walk::next_image() {
   image_.scores.has_norms = false;
   image_.basis.size = 0;
   image_.merge.target_count = image_.merge.dropped_count = 0;
+  steps_left_ = p.refine;
   return first_stage();
 }
 
@@ -114,7 +149,7 @@ Stage Walk::first_stage() {
     keep_all(in, image_.rows);
     return average_rows();
   }
-  if (p.op != APET_MERGE && p.start >= 0) {
+  if (p.op != APET_MERGE && p.start >= 0 && !picks_in_rounds(p, in.keep)) {
     const int32_t start = (int32_t)std::min<int64_t>(p.start, in.tokens - 1);
     call_->kernels.norms(in, image_.scores, start, start + 1);
     if (finite(image_.scores, start)) return add_basis(start);
@@ -165,6 +200,61 @@ Stage Walk::finish_basis() {
   return Stage::kResidual;
 }
 
+// s1, in rounds: the pool of the next round, if there is one.
+Stage Walk::open_round() {
+  Rounds& rounds = image_.rounds;
+  if (rounds.number == kRounds) return finish_rounds();
+  const int64_t start = std::min<int64_t>(call_->problem.start, image_.input.tokens - 1);
+  list_pool(image_.input, image_.scores, start, rounds, reinterpret_cast<uint32_t*>(image_.merge.merged));  // scratch
+  if (rounds.pool_count == 0) return finish_rounds();
+  set_factors(rounds.pool_count, rounds.pool);
+  return Stage::kPackPool;
+}
+
+// The picks of a round, given the residual Gram matrix of its pool.
+Stage Walk::make_round() {
+  Rounds& rounds = image_.rounds;
+  pick_round(image_.input, image_.scores, rounds);
+  if (rounds.size == 0) return finish_rounds();  // the pool of another round would be the same
+  set_factors(rounds.size, rounds.token + rounds.begin);
+  return Stage::kPackPicks;
+}
+
+// s4: the basis, which has its products already, and the largest residuals of the others.
+Stage Walk::finish_rounds() {
+  const Rounds& rounds = image_.rounds;
+  const int32_t basis_size = rounds.begin + rounds.size;
+  rank_by_residual(image_.input, image_.scores);
+  choose_rows(image_.input, image_.scores, rounds.token, basis_size, APET_INPLACE, image_.rows, image_.merge);
+  return begin_medoids(rounds.token, basis_size);
+}
+
+// The kept tokens become centres, the first `count` of which have their products.
+Stage Walk::begin_medoids(const int32_t* known, int32_t count) {
+  begin_centres(image_.input, image_.scores, image_.rows, image_.merge, known, count, call_->kernels.vector,
+                image_.centres);
+  return compare_centres();
+}
+
+// The next medoid step or, after the last, s5; before that, products that are missing.
+Stage Walk::compare_centres() {
+  Merge& merge = image_.merge;
+  Centres& centres = image_.centres;
+  if (merge.target_count == 0) merge.dropped_count = 0;
+  if (merge.dropped_count == 0) return average_rows();
+  if (centres.stale_count > 0) {
+    pad_stale(centres, call_->kernels.vector);
+    set_factors(centres.stale_count, centres.stale_token);
+    return Stage::kPackStale;
+  }
+  return steps_left_ > 0 ? Stage::kNearest : Stage::kSimilar;
+}
+
+void Walk::set_factors(int32_t count, const int32_t* token) {
+  image_.factors.count = count;
+  image_.factors.token = token;
+}
+
 // The rows of the op merge.
 void Walk::given_rows() {
   const apet_tensors& t = call_->tensors;
@@ -179,6 +269,7 @@ Stage Walk::merge_dropped() {
   if (merge.target_count == 0) merge.dropped_count = 0;
   if (merge.dropped_count == 0) return average_rows();
   pad_targets(call_->kernels, merge);
+  set_factors(merge.target_count, merge.target_token);
   return Stage::kPack;
 }
 
@@ -209,12 +300,27 @@ void Walk::cut_stage() {
       break;
     }
     case Stage::kPack:
+    case Stage::kPackPool:
+    case Stage::kPackPicks:
+    case Stage::kPackStale:
       width_ = kColumns;
-      chunks_ = (merge.target_count + call_->kernels.panel - 1) / call_->kernels.panel * columns();
+      chunks_ = panels() * columns();
+      if ((stage_ == Stage::kPackPool || stage_ == Stage::kPackPicks) && image_.rounds.begin > 0) chunks_ += panels();
       break;
-    case Stage::kAssign:  // an equal share per thread, in chunks of at most kChunkRows
-      chunks_ = (merge.dropped_count + kChunkRows * threads - 1) / (kChunkRows * threads) * threads;
+    case Stage::kPoolGram: {  // of half of it, so that the first rows have more to do than the last
+      const int64_t groups = image_.rounds.pool_count / call_->kernels.dropped_group;
+      chunks_ = std::clamp<int64_t>(groups, 1, threads * kChunksPerThread);
       break;
+    }
+    case Stage::kRound: chunks_ = product_chunks(image_.input.tokens); break;
+    case Stage::kProducts: chunks_ = product_chunks(steps_left_ > 0 ? image_.input.tokens : merge.dropped_count); break;
+    case Stage::kAssign: chunks_ = product_chunks(merge.dropped_count); break;
+    case Stage::kNearest:
+    case Stage::kSimilar:
+    case Stage::kMeanDistance:
+      chunks_ = std::clamp<int64_t>(merge.dropped_count / kTile, 1, threads * kChunksPerThread);
+      break;
+    case Stage::kClusterMean:
     case Stage::kMean: {
       const int64_t wanted = threads * kChunksPerThread;
       width_ = rows < kRowsPerChunk * wanted ? kColumns : image_.input.dim;
@@ -224,6 +330,12 @@ void Walk::cut_stage() {
     case Stage::kStart:
     case Stage::kDone: break;
   }
+}
+
+// An equal share per thread, in chunks of at most kChunkRows.
+int64_t Walk::product_chunks(int64_t n) const {
+  const int64_t threads = call_->threads;
+  return (n + kChunkRows * threads - 1) / (kChunkRows * threads) * threads;
 }
 
 int64_t Walk::token_chunks() const {
@@ -255,6 +367,10 @@ void Walk::run(int64_t c, int slot) {
   Scores& scores = image_.scores;
   const Rows& rows = image_.rows;
   Merge& merge = image_.merge;
+  const Factors& factors = image_.factors;
+  Centres& centres = image_.centres;
+  void* scratch = scratch_ + slot * scratch_bytes_;
+  const int64_t dropped = merge.dropped_count;
   const int64_t d0 = c % columns() * width_, d1 = std::min<int64_t>(in.dim, d0 + width_);
   switch (stage_) {
     case Stage::kNorms: chunk_best_[c] = k.norms(in, scores, token_cut(c), token_cut(c + 1)); break;
@@ -264,10 +380,42 @@ void Walk::run(int64_t c, int slot) {
       chunk_best_[c] = k.sweep_candidates(in, basis, scores, candidate_cut(c), candidate_cut(c + 1));
       break;
     case Stage::kResidual: k.residual(in, basis, scores, token_cut(c), token_cut(c + 1)); break;
-    case Stage::kPack: k.pack(in, rows, merge, c / columns(), d0, d1); break;
-    case Stage::kAssign:
-      k.assign(in, rows, merge, dropped_cut(c), dropped_cut(c + 1), scratch_ + slot * scratch_bytes_);
+    case Stage::kPack:
+    case Stage::kPackPool:
+    case Stage::kPackPicks:
+    case Stage::kPackStale:
+      if (c < panels() * columns()) k.pack(in, rows, factors, c / columns(), d0, d1);
+      else k.pack_y(factors, image_.rounds, c - panels() * columns());
       break;
+    case Stage::kPoolGram: {
+      const int64_t n = image_.rounds.pool_count;
+      k.pool_gram(in, rows, factors, image_.rounds, product_cut(c, n), product_cut(c + 1, n), scratch);
+      break;
+    }
+    case Stage::kRound: {
+      const int64_t begin = product_cut(c, in.tokens), end = product_cut(c + 1, in.tokens);
+      k.round(in, rows, factors, scores, image_.rounds, centres, begin, end, scratch);
+      break;
+    }
+    case Stage::kProducts: {
+      const int64_t n = steps_left_ > 0 ? in.tokens : dropped, begin = product_cut(c, n), end = product_cut(c + 1, n);
+      if (steps_left_ > 0) k.add_all_products(in, rows, factors, centres, begin, end, scratch);
+      else k.add_last_products(in, rows, factors, centres, merge, begin, end, scratch);
+      break;
+    }
+    case Stage::kNearest: k.nearest(scores, centres, merge, cut(c, dropped, 1), cut(c + 1, dropped, 1)); break;
+    case Stage::kSimilar: k.similar(centres, merge, cut(c, dropped, 1), cut(c + 1, dropped, 1)); break;
+    case Stage::kMeanDistance:
+      k.mean_distance(in, rows, merge, centres, cut(c, dropped, 1), cut(c + 1, dropped, 1));
+      break;
+    case Stage::kAssign:
+      k.assign(in, rows, factors, merge, product_cut(c, dropped), product_cut(c + 1, dropped), scratch);
+      break;
+    case Stage::kClusterMean: {
+      const int64_t chunk = c / columns(), of = chunks_ / columns();
+      k.cluster_mean(in, rows, merge, centres, row_cut(chunk, of), row_cut(chunk + 1, of), d0, d1);
+      break;
+    }
     case Stage::kMean: {
       const int64_t chunk = c / columns(), of = chunks_ / columns();
       k.mean(in, rows, merge, row_cut(chunk, of), row_cut(chunk + 1, of), d0, d1);

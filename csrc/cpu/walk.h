@@ -21,7 +21,28 @@ struct Call {
   std::atomic<int64_t> next_image{0};
 };
 
-enum class Stage { kStart, kNorms, kSweep, kLeaders, kContenders, kResidual, kPack, kAssign, kMean, kDone };
+enum class Stage {
+  kStart,
+  kNorms,
+  kSweep,
+  kLeaders,
+  kContenders,
+  kResidual,
+  kPackPool,
+  kPoolGram,
+  kPackPicks,
+  kRound,
+  kPackStale,
+  kProducts,
+  kNearest,
+  kClusterMean,
+  kMeanDistance,
+  kSimilar,
+  kPack,
+  kAssign,
+  kMean,
+  kDone,
+};
 
 // A Program of Team.
 class Walk {
@@ -46,11 +67,18 @@ class Walk {
   Stage add_basis(int32_t token);
   Stage list_contenders();
   Stage finish_basis();
+  Stage open_round();
+  Stage make_round();
+  Stage finish_rounds();
+  Stage begin_medoids(const int32_t* known, int32_t count);
+  Stage compare_centres();
   void given_rows();
   Stage merge_dropped();
   Stage average_rows();
   void find_best();
 
+  void set_factors(int32_t count, const int32_t* token);
+  int64_t panels() const { return (image_.factors.count + call_->kernels.panel - 1) / call_->kernels.panel; }
   int64_t most_chunks() const;
   void cut_stage();
   int64_t token_chunks() const;
@@ -59,7 +87,8 @@ class Walk {
   int64_t cut(int64_t c, int64_t n, int64_t group) const { return c == chunks_ ? n : n * c / chunks_ / group * group; }
   int64_t token_cut(int64_t c) const { return cut(c, image_.input.tokens, call_->kernels.token_group); }
   int64_t candidate_cut(int64_t c) const { return cut(c, image_.scores.candidate_count, call_->kernels.token_group); }
-  int64_t dropped_cut(int64_t c) const { return cut(c, image_.merge.dropped_count, call_->kernels.dropped_group); }
+  int64_t product_cut(int64_t c, int64_t n) const { return cut(c, n, call_->kernels.dropped_group); }
+  int64_t product_chunks(int64_t n) const;
   int64_t row_cut(int64_t c, int64_t of) const;
 
   Call* call_;
@@ -71,9 +100,10 @@ class Walk {
   int64_t width_ = kColumns;  // features per chunk of pack and mean
   char* scratch_;
   size_t scratch_bytes_;
-  Candidate* chunk_best_;  // by chunk
-  Candidate best_;         // of the tokens that are up to date
-  float least_leader_;     // pick_value of no other token exceeds it
+  Candidate* chunk_best_;   // by chunk
+  int64_t steps_left_ = 0;  // medoid steps
+  Candidate best_;          // of the tokens that are up to date
+  float least_leader_;      // pick_value of no other token exceeds it
 };
 
 }  // namespace apet::cpu

@@ -1,5 +1,7 @@
 // Where the arrays of an image are in the workspace.
 #pragma once
+#include <algorithm>
+
 #include "../problem.h"
 #include "kernels.h"
 
@@ -22,16 +24,58 @@ class Carver {
   size_t used_ = 0;
 };
 
+// Whether an image that keeps so many tokens has its basis picked in rounds.
+inline bool picks_in_rounds(const apet_problem& p, int64_t keep) {
+  return p.op == APET_COMPRESS && in_rounds(p) && basis_of(p, keep) > kFewPicks;
+}
+inline bool has_medoids(const apet_problem& p) { return p.op == APET_COMPRESS && p.refine > 0; }
+
+inline void take_rounds(int64_t n, int64_t basis, int64_t vector, Carver& carver, Rounds& rounds) {
+  const int64_t most = (basis + kRounds - 1) / kRounds, pool = kPool * most;
+  rounds.most = (int32_t)most;
+  rounds.width = (int32_t)((basis + vector - 1) / vector * vector);
+  rounds.pool = carver.take<int32_t>(pool);
+  rounds.token = carver.take<int32_t>(basis);
+  rounds.y = carver.take<float>(n * rounds.width);
+  rounds.packed_y = carver.take<float>((pool + vector) * basis);
+  rounds.gram = carver.take<float>(pool * pool);
+  rounds.diag = carver.take<double>(pool);
+  rounds.column = carver.take<double>(pool);
+  rounds.pool_y = carver.take<float>(most * pool);
+  rounds.L = carver.take<float>(most * most);
+  rounds.inv_diag = carver.take<float>(most);
+}
+
+inline void take_centres(const apet_problem& p, int64_t vector, Carver& carver, Centres& centres) {
+  const int64_t padded = (p.keep + vector - 1) / vector * vector;
+  centres.width = (int32_t)(padded + vector);  // a round stores whole vectors from any column on
+  centres.product = carver.take<float>(p.tokens * centres.width);
+  centres.token = carver.take<int32_t>(padded);
+  centres.position = carver.take<int32_t>(padded);
+  centres.norm_sq = carver.take<float>(padded);
+  centres.inv_norm = carver.take<float>(padded);
+  centres.padding = carver.take<float>(padded);
+  centres.number = carver.take<int32_t>(p.tokens);
+  centres.stale = carver.take<int32_t>(padded + 2 * vector);
+  centres.stale_token = carver.take<int32_t>(padded + 2 * vector);
+  centres.target_column = carver.take<int32_t>(p.keep);
+  centres.cluster = carver.take<int32_t>(p.tokens);
+  centres.regrouped = carver.take<uint8_t>(p.keep);
+  centres.cluster_mean = carver.take<float>(has_medoids(p) ? p.keep * p.dim : 0);
+  centres.mean_dist_sq = carver.take<float>(has_medoids(p) ? p.tokens : 0);
+}
+
 // The arrays that the op needs, for the longest image.
 inline void take_arrays(const apet_problem& p, const Kernels& kernels, Carver& carver, Image& image) {
   const bool picks = p.op != APET_MERGE, merges = p.op != APET_SCORE;
   const int64_t n = p.tokens, rows = merges ? p.keep + appended(p) : 0;
   const int64_t targets = merges ? p.keep + kernels.vector : 0;  // padded to a vector
+  const bool rounds = picks_in_rounds(p, p.keep);
   Scores& scores = image.scores;
   scores.norm_sq = carver.take<float>(n);
   scores.pick_value = carver.take<float>(n);
   scores.resid_sq = p.op == APET_SCORE ? nullptr : carver.take<float>(n);
-  scores.y = carver.take<float>(picks ? n * p.basis : 0);
+  scores.y = carver.take<float>(!picks ? 0 : n * (in_rounds(p) ? std::min<int64_t>(kFewPicks, p.keep) : p.basis));
   scores.steps_done = carver.take<int32_t>(n);
   scores.candidates = carver.take<int32_t>(picks ? n : 0);
   image.rows.row_token = carver.take<int32_t>(rows);
@@ -39,12 +83,15 @@ inline void take_arrays(const apet_problem& p, const Kernels& kernels, Carver& c
   Merge& merge = image.merge;
   merge.row_begin = carver.take<int32_t>(rows + 1);
   merge.target_row = carver.take<int32_t>(targets);
+  merge.target_token = carver.take<int32_t>(targets);
   merge.inv_norm = carver.take<float>(targets);
   merge.padding = carver.take<float>(targets);
   merge.merged = carver.take<int32_t>(merges ? n : 0);
   merge.dropped = carver.take<int32_t>(merges ? n : 0);
   merge.target = carver.take<int32_t>(merges ? n : 0);
-  merge.packed = carver.take<float>(merges ? kernels.packed_floats(p.keep, p.dim) : 0);
+  image.factors.packed = carver.take<float>(merges ? kernels.packed_floats(p.keep, p.dim) : 0);
+  if (rounds) take_rounds(n, basis_of(p, p.keep), kernels.vector, carver, image.rounds);
+  if (rounds || has_medoids(p)) take_centres(p, kernels.vector, carver, image.centres);
 }
 
 }  // namespace apet::cpu

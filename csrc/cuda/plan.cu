@@ -117,6 +117,12 @@ apet_status apet_cuda_plan(const apet_problem* problem, const apet_cuda_override
     std::snprintf(plan->why, sizeof plan->why, "there are no tokens, or no rows to fill");
     return APET_OK;
   }
+  if (apet::in_rounds(p) || p.refine > 0) {
+    std::snprintf(plan->why, sizeof plan->why,
+                  "the CUDA kernels pick no basis in rounds and have no medoid steps (basis=None, refine=%d)",
+                  (int)p.refine);
+    return APET_NO_CUDA_PATH;
+  }
   const Device* device;
   if (const apet_status failed = current_device(p.dtype, device); failed != APET_OK) return failed;
   apet_cuda_plan_t best = {}, next = {};

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from apet_kernels.options import FEW, Options
+
 
 @dataclass(frozen=True)
 class Call:
@@ -19,16 +21,21 @@ class Call:
     keeps: list[int]  # tokens that each image keeps
     tokens: Tensor  # [R, D], the result
     indices: Tensor  # [R] int64, the result
-    options: dict[str, Any]  # basis, layout, select, start, ridge and blend
+    options: dict[str, Any]  # the fields of apet_kernels.Options
 
     @property
     def flops(self) -> int:
         """2 D (M N + (N - K) T) for each image: a dot product of every token with each of M basis tokens, and of every
-        dropped one with each of T merge targets (K; "overwrite": K - M)."""
-        basis = self.options["basis"]
-        gone = basis if self.options["layout"] == "overwrite" else 0
-        pairs = zip(self.lengths, self.keeps, strict=True)
-        return 2 * self.x.shape[1] * sum(basis * n + (n - k) * max(k - gone, 0) for n, k in pairs)
+        dropped one with each of T merge targets (K; "overwrite": K - M). Of a basis that is picked in rounds 2 D M N:
+        its products are those with the merge targets. Medoid steps come on top, and depend on the data."""
+        options = Options(**self.options)
+        gone = options.basis_of(0) if options.layout == "overwrite" else 0
+        macs = 0
+        for n, k in zip(self.lengths, self.keeps, strict=True):
+            basis = options.basis_of(k)
+            known = basis if options.in_rounds and basis > FEW else 0  # targets whose products are known
+            macs += basis * n + (n - k) * max(k - gone - known, 0)
+        return 2 * self.x.shape[1] * macs
 
 
 class Recorder(TorchDispatchMode):

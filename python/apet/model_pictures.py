@@ -13,7 +13,6 @@ from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor, nn
 
-import apet_kernels
 from apet import outcome
 from apet.calls import Call, Recorder
 from apet.hooks import kept
@@ -52,7 +51,7 @@ def picture(model: nn.Module, inputs: Mapping[str, Any], processor: Any, visual:
     title = f"{seen.modality} {visual + 1}: {' → '.join(map(str, counts))}{extra} tokens"
     stages = [] if options.keep is None else [f"keep {options.keep}"]
     stages += [] if options.llm_keep is None else [f"keep {options.llm_keep} after layer {options.llm_layer}"]
-    subtitle = f"{name}, {', '.join(stages)}   ·   layout {options.layout}, {options.basis} basis tokens"
+    subtitle = f"{name}, {', '.join(stages)}   ·   {outcome.describe(options)}"
     return photo_figure(drawn[0], title, subtitle) if len(drawn) == 1 else clip_figure(drawn, title, subtitle)
 
 
@@ -142,7 +141,7 @@ def _frames(
 
 def _images(call: Call) -> Iterator[tuple[Tensor, Tensor]]:
     """The tokens [n, D] of every image of a call, and which of them it kept [k]."""
-    extra = call.options["basis"] if call.options["layout"] == "append" else 0
+    extra = call.options["basis"] if call.options["layout"] == "append" else 0  # never None with "append"
     start = row = 0
     for n, k in zip(call.lengths, call.keeps, strict=True):
         yield call.x[start : start + n], (call.indices[row : row + k] - start).cpu()
@@ -151,7 +150,8 @@ def _images(call: Call) -> Iterator[tuple[Tensor, Tensor]]:
 
 def _frame(x: Tensor, stay: Tensor, engine: Engine) -> outcome.Frame:
     options = engine.options
-    residual, basis = (t[0].cpu() for t in apet_kernels.score(x[None], options.basis, select=options.select))
+    arguments = outcome.OpArguments(options.basis, options.layout, options.select, refine=options.refine)
+    residual, basis = (t[0].cpu() for t in outcome.score(x[None], arguments))
     return outcome.frame(x.cpu(), stay, residual, basis[basis >= 0], options.layout)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from typing import Literal, Protocol
 
 import numpy as np
 import torch
@@ -11,6 +12,7 @@ from torch.utils.benchmark import Timer
 
 import apet_kernels
 from apet_kernels import reference
+from apet_kernels.options import MAX_BASIS
 
 TIMING_SECONDS = 0.25  # for each of four calls
 
@@ -19,12 +21,32 @@ TIMING_SECONDS = 0.25  # for each of four calls
 class OpArguments:
     """The arguments of `apet_kernels.compress` that the command passes on."""
 
-    basis: int = 10
+    basis: int | Literal["keep"] = 10  # "keep": as many as are kept
     layout: str = "inplace"
     select: str = "fps"
     start: int = -1
     blend: float = 1.0
     backend: str | None = None
+    refine: int = 0
+
+
+class Described(Protocol):
+    """Arguments of the op, of whichever class."""
+
+    @property
+    def basis(self) -> int | str: ...
+    @property
+    def layout(self) -> str: ...
+    @property
+    def select(self) -> str: ...
+    @property
+    def refine(self) -> int: ...
+
+
+def describe(o: Described) -> str:
+    """'layout inplace, select fps, 10 basis tokens', for titles."""
+    basis = "as many basis tokens as are kept" if o.basis == "keep" else f"{o.basis} basis tokens"
+    return f"layout {o.layout}, select {o.select}, {basis}" + (f", {o.refine} medoid steps" if o.refine else "")
 
 
 @dataclass
@@ -32,7 +54,7 @@ class Frame:
     """One image after compression; positions are row by row in its grid of patches."""
 
     kept: np.ndarray  # [K] ascending
-    basis: np.ndarray  # [m] in picking order
+    basis: np.ndarray  # [m] in picking order; none where the basis is all that is kept, or medoids of it
     overwritten: np.ndarray  # [m] slots that hold basis tokens instead of their own (layout overwrite), else [0]
     survives: np.ndarray  # [N] bool: the token's own features are in the result, in whichever row
     goal: np.ndarray  # [N] position each token was merged into, its own if kept, -1 if nowhere
@@ -62,7 +84,7 @@ def compress(x: torch.Tensor, keep: int, arguments: OpArguments) -> tuple[list[F
     Raises: ValueError or RuntimeError if the op rejects its arguments.
     """
     tokens, indices = _compress(x, keep, arguments)  # [B, R, D], [B, R]
-    residual, basis = _score(x, arguments)  # [B, N], [B, M]
+    residual, basis = score(x, arguments)  # [B, N], [B, M]
     frames = [
         frame(x[b], indices[b, :keep], residual[b], basis[b][basis[b] >= 0], arguments.layout) for b in range(len(x))
     ]
@@ -128,21 +150,33 @@ def _explained(x: torch.Tensor, rows: torch.Tensor, frames: list[Frame]) -> floa
 
 def _compress(x: torch.Tensor, keep: int, o: OpArguments) -> tuple[torch.Tensor, torch.Tensor]:
     return apet_kernels.compress(
-        x, keep, o.basis, layout=o.layout, select=o.select, start=o.start, blend=o.blend, backend=o.backend
+        x,
+        keep,
+        None if o.basis == "keep" else o.basis,
+        layout=o.layout,
+        select=o.select,
+        start=o.start,
+        blend=o.blend,
+        refine=o.refine,
+        backend=o.backend,
     )
 
 
-def _score(x: torch.Tensor, o: OpArguments) -> tuple[torch.Tensor, torch.Tensor]:
-    return apet_kernels.score(x, o.basis, select=o.select, start=o.start, backend=o.backend)
+def score(x: torch.Tensor, o: OpArguments) -> tuple[torch.Tensor, torch.Tensor]:
+    """The residual and the basis that pictures show. Where all that is kept is basis, its residual would say nothing of
+    the choice: then that of the default's number of basis tokens, and no basis."""
+    shown = OpArguments.basis if o.basis == "keep" or o.basis > MAX_BASIS or o.refine else o.basis
+    residual, basis = apet_kernels.score(x, shown, select=o.select, start=o.start, backend=o.backend)
+    return residual, basis if shown == o.basis and not o.refine else torch.full_like(basis, -1)
 
 
 def times(x: torch.Tensor, keep: int, o: OpArguments, frames: list[Frame]) -> dict[str, float]:
     """Median milliseconds of the stages, called one by one, and of the one call that does all of them."""
-    residual, _ = _score(x, o)
+    residual, _ = score(x, o)
     indices = torch.from_numpy(np.stack([f.kept for f in frames]))  # [B, K]
     targets = torch.from_numpy(np.stack([~np.isin(f.kept, f.overwritten) for f in frames]))  # [B, K]
     calls: dict[str, Callable[[], object]] = {
-        "score": lambda: _score(x, o),
+        "score": lambda: score(x, o),
         "select": lambda: residual.topk(keep).indices.sort(),
         "merge": lambda: apet_kernels.merge(x, indices, targets=targets, backend=o.backend),
         "compress": lambda: _compress(x, keep, o),

@@ -15,10 +15,12 @@
 
 /* The version whose interface this is. */
 VALUE(APET_VERSION_MAJOR, 0);
-VALUE(APET_VERSION_MINOR, 1);
+VALUE(APET_VERSION_MINOR, 2);
 VALUE(APET_MAX_BASIS, 64);
+VALUE(APET_BASIS_KEEP, -1);
+VALUE(APET_MAX_REFINE, 8);
 
-SIZE(apet_problem, 120);
+SIZE(apet_problem, 128);
 MEMBER(apet_problem, op, 0, 4);
 MEMBER(apet_problem, dtype, 4, 4);
 MEMBER(apet_problem, layout, 8, 4);
@@ -37,6 +39,7 @@ MEMBER(apet_problem, ridge, 88, 8);
 MEMBER(apet_problem, blend, 96, 8);
 MEMBER(apet_problem, total_tokens, 104, 8);
 MEMBER(apet_problem, total_keep, 112, 8);
+MEMBER(apet_problem, refine, 120, 8);
 
 SIZE(apet_tensors, 72);
 MEMBER(apet_tensors, x, 0, 8);
@@ -128,6 +131,12 @@ VALUE(APET_NO_ISA, 21);
 VALUE(APET_CUDA_FAILED, 22);
 VALUE(APET_NO_CUDA_PATH, 23);
 VALUE(APET_RAGGED_NEEDS_COMPRESS, 24);
+VALUE(APET_BASIS_NEEDS_QR, 25);
+VALUE(APET_BASIS_NEEDS_KEEP, 26);
+VALUE(APET_BASIS_NEEDS_INPLACE, 27);
+VALUE(APET_BAD_REFINE, 28);
+VALUE(APET_REFINE_NEEDS_INPLACE, 29);
+VALUE(APET_REFINE_NEEDS_BASIS_KEEP, 30);
 
 SIZE(apet_isa, 4);
 VALUE(APET_ISA_GENERIC, 0);

@@ -23,6 +23,7 @@ from . import build
 PATHS = ("best", "fused", "cluster", "cooperative")  # apet_cuda_path
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)  # apet_dtype
 COMPRESS, SCORE, MERGE = range(3)  # apet_op
+BASIS_KEEP = -1  # APET_BASIS_KEEP
 NO_PATH = "APET_NO_CUDA_PATH"
 int32, int64 = ctypes.c_int32, ctypes.c_int64
 
@@ -37,7 +38,7 @@ class Problem(ctypes.Structure):
             for name in ("images", "tokens", "dim", "keep", "stride_xb", "stride_xn", "stride_xd", "start")
         ),
         *((name, ctypes.c_double) for name in ("ridge", "blend")),
-        *((name, int64) for name in ("total_tokens", "total_keep")),
+        *((name, int64) for name in ("total_tokens", "total_keep", "refine")),
     ]
 
 
@@ -275,26 +276,33 @@ def _readable(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
-def _basis(basis: int, select: str, start: int, ridge: float) -> dict[str, object]:
-    return {"basis": basis, "select": ops.SELECTS.index(select), "start": start, "ridge": ridge}
+def _basis(basis: int | None, select: str, start: int, ridge: float) -> dict[str, object]:
+    return {
+        "basis": BASIS_KEEP if basis is None else basis,
+        "select": ops.SELECTS.index(select),
+        "start": start,
+        "ridge": ridge,
+    }
 
 
 def compress_case(
     x: Tensor,
     keep: int,
-    basis: int = 10,
+    basis: int | None = 10,
     *,
     layout: str = "inplace",
     select: str = "fps",
     start: int = -1,
     ridge: float = 1e-5,
     blend: float = 1.0,
+    refine: int = 0,
 ) -> Case:
-    ops.check_compress(x, keep, basis, layout=layout, select=select, start=start, ridge=ridge, blend=blend)
+    choose = {"select": select, "start": start, "ridge": ridge}
+    ops.check_compress(x, keep, basis, layout=layout, blend=blend, refine=refine, **choose)
     x = _readable(x)
-    options = {"layout": ops.LAYOUTS.index(layout), "keep": keep, "blend": blend}
-    problem = _problem(COMPRESS, x, **options, **_basis(basis, select, start, ridge))
-    rows = keep + basis * (layout == "append")
+    options = {"layout": ops.LAYOUTS.index(layout), "keep": keep, "blend": blend, "refine": refine}
+    problem = _problem(COMPRESS, x, **options, **_basis(basis, **choose))
+    rows = ops.Options(basis, layout).rows(keep)
     return Case(problem, {"x": x}, _tokens(x, (x.shape[0], rows)))
 
 
@@ -305,17 +313,18 @@ def compress_varlen_case(
     total_keep: int,
     max_seqlen: int,
     max_keep: int,
-    basis: int = 10,
+    basis: int | None = 10,
     *,
     layout: str = "inplace",
     select: str = "fps",
     start: int = -1,
     ridge: float = 1e-5,
     blend: float = 1.0,
+    refine: int = 0,
 ) -> Case:
     sizes = (total_keep, max_seqlen, max_keep, basis)
     choose = {"select": select, "start": start, "ridge": ridge}
-    ops.check_compress_varlen(x, cu_seqlens, cu_keep, *sizes, layout=layout, blend=blend, **choose)
+    ops.check_compress_varlen(x, cu_seqlens, cu_keep, *sizes, layout=layout, blend=blend, refine=refine, **choose)
     x, images = _readable(x), len(cu_seqlens) - 1
     problem = _problem(
         COMPRESS,
@@ -326,9 +335,10 @@ def compress_varlen_case(
         total_keep=total_keep,
         layout=ops.LAYOUTS.index(layout),
         blend=blend,
+        refine=refine,
         **_basis(basis, **choose),
     )
-    rows = total_keep + images * basis * (layout == "append")
+    rows = ops.Options(basis, layout).rows(total_keep, images)
     offsets = {"cu_seqlens": cu_seqlens.contiguous(), "cu_keep": cu_keep.contiguous()}
     return Case(problem, {"x": x, **offsets}, _tokens(x, (rows,)))
 

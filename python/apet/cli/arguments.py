@@ -32,6 +32,19 @@ def budget(given: str | float) -> float:
     raise typer.BadParameter(f"{text or repr(text)} is neither a count from 1 nor a share such as 0.25 or 25%")
 
 
+def basis_count(given: str | int) -> int | str:
+    """'10' -> 10; 'keep' -> 'keep': as many as are kept.
+
+    Raises: typer.BadParameter.
+    """
+    text = str(given)  # typer passes the default through here, too
+    if text == "keep":
+        return text
+    if text.isascii() and text.isdigit() and int(text) >= 1:
+        return int(text)
+    raise typer.BadParameter(f"{text or repr(text)} is neither a count from 1 nor 'keep'")
+
+
 def source(given: str) -> str:
     """A path that exists, "-" or an address, as `apet.media.read` takes it.
 
@@ -52,5 +65,7 @@ Model = Annotated[str, typer.Option(help="A vision-language model from Hugging F
 Frames = Annotated[int, typer.Option(min=1, help="Frames taken from a clip, evenly spaced in time.")]
 Weights = Annotated[Dtype, typer.Option(help="dtype of the weights; auto is as stored.")]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...; else an accelerator, if any.")]
+BASIS_HELP = "Basis tokens, up to 64; with --select qr up to all that is kept: 10, 100 or keep."
+Refine = Annotated[int, typer.Option(min=0, max=8, help="Medoid steps, where all that is kept is basis.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables and text.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print no tables, notes or progress.")]

@@ -13,7 +13,19 @@ from rich.console import Console
 from rich.markup import escape
 
 from apet import ApetError
-from apet.cli.arguments import Backend, Frames, Json, Layout, Quiet, Select, budget, source
+from apet.cli.arguments import (
+    BASIS_HELP,
+    Backend,
+    Frames,
+    Json,
+    Layout,
+    Quiet,
+    Refine,
+    Select,
+    basis_count,
+    budget,
+    source,
+)
 from apet.cli.output import check_report, note, percent, picture_paths, printable, progress, save, table
 from apet.hub import first_line, need
 
@@ -53,13 +65,14 @@ def compress(
         float,
         typer.Option(parser=budget, metavar="COUNT|SHARE", help="Tokens to keep of each image: 64, 0.25 or 25%."),
     ] = 64,
-    basis: Annotated[int, typer.Option(min=1, max=64, help="Basis tokens.")] = 10,
+    basis: Annotated[int, typer.Option(parser=basis_count, metavar="COUNT|keep", help=BASIS_HELP)] = 10,
     layout: Annotated[Layout, typer.Option(help="Where basis tokens go.")] = "inplace",
     select: Annotated[Select, typer.Option(help="How the basis is picked.")] = "fps",
     start: Annotated[int, typer.Option(min=-1, help="First basis token; -1 is the one of largest norm.")] = -1,
     blend: Annotated[
         float, typer.Option(min=0, max=1, help="With overwrite: the basis token's share of its slot.")
     ] = 1.0,
+    refine: Refine = 0,
     backend: Annotated[Backend | None, typer.Option(help="Else the best there is.")] = None,
     model: Annotated[
         str | None, typer.Option(help="CLIP, SigLIP or DINOv2 from Hugging Face: an id or a folder.")
@@ -86,7 +99,7 @@ def compress(
         from apet import encoders, media
         from apet.outcome import OpArguments
 
-        arguments = OpArguments(basis, layout, select, start, blend, backend)
+        arguments = OpArguments(basis, layout, select, start, blend, backend, refine)
         found = []
         for file in files:
             bar.update(step, description=f"reading {printable(media.shown(file))}")
@@ -108,8 +121,9 @@ def compress(
             bar.advance(step)
         if report is not None:
             from apet.explore.report import write
+            from apet.outcome import describe
 
-            write(entries, report, f"{encoder.name}, layer {encoder.layer}; {_describe(arguments)}")
+            write(entries, report, f"{encoder.name}, layer {encoder.layer}; {describe(arguments)}")
     note((f"{item.name}: {message}" for item in found for message in item.notes), quiet)
     if as_json:
         print(json.dumps(results, indent=2))
@@ -173,21 +187,19 @@ def _entry(job: Job, frame: Frame, result: dict[str, Any], number: int, encoder:
 
     photo = encoder.view(job.item.frames[0], report.PIXELS)
     measure = Measure(**{name: result[name] for name in ("tokens_in", "tokens_out", "residual_kept", "explained")})
-    settings = Settings("apet", job.keep, result["basis"], result["layout"], result["select"])
+    basis = 0 if result["basis"] == "keep" else result["basis"]
+    settings = Settings("apet", job.keep, basis, result["layout"], result["select"], result["refine"])
     shown = view.Shown(
         f"file-{number + 1}", printable(job.name), view.data_uri(photo), photo, job.grid, settings, frame, measure
     )
     return report.Entry(shown, job.source, job.picture, result)
 
 
-def _describe(arguments: OpArguments) -> str:
-    return f"layout {arguments.layout}, select {arguments.select}, {arguments.basis} basis tokens"
-
-
 def _draw(job: Job, frames: list[Frame], measure: Measure, encoder: Encoder, arguments: OpArguments) -> None:
     import numpy as np
 
     from apet import pictures
+    from apet.outcome import describe
 
     photos = [np.asarray(encoder.view(frame, pictures.PATCH), np.float32) / 255 for frame in job.item.frames]
     labels = [f"{seconds:.2f} s" for seconds in job.item.times] or [""]
@@ -197,7 +209,7 @@ def _draw(job: Job, frames: list[Frame], measure: Measure, encoder: Encoder, arg
     share, variance = measure.tokens_out / measure.tokens_in, percent(measure.explained, 0)
     subtitle = (
         f"{share:.1%} of the tokens, {variance} of their variance   ·   "
-        f"layout {arguments.layout}, {len(frames[0].basis)} basis tokens   ·   {encoder.name}, layer {encoder.layer}"
+        f"{describe(arguments)}   ·   {encoder.name}, layer {encoder.layer}"
     )
     if job.item.is_clip:
         figure = pictures.clip_figure(panels, f"{title} in each of {len(panels)} frames", subtitle)

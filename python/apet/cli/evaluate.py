@@ -13,7 +13,20 @@ from rich.console import Console
 from rich.markup import escape
 
 from apet import ApetError
-from apet.cli.arguments import Device, Frames, Json, Layout, Model, Quiet, Weights, budget
+from apet.cli.arguments import (
+    BASIS_HELP,
+    Device,
+    Frames,
+    Json,
+    Layout,
+    Model,
+    Quiet,
+    Refine,
+    Select,
+    Weights,
+    basis_count,
+    budget,
+)
 from apet.cli.output import hush, progress
 from apet.hub import need
 
@@ -50,6 +63,9 @@ def evaluate(
     ] = None,
     layout: Annotated[Layout | None, typer.Option(help="Where basis tokens go, for all of these budgets.")] = None,
     frames: Frames = 8,
+    select: Annotated[Select | None, typer.Option(help="How basis tokens are picked.")] = None,
+    basis: Annotated[int | None, typer.Option(parser=basis_count, metavar="COUNT|keep", help=BASIS_HELP)] = None,
+    refine: Refine = 0,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Length of an answer at most.")] = 16,
     dtype: Weights = "auto",
     device: Device = None,
@@ -58,7 +74,8 @@ def evaluate(
 ) -> None:
     """Ask a vision-language model your questions about images or clips, with and without compression, and compare."""
     hush(quiet)
-    budgets = _budgets(keep or [], preset or [], layout)
+    given = {"layout": layout, "select": select, "basis": basis, "refine": refine or None}
+    budgets = _budgets(keep or [], preset or [], {name: value for name, value in given.items() if value is not None})
     for module in ("numpy", "PIL", "transformers"):
         need(module)
     from apet.evaluation import questions, run, summary
@@ -82,8 +99,8 @@ def evaluate(
     raise typer.Exit(1 if result.failed else 0)
 
 
-def _budgets(keeps: list[float], presets: list[str], layout: str | None) -> dict[str, dict[str, Any]]:
-    """The options of `apet.patch` of each budget, by the budget's name in the table."""
+def _budgets(keeps: list[float], presets: list[str], all_have: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """The options of `apet.patch` of each budget, by the budget's name in the table. all_have: options of all."""
     given: list[tuple[str, dict[str, Any]]] = [(f"keep={keep}", {"keep": keep}) for keep in keeps]
     given += [(preset, {"preset": preset}) for preset in presets]
     budgets: dict[str, dict[str, Any]] = {}
@@ -91,9 +108,10 @@ def _budgets(keeps: list[float], presets: list[str], layout: str | None) -> dict
         if name in budgets:
             raise ApetError(f"{name} is given twice")
         budgets[name] = options
-    if layout is None:
-        return budgets
-    return {f"{name}, {layout}": {**options, "layout": layout} for name, options in budgets.items()}
+    added = "".join(
+        f", {value}" if name in ("layout", "select") else f", {name}={value}" for name, value in all_have.items()
+    )
+    return {name + added: {**options, **all_have} for name, options in budgets.items()}
 
 
 def _print_summary(result: Summary, model: str) -> None:

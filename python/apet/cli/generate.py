@@ -13,7 +13,21 @@ from rich.markup import escape
 
 import apet
 from apet import ApetError
-from apet.cli.arguments import Device, Frames, Json, Layout, Model, Quiet, Weights, budget, source
+from apet.cli.arguments import (
+    BASIS_HELP,
+    Device,
+    Frames,
+    Json,
+    Layout,
+    Model,
+    Quiet,
+    Refine,
+    Select,
+    Weights,
+    basis_count,
+    budget,
+    source,
+)
 from apet.cli.output import hush, note, picture_paths, printable, progress, save
 from apet.hub import first_line, need
 
@@ -46,6 +60,9 @@ def generate(
     ] = None,
     preset: Annotated[str | None, typer.Option(help="Both stages with the paper's budgets, such as paper-64.")] = None,
     layout: Annotated[Layout | None, typer.Option(help="Where basis tokens go.")] = None,
+    select: Annotated[Select | None, typer.Option(help="How basis tokens are picked.")] = None,
+    basis: Annotated[int | None, typer.Option(parser=basis_count, metavar="COUNT|keep", help=BASIS_HELP)] = None,
+    refine: Refine = 0,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Length of the answer at most.")] = 64,
     dtype: Weights = "auto",
     device: Device = None,
@@ -62,6 +79,7 @@ def generate(
     if (keep, llm_layer, preset) == (None, None, None):
         keep = 64
     options = {"keep": keep, "llm_layer": llm_layer, "llm_keep": llm_keep, "preset": preset, "layout": layout}
+    options |= {"select": select, "basis": basis, "refine": refine}
     files = image or [str(video)]
     hush(quiet)
     with progress(quiet) as bar:

@@ -52,7 +52,14 @@ class Asker:
         try:
             with (
                 self._one,
-                apet.patched(self._model, keep=one.keep, basis=one.basis, layout=one.layout, select=one.select),
+                apet.patched(
+                    self._model,
+                    keep=one.keep,
+                    basis=one.own_basis,
+                    layout=one.layout,
+                    select=one.select,
+                    refine=one.refine,
+                ),
             ):
                 text = self._generate(inputs)
                 counts = [[seen.tokens, *map(len, seen.left)] for seen in apet.kept(self._model).visuals]

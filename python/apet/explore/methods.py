@@ -10,7 +10,7 @@ from torch import Tensor
 
 import apet_kernels
 from apet import outcome
-from apet.explore.settings import Settings
+from apet.explore.settings import DEFAULT, Settings
 from apet.outcome import Frame, Measure, OpArguments
 
 SEED = 7  # of random tokens
@@ -25,11 +25,11 @@ def compress(x: Tensor, grid: tuple[int, int], settings: Settings) -> tuple[Fram
     if not 1 <= keep <= n:
         raise ValueError(f"keep={keep} is outside 1..{n}")
     if settings.method == "apet":
-        arguments = OpArguments(settings.basis, settings.layout, settings.select)
+        arguments = OpArguments(settings.own_basis, settings.layout, settings.select, refine=settings.refine)
         outcome.check(n, keep, arguments)
         frames, measure = outcome.compress(x, keep, arguments)
         return frames[0], measure
-    residual = apet_kernels.score(x, min(settings.basis, n), select=settings.select)[0][0]  # [N]
+    residual = apet_kernels.score(x, min(settings.basis or DEFAULT.basis, n), select=settings.select)[0][0]  # [N]
     if settings.method == "pooling":
         goal, kept = pooled(grid, keep)
         rows = torch.stack([x[0, goal == k].mean(0) for k in kept])  # [K, D]

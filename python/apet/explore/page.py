@@ -15,12 +15,13 @@ from apet.explore import view
 from apet.explore.explorer import Explorer
 from apet.explore.files import MOST_TOKENS
 from apet.explore.settings import DEFAULT, METHODS, Link, Settings, read_link
-from apet_kernels.options import LAYOUTS, MAX_BASIS, SELECTS
+from apet_kernels.options import LAYOUTS, MAX_BASIS, MAX_REFINE, SELECTS
 
 TITLE = "What is kept of a picture"
 SCRIPT = (files(__package__) / "page.js").read_text(encoding="utf-8")
 STYLE = view.STYLE + (files(__package__) / "page.css").read_text(encoding="utf-8")
-ALONE = ("basis", "layout", "select")  # settings that ApET alone has
+BASIS_INFO = "0: as many as are kept, with qr"
+ALONE = ("basis", "layout", "select", "refine")  # settings that ApET alone has
 FIRST_MOST = 576  # tokens on the slider, until a file says how many there are
 
 
@@ -152,10 +153,11 @@ def _controls(whose: str, of: Settings, visible: bool) -> tuple[gr.Group, list[A
     with gr.Group(visible=visible) as group:
         method = gr.Dropdown([(name, key) for key, name in METHODS.items()], value=of.method, label=f"Method{whose}")
         keep = gr.Slider(1, FIRST_MOST, of.keep, step=1, label=f"Tokens kept{whose}")
-        basis = gr.Slider(1, MAX_BASIS, of.basis, step=1, label=f"Basis tokens{whose}", visible=alone)
+        basis = gr.Slider(0, MAX_BASIS, of.basis, step=1, label=f"Basis tokens{whose}", info=BASIS_INFO, visible=alone)
         layout = gr.Radio(LAYOUTS, value=of.layout, label=f"Layout{whose}", visible=alone, elem_classes="choice")
         select = gr.Radio(SELECTS, value=of.select, label=f"Selection{whose}", visible=alone, elem_classes="choice")
-    return group, [method, keep, basis, layout, select]
+        refine = gr.Slider(0, MAX_REFINE, of.refine, step=1, label=f"Medoid steps{whose}", visible=alone)
+    return group, [method, keep, basis, layout, select, refine]
 
 
 def _of_method(method: str) -> list[Any]:
@@ -167,8 +169,8 @@ def _link(values: Sequence[Any]) -> Link:
     """The values of the controls, in the order of `settings` in `build`."""
     frame, compare, *rest = values
     first, second = (
-        Settings(method, int(keep), int(basis), layout, select)
-        for method, keep, basis, layout, select in (rest[:5], rest[5:])
+        Settings(method, int(keep), int(basis), layout, select, int(refine))
+        for method, keep, basis, layout, select, refine in (rest[:6], rest[6:])
     )
     return Link(first, second if compare else None, int(frame))
 

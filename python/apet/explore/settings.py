@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
+from typing import Literal
 from urllib.parse import urlencode
 
-from apet_kernels.options import LAYOUTS, MAX_BASIS, SELECTS
+from apet_kernels.options import LAYOUTS, MAX_BASIS, MAX_REFINE, SELECTS
 
 METHODS = {
     "apet": "ApET",
@@ -15,25 +16,34 @@ METHODS = {
     "pooling": "Average pooling",
 }
 CHOICES: dict[str, tuple[str, ...]] = {"method": tuple(METHODS), "layout": LAYOUTS, "select": SELECTS}
-LEAST = {"keep": 1, "basis": 1}
-MOST = {"basis": MAX_BASIS}
+LEAST = {"keep": 1, "basis": 0, "refine": 0}
+MOST = {"basis": MAX_BASIS, "refine": MAX_REFINE}
 SECOND = "b_"  # before the names of the second setting in an address
 
 
 @dataclass(frozen=True)
 class Settings:
-    """How the tokens of an image are compressed. basis, layout and select are those of ApET; basis is of the residual,
-    too."""
+    """How the tokens of an image are compressed. All but method and keep are those of ApET; basis is of the residual,
+    too, and 0 stands for as many as are kept."""
 
     method: str = "apet"
     keep: int = 64
     basis: int = 10
     layout: str = "inplace"
     select: str = "fps"
+    refine: int = 0
+
+    @property
+    def own_basis(self) -> int | Literal["keep"]:
+        """`basis` as `apet.patch` takes it."""
+        return self.basis or "keep"
 
     def __str__(self) -> str:
         words = f"{METHODS[self.method]}, keep {self.keep}"
-        return words + f", basis {self.basis}, {self.layout}, {self.select}" if self.method == "apet" else words
+        if self.method != "apet":
+            return words
+        refined = f", refine {self.refine}" if self.refine else ""
+        return f"{words}, basis {self.own_basis}, {self.layout}, {self.select}{refined}"
 
 
 DEFAULT = Settings()

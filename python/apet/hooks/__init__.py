@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from .adapter import Adapter, equal_units, one_unit
 from .adapters import adapter_for, register_adapter
-from .config import Options, resolve
+from .config import Basis, Options, resolve
 from .engine import Engine
 from .state import Trace
 from .target import Target, plain
@@ -40,10 +40,11 @@ def patch(
     model: nn.Module,
     keep: int | float | Sequence[int | float] | None = None,
     *,
-    basis: int | None = None,
+    basis: Basis | None = None,
     layout: str | None = None,
     select: str | None = None,
     blend: float | None = None,
+    refine: int | None = None,
     llm_layer: int | None = None,
     llm_keep: int | float | Sequence[int | float] | None = None,
     preset: str | None = None,
@@ -56,8 +57,8 @@ def patch(
             DataParallel, DistributedDataParallel or FSDP.
         keep: tokens to keep of each unit (an image, a tile or a frame, by family): a count, a ratio in (0, 1], or a
             list of these with one entry for every image or video of a call. None: no first stage.
-        basis, layout, select, blend: as in `apet_kernels.compress`; 10, "inplace", "fps" and 1.0 unless a preset says
-            otherwise.
+        basis, layout, select, blend, refine: as in `apet_kernels.compress`; 10, "inplace", "fps", 1.0 and 0 unless a
+            preset says otherwise. basis="keep" picks as many as are kept (`basis=None` there; needs select="qr").
         llm_layer, llm_keep: compress once more, after so many decoder layers have run, to so many tokens of each unit.
         preset: both stages with the budgets of the paper and the layout of the released code; the other arguments
             override it.
@@ -84,6 +85,7 @@ def patch(
         "layout": layout,
         "select": select,
         "blend": blend,
+        "refine": refine,
         "llm_layer": llm_layer,
         "llm_keep": llm_keep,
         "preset": preset,
@@ -120,10 +122,11 @@ def patched(
     model: nn.Module,
     keep: int | float | Sequence[int | float] | None = None,
     *,
-    basis: int | None = None,
+    basis: Basis | None = None,
     layout: str | None = None,
     select: str | None = None,
     blend: float | None = None,
+    refine: int | None = None,
     llm_layer: int | None = None,
     llm_keep: int | float | Sequence[int | float] | None = None,
     preset: str | None = None,
@@ -144,6 +147,7 @@ def patched(
         layout=layout,
         select=select,
         blend=blend,
+        refine=refine,
         llm_layer=llm_layer,
         llm_keep=llm_keep,
         preset=preset,

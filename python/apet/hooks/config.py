@@ -6,12 +6,13 @@ import math
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 from apet_kernels import options as kernel
 from apet_kernels.options import Layout, Select
 
 Keep = int | float | tuple[int | float, ...]
+Basis = int | Literal["keep"]  # "keep": as many as are kept, `basis=None` of apet_kernels
 
 
 @dataclass(frozen=True)
@@ -19,22 +20,31 @@ class Options:
     """The options of `apet.patch`, as docs/hooks.md lists them.
 
     keep, llm_keep: a count (int), a ratio (float in (0, 1]), or one of these for every image or video of a call
-    (tuple), for each unit; None: no such stage. The other fields are those of `apet_kernels.compress`.
+    (tuple), for each unit; None: no such stage. basis="keep" is `basis=None` of `apet_kernels.compress`, whose options
+    the other fields are.
     """
 
     keep: Keep | None = None
-    basis: int = 10
+    basis: Basis = 10
     layout: Layout = "inplace"
     select: Select = "fps"
     blend: float = 1.0
     llm_layer: int | None = None
     llm_keep: Keep | None = None
     preset: str | None = None
+    refine: int = 0
 
     @property
     def kernel(self) -> dict[str, Any]:
         """The arguments of `apet_kernels.compress_varlen`."""
-        return {"basis": self.basis, "layout": self.layout, "select": self.select, "blend": self.blend}
+        basis = None if self.basis == "keep" else self.basis
+        own = {"layout": self.layout, "select": self.select, "blend": self.blend, "refine": self.refine}
+        return {"basis": basis, **own}
+
+    @property
+    def appended(self) -> int:
+        """Basis tokens after the kept ones of a unit."""
+        return self.basis if self.layout == "append" and self.basis != "keep" else 0
 
 
 def resolve(
@@ -63,7 +73,7 @@ def count(keep: Keep, visual: int, tokens: int, options: Options) -> int:
     """
     wanted = keep[visual] if isinstance(keep, tuple) else keep
     if isinstance(wanted, float):
-        least = options.basis + 1 if options.layout == "overwrite" else 1
+        least = options.basis + 1 if options.layout == "overwrite" and options.basis != "keep" else 1
         wanted = max(least, math.floor(wanted * tokens + 0.5))
     return min(wanted, tokens)
 
@@ -90,18 +100,22 @@ def _check(options: Options, layers: range) -> None:
         raise ValueError("nothing to do: give keep=, llm_layer= with llm_keep=, or preset=")
     if (options.llm_layer is None) != (options.llm_keep is None):
         raise ValueError(f"llm_layer={options.llm_layer} and llm_keep={options.llm_keep} must be given together")
-    for name in ("basis", "llm_layer"):
+    for name in ("basis", "llm_layer", "refine"):
         value = getattr(options, name)
+        if name == "basis" and value == "keep":
+            continue
         if value is not None and (not isinstance(value, int) or isinstance(value, bool)):
-            raise ValueError(f"{name}={value!r} is not a whole number")
+            or_keep = ", nor 'keep'" if name == "basis" else ""
+            raise ValueError(f"{name}={value!r} is not a whole number{or_keep}")
     if options.llm_layer is not None and options.llm_layer not in layers:
         raise ValueError(f"llm_layer={options.llm_layer} is outside {layers[0]}..{layers[-1]}, between decoder layers")
-    kernel.Options(**options.kernel).check(tokens=sys.maxsize)  # how many a model has is known when it is called
+    # How many tokens a model has, and keeps, is known when it is called.
+    kernel.Options(**options.kernel).check(tokens=sys.maxsize, most_kept=sys.maxsize)
     if options.layout == "append" and options.llm_layer is not None:
         raise ValueError(f"layout='append' has no second stage; leave out llm_layer={options.llm_layer}")
     for name, keep in (("keep", options.keep), ("llm_keep", options.llm_keep)):
         counts = [k for k in (keep if isinstance(keep, tuple) else (keep,)) if isinstance(k, int)]
-        if options.layout == "overwrite" and counts and min(counts) <= options.basis:
+        if options.layout == "overwrite" and options.basis != "keep" and counts and min(counts) <= options.basis:
             raise ValueError(
                 f"layout='overwrite' needs {name} > basis, got {name}={min(counts)} and basis={options.basis}"
             )

@@ -102,7 +102,7 @@ class Target:
         """
         keep = getattr(self.options, name)
         wanted = keep if isinstance(keep, tuple) else (keep,)
-        basis = self.options.basis if self.options.layout == "append" else 0
+        basis = self.options.appended
         most = max(tokens.lengths)
         least = most - basis  # the least keep that drops nothing of any unit
         if name in self.said or least <= 1 or all(isinstance(k, float) and k == 1 for k in wanted):

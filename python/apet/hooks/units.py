@@ -25,7 +25,7 @@ class Tokens:
 
     def after(self, keep: Keep, options: Options) -> list[int]:
         """How many rows each unit has left: all of its tokens where it would not get shorter."""
-        extra = options.basis if options.layout == "append" else 0
+        extra = options.appended
         wanted = (count(keep, v, n, options) + extra for v, n in zip(self.visuals, self.lengths, strict=True))
         return [min(k, n) for k, n in zip(wanted, self.lengths, strict=True)]
 
@@ -91,7 +91,7 @@ def shorten(x: Tensor, tokens: Tokens, keep: Keep, options: Options) -> Shorter 
     where = tokens.where
     if not all(active):
         where = where[torch.tensor(active).repeat_interleave(torch.tensor(tokens.lengths)).to(x.device)]
-    extra = options.basis if options.layout == "append" else 0
+    extra = options.appended
     kept = [k - extra for k in rows_left]
     rows, indices = apet_kernels.compress_packed(x[where], lengths, kept, **options.kernel)
     slots = sources = where[indices]

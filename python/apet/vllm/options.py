@@ -12,7 +12,7 @@ from apet_kernels.options import LAYOUTS, SELECTS
 from ..hooks.config import Options, count, resolve
 
 PREFIX = "apet_"
-NAMES = ("keep", "basis", "layout", "select", "blend")
+NAMES = ("keep", "basis", "layout", "select", "blend", "refine")
 
 
 def of(kwargs: Mapping[str, object]) -> Options | None:
@@ -59,19 +59,27 @@ def kept(options: Options | None, lengths: Sequence[int]) -> list[int]:
 
 
 def pack(options: Options) -> Tensor:
-    """[6] int64 that vLLM carries beside an item's pixels. Integers, because vLLM casts floats to the model's dtype."""
+    """[7] int64 that vLLM carries beside an item's pixels. Integers, because vLLM casts floats to the model's dtype."""
     keep = options.keep
     layout, select = LAYOUTS.index(options.layout), SELECTS.index(options.select)
-    values = [keep, isinstance(keep, float), options.basis, layout, select, options.blend]
+    basis = 0 if options.basis == "keep" else options.basis
+    values = [keep, isinstance(keep, float), basis, layout, select, options.blend, options.refine]
     return torch.tensor(values, dtype=torch.float64).view(torch.int64)
 
 
 def unpack(packed: Tensor | None, items: int) -> list[Options | None]:
-    """The options of every item of a batch, from packed [items, 6]."""
+    """The options of every item of a batch, from packed [items, 7]."""
     if packed is None:
         return [None] * items
     return [_one(*row) for row in packed.view(torch.float64).tolist()]
 
 
-def _one(keep: float, ratio: float, basis: float, layout: float, select: float, blend: float) -> Options:
-    return Options(keep if ratio else int(keep), int(basis), LAYOUTS[int(layout)], SELECTS[int(select)], blend)
+def _one(keep: float, ratio: float, basis: float, layout: float, select: float, blend: float, refine: float) -> Options:
+    return Options(
+        keep if ratio else int(keep),
+        int(basis) or "keep",
+        LAYOUTS[int(layout)],
+        SELECTS[int(select)],
+        blend,
+        refine=int(refine),
+    )

@@ -1,0 +1,196 @@
+// Products x.t of many tokens with some, as tiles of a matrix product. What is done with a tile decides what is stored:
+// s5_assign.h keeps a running arg-max, s1_rounds.h and s4_medoids.h the products of a basis or of centres.
+//
+// A thread keeps MR rows x one panel of NR factors in registers:
+//
+//                 panel 0          panel 1       ...   last panel
+//              +---- NR ----+  +---- NR ----+       +- its vectors -+
+//   packed     | k = 0      |  | k = 0      |       | k = 0         |     k counts units of 32 bits:
+//   factors    | k = 1 ...  |  | k = 1 ...  |       | k = 1 ...     |     a float, or two bfloat16
+//              +------------+  +------------+       +---------------+
+//   MR rows ->   sums over k     of a chunk of 96 tokens, against all panels
+//
+// AVX-512: 6 x 64 = 24 sums + 4 panel vectors + 1 row value = 29 of 32 registers; AVX2: 6 x 16 = 12 + 2 + 1 of 16. A last
+// panel of one vector takes twice the rows: six sums would wait for each other. k runs in blocks of 1024 units, so that
+// a panel's block (256 KB) and the chunk's rows stay in L2; the blocks' sums are added up in `tile`.
+//
+// One instruction multiplies and adds a unit. Rows of other types are widened into scratch first. Each sum runs over k
+// in order and D alone decides its blocks: neither chunk, panel nor place in them changes a bit, and x.t = t.x.
+//
+// Included by loops.h alone, inside the namespace of its instruction set.
+#pragma once
+#include "dot.h"
+
+#if defined(__AVX512F__)
+constexpr int MR = 6, NV = 4;
+#elif defined(__AVX2__)
+constexpr int MR = 6, NV = 2;
+#else
+constexpr int MR = 4, NV = 2;
+#endif
+constexpr int NR = NV * W;
+constexpr int rows_of(int vectors) { return vectors == 1 ? 2 * MR : MR; }
+constexpr int64_t kBlockUnits = 1024;
+// Widened rows per thread: at most this much, so that they stay in L2 too.
+constexpr int64_t kWidenedBytes = 512 << 10;
+
+template <class E>
+static inline int64_t units(int64_t dim) {
+  return (dim * W + E::N - 1) / E::N;  // E::N elements make W units
+}
+template <class E>
+static inline int64_t chunk_rows(int64_t dim) {
+  if (E::kInPlace) return kChunkRows;
+  const int64_t fit = kWidenedBytes / 4 / dim / MR * MR;
+  return fit < MR ? MR : smaller(fit, kChunkRows);
+}
+static inline int64_t padded(int64_t factors) { return (factors + W - 1) / W * W; }
+
+// Where the panel of factors t0, t0 + 1, ... is. The result is not written before the means, so whole panels are kept
+// there from its first cache line on, as far as they fit, and the others in the workspace.
+template <class E>
+static inline float* panel_at(const Input& in, const Rows& rows, const Factors& factors, int64_t t0) {
+  const int64_t n = units<E>(in.dim), before = -(uintptr_t)rows.out % 64;
+  const int64_t bytes = (int64_t)sizeof(typename E::T) * rows.count * in.dim - before;
+  const int64_t room = bytes < 0 ? 0 : bytes / 4 / n;
+  const int64_t fit = room >= padded(factors.count) ? padded(factors.count) : room / NR * NR;
+  return t0 < fit ? reinterpret_cast<float*>(rows.out + before) + t0 * n : factors.packed + (t0 - fit) * n;
+}
+// Floats of the workspace that panel_at() may use for up to `factors` factors. The result has a row for each, which
+// holds its packed form except for the difference in width; a cache line, a panel and the last vector are lost.
+template <class E>
+static size_t packed_floats(int64_t factors, int64_t dim) {
+  const int64_t half_units = 2 * units<E>(dim), wider = half_units - dim * (int64_t)sizeof(typename E::T) / 2;
+  const int64_t outside = (factors * wider + 32 + half_units - 1) / half_units + NR + W;
+  return (size_t)(smaller(outside, padded(factors)) * units<E>(dim));
+}
+template <class E>
+static size_t scratch_bytes(int64_t dim) {
+  return E::kInPlace ? 0 : (size_t)(chunk_rows<E>(dim) * dim) * 4;
+}
+
+// Packs features [d0, d1) of the rows row(t), t0 <= t < count, as one panel of `width`; d0 is a multiple of E::N.
+template <class E, bool Negated, class RowOf>
+static inline void pack_panel(RowOf row_of, int64_t t0, int64_t count, int64_t width, int64_t d0, int64_t d1,
+                              float* out) {
+  constexpr int64_t kPerUnit = E::N / W;
+  for (int64_t v = 0; v < width; v += W) {
+    const typename E::T* t[W];
+    for (int i = 0; i < W; i++) t[i] = t0 + v + i < count ? row_of(t0 + v + i) : nullptr;
+    for (int64_t d = d0; d < d1; d += E::N) {
+      const int64_t n = smaller(E::N, d1 - d), k = d / kPerUnit;
+      V block[W];
+      for (int i = 0; i < W; i++) block[i] = !t[i] ? V{} : n == E::N ? E::get(t[i] + d) : E::get_n(t[i] + d, n);
+      transpose(block);
+      for (int64_t i = 0; i < (n + kPerUnit - 1) / kPerUnit; i++)
+        store(out + (k + i) * width + v, Negated ? -block[i] : block[i]);
+    }
+  }
+}
+
+// Features [d0, d1) of one panel; d0 is a multiple of kColumns, and so of E::N.
+template <class E>
+static void pack(const Input& in, const Rows& rows, const Factors& factors, int64_t panel, int64_t d0, int64_t d1) {
+  const int64_t t0 = panel * NR, width = smaller(NR, padded(factors.count) - t0);
+  const auto row_of = [&](int64_t t) { return row<typename E::T>(in, factors.token[t]); };
+  pack_panel<E, false>(row_of, t0, factors.count, width, d0, d1, panel_at<E>(in, rows, factors, t0));
+}
+
+// tile [R, NR] (+)= rows [R] x panel over `count` units. Rows are bytes: 16-bit ones need not be 4-byte aligned.
+template <class E, int Vectors>
+static inline void multiply(const char* const* rows, const float* panel, int64_t count, float* tile, bool first) {
+  constexpr int R = rows_of(Vectors);
+  V acc[R][Vectors] = {};
+  for (int64_t k = 0; k < count; k++) {
+    V b[Vectors];
+#pragma GCC unroll 8
+    for (int v = 0; v < Vectors; v++) b[v] = load(panel + (k * Vectors + v) * W);
+#pragma GCC unroll 16
+    for (int r = 0; r < R; r++) {
+      float unit;
+      __builtin_memcpy(&unit, rows[r] + 4 * k, 4);
+      const V a = splat(unit);
+#pragma GCC unroll 8
+      for (int v = 0; v < Vectors; v++) acc[r][v] = E::mad(a, b[v], acc[r][v]);
+    }
+  }
+#pragma GCC unroll 16
+  for (int r = 0; r < R; r++)
+#pragma GCC unroll 8
+    for (int v = 0; v < Vectors; v++) {
+      float* t = tile + r * NR + v * W;
+      store(t, first ? acc[r][v] : load(t) + acc[r][v]);
+    }
+}
+
+// The rows of up to kChunkRows tokens, as units, and their products with one panel.
+struct Chunk {
+  int64_t count;
+  const char* rows[kChunkRows];
+  float last[kChunkRows];  // of odd D: the last bfloat16 and a zero
+  float tile[kChunkRows * NR];
+  static_assert(kChunkRows % (2 * MR) == 0, "the tile has room for the last, incomplete rows of a chunk");
+};
+
+// The rows of tokens[begin .. begin + count), widened into scratch where that is needed.
+template <class E, class Tokens>
+static inline void load_chunk(const Input& in, Tokens tokens, int64_t begin, int64_t count, void* scratch,
+                              Chunk& chunk) {
+  using T = typename E::T;
+  chunk.count = count;
+  for (int64_t i = 0; i < count; i++) {
+    const T* x = row<T>(in, tokens[begin + i]);
+    chunk.rows[i] = reinterpret_cast<const char*>(x);
+    if (E::N > W && in.dim % 2) {
+      chunk.last[i] = 0;
+      __builtin_memcpy(chunk.last + i, x + in.dim - 1, sizeof(T));
+    }
+    if (!E::kInPlace) {
+      float* wide = static_cast<float*>(scratch) + i * in.dim;
+      int64_t d = 0;
+      for (; d + W <= in.dim; d += W) store(wide + d, load(x + d));
+      if (d < in.dim) store_n(wide + d, load_n(x + d, in.dim - d), in.dim - d);
+      chunk.rows[i] = reinterpret_cast<const char*>(wide);
+    }
+  }
+}
+
+// tile = the chunk x one panel of `Vectors` vectors.
+template <class E, int Vectors>
+static inline void multiply_panel(const Input& in, Chunk& chunk, const float* panel) {
+  constexpr int R = rows_of(Vectors);
+  const int64_t whole = in.dim / (E::N / W);  // units that are complete in a row
+  const char* a[R];
+  for (int64_t k = 0; k < whole; k += kBlockUnits)
+    for (int64_t i = 0; i < chunk.count; i += R) {
+      for (int r = 0; r < R; r++) a[r] = chunk.rows[smaller(i + r, chunk.count - 1)] + 4 * k;
+      multiply<E, Vectors>(a, panel + k * Vectors * W, smaller(kBlockUnits, whole - k), chunk.tile + i * NR, k == 0);
+    }
+  if (units<E>(in.dim) > whole)
+    for (int64_t i = 0; i < chunk.count; i += R) {
+      for (int r = 0; r < R; r++) a[r] = reinterpret_cast<const char*>(chunk.last + smaller(i + r, chunk.count - 1));
+      multiply<E, Vectors>(a, panel + whole * Vectors * W, 1, chunk.tile + i * NR, whole == 0);
+    }
+}
+
+template <int Vectors_>
+struct Width {
+  static constexpr int Vectors = Vectors_;
+};
+
+// use(Width, panel, its first factor) for every panel.
+template <class E, class Use>
+static inline void each_panel(const Input& in, const Rows& rows, const Factors& factors, Use use) {
+  const int64_t count = padded(factors.count);
+  for (int64_t t0 = 0; t0 < count; t0 += NR) {
+    const float* panel = panel_at<E>(in, rows, factors, t0);
+    switch (smaller(NR, count - t0) / W) {
+#if defined(__AVX512F__)
+      case 4: use(Width<4>{}, panel, t0); break;
+      case 3: use(Width<3>{}, panel, t0); break;
+#endif
+      case 2: use(Width<2>{}, panel, t0); break;
+      case 1: use(Width<1>{}, panel, t0); break;
+    }
+  }
+}
