@@ -17,7 +17,7 @@ cpp := $$(find csrc tests examples -name "*.h" -o -name "*.cpp" -o -name "*.cu" 
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-all test-slow test-transformers4 test-vllm test-triton test-cuda sanitize sanitize-triton
+.PHONY: help demo test test-rest test-all test-slow test-transformers4 test-vllm test-triton test-cuda sanitize sanitize-triton
 .PHONY: matrix matrix-torch gpu-check lock lint format bench wheel clean
 
 help:  ## this list
@@ -56,8 +56,11 @@ demo: $(VENV)/installed-demo  ## set up, and compress a real photograph to demo.
 test: $(VENV)/installed-test  ## set up, and run the tests
 	$(pytest)
 
+test-rest: $(VENV)/installed-test  ## the rest of each test's parameter grid
+	$(pytest) -m "rest and not slow"
+
 test-all:  ## everything that has to pass before a change is taken: what follows one by one, less than 45 minutes
-	@for step in test test-transformers4 test-vllm lint wheel test-slow; do \
+	@for step in test test-rest test-transformers4 test-vllm lint wheel test-slow; do \
 	  echo "== make $$step, $$(date +%T)"; $(MAKE) --no-print-directory $$step || exit; done
 	@echo "== all passed, $$(date +%T)"
 

@@ -194,6 +194,7 @@ def _fake_compress_varlen(
 
 def _fake_score(x: Tensor, basis: int | None = 10, **options: Any) -> tuple[Tensor, Tensor]:
     check_in_op("score", x, basis, **options)
+    assert basis is not None  # the check has raised
     B, N, _ = x.shape
     return x.new_empty(B, N, dtype=torch.float32), x.new_empty(B, basis, dtype=torch.int64)
 

@@ -113,7 +113,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         type=int,
         default=6,
         metavar="N",
-        help="how many points of each test's parameter grid, per backend, run without `-m slow`; 0: all",
+        help="how many points of each test's parameter grid, per backend, run without `-m rest`; 0: all",
     )
     parser.addoption("--shuffle", type=int, metavar="SEED", help="run the tests in the order that this seed draws")
 
@@ -185,12 +185,12 @@ def cut_grids(config: pytest.Config, items: list[pytest.Item]) -> None:
 
 
 def mark_points(points: int, items: list[pytest.Item]) -> None:
-    """Marks as slow what is more than `points` points of a test's grid, per backend: `make test` tries every test, and
-    `make test-slow` the rest of each grid."""
+    """Marks what is more than `points` points of a test's grid, per backend: `make test` tries every test, and
+    `make test-rest` the rest of each grid."""
     for (name, _, slow), grid in grids(items).items():
         if points and not slow:
             for item in set(grid) - spread(name, grid, points):
-                item.add_marker(pytest.mark.slow)
+                item.add_marker(pytest.mark.rest)
 
 
 def grids(items: list[pytest.Item]) -> dict[tuple[str, str, bool], list[pytest.Item]]:
