@@ -98,7 +98,7 @@ test-vllm: .build/vllm/ready $(VENV)/installed-dev  ## the vLLM plugin from an s
 	.build/vllm/bin/pytest -q -o pythonpath= --confcutdir tests/hooks tests/hooks/test_clips.py
 
 test-triton: $(VENV)/installed-test  ## the Triton kernels, interpreted: all of every test
-	$(pytest) --interpret 0 -k triton
+	$(pytest) --points 0 --interpret 0 -k triton
 
 test-cuda: $(VENV)/installed-test  ## the CUDA sources, run on the CPU: all of every test, on many more schedules
 	$(pytest) -m "not gpu" --interpret 0 -k simt
