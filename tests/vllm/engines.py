@@ -40,6 +40,7 @@ IMAGE = {
     "llava_next": "<image>",
     "llava_onevision": "<image>",
     "internvl": "<IMG_CONTEXT>",
+    "internvl_chat": "<image>",
     "gemma3": "<start_of_image>",
     "mistral3": "[IMG]",
     "glm4v": "<|begin_of_image|><|image|><|end_of_image|>",
@@ -115,6 +116,9 @@ class Served:
 
         limits = {"image": 4, "video": 1} if name in VIDEO else {"image": 4}
         self.name = name
+        if name == "qwen3_5":  # vLLM's linear attention for CPUs takes nothing else
+            more = {"dtype": "bfloat16", **more}
+        more = {"trust_remote_code": name == "internvl_chat", **more}
         self.llm = LLM(str(folder), limit_mm_per_prompt=limits, mm_processor_kwargs=at_start, **{**ENGINE, **more})
         self.alive.append(self.llm)
 
@@ -147,7 +151,9 @@ class Served:
     def watched(self) -> Iterator[Seen]:
         """Notes what passes through the model; of several requests at once, in the order in which they are batched."""
         seen, model = Seen(), self.model
-        tower = model.visual if hasattr(model, "visual") else model.vision_tower
+        tower = next(
+            getattr(model, name) for name in ("visual", "vision_tower", "vision_model") if hasattr(model, name)
+        )
 
         def reader(_: nn.Module, args: Any, kwargs: Any) -> None:
             seen.embeds.append(kwargs["inputs_embeds"].clone())

@@ -14,6 +14,7 @@ from engines import MODELS, MROPE, VIDEO, VISUAL, Served, picture, prompt, video
 EVERY = pytest.mark.parametrize("served", MODELS, indirect=True)
 SIZES = [(112, 112), (90, 300), (260, 130), (40, 60)]
 BEFORE_PROJECTOR = ("llava", "llava_next")
+ROUNDED = ("glm4v",)  # whose encoder gives an image other last bits beside other images
 
 
 def packing(served: Served, height: int, width: int) -> torch.Tensor:
@@ -58,7 +59,7 @@ def units(served: Served, ids: list[int], embeds: torch.Tensor) -> list[torch.Te
     if served.name == "llava_onevision":
         whole = [run[(embeds[run] != served.model.image_newline).any(1)] for run in whole]
         return [part for run in whole for part in run.split(tiny.TILE // 4 if ids[run[0]] == tiny.VIDEO else len(run))]
-    if served.name in ("internvl", "gemma3"):
+    if served.name in ("internvl", "internvl_chat", "gemma3"):
         return [part for run in whole for part in run.split(tiny.TILE // 4)]
     if served.name in ("qwen2_vl", "qwen2_5_vl"):  # the steps of a video, of 56 x 84 pixels, follow each other at once
         return [part for run in whole for part in run.split(6 if ids[run[0]] == tiny.VIDEO_PAD else len(run))]
@@ -111,7 +112,10 @@ def check(served: Served, whole: dict[str, Any], options: dict[str, Any], kept: 
         assert len(fewer) == int(stays.sum()) + sum(kept(len(columns)) for columns in parts)
         return len(parts)
     assert len(fewer) == len(read) == int(stays.sum())
-    assert torch.equal(read, expected[stays])
+    if served.name in ROUNDED:
+        torch.testing.assert_close(read, expected[stays], rtol=1e-4, atol=1e-5)
+    else:
+        assert torch.equal(read, expected[stays])
     assert torch.equal(where, positions[:, stays] if served.name in MROPE else torch.arange(len(fewer))[None])
     if served.name in ("qwen3_vl", "qwen3_vl_moe"):
         whole_, fewer_ = (torch.cat(s.deepstack, dim=1) for s in (seen, compressed))

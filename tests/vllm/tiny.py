@@ -5,6 +5,7 @@ Weights are wide, so that another image token, or one at another place, moves th
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -103,6 +104,42 @@ INTERN = {
     "image_token_id": CONTEXT,
     "image_seq_length": TILE // 4,
     "tie_word_embeddings": False,
+}
+# OpenGVLab's format, whose configuration is code that lies beside the weights.
+CHAT = """from transformers import PretrainedConfig, Qwen2Config
+
+class InternVLChatConfig(PretrainedConfig):
+    model_type = "internvl_chat"
+
+    def __init__(self, vision_config=None, llm_config=None, **kwargs):
+        self.vision_config = PretrainedConfig(**(vision_config or {}))
+        self.llm_config = Qwen2Config(**(llm_config or {}))
+        super().__init__(**kwargs)
+"""
+INTERN_CHAT = {
+    "architectures": ["InternVLChatModel"],
+    "model_type": "internvl_chat",
+    "auto_map": {"AutoConfig": "configuration_internvl_chat.InternVLChatConfig"},
+    "vision_config": {
+        **INTERN["vision_config"],
+        "image_size": SIDE,
+        "patch_size": PATCH,
+        "hidden_act": "gelu",
+        "norm_type": "layer_norm",
+        "layer_norm_eps": 1e-6,
+        "qkv_bias": True,
+        "qk_normalization": False,
+        "initializer_factor": 1.0,
+    },
+    "llm_config": {"architectures": ["Qwen2ForCausalLM"], **TEXT},
+    "force_image_size": SIDE,
+    "select_layer": -1,
+    "downsample_ratio": 0.5,
+    "ps_version": "v2",
+    "min_dynamic_patch": 1,
+    "max_dynamic_patch": 4,
+    "dynamic_image_size": True,
+    "use_thumbnail": True,
 }
 GEMMA = {
     "vision_config": SIGLIP,
@@ -256,8 +293,43 @@ def configure(name: str, folder: Path, text: dict[str, Any] | None = None, visio
     return config
 
 
+def save_chat(folder: Path) -> Path:
+    """InternVL in OpenGVLab's format, which transformers has not."""
+    (folder / "configuration_internvl_chat.py").write_text(CHAT)
+    (folder / "config.json").write_text(json.dumps(INTERN_CHAT))
+    tokenizer("internvl_chat").save_pretrained(folder)
+    torch.manual_seed(0)
+    config = transformers.Qwen2Config(**TEXT)
+    decoder = transformers.Qwen2ForCausalLM._from_config(config).state_dict()
+    shapes = {f"language_model.{key}": weight.shape for key, weight in decoder.items()}
+    vision, size = INTERN_CHAT["vision_config"], TEXT["hidden_size"]
+    width, inner = vision["hidden_size"], vision["intermediate_size"]
+    shapes |= {
+        "vision_model.embeddings.class_embedding": (1, 1, width),
+        "vision_model.embeddings.position_embedding": (1, 1 + TILE, width),
+        "vision_model.embeddings.patch_embedding.weight": (width, 3, PATCH, PATCH),
+        "vision_model.embeddings.patch_embedding.bias": (width,),
+    }
+    for layer in range(vision["num_hidden_layers"]):
+        linears = {"attn.qkv": (3 * width, width), "attn.proj": (width, width)}
+        linears |= {"mlp.fc1": (inner, width), "mlp.fc2": (width, inner), "norm1": (width,), "norm2": (width,)}
+        at = f"vision_model.encoder.layers.{layer}"
+        shapes |= {f"{at}.{key}.weight": shape for key, shape in linears.items()}
+        shapes |= {f"{at}.{key}.bias": shape[:1] for key, shape in linears.items()}
+        shapes |= {f"{at}.{key}": (width,) for key in ("ls1", "ls2")}
+    connector = {0: (4 * width,), 1: (size, 4 * width), 3: (size, size)}
+    shapes |= {f"mlp1.{key}.weight": shape for key, shape in connector.items()}
+    shapes |= {f"mlp1.{key}.bias": shape[:1] for key, shape in connector.items()}
+    wide = {key: 0.15 * torch.randn(shape) for key, shape in shapes.items()}
+    ones = {key for key, shape in shapes.items() if len(shape) == 1 and not key.endswith("bias")}
+    save_file({key: weight + (key in ones) for key, weight in wide.items()}, folder / "model.safetensors")
+    return folder
+
+
 def save(name: str, folder: Path) -> Path:
     """The whole tiny model in the folder."""
+    if name == "internvl_chat":
+        return save_chat(folder)
     config = configure(name, folder)
     torch.manual_seed(0)
     model = getattr(transformers, config.architectures[0])._from_config(config)
