@@ -222,8 +222,8 @@ LINEAR = {
     "layer_types": ["linear_attention", "linear_attention", "full_attention"],
     "linear_num_key_heads": 2,
     "linear_num_value_heads": 4,
-    "linear_key_head_dim": 32,
-    "linear_value_head_dim": 32,
+    "linear_key_head_dim": 128,
+    "linear_value_head_dim": 128,
     "rope_parameters": {**ROPE, "partial_rotary_factor": 1.0},
 }
 QWEN3_5 = {
