@@ -18,7 +18,7 @@ if not any(Path(place, "vllm", "__init__.py").exists() for place in sys.path):
 else:
     import tiny
     import torch
-    from engines import SETTINGS, Served
+    from engines import MROPE, SETTINGS, Served
 
     os.environ |= SETTINGS
     torch.set_num_threads(1)
@@ -37,12 +37,12 @@ else:
 
     @pytest.fixture(scope="session")
     def serve(folder: Callable[[str], Path]) -> Callable[[str], Served]:
-        """The engine of that model, started once in this process. Qwen2.5-VL has to be told at its start."""
+        """The engine of that model, started once in this process."""
         running: dict[str, Served] = {}
 
         def start(name: str) -> Served:
             if name not in running:
-                running[name] = Served(name, folder(name), {"apet_keep": 1.0} if name == "qwen2_5_vl" else None)
+                running[name] = Served(name, folder(name), {"apet_keep": 1.0} if name in MROPE else None)
             return running[name]
 
         return start

@@ -33,9 +33,29 @@ ENGINE = {
     "max_num_batched_tokens": 96,
     "enable_chunked_prefill": True,
     "enable_prefix_caching": True,
+    "enable_mm_embeds": True,
 }
-IMAGE = {"llava": "<image>", "llava_next": "<image>", "qwen2_5_vl": tiny.QWEN_IMAGE}
+IMAGE = {
+    "llava": "<image>",
+    "llava_next": "<image>",
+    "llava_onevision": "<image>",
+    "internvl": "<IMG_CONTEXT>",
+    "internvl_chat": "<image>",
+    "gemma3": "<start_of_image>",
+    "mistral3": "[IMG]",
+    "glm4v": "<|begin_of_image|><|image|><|end_of_image|>",
+    **dict.fromkeys((name for name in tiny.KINDS if name.startswith("qwen")), tiny.QWEN_IMAGE),
+}
+VIDEO = {
+    "llava_onevision": "<video>",
+    "internvl": "<video>",
+    "glm4v": "<|begin_of_video|><|video|><|end_of_video|>",
+    **dict.fromkeys((name for name in tiny.KINDS if name.startswith("qwen")), tiny.QWEN_VIDEO),
+}
+# The tokens that visual rows stand at.
+VISUAL = {tiny.IMAGE, tiny.IMAGE_PAD, tiny.VIDEO_PAD, tiny.VIDEO, tiny.CONTEXT, tiny.IMG, tiny.SOFT, tiny.GLM_IMAGE}
 MODELS = tuple(IMAGE)
+MROPE = tuple(name for name in MODELS if name == "glm4v" or name.startswith("qwen"))  # have to be told at their start
 
 
 def picture(height: int, width: int, seed: int = 0) -> Image.Image:
@@ -57,15 +77,22 @@ def prompt(
     videos: Sequence[Any] = (),
     text: str = "what is it?",
     before: str = "see ",
+    first: bool = False,
     **kwargs: Any,
 ) -> dict[str, Any]:
-    """A request; kwargs are its `mm_processor_kwargs`."""
-    shown = before + "".join(f"{IMAGE[name]} and " for _ in images) + "".join(f"{tiny.QWEN_VIDEO} " for _ in videos)
+    """A request; kwargs are its `mm_processor_kwargs`. first: videos before images."""
+    parts = ["".join(f"{IMAGE[name]} and " for _ in images), "".join(f"{VIDEO[name]} " for _ in videos)]
+    shown = before + "".join(parts[::-1] if first else parts)
     data = {"image": list(images)} if images else {}
     if videos:
         data["video"] = list(videos)
     request = {"prompt": shown + text, "multi_modal_data": data}
     return {**request, "mm_processor_kwargs": kwargs} if kwargs else request
+
+
+def named(folder: Path) -> str:
+    """The model in a folder that bears its name, with a number behind it where pytest made it."""
+    return folder.name if folder.name in MODELS else folder.name.removesuffix("0")
 
 
 @dataclass
@@ -76,6 +103,7 @@ class Seen:
     projector: list[tuple[Tensor, Tensor]] = field(default_factory=list)
     embeds: list[Tensor] = field(default_factory=list)  # rows that reached the language model
     positions: list[Tensor] = field(default_factory=list)
+    deepstack: list[Tensor] = field(default_factory=list)  # of each step [levels, N, D]
 
 
 class Served:
@@ -86,8 +114,11 @@ class Served:
     def __init__(self, name: str, folder: Path, at_start: dict[str, Any] | None = None, **more: Any):
         from vllm import LLM
 
-        limits = {"image": 4, "video": 1} if name == "qwen2_5_vl" else {"image": 4}
+        limits = {"image": 4, "video": 1} if name in VIDEO else {"image": 4}
         self.name = name
+        if name == "qwen3_5":  # vLLM's linear attention for CPUs takes nothing else
+            more = {"dtype": "bfloat16", **more}
+        more = {"trust_remote_code": name == "internvl_chat", **more}
         self.llm = LLM(str(folder), limit_mm_per_prompt=limits, mm_processor_kwargs=at_start, **{**ENGINE, **more})
         self.alive.append(self.llm)
 
@@ -120,14 +151,21 @@ class Served:
     def watched(self) -> Iterator[Seen]:
         """Notes what passes through the model; of several requests at once, in the order in which they are batched."""
         seen, model = Seen(), self.model
-        tower = model.visual if hasattr(model, "visual") else model.vision_tower
+        tower = next(
+            getattr(model, name) for name in ("visual", "vision_tower", "vision_model") if hasattr(model, name)
+        )
 
         def reader(_: nn.Module, args: Any, kwargs: Any) -> None:
             seen.embeds.append(kwargs["inputs_embeds"].clone())
             seen.positions.append(kwargs["positions"].clone())
+            if levels := getattr(model, "deepstack_input_embeds", None):
+                seen.deepstack.append(torch.stack([level[: len(kwargs["inputs_embeds"])] for level in levels]))
+
+        def note_tower(_: nn.Module, args: Any, out: Any) -> None:
+            seen.tower.append(out.clone() if isinstance(out, Tensor) else torch.cat([x.flatten(0, -2) for x in out]))
 
         hooks = [
-            tower.register_forward_hook(lambda _, args, out: seen.tower.append(out.clone())),
+            tower.register_forward_hook(note_tower),
             model.register_forward_pre_hook(reader, with_kwargs=True),
         ]
         if hasattr(model, "multi_modal_projector"):

@@ -46,7 +46,7 @@ def answer(served: Served) -> dict[str, Any]:
 
 if __name__ == "__main__":
     folder = Path(sys.argv[1])
-    name = next(n for n in engines.MODELS if folder.name.rstrip("0123456789") == n)
+    name = engines.named(folder)
     two = {"tensor_parallel_size": 2, "distributed_executor_backend": "mp"}
     served = Served(name, folder, {"apet_keep": 1.0}, **two)
     served.llm.collective_rpc(note)

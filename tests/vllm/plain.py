@@ -17,10 +17,10 @@ from engines import picture, prompt, video
 
 
 def requests(name: str) -> list[dict[str, Any]]:
-    """Images of different sizes, several in one request, text alone, and for Qwen2.5-VL videos."""
+    """Images of different sizes, several in one request, text alone, and videos where the model takes them."""
     one, two, three = picture(112, 112), picture(90, 300, 1), picture(260, 130, 2)
     made = [prompt(name, one), prompt(name, two, text="why?"), prompt(name, one, three, two), prompt(name)]
-    if name == "qwen2_5_vl":
+    if name in engines.VIDEO:
         made += [prompt(name, videos=[video(6, 56, 84)]), prompt(name, one, videos=[video(4, 84, 84, 3)])]
     return made
 
@@ -28,7 +28,7 @@ def requests(name: str) -> list[dict[str, Any]]:
 if __name__ == "__main__":
     told = {}
     for folder in map(Path, sys.argv[1:]):
-        name = next(n for n in engines.MODELS if folder.name.rstrip("0123456789") == n)
+        name = engines.named(folder)
         served = engines.Served(name, folder)
         assert type(served.model).__module__.startswith("vllm."), f"{type(served.model)} is not vLLM's own"
         told[name] = served.ids(*requests(name))

@@ -23,13 +23,17 @@ def alone(served: Served, request: dict[str, Any]) -> list[int]:
 
 
 @pytest.fixture(scope="module")
-def without_plugin(folder: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[list[int]]]:
-    """What vLLM alone generates."""
+def without_plugin(
+    folder: Any, tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest
+) -> dict[str, list[list[int]]]:
+    """What vLLM alone generates, for the models that are tested."""
     place = tmp_path_factory.mktemp("plain")
-    for name in MODELS:
+    tested = [item for item in request.session.items if "without_plugin" in getattr(item, "fixturenames", ())]
+    names = {item.callspec.params["served"] for item in tested}
+    for name in names:
         (place / name).symlink_to(folder(name))
     done = subprocess.run(
-        [sys.executable, Path(plain.__file__), *(place / name for name in MODELS)],
+        [sys.executable, Path(plain.__file__), *(place / name for name in names)],
         env=os.environ | {"VLLM_PLUGINS": ""},
         capture_output=True,
         text=True,
@@ -41,7 +45,7 @@ def without_plugin(folder: Any, tmp_path_factory: pytest.TempPathFactory) -> dic
 
 @EVERY
 def test_all_tokens_give_what_vllm_gives(served, without_plugin):
-    """Not asked (of LLaVA; Qwen2.5-VL is asked when it starts), and asked to keep everything."""
+    """Not asked (those with M-RoPE are asked when they start), and asked to keep everything."""
     requests = plain.requests(served.name)
     assert served.ids(*requests) == without_plugin[served.name]
     served.forget()
@@ -128,6 +132,11 @@ BAD = [
     ({"apet_keep": 8, "apet_blend": 2}, "apet_blend=2 is outside 0..1"),
     ({"apet_keep": 8, "apet_blend": "x"}, "apet_blend='x' is not a number"),
     ({"apet_keep": 8, "apet_select": "best"}, "apet_select='best' is none of fps, qr"),
+    ({"apet_keep": 8, "apet_least": 4}, "apet_least=4 bounds a ratio, but apet_keep=8 is none"),
+    ({"apet_keep": 0.5, "apet_most": 0}, "apet_most=0 is not a count"),
+    ({"apet_keep": 0.5, "apet_least": 9, "apet_most": 8}, "apet_least=9 exceeds apet_most=8"),
+    ({"apet_max_tokens": 2.5}, "apet_max_tokens=2.5 is not a count"),
+    ({"apet_max_tokens": 8, "apet_layout": "overwrite"}, "leaves 8 tokens to an image or video that needs at least 11"),
     ({"apet_keep": 8, "apet_budget": 8}, "apet_budget is no option of ApET; these are: apet_keep"),
     ({"apet_keep": 8, "images_kwargs": {"apet_keep": 4}}, "stands in mm_processor_kwargs itself"),
 ]

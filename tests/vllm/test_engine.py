@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import tiny
 import torch
-from engines import MODELS, Served, picture, prompt, video
+from engines import MODELS, MROPE, VIDEO, VISUAL, Served, picture, prompt, video
 
-QWEN = pytest.mark.parametrize("served", ["qwen2_5_vl"], indirect=True)
 EVERY = pytest.mark.parametrize("served", MODELS, indirect=True)
 SIZES = [(112, 112), (90, 300), (260, 130), (40, 60)]
+BEFORE_PROJECTOR = ("llava", "llava_next")
+ROUNDED = ("glm4v",)  # whose encoder gives an image other last bits beside other images
 
 
 def packing(served: Served, height: int, width: int) -> torch.Tensor:
@@ -36,123 +39,177 @@ def grid(height: int, width: int) -> tuple[int, int]:
     return get_anyres_image_grid_shape((height, width), tiny.PINPOINTS, tiny.SIDE)
 
 
-def units(served: Served, height: int, width: int) -> tuple[list[int], int]:
-    """Tokens of every unit of an image, and newline tokens."""
-    if served.name == "llava":
-        return [tiny.TILE], 0
+def units(served: Served, ids: list[int], embeds: torch.Tensor) -> list[torch.Tensor]:
+    """The columns of every unit of a prompt with all tokens, told by its tokens (and the newlines that it reads)."""
+    marks = torch.tensor([token in VISUAL for token in ids])
+    gaps = {tiny.BREAK} if served.name == "mistral3" else set()
+    runs: list[list[int]] = []
+    for column in range(len(ids)):
+        if marks[column] and (not column or not (marks[column - 1] or ids[column - 1] in gaps)):
+            runs.append([])
+        if marks[column]:
+            runs[-1].append(column)
+    whole = [torch.tensor(run) for run in runs]
     if served.name == "llava_next":
-        where = packing(served, height, width)
-        return (where[where >= 0] // tiny.TILE).bincount().tolist(), int((where < 0).sum())
-    processor = served.llm.llm_engine.renderer.get_mm_processor().info.get_hf_processor()
-    t, h, w = processor.image_processor(picture(height, width), return_tensors="pt")["image_grid_thw"][0].tolist()
-    return [h * w // 4] * t, 0
+        found = []
+        for run, size in zip(whole, SIZES, strict=False):
+            tiles = packing(served, *size).div(tiny.TILE, rounding_mode="floor")
+            found += [run[tiles == tile] for tile in tiles.unique() if tile >= 0]
+        return found
+    if served.name == "llava_onevision":
+        whole = [run[(embeds[run] != served.model.image_newline).any(1)] for run in whole]
+        return [part for run in whole for part in run.split(tiny.TILE // 4 if ids[run[0]] == tiny.VIDEO else len(run))]
+    if served.name in ("internvl", "internvl_chat", "gemma3"):
+        return [part for run in whole for part in run.split(tiny.TILE // 4)]
+    if served.name in ("qwen2_vl", "qwen2_5_vl"):  # the steps of a video, of 56 x 84 pixels, follow each other at once
+        return [part for run in whole for part in run.split(6 if ids[run[0]] == tiny.VIDEO_PAD else len(run))]
+    return whole
 
 
 @EVERY
 @pytest.mark.parametrize(
-    ("keep", "kept"), [(16, lambda n: min(16, n)), (0.25, lambda n: max(1, math.floor(n / 4 + 0.5)))]
+    ("options", "kept"),
+    [
+        ({"apet_keep": 12}, lambda n: min(12, n)),
+        ({"apet_keep": 0.25}, lambda n: max(1, math.floor(n / 4 + 0.5))),
+        ({"apet_keep": 0.5, "apet_least": 6, "apet_most": 9}, lambda n: min(n, max(6, min(9, (n + 1) // 2)))),
+        ({"apet_keep": 12, "apet_layout": "overwrite", "apet_basis": 4, "apet_blend": 0.5}, lambda n: min(12, n)),
+    ],
+    ids=["count", "ratio", "bounds", "overwrite"],
 )
-def test_prompts_shrink_by_exactly_what_was_asked(served, keep, kept):
-    for size in SIZES:
-        lengths, newlines = units(served, *size)
-        image = picture(*size)
-        text, all_of_it, fewer = served.lengths(
-            prompt(served.name),
-            prompt(served.name, image),
-            prompt(served.name, image, apet_keep=keep),
-        )
-        around = all_of_it - sum(lengths) - newlines
-        assert around > text
-        assert fewer == around + sum(map(kept, lengths)) + newlines
+def test_the_language_model_reads_the_whole_prompt_less_what_was_dropped(served, options, kept):
+    """For several images of different sizes among text: as many tokens as asked for, at their places, with what the
+    kernel makes of the rows that the language model reads without compression, bit for bit."""
+    images = [picture(*size, seed) for seed, size in enumerate(SIZES)]
+    assert check(served, prompt(served.name, *images, apet_keep=1.0), options, kept) >= len(SIZES)
 
 
-@QWEN
-def test_videos_shrink_by_exactly_what_was_asked(served):
-    clip = video(6, 56, 84)
-    steps, each = 3, 2 * 3
-    full, fewer, ratio = served.lengths(
-        prompt(served.name, videos=[clip]),
-        prompt(served.name, videos=[clip], apet_keep=4),
-        prompt(served.name, videos=[clip], apet_keep=0.5),
-    )
-    assert full - fewer == steps * (each - 4)
-    assert full - ratio == steps * (each - 3)
+@pytest.mark.parametrize("served", VIDEO, indirect=True)
+@pytest.mark.parametrize("first", [False, True], ids=["last", "first"])
+def test_videos_frame_by_frame(served, first):
+    """Beside an image, before or after it."""
+    request = prompt(served.name, picture(90, 300), videos=[video(8, 56, 84)], first=first, apet_keep=1.0)
+    assert check(served, request, {"apet_keep": 4}, lambda n: min(4, n)) > 4
 
 
-@EVERY
+def check(served: Served, whole: dict[str, Any], options: dict[str, Any], kept: Callable[[int], int]) -> int:
+    """Compares the request with these options against the same with all tokens. How many units it had."""
+    ids, seen, embeds, positions = served.read(whole)
+    fewer, compressed, read, where = served.read({**whole, "mm_processor_kwargs": options})
+    parts = units(served, ids, embeds)
+    stays = torch.ones(len(ids), dtype=torch.bool)
+    names = {name.removeprefix("apet_"): value for name, value in options.items()}
+    kernel = {"basis": 10} | {n: names[n] for n in ("basis", "layout", "blend") if n in names}
+    expected = embeds.clone()
+    for columns in parts:
+        stays[columns] = False
+        k = kept(len(columns))
+        if served.name not in BEFORE_PROJECTOR:
+            tokens, indices = torch.ops.apet.compress(embeds[columns][None], k, **kernel)
+            expected[columns[indices[0]]] = tokens[0]
+            stays[columns[indices[0]]] = True
+    if served.name in BEFORE_PROJECTOR:
+        assert len(fewer) == int(stays.sum()) + sum(kept(len(columns)) for columns in parts)
+        return len(parts)
+    assert len(fewer) == len(read) == int(stays.sum())
+    if served.name in ROUNDED:
+        torch.testing.assert_close(read, expected[stays], rtol=1e-4, atol=1e-5)
+    else:
+        assert torch.equal(read, expected[stays])
+    assert torch.equal(where, positions[:, stays] if served.name in MROPE else torch.arange(len(fewer))[None])
+    if served.name in ("qwen3_vl", "qwen3_vl_moe"):
+        whole_, fewer_ = (torch.cat(s.deepstack, dim=1) for s in (seen, compressed))
+        assert whole_.any()
+        assert torch.equal(fewer_[:, : len(fewer)], whole_[:, : len(ids)][:, stays])
+    return len(parts)
+
+
+@pytest.mark.parametrize("served", BEFORE_PROJECTOR, indirect=True)
 @pytest.mark.parametrize("options", [{}, {"apet_layout": "overwrite", "apet_basis": 4, "apet_blend": 0.5}])
-def test_the_language_model_reads_what_the_kernel_gives(served, options):
-    """Bit for bit, for every image of a request that has several of different sizes, chunked prefill or not."""
+def test_the_projector_gets_what_the_kernel_gives(served, options):
+    """And the language model what the projector makes of it, for every image of a request, and newlines in place."""
     images = [picture(*size, seed) for seed, size in enumerate(SIZES[:3])]
-    request = prompt(served.name, *images, apet_keep=12, **options)
-    ids, seen, embeds, _ = served.read(request)
+    ids, seen, embeds, _ = served.read(prompt(served.name, *images, apet_keep=12, **options))
     kernel = {"basis": 10, **{name.removeprefix("apet_"): value for name, value in options.items()}}
-
-    def compress(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        return torch.ops.apet.compress(x[None], min(12, len(x)), **kernel)
-
-    visual = torch.tensor([i in (tiny.IMAGE, tiny.IMAGE_PAD) for i in ids])
-    if served.name == "qwen2_5_vl":
-        sizes = [sum(units(served, *size)[0]) for size in SIZES[:3]]
-        rows = [compress(x)[0][0] for x in torch.cat(seen.tower).split(sizes)]
-        assert torch.equal(embeds[visual], torch.cat(rows))
-        return
-    taken, projected = (torch.cat(parts) for parts in zip(*seen.projector, strict=True))
+    taken = torch.cat([given for given, _ in seen.projector])
     features = torch.cat(seen.tower)  # [tiles, N, C]
+    model = served.model
+    projector = model.multi_modal_projector
+
+    def project(x: torch.Tensor) -> torch.Tensor:
+        return projector.linear_2(projector.act(projector.linear_1(x)[0]))[0]
+
+    read = embeds[torch.tensor(ids) == tiny.IMAGE]
     if served.name == "llava":
-        assert torch.equal(taken, torch.cat([compress(x)[0][0] for x in features]))
-        assert torch.equal(embeds[visual], projected)
+        kept = torch.cat([torch.ops.apet.compress(x[None], 12, **kernel)[0][0] for x in features])
+        assert torch.equal(taken, kept)
+        assert torch.equal(read, project(taken))
         return
-    read, given, tile, expected = embeds[visual], iter(projected), 0, []
+    tile, expected, compressed = 0, [], []
     for height, width in SIZES[:3]:
         where = packing(served, height, width)
-        rows = {}
+        rows: dict[int, torch.Tensor] = {}
         for number in range(1 + math.prod(grid(height, width))):
-            unit = where[where // tiny.TILE == number].sort().values
+            unit = where[where.div(tiny.TILE, rounding_mode="floor") == number].sort().values
             if len(unit):
-                tokens, indices = compress(features[tile + number, unit % tiny.TILE])
+                x = features[tile + number, unit % tiny.TILE]
+                tokens, indices = torch.ops.apet.compress(x[None], min(12, len(unit)), **kernel)
                 rows |= dict(zip(unit[indices[0]].tolist(), tokens[0], strict=True))
-        assert torch.equal(torch.stack(list(rows.values())), taken[: len(rows)])
-        taken, told = taken[len(rows) :], {n: next(given) for n in rows}
-        expected += [served.model.image_newline if n < 0 else told[n] for n in where.tolist() if n < 0 or n in told]
+        compressed += rows.values()
+        expected += [rows.get(n) for n in where.tolist() if n < 0 or n in rows]  # None for a newline
         tile += 1 + math.prod(grid(height, width))
-    assert torch.equal(read, torch.stack(expected))
+    assert torch.equal(taken, torch.stack(compressed))
+    newlines = torch.tensor([row is None for row in expected])
+    assert torch.equal(read[newlines], model.image_newline.expand(int(newlines.sum()), -1))
+    projected = project(torch.stack([row for row in expected if row is not None]))
+    torch.testing.assert_close(read[~newlines], projected)
 
 
-@QWEN
-def test_each_step_of_a_video_is_compressed_by_itself(served):
-    ids, seen, embeds, _ = served.read(prompt(served.name, videos=[video(6, 56, 84)], apet_keep=4))
-    (features,) = seen.tower
-    rows, _ = torch.ops.apet.compress(features.view(3, 6, -1), 4)
-    visual = torch.tensor(ids) == tiny.VIDEO_PAD
-    assert torch.equal(embeds[visual], rows.flatten(0, 1))
-
-
-@QWEN
-@pytest.mark.parametrize("moving", [False, True], ids=["images", "video"])
-def test_kept_tokens_keep_their_positions(served, moving):
-    """And so do the text and the tokens that are generated: the same as with all tokens, less those that went."""
-    images = [picture(*size, seed) for seed, size in enumerate(SIZES[:2])]
-    clips = [video(8, 56, 84)] if moving else []
-    images = images[:1] if moving else images
-    full = prompt(served.name, *images, videos=clips, apet_keep=1.0)
-    ids, seen, _, positions = served.read(full)
-    features = torch.cat(seen.tower)
-    visual = torch.tensor([i in (tiny.IMAGE_PAD, tiny.VIDEO_PAD) for i in ids])
-    sizes = [sum(units(served, *size)[0]) for size in SIZES[: len(images)]] + [6] * (4 if moving else 0)
-    # The tower may be run for images and for the video in either order.
-    if moving and len(seen.tower[0]) == 24:
-        features = torch.cat([*seen.tower[1:], seen.tower[0]])
-    keep = [torch.ops.apet.compress(x[None], min(5, len(x)))[1][0] for x in features.split(sizes)]
-    starts = torch.tensor([0, *sizes]).cumsum(0)
-    kept = torch.cat([start + k for start, k in zip(starts, keep, strict=False)])
-    left = torch.cat([torch.where(~visual)[0], torch.where(visual)[0][kept]]).sort().values
-    fewer, _, _, where = served.read({**full, "mm_processor_kwargs": {"apet_keep": 5}})
-    assert fewer == [ids[i] for i in left]
-    assert torch.equal(where, positions[:, left])
+@pytest.mark.parametrize("served", MROPE, indirect=True)
+def test_generation_goes_on_after_the_whole_prompt(served):
+    """Where it goes on with all tokens, whatever was dropped."""
+    full = prompt(served.name, picture(90, 300), apet_keep=1.0)
+    ids, _, _, positions = served.read(full)
+    fewer = {**full, "mm_processor_kwargs": {"apet_keep": 5}}
+    (length,) = served.lengths(fewer)
+    assert length < len(ids)
     served.forget()
     with served.watched() as seen:
-        served.outputs({**full, "mm_processor_kwargs": {"apet_keep": 5}}, tokens=4)
-    generated = torch.cat(seen.positions, dim=1)[:, len(fewer) :]
+        served.outputs(fewer, tokens=4)
+    generated = torch.cat(seen.positions, dim=1)[:, length:]
     following = int(positions.max()) + 1
     assert torch.equal(generated, torch.arange(following, following + 3).expand(3, 3))
+
+
+@pytest.mark.parametrize("served", ["gemma3"], indirect=True)
+def test_kept_tokens_of_an_image_attend_to_each_other(served):
+    """The spans that vLLM's runner hands to attention: all kept tokens of an image in one."""
+    runner = served.llm.llm_engine.model_executor.driver_worker.model_runner
+    spans: list[list[tuple[int, int]]] = []
+
+    def note(*_: Any) -> None:
+        for request in runner.requests.values():
+            spans.append([span for f in request.mm_features for span in f.mm_position.extract_embeds_range()])
+
+    hook = served.model.register_forward_pre_hook(note)
+    (output,) = served.outputs(prompt("gemma3", *(picture(*size) for size in SIZES[:2]), apet_keep=5), tokens=1)
+    hook.remove()
+    first, second = (column for column, token in enumerate(output.prompt_token_ids) if token == tiny.BOI)
+    assert runner.is_mm_prefix_lm
+    assert spans[0] == [(first + 1, first + 5), (second + 1, second + 5)]
+
+
+@pytest.mark.parametrize("served", ["llava", "llava_next", "internvl", "qwen2_5_vl"], indirect=True)
+def test_embeddings_given_from_outside(served):
+    """Are compressed as the encoder's are, or used as they are where their tiles are not known."""
+    tiles, rows = (1, 48) if served.name == "qwen2_5_vl" else (4, tiny.TILE // 4)
+    x = torch.randn(tiles, rows, tiny.TEXT["hidden_size"], generator=torch.manual_seed(0))
+    given: Any = [x.flatten(0, 1)]
+    if served.name == "qwen2_5_vl":
+        given = {"image_embeds": given[0], "image_grid_thw": torch.tensor([[1, 12, 16]])}
+    request = {**prompt(served.name, picture(9, 9), apet_keep=6), "multi_modal_data": {"image": given}}
+    ids, _, embeds, _ = served.read(request)
+    if served.name == "llava":
+        x = x.view(1, -1, x.shape[-1])
+    expected = x.flatten(0, 1) if served.name == "llava_next" else torch.ops.apet.compress(x, 6)[0].flatten(0, 1)
+    assert torch.equal(embeds[torch.tensor([token in VISUAL for token in ids])], expected)

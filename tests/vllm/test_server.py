@@ -84,6 +84,18 @@ def test_a_photo_in_a_chat(address):
     assert answer["usage"]["prompt_tokens"] == counts[0.25]
 
 
+def test_metrics_tell_tokens_before_and_after(address):
+    def counted(when: str) -> float:
+        with urllib.request.urlopen(address.replace("/v1/chat/completions", "/metrics"), timeout=60) as answer:
+            lines = answer.read().decode().splitlines()
+        name = f'apet:visual_tokens_{when}_total{{modality="image"}} '
+        return sum(float(line.removeprefix(name)) for line in lines if line.startswith(name))
+
+    before, after = counted("before"), counted("after")
+    assert chat(address, {"apet_keep": 7})[0] == 200
+    assert (counted("before"), counted("after")) == (before + tiny.TILE, after + 7)
+
+
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [

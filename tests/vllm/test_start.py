@@ -49,7 +49,7 @@ def test_a_start_that_cannot_be_met_raises(folder: Callable[[str], Path], name, 
     [(2, None, "with pipeline_parallel_size=2 later stages get no"), (1, object(), "leave out speculative_config")],
 )
 def test_qwen_rejects_engines_whose_parts_get_no_positions(stages, drafts, message):
-    from apet.vllm.qwen2_5_vl import Qwen2_5_VL
+    from apet.vllm.qwen2_vl import Qwen2_5_VL
 
     model_config = SimpleNamespace(
         multimodal_config=SimpleNamespace(mm_processor_kwargs={"apet_keep": 8}, video_pruning_rate=None)

@@ -7,9 +7,21 @@ from __future__ import annotations
 
 # By name: vLLM inspects models in a separate process, and imports only the one that it serves.
 MODELS = {
-    "LlavaForConditionalGeneration": "apet.vllm.llava:Llava",
-    "LlavaNextForConditionalGeneration": "apet.vllm.llava_next:LlavaNext",
-    "Qwen2_5_VLForConditionalGeneration": "apet.vllm.qwen2_5_vl:Qwen2_5_VL",
+    "Gemma3ForConditionalGeneration": "gemma3:Gemma3",
+    "Glm4vForConditionalGeneration": "glm4v:Glm4v",
+    "Glm4vMoeForConditionalGeneration": "glm4v:Glm4vMoe",
+    "InternVLChatModel": "internvl:InternVL",
+    "InternVLForConditionalGeneration": "internvl:InternVLHF",
+    "LlavaForConditionalGeneration": "llava:Llava",
+    "LlavaNextForConditionalGeneration": "llava_next:LlavaNext",
+    "LlavaOnevisionForConditionalGeneration": "llava_onevision:LlavaOnevision",
+    "Mistral3ForConditionalGeneration": "mistral3:Mistral3",
+    "Qwen2VLForConditionalGeneration": "qwen2_vl:Qwen2VL",
+    "Qwen2_5_VLForConditionalGeneration": "qwen2_vl:Qwen2_5_VL",
+    "Qwen3VLForConditionalGeneration": "qwen3_vl:Qwen3VL",
+    "Qwen3VLMoeForConditionalGeneration": "qwen3_vl:Qwen3VLMoe",
+    "Qwen3_5ForConditionalGeneration": "qwen3_vl:Qwen3_5",
+    "Qwen3_5MoeForConditionalGeneration": "qwen3_vl:Qwen3_5Moe",
 }
 
 
@@ -17,5 +29,8 @@ def register() -> None:
     """Registers subclasses of vLLM's models in their place; without `apet_keep` they behave as before."""
     from vllm import ModelRegistry
 
+    from . import budget
+
+    budget.count_whole_items()
     for architecture, model in MODELS.items():
-        ModelRegistry.register_model(architecture, model)
+        ModelRegistry.register_model(architecture, f"apet.vllm.{model}")

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -13,12 +13,59 @@ from vllm.config import VllmConfig
 
 import apet_kernels
 
-from ..hooks.config import Options
-from . import options
+from . import options, plan
+from .plan import Plan
+
+
+class Batch:
+    """The images or videos of a call of the encoder, and what became of their rows."""
+
+    def __init__(self, plans: Sequence[Plan]) -> None:
+        self.plans = plans
+        self.left: Tensor | None = None  # [R]: rows of all items that are left, ascending
+        self._indices: Tensor | None = None  # of kept tokens in `_rows` and `_sources`
+        sizes = [len(p.units) for p in plans]
+        self._rows = _joined([p.order for p in plans], sizes)
+        self._fixed = _joined([(p.units < 0).nonzero()[:, 0] for p in plans], sizes)
+        self.features = sum(p.features for p in plans)
+        sources = [p.sources[p.order] for p in plans if p.sources is not None]
+        self._sources = _joined(sources, [p.features for p in plans]) if sources else None
+
+    def project(self, x: Tensor) -> Tensor:
+        """The projector's input x [..., C] -> its kept tokens [K, C], which `unproject` puts back."""
+        x = x.reshape(-1, x.shape[-1])
+        if self._indices is not None or len(x) != self.features:
+            raise RuntimeError(f"the projector was called with {len(x)} tokens, the batch has {self.features}")
+        tokens, self._indices = compress(x[self._sources.to(x.device)], self.plans)
+        return tokens
+
+    def unproject(self, tokens: Tensor) -> Tensor:
+        """Projected tokens [K, D] -> [features, D], zeros for tokens that went."""
+        full = tokens.new_zeros(self.features, tokens.shape[-1])
+        full[self._sources.to(tokens.device)[self._indices]] = tokens
+        return full
+
+    def shorten(self, rows: Sequence[Tensor], width: int | None) -> list[Tensor]:
+        """Rows [N, D] of each item -> those left of them [R, D], compressed by their first `width` channels."""
+        x = torch.cat([r.reshape(-1, r.shape[-1]) for r in rows])
+        where, fixed = self._rows.to(x.device), self._fixed.to(x.device)
+        if self._indices is None:
+            tokens, self._indices = compress(x[where, :width], self.plans)
+            kept = where[self._indices]
+            if width is not None:
+                tokens = torch.cat([tokens, x[kept, width:]], dim=1)
+        else:
+            kept = where[self._indices]
+            tokens = x[kept]
+        self.left, order = torch.cat([kept, fixed]).sort()
+        return list(torch.cat([tokens, x[fixed]])[order].split([p.rows for p in self.plans]))
 
 
 class Model(nn.Module):
-    """Mixed into vLLM's models. `at_start`: the options that the engine was started with."""
+    """Mixed into vLLM's models, whose embeddings it compresses. `at_start`: the options of the engine's start-up."""
+
+    projector: ClassVar[str | None] = None  # compresses the input of this module instead
+    _batch: Batch | None = None
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         # Checked here too: if a processor raises an error, vLLM takes the model for a text model.
@@ -27,48 +74,64 @@ class Model(nn.Module):
             self.check(vllm_config, at_start)
         super().__init__(vllm_config=vllm_config, prefix=prefix)
         self.at_start = at_start
+        if self.projector:
+            projector = getattr(self, self.projector)
+            projector.register_forward_pre_hook(self._before_projector)
+            projector.register_forward_hook(self._after_projector)
 
-    def check(self, vllm_config: VllmConfig, at_start: Options) -> None:
+    def check(self, vllm_config: VllmConfig, at_start: options.Wanted) -> None:
         """Raises ValueError for an engine whose configuration does not support compression."""
 
+    def width(self) -> int | None:
+        """The channels of an embedding that decide which tokens stay, and are merged. None: all."""
 
-@dataclass(frozen=True)
-class Item:
-    """An image or a video: its options (None: all of it stays) and the tokens of each of its units."""
+    def finish(self, rows: list[Tensor], left: Tensor | None, inputs: dict[str, Any]) -> list[Tensor]:
+        """The rows of each item, of which `left` [R] are left (None: all), as vLLM gets them."""
+        return rows
 
-    options: Options | None
-    lengths: Sequence[int]
+    def embed_multimodal(self, **inputs: Any) -> Any:
+        packed = inputs.pop(plan.FIELD, None)
+        if packed is None:
+            return self.finish(super().embed_multimodal(**inputs), None, inputs)
+        batch = self._batch = Batch([plan.unpack(p) for p in packed])
+        try:
+            rows = super().embed_multimodal(**inputs)
+        finally:
+            self._batch = None
+        return self.finish(batch.shorten(rows, self.width()), batch.left, inputs)
 
-    @property
-    def kept(self) -> list[int]:
-        """Tokens that remain of each unit."""
-        return options.kept(self.options, self.lengths)
+    def get_encoder_cudagraph_config(self) -> Any:
+        # vLLM's graphs of the encoder go past `embed_multimodal`.
+        return dataclasses.replace(super().get_encoder_cudagraph_config(), modalities=[])
 
-    @property
-    def gone(self) -> int:
-        """Tokens that are dropped."""
-        return sum(self.lengths) - sum(self.kept)
+    def _before_projector(self, _: nn.Module, args: tuple[Tensor]) -> tuple[Tensor] | None:
+        self._shape = args[0].shape[:-1]
+        return (self._batch.project(args[0]),) if self._batch else None
 
-    @property
-    def kernel(self) -> dict[str, Any]:
-        """The arguments of `apet_kernels.compress_packed`; any where nothing is dropped."""
-        return (self.options or Options()).kernel
+    def _after_projector(self, _: nn.Module, args: tuple[Tensor], projected: Tensor) -> Tensor | None:
+        return self._batch.unproject(projected).view(*self._shape, -1) if self._batch else None
 
 
-def compress(x: Tensor, items: Sequence[Item]) -> tuple[Tensor, Tensor]:
+def compress(x: Tensor, plans: Sequence[Plan]) -> tuple[Tensor, Tensor]:
     """x [T, D], unit after unit and item after item -> tokens [R, D] and their rows in x [R] int64, in the same order.
 
     One call of the kernel for items in a row that ask for the same options (but for how many to keep).
     """
     tokens, indices, start = [], [], 0
-    for kernel, group in itertools.groupby(items, key=lambda item: item.kernel):
+    for _, group in itertools.groupby(plans, key=lambda plan: plan.kernel):
         batch = list(group)
-        lengths = [n for item in batch for n in item.lengths]
+        lengths = [n for plan in batch for n in plan.lengths]
         end = start + sum(lengths)
         rows, where = apet_kernels.compress_packed(
-            x[start:end], lengths, [k for item in batch for k in item.kept], **kernel
+            x[start:end], lengths, [k for plan in batch for k in plan.kept], **batch[0].kernel
         )
         tokens.append(rows)
         indices.append(where + start)
         start = end
     return torch.cat(tokens), torch.cat(indices)
+
+
+def _joined(parts: Sequence[Tensor], sizes: Sequence[int]) -> Tensor:
+    """Numbers of the rows of each item, as rows of all items one after another."""
+    starts = itertools.accumulate(sizes, initial=0)
+    return torch.cat([part + start for part, start in zip(parts, starts, strict=False)])

@@ -1,42 +1,32 @@
 """LLaVA-1.5 in vLLM (`LlavaForConditionalGeneration` with a CLIP or SigLIP tower).
 
-Modifications:
-- an image has as many placeholders as tokens are kept of it;
-- the projector gets the kept rows of the tower's features, images of different budgets in one call;
-- embeddings given instead of an image are not compressed.
+Modifications: those of `compress.Model`, before the projector.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 from vllm.model_executor.models import llava
 from vllm.multimodal import MULTIMODAL_REGISTRY
-from vllm.multimodal.inputs import MultiModalKwargsItems
-from vllm.multimodal.parse import ImageEmbeddingItems, MultiModalDataItems
+from vllm.multimodal.inputs import MultiModalKwargsItem
 from vllm.multimodal.processing import BaseMultiModalProcessor, BaseProcessingInfo, InputProcessingContext
 
 from . import options, processing
-from .compress import Item, Model, compress
+from .compress import Model
 
 
 class LlavaInfo(processing.Info, llava.LlavaProcessingInfo):
-    """Reserves space for all tokens of an image."""
-
-    def get_mm_max_tokens_per_item(self, seq_len: int, mm_counts: Mapping[str, int]) -> Mapping[str, int] | None:
-        # vLLM would count an image with the budget of start-up; a request may keep more.
-        return None if self.at_start is None else {"image": self.get_max_image_tokens()}
+    """Options of a request."""
 
 
 class LlavaProcessor(processing.Processor, llava.LlavaMultiModalProcessor):
     """An image is a unit."""
 
-    def lengths(
-        self, modality: str, item: int, items: MultiModalDataItems, made: MultiModalKwargsItems, tokens: int
-    ) -> list[int]:
-        return [] if isinstance(items[modality], ImageEmbeddingItems) else [tokens]
+    def units(self, modality: str, item: MultiModalKwargsItem, ids: Tensor) -> tuple[Tensor, Tensor, int]:
+        return torch.zeros_like(ids), torch.arange(len(ids)), len(ids)
 
 
 def build_info(ctx: InputProcessingContext) -> BaseProcessingInfo:
@@ -59,17 +49,4 @@ def build_processor(info: BaseProcessingInfo, dummy_inputs: Any) -> BaseMultiMod
 class Llava(Model, llava.LlavaForConditionalGeneration):
     """vLLM's LLaVA-1.5, with compression between tower and projector."""
 
-    def _parse_and_validate_image_input(self, **kwargs: Any) -> llava.LlavaImageInputs | None:
-        inputs = super()._parse_and_validate_image_input(**kwargs)
-        if inputs is not None:
-            inputs.apet = kwargs.get("apet_image")
-        return inputs
-
-    def _process_image_pixels(self, inputs: Any) -> Tensor | tuple[Tensor, ...]:
-        features = super()._process_image_pixels(inputs)
-        wanted = options.unpack(inputs.apet, len(features))
-        items = [Item(o, [len(tokens)]) for o, tokens in zip(wanted, features, strict=True)]
-        if not any(item.gone for item in items):
-            return features
-        tokens, _ = compress(features.flatten(0, 1), items)
-        return tokens.split([sum(item.kept) for item in items])
+    projector = "multi_modal_projector"

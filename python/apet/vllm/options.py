@@ -1,22 +1,52 @@
-"""The plugin's options: read from `mm_processor_kwargs`, and passed to the model with each item."""
+"""The plugin's options, read from `mm_processor_kwargs`."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
-
-import torch
-from torch import Tensor
-
-from apet_kernels.options import LAYOUTS, SELECTS
+from dataclasses import dataclass, fields
+from typing import Any
 
 from ..hooks.config import Options, count, resolve
 
 PREFIX = "apet_"
-NAMES = ("keep", "basis", "layout", "select", "blend", "refine")
+OF_KERNEL = ("basis", "layout", "select", "blend", "refine")
+BOUNDS = ("least", "most", "max_tokens")
+NAMES = ("keep", *BOUNDS, *OF_KERNEL)
 
 
-def of(kwargs: Mapping[str, object]) -> Options | None:
-    """The options in `mm_processor_kwargs`; None if there are none, or `apet_keep` is null.
+@dataclass(frozen=True)
+class Wanted(Options):
+    """What a request asks for.
+
+    least, most: bounds of what a ratio `keep` gives for a unit; max_tokens: of all visual tokens of a request, and,
+    once `share` has divided it, of an item.
+    """
+
+    least: int | None = None
+    most: int | None = None
+    max_tokens: int | None = None
+
+    def kept(self, lengths: Sequence[int], staying: int = 0) -> list[int]:
+        """How many tokens each unit keeps, of its length, beside those that stay in any case."""
+        kept = [min(n, max(self.least or 1, min(self.most or n, count(self.keep, 0, n, self)))) for n in lengths]
+        if self.max_tokens is None or sum(kept) + staying <= self.max_tokens:
+            return kept
+        floor = self.basis + 1 if self.layout == "overwrite" and self.basis != "keep" else 1
+        needed = [min(k, floor) for k in kept]
+        spare = self.max_tokens - staying - sum(needed)
+        if spare < 0:
+            raise ValueError(
+                f"{PREFIX}max_tokens leaves {self.max_tokens} tokens to an image or video that needs at least "
+                f"{sum(needed) + staying}: {floor} for each of {len(kept)} units, and {staying} that always stay"
+            )
+        above = [k - n for k, n in zip(kept, needed, strict=True)]
+        ends = [spare * sum(above[: i + 1]) // sum(above) for i in range(len(above))]
+        return [n + end - start for n, start, end in zip(needed, [0, *ends], ends, strict=False)]
+
+
+def of(kwargs: Mapping[str, object]) -> Wanted | None:
+    """The options in `mm_processor_kwargs`; None if there are none, or those that limit tokens are null.
 
     Raises ValueError, which names the offending value.
     """
@@ -27,11 +57,25 @@ def of(kwargs: Mapping[str, object]) -> Options | None:
     if unknown := [name for name in given if name not in NAMES]:
         known = ", ".join(PREFIX + name for name in NAMES)
         raise ValueError(f"{PREFIX}{unknown[0]} is no option of ApET; these are: {known}")
-    keep = given.get("keep")
-    if keep is None:
-        if alone := [name for name, value in given.items() if value is not None]:
-            raise ValueError(f"{PREFIX}{alone[0]}={given[alone[0]]!r} needs {PREFIX}keep")
+    given = {name: value for name, value in given.items() if value is not None}
+    if "max_tokens" in given:
+        given.setdefault("keep", 1.0)
+    if "keep" not in given:
+        if given:
+            name, value = next(iter(given.items()))
+            raise ValueError(f"{PREFIX}{name}={value!r} needs {PREFIX}keep")
         return None
+    bounds = {name: given.pop(name) for name in BOUNDS if name in given}
+    _check(given, bounds)
+    try:
+        options = resolve({}, "vLLM", range(0), given)
+    except ValueError as error:  # which begins with the option's name
+        raise ValueError(f"{PREFIX}{error}") from None
+    return Wanted(**{field.name: getattr(options, field.name) for field in fields(options)}, **bounds)
+
+
+def _check(given: Mapping[str, Any], bounds: Mapping[str, Any]) -> None:
+    keep = given["keep"]
     if isinstance(keep, Sequence) and not isinstance(keep, str):
         raise ValueError(f"{PREFIX}keep={keep} must be one count or ratio, for every image or video of the request")
     for name, kind in (("layout", str), ("select", str), ("blend", float)):
@@ -42,44 +86,30 @@ def of(kwargs: Mapping[str, object]) -> Options | None:
         raise ValueError(
             f"{PREFIX}layout='append' is of no model that the vLLM plugin serves; take inplace or overwrite"
         )
-    try:
-        return resolve({}, "vLLM", range(0), given)
-    except ValueError as error:  # which begins with the option's name
-        raise ValueError(f"{PREFIX}{error}") from None
+    for name, value in bounds.items():
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise ValueError(f"{PREFIX}{name}={value!r} is not a count (an int from 1)")
+        if name != "max_tokens" and not isinstance(keep, float):
+            raise ValueError(f"{PREFIX}{name}={value} bounds a ratio, but {PREFIX}keep={keep!r} is none")
+    if bounds.get("least", 1) > bounds.get("most", math.inf):
+        raise ValueError(f"{PREFIX}least={bounds['least']} exceeds {PREFIX}most={bounds['most']}")
+    basis = given.get("basis", Options.basis)
+    if given.get("layout") == "overwrite" and isinstance(basis, int) and bounds.get("most", basis + 1) <= basis:
+        raise ValueError(f"{PREFIX}layout='overwrite' needs most > basis, got most={bounds['most']} and basis={basis}")
+
+
+def share(wanted: Wanted | None, items: int) -> dict[str, int]:
+    """What replaces a request's `apet_max_tokens` for each of its items: an equal share, so that what an item keeps
+    does not depend on the others, and caches can hold it."""
+    if wanted is None or wanted.max_tokens is None or not items:
+        return {}
+    if wanted.max_tokens < items:
+        raise ValueError(
+            f"{PREFIX}max_tokens={wanted.max_tokens} is less than one for each of {items} images or videos"
+        )
+    return {PREFIX + "max_tokens": wanted.max_tokens // items}
 
 
 def without(kwargs: Mapping[str, object]) -> dict[str, object]:
     """`mm_processor_kwargs` as the model's own processor may see them."""
     return {name: value for name, value in kwargs.items() if not name.startswith(PREFIX)}
-
-
-def kept(options: Options | None, lengths: Sequence[int]) -> list[int]:
-    """How many tokens stay of each unit: a function of its length alone. Without options all."""
-    return [n if options is None else count(options.keep, 0, n, options) for n in lengths]
-
-
-def pack(options: Options) -> Tensor:
-    """[7] int64 that vLLM carries beside an item's pixels. Integers, because vLLM casts floats to the model's dtype."""
-    keep = options.keep
-    layout, select = LAYOUTS.index(options.layout), SELECTS.index(options.select)
-    basis = 0 if options.basis == "keep" else options.basis
-    values = [keep, isinstance(keep, float), basis, layout, select, options.blend, options.refine]
-    return torch.tensor(values, dtype=torch.float64).view(torch.int64)
-
-
-def unpack(packed: Tensor | None, items: int) -> list[Options | None]:
-    """The options of every item of a batch, from packed [items, 7]."""
-    if packed is None:
-        return [None] * items
-    return [_one(*row) for row in packed.view(torch.float64).tolist()]
-
-
-def _one(keep: float, ratio: float, basis: float, layout: float, select: float, blend: float, refine: float) -> Options:
-    return Options(
-        keep if ratio else int(keep),
-        int(basis) or "keep",
-        LAYOUTS[int(layout)],
-        SELECTS[int(select)],
-        blend,
-        refine=int(refine),
-    )

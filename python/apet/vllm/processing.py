@@ -1,16 +1,20 @@
-"""vLLM's input processing: options, placeholder counts and cache keys, before any image is encoded.
-
-Mixins for a model's `ProcessingInfo` and `MultiModalProcessor`.
-"""
+"""vLLM's input processing: options, placeholders, plans and cache keys, before any image is encoded."""
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
 
-from vllm.multimodal.inputs import MultiModalFieldConfig, MultiModalKwargsItems
+import torch
+from torch import Tensor, nn
+from vllm.multimodal import MULTIMODAL_REGISTRY
+from vllm.multimodal.inputs import (
+    MultiModalBatchedField,
+    MultiModalFieldElem,
+    MultiModalKwargsItem,
+    MultiModalKwargsItems,
+)
 from vllm.multimodal.parse import MultiModalDataItems
 from vllm.multimodal.processing import (
     BaseMultiModalProcessor,
@@ -18,12 +22,12 @@ from vllm.multimodal.processing import (
     InputProcessingContext,
     ProcessorInputs,
     PromptUpdate,
+    PromptUpdateDetails,
 )
 
-from ..hooks.config import Options
-from . import options
+from . import metrics, options, plan
 
-FIELD = "apet_{}"  # of an image or a video: its options, packed
+M = TypeVar("M", bound=type[nn.Module])
 
 
 class Context(InputProcessingContext):
@@ -38,23 +42,42 @@ class Info(BaseProcessingInfo):
 
     def __init__(self, ctx: InputProcessingContext) -> None:
         super().__init__(Context(ctx.model_config, ctx.tokenizer))
-        self.at_start = self.options({})
+        self.options({})
 
-    def options(self, kwargs: Mapping[str, object]) -> Options | None:
+    def options(self, kwargs: Mapping[str, object]) -> options.Wanted | None:
         """The options of a request with these `mm_processor_kwargs`. Raises ValueError if they are invalid."""
         return options.of(self.ctx.get_mm_config().merge_mm_processor_kwargs(kwargs))
 
 
 class Processor(BaseMultiModalProcessor):
-    """Shortens the placeholders of every item to its kept tokens, and attaches its options."""
+    """Shortens the placeholders of every item that loses tokens, and attaches its plan."""
 
     info: Info
 
-    def lengths(
-        self, modality: str, item: int, items: MultiModalDataItems, made: MultiModalKwargsItems, tokens: int
-    ) -> list[int]:
-        """The tokens of each unit (what is compressed together) of an item that has so many tokens in all."""
+    def units(self, modality: str, item: MultiModalKwargsItem, ids: Tensor) -> tuple[Tensor, Tensor, int] | Tensor:
+        """The units of an item whose rows stand at the placeholders ids [N]: for every row the number of its unit, or
+        -1; with them, if the projector compresses, `sources` and `features` of `plan.Plan`."""
         raise NotImplementedError
+
+    def embedded(self, details: PromptUpdateDetails) -> Tensor:
+        """[L] bool: at which of the tokens that replace an item the model's embeddings stand."""
+        if details.is_embed is None:
+            return torch.ones(len(details.full), dtype=torch.bool)
+        return details.is_embed(details.full)
+
+    def apply(self, inputs: ProcessorInputs, timing_ctx: Any) -> Any:
+        kwargs = inputs.hf_processor_mm_kwargs
+        items = sum(inputs.mm_data_items.get_all_counts().values())
+        shared = {**kwargs, **options.share(self.info.options(kwargs), items)}
+        return super().apply(replace(inputs, hf_processor_mm_kwargs=shared), timing_ctx)
+
+    def get_dummy_inputs(self, *args: Any, **kwargs: Any) -> ProcessorInputs:
+        # vLLM measures memory, and reserves space, with the largest input: a request may ask for all tokens.
+        inputs = super().get_dummy_inputs(*args, **kwargs)
+        if self.info.options({}) is None:
+            return inputs
+        everything = dict.fromkeys((options.PREFIX + name for name in options.BOUNDS), None) | {"apet_keep": 1.0}
+        return replace(inputs, hf_processor_mm_kwargs={**inputs.hf_processor_mm_kwargs, **everything})
 
     def _get_mm_hashes(self, inputs: ProcessorInputs) -> Any:
         # The keys of the processor cache, the encoder cache and the prefix cache. vLLM makes them from what the request
@@ -65,19 +88,7 @@ class Processor(BaseMultiModalProcessor):
         return super()._get_mm_hashes(replace(inputs, hf_processor_mm_kwargs=told))
 
     def _apply_hf_processor_main(self, mm_items: MultiModalDataItems, hf_kwargs: Mapping[str, object]) -> Any:
-        made = super()._apply_hf_processor_main(mm_items, hf_kwargs)
-        if wanted := self.info.options(hf_kwargs):
-            for modality, items in mm_items.items():
-                made[FIELD.format(modality)] = options.pack(wanted).repeat(len(items), 1)
-        return made
-
-    def _get_mm_fields_config(
-        self, hf_inputs: Any, hf_processor_mm_kwargs: Mapping[str, object]
-    ) -> dict[str, MultiModalFieldConfig]:
-        fields = dict(super()._get_mm_fields_config(hf_inputs, hf_processor_mm_kwargs))
-        for modality in self.info.supported_mm_limits:
-            fields[FIELD.format(modality)] = MultiModalFieldConfig.batched(modality, keep_on_cpu=True)
-        return fields
+        return super()._apply_hf_processor_main(mm_items, options.without(hf_kwargs))
 
     def _get_prompt_updates(
         self,
@@ -85,15 +96,58 @@ class Processor(BaseMultiModalProcessor):
         hf_processor_mm_kwargs: Mapping[str, object],
         out_mm_kwargs: MultiModalKwargsItems,
     ) -> Sequence[PromptUpdate]:
-        updates = super()._get_prompt_updates(mm_items, hf_processor_mm_kwargs, out_mm_kwargs)
+        updates = super()._get_prompt_updates(mm_items, options.without(hf_processor_mm_kwargs), out_mm_kwargs)
         wanted = self.info.options(hf_processor_mm_kwargs)
         if wanted is None:
             return updates
 
-        def shortened(update: PromptUpdate, item: int) -> list[int]:
-            placeholders = update.replacement(item)
-            lengths = self.lengths(update.modality, item, mm_items, out_mm_kwargs, len(placeholders))
-            gone = sum(lengths) - sum(options.kept(wanted, lengths))
-            return placeholders[: len(placeholders) - gone]
+        def shorten(update: PromptUpdate, number: int) -> PromptUpdateDetails:
+            details = update._resolve_content(number)
+            ids, embedded = torch.tensor(details.full), self.embedded(details)
+            item = out_mm_kwargs[update.modality][number]
+            units = self.units(update.modality, item, ids[embedded])
+            made = plan.make(wanted, *(units if isinstance(units, tuple) else (units,)))
+            if not made.gone:
+                return details
+            item[plan.FIELD] = MultiModalFieldElem(made.pack(), MultiModalBatchedField(keep_on_cpu=True))
+            left = ~embedded
+            left[embedded] = ~made.leaves
+            embedded = embedded[left]
+            return Shortened(ids[left].tolist(), lambda _: embedded, len(made.units))
 
-        return [replace(update, replacement=functools.partial(shortened, update)) for update in updates]
+        return [replace(update, replacement=lambda n, u=update: shorten(u, n)) for update in updates]
+
+    def _apply_prompt_updates(self, token_ids: list[int], mm_prompt_updates: Any) -> Any:
+        for modality, items in mm_prompt_updates.items():
+            for update in (update for updates in items for update in updates):
+                if isinstance(content := update.content, Shortened):
+                    metrics.count(modality, content.before, int(content.is_embed(content.full).sum()))
+        return super()._apply_prompt_updates(token_ids, mm_prompt_updates)
+
+
+@dataclass
+class Shortened(PromptUpdateDetails):
+    """The tokens that replace an item, of which `before` would get embeddings without compression."""
+
+    before: int = 0
+
+
+def equal_units(ids: Tensor, size: int) -> Tensor:
+    """Units of so many rows each, for the placeholders ids [N]."""
+    if len(ids) % size:
+        raise ValueError(f"{len(ids)} embeddings of an image or video are not whole units of {size}")
+    return torch.arange(len(ids)) // size
+
+
+def serve(processor: type[Processor], info: type[Info] = Info) -> Any:
+    """Registers for a subclass of one of vLLM's models the input processing of that model, with these mixed in."""
+
+    def register(model: M) -> M:
+        factory = model._processor_factory  # of vLLM's model
+        mixed = [
+            type(ours.__name__, (ours, theirs), {})
+            for ours, theirs in ((processor, factory.processor), (info, factory.info))
+        ]
+        return MULTIMODAL_REGISTRY.register_processor(mixed[0], info=mixed[1], dummy_inputs=factory.dummy_inputs)(model)
+
+    return register

@@ -1,0 +1,38 @@
+"""The encoder's budget: vLLM's scheduler counts what an item leaves, but the encoder runs what it has.
+
+vLLM packs images and videos into one pass of the encoder up to a number of embeddings that the memory was measured for,
+and takes an item's placeholders for that number. Compression lowers it, so a pass would get several times as much.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+from vllm.v1.core.sched.scheduler import Scheduler
+
+from . import plan
+
+
+def count_whole_items() -> None:
+    """Makes the scheduler spend, for each item of a pass, the rows that it has before compression. Once."""
+    schedule = Scheduler._try_schedule_encoder_inputs
+    if hasattr(schedule, "__wrapped__"):
+        return
+
+    @functools.wraps(schedule)
+    def whole(
+        self: Any, request: Any, computed: int, new: int, budget: int, shift_computed_tokens: int = 0
+    ) -> tuple[list[int], int, int, list[int], list[int]]:
+        items, new, left, *others = schedule(self, request, computed, new, budget, shift_computed_tokens)
+        spent = 0
+        for item in items:
+            feature = request.mm_features[item]
+            made = plan.of(feature.data)
+            spent += feature.mm_position.get_num_embeds() if made is None else len(made.units)
+            if spent > budget:  # the step ends before this item
+                before = max(0, feature.mm_position.offset - computed - shift_computed_tokens)
+                return whole(self, request, computed, before, budget, shift_computed_tokens)
+        return items, new, budget - spent if items else left, *others
+
+    Scheduler._try_schedule_encoder_inputs = whole

@@ -1,0 +1,163 @@
+"""What models with M-RoPE positions share in vLLM: images and videos are grids of merged patches.
+
+Modifications: those of `compress.Model`; an image is a unit, and so is each temporal step of a video. Kept tokens keep
+their M-RoPE positions, and the text after an image those that it has without compression: vLLM gives those of the whole
+prompt, and its mechanism for pruned video (EVS) attaches to embeddings what tells those of kept tokens.
+
+vLLM enables EVS at start-up only, so `apet_keep` must be set there (1.0: all tokens, unless a request asks for less).
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from vllm.config import VllmConfig
+from vllm.multimodal.inputs import MultiModalFeatureSpec, MultiModalKwargsItem, PlaceholderRange
+from vllm.platforms import current_platform
+from vllm.utils.gpu_sync_debug import gpu_sync_allowed
+
+from . import options, plan, processing
+from .compress import Model
+
+DIGITS = 2  # of a row or column of the grid, base 256: whole numbers that every dtype of embeddings holds exactly
+CHANNELS = 2 * DIGITS
+
+
+class Info(processing.Info):
+    """Rejects requests with compression if the engine was started without `apet_keep`."""
+
+    def options(self, kwargs: Mapping[str, object]) -> options.Wanted | None:
+        wanted = super().options(kwargs)
+        if wanted and not options.of(self.ctx.get_mm_config().mm_processor_kwargs or {}):
+            raise ValueError(
+                f"apet_keep={wanted.keep} in a request needs an engine started with apet_keep for this model; start it "
+                "with mm_processor_kwargs={'apet_keep': 1.0}, which keeps all tokens of other requests"
+            )
+        return wanted
+
+
+class Steps(processing.Processor):
+    """An image is a unit, and so is each temporal step of a video."""
+
+    def units(self, modality: str, item: MultiModalKwargsItem, ids: Tensor) -> Tensor:
+        return processing.equal_units(ids, len(ids) // int(item[f"{modality}_grid_thw"].data[0]))
+
+
+class MRope(Model):
+    """Mixed into vLLM's models with M-RoPE positions."""
+
+    supports_multimodal_pruning = True
+
+    def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
+        super().__init__(vllm_config=vllm_config, prefix=prefix)
+        if self.at_start:  # the runner is told that embeddings carry positions; that vLLM's model adds its own is not
+            self.is_multimodal_pruning_enabled = False
+
+    def check(self, vllm_config: VllmConfig, at_start: options.Wanted) -> None:
+        config = vllm_config.model_config.multimodal_config
+        if rate := config.video_pruning_rate:
+            raise ValueError(f"apet_keep and video_pruning_rate={rate} both drop tokens of a video; choose one")
+        if (stages := vllm_config.parallel_config.pipeline_parallel_size) > 1:
+            raise ValueError(f"apet_keep: with pipeline_parallel_size={stages} later stages get no M-RoPE positions")
+        if vllm_config.speculative_config is not None:
+            raise ValueError("apet_keep: a draft model gets no M-RoPE positions; leave out speculative_config")
+        # vLLM's model and runners call this to know whether embeddings carry positions; vLLM's own version tests
+        # video_pruning_rate. A partial can be pickled.
+        config.is_multimodal_pruning_enabled = functools.partial(bool, True)
+        if current_platform.is_cpu():
+            tell_cpu_runner()
+
+    def finish(self, rows: Sequence[Tensor], left: Tensor | None, inputs: dict[str, Any]) -> list[Tensor]:
+        """Adds to every row [N, D + CHANNELS] its place in the grid of its unit."""
+        if self.at_start is None:
+            return rows
+        grids = inputs.get("image_grid_thw", inputs.get("video_grid_thw"))
+        merge = self.config.vision_config.spatial_merge_size
+        places = torch.cat([places_of(t, h // merge, w // merge) for t, h, w in grids.tolist()])
+        places = places.to(rows[0].device, rows[0].dtype)
+        places = places if left is None else places[left]
+        channels = places.split([len(row) for row in rows])
+        return [torch.cat(pair, dim=1) for pair in zip(rows, channels, strict=True)]
+
+    def get_mrope_input_positions(
+        self, input_tokens: list[int], mm_features: list[MultiModalFeatureSpec]
+    ) -> tuple[Tensor, int]:
+        """Positions [3, N] and what decoding adds to its own. Which tokens are kept is not known yet: in their columns
+        stands -1 less the position of their unit's first, until `recompute_mrope_positions` has their embeddings."""
+        if self.at_start is None:
+            return super().get_mrope_input_positions(input_tokens, mm_features)
+        times = torch.ones(len(input_tokens), dtype=torch.int64)  # how many tokens of the whole prompt each stands for
+        unknown, first, whole, more = [], [], [], 0
+        for feature in sorted(mm_features, key=lambda feature: feature.mm_position.offset):
+            place, made = feature.mm_position, plan.of(feature.data)
+            embedded = place.is_embed if place.is_embed is not None else torch.ones(place.length, dtype=torch.bool)
+            length = place.length
+            if made is not None:
+                columns = embedded.nonzero()[:, 0] + place.offset
+                stay = (~made.leaves).nonzero()[:, 0]
+                times[columns] = stay.diff(append=torch.tensor([len(made.leaves)]))
+                units = made.units[stay]
+                unknown.append(columns)
+                first.append(columns[torch.searchsorted(units, units)])
+                length += made.gone
+                embedded = embedded.repeat_interleave(times[place.offset : place.offset + place.length])
+            whole.append(replace(feature, mm_position=PlaceholderRange(place.offset + more, length, embedded)))
+            more += length - place.length
+        tokens = torch.tensor(input_tokens).repeat_interleave(times).tolist()
+        where, following = super().get_mrope_input_positions(tokens, whole)
+        where = where[:, times.cumsum(0) - times].clone()
+        if unknown:
+            where[:, torch.cat(unknown)] = -1 - where[:, torch.cat(first)]
+        return where, following + more
+
+    def recompute_mrope_positions(
+        self,
+        input_ids: list[int] | Tensor,
+        multimodal_embeddings: Sequence[Tensor],
+        mrope_positions: Tensor,
+        num_computed_tokens: int,
+    ) -> tuple[Sequence[Tensor], Tensor, int]:
+        """Splits the places off the embeddings of a prompt's next chunk, and puts positions in their columns, once."""
+        if self.at_start is None:
+            return super().recompute_mrope_positions(
+                input_ids, multimodal_embeddings, mrope_positions, num_computed_tokens
+            )
+        with gpu_sync_allowed():
+            where = mrope_positions.clone()
+            if multimodal_embeddings:
+                places = decode(torch.cat([x[:, -CHANNELS:] for x in multimodal_embeddings])).to(where.device)
+                ids = torch.as_tensor(input_ids, device=where.device)
+                visual = (ids == self.config.image_token_id) | (ids == self.config.video_token_id)
+                columns = visual[num_computed_tokens:].nonzero().view(-1)[: places.shape[1]] + num_computed_tokens
+                before = where[:, columns]
+                where[:, columns] = torch.where(before < 0, places - before - 1, before)
+            delta = int(where.max()) + 1 - where.shape[1]
+        return [x[:, :-CHANNELS] for x in multimodal_embeddings], where, delta
+
+
+def tell_cpu_runner() -> None:
+    """Makes vLLM's CPU runner check whether embeddings carry positions: its own value is from before the model is
+    loaded."""
+    from vllm.v1.worker.cpu_model_runner import CPUModelRunner
+
+    def asks(runner: Any) -> bool:
+        return isinstance(runner.model, MRope) and runner.model.at_start is not None
+
+    CPUModelRunner.is_multimodal_pruning_enabled = property(asks, lambda runner, value: None)
+
+
+def places_of(steps: int, height: int, width: int) -> Tensor:
+    """Row and column of every token of a grid, as digits [steps * height * width, CHANNELS]."""
+    grid = torch.cartesian_prod(torch.arange(height), torch.arange(width)).view(-1, 2).repeat(steps, 1)
+    return torch.cat([grid >> (8 * digit) & 255 for digit in range(DIGITS)], dim=1)
+
+
+def decode(channels: Tensor) -> Tensor:
+    """Digits [N, CHANNELS] of any dtype -> positions [3, N] within a unit, of which the temporal one is 0."""
+    digits = channels.T.reshape(DIGITS, 2, -1).long()
+    return torch.nn.functional.pad(sum(digits[d] << (8 * d) for d in range(DIGITS)), (0, 0, 1, 0))

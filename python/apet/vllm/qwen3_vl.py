@@ -1,0 +1,39 @@
+"""Qwen3-VL and Qwen3.5 in vLLM, dense and with experts, images and videos.
+
+Modifications: those of `mrope`. Of the deepstack features of an image, which stand behind its embeddings and which the
+first layers add, those of kept tokens stay as they are. The time stamps before the frames of a video stay.
+"""
+
+from __future__ import annotations
+
+from vllm.model_executor.models import qwen3_5, qwen3_vl, qwen3_vl_moe
+
+from . import processing
+from .mrope import Info, MRope, Steps
+
+
+class Deepstack(MRope):
+    """Embeddings with deepstack features behind them."""
+
+    def width(self) -> int:
+        return self.visual_dim
+
+
+@processing.serve(Steps, Info)
+class Qwen3VL(Deepstack, qwen3_vl.Qwen3VLForConditionalGeneration):
+    """vLLM's Qwen3-VL, with compression between merger and language model."""
+
+
+@processing.serve(Steps, Info)
+class Qwen3VLMoe(Deepstack, qwen3_vl_moe.Qwen3VLMoeForConditionalGeneration):
+    """The same with experts."""
+
+
+@processing.serve(Steps, Info)
+class Qwen3_5(Deepstack, qwen3_5.Qwen3_5ForConditionalGeneration):
+    """vLLM's Qwen3.5, with compression between merger and language model."""
+
+
+@processing.serve(Steps, Info)
+class Qwen3_5Moe(Deepstack, qwen3_5.Qwen3_5MoeForConditionalGeneration):
+    """The same with experts."""
