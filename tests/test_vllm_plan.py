@@ -1,4 +1,4 @@
-"""What the vLLM plugin decides before vLLM is asked: budgets of units, and plans as they travel (tests/vllm does the rest)."""
+"""What the vLLM plugin decides before vLLM is asked: budgets of units, and plans as they travel. More: tests/vllm."""
 
 from __future__ import annotations
 
@@ -50,7 +50,9 @@ def test_a_plan_as_it_travels():
     assert made.order.tolist() == [0, 1, 4, 2, 5, 6]
     assert made.leaves.nonzero()[:, 0].tolist() == [4, 6]
     assert (made.gone, made.rows) == (2, 6)
-    for sent in (made, plan.make(wanted(keep=0.5), units)):
+    medoids = wanted(keep=2, basis="keep", select="qr", refine=2)
+    assert (medoids.kernel["basis"], medoids.kernel["refine"]) == (None, 2)
+    for sent in (made, plan.make(wanted(keep=0.5), units), plan.make(medoids, units)):
         got = plan.unpack(sent.pack())
         assert (got.kernel, got.kept, got.features) == (sent.kernel, sent.kept, sent.features)
         assert torch.equal(got.units, sent.units)
