@@ -23,7 +23,7 @@ def wanted(**kwargs: object) -> options.Wanted:
         ({"keep": 0.5, "least": 6, "most": 20, "layout": "overwrite", "basis": 4}, [100, 8], 0, [20, 6]),
         ({"max_tokens": 100}, [64, 8], 0, [64, 8]),
         ({"max_tokens": 20}, [64, 8], 0, [17, 3]),
-        ({"max_tokens": 20}, [64, 8], 10, [9, 1]),
+        ({"max_tokens": 20}, [64, 8], 10, [8, 2]),
         ({"keep": 12, "max_tokens": 9}, [64, 64, 64], 0, [3, 3, 3]),
         ({"keep": 12, "max_tokens": 10}, [64, 64, 64], 0, [3, 3, 4]),
         ({"max_tokens": 3}, [64, 64, 64], 0, [1, 1, 1]),
