@@ -161,7 +161,7 @@ def available_backends() -> tuple[Backend, ...]:
 
 
 # The backends whose kernels neither pick a basis in rounds nor have medoid steps.
-WITHOUT_ROUNDS: tuple[Backend, ...] = ("triton", "cuda")
+WITHOUT_ROUNDS: tuple[Backend, ...] = ("cuda",)
 
 
 def why_not_with(backend: Backend, options: Options) -> str | None:
