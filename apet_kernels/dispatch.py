@@ -170,7 +170,7 @@ def why_not_with(backend: Backend, options: Options) -> str | None:
         return None
     asked = f"basis={options.basis}" if options.in_rounds else f"refine={options.refine}"
     lacks = "picks no basis in rounds" if options.in_rounds else "has no medoid steps"
-    return f"the {backend} backend {lacks} yet ({asked}); backend='cpu' and backend='reference' do"
+    return f"the {backend} backend {lacks} yet ({asked}); the backends cpu, triton and reference do"
 
 
 def _options(op: str, *args: Any, **kwargs: Any) -> Options:
