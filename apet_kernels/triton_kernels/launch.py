@@ -100,8 +100,8 @@ def _compress(
         s1_s3_sweep.launch(call, norms, basis, e_sq, select, ridge)
     rows = s4_topk.launch(call, norms.table, basis, e_sq, indices, layout, extents.appended)
     for _ in range(refine if extents.max_keep > 0 else 0):
-        nearest = s5_assign.launch(call, norms, rows, most_dropped, extents.max_keep, distance=True)
-        basis = s4_medoids.launch(call, norms.table, rows, nearest, extents.max_keep)
+        nearest_key = s5_assign.launch(call, norms, rows, most_dropped, extents.max_keep, distance=True)
+        basis = s4_medoids.launch(call, norms.table, rows, nearest_key, extents.max_keep)
         rows = s4_topk.launch(call, norms.table, basis, e_sq, indices, layout, extents.appended)
     target_key = s5_assign.launch(call, norms, rows, most_dropped, extents.max_keep)
     s5_mean.launch(call, norms.table, rows, target_key, basis, tokens, indices, extents, blend)

@@ -162,11 +162,11 @@ def s1_pool(
                 )
                 column -= tl.sum(l_p[:, None].to(tl.float64) * block.to(tl.float64), 0)
                 tl.store(L + (s * most + q) * most + k0 + k, l_p, mask=earlier)
-            inverse = tl.where(independent, 1.0 / tl.sqrt(tl.where(independent, pivot, 1.0)), 0.0)
-            column = column * inverse
+            scale = tl.where(independent, 1.0 / tl.sqrt(tl.where(independent, pivot, 1.0)), 0.0)
+            column = column * scale
             tl.store(pool_y + q * P + p, column.to(tl.float32), mask=p < count)
             diag -= column * column
-            tl.store(inv_diag + s * most + q, inverse.to(tl.float32))
+            tl.store(inv_diag + s * most + q, scale.to(tl.float32))
             tl.store(basis + s * M + begin + q, position)
             tl.store(dist_sq + token + position, 0.0)
             allowed = allowed & (p != best)
@@ -207,7 +207,7 @@ def launch(call: Call, norms: Norms, state: State, number: int, start: int, ridg
     constants = {
         "D": call.dim,
         "ALIGN": call.align,
-        "BLOCK_T": min(tiles.assign_t, 64),
+        "BLOCK_T": min(tiles.assign_t, 32),
         "BLOCK_D": min(tiles.assign_d, max(configs.power_of_2(call.dim), 16)),
         "BLOCK_K": 16,
         "BLOCK_P": configs.block_m(P),

@@ -147,7 +147,7 @@ def s1_rounds(
 def launch(call: Call, norms: Norms, state: State, e_sq: Tensor) -> None:
     """Adds s1_rounds of one round. The last one leaves e_sq [all tokens] float32."""
     t = call.tiles
-    tiles = max(-(-call.max_tokens // t.assign_r), 1)
+    tiles = max(-(-call.max_tokens // min(t.assign_r, 64)), 1)
     args = {
         "x": call.x,
         "table": norms.table,
@@ -169,8 +169,8 @@ def launch(call: Call, norms: Norms, state: State, e_sq: Tensor) -> None:
     constants = {
         "D": call.dim,
         "ALIGN": call.align,
-        "BLOCK_R": t.assign_r,
-        "BLOCK_T": t.assign_t,
+        "BLOCK_R": min(t.assign_r, 64),
+        "BLOCK_T": min(t.assign_t, 64),
         "BLOCK_D": min(t.assign_d, max(configs.power_of_2(call.dim), 16)),
         "BLOCK_K": 16,
     }
