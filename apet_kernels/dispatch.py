@@ -161,7 +161,7 @@ def available_backends() -> tuple[Backend, ...]:
 
 
 # The backends whose kernels neither pick a basis in rounds nor have medoid steps.
-WITHOUT_ROUNDS: tuple[Backend, ...] = ("triton", "cuda")
+WITHOUT_ROUNDS: tuple[Backend, ...] = ("cuda",)
 
 
 def why_not_with(backend: Backend, options: Options) -> str | None:
@@ -170,7 +170,7 @@ def why_not_with(backend: Backend, options: Options) -> str | None:
         return None
     asked = f"basis={options.basis}" if options.in_rounds else f"refine={options.refine}"
     lacks = "picks no basis in rounds" if options.in_rounds else "has no medoid steps"
-    return f"the {backend} backend {lacks} yet ({asked}); backend='cpu' and backend='reference' do"
+    return f"the {backend} backend {lacks} yet ({asked}); the backends cpu, triton and reference do"
 
 
 def _options(op: str, *args: Any, **kwargs: Any) -> Options:

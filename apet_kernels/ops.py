@@ -196,7 +196,8 @@ def _fake_score(x: Tensor, basis: int | None = 10, **options: Any) -> tuple[Tens
     check_in_op("score", x, basis, **options)
     assert basis is not None  # the check has raised
     B, N, _ = x.shape
-    return x.new_empty(B, N, dtype=torch.float32), x.new_empty(B, basis, dtype=torch.int64)
+    M = Options(basis).basis_of(0)  # the check has excluded None
+    return x.new_empty(B, N, dtype=torch.float32), x.new_empty(B, M, dtype=torch.int64)
 
 
 def _fake_merge(x: Tensor, indices: Tensor, *, targets: Tensor | None = None) -> Tensor:

@@ -101,6 +101,14 @@ def test_layouts(tmp_path: Path, layout: str, select: str) -> None:
     assert 0 < found["explained"] < 1
 
 
+@pytest.mark.parametrize("refine", [0, 1])
+def test_a_basis_of_all_that_is_kept(tmp_path: Path, refine: int) -> None:
+    options = ("--select", "qr", "--basis", "keep", "--refine", refine)
+    found = numbers(ASTRONAUT, *SMALL, "--keep", 20, *options, "--out", tmp_path / "p.png")[0]
+    assert (found["tokens_out"], found["basis"], found["refine"]) == (20, "keep", refine)
+    assert 0 < found["explained"] < 1
+
+
 @pytest.mark.parametrize("ending", ["jpg", "webp", "pdf", "svg"])
 def test_kinds_of_picture(tmp_path: Path, ending: str) -> None:
     out = tmp_path / f"picture.{ending}"
@@ -342,6 +350,8 @@ def files(tmp_path: Path) -> Path:
         (("photo.png", "--select", "best"), "'best' is not one of 'fps', 'qr'"),
         (("photo.png", "--start", "70", "--keep", "9", *SMALL), "photo.png: start=70 is outside -1..69"),
         (("photo.png", "--layout", "overwrite", "--keep", "10"), "photo.png: layout='overwrite' needs keep > basis"),
+        (("photo.png", "--basis", "65"), "photo.png: basis=65 is outside 1..64"),
+        (("photo.png", "--basis", "keep"), "photo.png: basis=None needs select='qr'"),
         (("photo.png", "--blend", "0.5"), "photo.png: blend=0.5 needs layout='overwrite'"),
         (("photo.png", "--size", "100000"), "photo.png would become 51009525 tokens, more than 65536"),
         (("photo.png", "--size", "13"), "size=13 is smaller than one 14 x 14 patch"),
@@ -365,7 +375,8 @@ def test_errors(files: Path, monkeypatch: pytest.MonkeyPatch, words: tuple[str, 
 
 
 @pytest.mark.parametrize(
-    ("option", "value"), [("--basis", "65"), ("--basis", "ten"), ("--start", "-2"), ("--blend", "2"), ("--frames", "0")]
+    ("option", "value"),
+    [("--basis", "0"), ("--basis", "ten"), ("--refine", "9"), ("--start", "-2"), ("--blend", "2"), ("--frames", "0")],
 )
 def test_values_out_of_range(files: Path, option: str, value: str) -> None:
     for words in ((option, value), (f"{option}={value}",)):

@@ -220,7 +220,7 @@ def test_plan_of_the_cuda_kernels(monkeypatch):
             "estimated_us": 27.5,
         },
     )
-    options = {"basis": 10, "layout": "append", "select": "fps", "start": -1, "ridge": 0.5, "blend": 1.0}
+    options = {"basis": 10, "layout": "append", "select": "fps", "start": -1, "ridge": 0.5, "blend": 1.0, "refine": 0}
     assert asked == [((x, 64), options)]
 
 

@@ -118,7 +118,7 @@ def test_an_address_holds_the_settings(link: Link) -> None:
         ({"keep": "1e3"}, "keep='1e3'"),
         ({"keep": "9" * 30}, "keep='999"),
         ({"keep": "٣"}, "keep='٣'"),
-        ({"basis": "65"}, "basis='65' in the address is no number in 1..64"),
+        ({"basis": "65"}, "basis='65' in the address is no number in 0..64"),
         ({"b_layout": "<b>"}, "b_layout='<b>' in the address is none of inplace, overwrite, append"),
         ({"select": ""}, "select='' in the address is none of fps, qr"),
         ({"method": "magic"}, "method='magic' in the address is none of apet, uniform"),

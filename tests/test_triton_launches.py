@@ -53,6 +53,21 @@ def test_m_plus_4_launches(M, layout):
     assert names(build("merge", x)) == ["s1_norms", "s4_given_rows", "s5_assign", "s5_mean"]
 
 
+@pytest.mark.parametrize("refine", [0, 2])
+def test_launches_of_a_basis_in_rounds(refine):
+    """Two a round, of which there are four; few basis tokens are picked one a round, and ragged images may be such."""
+    x = torch.empty(B, N, D, device="meta")
+    options = {"select": "qr", "refine": refine, "device_class": "interpreter"}
+    after = ["s4_topk", *["s5_assign", "s4_medoids", "s4_topk"] * refine, "s5_assign", "s5_mean"]
+    made = names(launch.compress(x, K, None, **options))
+    assert made == ["s1_norms", *["s1_pool", "s1_rounds"] * 4, *after]
+    assert len(made) <= 4 * 3 + 8
+    assert names(launch.compress(x, 5, None, **options)) == ["s1_norms", *["s1_pool", "s1_rounds"] * 5, *after]
+    cu, cu_keep = CU.to("meta"), CU_KEEP.to("meta")
+    made = names(launch.compress_varlen(x[0], cu, cu_keep, K, N, K, None, **options))
+    assert made == ["s1_norms", *["s1_pool", "s1_rounds"] * 16, *after]
+
+
 @on_the_cpu
 @pytest.mark.interpreter
 def test_a_call_runs_what_was_built(monkeypatch):

@@ -1,4 +1,5 @@
-"""The stages of each op: a call becomes a list of launches, M + 4 for `compress`. Nothing here looks at the data.
+"""The stages of each op: a call becomes a list of launches, M + 4 for `compress`, or with a basis in
+rounds 2 a round + 4, and 3 for each medoid step. Nothing here looks at the data.
 
 The list is built from shapes, so meta tensors are enough to count the launches (`api.plan`) and to compile them for
 another GPU (tests).
@@ -9,7 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import s1_norms, s1_s3_sweep, s4_given_rows, s4_topk, s5_assign, s5_mean
+from ..options import MAX_BASIS, Options
+from . import s1_norms, s1_pool, s1_rounds, s1_s3_sweep, s4_given_rows, s4_medoids, s4_topk, s5_assign, s5_mean
 from .call import Call
 from .s1_norms import Extents
 
@@ -17,24 +19,25 @@ from .s1_norms import Extents
 def compress(
     x: Tensor,
     keep: int,
-    basis: int = 10,
+    basis: int | None = 10,
     *,
     layout: str = "inplace",
     select: str = "fps",
     start: int = -1,
     ridge: float = 1e-5,
     blend: float = 1.0,
+    refine: int = 0,
     device_class: str | None = None,
 ) -> Call:
     """The launches of the op `compress`; arguments as there, already checked."""
     B, N, D = x.shape
-    extents = Extents(keep, basis if layout == "append" else 0)
+    extents = Extents(keep, Options(basis, layout).rows(0))
     rows = keep + extents.appended
     tokens = torch.empty(B, rows, D, dtype=x.dtype, device=x.device)
     indices = torch.empty(B, rows, dtype=torch.int64, device=x.device)
     call = Call(x, B, N, (tokens, indices), device_class)
     if B > 0:
-        _compress(call, extents, N - keep, basis, layout, select, start, ridge, blend)
+        _compress(call, extents, N - keep, basis, layout, select, start, ridge, blend, refine)
     return call
 
 
@@ -45,19 +48,20 @@ def compress_varlen(
     total_keep: int,
     max_seqlen: int,
     max_keep: int,
-    basis: int = 10,
+    basis: int | None = 10,
     *,
     layout: str = "inplace",
     select: str = "fps",
     start: int = -1,
     ridge: float = 1e-5,
     blend: float = 1.0,
+    refine: int = 0,
     device_class: str | None = None,
 ) -> Call:
     """The launches of the op `compress_varlen`; arguments as there, already checked."""
     images, (T, D) = cu_seqlens.shape[0] - 1, x.shape
     longest = min(max_seqlen, T)
-    most_kept, appended = min(max_keep, longest, total_keep), basis if layout == "append" else 0
+    most_kept, appended = min(max_keep, longest, total_keep), Options(basis, layout).rows(0)
     extents = Extents(most_kept, appended, cu_seqlens.contiguous(), cu_keep.contiguous(), T, total_keep)
     rows = total_keep + images * appended
     new = torch.empty if images > 0 and longest > 0 else torch.zeros  # without tokens no image fills a row
@@ -65,7 +69,7 @@ def compress_varlen(
     indices = new(rows, dtype=torch.int64, device=x.device)
     call = Call(x, images, longest, (tokens, indices), device_class)
     if images > 0 and longest > 0:
-        _compress(call, extents, longest, basis, layout, select, start, ridge, blend)
+        _compress(call, extents, longest, basis, layout, select, start, ridge, blend, refine)
     return call
 
 
@@ -73,19 +77,32 @@ def _compress(
     call: Call,
     extents: Extents,
     most_dropped: int,
-    M: int,
+    M: int | None,
     layout: str,
     select: str,
     start: int,
     ridge: float,
     blend: float,
+    refine: int,
 ) -> None:
     """s1 to s5, dense or ragged."""
     tokens, indices = call.results
-    basis, e_sq = call.new(torch.int64, call.images, M), call.new(torch.float32, call.all_tokens)
+    e_sq = call.new(torch.float32, call.all_tokens)
     norms = s1_norms.launch(call, extents, start)
-    s1_s3_sweep.launch(call, norms, basis, e_sq, select, ridge)
+    if M is None or M > MAX_BASIS:
+        state = s1_rounds.new_state(call, M, max(extents.max_keep, 1), extents.cu_keep is not None)
+        basis = state.basis
+        for number in range(state.rounds):
+            s1_pool.launch(call, norms, state, number, start, ridge)
+            s1_rounds.launch(call, norms, state, e_sq)
+    else:
+        basis = call.new(torch.int64, call.images, M)
+        s1_s3_sweep.launch(call, norms, basis, e_sq, select, ridge)
     rows = s4_topk.launch(call, norms.table, basis, e_sq, indices, layout, extents.appended)
+    for _ in range(refine if extents.max_keep > 0 else 0):
+        nearest_key = s5_assign.launch(call, norms, rows, most_dropped, extents.max_keep, distance=True)
+        basis = s4_medoids.launch(call, norms.table, rows, nearest_key, extents.max_keep)
+        rows = s4_topk.launch(call, norms.table, basis, e_sq, indices, layout, extents.appended)
     target_key = s5_assign.launch(call, norms, rows, most_dropped, extents.max_keep)
     s5_mean.launch(call, norms.table, rows, target_key, basis, tokens, indices, extents, blend)
 

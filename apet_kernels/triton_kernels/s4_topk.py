@@ -29,7 +29,7 @@ LAYOUTS = {"inplace": INPLACE.value, "overwrite": OVERWRITE.value, "append": APP
 
 
 @triton.jit
-def _cut(rank, tokens, wanted, CHUNK: tl.constexpr):
+def cut_at(rank, tokens, wanted, CHUNK: tl.constexpr):
     """The wanted-th largest of rank[0..tokens), and how many tokens of just that rank are wanted."""
     bins = tl.arange(0, 256)
     c = tl.arange(0, CHUNK)
@@ -82,8 +82,8 @@ def s4_topk(
     tl.debug_barrier()
 
     overwritten = tl.where((layout == OVERWRITE) & (keep < tokens), basis_size.to(tl.int64), 0)
-    cut, ties = _cut(rank, tokens, keep, CHUNK)
-    own_cut, own_ties = _cut(rank, tokens, tl.maximum(keep - overwritten, 0), CHUNK)  # kept and not overwritten
+    cut, ties = cut_at(rank, tokens, keep, CHUNK)
+    own_cut, own_ties = cut_at(rank, tokens, tl.maximum(keep - overwritten, 0), CHUNK)  # kept and not overwritten
     equal = 0  # counts so far: tokens of the rank of either cut, kept rows, overwritten rows
     own_equal = 0
     rows = 0

@@ -41,6 +41,7 @@ def s5_assign(
     all_tokens: tl.int64,
     tiles: tl.int32,  # of one image
     shares: tl.int32,
+    DISTANCE: tl.constexpr,  # the nearest row instead, for medoid steps
     D: tl.constexpr,
     ALIGN: tl.constexpr,
     BLOCK_R: tl.constexpr,
@@ -56,7 +57,8 @@ def s5_assign(
     if tile * BLOCK_R < dropped_count:
         inside = r < dropped_count
         n = tl.load(dropped + token + r, mask=inside, other=0)
-        finite = inside & (tl.load(norm_sq + token + n, mask=inside, other=0.0) <= FLT_MAX)
+        n_norm_sq = tl.load(norm_sq + token + n, mask=inside, other=0.0)
+        finite = inside & (n_norm_sq <= FLT_MAX)
         rows = at(x, base + n.to(tl.int64) * stride_xn, ALIGN)
         d = tl.arange(0, BLOCK_D)
         width = tl.where(dropped_count > 0, D, 0)  # D, but no constant: the compiler would unroll the loop, and spill
@@ -78,7 +80,11 @@ def s5_assign(
                 product = tl.dot(a, b.T, product, input_precision="ieee")
             nonzero = t_norm_sq > 0
             inv_norm = tl.where(is_target & nonzero, tl.div_rn(1.0, tl.sqrt_rn(tl.where(nonzero, t_norm_sq, 1.0))), 0.0)
-            product = tl.where(is_target[None, :], product * inv_norm[None, :], float("-inf"))
+            if DISTANCE:
+                product = -((n_norm_sq[:, None] - product) + (t_norm_sq[None, :] - product))
+            else:
+                product = product * inv_norm[None, :]
+            product = tl.where(is_target[None, :], product, float("-inf"))
             here, which = tl.max(product, 1, return_indices=True, return_indices_tie_break_left=True)
             better = here > similarity  # at a tie the earlier target stays
             similarity = tl.where(better, here, similarity)
@@ -90,8 +96,11 @@ def s5_assign(
         tl.store(target_key + share * all_tokens + token + r, tl.where(merges, key, -1), mask=inside)
 
 
-def launch(call: Call, norms: Norms, rows: Rows, most_dropped: int, most_kept: int) -> Tensor:
-    """Adds s5_assign; returns target_key [shares, all tokens] int64. The counts: of an image, at most."""
+def launch(call: Call, norms: Norms, rows: Rows, most_dropped: int, most_kept: int, distance: bool = False) -> Tensor:
+    """Adds s5_assign, by cosine similarity or by distance; returns target_key [shares, all tokens] int64.
+
+    The counts: of an image, at most.
+    """
     x, t = call.x, call.tiles
     tiles = max(-(-most_dropped // t.assign_r), 1)
     shares = max(1, min(MOST_SHARES, -(-most_kept // t.assign_t), ENOUGH_PROGRAMS // (call.images * tiles)))
@@ -108,6 +117,7 @@ def launch(call: Call, norms: Norms, rows: Rows, most_dropped: int, most_kept: i
         "shares": shares,
     }
     constants = {
+        "DISTANCE": distance,
         "D": call.dim,
         "ALIGN": call.align,
         "BLOCK_R": t.assign_r,

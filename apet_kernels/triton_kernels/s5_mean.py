@@ -13,6 +13,7 @@ Rows that no image fills (ragged input with wrong offsets) are set to zero, and 
 """
 
 import torch
+import triton
 import triton.language as tl
 from torch import Tensor
 
@@ -20,6 +21,26 @@ from . import configs
 from .call import Call, Rows
 from .device import DROPPED_COUNT, ROW_END, at, field, image_of, jit
 from .s1_norms import Extents
+
+
+@triton.jit
+def list_members(target_key, dropped, merged, token, c0, dropped_count, r, shares, all_tokens, CHUNK: tl.constexpr):
+    """How many of CHUNK dropped tokens from c0 on have target row r, and where `merged` lists them, ascending."""
+    c = tl.arange(0, CHUNK)
+    inside = c0 + c < dropped_count
+    key = tl.load(target_key + token + c0 + c, mask=inside, other=-1)
+    for share in range(1, shares):
+        other = tl.load(target_key + share * all_tokens + token + c0 + c, mask=inside, other=-1)
+        key = tl.maximum(key, other)
+    target_row = tl.where(key >= 0, 0x7FFFFFFF - (key & 0x7FFFFFFF), 0x7FFFFFFF)
+    mine = target_row == r
+    here = tl.sum(mine.to(tl.int32), 0)
+    place = merged + token + c0 + tl.sum((target_row < r).to(tl.int32), 0)
+    if here > 0:
+        n = tl.load(dropped + token + c0 + c, mask=mine, other=0)
+        tl.store(place + tl.cumsum(mine.to(tl.int32), 0) - 1, n, mask=mine)
+        tl.debug_barrier()  # other threads load `merged` than stored it
+    return here, place
 
 
 @jit
@@ -72,21 +93,11 @@ def s5_mean(
             own = tl.load(at(x, base + position * stride_xn, ALIGN) + d, mask=d < D)
             total = own.to(tl.float32)
             received = tl.full((), 0, tl.int32)
-            c = tl.arange(0, CHUNK)
             for c0 in range(0, dropped_count, CHUNK):
-                inside = c0 + c < dropped_count
-                key = tl.load(target_key + token + c0 + c, mask=inside, other=-1)
-                for share in range(1, shares):
-                    other = tl.load(target_key + share * all_tokens + token + c0 + c, mask=inside, other=-1)
-                    key = tl.maximum(key, other)
-                target_row = tl.where(key >= 0, 0x7FFFFFFF - (key & 0x7FFFFFFF), 0x7FFFFFFF)
-                mine = target_row == r
-                here = tl.sum(mine.to(tl.int32), 0)
+                here, place = list_members(
+                    target_key, dropped, merged, token, c0, dropped_count, r, shares, all_tokens, CHUNK
+                )
                 if here > 0:
-                    place = merged + token + c0 + tl.sum((target_row < r).to(tl.int32), 0)
-                    n = tl.load(dropped + token + c0 + c, mask=mine, other=0)
-                    tl.store(place + tl.cumsum(mine.to(tl.int32), 0) - 1, n, mask=mine)
-                    tl.debug_barrier()  # other threads load `merged` than stored it
                     for g in range(0, here, UNROLL):
                         for i in tl.static_range(UNROLL):
                             there = g + i < here

@@ -55,7 +55,7 @@ struct Kernels {
                            void* scratch);
   void (*add_last_products)(const Input&, const Rows&, const Factors&, Centres&, const Merge&, int64_t begin,
                             int64_t end, void* scratch);
-  void (*nearest)(const Scores&, const Centres&, Merge&, int64_t begin, int64_t end);
+  void (*nearest_centre)(const Scores&, const Centres&, Merge&, int64_t begin, int64_t end);
   void (*cluster_mean)(const Input&, const Rows&, const Merge&, Centres&, int64_t begin, int64_t end, int64_t d0,
                        int64_t d1);
   void (*mean_distance)(const Input&, const Rows&, const Merge&, Centres&, int64_t begin, int64_t end);

@@ -37,7 +37,7 @@ static constexpr Kernels kernels_of() {
   k.round = round<E>;
   k.add_all_products = add_all_products<E>;
   k.add_last_products = add_last_products<E>;
-  k.nearest = nearest;
+  k.nearest_centre = nearest_centre;
   k.cluster_mean = cluster_mean<typename E::T>;
   k.mean_distance = mean_distance<typename E::T>;
   k.assign = assign<E>;

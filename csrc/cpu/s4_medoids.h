@@ -65,7 +65,7 @@ static inline int32_t best_centre(const Centres& centres, int64_t token, Value v
 }
 
 // s4: the nearest centre of dropped[begin .. end).
-static void nearest(const Scores& s, const Centres& centres, Merge& merge, int64_t begin, int64_t end) {
+static void nearest_centre(const Scores& s, const Centres& centres, Merge& merge, int64_t begin, int64_t end) {
   for (int64_t i = begin; i < end; i++) {
     const int32_t n = merge.dropped[i];
     const V norm_sq = splat(s.norm_sq[n]);

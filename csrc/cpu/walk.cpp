@@ -403,7 +403,7 @@ void Walk::run(int64_t c, int slot) {
       else k.add_last_products(in, rows, factors, centres, merge, begin, end, scratch);
       break;
     }
-    case Stage::kNearest: k.nearest(scores, centres, merge, cut(c, dropped, 1), cut(c + 1, dropped, 1)); break;
+    case Stage::kNearest: k.nearest_centre(scores, centres, merge, cut(c, dropped, 1), cut(c + 1, dropped, 1)); break;
     case Stage::kSimilar: k.similar(centres, merge, cut(c, dropped, 1), cut(c + 1, dropped, 1)); break;
     case Stage::kMeanDistance:
       k.mean_distance(in, rows, merge, centres, cut(c, dropped, 1), cut(c + 1, dropped, 1));

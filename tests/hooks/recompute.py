@@ -28,9 +28,10 @@ class Options:
     """The arguments of `apet.patch`, spelled the same; a budget may be a list, one for each visual of the sample."""
 
     keep: Keep | list[Keep] = None
-    basis: int = 10
+    basis: int | str = 10
     layout: str = "inplace"
     select: str = "fps"
+    refine: int = 0
     blend: float = 1.0
     llm_layer: int | None = None
     llm_keep: Keep | list[Keep] = None
@@ -84,8 +85,9 @@ def compress(x: Tensor, keep: int, options: Options, layout: str) -> tuple[Tenso
     """The op on one unit: x [N, C] -> rows [R, C], and the row of x that each of them stands for."""
     if keep + (options.basis if layout == "append" else 0) >= len(x):
         return x, torch.arange(len(x))
-    more = {"layout": layout, "select": options.select, "blend": options.blend}
-    tokens, index = apet_kernels.compress(x[None].contiguous(), keep, options.basis, **more)
+    more = {"layout": layout, "select": options.select, "blend": options.blend, "refine": options.refine}
+    basis = None if options.basis == "keep" else options.basis
+    tokens, index = apet_kernels.compress(x[None].contiguous(), keep, basis, **more)
     return tokens[0], index[0]
 
 

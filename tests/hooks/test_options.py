@@ -12,7 +12,7 @@ import apet
 import pytest
 import torch
 from conversations import collate
-from families import Family, build, shared, takes, twin
+from families import FAMILIES, Family, build, shared, takes, twin
 from recompute import expected
 from running import BOTH, FIRST, STAGES, TOLERANCE, conversation, conversations, judge, say
 from torch import nn
@@ -31,6 +31,11 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"keep": 9, "basis": 0}, "basis=0"),
     ({"keep": 9, "basis": 65}, "basis=65"),
     ({"keep": 9, "basis": 2.5}, r"basis=2\.5"),
+    ({"keep": 9, "basis": "all"}, "basis='all' is not a whole number, nor 'keep'"),
+    ({"keep": 9, "basis": "keep"}, "basis=None needs select='qr'"),
+    ({"keep": 9, "basis": "keep", "select": "qr", "layout": "append"}, "needs layout='inplace'"),
+    ({"keep": 9, "basis": "keep", "select": "qr", "refine": 9}, "refine=9"),
+    ({"keep": 9, "basis": 9, "refine": 1}, "refine=1 needs basis='keep', got basis=9"),
     ({"keep": 9, "layout": "outplace"}, "layout='outplace'"),
     ({"keep": 9, "select": "dpc"}, "select='dpc'"),
     ({"keep": 9, "blend": 0.5}, r"blend=0\.5"),
@@ -117,6 +122,18 @@ def test_presets(name: str, preset: str, want: dict[str, Any]) -> None:
 def test_preset_deeper_than_the_model() -> None:
     with pytest.raises(ValueError, match="llm_layer=16"):
         apet.patch(build("llava"), preset="paper-64")
+
+
+@pytest.mark.parametrize("refine", [0, 2])
+def test_a_basis_of_all_that_is_kept(refine: int) -> None:
+    """In both stages, one of which keeps more tokens than are picked one at a time."""
+    family, model = FAMILIES["llava"], shared("llava")
+    options = {"keep": 24, "llm_layer": 2, "llm_keep": 9, "basis": "keep", "select": "qr", "refine": refine}
+    rows = conversations(family)
+    with apet.patched(model, **options) as chosen:
+        assert chosen.kernel == {"basis": None, "select": "qr", "layout": "inplace", "blend": 1.0, "refine": refine}
+        said = say(model, collate(family, rows))
+    judge(family, rows, said, options)
 
 
 # ---- budgets for each image

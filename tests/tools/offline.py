@@ -83,7 +83,7 @@ class Problem:
     op: str
     D: int
     dtype: torch.dtype
-    M: int = 10
+    M: int | None = 10
     options: tuple[tuple[str, Any], ...] = ()
 
     def launches(self, device_class: str) -> list:
@@ -109,6 +109,9 @@ def problems(smoke: bool) -> Iterator[Problem]:
     yield from (Problem("compress", D, dtype) for dtype in dims for D in dims[dtype])
     if not smoke:
         yield from (Problem("compress", D, dtype, 64) for dtype in dims for D in dims[dtype][::2])
+    in_rounds = (("select", "qr"), ("refine", 1))
+    yield from (Problem("compress", D, dtype, None, in_rounds) for dtype in dims for D in dims[dtype])
+    yield Problem("compress_varlen", 1024, torch.float16, None, in_rounds)
     layouts = [{"layout": "inplace"}, {"layout": "overwrite", "blend": 0.5}, {"layout": "append"}]
     for select, layout in itertools.product(("fps", "qr"), layouts):
         options = tuple({**layout, "select": select}.items())

@@ -109,6 +109,8 @@ def _check(options: Options, layers: range) -> None:
             raise ValueError(f"{name}={value!r} is not a whole number{or_keep}")
     if options.llm_layer is not None and options.llm_layer not in layers:
         raise ValueError(f"llm_layer={options.llm_layer} is outside {layers[0]}..{layers[-1]}, between decoder layers")
+    if options.refine and options.basis != "keep":
+        raise ValueError(f"refine={options.refine} needs basis='keep', got basis={options.basis}")
     # How many tokens a model has, and keeps, is known when it is called.
     kernel.Options(**options.kernel).check(tokens=sys.maxsize, most_kept=sys.maxsize)
     if options.layout == "append" and options.llm_layer is not None:
