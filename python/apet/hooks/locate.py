@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from .adapter import Adapter
 from .config import Keep
+from .find import of
 from .state import Call, Trace, brings_pixels
 from .target import Target
 from .units import Tokens, group
@@ -50,12 +51,12 @@ def find(target: Target, call: Call, generation: Call | None, x: Tensor) -> tupl
 
 def placeholders(adapter: Adapter, core: nn.Module, modality: str, inputs: Mapping[str, Any], x: Tensor) -> Tensor:
     """The rows of x [B, L, D], flattened, that hold the features of a modality, ascending."""
-    name = adapter.tokens[modality]
-    token = getattr(core.config, name, None)
+    name = adapter.tokens.get(modality)
+    token = None if name is None else of(core, name)
     if token is None:
         raise ValueError(
-            f"{type(core.config).__name__} has no {name}, the placeholder of a modality '{modality}'; an adapter's "
-            "`tokens` says what it is called (docs/hooks.md)"
+            f"{type(core.config).__name__} has no {name or f'{modality}_token_id'}, the placeholder of a modality "
+            f"'{modality}'; an adapter's `tokens` says what it is called (docs/add-a-model.md)"
         )
     if inputs.get("input_ids") is not None:
         there = inputs["input_ids"] == token
