@@ -16,7 +16,7 @@ import apet
 from apet import ApetError, hooks, media, models
 from apet.evaluation.answers import Answers, Record, Records
 from apet.evaluation.questions import Question, Questions
-from apet.hooks import find
+from apet.hooks import parts
 from apet.hooks.adapters import adapter_for
 from apet.hub import first_line
 from apet.model_report import GREEDY, Clock
@@ -142,5 +142,5 @@ def _visual_tokens(model: nn.Module, inputs: Mapping[str, Any]) -> int:
     """Placeholders of images and clips in the prompt."""
     adapter = adapter_for(model)
     core = adapter.core(model)
-    tokens = {find.of(core, name) for name in adapter.fitted(core).tokens.values()} - {None}
+    tokens = {parts.of(core, name) for name in adapter.fitted(core).tokens.values()} - {None}
     return sum(int((inputs["input_ids"] == token).sum()) for token in tokens)

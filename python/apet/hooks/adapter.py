@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Self
 
 from torch import Tensor, nn
 
-from . import find, grids
+from . import grids, parts
 from .calling import is_pixels
 from .grids import Units, equal_units, one_unit
 
@@ -18,7 +18,7 @@ __all__ = ["Adapter", "Units", "equal_units", "one_unit"]
 class Adapter:
     """A model that puts visual features at placeholder tokens and hands `inputs_embeds` to a decoder.
 
-    This class is the adapter of any such model: what it says is found in the model (find.py, grids.py). Subclasses
+    This class is the adapter of any such model: what it says is found in the model (parts.py, grids.py). Subclasses
     say what cannot be found: an adapter of a family is short, since all work is the engine's.
     """
 
@@ -36,29 +36,29 @@ class Adapter:
     def fitted(self, core: nn.Module) -> Self:
         """This adapter, with what it leaves open found in a core model. Raises ValueError where that is not there."""
         fitted: Any = copy.copy(self)
-        fitted.positions = self.positions or find.positions(core)
-        fitted.tokens = self.tokens or find.tokens(core)
+        fitted.positions = self.positions or parts.positions(core)
+        fitted.tokens = self.tokens or parts.tokens(core)
         fitted.unit_names = self.unit_names or grids.unit_names(core)
         return fitted
 
     def core(self, model: nn.Module) -> nn.Module:
         """The module whose forward takes token ids and pixels and calls the decoder."""
-        return find.core(model)
+        return parts.core(model)
 
     def language_model(self, core: nn.Module) -> nn.Module:
         """The decoder, with its `layers`."""
-        return find.decoder(core)
+        return parts.decoder(core)
 
     def first_llm_layer(self, core: nn.Module) -> int:
         """The least `llm_layer`: behind the layers at which visual features are added again."""
-        return max(1, find.deepstack(core))
+        return max(1, parts.deepstack(core))
 
     def brings(self, inputs: Mapping[str, Any]) -> set[str]:
         """Modalities present in a forward call. Determined from its arguments, not from placeholder ids in the text,
         because a model may generate the placeholder token."""
         pixels = {n for n in inputs if is_pixels(n) and inputs[n] is not None and len(inputs[n])}
         encoded = {m for m, output in (inputs.get("mm_encoder_outputs") or {}).items() if output is not None}
-        return (encoded & find.PLACEHOLDERS.keys()) | {find.modality(name) for name in pixels}
+        return (encoded & parts.PLACEHOLDERS.keys()) | {parts.modality(name) for name in pixels}
 
     def visuals(self, core: nn.Module, inputs: Mapping[str, Any], counts: Mapping[str, int]) -> dict[str, list[Units]]:
         """The units of every image and video of a call, by modality, in the order of their placeholders.

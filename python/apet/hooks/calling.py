@@ -203,7 +203,10 @@ KINDS: Mapping[str, str] = {  # of attention, by the names in transformers' conf
     "full_attention": "create_causal_mask",
     "sliding_attention": "create_sliding_window_causal_mask",
     "chunked_attention": "create_chunked_causal_mask",
+    "minimax_m3_sparse": "create_causal_mask",  # these choose among the keys that a causal mask shows
+    "indexed_attention": "create_causal_mask",
 }
+MATERIALIZED = ("indexed_attention",)  # kinds whose layers read their mask, so None cannot stand for a causal one
 RECURRENT = ("linear_attention", "conv", "mamba")  # kinds of layers that keep a state; they get 2-D masks of new tokens
 
 
@@ -256,9 +259,11 @@ class MaskBuilder:
         given: dict[str, Any] = {"layer_idx": layer} if self.takes_layer else {}
         shown: Any = cache
         if cache is not None and not self.takes_layer:
-            shown = _OneLayer(cache, layer, kind != "full_attention")
+            shown = _OneLayer(cache, layer, KINDS[kind] != "create_causal_mask")
         if self.takes_cache_position:
             given["cache_position"] = torch.arange(x.shape[1], device=x.device) + past
+        if kind in MATERIALIZED:
+            given["allow_is_causal_skip"] = False
         if more is not None:
             given["or_mask_function"] = _pairs(more.to(x.device), past)
         names = {self.embeds: x, self.cache: shown}

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Cache
 
-from . import caches, find, first_stage, second_stage, state
+from . import caches, first_stage, parts, second_stage, state
 from .adapter import Adapter
 from .calling import versions
 from .config import Options
@@ -235,7 +235,7 @@ class Engine:
     def check_no_images(self, core: nn.Module, inputs: Mapping[str, Any], unknown: list[str]) -> None:
         """Raises ValueError for a call with placeholders whose pixels may have a name that is not known."""
         ids = inputs.get("input_ids")
-        tokens = [find.of(core, name) for name in self.target.adapter.tokens.values()]
+        tokens = [parts.of(core, name) for name in self.target.adapter.tokens.values()]
         if isinstance(ids, Tensor) and any(token is not None and bool((ids == token).any()) for token in tokens):
             raise ValueError(
                 f"{type(core).__name__} was called with placeholders of images or videos and with "

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from .adapter import Adapter
 from .config import Keep
-from .find import of
+from .parts import of
 from .state import Call, Trace, brings_pixels
 from .target import Target
 from .units import Tokens, group

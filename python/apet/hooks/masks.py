@@ -19,6 +19,7 @@ from torch.nn.attention.flex_attention import create_mask
 from .calling import KINDS, RECURRENT
 from .sequence import Packing
 
+LIMITED = ("sliding_attention", "chunked_attention")  # kinds of layers whose caches do not hold every column
 More = dict[str, Tensor]  # by the kind of layers: which pairs [B, L, past + L] bool are seen beside the causal ones
 
 
@@ -75,7 +76,7 @@ def _read(
     total = past + length
     if not isinstance(mask, Tensor):
         mask = create_mask(mask.mask_mod, batch, None, length, total, device=device)
-    if mask.dim() not in (2, 4) or mask.shape[-1] < total or (past and kind != "full_attention" and mask.dim() == 4):
+    if mask.dim() not in (2, 4) or mask.shape[-1] < total or (past and kind in LIMITED and mask.dim() == 4):
         raise ValueError(
             f"attention_mask of shape {tuple(mask.shape)} does not say which of {total} tokens are padding, {past} of "
             "which the cache holds; give a 2-D mask over all of them"

@@ -60,7 +60,7 @@ def part(cache: Cache | None, mask: Tensor, following: Tensor, flash: bool) -> P
     # Flash attention takes lengths from the width of the mask, so there it has to grow.
     fixed = cache is not None and cache.is_compileable and not flash
     if fixed:
-        capacity = max(layer.max_cache_len for layer in cache.layers)
+        capacity = max(getattr(layer, "max_cache_len", 0) for layer in cache.layers)  # but for layers that keep a state
         mask = torch.nn.functional.pad(mask, (0, capacity - length), value=True)
     return Part(mask, following - length, fixed)
 

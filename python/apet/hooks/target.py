@@ -13,7 +13,7 @@ from torch import nn
 import apet
 
 from .adapter import Adapter
-from . import find
+from . import parts
 from .calling import KINDS, RECURRENT, Arguments, MaskBuilder, Rotary, attention_types, implementation, versions
 from .config import Options
 from .masks import Reach
@@ -54,7 +54,7 @@ class Target:
         core = plain(part_of(adapter.core, model, "core model", adapter))
         language_model = plain(part_of(adapter.language_model, core, "language model", adapter))
         adapter = adapter.fitted(core)
-        layers = find.layers(language_model)
+        layers = parts.layers(language_model)
         if layers is None:
             raise ValueError(
                 f"{type(language_model).__name__}, the language model of {type(model).__name__}, has no list `layers` "
@@ -84,14 +84,14 @@ class Target:
             options,
             Arguments.of(model),
             Arguments.of(core),
-            Arguments.of(language_model, find.DECODER),
+            Arguments.of(language_model, parts.DECODER),
             tuple(
                 Arguments.of(layer, needed if i in layers_from else ("cache", "hidden"))
                 for i, layer in enumerate(layers)
             ),
             MaskBuilder.find(),
             rotary,
-            find.axes(language_model),
+            parts.axes(language_model),
         )
 
     def say_nothing_dropped(self, name: str, tokens: Tokens, modalities: Iterable[str]) -> None:
@@ -138,7 +138,7 @@ class Target:
 
     def layers(self) -> list[nn.Module]:
         """The decoder layers."""
-        return list(find.layers(self.language_model()) or ())
+        return list(parts.layers(self.language_model()) or ())
 
 
 def check_second_stage(language_model: nn.Module, layers: nn.ModuleList, llm_layer: int) -> None:

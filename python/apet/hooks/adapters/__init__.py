@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from torch import nn
 
-from .. import find
+from .. import parts
 from ..adapter import Adapter
 from .internvl import InternVL
 from .llava import Llava
@@ -83,7 +83,7 @@ def adapter_for(model: nn.Module) -> Adapter:
             f"dropping them at random (docs/hooks.md). To do it all the same, call apet.register_adapter('{model_type}', "
             "apet.Adapter()) first"
         )
-    reason = find.why_not(model)
+    reason = parts.why_not(model)
     if reason is not None:
         raise ValueError(f"{name} cannot be patched: {reason}")
     return GENERIC
