@@ -105,8 +105,8 @@ def _gathered(owner: str, name: str, x: Tensor, at: Sequence, packing: Packing) 
     found = next((counted[n] for n in x.shape if n in counted and n > 1), None)
     if found is not None:
         raise ValueError(
-            f"{owner} was called with {name} of shape {tuple(x.shape)}, one of which is the number of {found}. apet does "
-            f"not know this argument, so it cannot drop tokens from it ({versions()})"
+            f"{owner} was called with {name} of shape {tuple(x.shape)}, one of which is the number of {found}. apet "
+            f"does not know this argument, so it cannot drop tokens from it ({versions()})"
         )
     return x
 

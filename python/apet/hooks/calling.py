@@ -181,14 +181,15 @@ class Rotary:
         taken = [(arguments := Arguments.of(layer)).forwards or "rotary" in arguments.names for layer in layers]
         if not isinstance(rotary, nn.Module) or not all(taken):
             raise ValueError(
-                f"llm_layer={llm_layer} cannot be used with {owner}: not all of its layers are given a rotary embedding "
-                f"({' or '.join(NAMES['rotary'])}) that its rotary_emb makes"
+                f"llm_layer={llm_layer} cannot be used with {owner}: not all of its layers are given a rotary "
+                f"embedding ({' or '.join(NAMES['rotary'])}) that its rotary_emb makes"
             )
         parameters = list(inspect.signature(rotary.forward).parameters)
         if parameters[:2] != ["x", "position_ids"] or parameters[2:] not in ([], ["layer_type"]):
             raise ValueError(
-                f"llm_layer={llm_layer} cannot be used: {type(rotary).__name__}.forward takes ({', '.join(parameters)}), "
-                f"where apet knows (x, position_ids) and (x, position_ids, layer_type) ({versions()})"
+                f"llm_layer={llm_layer} cannot be used: {type(rotary).__name__}.forward takes ( "
+                f"{', '.join(parameters)}), where apet knows (x, position_ids) and (x, position_ids, layer_type) "
+                f"({versions()})"
             )
         return cls(len(parameters) == 3)
 

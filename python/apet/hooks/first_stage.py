@@ -107,8 +107,8 @@ def begin(
     added = along.added_layers(roles, arguments, at)
     if options.llm_layer is not None and options.llm_layer < added:
         raise ValueError(
-            f"llm_layer={options.llm_layer} lies before layer {added}, until which {roles.owner} adds features of visual "
-            f"tokens again; llm_layer={added} is the least"
+            f"llm_layer={options.llm_layer} lies before layer {added}, until which {roles.owner} adds features of "
+            f"visual tokens again; llm_layer={added} is the least"
         )
     if options.keep is not None:
         find_shorter = marked if target.projector is not None else shorten
@@ -174,7 +174,8 @@ def check_counted(positions: Any, owner: str) -> None:
     """Raises ValueError for positions along several axes where those of what is left would be counted."""
     if isinstance(positions, Tensor) and positions.dim() == 3 and not torch.equal(*positions.aminmax(dim=0)):
         raise ValueError(
-            f"{owner} was called with positions {tuple(positions.shape)} that differ between their rows, as M-RoPE's do; "
+            f"{owner} was called with positions {tuple(positions.shape)} that differ between their rows, as M-RoPE's "
+            "do; "
             'an adapter with positions = "keep" keeps them (docs/add-a-model.md)'
         )
 
@@ -199,13 +200,13 @@ def kept_positions(
 ) -> tuple[Tensor, Tensor]:
     """Positions [.., B or 1, L] as given -> those of the tokens that stay, and the one that comes next [B, 1].
 
-    Of M-RoPE's three axes, four rows are returned, the first of which is text [B, L2], which counts tokens: transformers
-    tells packed sequences apart by it, and would find some where positions have gaps.
+    Of M-RoPE's three axes, four rows are returned, the first of which is text [B, L2], which counts tokens:
+    transformers tells packed sequences apart by it, and would find some where positions have gaps.
     """
     if positions.dim() == 3 and len(positions) not in (axes, axes + 1):
         raise ValueError(
-            f"position_ids of shape {tuple(positions.shape)} have {len(positions)} rows: apet knows {axes} (M-RoPE) and "
-            f"{axes + 1} (the positions of the text before them)"
+            f"position_ids of shape {tuple(positions.shape)} have {len(positions)} rows: apet knows {axes} (M-RoPE) "
+            f"and {axes + 1} (the positions of the text before them)"
         )
     rotary = positions[-axes:] if positions.dim() == 3 else positions[None]
     rotary = rotary.to(valid.device)

@@ -24,6 +24,10 @@ def find(target: Target, call: Call, generation: Call | None, x: Tensor) -> tupl
     adapter, options, core, inputs = target.adapter, target.options, call.core, call.inputs
     batch, length = x.shape[:2]
     flats = {m: placeholders(adapter, core, m, inputs, x) for m in sorted(adapter.brings(inputs))}
+    if set(flats) == {"video"} and not len(flats["video"]):  # GLM's frames stand at placeholders of images
+        flats = {"video": placeholders(adapter, core, "image", inputs, x)}
+    elif len(flats) > 1 and len({adapter.tokens[m] for m in flats}) < len(flats):
+        raise ValueError(f"{' and '.join(flats)} stand at the same placeholders, so apet cannot tell them apart")
     repeats = 1
     if not brings_pixels(inputs):  # generate() has encoded them before this forward
         if generation is None or not brings_pixels(generation.inputs):

@@ -84,7 +84,9 @@ def _read(
     if mask.dim() == 2:
         return mask[:, :total].to(device, torch.bool), None
     if mask.shape[1] != 1 and not torch.equal(mask, mask[:, :1].expand_as(mask)):
-        raise ValueError(f"an attention mask of shape {tuple(mask.shape)} differs between heads, which apet cannot keep")
+        raise ValueError(
+            f"an attention mask of shape {tuple(mask.shape)} differs between heads, which apet cannot keep"
+        )
     seen = mask[:, 0, :, :total].to(device)
     seen = (seen if seen.dtype == torch.bool else seen == 0).expand(batch, -1, -1)  # [B, length, total]
     valid = seen.any(1)  # some query sees it, at least its own
@@ -92,8 +94,8 @@ def _read(
     causal, seen = reach.causal(kind, valid, past) & pairs, seen & pairs
     if (causal & ~seen).any():
         raise ValueError(
-            f"an attention mask of shape {tuple(mask.shape)} hides tokens that causal attention shows, so tokens cannot "
-            "leave it"
+            f"an attention mask of shape {tuple(mask.shape)} hides tokens that causal attention shows, so tokens "
+            "cannot leave it"
         )
     beside = seen & ~causal
     return valid, beside if beside.any() else None

@@ -104,9 +104,16 @@ def deepstack(core: nn.Module) -> int:
 
 def why_not(model: nn.Module) -> str | None:
     """Why a model has no visual tokens that could leave; None where nothing speaks against it."""
-    config = model.config
+    config = getattr(model, "config", None)
+    if config is None:
+        return "it has no configuration, as models of transformers have"
     if getattr(config, "is_encoder_decoder", False):
         return "it is an encoder-decoder: its decoder attends to what the encoder saw, and holds no visual tokens"
+    if getattr(config, "deepstack_layer_map", None):
+        return (
+            "its visual tokens are zeros where its decoder begins, and get their features in later layers, so there is "
+            "nothing to choose by"
+        )
     resamplers = {type(m).__name__ for m in model.modules() if "QFormer" in type(m).__name__}
     if resamplers:
         return f"a {min(resamplers, key=len)} leaves a few dozen tokens of an image, fewer than compression would"
@@ -133,8 +140,9 @@ def _decoder(within: nn.Module) -> tuple[list[str], nn.Module]:
         why = f"; {crossing[0]} attends to image states instead of holding visual tokens" if crossing else ""
         raise ValueError(
             f"apet finds no decoder in {type(within).__name__}: no module with a list of layers whose forward takes "
-            f"embeddings, a mask, positions and a cache ({', '.join(n for role in DECODER for n in NAMES[role])}){why}. An "
-            "adapter's `language_model` says where it is (docs/add-a-model.md)"
+            f"embeddings, a mask, positions and a cache ( "
+            f"{', '.join(n for role in DECODER for n in NAMES[role])}){why}. An adapter's `language_model` says where "
+            "it is (docs/add-a-model.md)"
         )
     if len(found) > 1:
         named = ", ".join(f"{'.'.join(path)} ({type(module).__name__})" for path, module in found)

@@ -6,14 +6,13 @@ import warnings
 import weakref
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import Any
 
 from torch import nn
 
 import apet
 
-from .adapter import Adapter
 from . import parts
+from .adapter import Adapter
 from .calling import KINDS, RECURRENT, Arguments, MaskBuilder, Rotary, attention_types, implementation, versions
 from .config import Options
 from .masks import Reach
@@ -147,7 +146,8 @@ def check_second_stage(language_model: nn.Module, layers: nn.ModuleList, llm_lay
     kinds = attention_types(config)
     if len(kinds) != len(layers):
         raise ValueError(
-            f"llm_layer={llm_layer} cannot be used: {owner} has {len(layers)} layers, and its configuration {len(kinds)}"
+            f"llm_layer={llm_layer} cannot be used: {owner} has {len(layers)} layers, and its configuration "
+            f"{len(kinds)}"
         )
     unknown = {*kinds} - {*KINDS, *RECURRENT}
     if unknown:
@@ -174,8 +174,8 @@ def part_of(finder: Callable[[nn.Module], nn.Module], whole: nn.Module, what: st
     except AttributeError as error:
         raise ValueError(
             f"{type(whole).__name__} has no {what} where {type(adapter).__name__} looks for it ({error}). Models that "
-            "are not transformers' own keep their parts elsewhere: write an adapter that says where (docs/add-a-model.md), "
-            f"or load a port that transformers has ({versions()})"
+            "are not transformers' own keep their parts elsewhere: write an adapter that says where "
+            f"(docs/add-a-model.md), or load a port that transformers has ({versions()})"
         ) from error
 
 

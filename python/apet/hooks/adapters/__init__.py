@@ -13,7 +13,10 @@ from .llava import Llava
 from .llava_next import LlavaNext
 from .llava_next_video import LlavaNextVideo
 from .llava_onevision import LlavaOnevision
+from .molmo2 import Molmo2
+from .perception_lm import PerceptionLM
 from .qwen import Qwen2_5VL
+from .video_llama_3 import VideoLlama3
 from .video_llava import VideoLlava
 
 ADAPTERS: dict[str, Adapter] = {
@@ -22,9 +25,12 @@ ADAPTERS: dict[str, Adapter] = {
     "llava_next": LlavaNext(),
     "llava_next_video": LlavaNextVideo(),
     "llava_onevision": LlavaOnevision(),
+    "molmo2": Molmo2(),
+    "perception_lm": PerceptionLM(),
     "qwen2_5_vl": Qwen2_5VL(),
     "qwen2_vl": Adapter(),
     "qwen3_vl": Adapter(),
+    "video_llama_3": VideoLlama3(),
     "video_llava": VideoLlava(),
 }
 GENERIC = Adapter()  # of a model without an adapter of its own
@@ -80,8 +86,8 @@ def adapter_for(model: nn.Module) -> Adapter:
     if model_type in READERS:
         raise ValueError(
             f"{name} reads documents: there, published results put every method that drops visual tokens at or below "
-            f"dropping them at random (docs/hooks.md). To do it all the same, call apet.register_adapter('{model_type}', "
-            "apet.Adapter()) first"
+            f"dropping them at random (docs/hooks.md). To do it all the same, call "
+            f"apet.register_adapter('{model_type}', apet.Adapter()) first"
         )
     reason = parts.why_not(model)
     if reason is not None:
