@@ -33,6 +33,12 @@ def modality(name: str) -> str:
 
 def core(model: nn.Module) -> nn.Module:
     """The innermost module around the decoder whose forward takes pixels. Raises ValueError where there is none."""
+    whole = [name for name, child in model.named_children() if hasattr(child, "generate") and _takes_pixels(child)]
+    if whole and not _takes_pixels(model):
+        raise ValueError(
+            f"{type(model).__name__} takes no images itself, its part '{whole[0]}' does: apet.patch(model.{whole[0]}, "
+            "...)"
+        )
     path, decoder = _decoder(model)
     around = [model.get_submodule(".".join(path[:n])) for n in range(len(path))]
     taking = [module for module in around if _takes_pixels(module)]
@@ -43,9 +49,7 @@ def core(model: nn.Module) -> nn.Module:
             f"{type(decoder).__name__} takes pixels and runs its decoder layers itself: there is no call of a decoder "
             "with embeddings in between, where tokens could leave"
         )
-    inner = [name for name, child in model.named_children() if _takes_images(child)]
-    hint = f"; patch its part instead: apet.patch(model.{inner[0]}, ...)" if inner else ""
-    raise ValueError(f"{type(model).__name__} takes no images: its forward has no pixel_values{hint}")
+    raise ValueError(f"{type(model).__name__} takes no images: its forward has no pixel_values")
 
 
 def decoder(core: nn.Module) -> nn.Module:
@@ -122,14 +126,6 @@ def why_not(model: nn.Module) -> str | None:
 
 def _takes_pixels(module: nn.Module) -> bool:
     return any(is_pixels(name) for name in inspect.signature(module.forward).parameters)
-
-
-def _takes_images(module: nn.Module) -> bool:
-    """Whether a module, or a part of it, puts images among tokens."""
-    return any(
-        "input_ids" in (names := inspect.signature(m.forward).parameters) and any(map(is_pixels, names))
-        for m in module.modules()
-    )
 
 
 def _decoder(within: nn.Module) -> tuple[list[str], nn.Module]:
