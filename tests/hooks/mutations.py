@@ -722,7 +722,7 @@ def layers_in_two_lists(c: Classes) -> None:
     c.edit(c.lm, (r"self\.layers\[:self\.config\.num_hidden_layers\]", "[*self.layers, *self.layers_late]"))
 
 
-@mutation("llava", says="has no list `layers`")
+@mutation("llava")
 def layers_renamed(c: Classes) -> None:
     def change(this: nn.Module) -> None:
         this.layers_ = this.layers

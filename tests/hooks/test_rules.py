@@ -47,7 +47,7 @@ def rows_of(x: Tensor, b: int) -> list[Any]:
 @pytest.mark.parametrize("shape", [(B, L), (B, L, 3), (B, L, 4, 2)])
 def test_behind_the_batch(shape: tuple[int, ...]) -> None:
     """Token types, inputs of each layer, ids."""
-    x = torch.arange(B * L * 8).view(B, L, 8)[:, :, :1].expand(B, L, 8).reshape(B, L, 8)
+    x = torch.arange(1.0 * B * L * 8).view(B, L, 8)[:, :, :1].expand(B, L, 8).reshape(B, L, 8)
     x = x[:, :, 0] if len(shape) == 2 else x[..., : shape[2]] if len(shape) == 3 else x.view(B, L, 4, 2)
     found = shortened(types=x)["types"]
     for b in range(B):
@@ -95,6 +95,12 @@ def test_padding_holds_no_features() -> None:
 def test_what_is_not_known_raises(shape: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match=r"strange of shape .* is the number of (visual )?tokens"):
         shortened(strange=torch.zeros(shape))
+
+
+def test_indices_of_tokens_raise() -> None:
+    """They would have to change with what they index."""
+    with pytest.raises(ValueError, match="strange of shape"):
+        shortened(strange=torch.zeros(B, L, 3, dtype=torch.int64))
 
 
 def test_other_arguments_stay() -> None:

@@ -49,7 +49,8 @@ def core(model: nn.Module) -> nn.Module:
             f"{type(decoder).__name__} takes pixels and runs its decoder layers itself: there is no call of a decoder "
             "with embeddings in between, where tokens could leave"
         )
-    raise ValueError(f"{type(model).__name__} takes no images: its forward has no pixel_values")
+    taken = ", ".join(inspect.signature(around[-1].forward).parameters)
+    raise ValueError(f"{type(around[-1]).__name__} takes no images: its forward has no pixel_values, but {taken}")
 
 
 def decoder(core: nn.Module) -> nn.Module:
@@ -72,8 +73,8 @@ def tokens(core: nn.Module) -> dict[str, str]:
     found = {m: name for m, name in names.items() if name is not None}
     if not found:
         raise ValueError(
-            f"{type(core).__name__} puts no features at placeholder tokens as far as apet can tell: its configuration "
-            f"{type(core.config).__name__} has none of {', '.join(PLACEHOLDERS['image'])}. If it has a placeholder, an "
+            f"{type(core).__name__} puts no features at placeholder tokens as far as apet can tell: "
+            f"{type(core.config).__name__} has no {', '.join(PLACEHOLDERS['image'])}. If it has a placeholder, an "
             "adapter's `tokens` says what it is called (docs/add-a-model.md)"
         )
     return found
@@ -130,30 +131,34 @@ def _takes_pixels(module: nn.Module) -> bool:
 
 def _decoder(within: nn.Module) -> tuple[list[str], nn.Module]:
     """The decoder and the names that lead to it. Raises ValueError where there is none, or more than one."""
-    found = list(_decoders(within))
-    if not found:
-        crossing = sorted({type(m).__name__ for m in within.modules() if _crosses(m)})
-        why = f"; {crossing[0]} attends to image states instead of holding visual tokens" if crossing else ""
-        raise ValueError(
-            f"apet finds no decoder in {type(within).__name__}: no module with a list of layers whose forward takes "
-            f"embeddings, a mask, positions and a cache ( "
-            f"{', '.join(n for role in DECODER for n in NAMES[role])}){why}. An adapter's `language_model` says where "
-            "it is (docs/add-a-model.md)"
-        )
+    found = list(_decoders(within, len(DECODER)))
     if len(found) > 1:
         named = ", ".join(f"{'.'.join(path)} ({type(module).__name__})" for path, module in found)
         raise ValueError(
             f"{type(within).__name__} has {len(found)} decoders: {named}. An adapter's `language_model` says which of "
             "them gets the images (docs/add-a-model.md)"
         )
-    return found[0]
+    if found:
+        return found[0]
+    for _, near in _decoders(within, len(DECODER) - 1):
+        Arguments.of(near, DECODER)  # says which one it lacks
+    crossing = sorted({type(m).__name__ for m in within.modules() if _crosses(m)})
+    why = f"; {crossing[0]} attends to image states instead of holding visual tokens" if crossing else ""
+    known = ", ".join(name for role in DECODER for name in NAMES[role])
+    raise ValueError(
+        f"apet finds no decoder in {type(within).__name__}: no module with a list of layers whose forward takes "
+        f"embeddings, a mask, positions and a cache ({known}){why}. An adapter's `language_model` says where it is "
+        "(docs/add-a-model.md)"
+    )
 
 
-def _decoders(within: nn.Module) -> Iterator[tuple[list[str], nn.Module]]:
+def _decoders(within: nn.Module, roles: int) -> Iterator[tuple[list[str], nn.Module]]:
+    """The modules that have layers, and so many of a decoder's arguments."""
     for name, module in within.named_modules():
         if not any(isinstance(child, nn.ModuleList) for child in module.children()) or _crosses(module):
             continue
-        if all(role in Arguments.of(module).names for role in DECODER) and layers(module) is not None:
+        names = Arguments.of(module).names
+        if sum(role in names for role in DECODER) >= roles and layers(module) is not None:
             yield name.split(".") if name else [], module
 
 

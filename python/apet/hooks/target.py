@@ -36,7 +36,7 @@ class Target:
     core_arguments: Arguments
     language_model_arguments: Arguments
     layer_arguments: tuple[Arguments, ...]
-    masks: MaskBuilder
+    masks: MaskBuilder | None  # where they have to be built
     rotary: Rotary | None  # for the second stage
     axes: int  # of positions, where they are kept
     said: set[str] = field(default_factory=set)  # what users were told once
@@ -67,11 +67,12 @@ class Target:
         projector = None
         if adapter.projector is not None and options.keep is not None:
             projector = weakref.ref(part_of(lambda c: c.get_submodule(adapter.projector), core, "projector", adapter))
-        rotary = None
+        masks, rotary = None, None
         layers_from = range(0)
         if options.llm_layer is not None:
             layers_from = range(options.llm_layer, len(layers))
             check_second_stage(language_model, layers, options.llm_layer)
+            masks = MaskBuilder.find()
             rotary = Rotary.of(language_model, layers, options.llm_layer)
         needed = ("mask", "cache", "hidden")
         return cls(
@@ -88,7 +89,7 @@ class Target:
                 Arguments.of(layer, needed if i in layers_from else ("cache", "hidden"))
                 for i, layer in enumerate(layers)
             ),
-            MaskBuilder.find(),
+            masks,
             rotary,
             parts.axes(language_model),
         )
@@ -125,6 +126,11 @@ class Target:
     def kind(language_model: nn.Module, index: int) -> str:
         """The kind of a decoder layer."""
         return attention_types(language_model.config)[index]
+
+    def attending(self, language_model: nn.Module) -> int:
+        """The first layer from `llm_layer` on that attends to tokens."""
+        kinds = attention_types(language_model.config)
+        return next(i for i in range(self.options.llm_layer, len(kinds)) if kinds[i] in KINDS)
 
     @staticmethod
     def reach(language_model: nn.Module) -> Reach:
