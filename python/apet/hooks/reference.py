@@ -90,7 +90,7 @@ def say(
     if llm_layer is not None:
         handles.append(decoder.layers[llm_layer].register_forward_pre_hook(inside, with_kwargs=True))
     words = set(range(3, 99))
-    size = model.get_output_embeddings().weight.shape[0]
+    size = model.config.get_text_config().vocab_size
     more = {"cache_implementation": "static", "disable_compile": True} if static else {}
     try:
         tokens = model.generate(
@@ -128,7 +128,8 @@ class Whole:
             if name == "input_ids":
                 longer[name] = torch.cat([value, tokens[None]], dim=1)
             elif isinstance(value, Tensor) and value.shape == row["input_ids"].shape:  # a mask, or types of tokens
-                filler = value.new_full((1, len(tokens)), int(name == "attention_mask"))
+                follows = name == "attention_mask" or (name == "token_type_ids" and not value.any())  # a prefix's end
+                filler = value.new_full((1, len(tokens)), int(follows))
                 longer[name] = torch.cat([value, filler], dim=1)
         seen: list[dict[str, Any]] = []
 
@@ -154,9 +155,9 @@ class Whole:
 
     @property
     def keeps_positions(self) -> bool:
-        """Whether tokens must keep their positions, since these are not simply counted."""
+        """Whether tokens must keep their positions, since these are not simply counted (from any number on)."""
         given = self.arguments.get("position_ids")
-        return given is not None and bool((given != torch.arange(self.length)).any())
+        return given is not None and bool((given.diff(dim=-1) != 1).any())
 
     def gathered(self, columns: Tensor) -> dict[str, Any]:
         """The arguments for these columns [n] of the prompt and the tokens after it, but for the embeddings."""
@@ -267,10 +268,9 @@ def must(
     late = late.select(axis, b).narrow(axis, late.shape[axis + 1] - len(columns[1]), len(columns[1]))
     tail = seen[0].select(axis, 0).narrow(axis, seen[0].shape[axis + 1] - new, new)
     late = torch.cat([late, tail], dim=axis).unsqueeze(axis)
-    length = late.shape[axis + 1]
-    with _given(decoder.layers[llm_layer], late):  # what the layers before do is of no meaning
-        filler = torch.zeros(1, length, x.shape[-1])
-        output = decoder.module(inputs_embeds=filler, **whole.gathered(columns[1]), use_cache=False)
+    places = torch.cat([torch.isin(columns[0], columns[1]).nonzero().flatten(), torch.arange(-new, 0) + x.shape[1]])
+    with _given(decoder.layers[llm_layer], late):  # what the layers before it do is of no meaning
+        output = decoder.module(inputs_embeds=x[:, places], **whole.gathered(columns[1]), use_cache=False)
     return output[0][0, -new - 1 :]
 
 

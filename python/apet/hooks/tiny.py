@@ -158,7 +158,31 @@ def config(source: PretrainedConfig | str, decoder: str | None = None) -> Pretra
             _put(chosen, path, value)
     _name_tokens(chosen)
     chosen["tie_word_embeddings"] = False
-    return type(source).from_dict(chosen)
+    made = type(source).from_dict(chosen)
+    if source.model_type in TOWERS:
+        made.vision_config = TOWERS[source.model_type](made)
+    return made
+
+
+def _convolutions(made: PretrainedConfig) -> PretrainedConfig:
+    """An encoder that gives a picture of features [B, 32, 6, 6], as those of timm do."""
+    fields = {n: v for n, v in made.vision_config.to_dict().items() if n in ("vocab_offset", "rms_norm_eps")}
+    tower = transformers.ResNetConfig(
+        embedding_size=8, hidden_sizes=[16, 32], depths=[1, 1], layer_type="basic", downsample_in_first_stage=False
+    )
+    tower.update(fields | {"vocab_size": VOCABULARY, "hidden_size": 32})
+    return tower
+
+
+def _tokens(made: PretrainedConfig) -> PretrainedConfig:
+    """An encoder that gives tokens [B, 1 + 36, 32], the first of which is of the whole image."""
+    tower = transformers.CLIPVisionConfig(**_shrink(transformers.CLIPVisionConfig().to_dict(), "encoder"))
+    tower.model_args = {"embed_dim": 32}
+    return tower
+
+
+# Encoders of timm, which nobody has to install for a check of a decoder's hooks: others take their place.
+TOWERS = {"fast_vlm": _convolutions, "gemma3n": _convolutions, "perception_lm": _tokens}
 
 
 def _put(settings: dict[str, Any], path: str, value: Any) -> None:
@@ -360,6 +384,7 @@ SPECIAL: Mapping[str, Mapping[str, Any]] = {
         "text_config.n_group": 1,
         "text_config.topk_group": 1,
     },
+    "dots3_note": {"text_config.head_dim": 2 * HEAD},
     "ernie4_5_vl_moe": {"text_config.rope_parameters.mrope_section": [3, 3, 2]},
     "gemma3": _GEMMA,
     "shieldgemma2": _GEMMA,
@@ -372,6 +397,12 @@ SPECIAL: Mapping[str, Mapping[str, Any]] = {
     },
     "got_ocr2": _GOT,
     "pp_chart2table": _GOT,
+    "gemma3n": {
+        "vision_soft_tokens_per_image": 36,
+        "vision_config.vocab_offset": 200,
+        "audio_config.vocab_offset": 300,
+    },
+    "perception_lm": {"vision_use_cls_token": True, "projector_pooling_ratio": 1},
     "granite4_vision": {
         "downsample_rate": "4/8",
         "deepstack_layer_map": [[-2, 0], [-1, 1]],
@@ -490,8 +521,9 @@ def sample(model: nn.Module, parts: Sequence[int | str], seed: int = 0) -> dict[
     row |= {"input_ids": torch.tensor([ids]), "attention_mask": torch.ones(1, len(ids), dtype=torch.long)}
     if "mm_token_type_ids" in takes:
         row["mm_token_type_ids"] = torch.tensor([types], dtype=torch.int)
-    if "token_type_ids" in inspect.signature(model.forward).parameters and model.config.model_type != "paligemma":
-        row["token_type_ids"] = (torch.tensor([types]) > 0).int()  # PaliGemma's are of training
+    if "token_type_ids" in inspect.signature(model.forward).parameters:
+        prefix = model.config.model_type == "paligemma"  # whose types tell the prompt from what follows
+        row["token_type_ids"] = ((torch.tensor([types]) > 0) & (not prefix)).int()
     return row
 
 
@@ -533,7 +565,7 @@ def _placeholders(
 
 
 # A video's frames stand apart, each behind its time.
-STAMPED = re.compile(r"qwen3_vl|qwen3_5|qwen4_exp|cosmos3|cohere_compass|glm|hy_v4_vl|minicpmv4_7")
+STAMPED = re.compile(r"qwen3_vl|qwen3_5|qwen4_exp|cosmos3|cohere_compass|glm|hy_v4_vl")
 # Placeholders of images stand for those of videos, too.
 AS_IMAGES = re.compile(r"glm|nemotron_h_omni")
 
@@ -578,7 +610,7 @@ def _count(found: Any) -> int:
 
 
 def _forms(config: PretrainedConfig, modality: str, takes: set[str], alone: bool) -> list[dict[str, Any]]:
-    """How a processor may give an image or video: shapes of random pixels (tuples), and what else is given with them."""
+    """How a processor may give an image or video: shapes of random pixels (tuples), and what else goes with them."""
     vision = getattr(config, "vision_config", None) or config
     patch = getattr(vision, "patch_size", PATCH)
     patch = patch[0] if isinstance(patch, list | tuple) else patch
@@ -613,7 +645,8 @@ def _forms(config: PretrainedConfig, modality: str, takes: set[str], alone: bool
         ]
     if "target_sizes" in takes:
         name = "target_sizes_videos" if video else "target_sizes"
-        return [{pixels: (1 + video, 3, patch, patch * n_patches), name: sizes}]
+        large = torch.tensor([[16, 24]] * (2 if video else 1))  # sixteen patches make a token
+        return [{pixels: (1, 3, patch, patch * 384 * len(large)), name: large}]
     if "image_token_pooling" in takes:
         cells = torch.arange(144).view(6, 2, 6, 2).transpose(1, 2).reshape(36, 4)  # of a crop of 12 x 12 patches
         more = {f"{modality}_token_pooling": torch.cat([cells, 144 + cells])}
