@@ -158,7 +158,31 @@ def config(source: PretrainedConfig | str, decoder: str | None = None) -> Pretra
             _put(chosen, path, value)
     _name_tokens(chosen)
     chosen["tie_word_embeddings"] = False
-    return type(source).from_dict(chosen)
+    made = type(source).from_dict(chosen)
+    if source.model_type in TOWERS:
+        made.vision_config = TOWERS[source.model_type](made)
+    return made
+
+
+def _convolutions(made: PretrainedConfig) -> PretrainedConfig:
+    """An encoder that gives a picture of features [B, 32, 6, 6], as those of timm do."""
+    fields = {n: v for n, v in made.vision_config.to_dict().items() if n in ("vocab_offset", "rms_norm_eps")}
+    tower = transformers.ResNetConfig(
+        embedding_size=8, hidden_sizes=[16, 32], depths=[1, 1], layer_type="basic", downsample_in_first_stage=False
+    )
+    tower.update(fields | {"vocab_size": VOCABULARY, "hidden_size": 32})
+    return tower
+
+
+def _tokens(made: PretrainedConfig) -> PretrainedConfig:
+    """An encoder that gives tokens [B, 1 + 36, 32], the first of which is of the whole image."""
+    tower = transformers.CLIPVisionConfig(**_shrink(transformers.CLIPVisionConfig().to_dict(), "encoder"))
+    tower.model_args = {"embed_dim": 32}
+    return tower
+
+
+# Encoders of timm, which nobody has to install for a check of a decoder's hooks: others take their place.
+TOWERS = {"fast_vlm": _convolutions, "gemma3n": _convolutions, "perception_lm": _tokens}
 
 
 def _put(settings: dict[str, Any], path: str, value: Any) -> None:
@@ -208,10 +232,16 @@ def _shrink(given: Mapping[str, Any], role: str, merges: bool | None = None) -> 
             chosen[name] = [sizes[name]] * len(value)
         else:
             chosen[name] = value
-    if given.get("num_key_value_heads") == given.get("num_attention_heads"):  # some take nothing else
-        chosen |= {n: chosen["num_attention_heads"] for n in ("num_key_value_heads",) if n in chosen}
+    chosen = _equal_heads(given, chosen)
     for name in ("dtype", "torch_dtype", "quantization_config"):
         chosen.pop(name, None)
+    return chosen
+
+
+def _equal_heads(given: Mapping[str, Any], chosen: dict[str, Any]) -> dict[str, Any]:
+    """As many heads of keys as of queries where there were: some take nothing else."""
+    if "num_key_value_heads" in given and given["num_key_value_heads"] == given.get("num_attention_heads"):
+        return chosen | {"num_key_value_heads": chosen["num_attention_heads"]}
     return chosen
 
 
@@ -261,7 +291,7 @@ def _of_layers(name: str, value: Any, depth: int, layers: list[int], sizes: Mapp
         return [sizes[name] if name in sizes else value[i] for i in layers]
     if name == "per_layer_config" and isinstance(value, dict):
         return {
-            str(new): {n: sizes.get(n, v) for n, v in found.items()}
+            str(new): _equal_heads(found, {n: sizes.get(n, v) for n, v in found.items()})
             for new, old in enumerate(layers)
             if (found := _of_layer(value, old))
         }
@@ -339,6 +369,7 @@ _OMNI = _STARTS | {"audio_start_token_id": 110, "audio_end_token_id": 111, "audi
 _SAM = {"vision_config.sam_config.downsample_channels": [16, 32], "vision_config.sam_config.window_size": 4}
 _GEMMA = _SQUARE | {"mm_tokens_per_image": 36}
 _GEMMA4 = {"+vision_config": lambda _: transformers.AutoConfig.for_model("gemma4_vision").to_dict()}
+_MINICPM = {"image_token_id": IMAGE, "video_token_id": VIDEO}
 _GOT = {"vision_config.image_size": 96, "vision_config.patch_size": 4}
 SPECIAL: Mapping[str, Mapping[str, Any]] = {
     "aria": {"projector_patch_to_query_dict": {36: 24}, "max_value_projector_patch_to_query_dict": 24},
@@ -353,13 +384,25 @@ SPECIAL: Mapping[str, Mapping[str, Any]] = {
         "text_config.n_group": 1,
         "text_config.topk_group": 1,
     },
-    "dots3_note": {"text_config.num_key_value_heads": 4},
+    "dots3_note": {"text_config.head_dim": 2 * HEAD},
     "ernie4_5_vl_moe": {"text_config.rope_parameters.mrope_section": [3, 3, 2]},
     "gemma3": _GEMMA,
     "shieldgemma2": _GEMMA,
     "gemma4": _GEMMA4,
+    "gemma4_unified": {
+        "+vision_config": lambda _: transformers.AutoConfig.for_model("gemma4_unified_vision").to_dict(),
+        "vision_config.mm_embed_dim": 32,
+        "vision_config.output_proj_dims": 32,
+        "vision_config.mm_posemb_size": 16,
+    },
     "got_ocr2": _GOT,
     "pp_chart2table": _GOT,
+    "gemma3n": {
+        "vision_soft_tokens_per_image": 36,
+        "vision_config.vocab_offset": 200,
+        "audio_config.vocab_offset": 300,
+    },
+    "perception_lm": {"vision_use_cls_token": True, "projector_pooling_ratio": 1},
     "granite4_vision": {
         "downsample_rate": "4/8",
         "deepstack_layer_map": [[-2, 0], [-1, 1]],
@@ -381,9 +424,12 @@ SPECIAL: Mapping[str, Mapping[str, Any]] = {
         "vision_config.vision_output_dim": 64,
         "vision_config.intermediate_size": 128,
     },
-    "muse_glimmer": {"vision_config.out_hidden_size": 128},
+    "minicpm_ocr": _MINICPM,
+    "minicpmv4_6": _MINICPM,
+    "minicpmv4_7": _MINICPM,
+    "muse_glimmer": {"out_hidden_size": 128},
     "muse_spark": {
-        "vision_config.out_hidden_size": 128,
+        "out_hidden_size": 128,
         "audio_config.hidden_sizes": [8, 8, 8, 16],
         "audio_config.depths": [1, 1, 1, 1],
     },
@@ -438,7 +484,7 @@ def build(
 # ---- inputs ---------------------------------------------------------------------------------------------------------
 
 GRID = (1, 8, 12)  # of an image in patches, four of which make a token
-VIDEO_GRID = (3, 8, 8)
+VIDEO_GRID = (2, 8, 8)
 FRAMES = 4
 
 
@@ -447,88 +493,111 @@ def core_of(model: nn.Module) -> nn.Module:
     return getattr(model, "model", model)
 
 
-def sample(model: nn.Module, parts: Sequence[int | str], seed: int = 0) -> dict[str, Tensor]:
-    """The inputs of one row, not padded: a number is that many text tokens, and "image" and "video" are those.
+def sample(model: nn.Module, parts: Sequence[int | str], seed: int = 0) -> dict[str, Any]:
+    """The inputs of one prompt, not padded: a number is that many text tokens, "image" and "video" are those.
 
     Raises ValueError where the type's images or videos are not known here.
     """
     make = torch.Generator().manual_seed(seed)
     ids: list[int] = []
-    pixels: list[dict[str, Tensor]] = []
+    types: list[int] = []  # of each token: text 0, image 1, video 2
+    pixels: list[dict[str, Any]] = []
+    images = parts.count("image")
     for part in parts:
         if isinstance(part, int):
-            ids += torch.randint(3, 99, (part,), generator=make).tolist()
-            continue
-        given, rows = _visual(model, part, make)
-        pixels.append(given)
-        ids += _placeholders(model, part, given, rows, make)
-    row = {name: _joined(name, [p[name] for p in pixels if name in p]) for name in {n: 0 for p in pixels for n in p}}
-    return row | _text(model, torch.tensor([ids]))
-
-
-def _text(model: nn.Module, ids: Tensor) -> dict[str, Tensor]:
-    """Token ids [B, L] and what goes with each of them."""
+            new, kinds = _words(part, make), [0] * part
+        else:
+            given, rows = _visual(model, part, make, alone=images == 1)
+            pixels.append(given)
+            new, kinds = _placeholders(model, part, given, rows, make)
+        ids += new
+        types += kinds
     takes = inspect.signature(core_of(model).forward).parameters
-    config = core_of(model).config
-    types = torch.zeros_like(ids, dtype=torch.int)
-    for number, modality in ((1, "image"), (2, "video")):
-        found = token(config, modality)
-        if found is not None:
-            types.masked_fill_(ids == found, number)
-    given = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    row: dict[str, Any] = {}
+    for name in {n: 0 for given in pixels for n in given}:
+        row[name] = _joined(name, [given[name] for given in pixels if name in given], pixels[0])
+    if "batch_num_images" in takes and images:
+        row["batch_num_images"] = torch.tensor([images])
+    row |= {"input_ids": torch.tensor([ids]), "attention_mask": torch.ones(1, len(ids), dtype=torch.long)}
     if "mm_token_type_ids" in takes:
-        given["mm_token_type_ids"] = types
-    if "token_type_ids" in takes:
-        given["token_type_ids"] = (types > 0).int()
-    return given
+        row["mm_token_type_ids"] = torch.tensor([types], dtype=torch.int)
+    if "token_type_ids" in inspect.signature(model.forward).parameters:
+        prefix = model.config.model_type == "paligemma"  # whose types tell the prompt from what follows
+        row["token_type_ids"] = ((torch.tensor([types]) > 0) & (not prefix)).int()
+    return row
 
 
-def token(config: PretrainedConfig, modality: str) -> int | None:
-    """The placeholder of a modality."""
-    names = (f"{modality}_token_id", f"{modality}_token_index", f"{modality}_patch_id")
+def _words(count: int, make: torch.Generator) -> list[int]:
+    return torch.randint(3, 99, (count,), generator=make).tolist()
+
+
+def token(config: PretrainedConfig, name: str) -> int | None:
+    """The id of a special token, by what its field begins with."""
+    names = (f"{name}_token_id", f"{name}_token_index", f"{name}_patch_id")
     return next((found for n in names if (found := getattr(config, n, None)) is not None), None)
 
 
 def _placeholders(
-    model: nn.Module, modality: str, given: Mapping[str, Tensor], rows: int, make: torch.Generator
-) -> list[int]:
+    model: nn.Module, modality: str, given: Mapping[str, Any], rows: int, make: torch.Generator
+) -> tuple[list[int], list[int]]:
+    """The token ids that stand for an image or video of so many rows, and their types."""
     config = core_of(model).config
-    around = []
-    for end in ("start", "end"):
-        names = (f"vision_{end}_token_id", f"{modality}_{end}_token_id")
-        around.append([found for n in names if (found := getattr(config, n, None)) is not None][:1])
-    ids: list[int] = []
+    name = config.model_type
+    kind = 1 + (modality == "video")
+    seen_as = "image" if AS_IMAGES.match(name) else modality
+    start, end = (
+        next(([found] for n in ("vision", seen_as) if (found := token(config, f"{n}_{e}")) is not None), [])
+        for e in ("start", "end")
+    )
     frames = 1
-    if modality == "video" and config.model_type in STAMPED:
+    if modality == "video" and STAMPED.match(name):
         frames = int(given["video_grid_thw"][0, 0])
+    ids: list[int] = []
+    types: list[int] = []
     for _ in range(frames):
-        if frames > 1:
-            ids += torch.randint(3, 99, (2,), generator=make).tolist()
-        ids += [*around[0], *[token(config, modality)] * (rows // frames), *around[1]]
-    return ids
+        before = [*(_words(2, make) if frames > 1 else []), *start]
+        ids += [*before, *[token(config, seen_as)] * (rows // frames), *end]
+        types += [*[0] * len(before), *[kind] * (rows // frames), *[0] * len(end)]
+    if modality == "video" and name.startswith("glm"):
+        ids = [token(config, "video_start"), *ids, token(config, "video_end")]
+        types = [0, *types, 0]
+    return ids, types
 
 
-STAMPED = ("qwen3_vl", "qwen3_vl_moe", "qwen3_5", "qwen3_5_moe")
+# A video's frames stand apart, each behind its time.
+STAMPED = re.compile(r"qwen3_vl|qwen3_5|qwen4_exp|cosmos3|cohere_compass|glm|hy_v4_vl")
+# Placeholders of images stand for those of videos, too.
+AS_IMAGES = re.compile(r"glm|nemotron_h_omni")
 
 
-def _visual(model: nn.Module, modality: str, make: torch.Generator) -> tuple[dict[str, Tensor], int]:
-    """The pixels of an image or video as the type's processor gives them, and how many tokens they become."""
+def _visual(model: nn.Module, modality: str, make: torch.Generator, *, alone: bool) -> tuple[dict[str, Any], int]:
+    """The pixels of an image or video as the type's processor gives them, and how many tokens they become.
+
+    alone: the only image of its prompt (some cut only those into tiles).
+    """
     core = core_of(model)
-    features = getattr(core, f"get_{modality}_features", None) or getattr(model, f"get_{modality}_features", None)
+    names = {"image": ["get_image_features"], "video": ["get_video_features", "get_image_features"]}[modality]
+    features = next((f for n in names for m in (core, model) if (f := getattr(m, n, None)) is not None), None)
     if features is None:
-        raise ValueError(f"{type(core).__name__} has no get_{modality}_features")
-    takes = {*inspect.signature(core.forward).parameters, *inspect.signature(features).parameters}
+        raise ValueError(f"{type(core).__name__} has no {names[0]}")
+    parameters = inspect.signature(features).parameters
+    takes = {*inspect.signature(core.forward).parameters, *parameters}
+    several = "batch_num_images" in parameters and modality == "image" and not alone
     errors = []
-    for shapes in _forms(core.config, modality, takes):
-        given = {n: v if isinstance(v, Tensor) else torch.randn(v, generator=make) for n, v in shapes.items()}
-        named = {n: v for n, v in given.items() if n in inspect.signature(features).parameters}
+    for shapes in _forms(core.config, modality, takes, alone):
+        given = {n: torch.randn(v, generator=make) if isinstance(v, tuple) else v for n, v in shapes.items()}
+        named = {n: v for n, v in given.items() if n in parameters}
+        if not named:
+            named = {"pixel_values": given["pixel_values_videos"]}
+        if several:
+            named = {n: torch.cat([v, v]) for n, v in named.items()} | {"batch_num_images": torch.tensor([2])}
         try:
             with torch.no_grad():
                 found = features(**named)
         except (RuntimeError, ValueError, TypeError, IndexError, AttributeError) as error:
             errors.append(f"{type(error).__name__}: {error}")
             continue
-        return given, _count(found)
+        return given, _count(found) // (2 if several else 1)
     raise ValueError(f"apet does not know the {modality}s of {type(core).__name__}: {'; '.join(errors)[:1000]}")
 
 
@@ -540,87 +609,100 @@ def _count(found: Any) -> int:
     return sum(_count(one) for one in found)
 
 
-def _forms(config: PretrainedConfig, modality: str, takes: set[str]) -> list[dict[str, Any]]:
-    """How a processor may give an image or video: shapes of random pixels, and integers as they are."""
+def _forms(config: PretrainedConfig, modality: str, takes: set[str], alone: bool) -> list[dict[str, Any]]:
+    """How a processor may give an image or video: shapes of random pixels (tuples), and what else goes with them."""
     vision = getattr(config, "vision_config", None) or config
     patch = getattr(vision, "patch_size", PATCH)
     patch = patch[0] if isinstance(patch, list | tuple) else patch
-    end = "" if modality == "image" else "_videos"
-    pixels = f"pixel_values{end}"
-    grid = f"{modality}_grid_thw"
-    if grid in takes:
-        size = GRID if modality == "image" else VIDEO_GRID
-        n, sizes = math.prod(size), torch.tensor([size])
-        steps = getattr(vision, "temporal_patch_size", None) or getattr(vision, "patch_temporal", None) or 1
-        forms = [(n, 3 * steps * patch * patch), (n, 3, patch, patch), (n, 3, steps, patch, patch)]
-        merge = getattr(vision, "spatial_merge_size", 2)
-        tokens = torch.tensor([(size[0], size[1] // merge, size[2] // merge)])
-        more = {f"{modality}_merge_sizes": torch.tensor([merge])} if f"{modality}_merge_sizes" in takes else {}
-        return [
-            *({pixels: form, grid: sizes} | more for form in forms),
-            {pixels: (n // merge**2, patch * merge, patch * merge, 3), grid: tokens},
-        ]
-    if modality == "video":
-        return [{pixels: (1, FRAMES, 3, SIDE, SIDE)}]
-    n_patches = GRID[1] * GRID[2]
     side = getattr(vision, "image_size", SIDE)
     side = side if isinstance(side, int) else SIDE
+    video = modality == "video"
+    pixels = "pixel_values_videos" if video else "pixel_values"
+    n_patches, flat = GRID[1] * GRID[2], 3 * patch * patch
+    sizes = torch.tensor([GRID[1:]])
+    grid, places = f"{modality}_grid_thw", f"{modality}_position_ids"
+    if grid in takes:
+        size = VIDEO_GRID if video else GRID
+        n, more = math.prod(size), {grid: torch.tensor([size])}
+        steps = getattr(vision, "temporal_patch_size", None) or getattr(vision, "patch_temporal", None) or 1
+        merge = getattr(vision, "spatial_merge_size", 2)
+        if f"{modality}_merge_sizes" in takes:
+            more[f"{modality}_merge_sizes"] = torch.tensor([merge])
+        if video and "video_second_per_grid" in takes:
+            more["video_second_per_grid"] = torch.tensor([1.0])
+        tokens = torch.tensor([(size[0], size[1] // merge, size[2] // merge)])
+        return [
+            *({pixels: form} | more for form in ((n, steps * flat), (n, 3, patch, patch), (n, 3, steps, patch, patch))),
+            {pixels: (n // merge**2, patch * merge, patch * merge, 3), grid: tokens},
+        ]
+    if places in takes:
+        frames = 2 if video else 1
+        where = torch.cartesian_prod(torch.arange(12), torch.arange(12)).flip(1).expand(frames, -1, -1)
+        return [
+            {pixels: (frames, 144, width), places: where}
+            | ({"num_frames_per_video": torch.tensor([2])} if video else {})
+            for width in (flat, 9 * flat)
+        ]
+    if "target_sizes" in takes:
+        name = "target_sizes_videos" if video else "target_sizes"
+        large = torch.tensor([[16, 24]] * (2 if video else 1))  # sixteen patches make a token
+        return [{pixels: (1, 3, patch, patch * 384 * len(large)), name: large}]
+    if "image_token_pooling" in takes:
+        cells = torch.arange(144).view(6, 2, 6, 2).transpose(1, 2).reshape(36, 4)  # of a crop of 12 x 12 patches
+        more = {f"{modality}_token_pooling": torch.cat([cells, 144 + cells])}
+        more[f"{modality}_grids"] = torch.tensor([[2, 6, 6] if video else [6, 6, 6, 6]])
+        return [{pixels: (2, 144, flat)} | more | ({} if video else {"image_num_crops": torch.tensor([2])})]
+    if "image_grid_hw" in takes:
+        return [{pixels: (1, 2, 6, SIDE, SIDE)} if video else {pixels: (n_patches, flat), "image_grid_hw": sizes}]
+    if video:
+        return [{pixels: (1, FRAMES, 3, SIDE, SIDE)}]
     square = {pixels: (1, 3, side, side)}
     if "spatial_shapes" in takes:
-        shapes = {"spatial_shapes": torch.tensor([GRID[1:]]), "pixel_attention_mask": torch.ones(1, n_patches).int()}
-        return [{pixels: (1, n_patches, 3 * patch * patch)} | shapes]
-    if "image_position_ids" in takes:
-        places = torch.cartesian_prod(torch.arange(12), torch.arange(12)).flip(1)[None]
-        return [{pixels: (1, 144, 3 * patch * patch), "image_position_ids": places}]
-    if "image_grid_hw" in takes:
-        return [{pixels: (n_patches, 3 * patch * patch), "image_grid_hw": torch.tensor([GRID[1:]])}]
-    if "target_sizes" in takes:
-        return [{pixels: (1, 3, patch, patch * n_patches), "target_sizes": torch.tensor([GRID[1:]])}]
-    if "image_token_pooling" in takes:
-        cells = torch.arange(36).view(3, 2, 3, 2).transpose(1, 2).reshape(9, 4)  # of a crop of 6 x 6 patches
-        return [
-            {
-                pixels: (2, 36, 3 * patch * patch),
-                "image_token_pooling": torch.cat([cells, 36 + cells]),
-                "image_grids": torch.tensor([[3, 3, 3, 3]]),
-                "image_num_crops": torch.tensor([2]),
-            }
-        ]
+        valid = torch.ones(1, n_patches, dtype=torch.int)
+        return [{pixels: (1, n_patches, flat), "spatial_shapes": sizes, "pixel_attention_mask": valid}]
     if "tile_fine_mask" in takes:
         return [{pixels: (1, 2, 3, SIDE, SIDE), "pixel_attention_mask": torch.ones(1, 2, dtype=torch.bool)}]
     if "pixel_attention_mask" in takes:
-        return [{pixels: (1, 1, 3, SIDE, SIDE), "pixel_attention_mask": torch.ones(1, 1, SIDE, SIDE).int()}]
+        return [{pixels: (1, 1, 3, side, side), "pixel_attention_mask": torch.ones(1, 1, side, side, dtype=torch.int)}]
     if hasattr(config, "image_grid_pinpoints") or "vision_aspect_ratio" in takes:
-        return [{pixels: (1, 3, 3, SIDE, SIDE), "image_sizes": torch.tensor([[40, 90]])}]
+        return [{pixels: (1, 3 if alone else 1, 3, SIDE, SIDE), "image_sizes": torch.tensor([[40, 90]])}] + (
+            [{pixels: (1, 3, 3, SIDE, SIDE), "image_sizes": torch.tensor([[40, 90]])}] if not alone else []
+        )
     if "pixel_values_local" in takes:
-        local = {"pixel_values_local": (2, 3, SIDE, SIDE), "num_local_patches": torch.tensor([2])}
-        return [square | local | {"patches_grid": torch.tensor([[2, 1]])}]
+        local = square | {"pixel_values_local": (2, 3, SIDE, SIDE)}
+        return [
+            local | {"num_local_patches": torch.tensor([2])},
+            local | {"num_local_patches": [2], "patches_grid": [[2, 1]]},
+        ]
     if "image_sizes" in takes:
-        return [square | {"image_sizes": torch.tensor([[SIDE, SIDE]])}, square]
+        return [square | {"image_sizes": torch.tensor([[side, side]])}, square]
     if "high_res_pixel_values" in takes:
-        return [square | {"high_res_pixel_values": (1, 3, SIDE, SIDE)}]
+        return [square | {"high_res_pixel_values": (1, 3, side, side)}]
     return [
         square,
         {pixels: (1, 1, 3, side, side)},
-        {pixels: (1, 24, 3 * patch * patch)},
+        {pixels: (1, 24, flat)},
         {pixels: (24, getattr(vision, "temporal_patch_size", 1), patch, patch, 3)},
     ]
 
 
-def _joined(name: str, values: Sequence[Tensor], dim: int = 0) -> Tensor:
+def _joined(name: str, values: Sequence[Any], beside: Mapping[str, Any]) -> Any:
     """The images of a prompt, or of a batch, as one argument."""
-    return torch.cat(list(values), dim=dim)
+    if isinstance(values[0], list):
+        return [one for value in values for one in value]
+    packed = name.startswith("pixel_values") and ("target_sizes" in beside or "target_sizes_videos" in beside)
+    return torch.cat(list(values), dim=-1 if packed else 0)
 
 
-def collate(rows: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+def collate(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Several samples as one batch, padded on the left."""
     width = max(row["input_ids"].shape[1] for row in rows)
-    batch: dict[str, Tensor] = {}
+    batch: dict[str, Any] = {}
     for name in {n: 0 for row in rows for n in row}:
         values = [row[name] for row in rows if name in row]
         if name in ALONG:
             values = [nn.functional.pad(v, (width - v.shape[1], 0), value=PAD) for v in values]
-        batch[name] = torch.cat(values, dim=-1 if name == "pixel_values" and "target_sizes" in batch else 0)
+        batch[name] = _joined(name, values, rows[0])
     return batch
 
 
