@@ -103,6 +103,12 @@ def test_indices_of_tokens_raise() -> None:
         shortened(strange=torch.zeros(B, L, 3, dtype=torch.int64))
 
 
+@pytest.mark.parametrize("x", [torch.arange(L)[None], (VALID.cumsum(1) - 1).clamp(min=0)])
+def test_positions_of_another_name_raise(x: Tensor) -> None:
+    with pytest.raises(ValueError, match="strange of shape"):
+        shortened(strange=x)
+
+
 def test_other_arguments_stay() -> None:
     given = {"scale": torch.zeros(3, 5), "flag": True, "name": "x", "none": None, "list": [1, 2]}
     assert shortened(**given) == given
@@ -348,7 +354,7 @@ def test_placeholders() -> None:
     made_of = SimpleNamespace(config=SimpleNamespace(image_patch_id=7, vision_config=SimpleNamespace(video_token_id=8)))
     assert parts.tokens(made_of) == {"image": "image_patch_id", "video": "vision_config.video_token_id"}
     assert parts.of(made_of, "vision_config.video_token_id") == 8
-    with pytest.raises(ValueError, match="has none of image_token_id, image_token_index"):
+    with pytest.raises(ValueError, match="has no image_token_id, image_token_index"):
         parts.tokens(SimpleNamespace(config=SimpleNamespace(pad_token_id=0)))
 
 

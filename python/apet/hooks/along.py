@@ -98,9 +98,7 @@ def _rows(mask: Tensor, packing: Packing) -> Tensor:
 
 
 def _gathered(owner: str, name: str, x: Tensor, at: Sequence, packing: Packing) -> Tensor:
-    columns = x.dim() > 2 and x.dtype in (torch.int32, torch.int64)  # indices of tokens, it may be, which would change
-    columns |= x.dim() == 2 and not x.is_floating_point() and bool((x.long().diff(dim=1) == 1).all())  # or positions
-    if x.dim() >= 2 and x.shape[1] == at.length and x.shape[0] in (at.batch, 1) and not columns:
+    if x.dim() >= 2 and x.shape[1] == at.length and x.shape[0] in (at.batch, 1) and not _counts(x):
         return packing.along(x, 1)
     if x.dim() >= 3 and x.shape[-1] == at.length and x.shape[-2] in (at.batch, 1):
         return packing.along(x, -1)
@@ -112,6 +110,15 @@ def _gathered(owner: str, name: str, x: Tensor, at: Sequence, packing: Packing) 
             f"does not know this argument, so it cannot drop tokens from it ({versions()})"
         )
     return x
+
+
+def _counts(x: Tensor) -> bool:
+    """Whether something [B, L, ...] may count tokens, so that its values would have to change, too: as indices of
+    other tokens [B, L, k] do, and positions [B, L], which go up by one, but for padding."""
+    if x.dtype not in (torch.int32, torch.int64):
+        return False
+    steps = x.diff(dim=1)
+    return x.dim() > 2 or bool(((steps == 0) | (steps == 1)).all() and x.max() > 1)
 
 
 def _mapped(value: Any, change: Any) -> Any:

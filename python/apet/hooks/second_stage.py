@@ -113,7 +113,7 @@ def new_tokens(late: Late) -> Tensor | None:
 def rotary_of(target: Target, forward: Forward, kind: str, owner: str, given: Any) -> Any:
     """The rotary embeddings of layers of a kind for what is left; None: those that they are given."""
     late, decoder = forward.late, forward.language_model
-    if given is None and kind in RECURRENT:
+    if given is None:  # this layer turns nothing
         return None
     shared = "" if not target.rotary.by_kind else kind
     if shared in late.rotary:
