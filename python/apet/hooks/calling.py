@@ -176,10 +176,13 @@ class Rotary:
     by_kind: bool
 
     @classmethod
-    def of(cls, decoder: nn.Module, layers: Iterable[nn.Module], llm_layer: int) -> Rotary:
-        """Raises ValueError where layers are not given what `rotary_emb` makes."""
+    def of(cls, decoder: nn.Module, layers: Iterable[nn.Module], llm_layer: int) -> Rotary | None:
+        """None where no layer is given a rotary embedding. Raises ValueError where it is not what `rotary_emb` "
+        "makes."""
         owner, rotary = type(decoder).__name__, getattr(decoder, "rotary_emb", None)
         taken = [(arguments := Arguments.of(layer)).forwards or "rotary" in arguments.names for layer in layers]
+        if rotary is None and not any(taken):
+            return None
         cannot = f"llm_layer={llm_layer} cannot be used"
         if not isinstance(rotary, nn.Module) or not all(taken):
             raise ValueError(
@@ -209,6 +212,7 @@ KINDS: Mapping[str, str] = {  # of attention, by the names in transformers' conf
     "indexed_attention": "create_causal_mask",
 }
 MATERIALIZED = ("indexed_attention",)  # kinds whose layers read their mask, so None cannot stand for a causal one
+IDLE = ("mlp", "moe")  # kinds of layers that hold no tokens
 RECURRENT = ("linear_attention", "conv", "mamba")  # kinds of layers that keep a state; they get 2-D masks of new tokens
 
 

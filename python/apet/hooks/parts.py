@@ -119,6 +119,11 @@ def why_not(model: nn.Module) -> str | None:
             "its visual tokens are zeros where its decoder begins, and get their features in later layers, so there is "
             "nothing to choose by"
         )
+    if any(hasattr(module, "get_image_tokens") for module in (model, *model.children())):
+        return (
+            "its images become ids of a codebook in its vocabulary: there are no features, and rows that are the mean "
+            "of several ids stand for none"
+        )
     resamplers = {type(m).__name__ for m in model.modules() if "QFormer" in type(m).__name__}
     if resamplers:
         return f"a {min(resamplers, key=len)} leaves a few dozen tokens of an image, fewer than compression would"

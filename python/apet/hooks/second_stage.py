@@ -11,7 +11,7 @@ from transformers import Cache
 
 from . import along, masks
 from .caches import length
-from .calling import RECURRENT, check_mask, versions
+from .calling import IDLE, RECURRENT, check_mask, versions
 from .sequence import counted
 from .state import PREFILL, Forward, Late, part
 from .target import Target
@@ -89,6 +89,8 @@ def arguments(target: Target, forward: Forward, index: int, call: dict[str, Any]
 def mask_of(target: Target, forward: Forward, index: int, kind: str, given: Any, cache: Cache | None) -> Any:
     """The mask of a layer, of the form that it was given one in."""
     late = forward.late
+    if kind in IDLE:
+        return given
     if kind in RECURRENT and (given is None or given.dim() == 2):
         return new_tokens(late)
     if kind in RECURRENT:  # handed over all the same: that of a layer that attends
@@ -115,9 +117,12 @@ def rotary_of(target: Target, forward: Forward, kind: str, owner: str, given: An
     late, decoder = forward.late, forward.language_model
     if given is None:  # this layer turns nothing
         return None
-    shared = "" if not target.rotary.by_kind else kind
-    if shared in late.rotary:
+    if target.rotary is None:
+        raise ValueError(f"{owner} was called with rotary embeddings, where apet found no layer that takes them")
+    shared = kind if target.rotary.by_kind else ""
+    if shared in late.rotary and (late.packing is None or late.given[shared] is given):
         return late.rotary[shared]
+    late.given[shared] = given
     if late.packing is not None:
         check_rotary_arguments(owner, given, *forward.valid.shape, target.axes)
     if target.adapter.positions == "renumber":

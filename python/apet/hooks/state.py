@@ -102,7 +102,8 @@ class Late:
     before: Tensor | None = None  # in a prefill: the counted positions [B, L] of what the earlier layers got
     more: More = field(default_factory=dict)  # in a prefill: what is seen beside causal attention
     built: dict[str, Any] = field(default_factory=dict)  # the layers' masks, by their kind
-    rotary: dict[str, Any] = field(default_factory=dict)  # their rotary embeddings, by their kind or for all
+    rotary: dict[str, Any] = field(default_factory=dict)  # their rotary embeddings, by their kind or for all,
+    given: dict[str, Any] = field(default_factory=dict)  # and those that they are given
 
 
 @dataclass

@@ -13,7 +13,7 @@ import apet
 
 from . import parts
 from .adapter import Adapter
-from .calling import KINDS, RECURRENT, Arguments, MaskBuilder, Rotary, attention_types, implementation, versions
+from .calling import IDLE, KINDS, RECURRENT, Arguments, MaskBuilder, Rotary, attention_types, implementation, versions
 from .config import Options
 from .masks import Reach
 from .units import Tokens
@@ -155,7 +155,7 @@ def check_second_stage(language_model: nn.Module, layers: nn.ModuleList, llm_lay
             f"llm_layer={llm_layer} cannot be used: {owner} has {len(layers)} layers, and its configuration "
             f"{len(kinds)}"
         )
-    unknown = {*kinds} - {*KINDS, *RECURRENT}
+    unknown = {*kinds} - {*KINDS, *RECURRENT, *IDLE}
     if unknown:
         raise ValueError(
             f"llm_layer={llm_layer} cannot be used with {owner}: apet cannot build masks for its layers of type "
