@@ -166,6 +166,12 @@ def check_second_stage(language_model: nn.Module, layers: nn.ModuleList, llm_lay
             f"llm_layer={llm_layer} cannot be used with {owner}: no layer from there on attends to tokens, so nothing "
             "tells how many there are"
         )
+    attending = [i for i, kind in enumerate(kinds) if kind in KINDS]
+    if attending[0] >= llm_layer:
+        raise ValueError(
+            f"llm_layer={llm_layer} cannot be used with {owner}: its first layer that attends to tokens is layer "
+            f"{attending[0]}, and the cache counts tokens there; llm_layer={attending[0] + 1} is the least"
+        )
     if getattr(config, "num_kv_shared_layers", 0):
         raise ValueError(
             f"llm_layer={llm_layer} cannot be used with {owner}: its last {config.num_kv_shared_layers} layers use the "
