@@ -2,7 +2,8 @@
 
 An argument is one of
 - [B or 1, L, ...], with the sequence behind the batch: token types, inputs of each layer, ids; or [.., B or 1, L] with
-  it at the end: gathered as it is;
+  it at the end: gathered as it is. Not so whole numbers [B, L, k], which may be indices of other tokens (of an
+  indexer), and what counts up by one, as positions do;
 - a mask [B, L] or [B, L, 1] bool of visual tokens, and features [N, ...] of its N true entries, row after row
   (deepstack), in lists or by layer: of both, what belongs to tokens that stay;
 - anything without a dimension of either length: left alone.
@@ -97,7 +98,7 @@ def _rows(mask: Tensor, packing: Packing) -> Tensor:
 
 
 def _gathered(owner: str, name: str, x: Tensor, at: Sequence, packing: Packing) -> Tensor:
-    if x.dim() >= 2 and x.shape[1] == at.length and x.shape[0] in (at.batch, 1):
+    if x.dim() >= 2 and x.shape[1] == at.length and x.shape[0] in (at.batch, 1) and not _counts(x):
         return packing.along(x, 1)
     if x.dim() >= 3 and x.shape[-1] == at.length and x.shape[-2] in (at.batch, 1):
         return packing.along(x, -1)
@@ -109,6 +110,15 @@ def _gathered(owner: str, name: str, x: Tensor, at: Sequence, packing: Packing) 
             f"does not know this argument, so it cannot drop tokens from it ({versions()})"
         )
     return x
+
+
+def _counts(x: Tensor) -> bool:
+    """Whether something [B, L, ...] may count tokens, so that its values would have to change, too: as indices of
+    other tokens [B, L, k] do, and positions [B, L], which go up by one, but for padding."""
+    if x.dtype not in (torch.int32, torch.int64):
+        return False
+    steps = x.diff(dim=1)
+    return x.dim() > 2 or bool(((steps == 0) | (steps == 1)).all() and x.max() > 1)
 
 
 def _mapped(value: Any, change: Any) -> Any:

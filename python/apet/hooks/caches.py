@@ -101,8 +101,7 @@ def count_cache(cache: Cache | None) -> None:
 
 
 def length(cache: Cache, layer: int) -> int | Tensor:
-    """How many tokens a layer's part of a cache holds; of a layer that keeps a state, the next one's that holds "
-    "some."""
+    """How many tokens a layer's part of a cache holds; where it keeps a state, the next one's that holds some."""
     held = (i for i in range(layer, len(cache.layers)) if holds_tokens(cache, i))
     return cache.get_seq_length(next(held, layer))
 

@@ -30,6 +30,7 @@ NAMES: Mapping[str, tuple[str, ...]] = {
     "rotary": ("position_embeddings",),
     "cache": ("cache", "past_key_values", "past_key_value"),
     "cache_position": ("cache_position",),
+    "recurrent": ("conv_mask",),  # of layers that attend and keep a state: their 2-D mask of new tokens
 }
 PIXELS = re.compile(r"(^|_)pixel_values(_|$)|^image_patches$")
 PACKED = ("cu_seq_lens_q", "cu_seqlens", "cu_seq_lens", "seq_idx")  # arguments of packed sequences
@@ -175,21 +176,24 @@ class Rotary:
     by_kind: bool
 
     @classmethod
-    def of(cls, decoder: nn.Module, layers: Iterable[nn.Module], llm_layer: int) -> Rotary:
-        """Raises ValueError where layers are not given what `rotary_emb` makes."""
+    def of(cls, decoder: nn.Module, layers: Iterable[nn.Module], llm_layer: int) -> Rotary | None:
+        """None where no layer is given a rotary embedding. Raises ValueError where it is not what `rotary_emb` "
+        "makes."""
         owner, rotary = type(decoder).__name__, getattr(decoder, "rotary_emb", None)
         taken = [(arguments := Arguments.of(layer)).forwards or "rotary" in arguments.names for layer in layers]
+        if rotary is None and not any(taken):
+            return None
+        cannot = f"llm_layer={llm_layer} cannot be used"
         if not isinstance(rotary, nn.Module) or not all(taken):
             raise ValueError(
-                f"llm_layer={llm_layer} cannot be used with {owner}: not all of its layers are given a rotary "
-                f"embedding ({' or '.join(NAMES['rotary'])}) that its rotary_emb makes"
+                f"{cannot} with {owner}: its layers do not share one rotary embedding, made by its rotary_emb and "
+                f"given as {' or '.join(NAMES['rotary'])}"
             )
         parameters = list(inspect.signature(rotary.forward).parameters)
         if parameters[:2] != ["x", "position_ids"] or parameters[2:] not in ([], ["layer_type"]):
             raise ValueError(
-                f"llm_layer={llm_layer} cannot be used: {type(rotary).__name__}.forward takes ( "
-                f"{', '.join(parameters)}), where apet knows (x, position_ids) and (x, position_ids, layer_type) "
-                f"({versions()})"
+                f"{cannot}: {type(rotary).__name__}.forward takes ({', '.join(parameters)}), where apet knows "
+                f"(x, position_ids) and (x, position_ids, layer_type) ({versions()})"
             )
         return cls(len(parameters) == 3)
 
@@ -208,6 +212,7 @@ KINDS: Mapping[str, str] = {  # of attention, by the names in transformers' conf
     "indexed_attention": "create_causal_mask",
 }
 MATERIALIZED = ("indexed_attention",)  # kinds whose layers read their mask, so None cannot stand for a causal one
+IDLE = ("mlp", "moe")  # kinds of layers that hold no tokens
 RECURRENT = ("linear_attention", "conv", "mamba")  # kinds of layers that keep a state; they get 2-D masks of new tokens
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from . import along, masks
-from .calling import RECURRENT, attention_types
+from .calling import RECURRENT, MaskBuilder, attention_types
 from .config import Keep, Options
 from .locate import check_list, find
 from .sequence import Packing, counted
@@ -161,9 +161,11 @@ def mask_of(target: Target, forward: Forward, given: Any, x: Tensor, everything:
     config, past = forward.language_model.config, everything.shape[1] - x.shape[1]
     kinds, single = attention_types(config), target.reach(forward.language_model).single
 
+    masks_of = target.masks or MaskBuilder.find()
+
     def build(kind: str) -> Any:
         layer = kinds.index(kind) if kind in kinds else 0
-        return target.masks.build(config, x, everything, forward.cache, layer, past, kind, forward.more.get(kind))
+        return masks_of.build(config, x, everything, forward.cache, layer, past, kind, forward.more.get(kind))
 
     if not isinstance(given, Mapping):
         return build(single)

@@ -33,6 +33,12 @@ def modality(name: str) -> str:
 
 def core(model: nn.Module) -> nn.Module:
     """The innermost module around the decoder whose forward takes pixels. Raises ValueError where there is none."""
+    whole = [name for name, child in model.named_children() if hasattr(child, "generate") and _takes_pixels(child)]
+    if whole and not _takes_pixels(model):
+        raise ValueError(
+            f"{type(model).__name__} takes no images itself, its part '{whole[0]}' does: apet.patch(model.{whole[0]}, "
+            "...)"
+        )
     path, decoder = _decoder(model)
     around = [model.get_submodule(".".join(path[:n])) for n in range(len(path))]
     taking = [module for module in around if _takes_pixels(module)]
@@ -43,9 +49,8 @@ def core(model: nn.Module) -> nn.Module:
             f"{type(decoder).__name__} takes pixels and runs its decoder layers itself: there is no call of a decoder "
             "with embeddings in between, where tokens could leave"
         )
-    inner = [name for name, child in model.named_children() if _takes_images(child)]
-    hint = f"; patch its part instead: apet.patch(model.{inner[0]}, ...)" if inner else ""
-    raise ValueError(f"{type(model).__name__} takes no images: its forward has no pixel_values{hint}")
+    taken = ", ".join(inspect.signature(around[-1].forward).parameters)
+    raise ValueError(f"{type(around[-1]).__name__} takes no images: its forward has no pixel_values, but {taken}")
 
 
 def decoder(core: nn.Module) -> nn.Module:
@@ -68,8 +73,8 @@ def tokens(core: nn.Module) -> dict[str, str]:
     found = {m: name for m, name in names.items() if name is not None}
     if not found:
         raise ValueError(
-            f"{type(core).__name__} puts no features at placeholder tokens as far as apet can tell: its configuration "
-            f"{type(core.config).__name__} has none of {', '.join(PLACEHOLDERS['image'])}. If it has a placeholder, an "
+            f"{type(core).__name__} puts no features at placeholder tokens as far as apet can tell: "
+            f"{type(core.config).__name__} has no {', '.join(PLACEHOLDERS['image'])}. If it has a placeholder, an "
             "adapter's `tokens` says what it is called (docs/add-a-model.md)"
         )
     return found
@@ -114,6 +119,11 @@ def why_not(model: nn.Module) -> str | None:
             "its visual tokens are zeros where its decoder begins, and get their features in later layers, so there is "
             "nothing to choose by"
         )
+    if any(hasattr(module, "get_image_tokens") for module in (model, *model.children())):
+        return (
+            "its images become ids of a codebook in its vocabulary: there are no features, and rows that are the mean "
+            "of several ids stand for none"
+        )
     resamplers = {type(m).__name__ for m in model.modules() if "QFormer" in type(m).__name__}
     if resamplers:
         return f"a {min(resamplers, key=len)} leaves a few dozen tokens of an image, fewer than compression would"
@@ -124,40 +134,36 @@ def _takes_pixels(module: nn.Module) -> bool:
     return any(is_pixels(name) for name in inspect.signature(module.forward).parameters)
 
 
-def _takes_images(module: nn.Module) -> bool:
-    """Whether a module, or a part of it, puts images among tokens."""
-    return any(
-        "input_ids" in (names := inspect.signature(m.forward).parameters) and any(map(is_pixels, names))
-        for m in module.modules()
-    )
-
-
 def _decoder(within: nn.Module) -> tuple[list[str], nn.Module]:
     """The decoder and the names that lead to it. Raises ValueError where there is none, or more than one."""
-    found = list(_decoders(within))
-    if not found:
-        crossing = sorted({type(m).__name__ for m in within.modules() if _crosses(m)})
-        why = f"; {crossing[0]} attends to image states instead of holding visual tokens" if crossing else ""
-        raise ValueError(
-            f"apet finds no decoder in {type(within).__name__}: no module with a list of layers whose forward takes "
-            f"embeddings, a mask, positions and a cache ( "
-            f"{', '.join(n for role in DECODER for n in NAMES[role])}){why}. An adapter's `language_model` says where "
-            "it is (docs/add-a-model.md)"
-        )
+    found = list(_decoders(within, len(DECODER)))
     if len(found) > 1:
         named = ", ".join(f"{'.'.join(path)} ({type(module).__name__})" for path, module in found)
         raise ValueError(
             f"{type(within).__name__} has {len(found)} decoders: {named}. An adapter's `language_model` says which of "
             "them gets the images (docs/add-a-model.md)"
         )
-    return found[0]
+    if found:
+        return found[0]
+    for _, near in _decoders(within, len(DECODER) - 1):
+        Arguments.of(near, DECODER)  # says which one it lacks
+    crossing = sorted({type(m).__name__ for m in within.modules() if _crosses(m)})
+    why = f"; {crossing[0]} attends to image states instead of holding visual tokens" if crossing else ""
+    known = ", ".join(name for role in DECODER for name in NAMES[role])
+    raise ValueError(
+        f"apet finds no decoder in {type(within).__name__}: no module with a list of layers whose forward takes "
+        f"embeddings, a mask, positions and a cache ({known}){why}. An adapter's `language_model` says where it is "
+        "(docs/add-a-model.md)"
+    )
 
 
-def _decoders(within: nn.Module) -> Iterator[tuple[list[str], nn.Module]]:
+def _decoders(within: nn.Module, roles: int) -> Iterator[tuple[list[str], nn.Module]]:
+    """The modules that have layers, and so many of a decoder's arguments."""
     for name, module in within.named_modules():
         if not any(isinstance(child, nn.ModuleList) for child in module.children()) or _crosses(module):
             continue
-        if all(role in Arguments.of(module).names for role in DECODER) and layers(module) is not None:
+        names = Arguments.of(module).names
+        if sum(role in names for role in DECODER) >= roles and layers(module) is not None:
             yield name.split(".") if name else [], module
 
 

@@ -11,7 +11,7 @@ from transformers import Cache
 
 from . import along, masks
 from .caches import length
-from .calling import RECURRENT, check_mask, versions
+from .calling import IDLE, RECURRENT, check_mask, versions
 from .sequence import counted
 from .state import PREFILL, Forward, Late, part
 from .target import Target
@@ -77,6 +77,8 @@ def arguments(target: Target, forward: Forward, index: int, call: dict[str, Any]
     rotary = rotary_of(target, forward, kind, roles.owner, roles.get("rotary", call))
     if rotary is not None:
         replaced["rotary"] = rotary
+    if roles.name("recurrent", call) is not None:
+        replaced["recurrent"] = new_tokens(late)
     if roles.get("positions", call) is not None:
         replaced["positions"] = late.positions
     if roles.get("cache_position", call) is not None:
@@ -87,9 +89,13 @@ def arguments(target: Target, forward: Forward, index: int, call: dict[str, Any]
 def mask_of(target: Target, forward: Forward, index: int, kind: str, given: Any, cache: Cache | None) -> Any:
     """The mask of a layer, of the form that it was given one in."""
     late = forward.late
-    if kind in RECURRENT:  # its state takes in every new token but padding
-        new = late.x.shape[1]
-        return None if new == 1 else late.mask[:, late.mask.shape[1] - new :].to(getattr(given, "dtype", torch.long))
+    if kind in IDLE:
+        return given
+    if kind in RECURRENT and (given is None or given.dim() == 2):
+        return new_tokens(late)
+    if kind in RECURRENT:  # handed over all the same: that of a layer that attends
+        index = target.attending(forward.language_model)
+        kind = target.kind(forward.language_model, index)
     if isinstance(given, Tensor) and given.dim() == 2:  # the layer makes its own mask
         return late.mask.to(given.dtype)
     if kind not in late.built:
@@ -100,14 +106,25 @@ def mask_of(target: Target, forward: Forward, index: int, kind: str, given: Any,
     return late.built[kind]
 
 
+def new_tokens(late: Late) -> Tensor | None:
+    """Which new tokens [B, L] a state takes in: all but padding; None: all."""
+    new = late.x.shape[1]
+    return None if new == 1 else late.mask[:, late.mask.shape[1] - new :].long()
+
+
 def rotary_of(target: Target, forward: Forward, kind: str, owner: str, given: Any) -> Any:
-    """The rotary embeddings of layers of a kind for what is left; None: as the earlier layers are given them."""
+    """The rotary embeddings of layers of a kind for what is left; None: those that they are given."""
     late, decoder = forward.late, forward.language_model
-    shared = "" if not target.rotary.by_kind else kind
-    if shared in late.rotary:
+    if given is None:  # this layer turns nothing
+        return None
+    if target.rotary is None:
+        raise ValueError(f"{owner} was called with rotary embeddings, where apet found no layer that takes them")
+    shared = kind if target.rotary.by_kind else ""
+    if shared in late.rotary and (late.packing is None or late.given[shared] is given):
         return late.rotary[shared]
+    late.given[shared] = given
     if late.packing is not None:
-        check_rotary_arguments(owner, given, *forward.valid.shape)
+        check_rotary_arguments(owner, given, *forward.valid.shape, target.axes)
     if target.adapter.positions == "renumber":
         if late.packing is not None:
             check_rotary_values(target, forward, kind, given)
@@ -129,14 +146,12 @@ def _like(rotary: Any, parts: list[Tensor]) -> Any:
     return tuple(parts) if isinstance(rotary, tuple | list) else parts[0]
 
 
-def check_rotary_arguments(owner: str, rotary: Any, batch: int, length: int) -> None:
+def check_rotary_arguments(owner: str, rotary: Any, batch: int, length: int, axes: int) -> None:
     """Raises ValueError where a layer is not given cosines and sines of its positions: of [B or 1, L, d] or, of the
     axes of M-RoPE, [axes, B, L, d]."""
     given = list(parts_of(rotary))
     known = all(
-        isinstance(t, Tensor)
-        and ((t.dim() == 3 and t.shape[0] in (batch, 1)) or (t.dim() == 4 and t.shape[1] in (batch, 1)))
-        and t.shape[-2] == length
+        isinstance(t, Tensor) and tuple(t.shape[:-1]) in ((batch, length), (1, length), (axes, batch, length))
         for t in given
     )
     if not known or len(given) > 2:

@@ -57,12 +57,19 @@ class Part:
 def part(cache: Cache | None, mask: Tensor, following: Tensor, flash: bool) -> Part:
     """mask [B, length] bool over the prompt, which starts the cache; following [B, 1]: the position after it."""
     length = mask.shape[1]
-    # Flash attention takes lengths from the width of the mask, so there it has to grow.
+    # Flash attention takes lengths from the width of the mask, so there it has to grow; and so it has where all layers
+    # slide, whose caches are no longer than their windows.
     fixed = cache is not None and cache.is_compileable and not flash
+    sizes = [getattr(layer, "max_cache_len", 0) for layer in cache.layers if not layer_slides(layer)] if fixed else []
+    fixed = max(sizes, default=0) > 0
     if fixed:
-        capacity = max(getattr(layer, "max_cache_len", 0) for layer in cache.layers)  # but for layers that keep a state
-        mask = torch.nn.functional.pad(mask, (0, capacity - length), value=True)
+        mask = torch.nn.functional.pad(mask, (0, max(sizes) - length), value=True)
     return Part(mask, following - length, fixed)
+
+
+def layer_slides(layer: Any) -> bool:
+    """Whether a layer of a cache holds the end of the sequence only."""
+    return bool(getattr(layer, "is_sliding", False))
 
 
 @dataclass
@@ -95,7 +102,8 @@ class Late:
     before: Tensor | None = None  # in a prefill: the counted positions [B, L] of what the earlier layers got
     more: More = field(default_factory=dict)  # in a prefill: what is seen beside causal attention
     built: dict[str, Any] = field(default_factory=dict)  # the layers' masks, by their kind
-    rotary: dict[str, Any] = field(default_factory=dict)  # their rotary embeddings, by their kind or for all
+    rotary: dict[str, Any] = field(default_factory=dict)  # their rotary embeddings, by their kind or for all,
+    given: dict[str, Any] = field(default_factory=dict)  # and those that they are given
 
 
 @dataclass

@@ -13,7 +13,7 @@ import apet
 
 from . import parts
 from .adapter import Adapter
-from .calling import KINDS, RECURRENT, Arguments, MaskBuilder, Rotary, attention_types, implementation, versions
+from .calling import IDLE, KINDS, RECURRENT, Arguments, MaskBuilder, Rotary, attention_types, implementation, versions
 from .config import Options
 from .masks import Reach
 from .units import Tokens
@@ -36,7 +36,7 @@ class Target:
     core_arguments: Arguments
     language_model_arguments: Arguments
     layer_arguments: tuple[Arguments, ...]
-    masks: MaskBuilder
+    masks: MaskBuilder | None  # where they have to be built
     rotary: Rotary | None  # for the second stage
     axes: int  # of positions, where they are kept
     said: set[str] = field(default_factory=set)  # what users were told once
@@ -67,11 +67,12 @@ class Target:
         projector = None
         if adapter.projector is not None and options.keep is not None:
             projector = weakref.ref(part_of(lambda c: c.get_submodule(adapter.projector), core, "projector", adapter))
-        rotary = None
+        masks, rotary = None, None
         layers_from = range(0)
         if options.llm_layer is not None:
             layers_from = range(options.llm_layer, len(layers))
             check_second_stage(language_model, layers, options.llm_layer)
+            masks = MaskBuilder.find()
             rotary = Rotary.of(language_model, layers, options.llm_layer)
         needed = ("mask", "cache", "hidden")
         return cls(
@@ -88,7 +89,7 @@ class Target:
                 Arguments.of(layer, needed if i in layers_from else ("cache", "hidden"))
                 for i, layer in enumerate(layers)
             ),
-            MaskBuilder.find(),
+            masks,
             rotary,
             parts.axes(language_model),
         )
@@ -126,6 +127,11 @@ class Target:
         """The kind of a decoder layer."""
         return attention_types(language_model.config)[index]
 
+    def attending(self, language_model: nn.Module) -> int:
+        """The first layer from `llm_layer` on that attends to tokens."""
+        kinds = attention_types(language_model.config)
+        return next(i for i in range(self.options.llm_layer, len(kinds)) if kinds[i] in KINDS)
+
     @staticmethod
     def reach(language_model: nn.Module) -> Reach:
         """How far the layers see, and of which kind the only mask is where there is one."""
@@ -149,7 +155,7 @@ def check_second_stage(language_model: nn.Module, layers: nn.ModuleList, llm_lay
             f"llm_layer={llm_layer} cannot be used: {owner} has {len(layers)} layers, and its configuration "
             f"{len(kinds)}"
         )
-    unknown = {*kinds} - {*KINDS, *RECURRENT}
+    unknown = {*kinds} - {*KINDS, *RECURRENT, *IDLE}
     if unknown:
         raise ValueError(
             f"llm_layer={llm_layer} cannot be used with {owner}: apet cannot build masks for its layers of type "
@@ -159,6 +165,12 @@ def check_second_stage(language_model: nn.Module, layers: nn.ModuleList, llm_lay
         raise ValueError(
             f"llm_layer={llm_layer} cannot be used with {owner}: no layer from there on attends to tokens, so nothing "
             "tells how many there are"
+        )
+    attending = [i for i, kind in enumerate(kinds) if kind in KINDS]
+    if attending[0] >= llm_layer:
+        raise ValueError(
+            f"llm_layer={llm_layer} cannot be used with {owner}: its first layer that attends to tokens is layer "
+            f"{attending[0]}, and the cache counts tokens there; llm_layer={attending[0] + 1} is the least"
         )
     if getattr(config, "num_kv_shared_layers", 0):
         raise ValueError(
