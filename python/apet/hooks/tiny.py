@@ -144,13 +144,14 @@ def config(source: PretrainedConfig | str, decoder: str | None = None) -> Pretra
     source: the configuration of a model, or the name of a type for its default one; decoder: the `model_type` of
     another decoder in it, for types that take any.
     """
+    default = isinstance(source, str)
     if isinstance(source, str):
         source = transformers.AutoConfig.for_model(source)
     given = source.to_dict()
     if decoder is not None:
         given["text_config"] = transformers.AutoConfig.for_model(decoder).to_dict()
     for path, value in SPECIAL.get(source.model_type, {}).items():
-        if path.startswith("+"):  # before shrinking
+        if path.startswith("+") and default:
             _put(given, path[1:], value)
     chosen = _shrink(given, "text" if "text_config" not in given else "")
     for path, value in SPECIAL.get(source.model_type, {}).items():
@@ -334,9 +335,9 @@ def _rope(value: dict[str, Any], role: str) -> dict[str, Any]:
 
 
 def _name_tokens(chosen: dict[str, Any]) -> None:
-    """Gives special tokens small ids, equal ones where they were equal: image, video, and others from 124 down."""
+    """Gives special tokens small ids, equal ones where they were equal: the five named, and others from 122 down."""
     names: dict[int, int] = {}
-    others = iter(range(END, END - 25, -1))
+    others = iter(range(START - 1, 98, -1))
 
     def walk(part: dict[str, Any]) -> None:
         ordered = sorted(part.items(), key=lambda item: not str(item[0]).startswith(("image_token", "image_patch_id")))
@@ -348,7 +349,9 @@ def _name_tokens(chosen: dict[str, Any]) -> None:
             elif name in ("pad_token_id", "bos_token_id", "eos_token_id"):
                 part[name] = {"pad_token_id": PAD, "bos_token_id": 1, "eos_token_id": EOS}[name]
             elif TOKEN.search(name) and isinstance(value, int) and not isinstance(value, bool):
-                if name in ("image_token_id", "image_token_index", "image_patch_id"):
+                if name.startswith(("vision_start", "vision_end")):
+                    names[value] = START if name.startswith("vision_start") else END
+                elif name in ("image_token_id", "image_token_index", "image_patch_id"):
                     names[value] = IMAGE
                 elif name in ("video_token_id", "video_token_index"):
                     names.setdefault(value, VIDEO)
@@ -359,8 +362,8 @@ def _name_tokens(chosen: dict[str, Any]) -> None:
     walk(chosen)
 
 
-# What the rule cannot know, by type: fields by dotted path; "+" sets one before the rule. Most repeat what a width
-# follows from, or what the default configuration leaves open and every checkpoint says.
+# What the rule cannot know, by type: fields by dotted path; "+" is for default configurations, before the rule. Most
+# repeat what a width follows from, or what the default configuration leaves open and every checkpoint says.
 _ALTERNATING = ["sliding_attention", "full_attention"]
 _ROPE = {"rope_type": "default", "rope_theta": 10000.0}
 _SQUARE = {"vision_config.patch_size": 4}  # 12 x 12 patches, of which four make a token
@@ -442,6 +445,7 @@ SPECIAL: Mapping[str, Mapping[str, Any]] = {
     "ovis2": {"vocab_size": VOCABULARY, "hidden_size": 64, "vision_config.image_size": SIDE},
     "qwen2_vl": {"vision_config.hidden_size": 64, "vision_config.mlp_ratio": 2},
     "qwen2_5_omni_thinker": _OMNI,
+    "qwen2_5_vl": {"vision_config.window_size": 16},
     "qwen3_omni_moe_thinker": _OMNI,
     "qwen4_exp": {
         "text_config.indexer_n_heads": 2,
@@ -455,9 +459,7 @@ SPECIAL: Mapping[str, Mapping[str, Any]] = {
 }
 
 
-def build(
-    cls: type, settings: PretrainedConfig | Mapping[str, Any], attention: str | None = None, seed: int = 0
-) -> nn.Module:
+def build(cls: type, settings: PretrainedConfig, attention: str | None = None, seed: int = 0) -> nn.Module:
     """A model of a class of transformers with random weights, the same for the same seed.
 
     They are wide (standard deviation 0.15), so that a wrong position, mask or token moves the logits by far more than
@@ -465,8 +467,6 @@ def build(
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        if isinstance(settings, Mapping):
-            settings = cls.config_class(**settings)
         if attention is None:
             attention = "sdpa" if cls._supports_sdpa else "eager"
         model = cls._from_config(settings, attn_implementation=attention)
@@ -490,7 +490,7 @@ FRAMES = 4
 
 def core_of(model: nn.Module) -> nn.Module:
     """The module that puts image features among text embeddings."""
-    return getattr(model, "model", model)
+    return model.base_model
 
 
 def sample(model: nn.Module, parts: Sequence[int | str], seed: int = 0) -> dict[str, Any]:
@@ -707,121 +707,3 @@ def collate(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 ALONG = ("input_ids", "attention_mask", "mm_token_type_ids", "token_type_ids", "moe_mm_token_type_ids")
-
-
-# ---- the families with an adapter, by hand (until the self-check uses the above) ----
-
-PROMPTS = ((3, 5), (1, 2))  # of two rows: so many text tokens before the image, and after it
-GRID_ = (1, 8, 8)
-
-
-def text(**more: Any) -> dict[str, Any]:
-    """The arguments of a tiny decoder's configuration."""
-    return {
-        "vocab_size": VOCABULARY,
-        "hidden_size": 64,
-        "intermediate_size": 96,
-        "num_hidden_layers": LAYERS,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 1024,
-        "rope_theta": 10000.0,
-        "pad_token_id": PAD,
-        "bos_token_id": 1,
-        "eos_token_id": EOS,
-        "tie_word_embeddings": False,
-        **more,
-    }
-
-
-def vision(**more: Any) -> dict[str, Any]:
-    """The arguments of a tiny vision encoder's configuration."""
-    size = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 2}
-    return {**size, "image_size": SIDE, "patch_size": PATCH, **more}
-
-
-def _llava(decoder: str | None, encoder: str = "clip_vision_model", **more: Any) -> dict[str, Any]:
-    ids = {"image_token_index": IMAGE, "image_token_id": IMAGE}
-    tower = vision(model_type=encoder)
-    if encoder == "clip_vision_model":
-        tower["projection_dim"] = 32
-    return {"vision_config": tower, "text_config": text(model_type=decoder or "llama"), **ids, **more}
-
-
-def _qwen(name: str) -> dict[str, Any]:
-    encoder: dict[str, Any] = {"depth": 2, "num_heads": 2, "patch_size": 4}
-    encoder |= {"spatial_merge_size": 2, "temporal_patch_size": 2}
-    rope = {"type": "default", "rope_type": "default", "mrope_section": [2, 3, 3]}
-    more: dict[str, Any] = {"rope_scaling": rope}
-    if name == "qwen2_vl":
-        encoder |= {"embed_dim": 32, "hidden_size": 64, "mlp_ratio": 2}
-    elif name == "qwen2_5_vl":
-        encoder |= {"hidden_size": 32, "intermediate_size": 48, "out_hidden_size": 64, "tokens_per_second": 2}
-        encoder |= {"window_size": 16, "fullatt_block_indexes": [1]}
-    else:
-        encoder |= {"depth": 3, "hidden_size": 32, "intermediate_size": 48, "out_hidden_size": 64}
-        encoder |= {"num_position_embeddings": 64, "deepstack_visual_indexes": [0, 1]}
-        more = {"head_dim": 16, "rope_scaling": {**rope, "mrope_interleaved": True}}
-    ids = {"image_token_id": IMAGE, "video_token_id": VIDEO, "vision_start_token_id": START, "vision_end_token_id": END}
-    return {"vision_config": encoder, "text_config": text(**more), **ids}
-
-
-def settings(name: str, decoder: str | None = None) -> dict[str, Any] | None:
-    """The arguments of a tiny configuration of a family, by its `model_type`; None where there is none here.
-
-    decoder: the `model_type` of the language model, for families that take any.
-    """
-    video = {"video_token_index": VIDEO, "video_token_id": VIDEO}
-    tiles = {"image_grid_pinpoints": PINPOINTS}
-    if name in ("qwen2_vl", "qwen2_5_vl", "qwen3_vl"):
-        chosen = _qwen(name)
-    elif name == "llava":
-        chosen = _llava(decoder)
-    elif name == "llava_next":
-        chosen = _llava(decoder, **tiles)
-    elif name == "llava_next_video":
-        chosen = _llava(decoder, **tiles, **video)
-    elif name == "video_llava":
-        chosen = _llava(decoder, **video)
-    elif name == "llava_onevision":
-        more = {"vision_feature_layer": -1, "vision_aspect_ratio": "anyres_max_9"}
-        more |= {"vision_feature_select_strategy": "full"}
-        chosen = _llava(decoder or "qwen2", "siglip_vision_model", **tiles, **video, **more)
-    elif name == "internvl":
-        encoder = vision(model_type="internvl_vision", image_size=[SIDE, SIDE], patch_size=[4, 4])
-        chosen = {"vision_config": encoder, "text_config": text(model_type=decoder or "qwen2"), "image_token_id": IMAGE}
-    else:
-        return None
-    return chosen | {"tie_word_embeddings": False}
-
-
-def inputs(name: str, model: nn.Module, core: nn.Module, adapter: Any) -> dict[str, Tensor]:
-    """What a tiny model is called with: two rows with an image each, of different lengths, padded on the left."""
-    make = torch.Generator().manual_seed(0)
-    given: dict[str, Tensor]
-    if name.startswith("qwen"):
-        patches = GRID_[0] * GRID_[1] * GRID_[2]
-        given = {"pixel_values": torch.randn(2 * patches, 3 * 2 * 4 * 4, generator=make)}
-        given["image_grid_thw"] = torch.tensor([GRID_, GRID_])
-        around, counts = ([START], [END]), [patches // 4] * 2
-    elif name in ("llava_next", "llava_next_video", "llava_onevision"):
-        given = {"pixel_values": torch.randn(2, 3, 3, SIDE, SIDE, generator=make)}  # base image and two tiles
-        given["image_sizes"] = torch.tensor([[40, 90], [40, 90]])
-        if name == "llava_onevision":
-            given["batch_num_images"] = torch.tensor([1, 1])
-        around, counts = ([], []), [len(units) for units in adapter.visuals(core, given, {"image": 0})["image"]]
-    else:
-        given = {"pixel_values": torch.randn(2, 3, SIDE, SIDE, generator=make)}
-        if name == "video_llava" and "pixel_values_images" in inspect.signature(core.forward).parameters:
-            given = {"pixel_values_images": given["pixel_values"]}
-        around, counts = ([], []), [TILE] * 2
-    rows = []
-    for (before, after), count in zip(PROMPTS, counts, strict=True):
-        words = torch.randint(3, 120, (before + after,), generator=make).tolist()
-        rows.append([*words[:before], *around[0], *[IMAGE] * count, *around[1], *words[before:]])
-    width = max(map(len, rows))
-    ids = torch.tensor([[PAD] * (width - len(row)) + row for row in rows])
-    given |= {"input_ids": ids, "attention_mask": (ids != PAD).long()}
-    if "mm_token_type_ids" in inspect.signature(core.forward).parameters:
-        given["mm_token_type_ids"] = (ids == IMAGE).int()
-    return given

@@ -33,6 +33,7 @@ ADAPTERS: dict[str, Adapter] = {
     "video_llama_3": VideoLlama3(),
     "video_llava": VideoLlava(),
 }
+OWN = frozenset(ADAPTERS)  # what the package has, whatever is registered later
 GENERIC = Adapter()  # of a model without an adapter of its own
 # Models that do nothing but read: each letter counts, and what is dropped is gone.
 READERS = frozenset(
