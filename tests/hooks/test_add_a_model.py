@@ -117,7 +117,7 @@ def blocks() -> Iterator[str]:
 
 
 def test_recipe(blocks: Iterator[str], capsys: pytest.CaptureFixture[str]) -> None:
-    model = tiny.build(StampsForGeneration, {"text_config": tiny.text()})
+    model = tiny.build(StampsForGeneration, StampConfig(tiny.config("llava").text_config.to_dict()))
     here: dict[str, Any] = {"model": model, "rows": [row(3, 1, 5, 0), row(1, 2, 2, 1)]}
 
     def follow(step: str) -> str:

@@ -252,6 +252,21 @@ def test_pixtral_images_are_one_unit() -> None:
     assert units_of("image", 9, made_of, image_sizes=sizes) is None
 
 
+@pytest.mark.parametrize(
+    ("lengths", "pixels", "want"),
+    [
+        ([12, 4], (4, 3, 8, 8), [4, 4, 4, 4]),  # three side by side
+        ([4, 4], (2, 3, 8, 8), [4, 4]),
+        ([6, 2], (2, 3, 8, 8), [6, 2]),  # not of equal size
+        ([3, 4], (2, 3, 8, 8), [3, 4]),
+        ([4, 4], (1, 3, 8, 64), [4, 4]),  # slices of one image, one behind the other
+        ([12, 4], (4, 2, 3, 8, 8), [12, 4]),  # tiles
+    ],
+)
+def test_images_side_by_side(lengths: list[int], pixels: tuple[int, ...], want: list[int]) -> None:
+    assert grids.apart({"pixel_values": torch.zeros(pixels), "input_ids": None}, "image", lengths) == want
+
+
 # ---- parts ----------------------------------------------------------------------------------------------------------
 
 

@@ -26,11 +26,6 @@ DECODER = ("embeds", "mask", "positions", "cache")  # the roles by which a decod
 CROSS = ("encoder_hidden_states", "cross_attention_states", "image_hidden_states", "encoder_outputs")
 
 
-def modality(name: str) -> str:
-    """Of the argument that holds its pixels: "image" or "video"."""
-    return "video" if "video" in name else "image"
-
-
 def core(model: nn.Module) -> nn.Module:
     """The innermost module around the decoder whose forward takes pixels. Raises ValueError where there is none."""
     whole = [name for name, child in model.named_children() if hasattr(child, "generate") and _takes_pixels(child)]
