@@ -399,6 +399,7 @@ SPECIAL: Mapping[str, Mapping[str, Any]] = {
         "vision_config.output_proj_dims": 32,
         "vision_config.mm_posemb_size": 16,
     },
+    "glm5_next": {"+text_config.mlp_layer_types": ["dense"] * 2 + ["sparse"] * 43},
     "got_ocr2": _GOT,
     "pp_chart2table": _GOT,
     "gemma3n": {
@@ -438,6 +439,8 @@ SPECIAL: Mapping[str, Mapping[str, Any]] = {
         "audio_config.depths": [1, 1, 1, 1],
     },
     "nemotron_h_omni": {
+        "text_config.layers_block_type": ["linear_attention", "full_attention", "moe", "full_attention", "mlp"],
+        "text_config.num_hidden_layers": 5,
         "vision_config.max_img_size": 96,
         "vision_hidden_size": 32,
         "image_token_id": IMAGE,
@@ -446,7 +449,7 @@ SPECIAL: Mapping[str, Mapping[str, Any]] = {
     "ovis2": {"vocab_size": VOCABULARY, "hidden_size": 64, "vision_config.image_size": SIDE},
     "qwen2_vl": {"vision_config.hidden_size": 64, "vision_config.mlp_ratio": 2},
     "qwen2_5_omni_thinker": _OMNI,
-    "qwen2_5_vl": {"vision_config.window_size": 16},
+    "qwen2_5_vl": {"vision_config.window_size": 16, "vision_config.tokens_per_second": 2},
     "qwen3_omni_moe_thinker": _OMNI,
     "qwen4_exp": {
         "text_config.indexer_n_heads": 2,
