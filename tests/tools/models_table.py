@@ -9,6 +9,7 @@ docs/models.json, and from there into docs/models.md. With names of types only t
 from __future__ import annotations
 
 import argparse
+import inspect
 import json
 import logging
 import multiprocessing
@@ -76,12 +77,11 @@ def try_type(name: str) -> dict[str, Any]:
 
 
 def judge(model: Any, rows: list[Any], stage: str, adapter: Any, *, static: bool = False) -> float:
-    return selfcheck.judge(model, rows, STAGES[stage], static=static, adapter=adapter)
+    options = selfcheck.options_of(model, stage, adapter)
+    return selfcheck.judge(model, rows, options, static=static, adapter=adapter)
 
 
 def parameters(model: Any) -> list[str]:
-    import inspect
-
     return [name for name in inspect.signature(model.forward).parameters if name.startswith("pixel_values")]
 
 

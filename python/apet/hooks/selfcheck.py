@@ -8,6 +8,7 @@ adapter of its own is patched only where this has passed.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import hashlib
 import importlib.metadata
@@ -125,13 +126,14 @@ def check(model: nn.Module, stage: str = "both", adapter: Adapter | None = None)
     """Runs the self-check on a tiny model. adapter: that of its type, unless given."""
     name, worst = model.config.model_type, 0.0
     try:
+        options = options_of(model, stage, adapter)
         rows = [prompt(model, parts, seed) for seed, parts in enumerate(PROMPTS)]
         if not unpatched(model, rows) < TOLERANCE:  # some count a batch's images, or its padding
             rows = rows[:1]
         for kind, static in (("a cache that grows", False), ("a cache of fixed size", True)):
             if static and not _takes_static(model, rows):
                 continue
-            difference = judge(model, rows, STAGES[stage], static=static, adapter=adapter)
+            difference = judge(model, rows, options, static=static, adapter=adapter)
             worst = max(worst, difference)
             if not difference < TOLERANCE:
                 return Result(
@@ -148,6 +150,25 @@ def _takes_static(model: nn.Module, rows: Sequence[reference.Row]) -> bool:
         return unpatched(model, rows, static=True) < TOLERANCE
     except Exception:  # of any kind, from inside of it
         return False
+
+
+def options_of(model: nn.Module, stage: str, adapter: Adapter | None = None) -> Options:
+    """The options of a stage for a tiny model: the first `llm_layer` from 2 on that is possible.
+
+    Raises ValueError, for a layer of 2, where none is.
+    """
+    from .adapters import adapter_for
+
+    adapter, chosen = adapter or adapter_for(model), STAGES[stage]
+    if chosen.llm_layer is None:
+        return chosen
+    for llm_layer in range(chosen.llm_layer, tiny.LAYERS):
+        deeper = dataclasses.replace(chosen, llm_layer=llm_layer)
+        with contextlib.suppress(ValueError):
+            Target.find(model, adapter, lambda *_, options=deeper: options)
+            return deeper
+    Target.find(model, adapter, lambda *_: chosen)  # raises
+    return chosen
 
 
 def families() -> list[str]:

@@ -161,17 +161,18 @@ def config(source: PretrainedConfig | str, decoder: str | None = None) -> Pretra
     chosen["tie_word_embeddings"] = False
     made = type(source).from_dict(chosen)
     if source.model_type in TOWERS:
-        made.vision_config = TOWERS[source.model_type](made)
+        object.__setattr__(made, "vision_config", TOWERS[source.model_type](made))  # past the check of its type
     return made
 
 
 def _convolutions(made: PretrainedConfig) -> PretrainedConfig:
     """An encoder that gives a picture of features [B, 32, 6, 6], as those of timm do."""
-    fields = {n: v for n, v in made.vision_config.to_dict().items() if n in ("vocab_offset", "rms_norm_eps")}
     tower = transformers.ResNetConfig(
         embedding_size=8, hidden_sizes=[16, 32], depths=[1, 1], layer_type="basic", downsample_in_first_stage=False
     )
-    tower.update(fields | {"vocab_size": VOCABULARY, "hidden_size": 32})
+    for name in ("vocab_offset", "rms_norm_eps"):
+        setattr(tower, name, getattr(made.vision_config, name, None))
+    tower.hidden_size, tower.vocab_size = 32, VOCABULARY
     return tower
 
 
@@ -398,6 +399,7 @@ SPECIAL: Mapping[str, Mapping[str, Any]] = {
         "vision_config.output_proj_dims": 32,
         "vision_config.mm_posemb_size": 16,
     },
+    "glm5_next": {"+text_config.mlp_layer_types": ["dense"] * 2 + ["sparse"] * 43},
     "got_ocr2": _GOT,
     "pp_chart2table": _GOT,
     "gemma3n": {
@@ -437,6 +439,8 @@ SPECIAL: Mapping[str, Mapping[str, Any]] = {
         "audio_config.depths": [1, 1, 1, 1],
     },
     "nemotron_h_omni": {
+        "text_config.layers_block_type": ["linear_attention", "full_attention", "moe", "full_attention", "mlp"],
+        "text_config.num_hidden_layers": 5,
         "vision_config.max_img_size": 96,
         "vision_hidden_size": 32,
         "image_token_id": IMAGE,
@@ -445,7 +449,7 @@ SPECIAL: Mapping[str, Mapping[str, Any]] = {
     "ovis2": {"vocab_size": VOCABULARY, "hidden_size": 64, "vision_config.image_size": SIDE},
     "qwen2_vl": {"vision_config.hidden_size": 64, "vision_config.mlp_ratio": 2},
     "qwen2_5_omni_thinker": _OMNI,
-    "qwen2_5_vl": {"vision_config.window_size": 16},
+    "qwen2_5_vl": {"vision_config.window_size": 16, "vision_config.tokens_per_second": 2},
     "qwen3_omni_moe_thinker": _OMNI,
     "qwen4_exp": {
         "text_config.indexer_n_heads": 2,
@@ -469,7 +473,10 @@ def build(cls: type, settings: PretrainedConfig, attention: str | None = None, s
         torch.manual_seed(seed)
         if attention is None:
             attention = "sdpa" if cls._supports_sdpa else "eager"
-        model = cls._from_config(settings, attn_implementation=attention)
+        chosen: Any = attention
+        if settings.model_type in TOWERS:  # convolutions take "eager" only
+            chosen = {"": attention, "text_config": attention, "audio_config": attention, "vision_config": "eager"}
+        model = cls._from_config(settings, attn_implementation=chosen)
         torch.manual_seed(seed)
         for _, parameter in sorted(model.named_parameters()):
             if parameter.ndim >= 2:
@@ -690,6 +697,9 @@ def _joined(name: str, values: Sequence[Any], beside: Mapping[str, Any]) -> Any:
     """The images of a prompt, or of a batch, as one argument."""
     if isinstance(values[0], list):
         return [one for value in values for one in value]
+    if name.endswith("_token_pooling"):  # rows of all the patches of the call
+        before = [0, *torch.tensor([int(value.max()) + 1 for value in values]).cumsum(0).tolist()]
+        values = [value + start for value, start in zip(values, before, strict=False)]
     packed = name.startswith("pixel_values") and ("target_sizes" in beside or "target_sizes_videos" in beside)
     return torch.cat(list(values), dim=-1 if packed else 0)
 
