@@ -35,6 +35,11 @@ def core(model: nn.Module) -> nn.Module:
             "...)"
         )
     found = list(_decoders(model, len(DECODER))) or [_decoder(model)]
+    if any(_takes_pixels(decoder) for _, decoder in found):
+        raise ValueError(
+            f"{type(found[0][1]).__name__} takes pixels and runs its decoder layers itself: there is no call of a "
+            "decoder with embeddings in between, where tokens could leave"
+        )
     around = [[model.get_submodule(".".join(path[:n])) for n in range(len(path))] for path, _ in found]
     taking = [within[-1] for modules in around if (within := [m for m in modules if _takes_pixels(m)])]
     if taking and all(module is taking[0] for module in taking):
@@ -44,11 +49,6 @@ def core(model: nn.Module) -> nn.Module:
         raise ValueError(
             f"{type(model).__name__} has several parts that take images: {names}. An adapter's `core` says which of "
             "them is meant (docs/add-a-model.md)"
-        )
-    if any(_takes_pixels(decoder) for _, decoder in found):
-        raise ValueError(
-            f"{type(found[0][1]).__name__} takes pixels and runs its decoder layers itself: there is no call of a "
-            "decoder with embeddings in between, where tokens could leave"
         )
     nearest = (around[0] or [model])[-1]
     taken = ", ".join(inspect.signature(nearest.forward).parameters)
