@@ -161,7 +161,7 @@ def test_other_models_say_why_not(name: str, says: str) -> None:
     config = AutoConfig.for_model(name) if name == "granite4_vision" else tiny.config(name)
     if name == "granite4_vision":
         config.text_config.num_hidden_layers = 2
-        config.deepstack_layer_map = [[-2, 0], [-1, 1]]
+        config.deepstack_layer_map, config.downsample_rate = [[-2, 0], [-1, 1]], "4/8"
     if name == "chameleon":
         config.vocabulary_map = {"<image>": tiny.IMAGE}
     with torch.device("meta"):

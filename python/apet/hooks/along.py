@@ -102,9 +102,9 @@ def _gathered(owner: str, name: str, x: Tensor, at: Sequence, packing: Packing) 
         return packing.along(x, 1)
     if x.dim() >= 3 and x.shape[-1] == at.length and x.shape[-2] in (at.batch, 1):
         return packing.along(x, -1)
-    counted = {at.length: "tokens", at.visual: "visual tokens"}
-    found = next((counted[n] for n in x.shape if n in counted and n > 1), None)
-    if found is not None:
+    rows = next((n for n in x.shape if n != 1), 0)  # features [N, D] or [1, N, D]
+    found = "tokens" if at.length in x.shape else "visual tokens" if at.visual == rows else None
+    if found is not None and rows:
         raise ValueError(
             f"{owner} was called with {name} of shape {tuple(x.shape)}, one of which is the number of {found}. apet "
             f"does not know this argument, so it cannot drop tokens from it ({versions()})"
