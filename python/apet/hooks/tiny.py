@@ -234,6 +234,9 @@ def _shrink(given: Mapping[str, Any], role: str, merges: bool | None = None) -> 
             chosen[name] = [sizes[name]] * len(value)
         else:
             chosen[name] = value
+    several_axes = re.search(r"vl|glm4v|omni", str(given.get("model_type")))
+    if role == "text" and "rope_parameters" not in given and given.get("rope_scaling", 0) is None and several_axes:
+        chosen["rope_scaling"] = _rope({"type": "default", "rope_type": "default", "mrope_interleaved": True}, role)
     chosen = _equal_heads(given, chosen)
     for name in ("dtype", "torch_dtype", "quantization_config"):
         chosen.pop(name, None)
@@ -377,6 +380,7 @@ _MINICPM = {"image_token_id": IMAGE, "video_token_id": VIDEO}
 _GOT = {"vision_config.image_size": 96, "vision_config.patch_size": 4}
 SPECIAL: Mapping[str, Mapping[str, Any]] = {
     "aria": {"projector_patch_to_query_dict": {36: 24}, "max_value_projector_patch_to_query_dict": 24},
+    "chameleon": {"vocabulary_map": {"<image>": IMAGE, "IMGIMGA": 99}},
     "cohere_compass": {
         "+text_config.layer_types": _ALTERNATING * 20,
         "+text_config.rope_parameters": dict.fromkeys(_ALTERNATING, _ROPE),
@@ -388,6 +392,8 @@ SPECIAL: Mapping[str, Mapping[str, Any]] = {
         "text_config.n_group": 1,
         "text_config.topk_group": 1,
     },
+    "emu3": {"vocabulary_map": {"<image>": IMAGE, "<|extra_200|>": 98, "<|visual token 000000|>": 99}},
+    "diffusion_gemma": _GEMMA4,
     "dots3_note": {"text_config.head_dim": 2 * HEAD},
     "ernie4_5_vl_moe": {"text_config.rope_parameters.mrope_section": [3, 3, 2]},
     "gemma3": _GEMMA,
@@ -528,6 +534,8 @@ def sample(model: nn.Module, parts: Sequence[int | str], seed: int = 0) -> dict[
     row |= {"input_ids": torch.tensor([ids]), "attention_mask": torch.ones(1, len(ids), dtype=torch.long)}
     if "mm_token_type_ids" in takes:
         row["mm_token_type_ids"] = torch.tensor([types], dtype=torch.int)
+    if "moe_mm_token_type_ids" in takes:
+        row["moe_mm_token_type_ids"] = (torch.tensor([types]) > 0).int()
     if "token_type_ids" in inspect.signature(model.forward).parameters:
         prefix = model.config.model_type == "paligemma"  # whose types tell the prompt from what follows
         row["token_type_ids"] = ((torch.tensor([types]) > 0) & (not prefix)).int()
@@ -611,6 +619,8 @@ def _visual(model: nn.Module, modality: str, make: torch.Generator, *, alone: bo
 def _count(found: Any) -> int:
     if not isinstance(found, Tensor | list | tuple) or hasattr(found, "pooler_output"):
         found = found.last_hidden_state if found.pooler_output is None else found.pooler_output
+    if isinstance(found, tuple) and isinstance(found[0], list | tuple):  # features of later layers beside them
+        found = found[0]
     if isinstance(found, Tensor):
         return found.numel() // found.shape[-1]
     return sum(_count(one) for one in found)
@@ -625,6 +635,8 @@ def _forms(config: PretrainedConfig, modality: str, takes: set[str], alone: bool
     side = side if isinstance(side, int) else SIDE
     video = modality == "video"
     pixels = "pixel_values_videos" if video else "pixel_values"
+    if "pixel_values_images" in takes and "pixel_values" not in takes:  # of transformers 4
+        pixels = pixels if video else "pixel_values_images"
     n_patches, flat = GRID[1] * GRID[2], 3 * patch * patch
     sizes = torch.tensor([GRID[1:]])
     grid, places = f"{modality}_grid_thw", f"{modality}_position_ids"
@@ -682,7 +694,8 @@ def _forms(config: PretrainedConfig, modality: str, takes: set[str], alone: bool
             local | {"num_local_patches": [2], "patches_grid": [[2, 1]]},
         ]
     if "image_sizes" in takes:
-        return [square | {"image_sizes": torch.tensor([[side, side]])}, square]
+        sized = square | {"image_sizes": torch.tensor([[side, side]])}
+        return [sized, square] if vision.model_type == "pixtral" else [square, sized]
     if "high_res_pixel_values" in takes:
         return [square | {"high_res_pixel_values": (1, 3, side, side)}]
     return [
