@@ -252,6 +252,21 @@ def test_pixtral_images_are_one_unit() -> None:
     assert units_of("image", 9, made_of, image_sizes=sizes) is None
 
 
+@pytest.mark.parametrize(
+    ("lengths", "pixels", "want"),
+    [
+        ([12, 4], (4, 3, 8, 8), [4, 4, 4, 4]),  # three side by side
+        ([4, 4], (2, 3, 8, 8), [4, 4]),
+        ([6, 2], (2, 3, 8, 8), [6, 2]),  # not of equal size
+        ([3, 4], (2, 3, 8, 8), [3, 4]),
+        ([4, 4], (1, 3, 8, 64), [4, 4]),  # slices of one image, one behind the other
+        ([12, 4], (4, 2, 3, 8, 8), [12, 4]),  # tiles
+    ],
+)
+def test_images_side_by_side(lengths: list[int], pixels: tuple[int, ...], want: list[int]) -> None:
+    assert grids.apart({"pixel_values": torch.zeros(pixels), "input_ids": None}, "image", lengths) == want
+
+
 # ---- parts ----------------------------------------------------------------------------------------------------------
 
 
@@ -308,7 +323,6 @@ def test_parts(name: str) -> None:
 @pytest.mark.parametrize(
     ("model", "says"),
     [
-        (Outer(Inner(Stack(), Stack())), r"2 decoders: inside\.part0 \(Stack\), inside\.part1"),
         (Outer(nn.Linear(2, 2)), "finds no decoder in Outer.*inputs_embeds"),
         (Text(Stack()), "takes no images"),
         (Text(Text(Stack())), "takes no images"),
@@ -317,6 +331,14 @@ def test_parts(name: str) -> None:
 def test_parts_that_are_not_there(model: nn.Module, says: str) -> None:
     with pytest.raises(ValueError, match=says):
         parts.core(model)
+
+
+def test_two_decoders() -> None:
+    """The core model is the same for both; which of them gets the images, an adapter says."""
+    inner = Inner(Stack(), Stack())
+    assert parts.core(Outer(inner)) is inner
+    with pytest.raises(ValueError, match=r"2 decoders: part0 \(Stack\), part1 \(Stack\)"):
+        parts.decoder(inner)
 
 
 class Thinker(nn.Module):

@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Self
 from torch import Tensor, nn
 
 from . import grids, parts
-from .calling import is_pixels
+from .calling import is_pixels, modality_of
 from .grids import Units, equal_units, one_unit
 
 __all__ = ["Adapter", "Units", "equal_units", "one_unit"]
@@ -58,7 +58,7 @@ class Adapter:
         because a model may generate the placeholder token."""
         pixels = {n for n in inputs if is_pixels(n) and inputs[n] is not None and len(inputs[n])}
         encoded = {m for m, output in (inputs.get("mm_encoder_outputs") or {}).items() if output is not None}
-        return (encoded & parts.PLACEHOLDERS.keys()) | {parts.modality(name) for name in pixels}
+        return (encoded & parts.PLACEHOLDERS.keys()) | {modality_of(name) for name in pixels}
 
     def visuals(self, core: nn.Module, inputs: Mapping[str, Any], counts: Mapping[str, int]) -> dict[str, list[Units]]:
         """The units of every image and video of a call, by modality, in the order of their placeholders.
@@ -68,6 +68,11 @@ class Adapter:
         the units that `run` says. Default: what grids and sizes in the call say, where they explain the placeholders.
         """
         return grids.visuals(core, inputs, counts)
+
+    def apart(self, inputs: Mapping[str, Any], modality: str, lengths: list[int]) -> list[int]:
+        """The contiguous runs of placeholders of these lengths, each of them one image or video: those that stand side
+        by side are told apart by the pixels of the call, where that has one entry for each of them."""
+        return grids.apart(inputs, modality, lengths)
 
     def run(self, core: nn.Module, tokens: int) -> Units:
         """The units of a contiguous run of so many placeholders. Default: it is one."""

@@ -137,6 +137,11 @@ def is_pixels(name: str) -> bool:
     return PIXELS.search(name) is not None
 
 
+def modality_of(name: str) -> str:
+    """Of the argument of that name, which holds pixels: "image" or "video"."""
+    return "video" if "video" in name else "image"
+
+
 def within(module: nn.Module) -> nn.Module:
     """The module that another calls with all that it is called with, as wrappers around layers do."""
     variadic = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)

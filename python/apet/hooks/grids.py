@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .calling import is_pixels, modality_of
+
 # One entry for every placeholder of one image or video, in order: the number of its unit within that image or video,
 # or -1 for a token that always stays. On the CPU, int64.
 Units = Tensor
@@ -29,8 +31,18 @@ def visuals(core: nn.Module, inputs: Mapping[str, Any], counts: Mapping[str, int
     """The images and videos of a call whose sizes explain its placeholders, by modality. counts: the placeholders."""
     found = {m: of_patches(core, inputs.get(f"{m}_grid_thw"), n) for m, n in counts.items()}
     if found.get("image") is None and "image" in counts:
-        found["image"] = _of_pixels(core, inputs.get("image_sizes"), counts["image"])
+        found["image"] = of_pixels(core, inputs.get("image_sizes"), counts["image"])
     return {m: units for m, units in found.items() if units is not None}
+
+
+def apart(inputs: Mapping[str, Any], modality: str, lengths: list[int]) -> list[int]:
+    """Runs of placeholders, cut where images of equal size [n, channels, height, width] stand side by side."""
+    pixels = [x for name, x in inputs.items() if is_pixels(name) and modality_of(name) == modality]
+    images = [len(x) for x in pixels if isinstance(x, Tensor) and x.dim() == 4]
+    if len(images) != 1 or sum(lengths) % images[0]:
+        return lengths
+    each = sum(lengths) // images[0]
+    return lengths if not each or any(n % each for n in lengths) else [each] * images[0]
 
 
 def unit_names(core: nn.Module) -> dict[str, str]:
@@ -80,7 +92,7 @@ def _merge(core: nn.Module) -> int | None:
     return None
 
 
-def _of_pixels(core: nn.Module, sizes: Any, placeholders: int) -> list[Units] | None:
+def of_pixels(core: nn.Module, sizes: Any, placeholders: int) -> list[Units] | None:
     """Images of [height, width] pixels in patches, as Pixtral's are; between their rows may stand other tokens."""
     config = core.config
     patch = getattr(getattr(config, "vision_config", None), "patch_size", None)

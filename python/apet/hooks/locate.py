@@ -41,7 +41,7 @@ def find(target: Target, call: Call, generation: Call | None, x: Tensor) -> tupl
         found = known.get(modality)
         if found is None:
             lengths = contiguous_lengths(columns[columns // length % repeats == 0])
-            found = [adapter.run(core, n) for n in lengths]
+            found = [adapter.run(core, n) for n in adapter.apart(inputs, modality, lengths)]
         for row, number in by_row([len(u) for u in found], per_row, repeats, modality):
             visuals.append((modality, row, len(found[number])))
             units.append(found[number])

@@ -26,11 +26,6 @@ DECODER = ("embeds", "mask", "positions", "cache")  # the roles by which a decod
 CROSS = ("encoder_hidden_states", "cross_attention_states", "image_hidden_states", "encoder_outputs")
 
 
-def modality(name: str) -> str:
-    """Of the argument that holds its pixels: "image" or "video"."""
-    return "video" if "video" in name else "image"
-
-
 def core(model: nn.Module) -> nn.Module:
     """The innermost module around the decoder whose forward takes pixels. Raises ValueError where there is none."""
     whole = [name for name, child in model.named_children() if hasattr(child, "generate") and _takes_pixels(child)]
@@ -39,18 +34,25 @@ def core(model: nn.Module) -> nn.Module:
             f"{type(model).__name__} takes no images itself, its part '{whole[0]}' does: apet.patch(model.{whole[0]}, "
             "...)"
         )
-    path, decoder = _decoder(model)
-    around = [model.get_submodule(".".join(path[:n])) for n in range(len(path))]
-    taking = [module for module in around if _takes_pixels(module)]
-    if taking:
-        return taking[-1]
-    if _takes_pixels(decoder):
+    found = list(_decoders(model, len(DECODER))) or [_decoder(model)]
+    if any(_takes_pixels(decoder) for _, decoder in found):
         raise ValueError(
-            f"{type(decoder).__name__} takes pixels and runs its decoder layers itself: there is no call of a decoder "
-            "with embeddings in between, where tokens could leave"
+            f"{type(found[0][1]).__name__} takes pixels and runs its decoder layers itself: there is no call of a "
+            "decoder with embeddings in between, where tokens could leave"
         )
-    taken = ", ".join(inspect.signature(around[-1].forward).parameters)
-    raise ValueError(f"{type(around[-1]).__name__} takes no images: its forward has no pixel_values, but {taken}")
+    around = [[model.get_submodule(".".join(path[:n])) for n in range(len(path))] for path, _ in found]
+    taking = [within[-1] for modules in around if (within := [m for m in modules if _takes_pixels(m)])]
+    if taking and all(module is taking[0] for module in taking):
+        return taking[0]
+    if taking:
+        names = ", ".join(sorted({type(module).__name__ for module in taking}))
+        raise ValueError(
+            f"{type(model).__name__} has several parts that take images: {names}. An adapter's `core` says which of "
+            "them is meant (docs/add-a-model.md)"
+        )
+    nearest = (around[0] or [model])[-1]
+    taken = ", ".join(inspect.signature(nearest.forward).parameters)
+    raise ValueError(f"{type(nearest).__name__} takes no images: its forward has no pixel_values, but {taken}")
 
 
 def decoder(core: nn.Module) -> nn.Module:
