@@ -393,7 +393,8 @@ SPECIAL: Mapping[str, Mapping[str, Any]] = {
         "text_config.topk_group": 1,
     },
     "emu3": {"vocabulary_map": {"<image>": IMAGE, "<|extra_200|>": 98, "<|visual token 000000|>": 99}},
-    "diffusion_gemma": _GEMMA4,
+    "diffusion_gemma": _GEMMA4
+    | {"text_config.num_experts": 4, "text_config.top_k_experts": 2, "text_config.moe_intermediate_size": 32},
     "dots3_note": {"text_config.head_dim": 2 * HEAD},
     "ernie4_5_vl_moe": {"text_config.rope_parameters.mrope_section": [3, 3, 2]},
     "gemma3": _GEMMA,
@@ -419,7 +420,9 @@ SPECIAL: Mapping[str, Mapping[str, Any]] = {
         "deepstack_layer_map": [[-2, 0], [-1, 1]],
         "spatial_target_layers": [1, 2, 3, 3],
         "vision_config.patch_size": 6,
-        "qformer_config.encoder_hidden_size": 32,
+        "vision_config.hidden_size": 64,  # 64 to a head
+        "qformer_config.hidden_size": 64,
+        "qformer_config.encoder_hidden_size": 64,
     },
     "hunyuan_vl": {
         "text_config.head_dim": HEAD,
@@ -473,16 +476,21 @@ def build(cls: type, settings: PretrainedConfig, attention: str | None = None, s
     """A model of a class of transformers with random weights, the same for the same seed.
 
     They are wide (standard deviation 0.15), so that a wrong position, mask or token moves the logits by far more than
-    rounding does.
+    rounding does. attention: None for sdpa, or eager where a part of the model has no sdpa.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        if attention is None:
-            attention = "sdpa" if cls._supports_sdpa else "eager"
-        chosen: Any = attention
-        if settings.model_type in TOWERS:  # convolutions take "eager" only
-            chosen = {"": attention, "text_config": attention, "audio_config": attention, "vision_config": "eager"}
-        model = cls._from_config(settings, attn_implementation=chosen)
+        model = None
+        for each in ["sdpa", "eager"] if attention is None else [attention]:
+            chosen: Any = each
+            if settings.model_type in TOWERS:  # convolutions take "eager" only
+                chosen = {"": each, "text_config": each, "audio_config": each, "vision_config": "eager"}
+            try:
+                model = cls._from_config(settings, attn_implementation=chosen)
+                break
+            except ValueError as error:
+                if each != "sdpa" or attention is not None or "attention implementation" not in str(error):
+                    raise
         torch.manual_seed(seed)
         for _, parameter in sorted(model.named_parameters()):
             if parameter.ndim >= 2:
@@ -580,7 +588,7 @@ def _placeholders(
 
 
 # A video's frames stand apart, each behind its time.
-STAMPED = re.compile(r"qwen3_vl|qwen3_5|qwen4_exp|cosmos3|cohere_compass|glm|hy_v4_vl")
+STAMPED = re.compile(r"qwen3_vl|qwen3_5|qwen4_exp|cosmos3|cohere_compass|glm")
 # Placeholders of images stand for those of videos, too.
 AS_IMAGES = re.compile(r"glm|nemotron_h_omni")
 
@@ -602,7 +610,7 @@ def _visual(model: nn.Module, modality: str, make: torch.Generator, *, alone: bo
     for shapes in _forms(core.config, modality, takes, alone):
         given = {n: torch.randn(v, generator=make) if isinstance(v, tuple) else v for n, v in shapes.items()}
         named = {n: v for n, v in given.items() if n in parameters}
-        if not named:
+        if not named and "pixel_values_videos" in given:
             named = {"pixel_values": given["pixel_values_videos"]}
         if several:
             named = {n: torch.cat([v, v]) for n, v in named.items()} | {"batch_num_images": torch.tensor([2])}
