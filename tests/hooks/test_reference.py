@@ -62,23 +62,28 @@ def rolled(*names: str) -> Plant:
     return plant
 
 
+def turned(call: dict[str, Any]) -> dict[str, Any]:
+    """A layer's rotary embeddings are those of the token before."""
+    return call | {"position_embeddings": tuple(t.roll(1, -2) for t in call["position_embeddings"])}
+
+
 def padding_seen(call: dict[str, Any]) -> dict[str, Any]:
     return call | {"attention_mask": torch.ones_like(call["attention_mask"])}
 
 
-def plant_in(monkeypatch: pytest.MonkeyPatch, plant: Plant, prefill: bool = True) -> None:
-    """Changes what a patched model calls its decoder with, behind the hooks."""
+def plant_in(monkeypatch: pytest.MonkeyPatch, plant: Plant, prefill: bool = True, layer: int | None = None) -> None:
+    """Changes what a patched model calls its decoder with, or one of its layers, behind the hooks."""
     install, remove = Engine.install, Engine.remove
     handles: list[Any] = []
 
     def change(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
-        if (kwargs["inputs_embeds"].shape[1] > 1) is prefill:
-            return args, plant(kwargs)
-        return None
+        rows = args[0] if args else kwargs.get("inputs_embeds", kwargs.get("hidden_states"))
+        return (args, plant(kwargs)) if (rows.shape[1] > 1) is prefill else None
 
     def installed(self: Engine) -> None:
         install(self)
-        handles.append(self.language_model.register_forward_pre_hook(change, with_kwargs=True))
+        module = self.language_model if layer is None else self.language_model.layers[layer]
+        handles.append(module.register_forward_pre_hook(change, with_kwargs=True))
 
     def removed(self: Engine) -> None:
         remove(self)
@@ -91,7 +96,7 @@ def plant_in(monkeypatch: pytest.MonkeyPatch, plant: Plant, prefill: bool = True
 
 MISTAKES = {
     "a position": ("llava", moved),
-    "a position of the second stage": ("llava", moved),
+    "a position in the second stage": ("llava", turned),
     "axes of positions": ("qwen2_5_vl", counted),
     "an image that is causal, in a dict": ("gemma3", causal),
     "an image that is causal": ("paligemma", causal),
@@ -112,7 +117,7 @@ def test_notices(mistake: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if mistake != "padding":
         rows = rows[:1]
     assert selfcheck.judge(model, rows, STAGES[stage]) < TOLERANCE
-    plant_in(monkeypatch, plant)
+    plant_in(monkeypatch, plant, layer=3 if stage == "both" else None)
     assert selfcheck.judge(model, rows, STAGES[stage]) > 10 * TOLERANCE
 
 

@@ -47,15 +47,19 @@ def try_type(name: str) -> dict[str, Any]:
     cls = getattr(transformers, selfcheck.NAMES[name])
     try:
         model = tiny.build(cls, tiny.config(name))
-        row = selfcheck.prompt(model, selfcheck.PROMPTS[0])
     except Exception as error:
         return {"class": cls.__name__, "reason": reason(name, cls) or f"no tiny model: {one_line(error)}"}
-    found: dict[str, Any] = {"class": cls.__name__, "decoder": model.config.get_text_config().model_type}
+    found: dict[str, Any] = {"class": cls.__name__}
     try:
         adapter = GENERIC if name in READERS else adapter_for(model)
         Target.find(model, adapter, lambda *_: STAGES["first"])
     except ValueError as error:
         return found | {"reason": shortened(str(error))}
+    found["decoder"] = model.config.get_text_config().model_type
+    try:
+        row = selfcheck.prompt(model, selfcheck.PROMPTS[0])
+    except Exception as error:
+        return found | {"reason": f"no inputs for a tiny model: {one_line(error)}"}
     if name in READERS:
         found["reader"] = True
     try:
@@ -126,6 +130,7 @@ def one_line(error: Exception) -> str:
 def shortened(message: str) -> str:
     """A message of the hooks without the model that it names, and without what to do instead."""
     message = re.sub(r"^model_type='.*?' \(.*?\) (cannot be patched: )?", "", message)
+    message = re.sub(r" \(transformers [^()]*\)", "", message)
     return re.sub(r"\. (An adapter's|To do it all the same|If it has).*$", "", message)
 
 

@@ -45,7 +45,11 @@ NEW = 4  # tokens that are generated
 PROMPTS = ((3, "image", 5), (1, "image", 2))  # two rows of different lengths
 NAMES: Mapping[str, str] = {
     name: cls
-    for mapping in ("MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES", "MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES")
+    for mapping in (
+        "MODEL_FOR_VISION_2_SEQ_MAPPING_NAMES",  # of transformers 4
+        "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES",
+        "MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES",
+    )
     for name, cls in getattr(modeling_auto, mapping, {}).items()
 }  # the class of every type of model that transformers has for images and text
 

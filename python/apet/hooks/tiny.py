@@ -234,6 +234,9 @@ def _shrink(given: Mapping[str, Any], role: str, merges: bool | None = None) -> 
             chosen[name] = [sizes[name]] * len(value)
         else:
             chosen[name] = value
+    several_axes = re.search(r"vl|glm4v|omni", str(given.get("model_type")))
+    if role == "text" and "rope_parameters" not in given and given.get("rope_scaling", 0) is None and several_axes:
+        chosen["rope_scaling"] = _rope({"type": "default", "rope_type": "default", "mrope_interleaved": True}, role)
     chosen = _equal_heads(given, chosen)
     for name in ("dtype", "torch_dtype", "quantization_config"):
         chosen.pop(name, None)
@@ -377,6 +380,7 @@ _MINICPM = {"image_token_id": IMAGE, "video_token_id": VIDEO}
 _GOT = {"vision_config.image_size": 96, "vision_config.patch_size": 4}
 SPECIAL: Mapping[str, Mapping[str, Any]] = {
     "aria": {"projector_patch_to_query_dict": {36: 24}, "max_value_projector_patch_to_query_dict": 24},
+    "chameleon": {"vocabulary_map": {"<image>": IMAGE, "IMGIMGA": 99}},
     "cohere_compass": {
         "+text_config.layer_types": _ALTERNATING * 20,
         "+text_config.rope_parameters": dict.fromkeys(_ALTERNATING, _ROPE),
@@ -388,6 +392,9 @@ SPECIAL: Mapping[str, Mapping[str, Any]] = {
         "text_config.n_group": 1,
         "text_config.topk_group": 1,
     },
+    "emu3": {"vocabulary_map": {"<image>": IMAGE, "<|extra_200|>": 98, "<|visual token 000000|>": 99}},
+    "diffusion_gemma": _GEMMA4
+    | {"text_config.num_experts": 4, "text_config.top_k_experts": 2, "text_config.moe_intermediate_size": 32},
     "dots3_note": {"text_config.head_dim": 2 * HEAD},
     "ernie4_5_vl_moe": {"text_config.rope_parameters.mrope_section": [3, 3, 2]},
     "gemma3": _GEMMA,
@@ -413,7 +420,9 @@ SPECIAL: Mapping[str, Mapping[str, Any]] = {
         "deepstack_layer_map": [[-2, 0], [-1, 1]],
         "spatial_target_layers": [1, 2, 3, 3],
         "vision_config.patch_size": 6,
-        "qformer_config.encoder_hidden_size": 32,
+        "vision_config.hidden_size": 64,  # 64 to a head
+        "qformer_config.hidden_size": 64,
+        "qformer_config.encoder_hidden_size": 64,
     },
     "hunyuan_vl": {
         "text_config.head_dim": HEAD,
@@ -467,16 +476,21 @@ def build(cls: type, settings: PretrainedConfig, attention: str | None = None, s
     """A model of a class of transformers with random weights, the same for the same seed.
 
     They are wide (standard deviation 0.15), so that a wrong position, mask or token moves the logits by far more than
-    rounding does.
+    rounding does. attention: None for sdpa, or eager where a part of the model has no sdpa.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        if attention is None:
-            attention = "sdpa" if cls._supports_sdpa else "eager"
-        chosen: Any = attention
-        if settings.model_type in TOWERS:  # convolutions take "eager" only
-            chosen = {"": attention, "text_config": attention, "audio_config": attention, "vision_config": "eager"}
-        model = cls._from_config(settings, attn_implementation=chosen)
+        model = None
+        for each in ["sdpa", "eager"] if attention is None else [attention]:
+            chosen: Any = each
+            if settings.model_type in TOWERS:  # convolutions take "eager" only
+                chosen = {"": each, "text_config": each, "audio_config": each, "vision_config": "eager"}
+            try:
+                model = cls._from_config(settings, attn_implementation=chosen)
+                break
+            except ValueError as error:
+                if each != "sdpa" or attention is not None or "attention implementation" not in str(error):
+                    raise
         torch.manual_seed(seed)
         for _, parameter in sorted(model.named_parameters()):
             if parameter.ndim >= 2:
@@ -528,6 +542,8 @@ def sample(model: nn.Module, parts: Sequence[int | str], seed: int = 0) -> dict[
     row |= {"input_ids": torch.tensor([ids]), "attention_mask": torch.ones(1, len(ids), dtype=torch.long)}
     if "mm_token_type_ids" in takes:
         row["mm_token_type_ids"] = torch.tensor([types], dtype=torch.int)
+    if "moe_mm_token_type_ids" in takes:
+        row["moe_mm_token_type_ids"] = (torch.tensor([types]) > 0).int()
     if "token_type_ids" in inspect.signature(model.forward).parameters:
         prefix = model.config.model_type == "paligemma"  # whose types tell the prompt from what follows
         row["token_type_ids"] = ((torch.tensor([types]) > 0) & (not prefix)).int()
@@ -572,7 +588,7 @@ def _placeholders(
 
 
 # A video's frames stand apart, each behind its time.
-STAMPED = re.compile(r"qwen3_vl|qwen3_5|qwen4_exp|cosmos3|cohere_compass|glm|hy_v4_vl")
+STAMPED = re.compile(r"qwen3_vl|qwen3_5|qwen4_exp|cosmos3|cohere_compass|glm")
 # Placeholders of images stand for those of videos, too.
 AS_IMAGES = re.compile(r"glm|nemotron_h_omni")
 
@@ -594,7 +610,7 @@ def _visual(model: nn.Module, modality: str, make: torch.Generator, *, alone: bo
     for shapes in _forms(core.config, modality, takes, alone):
         given = {n: torch.randn(v, generator=make) if isinstance(v, tuple) else v for n, v in shapes.items()}
         named = {n: v for n, v in given.items() if n in parameters}
-        if not named:
+        if not named and "pixel_values_videos" in given:
             named = {"pixel_values": given["pixel_values_videos"]}
         if several:
             named = {n: torch.cat([v, v]) for n, v in named.items()} | {"batch_num_images": torch.tensor([2])}
@@ -611,6 +627,8 @@ def _visual(model: nn.Module, modality: str, make: torch.Generator, *, alone: bo
 def _count(found: Any) -> int:
     if not isinstance(found, Tensor | list | tuple) or hasattr(found, "pooler_output"):
         found = found.last_hidden_state if found.pooler_output is None else found.pooler_output
+    if isinstance(found, tuple) and isinstance(found[0], list | tuple):  # features of later layers beside them
+        found = found[0]
     if isinstance(found, Tensor):
         return found.numel() // found.shape[-1]
     return sum(_count(one) for one in found)
@@ -625,6 +643,8 @@ def _forms(config: PretrainedConfig, modality: str, takes: set[str], alone: bool
     side = side if isinstance(side, int) else SIDE
     video = modality == "video"
     pixels = "pixel_values_videos" if video else "pixel_values"
+    if "pixel_values_images" in takes and "pixel_values" not in takes:  # of transformers 4
+        pixels = pixels if video else "pixel_values_images"
     n_patches, flat = GRID[1] * GRID[2], 3 * patch * patch
     sizes = torch.tensor([GRID[1:]])
     grid, places = f"{modality}_grid_thw", f"{modality}_position_ids"
@@ -682,7 +702,8 @@ def _forms(config: PretrainedConfig, modality: str, takes: set[str], alone: bool
             local | {"num_local_patches": [2], "patches_grid": [[2, 1]]},
         ]
     if "image_sizes" in takes:
-        return [square | {"image_sizes": torch.tensor([[side, side]])}, square]
+        sized = square | {"image_sizes": torch.tensor([[side, side]])}
+        return [sized, square] if vision.model_type == "pixtral" else [square, sized]
     if "high_res_pixel_values" in takes:
         return [square | {"high_res_pixel_values": (1, 3, side, side)}]
     return [
