@@ -225,6 +225,7 @@ def test_grids() -> None:
     assert units_of("image", 7, core(merge_kernel_size=[2, 2]), image_grid_thw=grid) == [[0] * 6, [0]]
     assert units_of("image", 7, core(), image_grid_thw=grid) == [[0] * 6, [0]]
     assert units_of("image", 8, core(spatial_merge_size=2), image_grid_thw=grid) is None
+    assert units_of("image", 28, core(spatial_merge_size=2), image_grid_thw=grid) == [[0] * 24, [0] * 4]  # of tokens
 
 
 def test_steps_of_videos() -> None:
@@ -261,9 +262,13 @@ def test_pixtral_images_are_one_unit() -> None:
         ([3, 4], (2, 3, 8, 8), [3, 4]),
         ([4, 4], (1, 3, 8, 64), [4, 4]),  # slices of one image, one behind the other
         ([12, 4], (4, 2, 3, 8, 8), [12, 4]),  # tiles
+        ([12, 4], (16, 3, 8, 8), [12, 4]),  # patches
     ],
 )
 def test_images_side_by_side(lengths: list[int], pixels: tuple[int, ...], want: list[int]) -> None:
+    grid = torch.ones(2, 3)  # then an entry is a patch
+    packed = {"pixel_values": torch.zeros(pixels), "image_grid_thw": grid}
+    assert grids.apart(packed, "image", lengths) == lengths
     assert grids.apart({"pixel_values": torch.zeros(pixels), "input_ids": None}, "image", lengths) == want
 
 

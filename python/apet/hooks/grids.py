@@ -39,10 +39,11 @@ def apart(inputs: Mapping[str, Any], modality: str, lengths: list[int]) -> list[
     """Runs of placeholders, cut where images of equal size [n, channels, height, width] stand side by side."""
     pixels = [x for name, x in inputs.items() if is_pixels(name) and modality_of(name) == modality]
     images = [len(x) for x in pixels if isinstance(x, Tensor) and x.dim() == 4]
-    if len(images) != 1 or sum(lengths) % images[0]:
+    packed = inputs.get(f"{modality}_grid_thw") is not None  # then an entry is a patch
+    if packed or len(images) != 1 or sum(lengths) % images[0]:
         return lengths
     each = sum(lengths) // images[0]
-    return lengths if not each or any(n % each for n in lengths) else [each] * images[0]
+    return lengths if each < 2 or any(n % each for n in lengths) else [each] * images[0]
 
 
 def unit_names(core: nn.Module) -> dict[str, str]:
@@ -61,7 +62,7 @@ def of_patches(core: nn.Module, grid: Any, placeholders: int) -> list[Units] | N
     if grid is None or not placeholders:
         return None
     sizes = [tuple(map(int, thw)) for thw in grid]
-    side = _merge(core)
+    side = 1 if sum(map(math.prod, sizes)) == placeholders else _merge(core)
     if side is None:
         side = math.isqrt(sum(math.prod(thw) for thw in sizes) // placeholders)
     if not side or any(h % side or w % side for _, h, w in sizes):

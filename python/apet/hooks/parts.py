@@ -116,6 +116,8 @@ def why_not(model: nn.Module) -> str | None:
         return "it has no configuration, as models of transformers have"
     if getattr(config, "is_encoder_decoder", False):
         return "it is an encoder-decoder: its decoder attends to what the encoder saw, and holds no visual tokens"
+    if getattr(config, "canvas_length", None):
+        return "it denoises blocks of tokens over the cache of a prompt, in several passes that apet does not follow"
     if getattr(config, "deepstack_layer_map", None):
         return (
             "its visual tokens are zeros where its decoder begins, and get their features in later layers, so there is "
@@ -126,8 +128,9 @@ def why_not(model: nn.Module) -> str | None:
             "its images become ids of a codebook in its vocabulary: there are no features, and rows that are the mean "
             "of several ids stand for none"
         )
+    takes_images = any(map(_takes_pixels, (model, *model.children())))
     resamplers = {type(m).__name__ for m in model.modules() if "QFormer" in type(m).__name__}
-    if resamplers:
+    if takes_images and resamplers:
         return f"a {min(resamplers, key=len)} leaves a few dozen tokens of an image, fewer than compression would"
     return None
 
@@ -150,11 +153,15 @@ def _decoder(within: nn.Module) -> tuple[list[str], nn.Module]:
     for _, near in _decoders(within, len(DECODER) - 1):
         Arguments.of(near, DECODER)  # says which one it lacks
     crossing = sorted({type(m).__name__ for m in within.modules() if _crosses(m)})
-    why = f"; {crossing[0]} attends to image states instead of holding visual tokens" if crossing else ""
+    if crossing:
+        raise ValueError(
+            f"apet finds no decoder in {type(within).__name__} that is called with embeddings: {crossing[0]} attends "
+            "to image states instead of holding visual tokens"
+        )
     known = ", ".join(name for role in DECODER for name in NAMES[role])
     raise ValueError(
         f"apet finds no decoder in {type(within).__name__}: no module with a list of layers whose forward takes "
-        f"embeddings, a mask, positions and a cache ({known}){why}. An adapter's `language_model` says where it is "
+        f"embeddings, a mask, positions and a cache ({known}). An adapter's `language_model` says where it is "
         "(docs/add-a-model.md)"
     )
 
