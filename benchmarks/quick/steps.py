@@ -689,15 +689,13 @@ def _hooked(options: Options, family: str, attention: str) -> dict[str, Any]:
     import apet
     import torch
     import transformers
-    from apet.hooks import tiny
-    from apet.hooks.adapters import ADAPTERS
+    from apet.hooks import selfcheck, tiny
 
-    config = transformers.AutoConfig.for_model(family)
-    cls = getattr(transformers, type(config).__name__.removesuffix("Config") + "ForConditionalGeneration")
+    cls = getattr(transformers, selfcheck.NAMES[family])
     dtype = torch.float32 if options.rehearse else torch.bfloat16
-    model = tiny.build(cls, tiny.settings(family) or {}, attention).to(options.device, dtype)
-    adapter = ADAPTERS[family]
-    given = tiny.inputs(family, model, adapter.core(model), adapter)
+    model = tiny.build(cls, tiny.config(family), attention)
+    given = tiny.collate([tiny.sample(model, parts, seed) for seed, parts in enumerate(selfcheck.PROMPTS)])
+    model.to(options.device, dtype)
     given = {
         k: v.to(options.device, dtype) if v.is_floating_point() else v.to(options.device) for k, v in given.items()
     }

@@ -15,7 +15,7 @@ import transformers
 from apet.hooks import tiny
 from apet.hooks.tiny import END, EOS, IMAGE, LAYERS, PAD, PATCH, PINPOINTS, SIDE, START, TILE, VIDEO, VOCABULARY
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 __all__ = ["END", "EOS", "IMAGE", "LAYERS", "PAD", "PATCH", "PINPOINTS", "SIDE", "START", "TILE", "VIDEO", "VOCABULARY"]
 
@@ -94,23 +94,14 @@ def takes(model: nn.Module | type, argument: str) -> bool:
     return argument in inspect.signature(model.forward).parameters
 
 
-def _other(name: str) -> dict:
-    ids = {"image_token_index": IMAGE, "image_token_id": IMAGE, "tie_word_embeddings": False}
-    if name == "postcard":
-        return {"text_config": tiny.text(), **ids}
-    vision = tiny.vision(model_type="siglip_vision_model", patch_size=4)
-    if name == "aya_vision":  # two of its layers see the last 16 tokens only
-        text = tiny.text(model_type="cohere2", sliding_window=16, logit_scale=1.0)
-        text["layer_types"] = ["sliding_attention", "full_attention"] * 2
-        return {"vision_config": vision, "text_config": text, **ids}
-    text = tiny.text(model_type="gemma3_text", head_dim=16, sliding_window=16)
-    text["layer_types"] = ["sliding_attention", "full_attention"] * 2
-    return {"vision_config": vision, "text_config": text, "mm_tokens_per_image": 36, **ids}
+def settings(name: str) -> PretrainedConfig:
+    """The tiny configuration of that family."""
+    if name != "postcard":
+        return tiny.config(name)
+    from postcard import PostcardForGeneration
 
-
-def settings(name: str) -> dict:
-    """The arguments of a tiny configuration of that family."""
-    return _other(name) if name in OTHERS else tiny.settings(name)
+    text = tiny.config("llava").text_config.to_dict()
+    return PostcardForGeneration.config_class(text_config=text, image_token_id=IMAGE, tie_word_embeddings=False)
 
 
 def build(
@@ -126,7 +117,9 @@ def build(
     else:
         cls = getattr(transformers, (FAMILIES | OTHERS)[name].model)
     chosen = settings(name)
-    chosen["text_config"]["num_hidden_layers"] = layers
+    chosen.text_config.num_hidden_layers = layers
+    if getattr(chosen.text_config, "layer_types", None):
+        chosen.text_config.layer_types = (chosen.text_config.layer_types * layers)[:layers]
     model = tiny.build(cls, chosen, attention, seed)
     return model.to(dtype)
 

@@ -396,7 +396,7 @@ def layers_make_their_masks(c: Classes) -> None:
     c.edit(c.lm, (r"= create_causal_mask\([^\n]*\)", "= attention_mask"))
 
 
-@mutation("llava", "qwen3_vl", says="attention_mask must be 2-D")
+@mutation("llava", "qwen3_vl")
 def core_makes_the_mask(c: Classes) -> None:
     """The language model is given one of four dimensions."""
     more = {"make": masking_utils.create_causal_mask}
@@ -555,7 +555,7 @@ def rotary_with_an_axis_for_heads(c: Classes) -> None:
     c.edit(c.attention, (r"cos, sin = position_embeddings", "cos, sin = (t[:, 0] for t in position_embeddings)"))
 
 
-@mutation("llava", "qwen2_5_vl", both="was called with rotary embeddings")
+@mutation("llava", "qwen2_5_vl")
 def rotary_in_one_tensor(c: Classes) -> None:
     c.edit(
         c.rotary,
@@ -722,7 +722,7 @@ def layers_in_two_lists(c: Classes) -> None:
     c.edit(c.lm, (r"self\.layers\[:self\.config\.num_hidden_layers\]", "[*self.layers, *self.layers_late]"))
 
 
-@mutation("llava", says="has no list `layers`")
+@mutation("llava")
 def layers_renamed(c: Classes) -> None:
     def change(this: nn.Module) -> None:
         this.layers_ = this.layers
@@ -763,7 +763,7 @@ def prefill_in_two_calls(c: Classes) -> None:
 # ---- more along the sequence ------------------------------------------------------------------------------------------
 
 
-@mutation(*ALL, both="called with gate of shape")
+@mutation(*ALL)
 def layer_argument_along_the_sequence(c: Classes) -> None:
     """[B, L]"""
     c.edit(
@@ -778,7 +778,7 @@ def layer_argument_along_the_sequence(c: Classes) -> None:
     )
 
 
-@mutation(*ALL, both="called with added of shape")
+@mutation(*ALL)
 def layer_argument_along_the_sequence_with_channels(c: Classes) -> None:
     """[B, L, D]"""
     c.edit(
@@ -805,7 +805,7 @@ def first_states_added_in_each_layer(c: Classes) -> None:
     c.edit(c.layer, (r"\n    return hidden_states", r"\n    hidden_states = hidden_states + 0 * self.first\g<0>"))
 
 
-@mutation(*ALL, says="called with gate of shape")
+@mutation(*ALL)
 def language_model_argument_along_the_sequence(c: Classes) -> None:
     """[B, L]"""
     c.edit(
@@ -824,7 +824,7 @@ def language_model_argument_along_the_sequence(c: Classes) -> None:
     )
 
 
-@mutation("llava", "qwen2_5_vl", says="called with deep of shape")
+@mutation("llava", "qwen2_5_vl")
 def language_model_argument_of_the_visual_tokens(c: Classes) -> None:
     """[visual tokens, D], added in the language model."""
     c.edit(

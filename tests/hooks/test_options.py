@@ -188,9 +188,10 @@ def another_batch_size(family: Family, model: nn.Module, inputs: dict[str, Any])
     model(input_ids=torch.tensor([[5], [6]]), past_key_values=out.past_key_values, use_cache=True)
 
 
-def a_mask_of_another_shape(family: Family, model: nn.Module, inputs: dict[str, Any]) -> None:
+def a_mask_that_hides(family: Family, model: nn.Module, inputs: dict[str, Any]) -> None:
     L = inputs["input_ids"].shape[1]
-    mask = torch.ones(1, 1, L, L, dtype=torch.bool)  # everything sees everything
+    mask = torch.ones(1, 1, L, L, dtype=torch.bool).tril()
+    mask[..., L - 1, 1] = False  # the last token does not see the second
     positions = torch.arange(L)[None]  # given, since models with M-RoPE would look for padding in the mask
     more = {"position_ids": positions.expand(3, 1, L) if family.ragged else positions, "attention_mask": mask}
     model(**{**inputs, **more})
@@ -225,7 +226,7 @@ CALLS: dict[str, tuple[Callable[..., None], str]] = {
     "labels": (labels, "labels"),
     "new images on a used cache": (images_on_a_used_cache, "cache"),
     "another batch size": (another_batch_size, "batch of 2"),
-    "a mask that is not causal": (a_mask_of_another_shape, "causal"),
+    "a mask that hides tokens": (a_mask_that_hides, "causal"),
     "gradients": (gradients, "no_grad"),
     "packed sequences": (packed_sequences, "packed"),
     "features from outside": (features_from_outside, "mm_encoder_outputs"),

@@ -16,6 +16,7 @@ import apet
 from apet import ApetError, hooks, media, models
 from apet.evaluation.answers import Answers, Record, Records
 from apet.evaluation.questions import Question, Questions
+from apet.hooks import parts
 from apet.hooks.adapters import adapter_for
 from apet.hub import first_line
 from apet.model_report import GREEDY, Clock
@@ -140,6 +141,6 @@ def _answer(model: nn.Module, processor: Any, inputs: Mapping[str, Any], max_new
 def _visual_tokens(model: nn.Module, inputs: Mapping[str, Any]) -> int:
     """Placeholders of images and clips in the prompt."""
     adapter = adapter_for(model)
-    config = adapter.core(model).config
-    tokens = {getattr(config, name, None) for name in adapter.tokens.values()} - {None}
+    core = adapter.core(model)
+    tokens = {parts.of(core, name) for name in adapter.fitted(core).tokens.values()} - {None}
     return sum(int((inputs["input_ids"] == token).sum()) for token in tokens)

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 from transformers import Cache
 
-from .sequence import one_of
 from .state import Prompt
 
 STATE = "_apet"  # the attribute of a cache that holds its Prompt
@@ -57,7 +56,7 @@ def check(prompt: Prompt, cache: Cache, batch: int) -> None:
 
 def tail(prompt: Prompt, cache: Cache, mask: Any, past: int | Tensor, new: int) -> Tensor | None:
     """Which of the tokens after the prompt are no padding [B, n] bool, from a mask over all tokens; None: all."""
-    fixed, mask = cache.is_compileable, one_of(mask)
+    fixed = cache.is_compileable
     if mask is None or (fixed and torch.compiler.is_compiling()):
         return None
     if not isinstance(mask, Tensor) or mask.dim() != 2:
@@ -99,6 +98,17 @@ def count_cache(cache: Cache | None) -> None:
     """Takes back `count_prompt`."""
     if cache is not None and "get_seq_length" in cache.__dict__:
         del cache.get_seq_length
+
+
+def length(cache: Cache, layer: int) -> int | Tensor:
+    """How many tokens a layer's part of a cache holds; where it keeps a state, the next one's that holds some."""
+    held = (i for i in range(layer, len(cache.layers)) if holds_tokens(cache, i))
+    return cache.get_seq_length(next(held, layer))
+
+
+def holds_tokens(cache: Cache, layer: int) -> bool:
+    """Whether a layer's part of a cache holds keys of tokens, not a state alone."""
+    return hasattr(cache.layers[layer], "get_seq_length")
 
 
 def _given(cache: Cache, layer_idx: int = 0) -> int | Tensor:

@@ -9,6 +9,7 @@ raises where a role that is needed has none. Types and shapes are checked again 
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -29,7 +30,9 @@ NAMES: Mapping[str, tuple[str, ...]] = {
     "rotary": ("position_embeddings",),
     "cache": ("cache", "past_key_values", "past_key_value"),
     "cache_position": ("cache_position",),
+    "recurrent": ("conv_mask",),  # of layers that attend and keep a state: their 2-D mask of new tokens
 }
+PIXELS = re.compile(r"(^|_)pixel_values(_|$)|^image_patches$")
 PACKED = ("cu_seq_lens_q", "cu_seqlens", "cu_seq_lens", "seq_idx")  # arguments of packed sequences
 
 
@@ -124,30 +127,19 @@ class Arguments:
             name
             for name, value in call.items()
             if name not in known
-            and not name.startswith("pixel_values")
-            and any(t.is_floating_point() and t.dim() > 1 for t in _tensors(value))
+            and not is_pixels(name)
+            and any(t.is_floating_point() and t.dim() > 1 for t in tensors(value))
         ]
 
-    def check_along(self, call: Mapping[str, Any], sizes: Mapping[int, str], known: Iterable[str] = ()) -> None:
-        """Raises ValueError for an argument that runs along the sequence and that nothing here shortens.
 
-        sizes: lengths that give such an argument away, each with what it is the number of; known: names that the
-        adapter shortens itself.
-        """
-        handled = {*known, *(n for role in NAMES if (n := self.name(role, call)) is not None), "input_ids"}
-        for name, value in call.items():
-            if name in PACKED and value is not None:
-                raise ValueError(f"{name} is given: packed sequences with images cannot be compressed")
-            if name in handled:
-                continue
-            for tensor in _tensors(value):
-                found = next((sizes[n] for n in tensor.shape if n in sizes and n > 1), None)
-                if found is not None:
-                    raise ValueError(
-                        f"{self.owner} was called with {name} of shape {tuple(tensor.shape)}, one of which is the "
-                        f"number of {found}. apet does not know this argument, so it cannot drop tokens from it "
-                        f"({versions()})"
-                    )
+def is_pixels(name: str) -> bool:
+    """Whether an argument of that name holds images or videos as they are, not encoded."""
+    return PIXELS.search(name) is not None
+
+
+def modality_of(name: str) -> str:
+    """Of the argument of that name, which holds pixels: "image" or "video"."""
+    return "video" if "video" in name else "image"
 
 
 def within(module: nn.Module) -> nn.Module:
@@ -168,50 +160,72 @@ def _named(role: str, named: Mapping[str, inspect.Parameter]) -> str | None:
     return found
 
 
-def _tensors(value: Any) -> Iterator[Tensor]:
+def tensors(value: Any) -> Iterator[Tensor]:
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, Mapping):
         for one in value.values():
-            yield from _tensors(one)
+            yield from tensors(one)
     elif isinstance(value, list | tuple):
         for one in value:
-            yield from _tensors(one)
+            yield from tensors(one)
 
 
 # ---- the rotary embedding -------------------------------------------------------------------------------------------
 
 
-def check_rotary(language_model: nn.Module, layers: Iterable[nn.Module], llm_layer: int) -> None:
-    """The second stage gives all layers from `llm_layer` on the same new rotary embeddings."""
-    rotary = getattr(language_model, "rotary_emb", None)
-    shared = rotary is not None and all(
-        (arguments := Arguments.of(layer)).forwards or "rotary" in arguments.names for layer in layers
-    )
-    parameters = list(inspect.signature(rotary.forward).parameters) if isinstance(rotary, nn.Module) else []
-    if not shared or "layer_type" in parameters:
-        raise ValueError(
-            f"llm_layer={llm_layer} cannot be used with {type(language_model).__name__}: its layers do not share one "
-            "rotary embedding"
-        )
-    if parameters != ["x", "position_ids"]:
-        raise ValueError(
-            f"llm_layer={llm_layer} cannot be used: {type(rotary).__name__}.forward takes ({', '.join(parameters)}), "
-            f"where apet knows (x, position_ids) ({versions()})"
-        )
+@dataclass(frozen=True)
+class Rotary:
+    """How a decoder makes the rotary embeddings of its layers: once for all, or once for each kind of them."""
+
+    by_kind: bool
+
+    @classmethod
+    def of(cls, decoder: nn.Module, layers: Iterable[nn.Module], llm_layer: int) -> Rotary | None:
+        """None where no layer is given a rotary embedding. Raises ValueError where it is not what `rotary_emb` "
+        "makes."""
+        owner, rotary = type(decoder).__name__, getattr(decoder, "rotary_emb", None)
+        taken = [(arguments := Arguments.of(layer)).forwards or "rotary" in arguments.names for layer in layers]
+        if rotary is None and not any(taken):
+            return None
+        cannot = f"llm_layer={llm_layer} cannot be used"
+        if not isinstance(rotary, nn.Module) or not all(taken):
+            raise ValueError(
+                f"{cannot} with {owner}: its layers do not share one rotary embedding, made by its rotary_emb and "
+                f"given as {' or '.join(NAMES['rotary'])}"
+            )
+        parameters = list(inspect.signature(rotary.forward).parameters)
+        if parameters[:2] != ["x", "position_ids"] or parameters[2:] not in ([], ["layer_type"]):
+            raise ValueError(
+                f"{cannot}: {type(rotary).__name__}.forward takes ({', '.join(parameters)}), where apet knows "
+                f"(x, position_ids) and (x, position_ids, layer_type) ({versions()})"
+            )
+        return cls(len(parameters) == 3)
+
+    def make(self, decoder: Any, x: Tensor, positions: Tensor, kind: str) -> Any:
+        """What layers of a kind get for positions [B, L]: cosines and sines of [B, L, d], or one tensor of both."""
+        return decoder.rotary_emb(x, positions, kind) if self.by_kind else decoder.rotary_emb(x, positions)
 
 
 # ---- attention masks ------------------------------------------------------------------------------------------------
 
-ATTENTION_TYPES = ("full_attention", "sliding_attention")
+KINDS: Mapping[str, str] = {  # of attention, by the names in transformers' configurations; what builds their masks
+    "full_attention": "create_causal_mask",
+    "sliding_attention": "create_sliding_window_causal_mask",
+    "chunked_attention": "create_chunked_causal_mask",
+    "minimax_m3_sparse": "create_causal_mask",  # these choose among the keys that a causal mask shows
+    "indexed_attention": "create_causal_mask",
+}
+MATERIALIZED = ("indexed_attention",)  # kinds whose layers read their mask, so None cannot stand for a causal one
+IDLE = ("mlp", "moe")  # kinds of layers that hold no tokens
+RECURRENT = ("linear_attention", "conv", "mamba")  # kinds of layers that keep a state; they get 2-D masks of new tokens
 
 
 @dataclass(frozen=True)
 class MaskBuilder:
     """transformers' own functions that build a decoder layer's mask from a 2-D one."""
 
-    full: Callable[..., Any]
-    sliding: Callable[..., Any]
+    functions: Mapping[str, Callable[..., Any]]  # by the kind of attention
     embeds: str  # the names of their arguments
     cache: str
     takes_layer: bool  # else they ask the cache about one of its layers that they choose
@@ -220,8 +234,8 @@ class MaskBuilder:
     @classmethod
     def find(cls) -> MaskBuilder:
         """Looks them up in the installed transformers. Raises ValueError where they are not as known."""
-        functions, shapes = [], []
-        for name in ("create_causal_mask", "create_sliding_window_causal_mask"):
+        functions, shapes = {}, {}
+        for kind, name in KINDS.items():
             function = getattr(masking_utils, name, None)
             if function is None:
                 raise ValueError(f"transformers.masking_utils has no {name} ({versions()})")
@@ -229,33 +243,56 @@ class MaskBuilder:
             names = {role: next((n for n in NAMES[role] if n in parameters), None) for role in ("embeds", "cache")}
             needed = {n for n, p in parameters.items() if p.default is p.empty and p.kind is not p.VAR_KEYWORD}
             known = {"config", "attention_mask", *NAMES["embeds"], *NAMES["cache"], "cache_position"}
-            if None in names.values() or not {"config", "attention_mask"} <= {*parameters} or needed - known:
+            given = {"config", "attention_mask", "or_mask_function"}
+            if None in names.values() or not given <= {*parameters} or needed - known:
                 raise ValueError(f"{name}{inspect.signature(function)} is not called as apet knows it ({versions()})")
-            functions.append(function)
-            shapes.append((names["embeds"], names["cache"], "layer_idx" in parameters, "cache_position" in needed))
-        if shapes[0] != shapes[1]:
-            raise ValueError(
-                f"create_causal_mask and create_sliding_window_causal_mask differ: {shapes} ({versions()})"
-            )
-        return cls(*functions, *shapes[0])
+            functions[kind] = function
+            shapes[name] = (names["embeds"], names["cache"], "layer_idx" in parameters, "cache_position" in needed)
+        if len({*shapes.values()}) > 1:
+            raise ValueError(f"the functions that build masks differ: {shapes} ({versions()})")
+        return cls(functions, *next(iter(shapes.values())))
 
     def build(
-        self, config: Any, x: Tensor, mask: Tensor, cache: Cache | None, layer: int, past: Any, sliding: bool
+        self,
+        config: Any,
+        x: Tensor,
+        mask: Tensor,
+        cache: Cache | None,
+        layer: int,
+        past: Any,
+        kind: str,
+        more: Tensor | None = None,
     ) -> Any:
-        """The mask of one layer for its attention implementation, from mask [B, past + L] bool.
+        """The mask of one layer of some kind of attention for its implementation, from mask [B, past + L] bool.
 
-        x [B, L, D]: its shape, dtype and device count.
+        x [B, L, ...]: its shape, dtype and device count; more [B, L, past + L] bool: pairs that are seen beside.
         """
-        more: dict[str, Any] = {"layer_idx": layer} if self.takes_layer else {}
+        given: dict[str, Any] = {"layer_idx": layer} if self.takes_layer else {}
         shown: Any = cache
         if cache is not None and not self.takes_layer:
-            shown = _OneLayer(cache, layer, sliding)
+            shown = _OneLayer(cache, layer, KINDS[kind] != "create_causal_mask")
         if self.takes_cache_position:
-            more["cache_position"] = torch.arange(x.shape[1], device=x.device) + past
+            given["cache_position"] = torch.arange(x.shape[1], device=x.device) + past
+        if kind in MATERIALIZED:
+            given["allow_is_causal_skip"] = False
+        if more is not None:
+            given["or_mask_function"] = _pairs(more.to(x.device), past)
         names = {self.embeds: x, self.cache: shown}
-        made = (self.sliding if sliding else self.full)(config=config, attention_mask=mask, **names, **more)
-        check_mask("create_causal_mask returned", made)
+        made = self.functions[kind](config=config, attention_mask=mask, **names, **given)
+        check_mask(f"{KINDS[kind]} returned", made)
         return made
+
+
+def _pairs(more: Tensor, past: int) -> Callable[..., Tensor]:
+    """Some pairs [B, L, past + L] bool as transformers' functions take them: of a query and a key, counted in columns
+    of the cache, which may have more of them."""
+    length, total = more.shape[1:]
+
+    def seen(batch: Tensor, _: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        inside = (query >= past) & (query < past + length) & (key < total)
+        return inside & more[batch, (query - past).clamp(0, length - 1), key.clamp(0, total - 1)]
+
+    return seen
 
 
 def check_mask(what: str, mask: Any) -> None:
@@ -291,9 +328,10 @@ def implementation(config: Any) -> str:
 
 
 def attention_types(config: Any) -> list[str]:
-    """The kind of attention of each decoder layer, as transformers' configurations tell it."""
+    """The kind of each decoder layer, as transformers' configurations tell it."""
     types = getattr(config, "layer_types", None)
     if types is None:
-        kind = "full_attention" if getattr(config, "sliding_window", None) is None else "sliding_attention"
+        limits = {"sliding_attention": "sliding_window", "chunked_attention": "attention_chunk_size"}
+        kind = next((k for k, limit in limits.items() if getattr(config, limit, None) is not None), "full_attention")
         types = [kind] * config.num_hidden_layers
     return list(types)

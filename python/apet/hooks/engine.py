@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Cache
 
-from . import caches, first_stage, second_stage, state
+from . import caches, first_stage, parts, second_stage, state
 from .adapter import Adapter
 from .calling import versions
 from .config import Options
@@ -226,6 +226,7 @@ class Engine:
             return
         if not torch.compiler.is_compiling():
             state.end(self, "core")  # of a call that raised where hooks could not clean up
+            self.threads.mask = self.target.core_arguments.get("mask", inputs)
         unknown = self.target.core_arguments.unknown(inputs)
         if unknown:
             self.check_no_images(module, inputs, unknown)
@@ -234,7 +235,7 @@ class Engine:
     def check_no_images(self, core: nn.Module, inputs: Mapping[str, Any], unknown: list[str]) -> None:
         """Raises ValueError for a call with placeholders whose pixels may have a name that is not known."""
         ids = inputs.get("input_ids")
-        tokens = [getattr(core.config, name, None) for name in self.target.adapter.tokens.values()]
+        tokens = [parts.of(core, name) for name in self.target.adapter.tokens.values()]
         if isinstance(ids, Tensor) and any(token is not None and bool((ids == token).any()) for token in tokens):
             raise ValueError(
                 f"{type(core).__name__} was called with placeholders of images or videos and with "
@@ -250,6 +251,7 @@ class Engine:
 
     def after_core(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
         if not torch.compiler.is_compiling():
+            self.threads.mask = None
             state.end(self, "core")
         elif self.target.adapter.brings(self.target.core_arguments.bind(args, kwargs)):
             self.end_call()
@@ -346,7 +348,7 @@ class Engine:
                 f"with llm_layer={self.options.llm_layer} now; start without the cache"
             )
         past = cache.get_seq_length()
-        tail = caches.tail(prompt, cache, roles.get("mask", arguments), past, new)
+        tail = caches.tail(prompt, cache, self.mask_given(roles.get("mask", arguments)), past, new)
         prompt.forward = Forward(module, prompt, tail=tail)
         if prompt.early is None:
             return arguments
@@ -361,6 +363,12 @@ class Engine:
         if position is not None:
             replaced["cache_position"] = torch.arange(new, device=position.device) + past
         return roles.replace(arguments, **replaced)
+
+    def mask_given(self, mask: Any) -> Any:
+        """The mask over all tokens [B, L]: some core models make other ones of it for their language model."""
+        if isinstance(mask, Tensor) and mask.dim() == 2:
+            return mask
+        return mask if torch.compiler.is_compiling() else getattr(self.threads, "mask", None)
 
     def before_first_layer(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         """The cache that the layers write to is known here, also where the language model has made it itself."""
@@ -459,7 +467,7 @@ def check_lengths(target: Target, forward: Forward) -> None:
     after = forward.late.mask.shape[1] if forward.late is not None else before
     border = len(cache.layers) if target.options.llm_layer is None else target.options.llm_layer
     for i, layer in enumerate(cache.layers):
-        if not hasattr(layer, "get_seq_length"):  # recurrent: holds no tokens
+        if not caches.holds_tokens(cache, i):
             continue
         held, expected = int(cache.get_seq_length(i)), before if i < border else after
         if held != expected:

@@ -10,9 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from . import along, masks
+from .calling import RECURRENT, MaskBuilder, attention_types
 from .config import Keep, Options
 from .locate import check_list, find
-from .sequence import Packing, counted, padding
+from .sequence import Packing, counted
 from .state import PREFILL, Call, Forward, Prompt, part
 from .target import Target
 from .units import Shorter, Tokens, group, shorten
@@ -93,60 +95,97 @@ def begin(
         )
     positions, mask = roles.get("positions", arguments), roles.get("mask", arguments)
     if mask is None and positions is not None:
-        check_one_sequence(positions)
-    window, slides = target.window(language_model)
-    everything = padding(mask, batch, length, x.device, window, slides=slides, past=past)  # [B, past + L]
+        check_one_sequence(positions, target.axes)
+    everything, more = masks.read(mask, batch, length, x.device, target.reach(language_model), past)  # [B, past + L]
     prefix, valid = everything[:, :past], everything[:, past:]
     if not valid.flatten()[tokens.where].all():
         raise ValueError("attention_mask hides placeholders of images or videos, which cannot be compressed then")
     forward.pad_left = bool(valid[:, -1].all())
     forward.prompt = Prompt(batch, past + length, least=past + needed(tokens, length, forward.pad_left))
-    forward.tokens, forward.valid, forward.prefix = tokens, valid, prefix
+    forward.tokens, forward.valid, forward.prefix, forward.more = tokens, valid, prefix, more
+    at = along.Sequence(batch, length, sum(tokens.lengths))
+    added = along.added_layers(roles, arguments, at)
+    if options.llm_layer is not None and options.llm_layer < added:
+        raise ValueError(
+            f"llm_layer={options.llm_layer} lies before layer {added}, until which {roles.owner} adds features of "
+            f"visual tokens again; llm_layer={added} is the least"
+        )
     if options.keep is not None:
         find_shorter = marked if target.projector is not None else shorten
         shorter = find_shorter(x.flatten(0, 1), tokens, options.keep, options)
         if shorter is None:
             target.say_nothing_dropped("keep", tokens, (modality for modality, _, _ in trace.visuals))
         else:
-            arguments = shortened(target, forward, shorter, arguments)
+            arguments = shortened(target, forward, shorter, arguments, at)
     return forward, arguments
 
 
-def shortened(target: Target, forward: Forward, shorter: Shorter, arguments: dict[str, Any]) -> dict[str, Any]:
+def shortened(
+    target: Target, forward: Forward, shorter: Shorter, arguments: dict[str, Any], at: along.Sequence
+) -> dict[str, Any]:
     """The arguments of the language model, without the tokens that left."""
-    roles, adapter = target.language_model_arguments, target.adapter
-    x, valid, prefix, prompt = roles.get("embeds", arguments), forward.valid, forward.prefix, forward.prompt
-    length, past = x.shape[1], prefix.shape[1]
-    roles.check_along(arguments, {length: "tokens", sum(forward.tokens.lengths): "visual tokens"}, known=adapter.along)
-    missing = [name for name in adapter.along if arguments.get(name) is None]
-    if missing:
-        raise ValueError(f"{roles.owner} was called without {', '.join(missing)}, which its adapter has to shorten")
+    roles, prompt = target.language_model_arguments, forward.prompt
+    x, valid, prefix = roles.get("embeds", arguments), forward.valid, forward.prefix
+    past = prefix.shape[1]
     packing = shorter.pack(valid, forward.pad_left)
     everything = torch.cat([prefix, packing.valid], dim=1)  # [B, past + L2]
+    text = counted(everything)[:, past:]
     positions = roles.get("positions", arguments)
-    if adapter.positions == "renumber":
-        positions, following = counted(everything)[:, past:], everything.sum(1, keepdim=True)
+    if target.adapter.positions == "renumber":
+        check_counted(positions, roles.owner)
+        positions, following = text, everything.sum(1, keepdim=True)
     else:
         if positions is None:
-            positions = torch.arange(past, past + length, device=x.device)[None]
-        positions, following = kept_positions(positions, valid, packing, counted(everything)[:, past:])
-    replaced = {"embeds": shorter.placed(packing, x), "mask": everything.long(), "positions": positions}
+            positions = torch.arange(past, past + at.length, device=x.device)[None]
+        positions, following = kept_positions(positions, valid, packing, text, target.axes)
+    given = roles.get("mask", arguments)
+    x = shorter.placed(packing, x)
+    forward.more = masks.packed(forward.more, packing, past)
+    replaced = {"embeds": x, "mask": mask_of(target, forward, given, x, everything), "positions": positions}
     if roles.get("cache_position", arguments) is not None:
         replaced["cache_position"] = torch.arange(past, everything.shape[1], device=x.device)
-    arguments = roles.replace(arguments, **replaced)
-    adapter.follow(packing, arguments)
+    arguments = roles.replace(along.shorten(roles, arguments, at, packing), **replaced)
     forward.trace.stage(shorter, packing)
     forward.tokens, forward.valid = shorter.tokens.moved(packing), packing.valid
     prompt.early = part(forward.cache, everything, following, target.flash(forward.language_model))
-    prompt.dropped = length - packing.valid.shape[1]
+    prompt.dropped = at.length - packing.valid.shape[1]
     prompt.least = past + needed(forward.tokens, packing.valid.shape[1], forward.pad_left)
     return arguments
 
 
-def check_one_sequence(positions: Tensor) -> None:
-    """Raises ValueError for positions [B, L], or [4, B, L] with those of the text first, by which transformers tells
-    packed sequences apart where there is no mask."""
-    if positions.dim() == 3 and len(positions) != 4:  # M-RoPE alone tells nothing apart
+def mask_of(target: Target, forward: Forward, given: Any, x: Tensor, everything: Tensor) -> Any:
+    """What the language model gets for the mask it was given: everything [B, past + L2] bool, from which it builds
+    masks itself; or, where some tokens see more than causal attention shows, the masks that it would be handed."""
+    if not forward.more:
+        return everything.long()
+    config, past = forward.language_model.config, everything.shape[1] - x.shape[1]
+    kinds, single = attention_types(config), target.reach(forward.language_model).single
+
+    masks_of = target.masks or MaskBuilder.find()
+
+    def build(kind: str) -> Any:
+        layer = kinds.index(kind) if kind in kinds else 0
+        return masks_of.build(config, x, everything, forward.cache, layer, past, kind, forward.more.get(kind))
+
+    if not isinstance(given, Mapping):
+        return build(single)
+    return {kind: everything[:, past:].long() if kind in RECURRENT else build(kind) for kind in given}
+
+
+def check_counted(positions: Any, owner: str) -> None:
+    """Raises ValueError for positions along several axes where those of what is left would be counted."""
+    if isinstance(positions, Tensor) and positions.dim() == 3 and not torch.equal(*positions.aminmax(dim=0)):
+        raise ValueError(
+            f"{owner} was called with positions {tuple(positions.shape)} that differ between their rows, as M-RoPE's "
+            "do; "
+            'an adapter with positions = "keep" keeps them (docs/add-a-model.md)'
+        )
+
+
+def check_one_sequence(positions: Tensor, axes: int) -> None:
+    """Raises ValueError for positions [B, L], or [axes + 1, B, L] with those of the text first, by which transformers
+    tells packed sequences apart where there is no mask."""
+    if positions.dim() == 3 and len(positions) == axes:  # M-RoPE alone tells nothing apart
         return
     text = positions[0] if positions.dim() == 3 else positions
     if (text.diff(dim=-1) < 0).any():
@@ -158,24 +197,26 @@ def needed(tokens: Tokens, length: int, pad_left: bool) -> int | Tensor:
     return (tokens.where % length).max() + 1 if pad_left else length
 
 
-def kept_positions(positions: Tensor, valid: Tensor, packing: Packing, text: Tensor) -> tuple[Tensor, Tensor]:
+def kept_positions(
+    positions: Tensor, valid: Tensor, packing: Packing, text: Tensor, axes: int
+) -> tuple[Tensor, Tensor]:
     """Positions [.., B or 1, L] as given -> those of the tokens that stay, and the one that comes next [B, 1].
 
-    M-RoPE's are returned as four rows, the first of which is text [B, L2], which counts tokens: transformers tells
-    packed sequences apart by it, and would find some where positions have gaps.
+    Of M-RoPE's three axes, four rows are returned, the first of which is text [B, L2], which counts tokens:
+    transformers tells packed sequences apart by it, and would find some where positions have gaps.
     """
-    if positions.dim() == 3 and len(positions) not in (3, 4):
+    if positions.dim() == 3 and len(positions) not in (axes, axes + 1):
         raise ValueError(
-            f"position_ids of shape {tuple(positions.shape)} have {len(positions)} rows: apet knows 3 (M-RoPE) and 4 "
-            "(the positions of the text before them)"
+            f"position_ids of shape {tuple(positions.shape)} have {len(positions)} rows: apet knows {axes} (M-RoPE) "
+            f"and {axes + 1} (the positions of the text before them)"
         )
-    rotary = positions[-3:] if positions.dim() == 3 else positions[None]
+    rotary = positions[-axes:] if positions.dim() == 3 else positions[None]
     rotary = rotary.to(valid.device)
     following = torch.where(valid, rotary, -1).amax(dim=(0, 2))[:, None] + 1
-    rotary = packing.along(rotary, -1)  # [3 or 1, B, L2]
+    rotary = packing.along(rotary, -1)  # [axes or 1, B, L2]
     if len(rotary) == 1:
         return rotary[0], following
-    return torch.cat([text[None].to(rotary.dtype), rotary]), following
+    return (torch.cat([text[None].to(rotary.dtype), rotary]) if axes == 3 else rotary), following
 
 
 def marked(x: Tensor, tokens: Tokens, keep: Keep, options: Options) -> Shorter | None:

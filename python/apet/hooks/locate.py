@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from .adapter import Adapter
 from .config import Keep
+from .parts import of
 from .state import Call, Trace, brings_pixels
 from .target import Target
 from .units import Tokens, group
@@ -23,6 +24,10 @@ def find(target: Target, call: Call, generation: Call | None, x: Tensor) -> tupl
     adapter, options, core, inputs = target.adapter, target.options, call.core, call.inputs
     batch, length = x.shape[:2]
     flats = {m: placeholders(adapter, core, m, inputs, x) for m in sorted(adapter.brings(inputs))}
+    if set(flats) == {"video"} and not len(flats["video"]):  # GLM's frames stand at placeholders of images
+        flats = {"video": placeholders(adapter, core, "image", inputs, x)}
+    elif len(flats) > 1 and len({adapter.tokens[m] for m in flats}) < len(flats):
+        raise ValueError(f"{' and '.join(flats)} stand at the same placeholders, so apet cannot tell them apart")
     repeats = 1
     if not brings_pixels(inputs):  # generate() has encoded them before this forward
         if generation is None or not brings_pixels(generation.inputs):
@@ -36,7 +41,7 @@ def find(target: Target, call: Call, generation: Call | None, x: Tensor) -> tupl
         found = known.get(modality)
         if found is None:
             lengths = contiguous_lengths(columns[columns // length % repeats == 0])
-            found = [adapter.run(core, n) for n in lengths]
+            found = [adapter.run(core, n) for n in adapter.apart(inputs, modality, lengths)]
         for row, number in by_row([len(u) for u in found], per_row, repeats, modality):
             visuals.append((modality, row, len(found[number])))
             units.append(found[number])
@@ -50,12 +55,12 @@ def find(target: Target, call: Call, generation: Call | None, x: Tensor) -> tupl
 
 def placeholders(adapter: Adapter, core: nn.Module, modality: str, inputs: Mapping[str, Any], x: Tensor) -> Tensor:
     """The rows of x [B, L, D], flattened, that hold the features of a modality, ascending."""
-    name = adapter.tokens[modality]
-    token = getattr(core.config, name, None)
+    name = adapter.tokens.get(modality)
+    token = None if name is None else of(core, name)
     if token is None:
         raise ValueError(
-            f"{type(core.config).__name__} has no {name}, the placeholder of a modality '{modality}'; an adapter's "
-            "`tokens` says what it is called (docs/hooks.md)"
+            f"{type(core.config).__name__} has no {name or f'{modality}_token_id'}, the placeholder of a modality "
+            f"'{modality}'; an adapter's `tokens` says what it is called (docs/add-a-model.md)"
         )
     if inputs.get("input_ids") is not None:
         there = inputs["input_ids"] == token

@@ -8,9 +8,10 @@ from __future__ import annotations
 import json
 
 import transformers
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from . import selfcheck, tiny
-from .adapters import ADAPTERS
+from .adapters import adapter_for
 from .target import Target
 from .versions import FILE, digests
 
@@ -21,13 +22,13 @@ DECODERS = ("llama", "mistral", "qwen2", "qwen3")
 def files() -> dict[str, str]:
     """The files of transformers that the hooks rely on for the families that have an adapter, with their digests."""
     found: dict[str, str] = {}
-    for name, adapter in sorted(ADAPTERS.items()):
-        config = transformers.AutoConfig.for_model(name)
-        cls = getattr(transformers, type(config).__name__.removesuffix("Config") + "ForConditionalGeneration")
-        takes_any = not name.startswith("qwen")
+    for name in selfcheck.families():
+        cls = getattr(transformers, selfcheck.NAMES[name])
+        decoder = transformers.AutoConfig.for_model(name).get_text_config().model_type
+        takes_any = decoder in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
         for decoder in DECODERS if takes_any else (None,):
-            model = tiny.build(cls, tiny.settings(name, decoder))
-            target = Target.find(model, adapter, lambda *_: selfcheck.STAGES["first"])
+            model = tiny.build(cls, tiny.config(name, decoder))
+            target = Target.find(model, adapter_for(model), lambda *_: selfcheck.STAGES["first"])
             digest, unchanged = selfcheck.code(selfcheck.classes_of(target))
             if not unchanged:
                 raise SystemExit(f"functions of {cls.__name__} are not those of transformers' files")

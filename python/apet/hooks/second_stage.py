@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import Cache
 
-from .calling import check_mask, versions
+from . import along, masks
+from .caches import length
+from .calling import IDLE, RECURRENT, check_mask, versions
 from .sequence import counted
 from .state import PREFILL, Forward, Late, part
 from .target import Target
@@ -24,58 +27,134 @@ def enter(target: Target, forward: Forward, cache: Cache | None, arguments: dict
     part = forward.prompt.late
     if part is not None:
         x = roles.get("hidden", arguments)  # [B, L, D]
-        new, past = x.shape[1], cache.get_seq_length(layer)
-        positions, rotary = part.positions(past, new, forward.tail), None
-        if target.adapter.positions == "renumber":
-            rotary = forward.language_model.rotary_emb(x, positions)
-        forward.late = Late(part.columns(past, new, forward.tail), past, rotary, positions, x)
+        new, past = x.shape[1], length(cache, layer)
+        positions = part.positions(past, new, forward.tail)
+        forward.late = Late(part.columns(past, new, forward.tail), past, positions, x)
     return arguments
 
 
 @torch.compiler.disable(reason=PREFILL)
 def shortened(target: Target, forward: Forward, cache: Cache | None, arguments: dict[str, Any]) -> dict[str, Any]:
-    """A prefill: compresses the hidden states [B, L, D] of the visual tokens -> [B, L2, D]."""
+    """A prefill: compresses the hidden states of the visual tokens, [B, L, D] or [B, L, streams, D] -> [B, L2, ...]."""
     options = target.options
     roles = target.layer_arguments[options.llm_layer]
-    x, rotary = roles.get("hidden", arguments), roles.get("rotary", arguments)
-    if not isinstance(x, Tensor) or x.shape[:2] != forward.valid.shape:
+    x = roles.get("hidden", arguments)
+    if not isinstance(x, Tensor) or x.shape[:2] != forward.valid.shape or x.dim() < 3:
         raise ValueError(
             f"{roles.owner} was called with hidden states of shape {tuple(getattr(x, 'shape', ()))}, where "
             f"{tuple(forward.valid.shape)} tokens were expected: apet cannot shorten them"
         )
     tokens, valid, prefix = (t.to(x.device) for t in (forward.tokens, forward.valid, forward.prefix))
-    shorter = shorten(x.flatten(0, 1), tokens, options.llm_keep, options)
+    flat = x.flatten(2)  # the streams of a token are one vector
+    shorter = shorten(flat.flatten(0, 1), tokens, options.llm_keep, options)
     if shorter is None:
         target.say_nothing_dropped("llm_keep", tokens, (modality for modality, _, _ in forward.trace.visuals))
         return arguments
     past = prefix.shape[1]
     packing = shorter.pack(valid, forward.pad_left)
     everything = torch.cat([prefix, packing.valid], dim=1)
-    positions = counted(everything)[:, past:]
-    check_rotary_arguments(roles.owner, rotary, x)
-    if target.adapter.positions == "renumber":
-        before = counted(torch.cat([prefix, valid], dim=1))[:, past:]
-        check_rotary_values(forward, x, rotary, before, valid, past)
-        rotary = forward.language_model.rotary_emb(x, positions)
-    else:
-        rotary = tuple(packing.along(t, -2) for t in rotary)
-    x = shorter.placed(packing, x)
+    before = counted(torch.cat([prefix, valid], dim=1))[:, past:]
+    x = shorter.placed(packing, flat).unflatten(2, x.shape[2:])
     forward.trace.stage(shorter, packing)
-    following = everything.sum(1, keepdim=True)
     forward.prompt.llm_layer = options.llm_layer
+    following = everything.sum(1, keepdim=True)
     forward.prompt.late = part(cache, everything, following, target.flash(forward.language_model))
-    forward.late = Late(everything, past, tuple(t.to(x.device) for t in rotary), positions, x)
+    forward.late = Late(everything, past, counted(everything)[:, past:], x, packing, before)
+    forward.late.more = masks.packed(forward.more, packing, past)
     return roles.replace(arguments, hidden=x)
 
 
-def check_rotary_arguments(owner: str, rotary: Any, x: Tensor) -> None:
-    """Raises ValueError where a layer is not given cosines and sines of the positions of x [B, L, D]: of [B or 1, L, d]
-    or, of the three axes of M-RoPE, [3, B, L, d]."""
-    batch, length = x.shape[:2]
-    known = [((batch, length), 3), ((1, length), 3), ((3, batch, length), 4)]
-    pair = isinstance(rotary, tuple | list) and len(rotary) == 2
-    if not pair or not all(isinstance(t, Tensor) and (tuple(t.shape[:-1]), t.dim()) in known for t in rotary):
-        given = rotary if isinstance(rotary, tuple | list) else [rotary]
+def arguments(target: Target, forward: Forward, index: int, call: dict[str, Any]) -> dict[str, Any]:
+    """What decoder layer `index` >= `llm_layer` is called with, instead of `call`."""
+    late, roles = forward.late, target.layer_arguments[index]
+    if late.packing is not None:
+        batch, whole = forward.valid.shape
+        call = along.shorten(roles, call, along.Sequence(batch, whole, sum(forward.tokens.lengths)), late.packing)
+    kind = target.kind(forward.language_model, index)
+    given = roles.get("mask", call)
+    check_mask(f"{roles.owner} was called with", given)
+    replaced: dict[str, Any] = {"mask": mask_of(target, forward, index, kind, given, roles.cache(call))}
+    rotary = rotary_of(target, forward, kind, roles.owner, roles.get("rotary", call))
+    if rotary is not None:
+        replaced["rotary"] = rotary
+    if roles.name("recurrent", call) is not None:
+        replaced["recurrent"] = new_tokens(late)
+    if roles.get("positions", call) is not None:
+        replaced["positions"] = late.positions
+    if roles.get("cache_position", call) is not None:
+        replaced["cache_position"] = torch.arange(late.x.shape[1], device=late.x.device) + late.past
+    return roles.replace(call, **replaced)
+
+
+def mask_of(target: Target, forward: Forward, index: int, kind: str, given: Any, cache: Cache | None) -> Any:
+    """The mask of a layer, of the form that it was given one in."""
+    late = forward.late
+    if kind in IDLE:
+        return given
+    if kind in RECURRENT and (given is None or given.dim() == 2):
+        return new_tokens(late)
+    if kind in RECURRENT:  # handed over all the same: that of a layer that attends
+        index = target.attending(forward.language_model)
+        kind = target.kind(forward.language_model, index)
+    if isinstance(given, Tensor) and given.dim() == 2:  # the layer makes its own mask
+        return late.mask.to(given.dtype)
+    if kind not in late.built:
+        config, more = forward.language_model.config, late.more.get(kind)
+        if more is None and len(late.more) == 1 and target.reach(forward.language_model).single in late.more:
+            more = next(iter(late.more.values()))  # one mask was handed over for all layers
+        late.built[kind] = target.masks.build(config, late.x, late.mask, cache, index, late.past, kind, more)
+    return late.built[kind]
+
+
+def new_tokens(late: Late) -> Tensor | None:
+    """Which new tokens [B, L] a state takes in: all but padding; None: all."""
+    new = late.x.shape[1]
+    return None if new == 1 else late.mask[:, late.mask.shape[1] - new :].long()
+
+
+def rotary_of(target: Target, forward: Forward, kind: str, owner: str, given: Any) -> Any:
+    """The rotary embeddings of layers of a kind for what is left; None: those that they are given."""
+    late, decoder = forward.late, forward.language_model
+    if given is None:  # this layer turns nothing
+        return None
+    if target.rotary is None:
+        raise ValueError(f"{owner} was called with rotary embeddings, where apet found no layer that takes them")
+    shared = kind if target.rotary.by_kind else ""
+    if shared in late.rotary and (late.packing is None or late.given[shared] is given):
+        return late.rotary[shared]
+    late.given[shared] = given
+    if late.packing is not None:
+        check_rotary_arguments(owner, given, *forward.valid.shape, target.axes)
+    if target.adapter.positions == "renumber":
+        if late.packing is not None:
+            check_rotary_values(target, forward, kind, given)
+        made = target.rotary.make(decoder, late.x, late.positions, kind)
+    elif late.packing is not None:
+        made = _like(given, [late.packing.along(t, -2).to(late.x.device) for t in parts_of(given)])
+    else:
+        made = None
+    late.rotary[shared] = made
+    return made
+
+
+def parts_of(rotary: Any) -> Iterator[Tensor]:
+    """The cosine and the sine, or the one tensor that holds both."""
+    yield from rotary if isinstance(rotary, tuple | list) else [rotary]
+
+
+def _like(rotary: Any, parts: list[Tensor]) -> Any:
+    return tuple(parts) if isinstance(rotary, tuple | list) else parts[0]
+
+
+def check_rotary_arguments(owner: str, rotary: Any, batch: int, length: int, axes: int) -> None:
+    """Raises ValueError where a layer is not given cosines and sines of its positions: of [B or 1, L, d] or, of the
+    axes of M-RoPE, [axes, B, L, d]."""
+    given = list(parts_of(rotary))
+    known = all(
+        isinstance(t, Tensor) and tuple(t.shape[:-1]) in ((batch, length), (1, length), (axes, batch, length))
+        for t in given
+    )
+    if not known or len(given) > 2:
         shapes = ", ".join(str(tuple(t.shape)) if isinstance(t, Tensor) else type(t).__name__ for t in given)
         raise ValueError(
             f"{owner} was called with rotary embeddings {shapes}, where apet knows a cosine and a sine of "
@@ -83,51 +162,23 @@ def check_rotary_arguments(owner: str, rotary: Any, x: Tensor) -> None:
         )
 
 
-def check_rotary_values(
-    forward: Forward, x: Tensor, rotary: tuple[Tensor, ...], positions: Tensor, valid: Tensor, past: int
-) -> None:
+def check_rotary_values(target: Target, forward: Forward, kind: str, rotary: Any) -> None:
     """Raises ValueError where a model does not give its layers what `rotary_emb` gives for counted positions [B, L].
 
     The layers from `llm_layer` on get what it gives for the positions of the shorter sequence. A model that is told no
-    positions may count padding, too: attention sees differences of positions alone. valid [B, L]: no padding.
+    positions may count padding, too: attention sees differences of positions alone.
     """
-    columns = torch.arange(past, past + x.shape[1], device=x.device)[None]
-    for counts in (positions, columns):
-        made = forward.language_model.rotary_emb(x, counts)
+    late, device = forward.late, forward.late.x.device
+    valid = forward.valid.to(device)
+    columns = torch.arange(late.past, late.past + valid.shape[1], device=device)[None]
+    for counts in (late.before, columns):
+        made = target.rotary.make(forward.language_model, late.x, counts, kind)
         if all(
-            torch.equal(given.to(x.device).expand(len(valid), -1, -1)[valid], ours.expand(len(valid), -1, -1)[valid])
-            for given, ours in zip(rotary, made, strict=True)
+            torch.equal(one.to(device).expand(len(valid), -1, -1)[valid], ours.expand(len(valid), -1, -1)[valid])
+            for one, ours in zip(parts_of(rotary), parts_of(made), strict=True)
         ):
             return
     raise ValueError(
         f"{type(forward.language_model).__name__} gives its layers other rotary embeddings than rotary_emb gives for "
         "positions 0, 1, 2, ...: position_ids that count otherwise cannot be used with llm_layer"
     )
-
-
-def arguments(target: Target, forward: Forward, index: int, call: dict[str, Any]) -> dict[str, Any]:
-    """What decoder layer `index` >= `llm_layer` is called with, instead of `call`."""
-    late, roles = forward.late, target.layer_arguments[index]
-    length = late.x.shape[1]
-    if forward.tokens is not None:
-        whole = forward.valid.shape[1]
-        roles.check_along(call, {whole: "tokens", sum(forward.tokens.lengths): "visual tokens"})
-    given = roles.get("mask", call)
-    check_mask(f"{roles.owner} was called with", given)
-    replaced: dict[str, Any] = {}
-    if isinstance(given, Tensor) and given.dim() == 2:  # the layer makes its own mask
-        replaced["mask"] = late.mask.to(given.dtype)
-    else:
-        sliding = target.slides(forward.language_model, index)
-        if sliding not in late.built:
-            cache = roles.cache(call)
-            config = forward.language_model.config
-            late.built[sliding] = target.masks.build(config, late.x, late.mask, cache, index, late.past, sliding)
-        replaced["mask"] = late.built[sliding]
-    if roles.get("positions", call) is not None:
-        replaced["positions"] = late.positions
-    if late.rotary is not None:
-        replaced["rotary"] = late.rotary
-    if roles.get("cache_position", call) is not None:
-        replaced["cache_position"] = torch.arange(length, device=late.x.device) + late.past
-    return roles.replace(call, **replaced)

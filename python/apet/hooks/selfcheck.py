@@ -1,15 +1,14 @@
 """Where a model is not as tested, a tiny random one of the same classes shows whether the hooks are right on it.
 
 The tiny model is patched and called: two rows, padded, then three more tokens, with a cache that grows and one of
-fixed size. Its logits have to be those of an independent reference: the decoder that is not patched, one row at a time,
-without padding and without a cache, given the rows that were kept, with positions and every other argument along the
-sequence gathered for them.
+fixed size. What its decoder gives has to be what the independent judge says (reference.py). A model that has no
+adapter of its own is patched only where this has passed.
 """
 
 from __future__ import annotations
 
 import contextlib
-import copy
+import dataclasses
 import functools
 import hashlib
 import importlib.metadata
@@ -18,57 +17,88 @@ import json
 import os
 import sys
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from torch import Tensor, nn
+from torch import nn
+from transformers.models.auto import modeling_auto
 
-from . import state, tiny
-from .calling import Arguments, implementation, within
+from . import reference, tiny
+from .adapter import Adapter
+from .calling import implementation
 from .config import Options
 from .engine import Engine
 from .target import Target
 from .versions import TESTED, TORCH, digests
 
-TOLERANCE = 1e-3  # of logits of standard deviation 1.2; rounding is 1e-5, and mistakes are 0.1 and more
+TOLERANCE = 1e-3  # of states of standard deviation 1; rounding is 1e-5, and mistakes are 0.1 and more
+# By ratio, so that units of any size get shorter.
 STAGES = {
-    "first": Options(keep=9, basis=4),
-    "both": Options(keep=9, basis=4, llm_layer=2, llm_keep=0.5),
+    "first": Options(keep=0.4, basis=4),
+    "both": Options(keep=0.4, basis=4, llm_layer=2, llm_keep=0.5),
 }
-TOKENS = (11, 22, 33)  # that follow the prompt
+NEW = 4  # tokens that are generated
+PROMPTS = ((3, "image", 5), (1, "image", 2))  # two rows of different lengths
+NAMES: Mapping[str, str] = {
+    name: cls
+    for mapping in (
+        "MODEL_FOR_VISION_2_SEQ_MAPPING_NAMES",  # of transformers 4
+        "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES",
+        "MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES",
+    )
+    for name, cls in getattr(modeling_auto, mapping, {}).items()
+}  # the class of every type of model that transformers has for images and text
 
 
 def ensure(model: nn.Module, target: Target) -> None:
     """Checks a model's classes, unless they are as tested or have passed before with the same code.
 
-    Raises ValueError where the check fails. Warns where there is no tiny model of the family.
+    Raises ValueError where the check fails, and where there is no tiny model to check hooks with that were found by
+    rule. Warns where there is none of a registered adapter's family.
     """
+    from .adapters import ADAPTERS
+
     name = model.config.model_type
-    decoder = getattr(getattr(model.config, "text_config", None), "model_type", None)
     stage = "first" if target.options.llm_layer is None else "both"
-    classes = classes_of(target)
-    files, unchanged = code(classes)
+    files, unchanged = code(classes_of(target))
     if unchanged and as_tested(files):
         return
-    if tiny.settings(name) is None:
-        _warn_once(
+    try:
+        small = tiny.config(model.config)
+        built = _build(type(model), small, target)
+    except Exception as error:
+        message = (
             f"apet has no tiny model of model_type='{name}' to check its hooks with under transformers "
-            f"{transformers.__version__}: see docs/hooks.md for how to check an adapter"
+            f"{transformers.__version__} ({type(error).__name__}: {error}): see docs/hooks.md for how to check an "
+            "adapter"
         )
-        return
-    key = repr((name, decoder, stage, sorted(c.__qualname__ for c in classes), sorted(files.items()), _versions()))
+        if name in ADAPTERS:
+            _warn_once(message)
+            return
+        raise ValueError(f"{message}, and register it; or patch with check=False to use the model unchecked") from error
+    fields = small.to_json_string()
+    classes = sorted(c.__qualname__ for c in classes_of(target))
+    key = repr((name, fields, stage, classes, sorted(files.items()), _versions()))
     record = _folder() / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.json"
     if unchanged and record.exists():
         return
-    result = check(type(model), name, decoder, stage, target)
+    result = check(built, stage, target.adapter)
     if result.error is not None:
         raise ValueError(result.message())
     if unchanged:
         _write(record, {"key": key, "difference": result.difference})
+
+
+def _build(cls: type, small: transformers.PretrainedConfig, target: Target) -> nn.Module:
+    """The tiny model, with the attention of the model that it stands for; it has to take an image."""
+    attention = implementation(target.language_model().config)
+    model = tiny.build(cls, small, attention if attention in ("eager", "sdpa") else None)
+    prompt(model, PROMPTS[0])
+    return model
 
 
 def classes_of(target: Target) -> set[type]:
@@ -83,7 +113,7 @@ class Result:
 
     name: str  # its model_type
     stage: str  # "first" or "both"
-    difference: float = 0.0  # the largest, of logits of standard deviation about 1
+    difference: float = 0.0  # the largest, of states of standard deviation 1
     error: str | None = None  # None: passed
 
     def message(self) -> str:
@@ -96,243 +126,149 @@ class Result:
         )
 
 
-def check(cls: type, name: str, decoder: str | None = None, stage: str = "both", like: Target | None = None) -> Result:
-    """Runs the self-check of a class of models. like: a target with the adapter and attention to use."""
-    from .adapters import ADAPTERS
-
-    adapter = ADAPTERS[name] if like is None else like.adapter
-    attention = "sdpa"
-    if like is not None and implementation(like.language_model().config) in ("eager", "sdpa"):
-        attention = implementation(like.language_model().config)
-    worst = 0.0
+def check(model: nn.Module, stage: str = "both", adapter: Adapter | None = None) -> Result:
+    """Runs the self-check on a tiny model. adapter: that of its type, unless given."""
+    name, worst = model.config.model_type, 0.0
     try:
-        with torch.no_grad(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            model = tiny.build(cls, tiny.settings(name, decoder), attention)
-            target = Target.find(model, adapter, lambda *_: STAGES[stage])
-            inputs = tiny.inputs(name, model, target.core(), adapter)
-            observed = Observed.of(model, target, inputs)
-            expected = reference(model, target, observed)
-            for kind, logits in observed.logits.items():
-                difference = float((logits - expected).abs().max())
-                worst = max(worst, difference)
-                if not difference < TOLERANCE:
-                    after = ["the prompt", *(f"{n} more tokens" for n in range(1, len(TOKENS) + 1))]
-                    steps = (logits - expected).abs().amax(dim=(0, 2))
-                    first = next(a for a, d in zip(after, steps.tolist(), strict=True) if not d < TOLERANCE)
-                    return Result(
-                        name, stage, difference, f"with {kind}, logits after {first} are off by {difference:.3g}"
-                    )
+        options = options_of(model, stage, adapter)
+        rows = [prompt(model, parts, seed) for seed, parts in enumerate(PROMPTS)]
+        if not unpatched(model, rows) < TOLERANCE:  # some count a batch's images, or its padding
+            rows = rows[:1]
+        for kind, static in (("a cache that grows", False), ("a cache of fixed size", True)):
+            if static and not _takes_static(model, rows):
+                continue
+            difference = judge(model, rows, options, static=static, adapter=adapter)
+            worst = max(worst, difference)
+            if not difference < TOLERANCE:
+                return Result(
+                    name, stage, difference, f"with {kind}, what the decoder gives is off by {difference:.3g}"
+                )
     except Exception as error:
         return Result(name, stage, worst, f"{type(error).__name__}: {error}")
     return Result(name, stage, worst)
 
 
-def families() -> list[str]:
-    """The `model_type`s that have an adapter and a tiny model; registered adapters of a user's own have none."""
-    from .adapters import ADAPTERS
+def _takes_static(model: nn.Module, rows: Sequence[reference.Row]) -> bool:
+    """Whether the model that is not patched is right with a cache of fixed size."""
+    try:
+        return unpatched(model, rows, static=True) < TOLERANCE
+    except Exception:  # of any kind, from inside of it
+        return False
 
-    return sorted(name for name in ADAPTERS if tiny.settings(name) is not None)
+
+def options_of(model: nn.Module, stage: str, adapter: Adapter | None = None) -> Options:
+    """The options of a stage for a tiny model: the first `llm_layer` from 2 on that is possible.
+
+    Raises ValueError, for a layer of 2, where none is.
+    """
+    from .adapters import adapter_for
+
+    adapter, chosen = adapter or adapter_for(model), STAGES[stage]
+    if chosen.llm_layer is None:
+        return chosen
+    for llm_layer in range(chosen.llm_layer, tiny.LAYERS):
+        deeper = dataclasses.replace(chosen, llm_layer=llm_layer)
+        with contextlib.suppress(ValueError):
+            Target.find(model, adapter, lambda *_, options=deeper: options)
+            return deeper
+    Target.find(model, adapter, lambda *_: chosen)  # raises
+    return chosen
+
+
+def families() -> list[str]:
+    """The `model_type`s that have an adapter in this package, and that the installed transformers knows."""
+    from .adapters import OWN
+
+    return sorted(OWN & NAMES.keys())
 
 
 def check_family(name: str) -> Result:
     """The self-check of a family by its `model_type`, both stages, on transformers' own class."""
     try:
-        config = transformers.AutoConfig.for_model(name)
-        cls = getattr(transformers, type(config).__name__.removesuffix("Config") + "ForConditionalGeneration")
-    except (AttributeError, ImportError, ValueError) as error:
+        model = tiny.build(getattr(transformers, NAMES[name]), tiny.config(name))
+    except (AttributeError, ImportError, KeyError, ValueError) as error:
         return Result(name, "both", error=f"transformers has no such model: {error}")
-    return check(cls, name)
+    return check(model)
 
 
-# ---- what the patched model does ------------------------------------------------------------------------------------
+# ---- a tiny model and its judge -------------------------------------------------------------------------------------
 
 
-@dataclass
-class Observed:
-    """What a patched tiny model was seen to do, and what the model that is not patched calls its decoder with."""
+def prompt(model: nn.Module, parts: Sequence[int | str], seed: int = 0) -> reference.Row:
+    """A prompt of a tiny model that has another length than any of its widths, as the judge tells them apart by it."""
+    row = tiny.sample(model, parts, seed)
+    widths = {size for parameter in model.parameters() for size in parameter.shape}
+    while row["input_ids"].shape[1] + NEW - 1 in widths and isinstance(parts[0], int):
+        parts = (parts[0] + 1, *parts[1:])
+        row = tiny.sample(model, parts, seed)
+    return row
 
-    whole: dict[str, Any]  # arguments of the language model, for the whole prompt
-    logits: dict[str, Tensor] = field(default_factory=dict)  # by the kind of cache: [B, 1 + TOKENS, V]
-    rows: list[Tensor] = field(default_factory=list)  # what enters the decoder, and then layer `llm_layer`: [B, L, D]
-    origin: list[Tensor] = field(default_factory=list)  # [B, L]: the columns in the whole prompt of these
-    valid: list[Tensor] = field(default_factory=list)  # [B, L] bool
 
-    @classmethod
-    def of(cls, model: nn.Module, target: Target, inputs: Mapping[str, Tensor]) -> Observed:
-        seen: list[dict[str, Any]] = []
-        roles = target.language_model_arguments
+@torch.no_grad()
+def judge(
+    model: nn.Module,
+    rows: Sequence[reference.Row],
+    options: Options,
+    *,
+    static: bool = False,
+    adapter: Adapter | None = None,
+) -> float:
+    """How far a patched tiny model is from the judge, in standard deviations of what its decoder gives.
 
-        def listen(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            seen.append(roles.bind(args, kwargs))
+    The largest difference over the prompt of every row and the tokens after it. model: not patched, and not after this;
+    rows: prompts from `prompt`, a padded batch if several; static: with a cache of fixed size; adapter: that of its
+    type, unless given. Raises ValueError where the model cannot be patched, or a stage drops nothing.
+    """
+    from . import ENGINE, kept
+    from .adapters import adapter_for
 
-        handle = target.language_model().register_forward_pre_hook(listen, with_kwargs=True)
-        try:
-            model(**inputs, use_cache=False)
-        finally:
-            handle.remove()
-        observed = cls(seen[0])
-        caches = [(kind, make()) for kind, make in _caches(model).items() if _works(model, make(), inputs)]
-        engine = Engine(target)
+    target = Target.find(model, adapter or adapter_for(model), lambda *_: options)
+    decoder = reference.Decoder.of(model, rows[0])
+    engine = Engine(target)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
         engine.install()
+        model.__dict__[ENGINE] = engine
         try:
-            for kind, cache in caches:
-                watched = [0] if target.options.llm_layer is None else [0, target.options.llm_layer]
-                rows: list[Tensor] = []
-                handles = [_watch(target, index, rows) for index in watched]
-                try:
-                    logits = [_call(model, cache, **inputs)[:, -1]]
-                finally:
-                    for handle in handles:
-                        handle.remove()
-                trace = engine.trace
-                mask = inputs["attention_mask"]
-                for token in TOKENS:
-                    mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
-                    ids = mask.new_full((len(mask), 1), token)
-                    logits.append(_call(model, cache, input_ids=ids, **_counts(model, mask.shape[1] - 1))[:, -1])
-                observed.logits[kind] = torch.stack(logits, 1)
-                if not observed.rows:
-                    observed.rows = rows
-                    observed.follow(trace, target, inputs)
+            said = reference.say(model, decoder, tiny.collate(rows), NEW, static, options.llm_layer)
+            left = kept(model)
         finally:
             engine.remove()
-        return observed
-
-    def follow(self, trace: state.Trace, target: Target, inputs: Mapping[str, Tensor]) -> None:
-        """Where the rows of each stage stood in the whole prompt."""
-        stages = len(trace.lengths) - 1
-        if stages != len(self.rows):
-            raise ValueError(f"{len(self.rows)} stages were expected to drop tokens, and {stages} did")
-        given = trace.lengths[0]
-        for rows, here in zip(self.rows, trace.here, strict=True):
-            stays = inputs["attention_mask"].bool().flatten().index_fill(0, trace.flat, False)
-            stays[trace.flat[here]] = True
-            stays = stays.view(-1, given)
-            length = rows.shape[1]
-            columns = [row.nonzero().flatten() for row in stays]
-            valid = torch.stack([torch.arange(length) >= length - len(c) for c in columns])
-            origin = torch.stack([torch.cat([c.new_zeros(length - len(c)), c]) for c in columns])
-            self.valid.append(valid)
-            self.origin.append(origin)
+            del model.__dict__[ENGINE]
+    stages = (options.keep is not None) + (options.llm_layer is not None)
+    found = []
+    for b, row in enumerate(rows):
+        visuals: dict[str, list[Any]] = {}
+        for one in left.visuals if left is not None else ():
+            if one.row == b:
+                visuals.setdefault(one.modality, []).append((one.tokens, one.left))
+        found.append(reference.columns(row, visuals, stages))
+    return _largest(model, decoder, rows, said, found, options.llm_layer)
 
 
-def _watch(target: Target, index: int, rows: list[Tensor]) -> Any:
-    roles = target.layer_arguments[index]
-
-    def listen(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        rows.append(roles.get("hidden", roles.bind(args, kwargs)))
-
-    return target.layers()[index].register_forward_pre_hook(
-        listen, with_kwargs=True
-    )  # after the engine's, so: what the layer gets
+@torch.no_grad()
+def unpatched(model: nn.Module, rows: Sequence[reference.Row], *, static: bool = False) -> float:
+    """The same of a model that is not patched: how far it is from the judge, who keeps all columns then."""
+    decoder = reference.Decoder.of(model, rows[0])
+    said = reference.say(model, decoder, tiny.collate(rows), NEW, static)
+    every = [[torch.arange(row["input_ids"].shape[1])] for row in rows]
+    return _largest(model, decoder, rows, said, every, None)
 
 
-def _caches(model: nn.Module) -> dict[str, Callable[[], transformers.Cache]]:
-    config = model.config.get_text_config()
-    return {
-        "a cache that grows": lambda: transformers.DynamicCache(config=config),
-        "a cache of fixed size": lambda: transformers.StaticCache(config=config, max_cache_len=200),
-    }
-
-
-def _works(model: nn.Module, cache: transformers.Cache, inputs: Mapping[str, Tensor]) -> bool:
-    """Whether the model that is not patched takes a cache of that kind. Some versions of Qwen take none of fixed size
-    outside of generate()."""
-    ids = inputs["input_ids"]
-    try:
-        _call(model, cache, **inputs)
-        _call(model, cache, input_ids=ids.new_full((len(ids), 1), TOKENS[0]), **_counts(model, ids.shape[1]))
-    except Exception:
-        if not cache.is_compileable:
-            raise
-        return False
-    return True
-
-
-def _call(model: nn.Module, cache: transformers.Cache, **inputs: Any) -> Tensor:
-    name = Arguments.of(model, ("cache",)).names["cache"]
-    return model(**inputs, **{name: cache}, use_cache=True).logits
-
-
-def _counts(model: nn.Module, past: int) -> dict[str, Tensor]:
-    """Before transformers 5.3 or so, models with M-RoPE know where they are by `cache_position` alone."""
-    takes = "cache_position" in inspect.signature(model.forward).parameters
-    return {"cache_position": torch.tensor([past])} if takes else {}
-
-
-# ---- the reference --------------------------------------------------------------------------------------------------
-
-
-def reference(model: nn.Module, target: Target, observed: Observed) -> Tensor:
-    """The logits [B, 1 + TOKENS, V] of the decoder that is not patched, given the rows that were kept."""
-    language_model, border = within(target.language_model()), target.options.llm_layer
-    head = model.get_output_embeddings()
-    early = language_model if border is None else _layers(language_model, 0, border)
-    embedded = model.get_input_embeddings()(torch.tensor(TOKENS))  # [TOKENS, D]
-    results = []
-    for b in range(len(observed.valid[0])):
-        columns = observed.origin[0][b][observed.valid[0][b]]  # [n] of the whole prompt
-        x = torch.cat([observed.rows[0][b][observed.valid[0][b]], embedded])[None]
-        x = _run(target, early, x, _gathered(target, observed, b, columns))
-        if border is not None:
-            columns = observed.origin[1][b][observed.valid[1][b]]
-            x = torch.cat([observed.rows[1][b][observed.valid[1][b]], x[0, -len(TOKENS) :]])[None]
-            late = _layers(language_model, border, len(language_model.layers))
-            x = _run(target, late, x, _positions(target, observed, b, columns))
-        results.append(head(x[0, -len(TOKENS) - 1 :]))
-    return torch.stack(results)
-
-
-def _layers(language_model: nn.Module, first: int, end: int) -> nn.Module:
-    """The language model with some of its layers; the norm behind them only with the last."""
-    part = copy.copy(language_model)
-    part._modules = dict(language_model._modules)
-    part.layers = nn.ModuleList(language_model.layers[first:end])
-    if end < len(language_model.layers):
-        part.norm = nn.Identity()
-    return part
-
-
-def _run(target: Target, language_model: nn.Module, x: Tensor, more: dict[str, Any]) -> Tensor:
-    roles = target.language_model_arguments
-    given = {roles.names["embeds"]: x, roles.names["mask"]: torch.ones(x.shape[:2], dtype=torch.long)}
-    output = language_model(**given, **more, use_cache=False)
-    return output[0]
-
-
-def _positions(target: Target, observed: Observed, b: int, columns: Tensor) -> dict[str, Any]:
-    """Positions of the kept rows, and of the tokens after them."""
-    roles = target.language_model_arguments
-    name, total = roles.names["positions"], len(columns) + len(TOKENS)
-    if target.adapter.positions == "renumber":
-        return {name: torch.arange(total)[None]}
-    whole = observed.whole[name][-3:]  # [3, B, L]
-    mask = observed.whole[roles.names["mask"]]
-    valid = torch.ones(whole.shape[1:], dtype=torch.bool) if mask is None else mask.bool()
-    ahead = int(whole[:, b][:, valid[b]].max()) + 1 + torch.arange(len(TOKENS))
-    rotary = torch.cat([whole[:, b][:, columns], ahead.expand(len(whole), -1)], dim=1)[:, None]  # [3, 1, total]
-    return {name: torch.cat([torch.arange(total)[None, None], rotary])}
-
-
-def _gathered(target: Target, observed: Observed, b: int, columns: Tensor) -> dict[str, Any]:
-    """Every argument along the sequence, for the kept rows; nothing of it for the tokens after them."""
-    roles = target.language_model_arguments
-    batch, length = observed.whole[roles.names["embeds"]].shape[:2]
-    more = _positions(target, observed, b, columns)
-    visual = observed.whole.get("visual_pos_masks")
-    for name, value in observed.whole.items():
-        if name in roles.names.values() or name in ("use_cache", "input_ids") or value is None:
-            continue
-        if isinstance(value, Tensor) and value.shape[:2] == (batch, length):
-            row = value[b][columns]
-            more[name] = torch.cat([row, row.new_zeros(len(TOKENS), *row.shape[1:])])[None]
-        elif isinstance(value, list) and visual is not None:  # of the visual tokens alone
-            number = (visual.flatten().cumsum(0) - 1).view_as(visual)[b][columns][visual[b][columns]]
-            more[name] = [features[number] for features in value]
-        elif not isinstance(value, Tensor | list | dict):
-            more[name] = value
-    return more
+def _largest(
+    model: nn.Module,
+    decoder: reference.Decoder,
+    rows: Sequence[reference.Row],
+    said: reference.Said,
+    columns: Sequence[Sequence[torch.Tensor]],
+    llm_layer: int | None,
+) -> float:
+    worst = 0.0
+    for b, row in enumerate(rows):
+        states = reference.must(model, decoder, row, said, b, columns[b], llm_layer)
+        difference = (said.states[b] - states).abs().max() / states.std()
+        worst = max(worst, float(difference.nan_to_num(nan=float("inf"))))
+    return worst
 
 
 # ---- whether the code is as tested ----------------------------------------------------------------------------------

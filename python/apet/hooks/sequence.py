@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.attention.flex_attention import create_mask
 
 
 @dataclass
@@ -58,59 +56,6 @@ def pack(keep: Tensor, source: Tensor, pad_left: bool) -> Packing:
     index = torch.where(valid, index, index[:, -1:] if pad_left else index[:, :1])
     moved = keep.cumsum(1) - 1 + (longest - counts if pad_left else 0)
     return Packing(index, valid, source.gather(1, index), moved)
-
-
-def one_of(mask: Any) -> Any:
-    """generate() may build a mask for each type of layer; the padding is the same in all."""
-    if not isinstance(mask, dict):
-        return mask
-    return mask["full_attention"] if "full_attention" in mask else next(iter(mask.values()))
-
-
-def padding(
-    mask: Any, batch: int, length: int, device: torch.device, window: int | None, *, slides: bool, past: int = 0
-) -> Tensor:
-    """Which tokens of a prompt are no padding, [batch, past + length] bool, from any mask that a model may be given.
-
-    mask: None, 2-D [B, past + length], 4-D [B, 1, length, columns] bool or additive, a flex_attention BlockMask, or a
-    dict of such by the type of the layers; window: of layers that slide, which are all of them if `slides`; past: what
-    the cache holds. Raises ValueError where a mask is more than causal with padding.
-    """
-    given = mask if isinstance(mask, dict) else {"sliding_attention" if slides else "full_attention": mask}
-    valid = None
-    for kind, one in sorted(given.items()):  # full before sliding attention
-        if one is None:
-            continue
-        if kind not in ("full_attention", "sliding_attention"):
-            raise ValueError(f"layers of type '{kind}' have a mask of their own, from which tokens cannot be dropped")
-        found = _padding(one, batch, length, device, window if kind == "sliding_attention" else None, past)
-        valid = found if valid is None else valid
-    return torch.ones(batch, past + length, dtype=torch.bool, device=device) if valid is None else valid
-
-
-def _padding(mask: Any, batch: int, length: int, device: torch.device, window: int | None, past: int) -> Tensor:
-    total = past + length
-    if not isinstance(mask, Tensor):
-        mask = create_mask(mask.mask_mod, batch, None, length, total, device=device)
-    if mask.dim() not in (2, 4) or mask.shape[-1] < total or (past and window is not None and mask.dim() == 4):
-        raise ValueError(
-            f"attention_mask of shape {tuple(mask.shape)} does not say which of {total} tokens are padding, {past} of "
-            "which the cache holds; give a 2-D mask over all of them"
-        )
-    if mask.dim() == 2:
-        return mask[:, :total].to(device, torch.bool)
-    seen = mask[:, 0, :, :total].to(device)
-    seen = (seen if seen.dtype == torch.bool else seen == 0).expand(batch, -1, -1)  # [B, length, total]
-    valid = seen.any(1)  # some query sees it, at least its own
-    causal = torch.ones(length, total, dtype=torch.bool, device=device).tril(past)
-    if window is not None:
-        causal = causal.triu(1 - window)
-    queries = valid[:, past:, None]
-    if not torch.equal(seen & queries, causal & valid[:, None] & queries):
-        raise ValueError(
-            f"an attention mask of shape {tuple(mask.shape)} is not causal with padding, so tokens cannot leave it"
-        )
-    return valid
 
 
 def counted(valid: Tensor) -> Tensor:

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 from transformers import Cache
 
+from .calling import is_pixels
+from .masks import More
 from .sequence import Packing
 from .units import Shorter, Tokens
 
@@ -55,12 +57,19 @@ class Part:
 def part(cache: Cache | None, mask: Tensor, following: Tensor, flash: bool) -> Part:
     """mask [B, length] bool over the prompt, which starts the cache; following [B, 1]: the position after it."""
     length = mask.shape[1]
-    # Flash attention takes lengths from the width of the mask, so there it has to grow.
+    # Flash attention takes lengths from the width of the mask, so there it has to grow; and so it has where all layers
+    # slide, whose caches are no longer than their windows.
     fixed = cache is not None and cache.is_compileable and not flash
+    sizes = [getattr(layer, "max_cache_len", 0) for layer in cache.layers if not layer_slides(layer)] if fixed else []
+    fixed = max(sizes, default=0) > 0
     if fixed:
-        capacity = max(layer.max_cache_len for layer in cache.layers)
-        mask = torch.nn.functional.pad(mask, (0, capacity - length), value=True)
+        mask = torch.nn.functional.pad(mask, (0, max(sizes) - length), value=True)
     return Part(mask, following - length, fixed)
+
+
+def layer_slides(layer: Any) -> bool:
+    """Whether a layer of a cache holds the end of the sequence only."""
+    return bool(getattr(layer, "is_sliding", False))
 
 
 @dataclass
@@ -87,10 +96,14 @@ class Late:
 
     mask: Tensor  # [B, columns] bool
     past: int | Tensor
-    rotary: tuple[Tensor, ...] | None  # None: as the earlier layers
-    positions: Tensor  # [B, L] or [.., B, L]
-    x: Tensor  # [B, L, D], for its shape, dtype and device
-    built: dict[bool, Any] = field(default_factory=dict)  # the layers' masks, by whether they slide
+    positions: Tensor  # [B, L]
+    x: Tensor  # [B, L, ...], for its shape, dtype and device
+    packing: Packing | None = None  # in a prefill
+    before: Tensor | None = None  # in a prefill: the counted positions [B, L] of what the earlier layers got
+    more: More = field(default_factory=dict)  # in a prefill: what is seen beside causal attention
+    built: dict[str, Any] = field(default_factory=dict)  # the layers' masks, by their kind
+    rotary: dict[str, Any] = field(default_factory=dict)  # their rotary embeddings, by their kind or for all,
+    given: dict[str, Any] = field(default_factory=dict)  # and those that they are given
 
 
 @dataclass
@@ -102,6 +115,7 @@ class Forward:
     tokens: Tokens | None = None  # in a prefill: the visual tokens, in [B * L]
     valid: Tensor | None = None  # in a prefill: [B, L] bool, which tokens are no padding
     prefix: Tensor | None = None  # in a prefill: [B, past] bool, the same for what the cache held before; None: nothing
+    more: More = field(default_factory=dict)  # in a prefill: what its tokens see beside causal attention
     pad_left: bool = True
     tail: Tensor | None = None  # later: [B, n] bool, which tokens after the prompt are no padding; None: all
     late: Late | None = None
@@ -159,7 +173,7 @@ def current(engine: Any, of: str) -> Call | None:
 
 def brings_pixels(inputs: Mapping[str, Any]) -> bool:
     """Whether images or videos are given as they are, not encoded."""
-    return any(name.startswith("pixel_values") and value is not None for name, value in inputs.items())
+    return any(is_pixels(name) and value is not None for name, value in inputs.items())
 
 
 @dataclass

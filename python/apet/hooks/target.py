@@ -6,15 +6,16 @@ import warnings
 import weakref
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import Any
 
 from torch import nn
 
 import apet
 
+from . import parts
 from .adapter import Adapter
-from .calling import ATTENTION_TYPES, Arguments, MaskBuilder, attention_types, check_rotary, implementation, versions
+from .calling import IDLE, KINDS, RECURRENT, Arguments, MaskBuilder, Rotary, attention_types, implementation, versions
 from .config import Options
+from .masks import Reach
 from .units import Tokens
 
 
@@ -35,7 +36,9 @@ class Target:
     core_arguments: Arguments
     language_model_arguments: Arguments
     layer_arguments: tuple[Arguments, ...]
-    masks: MaskBuilder | None  # for the second stage
+    masks: MaskBuilder | None  # where they have to be built
+    rotary: Rotary | None  # for the second stage
+    axes: int  # of positions, where they are kept
     said: set[str] = field(default_factory=set)  # what users were told once
 
     @classmethod
@@ -47,37 +50,31 @@ class Target:
         resolve: gives the options, from the adapter, the core model and what `llm_layer` may be. Raises ValueError
         where a part or an argument is missing.
         """
-        core = plain(adapter.core(model))
+        core = plain(part_of(adapter.core, model, "core model", adapter))
         language_model = plain(part_of(adapter.language_model, core, "language model", adapter))
-        layers = getattr(language_model, "layers", None)
-        if not isinstance(layers, nn.ModuleList) or not len(layers):
+        adapter = adapter.fitted(core)
+        layers = parts.layers(language_model)
+        if layers is None:
             raise ValueError(
                 f"{type(language_model).__name__}, the language model of {type(model).__name__}, has no list `layers` "
-                "of decoder layers; an adapter's `language_model` says where they are (docs/hooks.md)"
+                "of decoder layers; an adapter's `language_model` says where they are (docs/add-a-model.md)"
             )
-        implementation(language_model.config)
+        config = language_model.config
+        implementation(config)
+        if not getattr(config, "is_causal", True) or getattr(config, "use_bidirectional_attention", None) == "all":
+            raise ValueError(f"{type(language_model).__name__} attends in both directions, so it is no decoder")
         options = resolve(adapter, core, range(adapter.first_llm_layer(core), len(layers)))
         projector = None
         if adapter.projector is not None and options.keep is not None:
             projector = weakref.ref(part_of(lambda c: c.get_submodule(adapter.projector), core, "projector", adapter))
-        masks = None
+        masks, rotary = None, None
         layers_from = range(0)
         if options.llm_layer is not None:
             layers_from = range(options.llm_layer, len(layers))
-            check_rotary(language_model, layers, options.llm_layer)
-            if len(attention_types(language_model.config)) != len(layers):
-                raise ValueError(
-                    f"llm_layer={options.llm_layer} cannot be used: {type(language_model).__name__}.layers has "
-                    f"{len(layers)} layers, and its configuration {len(attention_types(language_model.config))}"
-                )
-            unknown = {*attention_types(language_model.config)} - {*ATTENTION_TYPES}
-            if unknown:
-                raise ValueError(
-                    f"llm_layer={options.llm_layer} cannot be used with {type(language_model).__name__}: apet cannot "
-                    f"build masks for its layers of type {', '.join(sorted(unknown))}"
-                )
+            check_second_stage(language_model, layers, options.llm_layer)
             masks = MaskBuilder.find()
-        needed = ("mask", "cache", "rotary", "hidden")
+            rotary = Rotary.of(language_model, layers, options.llm_layer)
+        needed = ("mask", "cache", "hidden")
         return cls(
             weakref.ref(model),
             weakref.ref(core),
@@ -87,12 +84,14 @@ class Target:
             options,
             Arguments.of(model),
             Arguments.of(core),
-            Arguments.of(language_model, ("embeds", "mask", "positions", "cache")),
+            Arguments.of(language_model, parts.DECODER),
             tuple(
                 Arguments.of(layer, needed if i in layers_from else ("cache", "hidden"))
                 for i, layer in enumerate(layers)
             ),
             masks,
+            rotary,
+            parts.axes(language_model),
         )
 
     def say_nothing_dropped(self, name: str, tokens: Tokens, modalities: Iterable[str]) -> None:
@@ -124,32 +123,71 @@ class Target:
         return "flash" in implementation(language_model.config)
 
     @staticmethod
-    def slides(language_model: nn.Module, index: int) -> bool:
-        """Whether a decoder layer attends to a window only."""
-        return attention_types(language_model.config)[index] == "sliding_attention"
+    def kind(language_model: nn.Module, index: int) -> str:
+        """The kind of a decoder layer."""
+        return attention_types(language_model.config)[index]
+
+    def attending(self, language_model: nn.Module) -> int:
+        """The first layer from `llm_layer` on that attends to tokens."""
+        kinds = attention_types(language_model.config)
+        return next(i for i in range(self.options.llm_layer, len(kinds)) if kinds[i] in KINDS)
 
     @staticmethod
-    def window(language_model: nn.Module) -> tuple[int | None, bool]:
-        """The attention window of the layers that have one, and whether all do: then the only mask is of its kind."""
-        types = attention_types(language_model.config)
-        size = getattr(language_model.config, "sliding_window", None)
-        return size, size is not None and all(t == "sliding_attention" for t in types)
+    def reach(language_model: nn.Module) -> Reach:
+        """How far the layers see, and of which kind the only mask is where there is one."""
+        config = language_model.config
+        window, chunk = (getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size"))
+        kinds = {kind for kind in attention_types(config) if kind in KINDS}
+        single = kinds.pop() if len(kinds) == 1 else "full_attention"
+        return Reach("full_attention" if single == "sliding_attention" and window is None else single, window, chunk)
 
     def layers(self) -> list[nn.Module]:
         """The decoder layers."""
-        language_model: Any = self.language_model()
-        return list(language_model.layers)
+        return list(parts.layers(self.language_model()) or ())
 
 
-def part_of(find: Callable[[nn.Module], nn.Module], core: nn.Module, what: str, adapter: Adapter) -> nn.Module:
+def check_second_stage(language_model: nn.Module, layers: nn.ModuleList, llm_layer: int) -> None:
+    """Raises ValueError for layers that cannot get a sequence of their own."""
+    config, owner = language_model.config, type(language_model).__name__
+    kinds = attention_types(config)
+    if len(kinds) != len(layers):
+        raise ValueError(
+            f"llm_layer={llm_layer} cannot be used: {owner} has {len(layers)} layers, and its configuration "
+            f"{len(kinds)}"
+        )
+    unknown = {*kinds} - {*KINDS, *RECURRENT, *IDLE}
+    if unknown:
+        raise ValueError(
+            f"llm_layer={llm_layer} cannot be used with {owner}: apet cannot build masks for its layers of type "
+            f"{', '.join(sorted(unknown))}"
+        )
+    if not any(kind in KINDS for kind in kinds[llm_layer:]):
+        raise ValueError(
+            f"llm_layer={llm_layer} cannot be used with {owner}: no layer from there on attends to tokens, so nothing "
+            "tells how many there are"
+        )
+    attending = [i for i, kind in enumerate(kinds) if kind in KINDS]
+    if attending[0] >= llm_layer:
+        raise ValueError(
+            f"llm_layer={llm_layer} cannot be used with {owner}: its first layer that attends to tokens is layer "
+            f"{attending[0]}, and the cache counts tokens there; llm_layer={attending[0] + 1} is the least"
+        )
+    if getattr(config, "num_kv_shared_layers", 0):
+        raise ValueError(
+            f"llm_layer={llm_layer} cannot be used with {owner}: its last {config.num_kv_shared_layers} layers use the "
+            "keys and values of earlier ones, which may hold other tokens"
+        )
+
+
+def part_of(finder: Callable[[nn.Module], nn.Module], whole: nn.Module, what: str, adapter: Adapter) -> nn.Module:
     """A part of the core model. Raises ValueError where it is not there."""
     try:
-        return find(core)
+        return finder(whole)
     except AttributeError as error:
         raise ValueError(
-            f"{type(core).__name__} has no {what} where {type(adapter).__name__} looks for it ({error}). Models that "
-            "are not transformers' own keep their parts elsewhere: write an adapter that says where (docs/hooks.md), "
-            f"or load a port that transformers has ({versions()})"
+            f"{type(whole).__name__} has no {what} where {type(adapter).__name__} looks for it ({error}). Models that "
+            "are not transformers' own keep their parts elsewhere: write an adapter that says where "
+            f"(docs/add-a-model.md), or load a port that transformers has ({versions()})"
         ) from error
 
 

@@ -6,15 +6,17 @@ from collections.abc import Sequence
 
 from torch import nn
 
+from .. import parts
 from ..adapter import Adapter
 from .internvl import InternVL
 from .llava import Llava
 from .llava_next import LlavaNext
 from .llava_next_video import LlavaNextVideo
 from .llava_onevision import LlavaOnevision
-from .qwen2_5_vl import Qwen2_5VL
-from .qwen2_vl import Qwen2VL
-from .qwen3_vl import Qwen3VL
+from .molmo2 import Molmo2
+from .perception_lm import PerceptionLM
+from .qwen import Qwen2_5VL
+from .video_llama_3 import VideoLlama3
 from .video_llava import VideoLlava
 
 ADAPTERS: dict[str, Adapter] = {
@@ -23,11 +25,31 @@ ADAPTERS: dict[str, Adapter] = {
     "llava_next": LlavaNext(),
     "llava_next_video": LlavaNextVideo(),
     "llava_onevision": LlavaOnevision(),
+    "molmo2": Molmo2(),
+    "perception_lm": PerceptionLM(),
     "qwen2_5_vl": Qwen2_5VL(),
-    "qwen2_vl": Qwen2VL(),
-    "qwen3_vl": Qwen3VL(),
+    "qwen2_vl": Adapter(),
+    "qwen3_vl": Adapter(),
+    "video_llama_3": VideoLlama3(),
     "video_llava": VideoLlava(),
 }
+OWN = frozenset(ADAPTERS)  # what the package has, whatever is registered later
+GENERIC = Adapter()  # of a model without an adapter of its own
+# Models that do nothing but read: each letter counts, and what is dropped is gone.
+READERS = frozenset(
+    (
+        "deepseek_ocr2",
+        "glm_ocr",
+        "got_ocr2",
+        "granite_docling",
+        "lighton_ocr",
+        "minicpm_ocr",
+        "paddleocr_vl",
+        "pp_chart2table",
+        "qianfan_ocr",
+        "unlimited_ocr",
+    )
+)
 # Classes that are not transformers' own, and the port of them that is.
 PORTS = {
     "llava_llama": "LlavaForConditionalGeneration (e.g. llava-hf/llava-1.5-7b-hf)",
@@ -45,24 +67,30 @@ def register_adapter(model_type: str | Sequence[str], adapter: Adapter) -> None:
         adapter: what to know about them; see docs/hooks.md.
 
     Example:
-        >>> apet.register_adapter("aya_vision", apet.Adapter())
+        >>> apet.register_adapter("postcards", Postcards())
     """
     for name in [model_type] if isinstance(model_type, str) else model_type:
         ADAPTERS[name] = adapter
 
 
 def adapter_for(model: nn.Module) -> Adapter:
-    """The adapter of a model. Raises ValueError where there is none."""
+    """The adapter of a model: the registered one, else the one that finds its parts by rule.
+
+    Raises ValueError where tokens cannot, or should not, be dropped from models of that kind.
+    """
     model_type = getattr(getattr(model, "config", None), "model_type", None)
     if model_type in ADAPTERS:
         return ADAPTERS[model_type]
+    name = f"model_type='{model_type}' ({type(model).__name__})"
     if model_type in PORTS:
+        raise ValueError(f"{name} is no class of transformers. Load the same weights as {PORTS[model_type]}")
+    if model_type in READERS:
         raise ValueError(
-            f"model_type='{model_type}' ({type(model).__name__}) is no class of transformers. Load the same weights as "
-            f"{PORTS[model_type]}"
+            f"{name} reads documents: there, published results put every method that drops visual tokens at or below "
+            f"dropping them at random (docs/hooks.md). To do it all the same, call "
+            f"apet.register_adapter('{model_type}', apet.Adapter()) first"
         )
-    raise ValueError(
-        f"no adapter for model_type='{model_type}' ({type(model).__name__}); there are some for "
-        f"{', '.join(sorted(ADAPTERS))}. If it puts visual features at placeholder tokens, try "
-        f"apet.register_adapter('{model_type}', apet.Adapter()); see docs/hooks.md"
-    )
+    reason = parts.why_not(model)
+    if reason is not None:
+        raise ValueError(f"{name} cannot be patched: {reason}")
+    return GENERIC

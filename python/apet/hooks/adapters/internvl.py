@@ -8,7 +8,8 @@ Modifications:
 
 from __future__ import annotations
 
-from typing import ClassVar
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 from torch import nn
 
@@ -19,6 +20,9 @@ class InternVL(Adapter):
     """A run of placeholders is an image, a tile of it is a unit; the frames of a video are such images."""
 
     unit_names: ClassVar = {"image": "tile"}
+
+    def apart(self, inputs: Mapping[str, Any], modality: str, lengths: list[int]) -> list[int]:
+        return lengths  # its pixels are those of tiles
 
     def run(self, core: nn.Module, tokens: int) -> Units:
         vision = core.config.vision_config

@@ -13,7 +13,8 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from ..adapter import Adapter, Units, one_unit
+from ..adapter import Adapter, Units
+from ..grids import of_pixels
 
 
 class Llava(Adapter):
@@ -30,17 +31,6 @@ class Llava(Adapter):
         for first, second in ((288, 96), (192, 64), (96, 32))
     }
 
-    def visuals(self, core: nn.Module, inputs: Mapping[str, Any], counts: Mapping[str, int]) -> dict[str, list[Units]]:
-        if inputs.get("image_sizes") is not None:
-            return {"image": self._packed(core, inputs)}
-        images = inputs["pixel_values"].shape[0]
-        return {"image": [one_unit(counts["image"] // images)] * images}
-
     def features(self, core: nn.Module, inputs: Mapping[str, Any], x: Tensor) -> list[Units]:
-        return (
-            self._packed(core, inputs) if inputs.get("image_sizes") is not None else super().features(core, inputs, x)
-        )
-
-    def _packed(self, core: nn.Module, inputs: Mapping[str, Any]) -> list[Units]:
-        patch = core.vision_tower.patch_size
-        return [one_unit(int(h) // patch * (int(w) // patch)) for h, w in inputs["image_sizes"]]
+        packed = of_pixels(core, inputs.get("image_sizes"), x.shape[0] * x.shape[1])
+        return super().features(core, inputs, x) if packed is None else packed

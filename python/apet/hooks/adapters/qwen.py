@@ -1,8 +1,10 @@
-"""Qwen2.5-VL (`qwen2_5_vl`).
+"""Qwen2.5-VL (`qwen2_5_vl`), and by the same rules Qwen2-VL, Qwen3-VL and Qwen3.5.
 
 Modifications:
 - the language model gets a sequence shortened by compressing the merged visual embeddings of each image and of each
   temporal step of a video; every token keeps its M-RoPE position, and decoding goes on after the largest one;
+- of the deepstack features of Qwen3-VL, which the first decoder layers add at visual tokens, those of the kept tokens
+  stay, as they are (a merged token keeps its own); so `llm_layer` lies behind these layers;
 - with `llm_layer`, its layers from there on get a sequence shortened again, positions kept.
 """
 
@@ -10,10 +12,10 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from .qwen_grid import QwenGrid
+from ..adapter import Adapter
 
 
-class Qwen2_5VL(QwenGrid):
+class Qwen2_5VL(Adapter):
     """An image is a unit, and so is each temporal step of a video."""
 
     presets: ClassVar = {

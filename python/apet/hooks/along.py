@@ -1,0 +1,132 @@
+"""What a module is called with along the sequence, beside embeddings, mask and positions: gathered by one rule.
+
+An argument is one of
+- [B or 1, L, ...], with the sequence behind the batch: token types, inputs of each layer, ids; or [.., B or 1, L] with
+  it at the end: gathered as it is. Not so whole numbers [B, L, k], which may be indices of other tokens (of an
+  indexer), and what counts up by one, as positions do;
+- a mask [B, L] or [B, L, 1] bool of visual tokens, and features [N, ...] of its N true entries, row after row
+  (deepstack), in lists or by layer: of both, what belongs to tokens that stay;
+- anything without a dimension of either length: left alone.
+Whatever else has such a length raises, since tokens would have to leave it, too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .calling import NAMES, PACKED, Arguments, tensors, versions
+from .sequence import Packing
+
+
+@dataclass(frozen=True)
+class Sequence:
+    """The lengths that give an argument of a call away."""
+
+    batch: int
+    length: int  # tokens of a row, padding included
+    visual: int  # visual tokens of all rows
+
+
+def shorten(roles: Arguments, call: dict[str, Any], at: Sequence, packing: Packing) -> dict[str, Any]:
+    """The call of a module with every argument that has no role here shortened."""
+    others = dict(_others(roles, call))
+    masks = {name: value for name, value in others.items() if _is_visual_mask(value, at)}
+    features = {name: value for name, value in others.items() if name not in masks and _features_of(value, masks, at)}
+    shorter: dict[str, Any] = {}
+    for name, value in others.items():
+        if name in features:
+            shorter[name] = _mapped(value, lambda t: t[_rows(_mask_of(t, masks), packing).to(t.device)])
+        elif name in masks:
+            stays = packing.along(value, 1) & packing.valid.view(*packing.valid.shape, *(1,) * (value.dim() - 2))
+            shorter[name] = stays if features else packing.along(value, 1)
+        else:
+            shorter[name] = _mapped(value, lambda t, name=name: _gathered(roles.owner, name, t, at, packing))
+    return call | shorter
+
+
+def added_layers(roles: Arguments, call: Mapping[str, Any], at: Sequence) -> int:
+    """How many of the first layers have features of visual tokens added behind them (deepstack)."""
+    others = dict(_others(roles, call))
+    masks = {name: value for name, value in others.items() if _is_visual_mask(value, at)}
+    last = 0
+    for name, value in others.items():
+        if name not in masks and _features_of(value, masks, at):
+            last = max(last, 1 + max(value) if isinstance(value, Mapping) else len(tuple(tensors(value))))
+    return last
+
+
+def _others(roles: Arguments, call: Mapping[str, Any]) -> Iterable[tuple[str, Any]]:
+    """The arguments of a call that have no role."""
+    known = {"input_ids", *(n for role in NAMES if (n := roles.name(role, call)) is not None)}
+    for name, value in call.items():
+        if name in PACKED and value is not None:
+            raise ValueError(f"{name} is given: packed sequences with images cannot be compressed")
+        if name not in known and any(True for _ in tensors(value)):
+            yield name, value
+
+
+def _is_visual_mask(value: Any, at: Sequence) -> bool:
+    if not isinstance(value, Tensor) or value.dtype != torch.bool:
+        return False
+    return value.shape[:2] == (at.batch, at.length) and all(n == 1 for n in value.shape[2:])
+
+
+def _features_of(value: Any, masks: Mapping[str, Tensor], at: Sequence) -> bool:
+    """Whether a tensor, or all in a list or a mapping, hold one row for each true entry of a mask."""
+    if not masks or (isinstance(value, Tensor) and value.shape[:2] == (at.batch, at.length)):
+        return False
+    counts = {int(mask.sum()) for mask in masks.values()}
+    return all(t.dim() >= 2 and len(t) in counts for t in tensors(value))
+
+
+def _mask_of(features: Tensor, masks: Mapping[str, Tensor]) -> Tensor:
+    """The mask [B, L] whose true entries some features [N, ...] belong to."""
+    return next(m for m in masks.values() if int(m.sum()) == len(features)).flatten(1)
+
+
+def _rows(mask: Tensor, packing: Packing) -> Tensor:
+    """Which rows of features [N, ...], of the true entries of mask [B, L], belong to tokens that stay."""
+    mask = mask.to(packing.index.device)
+    number = (mask.flatten().cumsum(0) - 1).view_as(mask)  # [B, L]
+    stays = packing.along(mask, 1) & packing.valid  # [B, L2]
+    return packing.along(number, 1)[stays]
+
+
+def _gathered(owner: str, name: str, x: Tensor, at: Sequence, packing: Packing) -> Tensor:
+    if x.dim() >= 2 and x.shape[1] == at.length and x.shape[0] in (at.batch, 1) and not _counts(x):
+        return packing.along(x, 1)
+    if x.dim() >= 3 and x.shape[-1] == at.length and x.shape[-2] in (at.batch, 1):
+        return packing.along(x, -1)
+    rows = next((n for n in x.shape if n != 1), 0)  # features [N, D] or [1, N, D]
+    found = "tokens" if at.length in x.shape else "visual tokens" if at.visual == rows else None
+    if found is not None and rows:
+        raise ValueError(
+            f"{owner} was called with {name} of shape {tuple(x.shape)}, one of which is the number of {found}. apet "
+            f"does not know this argument, so it cannot drop tokens from it ({versions()})"
+        )
+    return x
+
+
+def _counts(x: Tensor) -> bool:
+    """Whether something [B, L, ...] may count tokens, so that its values would have to change, too: as indices of
+    other tokens [B, L, k] do, and positions [B, L], which go up by one, but for padding."""
+    if x.dtype not in (torch.int32, torch.int64):
+        return False
+    steps = x.diff(dim=1)
+    return x.dim() > 2 or bool(((steps == 0) | (steps == 1)).all() and x.max() > 1)
+
+
+def _mapped(value: Any, change: Any) -> Any:
+    """A tensor, or every tensor in lists and mappings, changed."""
+    if isinstance(value, Tensor):
+        return change(value)
+    if isinstance(value, Mapping):
+        return {key: _mapped(one, change) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(_mapped(one, change) for one in value)
+    return value

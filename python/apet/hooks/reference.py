@@ -1,0 +1,350 @@
+"""The judge of a patched model: what its decoder must give, computed by the decoder that is not patched.
+
+It shares nothing with the hooks. A patched tiny model generates; seen are the rows that enter its decoder, those that
+enter layer `llm_layer`, and what the decoder gives for each new token. Then, for one row at a time, without padding and
+without a cache, the decoder that is not patched is given the same rows, the tokens that were generated behind them, and
+every argument along the sequence gathered for the columns that were kept: what the model itself makes of the whole
+prompt, images and all. Masks are built again over the columns that are left, since windows and chunks count those.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Cache
+
+Row = Mapping[str, Any]  # the inputs of one prompt, not padded
+
+
+class NotSeen(Exception):
+    """The decoder was reached: nothing behind it has to run."""
+
+
+@dataclass
+class Decoder:
+    """The module with the decoder layers, found by watching a call."""
+
+    module: nn.Module
+    layers: nn.ModuleList
+
+    @classmethod
+    def of(cls, model: nn.Module, row: Row) -> Decoder:
+        """The module with a list of layers that gets embeddings as long as the prompt."""
+        found: list[nn.Module] = []
+
+        def listen(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            embeds = _bound(module, args, kwargs).get("inputs_embeds")
+            if isinstance(embeds, Tensor) and embeds.shape[:2] == row["input_ids"].shape:
+                found.append(module)
+
+        holders = [m for m in model.modules() if any(isinstance(c, nn.ModuleList) for c in m.children())]
+        handles = [m.register_forward_pre_hook(listen, with_kwargs=True) for m in holders]
+        try:
+            model(**row, use_cache=False)
+        finally:
+            for handle in handles:
+                handle.remove()
+        if not found:
+            raise ValueError(f"{type(model).__name__} calls no module with decoder layers with embeddings")
+        lists = {name: c for name, c in found[0].named_children() if isinstance(c, nn.ModuleList) and len(c)}
+        return cls(found[0], lists.get("layers") or next(iter(lists.values())))
+
+
+@dataclass
+class Said:
+    """What a model was seen to do with a batch of B prompts."""
+
+    tokens: Tensor  # [B, N]: what it generated
+    states: Tensor  # [B, N, D]: what its decoder gave for each
+    entered: list[Tensor] = field(default_factory=list)  # rows that entered the decoder, then layer `llm_layer`
+
+
+def say(
+    model: nn.Module, decoder: Decoder, inputs: Row, new: int, static: bool = False, llm_layer: int | None = None
+) -> Said:
+    """Greedy generation of `new` tokens; none of them is a special one."""
+    states: list[Tensor] = []
+    entered: list[Tensor] = []
+
+    def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if not states:
+            entered.append(_bound(module, args, kwargs)["inputs_embeds"])
+
+    def inside(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if not states:
+            entered.append(_hidden(args, kwargs))
+
+    def after(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        states.append(output[0][:, -1])
+
+    handles = [
+        decoder.module.register_forward_pre_hook(before, with_kwargs=True),
+        decoder.module.register_forward_hook(after, with_kwargs=True),
+    ]
+    if llm_layer is not None:
+        handles.append(decoder.layers[llm_layer].register_forward_pre_hook(inside, with_kwargs=True))
+    words = set(range(3, 99))
+    size = model.config.get_text_config().vocab_size
+    more = {"cache_implementation": "static", "disable_compile": True} if static else {}
+    try:
+        tokens = model.generate(
+            **inputs,
+            max_new_tokens=new,
+            min_new_tokens=new,
+            do_sample=False,
+            suppress_tokens=[i for i in range(size) if i not in words],
+            **more,
+        )
+    finally:
+        for handle in handles:
+            handle.remove()
+    return Said(tokens[:, -new:], torch.stack(states, 1), entered)
+
+
+# ---- what it must be ------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Whole:
+    """What the model that is not patched calls its decoder with, for a whole prompt and the tokens after it."""
+
+    arguments: dict[str, Any]
+    length: int  # L, all of it
+    new: int  # of these tokens after the prompt
+    windows: tuple[int, ...]  # of the layers that see only so many columns back
+    chunks: tuple[int, ...]
+
+    @classmethod
+    def of(cls, model: nn.Module, decoder: Decoder, row: Row, tokens: Tensor) -> Whole:
+        """tokens [N]: generated after the prompt."""
+        longer = dict(row)
+        for name, value in row.items():
+            if name == "input_ids":
+                longer[name] = torch.cat([value, tokens[None]], dim=1)
+            elif isinstance(value, Tensor) and value.shape == row["input_ids"].shape:  # a mask, or types of tokens
+                follows = name == "attention_mask" or (name == "token_type_ids" and not value.any())  # a prefix's end
+                filler = value.new_full((1, len(tokens)), int(follows))
+                longer[name] = torch.cat([value, filler], dim=1)
+        seen: list[dict[str, Any]] = []
+
+        def listen(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            seen.append(_bound(module, args, kwargs))
+            raise NotSeen
+
+        handle = decoder.module.register_forward_pre_hook(listen, with_kwargs=True)
+        try:
+            model(**longer, use_cache=False)
+        except NotSeen:
+            pass
+        finally:
+            handle.remove()
+        config = decoder.module.config
+        sizes = [getattr(config, n, None) for n in ("sliding_window", "sliding_window_size")]
+        chunk = getattr(config, "attention_chunk_size", None)
+        windows = tuple(size for size in sizes if isinstance(size, int))
+        length = longer["input_ids"].shape[1]
+        if length == seen[0]["inputs_embeds"].shape[-1]:
+            raise ValueError(f"a prompt of {length} tokens is as long as its embeddings are wide: take another length")
+        return cls(seen[0], length, len(tokens), windows, (chunk,) if isinstance(chunk, int) else ())
+
+    @property
+    def keeps_positions(self) -> bool:
+        """Whether tokens must keep their positions, since these are not simply counted (from any number on)."""
+        given = self.arguments.get("position_ids")
+        return given is not None and bool((given.diff(dim=-1) != 1).any())
+
+    def gathered(self, columns: Tensor) -> dict[str, Any]:
+        """The arguments for these columns [n] of the prompt and the tokens after it, but for the embeddings."""
+        columns = torch.cat([columns, torch.arange(self.length - self.new, self.length)])
+        chosen: dict[str, Any] = {}
+        for name, value in self.arguments.items():
+            if name in ("inputs_embeds", "input_ids", "use_cache") or value is None or isinstance(value, Cache):
+                continue
+            if name == "attention_mask":
+                chosen[name] = self._mask(value, columns)
+            elif name == "position_ids" and not self.keeps_positions:
+                continue
+            else:
+                chosen[name] = self._along(name, value, columns)
+        chosen.setdefault("attention_mask", torch.ones(1, len(columns), dtype=torch.long))
+        chosen.setdefault("position_ids", torch.arange(len(columns))[None])
+        return chosen
+
+    def _along(self, name: str, value: Any, columns: Tensor) -> Any:
+        """A value with what runs along the sequence gathered; also what runs along the visual tokens alone."""
+        if isinstance(value, Mapping):
+            return {key: self._along(name, one, columns) for key, one in value.items()}
+        if isinstance(value, list | tuple):
+            return type(value)([self._along(name, one, columns) for one in value])
+        if not isinstance(value, Tensor):
+            return value
+        dims = [d for d, size in enumerate(value.shape) if size == self.length]
+        if len(dims) > 1:
+            raise ValueError(f"{name} of shape {tuple(value.shape)} has two dimensions of {self.length} tokens")
+        if dims:
+            return value.index_select(dims[0], columns)
+        visual = self._visual()
+        if visual is not None and value.dim() and len(value) == int(visual.sum()):
+            rank = visual.cumsum(0) - 1
+            return value[rank[columns][visual[columns]]]
+        return value
+
+    def _visual(self) -> Tensor | None:
+        """[L] bool: which tokens are visual, where the decoder is told."""
+        for value in self.arguments.values():
+            if isinstance(value, Tensor) and value.dtype == torch.bool and value.numel() == self.length:
+                return value.flatten()
+        return None
+
+    def _mask(self, value: Any, columns: Tensor) -> Any:
+        if isinstance(value, Mapping):
+            return {kind: self._mask(one, columns) for kind, one in value.items()}
+        if value is None:
+            return None
+        if value.dim() == 2:
+            if not value.bool().all():
+                raise ValueError("a prompt without padding has a mask with gaps")
+            return value.new_ones(1, len(columns))
+        if value.dim() != 4 or value.shape[1] != 1:
+            raise ValueError(f"the decoder is given a mask of shape {tuple(value.shape)}")
+        seen = value[0, 0] if value.dtype == torch.bool else value[0, 0] == 0  # [L, L]
+        ahead = seen & ~torch.ones_like(seen).tril()
+        blocks = ahead | ahead.T  # pairs of the tokens of an image, which see each other
+        every = torch.arange(self.length)
+        rule = next((rule for rule in self._rules() if torch.equal(rule(every, blocks), seen)), None)
+        if rule is None:
+            raise ValueError(f"the decoder is given a mask of shape {tuple(value.shape)} that no rule explains")
+        blocks = blocks[columns][:, columns].clone()
+        blocks[len(columns) - self.new :] = False  # these come one by one
+        blocks[:, len(columns) - self.new :] = False
+        made = rule(torch.arange(len(columns)), blocks)[None, None]
+        if value.dtype == torch.bool:
+            return made
+        return torch.zeros(made.shape).masked_fill(~made, torch.finfo(value.dtype).min).to(value.dtype)
+
+    def _rules(self) -> Iterator[Any]:
+        """What makes a mask [L, L] of columns [L] and the pairs [L, L] that see each other."""
+
+        def back(at: Tensor) -> Tensor:
+            return at[:, None] - at[None]
+
+        yield lambda at, blocks: (back(at) >= 0) | blocks
+        for w in self.windows:
+            yield lambda at, blocks, w=w: ((back(at) >= 0) | blocks) & (back(at) < w)
+            yield lambda at, blocks, w=w: ((back(at) >= 0) & (back(at) < w)) | blocks
+        for c in self.chunks:
+            yield lambda at, blocks, c=c: ((back(at) >= 0) & (at[:, None] // c == at[None] // c)) | blocks
+
+
+def must(
+    model: nn.Module, decoder: Decoder, row: Row, said: Said, b: int, columns: Sequence[Tensor], llm_layer: int | None
+) -> Tensor:
+    """The states [N, D] of row b, from the rows that entered the decoder and layer `llm_layer`.
+
+    columns: of the prompt, after each stage. Raises ValueError where text did not come through as it was.
+    """
+    tokens = said.tokens[b]
+    whole = Whole.of(model, decoder, row, tokens[:-1])
+    embeds = whole.arguments["inputs_embeds"][0]  # [L, D]
+    new = len(tokens) - 1
+    rows = said.entered[0][b, -len(columns[0]) :]
+    if len(rows) != len(columns[0]):
+        raise ValueError(f"{len(columns[0])} tokens are said to be kept, and {len(rows)} entered the decoder")
+    _check_text(row, rows, embeds, columns[0])
+    x = torch.cat([rows, embeds[whole.length - new :]])[None]
+    arguments = whole.gathered(columns[0])
+    if llm_layer is None:
+        return decoder.module(inputs_embeds=x, **arguments, use_cache=False)[0][0, -new - 1 :]
+    with _watching(decoder.layers[llm_layer]) as seen:
+        decoder.module(inputs_embeds=x, **arguments, use_cache=False)
+    late, batch = said.entered[1], len(said.tokens)
+    axis = 1 if late.dim() == 4 and late.shape[0] != batch else 0  # some hold several streams [S, B, L, D]
+    late = late.select(axis, b).narrow(axis, late.shape[axis + 1] - len(columns[1]), len(columns[1]))
+    tail = seen[0].select(axis, 0).narrow(axis, seen[0].shape[axis + 1] - new, new)
+    late = torch.cat([late, tail], dim=axis).unsqueeze(axis)
+    places = torch.cat([torch.isin(columns[0], columns[1]).nonzero().flatten(), torch.arange(-new, 0) + x.shape[1]])
+    with _given(decoder.layers[llm_layer], late):  # what the layers before it do is of no meaning
+        output = decoder.module(inputs_embeds=x[:, places], **whole.gathered(columns[1]), use_cache=False)
+    return output[0][0, -new - 1 :]
+
+
+def columns(row: Row, kept: Mapping[str, Sequence[tuple[int, Sequence[Tensor]]]], stages: int) -> list[Tensor]:
+    """Which columns of a prompt are left after each stage.
+
+    kept: for each modality, for each of its images or videos in the prompt, how many placeholders it has, and which of
+    them are left after each stage. Raises ValueError where a stage has dropped nothing.
+    """
+    places = {m: visual(row, m).nonzero().flatten() for m in ("image", "video")}
+    text = (~visual(row)).nonzero().flatten()
+    found = []
+    for stage in range(stages):
+        left = [text]
+        for modality, visuals in kept.items():
+            start = 0
+            for tokens, after in visuals:
+                if len(after) != stages:
+                    raise ValueError(f"{len(after)} stages dropped tokens of an {modality}, where {stages} should have")
+                left.append(places[modality][start + after[stage]])
+                start += tokens
+            if start != len(places[modality]):
+                raise ValueError(
+                    f"{start} placeholders of modality '{modality}' were found, of {len(places[modality])}"
+                )
+        found.append(torch.cat(left).sort().values)
+        if len(found[-1]) >= (len(found[-2]) if stage else row["input_ids"].shape[1]):
+            raise ValueError(f"stage {stage + 1} dropped no token")
+    return found
+
+
+def _check_text(row: Row, rows: Tensor, embeds: Tensor, columns: Tensor) -> None:
+    """Text enters the decoder as it was; an image does not, as others are merged into what is kept."""
+    text = ~visual(row)[columns]
+    if not torch.equal(rows[text], embeds[columns][text]):
+        raise ValueError("text tokens did not enter the decoder as they were: another column is said to be kept")
+
+
+def visual(row: Row, modality: str | None = None) -> Tensor:
+    """[L] bool: which tokens of a tiny prompt are placeholders, of images, videos or both."""
+    from .tiny import IMAGE, VIDEO
+
+    ids, types = row["input_ids"][0], row.get("mm_token_type_ids")
+    found = {"image": ids == IMAGE, "video": ids == VIDEO}
+    if types is not None:  # some stand for the frames of a video with tokens of images
+        found = {"image": types[0] == 1, "video": types[0] == 2}
+    return found["image"] | found["video"] if modality is None else found[modality]
+
+
+@contextmanager
+def _watching(layer: nn.Module) -> Iterator[list[Tensor]]:
+    seen: list[Tensor] = []
+    handle = layer.register_forward_pre_hook(lambda _, a, k: seen.append(_hidden(a, k)), with_kwargs=True)
+    try:
+        yield seen
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def _given(layer: nn.Module, rows: Tensor) -> Iterator[None]:
+    def give(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        return ((rows, *args[1:]), kwargs) if args else ((), kwargs | {"hidden_states": rows})
+
+    handle = layer.register_forward_pre_hook(give, with_kwargs=True)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def _hidden(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
+    return args[0] if args else kwargs["hidden_states"]
+
+
+def _bound(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    return dict(zip(inspect.signature(module.forward).parameters, args, strict=False)) | dict(kwargs)

@@ -1,0 +1,153 @@
+"""The judge notices what a patched model may do wrong: mistakes planted where the decoder is called."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from apet.hooks import selfcheck, tiny
+from apet.hooks.engine import Engine
+from apet.hooks.selfcheck import NAMES, STAGES, TOLERANCE
+from torch import Tensor, nn
+
+Plant = Callable[[dict[str, Any]], dict[str, Any]]
+
+
+def model_of(name: str) -> nn.Module:
+    return tiny.build(getattr(transformers, NAMES[name]), tiny.config(name))
+
+
+def moved(call: dict[str, Any]) -> dict[str, Any]:
+    """The tokens behind the fourth are one position further."""
+    positions = call["position_ids"].clone()
+    positions[..., 4:] += 1
+    return call | {"position_ids": positions}
+
+
+def counted(call: dict[str, Any]) -> dict[str, Any]:
+    """No axes of time, height and width: positions are counted."""
+    positions = call["position_ids"]
+    return call | {"position_ids": torch.arange(positions.shape[-1]).expand_as(positions)}
+
+
+def causal(call: dict[str, Any]) -> dict[str, Any]:
+    """The tokens of an image do not see later ones."""
+
+    def tril(mask: Tensor | None) -> Tensor | None:
+        return mask if mask is None else mask & torch.ones_like(mask).tril()
+
+    mask = call["attention_mask"]
+    return call | {"attention_mask": {k: tril(m) for k, m in mask.items()} if isinstance(mask, dict) else tril(mask)}
+
+
+def no_window(call: dict[str, Any]) -> dict[str, Any]:
+    """Layers that slide see everything."""
+    mask = call["attention_mask"]
+    return call | {"attention_mask": dict.fromkeys(mask, mask["full_attention"])}
+
+
+def rolled(*names: str) -> Plant:
+    """What belongs to a token is that of the one before."""
+
+    def plant(call: dict[str, Any]) -> dict[str, Any]:
+        for name in names:
+            value = call[name]
+            one = [v.roll(1, 0) for v in value] if isinstance(value, list) else value.roll(1, 1)
+            call = call | {name: one}
+        return call
+
+    return plant
+
+
+def turned(call: dict[str, Any]) -> dict[str, Any]:
+    """A layer's rotary embeddings are those of the token before."""
+    return call | {"position_embeddings": tuple(t.roll(1, -2) for t in call["position_embeddings"])}
+
+
+def padding_seen(call: dict[str, Any]) -> dict[str, Any]:
+    return call | {"attention_mask": torch.ones_like(call["attention_mask"])}
+
+
+def plant_in(monkeypatch: pytest.MonkeyPatch, plant: Plant, prefill: bool = True, layer: int | None = None) -> None:
+    """Changes what a patched model calls its decoder with, or one of its layers, behind the hooks."""
+    install, remove = Engine.install, Engine.remove
+    handles: list[Any] = []
+
+    def change(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+        rows = args[0] if args else kwargs.get("inputs_embeds", kwargs.get("hidden_states"))
+        return (args, plant(kwargs)) if (rows.shape[1] > 1) is prefill else None
+
+    def installed(self: Engine) -> None:
+        install(self)
+        module = self.language_model if layer is None else self.language_model.layers[layer]
+        handles.append(module.register_forward_pre_hook(change, with_kwargs=True))
+
+    def removed(self: Engine) -> None:
+        remove(self)
+        for handle in handles:
+            handle.remove()
+
+    monkeypatch.setattr(Engine, "install", installed)
+    monkeypatch.setattr(Engine, "remove", removed)
+
+
+MISTAKES = {
+    "a position": ("llava", moved),
+    "a position in the second stage": ("llava", turned),
+    "axes of positions": ("qwen2_5_vl", counted),
+    "an image that is causal, in a dict": ("gemma3", causal),
+    "an image that is causal": ("paligemma", causal),
+    "a window": ("gemma3", no_window),
+    "features of later layers": ("qwen3_vl", rolled("deepstack_visual_embeds")),
+    "inputs of each layer": ("gemma4", rolled("per_layer_inputs")),
+    "types of tokens": ("ernie4_5_vl_moe", rolled("moe_mm_token_type_ids")),
+    "padding": ("llava", padding_seen),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_notices(mistake: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    name, plant = MISTAKES[mistake]
+    stage = "both" if "stage" in mistake else "first"
+    model = model_of(name)
+    rows = [selfcheck.prompt(model, parts, seed) for seed, parts in enumerate(selfcheck.PROMPTS)]
+    if mistake != "padding":
+        rows = rows[:1]
+    assert selfcheck.judge(model, rows, STAGES[stage]) < TOLERANCE
+    plant_in(monkeypatch, plant, layer=3 if stage == "both" else None)
+    assert selfcheck.judge(model, rows, STAGES[stage]) > 10 * TOLERANCE
+
+
+def test_notices_a_wrong_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a token that is generated; the prompt is right."""
+    model = model_of("qwen2_5_vl")
+    rows = [selfcheck.prompt(model, selfcheck.PROMPTS[0])]
+    plant_in(monkeypatch, lambda call: call | {"position_ids": call["position_ids"] + 3}, prefill=False)
+    assert selfcheck.judge(model, rows, STAGES["first"]) > 10 * TOLERANCE
+
+
+def test_notices_text_of_another_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = model_of("llava")
+    rows = [selfcheck.prompt(model, selfcheck.PROMPTS[0])]
+    plant_in(monkeypatch, rolled("inputs_embeds"))
+    with pytest.raises(ValueError, match="text tokens did not enter the decoder as they were"):
+        selfcheck.judge(model, rows, STAGES["first"])
+
+
+@pytest.mark.parametrize("name", ["llava", "qwen3_vl", "gemma3", "qwen3_5"])
+def test_is_the_model_that_is_not_patched(name: str) -> None:
+    """Where no column leaves, also in a padded batch and with a cache of fixed size."""
+    model = model_of(name)
+    rows = [selfcheck.prompt(model, parts, seed) for seed, parts in enumerate(selfcheck.PROMPTS)]
+    for static in (False, True):
+        assert selfcheck.unpatched(model, rows, static=static) < TOLERANCE
+
+
+def test_a_stage_that_drops_nothing_is_no_pass() -> None:
+    model = model_of("llava")
+    rows = [selfcheck.prompt(model, selfcheck.PROMPTS[0])]
+    with pytest.raises(ValueError, match="0 stages dropped tokens of an image"):
+        selfcheck.judge(model, rows, selfcheck.Options(keep=1.0))

@@ -1,0 +1,399 @@
+"""The rules by which the hooks find what they need, one by one, on small tensors and toy modules.
+
+Whether they are right together on the classes of transformers is for the judge: test_generic.py.
+"""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from apet.hooks import along, grids, masks, parts
+from apet.hooks.calling import Arguments
+from apet.hooks.masks import Reach
+from apet.hooks.sequence import Packing, pack
+from torch import Tensor, nn
+
+B, L = 2, 7
+VALID = torch.tensor([[0, 1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1, 1]]).bool()
+STAYS = torch.tensor([[0, 1, 0, 1, 0, 1, 1], [1, 1, 1, 0, 0, 1, 1]]).bool()
+COLUMNS = [[1, 3, 5, 6], [0, 1, 2, 5, 6]]  # of those that stay
+
+
+def packing() -> Packing:
+    return pack(STAYS & VALID, torch.arange(L).expand(B, L), pad_left=True)
+
+
+# ---- arguments along the sequence -----------------------------------------------------------------------------------
+
+
+class Decoder(nn.Module):
+    def forward(self, inputs_embeds: Tensor, attention_mask: Tensor, position_ids: Tensor, cache: Any, **kwargs: Any):
+        pass
+
+
+def shortened(**given: Any) -> dict[str, Any]:
+    visual = next((int(v.sum()) for v in given.values() if isinstance(v, Tensor) and v.dtype == torch.bool), 99)
+    return along.shorten(Arguments.of(Decoder()), given, along.Sequence(B, L, visual), packing())
+
+
+def rows_of(x: Tensor, b: int) -> list[Any]:
+    """What is left of a row, without its padding."""
+    return x[b, -len(COLUMNS[b]) :].tolist()
+
+
+@pytest.mark.parametrize("shape", [(B, L), (B, L, 3), (B, L, 4, 2)])
+def test_behind_the_batch(shape: tuple[int, ...]) -> None:
+    """Token types, inputs of each layer, ids."""
+    x = torch.arange(1.0 * B * L * 8).view(B, L, 8)[:, :, :1].expand(B, L, 8).reshape(B, L, 8)
+    x = x[:, :, 0] if len(shape) == 2 else x[..., : shape[2]] if len(shape) == 3 else x.view(B, L, 4, 2)
+    found = shortened(types=x)["types"]
+    for b in range(B):
+        assert rows_of(found, b) == x[b, COLUMNS[b]].tolist()
+
+
+def test_at_the_end() -> None:
+    x = torch.arange(3 * B * L).view(3, B, L)
+    found = shortened(axes=x)["axes"]
+    for b in range(B):
+        assert found[:, b, -len(COLUMNS[b]) :].tolist() == x[:, b, COLUMNS[b]].tolist()
+
+
+@pytest.mark.parametrize("flat", [True, False])
+@pytest.mark.parametrize("form", [list, dict, "tensor"])
+def test_features_of_visual_tokens(form: Any, flat: bool) -> None:
+    """Deepstack: of the true entries of a mask, row after row, those of tokens that stay."""
+    mask = torch.tensor([[0, 0, 1, 1, 1, 0, 0], [0, 1, 1, 1, 1, 0, 0]]).bool()
+    features = torch.arange(7.0)[:, None].expand(7, 5)
+    given: Any = {"list": [features, -features], "dict": {3: features}, "tensor": features}[
+        getattr(form, "__name__", form)
+    ]
+    found = shortened(mask=mask if flat else mask[..., None], features=given)
+    want = torch.tensor([1.0, 3.0, 4.0])  # column 3 of the first row; columns 1 and 2 of the second
+    kept = (
+        found["features"]
+        if form == "tensor"
+        else next(iter(found["features"].values() if form is dict else found["features"]))
+    )
+    torch.testing.assert_close(kept, want[:, None].expand(3, 5))
+    stays = found["mask"].flatten(1)
+    assert rows_of(stays, 0) == [False, True, False, False]
+    assert rows_of(stays, 1) == [False, True, True, False, False]
+    assert int(stays.sum()) == len(kept)
+
+
+def test_padding_holds_no_features() -> None:
+    """Rows are filled up by copies of a token; a copy of a visual token has no features."""
+    mask = torch.tensor([[0, 1, 1, 1, 1, 0, 0], [0, 1, 1, 1, 1, 0, 0]]).bool()
+    found = shortened(mask=mask, features=[torch.arange(8.0)[:, None]])
+    assert len(found["features"][0]) == int(found["mask"].sum()) == 4
+
+
+@pytest.mark.parametrize("shape", [(5, L), (L, L), (L,), (B, 3, L, 2), (99, 4)])
+def test_what_is_not_known_raises(shape: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match=r"strange of shape .* is the number of (visual )?tokens"):
+        shortened(strange=torch.zeros(shape))
+
+
+def test_indices_of_tokens_raise() -> None:
+    """They would have to change with what they index."""
+    with pytest.raises(ValueError, match="strange of shape"):
+        shortened(strange=torch.zeros(B, L, 3, dtype=torch.int64))
+
+
+@pytest.mark.parametrize("x", [torch.arange(L)[None], (VALID.cumsum(1) - 1).clamp(min=0)])
+def test_positions_of_another_name_raise(x: Tensor) -> None:
+    with pytest.raises(ValueError, match="strange of shape"):
+        shortened(strange=x)
+
+
+def test_other_arguments_stay() -> None:
+    given = {"scale": torch.zeros(3, 5), "flag": True, "name": "x", "none": None, "list": [1, 2]}
+    assert shortened(**given) == given
+
+
+def test_layers_that_get_features() -> None:
+    mask = torch.tensor([[0, 1, 1, 1, 1, 0, 0], [0, 1, 1, 1, 1, 0, 0]]).bool()
+    roles, at, x = Arguments.of(Decoder()), along.Sequence(B, L, 8), torch.zeros(8, 5)
+    assert along.added_layers(roles, {"mask": mask, "deep": [x, x, x]}, at) == 3
+    assert along.added_layers(roles, {"mask": mask, "deep": {0: x, 9: x}}, at) == 10
+    assert along.added_layers(roles, {"types": torch.zeros(B, L)}, at) == 0
+
+
+# ---- masks ----------------------------------------------------------------------------------------------------------
+
+REACH = Reach("full_attention", window=3, chunk=4)
+
+
+def dense(kind: str, blocks: Tensor | None = None) -> Tensor:
+    """[B, 1, L, L] bool, pair by pair."""
+    first = (~VALID).sum(1).tolist()
+    mask = torch.zeros(B, 1, L, L, dtype=torch.bool)
+    for b in range(B):
+        for q in range(L):
+            for k in range(L):
+                sees = k <= q
+                if kind == "sliding_attention":
+                    sees = sees and q - k < 3
+                if kind == "chunked_attention":
+                    sees = sees and (q - first[b]) // 4 == (k - first[b]) // 4
+                if blocks is not None:
+                    sees = sees or bool(blocks[b, q] and blocks[b, k])
+                mask[b, 0, q, k] = sees and bool(VALID[b, k])
+    return mask
+
+
+@pytest.mark.parametrize("kind", ["full_attention", "sliding_attention", "chunked_attention"])
+@pytest.mark.parametrize("form", ["bool", "additive"])
+def test_causal_masks_say_no_more(kind: str, form: str) -> None:
+    mask = dense(kind)
+    mask = mask if form == "bool" else torch.zeros(mask.shape).masked_fill(~mask, torch.finfo(torch.float32).min)
+    valid, more = masks.read({kind: mask}, B, L, mask.device, REACH)
+    assert torch.equal(valid, VALID)
+    assert more == {}
+
+
+def test_every_mask_of_a_dict_is_read() -> None:
+    """Gemma 4: of the two masks, only that of the sliding layers lets the tokens of an image see ahead."""
+    blocks = torch.tensor([[0, 0, 1, 1, 1, 0, 0], [0, 1, 1, 1, 1, 0, 0]]).bool()
+    given = {"full_attention": dense("full_attention"), "sliding_attention": dense("sliding_attention", blocks)}
+    valid, more = masks.read(given, B, L, VALID.device, REACH)
+    assert torch.equal(valid, VALID)
+    assert list(more) == ["sliding_attention"]
+    beside = dense("sliding_attention", blocks) & ~dense("sliding_attention")
+    assert torch.equal(more["sliding_attention"] & VALID[:, :, None], beside[:, 0] & VALID[:, :, None])
+    left = masks.packed(more, packing(), 0)["sliding_attention"]
+    for b in range(B):
+        n = len(COLUMNS[b])
+        assert torch.equal(left[b, -n:, -n:], beside[b, 0][COLUMNS[b]][:, COLUMNS[b]])
+        assert not left[b, :-n].any()
+        assert not left[b, :, :-n].any()
+
+
+def test_after_a_prefix() -> None:
+    """Pairs with what the cache held before stay as they are."""
+    past, more = 2, torch.zeros(B, L, 2 + L, dtype=torch.bool)
+    more[:, 2, 0], more[:, 1, 5] = True, True  # column 5 is token 3
+    left = masks.packed({"full_attention": more}, packing(), past)["full_attention"]
+    assert left[1].nonzero().tolist() == [[2, 0]]  # of the second row, token 3 has left
+    assert left[0].nonzero().tolist() == [[1, 4]]  # of the first, token 2; tokens 1 and 3 are columns 1 and 2 now
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        (dense("sliding_attention"), "hides tokens that causal attention shows"),
+        ({"strange": dense("full_attention")}, "layers of type 'strange'"),
+        ({"full_attention": dense("full_attention"), "sliding_attention": torch.ones(B, L)}, "differ in their padding"),
+        (torch.ones(B, 1, L, 3).bool(), "does not say which of 7 tokens are padding"),
+        (torch.stack([dense("full_attention")[:, 0], dense("sliding_attention")[:, 0]], 1), "differs between heads"),
+    ],
+)
+def test_masks_that_raise(given: Any, says: str) -> None:
+    with pytest.raises(ValueError, match=says):
+        masks.read(given, B, L, VALID.device, REACH)
+
+
+def test_masks_of_recurrent_layers_are_left_out() -> None:
+    valid, more = masks.read(
+        {"full_attention": VALID.long(), "linear_attention": None, "conv": VALID}, B, L, VALID.device, REACH
+    )
+    assert torch.equal(valid, VALID)
+    assert not more
+
+
+# ---- units ----------------------------------------------------------------------------------------------------------
+
+
+def core(**config: Any) -> Any:
+    vision = SimpleNamespace(
+        **{n: config.pop(n) for n in ("patch_size", "spatial_merge_size", "merge_kernel_size") if n in config}
+    )
+    return SimpleNamespace(config=SimpleNamespace(vision_config=vision, **config))
+
+
+def units_of(modality: str, count: int, made_of: Any, **inputs: Any) -> list[list[int]] | None:
+    found = grids.visuals(made_of, inputs, {modality: count}).get(modality)
+    return None if found is None else [units.tolist() for units in found]
+
+
+def test_grids() -> None:
+    grid = torch.tensor([[1, 4, 6], [1, 2, 2]])
+    assert units_of("image", 7, core(spatial_merge_size=2), image_grid_thw=grid) == [[0] * 6, [0]]
+    assert units_of("image", 7, core(merge_kernel_size=[2, 2]), image_grid_thw=grid) == [[0] * 6, [0]]
+    assert units_of("image", 7, core(), image_grid_thw=grid) == [[0] * 6, [0]]
+    assert units_of("image", 8, core(spatial_merge_size=2), image_grid_thw=grid) is None
+    assert units_of("image", 28, core(spatial_merge_size=2), image_grid_thw=grid) == [[0] * 24, [0] * 4]  # of tokens
+
+
+def test_steps_of_videos() -> None:
+    grid = torch.tensor([[4, 2, 4], [2, 4, 4]])
+    side = core(spatial_merge_size=2)
+    assert units_of("video", 16, side, video_grid_thw=grid) == [[0, 0, 1, 1, 2, 2, 3, 3], [0] * 4 + [1] * 4]
+    assert units_of("video", 8, side, video_grid_thw=grid) == [[0, 0, 1, 1], [0] * 4]  # two steps become one
+
+
+def test_rows_that_end_with_a_token() -> None:
+    """HunYuan-VL and HY-V4: these tokens always stay, and so do those that begin and end an image."""
+    grid, side = torch.tensor([[1, 4, 4], [2, 2, 4]]), core(spatial_merge_size=2)
+    rows = [[0, 0, -1, 0, 0, -1], [0, 0, -1, 1, 1, -1]]
+    assert units_of("image", 12, side, image_grid_thw=grid) == rows
+    assert units_of("image", 16, side, image_grid_thw=grid) == [[-1, *row, -1] for row in rows]
+    assert units_of("image", 13, side, image_grid_thw=grid) is None
+
+
+def test_pixtral_images_are_one_unit() -> None:
+    """A token stands between the rows of an image: without its size, each row would be one."""
+    sizes, made_of = torch.tensor([[32, 48], [16, 16]]), core(patch_size=8, image_token_id=5)
+    assert units_of("image", 28, made_of, image_sizes=sizes) == [[0] * 24, [0] * 4]
+    made_of.config.spatial_merge_size = 2
+    assert units_of("image", 7, made_of, image_sizes=sizes) == [[0] * 6, [0]]
+    assert units_of("image", 9, made_of, image_sizes=sizes) is None
+
+
+@pytest.mark.parametrize(
+    ("lengths", "pixels", "want"),
+    [
+        ([12, 4], (4, 3, 8, 8), [4, 4, 4, 4]),  # three side by side
+        ([4, 4], (2, 3, 8, 8), [4, 4]),
+        ([6, 2], (2, 3, 8, 8), [6, 2]),  # not of equal size
+        ([3, 4], (2, 3, 8, 8), [3, 4]),
+        ([4, 4], (1, 3, 8, 64), [4, 4]),  # slices of one image, one behind the other
+        ([12, 4], (4, 2, 3, 8, 8), [12, 4]),  # tiles
+        ([12, 4], (16, 3, 8, 8), [12, 4]),  # patches
+    ],
+)
+def test_images_side_by_side(lengths: list[int], pixels: tuple[int, ...], want: list[int]) -> None:
+    grid = torch.ones(2, 3)  # then an entry is a patch
+    packed = {"pixel_values": torch.zeros(pixels), "image_grid_thw": grid}
+    assert grids.apart(packed, "image", lengths) == lengths
+    assert grids.apart({"pixel_values": torch.zeros(pixels), "input_ids": None}, "image", lengths) == want
+
+
+# ---- parts ----------------------------------------------------------------------------------------------------------
+
+
+class Layer(nn.Module):
+    def forward(self, hidden_states: Tensor, attention_mask: Tensor, cache: Any = None) -> Tensor:
+        return hidden_states
+
+
+class Stack(Decoder):
+    def __init__(self, name: str = "layers"):
+        super().__init__()
+        self.setup = nn.ModuleList([nn.Identity()])
+        setattr(self, name, nn.ModuleList([Layer(), Layer()]))
+
+
+class Inner(nn.Module):
+    def __init__(self, *decoders: nn.Module):
+        super().__init__()
+        for i, decoder in enumerate(decoders):
+            setattr(self, f"part{i}", decoder)
+
+    def forward(self, input_ids: Tensor, pixel_values: Tensor) -> None:
+        pass
+
+
+class Outer(nn.Module):
+    def __init__(self, inner: nn.Module):
+        super().__init__()
+        self.inside = inner
+
+    def forward(self, input_ids: Tensor, image_patches: Tensor) -> None:
+        pass
+
+
+class Text(nn.Module):
+    def __init__(self, inner: nn.Module):
+        super().__init__()
+        self.model = inner
+
+    def forward(self, input_ids: Tensor) -> None:
+        pass
+
+
+@pytest.mark.parametrize("name", ["layers", "blocks"])
+def test_parts(name: str) -> None:
+    """The decoder within a model of language within the innermost module that takes pixels."""
+    decoder = Stack(name)
+    inner = Inner(Text(decoder))
+    assert parts.core(Outer(inner)) is inner
+    assert parts.decoder(inner) is decoder
+    assert len(parts.layers(decoder)) == 2
+
+
+@pytest.mark.parametrize(
+    ("model", "says"),
+    [
+        (Outer(nn.Linear(2, 2)), "finds no decoder in Outer.*inputs_embeds"),
+        (Text(Stack()), "takes no images"),
+        (Text(Text(Stack())), "takes no images"),
+    ],
+)
+def test_parts_that_are_not_there(model: nn.Module, says: str) -> None:
+    with pytest.raises(ValueError, match=says):
+        parts.core(model)
+
+
+def test_two_decoders() -> None:
+    """The core model is the same for both; which of them gets the images, an adapter says."""
+    inner = Inner(Stack(), Stack())
+    assert parts.core(Outer(inner)) is inner
+    with pytest.raises(ValueError, match=r"2 decoders: part0 \(Stack\), part1 \(Stack\)"):
+        parts.decoder(inner)
+
+
+class Thinker(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.thinker = Inner(Stack())
+        self.thinker.generate = None
+
+    def forward(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+
+class Both(Stack):
+    def forward(
+        self,
+        input_ids: Tensor,
+        pixel_values: Tensor,
+        inputs_embeds: Tensor,
+        attention_mask: Tensor,
+        position_ids: Tensor,
+        cache: Any,
+    ):
+        pass
+
+
+def test_where_to_look_instead() -> None:
+    """Qwen's omni models keep theirs in `thinker`; Chameleon is core model and decoder in one."""
+    with pytest.raises(ValueError, match=r"apet\.patch\(model\.thinker"):
+        parts.core(Thinker())
+    with pytest.raises(ValueError, match="runs its decoder layers itself"):
+        parts.core(Both())
+
+
+def test_placeholders() -> None:
+    made_of = SimpleNamespace(config=SimpleNamespace(image_patch_id=7, vision_config=SimpleNamespace(video_token_id=8)))
+    assert parts.tokens(made_of) == {"image": "image_patch_id", "video": "vision_config.video_token_id"}
+    assert parts.of(made_of, "vision_config.video_token_id") == 8
+    with pytest.raises(ValueError, match="has no image_token_id, image_token_index"):
+        parts.tokens(SimpleNamespace(config=SimpleNamespace(pad_token_id=0)))
+
+
+@pytest.mark.parametrize(
+    ("rope", "rows"),
+    [
+        ({"rope_parameters": {"mrope_section": [2, 2, 2, 2]}}, 4),
+        ({"rope_scaling": {"mrope_section": [2, 3, 3]}}, 3),
+        ({"rope_parameters": {"sliding_attention": {"mrope_section": [1, 1, 1]}, "full_attention": {}}}, 3),
+        ({"rope_parameters": None}, 3),
+    ],
+)
+def test_axes(rope: dict[str, Any], rows: int) -> None:
+    """By the configuration: four rows of HunYuan-VL's positions are four axes, not those of the text and three."""
+    assert parts.axes(SimpleNamespace(config=SimpleNamespace(**rope))) == rows

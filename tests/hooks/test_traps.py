@@ -1,0 +1,178 @@
+"""Where dropping tokens goes wrong without an error, one case for each way, held against the judge (reference.py).
+
+The judge is the decoder that is not patched, one row at a time, without padding and cache, with every argument along
+the sequence gathered. That cached and recomputed answers agree would notice few of these: both are wrong alike.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import apet
+import pytest
+import torch
+import transformers
+from apet.hooks import selfcheck, tiny
+from apet.hooks.adapters import GENERIC, adapter_for
+from apet.hooks.selfcheck import NAMES, PROMPTS, TOLERANCE, prompt
+from torch import nn
+from transformers import AutoConfig, PretrainedConfig
+
+FIRST = apet.Options(keep=0.4, basis=4)
+BOTH = apet.Options(keep=0.4, basis=4, llm_layer=2, llm_keep=0.5)
+
+
+def bidirectional(config: PretrainedConfig) -> None:
+    """As large Gemma 4 models are: only the mask of their sliding layers lets an image's tokens see ahead."""
+    config.text_config.use_bidirectional_attention = "vision"
+    config.text_config.hidden_size_per_layer_input = 0
+
+
+def all_slide(config: PretrainedConfig) -> None:
+    config.text_config.sliding_window = 8
+    config.text_config.layer_types = ["sliding_attention"] * config.text_config.num_hidden_layers
+
+
+@dataclass(frozen=True)
+class Trap:
+    """A type of model, and what it is here for."""
+
+    type: str
+    change: Callable[[PretrainedConfig], None] | None = None
+    decoder: str | None = None
+    attention: str | None = None
+    second: str | None = None  # why there is no second stage: what `patch` or the call says
+
+
+TRAPS = {
+    "images that see ahead, in every layer": Trap("gemma3"),
+    "images that see ahead, in sliding layers only": Trap("gemma4", bidirectional),
+    "one mask of four dimensions": Trap("molmo2"),
+    "one mask for full and sliding layers": Trap("paligemma", decoder="gemma2", attention="eager"),
+    "windows counted over what is left": Trap("llava", all_slide, "mistral"),
+    "chunks": Trap("llama4"),
+    "inputs of each layer": Trap("gemma4"),
+    "deepstack": Trap("qwen3_vl_moe"),
+    "deepstack and a rope for each kind of layer": Trap("cohere_compass"),
+    "experts chosen by token type": Trap("ernie4_5_vl_moe"),
+    "four axes of positions": Trap("hunyuan_vl"),
+    "positions along three axes": Trap("glm4v"),
+    "layers that need positions": Trap("mistral3", decoder="ministral3"),
+    "layers that need positions, without a rope": Trap("inkling2", second="hybrid"),
+    "a recurrent state": Trap("qwen3_5"),
+    "short convolutions": Trap("lfm2_vl"),
+    "a state, streams and another name of its mask": Trap("qwen4_exp"),
+    "layers that turn nothing": Trap("muse_glimmer"),
+    "best keys handed on to later layers": Trap("mistral_large4", second="prev_topk_indices"),
+    "best keys handed on, and streams": Trap("hy_v4_vl", second="prev_topk_indices"),
+}
+
+
+def _no_image_outputs(_: nn.Module, args: Any, output: Any) -> None:
+    object.__setattr__(output, "image_outputs", None)
+
+
+def build(trap: Trap) -> nn.Module:
+    if trap.type not in NAMES or not hasattr(transformers, NAMES[trap.type]):
+        pytest.skip("this version has no such model")
+    config = tiny.config(trap.type, trap.decoder)
+    if trap.change is not None:
+        trap.change(config)
+    model = tiny.build(getattr(transformers, NAMES[trap.type]), config, trap.attention)
+    if trap.type == "llama4":  # 5.24.0 reads a field that the output of its decoder does not have
+        model.language_model.register_forward_hook(_no_image_outputs)
+    return model
+
+
+def rows_of(model: nn.Module) -> list[Any]:
+    """Two prompts; one where the model that is not patched makes something else of a padded batch than of its rows."""
+    rows = [prompt(model, parts, seed) for seed, parts in enumerate(PROMPTS)]
+    return rows if selfcheck.unpatched(model, rows) < TOLERANCE else rows[:1]
+
+
+@pytest.mark.parametrize("name", TRAPS)
+def test_first_stage(name: str) -> None:
+    model = build(TRAPS[name])
+    assert adapter_for(model) is GENERIC or TRAPS[name].type in ("llava", "molmo2")
+    assert selfcheck.judge(model, rows_of(model), FIRST) < TOLERANCE
+
+
+@pytest.mark.parametrize("name", TRAPS)
+def test_both_stages(name: str) -> None:
+    trap = TRAPS[name]
+    model = build(trap)
+    rows = rows_of(model)
+    if trap.second is not None:
+        with pytest.raises(ValueError, match=trap.second):
+            selfcheck.judge(model, rows, BOTH)
+    else:
+        assert selfcheck.judge(model, rows, BOTH) < TOLERANCE
+
+
+@pytest.mark.parametrize("name", ["windows counted over what is left", "a recurrent state", "chunks"])
+def test_cache_of_fixed_size(name: str) -> None:
+    """Its parts for sliding layers are as short as the window, and a state has no length."""
+    model = build(TRAPS[name])
+    assert selfcheck.judge(model, rows_of(model), BOTH, static=True) < TOLERANCE
+
+
+# ---- what is no model for this, and says so at once ------------------------------------------------------------------
+
+
+def shared_keys(config: PretrainedConfig) -> None:
+    config.text_config.num_kv_shared_layers = 2
+
+
+@pytest.mark.parametrize(
+    ("trap", "says"),
+    [
+        (Trap("gemma4", shared_keys), "last 2 layers use the keys and values of earlier ones"),
+        (Trap("nemotron_h_omni"), "llm_layer=3 is the least"),
+        (Trap("inkling2"), "layers of type hybrid, hybrid_sliding"),
+    ],
+)
+def test_no_second_stage(trap: Trap, says: str) -> None:
+    model = build(trap)
+    with pytest.raises(ValueError, match=says):
+        apet.patch(model, keep=9, llm_layer=2, llm_keep=0.5, check=False)
+    assert apet.options(model) is None
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("mllama", "cross_attention_states|finds no decoder|attends to image states"),
+        ("florence2", "encoder-decoder"),
+        ("blip-2", "fewer than compression would"),
+        ("chameleon", "ids of a codebook"),
+        ("granite4_vision", "zeros where its decoder begins"),
+        ("phi4_multimodal", "runs its decoder layers itself"),
+        ("qwen2_5_omni", r"apet\.patch\(model\.thinker"),
+        ("qwen2_audio", "takes no images"),
+    ],
+)
+def test_other_models_say_why_not(name: str, says: str) -> None:
+    """On classes without weights, with the sizes that they have."""
+    if name not in NAMES or not hasattr(transformers, NAMES[name]):
+        pytest.skip("this version has no such model")
+    cls = getattr(transformers, NAMES[name])
+    config = AutoConfig.for_model(name) if name == "granite4_vision" else tiny.config(name)
+    if name == "granite4_vision":
+        config.text_config.num_hidden_layers = 2
+        config.deepstack_layer_map, config.downsample_rate = [[-2, 0], [-1, 1]], "4/8"
+    if name == "chameleon":
+        config.vocabulary_map = {"<image>": tiny.IMAGE}
+    with torch.device("meta"):
+        model = cls._from_config(config)
+    with pytest.raises(ValueError, match=says):
+        apet.patch(model, keep=9, check=False)
+
+
+def test_readers_raise_until_registered() -> None:
+    model = build(Trap("got_ocr2"))
+    with pytest.raises(ValueError, match=r"reads documents.*register_adapter\('got_ocr2'"):
+        apet.patch(model, keep=9, check=False)
+    apet.register_adapter("got_ocr2", apet.Adapter())
+    assert selfcheck.judge(model, rows_of(model), FIRST) < TOLERANCE
