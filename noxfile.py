@@ -32,6 +32,7 @@ TORCH = ["2.10.0", "2.11.0", "2.12.1", "2.13.0", "2.14.1", NEWEST]
 HOOKS = ["tests/hooks/test_stages.py", "tests/hooks/test_generate.py"]
 OPS = ["tests/test_op.py", "tests/test_layouts.py", "tests/test_invariance.py"]
 KERNELS = [f"tests/test_triton_{part}.py" for part in ("interpreter", "invariance", "launches", "offline")]
+EXTRAS = ["--extra", "demo", "--extra", "eval", "--extra", "heif"]  # of the programs
 PROGRAMS = ["tests/test_cli.py", "tests/test_media.py"]
 PROGRAMS += ["tests/hooks/test_generate_cli.py", "tests/hooks/test_eval_cli.py"]
 
@@ -90,7 +91,7 @@ def triton(session: nox.Session, version: str) -> None:
 def lowest(session: nox.Session) -> None:
     """The command line, with the oldest version of everything that pyproject.toml allows beside torch."""
     command = [sys.executable, "-m", "uv", "pip", "compile", "--quiet", "--resolution", "lowest-direct"]
-    command += ["--python", sys.executable, "--extra", "demo", "--extra", "eval", "pyproject.toml"]
+    command += ["--python", sys.executable, *EXTRAS, "pyproject.toml"]
     resolved = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True).stdout
     path = Path(session.create_tmp(), "lowest.txt")
     path.write_text("\n".join(re.findall(r"^(?!torch=|triton=|nvidia-|cuda-)\w\S+==\S+", resolved, re.M)))
