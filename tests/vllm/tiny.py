@@ -216,7 +216,7 @@ QWEN3 = {
     },
     "text_config": {**TEXT, "head_dim": 32, "rope_parameters": ROPE},
 }
-EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "norm_topk_prob": True}
 QWEN3_MOE = {**QWEN3, "text_config": {**QWEN3["text_config"], **EXPERTS}}
 LINEAR = {
     "layer_types": ["linear_attention", "linear_attention", "full_attention"],
