@@ -43,7 +43,9 @@ def test_a_cap_below_what_units_need_raises():
 
 def test_a_plan_as_it_travels():
     units = torch.tensor([0, 0, 1, -1, 0, 1, 1, -1])
-    made = plan.make(wanted(keep=2, basis=1, select="qr", blend=0.3, layout="overwrite"), units, torch.arange(8) * 3, 30)
+    made = plan.make(
+        wanted(keep=2, basis=1, select="qr", blend=0.3, layout="overwrite"), units, torch.arange(8) * 3, 30
+    )
     assert made.lengths == [3, 3]
     assert made.order.tolist() == [0, 1, 4, 2, 5, 6]
     assert made.leaves.nonzero()[:, 0].tolist() == [4, 6]
