@@ -1,4 +1,4 @@
-"""What the vLLM plugin decides before vLLM is asked: budgets of units, and plans as they travel (tests/vllm does the rest)."""
+"""What the vLLM plugin decides before vLLM is asked: budgets of units, plans as they travel. The rest: tests/vllm."""
 
 from __future__ import annotations
 
