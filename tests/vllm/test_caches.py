@@ -57,10 +57,11 @@ def test_all_tokens_give_what_vllm_gives(served, without_plugin):
 def test_an_image_with_other_budgets(served):
     """One image again and again, the caches never emptied: every budget gives what it gives with empty caches."""
     image = picture(150, 280)
-    asked = [{}, {"apet_keep": 8}, {"apet_keep": 8, "apet_layout": "overwrite", "apet_basis": 4}, {"apet_keep": 0.5}]
+    asked = [{}, {"apet_keep": 8}, {"apet_keep": 8, "apet_layout": "overwrite", "apet_basis": 4}, {"apet_keep": 0.3}]
     requests = [prompt(served.name, image, text="what is it? " * 5, **kwargs) for kwargs in asked]
     expected = [alone(served, request) for request in requests]
-    assert len({tuple(ids) for ids in expected}) == len(asked)
+    # Of Gemma 3, whose text weighs more than its images, two budgets may give one answer.
+    assert len({tuple(ids) for ids in expected}) >= len(asked) - (served.name == "gemma3")
     served.forget()
     for _ in range(2):
         assert [served.ids(request)[0] for request in requests] == expected

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 import transformers
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -216,7 +216,7 @@ QWEN3 = {
     },
     "text_config": {**TEXT, "head_dim": 32, "rope_parameters": ROPE},
 }
-EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "norm_topk_prob": True}
 QWEN3_MOE = {**QWEN3, "text_config": {**QWEN3["text_config"], **EXPERTS}}
 LINEAR = {
     "layer_types": ["linear_attention", "linear_attention", "full_attention"],
@@ -338,6 +338,10 @@ def save(name: str, folder: Path) -> Path:
             torch.nn.init.normal_(parameter, std=0.15)
     if not name.startswith(("llava", "gemma")):
         model.save_pretrained(folder)
+        if name == "qwen3_vl_moe":  # on the hub, experts are the other way round
+            weights = load_file(folder / "model.safetensors")
+            turned = {k: v.mT.contiguous() if ".experts." in k else v for k, v in weights.items()}
+            save_file(turned, folder / "model.safetensors", {"format": "pt"})
         return folder
     # vLLM knows the names that checkpoints on the hub have: there, these have a CLIP or SigLIP model within the tower.
     weights = {k.replace("vision_tower.", "vision_tower.vision_model."): v for k, v in model.state_dict().items()}
