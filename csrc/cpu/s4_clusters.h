@@ -35,9 +35,9 @@ static void number_targets(const Merge& merge, Centres& centres) {
 }
 
 // Completes the stale columns to two vectors by repetition: a product with a single one would take twelve rows at a time,
-// which the first-level cache does not hold where rows are a multiple of 4 KB.
+// which the first-level cache does not hold where rows are a multiple of 4 KB. There is room for K factors.
 static void pad_stale(Centres& centres, int32_t vector) {
-  for (int32_t& count = centres.stale_count; count % (2 * vector); count++) {
+  for (int32_t& count = centres.stale_count; count % (2 * vector) && count < centres.count; count++) {
     centres.stale[count] = centres.stale[0];
     centres.stale_token[count] = centres.stale_token[0];
   }
