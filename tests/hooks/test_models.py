@@ -37,6 +37,8 @@ def types(names: list[str]) -> list:
 def test_type(name: str) -> None:
     """The cells of the table hold; a type that is not supported raises with its reason."""
     said = TABLE[name]
+    if said.get("reason") == models_table.UNTRIED:
+        pytest.skip("the table does not have it yet")
     if name not in NAMES or said["transformers"] != transformers.__version__:
         pytest.skip(f"the table is of transformers {said['transformers']}")
     found = models_table.try_type(name)

@@ -20,6 +20,8 @@ from apet.hooks.selfcheck import NAMES, PROMPTS, TOLERANCE, prompt
 from torch import nn
 from transformers import AutoConfig, PretrainedConfig
 
+# Other versions have fewer of these models, and `patch` makes the same comparison there before it uses a rule.
+pytestmark = pytest.mark.skipif(not transformers.__version__.startswith("5.24."), reason="the tiny models are of 5.24")
 FIRST = apet.Options(keep=0.4, basis=4)
 BOTH = apet.Options(keep=0.4, basis=4, llm_layer=2, llm_keep=0.5)
 

@@ -137,7 +137,10 @@ def shortened(
     else:
         if positions is None:
             positions = torch.arange(past, past + at.length, device=x.device)[None]
-        positions, following = kept_positions(positions, valid, packing, text, target.axes)
+        positions, following = kept_positions(positions, valid, packing, target.axes)
+        if positions.dim() == 3 and target.text_row:
+            # transformers tells packed sequences apart by it, and would find some where positions have gaps
+            positions = torch.cat([text[None].to(positions.dtype), positions])
     given = roles.get("mask", arguments)
     x = shorter.placed(packing, x)
     forward.more = masks.packed(forward.more, packing, past)
@@ -197,13 +200,10 @@ def needed(tokens: Tokens, length: int, pad_left: bool) -> int | Tensor:
     return (tokens.where % length).max() + 1 if pad_left else length
 
 
-def kept_positions(
-    positions: Tensor, valid: Tensor, packing: Packing, text: Tensor, axes: int
-) -> tuple[Tensor, Tensor]:
+def kept_positions(positions: Tensor, valid: Tensor, packing: Packing, axes: int) -> tuple[Tensor, Tensor]:
     """Positions [.., B or 1, L] as given -> those of the tokens that stay, and the one that comes next [B, 1].
 
-    Of M-RoPE's three axes, four rows are returned, the first of which is text [B, L2], which counts tokens:
-    transformers tells packed sequences apart by it, and would find some where positions have gaps.
+    Of M-RoPE's the axes [axes, B, L2] are returned, without the positions of the text.
     """
     if positions.dim() == 3 and len(positions) not in (axes, axes + 1):
         raise ValueError(
@@ -214,9 +214,7 @@ def kept_positions(
     rotary = rotary.to(valid.device)
     following = torch.where(valid, rotary, -1).amax(dim=(0, 2))[:, None] + 1
     rotary = packing.along(rotary, -1)  # [axes or 1, B, L2]
-    if len(rotary) == 1:
-        return rotary[0], following
-    return (torch.cat([text[None].to(rotary.dtype), rotary]) if axes == 3 else rotary), following
+    return (rotary[0] if len(rotary) == 1 else rotary), following
 
 
 def marked(x: Tensor, tokens: Tokens, keep: Keep, options: Options) -> Shorter | None:

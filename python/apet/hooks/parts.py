@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import nn
 
-from .calling import NAMES, Arguments, is_pixels
+from .calling import NAMES, Arguments, is_pixels, within
 
 PLACEHOLDERS: Mapping[str, tuple[str, ...]] = {
     modality: (*names, *(f"vision_config.{name}" for name in names))
@@ -41,7 +41,7 @@ def core(model: nn.Module) -> nn.Module:
             "decoder with embeddings in between, where tokens could leave"
         )
     around = [[model.get_submodule(".".join(path[:n])) for n in range(len(path))] for path, _ in found]
-    taking = [within[-1] for modules in around if (within := [m for m in modules if _takes_pixels(m)])]
+    taking = [takers[-1] for modules in around if (takers := [m for m in modules if _takes_pixels(m)])]
     if taking and all(module is taking[0] for module in taking):
         return taking[0]
     if taking:
@@ -101,6 +101,17 @@ def axes(decoder: nn.Module) -> int:
     by_type = [one for rope in given for one in rope.values() if isinstance(one, Mapping)]
     sections = [rope["mrope_section"] for rope in (*given, *by_type) if rope.get("mrope_section")]
     return len(sections[0]) if sections else 3
+
+
+def takes_text_row(decoder: nn.Module) -> bool:
+    """Whether a decoder takes positions of the text as a first row before three axes, from which its source tells them
+    apart by their number: those of transformers do, but for GLM's in version 4."""
+    if axes(decoder) != 3:
+        return False
+    try:
+        return "shape[0] == 4" in inspect.getsource(within(decoder).forward)
+    except (OSError, TypeError):  # made at run time
+        return True
 
 
 def deepstack(core: nn.Module) -> int:

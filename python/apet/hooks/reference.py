@@ -260,7 +260,8 @@ def must(
     x = torch.cat([rows, embeds[whole.length - new :]])[None]
     arguments = whole.gathered(columns[0])
     if llm_layer is None:
-        return decoder.module(inputs_embeds=x, **arguments, use_cache=False)[0][0, -new - 1 :]
+        states: Tensor = decoder.module(inputs_embeds=x, **arguments, use_cache=False)[0]
+        return states[0, -new - 1 :]
     with _watching(decoder.layers[llm_layer]) as seen:
         decoder.module(inputs_embeds=x, **arguments, use_cache=False)
     late, batch = said.entered[1], len(said.tokens)
@@ -270,8 +271,8 @@ def must(
     late = torch.cat([late, tail], dim=axis).unsqueeze(axis)
     places = torch.cat([torch.isin(columns[0], columns[1]).nonzero().flatten(), torch.arange(-new, 0) + x.shape[1]])
     with _given(decoder.layers[llm_layer], late):  # what the layers before it do is of no meaning
-        output = decoder.module(inputs_embeds=x[:, places], **whole.gathered(columns[1]), use_cache=False)
-    return output[0][0, -new - 1 :]
+        states = decoder.module(inputs_embeds=x[:, places], **whole.gathered(columns[1]), use_cache=False)[0]
+    return states[0, -new - 1 :]
 
 
 def columns(row: Row, kept: Mapping[str, Sequence[tuple[int, Sequence[Tensor]]]], stages: int) -> list[Tensor]:
@@ -317,7 +318,8 @@ def visual(row: Row, modality: str | None = None) -> Tensor:
     found = {"image": ids == IMAGE, "video": ids == VIDEO}
     if types is not None:  # some stand for the frames of a video with tokens of images
         found = {"image": types[0] == 1, "video": types[0] == 2}
-    return found["image"] | found["video"] if modality is None else found[modality]
+    either: Tensor = found["image"] | found["video"]
+    return either if modality is None else found[modality]
 
 
 @contextmanager
@@ -343,7 +345,8 @@ def _given(layer: nn.Module, rows: Tensor) -> Iterator[None]:
 
 
 def _hidden(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
-    return args[0] if args else kwargs["hidden_states"]
+    rows: Tensor = args[0] if args else kwargs["hidden_states"]
+    return rows
 
 
 def _bound(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:

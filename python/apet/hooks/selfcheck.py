@@ -54,7 +54,7 @@ NAMES: Mapping[str, str] = {
 }  # the class of every type of model that transformers has for images and text
 
 
-def ensure(model: nn.Module, target: Target) -> None:
+def ensure(model: Any, target: Target) -> None:
     """Checks a model's classes, unless they are as tested or have passed before with the same code.
 
     Raises ValueError where the check fails, and where there is no tiny model to check hooks with that were found by
@@ -69,8 +69,13 @@ def ensure(model: nn.Module, target: Target) -> None:
         return
     try:
         small = tiny.config(model.config)
+        classes = sorted(c.__qualname__ for c in classes_of(target))
+        key = repr((name, small.to_json_string(), stage, classes, sorted(files.items()), _versions()))
+        record = _folder() / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.json"
+        if unchanged and record.exists():
+            return
         built = _build(type(model), small, target)
-    except Exception as error:
+    except Exception as error:  # of any kind: configurations of any kind are shrunk
         message = (
             f"apet has no tiny model of model_type='{name}' to check its hooks with under transformers "
             f"{transformers.__version__} ({type(error).__name__}: {error}): see docs/hooks.md for how to check an "
@@ -80,12 +85,6 @@ def ensure(model: nn.Module, target: Target) -> None:
             _warn_once(message)
             return
         raise ValueError(f"{message}, and register it; or patch with check=False to use the model unchecked") from error
-    fields = small.to_json_string()
-    classes = sorted(c.__qualname__ for c in classes_of(target))
-    key = repr((name, fields, stage, classes, sorted(files.items()), _versions()))
-    record = _folder() / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.json"
-    if unchanged and record.exists():
-        return
     result = check(built, stage, target.adapter)
     if result.error is not None:
         raise ValueError(result.message())
@@ -95,7 +94,8 @@ def ensure(model: nn.Module, target: Target) -> None:
 
 def _build(cls: type, small: transformers.PretrainedConfig, target: Target) -> nn.Module:
     """The tiny model, with the attention of the model that it stands for; it has to take an image."""
-    attention = implementation(target.language_model().config)
+    decoder: Any = target.language_model()
+    attention = implementation(decoder.config)
     model = tiny.build(cls, small, attention if attention in ("eager", "sdpa") else None)
     prompt(model, PROMPTS[0])
     return model
@@ -323,10 +323,11 @@ def _is_rotary(value: Any) -> bool:
 
 def _layers_of(function: Callable[..., Any]) -> Iterator[Callable[..., Any]]:
     """A function and all that it wraps."""
-    while function is not None:
-        if hasattr(function, "__code__"):
-            yield function
-        function = getattr(function, "__wrapped__", None)
+    inner: Callable[..., Any] | None = function
+    while inner is not None:
+        if hasattr(inner, "__code__"):
+            yield inner
+        inner = getattr(inner, "__wrapped__", None)
 
 
 @functools.cache

@@ -39,6 +39,7 @@ class Target:
     masks: MaskBuilder | None  # where they have to be built
     rotary: Rotary | None  # for the second stage
     axes: int  # of positions, where they are kept
+    text_row: bool  # whether those of the text may stand before them
     said: set[str] = field(default_factory=set)  # what users were told once
 
     @classmethod
@@ -92,6 +93,7 @@ class Target:
             masks,
             rotary,
             parts.axes(language_model),
+            parts.takes_text_row(language_model),
         )
 
     def say_nothing_dropped(self, name: str, tokens: Tokens, modalities: Iterable[str]) -> None:

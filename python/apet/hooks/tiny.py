@@ -209,7 +209,11 @@ def _shrink(given: Mapping[str, Any], role: str, merges: bool | None = None) -> 
             chosen[name] = _shrink(value, inner, merges)
         elif layers is not None and name == depth:
             chosen[name] = len(layers)
-        elif layers is not None and (found := _of_layers(name, value, given[depth], layers, sizes)) is not None:
+        elif (
+            depth is not None
+            and layers is not None
+            and (found := _of_layers(name, value, given[depth], layers, sizes)) is not None
+        ):
             chosen[name] = found
         elif name in ("rope_parameters", "rope_scaling") and isinstance(value, dict):
             chosen[name] = _rope(value, role)
@@ -472,7 +476,7 @@ SPECIAL: Mapping[str, Mapping[str, Any]] = {
 }
 
 
-def build(cls: type, settings: PretrainedConfig, attention: str | None = None, seed: int = 0) -> nn.Module:
+def build(cls: Any, settings: PretrainedConfig, attention: str | None = None, seed: int = 0) -> nn.Module:
     """A model of a class of transformers with random weights, the same for the same seed.
 
     They are wide (standard deviation 0.15), so that a wrong position, mask or token moves the logits by far more than
@@ -480,7 +484,7 @@ def build(cls: type, settings: PretrainedConfig, attention: str | None = None, s
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = None
+        model: Any = None
         for each in ["sdpa", "eager"] if attention is None else [attention]:
             chosen: Any = each
             if settings.model_type in TOWERS:  # convolutions take "eager" only
@@ -499,7 +503,8 @@ def build(cls: type, settings: PretrainedConfig, attention: str | None = None, s
                 parameter.data.add_(0.05 * torch.randn_like(parameter))
     model.generation_config.eos_token_id = None
     model.generation_config.pad_token_id = PAD
-    return model.eval()
+    model.eval()
+    return model
 
 
 # ---- inputs ---------------------------------------------------------------------------------------------------------
@@ -572,6 +577,13 @@ def _placeholders(
         next(([found] for n in ("vision", seen_as) if (found := token(config, f"{n}_{e}")) is not None), [])
         for e in ("start", "end")
     )
+
+    def needed(what: str) -> int:
+        found = token(config, what)
+        if found is None:
+            raise ValueError(f"{type(config).__name__} has no {what}_token_id")
+        return found
+
     frames = 1
     if modality == "video" and STAMPED.match(name):
         frames = int(given["video_grid_thw"][0, 0])
@@ -579,10 +591,10 @@ def _placeholders(
     types: list[int] = []
     for _ in range(frames):
         before = [*(_words(2, make) if frames > 1 else []), *start]
-        ids += [*before, *[token(config, seen_as)] * (rows // frames), *end]
+        ids += [*before, *[needed(seen_as)] * (rows // frames), *end]
         types += [*[0] * len(before), *[kind] * (rows // frames), *[0] * len(end)]
     if modality == "video" and name.startswith("glm"):
-        ids = [token(config, "video_start"), *ids, token(config, "video_end")]
+        ids = [needed("video_start"), *ids, needed("video_end")]
         types = [0, *types, 0]
     return ids, types
 
@@ -625,8 +637,11 @@ def _visual(model: nn.Module, modality: str, make: torch.Generator, *, alone: bo
 
 
 def _count(found: Any) -> int:
-    if not isinstance(found, Tensor | list | tuple) or hasattr(found, "pooler_output"):
-        found = found.last_hidden_state if found.pooler_output is None else found.pooler_output
+    pooled = getattr(found, "pooler_output", None)
+    if pooled is not None:
+        found = pooled
+    elif hasattr(found, "last_hidden_state"):
+        found = found.last_hidden_state
     if isinstance(found, tuple) and isinstance(found[0], list | tuple):  # features of later layers beside them
         found = found[0]
     if isinstance(found, Tensor):
