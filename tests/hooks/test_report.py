@@ -116,7 +116,7 @@ def test_calls_of_the_op() -> None:
     assert torch.equal(first.indices, indices)
     assert torch.equal(first.x, x)
     assert first.options == {
-        "basis": 3, "layout": "overwrite", "select": "fps", "start": -1, "ridge": 1e-5, "blend": 0.5,
+        "basis": 3, "layout": "overwrite", "select": "fps", "start": -1, "ridge": 1e-5, "blend": 0.5, "refine": 0,
     }  # fmt: skip
     assert second.options["basis"] == 10
     assert first.flops == 2 * 8 * (3 * 9 + 4 * 2 + 3 * 7 + 3 * 1)

@@ -123,6 +123,11 @@ def test_cache_of_fixed_size(name: str) -> None:
 # ---- what is no model for this, and says so at once ------------------------------------------------------------------
 
 
+def attends_late(config: PretrainedConfig) -> None:
+    kinds = config.text_config.layers_block_type
+    kinds[1], kinds[2] = kinds[2], kinds[1]
+
+
 def shared_keys(config: PretrainedConfig) -> None:
     config.text_config.num_kv_shared_layers = 2
 
@@ -131,7 +136,7 @@ def shared_keys(config: PretrainedConfig) -> None:
     ("trap", "says"),
     [
         (Trap("gemma4", shared_keys), "last 2 layers use the keys and values of earlier ones"),
-        (Trap("nemotron_h_omni"), "llm_layer=3 is the least"),
+        (Trap("nemotron_h_omni", attends_late), "llm_layer=3 is the least"),
         (Trap("inkling2"), "layers of type hybrid, hybrid_sliding"),
     ],
 )

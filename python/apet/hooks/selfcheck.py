@@ -143,6 +143,8 @@ def check(model: nn.Module, stage: str = "both", adapter: Adapter | None = None)
                 return Result(
                     name, stage, difference, f"with {kind}, what the decoder gives is off by {difference:.3g}"
                 )
+    except torch.OutOfMemoryError:  # says nothing about the hooks
+        raise
     except Exception as error:
         return Result(name, stage, worst, f"{type(error).__name__}: {error}")
     return Result(name, stage, worst)
