@@ -1,7 +1,4 @@
-"""LLaVA-1.5 in vLLM (`LlavaForConditionalGeneration` with a CLIP or SigLIP tower).
-
-Modifications: those of `compress.Model`, before the projector.
-"""
+"""LLaVA-1.5 in vLLM, with a CLIP or SigLIP tower. Modifications: those of `compress.Model`, before the projector."""
 
 from __future__ import annotations
 
