@@ -44,7 +44,7 @@ def load(name: str, trials: Sequence[Mapping[str, Any]], dtype: str, device: str
     try:
         for options in trials:
             hooks.patch(empty, **options)
-    except ValueError as error:
+    except (ValueError, torch.OutOfMemoryError) as error:
         raise ApetError(first_line(error)) from error
     try:
         processor = transformers.AutoProcessor.from_pretrained(name, local_files_only=local, trust_remote_code=False)

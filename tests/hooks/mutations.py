@@ -259,7 +259,7 @@ def cache_of_an_encoder_and_a_decoder(c: Classes) -> None:
     c.edit(c.attention, (rf"{CACHE}\.update\(", f"getattr({CACHE}, 'self_attention_cache', {CACHE}).update("))
 
 
-@mutation("llava", "qwen2_5_vl", says="made from another cache")
+@mutation("llava", "qwen2_5_vl")
 def cache_made_anew_by_the_language_model(c: Classes) -> None:
     """Handed on in the output; the layers fill another than the one that was given."""
     c.edit(
@@ -732,7 +732,7 @@ def layers_renamed(c: Classes) -> None:
     c.edit(c.lm, (r"self\.layers", "self.layers_"))
 
 
-@mutation("llava", "qwen2_5_vl", says="but calls its language model with")
+@mutation("llava", "qwen2_5_vl", says="but calls its language model with|the hooks are not right for")
 def language_model_called_twice(c: Classes) -> None:
     """The first time to measure something."""
     c.edit(
@@ -867,13 +867,13 @@ def language_model_argument_of_the_visual_tokens_and_no_mask(c: Classes) -> None
 # ---- embeddings, placeholders and pixels ------------------------------------------------------------------------------
 
 
-@mutation("llava", "qwen2_5_vl", says="the hooks are not right for")
+@mutation("llava", "qwen2_5_vl")
 def embeddings_scaled_in_the_language_model(c: Classes) -> None:
     c.edit(c.core, c.lm_call("inputs_embeds=inputs_embeds", "inputs_embeds=inputs_embeds / 2"))
     c.edit(c.lm, (r"\n( *)hidden_states = inputs_embeds", r"\g<0> * 2"))
 
 
-@mutation("llava", says="without embeddings")
+@mutation("llava", says="without embeddings|the hooks are not right for")
 def language_model_embeds_the_text(c: Classes) -> None:
     """It is given ids, and the features of the images."""
     c.edit(
@@ -900,12 +900,13 @@ def embeddings_renamed(c: Classes) -> None:
     c.edit(c.core, c.lm_call("inputs_embeds=", "embeddings="))
 
 
-@mutation("llava", says="has no image_token_id")
+@mutation("llava", says="has none of image_token_id|has no image_token_id|the hooks are not right for")
 def placeholder_moved_in_the_configuration(c: Classes) -> None:
     config = c.model.config_class
 
     def change(this: Any) -> None:
-        this.placeholder, this.image_token_id = this.image_token_id, None
+        this.placeholder = this.image_token_id
+        this.image_token_id = -1  # its type is checked
 
     c.after_init(config, change)
     for owner in (c.core,):
