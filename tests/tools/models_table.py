@@ -231,7 +231,7 @@ def main() -> None:
     table, text = DOCS / "models.json", DOCS / "models.md"
     results = json.loads(table.read_text()) if table.exists() else {}
     untried = {"reason": UNTRIED, "transformers": transformers.__version__}
-    results = {name: untried for name in selfcheck.NAMES} | results
+    results = dict.fromkeys(selfcheck.NAMES, untried) | results
     for name in names:
         one = {"transformers": transformers.__version__} | in_a_process(name)
         results[name] = one
