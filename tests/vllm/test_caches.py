@@ -37,7 +37,7 @@ def without_plugin(
         env=os.environ | {"VLLM_PLUGINS": ""},
         capture_output=True,
         text=True,
-        timeout=400,
+        timeout=900,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.splitlines()[-1])
