@@ -17,7 +17,7 @@ cpp := $$(find csrc tests examples -name "*.h" -o -name "*.cpp" -o -name "*.cu" 
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-rest test-all test-slow test-transformers4 test-vllm test-triton test-cuda sanitize sanitize-triton
+.PHONY: help demo test test-rest test-all test-slow test-transformers4 test-vllm test-vllm-all test-triton test-cuda sanitize sanitize-triton
 .PHONY: matrix matrix-torch gpu-check lock lint format bench wheel clean
 
 help:  ## this list
@@ -89,12 +89,16 @@ test-transformers4: .build/transformers4  ## the tests of the Hugging Face hooks
 	@.build/vllm/bin/python tests/vllm/environment.py mend
 	@touch $@
 
+# With the other families of the plugin, each in an engine of its own.
+test-vllm-all: FAMILIES = -m "slow or not slow"
+test-vllm-all: test-vllm  ## the same on every family that the plugin has
+
 test-vllm: .build/vllm/ready $(VENV)/installed-dev  ## the vLLM plugin from an sdist, in the real engine; clips with torchvision
 	@rm -rf .build/vllm/dist
 	@$(bin)/python -m build --no-isolation --sdist --outdir .build/vllm/dist >.build/vllm/sdist.log || { cat .build/vllm/sdist.log; false; }
 	@.build/vllm/bin/python -m pip uninstall --quiet --yes apet-kernels
 	@$(vllm-install) .build/vllm/dist/*.tar.gz
-	.build/vllm/bin/pytest -q -o pythonpath= --confcutdir tests/vllm tests/vllm
+	.build/vllm/bin/pytest -q -o pythonpath= --confcutdir tests/vllm $(FAMILIES) tests/vllm
 	.build/vllm/bin/pytest -q -o pythonpath= --confcutdir tests/hooks tests/hooks/test_clips.py
 
 test-triton: $(VENV)/installed-test  ## the Triton kernels, interpreted: all of every test

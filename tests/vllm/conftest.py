@@ -23,6 +23,17 @@ else:
     os.environ |= SETTINGS
     torch.set_num_threads(1)
 
+    # An engine takes most of a minute to start. These differ in what matters: compressed before the projector, and tiles;
+    # after it; M-RoPE; deepstack. `make test-vllm-all` runs the others.
+    FIVE = ("llava", "llava_next", "internvl", "qwen2_5_vl", "qwen3_vl")
+
+    @pytest.hookimpl(tryfirst=True)  # before the marks are looked at
+    def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+        for item in items:
+            params = item.callspec.params if hasattr(item, "callspec") else {}
+            if params.get("served", FIVE[0]) not in FIVE:
+                item.add_marker(pytest.mark.slow)
+
     @pytest.fixture(scope="session")
     def folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
         """Where the tiny model of that name lies."""
