@@ -23,7 +23,7 @@ else:
     os.environ |= SETTINGS
     torch.set_num_threads(1)
 
-    # An engine takes most of a minute to start. These differ in what matters: compressed before the projector, and tiles;
+    # An engine takes most of a minute to start. These differ in what matters: compressed before the projector; tiles;
     # after it; M-RoPE; deepstack. `make test-vllm-all` runs the others.
     FIVE = ("llava", "llava_next", "internvl", "qwen2_5_vl", "qwen3_vl")
 
