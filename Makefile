@@ -17,7 +17,7 @@ cpp := $$(find csrc tests examples -name "*.h" -o -name "*.cpp" -o -name "*.cu" 
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-rest test-all test-slow test-transformers4 test-vllm test-vllm-all test-triton test-cuda sanitize sanitize-triton
+.PHONY: help demo test test-rest test-all test-slow test-transformers4 test-vllm test-vllm-all test-hub test-triton test-cuda sanitize sanitize-triton
 .PHONY: matrix matrix-torch gpu-check lock lint format bench wheel clean
 
 help:  ## this list
@@ -100,6 +100,14 @@ test-vllm: .build/vllm/ready $(VENV)/installed-dev  ## the vLLM plugin from an s
 	@$(vllm-install) .build/vllm/dist/*.tar.gz
 	.build/vllm/bin/pytest -q -o pythonpath= --confcutdir tests/vllm $(FAMILIES) tests/vllm
 	.build/vllm/bin/pytest -q -o pythonpath= --confcutdir tests/hooks tests/hooks/test_clips.py
+
+# Not in the environment: transformers 4 imports it where it is there, and fails beside this version.
+.build/kernels: | $(VENV)/installed-test
+	@rm -rf $@
+	@$(bin)/python $(pip) --no-warn-conflicts --target $@ kernels==0.17.2
+
+test-hub: .build/kernels  ## the builds for the kernel hub of Hugging Face, loaded by its package
+	PYTHONPATH=$(CURDIR)/.build/kernels $(bin)/python -m pytest -q -m slow tests/test_hub.py
 
 test-triton: $(VENV)/installed-test  ## the Triton kernels, interpreted: all of every test
 	$(pytest) --points 0 --interpret 0 -k triton
