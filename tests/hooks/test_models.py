@@ -14,6 +14,11 @@ from apet.hooks.selfcheck import NAMES
 
 from tests.tools import models_table
 
+pytestmark = pytest.mark.skipif(
+    transformers.__version__.startswith("4."),
+    reason="configurations of transformers 4 are shrunk for the families with an adapter alone (test_selfcheck.py)",
+)
+
 DAILY = (
     *("llava", "llava_onevision", "qwen2_5_vl", "qwen3_vl", "qwen3_5", "gemma3", "gemma4", "internvl", "mistral3"),
     *("smolvlm", "florence2", "mllama", "qwen2_audio"),

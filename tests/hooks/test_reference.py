@@ -13,6 +13,11 @@ from apet.hooks.engine import Engine
 from apet.hooks.selfcheck import NAMES, STAGES, TOLERANCE
 from torch import Tensor, nn
 
+pytestmark = pytest.mark.skipif(
+    transformers.__version__.startswith("4."),
+    reason="configurations of transformers 4 are shrunk for the families with an adapter alone (test_selfcheck.py)",
+)
+
 Plant = Callable[[dict[str, Any]], dict[str, Any]]
 
 
