@@ -183,7 +183,7 @@ def _tokens(made: PretrainedConfig) -> PretrainedConfig:
     return tower
 
 
-# Encoders of timm, which nobody has to install for a check of a decoder's hooks: others take their place.
+# Encoders of timm: a check of the hooks of a decoder must not need that package, so others take their place.
 TOWERS = {"fast_vlm": _convolutions, "gemma3n": _convolutions, "perception_lm": _tokens}
 
 
