@@ -15,6 +15,10 @@ pytest := $(bin)/python -m pytest -q -n $(WORKERS) --dist worksteal
 native := setup.py pyproject.toml CMakeLists.txt $(shell find csrc -type f)
 cpp := $$(find csrc tests examples -name "*.h" -o -name "*.cpp" -o -name "*.cu" -o -name "*.cuh")
 
+# Packages come without bytecode (--no-compile), so Python has to keep what it compiles, also where the user's
+# environment says not to: without it each command of the tests would compile torch and transformers again.
+export PYTHONDONTWRITEBYTECODE :=
+
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .PHONY: help demo test test-rest test-all test-slow test-transformers4 test-vllm test-vllm-all test-hub test-triton test-cuda sanitize sanitize-triton

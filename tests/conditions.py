@@ -59,6 +59,11 @@ CONDITIONS = {
     "terminal": Condition("a narrow terminal without colours", {"COLUMNS": "40", "TERM": "dumb", "NO_COLOR": "1"}),
     "colours": Condition("a terminal that is said to have colours", {"FORCE_COLOR": "1", "COLUMNS": "200"}),
     "locale": Condition("the locale C, and another time zone", {"LC_ALL": "C", "TZ": "Pacific/Chatham"}),
+    "bytecode": Condition(
+        "bytecode beside the sources, and buffered output: what Python does where nothing is set",
+        {"PYTHONDONTWRITEBYTECODE": "", "PYTHONUNBUFFERED": ""},
+    ),
+    "no-bytecode": Condition("no bytecode", {"PYTHONDONTWRITEBYTECODE": "1"}),
     "place": Condition("temporary files and HOME in a folder of odd name", elsewhere=True),
 }
 

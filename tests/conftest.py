@@ -111,7 +111,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--points",
         type=int,
-        default=6,
+        default=4,
         metavar="N",
         help="how many points of each test's parameter grid, per backend, run without `-m rest`; 0: all",
     )
@@ -156,8 +156,8 @@ def ordered(items: list[pytest.Item], seed: int | None) -> list[pytest.Item]:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     for item in items:
         params = item.callspec.params if hasattr(item, "callspec") else {}
-        if item.get_closest_marker("slow_interpreted") and params.get("backend") == "triton" and interpreted("triton"):
-            item.add_marker(pytest.mark.slow)
+        if item.get_closest_marker("rest_interpreted") and params.get("backend") == "triton" and interpreted("triton"):
+            item.add_marker(pytest.mark.rest)
     cut_grids(config, items)
     mark_points(config.getoption("--points"), items)
     if NO_INTERPRETER is not None:

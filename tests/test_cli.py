@@ -609,6 +609,7 @@ def test_help_needs_no_torch() -> None:
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "[]\n"
 
 
+@pytest.mark.rest
 def test_compress_from_outside(tmp_path: Path) -> None:
     out = tmp_path / "p.png"
     result = outside("compress", CHELSEA, *SMALL, "--keep", "25%", "--out", out)

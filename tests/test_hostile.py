@@ -60,6 +60,7 @@ def test_zeros(backend, dtype, layout, select):
     check(backend, x, 12, 5, layout=layout, select=select, start=2)
 
 
+@pytest.mark.rest_interpreted
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("bad", [NAN, INF, -INF])
@@ -98,6 +99,7 @@ def test_more_bad_tokens_than_are_kept(backend, layout):
         assert_same(got[0, -3:], x[0, p], "the basis, finite")
 
 
+@pytest.mark.rest_interpreted
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("scale", [300.0, 3000.0])
 def test_squares_past_float16(backend, layout, scale):

@@ -34,7 +34,7 @@ def test_alone_or_in_a_batch(backend, dtype, N, D, keep, basis):
             assert_same(alone, together[name][b : b + 1], f"{name} of image {b}")
 
 
-@pytest.mark.slow_interpreted
+@pytest.mark.rest_interpreted
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("select", ["fps", "qr"])
@@ -90,7 +90,7 @@ def test_the_shapes_above_do_use_threads():
     assert [(p.details["images_in_flight"], p.details["threads_per_image"]) for p in plans] == [(1, 2), (2, 1)]
 
 
-@pytest.mark.slow_interpreted
+@pytest.mark.rest_interpreted
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("D", [1, 16, 37, 130])
 def test_strides_and_alignment(backend, dtype, D):
@@ -114,7 +114,7 @@ def test_strides_and_alignment(backend, dtype, D):
             assert_same(got[key], expected[key], f"{key} of {name}")
 
 
-@pytest.mark.slow_interpreted
+@pytest.mark.rest_interpreted
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_strided_rows_of_a_packed_tensor(backend, dtype):
     room = tokens(60, 50, dtype=dtype, seed=5)
@@ -143,7 +143,7 @@ def test_broadcast_images(backend):
         assert_same(indices[b], at[0])
 
 
-@pytest.mark.slow_interpreted
+@pytest.mark.rest_interpreted
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_again_and_again(backend, dtype):
     """Between runs of other shapes that leave other things in a workspace."""

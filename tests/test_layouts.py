@@ -17,6 +17,7 @@ def test_judged(backend, dtype, layout, select, kind):
     check(backend, tokens(2, 90, 40, dtype=dtype, kind=kind, seed=1), 30, layout=layout, select=select)
 
 
+@pytest.mark.rest_interpreted
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
     ("B", "N", "D", "keep", "basis"),

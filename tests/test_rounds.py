@@ -64,6 +64,7 @@ def test_picks_are_those_of_a_second_implementation(backend, dtype, N, D, keep, 
     assert keeps(backend, x, keep) == expected
 
 
+@pytest.mark.rest_interpreted
 @pytest.mark.parametrize("basis", [65, 80])
 def test_a_basis_larger_than_64_leaves_some_to_the_residual(backend, basis):
     x = tokens(1, 160, 140, seed=11)
@@ -122,6 +123,7 @@ def test_start_is_the_first_pick(backend, start):
 # ---- what is not ordinary
 
 
+@pytest.mark.rest_interpreted
 @pytest.mark.parametrize("refine", [0, 2])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_copies(backend, dtype, refine):
@@ -135,6 +137,7 @@ def test_copies(backend, dtype, refine):
         assert got == rule.kept(x[0], 40, ridge=0.0)[0]
 
 
+@pytest.mark.rest_interpreted
 @pytest.mark.parametrize("refine", [0, 1])
 @pytest.mark.parametrize("D", [1, 3, 20])
 def test_fewer_dimensions_than_picks(backend, D, refine):
@@ -152,6 +155,7 @@ def test_all_equal_and_all_zero(backend, keep, refine):
     assert keeps(backend, torch.zeros(1, 50, 7), keep, refine=refine) == list(range(keep))
 
 
+@pytest.mark.rest_interpreted
 @pytest.mark.parametrize("refine", [0, 2])
 @pytest.mark.parametrize("bad", [NAN, INF, -INF, 3e38])
 def test_tokens_of_non_finite_norm_are_never_picked(backend, bad, refine):
@@ -174,6 +178,7 @@ def test_all_are_kept(backend, N, refine):
     assert indices.tolist() == [list(range(N))] * 2
 
 
+@pytest.mark.rest_interpreted
 @pytest.mark.parametrize("refine", [0, 3])
 @pytest.mark.parametrize("keep", [1, 2, 16, 17, 39])
 def test_other_budgets(backend, keep, refine):
@@ -183,6 +188,7 @@ def test_other_budgets(backend, keep, refine):
 # ---- medoid steps
 
 
+@pytest.mark.rest_interpreted
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("kind", ["normal", "clustered", "repeated"])
 @pytest.mark.parametrize("keep", [12, 30])
@@ -209,6 +215,7 @@ def test_the_lower_of_two_members(backend):
     assert keeps(backend, x, 20, refine=1) == list(range(20))
 
 
+@pytest.mark.rest_interpreted
 @pytest.mark.parametrize("select", ["fps", "qr"])
 def test_medoids_of_another_basis(backend, select):
     """A basis of up to 64 that is all that is kept, however it is picked."""
@@ -222,6 +229,7 @@ def test_medoids_of_another_basis(backend, select):
 # ---- promises
 
 
+@pytest.mark.rest_interpreted
 @pytest.mark.parametrize("refine", [0, 2])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_alone_batched_packed_and_strided(backend, dtype, refine):
@@ -245,6 +253,7 @@ def test_alone_batched_packed_and_strided(backend, dtype, refine):
             assert indices[b].tolist() == alone[0][1][0].tolist()
 
 
+@pytest.mark.rest_interpreted
 @pytest.mark.parametrize("refine", [0, 2])
 def test_merge_gives_the_same_tokens(backend, refine):
     x = tokens(2, 90, 45, dtype=torch.bfloat16, seed=6)

@@ -63,7 +63,7 @@ def test_ties_with_a_token_that_never_led(backend, dtype):
     assert picks(backend, x, 3, start=0) == [0, 3, 2]
 
 
-@pytest.mark.slow_interpreted
+@pytest.mark.rest_interpreted
 @pytest.mark.parametrize("select", ["fps", "qr"])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_step_at_which_no_token_can_be_ruled_out(backend, dtype, select):
@@ -130,7 +130,7 @@ def test_every_pick_is_the_best_of_its_step(backend, dtype, select, start, kind)
     assert sure, "this input was chosen so that no pick is within rounding of another"
 
 
-@pytest.mark.slow_interpreted
+@pytest.mark.rest_interpreted
 @pytest.mark.parametrize("select", ["fps", "qr"])
 def test_basis_of_64(backend, select):
     x = tokens(1, 100, 80, seed=6)

@@ -43,7 +43,7 @@ def test_order_is_by_residual_not_by_position(backend, dtype):
     assert got[0, 3].equal(x[0, 3])
 
 
-@pytest.mark.slow_interpreted
+@pytest.mark.rest_interpreted
 @pytest.mark.parametrize("select", ["fps", "qr"])
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("kind", ["clustered", "repeated"])
@@ -89,7 +89,7 @@ def test_float32_ranks():
     assert not overwritten.any()
 
 
-@pytest.mark.slow_interpreted
+@pytest.mark.rest_interpreted
 def test_many_tokens(backend):
     """More tokens than any block of a selection network or histogram."""
     make = torch.Generator().manual_seed(14)

@@ -154,7 +154,7 @@ def test_no_worse_than_twice_plain_torch(backend, dtype):
     assert (got - exact).abs().max() <= 2 * (plain.double() - exact).abs().max() + floor
 
 
-@pytest.mark.slow_interpreted
+@pytest.mark.rest_interpreted
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_sums_are_wider_than_the_dtype(backend, dtype):
     """2999 tokens of 60 sum to 180000, past float16, and past what bfloat16 can count."""

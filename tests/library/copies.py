@@ -69,7 +69,8 @@ def built(name: str, make: Callable[[Path], None]) -> Path:
     with open(FOLDER / f"{name}.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         read = [GUIDE, ROOT / "CMakeLists.txt", Path(__file__)]
-        read += sorted(path for source in (CSRC, SOURCES, EXAMPLE) for path in source.rglob("*.*"))
+        files = (path for source in (CSRC, SOURCES, EXAMPLE) for path in source.rglob("*.*"))
+        read += sorted(path for path in files if path.parent.name != "__pycache__")
         texts = [path.read_text() for path in read]
         now = simt_build.digest(run("g++", "--version"), run(CMAKE, "--version"), *texts)
         made = folder / "made-of"
