@@ -29,7 +29,7 @@ TRANSFORMERS = [
 TRITON = ["3.5.1", "3.6.0", "3.7.1", "3.8.0", NEWEST]
 TORCH = ["2.10.0", "2.11.0", "2.12.1", "2.13.0", "2.14.1", NEWEST]
 
-HOOKS = ["tests/hooks/test_stages.py", "tests/hooks/test_generate.py"]
+HOOKS = [f"tests/hooks/test_{part}.py" for part in ("selfcheck", "stages", "generate")]
 OPS = ["tests/test_op.py", "tests/test_layouts.py", "tests/test_invariance.py"]
 KERNELS = [f"tests/test_triton_{part}.py" for part in ("interpreter", "invariance", "launches", "offline")]
 EXTRAS = ["--extra", "demo", "--extra", "eval", "--extra", "heif"]  # of the programs

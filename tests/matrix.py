@@ -39,8 +39,7 @@ HEAD = """\
 # Versions that were tried
 
 `make matrix` and `make matrix-torch` make this page; [development.md](development.md#the-matrix-of-versions) says what
-they run. Each row is one run; a version without a row was not run. A row of 19 tests of the hooks ran their self-check
-(`tests/hooks/test_selfcheck.py`: nine families, both stages) and not the whole session.
+they run. Each row is one run; a version without a row was not run.
 """
 
 
