@@ -6,6 +6,7 @@ sizes, where a family knows sizes) or `"video"`.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -16,6 +17,11 @@ from postcard import PATCHES
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
+
+# Some versions read a duration for each image too, of those that are given for videos, and raise StopIteration when no
+# more are there (transformers' issue 45325). All are 1.0 here, as where none are given.
+_positions = inspect.getsource(transformers.Qwen2_5_VLModel.get_rope_index)
+IMAGES_HAVE_SECONDS = "mm_token_type_ids" in _positions and "if modality_type == 2" not in _positions
 
 Part = int | str
 FRAMES = 4
@@ -140,7 +146,7 @@ def _pixels(family: Family, kind: str, found: list[Visual], dtype: torch.dtype) 
     pixels = [one.pixels.to(dtype) for one in found]
     if family.ragged:
         inputs = {name: torch.cat(pixels), f"{kind}_grid_thw": torch.tensor([one.size for one in found])}
-        if family.name == "qwen2_5_vl" and kind == "video":
+        if family.name == "qwen2_5_vl" and kind == "video" and not IMAGES_HAVE_SECONDS:
             inputs["second_per_grid_ts"] = torch.full((len(found),), 1.0)
         return inputs
     if kind == "video":

@@ -147,7 +147,11 @@ def shared(name: str, attention: str = "sdpa", dtype: torch.dtype = torch.float3
     return built[key]
 
 
-@functools.cache
 def twin(name: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     """The same weights once more, in a model that is never patched: for the recompute."""
+    return _twin(name, dtype)
+
+
+@functools.cache
+def _twin(name: str, dtype: torch.dtype) -> PreTrainedModel:
     return build(name, dtype=dtype)

@@ -61,10 +61,20 @@ class Expected:
 
 
 @torch.no_grad()
-def expected(model: PreTrainedModel, family: Family, row: Sample, generated: list[int], **options: Any) -> Expected:
-    """What `model`, which is not patched, would give if it were: for one sample and the tokens that it generated."""
+def expected(
+    model: PreTrainedModel,
+    family: Family,
+    row: Sample,
+    generated: list[int],
+    following: int | None = None,
+    **options: Any,
+) -> Expected:
+    """What `model`, which is not patched, would give if it were: for one sample and the tokens that it generated, which
+    go on at position `following`, or after all others."""
     chosen = Options(**options)
     prompt = shorten(model, family, row, chosen)
+    if following is not None:
+        prompt.following = following
     logits, kept = language(model, prompt, generated, chosen)
     return Expected(logits, prompt.source, prompt.source[kept])
 
@@ -153,6 +163,8 @@ def enter(model: PreTrainedModel, family: Family, row: Sample) -> tuple[dict[str
     handles = [reader(model).register_forward_pre_hook(language_model, with_kwargs=True)]
     if family.projector:
         handles.append(core(model).get_submodule(family.projector).register_forward_pre_hook(projector))
+    if family.ragged:  # some versions give a prompt without a picture the offset of the prompt before it
+        core(model).rope_deltas = None
     try:
         model(**collate(family, [row], dtype=model.dtype), use_cache=False)
     finally:

@@ -116,14 +116,15 @@ def begin(
         if shorter is None:
             target.say_nothing_dropped("keep", tokens, (modality for modality, _, _ in trace.visuals))
         else:
-            arguments = shortened(target, forward, shorter, arguments, at)
+            told = target.core_arguments.get("positions", call.inputs) is not None
+            arguments = shortened(target, forward, shorter, arguments, at, told)
     return forward, arguments
 
 
 def shortened(
-    target: Target, forward: Forward, shorter: Shorter, arguments: dict[str, Any], at: along.Sequence
+    target: Target, forward: Forward, shorter: Shorter, arguments: dict[str, Any], at: along.Sequence, told: bool
 ) -> dict[str, Any]:
-    """The arguments of the language model, without the tokens that left."""
+    """The arguments of the language model, without the tokens that left. told: the caller gave the positions."""
     roles, prompt = target.language_model_arguments, forward.prompt
     x, valid, prefix = roles.get("embeds", arguments), forward.valid, forward.prefix
     past = prefix.shape[1]
@@ -137,7 +138,7 @@ def shortened(
     else:
         if positions is None:
             positions = torch.arange(past, past + at.length, device=x.device)[None]
-        positions, following = kept_positions(positions, valid, packing, target.axes)
+        positions, following = kept_positions(positions, valid, packing, target.axes, told)
         if positions.dim() == 3 and target.text_row:
             # transformers tells packed sequences apart by it, and would find some where positions have gaps
             positions = torch.cat([text[None].to(positions.dtype), positions])
@@ -200,10 +201,14 @@ def needed(tokens: Tokens, length: int, pad_left: bool) -> int | Tensor:
     return (tokens.where % length).max() + 1 if pad_left else length
 
 
-def kept_positions(positions: Tensor, valid: Tensor, packing: Packing, axes: int) -> tuple[Tensor, Tensor]:
+def kept_positions(
+    positions: Tensor, valid: Tensor, packing: Packing, axes: int, told: bool
+) -> tuple[Tensor, Tensor]:
     """Positions [.., B or 1, L] as given -> those of the tokens that stay, and the one that comes next [B, 1].
 
-    Of M-RoPE's the axes [axes, B, L2] are returned, without the positions of the text.
+    Of M-RoPE's the axes [axes, B, L2] are returned, without the positions of the text. What comes next differs where a
+    video reaches past the text after it: models go on after the largest position of the prompt, but who gives the
+    positions (`told`; generate() does in newer versions) goes on after the last.
     """
     if positions.dim() == 3 and len(positions) not in (axes, axes + 1):
         raise ValueError(
@@ -212,7 +217,12 @@ def kept_positions(positions: Tensor, valid: Tensor, packing: Packing, axes: int
         )
     rotary = positions[-axes:] if positions.dim() == 3 else positions[None]
     rotary = rotary.to(valid.device)
-    following = torch.where(valid, rotary, -1).amax(dim=(0, 2))[:, None] + 1
+    real = torch.where(valid, rotary, -1).amax(0)  # [B, L]
+    if told:
+        last = torch.where(valid, torch.arange(valid.shape[1], device=valid.device), -1).argmax(1, keepdim=True)
+        following = real.gather(1, last) + 1
+    else:
+        following = real.amax(1, keepdim=True) + 1
     rotary = packing.along(rotary, -1)  # [axes or 1, B, L2]
     return (rotary[0] if len(rotary) == 1 else rotary), following
 
