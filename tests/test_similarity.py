@@ -1,4 +1,4 @@
-"""s5 where features share a large direction, as those of language models do: similarities then differ late in their digits.
+"""s5 where features share a large direction, as in language models: similarities then differ late in their digits.
 
 Of many dropped tokens those are taken whose best target leads the second one by little more than rounding; torch.mm in
 float32 decides all of them right, or few of them wrong. No backend may decide more of them wrong.
@@ -16,13 +16,13 @@ from apet_kernels.reference import U
 from tests.data import DTYPES
 
 TARGETS, CLOSE, CANDIDATES = 64, 128, 8192
-# Of ||x||: what the best target leads by, at least. torch.mm is off by 2 u, and one float32 sum over 1024 products by 8.
+# Of ||x||: what the best target leads by, at least. torch.mm is off by 2 u; one float32 sum over 1024 products by 8.
 LEAD = 10 * U
 
 
 @functools.cache
 def close_calls(D: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    """Targets and close calls, x [TARGETS + CLOSE, D]; the target of each [CLOSE] in float64, and by torch.mm in float32.
+    """x [TARGETS + CLOSE, D], targets and close calls; the target of each [CLOSE] in float64, and by torch.mm.
 
     Token i of the close calls has a 1 in channel D - CLOSE + i, where the targets are 0: the result shows where it went
     and no product notices.

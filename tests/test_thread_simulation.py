@@ -1,0 +1,33 @@
+"""What benchmarks/threads.py makes of the times of chunks."""
+
+from __future__ import annotations
+
+import pytest
+
+from benchmarks.threads import Stage, greedy, simulate
+
+
+@pytest.mark.parametrize(
+    ("chunks", "threads", "end"),
+    [
+        ([3, 4, 5], 1, 12),
+        ([5, 5, 5, 5], 2, 10),
+        ([8, 1, 1, 1], 2, 8),  # the second thread takes the first one's other chunk
+        ([1, 1, 8, 1], 2, 9),  # and cannot help with one that has begun
+        ([7], 4, 7),
+        ([], 3, 0),
+    ],
+)
+def test_a_stage(chunks, threads, end):
+    assert greedy(chunks, threads) == end
+
+
+def test_a_call():
+    image = [Stage("norms", 2, [10, 10]), Stage("sweep", 1, [4, 4])]
+    alone = simulate([image] * 4, 1, 1, barrier=100)
+    assert (alone.total, alone.serial) == (4 * 31, {"norms": 8, "sweep": 4})
+    together = simulate([image] * 4, 1, 2, barrier=5)
+    assert together.total == together.path == 4 * (2 + 5 + 10 + 1 + 5 + 4)
+    apart = simulate([image] * 4, 2, 1, barrier=100)
+    assert (apart.total, apart.serial) == (2 * 31, {"norms": 4, "sweep": 2})
+    assert apart.barriers == 2
