@@ -23,7 +23,7 @@ COPIED = tl.constexpr(-2)
 
 FLT_MAX = tl.constexpr(3.4028234663852886e38)
 U = tl.constexpr(2.0**-24)  # the unit roundoff of float32
-CHAIN = tl.constexpr(128)  # products in a row that are summed before their sum is added to the others (docs/algorithm.md)
+CHAIN = tl.constexpr(128)  # products whose sum is then added to the others (docs/algorithm.md, "Rounding")
 
 
 def jit(kernel: Callable) -> triton.JITFunction:
@@ -91,7 +91,7 @@ def products(
 ):
     """Dot products of rows with columns [BLOCK_R, BLOCK_C] float32, summed in chains of CHAIN products.
 
-    A chain runs in steps of BLOCK_D in order, one matrix instruction after the other, and the chains are added in order.
+    A chain runs in steps of BLOCK_D in order, one matrix instruction after the other; chains are added in order.
     float32 input is multiplied as IEEE float32, never tf32.
     """
     d = tl.arange(0, BLOCK_D)

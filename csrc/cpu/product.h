@@ -16,8 +16,8 @@
 //
 // One instruction multiplies and adds a unit. Rows of other types are widened into scratch first. Sums in registers run
 // over kChain products and are then added up in `tile`: one sum over all k would be off by several times as much as
-// torch.mm where products have one sign (docs/algorithm.md, "Rounding"). Both run over k in order, so neither chunk, panel
-// nor place in them changes a bit, and x.t = t.x.
+// torch.mm where products have one sign (docs/algorithm.md, "Rounding"). Both run over k in order, so neither chunk,
+// panel nor place in them changes a bit, and x.t = t.x.
 //
 // Included by loops.h alone, inside the namespace of its instruction set.
 #pragma once
