@@ -135,7 +135,7 @@ def measured_ms(case: Case, x: Tensor, threads: int, rounds: int) -> float | Non
 
 def lines(case: Case, program: Path, threads: list[int], rounds: int) -> list[list[str]]:
     """The table's lines of a case, one for each number of threads."""
-    x = tokens(case)
+    x = tokens(case, 0)
     found: list[list[str]] = []
     alone = 0.0
     with tempfile.NamedTemporaryFile(suffix=".tokens") as file, torch.inference_mode():
@@ -143,16 +143,18 @@ def lines(case: Case, program: Path, threads: list[int], rounds: int) -> list[li
         file.flush()
         for p in threads:
             torch.set_num_threads(p)
-            plan = apet_kernels.plan(x, case.keep)
-            teams, each = plan.images_in_flight, plan.threads_per_image
+            plan = apet_kernels.plan(x, case.keep).details
+            teams, each = int(plan["images_in_flight"]), int(plan["threads_per_image"])
             images = chunk_times(program, Path(file.name), case, each, rounds)
-            result = simulate(images, teams, each, barrier_ns(program, each, rounds))
+            barrier = barrier_ns(program, each, rounds)
+            result = simulate(images, teams, each, barrier)
             alone = alone or result.total * p
             name, most = max(result.serial.items(), key=lambda item: item[1])
             took = measured_ms(case, x, p, rounds)
             found.append(
                 [
-                    *(case.shape, case.dtype_name, str(p), f"{teams} x {each}", str(result.barriers)),
+                    *(case.shape, case.dtype_name, str(p), f"{teams} x {each}"),
+                    *(str(result.barriers), f"{barrier / 1e3:.2g}"),
                     *(f"{result.path / 1e6:.3g}", f"{result.total / 1e6:.3g}", f"{alone / result.total:.1f}"),
                     f"{sum(result.serial.values()) / result.total:.1%}",
                     f"{name} {most / result.total:.1%}",
@@ -167,11 +169,11 @@ def sheet(rows: list[list[str]]) -> Sheet:
         "Threads",
         "Milliseconds. teams: images at once x threads of each. stages: of an image, a barrier each. "
         "path: with a thread for every chunk. faster: than the first line's, per thread. "
-        "serial: what one thread of a team computes while the others wait, of simulated. "
+        "serial: what one thread of a team computes while the others, if it has others, wait, of simulated. "
         "worst: the same, of the stage that waits longest. measured: where the machine has the cores.",
         [
-            *("shape", "dtype", "threads", "teams", "stages", "path", "simulated", "faster", "serial", "worst"),
-            *("measured", "measured / simulated"),
+            *("shape", "dtype", "threads", "teams", "stages", "barrier us", "path", "simulated", "faster", "serial"),
+            *("worst", "measured", "measured / simulated"),
         ],
         rows,
         ("shape", "dtype", "teams", "worst"),

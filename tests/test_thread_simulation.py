@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 
+from benchmarks import threads
 from benchmarks.threads import Stage, greedy, simulate
 
 
@@ -31,3 +34,15 @@ def test_a_call():
     apart = simulate([image] * 4, 2, 1, barrier=100)
     assert (apart.total, apart.serial) == (2 * 31, {"norms": 4, "sweep": 2})
     assert apart.barriers == 2
+
+
+@pytest.mark.slow  # compiles the library
+def test_the_benchmark(monkeypatch, capsys):
+    only = ["--only", "1x576x1024 keep 64 float32", "inplace"]
+    monkeypatch.setattr(sys, "argv", ["threads", "--threads", "1", "3", "--rounds", "1", "--markdown", *only])
+    threads.main()
+    table = [line.split(" | ") for line in capsys.readouterr().out.splitlines() if line.startswith("| 1x576")]
+    assert [line[3] for line in table] == ["1 x 1", "1 x 3"]
+    stages, path, simulated = (float(table[1][column]) for column in (4, 6, 7))
+    assert stages > 10
+    assert 0 < path <= simulated < float(table[0][7])
