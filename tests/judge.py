@@ -15,17 +15,9 @@ from apet_kernels import reference
 from apet_kernels.reference import Tokens, U, widen
 
 PICK = 40 * U  # of the squared norms: how far a float32 distance or norm may be off (4 M u at M = 10)
+# Of ||x||: how far one float32 x.t / ||t|| may be off beside another, summed in chains (docs/algorithm.md, "Rounding").
+SIMILARITY = 16 * U
 SUBNORMAL = 1e-37  # absolute: below, squares have left the float32 range
-
-
-def similarity_error(D: int) -> float:
-    """Of ||x||: how far one float32 x.t / ||t|| may be off beside another, summed over D.
-
-    Tensor cores truncate where they add (Fasi et al., PeerJ CS 330, 2021). A similarity near ||x|| then loses half a
-    unit in each of D/16 additions. That is common to all targets, but for where their sums pass a power of 2: the
-    difference of two is a sixth of it or less, which is more than rounding to nearest gives from D = 2048 on.
-    """
-    return max(16, D / 128) * U
 
 
 def bits(t: Tensor) -> Tensor:
@@ -172,9 +164,7 @@ def check_merge(x: Tensor, tokens: Tensor, rows: Tensor, targets: Tensor, skip: 
         best = similarity.amax(1, keepdim=True)
         target = (similarity >= best - 1e-12 * length).int().argmax(1)  # [n], the earliest of equals
         member[torch.arange(len(target)), target] = 1
-        near = (similarity >= best - 2 * similarity_error(x.shape[1]) * length) & (
-            length > 0
-        )  # [n, R]; zero vectors: to the first
+        near = (similarity >= best - 2 * SIMILARITY * length) & (length > 0)  # [n, R]; zero vectors: to the first
         copies = (T[target][:, None] == T[None]).all(-1) if len(rows) * Xd.numel() < 2**24 else torch.zeros_like(near)
         tie = (near & ~copies).index_put((torch.arange(len(target)), target), torch.tensor(False)).any(1)  # [n]
         unsure = near[tie].any(0)

@@ -23,6 +23,7 @@ COPIED = tl.constexpr(-2)
 
 FLT_MAX = tl.constexpr(3.4028234663852886e38)
 U = tl.constexpr(2.0**-24)  # the unit roundoff of float32
+CHAIN = tl.constexpr(128)  # products whose sum is then added to the others (docs/algorithm.md, "Rounding")
 
 
 def jit(kernel: Callable) -> triton.JITFunction:
@@ -74,3 +75,34 @@ def tile_rows(x, base, stride_xn, tile, tokens, ALIGN: tl.constexpr, BLOCK_N: tl
     """Positions of a tile of an image [BLOCK_N], whether they are tokens, and pointers to their rows of x."""
     n = tile * BLOCK_N + tl.arange(0, BLOCK_N)
     return n, n < tokens, at(x, base + n.to(tl.int64) * stride_xn, ALIGN)
+
+
+@triton.jit
+def products(
+    rows,  # pointers to rows of x [BLOCK_R]
+    columns,  # [BLOCK_C]
+    is_row,  # the others count as zeros
+    is_column,
+    width,  # D, but no constant: the compiler would unroll the loop, and spill
+    D: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """Dot products of rows with columns [BLOCK_R, BLOCK_C] float32, summed in chains of CHAIN products.
+
+    A chain runs in steps of BLOCK_D in order, one matrix instruction after the other; chains are added in order.
+    float32 input is multiplied as IEEE float32, never tf32.
+    """
+    d = tl.arange(0, BLOCK_D)
+    total = tl.zeros((BLOCK_R, BLOCK_C), tl.float32)
+    chain = tl.zeros((BLOCK_R, BLOCK_C), tl.float32)
+    for d0 in range(0, width, BLOCK_D):
+        within = d0 + d < D
+        a = tl.load(rows[:, None] + (d0 + d)[None, :], mask=is_row[:, None] & within[None, :], other=0.0)
+        b = tl.load(columns[:, None] + (d0 + d)[None, :], mask=is_column[:, None] & within[None, :], other=0.0)
+        chain = tl.dot(a, b.T, chain, input_precision="ieee")
+        if (d0 + BLOCK_D) % CHAIN.value == 0:
+            total += chain
+            chain = tl.zeros((BLOCK_R, BLOCK_C), tl.float32)
+    return total + chain

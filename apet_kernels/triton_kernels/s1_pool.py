@@ -13,7 +13,7 @@ import triton.language as tl
 from ..options import FEW, POOL, ROUNDS
 from . import configs
 from .call import Call
-from .device import FLT_MAX, U, at, image_of, jit
+from .device import FLT_MAX, U, at, image_of, jit, products
 from .s1_norms import Norms
 from .s1_rounds import State
 from .s4_topk import HIGHEST, cut_at
@@ -106,8 +106,7 @@ def s1_pool(
 
     # its residual Gram matrix
     i = tl.arange(0, BLOCK_T)
-    d = tl.arange(0, BLOCK_D)
-    width = tl.where(count > 0, D, 0)  # D, but no constant: the compiler would unroll the loop, and spill
+    width = tl.where(count > 0, D, 0)  # no constant
     for i0 in range(0, count, BLOCK_T):
         row_in = i0 + i < count
         n = tl.load(pool + i0 + i, mask=row_in, other=0).to(tl.int64)
@@ -116,12 +115,7 @@ def s1_pool(
             column_in = j0 + i < count
             m = tl.load(pool + j0 + i, mask=column_in, other=0).to(tl.int64)
             columns = at(x, base + m * stride_xn, ALIGN)
-            product = tl.zeros((BLOCK_T, BLOCK_T), tl.float32)
-            for d0 in range(0, width, BLOCK_D):
-                within = d0 + d < D
-                a = tl.load(rows[:, None] + (d0 + d)[None, :], mask=row_in[:, None] & within[None, :], other=0.0)
-                b = tl.load(columns[:, None] + (d0 + d)[None, :], mask=column_in[:, None] & within[None, :], other=0.0)
-                product = tl.dot(a, b.T, product, input_precision="ieee")
+            product = products(rows, columns, row_in, column_in, width, D, BLOCK_T, BLOCK_T, BLOCK_D)
             explained = tl.zeros((BLOCK_T, BLOCK_T), tl.float32)
             for k0 in range(0, begin, BLOCK_K):
                 at_k = y + (k0 + k).to(tl.int64) * all_tokens + token

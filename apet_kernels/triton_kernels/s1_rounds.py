@@ -4,7 +4,7 @@
     y        = L^-1 z                             forward substitution
     resid_sq = resid_sq - sum y^2                 and e_sq, as s4 ranks it
 
-Programs are (image, tile of BLOCK_R tokens). Products run over D as those of s5_assign do, so a copy of a pick has the
+Programs are (image, tile of BLOCK_R tokens). Products are those of s5_assign, to the bit, so a copy of a pick has the
 products of the pick. z is kept in the rows of y, where the substitution replaces it pick by pick.
 """
 
@@ -17,7 +17,7 @@ from torch import Tensor
 from ..options import FEW, POOL, ROUNDS
 from . import configs
 from .call import Call
-from .device import FLT_MAX, U, at, image_of, jit
+from .device import FLT_MAX, U, at, image_of, jit, products
 from .s1_norms import Norms
 
 
@@ -95,20 +95,14 @@ def s1_rounds(
     own = token + n
     t = tl.arange(0, BLOCK_T)
     k = tl.arange(0, BLOCK_K)
-    d = tl.arange(0, BLOCK_D)
     if tile * BLOCK_R < tokens:
         rows = at(x, base + n * stride_xn, ALIGN)
-        width = tl.where(size > 0, D, 0)  # D, but no constant: the compiler would unroll the loop, and spill
+        width = tl.where(size > 0, D, 0)  # no constant
         for t0 in range(0, size, BLOCK_T):
             is_pick = t0 + t < size
             p = tl.load(basis + s * M + begin + t0 + t, mask=is_pick, other=0)
             columns = at(x, base + p * stride_xn, ALIGN)
-            product = tl.zeros((BLOCK_R, BLOCK_T), tl.float32)
-            for d0 in range(0, width, BLOCK_D):
-                within = d0 + d < D
-                a = tl.load(rows[:, None] + (d0 + d)[None, :], mask=inside[:, None] & within[None, :], other=0.0)
-                b = tl.load(columns[:, None] + (d0 + d)[None, :], mask=is_pick[:, None] & within[None, :], other=0.0)
-                product = tl.dot(a, b.T, product, input_precision="ieee")
+            product = products(rows, columns, inside, is_pick, width, D, BLOCK_R, BLOCK_T, BLOCK_D)
             explained = tl.zeros((BLOCK_R, BLOCK_T), tl.float32)
             for k0 in range(0, begin, BLOCK_K):
                 at_k = y + (k0 + k).to(tl.int64) * all_tokens

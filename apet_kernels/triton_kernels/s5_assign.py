@@ -7,9 +7,6 @@ targets after BLOCK_T targets on the tensor cores and keeps the best of each row
 matrix is never stored. Small images have few tiles, so `shares` programs divide the targets between them, and the next
 launch takes the maximum of their keys: integers, so the division does not change the result.
 
-A tile's sum over D runs in steps of BLOCK_D in order, one matrix instruction after the other. float32 input is
-multiplied as IEEE float32, never tf32.
-
     dropped rows of x: once per share; targets: once per tile, from L2      target_key [shares, all_tokens] int64
 """
 
@@ -19,7 +16,7 @@ from torch import Tensor
 
 from . import configs
 from .call import Call, Rows
-from .device import DROPPED_COUNT, FLT_MAX, TARGET, at, field, image_of, jit
+from .device import DROPPED_COUNT, FLT_MAX, TARGET, at, field, image_of, jit, products
 from .s1_norms import Norms
 
 # Programs that fill the largest devices (132 to 304 multiprocessors). If dropped tokens make fewer tiles than this,
@@ -60,8 +57,7 @@ def s5_assign(
         n_norm_sq = tl.load(norm_sq + token + n, mask=inside, other=0.0)
         finite = inside & (n_norm_sq <= FLT_MAX)
         rows = at(x, base + n.to(tl.int64) * stride_xn, ALIGN)
-        d = tl.arange(0, BLOCK_D)
-        width = tl.where(dropped_count > 0, D, 0)  # D, but no constant: the compiler would unroll the loop, and spill
+        width = tl.where(dropped_count > 0, D, 0)  # no constant
         similarity = tl.full((BLOCK_R,), float("-inf"), tl.float32)
         target_row = tl.full((BLOCK_R,), -1, tl.int32)
         for t0 in range(share * BLOCK_T, keep, shares * BLOCK_T):
@@ -72,12 +68,7 @@ def s5_assign(
             role = tl.load(row_role + row + t, mask=is_row, other=-2)
             is_target = is_row & (role == TARGET) & (t_norm_sq <= FLT_MAX)
             columns = at(x, base + m.to(tl.int64) * stride_xn, ALIGN)
-            product = tl.zeros((BLOCK_R, BLOCK_T), tl.float32)
-            for d0 in range(0, width, BLOCK_D):
-                within = d0 + d < D
-                a = tl.load(rows[:, None] + (d0 + d)[None, :], mask=finite[:, None] & within[None, :], other=0.0)
-                b = tl.load(columns[:, None] + (d0 + d)[None, :], mask=is_target[:, None] & within[None, :], other=0.0)
-                product = tl.dot(a, b.T, product, input_precision="ieee")
+            product = products(rows, columns, finite, is_target, width, D, BLOCK_R, BLOCK_T, BLOCK_D)
             nonzero = t_norm_sq > 0
             inv_norm = tl.where(is_target & nonzero, tl.div_rn(1.0, tl.sqrt_rn(tl.where(nonzero, t_norm_sq, 1.0))), 0.0)
             if DISTANCE:

@@ -12,10 +12,12 @@
 //
 // AVX-512: 6 x 64 = 24 sums + 4 panel vectors + 1 row value = 29 of 32 registers; AVX2: 6 x 16 = 12 + 2 + 1 of 16. A last
 // panel of one vector takes twice the rows: six sums would wait for each other. k runs in blocks of 1024 units, so that
-// a panel's block (256 KB) and the chunk's rows stay in L2; the blocks' sums are added up in `tile`.
+// a panel's block (256 KB) and the chunk's rows stay in L2.
 //
-// One instruction multiplies and adds a unit. Rows of other types are widened into scratch first. Each sum runs over k
-// in order and D alone decides its blocks: neither chunk, panel nor place in them changes a bit, and x.t = t.x.
+// One instruction multiplies and adds a unit. Rows of other types are widened into scratch first. Sums in registers run
+// over kChain products and are then added up in `tile`: one sum over all k would be off by several times as much as
+// torch.mm where products have one sign (docs/algorithm.md, "Rounding"). Both run over k in order, so neither chunk,
+// panel nor place in them changes a bit, and x.t = t.x.
 //
 // Included by loops.h alone, inside the namespace of its instruction set.
 #pragma once
@@ -31,6 +33,8 @@ constexpr int MR = 4, NV = 2;
 constexpr int NR = NV * W;
 constexpr int rows_of(int vectors) { return vectors == 1 ? 2 * MR : MR; }
 constexpr int64_t kBlockUnits = 1024;
+constexpr int64_t kChain = 128;
+static_assert(kBlockUnits % kChain == 0, "a block is whole chains, of units that hold one product or several");
 // Widened rows per thread: at most this much, so that they stay in L2 too.
 constexpr int64_t kWidenedBytes = 512 << 10;
 
@@ -100,27 +104,32 @@ static void pack(const Input& in, const Rows& rows, const Factors& factors, int6
 template <class E, int Vectors>
 static inline void multiply(const char* const* rows, const float* panel, int64_t count, float* tile, bool first) {
   constexpr int R = rows_of(Vectors);
-  V acc[R][Vectors] = {};
-  for (int64_t k = 0; k < count; k++) {
-    V b[Vectors];
+  constexpr int64_t kUnits = kChain * W / E::N;
+  for (int64_t k = 0; k < count;) {
+    const int64_t end = smaller(count, k + kUnits);
+    V acc[R][Vectors] = {};
+    for (; k < end; k++) {
+      V b[Vectors];
 #pragma GCC unroll 8
-    for (int v = 0; v < Vectors; v++) b[v] = load(panel + (k * Vectors + v) * W);
+      for (int v = 0; v < Vectors; v++) b[v] = load(panel + (k * Vectors + v) * W);
 #pragma GCC unroll 16
-    for (int r = 0; r < R; r++) {
-      float unit;
-      __builtin_memcpy(&unit, rows[r] + 4 * k, 4);
-      const V a = splat(unit);
+      for (int r = 0; r < R; r++) {
+        float unit;
+        __builtin_memcpy(&unit, rows[r] + 4 * k, 4);
+        const V a = splat(unit);
 #pragma GCC unroll 8
-      for (int v = 0; v < Vectors; v++) acc[r][v] = E::mad(a, b[v], acc[r][v]);
+        for (int v = 0; v < Vectors; v++) acc[r][v] = E::mad(a, b[v], acc[r][v]);
+      }
     }
+#pragma GCC unroll 16
+    for (int r = 0; r < R; r++)
+#pragma GCC unroll 8
+      for (int v = 0; v < Vectors; v++) {
+        float* t = tile + r * NR + v * W;
+        store(t, first ? acc[r][v] : load(t) + acc[r][v]);
+      }
+    first = false;
   }
-#pragma GCC unroll 16
-  for (int r = 0; r < R; r++)
-#pragma GCC unroll 8
-    for (int v = 0; v < Vectors; v++) {
-      float* t = tile + r * NR + v * W;
-      store(t, first ? acc[r][v] : load(t) + acc[r][v]);
-    }
 }
 
 // The rows of up to kChunkRows tokens, as units, and their products with one panel.

@@ -49,6 +49,7 @@ class Walk {
  public:
   Walk(Call* call, Carver& carver);
 
+  Stage stage() const { return stage_; }
   int64_t chunks() const { return chunks_; }
   bool backwards() const { return backwards_; }  // every other pass over X
 
