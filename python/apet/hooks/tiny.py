@@ -28,6 +28,7 @@ TILE = (SIDE // PATCH) ** 2  # 36 tokens
 PINPOINTS = [[SIDE, 2 * SIDE], [2 * SIDE, SIDE], [2 * SIDE, 2 * SIDE]]
 WINDOW = 8  # of sliding and chunked attention: shorter than what is left of a prompt
 HEAD = 16
+LIMIT = 30_000_000  # parameters; a tiny model has one million or less
 LARGE = 1024  # top-k of indexed attention: ties among random scores would tell two right results apart
 
 # The fields of a decoder's configuration, by name. (Those of an encoder that differ follow.)
@@ -204,8 +205,9 @@ def _shrink(given: Mapping[str, Any], role: str, merges: bool | None = None) -> 
     layers = _layers(given, given[depth], LAYERS if role == "text" else 3) if depth and role else None
     chosen: dict[str, Any] = {}
     for name, value in given.items():
-        if isinstance(value, dict) and (name.endswith("config") and name != "per_layer_config"):
-            inner = "text" if name == "text_config" else "encoder"
+        part = isinstance(value, dict) and (str(name).endswith("config") or "model_type" in value)
+        if part and name != "per_layer_config":
+            inner = "text" if name in ("text_config", "decoder") else "encoder"
             chosen[name] = _shrink(value, inner, merges)
         elif layers is not None and name == depth:
             chosen[name] = len(layers)
@@ -490,6 +492,10 @@ def build(cls: Any, settings: PretrainedConfig, attention: str | None = None, se
             if settings.model_type in TOWERS:  # convolutions take "eager" only
                 chosen = {"": each, "text_config": each, "audio_config": each, "vision_config": "eager"}
             try:
+                with torch.device("meta"):  # no memory is allocated for it
+                    size = sum(p.numel() for p in cls._from_config(settings, attn_implementation=chosen).parameters())
+                if size > LIMIT:
+                    raise MemoryError(f"a tiny {cls.__name__} has {size / 1e6:.0f} million parameters")
                 model = cls._from_config(settings, attn_implementation=chosen)
                 break
             except ValueError as error:
