@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import itertools
 import math
+import shutil
 import sys
 import time
 from collections.abc import Callable
@@ -14,25 +15,28 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import growth, kept, ragged, regress, report, stages
+from benchmarks import growth, hooks, kept, ragged, regress, report, serving, stages
 from benchmarks.lib import ceilings, compare, memory, suite
 from benchmarks.lib.baselines import published_bytes
 from benchmarks.lib.cases import Case, tokens
-from benchmarks.lib.compare import Comparison, Row
+from benchmarks.lib.compare import Comparison, Row, Timed
+from benchmarks.lib.device import Cpu
 from benchmarks.lib.suite import Results
 
 RATES = {"float32 GFLOP/s": 200.0, "bfloat16 GFLOP/s": 800.0, "copy GB/s": 40.0, "read GB/s": 50.0}
 RATES |= {"cached GB/s": 100.0, "call us": 10.0, "peak GFLOP/s": 1000.0, "cache MiB": 32.0}
+SUITES = {one.name: one for one in report.SUITES_OF_OPS if one.name != "gpu"}  # that one: test_gpu_benchmarks.py
+PAGE = report.DOCS / "benchmarks.md"
 ONLY = {"cpu": ["inplace"], "growth": ["float32"]}  # of the smoke cases, where the others take more than they tell
 
 
 @pytest.mark.parametrize(
     "name",  # that of the CPU compiles its baseline by torch.compile, in half a minute
-    [pytest.param(name, marks=pytest.mark.slow if name == "cpu" else ()) for name in report.SUITES],
+    [pytest.param(name, marks=pytest.mark.slow if name == "cpu" else ()) for name in SUITES],
 )
 def test_every_suite_runs_and_is_reported(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """On small sizes: what it times is checked, its results are read, its section of the page is written."""
-    its, only = report.SUITES[name], ONLY.get(name, [])
+    its, only = SUITES[name], ONLY.get(name, [])
     section = "cpu-inplace" if name == "cpu" else name
     file = tmp_path / f"{section}.json"
     monkeypatch.setattr(ceilings, "measure", lambda: RATES)
@@ -52,11 +56,11 @@ def test_every_suite_runs_and_is_reported(name: str, tmp_path: Path, monkeypatch
         assert row.judged["kernel"] > 0.5
         assert row.ms["kernel"] == pytest.approx(1e3 * sorted(row.seconds["kernel"])[1], rel=1e-3)
 
-    page = tmp_path / "page.md"
-    page.write_text(report.PAGE.read_text())
-    monkeypatch.setattr(sys, "argv", ["benchmarks/report.py", "--results", str(tmp_path), "--page", str(page)])
+    for page in report.PAGES:
+        shutil.copy(report.DOCS / page, tmp_path)
+    monkeypatch.setattr(sys, "argv", ["benchmarks/report.py", "--results", str(tmp_path), "--docs", str(tmp_path)])
     report.main()
-    sections = {its.file: _between(page.read_text(), its.file) for its in report.SECTIONS}
+    sections = {its.file: _between((tmp_path / its.page).read_text(), its.file) for its in report.SECTIONS}
     written = sections.pop(section)
     assert set(sections.values()) == {f"\n{report.NONE}"}
     assert "- machine: " in written
@@ -64,7 +68,7 @@ def test_every_suite_runs_and_is_reported(name: str, tmp_path: Path, monkeypatch
         assert f"### {sheet.title}\n" in written
         assert all(len(line) == len(sheet.columns) for line in sheet.lines), sheet.title
     pictures = {path.name: path.read_bytes()[:4] for path in tmp_path.glob("*.png")}
-    assert pictures == ({f"page-{name}.png": b"\x89PNG"} if name in ("kept", "growth") else {})
+    assert pictures == ({f"benchmarks-{name}.png": b"\x89PNG"} if name in ("kept", "growth") else {})
     assert all(f"]({picture})" in written for picture in pictures)
 
 
@@ -72,26 +76,31 @@ def _between(text: str, section: str) -> str:
     return text.partition(f"<!-- {section}:begin -->")[2].partition(f"<!-- {section}:end -->")[0]
 
 
-def test_the_page_is_what_the_results_say() -> None:
-    assert report.text(report.PAGE, report.RESULTS) == report.PAGE.read_text(), (
-        "docs/benchmarks.md is not what `python -m benchmarks.report` writes"
+@pytest.mark.parametrize("name", report.PAGES)
+def test_a_page_is_what_the_results_say(name: str) -> None:
+    page = report.DOCS / name
+    assert report.text(page, report.RESULTS) == page.read_text(), (
+        f"docs/{name} is not what `python -m benchmarks.report` writes"
     )
+
+
+def test_the_pictures_are_there() -> None:
     for section in report.SECTIONS:
         if section.draw and (report.RESULTS / f"{section.file}.json").exists():
-            assert report.PAGE.with_name(f"benchmarks-{section.file}.png").exists()
+            assert section.picture(report.DOCS).exists()
 
 
 def test_results_of_another_suite_raise(tmp_path: Path) -> None:
     suite.save(Results("ragged", {}, {}, []), tmp_path / "kept.json")
     with pytest.raises(ValueError, match=r"kept\.json has results of ragged, not of kept"):
-        report.body(report.SECTIONS[0], tmp_path, report.PAGE)
+        report.body(report.SECTIONS[0], tmp_path)
 
 
 def test_the_page_has_the_cost_model() -> None:
     model = (growth.__doc__ or "").partition("model:\n\n")[2].partition("\n\nThe rates")[0]
     assert len(model.splitlines()) == 5
     for line in model.splitlines()[:4]:
-        assert line in report.PAGE.read_text()
+        assert line in PAGE.read_text()
 
 
 # ---- turns
@@ -115,7 +124,7 @@ def test_turns(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(time, "perf_counter", lambda: clock[0])
     comparison = Comparison(
-        {}, {n: call(n) for n in takes}, range(100), dict.fromkeys(takes, 1.0), {"both": ("a", "b")}
+        Cpu(), {}, {n: call(n) for n in takes}, range(100), dict.fromkeys(takes, 1.0), sums={"both": ("a", "b")}
     )
     row = comparison.run(3)
     assert called == list(zip(["a", "b", "kernel", "b", "a", "kernel", "a", "b", "kernel"], range(9), strict=True))
@@ -123,7 +132,22 @@ def test_turns(monkeypatch: pytest.MonkeyPatch) -> None:
     assert row.ms == {"a": 3000.0, "b": 5000.0, "kernel": 1000.0, "both": 8000.0}
 
 
-def test_who_takes_too_long_sits_out(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_call_may_take_the_time_itself() -> None:
+    """What it says is taken, under the names that it gives; ratios are to the base."""
+    parts = iter([0.2, 0.4, 0.3])
+    calls = {
+        "apet 64": lambda _: Timed({"apet 64": (prefill := next(parts)), "apet 64 op": prefill / 10}),
+        "uncompressed": lambda _: Timed({"uncompressed": 1.0}),
+    }
+    judged = dict.fromkeys(calls, 1.0)
+    row = Comparison(Cpu(), {}, calls, [None], judged, base="uncompressed", sums={}, counts={"64": 5.0}).run(3)
+    assert list(row.ms) == ["apet 64", "apet 64 op", "uncompressed"]
+    assert row.ms == pytest.approx({"apet 64": 300.0, "apet 64 op": 30.0, "uncompressed": 1000.0})
+    assert row.faster == pytest.approx({"apet 64": 0.3, "apet 64 op": 0.03})
+    assert (row.base, row.counts, row.rounds["apet 64 op"], row.worst_noise) == ("uncompressed", {"64": 5.0}, 3, 0.0)
+
+
+def test_what_takes_too_long_sits_out(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = [0.0]
 
     def takes(seconds: float) -> Callable[[object], None]:
@@ -134,16 +158,16 @@ def test_who_takes_too_long_sits_out(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(time, "perf_counter", lambda: clock[0])
     calls = {"slow": takes(compare.SECONDS), "less": takes(compare.SECONDS / 5), "kernel": takes(1.0)}
-    rounds = Comparison({}, calls, [0], dict.fromkeys(calls, 1.0), {}).run(9).rounds
+    rounds = Comparison(Cpu(), {}, calls, [0], dict.fromkeys(calls, 1.0), sums={}).run(9).rounds
     assert rounds == {"slow": 3, "less": 5, "kernel": 9}
 
 
-def test_a_ring_exceeds_the_cache_and_shares_no_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_ring_exceeds_the_cache_and_shares_no_memory() -> None:
     """Of a processor with 12 MiB of cache: some have a hundred times as much, which would take minutes to fill."""
-    cache = 12 * 2**20
-    monkeypatch.setattr(compare, "last_level_cache", lambda: cache)
+    device = Cpu()
+    device.cache_bytes = cache = 12 * 2**20
     case = Case(4, 2048, 256, 200, torch.float32, "inplace")
-    found = compare.ring(lambda seed: tokens(case, seed))
+    found = compare.ring(lambda seed: tokens(case, seed), device)
     assert sum(x.nbytes for x in found) >= 2 * cache
     assert len({x.data_ptr() for x in found}) == len(found) >= 3
     assert not torch.equal(found[0], found[1])
@@ -227,7 +251,7 @@ def test_packed_images_are_checked(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(ragged.apet_kernels, "compress_packed", wrong)
     with pytest.raises(AssertionError, match="rows are not the mean of their tokens"):
-        ragged.compare(small)
+        ragged.compare(small, Cpu())
 
 
 # ---- growth
@@ -350,6 +374,26 @@ def test_planted_regressions_are_found() -> None:
     assert worse(lean, hungry) == []
 
 
+def test_planted_regressions_of_a_model_are_found() -> None:
+    """Whose base is not ours: against it and against the model's parts, the hooks take longer."""
+
+    def prefill(apet: float, op: float) -> Row:
+        times = {"uncompressed": 9.0, "apet 64": apet, "apet 64 op": op, "attainable 64": 4.0}
+        faster = {name: t / 9.0 for name, t in times.items() if name != "uncompressed"}
+        quiet = dict.fromkeys(times, 0.05)
+        return Row({"case": 0}, times, dict.fromkeys(times, 3), faster, quiet, {}, {}, base="uncompressed")
+
+    assert worse(prefill(4.0, 0.1), prefill(4.0, 0.1)) == []
+    assert worse(prefill(6.0, 0.1), prefill(4.0, 0.1)) == [("apet 64", 1.5)]
+    assert worse(prefill(4.0, 0.2), prefill(4.0, 0.1)) == [("apet 64 op", 2.0)]
+
+
+@pytest.mark.parametrize("its", [hooks.SUITE, serving.SUITE], ids=lambda its: its.name)
+def test_stored_results_of_models_are_compared(its: suite.Suite) -> None:
+    found = suite.load(report.RESULTS / f"{its.name}.json")
+    assert regress.compare(found, found).regressed(0.01) == []
+
+
 def test_what_is_no_regression() -> None:
     assert worse(row(product=9.0, sweeps=3.0, eager=24.0, kernel=6.0)) == []  # a slower machine
     assert worse(row(eager=2.0)) == []  # a baseline that got faster
@@ -369,7 +413,7 @@ def test_a_kernel_that_takes_longer_is_found(monkeypatch: pytest.MonkeyPatch) ->
 
     def measured(seconds: float) -> Row:
         calls = {"eager": takes(0.02), "kernel": takes(seconds)}
-        return Comparison({"case": 0}, calls, [0], dict.fromkeys(calls, 1.0), {}).run(5)
+        return Comparison(Cpu(), {"case": 0}, calls, [0], dict.fromkeys(calls, 1.0), sums={}).run(5)
 
     monkeypatch.setattr(time, "perf_counter", lambda: clock[0])
     assert worse(measured(0.04), measured(0.02)) == [("kernel", 2.0)]

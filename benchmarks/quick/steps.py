@@ -169,7 +169,7 @@ def _prepare(options: Options) -> Device:
     if options.rehearse:
         rehearsal.install()
         return rehearsal.FakeClock()
-    return device.find(dry_run=False)
+    return device.gpu()
 
 
 def device_works(options: Options) -> bool:
@@ -522,13 +522,12 @@ def _tuned(case: Case) -> Callable[[Tensor], tuple[Tensor, ...]]:
 
 
 @functools.lru_cache(maxsize=1)
-def _ring(case: Case, device: str, cache: int) -> list[Tensor]:
-    """Inputs, together at least twice the last cache: two different ones, and copies of them."""
+def _ring(case: Case, clock: Device) -> list[Tensor]:
+    """Inputs, together at least twice the last cache."""
     from benchmarks.lib.cases import tokens
+    from benchmarks.lib.compare import ring
 
-    different = [tokens(case, seed).to(device) for seed in range(2)]
-    copies = -(-2 * cache // different[0].nbytes) - 2
-    return different + [different[n % 2].clone() for n in range(copies)]
+    return ring(functools.partial(tokens, case), clock)
 
 
 def _time(
@@ -540,7 +539,7 @@ def _time(
     from benchmarks.lib.check import judge
     from benchmarks.lib.paths import digest
 
-    ring = _ring(case, options.device, clock.cache_bytes)
+    ring = _ring(case, clock)
     found: dict[str, Any] = {"case": str(case), "name": name, "judged": None}
     with torch.inference_mode():
         result = _forceable(lambda: call(ring[0]))
