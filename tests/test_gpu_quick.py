@@ -24,8 +24,8 @@ from benchmarks import gpu_carry, gpu_figures, gpu_quick, sanitized
 from benchmarks.lib import mix, paths
 from benchmarks.lib.cases import Case
 from benchmarks.lib.check import judge
-from benchmarks.quick import build, figures, report, steps
-from benchmarks.quick.steps import NotPossible, Options
+from benchmarks.quick import build, figures, items, primitives, proofs, report, steps
+from benchmarks.quick.items import Item, NotPossible, Options
 from tests.data import tokens
 from tests.simt import binding, call
 from tests.simt import build as simt_build
@@ -108,7 +108,7 @@ def test_planted_faults(tmp_path):
 
 
 def ways_rehearsed(wanted: str) -> list[str]:
-    """Of one call, those of which a rehearsal takes one in twelve (steps.every_path)."""
+    """Of one call, those of which a rehearsal takes one in twelve (proofs.every_path)."""
     found, number = [], 0
     for each in paths.calls(tiny=True):
         for way in (testing.CudaPath(), *testing.cuda_paths()):
@@ -493,20 +493,20 @@ def compute_sanitizer(folder: Path, monkeypatch: pytest.MonkeyPatch, said: str, 
 )
 def test_sanitizers(tmp_path, monkeypatch, said, code, outcome):
     compute_sanitizer(tmp_path, monkeypatch, said, code)
-    items = list(steps.sanitizers(Options(out=str(tmp_path))))
-    assert [item.name for item in items] == list(steps.SANITIZERS)
+    found = list(proofs.sanitizers(Options(out=str(tmp_path))))
+    assert [item.name for item in found] == list(proofs.SANITIZERS)
     if isinstance(outcome, str):
-        assert items[0].run() == {"said": outcome}
+        assert found[0].run() == {"said": outcome}
     else:
         with pytest.raises(type(outcome), match=str(outcome)):
-            items[0].run()
+            found[0].run()
     program = f"--error-exitcode 99 {sys.executable} -m benchmarks.sanitized"
     assert (tmp_path / "calls").read_text() == f"1 --tool memcheck {program}\n"
 
 
 def test_sanitizers_that_are_not_there(tmp_path, monkeypatch):
-    monkeypatch.setattr(steps.shutil, "which", lambda name: None)
-    for item in steps.sanitizers(Options(out=str(tmp_path))):
+    monkeypatch.setattr(proofs.shutil, "which", lambda name: None)
+    for item in proofs.sanitizers(Options(out=str(tmp_path))):
         with pytest.raises(NotPossible, match="there is no compute-sanitizer"):
             item.run()
 
@@ -533,16 +533,16 @@ def test_after_a_fault_of_the_device_the_process_ends(tmp_path, monkeypatch):
     """After an illegal access every later call of the process fails: the items that are left get another process."""
     from benchmarks.quick import worker
 
-    def items(options: Options) -> Iterator[steps.Item]:
-        yield steps.Item("first", lambda: None)
-        yield steps.Item("second", lambda: 1 / 0)
-        yield steps.Item("third", lambda: None)
+    def three(options: Options) -> Iterator[Item]:
+        yield Item("first", lambda: None)
+        yield Item("second", lambda: 1 / 0)
+        yield Item("third", lambda: None)
 
-    monkeypatch.setitem(steps.STEPS, "card", items)
+    monkeypatch.setitem(steps.STEPS, "card", three)
     sent: list[dict[str, Any]] = []
     worker.run("card", Options(out=str(tmp_path)), sent.append)
     assert [line["status"] for line in sent if "end" in line] == ["ok", "failed", "ok"]
-    monkeypatch.setattr(steps, "device_works", lambda options: False)
+    monkeypatch.setattr(items, "device_works", lambda options: False)
     sent.clear()
     with pytest.raises(SystemExit, match="does not answer any more"):
         worker.run("card", Options(out=str(tmp_path)), sent.append)
@@ -566,8 +566,8 @@ def test_the_profiler(monkeypatch):
 
     monkeypatch.setattr(torch.profiler, "profile", Profile)
     with pytest.raises(NotPossible, match="sees no kernel"):
-        steps._kernels_us(Options(out=""), lambda: None)
-    total = 50.0 * steps.ROUNDS
+        primitives._kernels_us(Options(out=""), lambda: None)
+    total = 50.0 * items.ROUNDS
     events += [SimpleNamespace(key="void s5_merge<half>", device_time_total=total)] * 2
     events += [SimpleNamespace(key="memset", device_time_total=total)]
-    assert steps._kernels_us(Options(out=""), lambda: None) == {"s5_merge": 100.0}
+    assert primitives._kernels_us(Options(out=""), lambda: None) == {"s5_merge": 100.0}
