@@ -1,4 +1,4 @@
-"""What transformers might change next, applied to the installed one: docs/hooks.md says what must come of it.
+"""What transformers might change next, applied to the installed one.
 
 A mutation must not change what the model that is not patched computes; so the recompute of the unchanged classes says
 what is right.
