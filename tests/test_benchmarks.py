@@ -1,11 +1,8 @@
-"""The benchmarks run on small sizes, their checks find what is wrong, and the report and the comparison say so."""
+"""The benchmarks run on small sizes, their checks find what is wrong, and the report says what was measured."""
 
 from __future__ import annotations
 
-import copy
-import dataclasses
 import itertools
-import math
 import shutil
 import sys
 import time
@@ -15,16 +12,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import growth, hooks, kept, ragged, regress, report, serving, stages
-from benchmarks.lib import ceilings, compare, memory, suite
-from benchmarks.lib.baselines import published_bytes
+from benchmarks import growth, kept, ragged, report, stages
+from benchmarks.lib import ceilings, compare, suite
 from benchmarks.lib.cases import Case, tokens
-from benchmarks.lib.compare import Comparison, Row, Timed
+from benchmarks.lib.compare import Comparison, Timed
 from benchmarks.lib.device import Cpu
 from benchmarks.lib.suite import Results
+from tests.rates import RATES
 
-RATES = {"float32 GFLOP/s": 200.0, "bfloat16 GFLOP/s": 800.0, "copy GB/s": 40.0, "read GB/s": 50.0}
-RATES |= {"cached GB/s": 100.0, "call us": 10.0, "peak GFLOP/s": 1000.0, "cache MiB": 32.0}
 SUITES = {one.name: one for one in report.SUITES_OF_OPS if one.name != "gpu"}  # that one: test_gpu_benchmarks.py
 PAGE = report.DOCS / "benchmarks.md"
 ONLY = {"cpu": ["inplace"], "growth": ["float32"]}  # of the smoke cases, where the others take more than they tell
@@ -255,212 +250,3 @@ def test_packed_images_are_checked(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 # ---- growth
-
-
-def test_exponents_of_power_laws() -> None:
-    values = [1, 2, 4, 8]
-    assert growth.exponent(values, [3 * v**1.5 for v in values]) == pytest.approx(1.5)
-    curve = growth.Curve("N", "float32", "kernel", [1, 2, 4, 8, 16], [1, 2, 4, 16, 64])
-    assert [growth.exponent(*curve.part(half)) for half in (0, 1)] == pytest.approx([1, 2])
-
-
-def test_what_varies() -> None:
-    ranges: dict[str, list[growth.Point]] = {}
-    for point in growth.points(smoke=False):
-        ranges.setdefault(f"{point.axis} {point.case.dtype_name}", []).append(point)
-    ends = {name: (points[0].value, points[-1].value) for name, points in ranges.items()}
-    wanted = {"N": (64, 65536), "D": (64, 8192), "B": (1, 64), "keep": (10, 922), "basis": (1, 64)}
-    assert ends == {f"{axis} {d}": limits for axis, limits in wanted.items() for d in ("float32", "bfloat16")}
-    assert all(
-        point.case.keep == round(0.1 * point.case.N)
-        for points in ranges.values()
-        for point in points
-        if point.axis != "keep"
-    )
-
-
-def test_the_cost_model_by_hand() -> None:
-    case = Case(2, 100, 10, 20, torch.float32, "inplace", basis=3)
-    # 4000 bytes an image: once from memory, three times from the cache; 20 rows, and 44 bytes a token, likewise.
-    moved = 2 * (4000 / 50 + (3 * 4000 + 800 + 4400) / 100)
-    product = 2 * 2 * (80 * 20 + 3 * 100) * 10
-    assert growth.predicted_ms(case, RATES) == pytest.approx((10e3 + moved + product / 200) / 1e6)
-    # By the cache of the machine that measured, whatever reads its results: this one holds no half of an image.
-    uncached = 2 * (4000 + 3 * 4000 + 800 + 4400) / 50
-    small = RATES | {"cache MiB": 7999 / 2**20}
-    assert growth.predicted_ms(case, small) == pytest.approx((10e3 + uncached + product / 200) / 1e6)
-    assert growth.predicted_bytes(case) == 2 * 20 * (40 + 8) + 2 * 4 * (100 * 4 + 20 * 10)
-    case = dataclasses.replace(case, keep=90, dtype=torch.bfloat16)  # half of 90 targets, and a panel
-    assert growth.predicted_bytes(case) == 2 * 90 * (20 + 8) + 2 * (4 * 100 * 4 + 10 * min(4 * 90, 2 * 90 + 4 * 81))
-
-
-def test_what_the_model_predicts_for_large_and_small() -> None:
-    """The exponents that the documents promise: the product with many tokens, reading them with few kept."""
-
-    def slope(cases: list[Case], values: list[int]) -> float:
-        return growth.exponent(values, [growth.predicted_ms(case, RATES | {"call us": 0.0}) for case in cases])
-
-    base = Case(1, 2**18, 1024, 2**14, torch.float32, "inplace")
-    sizes = [2**n for n in range(18, 22)]
-    assert slope([dataclasses.replace(base, N=n, keep=n // 10) for n in sizes], sizes) == pytest.approx(2, abs=0.05)
-    assert slope([dataclasses.replace(base, N=n, keep=16) for n in sizes], sizes) == pytest.approx(1, abs=0.05)
-    few, widths = dataclasses.replace(base, keep=16), [64, 256, 1024]
-    assert slope([dataclasses.replace(few, D=d) for d in widths], widths) == pytest.approx(1, abs=0.1)
-
-
-def test_memory_is_of_the_call_alone() -> None:
-    """The published formulation holds its broadcast, the kernel its outputs and what it touches of its workspace; the
-    input counts for neither."""
-    case = Case(1, 512, 1024, 64, torch.float32, "overwrite")
-    broadcast = published_bytes(case.N, case.D, case.keep, case.basis, case.itemsize)
-    assert broadcast < memory.measured_growth(case, "published") < 1.5 * broadcast
-    ours = memory.measured_growth(case)
-    outputs = memory.output_bytes(case)
-    assert outputs < ours < 1.5 * (outputs + memory.workspace_bound(case)) + 2**20
-
-
-# ---- the floor
-
-
-def test_the_floor_by_hand() -> None:
-    """X has 400 bytes and fits the cache of 1000: it is read once. The product has 2 * 15 * 5 * 5 operations."""
-    rates = RATES | {"cache MiB": 1000 / 2**20}
-    case = Case(B=1, N=20, D=5, keep=5, dtype=torch.float32, layout="inplace")
-    assert ceilings.floor_ms([case], rates) == pytest.approx(400 / 50e6 + 750 / 1000e6)
-    large = dataclasses.replace(case, D=50)  # 4000 bytes: 3000 again from memory, while the product takes less
-    assert ceilings.floor_ms([large], rates) == pytest.approx((4000 + 3000) / 50e6)
-    both = ceilings.floor_ms([case, large], rates)  # the smaller first pass, then all products, or all bytes
-    assert both == pytest.approx(max((400 + 7000) / 50e6, 400 / 50e6 + 8250 / 1000e6))
-    batch = dataclasses.replace(case, B=3, dtype=torch.bfloat16)
-    assert ceilings.floor_ms([batch], rates) == pytest.approx(max(600 / 50e6, 200 / 50e6 + 3 * 750 / 1000e6))
-    overwrite = dataclasses.replace(case, layout="overwrite", basis=2)  # 3 targets
-    assert ceilings.floor_ms([overwrite], rates) == pytest.approx(400 / 50e6 + 450 / 1000e6)
-
-
-def test_no_floor_without_its_rates() -> None:
-    case = Case(1, 20, 5, 5, torch.float32, "inplace")
-    assert ceilings.of_floor([case], 1.0, {"read GB/s": 1.0}) == "-"
-    assert ceilings.of_floor([case], 2 * ceilings.floor_ms([case], RATES), RATES) == "50%"
-
-
-# ---- regressions
-
-
-def row(case: int = 0, **ms: float) -> Row:
-    """Of a quiet machine."""
-    times = {"product": 3.0, "sweeps": 1.0, "eager": 8.0, "kernel": 2.0} | ms
-    faster = {name: t / times["kernel"] for name, t in times.items() if name != "kernel"}
-    return Row({"case": case}, times, dict.fromkeys(times, 9), faster, dict.fromkeys(times, 0.05), {"kernel": 1.0}, {})
-
-
-def results_of(*rows: Row, name: str = "stages") -> Results:
-    return Results(name, {"commit": "c", "date": "today"}, {}, list(rows))
-
-
-def worse(new: Row, old: Row | None = None) -> list[tuple[str, float]]:
-    """What has regressed."""
-    found = regress.compare(results_of(old or row()), results_of(new)).regressed(regress.ALLOW)
-    return [(what, round(times, 3)) for _, what, times in found]
-
-
-def test_planted_regressions_are_found() -> None:
-    assert worse(row()) == []
-    assert worse(row(kernel=3.0)) == [("kernel", 1.5)]
-    halves = {"merge": 1.5, "score": 0.5, "kernel avx2": 2.5}
-    assert worse(row(**halves | {"merge": 2.4}), row(**halves)) == [("merge", 1.6)]
-    assert worse(row(**halves | {"kernel avx2": 5.0}), row(**halves)) == [("kernel avx2", 2.0)]
-    hungry, lean = (dataclasses.replace(row(), memory={"kernel": n, "eager": 9}) for n in (200, 100))
-    assert worse(hungry, lean) == [("memory", 2.0)]
-    assert worse(lean, hungry) == []
-
-
-def test_planted_regressions_of_a_model_are_found() -> None:
-    """Whose base is not ours: against it and against the model's parts, the hooks take longer."""
-
-    def prefill(apet: float, op: float) -> Row:
-        times = {"uncompressed": 9.0, "apet 64": apet, "apet 64 op": op, "attainable 64": 4.0}
-        faster = {name: t / 9.0 for name, t in times.items() if name != "uncompressed"}
-        quiet = dict.fromkeys(times, 0.05)
-        return Row({"case": 0}, times, dict.fromkeys(times, 3), faster, quiet, {}, {}, base="uncompressed")
-
-    assert worse(prefill(4.0, 0.1), prefill(4.0, 0.1)) == []
-    assert worse(prefill(6.0, 0.1), prefill(4.0, 0.1)) == [("apet 64", 1.5)]
-    assert worse(prefill(4.0, 0.2), prefill(4.0, 0.1)) == [("apet 64 op", 2.0)]
-
-
-@pytest.mark.parametrize("its", [hooks.SUITE, serving.SUITE], ids=lambda its: its.name)
-def test_stored_results_of_models_are_compared(its: suite.Suite) -> None:
-    found = suite.load(report.RESULTS / f"{its.name}.json")
-    assert regress.compare(found, found).regressed(0.01) == []
-
-
-def test_what_is_no_regression() -> None:
-    assert worse(row(product=9.0, sweeps=3.0, eager=24.0, kernel=6.0)) == []  # a slower machine
-    assert worse(row(eager=2.0)) == []  # a baseline that got faster
-    assert worse(row(kernel=2.4)) == []  # within what is allowed
-    assert worse(row(kernel=1.0)) == []
-
-
-def test_a_kernel_that_takes_longer_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Through the clock, which the calls move: both take turns, and the kernel then takes twice as long."""
-    clock = [0.0]
-
-    def takes(seconds: float) -> Callable[[object], None]:
-        def run(_: object) -> None:
-            clock[0] += seconds
-
-        return run
-
-    def measured(seconds: float) -> Row:
-        calls = {"eager": takes(0.02), "kernel": takes(seconds)}
-        return Comparison(Cpu(), {"case": 0}, calls, [0], dict.fromkeys(calls, 1.0), sums={}).run(5)
-
-    monkeypatch.setattr(time, "perf_counter", lambda: clock[0])
-    assert worse(measured(0.04), measured(0.02)) == [("kernel", 2.0)]
-
-
-def test_cases_that_are_gone_or_noisy() -> None:
-    loud = copy.deepcopy(row(1, kernel=9.0))
-    loud.noise["kernel"] = 0.5
-    outcome = regress.compare(results_of(row(), row(1), row(2)), results_of(row(), loud))
-    assert (outcome.gone, outcome.noisy) == (["case 2"], ["case 1"])
-    assert {case for case, _, _ in outcome.changes} == {"case 0"}
-    with pytest.raises(ValueError, match="nothing to compare: 0 cases are gone, 1 too noisy"):
-        regress.compare(results_of(row(1)), results_of(loud))
-    with pytest.raises(ValueError, match="the baseline has results of stages, the other file of kept"):
-        regress.compare(results_of(row()), results_of(row(), name="kept"))
-
-
-@pytest.mark.parametrize(
-    ("new", "code", "said"),
-    [
-        ([row()], 0, "0 are more than 1.25 times"),
-        ([row(kernel=3.0)], 1, "1.50"),
-        ([row(1)], 2, "nothing to compare: 1 cases are gone"),
-        ([row(), row(1)], 0, "0 are more"),
-    ],
-)
-def test_the_command(
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-    new: list[Row],
-    code: int,
-    said: str,
-) -> None:
-    files = [tmp_path / "old.json", tmp_path / "new.json"]
-    for file, rows in zip(files, ([row()], new), strict=True):
-        suite.save(results_of(*rows), file)
-    monkeypatch.setattr(sys, "argv", ["benchmarks/regress.py", *map(str, files)])
-    with pytest.raises(SystemExit) as ended:
-        regress.main()
-    assert ended.value.code == code
-    assert said in " ".join("".join(capsys.readouterr()).split())
-
-
-def test_results_are_read_as_they_were_written(tmp_path: Path) -> None:
-    written = dataclasses.replace(row(), seconds={"kernel": [1.23456789, math.pi]}, memory={"kernel": 123456789})
-    suite.save(results_of(written), tmp_path / "some.json")
-    (read,) = suite.load(tmp_path / "some.json").rows
-    assert read.seconds == {"kernel": [1.235, 3.142]}  # four digits
-    assert (read.memory, read.case, read.ms) == (written.memory, written.case, written.ms)
