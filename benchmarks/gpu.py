@@ -155,7 +155,7 @@ def sheets(results: Results) -> list[Sheet]:
     rates, rows = floors.Rates(**results.rates), results.rows
     measured = Sheet(
         "Rates",
-        f"{rates.source[0].upper()}{rates.source[1:]}. All floors below are computed with these, by the formulas of "
+        f"{rates.source[0].upper()}{rates.source[1:]}. All bounds below are computed with these, by the formulas of "
         "benchmarks/floors.py.",
         [
             *("copy TB/s", "16-bit product TFLOP/s", "float32 product TFLOP/s", "L2 MB"),
@@ -171,7 +171,7 @@ def sheets(results: Results) -> list[Sheet]:
     )
     host = _sheet(
         "Launched one by one",
-        "Microseconds, medians. floor: computed, the M + 4 launches of the Triton backend one by one.",
+        "Microseconds, medians. bound: computed, the M + 4 launches of the Triton backend one by one.",
         rows,
         BASELINES,
         lambda case: floors.ungraphed(floors.triton(case), rates),
@@ -179,15 +179,15 @@ def sheets(results: Results) -> list[Sheet]:
     )
     graph = _sheet(
         "Replayed from a graph",
-        "Microseconds, medians. floor: computed, the M + 4 launches of the Triton backend; ideal: computed, one launch "
-        "that reads the tokens once.",
+        "Microseconds, medians. bound: computed, the M + 4 launches of the Triton backend; floor: computed, one launch "
+        "that reads the tokens once, which no implementation can beat.",
         rows,
         BASELINES[1:],
         lambda case: floors.graphed(floors.triton(case), rates),
         "graph",
     )
     graph = graph._replace(
-        columns=[*graph.columns, "ideal"],
+        columns=[*graph.columns, "floor"],
         lines=[
             [*line, _us(1e6 * floors.graphed(floors.floor(Case.of(row.case)), rates))]
             for line, row in zip(graph.lines, rows, strict=True)
@@ -195,8 +195,8 @@ def sheets(results: Results) -> list[Sheet]:
     )
     stages = Sheet(
         "Kernels of the Triton backend",
-        "Microseconds of a call, from a graph: differences of medians of the call up to this kernel. floor: computed.",
-        ["shape", "dtype", "kernel", "launches", "programs", "us", "floor", "of floor"],
+        "Microseconds of a call, from a graph: differences of medians of the call up to this kernel. bound: computed.",
+        ["shape", "dtype", "kernel", "launches", "programs", "us", "bound", "of bound"],
         [line for row in rows for line in _kernels(row, rates)],
         words=("shape", "dtype", "kernel"),
     )
@@ -208,11 +208,11 @@ def _kernels(row: Row, rates: floors.Rates) -> list[list[str]]:
     case, before, lines = Case.of(row.case), 0.0, []
     for name in (label.removeprefix("triton until ") for label in row.ms if label.startswith("triton until ")):
         own = [work for work in floors.triton(case) if work.stage == name]
-        until, floor = 1e3 * row.ms[f"triton until {name}"], 1e6 * sum(work.seconds(rates) for work in own)
+        until, bound = 1e3 * row.ms[f"triton until {name}"], 1e6 * sum(work.seconds(rates) for work in own)
         lines.append(
             [
                 *(case.shape, case.dtype_name, name, str(len(own)), f"{row.counts[f'programs {name}']:g}"),
-                *(_us(until - before), _us(floor), _ratio(floor, max(until - before, 0), "%")),
+                *(_us(until - before), _us(bound), _ratio(bound, max(until - before, 0), "%")),
             ]
         )
         before = until
@@ -224,7 +224,7 @@ def _sheet(
     note: str,
     rows: list[Row],
     others: tuple[str, ...],
-    floor: Callable[[Case], float],
+    bound: Callable[[Case], float],
     mode: str,
 ) -> Sheet:
     kernels = [name for name in BACKENDS if any(f"{name} {mode}" in row.ms for row in rows)]
@@ -232,7 +232,7 @@ def _sheet(
     lines = []
     for row in rows:
         case, us = Case.of(row.case), {name: 1e3 * value for name, value in row.ms.items()}
-        least = 1e6 * floor(case)
+        least = 1e6 * bound(case)
         lines.append(
             [
                 *(case.shape, case.dtype_name),
@@ -249,7 +249,7 @@ def _sheet(
         "run or fit.",
         [
             *("shape", "dtype", *others, *kernels, *(f"x {name}" for name in others)),
-            *("floor", "of floor", "noise", "judged"),
+            *("bound", "of bound", "noise", "judged"),
         ],
         lines,
     )

@@ -234,7 +234,7 @@ def test_dry_run_of_the_benchmark(tmp_path):
     assert row.ms.keys() == graphed | {name.replace("graph", "host") for name in graphed} | {"published host"} | until
     (stages,) = [sheet for sheet in gpu.sheets(results) if sheet.title.startswith("Kernels")]
     assert [line[2] for line in stages.lines] == kernels
-    for name in (*kernels, "DRY RUN", "x published", "of floor"):
+    for name in (*kernels, "DRY RUN", "x published", "of bound"):
         assert name in said
 
 
