@@ -50,7 +50,7 @@ def compare(baseline: Results, new: Results) -> Outcome:
         name = named(row.case)
         if name not in after or after[name].base != row.base:
             outcome.gone.append(name)
-        elif max(row.noise[row.base], after[name].noise[row.base]) > NOISE:
+        elif max(one.noise.get(row.base, 0.0) for one in (row, after[name])) > NOISE:
             outcome.noisy.append(name)
         else:
             outcome.changes += [(name, what, worse) for what, worse in _changes(row, after[name]).items()]
