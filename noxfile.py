@@ -33,7 +33,9 @@ HOOKS = [f"tests/hooks/test_{part}.py" for part in ("selfcheck", "stages", "gene
 OPS = ["tests/test_op.py", "tests/test_layouts.py", "tests/test_invariance.py"]
 KERNELS = [f"tests/test_triton_{part}.py" for part in ("interpreter", "invariance", "launches", "offline")]
 EXTRAS = ["--extra", "demo", "--extra", "eval", "--extra", "heif"]  # of the programs
-PROGRAMS = ["tests/test_cli.py", "tests/test_media.py"]
+PROGRAMS = [
+    f"tests/test_{part}.py" for part in ("cli", "cli_compress", "cli_doctor", "media", "media_photos", "media_sources")
+]
 PROGRAMS += ["tests/hooks/test_generate_cli.py", "tests/hooks/test_eval_cli.py"]
 
 nox.options.sessions = []  # by tag or name alone

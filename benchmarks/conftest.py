@@ -8,9 +8,9 @@ import pytest
 import torch
 
 import apet_kernels
-from benchmarks.lib.cases import cases, gpu_cases
+from benchmarks.lib.cases import cases
 from benchmarks.lib.compare import THREADS
-from benchmarks.report import SUITES
+from benchmarks.report import SUITES_OF_OPS
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -21,10 +21,8 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     small = metafunc.config.getoption("smoke")
     if "case" in metafunc.fixturenames:
         metafunc.parametrize("case", cases(small), ids=_id)
-    if "gpu_case" in metafunc.fixturenames:
-        metafunc.parametrize("gpu_case", gpu_cases(small), ids=_id)
     if "suite_case" in metafunc.fixturenames:
-        found = [(suite, case) for suite in SUITES.values() for case in suite.cases(small)]
+        found = [(suite, case) for suite in SUITES_OF_OPS for case in suite.cases(small)]
         ids = [f"{suite.name}-{_id(case)}" for suite, case in found]
         metafunc.parametrize(("suite", "suite_case"), found, ids=ids)
 

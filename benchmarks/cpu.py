@@ -15,6 +15,7 @@ from benchmarks.lib import baselines, ceilings
 from benchmarks.lib.cases import SHAPES, Case, cases, tokens
 from benchmarks.lib.check import checked
 from benchmarks.lib.compare import Comparison, Row, on_each_isa, ring
+from benchmarks.lib.device import Device
 from benchmarks.lib.machine import available_memory
 from benchmarks.lib.sheet import Sheet
 from benchmarks.lib.suite import Results, Suite, ms, noisy
@@ -23,7 +24,7 @@ COST = "reference cost"
 BASELINES = ("published", "eager", "compiled", "tuned", "tuned compiled")
 
 
-def compare(case: Case) -> Comparison:
+def compare(case: Case, device: Device) -> Comparison:
     """Checks everything that can do `case`: the baselines, the kernel, and the kernel on lesser instruction sets."""
     others = {
         **eager_baselines(case),
@@ -31,9 +32,9 @@ def compare(case: Case) -> Comparison:
         "tuned compiled": functools.partial(baselines.tuned_compiled(), **case.arguments),
     }
     calls = {**others, **on_each_isa("kernel", functools.partial(torch.ops.apet.compress, **case.arguments))}
-    inputs = ring(functools.partial(tokens, case))
+    inputs = ring(functools.partial(tokens, case), device)
     judged = {name: checked(case, name, call, inputs[0]) for name, call in calls.items()}
-    return Comparison(case.fields(), {**ceilings.reference_cost(case), **calls}, inputs, judged)
+    return Comparison(device, case.fields(), {**ceilings.reference_cost(case), **calls}, inputs, judged)
 
 
 def eager_baselines(case: Case) -> dict[str, Callable[[Tensor], tuple[Tensor, Tensor]]]:

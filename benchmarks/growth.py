@@ -33,6 +33,7 @@ from benchmarks.lib import baselines, ceilings
 from benchmarks.lib.cases import Case, tokens
 from benchmarks.lib.check import checked
 from benchmarks.lib.compare import Comparison, Row, ring
+from benchmarks.lib.device import Device
 from benchmarks.lib.memory import measured_growth, output_bytes, workspace_bound
 from benchmarks.lib.sheet import Sheet
 from benchmarks.lib.suite import Results, Suite
@@ -104,15 +105,15 @@ def baseline_cases(case: Case) -> dict[str, Case]:
     return chosen
 
 
-def compare(point: Point) -> Comparison:
+def compare(point: Point, device: Device) -> Comparison:
     """Checks the kernel and the baselines."""
     case = point.case
-    inputs, calls, judged = ring(functools.partial(tokens, case)), {}, {}
+    inputs, calls, judged = ring(functools.partial(tokens, case), device), {}, {}
     for name, its in {**baseline_cases(case), "kernel": case}.items():
         called = torch.ops.apet.compress if name == "kernel" else getattr(baselines, name)
         calls[name] = functools.partial(called, **its.arguments)
         judged[name] = checked(its, name, calls[name], inputs[0])
-    return Comparison(point.fields(), {**ceilings.reference_cost(case), **calls}, inputs, judged)
+    return Comparison(device, point.fields(), {**ceilings.reference_cost(case), **calls}, inputs, judged)
 
 
 def memory(point: Point) -> dict[str, int]:

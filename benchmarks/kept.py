@@ -18,6 +18,7 @@ from benchmarks.lib import alternatives, baselines, ceilings
 from benchmarks.lib.cases import Case, tokens
 from benchmarks.lib.check import check_other, checked
 from benchmarks.lib.compare import Comparison, Row, ring
+from benchmarks.lib.device import Device
 from benchmarks.lib.sheet import Sheet
 from benchmarks.lib.suite import Results, Suite, ms, number
 
@@ -41,7 +42,7 @@ def cases(smoke: bool) -> list[Case]:
     return [Case(B, N, D, round(share * N), dtype, "inplace") for B, N, D, dtype in SHAPES for share in SHARES]
 
 
-def compare(case: Case) -> Comparison:
+def compare(case: Case, device: Device) -> Comparison:
     """Checks everything. The published formulation has another layout, which costs the same."""
     published = dataclasses.replace(case, layout="overwrite")
     of = dict.fromkeys(("eager", "tuned", "kernel"), case)
@@ -50,7 +51,7 @@ def compare(case: Case) -> Comparison:
     broadcast = baselines.published_bytes(case.N, case.D, case.keep, case.basis, case.itemsize)
     if case.keep > case.basis and broadcast <= PUBLISHED:
         of["published"], calls["published"] = published, functools.partial(baselines.published, **published.arguments)
-    inputs = ring(functools.partial(tokens, case))
+    inputs = ring(functools.partial(tokens, case), device)
     judged = {name: checked(of[name], name, call, inputs[0]) for name, call in calls.items()}
     attention = torch.rand(case.B, case.N, generator=torch.Generator().manual_seed(0))
     for name, method in alternatives.METHODS.items():
@@ -58,7 +59,9 @@ def compare(case: Case) -> Comparison:
         with torch.inference_mode():
             check_other(name, case, inputs[0], *calls[name](inputs[0]))
         judged[name] = 1.0
-    return Comparison(case.fields(), {**ceilings.reference_cost(case), "copy": torch.clone, **calls}, inputs, judged)
+    return Comparison(
+        device, case.fields(), {**ceilings.reference_cost(case), "copy": torch.clone, **calls}, inputs, judged
+    )
 
 
 def sheets(results: Results) -> list[Sheet]:

@@ -19,6 +19,7 @@ from benchmarks.lib import alternatives, baselines, ceilings
 from benchmarks.lib.cases import Case, tokens
 from benchmarks.lib.check import check_other, judge
 from benchmarks.lib.compare import Comparison, Row, on_each_isa, ring
+from benchmarks.lib.device import Device
 from benchmarks.lib.sheet import Sheet
 from benchmarks.lib.suite import Results, Suite, ms, number
 
@@ -76,7 +77,7 @@ def cases(smoke: bool) -> list[Ragged]:
     ]
 
 
-def compare(ragged: Ragged) -> Comparison:
+def compare(ragged: Ragged, device: Device) -> Comparison:
     """Checks, image by image, that packed is what alone is, and all of it against float64."""
     images, lengths, keeps = ragged.images(), list(ragged.lengths), list(ragged.keeps)
 
@@ -95,13 +96,13 @@ def compare(ragged: Ragged) -> Comparison:
         **{name: functools.partial(alone, alternatives.METHODS[name]) for name in OTHERS},
         **on_each_isa("kernel", packed),
     }
-    inputs = ring(lambda seed: torch.cat([tokens(case, seed + n)[0] for n, case in enumerate(images)]))
+    inputs = ring(lambda seed: torch.cat([tokens(case, seed + n)[0] for n, case in enumerate(images)]), device)
     judged = {name: _checked(ragged, name, call, inputs[0]) for name, call in calls.items()}
     with torch.inference_mode():
         for ours, theirs in zip(packed(inputs[0]), calls["one by one"](inputs[0]), strict=True):
             assert torch.equal(ours, theirs), f"{ragged}: packed images give other bits than alone"
     cost = {name: functools.partial(_each, ragged, name) for name in ("product", "sweeps")}
-    return Comparison(ragged.fields(), {**cost, **calls}, inputs, judged)
+    return Comparison(device, ragged.fields(), {**cost, **calls}, inputs, judged)
 
 
 def _options(method: Callable[..., tuple[Tensor, Tensor]], case: Case) -> dict[str, Any]:

@@ -20,12 +20,11 @@ from statistics import median
 from rich.console import Console
 
 from benchmarks.lib import command
-from benchmarks.lib.compare import NOISE, Row
+from benchmarks.lib.compare import NOISE, Row, ours
 from benchmarks.lib.sheet import Sheet, show
 from benchmarks.lib.suite import Results, load, named
 
 ALLOW = 0.25
-OURS = ("kernel", "score", "merge")
 
 
 @dataclass
@@ -49,9 +48,9 @@ def compare(baseline: Results, new: Results) -> Outcome:
     outcome = Outcome()
     for row in baseline.rows:
         name = named(row.case)
-        if name not in after:
+        if name not in after or after[name].base != row.base:
             outcome.gone.append(name)
-        elif max(row.noise["kernel"], after[name].noise["kernel"]) > NOISE:
+        elif max(one.noise.get(row.base, 0.0) for one in (row, after[name])) > NOISE:
             outcome.noisy.append(name)
         else:
             outcome.changes += [(name, what, worse) for what, worse in _changes(row, after[name]).items()]
@@ -62,14 +61,17 @@ def compare(baseline: Results, new: Results) -> Outcome:
 
 def _changes(before: Row, after: Row) -> dict[str, float]:
     """How many times worse each of ours is."""
-    both = [name for name in before.faster if name in after.faster]
-    ours = ["kernel", *(name for name in both if name.split()[0] in OURS)]
-    theirs = [name for name in both if name not in ours]
+    both = [before.base, *(name for name in before.faster if name in after.faster)]
+    theirs = [name for name in both if not ours(name)]
 
     def ratio(row: Row, one: str, other: str) -> float:
-        return row.faster.get(one, 1.0) / row.faster[other]  # the kernel's own is 1
+        return row.faster.get(one, 1.0) / row.faster.get(other, 1.0)  # the base's own is 1
 
-    found = {one: median(ratio(after, one, t) / ratio(before, one, t) for t in theirs) for one in ours}
+    found = {
+        one: median(ratio(after, one, other) / ratio(before, one, other) for other in theirs)
+        for one in both
+        if ours(one)
+    }
     if "kernel" in before.memory and "kernel" in after.memory:
         found["memory"] = after.memory["kernel"] / before.memory["kernel"]
     return found

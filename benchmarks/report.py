@@ -1,8 +1,8 @@
-"""docs/benchmarks.md and its pictures, from the results in benchmarks/results.
+"""The tables and pictures of docs/, from the results in benchmarks/results.
 
-    python -m benchmarks.report [--results FOLDER] [--page FILE]
+    python -m benchmarks.report [--results FOLDER] [--docs FOLDER]
 
-Writes what stands between the markers of the page, a section for each file of results, and leaves the rest as it is. A
+Writes what stands between the markers of the pages, a section for each file of results, and leaves the rest as it is. A
 section without results says so. Pictures go beside the page.
 """
 
@@ -12,14 +12,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks import cpu, growth, kept, plots, ragged, stages
+from benchmarks import cpu, gpu, growth, hooks, kept, plots, ragged, serving, stages
 from benchmarks.lib import command
 from benchmarks.lib.sheet import document, replaced
 from benchmarks.lib.suite import Results, Suite, load, number
 
 RESULTS = Path(__file__).parent / "results"
-PAGE = Path(__file__).parents[1] / "docs" / "benchmarks.md"
-SUITES = {module.SUITE.name: module.SUITE for module in (kept, growth, stages, ragged, cpu)}
+DOCS = Path(__file__).parents[1] / "docs"
+SUITES_OF_OPS = tuple(module.SUITE for module in (kept, growth, stages, ragged, cpu, gpu))
 NONE = "Not measured yet.\n"
 
 
@@ -31,6 +31,11 @@ class Section:
     suite: Suite
     draw: Callable[[Results, Path], None] | None = None
     conclusions: Callable[[Results], list[str]] = lambda results: []
+    page: str = "benchmarks.md"
+
+    def picture(self, docs: Path) -> Path:
+        """Where its picture goes."""
+        return docs / f"{Path(self.page).stem}-{self.file}.png"
 
 
 def kept_conclusions(results: Results) -> list[str]:
@@ -75,10 +80,14 @@ SECTIONS = (
     Section("ragged", ragged.SUITE),
     Section("cpu-overwrite", cpu.SUITE),
     Section("cpu-inplace", cpu.SUITE),
+    Section("hooks", hooks.SUITE),
+    Section("serving", serving.SUITE, page="engines.md"),
+    Section("gpu", gpu.SUITE, page="gpu.md"),
 )
+PAGES = tuple(dict.fromkeys(section.page for section in SECTIONS))
 
 
-def body(section: Section, results: Path, page: Path) -> str:
+def body(section: Section, results: Path) -> str:
     """What stands between the section's markers."""
     file = results / f"{section.file}.json"
     if not file.exists():
@@ -88,8 +97,7 @@ def body(section: Section, results: Path, page: Path) -> str:
         raise ValueError(f"{file} has results of {found.suite}, not of {section.suite.name}")
     parts = []
     if section.draw:
-        picture = page.with_name(f"{page.stem}-{section.file}.png")
-        parts.append(f"![{section.suite.about}]({picture.name})")
+        parts.append(f"![{section.suite.about}]({section.picture(DOCS).name})")
     if said := section.conclusions(found):
         parts += ["What it comes to:", "\n".join(f"- {line}" for line in said), "Where and how:"]
     return "\n\n".join([*parts, document(found.head, section.suite.sheets(found))])
@@ -99,22 +107,24 @@ def text(page: Path, results: Path) -> str:
     """The whole page, its sections written anew."""
     written = page.read_text()
     for section in SECTIONS:
-        begin, end = (f"<!-- {section.file}:{place} -->" for place in ("begin", "end"))
-        written = replaced(written, begin, end, body(section, results, page))
+        if section.page == page.name:
+            begin, end = (f"<!-- {section.file}:{place} -->" for place in ("begin", "end"))
+            written = replaced(written, begin, end, body(section, results))
     return written
 
 
 def main() -> None:
-    """Writes page and pictures."""
+    """Writes pages and pictures."""
     parser = command.parser("report", __doc__)
     parser.add_argument("--results", type=Path, default=RESULTS, metavar="FOLDER", help="where the results are")
-    parser.add_argument("--page", type=Path, default=PAGE, metavar="FILE", help="what is written")
+    parser.add_argument("--docs", type=Path, default=DOCS, metavar="FOLDER", help="where the pages are")
     options = parser.parse_args()
-    options.page.write_text(text(options.page, options.results))
+    for page in (options.docs / name for name in PAGES):
+        page.write_text(text(page, options.results))
     for section in SECTIONS:
         file = options.results / f"{section.file}.json"
         if section.draw and file.exists():
-            section.draw(load(file), options.page.with_name(f"{options.page.stem}-{section.file}.png"))
+            section.draw(load(file), section.picture(options.docs))
 
 
 if __name__ == "__main__":

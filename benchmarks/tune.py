@@ -1,18 +1,19 @@
 """Searches the tiles of apet_kernels/triton_kernels/configs.py on this GPU.
 
-    python -m benchmarks.tune [--dry-run] [--only TEXT ...]
+    python -m benchmarks.tune [--smoke] [--only TEXT ...]
 
 Cases whose channels round up to the same power of 2, with elements of the same size, share an entry. Each group of
 kernels is tuned on its own, the others as they are: a candidate must first give a result that is right (float64,
 benchmarks/lib/check.py), then its kernels are timed from a graph on every case of the entry, over inputs larger than
 the last cache; the candidate with the smallest product of times wins. Candidates that do not compile or fit are
-skipped. The winners together are judged on every case, and printed in the form of configs.py. --dry-run and --only as
+skipped. The winners together are judged on every case, and printed in the form of configs.py. --smoke and --only as
 in benchmarks.gpu.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import math
 import statistics
@@ -27,11 +28,14 @@ from rich.console import Console
 from torch import Tensor
 
 import apet_kernels
-from benchmarks.gpu import inputs_of, kernel_name, launches
+from benchmarks.gpu import kernel_name, launches
 from benchmarks.lib import command
-from benchmarks.lib.cases import Case, gpu_cases
+from benchmarks.lib import device as devices
+from benchmarks.lib.cases import Case, gpu_cases, tokens
 from benchmarks.lib.check import judge
-from benchmarks.lib.device import Device, describe, find
+from benchmarks.lib.compare import ring
+from benchmarks.lib.device import Device
+from benchmarks.lib.machine import describe
 from benchmarks.lib.sheet import Sheet, show
 
 SAMPLES = 5
@@ -116,6 +120,11 @@ def tune(group: Group, cases: list[Case], device: Device, tiles: Any, limit: int
     return Outcome(group, tried, passed_over, best, before, _us(times[best]), _us(times[before]))
 
 
+def inputs_of(case: Case, device: Device) -> list[Tensor]:
+    """A ring that exceeds the last cache."""
+    return ring(functools.partial(tokens, case), device)
+
+
 def using(tiles: Any) -> Any:
     """Every call in this context has these tiles."""
     from apet_kernels.triton_kernels import configs
@@ -177,24 +186,24 @@ def sheet(entry: tuple[str, int, int], cases: list[Case], outcomes: list[Outcome
 def main() -> None:
     """Tunes, prints. Exits with 2 if there is nothing to tune on."""
     parser = command.parser("tune", __doc__)
-    parser.add_argument("--dry-run", action="store_true", help="on a CPU, a tiny case, Triton's interpreter")
+    parser.add_argument("--smoke", action="store_true", help="tiny cases, a candidate of each group")
     command.add_only(parser)
     options = parser.parse_args()
-    chosen = command.chosen(parser, gpu_cases(options.dry_run), options.only)
-    try:
-        device = find(options.dry_run)
-    except RuntimeError as error:
-        print(error, file=sys.stderr)
-        sys.exit(2)
+    chosen = command.chosen(parser, gpu_cases(options.smoke), options.only)
+    device = command.device(parser, devices.gpu, options.smoke)
     from apet_kernels.triton_kernels import configs
 
     device_class = configs.device_class(torch.device(device.type))
-    console, head, entries = Console(width=None if sys.stdout.isatty() else 160), describe(device), []
+    console, head, entries = (
+        Console(width=None if sys.stdout.isatty() else 160),
+        {**device.describe(), **describe()},
+        [],
+    )
     with torch.inference_mode():
         for key, group in itertools.groupby(sorted(chosen, key=_key), key=_key):
             cases = list(group)
             tiles = configs.tiles(device_class, cases[0].D, cases[0].itemsize)
-            limit = 1 if options.dry_run else None
+            limit = 1 if options.smoke else None
             outcomes = [tune(kernels, cases, device, tiles, limit) for kernels in GROUPS]
             found = {name: value for o in outcomes for name, value in zip(o.group.fields, o.best, strict=True)}
             tiles = dataclasses.replace(tiles, **found)

@@ -5,10 +5,19 @@ from __future__ import annotations
 import os
 import re
 import subprocess
+from importlib import util
 from pathlib import Path
 
+import pytest
+
 HEADER = Path(__file__).parents[1] / "csrc/apet.h"
+PACKAGE = Path(util.find_spec("apet_kernels").origin).parent
+LIBRARY = PACKAGE / "libapet.so"
 RUNTIMES = {"libstdc", "libgcc_s", "libc", "libm", "libpthread", "libdl", "librt", "ld-linux-x86-64"}
+# With a version: the C and C++ runtimes'. With _ITM or __gmon: weak, of the compiler's start-up files. In namespace
+# std: libstdc++'s, which some builds of torch export once more, without a version, and the linker meets first.
+OF_THE_RUNTIMES = re.compile(r"@|^_ITM_|^__gmon_|^_Z(T[VTIS])?N?K?S[tabsiod]")
+needs_library = pytest.mark.skipif(not LIBRARY.exists(), reason="installed without the compiled kernels")
 
 
 def called(*command: object, folder: Path | None = None, **environment: str) -> tuple[int, str]:
@@ -68,3 +77,16 @@ def declared_for(library: str) -> set[str]:
 def version() -> str:
     """The version in apet.h."""
     return ".".join(re.findall(r"^#define APET_VERSION_(?:MAJOR|MINOR|PATCH) (\d+)$", HEADER.read_text(), re.M))
+
+
+def used_of_torch(binding: Path) -> set[str]:
+    """The symbols of torch that a binding uses; fails if one is not declared by torch's C shims."""
+    include = Path(util.find_spec("torch").origin).parent / "include/torch/csrc"
+    shims = [include / "stable/c/shim.h", include / "inductor/aoti_torch/c/shim.h"]
+    declared = set(re.findall(r"\b((?:aoti_)?torch_\w+)\(", "\n".join(shim.read_text() for shim in shims)))
+    assert len(declared) > 100
+    ours = set(re.findall(r"\b(apet_\w+)\(", HEADER.read_text()))
+    symbols = [line.split()[-1] for line in run("nm", "-D", "--undefined-only", binding).splitlines()]
+    others = {name for name in symbols if not OF_THE_RUNTIMES.search(name)}
+    assert others - declared - ours == set()
+    return others & declared

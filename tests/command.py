@@ -1,7 +1,11 @@
-"""The command `apet`, run in this process."""
+"""Commands, run in this process: `apet`, and modules of the benchmarks."""
 
 from __future__ import annotations
 
+import sys
+from typing import Any
+
+import pytest
 from apet.cli import app
 from typer.testing import CliRunner, Result
 
@@ -24,3 +28,11 @@ def failed(*words: object) -> str:
     assert result.stderr.count("\n") == 1
     assert result.stderr.startswith("apet: ")
     return result.stderr
+
+
+def ended(module: Any, *arguments: str, monkeypatch: pytest.MonkeyPatch) -> int:
+    """The exit code of a module's main()."""
+    monkeypatch.setattr(sys, "argv", ["it", *arguments])
+    with pytest.raises(SystemExit) as exit_:
+        module.main()
+    return exit_.value.code

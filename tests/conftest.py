@@ -126,15 +126,15 @@ def pytest_configure(config: pytest.Config) -> None:
 # in them. Only the order of a run depends on this table.
 FIRST = (
     "test_library_builds.py::test_every_way_of_building",  # which builds what other tests of these files share
-    "test_cuda_simt.py::test_planted_bugs",
+    "test_cuda_simt_bugs.py",
     "test_triton_offline.py",
     "test_triton_invariance.py",
     "test_simt.py::test_sanitizers",
     "hooks/",
     "test_quality.py::test_the_whole_study",
-    "test_packaging.py",
+    "test_packaging",
     "test_library_",
-    "test_cli.py",
+    "test_cli",
     "test_cuda_simt.py",
     "test_eval.py::test_processes_agree",
     "test_benchmarks.py",

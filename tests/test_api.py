@@ -21,7 +21,7 @@ from apet_kernels import dispatch, host, ops, testing
 from apet_kernels.options import LAYOUTS, MAX_BASIS, SELECTS, Options
 from tests.data import tokens
 from tests.judge import assert_same
-from tests.test_op import CU, CU_KEEP, WRONG_CALLS, error_of
+from tests.op_calls import CU, CU_KEEP, WRONG_CALLS, error_of
 
 PUBLIC = [getattr(apet_kernels, name) for name in apet_kernels.__all__ if callable(getattr(apet_kernels, name))]
 FUNCTIONS = [f for f in PUBLIC if inspect.isfunction(f)] + [testing.cpu_isa, testing.use_cpu_isa]

@@ -16,8 +16,8 @@ from apet_kernels import dispatch, ops, plans, reference
 from apet_kernels.options import Options
 from tests.data import DTYPES, tokens
 from tests.judge import assert_same
+from tests.op_calls import NAMES, WRONG_CALLS, calls, error_of
 from tests.simt import binding, build, call
-from tests.test_op import NAMES, WRONG_CALLS, calls, error_of
 
 pytestmark = [
     pytest.mark.skipif(build.missing() is not None, reason=str(build.missing())),

@@ -17,7 +17,7 @@ import apet_kernels
 from apet_kernels import dispatch
 from tests.data import tokens
 from tests.judge import assert_same
-from tests.test_op import CU, CU_KEEP, WRONG_CALLS, calls, error_of, flat
+from tests.op_calls import CU, CU_KEEP, WRONG_CALLS, calls, error_of, flat
 
 DEVICES = ("mps", "vulkan")  # torch starts the runtime of others, which is not here, before it asks this test
 NAMES = list(calls())

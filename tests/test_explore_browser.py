@@ -16,7 +16,7 @@ import pytest
 from PIL import Image
 
 from tests import browser
-from tests.test_cli import ASTRONAUT, BIKES, CHELSEA
+from tests.photos import ASTRONAUT, BIKES, CHELSEA
 from tests.test_explore import huge
 
 MISSING = browser.missing()

@@ -41,7 +41,7 @@ def gpu_backend(request: pytest.FixtureRequest) -> Iterator[str]:
 
 @pytest.fixture
 def clock() -> devices.Device:
-    return devices.find(dry_run=DRY)
+    return devices.gpu(smoke=DRY)
 
 
 def there(t: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import json
+import dataclasses
 import os
 import subprocess
 import sys
@@ -22,17 +22,18 @@ from benchmarks import floors, gpu, tune
 from benchmarks.lib import baselines
 from benchmarks.lib import device as devices
 from benchmarks.lib.cases import BASIS, RIDGE, Case, gpu_cases
+from benchmarks.lib.suite import Results, failures, load
 
 ROOT = Path(__file__).parents[1]
 needs_triton = pytest.mark.skipif("triton" not in apet_kernels.available_backends(), reason="Triton is not installed")
 
 
-@pytest.mark.parametrize("module", [gpu, tune], ids=lambda m: m.__name__)
-def test_without_a_gpu(module, monkeypatch, capsys):
+@pytest.mark.parametrize("main", [gpu.SUITE.main, tune.main], ids=["gpu", "tune"])
+def test_without_a_gpu(main, monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(sys, "argv", ["it"])
     with pytest.raises(SystemExit) as exit_:
-        module.main()
+        main()
     assert exit_.value.code == 2
     said = capsys.readouterr()
     assert said.err.count("\n") == 1
@@ -42,13 +43,13 @@ def test_without_a_gpu(module, monkeypatch, capsys):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("layout", ["overwrite", "inplace"])
-@pytest.mark.parametrize("rival", [baselines.eager, baselines.tuned], ids=lambda rival: rival.__name__)
-def test_rivals_run_where_the_tokens_lie(rival, layout, dtype):
+@pytest.mark.parametrize("baseline", [baselines.eager, baselines.tuned], ids=lambda baseline: baseline.__name__)
+def test_baselines_run_where_the_tokens_lie(baseline, layout, dtype):
     """On a device that is not the CPU: an operation between the two would raise."""
     with FakeTensorMode():
         x = torch.empty(2, 60, 32, dtype=dtype, device="meta")
         for start in (-1, 0):
-            rows, indices = rival(x, 24, BASIS, layout, start, RIDGE)
+            rows, indices = baseline(x, 24, BASIS, layout, start, RIDGE)
             assert (rows.shape, rows.dtype, rows.device) == ((2, 24, 32), dtype, x.device)
             assert (indices.shape, indices.device) == ((2, 24), x.device)
 
@@ -92,8 +93,8 @@ class FakeCuda:
 def test_the_clock_of_a_gpu(monkeypatch):
     """No GPU needed to see that it asks torch for the right things."""
     cuda = FakeCuda(monkeypatch)
-    gpu_device = devices.find(dry_run=False)
-    head = devices.describe(gpu_device)
+    gpu_device = devices.gpu()
+    head = gpu_device.describe()
     assert head["device"] == "Fake 1 (sm_90a), 7 processors, 16 GiB, L2 32 MiB"
     assert "CUDA" in head["driver"] or "ROCm" in head["driver"]
     assert gpu_device.seconds(lambda: cuda.log.append("call")) == 2.5e-3
@@ -105,8 +106,13 @@ def test_the_clock_of_a_gpu(monkeypatch):
     assert cuda.log == [*warm, "capture begins", "call", "capture ends"]
     assert replay() == "result"
     assert cuda.log[-1] == "replay"
+
+
+def test_a_dry_run_needs_the_interpreter(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(apet_kernels, "available_backends", lambda: ("cpu",))
     with pytest.raises(RuntimeError, match="TRITON_INTERPRET=1"):
-        devices.find(dry_run=True)
+        devices.gpu(smoke=True)
 
 
 def right(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -123,19 +129,29 @@ def broken(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def test_what_is_wrong_or_broken_is_named_and_not_timed(monkeypatch):
-    case, rates = Case(1, 60, 32, 20, torch.float32, "overwrite"), floors.DEVICES[0]
-    monkeypatch.setattr(gpu, "_implementations", lambda *_: {"cuda": right, "eager": wrong, "tuned": broken})
-    row = gpu.measure(case, devices.DryRun(), rates, rounds=3)
-    assert set(row.host_us) == set(row.graph_us) == set(row.judged) == {"cuda"}
+    case, rates = Case(1, 60, 32, 20, torch.float32, "overwrite"), dataclasses.asdict(floors.DEVICES[0])
+    monkeypatch.setattr(gpu, "implementations", lambda *_: {"cuda": right, "eager": wrong, "tuned": broken})
+    row = gpu.compare(case, devices.DryRun()).run(3)
+    assert set(row.ms) == set(row.judged) == {"cuda host", "cuda graph"}
     assert set(row.failed) == {"eager", "tuned"}
+    assert row.ours_failed == []
     assert {len(samples) for samples in row.seconds.values()} == {3}
     assert row.failed["tuned"] == "RuntimeError: out of something"
     assert row.failed["eager"].startswith("AssertionError: the overwritten slots do not hold the basis")
-    assert row.judged["cuda"] > 0.5
-    host, graph = gpu.sheets(rates, [row])[1:3]
+    assert row.judged["cuda graph"] > 0.5
+    results = Results("gpu", {}, rates, [row])
+    host, graph = gpu.sheets(results)[1:3]
     assert [line[host.columns.index("eager")] for line in host.lines] == ["-"]
-    assert graph.lines[0][graph.columns.index("judged")] == f"{row.judged['cuda']:.0%}"
-    assert len(gpu.failures([row])) == 2
+    assert graph.lines[0][graph.columns.index("judged")] == f"{row.judged['cuda graph']:.0%}"
+    assert len(failures(results)) == 2
+
+
+def test_a_backend_that_is_wrong_is_a_failure(monkeypatch):
+    case = Case(1, 60, 32, 20, torch.float32, "overwrite")
+    monkeypatch.setattr(gpu, "implementations", lambda *_: {"cuda": wrong, "eager": right})
+    row = gpu.compare(case, devices.DryRun()).run(3)
+    assert row.faster == {}
+    assert [line.split(":")[0] for line in row.ours_failed] == ["cuda"]
 
 
 @dataclass(frozen=True)
@@ -196,7 +212,7 @@ def test_every_entry_has_candidates():
 
 def dry_run(module: str, *options: str) -> str:
     environment = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "HIP_VISIBLE_DEVICES": ""}
-    command = [sys.executable, "-m", f"benchmarks.{module}", "--dry-run", *options]
+    command = [sys.executable, "-m", f"benchmarks.{module}", "--smoke", *options]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
@@ -206,16 +222,20 @@ def dry_run(module: str, *options: str) -> str:
 @pytest.mark.slow
 def test_dry_run_of_the_benchmark(tmp_path):
     """Every figure of one case, with interpreted kernels."""
-    tables, numbers = tmp_path / "tables.md", tmp_path / "figures.json"
-    dry_run("gpu", "--rounds", "1", "--only", "float32", "--markdown", str(tables), "--json", str(numbers))
-    (row,) = json.loads(numbers.read_text())["rows"]
-    assert row["failed"] == {}
-    assert set(row["graph_us"]) == {"triton", "eager", "tuned", "compiled"}
-    assert set(row["host_us"]) == {"published", *row["graph_us"]}
+    file = tmp_path / "gpu.json"
+    said = dry_run("gpu", "--only", "float32", "--json", str(file))
+    results = load(file)
+    (row,) = results.rows
     kernels = ["s1_norms", "s1_s3_sweep", "s4_topk", "s5_assign", "s5_mean"]
-    assert [stage["kernel"] for stage in row["stages"]] == kernels
-    for name in (*kernels, "DRY RUN", "x published", "of floor"):
-        assert name in tables.read_text()
+    graphed = {f"{name} graph" for name in ("triton", "eager", "tuned", "compiled")}
+    assert row.failed == {}
+    assert (row.base, row.counts.keys()) == ("triton graph", {f"programs {name}" for name in kernels})
+    until = {f"triton until {name}" for name in kernels}
+    assert row.ms.keys() == graphed | {name.replace("graph", "host") for name in graphed} | {"published host"} | until
+    (stages,) = [sheet for sheet in gpu.sheets(results) if sheet.title.startswith("Kernels")]
+    assert [line[2] for line in stages.lines] == kernels
+    for name in (*kernels, "DRY RUN", "x published", "of bound"):
+        assert name in said
 
 
 @needs_triton

@@ -78,31 +78,30 @@ def tile_rows(x, base, stride_xn, tile, tokens, ALIGN: tl.constexpr, BLOCK_N: tl
 
 
 @triton.jit
-def products(
-    rows,  # pointers to rows of x [BLOCK_R]
-    columns,  # [BLOCK_C]
-    is_row,  # the others count as zeros
-    is_column,
-    width,  # D, but no constant: the compiler would unroll the loop, and spill
+def dot_rows(
+    rows,  # [A] pointers to rows of D elements
+    columns,  # [B] the same
+    row_in,  # [A] bool: False gives products of 0
+    column_in,  # [B] bool
+    width,  # D, or 0 for no products: no constant, or the compiler would unroll the loop, and spill
     D: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    BLOCK_C: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Dot products of rows with columns [BLOCK_R, BLOCK_C] float32, summed in chains of CHAIN products.
+    """Dot products [A, B] float32 of rows with rows, summed over D in one order for every kernel: in chains of CHAIN
+    products.
 
     A chain runs in steps of BLOCK_D in order, one matrix instruction after the other; chains are added in order.
     float32 input is multiplied as IEEE float32, never tf32.
     """
     d = tl.arange(0, BLOCK_D)
-    total = tl.zeros((BLOCK_R, BLOCK_C), tl.float32)
-    chain = tl.zeros((BLOCK_R, BLOCK_C), tl.float32)
+    total = tl.zeros((rows.shape[0], columns.shape[0]), tl.float32)
+    chain = tl.zeros((rows.shape[0], columns.shape[0]), tl.float32)
     for d0 in range(0, width, BLOCK_D):
         within = d0 + d < D
-        a = tl.load(rows[:, None] + (d0 + d)[None, :], mask=is_row[:, None] & within[None, :], other=0.0)
-        b = tl.load(columns[:, None] + (d0 + d)[None, :], mask=is_column[:, None] & within[None, :], other=0.0)
+        a = tl.load(rows[:, None] + (d0 + d)[None, :], mask=row_in[:, None] & within[None, :], other=0.0)
+        b = tl.load(columns[:, None] + (d0 + d)[None, :], mask=column_in[:, None] & within[None, :], other=0.0)
         chain = tl.dot(a, b.T, chain, input_precision="ieee")
         if (d0 + BLOCK_D) % CHAIN.value == 0:
             total += chain
-            chain = tl.zeros((BLOCK_R, BLOCK_C), tl.float32)
+            chain = tl.zeros((rows.shape[0], columns.shape[0]), tl.float32)
     return total + chain

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import argparse
-from typing import Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:  # benchmarks/gpu_quick.py runs beside a broken torch
+    from benchmarks.lib.device import Device
 
 
 def parser(name: str, doc: str | None) -> argparse.ArgumentParser:
@@ -28,3 +32,11 @@ def chosen(given: argparse.ArgumentParser, cases: list[Any], only: list[str]) ->
     if not found:
         given.error(f"no case holds {' and '.join(only)}")
     return found
+
+
+def device(given: argparse.ArgumentParser, find: Callable[[bool], Device], smoke: bool) -> Device:
+    """What `find` gives. Exits with 2 where there is nothing to measure on."""
+    try:
+        return find(smoke)
+    except RuntimeError as error:
+        given.exit(2, f"{error}\n")

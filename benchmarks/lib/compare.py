@@ -3,7 +3,7 @@
 Each round calls every implementation once, so that a temporary slowdown of the machine affects all of them. Ratios are
 medians of the ratios within a round. Every call gets the next of a ring of inputs, together at least twice
 the last-level cache, so none finds its input in the cache because another has just read it. The order rotates from
-round to round; the kernel is last.
+round to round; what the others are compared with, for an op the kernel, is last.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ from __future__ import annotations
 import itertools
 import math
 import statistics
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -21,7 +20,7 @@ from torch import Tensor
 
 import apet_kernels
 from apet_kernels import testing
-from benchmarks.lib.machine import last_level_cache
+from benchmarks.lib.device import Device
 
 THREADS = 2
 ROUNDS = 20
@@ -31,6 +30,13 @@ COST = {"reference cost": ("product", "sweeps")}  # benchmarks/lib/ceilings.py
 Input, Result = TypeVar("Input"), TypeVar("Result")
 
 
+OURS = ("kernel", "score", "merge", "apet", "triton", "cuda")  # how the names of what this project runs begin
+
+
+class Timed(dict[str, float]):
+    """What a call returns that measures itself: seconds by name, instead of those of the call."""
+
+
 @dataclass
 class Row:
     """What was measured of one case; every dict but the first by implementation."""
@@ -38,11 +44,14 @@ class Row:
     case: dict[str, Any]  # its fields
     ms: dict[str, float]  # median
     rounds: dict[str, int]
-    faster: dict[str, float]  # median over rounds of its time over the kernel's
+    faster: dict[str, float]  # median over rounds of its time over that of `base`
     noise: dict[str, float]  # interquartile range over median
     judged: dict[str, float]  # share of rows whose values were checked
     seconds: dict[str, list[float]]  # every call
     memory: dict[str, int] = field(default_factory=dict)  # bytes that a call needs at its peak, where that was measured
+    base: str = "kernel"
+    counts: dict[str, float] = field(default_factory=dict)  # what was not timed but counted
+    failed: dict[str, str] = field(default_factory=dict)  # what did not run or was wrong, and its error
 
     @property
     def costs(self) -> float:
@@ -51,77 +60,109 @@ class Row:
 
     @property
     def worst_noise(self) -> float:
-        """Of the kernel and the reference cost."""
-        return max(self.noise["kernel"], self.noise["reference cost"])
+        """Of what the others are compared with, and of the reference cost where that was measured."""
+        return max(self.noise[name] for name in (self.base, "reference cost") if name in self.noise)
+
+    @property
+    def ours_failed(self) -> list[str]:
+        """What of this project did not run or was wrong."""
+        return [f"{name}: {why}" for name, why in self.failed.items() if ours(name)]
+
+
+def ours(name: str) -> bool:
+    """Whether a name is of this project, not of a baseline or a bound."""
+    return name.split()[0] in OURS
 
 
 class Comparison:
-    """Times calls that take one input each, "kernel" among them, on a ring of inputs.
+    """Times calls that take one input each, `base` among them, on a ring of inputs, by the clock of a device.
 
     `sums` names what is the sum of several calls within a round. What was not `judged` is called once to warm it up.
     """
 
     def __init__(
         self,
+        device: Device,
         case: dict[str, Any],
         calls: Mapping[str, Callable[[Any], object]],
         ring: Sequence[Any],
         judged: dict[str, float],
+        *,
+        base: str = "kernel",
         sums: Mapping[str, tuple[str, ...]] = COST,
+        counts: dict[str, float] | None = None,
+        failed: dict[str, str] | None = None,
     ) -> None:
-        self._case, self._calls, self._judged, self._sums = case, calls, judged, sums
+        self._device, self._case, self._calls, self._judged = device, case, calls, judged
+        self._base, self._sums, self._counts, self._failed = base, sums, counts or {}, failed or {}
         self._inputs = itertools.cycle(ring)
-        self._seconds: dict[str, list[float]] = {name: [] for name in calls}
-        self._others = [name for name in calls if name != "kernel"]
+        self._seconds: dict[str, list[float]] = {}
+        self._others = [name for name in calls if name != base]
+        self._round = 0
         with torch.inference_mode():
             for name in calls:
                 if name not in judged:
                     calls[name](ring[0])
 
     def time_others(self) -> None:
-        """One round of everything but the kernel."""
-        for name in rotated(self._others, len(self._seconds["kernel"])):
-            spent = self._seconds[name]
+        """One round of everything but the base."""
+        for name in rotated(self._others, self._round):
+            spent = self._seconds.get(name, ())
             if len(spent) < 3 or sum(spent) < SECONDS:
                 self._time(name)
 
-    def time_kernel(self) -> None:
-        """The kernel's turn in this round."""
-        self._time("kernel")
+    def time_base(self) -> None:
+        """The base's turn, which ends this round."""
+        if self._base in self._calls:
+            self._time(self._base)
+        self._round += 1
 
     def run(self, rounds: int) -> Row:
         """All rounds."""
         for _ in range(rounds):
             self.time_others()
-            self.time_kernel()
+            self.time_base()
         return self.row()
 
     def row(self) -> Row:
         """What the rounds so far say."""
-        seconds = dict(self._seconds)
+        seconds = {name: self._seconds[name] for name in sorted(self._seconds, key=self._place)}
         for name, parts in self._sums.items():
             seconds[name] = [sum(times) for times in zip(*(self._seconds[part] for part in parts), strict=False)]
-        kernel = seconds["kernel"]
+        base = seconds.get(self._base, [])
         return Row(
             case=self._case,
             ms={name: 1e3 * statistics.median(spent) for name, spent in seconds.items()},
             rounds={name: len(spent) for name, spent in seconds.items()},
             faster={
-                name: paired(spent[: len(kernel)], kernel[: len(spent)])
+                name: paired(spent[: len(base)], base[: len(spent)])
                 for name, spent in seconds.items()
-                if name != "kernel"
+                if base and name != self._base
             },
             noise={name: spread(spent) for name, spent in seconds.items()},
             judged=self._judged,
-            seconds=self._seconds,
+            seconds={name: spent for name, spent in seconds.items() if name not in self._sums},
+            base=self._base,
+            counts=self._counts,
+            failed=self._failed,
         )
+
+    def _place(self, name: str) -> int:
+        """Of a name among the calls, in whose order a row has them; what a call names beside it follows the call."""
+        return next((n for n, call in enumerate(self._calls) if name == call or name.startswith(f"{call} ")), 0)
 
     def _time(self, name: str) -> None:
         x, call = next(self._inputs), self._calls[name]
+        result: object = None
+
+        def run() -> None:
+            nonlocal result
+            result = call(x)
+
         with torch.inference_mode():
-            begin = time.perf_counter()
-            call(x)
-            self._seconds[name].append(time.perf_counter() - begin)
+            seconds = self._device.seconds(run)
+        for part, spent in (result if isinstance(result, Timed) else {name: seconds}).items():
+            self._seconds.setdefault(part, []).append(spent)
 
 
 def rotated(names: Sequence[Input], turn: int) -> list[Input]:
@@ -143,10 +184,10 @@ def spread(values: list[float]) -> float:
     return (high - low) / middle
 
 
-def ring(make: Callable[[int], Tensor]) -> list[Tensor]:
-    """make(seed) for three seeds, and copies of these until they are twice the last-level cache."""
-    different = [make(seed) for seed in range(3)]
-    copies = math.ceil(2 * last_level_cache() / different[0].nbytes) - 3
+def ring(make: Callable[[int], Tensor], device: Device) -> list[Tensor]:
+    """make(seed) for three seeds, on the device, and copies of these until they are twice its last cache."""
+    different = [make(seed).to(device.type) for seed in range(3)]
+    copies = math.ceil(2 * device.cache_bytes / different[0].nbytes) - 3
     return different + [different[n % 3].clone() for n in range(copies)]
 
 

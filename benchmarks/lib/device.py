@@ -1,8 +1,9 @@
-"""Where a GPU benchmark runs, and its clock: a GPU (CUDA or ROCm), or in a dry run the CPU, its kernels interpreted."""
+"""What a benchmark runs on, and its clock: the CPU, a GPU (CUDA or ROCm), or the CPU as a GPU's interpreter."""
 
 from __future__ import annotations
 
 import abc
+import gc
 import subprocess
 import time
 from collections.abc import Callable
@@ -16,14 +17,14 @@ from benchmarks.lib import machine
 
 NO_GPU = "torch finds no GPU here, and this measures one: run it on a machine with a CUDA or ROCm GPU"
 NO_INTERPRETER = (
-    "a dry run needs TRITON_INTERPRET=1 in the environment, and no GPU: Triton's interpreter runs its kernels"
+    "without a GPU --smoke needs TRITON_INTERPRET=1 in the environment: Triton's interpreter runs its kernels"
 )
 # Bytes of the cache that the dies of gfx942 and gfx950 share: the properties know only the L2 of one die.
 INFINITY_CACHE = 256 * 2**20
 
 
 class Device(abc.ABC):
-    """What differs between the two."""
+    """What differs between them."""
 
     type: str  # as torch calls it: "cuda" (ROCm too) or "cpu"
     name: str
@@ -44,6 +45,35 @@ class Device(abc.ABC):
     @abc.abstractmethod
     def describe(self) -> dict[str, str]:
         """For the head of a table."""
+
+    def release(self) -> None:
+        """Gives back what a case has held."""
+        gc.collect()
+
+    def close(self) -> None:
+        """After the last case."""
+        self.release()
+
+
+class Cpu(Device):
+    type = "cpu"
+    name = "CPU"
+
+    def __init__(self) -> None:
+        self.cache_bytes, self.memory_bytes = machine.last_level_cache(), machine.available_memory()
+
+    def seconds(self, call: Callable[[], object]) -> float:
+        begin = time.perf_counter()
+        call()
+        return time.perf_counter() - begin
+
+    def graphed(self, call: Callable[[], Any]) -> Callable[[], Any]:
+        """A CPU has no graphs: `call` itself, called once."""
+        call()
+        return call
+
+    def describe(self) -> dict[str, str]:
+        return {}
 
 
 class Gpu(Device):
@@ -86,48 +116,47 @@ class Gpu(Device):
 
     def describe(self) -> dict[str, str]:
         runtime = f"ROCm {torch.version.hip}" if torch.version.hip else f"CUDA {torch.version.cuda}"
+        import triton
+
         return {
             "device": f"{self.name} ({self._class}), {self._processors} processors, "
             f"{self.memory_bytes / 2**30:.0f} GiB, L2 {self.cache_bytes / 2**20:.0f} MiB",
             "driver": f"{_driver()}, {runtime}",
+            "triton": triton.__version__,
         }
 
+    def release(self) -> None:
+        super().release()
+        torch.cuda.empty_cache()
 
-class DryRun(Device):
-    type = "cpu"
+
+class DryRun(Cpu):
     name = "dry run on a CPU"
-    cache_bytes = 0
-    memory_bytes = 2**30
 
-    def seconds(self, call: Callable[[], object]) -> float:
-        begin = time.perf_counter()
-        call()
-        return time.perf_counter() - begin
-
-    def graphed(self, call: Callable[[], Any]) -> Callable[[], Any]:
-        call()
-        return call
+    def __init__(self) -> None:
+        self.cache_bytes, self.memory_bytes = 0, 2**30
 
     def describe(self) -> dict[str, str]:
         return {"device": "none: a DRY RUN on a CPU with Triton's interpreter; no figure means anything"}
 
 
-def find(dry_run: bool) -> Device:
-    """The GPU, or the CPU for a dry run. Raises RuntimeError where there is none."""
-    if not dry_run:
-        if not torch.cuda.is_available():
-            raise RuntimeError(NO_GPU)
+def cpu(smoke: bool = False) -> Device:
+    """The CPU. Raises RuntimeError where there is no CPU kernel."""
+    reason = apet_kernels.why_unavailable("cpu")
+    if reason is not None:
+        raise RuntimeError(f"there is no CPU kernel to measure: {reason}")
+    return Cpu()
+
+
+def gpu(smoke: bool = False) -> Device:
+    """The GPU; with --smoke, where there is none, a dry run. Raises RuntimeError where neither is possible."""
+    if torch.cuda.is_available():
         return Gpu()
-    if "triton" not in apet_kernels.available_backends() or torch.cuda.is_available():
+    if not smoke:
+        raise RuntimeError(NO_GPU)
+    if "triton" not in apet_kernels.available_backends():
         raise RuntimeError(NO_INTERPRETER)
     return DryRun()
-
-
-def describe(device: Device) -> dict[str, str]:
-    """Device, driver, versions, commit and command."""
-    import triton
-
-    return {**device.describe(), "triton": triton.__version__, **machine.describe()}
 
 
 def _driver() -> str:

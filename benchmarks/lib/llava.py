@@ -1,10 +1,11 @@
 """The model that hooks and serving are measured with: the vision encoder of LLaVA-1.5, a decoder as wide as a 1B Llama.
 
-1.1B parameters together. Weights are random: what is measured does not depend on them.
+Together PARAMETERS. Weights are random: what is measured does not depend on them.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,31 +14,42 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 TOKENS = 576  # an image of 336 x 336 pixels in patches of 14 x 14
 PICTURE = {"image_size": 336, "patch_size": 14}
-VISION = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16}
-TEXT = {
-    "hidden_size": 2048,
-    "intermediate_size": 5632,
-    "num_hidden_layers": 16,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 4,
-}
+PARAMETERS = "1.15B"
+
+
+@dataclass(frozen=True, eq=False)
+class Size:
+    """Dimensions of a model: of its vision encoder, and of its decoder."""
+
+    vision: dict[str, int]
+    text: dict[str, int]
+
+    @classmethod
+    def of(cls, *, vision: tuple[int, int, int, int], text: tuple[int, int, int, int, int]) -> Size:
+        """Hidden and intermediate size, layers, heads, and of the decoder those of keys."""
+        names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
+        return cls(dict(zip(names, vision, strict=False)), dict(zip(names, text, strict=True)))
+
+
+REAL = Size.of(vision=(1024, 4096, 24, 16), text=(2048, 5632, 16, 32, 4))
+SMOKE = Size.of(vision=(64, 96, 2, 2), text=(128, 192, 4, 4, 2))
 SPECIAL = ("<pad>", "<s>", "</s>", "<image>")
 BYTES = sorted(pre_tokenizers.ByteLevel.alphabet())  # the tokens of text that `save` knows; "!" to "~" come first
 LETTERS = range(len(SPECIAL), len(SPECIAL) + 94)  # their ids
 TEMPLATE = "{% for message in messages %}{{ message['role'] }}: {{ message['content'] }}\n{% endfor %}assistant:"
 
 
-def config(vision: dict[str, int], text: dict[str, int], vocabulary: int, image: int, **more: Any) -> Any:
-    """A LlavaConfig of these dimensions; image: the id of its placeholder, more: of the decoder."""
+def config(size: Size, vocabulary: int, image: int, **more: Any) -> Any:
+    """A LlavaConfig of this size; image: the id of its placeholder, more: of the decoder."""
     return transformers.LlavaConfig(
-        vision_config=transformers.CLIPVisionConfig(**vision, **PICTURE, projection_dim=768),
-        text_config=transformers.LlamaConfig(**text, vocab_size=vocabulary, max_position_embeddings=4096, **more),
+        vision_config=transformers.CLIPVisionConfig(**size.vision, **PICTURE, projection_dim=768),
+        text_config=transformers.LlamaConfig(**size.text, vocab_size=vocabulary, max_position_embeddings=4096, **more),
         image_token_index=image,
         architectures=["LlavaForConditionalGeneration"],
     )
 
 
-def save(folder: Path, vision: dict[str, int], text: dict[str, int]) -> None:
+def save(folder: Path, size: Size) -> None:
     """Config and processor, as a server reads them that makes up the weights. A byte of text is a token."""
     pad, bos, eos, image = range(len(SPECIAL))
     ids = {word: number for number, word in enumerate([*SPECIAL, *BYTES])}
@@ -55,7 +67,7 @@ def save(folder: Path, vision: dict[str, int], text: dict[str, int]) -> None:
     side = PICTURE["image_size"]
     images = transformers.CLIPImageProcessor(size={"shortest_edge": side}, crop_size={"height": side, "width": side})
     ends = {"pad_token_id": pad, "bos_token_id": bos, "eos_token_id": eos}
-    config(vision, text, 512, image, **ends).save_pretrained(folder)
+    config(size, 512, image, **ends).save_pretrained(folder)
     transformers.LlavaProcessor(
         images,
         tokenizer,

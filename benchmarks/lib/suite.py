@@ -9,6 +9,7 @@ of them, `python -m benchmarks.regress` compares two.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import sys
@@ -21,7 +22,9 @@ import torch
 from rich.console import Console
 
 from benchmarks.lib import ceilings, command
+from benchmarks.lib import device as devices
 from benchmarks.lib.compare import NOISE, ROUNDS, THREADS, Comparison, Row
+from benchmarks.lib.device import Device
 from benchmarks.lib.machine import describe
 from benchmarks.lib.sheet import Sheet, show
 
@@ -30,11 +33,11 @@ SMOKE_ROUNDS = 3
 
 @dataclass
 class Results:
-    """A file of them. `rates`: what benchmarks/lib/ceilings.py measured in the same run."""
+    """A file of them. `rates`: of the device, measured in the same run."""
 
     suite: str
     head: dict[str, str]
-    rates: dict[str, float]
+    rates: dict[str, Any]
     rows: list[Row]
 
 
@@ -45,35 +48,52 @@ class Suite:
     name: str
     about: str  # one line
     cases: Callable[[bool], list[Any]]  # given --smoke; str() of each is its name
-    compare: Callable[[Any], Comparison]
+    compare: Callable[[Any, Device], Comparison]
     sheets: Callable[[Results], list[Sheet]]
     rounds: int = ROUNDS
     memory: Callable[[Any], dict[str, int]] = lambda case: {}
     missed: Callable[[Row], list[str]] = lambda row: []  # the goals that were missed, and by how much
+    device: Callable[[bool], Device] = devices.cpu  # given --smoke; raises RuntimeError where there is none
+    rates: Callable[[Device], dict[str, Any]] = lambda device: ceilings.measure()
+    head: Callable[[dict[str, Any]], dict[str, str]] = lambda rates: {"ceilings": said(rates)}
 
-    def measure(self, case: Any, rounds: int) -> Row:
+    def measure(self, case: Any, device: Device, rounds: int) -> Row:
         """Time, and where the suite has it memory."""
-        return dataclasses.replace(self.compare(case).run(rounds), memory=self.memory(case))
+        return dataclasses.replace(self.compare(case, device).run(rounds), memory=self.memory(case))
 
     def main(self) -> None:
-        """Measures, shows, writes."""
+        """Measures, shows, writes. Exits with 1 if something of this project failed, 2 if there is no device."""
         parser = command.parser(self.name, self.about)
         parser.add_argument("--smoke", action="store_true", help=f"tiny cases and {SMOKE_ROUNDS} rounds")
         parser.add_argument("--rounds", type=int, default=self.rounds, help=f"calls of each ({self.rounds})")
         command.add_only(parser)
         parser.add_argument("--json", type=Path, metavar="FILE", help="write everything measured")
         options = parser.parse_args()
-        cases = command.chosen(parser, self.cases(options.smoke), options.only)
-        torch.set_num_threads(THREADS)
+        device = command.device(parser, self.device, options.smoke)
         console = Console(width=None if sys.stdout.isatty() else 220)
-        rates = ceilings.measure()
-        results = Results(self.name, {**describe(), "ceilings": said(rates)}, rates, [])
-        for number, case in enumerate(cases, 1):
-            with console.status(f"{number} of {len(cases)}: {case}"):
-                results.rows.append(self.measure(case, SMOKE_ROUNDS if options.smoke else options.rounds))
-            if options.json:
-                save(results, options.json)
+        with contextlib.closing(device):
+            if device.type == "cpu":
+                torch.set_num_threads(THREADS)
+            cases = command.chosen(parser, self.cases(options.smoke), options.only)
+            rates = self.rates(device)
+            results = Results(self.name, {**device.describe(), **describe(), **self.head(rates)}, rates, [])
+            for number, case in enumerate(cases, 1):
+                with console.status(f"{number} of {len(cases)}: {case}"):
+                    rounds = SMOKE_ROUNDS if options.smoke else options.rounds
+                    results.rows.append(self.measure(case, device, rounds))
+                device.release()
+                if options.json:  # after every case, so that a run cut short leaves what it has
+                    save(results, options.json)
         show(console, results.head, self.sheets(results))
+        for line in failures(results):
+            console.print(f"failed: {line}", highlight=False, markup=False)
+        if any(row.ours_failed for row in results.rows):
+            sys.exit(1)
+
+
+def failures(results: Results) -> list[str]:
+    """What did not run or was wrong, each with its error."""
+    return [f"{named(row.case)}: {name}: {why}" for row in results.rows for name, why in row.failed.items()]
 
 
 def said(rates: dict[str, float]) -> str:
@@ -110,10 +130,10 @@ def noisy(row: Row) -> list[str]:
 
 
 def ms(row: Row, name: str) -> str:
-    """Milliseconds; (n) after fewer rounds than the kernel's; - of what was not measured."""
+    """Milliseconds; (n) after fewer rounds than the base's; - of what was not measured."""
     if name not in row.ms:
         return "-"
-    few = f" ({row.rounds[name]})" if row.rounds[name] < row.rounds["kernel"] else ""
+    few = f" ({row.rounds[name]})" if row.rounds[name] < row.rounds[row.base] else ""
     return f"{number(row.ms[name])}{few}"
 
 

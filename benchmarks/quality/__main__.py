@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from apet import ApetError
 
+from benchmarks.lib import command
 from benchmarks.lib.machine import describe
 from benchmarks.quality import agreement, features, intrinsic, methods, reader, report, task
 
@@ -22,7 +23,7 @@ STEPS = ("features", "intrinsic", "task", "agreement", "write")
 
 def main(arguments: list[str] | None = None) -> None:
     """Runs one step, or all of them; each continues an earlier call that was stopped."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.quality", description=__doc__.splitlines()[0])
+    parser = command.parser("quality", __doc__)
     parser.add_argument("step", choices=[*STEPS, "all"])
     parser.add_argument("--folder", type=Path, default=ROOT / ".build/quality/main", help="features and readers")
     parser.add_argument("--results", type=Path, default=ROOT / "benchmarks/results/quality", help="raw results")

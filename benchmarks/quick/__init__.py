@@ -1,1 +1,1 @@
-"""The parts of benchmarks/gpu_quick.py: what runs in processes of its own (worker.py, steps.py), builds and reports."""
+"""The parts of benchmarks/gpu_quick.py: steps, the process that runs one of them (worker.py), builds and reports."""

@@ -18,8 +18,8 @@ import traceback
 from collections.abc import Iterator
 from typing import Any
 
-from benchmarks.quick import steps
-from benchmarks.quick.steps import Item, NotPossible, Options
+from benchmarks.quick import items, steps
+from benchmarks.quick.items import Item, NotPossible, Options
 
 
 def main() -> None:
@@ -51,7 +51,7 @@ def run(step: str, options: Options, send: Any) -> None:
             traceback.print_exc()  # to the step's own file
             line = {"status": "failed", "said": f"{type(error).__name__}: {first_line(error)}"}
         send({"end": item.name, "seconds": round(time.perf_counter() - started, 3), **line})
-        if line["status"] == "failed" and not steps.device_works(options):
+        if line["status"] == "failed" and not items.device_works(options):
             sys.exit("the device does not answer any more, as after a fault of a kernel")
 
 

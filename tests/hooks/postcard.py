@@ -53,14 +53,15 @@ class Album(PreTrainedModel):
         return self.reader(inputs_embeds=x, **kwargs)
 
 
-class PostcardForGeneration(PreTrainedModel, GenerationMixin):
-    config_class = PostcardConfig
-    base_model_prefix = "album"
+class Answering(PreTrainedModel, GenerationMixin):
+    """A core model, under the name of `base_model_prefix`, with a head: it generates."""
+
+    core_class: type[PreTrainedModel]
     _supports_sdpa = True
 
-    def __init__(self, config: PostcardConfig):
+    def __init__(self, config: Any):
         super().__init__(config)
-        self.album = Album(config)
+        setattr(self, self.base_model_prefix, self.core_class(config))
         self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
         self.post_init()
 
@@ -78,7 +79,7 @@ class PostcardForGeneration(PreTrainedModel, GenerationMixin):
         if cache_position is not None:  # transformers 4
             given["cache_position"] = cache_position
         given[CACHE] = kwargs.get(CACHE)
-        out = self.album(input_ids=input_ids, pixel_values=pixel_values, **given)
+        out = self.base_model(input_ids=input_ids, pixel_values=pixel_values, **given)
         return CausalLMOutputWithPast(logits=self.lm_head(out.last_hidden_state), **{CACHE: getattr(out, CACHE)})
 
     def prepare_inputs_for_generation(self, input_ids: Tensor, **kwargs: Any) -> dict[str, Any]:
@@ -87,3 +88,9 @@ class PostcardForGeneration(PreTrainedModel, GenerationMixin):
         if at is not None and at[0] != 0:  # transformers 4; 5 does that by itself
             inputs["pixel_values"] = None
         return inputs
+
+
+class PostcardForGeneration(Answering):
+    config_class = PostcardConfig
+    base_model_prefix = "album"
+    core_class = Album

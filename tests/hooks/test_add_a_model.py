@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import inspect
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,12 +13,12 @@ import pytest
 import torch
 from apet.hooks import tiny
 from apet.hooks.tiny import IMAGE
+from postcard import Answering
 from torch import Tensor, nn
-from transformers import GenerationMixin, LlamaConfig, LlamaModel, PretrainedConfig, PreTrainedModel
-from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers import LlamaConfig, LlamaModel, PretrainedConfig, PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutputWithPast
 
 RECIPE = Path(__file__).parents[2] / "docs" / "add-a-model.md"
-CACHE = "cache" if "cache" in inspect.signature(LlamaModel.forward).parameters else "past_key_values"
 SIDE = 16
 
 
@@ -60,46 +59,16 @@ class Collection(PreTrainedModel):
         return self.writer(inputs_embeds=x, **kwargs)
 
 
-class StampsForGeneration(PreTrainedModel, GenerationMixin):
+class StampsForGeneration(Answering):
     config_class = StampConfig
     base_model_prefix = "collection"
-    _supports_sdpa = True
-
-    def __init__(self, config: StampConfig):
-        super().__init__(config)
-        self.collection = Collection(config)
-        self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
-        self.post_init()
+    core_class = Collection
 
     def get_input_embeddings(self) -> nn.Module:
         return self.collection.get_input_embeddings()
 
     def get_output_embeddings(self) -> nn.Module:
         return self.lm_head
-
-    def forward(
-        self,
-        input_ids: Tensor,
-        pixel_values: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        use_cache: bool | None = None,
-        cache_position: Tensor | None = None,
-        **kwargs: Any,
-    ) -> CausalLMOutputWithPast:
-        given = {"attention_mask": attention_mask, "position_ids": position_ids, "use_cache": use_cache}
-        if cache_position is not None:  # transformers 4
-            given["cache_position"] = cache_position
-        given[CACHE] = kwargs.get(CACHE)
-        out = self.collection(input_ids=input_ids, pixel_values=pixel_values, **given)
-        return CausalLMOutputWithPast(logits=self.lm_head(out.last_hidden_state), **{CACHE: getattr(out, CACHE)})
-
-    def prepare_inputs_for_generation(self, input_ids: Tensor, **kwargs: Any) -> dict[str, Any]:
-        inputs = super().prepare_inputs_for_generation(input_ids, **kwargs)
-        at = inputs.get("cache_position")
-        if at is not None and at[0] != 0:  # transformers 4; 5 does that by itself
-            inputs["pixel_values"] = None
-        return inputs
 
 
 def row(before: int, stamps: int, after: int, seed: int) -> dict[str, Tensor]:

@@ -112,6 +112,22 @@ def test_a_checkpoint_differs_from_the_default() -> None:
     assert small.text_config.vocab_size == tiny.VOCABULARY
 
 
+def test_nested_configurations_are_shrunk_whatever_their_name() -> None:
+    """A part of a configuration is known by its model_type, and a decoder by its name."""
+    small = tiny.config("t5gemma2")
+    text, vision = tiny.config("gemma3").text_config, tiny.config("gemma3").vision_config
+    assert small.decoder.hidden_size == small.encoder.text_config.hidden_size == text.hidden_size
+    assert small.encoder.vision_config.hidden_size == vision.hidden_size
+
+
+def test_a_model_that_is_not_tiny_is_not_built() -> None:
+    """Nothing is allocated for it."""
+    large = tiny.config("llava")
+    large.text_config.vocab_size = 10**6  # rows of 64 features, in the embedding and in the head
+    with pytest.raises(MemoryError, match="a tiny LlavaForConditionalGeneration has 128 million parameters"):
+        tiny.build(transformers.LlavaForConditionalGeneration, large)
+
+
 def test_images_of_a_type_that_is_not_known() -> None:
     model = tiny.build(transformers.LlavaForConditionalGeneration, tiny.config("llava"))
     model.model.get_image_features = lambda **_: torch.zeros(3, 4) @ torch.zeros(5, 4)

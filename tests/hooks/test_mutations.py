@@ -1,5 +1,5 @@
 """What transformers might change next: `patch` or the call raises an error that says what is not as known, or the
-answers are right. `mutations.py` has the changes, and what is said of them."""
+answers are right. `mutations/` has the changes, and what is said of them."""
 
 from __future__ import annotations
 

@@ -12,7 +12,7 @@ import families
 import pytest
 import torch
 import transformers
-from apet.hooks import find, selfcheck, state, tiny, versions
+from apet.hooks import find, selfcheck, sources, state, tiny, versions
 from families import FAMILIES, Family, build
 from running import BOTH, FIRST
 
@@ -27,7 +27,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.fixture
 def untested(monkeypatch: pytest.MonkeyPatch) -> None:
     """As if no version of transformers had been tested."""
-    monkeypatch.setattr(selfcheck, "digests", dict)
+    monkeypatch.setattr(sources, "digests", dict)
 
 
 @pytest.fixture
@@ -113,12 +113,12 @@ def test_code_as_tested_is_not_checked(folder: Path, calls: list[str], monkeypat
     files, unchanged = selfcheck.code(selfcheck.classes_of(find(model, FIRST)))
     assert unchanged
     assert "models/llama/modeling_llama.py" in files
-    monkeypatch.setattr(selfcheck, "digests", lambda: {transformers.__version__: files})
+    monkeypatch.setattr(sources, "digests", lambda: {transformers.__version__: files})
     apet.patch(model, **FIRST)
     assert calls == []
     assert not folder.exists()
     changed = files | {"models/llama/modeling_llama.py": "0" * 16}
-    monkeypatch.setattr(selfcheck, "digests", lambda: {transformers.__version__: changed})
+    monkeypatch.setattr(sources, "digests", lambda: {transformers.__version__: changed})
     apet.patch(model, **FIRST)
     assert calls == ["llava"]
 

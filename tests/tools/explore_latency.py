@@ -13,7 +13,7 @@ from apet.explore.explorer import Explorer
 from apet.explore.files import Files
 
 from tests import browser
-from tests.test_cli import ASTRONAUT
+from tests.photos import ASTRONAUT
 from tests.test_explore_browser import MEGABYTES, Page
 
 FIRST, LAST = 65, 94  # tokens kept, one more with every press

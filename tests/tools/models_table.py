@@ -113,6 +113,7 @@ def as_unpatched(measure: Callable[[], float]) -> dict[str, Any] | None:
 
 def reason(name: str, cls: type) -> str | None:
     """What `apet.patch` says of a model of the type's own size; nothing is computed for that."""
+    transformers.PreTrainedModel.init_weights = lambda self: None  # of this process: minutes for large models
     try:
         with torch.device("meta"):
             model = cls._from_config(transformers.AutoConfig.for_model(name))

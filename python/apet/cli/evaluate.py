@@ -14,17 +14,17 @@ from rich.markup import escape
 
 from apet import ApetError
 from apet.cli.arguments import (
-    BASIS_HELP,
+    Basis,
     Device,
     Frames,
     Json,
-    Layout,
+    Layouts,
     Model,
+    NewTokens,
     Quiet,
     Refine,
-    Select,
+    Selection,
     Weights,
-    basis_count,
     budget,
 )
 from apet.cli.output import hush, progress
@@ -61,12 +61,12 @@ def evaluate(
     preset: Annotated[
         list[str] | None, typer.Option(help="Both stages with the paper's budgets, such as paper-64; may be repeated.")
     ] = None,
-    layout: Annotated[Layout | None, typer.Option(help="Where basis tokens go, for all of these budgets.")] = None,
+    layout: Layouts = None,
     frames: Frames = 8,
-    select: Annotated[Select | None, typer.Option(help="How basis tokens are picked.")] = None,
-    basis: Annotated[int | None, typer.Option(parser=basis_count, metavar="COUNT|keep", help=BASIS_HELP)] = None,
+    select: Selection = None,
+    basis: Basis = None,
     refine: Refine = 0,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Length of an answer at most.")] = 16,
+    max_new_tokens: NewTokens = 16,
     dtype: Weights = "auto",
     device: Device = None,
     as_json: Json = False,

@@ -14,17 +14,17 @@ from rich.markup import escape
 import apet
 from apet import ApetError
 from apet.cli.arguments import (
-    BASIS_HELP,
+    Basis,
     Device,
     Frames,
     Json,
-    Layout,
+    Layouts,
     Model,
+    NewTokens,
     Quiet,
     Refine,
-    Select,
+    Selection,
     Weights,
-    basis_count,
     budget,
     source,
 )
@@ -59,11 +59,11 @@ def generate(
         float | None, typer.Option(parser=budget, metavar="COUNT|SHARE", help="Tokens to keep there.")
     ] = None,
     preset: Annotated[str | None, typer.Option(help="Both stages with the paper's budgets, such as paper-64.")] = None,
-    layout: Annotated[Layout | None, typer.Option(help="Where basis tokens go.")] = None,
-    select: Annotated[Select | None, typer.Option(help="How basis tokens are picked.")] = None,
-    basis: Annotated[int | None, typer.Option(parser=basis_count, metavar="COUNT|keep", help=BASIS_HELP)] = None,
+    layout: Layouts = None,
+    select: Selection = None,
+    basis: Basis = None,
     refine: Refine = 0,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Length of the answer at most.")] = 64,
+    max_new_tokens: NewTokens = 64,
     dtype: Weights = "auto",
     device: Device = None,
     compare: Annotated[bool, typer.Option("--compare", help="Answer without compression, too.")] = False,

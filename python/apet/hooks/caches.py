@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 from transformers import Cache
 
-from .state import Prompt
+from .calling import versions
+from .state import Forward, Prompt
 
 STATE = "_apet"  # the attribute of a cache that holds its Prompt
 
@@ -113,6 +114,23 @@ def holds_tokens(cache: Cache, layer: int) -> bool:
 
 def _given(cache: Cache, layer_idx: int = 0) -> int | Tensor:
     return type(cache).get_seq_length(cache, layer_idx) + prompt_of(cache).dropped
+
+
+def check_lengths(forward: Forward, llm_layer: int | None) -> None:
+    """Raises ValueError where a layer's cache does not hold what its layer was given."""
+    prompt, cache = forward.prompt, forward.cache
+    before = prompt.tokens - prompt.dropped
+    after = forward.late.mask.shape[1] if forward.late is not None else before
+    border = len(cache.layers) if llm_layer is None else llm_layer
+    for i, layer in enumerate(cache.layers):
+        if not holds_tokens(cache, i):
+            continue
+        held, expected = int(cache.get_seq_length(i)), before if i < border else after
+        if held != expected:
+            raise ValueError(
+                f"layer {i} of the cache ({type(layer).__name__}) holds {held} tokens after a prefill of {expected}: "
+                f"apet does not know how this model fills its cache ({versions()})"
+            )
 
 
 # ---- methods of a cache with a compressed prompt --------------------------------------------------------------------

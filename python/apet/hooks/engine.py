@@ -2,12 +2,7 @@
 
 from __future__ import annotations
 
-import copy
-import dataclasses
 import functools
-import inspect
-import sys
-import threading
 import weakref
 from collections.abc import Mapping
 from typing import Any
@@ -16,42 +11,23 @@ import torch
 from torch import Tensor, nn
 from transformers import Cache
 
-from . import caches, first_stage, parts, second_stage, state
-from .adapter import Adapter
+from . import caches, first_stage, generation, second_stage, state
 from .calling import versions
-from .config import Options
-from .state import PREFILL, Call, Forward, Prompt, Trace
-from .target import Target
-
-MODULES = ("model", "core", "language_model", "projector")  # the fields of a target that hold modules
+from .patching import Patch
+from .state import PREFILL, Call, Forward, Prompt
 
 
-class Engine:
-    """Patches one model as its target says. No module itself: it has no part in state_dict().
+class Engine(Patch):
+    """The hooks of one model; what they share is that of `Patch`."""
 
-    Hooks are its bound methods, and it holds the model weakly. So a deep copy or a pickle of the model carries an
-    engine of its own, a deep copy of a part of the model shares this one, and `del model` frees both. What a call
-    needs lives with the call (state.py), so threads may share a model.
-    """
-
-    def __init__(self, target: Target):
-        self.target = target
-        self.handles: list[Any] = []
-        self.generate_before: Any = None
-        self.installed = False
-        self.latest: Trace | None = None  # of the last prefill with visuals, in any thread
-        self.threads = threading.local()  # trace: of the last one in this thread; projected: between two hooks
-
-    # ---- on and off
-
-    def install(self) -> None:
+    def hooks(self) -> list[Any]:
         """Registers every hook."""
         target = self.target
         pre = functools.partial(nn.Module.register_forward_pre_hook, with_kwargs=True)
         post = functools.partial(nn.Module.register_forward_hook, with_kwargs=True, always_call=True)
         model, core, language_model = target.model(), target.core(), target.language_model()
         layers = target.layers()
-        self.handles = [
+        handles = [
             pre(model, self.before_model),
             post(model, self.after_model),
             pre(core, self.before_core),
@@ -62,73 +38,12 @@ class Engine:
         ]
         if target.projector is not None:
             projector = target.projector()
-            self.handles.append(projector.register_forward_pre_hook(self.before_projector))
-            self.handles.append(projector.register_forward_hook(self.after_projector))
+            handles.append(projector.register_forward_pre_hook(self.before_projector))
+            handles.append(projector.register_forward_hook(self.after_projector))
         if target.options.llm_layer is not None:
             for index in range(target.options.llm_layer, len(layers)):
-                self.handles.append(pre(layers[index], functools.partial(self.before_layer, index)))
-        if hasattr(model, "generate"):
-            # transformers 5.22 encodes images in generate(), before any forward that a hook could see.
-            self.generate_before = model.__dict__.get("generate")
-            model.generate = self.generate
-        self.installed = True
-
-    def remove(self) -> None:
-        """Removes every hook. Copies of a hook that others made (PEFT copies modules) do nothing from now on."""
-        for handle in self.handles:
-            handle.remove()
-        self.handles, self.installed = [], False
-        model = self.target.model()
-        if model is not None:
-            model.__dict__.pop("generate", None)
-            if self.generate_before is not None:
-                model.generate = self.generate_before
-        self.generate_before = None
-
-    @property
-    def model(self) -> nn.Module:
-        return self.target.model()
-
-    @property
-    def core(self) -> nn.Module:
-        return self.target.core()
-
-    @property
-    def language_model(self) -> nn.Module:
-        return self.target.language_model()
-
-    @property
-    def adapter(self) -> Adapter:
-        return self.target.adapter
-
-    @property
-    def options(self) -> Options:
-        return self.target.options
-
-    @property
-    def trace(self) -> Trace | None:
-        """Of the last prefill with visuals in this thread, or in any if this has run none."""
-        return getattr(self.threads, "trace", None) or self.latest
-
-    def __getstate__(self) -> dict[str, Any]:
-        """With the modules themselves, since a pickle holds no weak reference."""
-        fields = {f.name: getattr(self.target, f.name) for f in dataclasses.fields(self.target)}
-        modules = {name: fields[name] and fields[name]() for name in MODULES}
-        kept = {name: getattr(self, name) for name in ("handles", "generate_before", "installed", "latest")}
-        return kept | {"target": fields | modules}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        fields = state.pop("target")
-        refs = {name: None if fields[name] is None else weakref.ref(fields[name]) for name in MODULES}
-        self.__dict__.update(state, target=Target(**fields | refs), threads=threading.local())
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Engine:
-        """Of a copy of the whole model; a copy of a part (PEFT the projector) shares this one."""
-        if id(self.target.model()) not in memo:
-            return self
-        twin = memo[id(self)] = object.__new__(Engine)
-        twin.__setstate__(copy.deepcopy(self.__getstate__(), memo))
-        return twin
+                handles.append(pre(layers[index], functools.partial(self.before_layer, index)))
+        return handles
 
     # ---- generate()
 
@@ -136,58 +51,15 @@ class Engine:
         """`model.generate` of this instance: the same, with what it was called with at hand for the encoder's hooks."""
         model = self.target.model()
         given = dict(zip(("inputs", "generation_config"), args, strict=False)) | kwargs
-        self.check_generation(model, given)
+        generation.check(self.target, given)
         cache = next((v for v in given.values() if isinstance(v, Cache)), None)
         caches.count_prompt(cache)
         generate = self.generate_before or functools.partial(type(model).generate, model)
         try:
-            with state.running(generating(self, given)):
+            with state.running(generation.call_of(self, given)):
                 return generate(*args, **kwargs)
         finally:
             caches.count_cache(cache)
-
-    def check_generation(self, model: nn.Module, given: Mapping[str, Any]) -> None:
-        """Raises ValueError for what generate() would do wrong with images."""
-        if not self.target.adapter.brings(given):
-            prompts = {"input_ids": next((p for p in map(given.get, ("inputs", "input_ids")) if p is not None), None)}
-            unknown = self.target.core_arguments.unknown(given)
-            if unknown:
-                self.check_no_images(self.target.core(), prompts, unknown)
-            return
-        config = given.get("generation_config") or model.generation_config
-        chunk = given.get("prefill_chunk_size") or getattr(config, "prefill_chunk_size", None)
-        if chunk is not None:
-            raise ValueError(
-                f"prefill_chunk_size={chunk} would tear images apart before they are compressed; leave it out"
-            )
-
-    def generation(self) -> Call | None:
-        """The generate() that runs in this thread: this instance's, or the class's, called directly."""
-        return state.current(self, "generate") or self.generation_of_the_class()
-
-    def generation_of_the_class(self) -> Call | None:
-        """`type(model).generate(model, ...)`, which no hook sees, found on the stack."""
-        model = self.target.model()
-        code = getattr(inspect.unwrap(getattr(type(model), "generate", None) or type), "__code__", None)
-        frame = sys._getframe()
-        while frame is not None and code is not None:
-            if frame.f_code is code and frame.f_locals.get("self") is model:
-                values = frame.f_locals
-                return generating(self, {"inputs": values.get("inputs")} | (values.get("kwargs") or {}))
-            frame = frame.f_back
-        return None
-
-    def check_kept_cache(self, cache: Cache) -> None:
-        """Raises ValueError where the class's generate() goes on from a compressed prompt: it takes tokens that were
-        dropped for new ones. The instance's counts the tokens as given."""
-        if state.current(self, "generate") is None:
-            call = self.generation_of_the_class()
-            if call is not None and any(value is cache for value in call.inputs.values()):
-                name = type(self.model).__name__
-                raise ValueError(
-                    f"{name}.generate(model, ...) was called with a cache that holds a compressed prompt, and counts "
-                    "its tokens wrongly; call model.generate(...)"
-                )
 
     # ---- the model and the core model
 
@@ -229,19 +101,7 @@ class Engine:
             self.threads.mask = self.target.core_arguments.get("mask", inputs)
         unknown = self.target.core_arguments.unknown(inputs)
         if unknown:
-            self.check_no_images(module, inputs, unknown)
-
-    @torch.compiler.disable(reason=PREFILL)
-    def check_no_images(self, core: nn.Module, inputs: Mapping[str, Any], unknown: list[str]) -> None:
-        """Raises ValueError for a call with placeholders whose pixels may have a name that is not known."""
-        ids = inputs.get("input_ids")
-        tokens = [parts.of(core, name) for name in self.target.adapter.tokens.values()]
-        if isinstance(ids, Tensor) and any(token is not None and bool((ids == token).any()) for token in tokens):
-            raise ValueError(
-                f"{type(core).__name__} was called with placeholders of images or videos and with "
-                f"{', '.join(unknown)}, but with no pixel_values: apet does not know what these are, and would "
-                f"compress nothing ({versions()})"
-            )
+            self.target.check_no_images(module, inputs, unknown)
 
     @torch.compiler.disable(reason=PREFILL)
     def begin_call(self, core: nn.Module, inputs: Mapping[str, Any]) -> None:
@@ -265,7 +125,7 @@ class Engine:
     @torch.compiler.disable(reason=PREFILL)
     def before_projector(self, module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor] | None:
         self.threads.projected = None
-        call = self.installed and (state.current(self, "core") or self.generation())
+        call = self.installed and (state.current(self, "core") or generation.current(self))
         if not call:  # get_image_features(), called by somebody else
             return None
         if len(args) != 1:
@@ -309,8 +169,8 @@ class Engine:
 
     def check_no_prompt(self, owner: str, cache: Cache | None) -> None:
         """Raises ValueError for a step of generate() that comes without the cache of its compressed prompt."""
-        generation = state.current(self, "generate")
-        if generation is not None and generation.compressed:
+        running = state.current(self, "generate")
+        if running is not None and running.compressed:
             what = "no cache" if cache is None else f"a {type(cache).__name__} that this prompt did not fill"
             raise ValueError(
                 f"{owner} was called with {what} in a step of generate(), whose prompt was compressed: apet does not "
@@ -332,8 +192,8 @@ class Engine:
     def begin_prefill(
         self, module: nn.Module, call: Call, arguments: dict[str, Any], before: Prompt | None
     ) -> dict[str, Any]:
-        generation = None if state.brings_pixels(call.inputs) else self.generation()
-        forward, arguments = first_stage.begin(self.target, module, call, generation, arguments, before)
+        running = None if state.brings_pixels(call.inputs) else generation.current(self)
+        forward, arguments = first_stage.begin(self.target, module, call, running, arguments, before)
         call.forward = forward.prompt.forward = forward
         return arguments
 
@@ -355,7 +215,7 @@ class Engine:
         position = roles.get("cache_position", arguments)
         if new > 1 and not torch.compiler.is_compiling():
             caches.check_position(prompt, past, position)
-            self.check_kept_cache(cache)
+            generation.check_kept_cache(self, cache)
         replaced = {
             "mask": prompt.early.columns(past, new, tail).long(),
             "positions": prompt.early.positions(past, new, tail),
@@ -441,54 +301,14 @@ class Engine:
         forward.prompt.forward = None
         if not succeeded:
             return
-        generation = state.current(self, "generate")
-        if generation is not None and forward.prompt.compressed:
-            generation.compressed = True
+        running = state.current(self, "generate")
+        if running is not None and forward.prompt.compressed:
+            running.compressed = True
         if forward.cache is not None:
             if forward.prompt.compressed:
-                check_lengths(self.target, forward)
+                caches.check_lengths(forward, self.target.options.llm_layer)
             caches.remember(forward.cache, forward.prompt)
         if forward.tokens is not None:
             self.latest = self.threads.trace = forward.trace
             if forward.labels is not None:
-                shorten_labels(forward.labels, forward.trace)
-
-
-def generating(engine: Engine, given: Mapping[str, Any]) -> Call:
-    """A call of generate() with these arguments."""
-    prompts = next((p for p in map(given.get, ("inputs", "input_ids", "inputs_embeds")) if p is not None), ())
-    return Call(weakref.ref(engine), "generate", given, rows=len(prompts))
-
-
-def check_lengths(target: Target, forward: Forward) -> None:
-    """Raises ValueError where a layer's cache does not hold what its layer was given."""
-    prompt, cache = forward.prompt, forward.cache
-    before = prompt.tokens - prompt.dropped
-    after = forward.late.mask.shape[1] if forward.late is not None else before
-    border = len(cache.layers) if target.options.llm_layer is None else target.options.llm_layer
-    for i, layer in enumerate(cache.layers):
-        if not caches.holds_tokens(cache, i):
-            continue
-        held, expected = int(cache.get_seq_length(i)), before if i < border else after
-        if held != expected:
-            raise ValueError(
-                f"layer {i} of the cache ({type(layer).__name__}) holds {held} tokens after a prefill of {expected}: "
-                f"apet does not know how this model fills its cache ({versions()})"
-            )
-
-
-def shorten_labels(labels: Tensor, trace: Trace) -> None:
-    """Labels [B, L], in place -> [B, L2], of the tokens that are left after all stages; -100 in padding."""
-    if trace.origin is None or trace.remaining is None:
-        return
-    given, device = labels.flatten(), labels.device
-    scored = (given != -100) & ~trace.remaining.to(device)
-    dropped = scored.nonzero().flatten().tolist()
-    if dropped:
-        row, column = divmod(dropped[0], labels.shape[1])
-        raise ValueError(
-            f"labels score the token in row {row}, column {column}, which was dropped: labels of visual tokens must be "
-            "-100"
-        )
-    shorter = given[trace.origin.to(device)].masked_fill(~trace.valid.to(device), -100)
-    labels.set_(shorter)
+                forward.trace.shorten_labels(forward.labels)

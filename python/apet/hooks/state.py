@@ -202,3 +202,19 @@ class Trace:
         self.valid = packing.valid.to(self.flat.device)
         self.lengths.append(packing.index.shape[1])
         self.here.append(self.remaining[self.flat])
+
+    def shorten_labels(self, labels: Tensor) -> None:
+        """Labels [B, L], in place -> [B, L2], of the tokens that are left after all stages; -100 in padding."""
+        if self.origin is None or self.remaining is None:
+            return
+        given, device = labels.flatten(), labels.device
+        scored = (given != -100) & ~self.remaining.to(device)
+        dropped = scored.nonzero().flatten().tolist()
+        if dropped:
+            row, column = divmod(dropped[0], labels.shape[1])
+            raise ValueError(
+                f"labels score the token in row {row}, column {column}, which was dropped: labels of visual tokens "
+                "must be -100"
+            )
+        shorter = given[self.origin.to(device)].masked_fill(~self.valid.to(device), -100)
+        labels.set_(shorter)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import warnings
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 import apet
 
@@ -16,6 +18,7 @@ from .adapter import Adapter
 from .calling import IDLE, KINDS, RECURRENT, Arguments, MaskBuilder, Rotary, attention_types, implementation, versions
 from .config import Options
 from .masks import Reach
+from .state import PREFILL
 from .units import Tokens
 
 
@@ -146,6 +149,18 @@ class Target:
     def layers(self) -> list[nn.Module]:
         """The decoder layers."""
         return list(parts.layers(self.language_model()) or ())
+
+    @torch.compiler.disable(reason=PREFILL)
+    def check_no_images(self, core: nn.Module, inputs: Mapping[str, Any], unknown: list[str]) -> None:
+        """Raises ValueError for a call with placeholders whose pixels may have a name that is not known."""
+        ids = inputs.get("input_ids")
+        tokens = [parts.of(core, name) for name in self.adapter.tokens.values()]
+        if isinstance(ids, Tensor) and any(token is not None and bool((ids == token).any()) for token in tokens):
+            raise ValueError(
+                f"{type(core).__name__} was called with placeholders of images or videos and with "
+                f"{', '.join(unknown)}, but with no pixel_values: apet does not know what these are, and would "
+                f"compress nothing ({versions()})"
+            )
 
 
 def check_second_stage(language_model: nn.Module, layers: nn.ModuleList, llm_layer: int) -> None:

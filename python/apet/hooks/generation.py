@@ -1,0 +1,67 @@
+"""generate(): which call of it runs, and what it cannot do with images or with the cache of a compressed prompt."""
+
+from __future__ import annotations
+
+import inspect
+import sys
+import weakref
+from collections.abc import Mapping
+from typing import Any
+
+from transformers import Cache
+
+from . import state
+from .patching import Patch
+from .state import Call
+from .target import Target
+
+
+def check(target: Target, given: Mapping[str, Any]) -> None:
+    """Raises ValueError for what generate() would do wrong with images."""
+    if not target.adapter.brings(given):
+        prompts = {"input_ids": next((p for p in map(given.get, ("inputs", "input_ids")) if p is not None), None)}
+        unknown = target.core_arguments.unknown(given)
+        if unknown:
+            target.check_no_images(target.core(), prompts, unknown)
+        return
+    config = given.get("generation_config") or target.model().generation_config
+    chunk = given.get("prefill_chunk_size") or getattr(config, "prefill_chunk_size", None)
+    if chunk is not None:
+        raise ValueError(f"prefill_chunk_size={chunk} would tear images apart before they are compressed; leave it out")
+
+
+def current(patch: Patch) -> Call | None:
+    """The generate() that runs in this thread: this instance's, or the class's, called directly."""
+    return state.current(patch, "generate") or of_the_class(patch)
+
+
+def of_the_class(patch: Patch) -> Call | None:
+    """`type(model).generate(model, ...)`, which no hook sees, found on the stack."""
+    model = patch.target.model()
+    code = getattr(inspect.unwrap(getattr(type(model), "generate", None) or type), "__code__", None)
+    frame = sys._getframe()
+    while frame is not None and code is not None:
+        if frame.f_code is code and frame.f_locals.get("self") is model:
+            values = frame.f_locals
+            return call_of(patch, {"inputs": values.get("inputs")} | (values.get("kwargs") or {}))
+        frame = frame.f_back
+    return None
+
+
+def check_kept_cache(patch: Patch, cache: Cache) -> None:
+    """Raises ValueError where the class's generate() goes on from a compressed prompt: it takes tokens that were
+    dropped for new ones. The instance's counts the tokens as given."""
+    if state.current(patch, "generate") is None:
+        call = of_the_class(patch)
+        if call is not None and any(value is cache for value in call.inputs.values()):
+            name = type(patch.model).__name__
+            raise ValueError(
+                f"{name}.generate(model, ...) was called with a cache that holds a compressed prompt, and counts "
+                "its tokens wrongly; call model.generate(...)"
+            )
+
+
+def call_of(patch: Patch, given: Mapping[str, Any]) -> Call:
+    """A call of generate() with these arguments."""
+    prompts = next((p for p in map(given.get, ("inputs", "input_ids", "inputs_embeds")) if p is not None), ())
+    return Call(weakref.ref(patch), "generate", given, rows=len(prompts))

@@ -1,0 +1,172 @@
+"""How language model and layers might be called."""
+
+# ruff: noqa: E501 - an edit is on one line, as the source that it edits
+from __future__ import annotations
+
+import ast
+import inspect
+import re
+from typing import Any
+
+import torch
+from torch import nn
+
+from .edits import ALL, CACHE, Classes, mutation, parameter, source_of
+
+
+@mutation("llava", "qwen3_vl", says="no argument known for .*hidden")
+def hidden_states_renamed(c: Classes) -> None:
+    c.edit(c.layer, *parameter("hidden_states", "x"))
+
+
+@mutation("llava", says="no argument known for .*hidden")
+def hidden_states_renamed_and_given_by_keyword(c: Classes) -> None:
+    c.edit(c.layer, *parameter("hidden_states", "x"))
+    c.edit(c.lm, (r"decoder_layer\(hidden_states", "decoder_layer(x=hidden_states"))
+
+
+@mutation(*ALL)
+def hidden_states_given_by_keyword(c: Classes) -> None:
+    c.edit(c.lm, (r"decoder_layer\(hidden_states", "decoder_layer(hidden_states=hidden_states"))
+
+
+def in_order(function: Any, call: str) -> str:
+    """A call by keyword, with as many arguments by position as its function takes."""
+    (expression,) = ast.parse(call.strip()).body
+    given = expression.value
+    assert isinstance(given, ast.Call)
+    names = [n for n, p in inspect.signature(function).parameters.items() if p.kind == p.POSITIONAL_OR_KEYWORD][1:]
+    keywords = {k.arg: k.value for k in given.keywords}
+    by_position = list(given.args)
+    last = max(i for i, name in enumerate(names) if name in keywords)
+    for name in names[len(by_position) : last + 1]:
+        by_position.append(keywords.pop(name, ast.Constant(None)))
+    given.args = by_position
+    given.keywords = [ast.keyword(name, value) for name, value in keywords.items()]
+    return ast.unparse(expression)
+
+
+@mutation(*ALL)
+def layers_called_by_position(c: Classes) -> None:
+    call = re.search(r"= (decoder_layer\([^\n]*\))\n", source_of(c.lm, "forward"))[1]
+    c.edit(c.lm, (re.escape(call), in_order(c.layer.forward, call).replace("\\", "")))
+
+
+@mutation("llava")
+def language_model_called_by_position(c: Classes) -> None:
+    call = re.search(r"= (self\.language_model\([^\n]*\))\n", source_of(c.core, "forward"))[1]
+    c.edit(c.core, (re.escape(call), in_order(c.lm.forward, call)))
+
+
+class Around(nn.Module):
+    """A module around a layer, as checkpointing and offloading libraries put there."""
+
+    def __init__(self, inner: nn.Module):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.inner(*args, **kwargs)
+
+
+class AroundNamed(Around):
+    def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        return self.inner(hidden_states, *args, **kwargs)
+
+
+def wrap(c: Classes, cls: type) -> None:
+    def change(this: nn.Module) -> None:
+        for i, layer in enumerate(this.layers):
+            this.layers[i] = cls(layer)
+
+    c.after_init(c.lm, change)
+
+
+@mutation("llava", "qwen2_5_vl")
+def layers_wrapped(c: Classes) -> None:
+    wrap(c, Around)
+
+
+@mutation("llava")
+def layers_wrapped_and_called_by_keyword(c: Classes) -> None:
+    wrap(c, Around)
+    hidden_states_given_by_keyword(c)
+
+
+@mutation(
+    "llava",
+    "qwen3_vl",
+    first="AroundNamed.* has no argument known for cache",
+    both="layers do not share one rotary embedding",
+)
+def layers_wrapped_and_one_argument_named(c: Classes) -> None:
+    wrap(c, AroundNamed)
+
+
+@mutation("llava", "qwen2_5_vl")
+def language_model_wrapped(c: Classes) -> None:
+    class AroundDecoder(Around):
+        def __getattr__(self, name: str) -> Any:
+            return super().__getattr__(name) if name == "inner" else getattr(self.inner, name)
+
+    c.after_init(c.core, lambda this: setattr(this, "language_model", AroundDecoder(this.language_model)))
+
+
+@mutation("llava", "qwen2_5_vl")
+def layers_run_in_two_groups(c: Classes) -> None:
+    loop = re.search(r"\n    for [^\n]*\n(        [^\n]*\n|\n)*", source_of(c.lm, "forward"))[0]
+    if c.name == "llava":
+        halves = [re.sub(r"self\.layers\[[^\]]*\]", f"self.layers[{part}]", loop) for part in (":2", "2:")]
+    else:
+        halves = [
+            loop.replace("enumerate(self.layers)", f"list(enumerate(self.layers))[{part}]") for part in (":2", "2:")
+        ]
+    c.edit(c.lm, (re.escape(loop), "".join(halves).replace("\\", "")))
+
+
+@mutation("llava", both="has 3 layers, and its configuration 4")
+def layers_in_two_lists(c: Classes) -> None:
+    def change(this: nn.Module) -> None:
+        this.layers_late = this.layers[3:]
+        this.layers = this.layers[:3]
+
+    c.after_init(c.lm, change)
+    c.edit(c.lm, (r"self\.layers\[:self\.config\.num_hidden_layers\]", "[*self.layers, *self.layers_late]"))
+
+
+@mutation("llava")
+def layers_renamed(c: Classes) -> None:
+    def change(this: nn.Module) -> None:
+        this.layers_ = this.layers
+        del this.layers
+
+    c.after_init(c.lm, change)
+    c.edit(c.lm, (r"self\.layers", "self.layers_"))
+
+
+@mutation("llava", "qwen2_5_vl", says="but calls its language model with|the hooks are not right for")
+def language_model_called_twice(c: Classes) -> None:
+    """The first time to measure something."""
+    c.edit(
+        c.core,
+        (
+            r"\n( *)outputs = (self\.language_model\([^\n]*\))",
+            r"\n\1_ = self.language_model(inputs_embeds=inputs_embeds[:, :1], use_cache=False)\g<0>",
+        ),
+    )
+
+
+@mutation("llava", says="but calls its language model with|the hooks are not right for")
+def prefill_in_two_calls(c: Classes) -> None:
+    """Of the language model: images in the first, and the rest of the prompt in the second."""
+    c.edit(
+        c.core,
+        (
+            r"\n( *)outputs = self\.language_model\([^\n]*",
+            rf"\n\1cut = inputs_embeds.shape[1] - (3 if inputs_embeds.shape[1] > 3 else 0)"
+            rf"\n\1if cut < inputs_embeds.shape[1]:"
+            rf"\n\1    self.language_model(attention_mask=attention_mask[:, :cut], position_ids=position_ids if position_ids is None else position_ids[:, :cut], {CACHE}={CACHE}, inputs_embeds=inputs_embeds[:, :cut])"
+            rf"\n\1    position_ids, inputs_embeds = position_ids if position_ids is None else position_ids[:, cut:], inputs_embeds[:, cut:]"
+            r"\g<0>",
+        ),
+    )

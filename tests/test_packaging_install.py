@@ -1,0 +1,278 @@
+"""Every way to install: wheels and sdists, with and without torch, a compiler, isolation."""
+
+from __future__ import annotations
+
+import email
+import re
+import shutil
+import subprocess
+import sys
+import tarfile
+import venv
+import zipfile
+from collections.abc import Iterator
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+
+from tests.binaries import (
+    RUNTIMES,
+    declared_for,
+    exported,
+    failing,
+    needed,
+    run,
+    used_of_torch,
+    version,
+)
+from tests.test_packaging_setup import COMMANDS
+from tests.tools import sass
+
+ROOT = Path(__file__).parents[1]
+
+
+CHECK_KERNELS = """
+import warnings; warnings.simplefilter("error")
+import torch, apet_kernels
+assert apet_kernels.why_unavailable("cpu") is None, apet_kernels.why_unavailable("cpu")
+x = torch.randn(2, 64, 32)
+tokens, indices = torch.ops.apet.compress(x, 16)
+expected, expected_indices = apet_kernels.reference.compress(x, 16)
+assert torch.equal(indices, expected_indices) and torch.allclose(tokens, expected, atol=1e-5)
+"""
+
+CHECK_CUDA = """
+import torch, apet_kernels
+info = apet_kernels.build_info()
+assert info["cuda_archs"] == "90-real" and info["cuda_compiler"].startswith("NVIDIA"), info
+assert apet_kernels.dispatch.CUDA_LIBRARY.exists()
+assert apet_kernels.why_unavailable("cuda") == "this torch is built without CUDA"
+apet_kernels.compress(torch.randn(1, 64, 32), 16)
+assert "apet_cuda" not in open("/proc/self/maps").read()
+"""
+
+CHECK_REFERENCE = """
+import torch, apet_kernels
+assert apet_kernels.why_unavailable("cpu") is not None
+tokens, indices = torch.ops.apet.compress(torch.randn(2, 64, 32), 16)
+assert tokens.shape == (2, 16, 32) and indices.shape == (2, 16)
+"""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def as_locked() -> Iterator[None]:
+    """The environments that the tests below make, those of isolated builds too, hold what the lock names."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("PIP_CONSTRAINT", "PIP_BUILD_CONSTRAINT", "UV_CONSTRAINT", "UV_BUILD_CONSTRAINT"):
+            patch.setenv(name, str(ROOT / "requirements/lock.txt"))
+        yield
+
+
+@pytest.fixture(scope="module")
+def sdist(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Made in isolation: it needs no torch."""
+    folder = tmp_path_factory.mktemp("sdist")
+    run(sys.executable, "-m", "build", "--sdist", "--outdir", folder, ROOT)
+    (archive,) = folder.glob("*.tar.gz")
+    return archive
+
+
+@pytest.fixture(scope="module")
+def source(sdist: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What a user has who unpacks the sdist: all installs below start from it, and share its compiled objects."""
+    folder = tmp_path_factory.mktemp("source")
+    with tarfile.open(sdist) as archive:
+        archive.extractall(folder, filter="data")
+    return next(folder.iterdir())
+
+
+def environment(folder: Path, *requirements: str) -> Path:
+    """The Python of a new virtual environment with these packages."""
+    venv.create(folder, with_pip=True)
+    if requirements:
+        run(folder / "bin/python", "-m", "pip", "install", "--no-compile", *requirements)
+    return folder / "bin/python"
+
+
+BUILD_TOOLS = ["setuptools>=77", "cmake", "ninja", "pybind11"]
+
+
+@pytest.fixture(scope="module")
+def with_torch(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    requirements = [
+        f"torch=={metadata.version('torch').split('+')[0]}",
+        "numpy",
+        "typer",
+        "rich",
+        *BUILD_TOOLS,
+        "build",
+    ]
+    return environment(tmp_path_factory.mktemp("venv") / "with_torch", *requirements)
+
+
+@pytest.fixture(scope="module")
+def without_torch(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return environment(tmp_path_factory.mktemp("venv") / "without_torch", *BUILD_TOOLS)
+
+
+def files_of(wheel: Path) -> set[str]:
+    """The files of a wheel, less the metadata and with plain names for the Python-specific ones."""
+    names = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
+    return {re.sub(r"_host\..*", "_host.so", name) for name in names}
+
+
+def build_wheel(python: Path, source: Path, folder: Path, *options: str, **variables: str) -> tuple[Path, str]:
+    """The wheel that this Python builds, and what the build printed."""
+    said = run(python, "-m", "pip", "wheel", "-v", "--no-deps", *options, "-w", folder, source, **variables)
+    (wheel,) = folder.glob("*.whl")
+    return wheel, said
+
+
+@pytest.mark.slow
+def test_sdist_builds_and_tests_and_knows_its_commit(source: Path):
+    for name in ("CMakeLists.txt", "csrc/apet.h", "tests/test_packaging.py", "LICENSE", "Makefile", "README.md"):
+        assert (source / name).exists(), name
+    assert not list(source.rglob("*.so"))
+    head = subprocess.run(["git", "-C", ROOT, "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
+    assert (source / "COMMIT").read_text().strip().removesuffix("-dirty") == head
+    about = email.message_from_string((source / "PKG-INFO").read_text())
+    assert (about["Name"], about["Version"]) == ("apet-kernels", version())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("isolation", [True, False], ids=["isolated", "not-isolated"])
+def test_wheel_with_torch(with_torch: Path, source: Path, tmp_path: Path, isolation: bool):
+    wheel, said = build_wheel(with_torch, source, tmp_path, *([] if isolation else ["--no-build-isolation"]))
+    assert "Collecting torch" not in said
+    files = files_of(wheel)
+    assert {f"apet_kernels/{n}" for n in ("libapet.so", "libapet_torch.so", "_host.so", "py.typed")} < files
+    assert {name.split("/")[0] for name in files} == {"apet", "apet_kernels"}
+    data = {name for name in files if Path(name).suffix not in (".py", ".so", ".typed")}
+    page = {f"apet/explore/{name}" for name in ("page.css", "page.js", "view.css")}
+    assert data == page | {"apet/hooks/tested.json"}
+    run(with_torch, "-m", "pip", "install", "--no-deps", "--force-reinstall", wheel)
+    run(with_torch, "-I", "-c", CHECK_KERNELS)
+    recorded = (source / "COMMIT").read_text().strip()
+    assert recorded in run(with_torch, "-I", "-c", "import apet_kernels; print(apet_kernels.build_info())")
+
+
+@pytest.mark.matrix
+@pytest.mark.slow
+def test_wheel_with_cuda(with_torch: Path, source: Path, tmp_path: Path):
+    """Compiled because it is asked for; beside a torch without CUDA nothing of it is loaded, and all else works."""
+    if why := sass.missing():
+        pytest.skip(why)
+    wheel, _ = build_wheel(with_torch, source, tmp_path, APET_CUDA_ARCHS="90-real")
+    run(with_torch, "-m", "pip", "install", "--no-deps", "--force-reinstall", wheel)
+    run(with_torch, "-I", "-c", CHECK_KERNELS)
+    run(with_torch, "-I", "-c", CHECK_CUDA)
+    zipfile.ZipFile(wheel).extractall(tmp_path)
+    package = tmp_path / "apet_kernels"
+    assert used_of_torch(package / "libapet_cuda_torch.so")
+    assert exported(package / "libapet_cuda.so") == declared_for("libapet_cuda")
+    assert needed(package / "libapet_cuda.so") <= RUNTIMES | {"libapet"}
+    images = re.findall(r"\.(sm_\w+)\.cubin", run(sass.tools()["cuobjdump"], "--list-elf", package / "libapet_cuda.so"))
+    assert len(images) >= len(sass.DTYPES)
+    assert set(images) == {"sm_90"}
+
+
+def front_ends(python: Path, source: Path, folder: Path) -> dict[str, list]:
+    """How each front end builds where nothing is said about isolation; build stands for poetry, which calls it."""
+    return {
+        "pip": [python, "-m", "pip", "wheel", "--no-deps", "-w", folder, source],
+        "uv": [sys.executable, "-m", "uv", "build", "--wheel", "--python", python, "-o", folder, source],
+        "uv-pip": [sys.executable, "-m", "uv", "pip", "install", "--no-deps", "--python", python, source],
+        "build": [sys.executable, "-m", "build", "--wheel", "-o", folder, source],
+    }
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("front_end", ["pip", "uv", "uv-pip", "build"])
+def test_isolated_without_torch_fails_with_the_commands(
+    without_torch: Path, source: Path, tmp_path: Path, front_end: str
+):
+    said = failing(*front_ends(without_torch, source, tmp_path)[front_end])
+    assert "this build finds no torch >= 2.10" in said
+    for command in COMMANDS.values():
+        assert command in said
+    assert "Traceback" not in said
+    assert not list(tmp_path.glob("*.whl"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("front_end", ["pip", "uv", "uv-pip", "build"])
+def test_the_pure_package_is_built_by_name_alone(without_torch: Path, source: Path, tmp_path: Path, front_end: str):
+    run(*front_ends(without_torch, source, tmp_path)[front_end], APET_BUILD="pure")
+    if front_end == "uv-pip":
+        run(without_torch, "-m", "pip", "uninstall", "--yes", "apet-kernels")  # which says that it was installed
+    else:
+        (wheel,) = tmp_path.glob("*.whl")
+        assert wheel.name.endswith("-py3-none-any.whl")
+        assert not any(name.endswith(".so") for name in files_of(wheel))
+
+
+@pytest.mark.slow
+def test_the_pure_package_runs_on_the_reference(with_torch: Path, source: Path, tmp_path: Path):
+    wheel, _ = build_wheel(with_torch, source, tmp_path, "--no-build-isolation", APET_BUILD="pure")
+    run(with_torch, "-m", "pip", "install", "--no-deps", "--force-reinstall", wheel)
+    run(with_torch, "-I", "-c", CHECK_REFERENCE)
+
+
+@pytest.mark.slow
+def test_the_command_for_uv_builds_the_kernels(with_torch: Path, source: Path):
+    uv = [sys.executable, "-m", "uv", "pip", "install", "--python", with_torch]
+    run(*uv, "--no-deps", "--reinstall", "--no-build-isolation", source)
+    run(with_torch, "-I", "-c", CHECK_KERNELS)
+
+
+@pytest.mark.slow
+def test_the_command_for_build_builds_the_kernels(with_torch: Path, source: Path, tmp_path: Path):
+    run(with_torch, "-m", "build", "--no-isolation", "--outdir", tmp_path, source)
+    (wheel,) = tmp_path.glob("*.whl")
+    run(with_torch, "-m", "pip", "install", "--no-deps", "--force-reinstall", wheel)
+    run(with_torch, "-I", "-c", CHECK_KERNELS)
+
+
+@pytest.mark.slow
+def test_without_a_compiler_the_build_fails_and_names_it(with_torch: Path, source: Path, tmp_path: Path):
+    said = failing(*front_ends(with_torch, source, tmp_path)["pip"], CXX="no-such-compiler")
+    assert "the kernels cannot be compiled without a C++ compiler" in said
+    assert "APET_BUILD=pure" in said
+    assert "Traceback" not in said
+
+
+@pytest.mark.slow
+def test_a_compilers_error_ends_the_build_in_its_own_words(with_torch: Path, source: Path, tmp_path: Path):
+    broken = shutil.copytree(source, tmp_path / "broken", ignore=shutil.ignore_patterns("build"))
+    with (broken / "csrc/problem.cpp").open("a") as file:
+        file.write("#error broken on purpose\n")
+    said = failing(with_torch, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "-w", tmp_path, broken)
+    assert "#error broken on purpose" in said
+    assert "this command failed with exit code 1" in said
+    assert "CMake Error" not in said
+    assert "Traceback" not in said
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("isolation", [True, False], ids=["isolated", "not-isolated"])
+def test_editable(with_torch: Path, source: Path, isolation: bool):
+    options = [] if isolation else ["--no-build-isolation"]
+    run(with_torch, "-m", "pip", "install", "--no-deps", *options, "--editable", source)
+    run(with_torch, "-I", "-c", CHECK_KERNELS)
+    assert str(source) in run(with_torch, "-I", "-c", "import apet_kernels; print(apet_kernels.__file__)")
+    run(with_torch.with_name("apet"), "--help")
+
+
+# ---- other processors (slow) -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_generic_build_compiles_for_arm(without_torch: Path, tmp_path: Path):
+    compiler, cmake = shutil.which("aarch64-linux-gnu-g++"), without_torch.with_name("cmake")
+    if not compiler:
+        pytest.skip("aarch64-linux-gnu-g++ is not installed (Debian: g++-aarch64-linux-gnu)")
+    target = ["-DCMAKE_SYSTEM_NAME=Linux", "-DCMAKE_SYSTEM_PROCESSOR=aarch64", f"-DCMAKE_CXX_COMPILER={compiler}"]
+    run(cmake, "-S", ROOT / "csrc", "-B", tmp_path, *target, "-DCMAKE_CXX_FLAGS=-Werror", "-DBUILD_SHARED_LIBS=ON")
+    run(cmake, "--build", tmp_path)
+    assert "AArch64" in run("readelf", "-h", tmp_path / "libapet.so")
