@@ -201,9 +201,7 @@ def needed(tokens: Tokens, length: int, pad_left: bool) -> int | Tensor:
     return (tokens.where % length).max() + 1 if pad_left else length
 
 
-def kept_positions(
-    positions: Tensor, valid: Tensor, packing: Packing, axes: int, told: bool
-) -> tuple[Tensor, Tensor]:
+def kept_positions(positions: Tensor, valid: Tensor, packing: Packing, axes: int, told: bool) -> tuple[Tensor, Tensor]:
     """Positions [.., B or 1, L] as given -> those of the tokens that stay, and the one that comes next [B, 1].
 
     Of M-RoPE's the axes [axes, B, L2] are returned, without the positions of the text. What comes next differs where a
