@@ -56,7 +56,7 @@ class CudaPath:
     path: Literal["best", "fused", "cluster", "cooperative"] = "best"  # best: the one of the lowest estimate
     ctas_per_image: int = 0  # 0: chosen
     rows_in_shared_memory: int = -1  # of a CTA, at most; -1: as many as fit
-    tile: int = 0  # of s5 as its own launch: 64 or 128; 0: chosen
+    tile: int = 0  # columns of s5's, as its own launch: 64 or 128; 0: chosen
 
     def __str__(self) -> str:
         parts = [self.path, str(self.ctas_per_image or "any")]

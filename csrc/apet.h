@@ -261,7 +261,7 @@ typedef struct apet_cuda_override {
   apet_cuda_path path;
   int32_t ctas_per_image; /* 0: chosen */
   int32_t resident;       /* rows of a slice that stay in shared memory, at most; -1: as many as fit */
-  int32_t tile;           /* s5 as its own launch: 64 or 128 rows of a tile; 0: chosen */
+  int32_t tile;           /* s5 as its own launch: 64 or 128 columns of a tile; 0: chosen */
 } apet_cuda_override;
 
 /* How a call would run. Pass it to apet_cuda_run unchanged. */
@@ -274,7 +274,7 @@ typedef struct apet_cuda_plan_t {
   int32_t resident;            /* of these, rows that stay in shared memory; the others are read again from L2 */
   int32_t state_shared;        /* 1: y, norms and distances are in shared memory, 0: in the workspace */
   int32_t basis_shared;        /* 1: the basis token of a step is copied to shared memory, 0: its row is too long */
-  int32_t tile;                /* s5 as its own launch: rows of a tile, else 0 */
+  int32_t tile;                /* s5 as its own launch: columns of a tile, else 0 */
   int32_t first_shared_bytes;  /* shared memory of a CTA of the first launch */
   int32_t second_shared_bytes; /* and of the second, 0 without one */
   size_t workspace_bytes;      /* device memory that apet_cuda_run needs, 64-byte aligned; a multiple of 64 */

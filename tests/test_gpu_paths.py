@@ -6,6 +6,7 @@ every day, all of them in `make test-cuda`.
 
 from __future__ import annotations
 
+import dataclasses
 import random
 from typing import Any
 
@@ -143,7 +144,8 @@ class TestForcing:
             raise AssertionError("it was forced")
 
     def test_ways_that_the_device_does_not_have(self, device):
-        binding.use_device(RTX_3090)  # no clusters, and the large tile does not fit
+        # No clusters, and too little shared memory for the large tile.
+        binding.use_device(dataclasses.replace(RTX_3090, shared_per_block=64 << 10))
         for way in (testing.CudaPath("cluster", 2), testing.CudaPath("cooperative", tile=128)):
             with testing.use_cuda_path(way), pytest.raises(RuntimeError, match=f"path {way.path} .* cannot run here"):
                 self.plan()

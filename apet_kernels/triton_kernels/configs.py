@@ -62,8 +62,8 @@ def tiles(device_class: str, D: int, element: int) -> Tiles:
         # Rows are loaded element by element, through registers.
         assign = (64, 64, 32, 8, 3)
     elif device_class.startswith(MMA_SYNC):
-        # Products stay in registers there: with 64 channels at once, eight warps spill.
-        assign = (128, 128, 32, 8, 4)
+        # Products stay in registers there, and two sums of each: a larger tile, or 64 channels at once, would spill.
+        assign = (64, 128, 32, 8, 4)
     else:
         # 64 operations per byte from L2, twice as many as with 64 x 64. Three tiles take 96 KB, or on gfx942 all of its
         # 64 KB.

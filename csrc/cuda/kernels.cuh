@@ -16,10 +16,10 @@ using Kernel = void (*)(const Call);
 // s5_merge with one of its tiles.
 struct MergeKernel {
   Kernel kernel;
-  int tile;          // rows and columns of a tile
-  int threads;       // of a CTA
-  int shared_bytes;  // of a CTA
-  int chunks;        // kChunks
+  int rows, columns;  // of a tile
+  int threads;        // of a CTA
+  int shared_bytes;   // of a CTA
+  int chunks;         // kChunks
 };
 
 struct Kernels {
@@ -37,7 +37,7 @@ constexpr int s5_shared_bytes(bool resident) {
 
 template <class T, class Tl, int kChunks>
 constexpr MergeKernel merge_kernel() {
-  return {s5_merge<T, Tl, kChunks>, Tl::kRows, Tl::kThreads, 16 + s5_shared_bytes<Tl>(false), kChunks};
+  return {s5_merge<T, Tl, kChunks>, Tl::kRows, Tl::kColumns, Tl::kThreads, 16 + s5_shared_bytes<Tl>(false), kChunks};
 }
 
 template <class T>
@@ -46,7 +46,7 @@ constexpr Kernels kernels_of() {
           s1_s4_group<T, CooperativeGroup>,
           s1_s5_cluster<T>,
           s5_shared_bytes<ClusterTile<T>>(true),
-          {merge_kernel<T, SmallTile, 2>(), merge_kernel<T, LargeTile, 4>()}};
+          {merge_kernel<T, SmallTile, 2>(), merge_kernel<T, LargeTile<T>, 4>()}};
 }
 
 extern const Kernels kFloat32, kFloat16, kBFloat16;

@@ -12,11 +12,6 @@ bool aligned(const void* pointer, std::initializer_list<int64_t> strides, int64_
   return is;
 }
 
-const MergeKernel& merge_kernel_of(const apet_problem& p, const apet_cuda_plan_t& plan) {
-  const MergeKernel(&merge)[2] = kernels_for(p.dtype).s5_merge;
-  return merge[plan.tile == merge[1].tile];
-}
-
 // The argument of the kernels, but for the workspace.
 Call make_call(const apet_problem& p, const apet_tensors& tensors, const apet_cuda_plan_t& plan) {
   Call call = {};
@@ -50,12 +45,10 @@ Call make_call(const apet_problem& p, const apet_tensors& tensors, const apet_cu
   call.map = shared_map(p, plan);
   if (plan.launches == 2) {
     const MergeKernel& merge = merge_kernel_of(p, plan);
-    const int64_t down = (most_dropped(p) + plan.tile - 1) / plan.tile,
-                  across = (most_kept(p) + plan.tile - 1) / plan.tile;
     const int64_t block = 32 * merge.chunks * (16 / element_size(p)), blocks = (p.dim + block - 1) / block;
     const int64_t tasks = merge.threads / 32;
-    call.tiles = (int32_t)(down * across);
-    call.tile_columns = (int32_t)across;
+    call.tiles = (int32_t)(tile_rows(p, merge) * tile_columns(p, merge));
+    call.tile_columns = (int32_t)tile_columns(p, merge);
     call.mean_tickets = (int32_t)(((most_kept(p) + call.appended) * blocks + tasks - 1) / tasks);
   }
   return call;

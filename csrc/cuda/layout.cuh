@@ -23,6 +23,17 @@ inline int64_t most_dropped(const apet_problem& p) {
 inline bool empty(const apet_problem& p) {
   return p.images == 0 || most_tokens(p) == 0 || (p.op != APET_SCORE && all_rows(p) == 0);
 }
+// s5_merge as planned, and the rows and columns of tiles that an image has at most.
+inline const MergeKernel& merge_kernel_of(const apet_problem& p, const apet_cuda_plan_t& plan) {
+  const MergeKernel(&merge)[2] = kernels_for(p.dtype).s5_merge;
+  return merge[plan.tile == merge[1].columns];
+}
+inline int64_t tile_rows(const apet_problem& p, const MergeKernel& merge) {
+  return (most_dropped(p) + merge.rows - 1) / merge.rows;
+}
+inline int64_t tile_columns(const apet_problem& p, const MergeKernel& merge) {
+  return (most_kept(p) + merge.columns - 1) / merge.columns;
+}
 inline int64_t row_bytes(const apet_problem& p) { return p.dim * element_size(p); }
 
 // ---- the shared memory of a CTA of the first launch

@@ -35,25 +35,24 @@ double estimate_us(const apet_problem& p, const Device& device, const apet_cuda_
   if (plan.path == APET_CUDA_FUSED)
     return us + rounds * (std::max(flops / (plan.ctas_per_image * rate), most_kept(p) * row / f.l2_per_sm) +
                           read(slice, f.l2_share) + f.cluster_step_us);
-  const double tiles =
-      p.images * std::ceil((double)most_dropped(p) / plan.tile) * std::ceil((double)most_kept(p) / plan.tile);
-  const double waves = std::ceil(tiles / device.sms), tile = 2.0 * plan.tile * plan.tile * p.dim / rate;
+  const MergeKernel& merge = merge_kernel_of(p, plan);
+  const double tiles = (double)(p.images * tile_rows(p, merge) * tile_columns(p, merge));
+  const double waves = std::ceil(tiles / device.sms);
+  const double tile = 2.0 * merge.rows * merge.columns * p.dim / rate;
   return us + (device.overlaps ? f.overlapped_launch_us : f.launch_us) + waves * (tile + f.fill_us) + f.fill_us +
          p.images * most_tokens(p) * row / (device.sms * f.l2_share);
 }
 
-// The tile of s5_merge; 0 rows: chosen. False if the device cannot run the one that is asked for.
-bool choose_tile(const apet_problem& p, const Device& device, int rows, apet_cuda_plan_t& plan) {
+// The tile of s5_merge; 0 columns: chosen. False if the device cannot run the one that is asked for.
+bool choose_tile(const apet_problem& p, const Device& device, int columns, apet_cuda_plan_t& plan) {
   const MergeKernel(&merge)[2] = kernels_for(p.dtype).s5_merge;
-  const auto tiles = [&](int64_t side) {
-    return p.images * ((most_dropped(p) + side - 1) / side) * ((most_kept(p) + side - 1) / side);
-  };
-  // The large tile reads half as much. It pays once there are two of them for every CTA that runs at once.
-  const bool large = rows ? rows == merge[1].tile : tiles(merge[1].tile) >= 2 * device.merge_ctas[1];
+  // The large tile reads less. It pays once there are two of them for every CTA that runs at once.
+  const int64_t tiles = p.images * tile_rows(p, merge[1]) * tile_columns(p, merge[1]);
+  const bool large = columns ? columns == merge[1].columns : tiles >= 2 * device.merge_ctas[1];
   const MergeKernel& chosen = merge[large && device.merge_ctas[1] > 0];
-  plan.tile = chosen.tile;
+  plan.tile = chosen.columns;
   plan.second_shared_bytes = chosen.shared_bytes;
-  return rows == 0 || rows == plan.tile;
+  return columns == 0 || columns == plan.tile;
 }
 
 // Whether the device can run `path` with that many CTAs per image. If so, completes the plan.

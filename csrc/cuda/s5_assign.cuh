@@ -7,9 +7,10 @@
 //               | warp  | warp  |
 //               +-------+-------+
 //
-// The [dropped_count, T] matrix is never stored. A product is one float32 accumulator over ascending D: the hardware's
-// order inside a matrix instruction of 16 elements (16-bit tokens), or fma by fma (float32, IEEE: never tf32). Tile
-// sizes therefore do not change a bit of it, and the arg-max is over integers: similarity, then the lower target.
+// The [dropped_count, T] matrix is never stored. A product is summed in float32 over ascending D, in chains (kChain), in
+// the hardware's order inside a matrix instruction of 16 elements (16-bit tokens), or fma by fma (float32, IEEE: never
+// tf32). Tile sizes therefore do not change a bit of it, and the arg-max is over integers: similarity, then the lower
+// target.
 #pragma once
 #include "dot.cuh"
 #include "s1_s3_sweep.cuh"
@@ -19,6 +20,7 @@ namespace apet::cuda {
 constexpr int kStepBytes = 128;                // of a row, per step
 constexpr int kBufferPitch = kStepBytes + 16;  // 9 words of 16 bytes: 8 rows of a matrix are in different banks
 constexpr int kBuffers = 3;
+constexpr int kChain = 128;  // products of a chain, whose sum is then added to the others
 
 // kWarpsM x kWarpsN warps, each with 16 kFragM dropped tokens x 8 kFragN targets.
 template <int kWarpsM_, int kWarpsN_, int kFragM_, int kFragN_>
@@ -33,7 +35,10 @@ struct Tile {
   }
 };
 using SmallTile = Tile<2, 2, 2, 4>;  // 64 x 64: enough tiles for a small image
-using LargeTile = Tile<2, 4, 4, 4>;  // 128 x 128: half the bytes from L2 per product
+// 96 x 128: six tenths of the bytes from L2 per product; its two sums per product take the registers that there are.
+// float32, which the arithmetic limits: 64 x 128.
+template <class T>
+using LargeTile = Tile<2, 4, sizeof(T) == 2 ? 3 : 2, 4>;
 // In s1_s5_cluster, with its 12 warps: 96 x 128 (float32, for lack of registers: 96 x 64).
 template <class T>
 using ClusterTile = Tile<3, 4, 2, sizeof(T) == 2 ? 4 : 2>;
@@ -45,16 +50,15 @@ __device__ __forceinline__ uint32_t ordered(float v) {
   return bits >> 31 ? ~bits : bits | 0x80000000u;
 }
 
-// acc += the products over 32 bytes of D. a[i], b[j]: the rows in shared memory that this lane loads from.
-template <class T, class Tl>
-__device__ __forceinline__ void multiply(float (&acc)[Tl::kFragM][Tl::kFragN][4], const unsigned char* const* a,
-                                         const unsigned char* const* b, int at_a, int at_b) {
+// acc += the products over 32 bytes of D. a(i), b(j): where this lane loads from, in shared memory.
+template <class T, class Tl, class RowA, class RowB>
+__device__ __forceinline__ void multiply(float (&acc)[Tl::kFragM][Tl::kFragN][4], RowA a, RowB b) {
   if constexpr (sizeof(T) == 2) {
     uint32_t fa[Tl::kFragM][4], fb[Tl::kFragN / 2][4];
 #pragma unroll
-    for (int i = 0; i < Tl::kFragM; i++) ldmatrix_x4(fa[i], a[i] + at_a);
+    for (int i = 0; i < Tl::kFragM; i++) ldmatrix_x4(fa[i], a(i));
 #pragma unroll
-    for (int j = 0; j < Tl::kFragN / 2; j++) ldmatrix_x4(fb[j], b[j] + at_b);
+    for (int j = 0; j < Tl::kFragN / 2; j++) ldmatrix_x4(fb[j], b(j));
 #pragma unroll
     for (int i = 0; i < Tl::kFragM; i++)
 #pragma unroll
@@ -67,12 +71,12 @@ __device__ __forceinline__ void multiply(float (&acc)[Tl::kFragM][Tl::kFragN][4]
     for (int half = 0; half < 2; half++) {
       Chunk<T> fa[Tl::kFragM * 2];
 #pragma unroll
-      for (int i = 0; i < Tl::kFragM * 2; i++) fa[i] = *reinterpret_cast<const Chunk<T>*>(a[i] + at_a + 16 * half);
+      for (int i = 0; i < Tl::kFragM * 2; i++) fa[i] = *reinterpret_cast<const Chunk<T>*>(a(i) + 16 * half);
 #pragma unroll
       for (int j = 0; j < Tl::kFragN; j++) {
         Chunk<T> fb[2];
 #pragma unroll
-        for (int c = 0; c < 2; c++) fb[c] = *reinterpret_cast<const Chunk<T>*>(b[j * 2 + c] + at_b + 16 * half);
+        for (int c = 0; c < 2; c++) fb[c] = *reinterpret_cast<const Chunk<T>*>(b(j * 2 + c) + 16 * half);
 #pragma unroll
         for (int k = 0; k < 4; k++)
 #pragma unroll
@@ -128,11 +132,12 @@ __device__ inline void s5_assign(const Call& call, const Image& image, const Sli
     copy_async_commit();  // past the end an empty group, so that every step waits for the same count
   };
 
-  // The rows that this lane loads from: those of a matrix (16-bit tokens), or those of its own sums (float32).
+  // The rows that this lane loads from: those of a matrix (16-bit tokens), or those of its own sums (float32). Rows of a
+  // buffer are so many bytes from the first one, so that one address does for all.
   constexpr bool kMatrix = sizeof(T) == 2;
-  constexpr int kRowsA = kMatrix ? Tl::kFragM : Tl::kFragM * 2, kRowsB = kMatrix ? Tl::kFragN / 2 : Tl::kFragN * 2;
+  constexpr int kRowsA = !kResident ? 1 : kMatrix ? Tl::kFragM : Tl::kFragM * 2;
   const int warp_row = warp / Tl::kWarpsN * Tl::kFragM * 16, warp_column = warp % Tl::kWarpsN * Tl::kFragN * 8;
-  const unsigned char *a[kRowsA], *b[kRowsB];
+  const unsigned char* a[kRowsA];
 #pragma unroll
   for (int i = 0; i < kRowsA; i++) {
     const int r = warp_row + (kMatrix ? i * 16 + lane % 16 : i * 8 + lane / 4);
@@ -142,13 +147,26 @@ __device__ inline void s5_assign(const Call& call, const Image& image, const Sli
     else a[i] = buffers + r * kBufferPitch;
     if (kMatrix) a[i] += lane / 16 * 16;
   }
-#pragma unroll
-  for (int j = 0; j < kRowsB; j++) {
-    const int t = warp_column + (kMatrix ? j * 16 + lane % 8 + lane / 16 * 8 : j / 2 * 8 + lane % 4 * 2 + j % 2);
-    b[j] = buffers + ((kResident ? 0 : Tl::kRows) + t) * kBufferPitch + (kMatrix ? lane / 8 % 2 * 16 : 0);
-  }
+  const int t = warp_column + (kMatrix ? lane % 8 + lane / 16 * 8 : lane % 4 * 2);
+  const unsigned char* b =
+      buffers + ((kResident ? 0 : Tl::kRows) + t) * kBufferPitch + (kMatrix ? lane / 8 % 2 * 16 : 0);
+  const auto row_a = [&](int i) { return kResident ? a[i] : a[0] + i * (kMatrix ? 16 : 8) * kBufferPitch; };
+  const auto row_b = [&](int j) { return b + (kMatrix ? j * 16 : j / 2 * 8 + j % 2) * kBufferPitch; };
 
-  float acc[Tl::kFragM][Tl::kFragN][4] = {};
+  // acc: the sum of the chain that runs; sum: of those before it.
+  float acc[Tl::kFragM][Tl::kFragN][4] = {}, sum[Tl::kFragM][Tl::kFragN][4] = {};
+  const auto end_chain = [&] {
+#pragma unroll
+    for (int i = 0; i < Tl::kFragM; i++)
+#pragma unroll
+      for (int j = 0; j < Tl::kFragN; j++)
+#pragma unroll
+        for (int c = 0; c < 4; c++) {
+          sum[i][j][c] = __fadd_rn(sum[i][j][c], acc[i][j][c]);
+          acc[i][j][c] = 0;
+        }
+  };
+  constexpr int kChainSteps = kChain * (int)sizeof(T) / kStepBytes;
   const bool busy = r0 + warp_row < r_end && t0 + warp_column < image.target_count;
   for (int step = 0; step < kBuffers - 1; step++) load(step);
   for (int step = 0; step < steps; step++) {
@@ -160,13 +178,17 @@ __device__ inline void s5_assign(const Call& call, const Image& image, const Sli
 #pragma unroll
       for (int k = 0; k < kStepBytes; k += 32)
         if (step * (kStepBytes / 32) + k / 32 < slabs)
-          multiply<T, Tl>(acc, a, b, kResident ? step * kStepBytes + k : buffer + k, buffer + k);
+          multiply<T, Tl>(
+              acc, [&](int i) { return row_a(i) + (kResident ? step * kStepBytes : buffer) + k; },
+              [&](int j) { return row_b(j) + buffer + k; });
+      if (step % kChainSteps == kChainSteps - 1) end_chain();
     }
   }
   copy_async_wait<0>();
   if (!busy) return;
+  end_chain();
 
-  // acc[i][j][c] is row i * 16 + c / 2 * 8 + lane / 4, column j * 8 + lane % 4 * 2 + c % 2 of the warp's part.
+  // sum[i][j][c] is row i * 16 + c / 2 * 8 + lane / 4, column j * 8 + lane % 4 * 2 + c % 2 of the warp's part.
 #pragma unroll
   for (int i = 0; i < Tl::kFragM; i++)
 #pragma unroll
@@ -178,7 +200,7 @@ __device__ inline void s5_assign(const Call& call, const Image& image, const Sli
         for (int c = 0; c < 2; c++) {
           const int t = warp_column + j * 8 + lane % 4 * 2 + c;
           if (target_token[t] >= 0)
-            best = larger(best, pack(ordered(__fmul_rn(acc[i][j][half * 2 + c], inv_norm[t])), t0 + t));
+            best = larger(best, pack(ordered(__fmul_rn(sum[i][j][half * 2 + c], inv_norm[t])), t0 + t));
         }
       best = larger(best, __shfl_xor_sync(kAllLanes, best, 1));
       best = larger(best, __shfl_xor_sync(kAllLanes, best, 2));
