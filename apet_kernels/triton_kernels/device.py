@@ -74,3 +74,24 @@ def tile_rows(x, base, stride_xn, tile, tokens, ALIGN: tl.constexpr, BLOCK_N: tl
     """Positions of a tile of an image [BLOCK_N], whether they are tokens, and pointers to their rows of x."""
     n = tile * BLOCK_N + tl.arange(0, BLOCK_N)
     return n, n < tokens, at(x, base + n.to(tl.int64) * stride_xn, ALIGN)
+
+
+@triton.jit
+def dot_rows(
+    rows,  # [A] pointers to rows of D elements
+    columns,  # [B] the same
+    row_in,  # [A] bool: False gives products of 0
+    column_in,  # [B] bool
+    width,  # D, or 0 for no products: no constant, or the compiler would unroll the loop, and spill
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """Dot products [A, B] float32 of rows with rows, summed over D in one order for every kernel."""
+    d = tl.arange(0, BLOCK_D)
+    product = tl.zeros((rows.shape[0], columns.shape[0]), tl.float32)
+    for d0 in range(0, width, BLOCK_D):
+        within = d0 + d < D
+        a = tl.load(rows[:, None] + (d0 + d)[None, :], mask=row_in[:, None] & within[None, :], other=0.0)
+        b = tl.load(columns[:, None] + (d0 + d)[None, :], mask=column_in[:, None] & within[None, :], other=0.0)
+        product = tl.dot(a, b.T, product, input_precision="ieee")
+    return product

@@ -13,9 +13,9 @@ import triton.language as tl
 from ..options import FEW, POOL, ROUNDS
 from . import configs
 from .call import Call
-from .device import FLT_MAX, U, at, image_of, jit
+from .device import FLT_MAX, U, at, dot_rows, image_of, jit
 from .s1_norms import Norms
-from .s1_rounds import State
+from .s1_rounds import State, explained
 from .s4_topk import HIGHEST, cut_at
 
 FEW_PICKS = tl.constexpr(FEW)
@@ -106,8 +106,7 @@ def s1_pool(
 
     # its residual Gram matrix
     i = tl.arange(0, BLOCK_T)
-    d = tl.arange(0, BLOCK_D)
-    width = tl.where(count > 0, D, 0)  # D, but no constant: the compiler would unroll the loop, and spill
+    width = tl.where(count > 0, D, 0)
     for i0 in range(0, count, BLOCK_T):
         row_in = i0 + i < count
         n = tl.load(pool + i0 + i, mask=row_in, other=0).to(tl.int64)
@@ -116,21 +115,10 @@ def s1_pool(
             column_in = j0 + i < count
             m = tl.load(pool + j0 + i, mask=column_in, other=0).to(tl.int64)
             columns = at(x, base + m * stride_xn, ALIGN)
-            product = tl.zeros((BLOCK_T, BLOCK_T), tl.float32)
-            for d0 in range(0, width, BLOCK_D):
-                within = d0 + d < D
-                a = tl.load(rows[:, None] + (d0 + d)[None, :], mask=row_in[:, None] & within[None, :], other=0.0)
-                b = tl.load(columns[:, None] + (d0 + d)[None, :], mask=column_in[:, None] & within[None, :], other=0.0)
-                product = tl.dot(a, b.T, product, input_precision="ieee")
-            explained = tl.zeros((BLOCK_T, BLOCK_T), tl.float32)
-            for k0 in range(0, begin, BLOCK_K):
-                at_k = y + (k0 + k).to(tl.int64) * all_tokens + token
-                earlier = k0 + k < begin
-                a = tl.load(at_k[None, :] + n[:, None], mask=row_in[:, None] & earlier[None, :], other=0.0)
-                b = tl.load(at_k[None, :] + m[:, None], mask=column_in[:, None] & earlier[None, :], other=0.0)
-                explained = tl.dot(a, b.T, explained, input_precision="ieee")
+            product = dot_rows(rows, columns, row_in, column_in, width, D, BLOCK_D)
+            product -= explained(y + token, n, m, row_in, column_in, begin, all_tokens, BLOCK_K)
             place = gram + (i0 + i)[:, None] * P + (j0 + i)[None, :]
-            tl.store(place, product - explained, mask=row_in[:, None] & column_in[None, :])
+            tl.store(place, product, mask=row_in[:, None] & column_in[None, :])
     tl.debug_barrier()  # other threads read the matrix
 
     # the picks

@@ -11,13 +11,14 @@ products of the pick. z is kept in the rows of y, where the substitution replace
 from typing import NamedTuple
 
 import torch
+import triton
 import triton.language as tl
 from torch import Tensor
 
 from ..options import FEW, POOL, ROUNDS
 from . import configs
 from .call import Call
-from .device import FLT_MAX, U, at, image_of, jit
+from .device import FLT_MAX, U, at, dot_rows, image_of, jit
 from .s1_norms import Norms
 
 
@@ -60,6 +61,20 @@ def new_state(call: Call, basis: int | None, max_keep: int, ragged: bool) -> Sta
     )
 
 
+@triton.jit
+def explained(y, n, m, n_in, m_in, begin, all_tokens, BLOCK_K: tl.constexpr):
+    """Y_n^T Y_m [A, B] float32 over the rows of y before `begin`, of tokens n [A] and m [B] of an image."""
+    k = tl.arange(0, BLOCK_K)
+    product = tl.zeros((n.shape[0], m.shape[0]), tl.float32)
+    for k0 in range(0, begin, BLOCK_K):
+        at_k = y + (k0 + k).to(tl.int64) * all_tokens
+        earlier = k0 + k < begin
+        a = tl.load(at_k[None, :] + n[:, None], mask=n_in[:, None] & earlier[None, :], other=0.0)
+        b = tl.load(at_k[None, :] + m[:, None], mask=m_in[:, None] & earlier[None, :], other=0.0)
+        product = tl.dot(a, b.T, product, input_precision="ieee")
+    return product
+
+
 @jit
 def s1_rounds(
     x,
@@ -95,29 +110,17 @@ def s1_rounds(
     own = token + n
     t = tl.arange(0, BLOCK_T)
     k = tl.arange(0, BLOCK_K)
-    d = tl.arange(0, BLOCK_D)
     if tile * BLOCK_R < tokens:
         rows = at(x, base + n * stride_xn, ALIGN)
-        width = tl.where(size > 0, D, 0)  # D, but no constant: the compiler would unroll the loop, and spill
+        width = tl.where(size > 0, D, 0)
         for t0 in range(0, size, BLOCK_T):
             is_pick = t0 + t < size
             p = tl.load(basis + s * M + begin + t0 + t, mask=is_pick, other=0)
             columns = at(x, base + p * stride_xn, ALIGN)
-            product = tl.zeros((BLOCK_R, BLOCK_T), tl.float32)
-            for d0 in range(0, width, BLOCK_D):
-                within = d0 + d < D
-                a = tl.load(rows[:, None] + (d0 + d)[None, :], mask=inside[:, None] & within[None, :], other=0.0)
-                b = tl.load(columns[:, None] + (d0 + d)[None, :], mask=is_pick[:, None] & within[None, :], other=0.0)
-                product = tl.dot(a, b.T, product, input_precision="ieee")
-            explained = tl.zeros((BLOCK_R, BLOCK_T), tl.float32)
-            for k0 in range(0, begin, BLOCK_K):
-                at_k = y + (k0 + k).to(tl.int64) * all_tokens
-                earlier = k0 + k < begin
-                a = tl.load(at_k[None, :] + own[:, None], mask=inside[:, None] & earlier[None, :], other=0.0)
-                b = tl.load(at_k[None, :] + (token + p)[:, None], mask=is_pick[:, None] & earlier[None, :], other=0.0)
-                explained = tl.dot(a, b.T, explained, input_precision="ieee")
+            product = dot_rows(rows, columns, inside, is_pick, width, D, BLOCK_D)
+            product -= explained(y + token, n, p, inside, is_pick, begin, all_tokens, BLOCK_K)
             z = y + (begin + t0 + t).to(tl.int64)[None, :] * all_tokens + own[:, None]
-            tl.store(z, product - explained, mask=inside[:, None] & is_pick[None, :])
+            tl.store(z, product, mask=inside[:, None] & is_pick[None, :])
         tl.debug_barrier()  # other threads read z
         total = tl.zeros((BLOCK_R,), tl.float64)
         for j in range(0, size):

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from . import configs
 from .call import Call, Rows
-from .device import DROPPED_COUNT, FLT_MAX, TARGET, at, field, image_of, jit
+from .device import DROPPED_COUNT, FLT_MAX, TARGET, at, dot_rows, field, image_of, jit
 from .s1_norms import Norms
 
 # Programs that fill the largest devices (132 to 304 multiprocessors). If dropped tokens make fewer tiles than this,
@@ -60,8 +60,7 @@ def s5_assign(
         n_norm_sq = tl.load(norm_sq + token + n, mask=inside, other=0.0)
         finite = inside & (n_norm_sq <= FLT_MAX)
         rows = at(x, base + n.to(tl.int64) * stride_xn, ALIGN)
-        d = tl.arange(0, BLOCK_D)
-        width = tl.where(dropped_count > 0, D, 0)  # D, but no constant: the compiler would unroll the loop, and spill
+        width = tl.where(dropped_count > 0, D, 0)
         similarity = tl.full((BLOCK_R,), float("-inf"), tl.float32)
         target_row = tl.full((BLOCK_R,), -1, tl.int32)
         for t0 in range(share * BLOCK_T, keep, shares * BLOCK_T):
@@ -72,12 +71,7 @@ def s5_assign(
             role = tl.load(row_role + row + t, mask=is_row, other=-2)
             is_target = is_row & (role == TARGET) & (t_norm_sq <= FLT_MAX)
             columns = at(x, base + m.to(tl.int64) * stride_xn, ALIGN)
-            product = tl.zeros((BLOCK_R, BLOCK_T), tl.float32)
-            for d0 in range(0, width, BLOCK_D):
-                within = d0 + d < D
-                a = tl.load(rows[:, None] + (d0 + d)[None, :], mask=finite[:, None] & within[None, :], other=0.0)
-                b = tl.load(columns[:, None] + (d0 + d)[None, :], mask=is_target[:, None] & within[None, :], other=0.0)
-                product = tl.dot(a, b.T, product, input_precision="ieee")
+            product = dot_rows(rows, columns, finite, is_target, width, D, BLOCK_D)
             nonzero = t_norm_sq > 0
             inv_norm = tl.where(is_target & nonzero, tl.div_rn(1.0, tl.sqrt_rn(tl.where(nonzero, t_norm_sq, 1.0))), 0.0)
             if DISTANCE:
