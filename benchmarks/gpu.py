@@ -211,7 +211,7 @@ def _kernels(row: Row, rates: floors.Rates) -> list[list[str]]:
         until, bound = 1e3 * row.ms[f"triton until {name}"], 1e6 * sum(work.seconds(rates) for work in own)
         lines.append(
             [
-                *(case.shape, case.dtype_name, name, str(len(own)), f"{row.counts[f'programs {name}']:g}"),
+                *(case.shape, case.dtype_name, name, str(len(own)), f"{row.counts[f'programs {name}']:.0f}"),
                 *(_us(until - before), _us(bound), _ratio(bound, max(until - before, 0), "%")),
             ]
         )

@@ -152,6 +152,10 @@ def test_a_backend_that_is_wrong_is_a_failure(monkeypatch):
     row = gpu.compare(case, devices.DryRun()).run(3)
     assert row.faster == {}
     assert [line.split(":")[0] for line in row.ours_failed] == ["cuda"]
+    monkeypatch.setattr(gpu, "implementations", lambda *_: {"cuda": wrong, "eager": broken})
+    row = gpu.compare(case, devices.DryRun()).run(3)
+    assert row.ms == {}
+    assert set(row.failed) == {"cuda", "eager"}
 
 
 @dataclass(frozen=True)

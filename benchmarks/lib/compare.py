@@ -27,10 +27,8 @@ ROUNDS = 20
 NOISE = 0.3  # interquartile range over median of a time: above, the machine was busy and nothing counts
 SECONDS = 20.0  # an implementation that has used this up sits out the remaining rounds, but not before the third
 COST = {"reference cost": ("product", "sweeps")}  # benchmarks/lib/ceilings.py
-Input, Result = TypeVar("Input"), TypeVar("Result")
-
-
 OURS = ("kernel", "score", "merge", "apet", "triton", "cuda")  # how the names of what this project runs begin
+Input, Result = TypeVar("Input"), TypeVar("Result")
 
 
 class Timed(dict[str, float]):
@@ -167,7 +165,7 @@ class Comparison:
 
 def rotated(names: Sequence[Input], turn: int) -> list[Input]:
     """The order of one round: it begins one place later in every round, so that no name always follows the same one."""
-    start = turn % len(names)
+    start = turn % len(names) if names else 0
     return [*names[start:], *names[:start]]
 
 
