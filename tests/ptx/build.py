@@ -30,7 +30,7 @@ def missing() -> str | None:
 def library() -> Path:
     """The interpreter, with the host code of the CUDA backend."""
     objects = [_interpreter(name) for name in PARTS]
-    objects += [_host(HERE / "runtime.cu"), _host(CSRC / "problem.cpp")]
+    objects += [_host(HERE / "runtime.cpp"), _host(HERE / "workspace.cu"), _host(CSRC / "problem.cpp")]
     objects += [_host(CSRC / f"cuda/{name}.cu") for name in ("device", "plan", "launch")]
     objects += [device_code(dtype) for dtype in DTYPES]
     target = simt.FOLDER / f"libptx-{simt.digest(*map(str, objects))}.so"

@@ -1,12 +1,15 @@
 // The CUDA runtime that launch.cu is linked with here: a device that does not exist, launches that the interpreter runs
-// at once, and what Python asks of them. Compiled by nvcc, as the sources are, so that Call has the layout that the
-// kernels were compiled for.
+// at once, and what Python asks of them. The host code of the sources is nvcc's, so Call is as the kernels expect it.
+#include <cuda_runtime_api.h>
+
 #include <algorithm>
 #include <cstdio>
 #include <cstring>
+#include <utility>
 
-#include "cuda/layout.cuh"
 #include "machine.h"
+
+extern "C" size_t ptx_call_bytes();  // workspace.cu
 
 namespace {
 
@@ -84,7 +87,7 @@ void __cudaRegisterFunction(void**, const char* host, char*, const char* name, i
                             int*) {
   hosts[host].name = name;
 }
-unsigned __cudaPushCallConfiguration(dim3, dim3, size_t, void*) { return cudaErrorNotSupported; }
+unsigned __cudaPushCallConfiguration(dim3, dim3, size_t, CUstream_st*) { return cudaErrorNotSupported; }
 cudaError_t __cudaPopCallConfiguration(dim3*, dim3*, size_t*, void*) { return cudaErrorNotSupported; }
 cudaError_t __cudaGetKernel(cudaKernel_t*, const void*) { return cudaErrorNotSupported; }
 cudaError_t __cudaLaunchKernel(cudaKernel_t, dim3, dim3, void**, size_t, cudaStream_t) { return cudaErrorNotSupported; }
@@ -157,9 +160,9 @@ cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t* config, const void* fu
   try {
     if (!module || !module->count(name)) ptx::fault("no PTX of %s is loaded", name.c_str());
     launch.kernel = &module->at(name);
-    if (launch.kernel->parameter_bytes != sizeof(apet::cuda::Call))
+    if (launch.kernel->parameter_bytes != ptx_call_bytes())
       ptx::fault("%s takes %zu bytes, Call has %zu", name.c_str(), launch.kernel->parameter_bytes,
-                 sizeof(apet::cuda::Call));
+                 ptx_call_bytes());
     if (launch.block > launch.kernel->threads) ptx::fault("%u threads, .maxntid is %u", launch.block, launch.kernel->threads);
     const uint8_t* bytes = static_cast<const uint8_t*>(arguments[0]);
     launch.parameters.assign(bytes, bytes + launch.kernel->parameter_bytes);
@@ -193,9 +196,11 @@ const char* ptx_load(const char* key, const char* text) {
   }
 }
 void ptx_forget(const char* key) {
-  if (module == &modules.at(key)) module = nullptr;
-  for (const auto& [name, kernel] : modules.at(key)) ptx::executed.erase(&kernel);
-  modules.erase(key);
+  const auto found = modules.find(key);
+  if (found == modules.end()) return;  // it could not be loaded
+  if (module == &found->second) module = nullptr;
+  for (const auto& [name, kernel] : found->second) ptx::executed.erase(&kernel);
+  modules.erase(found);
 }
 
 void ptx_begin(unsigned schedule, int truncates) {
@@ -206,39 +211,6 @@ void ptx_begin(unsigned schedule, int truncates) {
 void ptx_array(const char* name, const void* at, int64_t bytes, int writable, const uint8_t* defined) {
   ptx::arrays.add(name, at, bytes, writable, defined);
 }
-// The arrays of the workspace, with the sizes that call.cuh gives them.
-void ptx_workspace(const apet_problem* problem, const apet_cuda_plan_t* plan, void* workspace) {
-  using namespace apet::cuda;
-  const apet_problem& p = *problem;
-  Call call = {};
-  lay_out_workspace(p, *plan, workspace, call);
-  const int64_t tokens = apet::all_tokens(p), rows = apet::all_rows(p), images = p.images;
-  const int64_t words = message_words(basis_of(p)), groups = plan->images_in_flight, ctas = plan->ctas_per_image;
-  const bool merges = p.op != APET_SCORE, cooperative = plan->path == APET_CUDA_COOPERATIVE;
-  const auto add = [](const char* name, auto* at, int64_t count) {
-    ptx::arrays.add(name, at, (size_t)count * sizeof *at, true, nullptr);
-  };
-  add("norm_sq", call.norm_sq, tokens);
-  if (!plan->state_shared) add("state", call.state, tokens * (3 + basis_of(p)));
-  if (plan->path == APET_CUDA_FUSED) add("slice_begin", call.slice_begin, images * (ctas + 1));
-  if (merges) {
-    add("table", call.table, images);
-    add("rank", call.rank, tokens);
-    add("dropped", call.dropped, tokens);
-    add("target_key", call.target_key, tokens);
-    add("row_token", call.row_token, rows);
-    add("row_role", call.row_role, rows);
-    add("target_token", call.target_token, rows);
-    add("inv_norm", call.inv_norm, rows);
-    add("ticket", call.ticket, 1);
-    add("tiles_done", call.tiles_done, images);
-  }
-  if (cooperative) {
-    add("slots", call.slots, groups * 2 * ctas * words);
-    add("arrived", call.arrived, groups);
-  }
-}
-
 // Bytes of an array that no launch has written.
 int64_t ptx_unwritten(const char* name) {
   for (const auto& memory : ptx::arrays.all)
