@@ -177,7 +177,7 @@ void add_accesses(Opcodes& t, const std::string& where, const char* type, const 
     put("ld" + where + cache + "." + type, wider + "=" + at, load<T, 1, space, Access::kRead>);
     put("ld" + where + cache + ".v2." + type, two + "=" + at, load<T, 2, space, Access::kRead>);
     put("ld" + where + cache + ".v4." + type, four + "=" + at, load<T, 4, space, Access::kRead>);
-    put("st" + where + cache + "." + type, "=" + at + width, store<T, 1, space>);
+    put("st" + where + cache + "." + type, "=" + at + wider, store<T, 1, space>);
     put("st" + where + cache + ".v2." + type, "=" + at + two, store<T, 2, space>);
     put("st" + where + cache + ".v4." + type, "=" + at + four, store<T, 4, space>);
   }
