@@ -22,8 +22,8 @@ def similarity_error(D: int) -> float:
     """Of ||x||: how far one float32 x.t / ||t|| may be off beside another, summed over D.
 
     Tensor cores truncate where they add (Fasi et al., PeerJ CS 330, 2021): they align 8 products and the sum to the
-    largest of them, cut each to 25 bits, and the new sum to 24. A similarity near ||x|| so loses half a unit and more in
-    each of D/8 additions. Most of that is common to all targets, but not where their sums pass a power of 2, nor the
+    largest of them, cut each to 25 bits, and the new sum to 24. A similarity near ||x|| so loses half a unit or more
+    in each of D/8 additions. Most of that is common to all targets, but not where their sums pass a power of 2, nor the
     bits that each product loses: near targets come out up to D/50 u apart at D = 2048, which is more than rounding to
     nearest gives (tests/test_judge.py adds like that).
     """

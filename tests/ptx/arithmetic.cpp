@@ -118,9 +118,9 @@ T larger(T a, T b) {
 
 // All types of a name whose result is the same for signed and unsigned.
 void add_integers(Opcodes& t) {
-#define WRAPPING(name, f)                                       \
-  t.insert({name ".s16", {"2=22", BINARY(uint16_t, f)}});       \
-  t.insert({name ".s32", {"4=44", BINARY(uint32_t, f)}});       \
+#define WRAPPING(name, f)                                 \
+  t.insert({name ".s16", {"2=22", BINARY(uint16_t, f)}}); \
+  t.insert({name ".s32", {"4=44", BINARY(uint32_t, f)}}); \
   t.insert({name ".s64", {"8=88", BINARY(uint64_t, f)}});
   WRAPPING("add", a + b)
   WRAPPING("sub", a - b)
@@ -144,7 +144,7 @@ void add_integers(Opcodes& t) {
   BITS("or", a | b)
   BITS("xor", a ^ b)
 #undef BITS
-  t.insert({"mul.hi.u64", {"8=88", BINARY(uint64_t, (unsigned __int128)a * b >> 64)}});
+  t.insert({"mul.hi.u64", {"8=88", BINARY(uint64_t, (unsigned __int128)a* b >> 64)}});
   t.insert({"mul.wide.s32", {"8=44", multiply_wide<int32_t, int64_t>}});
   t.insert({"mul.wide.u32", {"8=44", multiply_wide<uint32_t, uint64_t>}});
   t.insert({"mul.wide.u16", {"4=22", multiply_wide<uint16_t, uint32_t>}});
@@ -168,13 +168,15 @@ void add_integers(Opcodes& t) {
 }
 
 void add_floats(Opcodes& t) {
-  t.insert({"fma.rn.f32", {"4=444", ternary<float, [](float a, float b, float c) { return __builtin_fmaf(a, b, c); }>}});
-  t.insert({"fma.rn.f64", {"8=888", ternary<double, [](double a, double b, double c) { return __builtin_fma(a, b, c); }>}});
+  t.insert(
+      {"fma.rn.f32", {"4=444", ternary<float, [](float a, float b, float c) { return __builtin_fmaf(a, b, c); }>}});
+  t.insert(
+      {"fma.rn.f64", {"8=888", ternary<double, [](double a, double b, double c) { return __builtin_fma(a, b, c); }>}});
   t.insert({"add.rn.f32", {"4=44", BINARY(float, a + b)}});
   t.insert({"add.rn.f64", {"8=88", BINARY(double, a + b)}});
   t.insert({"sub.rn.f32", {"4=44", BINARY(float, a - b)}});
-  t.insert({"mul.rn.f32", {"4=44", BINARY(float, a * b)}});
-  t.insert({"mul.rn.f64", {"8=88", BINARY(double, a * b)}});
+  t.insert({"mul.rn.f32", {"4=44", BINARY(float, a* b)}});
+  t.insert({"mul.rn.f64", {"8=88", BINARY(double, a* b)}});
   t.insert({"div.rn.f32", {"4=44", BINARY(float, a / b)}});
   t.insert({"max.f32", {"4=44", binary<float, larger<float>>}});
   t.insert({"neg.f64", {"8=8", unary<double, [](double a) { return -a; }>}});
@@ -187,17 +189,17 @@ void add_floats(Opcodes& t) {
 void add_comparisons(Opcodes& t) {
 #define COMPARE(name, width, type, f) \
   t.insert({"setp." name, {"p=" width width, compare<type, [](type a, type b) { return (f); }>}});
-#define ORDERED(suffix, width, type)            \
-  COMPARE("eq." suffix, width, type, a == b)    \
-  COMPARE("lt." suffix, width, type, a < b)     \
-  COMPARE("le." suffix, width, type, a <= b)    \
-  COMPARE("gt." suffix, width, type, a > b)     \
+#define ORDERED(suffix, width, type)         \
+  COMPARE("eq." suffix, width, type, a == b) \
+  COMPARE("lt." suffix, width, type, a < b)  \
+  COMPARE("le." suffix, width, type, a <= b) \
+  COMPARE("gt." suffix, width, type, a > b)  \
   COMPARE("ge." suffix, width, type, a >= b)
 #define INTEGER(suffix, width, type) \
   ORDERED(suffix, width, type)       \
   COMPARE("ne." suffix, width, type, a != b)
-#define FLOAT(suffix, width, type)              \
-  ORDERED(suffix, width, type)                  \
+#define FLOAT(suffix, width, type)               \
+  ORDERED(suffix, width, type)                   \
   COMPARE("ltu." suffix, width, type, !(a >= b)) \
   COMPARE("leu." suffix, width, type, !(a > b))  \
   COMPARE("gtu." suffix, width, type, !(a <= b)) \

@@ -17,7 +17,7 @@ HERE = Path(__file__).parent
 CSRC = simt.CSRC
 TARGETS = ("sm_80", "sm_90a")
 DTYPES = sass.DTYPES
-PARTS = ("order", "memory", "module", "arithmetic", "conversions", "loads", "warp", "schedule")
+PARTS = ("order", "memory", "module", "arithmetic", "conversions", "loads", "warp", "cta", "schedule")
 FLAGS = ["-std=c++20", "-O2", "-march=native", "-ffp-contract=off", "-fno-math-errno", "-fPIC", "-Wall", "-Wextra"]
 
 

@@ -43,9 +43,7 @@ def text_of(case: Case, how: How) -> str:
 def plan(case: Case, how: How) -> call.Plan:
     """What the backend would do; NoPath if it cannot do it as `how` wants it."""
     lib, result, override, d = load(), call.Plan(), how.override, how.device
-    lib.ptx_device(
-        d.capability, d.multiprocessors, d.shared_per_block, d.shared_per_multiprocessor, d.largest_cluster
-    )
+    lib.ptx_device(d.capability, d.multiprocessors, d.shared_per_block, d.shared_per_multiprocessor, d.largest_cluster)
     status = lib.apet_cuda_plan(ctypes.byref(case.problem), ctypes.byref(override), ctypes.byref(result))
     if status == call.status_numbers()[call.NO_PATH]:
         raise NoPath(result.why.decode())
@@ -86,7 +84,7 @@ def run(case: Case, how: How, text: str | None = None, truncates: bool = False) 
 
 
 def executed(text: str) -> dict[int, int]:
-    """How often each instruction of a text was executed so far, by its line."""
+    """How often the last run executed each instruction of its text, by the line."""
     pairs = (line.split() for line in load().ptx_executed(_key(text)).decode().splitlines())
     return {int(line): int(count) for line, count in pairs}
 

@@ -82,7 +82,8 @@ void convert_integer(Warp& w, const Instruction& in, uint32_t active) {
 }  // namespace
 
 void add_conversions(Opcodes& t) {
-  for (const char* type : {"u16", "b16"}) t.insert({std::string("mov.") + type, {"2=2", move<uint16_t>, Flow::kPlain, Undefined::kPasses}});
+  for (const char* type : {"u16", "b16"})
+    t.insert({std::string("mov.") + type, {"2=2", move<uint16_t>, Flow::kPlain, Undefined::kPasses}});
   for (const char* type : {"u32", "b32", "f32"})
     t.insert({std::string("mov.") + type, {"4=4", move<uint32_t>, Flow::kPlain, Undefined::kPasses}});
   for (const char* type : {"u64", "b64", "f64"})

@@ -91,7 +91,8 @@ void modify(Warp& w, const Instruction& in, uint32_t active) {
   each(active, [&](int l) {
     const Place place = resolve(w, l, address_of(w, in.operands[first], l), sizeof(T), space, true);
     note(w, l, place, sizeof(T), Access::kStrong);
-    if (!defined(place, sizeof(T))) w.fail(l, "an atomic operation on an undefined value of %s", place.memory->name.c_str());
+    if (!defined(place, sizeof(T)))
+      w.fail(l, "an atomic operation on an undefined value of %s", place.memory->name.c_str());
     const Operand& by = in.operands[first + 1];
     if (!(w.defined[by.number] >> l & 1)) w.fail(l, "an atomic operation with an undefined value");
     if (kReleases) release(w, l, place);
@@ -173,7 +174,8 @@ void add_accesses(Opcodes& t, const std::string& where, const char* type, const 
     t.insert({name, {signature, execute, kPlain, kOwn}});
   };
   const std::string wider = ">" + width;
-  for (const std::string& cache : space == Space::kGlobal ? std::vector<std::string>{"", ".cg"} : std::vector<std::string>{""}) {
+  for (const std::string& cache :
+       space == Space::kGlobal ? std::vector<std::string>{"", ".cg"} : std::vector<std::string>{""}) {
     put("ld" + where + cache + "." + type, wider + "=" + at, load<T, 1, space, Access::kRead>);
     put("ld" + where + cache + ".v2." + type, two + "=" + at, load<T, 2, space, Access::kRead>);
     put("ld" + where + cache + ".v4." + type, four + "=" + at, load<T, 4, space, Access::kRead>);

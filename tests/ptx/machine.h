@@ -75,8 +75,8 @@ struct Instruction {
   int8_t members = -1;  // kMeet: the operand that has the member mask; -1: all lanes of the warp
   Operand guard;        // number 0: none
   Operand operands[kMostOperands];
-  int target = 0;            // of a branch
-  int line = 0;              // of the text
+  int target = 0;  // of a branch
+  int line = 0;    // of the text
   std::string text;
 };
 
@@ -129,10 +129,10 @@ struct Warp {
   std::vector<uint32_t> defined;  // lanes, by register
   int pc[kLanes] = {};
   uint32_t running = kAll, parked = 0, at_barrier = 0, at_cluster = 0;  // a lane is in one of them, or has ended
-  uint32_t after_wait = 0;                                             // griddepcontrol.wait
-  bool polled = false;                                                 // others go first
+  uint32_t after_wait = 0;                                              // griddepcontrol.wait
+  bool polled = false;                                                  // others go first
   Order order[kLanes];
-  int cluster_phase[kLanes] = {};  // that the lane has arrived for; 0: it has not arrived
+  int cluster_phase[kLanes] = {};                 // that the lane has arrived for; 0: it has not arrived
   std::vector<Copy> open[kLanes];                 // not yet in a group
   std::vector<std::vector<Copy>> groups[kLanes];  // oldest first
   const Instruction* now = nullptr;
@@ -245,10 +245,12 @@ extern Arrays arrays;
 enum class Matrix { kExact, kTruncates };
 extern Matrix matrix;
 
-// Instructions executed since the last call, by kernel and line.
+// How often each instruction was executed.
 extern std::map<const Kernel*, std::vector<uint64_t>> executed;
 
 void run(const Launch& launch, unsigned seed);
+// A cluster of the grid, ready to run. known: what a thread that begins knows of others.
+std::unique_ptr<Cluster> begin(Grid& grid, int index, const Clock& known);
 // Ends the phase of the cluster's barrier if all its threads have arrived.
 void complete_phase(Cluster& cluster);
 

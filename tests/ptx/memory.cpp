@@ -59,7 +59,9 @@ Place global(Warp& warp, int lane, uint64_t address, size_t size, bool writes) {
     const auto found = std::find_if(arrays.all.begin(), arrays.all.end(), [&](auto& m) { return holds(m.get()); });
     if (found == arrays.all.end()) {
       const Memory* near = nullptr;  // the array that ends, or begins, nearest
-      const auto distance = [&](const Memory* m) { return address < m->base ? m->base - address : address - m->base - m->size + 1; };
+      const auto distance = [&](const Memory* m) {
+        return address < m->base ? m->base - address : address - m->base - m->size + 1;
+      };
       for (const auto& m : arrays.all)
         if (!near || distance(m.get()) < distance(near)) near = m.get();
       const char* side = near && address < near->base ? "before" : "after";
@@ -110,8 +112,7 @@ void note(Warp& warp, int lane, const Place& place, size_t size, Access access) 
   Memory& memory = *place.memory;
   if (!memory.writable) return;
   for (size_t cell = place.offset / 2; cell <= (place.offset + size - 1) / 2; cell++) {
-    const Accessors* other =
-        add_access(memory.cells[cell], memory.more, warp.number, lane, warp.order[lane], access);
+    const Accessors* other = add_access(memory.cells[cell], memory.more, warp.number, lane, warp.order[lane], access);
     if (!other) continue;
     const int warps = warp.cta->grid->warps_per_cta();
     warp.fail(lane, "data race in %s at byte %zu: %s, and an earlier %s of thread %d of block %d", memory.name.c_str(),

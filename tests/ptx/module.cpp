@@ -22,9 +22,9 @@ const Opcodes& opcodes() {
 }
 
 // Registers that the hardware sets.
-const std::set<std::string> kSpecials = {"%tid.x",    "%tid.y",    "%tid.z",    "%ctaid.x", "%ctaid.y",        "%ctaid.z",
-                                         "%nctaid.x", "%nctaid.y", "%nctaid.z", "%ntid.x",  "%cluster_ctarank", "%envreg1",
-                                         "%envreg2"};
+const std::set<std::string> kSpecials = {"%tid.x",           "%tid.y",    "%tid.z",    "%ctaid.x",  "%ctaid.y",
+                                         "%ctaid.z",         "%nctaid.x", "%nctaid.y", "%nctaid.z", "%ntid.x",
+                                         "%cluster_ctarank", "%envreg1",  "%envreg2"};
 
 std::vector<std::string> words_of(const std::string& text, const char* separators) {
   std::vector<std::string> words;
@@ -116,7 +116,8 @@ class Parser {
       if (!next()) unknown("the text ends in a kernel");
       if (statement_ == "{") depth++;
       else if (statement_ == "}") depth--;
-      else if (statement_.back() == ':') labels_[statement_.substr(0, statement_.size() - 1)] = (int)kernel_.code.size();
+      else if (statement_.back() == ':')
+        labels_[statement_.substr(0, statement_.size() - 1)] = (int)kernel_.code.size();
       else if (statement_.rfind(".reg", 0) == 0) declare();
       else if (statement_.rfind(".pragma", 0) == 0) continue;  // hints to the assembler
       else if (!statement_.empty() && statement_ != " ") instruction();
@@ -138,8 +139,8 @@ class Parser {
 
   void declare() {  // .reg .b32 %r<12> or .reg .b64 %tmp
     const auto words = words_of(statement_, " \t");
-    static const std::map<std::string, int> widths = {{".pred", 0}, {".b16", 2}, {".b32", 4}, {".f32", 4},
-                                                      {".b64", 8},  {".f64", 8}};
+    static const std::map<std::string, int> widths = {{".pred", 0}, {".b16", 2}, {".b32", 4},
+                                                      {".f32", 4},  {".b64", 8}, {".f64", 8}};
     if (words.size() != 3 || !widths.count(words[1])) unknown("a declaration");
     const int width = widths.at(words[1]);
     const size_t open = words[2].find('<');

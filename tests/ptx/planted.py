@@ -1,4 +1,4 @@
-"""Faults planted in the PTX text, one instruction at a time: what an assembler, or an edit of ptx.cuh, could get wrong."""
+"""Faults planted in the PTX text, one instruction at a time."""
 
 from __future__ import annotations
 
@@ -76,11 +76,10 @@ PLANTED = (
 )
 
 
-def planted_texts(case: Case, how: How, fault: Planted) -> Iterator[tuple[int, str]]:
-    """The line, and the text, of the fault at every instruction that the case executes."""
-    text = call.text_of(case, how)
+def planted_texts(text: str, counts: dict[int, int], fault: Planted) -> Iterator[tuple[int, str]]:
+    """The line, and the text, of the fault at every instruction that was executed (call.executed)."""
     lines = text.split("\n")
-    for number, count in sorted(call.executed(text).items()):
+    for number, count in sorted(counts.items()):
         line = lines[number - 1]
         if not count or not re.search(fault.pattern, line):
             continue

@@ -161,9 +161,9 @@ cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t* config, const void* fu
     if (!module || !module->count(name)) ptx::fault("no PTX of %s is loaded", name.c_str());
     launch.kernel = &module->at(name);
     if (launch.kernel->parameter_bytes != ptx_call_bytes())
-      ptx::fault("%s takes %zu bytes, Call has %zu", name.c_str(), launch.kernel->parameter_bytes,
-                 ptx_call_bytes());
-    if (launch.block > launch.kernel->threads) ptx::fault("%u threads, .maxntid is %u", launch.block, launch.kernel->threads);
+      ptx::fault("%s takes %zu bytes, Call has %zu", name.c_str(), launch.kernel->parameter_bytes, ptx_call_bytes());
+    if (launch.block > launch.kernel->threads)
+      ptx::fault("%u threads, .maxntid is %u", launch.block, launch.kernel->threads);
     const uint8_t* bytes = static_cast<const uint8_t*>(arguments[0]);
     launch.parameters.assign(bytes, bytes + launch.kernel->parameter_bytes);
     ptx::run(launch, seed);
@@ -205,6 +205,7 @@ void ptx_forget(const char* key) {
 
 void ptx_begin(unsigned schedule, int truncates) {
   ptx::arrays = {};
+  ptx::executed.clear();
   seed = schedule;
   ptx::matrix = truncates ? ptx::Matrix::kTruncates : ptx::Matrix::kExact;
 }
@@ -225,7 +226,7 @@ const char* ptx_launches() {
   return text.c_str();
 }
 
-// Of the kernels of a text: "line count" for every instruction, count 0 where it was not executed.
+// Of the kernels of a text: "line count" for every instruction, count 0 where it was not executed since ptx_begin.
 const char* ptx_executed(const char* key) {
   static std::string text;
   text.clear();

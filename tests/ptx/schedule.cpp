@@ -16,22 +16,6 @@ namespace ptx {
 
 std::map<const Kernel*, std::vector<uint64_t>> executed;
 
-uint64_t Warp::integer(const Operand& operand, int lane) {
-  switch (operand.width) {
-    case 2: return lanes<uint16_t>(operand)[lane];
-    case 4: return lanes<uint32_t>(operand)[lane];
-    default: return lanes<uint64_t>(operand)[lane];
-  }
-}
-
-void Warp::set(const Operand& operand, int lane, uint64_t value) {
-  switch (operand.width) {
-    case 2: lanes<uint16_t>(operand)[lane] = (uint16_t)value; return;
-    case 4: lanes<uint32_t>(operand)[lane] = (uint32_t)value; return;
-    default: lanes<uint64_t>(operand)[lane] = value;
-  }
-}
-
 void complete_phase(Cluster& cluster) {
   if (!cluster.alive || cluster.arrived < cluster.alive) return;
   const Clock reached = cluster.meeting.complete();
@@ -83,31 +67,10 @@ class Scheduler {
     const int index = waiting_.back();
     waiting_.pop_back();
     running_clusters_++;
-    auto cluster = std::make_unique<Cluster>();
+    grid_.clusters[index] = begin(grid_, index, known_);
     std::vector<Warp*> fresh;
-    for (unsigned rank = 0; rank < launch_.cluster; rank++) {
-      cluster->ctas.push_back(std::make_unique<Cta>());
-      Cta& cta = *cluster->ctas.back();
-      cta.grid = &grid_;
-      cta.rank = rank;
-      cta.number = (unsigned)index * launch_.cluster + rank;
-      cta.alive = (int)launch_.block;
-      cluster->alive += cta.alive;
-      Memory& shared = cta.shared;
-      shared.name = "shared memory of block " + std::to_string(cta.number);
-      shared.size = launch_.shared;
-      shared.own.assign(shared.size, 0xff);
-      shared.bytes = shared.own.data();
-      shared.base = kSharedWindow + ((uint64_t)(cta.number + 1) << 32);  // names the flags in it; no address
-      shared.defined.assign(shared.size, 0);
-      shared.forget_accesses();
-      for (int n = 0; n < grid_.warps_per_cta(); n++) {
-        cta.warps.push_back(std::make_unique<Warp>());
-        begin_warp(*cta.warps.back(), cta, n);
-        fresh.push_back(cta.warps.back().get());
-      }
-    }
-    grid_.clusters[index] = std::move(cluster);
+    for (auto& cta : grid_.clusters[index]->ctas)
+      for (auto& warp : cta->warps) fresh.push_back(warp.get());
     warps_.insert(warps_.end(), fresh.begin(), fresh.end());
     if (!seed_) return;
     if (seed_ % 3 == 1) {  // CTAs stay together: by a priority of each
@@ -120,40 +83,14 @@ class Scheduler {
     }
   }
 
-  void begin_warp(Warp& warp, Cta& cta, int n) {
-    const Kernel& kernel = *launch_.kernel;
-    warp.cta = &cta;
-    warp.number = (int)cta.number * grid_.warps_per_cta() + n;
-    warp.file.assign(kernel.file_bytes, 0xff);
-    warp.defined.assign(kernel.registers, 0);
-    warp.defined[0] = kAll;
-    for (Order& order : warp.order) order.known = known_;
-    const auto fill = [&](const Operand& operand, auto value) {
-      warp.defined[operand.number] = kAll;
-      if (!operand.width) warp.predicate(operand) = value(0) ? kAll : 0;
-      else
-        for (int l = 0; l < kLanes; l++) warp.set(operand, l, (uint64_t)value(l));
-    };
-    for (const Kernel::Constant& constant : kernel.constants)
-      fill(constant.operand, [&](int) { return constant.value; });
-    const uint64_t barrier = launch_.cooperative ? reinterpret_cast<uint64_t>(grid_.barrier_words) : 0;
-    const std::map<std::string, uint64_t> uniform = {
-        {"%ctaid.x", cta.number},   {"%ctaid.y", 0},  {"%ctaid.z", 0},
-        {"%nctaid.x", launch_.grid}, {"%nctaid.y", 1}, {"%nctaid.z", 1},
-        {"%tid.y", 0},              {"%tid.z", 0},    {"%ntid.x", launch_.block},
-        {"%cluster_ctarank", cta.rank}, {"%envreg1", barrier >> 32}, {"%envreg2", barrier & 0xffffffff}};
-    for (const auto& [name, operand] : kernel.specials)
-      if (name == "%tid.x") fill(operand, [&](int l) { return n * kLanes + l; });
-      else fill(operand, [&, at = uniform.at(name)](int) { return at; });
-  }
-
   void remove_ended() {
     for (auto& cluster : grid_.clusters)
       if (cluster && !cluster->alive && cluster->phase >= 0) {
         running_clusters_--;
         cluster->phase = -1;
         for (auto& cta : cluster->ctas) {
-          warps_.erase(std::remove_if(warps_.begin(), warps_.end(), [&](Warp* w) { return w->cta == cta.get(); }), warps_.end());
+          warps_.erase(std::remove_if(warps_.begin(), warps_.end(), [&](Warp* w) { return w->cta == cta.get(); }),
+                       warps_.end());
           cta->warps.clear();
           cta->shared = {};
         }

@@ -61,7 +61,8 @@ float truncated_sum(const float* a, const float (*b)[8], int column, float c) {
       if (term != 0 && std::isfinite(term)) top = std::max(top, std::ilogb(term));
     }
     double sum = 0;
-    for (double term : terms) sum += finite && top > -1000 ? std::ldexp(std::trunc(std::ldexp(term, 24 - top)), top - 24) : term;
+    for (double term : terms)
+      sum += finite && top > -1000 ? std::ldexp(std::trunc(std::ldexp(term, 24 - top)), top - 24) : term;
     if (finite && sum != 0) {
       const int bits = std::max(std::ilogb(sum), -126) - 23;
       sum = std::ldexp(std::trunc(std::ldexp(sum, -bits)), bits);
@@ -91,8 +92,7 @@ void multiply(Warp& w, const Instruction& in, uint32_t) {
     for (int column = 0; column < 8; column++)
       c[row][column] = (matrix == Matrix::kExact ? exact_sum : truncated_sum)(a[row], b, column, c[row][column]);
   for (int l = 0; l < kLanes; l++)
-    for (int i = 0; i < 4; i++)
-      w.lanes<float>(in.operands[i])[l] = c[i < 2 ? l / 4 : l / 4 + 8][l % 4 * 2 + i % 2];
+    for (int i = 0; i < 4; i++) w.lanes<float>(in.operands[i])[l] = c[i < 2 ? l / 4 : l / 4 + 8][l % 4 * 2 + i % 2];
 }
 
 // ---- shuffles and votes

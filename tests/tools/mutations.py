@@ -38,7 +38,9 @@ FRAGMENTS = [
         CLUSTER,
         WRONG,
     ),
-    Bug("rows of a from the wrong half", "s5_assign.cuh", [(r"lane / 16 \* 16;", "lane / 8 % 2 * 16;")], CLUSTER, WRONG),
+    Bug(
+        "rows of a from the wrong half", "s5_assign.cuh", [(r"lane / 16 \* 16;", "lane / 8 % 2 * 16;")], CLUSTER, WRONG
+    ),
     Bug("rows of b from the wrong half", "s5_assign.cuh", [(r"lane / 8 % 2 \* 16", "lane / 16 * 16")], FUSED, WRONG),
     Bug("columns of a product exchanged", "s5_assign.cuh", [(r"\* 2 \+ c;", "* 2 + 1 - c;")], CLUSTER, WRONG),
     Bug(
@@ -51,8 +53,16 @@ FRAGMENTS = [
     Bug("a matrix step too few", "s5_assign.cuh", [(r"\+ k / 32 < slabs\)", "+ k / 32 < slabs - 1)")], CLUSTER, WRONG),
 ]
 ASSEMBLY = [
-    Bug("mma: a1 and a2 exchanged", "ptx.cuh", [(r'"r"\(a\[1\]\), "r"\(a\[2\]\)', '"r"(a[2]), "r"(a[1])')], CLUSTER, ""),
-    Bug("ldmatrix: the second matrix first", "ptx.cuh", [(r"\{%0, %1, %2, %3\}, \[%4\]", "{%1, %0, %2, %3}, [%4]")], FUSED, ""),
+    Bug(
+        "mma: a1 and a2 exchanged", "ptx.cuh", [(r'"r"\(a\[1\]\), "r"\(a\[2\]\)', '"r"(a[2]), "r"(a[1])')], CLUSTER, ""
+    ),
+    Bug(
+        "ldmatrix: the second matrix first",
+        "ptx.cuh",
+        [(r"\{%0, %1, %2, %3\}, \[%4\]", "{%1, %0, %2, %3}, [%4]")],
+        FUSED,
+        "",
+    ),
     Bug("acquire made plain", "ptx.cuh", [(r"ld\.acquire\.gpu\.global", "ld.global")], COOPERATIVE, ""),
     Bug("release made relaxed", "ptx.cuh", [(r"red\.release", "red.relaxed")], COOPERATIVE, ""),
     Bug("a copy of what is not valid", "ptx.cuh", [(r"valid \? 16 : 0", "16")], CLUSTER, ""),
@@ -97,8 +107,12 @@ def by_simulation(bug: Bug, csrc: Path, made: Case) -> str:
     program = simt.program("driver.cpp", simt.kernels(csrc, bug.sanitizer, only="float16"), bug.sanitizer)
     said = simt_call.run_in_program(made, bug.how, program)
     if said:
-        kind = re.search(r"data race|heap-buffer-overflow|deadlock|divergent barrier|asynchronous copies|mask|not begun", said)
-        return (f"{bug.sanitizer.title()}Sanitizer: " if bug.sanitizer else "") + (kind[0] if kind else said.strip()[:40])
+        kind = re.search(
+            r"data race|heap-buffer-overflow|deadlock|divergent barrier|asynchronous copies|mask|not begun", said
+        )
+        return (f"{bug.sanitizer.title()}Sanitizer: " if bug.sanitizer else "") + (
+            kind[0] if kind else said.strip()[:40]
+        )
     return differing(made, expected)
 
 
