@@ -34,7 +34,7 @@ WAYS = {
     "sm_90a cluster": How(H100, "cluster", 2, tile=128, seed=6),
     "sm_90a fused": How(H100, "fused", 2, seed=7),
 }
-# B, N, D, keep, basis: rows that are whole 16-byte words or not, of one matrix step or several; tiles that are not full.
+# B, N, D, keep, basis: rows that are whole 16-byte words or not, of one matrix step or several; tiles not full.
 SHAPES = [(2, 48, 33, 14, 4), (1, 70, 72, 66, 5), (2, 41, 200, 12, 6), (1, 60, 264, 20, 3)]
 
 

@@ -114,10 +114,11 @@ def _add(name: str, t: Tensor, writable: bool) -> None:
 def _check(case: Case, status: int) -> None:
     if status == 0:
         return
-    lib = load()
+    if status == call.status_numbers()["APET_CUDA_FAILED"]:
+        raise Fault(load().apet_cuda_error().decode())
     message = ctypes.create_string_buffer(512)
-    lib.apet_error_message(ctypes.byref(case.problem), status, message, ctypes.c_size_t(512))
-    raise Fault(f"{message.value.decode()} {(lib.apet_cuda_error() or b'').decode()}".strip())
+    load().apet_error_message(ctypes.byref(case.problem), status, message, ctypes.c_size_t(512))
+    raise Fault(message.value.decode())
 
 
 def functions(how: How, truncates: bool = False) -> SimpleNamespace:

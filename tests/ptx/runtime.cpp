@@ -230,7 +230,7 @@ const char* ptx_launches() {
 const char* ptx_executed(const char* key) {
   static std::string text;
   text.clear();
-  for (const auto& [name, kernel] : modules.at(key)) {
+  for (const auto& [name, kernel] : modules[key]) {
     const auto found = ptx::executed.find(&kernel);
     for (size_t i = 0; i < kernel.code.size(); i++)
       text += std::to_string(kernel.code[i].line) + " " +

@@ -16,15 +16,17 @@ import sys
 import tempfile
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from tests import test_cuda_simt
+from tests.data import tokens
 from tests.judge import bits
 from tests.ptx import build, call
 from tests.simt import build as simt
 from tests.simt import call as simt_call
 from tests.simt.call import Case, Fault, How
-from tests.test_cuda_simt import CLUSTER, COOPERATIVE, FUSED, RACE, WRONG, Bug
+from tests.test_cuda_simt import CLUSTER, COOPERATIVE, FUSED, WRONG, Bug
 from tests.tools.sass import GUIDE
 
 BEGIN, END = "<!-- mutations:begin -->\n", "<!-- mutations:end -->"
@@ -70,16 +72,10 @@ ASSEMBLY = [
 ]
 
 
-def case() -> Case:
-    """As the simulation's test plants its bugs: repeated tokens make ties."""
-    tokens = test_cuda_simt.tokens
-    return simt_call.compress_case(tokens(1, 22, 72, dtype=test_cuda_simt.torch.float16, kind="repeated", seed=1), 8, 3)
-
-
-def odd_case() -> Case:
-    """Rows end where their memory does."""
-    tokens = test_cuda_simt.tokens
-    return simt_call.compress_case(tokens(1, 22, 63, dtype=test_cuda_simt.torch.float16, kind="repeated", seed=1), 8, 3)
+def small(bug: Bug) -> Case:
+    """As the simulation's test plants its bugs. An odd D: rows end where their memory does. Repeated tokens: ties."""
+    D = 63 if bug.sanitizer == "address" else 72
+    return simt_call.compress_case(tokens(1, 22, D, dtype=torch.float16, kind="repeated", seed=1), 8, 3)
 
 
 def changed(bug: Bug, folder: Path) -> Path:
@@ -107,12 +103,9 @@ def by_simulation(bug: Bug, csrc: Path, made: Case) -> str:
     program = simt.program("driver.cpp", simt.kernels(csrc, bug.sanitizer, only="float16"), bug.sanitizer)
     said = simt_call.run_in_program(made, bug.how, program)
     if said:
-        kind = re.search(
-            r"data race|heap-buffer-overflow|deadlock|divergent barrier|asynchronous copies|mask|not begun", said
-        )
-        return (f"{bug.sanitizer.title()}Sanitizer: " if bug.sanitizer else "") + (
-            kind[0] if kind else said.strip()[:40]
-        )
+        kinds = r"data race|heap-buffer-overflow|deadlock|divergent barrier|asynchronous copies|mask|not begun"
+        kind = re.search(kinds, said)
+        return f"{bug.sanitizer}: ".lstrip(": ") + (kind[0] if kind else said.strip()[:40])
     return differing(made, expected)
 
 
@@ -128,7 +121,7 @@ def by_interpreter(bug: Bug, csrc: Path, made: Case) -> str:
         try:
             call.run(made, how, text)
         except Fault as fault:
-            return re.split(r": | in | of |, which", str(fault).partition("the message")[2] or str(fault))[0]
+            return re.split(r": thread|: \d| in | of |, which", str(fault))[0]
         finally:
             call.forget(text)
         if seen := differing(made, expected):
@@ -153,8 +146,7 @@ def main(arguments: list[str]) -> int:
             continue
         with tempfile.TemporaryDirectory() as folder:
             csrc = changed(bug, Path(folder))
-            made = odd_case if bug.sanitizer == "address" else case
-            seen = [by_simulation(bug, csrc, made()), by_interpreter(bug, csrc, made())]
+            seen = [way(bug, csrc, small(bug)) for way in (by_simulation, by_interpreter)]
         missed += not any(way and way != NOT_THERE for way in seen)
         lines.append(f"| {bug.name} | `{bug.file}` | " + " | ".join(way or "not noticed" for way in seen) + " |")
         print(lines[-1], flush=True)
