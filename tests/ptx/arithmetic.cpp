@@ -58,11 +58,16 @@ void logic(Warp& w, const Instruction& in, uint32_t active) {
   d = (d & ~active) | (F(a, b) & active);
 }
 
+// The value that is not chosen may be undefined.
 template <class T>
 void select(Warp& w, const Instruction& in, uint32_t active) {
   auto *d = w.lanes<T>(in.operands[0]), *a = w.lanes<T>(in.operands[1]), *b = w.lanes<T>(in.operands[2]);
+  const auto known = [&](int operand) { return w.defined[in.operands[operand].number]; };
   const uint32_t p = w.predicate(in.operands[3]);
+  if (active & ~known(3)) w.fail(__builtin_ctz(active & ~known(3)), "an undefined predicate");
   each(active, [&](int l) { d[l] = p >> l & 1 ? a[l] : b[l]; });
+  const uint32_t chosen = (p & known(1)) | (~p & known(2));
+  w.defined[in.operands[0].number] = (known(0) & ~active) | (chosen & active);
 }
 
 // The low `count` bits of a, inserted into b from bit `from` on.
@@ -224,9 +229,11 @@ void add_comparisons(Opcodes& t) {
   t.insert({"xor.pred", {"p=pp", logic<[](uint32_t a, uint32_t b) { return a ^ b; }>}});
   t.insert({"not.pred", {"p=p", logic<[](uint32_t a, uint32_t) { return ~a; }>}});
   t.insert({"mov.pred", {"p=p", logic<[](uint32_t a, uint32_t) { return a; }>}});
-  for (const char* type : {"b32", "f32"}) t.insert({std::string("selp.") + type, {"4=44p", select<uint32_t>}});
-  for (const char* type : {"b64", "u64"}) t.insert({std::string("selp.") + type, {"8=88p", select<uint64_t>}});
-  t.insert({"selp.u16", {"2=22p", select<uint16_t>}});
+  for (const char* type : {"b32", "f32"})
+    t.insert({std::string("selp.") + type, {"4=44p", select<uint32_t>, Flow::kPlain, Undefined::kOwn}});
+  for (const char* type : {"b64", "u64"})
+    t.insert({std::string("selp.") + type, {"8=88p", select<uint64_t>, Flow::kPlain, Undefined::kOwn}});
+  t.insert({"selp.u16", {"2=22p", select<uint16_t>, Flow::kPlain, Undefined::kOwn}});
 }
 
 }  // namespace
