@@ -191,7 +191,7 @@ def test_planted_faults(fault, unchanged):
         (r"fma\.rn\.f32", "fma.rz.f32", "an opcode that is not in the tables: fma.rz.f32"),
         (r"bar\.sync\s+0;", "bar.sync 0, 64;", "operands that do not fit the opcode: bar.sync 0, 64"),
         (r"ld\.acquire\.gpu", "ld.acquire.cta", "an opcode that is not in the tables: ld.acquire.cta"),
-        (r"cvt\.f64\.f32\s+%fd1,", "cvt.f64.f32 %f1,", "operands that do not fit the opcode: cvt.f64.f32 %f1"),
+        (r"cvt\.f64\.f32\s+%fd\d+,", "cvt.f64.f32 %f1,", "operands that do not fit the opcode: cvt.f64.f32 %f1"),
     ],
 )
 def test_what_is_not_known_is_an_error(old, new, said):
