@@ -77,7 +77,7 @@ def _sanitize(sanitizer: str) -> list[str]:
 def _objects(sources: list[Path], sanitizer: str = "", headers: Iterable[Path] = ()) -> list[Path]:
     flags = [*FLAGS, *OPTIMISED[sanitizer], *_sanitize(sanitizer), f"-I{HERE / 'include'}"]
     read = [p for p in (*HERE.rglob("*.h"), *headers) if p.suffix in (".h", ".cuh")]
-    common = digest(_compiler(), *flags, *sorted(p.read_text() for p in read))
+    common = digest(compiler(), *flags, *sorted(p.read_text() for p in read))
 
     def compile_one(source: Path) -> Path:
         csrc = source.parents[1] if source.suffix == ".cu" and source.parent != HERE else CSRC
@@ -112,7 +112,7 @@ def make(target: Path, command: list[str]) -> Path:
 
 
 @functools.cache
-def _compiler() -> str:
+def compiler() -> str:
     """Version, and what -march=native means here: the folder may have been carried from another machine."""
     query = ["g++", "-march=native", "-Q", "--help=target"]
     return subprocess.check_output(["g++", "--version"], text=True) + subprocess.check_output(query, text=True)

@@ -1,0 +1,76 @@
+"""Compiles csrc/cuda to PTX by nvcc, and links its host code with the interpreter: a library for ctypes.
+
+Everything lies where tests/simt keeps its builds, by a hash of all that went into it. Needs nvcc and g++ on x86-64.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+import subprocess
+from pathlib import Path
+
+from tests.simt import build as simt
+from tests.tools import sass
+
+HERE = Path(__file__).parent
+CSRC = simt.CSRC
+TARGETS = ("sm_80", "sm_90a")
+DTYPES = sass.DTYPES
+PARTS = ("order", "memory", "module", "arithmetic", "conversions", "loads", "warp", "cta", "schedule")
+FLAGS = ["-std=c++20", "-O2", "-march=native", "-ffp-contract=off", "-fno-math-errno", "-fPIC", "-Wall", "-Wextra"]
+
+
+def missing() -> str | None:
+    """None where PTX can be compiled and interpreted here, else the message that says why not."""
+    return simt.missing() or (None if sass.nvcc() else "there is no nvcc")
+
+
+@functools.cache
+def library() -> Path:
+    """The interpreter, with the host code of the CUDA backend."""
+    objects = [_interpreter(name) for name in PARTS]
+    objects += [_host(HERE / "runtime.cpp"), _host(HERE / "workspace.cu"), _host(CSRC / "problem.cpp")]
+    objects += [_host(CSRC / f"cuda/{name}.cu") for name in ("device", "plan", "launch")]
+    objects += [device_code(dtype) for dtype in DTYPES]
+    target = simt.FOLDER / f"libptx-{simt.digest(*map(str, objects))}.so"
+    return simt.make(target, ["g++", "-shared", "-Wl,--no-undefined", "-Wl,-Bsymbolic", *map(str, objects)])
+
+
+def device_code(dtype: str, csrc: Path = CSRC, targets: tuple[str, ...] = TARGETS) -> Path:
+    """The object of a dtype's kernels: their host stubs, and their PTX for the targets."""
+    archs = [target.removeprefix("sm_") for target in targets]
+    flags = [f"-gencode=arch=compute_{arch},code=compute_{arch}" for arch in archs]
+    return _nvcc(csrc / f"cuda/{dtype}.cu", csrc, [*flags, "--no-compress"])
+
+
+@functools.cache
+def ptx(dtype: str, target: str, csrc: Path = CSRC, targets: tuple[str, ...] = TARGETS) -> str:
+    """The PTX of a dtype's kernels, as it lies in the object."""
+    content = device_code(dtype, csrc, targets).read_bytes()
+    texts = re.findall(rb"\.version [^\0]*", content)
+    (text,) = (t.decode() for t in texts if f"\n.target {target}\n".encode() in t)
+    return text
+
+
+def _host(source: Path) -> Path:
+    return _nvcc(source, CSRC, ["-gencode=arch=compute_80,code=compute_80"])
+
+
+def _nvcc(source: Path, csrc: Path, flags: list[str]) -> Path:
+    command = [sass.nvcc(), *sass.FLAGS, "-Xcompiler=-fPIC", *flags, f"-I{HERE}"]
+    read = sorted(p for folder in (csrc, HERE) for p in folder.rglob("*.*") if p.suffix in (".h", ".cuh"))
+    digest = simt.digest(_version(), *command, source.name, source.read_text(), *(p.read_text() for p in read))
+    return simt.make(simt.FOLDER / f"ptx-{source.stem}-{digest}.o", [*command, f"-I{csrc}", "-c", str(source)])
+
+
+def _interpreter(name: str) -> Path:
+    headers = sorted(HERE.glob("*.h"))
+    source = HERE / f"{name}.cpp"
+    digest = simt.digest(simt.compiler(), *FLAGS, source.read_text(), *(p.read_text() for p in headers))
+    return simt.make(simt.FOLDER / f"ptx-{name}-{digest}.o", ["g++", *FLAGS, "-c", str(source)])
+
+
+@functools.cache
+def _version() -> str:
+    return subprocess.check_output([sass.nvcc(), "--version"], text=True)

@@ -1,0 +1,41 @@
+// What the interpreter has to know of the layout of csrc/cuda, by its own headers.
+#include "cuda/layout.cuh"
+#include "machine.h"
+
+extern "C" {
+
+size_t ptx_call_bytes() { return sizeof(apet::cuda::Call); }
+
+// The arrays of the workspace, with the sizes that call.cuh gives them.
+void ptx_workspace(const apet_problem* problem, const apet_cuda_plan_t* plan, void* workspace) {
+  using namespace apet::cuda;
+  const apet_problem& p = *problem;
+  Call call = {};
+  lay_out_workspace(p, *plan, workspace, call);
+  const int64_t tokens = apet::all_tokens(p), rows = apet::all_rows(p), images = p.images;
+  const int64_t words = message_words(basis_of(p)), groups = plan->images_in_flight, ctas = plan->ctas_per_image;
+  const bool merges = p.op != APET_SCORE, cooperative = plan->path == APET_CUDA_COOPERATIVE;
+  const auto add = [](const char* name, auto* at, int64_t count) {
+    ptx::arrays.add(name, at, (size_t)count * sizeof *at, true, nullptr);
+  };
+  add("norm_sq", call.norm_sq, tokens);
+  if (!plan->state_shared) add("state", call.state, tokens * (3 + basis_of(p)));
+  if (plan->path == APET_CUDA_FUSED) add("slice_begin", call.slice_begin, images * (ctas + 1));
+  if (merges) {
+    add("table", call.table, images);
+    add("rank", call.rank, tokens);
+    add("dropped", call.dropped, tokens);
+    add("target_key", call.target_key, tokens);
+    add("row_token", call.row_token, rows);
+    add("row_role", call.row_role, rows);
+    add("target_token", call.target_token, rows);
+    add("inv_norm", call.inv_norm, rows);
+    add("ticket", call.ticket, 1);
+    add("tiles_done", call.tiles_done, images);
+  }
+  if (cooperative) {
+    add("slots", call.slots, groups * 2 * ctas * words);
+    add("arrived", call.arrived, groups);
+  }
+}
+}

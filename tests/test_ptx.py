@@ -1,0 +1,201 @@
+"""The CUDA kernels as nvcc compiled them: their PTX, executed by an interpreter that checks every instruction.
+
+Small shapes, since a CTA is 384 threads to interpret. What the sources mean, whatever compiles them, is tested by
+test_cuda_simt.py and the shared tests.
+"""
+
+from __future__ import annotations
+
+import re
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import Tensor
+
+from apet_kernels import reference
+from tests import judge
+from tests.data import DTYPES, tokens
+from tests.ptx import build, call, planted
+from tests.ptx.call import A100, H100
+from tests.simt import call as simt
+from tests.simt.call import Case, Fault, How
+
+pytestmark = [
+    pytest.mark.skipif(build.missing() is not None, reason=str(build.missing())),
+    pytest.mark.slow,  # nvcc takes a minute, and an interpreted call a second
+]
+
+LAYOUTS = ("inplace", "overwrite", "append")
+# Every kernel on both targets; seeds that draw all three kinds of schedule.
+WAYS = {
+    "sm_80 cooperative, tile 64": How(A100, "cooperative", 2, tile=64, seed=3),
+    "sm_80 cooperative, tile 128": How(A100, "cooperative", 1, resident=4, tile=128, seed=4),
+    "sm_90a cooperative": How(H100, "cooperative", 3, resident=0, tile=64, seed=5),
+    "sm_90a cluster": How(H100, "cluster", 2, tile=128, seed=6),
+    "sm_90a fused": How(H100, "fused", 2, seed=7),
+}
+# B, N, D, keep, basis: rows that are whole 16-byte words or not, of one matrix step or several; tiles not full.
+SHAPES = [(2, 48, 33, 14, 4), (1, 70, 72, 66, 5), (2, 41, 200, 12, 6), (1, 60, 264, 20, 3)]
+
+
+def image(shape: int, dtype: torch.dtype) -> Tensor:
+    """x [B, N, D]; every other one begins at an odd element, or has rows with something between them."""
+    B, N, D, _, _ = SHAPES[shape]
+    x = tokens(B, N, D, dtype=dtype, kind=("clustered", "repeated", "normal")[shape % 3], seed=shape)
+    if shape % 2 == 0:
+        return x
+    room = torch.zeros(B, N, D + 8, dtype=dtype)
+    return room[:, :, shape : shape + D].copy_(x)
+
+
+@pytest.mark.parametrize("select", ["fps", "qr"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_judged_by_float64(dtype, layout, select):
+    """compress and score, every dtype, layout and rule on both targets; shapes and paths take turns."""
+    number = (DTYPES.index(dtype) * 3 + LAYOUTS.index(layout)) * 2 + (select == "qr")
+    ways = list(WAYS.values())
+    for shape, how in ((number % 4, ways[number % 2]), ((number + 1) % 4, ways[2 + number % 3])):
+        _, _, _, keep, basis = SHAPES[shape]
+        blend = 0.5 if layout == "overwrite" and shape % 2 else 1.0
+        start, ridge = (-1, 7)[number % 2], (1e-5, 0.0, 0.1)[number % 3]
+        options = {"layout": layout, "select": select, "start": start, "ridge": ridge, "blend": blend}
+        judge.check(call.functions(how), image(shape, dtype), keep, basis, **options)
+
+
+LENGTHS, KEEPS = [0, 23, 0, 5, 40, 1], [0, 6, 0, 5, 9, 1]
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_ragged_images(dtype, way):
+    """Also empty ones; each is judged by itself."""
+    layout, basis = LAYOUTS[list(WAYS).index(way) % 3], 4
+    x = tokens(sum(LENGTHS), 72, dtype=dtype, kind="clustered", seed=9)
+    functions = call.functions(WAYS[way])
+    cu, cu_keep = (torch.tensor([0, *n]).cumsum(0).int() for n in (LENGTHS, KEEPS))
+    options = {"layout": layout, "select": "qr"}
+    got, indices = functions.compress_varlen(x, cu, cu_keep, sum(KEEPS), max(LENGTHS), max(KEEPS), basis, **options)
+    row = 0
+    for first, length, keep in zip(cu.tolist(), LENGTHS, KEEPS, strict=False):
+        rows = keep + basis * (layout == "append") if length else basis * (layout == "append")
+        part = slice(row, row + rows)
+        row += rows
+        if not length:
+            assert (got[part] == 0).all(), "rows that no image fills are not zeros"
+            assert (indices[part] == 0).all()
+            continue
+        if keep == length or (layout == "overwrite" and keep <= basis):
+            expected = reference.compress(x[None, first : first + length], keep, basis, **options)
+            judge.assert_same(got[part], expected[0][0], "all tokens")
+            continue
+        own = SimpleNamespace(
+            score=functions.score, compress=lambda *_, p=part, f=first, **__: (got[p][None], indices[p][None] - f)
+        )
+        judge.check(own, x[None, first : first + length], keep, basis, **options)
+    assert row == len(got)
+
+
+def cases(dtype: torch.dtype, number: int) -> dict[str, Case]:
+    """Every op once."""
+    x = image(number % 4, dtype)
+    B, N, D, keep, basis = SHAPES[number % 4]
+    options = {"layout": LAYOUTS[number % 3], "select": ("fps", "qr")[number % 2]}
+    packed = tokens(sum(LENGTHS), D, dtype=dtype, kind="repeated", seed=number)
+    cu, cu_keep = (torch.tensor([0, *n]).cumsum(0).int() for n in (LENGTHS, KEEPS))
+    ragged = (packed, cu, cu_keep, sum(KEEPS), max(LENGTHS), max(KEEPS), 4)
+    rows = torch.randint(-3, N + 3, (B, keep), generator=torch.Generator().manual_seed(number))
+    return {
+        "compress": simt.compress_case(x, keep, basis, **options),
+        "compress_varlen": simt.compress_varlen_case(*ragged, **options),
+        "score": simt.score_case(x, basis, select=options["select"]),
+        "merge": simt.merge_case(x, rows, targets=rows % 3 > 0),
+    }
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_same_bits_as_the_sources(dtype, way):
+    """Every op, against the simulation of the sources, which another compiler has compiled."""
+    how, number = WAYS[way], DTYPES.index(dtype) * len(WAYS) + list(WAYS).index(way)
+    for name, case in cases(dtype, number).items():
+        if name == "score" and how.path == "fused":
+            continue  # which is never fused
+        launches = call.run(case, how)
+        got = {key: value.clone() for key, value in case.outputs.items()}
+        assert len(launches) == (1 if name == "score" or how.path == "fused" else 2)
+        simt.run(case, How(path="cluster", ctas_per_image=2))
+        for key, value in got.items():
+            judge.assert_same(value, case.outputs[key], f"{key} of {name}")
+
+
+def test_merge_is_judged():
+    """Rows in any order, repeated, and not all of them targets."""
+    x = image(2, torch.bfloat16)
+    B, N, _, keep, _ = SHAPES[2]
+    rows = torch.randint(N, (B, keep), generator=torch.Generator().manual_seed(1))
+    targets = rows % 3 > 0
+    got = call.functions(WAYS["sm_90a fused"]).merge(x, rows, targets=targets)
+    for b in range(B):
+        assert judge.check_merge(x[b], got[b], rows[b], targets[b]) > keep // 2
+
+
+@pytest.mark.parametrize("way", ["sm_80 cooperative, tile 128", "sm_90a fused"])
+@pytest.mark.parametrize("dtype", DTYPES[1:])
+def test_a_matrix_unit_that_truncates(dtype, way):
+    """Sums that are cut off, as tensor cores do, stay within what the judge allows; the indices are the same."""
+    x = tokens(1, 96, 520, dtype=dtype, kind="clustered", seed=3)
+    tokens_, indices = judge.check(call.functions(WAYS[way], truncates=True), x, 40, 4)
+    exact = call.functions(WAYS[way]).compress(x, 40, 4)
+    judge.assert_same(indices, exact[1], "indices")
+    assert tokens_.shape == exact[0].shape
+
+
+# ---- faults planted in the text
+
+
+def small(dtype: torch.dtype = torch.float16) -> Case:
+    """Two matrix steps, several tiles, more images than a cooperative launch has groups."""
+    return simt.compress_case(tokens(3, 70, 136, dtype=dtype, kind="clustered", seed=2), 18, 3)
+
+
+@pytest.fixture(scope="module")
+def unchanged() -> dict[str, tuple[dict[str, Tensor], dict[int, int]]]:
+    """By way: what the unchanged text gives, and how often it executes each line."""
+    found = {}
+    for name, how in WAYS.items():
+        case = small()
+        call.run(case, how)
+        found[name] = (case.outputs, call.executed(call.text_of(case, how)))
+    return found
+
+
+@pytest.mark.parametrize("fault", planted.PLANTED, ids=lambda fault: fault.name.replace(" ", "_"))
+def test_planted_faults(fault, unchanged):
+    """At three instructions of every way that executes one (docs/cuda.md: at all of them)."""
+    tried = 0
+    for name, how in WAYS.items():
+        results, counts = unchanged[name]
+        texts = list(planted.planted_texts(call.text_of(small(), how), counts, fault))
+        chosen = texts[:: max(1, len(texts) // 3)][:3]
+        tried += len(chosen)
+        seen = [planted.noticed(small, how, text, results) for _, text in chosen]
+        assert not chosen or any(seen), f"{name}: nothing is noticed at lines {[line for line, _ in chosen]}"
+    assert tried, "no instruction that is executed matches"
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "said"),
+    [
+        (r"fma\.rn\.f32", "fma.rz.f32", "an opcode that is not in the tables: fma.rz.f32"),
+        (r"bar\.sync\s+0;", "bar.sync 0, 64;", "operands that do not fit the opcode: bar.sync 0, 64"),
+        (r"ld\.acquire\.gpu", "ld.acquire.cta", "an opcode that is not in the tables: ld.acquire.cta"),
+        (r"cvt\.f64\.f32\s+%fd\d+,", "cvt.f64.f32 %f1,", "operands that do not fit the opcode: cvt.f64.f32 %f1"),
+    ],
+)
+def test_what_is_not_known_is_an_error(old, new, said):
+    text, times = re.subn(old, new, build.ptx("float16", "sm_90a"))
+    assert times
+    with pytest.raises(Fault, match=said):
+        call.run(small(), WAYS["sm_90a fused"], text)

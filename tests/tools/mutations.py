@@ -1,0 +1,160 @@
+"""Changes the CUDA sources, one fault at a time, and tells which of the ways to run them without a GPU notices.
+
+    python -m tests.tools.mutations [--only PART-OF-A-NAME ...] [--markdown]
+
+Two ways: the simulation compiles the sources with g++ and runs them, under a sanitizer where the fault calls for one;
+the interpreter executes the PTX that nvcc makes of them. --markdown writes the table into docs/cuda.md. Exit code 1 if
+neither notices a fault. Needs nvcc, and minutes: each fault is two builds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from tests import test_cuda_simt
+from tests.data import tokens
+from tests.judge import bits
+from tests.ptx import build, call
+from tests.simt import build as simt
+from tests.simt import call as simt_call
+from tests.simt.call import Case, Fault, How
+from tests.test_cuda_simt import CLUSTER, COOPERATIVE, FUSED, WRONG, Bug
+from tests.tools.sass import GUIDE
+
+BEGIN, END = "<!-- mutations:begin -->\n", "<!-- mutations:end -->"
+NOT_THERE = "not compiled there"
+# Beside those that the simulation's own test plants: fragments, and what only nvcc compiles (ptx.cuh).
+FRAGMENTS = [
+    Bug(
+        "the halves of b exchanged",
+        "s5_assign.cuh",
+        [(r"(fb\[j / 2\]\[j % 2 \* 2\]), (fb\[j / 2\]\[j % 2 \* 2 \+ 1\])", r"\2, \1")],
+        CLUSTER,
+        WRONG,
+    ),
+    Bug(
+        "rows of a from the wrong half", "s5_assign.cuh", [(r"lane / 16 \* 16;", "lane / 8 % 2 * 16;")], CLUSTER, WRONG
+    ),
+    Bug("rows of b from the wrong half", "s5_assign.cuh", [(r"lane / 8 % 2 \* 16", "lane / 16 * 16")], FUSED, WRONG),
+    Bug("columns of a product exchanged", "s5_assign.cuh", [(r"\* 2 \+ c;", "* 2 + 1 - c;")], CLUSTER, WRONG),
+    Bug(
+        "rows of a product off by one",
+        "s5_assign.cuh",
+        [(r"half \* 8 \+ lane / 4;", "half * 8 + (lane / 4 + 1) % 8;")],
+        FUSED,
+        WRONG,
+    ),
+    Bug("a matrix step too few", "s5_assign.cuh", [(r"\+ k / 32 < slabs\)", "+ k / 32 < slabs - 1)")], CLUSTER, WRONG),
+]
+ASSEMBLY = [
+    Bug(
+        "mma: a1 and a2 exchanged", "ptx.cuh", [(r'"r"\(a\[1\]\), "r"\(a\[2\]\)', '"r"(a[2]), "r"(a[1])')], CLUSTER, ""
+    ),
+    Bug(
+        "ldmatrix: the second matrix first",
+        "ptx.cuh",
+        [(r"\{%0, %1, %2, %3\}, \[%4\]", "{%1, %0, %2, %3}, [%4]")],
+        FUSED,
+        "",
+    ),
+    Bug("acquire made plain", "ptx.cuh", [(r"ld\.acquire\.gpu\.global", "ld.global")], COOPERATIVE, ""),
+    Bug("release made relaxed", "ptx.cuh", [(r"red\.release", "red.relaxed")], COOPERATIVE, ""),
+    Bug("a copy of what is not valid", "ptx.cuh", [(r"valid \? 16 : 0", "16")], CLUSTER, ""),
+    Bug("the second launch waits for nothing", "ptx.cuh", [(r"cudaGridDependencySynchronize\(\);", "")], CLUSTER, ""),
+]
+
+
+def small(bug: Bug) -> Case:
+    """As the simulation's test plants its bugs. An odd D: rows end where their memory does. Repeated tokens: ties."""
+    D = 63 if bug.sanitizer == "address" else 72
+    return simt_call.compress_case(tokens(1, 22, D, dtype=torch.float16, kind="repeated", seed=1), 8, 3)
+
+
+def changed(bug: Bug, folder: Path) -> Path:
+    csrc = folder / "csrc"
+    shutil.copytree(simt.CSRC, csrc)
+    source = csrc / "cuda" / bug.file
+    text = source.read_text()
+    for pattern, replacement in bug.change:
+        text, times = re.subn(pattern, replacement, text)
+        assert times, f"{pattern} is no longer in {bug.file}"
+    source.write_text(text)
+    return csrc
+
+
+def differing(got: Case, expected: dict[str, Tensor]) -> str:
+    return "other results" if any(not bits(got.outputs[k]).equal(bits(v)) for k, v in expected.items()) else ""
+
+
+def by_simulation(bug: Bug, csrc: Path, made: Case) -> str:
+    """What shows in the simulation; "" if nothing does."""
+    if bug in ASSEMBLY:
+        return NOT_THERE
+    simt_call.run(made, bug.how)
+    expected = {name: t.clone() for name, t in made.outputs.items()}
+    program = simt.program("driver.cpp", simt.kernels(csrc, bug.sanitizer, only="float16"), bug.sanitizer)
+    said = simt_call.run_in_program(made, bug.how, program)
+    if said:
+        kinds = r"data race|heap-buffer-overflow|deadlock|divergent barrier|asynchronous copies|mask|not begun"
+        kind = re.search(kinds, said)
+        return f"{bug.sanitizer}: ".lstrip(": ") + (kind[0] if kind else said.strip()[:40])
+    return differing(made, expected)
+
+
+def by_interpreter(bug: Bug, csrc: Path, made: Case) -> str:
+    """What shows in the PTX, on the first of a few schedules; "" if nothing does."""
+    device = call.H100 if bug.how.device.capability >= 90 else call.A100
+    target = call.target_of(bug.how)
+    text = build.ptx("float16", target, csrc, (target,))
+    for seed in (0, 3, 4, 5, 1, 2):
+        how = How(device, bug.how.path, bug.how.ctas_per_image, bug.how.resident, bug.how.tile, seed)
+        call.run(made, how)
+        expected = {name: t.clone() for name, t in made.outputs.items()}
+        try:
+            call.run(made, how, text)
+        except Fault as fault:
+            return re.split(r": thread|: \d| in | of |, which", str(fault))[0]
+        finally:
+            call.forget(text)
+        if seen := differing(made, expected):
+            return seen
+    return ""
+
+
+def main(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="python -m tests.tools.mutations", description=__doc__.splitlines()[0])
+    parser.add_argument("--only", action="append", default=[], help="part of a fault's name; may be repeated")
+    parser.add_argument("--markdown", action="store_true", help=f"write the table into {GUIDE.name}")
+    options = parser.parse_args(arguments)
+    if options.markdown and options.only:
+        parser.error("--markdown is of all faults")
+    if why := build.missing():
+        print(f"python -m tests.tools.mutations: {why}", file=sys.stderr)
+        return 2
+    lines = ["| fault in the source | file | simulation | compiled PTX |", "|---|---|---|---|"]
+    missed = 0
+    for bug in [*test_cuda_simt.BUGS, *FRAGMENTS, *ASSEMBLY]:
+        if options.only and not any(part in bug.name for part in options.only):
+            continue
+        with tempfile.TemporaryDirectory() as folder:
+            csrc = changed(bug, Path(folder))
+            seen = [way(bug, csrc, small(bug)) for way in (by_simulation, by_interpreter)]
+        missed += not any(way and way != NOT_THERE for way in seen)
+        lines.append(f"| {bug.name} | `{bug.file}` | " + " | ".join(way or "not noticed" for way in seen) + " |")
+        print(lines[-1], flush=True)
+    if options.markdown:
+        before, rest = GUIDE.read_text().split(BEGIN)
+        GUIDE.write_text(before + BEGIN + "\n".join(lines) + "\n" + END + rest.split(END)[1])
+    return 1 if missed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
