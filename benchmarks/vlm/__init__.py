@@ -13,5 +13,6 @@
 | `packing.py` | several questions about a picture in one sequence |
 | `training.py` | the training loop, its log and its checkpoints |
 | `arms.py` | what is compared |
-| `evaluation.py` | answers of the model to the test questions, and the table |
+| `evaluation.py` | answers of the model to the test questions, and figures from them |
+| `report.py` | docs/vlm.md |
 """

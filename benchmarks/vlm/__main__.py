@@ -3,6 +3,7 @@
 python -m benchmarks.vlm features [--split train val test] [--count N]
 python -m benchmarks.vlm train --seed 0 [--resume] [--steps N] [--pictures N] ...
 python -m benchmarks.vlm evaluate [--arms NAME ...] [--budgets N ...]
+python -m benchmarks.vlm write                        # docs/vlm.md, of the answers
 python -m benchmarks.vlm assemble --out FOLDER        # with the trunk, for from_pretrained
 """
 
@@ -17,9 +18,10 @@ import torch
 from apet import ApetError
 
 from benchmarks.lib import command
-from benchmarks.vlm import arms, evaluation, features, llava, packing, training, words
+from benchmarks.vlm import arms, evaluation, features, llava, packing, report, training, words
 
 ROOT = Path(__file__).parents[2]
+RESULTS = ROOT / "benchmarks/results/vlm"
 COUNTS = {"train": training.Plan.pictures, "val": 160, "test": 640}
 
 
@@ -43,7 +45,11 @@ def main(arguments: list[str] | None = None) -> None:
     step.add_argument("--model", type=Path, default=llava.STORED)
     step.add_argument("--arms", nargs="*", choices=arms.ARMS, default=arms.FIRST, metavar="NAME")
     step.add_argument("--budgets", nargs="*", type=int, default=arms.BUDGETS)
-    step.add_argument("--results", type=Path, default=ROOT / "benchmarks/results/vlm")
+    step.add_argument("--results", type=Path, default=RESULTS)
+    step = steps.add_parser("write", help="write docs/vlm.md")
+    step.add_argument("--model", type=Path, default=llava.STORED)
+    step.add_argument("--results", type=Path, default=RESULTS)
+    step.add_argument("--docs", type=Path, default=ROOT / "docs")
     step = steps.add_parser("assemble", help="write the model with its trunk as one folder")
     step.add_argument("--model", type=Path, default=llava.STORED)
     step.add_argument("--out", type=Path, required=True)
@@ -68,6 +74,8 @@ def run(given: argparse.Namespace) -> None:
         packer = packing.Packer(words.tokenizer(), model.config.image_token_index)
         test = features.read(given.cache, "test")
         evaluation.evaluate(model, packer, test, given.arms, given.budgets, given.results)
+    elif given.step == "write":
+        report.write(given.results, given.model, given.docs)
     else:
         llava.assemble(given.out, given.model)
 

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from benchmarks.vlm import features, packing
-from benchmarks.vlm.arms import ARMS, FULL, WHOLE, Arm
+from benchmarks.vlm.arms import ARMS, BUDGETS, FULL, WHOLE, Arm
 from benchmarks.vlm.features import Split
 from benchmarks.vlm.questions import KINDS, Question
 
@@ -90,7 +90,7 @@ def evaluate(
     work = [(name, arm, features.TOKENS) for name, arm in WHOLE.items()]
     work += [(name, ARMS[name], keep) for keep in budgets for name in names]
     for name, arm, keep in work:
-        path = out / f"{name.replace(' ', '-')}.{keep}.jsonl.gz"
+        path = path_of(out, name, keep)
         if not path.exists():
             begin = time.perf_counter()
             given = answers(model, packer, split, arm, keep)
@@ -113,12 +113,17 @@ class Answers:
 
     def right(self, name: str, keep: int) -> np.ndarray:
         """[q] bool."""
-        given = _read(self.folder / f"{name.replace(' ', '-')}.{keep}.jsonl.gz")
+        given = _read(path_of(self.folder, name, keep))
         return np.array([one.answer == said for one, said in zip(self.asked, given, strict=True)])
 
-    def where(self, **kinds: Any) -> np.ndarray:
-        """[q] bool: the questions whose fields are as given."""
-        return np.array([all(getattr(one, k) == v for k, v in kinds.items()) for one in self.asked])
+    def stored(self) -> list[tuple[str, int]]:
+        """Names and budgets of the arms whose answers are there, in the order of `ARMS`, the larger budgets first."""
+        names = itertools.product(ARMS, sorted({*BUDGETS}, reverse=True))
+        return [(name, keep) for name, keep in names if path_of(self.folder, name, keep).exists()]
+
+    def where(self, kind: str | None = None, heights: range | None = None) -> np.ndarray:
+        """[q] bool: the questions of a kind, about words of these heights."""
+        return np.array([kind in (None, one.kind) and (heights is None or one.height in heights) for one in self.asked])
 
     def interval(self, right: np.ndarray, among: np.ndarray | None = None) -> Interval:
         """The mean of right [q], or of a difference of two, over questions [q] bool. Photographs are resampled with all
@@ -130,6 +135,11 @@ class Answers:
         drawn = 100 * (self.weights @ sums) / np.maximum(self.weights @ sizes, 1)
         low, high = np.quantile(drawn, (0.025, 0.975))
         return Interval(100 * float(sums.sum() / sizes.sum()), float(low), float(high))
+
+
+def path_of(folder: Path, name: str, keep: int) -> Path:
+    """Where the answers of an arm are."""
+    return folder / f"{name.replace(' ', '-')}.{keep}.jsonl.gz"
 
 
 def _write(path: Path, lines: Sequence[Any]) -> None:

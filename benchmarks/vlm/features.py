@@ -37,11 +37,6 @@ class Picture:
     patches: list[int]
     questions: list[Question]
 
-    @property
-    def source(self) -> str:
-        """What intervals resample by: a photograph, with all that was cut from it; "" for a page, a source by itself."""
-        return self.photograph
-
 
 @dataclass
 class Split:
@@ -87,12 +82,12 @@ def extract(folder: Path, split: str, count: int, seed: int, photos: Path | None
 
 def read(folder: Path, split: str) -> Split:
     """What `extract` wrote so far. Raises: FileNotFoundError, with the command to run, where there is nothing."""
-    if not (folder / f"{split}.jsonl").exists():
+    lines = _whole(folder, split)
+    if not lines:
         raise FileNotFoundError(f"no features of split {split!r} in {folder}: python -m benchmarks.vlm features")
-    lines = (folder / f"{split}.jsonl").read_text(encoding="utf-8").splitlines()
-    pictures = [_picture(json.loads(line)) for line in lines]
-    shape = (len(pictures), TOKENS, WIDTH)
-    return Split(np.memmap(folder / f"{split}.f16", np.float16, "r", shape=shape), pictures)
+    shape = (len(lines), TOKENS, WIDTH)
+    tokens = np.memmap(folder / f"{split}.f16", np.float16, "r", shape=shape)
+    return Split(tokens, [_picture(json.loads(line)) for line in lines])
 
 
 def to_torch(tokens: np.ndarray) -> torch.Tensor:
@@ -100,18 +95,23 @@ def to_torch(tokens: np.ndarray) -> torch.Tensor:
     return torch.from_numpy(np.asarray(tokens, np.float32))
 
 
-def _settle(folder: Path, split: str) -> int:
-    """Cuts both files to the pictures that both hold; how many these are."""
+def _whole(folder: Path, split: str) -> list[str]:
+    """The lines of the pictures that both files hold, which may still grow."""
     tokens, lines = folder / f"{split}.f16", folder / f"{split}.jsonl"
     if not lines.exists():
-        return 0
-    size = TOKENS * WIDTH * 2
-    whole = [line for line in lines.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")]
-    done = min(len(whole), tokens.stat().st_size // size)
-    lines.write_text("".join(whole[:done]), encoding="utf-8")
-    with open(tokens, "r+b") as file:
-        file.truncate(done * size)
-    return done
+        return []
+    written = lines.read_text(encoding="utf-8").splitlines(keepends=True)
+    return [line for line in written if line.endswith("\n")][: tokens.stat().st_size // (TOKENS * WIDTH * 2)]
+
+
+def _settle(folder: Path, split: str) -> int:
+    """Cuts both files to the pictures that both hold; how many these are."""
+    whole = _whole(folder, split)
+    if (folder / f"{split}.jsonl").exists():
+        (folder / f"{split}.jsonl").write_text("".join(whole), encoding="utf-8")
+        with open(folder / f"{split}.f16", "r+b") as file:
+            file.truncate(len(whole) * TOKENS * WIDTH * 2)
+    return len(whole)
 
 
 def _batches(numbers: range, size: int) -> Iterator[list[int]]:

@@ -69,6 +69,7 @@ def trunk() -> dict[str, Tensor]:
 
 def save(model: Any, folder: Path) -> None:
     """Config, processor and, in float16, all weights but the trunk's."""
+    folder.mkdir(parents=True, exist_ok=True)
     model.config.save_pretrained(folder)
     processor().save_pretrained(folder)
     tied = () if not model.config.tie_word_embeddings else ("lm_head.weight",)

@@ -6,6 +6,7 @@ of a word is that of its capitals, and all its letters are capitals.
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -99,7 +100,7 @@ def photograph(made_of: Sources, draw: np.random.Generator, words: bool) -> Scen
 
 
 def page(made_of: Sources, draw: np.random.Generator) -> Scene:
-    """Up to four rows of one or two words, dark on white, one in each cell of a grid; one typeface, about one height."""
+    """Up to four rows of one or two words, dark on white, one in each cell of a grid; in one typeface and size."""
     rows, columns = int(draw.integers(1, MOST["rows"] + 1)), int(draw.integers(1, MOST["columns"] + 1))
     face = str(draw.choice(made_of.typefaces))
     paper, ink = float(draw.integers(235, 256)), float(draw.integers(0, 90))
@@ -135,7 +136,7 @@ def written(what: str, face: str, high: int, widest: int) -> tuple[Image.Image, 
     mask = Image.new("L", (right - left, bottom - top))
     ImageDraw.Draw(mask).text((-left, -top), what, font=font, fill=255)
     ends = [round(font.getlength(what[:i])) - left for i in range(len(what) + 1)]
-    return mask, list(zip(ends[:-1], ends[1:], strict=True))
+    return mask, list(itertools.pairwise(ends))
 
 
 def placed(sizes: list[tuple[int, int]], draw: np.random.Generator) -> list[tuple[int, int]]:

@@ -9,6 +9,7 @@ was stopped goes on as if it had not been.
 from __future__ import annotations
 
 import json
+import shutil
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -25,7 +26,7 @@ from benchmarks.vlm.features import Split
 
 DECAY, CLIP, BETAS = 0.05, 1.0, (0.9, 0.98)
 PATCHES = 0.3  # weight of naming characters
-MINUTES = 4.0  # between checkpoints
+MINUTES, VALIDATED = 4.0, 3  # between checkpoints, and every how many of them is validated
 
 
 @dataclass
@@ -120,9 +121,9 @@ def drawn(asked: list[Any], count: int, draw: np.random.Generator) -> list[Any]:
 
 
 def train(cache: Path, out: Path, plan: Plan, resume: bool) -> None:
-    """Trains, and writes into `out`: the model, checkpoint.pt and log.jsonl.
+    """Trains, and writes into `out`: checkpoint.pt, log.jsonl, and in the end the folder `model`.
 
-    The log has a line for every 20 steps, and one with accuracies on validation with every checkpoint.
+    The log has a line for every 20 steps, and one with accuracies on validation for every third checkpoint.
     """
     split, val = features.read(cache, "train").first(plan.pictures), features.read(cache, "val")
     run = Run(plan)
@@ -139,6 +140,7 @@ def train(cache: Path, out: Path, plan: Plan, resume: bool) -> None:
         note(plan=asdict(plan), machine=describe())
         recent: list[dict[str, float]] = []
         begin = last = time.monotonic()
+        saves = 0
         while run.step < plan.steps:
             recent.append(run.train(split))
             if run.step % 20 == 0:
@@ -148,5 +150,8 @@ def train(cache: Path, out: Path, plan: Plan, resume: bool) -> None:
             if time.monotonic() - last > 60 * MINUTES or run.step == plan.steps:
                 last = time.monotonic()
                 run.checkpoint(saved)
-                note(accuracy=evaluation.accuracy(run.model, run.packer, val))
-    llava.save(run.model, out)
+                saves += 1
+                if saves % VALIDATED == 0 or run.step == plan.steps:
+                    note(accuracy=evaluation.accuracy(run.model, run.packer, val))
+    llava.save(run.model, out / "model")
+    shutil.copy(out / "log.jsonl", out / "model" / "log.jsonl")
