@@ -42,7 +42,7 @@ python -m benchmarks.vlm features                                  # 2.5 GB in .
 python -m benchmarks.vlm train --seed 0                            # --resume goes on from the last checkpoint
 cp -r .build/vlm/0/model benchmarks/vlm/
 python -m benchmarks.vlm evaluate && python -m benchmarks.vlm write
-python -m benchmarks.vlm assemble --out .build/vlm/llava           # with the trunk, for from_pretrained, `apet generate`
+python -m benchmarks.vlm assemble --out .build/vlm/llava           # with the trunk, for `apet generate`
 ```
 
 Raw answers: `benchmarks/results/vlm`, one greedy answer in each line, in the order of `questions.jsonl.gz`.
