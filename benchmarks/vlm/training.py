@@ -120,6 +120,11 @@ def drawn(asked: list[Any], count: int, draw: np.random.Generator) -> list[Any]:
     return [asked[i] for i in draw.permutation(len(asked))[:count]]
 
 
+def spent(begin: float) -> dict[str, int]:
+    """Seconds since `begin` on the clock, and of the processor's time since the process started."""
+    return {"seconds": round(time.monotonic() - begin), "processor": round(time.process_time())}
+
+
 def train(cache: Path, out: Path, plan: Plan, resume: bool) -> None:
     """Trains, and writes into `out`: checkpoint.pt, log.jsonl, and in the end the folder `model`.
 
@@ -145,7 +150,7 @@ def train(cache: Path, out: Path, plan: Plan, resume: bool) -> None:
             recent.append(run.train(split))
             if run.step % 20 == 0:
                 means = {name: round(float(np.mean([r[name] for r in recent])), 4) for name in recent[0]}
-                note(**means, rate=plan.rate_at(run.step - 1), seconds=round(time.monotonic() - begin))
+                note(**means, rate=plan.rate_at(run.step - 1), **spent(begin))
                 recent.clear()
             if time.monotonic() - last > 60 * MINUTES or run.step == plan.steps:
                 last = time.monotonic()
