@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from benchmarks.vlm import sources
-from benchmarks.vlm.scenes import COLOURS, SIDE, Scene, Thing
+from benchmarks.vlm.scenes import COLOURS, SIDE, Scene, Thing, word
 from benchmarks.vlm.sources import Sources
 
 # exists and relation are answered by yes or no, equally often; read: a word; beside: the word next to another one.
@@ -88,7 +88,7 @@ def existence(scene: Scene, made_of: Sources, draw: np.random.Generator) -> Ques
         present = {thing.what for thing in words}
         absent = one.what
         while absent in present:
-            absent = made_of.words[int(draw.integers(len(made_of.words)))]
+            absent = word(made_of, draw)
         return Question("exists", f"is there the word {one.what if yes else absent} ?", answer, one.box[3])
     if digits and (len(digits) == len(COLOURS) or draw.random() < 0.5):
         there = [int(thing.what) for thing in digits]
@@ -109,9 +109,9 @@ def relation(scene: Scene, draw: np.random.Generator) -> Question | None:
         return None
     names = [(f"the {t.colour} {sort(t)}" if draw.random() < 0.5 else named(t)) for t in (one, other)]
     before, after = (("left of", "right of"), ("above", "below"))[axis]
-    word, right = (before, first < second) if draw.random() < 0.5 else (after, first > second)
+    side, right = (before, first < second) if draw.random() < 0.5 else (after, first > second)
     spelled = [t.box[3] for t, name in zip((one, other), names, strict=True) if t.what in name and not t.is_digit]
-    text = f"is {names[0]} {word} {names[1]} ?"
+    text = f"is {names[0]} {side} {names[1]} ?"
     return Question("relation", text, "yes" if right else "no", min(spelled, default=0))
 
 

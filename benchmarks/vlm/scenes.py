@@ -152,19 +152,23 @@ def placed(sizes: list[tuple[int, int]], draw: np.random.Generator) -> list[tupl
     return [(x, y) for x, y, _, _ in taken]
 
 
+def word(made_of: Sources, draw: np.random.Generator) -> str:
+    """A word; in training every other one is invented, so that words cannot be learned as wholes."""
+    invented = made_of.split == "train" and draw.random() < 0.5
+    return sources.invented(draw) if invented else made_of.words[int(draw.integers(len(made_of.words)))]
+
+
 def _height(draw: np.random.Generator, largest: int) -> int:
     """Small ones are as frequent as large ones: every octave the same."""
     return int(SMALLEST * (largest / SMALLEST) ** draw.random() + 0.5)
 
 
 def _words(made_of: Sources, count: int, draw: np.random.Generator) -> list[str]:
-    """Different words; in training half of them are invented, so that words cannot be learned as wholes."""
+    """Different words."""
     found: list[str] = []
     while len(found) < count:
-        invented = made_of.split == "train" and draw.random() < 0.5
-        word = sources.invented(draw) if invented else made_of.words[int(draw.integers(len(made_of.words)))]
-        if word not in found:
-            found.append(word)
+        if (one := word(made_of, draw)) not in found:
+            found.append(one)
     return found
 
 
