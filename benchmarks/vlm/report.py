@@ -34,8 +34,8 @@ questions that it must look at the picture for.
 - **Answers** are greedy, and right if every character is. Intervals are paired and resample photographs, each with
   all its regions and questions; a page is a source by itself.
 """
-NO_ANSWERS = """**No trained model is stored yet**, so there are no results. Pictures, training and evaluation are tested; the
-training has to be run.
+NO_ANSWERS = """**No trained model is stored yet**, so there are no results. Pictures, training and evaluation are
+tested; the training has to be run.
 """
 REPRODUCE = """## How to reproduce
 
