@@ -263,7 +263,7 @@ def test_the_patched_model_answers_as_the_arms_do(
         rows = seen if options is None else arms.apet(seen, keep, 0, **options)
         packed = packing.answer(untrained, packer, rows, [asked])[0]
         if options is not None:
-            apet.patch(untrained, keep=keep, **options)
+            apet.patch(untrained, keep=keep, **{k: "keep" if v is None else v for k, v in options.items()})
         try:
             for one, said in zip(asked, packed, strict=True):
                 inputs = processor(images=picture, text=llava.prompt(one.text), return_tensors="pt")
