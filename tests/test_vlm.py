@@ -412,3 +412,30 @@ def test_intervals_resample_photographs(tmp_path: Path) -> None:
     assert 8 < many.high - many.low < 12
     assert not found.interval(right.astype(float) - right).beyond
     assert evaluation.by_kind(found.asked, right) == {"count": 50.0, "read": 50.0, "all": 50.0}
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not (llava.STORED / llava.WEIGHTS).exists(), reason="no trained model is stored")
+@pytest.mark.parametrize(("name", "options"), [
+    (arms.FULL, None), ("default", {}), ("qr refine 2", {"select": "qr", "basis": "keep", "refine": 2}),
+])  # fmt: skip
+def test_the_stored_model_gives_the_stored_answers(name: str, options: dict[str, Any] | None) -> None:
+    """A hundred test questions from pixels, through `apet.patch`; rounding differs between machines."""
+    for package in ("sklearn", "gradio"):
+        pytest.importorskip(package)
+    keep, results = 64, Path(__file__).parents[1] / "benchmarks/results/vlm"
+    given = evaluation._read(evaluation.path_of(results, name, keep if options is not None else features.TOKENS))[:100]
+    asked = evaluation._read(results / evaluation.QUESTIONS)[:100]
+    model, processor, at = llava.load(), llava.processor(), sources.load("test")
+    packer = packing.Packer(words.tokenizer(), model.config.image_token_index)
+    if options is not None:
+        apet.patch(model, keep=keep, **options)
+    same = right = 0
+    for line, stored in zip(asked, given, strict=True):
+        picture = Image.fromarray(features.make(at, 0, line["picture"])[0].pixels)
+        inputs = processor(images=picture, text=llava.prompt(line["text"]), return_tensors="pt")
+        ids = model.generate(**inputs, max_new_tokens=packing.LONGEST, do_sample=False)
+        said = packing._text(packer, ids[0, inputs["input_ids"].shape[1] :].tolist())
+        same, right = same + (said == stored), right + (said == line["answer"])
+    assert same >= 95
+    assert abs(right - sum(line["answer"] == stored for line, stored in zip(asked, given, strict=True))) <= 5
