@@ -1,7 +1,7 @@
 """Answers of the model to the test questions, from full and from compressed sets of tokens, and what they come to.
 
 An arm compresses the stored visual tokens with the same op as `apet.patch` does before the projector, and positions
-count anew over what is left, as there; tests/test_vlm.py compares the two. All answers are greedy.
+count anew over what is left, as there; tests/test_vlm_model.py compares the two. All answers are greedy.
 """
 
 from __future__ import annotations
