@@ -1,4 +1,4 @@
-"""The model that is trained here: packing, patching, loading, training, counting, on random weights and few pictures."""
+"""The model that is trained here: packing, patching, loading, training and counting, on random weights."""
 
 from __future__ import annotations
 
