@@ -1,0 +1,151 @@
+"""Answers of the model to the test questions, from full and from compressed sets of tokens, and what they come to.
+
+An arm compresses the stored visual tokens with the same op as `apet.patch` does before the projector, and positions
+count anew over what is left, as there; tests/test_vlm_model.py compares the two. All answers are greedy.
+"""
+
+from __future__ import annotations
+
+import gzip
+import itertools
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from benchmarks.vlm import features, packing
+from benchmarks.vlm.arms import ARMS, BUDGETS, FULL, WHOLE, Arm
+from benchmarks.vlm.features import Split
+from benchmarks.vlm.questions import KINDS, Question
+
+AT_ONCE = 16  # pictures
+EACH = 8  # questions about a picture at most
+RESAMPLES = 4000
+QUESTIONS = "questions.jsonl.gz"
+
+
+class Interval(NamedTuple):
+    """A figure in percent or percentage points, with its 95 % interval."""
+
+    value: float
+    low: float
+    high: float
+
+    @property
+    def beyond(self) -> bool:
+        """Whether 0 lies outside."""
+        return self.low > 0 or self.high < 0
+
+
+def chosen(asked: Sequence[Question], count: int = EACH) -> list[Question]:
+    """Up to `count` questions, of every kind in turn."""
+    by_kind = [[one for one in asked if one.kind == kind] for kind in KINDS]
+    turns = itertools.chain.from_iterable(itertools.zip_longest(*by_kind))
+    return [one for one in turns if one is not None][:count]
+
+
+def answers(model: Any, packer: packing.Packer, split: Split, arm: Arm, keep: int) -> list[list[str]]:
+    """The model's answers to the chosen questions about every picture of a split."""
+    model.eval()
+    given = []
+    for first in range(0, len(split.pictures), AT_ONCE):
+        some = split.pictures[first : first + AT_ONCE]
+        rows = arm(features.to_torch(split.tokens[first : first + AT_ONCE]), keep, first)
+        given += packing.answer(model, packer, rows, [chosen(picture.questions) for picture in some])
+    return given
+
+
+def accuracy(model: Any, packer: packing.Packer, split: Split) -> dict[str, float]:
+    """Percent right with all tokens, by kind of question, and "all", the mean of the kinds."""
+    asked = [one for picture in split.pictures for one in chosen(picture.questions)]
+    given = itertools.chain.from_iterable(answers(model, packer, split, WHOLE[FULL], features.TOKENS))
+    right = np.array([one.answer == said for one, said in zip(asked, given, strict=True)])
+    return by_kind(asked, right)
+
+
+def by_kind(asked: Sequence[Question], right: np.ndarray) -> dict[str, float]:
+    """right [q] -> percent of each kind that is there, and "all", their mean."""
+    kinds = np.array([one.kind for one in asked])
+    found = {kind: 100 * float(right[kinds == kind].mean()) for kind in KINDS if (kinds == kind).any()}
+    return {kind: round(value, 1) for kind, value in {**found, "all": float(np.mean(list(found.values())))}.items()}
+
+
+def evaluate(
+    model: Any, packer: packing.Packer, split: Split, names: Sequence[str], budgets: Sequence[int], out: Path
+) -> None:
+    """Writes the questions, and the answers of every arm at every budget that are not there yet, into `out`."""
+    out.mkdir(parents=True, exist_ok=True)
+    _write(
+        out / QUESTIONS,
+        [
+            {"picture": i, "photograph": picture.photograph, "region": picture.region, **asdict(one)}
+            for i, picture in enumerate(split.pictures)
+            for one in chosen(picture.questions)
+        ],
+    )
+    work = [(name, arm, features.TOKENS) for name, arm in WHOLE.items()]
+    work += [(name, ARMS[name], keep) for keep in budgets for name in names]
+    for name, arm, keep in work:
+        path = path_of(out, name, keep)
+        if not path.exists():
+            begin = time.perf_counter()
+            given = answers(model, packer, split, arm, keep)
+            _write(path, list(itertools.chain.from_iterable(given)))
+            print(f"{name}, {keep} tokens: {time.perf_counter() - begin:.0f} s", flush=True)
+
+
+class Answers:
+    """What `evaluate` wrote, and figures from it."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        lines = _read(folder / QUESTIONS)
+        self.asked = [Question(**{k: line[k] for k in ("kind", "text", "answer", "height")}) for line in lines]
+        names = [line["photograph"] or f"page {line['picture']}" for line in lines]
+        self.sources, self.source = np.unique(names, return_inverse=True)  # source [q]: an index
+        draw = np.random.default_rng(0)
+        count = len(self.sources)
+        self.weights = draw.multinomial(count, np.full(count, 1 / count), RESAMPLES)  # [resamples, sources]
+
+    def right(self, name: str, keep: int) -> np.ndarray:
+        """[q] bool."""
+        given = _read(path_of(self.folder, name, keep))
+        return np.array([one.answer == said for one, said in zip(self.asked, given, strict=True)])
+
+    def stored(self) -> list[tuple[str, int]]:
+        """Names and budgets of the arms whose answers are there, in the order of `ARMS`, the larger budgets first."""
+        names = itertools.product(ARMS, sorted({*BUDGETS}, reverse=True))
+        return [(name, keep) for name, keep in names if path_of(self.folder, name, keep).exists()]
+
+    def where(self, kind: str | None = None, heights: range | None = None) -> np.ndarray:
+        """[q] bool: the questions of a kind, about words of these heights."""
+        return np.array([kind in (None, one.kind) and (heights is None or one.height in heights) for one in self.asked])
+
+    def interval(self, right: np.ndarray, among: np.ndarray | None = None) -> Interval:
+        """The mean of right [q], or of a difference of two, over questions [q] bool. Photographs are resampled with all
+        questions about what was cut from them; a page is a source by itself."""
+        use = np.ones(len(right), bool) if among is None else among
+        count = len(self.sources)
+        sums = np.bincount(self.source[use], right[use].astype(float), count)  # [sources]
+        sizes = np.bincount(self.source[use], minlength=count)
+        drawn = 100 * (self.weights @ sums) / np.maximum(self.weights @ sizes, 1)
+        low, high = np.quantile(drawn, (0.025, 0.975))
+        return Interval(100 * float(sums.sum() / sizes.sum()), float(low), float(high))
+
+
+def path_of(folder: Path, name: str, keep: int) -> Path:
+    """Where the answers of an arm are."""
+    return folder / f"{name.replace(' ', '-')}.{keep}.jsonl.gz"
+
+
+def _write(path: Path, lines: Sequence[Any]) -> None:
+    text = "".join(json.dumps(line, separators=(",", ":")) + "\n" for line in lines)
+    path.write_bytes(gzip.compress(text.encode(), mtime=0))
+
+
+def _read(path: Path) -> list[Any]:
+    return [json.loads(line) for line in gzip.decompress(path.read_bytes()).decode().splitlines()]

@@ -1,0 +1,124 @@
+"""Visual tokens of the pictures of a split, computed once: the raw output of layer 6 of DINOv2-S/14, 256 of a picture.
+
+A split is two files in a folder outside of the repository, both of which only grow, so that a stopped call continues
+and more pictures can be added: SPLIT.f16, the tokens [n, 256, 384] float16, and SPLIT.jsonl, a picture in each line.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from apet import encoders
+from PIL import Image
+
+from benchmarks.vlm import questions, scenes, sources
+from benchmarks.vlm.questions import Question
+
+LAYER = 6
+TOKENS, WIDTH = scenes.GRID**2, 384
+SPLITS = ("train", "val", "test")
+BATCH = 16
+
+
+@dataclass
+class Picture:
+    """What is known about a picture. patches: [256] codes of characters; the rest as in `scenes.Scene`."""
+
+    photograph: str
+    region: int
+    patches: list[int]
+    questions: list[Question]
+
+
+@dataclass
+class Split:
+    """tokens [n, 256, 384] float16, in a file; pictures: n."""
+
+    tokens: np.ndarray
+    pictures: list[Picture]
+
+    def first(self, count: int) -> Split:
+        """The first `count` pictures. Raises: ValueError where there are fewer."""
+        if count > len(self.pictures):
+            raise ValueError(f"pictures={count}, but features of {len(self.pictures)} were computed")
+        return Split(self.tokens[:count], self.pictures[:count])
+
+
+def make(made_of: sources.Sources, seed: int, number: int) -> tuple[scenes.Scene, list[Question]]:
+    """Picture `number` of a split, and its questions."""
+    at = (seed, SPLITS.index(made_of.split), number)
+    scene = scenes.scene(made_of, (*at, 0))
+    return scene, questions.ask(scene, made_of, (*at, 1))
+
+
+def extract(folder: Path, split: str, count: int, seed: int, photos: Path | None = None) -> None:
+    """Makes and encodes pictures until there are `count`; photos: a folder to take photographs from instead."""
+    folder.mkdir(parents=True, exist_ok=True)
+    done = _settle(folder, split)
+    made_of = sources.load(split, photos)
+    encoder = encoders.load(layer=LAYER, size=scenes.SIDE)
+    begin = time.perf_counter()
+    with open(folder / f"{split}.f16", "ab") as tokens, open(folder / f"{split}.jsonl", "a", encoding="utf-8") as lines:
+        for numbers in _batches(range(done, count), BATCH):
+            made = [make(made_of, seed, number) for number in numbers]
+            seen = encoder.encode([Image.fromarray(scene.pixels) for scene, _ in made])  # [B, 256, 384]
+            tokens.write(seen.half().numpy().tobytes())
+            tokens.flush()
+            for scene, asked in made:
+                picture = Picture(scene.photograph, scene.region, scene.patches.tolist(), asked)
+                lines.write(json.dumps(asdict(picture), separators=(",", ":")) + "\n")
+            lines.flush()
+            if numbers[0] // BATCH % 16 == 0 or numbers[-1] == count - 1:
+                print(f"{split}: {numbers[-1] + 1}/{count}, {time.perf_counter() - begin:.0f} s", flush=True)
+
+
+def read(folder: Path, split: str) -> Split:
+    """What `extract` wrote so far. Raises: FileNotFoundError, with the command to run, where there is nothing."""
+    lines = _whole(folder, split)
+    if not lines:
+        raise FileNotFoundError(f"no features of split {split!r} in {folder}: python -m benchmarks.vlm features")
+    shape = (len(lines), TOKENS, WIDTH)
+    tokens = np.memmap(folder / f"{split}.f16", np.float16, "r", shape=shape)
+    return Split(tokens, [_picture(json.loads(line)) for line in lines])
+
+
+def to_torch(tokens: np.ndarray) -> torch.Tensor:
+    """[..., 256, 384] float16 -> float32."""
+    return torch.from_numpy(np.asarray(tokens, np.float32))
+
+
+def _whole(folder: Path, split: str) -> list[str]:
+    """The lines of the pictures that both files hold, which may still grow."""
+    tokens, lines = folder / f"{split}.f16", folder / f"{split}.jsonl"
+    if not lines.exists():
+        return []
+    written = lines.read_text(encoding="utf-8").splitlines(keepends=True)
+    return [line for line in written if line.endswith("\n")][: tokens.stat().st_size // (TOKENS * WIDTH * 2)]
+
+
+def _settle(folder: Path, split: str) -> int:
+    """Cuts both files to the pictures that both hold; how many these are."""
+    whole = _whole(folder, split)
+    if (folder / f"{split}.jsonl").exists():
+        (folder / f"{split}.jsonl").write_text("".join(whole), encoding="utf-8")
+        with open(folder / f"{split}.f16", "r+b") as file:
+            file.truncate(len(whole) * TOKENS * WIDTH * 2)
+    return len(whole)
+
+
+def _batches(numbers: range, size: int) -> Iterator[list[int]]:
+    left = iter(numbers)
+    while some := list(itertools.islice(left, size)):
+        yield some
+
+
+def _picture(line: dict[str, Any]) -> Picture:
+    return Picture(line["photograph"], line["region"], line["patches"], [Question(**q) for q in line["questions"]])

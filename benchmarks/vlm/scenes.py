@@ -1,0 +1,193 @@
+"""Pictures with a description of what is in them: photographs with digits and words, and white pages with words.
+
+Everything pasted differs in colour and in what it says. Digits and words darken the photograph around them. The height
+of a word is that of its capitals, and all its letters are capitals.
+"""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass, field
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+from benchmarks.quality import scenes as study
+from benchmarks.vlm import sources
+from benchmarks.vlm.sources import Sources
+
+SIDE, PATCH = study.SIDE, 14
+GRID = SIDE // PATCH  # patches to an edge
+COLOURS = tuple(study.PALETTE)
+SMALLEST, LARGEST = 6, 40  # pixels of a word's height
+DIGIT = (28, 80)  # pixels of a digit's edge
+MOST = {"digits": 6, "words": 3, "rows": 4, "columns": 2}
+GAP = 3  # pixels around everything pasted
+SHARES = {"digits": 0.4, "words": 0.3, "page": 0.3}  # of the pictures
+
+
+@dataclass
+class Thing:
+    """Something pasted. what: a digit or a word; colour "" on pages; box: x, y, width, height in pixels."""
+
+    what: str
+    colour: str
+    box: tuple[int, int, int, int]
+    typeface: str = ""  # of a word
+
+    @property
+    def is_digit(self) -> bool:
+        """Or a word."""
+        return self.what.isdigit()
+
+    @property
+    def middle(self) -> tuple[float, float]:
+        """x, y."""
+        x, y, width, height = self.box
+        return x + width / 2, y + height / 2
+
+
+@dataclass
+class Scene:
+    """A picture [SIDE, SIDE, 3] uint8 and what is in it.
+
+    photograph: the name of what it was cut from, "" for a page; region: an index into `Sources.photographs`, or -1.
+    things of a page: row after row, `columns` to a row. patches [GRID * GRID] uint8: the character that covers most of
+    each patch, as its code, or 0.
+    """
+
+    pixels: np.ndarray
+    photograph: str
+    region: int
+    things: list[Thing]
+    columns: int = 0
+    patches: np.ndarray = field(default_factory=lambda: np.zeros(GRID * GRID, np.uint8))
+
+
+def scene(made_of: Sources, seed: tuple[int, ...]) -> Scene:
+    """One scene; the seed decides everything."""
+    draw = np.random.default_rng(seed)
+    kind = draw.choice(list(SHARES), p=list(SHARES.values()))
+    return page(made_of, draw) if kind == "page" else photograph(made_of, draw, words=kind == "words")
+
+
+def photograph(made_of: Sources, draw: np.random.Generator, words: bool) -> Scene:
+    """1 to 6 digits; or 1 to 3 words and up to two digits."""
+    region = int(draw.integers(len(made_of.photographs)))
+    picture = study.crop(made_of.photographs[region], draw)  # [SIDE, SIDE, 3] float32
+    count = int(draw.integers(1, MOST["words"] + 1)) if words else 0
+    digits = int(draw.integers(3)) if words else int(draw.integers(1, MOST["digits"] + 1))
+    colours = [COLOURS[i] for i in draw.permutation(len(COLOURS))]
+    drawn: list[tuple[str, str, Image.Image, list[tuple[int, int]]]] = []  # what, typeface, mask, spans of letters
+    for what in _words(made_of, count, draw):
+        face = str(draw.choice(made_of.typefaces))
+        drawn.append((what, face, *written(what, face, _height(draw, LARGEST), SIDE - 2 * GAP)))
+    largest = DIGIT[1] if digits + count <= 2 else 64 if digits + count <= 4 else 52
+    for value in draw.permutation(10)[:digits]:
+        size = int(draw.integers(DIGIT[0], largest + 1))
+        drawn.append((str(value), "", _digit(made_of.digits, int(value), size, draw), [(0, size)]))
+    made = Scene(np.empty(0), made_of.photographs[region].name, region, [])
+    places = placed([(mask.width + 2 * GAP, mask.height + 2 * GAP) for _, _, mask, _ in drawn], draw)
+    cover = np.zeros((GRID, GRID))
+    for (what, face, mask, spans), colour, (x, y) in zip(drawn, colours, places, strict=False):
+        window = picture[y : y + mask.height + 2 * GAP, x : x + mask.width + 2 * GAP]
+        alpha = np.pad(np.asarray(mask, np.float32) / 255, GAP)[..., None]
+        window[:] = window * 0.35 * (1 - alpha) + np.array(study.PALETTE[colour], np.float32) * alpha
+        made.things.append(Thing(what, colour, (x + GAP, y + GAP, mask.width, mask.height), face))
+        _label(made.patches, cover, what, spans, made.things[-1].box)
+    made.pixels = picture.clip(0, 255).astype(np.uint8)
+    return made
+
+
+def page(made_of: Sources, draw: np.random.Generator) -> Scene:
+    """Up to four rows of one or two words, dark on white, one in each cell of a grid; in one typeface and size."""
+    rows, columns = int(draw.integers(1, MOST["rows"] + 1)), int(draw.integers(1, MOST["columns"] + 1))
+    face = str(draw.choice(made_of.typefaces))
+    paper, ink = float(draw.integers(235, 256)), float(draw.integers(0, 90))
+    high = _height(draw, min(LARGEST, SIDE // rows - 4 * GAP))
+    grey = np.full((SIDE, SIDE), paper, np.float32)
+    made = Scene(np.empty(0), "", -1, [], columns)
+    cover = np.zeros((GRID, GRID))
+    for i, what in enumerate(_words(made_of, rows * columns, draw)):
+        wide, tall = SIDE // columns, SIDE // rows
+        mask, spans = written(what, face, high, wide - 2 * GAP)
+        x = i % columns * wide + GAP + int(draw.integers(wide - 2 * GAP - mask.width + 1))
+        y = i // columns * tall + GAP + int(draw.integers(tall - 2 * GAP - mask.height + 1))
+        alpha = np.asarray(mask, np.float32) / 255
+        window = grey[y : y + mask.height, x : x + mask.width]
+        window[:] = window * (1 - alpha) + ink * alpha
+        made.things.append(Thing(what, "", (x, y, mask.width, mask.height), face))
+        _label(made.patches, cover, what, spans, made.things[-1].box)
+    made.pixels = np.repeat(grey[..., None], 3, -1).astype(np.uint8)
+    return made
+
+
+def written(what: str, face: str, high: int, widest: int) -> tuple[Image.Image, list[tuple[int, int]]]:
+    """A word as a mask "L" that is as tight as its capitals, and from where to where each letter goes.
+
+    It is `high` pixels high, or as high as fits into `widest`.
+    """
+    while True:
+        font = sources.typeface(face, high)
+        left, top, right, bottom = (int(v) for v in font.getbbox(what))
+        if right - left <= widest:
+            break
+        high -= 1
+    mask = Image.new("L", (right - left, bottom - top))
+    ImageDraw.Draw(mask).text((-left, -top), what, font=font, fill=255)
+    ends = [round(font.getlength(what[:i])) - left for i in range(len(what) + 1)]
+    return mask, list(itertools.pairwise(ends))
+
+
+def placed(sizes: list[tuple[int, int]], draw: np.random.Generator) -> list[tuple[int, int]]:
+    """Places (x, y) of rectangles of these widths and heights that do not overlap."""
+    taken: list[tuple[int, int, int, int]] = []
+    while len(taken) < len(sizes):
+        w, h = sizes[len(taken)]
+        x, y = int(draw.integers(SIDE - w + 1)), int(draw.integers(SIDE - h + 1))
+        if all(x + w <= a or a + c <= x or y + h <= b or b + d <= y for a, b, c, d in taken):
+            taken.append((x, y, w, h))
+        elif draw.random() < 0.02:  # the first ones may leave no room: start again
+            taken.clear()
+    return [(x, y) for x, y, _, _ in taken]
+
+
+def word(made_of: Sources, draw: np.random.Generator) -> str:
+    """A word; in training every other one is invented, so that words cannot be learned as wholes."""
+    invented = made_of.split == "train" and draw.random() < 0.5
+    return sources.invented(draw) if invented else made_of.words[int(draw.integers(len(made_of.words)))]
+
+
+def _height(draw: np.random.Generator, largest: int) -> int:
+    """Small ones are as frequent as large ones: every octave the same."""
+    return int(SMALLEST * (largest / SMALLEST) ** draw.random() + 0.5)
+
+
+def _words(made_of: Sources, count: int, draw: np.random.Generator) -> list[str]:
+    """Different words."""
+    found: list[str] = []
+    while len(found) < count:
+        if (one := word(made_of, draw)) not in found:
+            found.append(one)
+    return found
+
+
+def _digit(ink: study.Digits, value: int, size: int, draw: np.random.Generator) -> Image.Image:
+    stroke = ink.images[draw.choice(np.flatnonzero(ink.labels == value))]
+    grown = Image.fromarray((stroke * 255).astype(np.uint8)).resize((size, size), Image.Resampling.BICUBIC)
+    return grown.point(lambda v: min(255, int(v * 1.6)))
+
+
+def _label(
+    patches: np.ndarray, cover: np.ndarray, what: str, spans: list[tuple[int, int]], box: tuple[int, int, int, int]
+) -> None:
+    """Writes each character's code into the patches of which it covers most so far. cover [GRID, GRID]: how much."""
+    x, y, _, height = box
+    edges = np.arange(GRID) * PATCH
+    tall = (np.minimum(edges + PATCH, y + height) - np.maximum(edges, y)).clip(0)  # [GRID]
+    grid = patches.reshape(GRID, GRID)
+    for character, (begin, end) in zip(what, spans, strict=True):
+        wide = (np.minimum(edges + PATCH, x + end) - np.maximum(edges, x + begin)).clip(0)
+        area = tall[:, None] * wide / min(PATCH * PATCH, height * max(end - begin, 1))
+        more = (area > cover) & (area > 0.2)
+        grid[more], cover[more] = ord(character), area[more]
