@@ -21,31 +21,33 @@ def exponent(v: Tensor) -> Tensor:
     return torch.frexp(v)[1] - 1
 
 
+def added(products: Tensor, chain: int) -> Tensor:
+    """products [T, D / depth, depth] float64, added as tensor cores do: `depth` at once to a sum, all terms aligned to
+    the largest and cut to 25 bits, the new sum to 24. Sums of `chain` products are rounded where they are added."""
+    total = torch.zeros(len(products), dtype=torch.float64)
+    for these in products.split(chain // products.shape[2], dim=1):
+        part = torch.zeros_like(total)
+        for few in these.unbind(1):
+            terms = torch.cat([part[:, None], few], 1)
+            part = cut(terms, exponent(terms.abs().amax(1, keepdim=True)) - 24).sum(1)
+            part = cut(part, exponent(part) - 23)
+        total = (total + part).float().double()
+    return total
+
+
 @pytest.mark.parametrize("D", [1024, 2048, 3584, 8192])
 @pytest.mark.parametrize("depth", [8, 16])
 def test_tensor_cores_that_truncate(D, depth):
-    """As they add `depth` products at once to a sum: all terms aligned to the largest and cut to 25 bits, the new sum
-    to 24. Similar targets stay within what is allowed, at every noise."""
+    """Similar targets stay within what is allowed, at every noise, since the kernels add in chains."""
     for noise in (0.2, 1e-3):
         make = torch.Generator().manual_seed(1)
         centre = torch.randn(D, generator=make, dtype=torch.float64)
         tokens = (centre + noise * torch.randn(257, D, generator=make, dtype=torch.float64)).half().double()
         x, targets = tokens[0], tokens[1:]
         products = (targets * x).view(len(targets), -1, depth)
-
-        def error(chain: int) -> Tensor:
-            """Of the similarities, with sums of `chain` products that are rounded where they are added to others."""
-            total = torch.zeros(len(targets), dtype=torch.float64)
-            for these in products.split(chain // depth, dim=1):
-                part = torch.zeros_like(total)
-                for few in these.unbind(1):
-                    terms = torch.cat([part[:, None], few], 1)
-                    part = cut(terms, exponent(terms.abs().amax(1, keepdim=True)) - 24).sum(1)
-                    part = cut(part, exponent(part) - 23)
-                total = (total + part).float().double()
-            return (total - targets @ x) / targets.norm(dim=1) / x.norm()
-
-        in_one, in_chains = error(D), error(CHAIN)
+        in_one, in_chains = (
+            (added(products, chain) - targets @ x) / targets.norm(dim=1) / x.norm() for chain in (D, CHAIN)
+        )
         assert float(-in_one.mean()) > D / depth / 2 * U, "it does not truncate"
         assert float(-in_chains.mean()) < 24 * U, "it grows with D"
         assert float(in_chains.max() - in_chains.min()) < SIMILARITY  # what can make the second best target the best
