@@ -18,8 +18,8 @@ PICK = 40 * U  # of the squared norms: how far a float32 distance or norm may be
 # Of ||x||: how far one float32 x.t / ||t|| may be off beside another, summed in chains (docs/algorithm.md, "Rounding").
 # Tensor cores truncate where they add (Fasi et al., PeerJ CS 330, 2021): they align 8 products and the sum to the
 # largest of them, cut each to 25 bits, and the new sum to 24. A similarity near ||x|| so loses half a unit or more in
-# each addition. Most of that is common to all targets, but not where their sums pass a power of 2, nor the bits that each
-# product loses. tests/test_judge.py adds like that: in one chain over D the bound would not do, in chains it does.
+# each addition. Most of that is common to all targets, but not where their sums pass a power of 2, nor the bits that
+# each product loses. tests/test_judge.py adds like that: in one chain over D the bound would not do, in chains it does.
 SIMILARITY = 16 * U
 SUBNORMAL = 1e-37  # absolute: below, squares have left the float32 range
 

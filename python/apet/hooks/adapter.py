@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
@@ -33,7 +33,7 @@ class Adapter:
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
     """Options by the name of a preset."""
 
-    def fitted(self, core: nn.Module) -> Self:
+    def fitted(self, core: nn.Module) -> Adapter:
         """This adapter, with what it leaves open found in a core model. Raises ValueError where that is not there."""
         fitted: Any = copy.copy(self)
         fitted.positions = self.positions or parts.positions(core)
