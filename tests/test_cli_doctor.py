@@ -18,15 +18,19 @@ from tests.command import invoke, said
 
 @pytest.fixture(scope="module")
 def findings() -> dict:
-    """Of the doctor, from one run. Interpreted kernels take longer than all the rest: tests/test_selftest.py."""
-    real = apet_kernels.why_unavailable
+    """Of the doctor, from one run on one thread, as the tests are. Interpreted kernels take longer than all the rest:
+    tests/test_selftest.py."""
+    real, threads = apet_kernels.why_unavailable, torch.get_num_threads()
+    torch.set_num_threads(1)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
             apet_kernels,
             "why_unavailable",
             lambda name: "not tested here" if name == "triton" and selftest.interpreted(name) else real(name),
         )
-        return json.loads(said("doctor", "--json"))
+        found = json.loads(said("doctor", "--json"))
+    torch.set_num_threads(threads)
+    return found
 
 
 def test_doctor_finds_this_build_right(findings: dict, monkeypatch: pytest.MonkeyPatch) -> None:

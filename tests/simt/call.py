@@ -189,6 +189,7 @@ def finish(*started: Started, seed: int) -> list[str]:
 
 def run(case: Case, how: How) -> list[str]:
     """Runs the case in this process. Returns its launches, a line for each."""
+    load().simt_launches()  # those of others, such as calls of the op, that did not ask for them
     return finish(start(case, how), seed=how.seed)
 
 
