@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterator, Mapping
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import transformers
@@ -113,9 +114,9 @@ def as_unpatched(measure: Callable[[], float]) -> dict[str, Any] | None:
 
 def reason(name: str, cls: type) -> str | None:
     """What `apet.patch` says of a model of the type's own size; nothing is computed for that."""
-    transformers.PreTrainedModel.init_weights = lambda self: None  # of this process: minutes for large models
+    no_weights = mock.patch.object(transformers.PreTrainedModel, "init_weights", lambda self: None)  # saves minutes
     try:
-        with torch.device("meta"):
+        with no_weights, torch.device("meta"):
             model = cls._from_config(transformers.AutoConfig.for_model(name))
     except Exception as error:
         return f"transformers' default configuration builds no model: {one_line(error)}"
