@@ -29,14 +29,14 @@ help:  ## this list
 
 # The versions of the lock. torch is named and installed first, so that whichever build of it the index or TORCH gives
 # stays: its own metadata brings CUDA, or does not. Another torch than the lock's pins its Triton and CUDA libraries
-# itself, so there the lock's are dropped for what it brought.
+# itself, and an older one bounds setuptools: there the lock's are dropped for what it brought.
 $(VENV)/constraints.txt: requirements/lock.txt requirements/build.in
 	@echo "Setting up $(VENV) with $(TORCH) (a minute) ..."
 	@if [ -e $(VENV) ] && [ ! -e $(VENV)/of-this-makefile ]; then \
 	  echo "$(VENV) is an environment of yours, and would be replaced: name another, make VENV=..."; exit 1; fi
 	@$(PYTHON) -m venv --clear $(VENV)
 	@touch $(VENV)/of-this-makefile
-	@sed '$(if $(findstring $(locked-torch),$(TORCH)),,/^\(torch\|triton\|cuda-.*\|nvidia-.*\)==/d)' requirements/lock.txt > $@
+	@sed '$(if $(findstring $(locked-torch),$(TORCH)),,/^\(torch\|triton\|setuptools\|cuda-.*\|nvidia-.*\)==/d)' requirements/lock.txt > $@
 	@$(install) --requirement requirements/build.in
 	@$(install) $(TORCH)
 	@$(bin)/python -m pip freeze --exclude-editable > $(VENV)/before.txt

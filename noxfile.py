@@ -131,7 +131,7 @@ def python(session: nox.Session) -> None:
 @nox.parametrize("version", TORCH, ids=TORCH)
 def torch(session: nox.Session, version: str) -> None:
     """The ops, built beside one version of torch."""
-    constraints = lock_without(session, "torch", "triton", "cuda-.*", "nvidia-.*")
+    constraints = lock_without(session, "torch", "triton", "setuptools", "cuda-.*", "nvidia-.*")
     own_environment(session, "torch", wanted("torch", version), OPS, "--constraint", str(constraints))
 
 

@@ -9,7 +9,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from apet import diagnose, selftest
-from apet.hooks.adapters import ADAPTERS
+from apet.hooks import selfcheck
 
 import apet_kernels
 from apet_kernels import testing
@@ -37,14 +37,14 @@ def test_doctor_finds_this_build_right(findings: dict, monkeypatch: pytest.Monke
     assert findings["right"]
     assert findings["packages"]["torch"] == torch.__version__
     assert [test["isa"] for test in findings["self-test"] if test["backend"] == "cpu"] == testing.cpu_isa()
-    assert {family["model_type"] for family in findings["hooks"]["families"]} == set(ADAPTERS)
+    assert {family["model_type"] for family in findings["hooks"]["families"]} == set(selfcheck.families())
     monkeypatch.setattr(diagnose, "find", lambda _: findings)
     text = said("doctor")
     for word in ("torch", torch.__version__.split("+")[0], "cpu", "triton", "cuda", "reference"):
         assert word in text
     for isa in testing.cpu_isa():
         assert isa in text
-    for name in ADAPTERS:
+    for name in selfcheck.families():
         assert name in text
     assert "agrees with the float64 reference" in text
     assert "wrong" not in text.replace("above 1 is wrong", "")
