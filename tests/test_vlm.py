@@ -14,6 +14,8 @@ from benchmarks.quality import scenes as study
 from benchmarks.vlm import features, llava, questions, scenes, sources, words
 from tests.test_quality import printed_digits
 
+pytestmark = pytest.mark.rest  # a study, and no part of the package
+
 
 def made_of(split: str, photographs: list[study.Source] | None = None) -> sources.Sources:
     """With what the test environment has: one photograph, printed digits, and matplotlib's typefaces."""

@@ -16,6 +16,8 @@ from PIL import Image
 from benchmarks.vlm import arms, evaluation, features, llava, packing, scenes, sources, training, words
 from tests.test_vlm import made_of
 
+pytestmark = pytest.mark.rest  # a study, and no part of the package
+
 
 @pytest.fixture(scope="module")
 def coffee() -> sources.Sources:
