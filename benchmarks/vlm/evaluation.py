@@ -13,10 +13,11 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
+from benchmarks.quality.counting import RESAMPLES, Interval
 from benchmarks.vlm import features, packing
 from benchmarks.vlm.arms import ARMS, BUDGETS, FULL, WHOLE, Arm
 from benchmarks.vlm.features import Split
@@ -24,21 +25,7 @@ from benchmarks.vlm.questions import KINDS, Question
 
 AT_ONCE = 16  # pictures
 EACH = 8  # questions about a picture at most
-RESAMPLES = 4000
 QUESTIONS = "questions.jsonl.gz"
-
-
-class Interval(NamedTuple):
-    """A figure in percent or percentage points, with its 95 % interval."""
-
-    value: float
-    low: float
-    high: float
-
-    @property
-    def beyond(self) -> bool:
-        """Whether 0 lies outside."""
-        return self.low > 0 or self.high < 0
 
 
 def chosen(asked: Sequence[Question], count: int = EACH) -> list[Question]:

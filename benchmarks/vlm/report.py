@@ -9,8 +9,9 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.lib.sheet import Sheet, markdown
+from benchmarks.quality.counting import Interval
 from benchmarks.vlm import arms, evaluation, features, llava, scenes, sources, training
-from benchmarks.vlm.evaluation import Answers, Interval
+from benchmarks.vlm.evaluation import Answers
 from benchmarks.vlm.questions import KINDS
 
 HEIGHTS = (range(1, 10), range(10, 16), range(16, 24), range(24, 200))  # pixels of a word's capitals
