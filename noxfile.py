@@ -17,7 +17,7 @@ import nox
 
 ROOT = Path(__file__).parent
 FOLDER = ROOT / ".build/matrix"
-LOCK = ROOT / "requirements/lock.txt"
+LOCK = ROOT / "requirements/dev.txt"
 
 NEWEST = "newest"
 PYTHONS = ["3.10", "3.11", "3.12", "3.13", "3.14"]

@@ -65,7 +65,7 @@ def as_locked() -> Iterator[None]:
     """The environments that the tests below make, those of isolated builds too, hold what the lock names."""
     with pytest.MonkeyPatch.context() as patch:
         for name in ("PIP_CONSTRAINT", "PIP_BUILD_CONSTRAINT", "UV_CONSTRAINT", "UV_BUILD_CONSTRAINT"):
-            patch.setenv(name, str(ROOT / "requirements/lock.txt"))
+            patch.setenv(name, str(ROOT / "requirements/dev.txt"))
         yield
 
 
