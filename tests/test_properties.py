@@ -71,6 +71,7 @@ def test_judged(backend, problem):
     check(backend, x, keep, basis, **options)
 
 
+@pytest.mark.rest_interpreted
 @on_every_backend(problem=problems(), padding=st.integers(0, 9), shift=st.integers(0, 9))
 def test_strides_do_not_matter(backend, problem, padding, shift):
     x, keep, basis, options = problem
@@ -83,6 +84,7 @@ def test_strides_do_not_matter(backend, problem, padding, shift):
         assert_same(got, expected)
 
 
+@pytest.mark.rest_interpreted
 @on_every_backend(data=st.data(), dtype=st.sampled_from(DTYPES), basis=st.integers(1, 12), D=st.integers(1, 70))
 def test_packed_or_one_by_one(backend, data, dtype, basis, D):
     lengths = data.draw(st.lists(st.integers(1, 60), min_size=1, max_size=5))

@@ -45,6 +45,7 @@ def step_by_step(backend, x, keep, steps, **options) -> None:
 # ---- the picks
 
 
+@pytest.mark.rest_interpreted
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
     ("N", "D", "keep", "kind", "seed"),
@@ -261,6 +262,7 @@ def test_merge_gives_the_same_tokens(backend, refine):
     assert_same(tokens_, backend.merge(x, indices))
 
 
+@pytest.mark.rest_interpreted
 def test_wrong_offsets_stay_in_bounds(backend):
     x = tokens(40, 9, seed=2)
     for cu, cu_keep in [([0, 50, 20], [0, 30, 9]), ([-5, 60, 99], [-9, 99, 99]), ([30, 20, 10], [9, 5, 1])]:
