@@ -1,4 +1,4 @@
-"""Arguments that several commands have: their choices and ranges, which `--help` shows and typer checks."""
+"""Arguments that several commands share, with their choices and ranges, which `--help` shows and typer checks."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
 
 def budget(given: str | float) -> float:
-    """'64' -> 64, an int: so many tokens; '0.25' and '25%' -> 0.25, a float: that share of them.
+    """Parses a budget: '64' -> 64 (int), a number of tokens; '0.25' or '25%' -> 0.25 (float), a share of the tokens.
 
     Raises: typer.BadParameter.
     """
@@ -33,7 +33,7 @@ def budget(given: str | float) -> float:
 
 
 def basis_count(given: str | int) -> int | str:
-    """'10' -> 10; 'keep' -> 'keep': as many as are kept.
+    """Parses a basis size: '10' -> 10; 'keep' -> 'keep', which means as many basis tokens as are kept.
 
     Raises: typer.BadParameter.
     """
@@ -46,7 +46,7 @@ def basis_count(given: str | int) -> int | str:
 
 
 def source(given: str) -> str:
-    """A path that exists, "-" or an address, as `apet.media.read` takes it.
+    """Checks a source of `apet.media.read`: a path that exists, "-" or an address.
 
     Raises: typer.BadParameter.
     """

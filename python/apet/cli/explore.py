@@ -1,4 +1,4 @@
-"""`apet explore`."""
+"""The command `apet explore`."""
 
 from __future__ import annotations
 

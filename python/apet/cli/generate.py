@@ -1,4 +1,4 @@
-"""`apet generate`."""
+"""The command `apet generate`."""
 
 from __future__ import annotations
 
@@ -126,7 +126,7 @@ def generate(
 def _answer(
     model: nn.Module, processor: Any, inputs: dict[str, Any], max_new_tokens: int, compare: bool, show: bool
 ) -> dict[str, str]:
-    """The answer, and with `compare` that of the model without compression; with `show` they are printed."""
+    """Returns the answer and, with `compare`, that of the uncompressed model. With `show` they are printed."""
     from apet import models
     from apet.model_report import engine_of, unpatched
 
@@ -140,7 +140,7 @@ def _answer(
 
 
 def _measure(model: nn.Module, inputs: dict[str, Any], max_new_tokens: int, show: bool) -> dict[str, Any]:
-    """The report; with `show` it is printed."""
+    """Returns the report of the saving for --json. With `show` it is printed."""
     from apet import model_report
 
     report = model_report.report(model, inputs, max_new_tokens=max_new_tokens, rounds=1)
