@@ -2,7 +2,7 @@
 
     lmms-eval --model apet_llava_hf --model_args pretrained=llava-hf/llava-1.5-7b-hf,preset=paper-64 --tasks gqa,pope
 
-`apet_X` is lmms-eval's X, patched once it is loaded. It takes the options of `apet.patch` as additional model arguments.
+`apet_X` is the model X of lmms-eval, patched once it is loaded. It also takes the options of `apet.patch` as arguments.
 """
 
 from __future__ import annotations

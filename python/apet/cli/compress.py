@@ -66,14 +66,14 @@ def compress(
         typer.Option(parser=budget, metavar="COUNT|SHARE", help="Tokens to keep of each image: 64, 0.25 or 25%."),
     ] = 64,
     basis: Annotated[int, typer.Option(parser=basis_count, metavar="COUNT|keep", help=BASIS_HELP)] = 10,
-    layout: Annotated[Layout, typer.Option(help="Where basis tokens go.")] = "inplace",
+    layout: Annotated[Layout, typer.Option(help="Where basis tokens are placed.")] = "inplace",
     select: Annotated[Select, typer.Option(help="How the basis is picked.")] = "fps",
     start: Annotated[int, typer.Option(min=-1, help="First basis token; -1 is the one of largest norm.")] = -1,
     blend: Annotated[
         float, typer.Option(min=0, max=1, help="With overwrite: the basis token's share of its slot.")
     ] = 1.0,
     refine: Refine = 0,
-    backend: Annotated[Backend | None, typer.Option(help="Else the best there is.")] = None,
+    backend: Annotated[Backend | None, typer.Option(help="Default: the best one available.")] = None,
     model: Annotated[
         str | None, typer.Option(help="CLIP, SigLIP or DINOv2 from Hugging Face: an id or a folder.")
     ] = None,
@@ -83,7 +83,7 @@ def compress(
     size: Annotated[int | None, typer.Option(help="Pixels that a square photo is scaled to.")] = None,
     frames: Frames = 8,
     out: Annotated[
-        Path | None, typer.Option(help="The picture; a folder for several. Else <name>.apet.png here.")
+        Path | None, typer.Option(help="The picture; a folder for several. Default: <name>.apet.png here.")
     ] = None,
     report: Annotated[
         Path | None, typer.Option(dir_okay=False, help="Write one HTML page (.html) about all files, too.")

@@ -46,9 +46,7 @@ def evaluate(
     ],
     out: Annotated[
         Path,
-        typer.Option(
-            dir_okay=False, help="A file (.jsonl) for the answers; a run that was cut off goes on from there."
-        ),
+        typer.Option(dir_okay=False, help="A file (.jsonl) for the answers; an interrupted run continues with it."),
     ],
     keep: Annotated[
         list[float] | None,

@@ -54,9 +54,9 @@ def generate(
             help="Visual tokens to keep of each image, tile or frame: 64, 0.25 or 25%. \\[64]",
         ),
     ] = None,
-    llm_layer: Annotated[int | None, typer.Option(help="Compress again after so many layers of the decoder.")] = None,
+    llm_layer: Annotated[int | None, typer.Option(help="Compress again after this many layers of the decoder.")] = None,
     llm_keep: Annotated[
-        float | None, typer.Option(parser=budget, metavar="COUNT|SHARE", help="Tokens to keep there.")
+        float | None, typer.Option(parser=budget, metavar="COUNT|SHARE", help="Tokens to keep at --llm-layer.")
     ] = None,
     preset: Annotated[str | None, typer.Option(help="Both stages with the paper's budgets, such as paper-64.")] = None,
     layout: Layouts = None,
