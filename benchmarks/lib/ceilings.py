@@ -112,8 +112,8 @@ def copy_gbytes(size: int = 2**28) -> float:
 
 
 def read_gbytes(size: int = 2**28) -> float:
-    """Returns the GB/s (1e9) that row sums of `size` bytes read, the median of five; small sizes are read repeatedly,
-    so that the clock can measure them."""
+    """Returns the GB/s (1e9) that row sums of `size` bytes read, the median of five calls on the same memory: a size
+    beyond the last cache measures memory, a small one the cache."""
     rows = torch.ones(size // 4096, 1024)
     return size / _seconds(lambda: rows.sum(1)) / 1e9
 
