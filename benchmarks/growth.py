@@ -188,14 +188,14 @@ def curves(results: Results, cost: str) -> list[Curve]:
 def sheets(results: Results) -> list[Sheet]:
     """Returns the tables of exponents of time and of memory."""
     notes = {
-        "time": "Exponents of the time: of the kernel, and of the cost model beside it; where the similarity has "
-        "most of the time, N has 2 and K 1; where reading X has it, N has 1.",
+        "time": "Exponents of the time of the kernel, and of the cost model (predicted). If the similarity takes most "
+        "of the time, the exponent of N is 2 and that of K is 1; if reading X does, that of N is 1.",
         "memory": "Exponents of the peak of memory beyond the input. A page is 4 KiB, so that small calls seem flat.",
     }
     return [
         Sheet(
             f"How {cost} grows",
-            f"{notes[cost]} `published` and `eager`: as far as they were run.",
+            f"{notes[cost]} `published` and `eager` were run up to a limit of size.",
             ["axis", "dtype", "from", "to", "kernel", "predicted", *BASELINES],
             _exponents(curves(results, cost)),
             words=("axis", "dtype"),

@@ -99,7 +99,7 @@ def body(section: Section, results: Path) -> str:
     if section.draw:
         parts.append(f"![{section.suite.about}]({section.picture(DOCS).name})")
     if said := section.conclusions(found):
-        parts += ["What it comes to:", "\n".join(f"- {line}" for line in said), "Where and how:"]
+        parts += ["Conclusions:", "\n".join(f"- {line}" for line in said), "How it was measured:"]
     return "\n\n".join([*parts, document(found.head, section.suite.sheets(found))])
 
 

@@ -119,9 +119,9 @@ def sheets(results: Results) -> list[Sheet]:
         "Stages of the kernel",
         "Milliseconds, medians. s1-s3: `score`; s5: `merge`; all: `compress`. "
         f"{ceilings.OF_FLOOR} sweeps / s1-s3, product / s5: M "
-        "sweeps that only read, and torch.mm, in times of the stage. one more: basis token, and the operations of its "
-        "products with every token. s4 and one call: `compress` less `score` and `merge`. noise: of kernel and "
-        "reference cost. judged: rows checked.",
+        "sweeps that only read, and torch.mm, divided by the stage's time. one more: time of one more basis token, and "
+        "the rate of its products with every token. s4 and one call: `compress` minus `score` and `merge`. noise: that "
+        "of kernel and reference cost. judged: rows checked.",
         [
             *("shape", "dtype", "all", "of floor", "s1-s3", "sweeps / s1-s3", "one more", "one more GFLOP/s"),
             *("s5", "product / s5", "s5 GFLOP/s", "s4 and one call", "noise", "judged"),
@@ -130,7 +130,7 @@ def sheets(results: Results) -> list[Sheet]:
     )
     sets = Sheet(
         "Stages by instruction set",
-        "Milliseconds, medians; without a name the best set of this machine.",
+        "Milliseconds, medians; columns without a name are the best set of this machine.",
         ["shape", "dtype", *(f"{stage} {name}".strip() for stage in ("s1-s3", "s5") for name in (*isa, ""))],
         [
             [*_named(row), *(ms(row, f"{stage} {name}".strip()) for stage in ("score", "merge") for name in (*isa, ""))]
