@@ -40,7 +40,7 @@ __all__ = [
 ]
 
 
-if not TYPE_CHECKING:  # else every misspelt name would be right to a type checker
+if not TYPE_CHECKING:  # else a type checker would accept every misspelt name
 
     def __getattr__(name: str) -> Any:
         if name in ("cpu_isa", "use_cpu_isa"):

@@ -7,7 +7,7 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def tokens(*shape: int, dtype: torch.dtype = torch.float32, kind: str = "normal", seed: int = 0) -> Tensor:
-    """Tokens [*shape] whose last dimension is D.
+    """Returns tokens [*shape] whose last dimension is D.
 
     "normal": independent. "clustered": eight centres, small noise, norms spread over a decade, as encoders make them.
     "repeated": a third of the tokens are exact copies of others.
@@ -27,5 +27,5 @@ def tokens(*shape: int, dtype: torch.dtype = torch.float32, kind: str = "normal"
 
 
 def rows(*values: list[float], dtype: torch.dtype = torch.float32) -> Tensor:
-    """One image [1, N, D], written out."""
+    """Returns one image [1, N, D] with these values."""
     return torch.tensor([values], dtype=dtype)

@@ -1,4 +1,4 @@
-"""`set_backend` and `use_backend`: who is told, by what, for how long."""
+"""`set_backend` and `use_backend`: which calls they apply to, and for how long."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def nothing_set() -> Iterator[None]:
 
 @pytest.fixture
 def ran(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The ops that ran by the reference."""
+    """Records the ops that the reference ran."""
     names: list[str] = []
     reference = dispatch.run_reference
     monkeypatch.setattr(dispatch, "run_reference", lambda op, *a, **k: names.append(op) or reference(op, *a, **k))

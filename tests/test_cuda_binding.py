@@ -30,7 +30,7 @@ OTHERS = [name for name in NAMES if name not in ROUNDS]
 
 @pytest.fixture(autouse=True)
 def device() -> None:
-    """The binding plans for the current device."""
+    """Sets the device that the binding plans for."""
     binding.load()
     binding.use_device(HOW.device)
 
@@ -52,7 +52,8 @@ def test_every_argument_arrives(name, dtype):
 
 
 def apart(t: torch.Tensor) -> torch.Tensor:
-    """t with room between its rows and before its first element; the last dimension of tokens stays contiguous."""
+    """Returns t with gaps between its rows and before its first element; the last dimension of tokens stays
+    contiguous."""
     room = t.new_zeros([2 * size + 1 for size in t.shape])
     last = slice(1, 1 + t.shape[-1]) if t.is_floating_point() else slice(1, None, 2)
     return room[(*[slice(1, None, 2)] * (t.dim() - 1), last)].copy_(t)

@@ -1,4 +1,4 @@
-"""Planted bugs: each is a change of a copy of the CUDA sources, which the named detector has to see."""
+"""Planted bugs: each is a change of a copy of the CUDA sources, which a certain detector must report."""
 
 from __future__ import annotations
 
@@ -26,7 +26,8 @@ ALL_BUGS = (*SLOW, pytest.mark.matrix)
 
 
 class Bug:
-    """A change [pattern, replacement] of a file in csrc/cuda, where it has to show, and as what."""
+    """A change [pattern, replacement] of a file in csrc/cuda, the launch in which it must show, and the expected
+    report."""
 
     def __init__(
         self, name: str, file: str, change: list[tuple[str, str]], how: How, seen: str, when: tuple = ALL_BUGS

@@ -1,4 +1,4 @@
-"""Devices without kernels: by the CPU kernels on copies, with the bits that the CPU gives. None has to have float64."""
+"""Devices without kernels use the CPU kernels on copies, with the bits of the CPU. They need not have float64."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ NAMES = list(calls())
 
 
 class Elsewhere(torch.Tensor):
-    """A tensor that says it is on another device. `inner` holds its values, on the CPU."""
+    """A tensor that claims to be on another device. `inner` holds its values, on the CPU."""
 
     inner: Tensor
 
@@ -65,7 +65,7 @@ def there(device: str, value: object) -> object:
 
 @pytest.fixture(autouse=True)
 def fresh() -> Iterator[None]:
-    """The warning comes once a process, and once in each of these tests."""
+    """Resets the warning, which is given once per process, for each of these tests."""
     dispatch._warn_once.cache_clear()
     yield
     dispatch._warn_once.cache_clear()

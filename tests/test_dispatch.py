@@ -1,4 +1,4 @@
-"""Which kernels a call gets: the choice for GPU tensors, made here without a GPU."""
+"""The choice of kernels for GPU tensors, tested without a GPU."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ TRITON_WITHOUT = "Triton does not import"
 
 @pytest.fixture(autouse=True)
 def fresh() -> Iterator[None]:
-    """What is decided once a process is decided again, in the test and after it."""
+    """Resets the choices that are made once per process, for the test and after it."""
     cached = [dispatch.why_not_cuda, dispatch.why_not_cuda_library, dispatch.why_not_triton, dispatch._warn_once]
     for function in cached:
         function.cache_clear()
@@ -33,7 +33,7 @@ def fresh() -> Iterator[None]:
 
 @pytest.fixture
 def taken(monkeypatch: pytest.MonkeyPatch) -> list[tuple]:
-    """The calls that got to kernels, which do not run."""
+    """Records the calls that reached kernels; the kernels do not run."""
     calls: list[tuple] = []
 
     def take(backend: str, *args: object, **kwargs: object) -> tuple[Tensor, Tensor]:
@@ -78,7 +78,7 @@ def cuda_device(index: int = 0) -> torch.device:
 
 @pytest.fixture
 def cuda(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> SimpleNamespace:
-    """An installation with CUDA kernels, and as many calls of its plan as were made."""
+    """Simulates an installation with CUDA kernels, and records calls of its plan."""
     library = tmp_path / "libapet_cuda_torch.so"
     library.write_text("")
     seen = SimpleNamespace(loaded=[], planned=[], error=None)
@@ -188,7 +188,7 @@ def test_forced_where_it_cannot_run(monkeypatch, taken):
 
 
 class OnGpu:
-    """A tensor on a GPU, as far as plan() looks at it."""
+    """A tensor that plan() takes for one on a GPU."""
 
     def __init__(self, x: torch.Tensor) -> None:
         self.x, self.device = x, cuda_device()

@@ -27,7 +27,7 @@ WHY_NOT = apet_kernels.why_unavailable("cuda")
 
 
 def compare(call: Call, ways: list[testing.CudaPath], device: str) -> set[str]:
-    """Asserts that every way that is possible gives the bits of the first. Returns the paths that were compared."""
+    """Asserts that every possible path gives the bits of the first. Returns the paths that were compared."""
     expected, first, seen = None, None, set()
     for way in ways:
         if (got := paths.forced(call, way, device)) is None:
@@ -65,7 +65,7 @@ def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> D
 
 
 def pairs() -> list[Any]:
-    """(call, device), one in ten of them for every day."""
+    """Returns pairs (call, device); one in ten of them runs every day."""
     make, rare = random.Random(1), [pytest.mark.slow, pytest.mark.matrix]
     names = {"H100": H100, "A100": A100, "RTX-3090": RTX_3090}
     return [

@@ -46,7 +46,7 @@ importlib.machinery.PathFinder.find_spec = find_spec
 
 
 def rehearse(out: Path, *options: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """A rehearsal on a machine without the packages above."""
+    """Runs a rehearsal on a machine without the packages above."""
     blocker = out.parent / "blocker"
     blocker.mkdir(exist_ok=True)
     (blocker / "sitecustomize.py").write_text(BLOCKER)
@@ -103,7 +103,7 @@ def test_planted_faults(tmp_path):
 
 
 def ways_rehearsed(wanted: str) -> list[str]:
-    """Of one call, those of which a rehearsal takes one in twelve (proofs.every_path)."""
+    """Returns the paths of one call that a rehearsal runs, one in twelve (proofs.every_path)."""
     found, number = [], 0
     for each in paths.calls(tiny=True):
         for way in (testing.CudaPath(), *testing.cuda_paths()):
@@ -188,7 +188,7 @@ def test_the_mix_is_right(monkeypatch, layout):
 
 
 def compute_sanitizer(folder: Path, monkeypatch: pytest.MonkeyPatch, said: str, code: int, seconds: int = 0) -> None:
-    """A program of that name that notes what it is called with."""
+    """Makes a program of that name that records its arguments."""
     program = folder / "compute-sanitizer"
     program.write_text(
         f"#!/bin/sh\necho $PYTORCH_NO_CUDA_MEMORY_CACHING $* >> {folder}/calls\nsleep {seconds}\n"

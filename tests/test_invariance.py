@@ -13,7 +13,7 @@ SHAPES = [(70, 45, 20, 6), (192, 128, 64, 10), (300, 7, 33, 12), (53, 1100, 40, 
 
 
 def everything(backend, x, keep, basis, layout):
-    """All that the op returns for x [B, N, D]."""
+    """Returns all outputs of the op for x [B, N, D]."""
     tokens_, indices = backend.compress(x, keep, basis, layout=layout)
     residual, picks = backend.score(x, basis)
     return {"tokens": tokens_, "indices": indices, "residual": residual, "basis": picks}

@@ -16,7 +16,7 @@ STAGES = ("s1_basis", "s2_solve", "s3_residual", "s4_topk", "s5_merge")
 
 
 def imported(path: Path) -> set[str]:
-    """Top-level names of everything that a Python file imports, wherever in the file."""
+    """Returns the top-level names of all imports of a Python file, wherever they are in the file."""
     names = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):

@@ -138,7 +138,7 @@ def test_ragged_images_can_only_be_compressed(op: str):
 
 
 class Pool(ctypes.Structure):
-    """apet_pool."""
+    """The struct apet_pool for ctypes."""
 
     _fields_ = [("threads", ctypes.c_int32), ("context", ctypes.c_void_p), ("run", ctypes.c_void_p)]
 

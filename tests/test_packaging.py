@@ -1,4 +1,4 @@
-"""What is shipped: one version, typed packages, every file; and the locked versions."""
+"""The shipped files: one version, typed packages, every file; and the locked versions."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def requirements(name: str) -> list[Requirement]:
 
 
 def locked(name: str, python: str | None = None) -> dict[str, str]:
-    """The versions that a lock names for this Python, or another on the same machine."""
+    """Returns the versions that a lock names for this Python, or for another one on the same machine."""
     environment = {"python_version": python, "python_full_version": f"{python}.1"} if python else {}
     versions = {}
     for requirement in requirements(name):

@@ -17,7 +17,7 @@ FEW = 2  # examples on kernels that are interpreted, where one takes seconds; wi
 
 
 def on_every_backend(**strategies: st.SearchStrategy) -> Callable:
-    """A test of a body that takes `backend`, and values drawn from these strategies."""
+    """Makes a test from a body that takes `backend`, and values drawn from these strategies."""
 
     def decorate(body: Callable) -> Callable:
         def test(backend: Backend, request: pytest.FixtureRequest) -> None:
@@ -36,7 +36,7 @@ def on_every_backend(**strategies: st.SearchStrategy) -> Callable:
 
 @st.composite
 def problems(draw):
-    """x [B, N, D] and arguments of compress, weighted to the small and to the edges."""
+    """Draws x [B, N, D] and arguments of compress, mostly small ones and edge cases."""
     N = draw(st.one_of(st.integers(1, 20), st.integers(20, 150)))
     D = draw(st.one_of(st.integers(1, 20), st.integers(20, 150)))
     basis = draw(st.one_of(st.integers(1, 12), st.integers(12, 64)))

@@ -15,14 +15,14 @@ QR = {"select": "qr", "basis": None}
 
 @pytest.fixture
 def backend(backend):
-    """Those that have the rule; `test_backends_without_it` is about the others."""
+    """The backends that have the rule; `test_backends_without_it` tests the others."""
     if backend.name in dispatch.WITHOUT_ROUNDS or backend.name == "cuda-simt":
         pytest.skip(f"{backend.name} does not pick in rounds yet")
     return backend
 
 
 def keeps(backend, x, keep, **options) -> list[int]:
-    """The kept positions of the one image x [1, N, D]; and the tokens are judged as means."""
+    """Returns the kept positions of the one image x [1, N, D]; also judges the tokens as means."""
     tokens_, indices = backend.compress(x, keep, **QR, **options)
     assert tokens_.shape == (1, keep, x.shape[2])
     check_merge(x[0], tokens_[0], indices[0], torch.ones(keep, dtype=torch.bool))
@@ -30,7 +30,7 @@ def keeps(backend, x, keep, **options) -> list[int]:
 
 
 def step_by_step(backend, x, keep, steps, **options) -> None:
-    """Each medoid step is judged from what the backend itself had before it."""
+    """Judges each medoid step given the backend's own result of the step before."""
     before = keeps(backend, x, keep, **options)
     for step in range(1, steps + 1):
         after = keeps(backend, x, keep, refine=step, **options)

@@ -10,7 +10,7 @@ LAYOUTS = ("inplace", "overwrite", "append")
 
 
 def unit_vectors(N: int) -> torch.Tensor:
-    """[1, N, N]: the basis is 0, 1, ... and every other residual is 1."""
+    """Returns [1, N, N] unit vectors: the basis is 0, 1, ... and every other residual is 1."""
     return torch.eye(N)[None]
 
 

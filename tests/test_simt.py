@@ -1,4 +1,4 @@
-"""What runs kernels on the CPU (tests/simt): that it computes what a GPU does, and that each detector fires.
+"""The simulator of tests/simt: it computes what a GPU computes, and each of its detectors reports its fault.
 
 A detector that cannot fire proves nothing about the kernels that it lets pass.
 """
@@ -29,7 +29,7 @@ def lib() -> ctypes.CDLL:
 
 
 def run(lib: ctypes.CDLL, name: str, seed: int, data: torch.Tensor | None = None) -> tuple[str | None, torch.Tensor]:
-    """The fault of a case, if any, and its data [1024] int32 after it."""
+    """Runs a case; returns its fault, if any, and its data [1024] int32 afterwards."""
     data = torch.zeros(1024, dtype=torch.int32) if data is None else data
     lib.simt_use_seed(seed)
     fault = lib.selftest(name.encode(), ctypes.c_void_p(data.data_ptr()))
@@ -37,7 +37,7 @@ def run(lib: ctypes.CDLL, name: str, seed: int, data: torch.Tensor | None = None
 
 
 def warps(t: torch.Tensor) -> torch.Tensor:
-    """What the kernel `warps` computes, for threads t [32 n], by the definitions of CUDA's programming guide."""
+    """Returns the result of the kernel `warps` for threads t [32 n], by the definitions of CUDA's programming guide."""
     lane = t % 32
 
     def from_lane(source: torch.Tensor) -> torch.Tensor:

@@ -1,8 +1,8 @@
-"""The stages of each op: a call becomes a list of launches, M + 4 for `compress`, or with a basis in
-rounds 2 a round + 4, and 3 for each medoid step. Nothing here looks at the data.
+"""Turns a call of each op into a list of launches. Nothing here looks at the data.
 
-The list is built from shapes, so meta tensors are enough to count the launches (`api.plan`) and to compile them for
-another GPU (tests).
+`compress` takes M + 4 launches, or with a basis in rounds 2 a round + 4, and 3 more for each medoid step. The list is
+built from shapes, so meta tensors are enough to count the launches (`api.plan`) and to compile them for another GPU
+(tests).
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def compress(
     refine: int = 0,
     device_class: str | None = None,
 ) -> Call:
-    """The launches of the op `compress`; arguments as there, already checked."""
+    """Returns the launches of the op `compress`; its arguments are already checked."""
     B, N, D = x.shape
     extents = Extents(keep, Options(basis, layout).rows(0))
     rows = keep + extents.appended
@@ -58,7 +58,7 @@ def compress_varlen(
     refine: int = 0,
     device_class: str | None = None,
 ) -> Call:
-    """The launches of the op `compress_varlen`; arguments as there, already checked."""
+    """Returns the launches of the op `compress_varlen`; its arguments are already checked."""
     images, (T, D) = cu_seqlens.shape[0] - 1, x.shape
     longest = min(max_seqlen, T)
     most_kept, appended = min(max_keep, longest, total_keep), Options(basis, layout).rows(0)
@@ -85,7 +85,7 @@ def _compress(
     blend: float,
     refine: int,
 ) -> None:
-    """s1 to s5, dense or ragged."""
+    """Adds the launches of s1 to s5, dense or ragged."""
     tokens, indices = call.results
     e_sq = call.new(torch.float32, call.all_tokens)
     norms = s1_norms.launch(call, extents, start)
@@ -116,7 +116,7 @@ def score(
     ridge: float = 1e-5,
     device_class: str | None = None,
 ) -> Call:
-    """The launches of the op `score`; arguments as there, already checked."""
+    """Returns the launches of the op `score`; its arguments are already checked."""
     B, N, _ = x.shape
     e_sq = torch.empty(B, N, dtype=torch.float32, device=x.device)
     basis_indices = torch.empty(B, basis, dtype=torch.int64, device=x.device)
@@ -128,7 +128,7 @@ def score(
 
 
 def merge(x: Tensor, indices: Tensor, *, targets: Tensor | None = None, device_class: str | None = None) -> Call:
-    """The launches of the op `merge`; arguments as there, already checked."""
+    """Returns the launches of the op `merge`; its arguments are already checked."""
     (B, N, D), K = x.shape, indices.shape[1]
     tokens = torch.empty(B, K, D, dtype=x.dtype, device=x.device)
     call = Call(x, B, N, (tokens,), device_class)

@@ -1,4 +1,4 @@
-// The argument of every kernel, passed by value: sizes, pointers, how the work is divided, and where everything lies.
+// The argument of every kernel, passed by value: sizes, pointers, the division of the work, and the layout of memory.
 // Quantities have the names of docs/algorithm.md ("Names").
 #pragma once
 #include <cfloat>
@@ -66,19 +66,18 @@ struct Call {
   int32_t ctas_per_image, images_in_flight, resident, state_shared, basis_shared;
   int32_t pitch;  // bytes between rows in shared memory
   SharedMap map;
-  int32_t tiles, tile_columns;  // s5_merge: tiles of an image at most, and how many of them lie side by side
+  int32_t tiles, tile_columns;  // s5_merge: the most tiles of an image, and how many of them are side by side
   int32_t mean_tickets;         // s5_merge: tickets of an image that compute rows of the result
   // the workspace
-  Image* table;  // [images]
-  int32_t*
-      slice_begin;     // [images][ctas_per_image + 1] where each slice's tokens start in `dropped`; s1_s5_cluster only
-  float* norm_sq;      // [all tokens]
-  float* state;        // [all tokens][3 + M], unless state_shared
-  uint32_t* rank;      // [all tokens]
-  int32_t* dropped;    // [all tokens]
-  Key* target_key;     // [all tokens] for every dropped token: largest similarity, and the target that has it
-  int32_t* row_token;  // [all rows]
-  int32_t* row_role;   // [all rows] row_target if the row is one; kBlended - row_blend if it is blended; else kCopied
+  Image* table;          // [images]
+  int32_t* slice_begin;  // [images][ctas_per_image + 1] index in `dropped` of the slice; s1_s5_cluster only
+  float* norm_sq;        // [all tokens]
+  float* state;          // [all tokens][3 + M], unless state_shared
+  uint32_t* rank;        // [all tokens]
+  int32_t* dropped;      // [all tokens]
+  Key* target_key;       // [all tokens] for every dropped token: largest similarity, and the target that has it
+  int32_t* row_token;    // [all rows]
+  int32_t* row_role;     // [all rows] row_target if the row is one; kBlended - row_blend if it is blended; else kCopied
   int32_t* target_token;  // [all rows]
   float* inv_norm;        // [all rows]
   Key* ticket;            // [1] the next ticket of s5_merge

@@ -12,7 +12,7 @@ bool aligned(const void* pointer, std::initializer_list<int64_t> strides, int64_
   return is;
 }
 
-// The argument of the kernels, but for the workspace.
+// Makes the argument of the kernels, except for the workspace.
 Call make_call(const apet_problem& p, const apet_tensors& tensors, const apet_cuda_plan_t& plan) {
   Call call = {};
   call.tensors = tensors;
@@ -63,7 +63,7 @@ apet_status zero_result(const apet_problem& p, const apet_tensors& tensors, cuda
   return APET_OK;
 }
 
-// s1_s4_group or s1_s5_cluster.
+// Launches s1_s4_group or s1_s5_cluster.
 apet_status launch_first(const apet_problem& p, const apet_cuda_plan_t& plan, const Call& call, cudaStream_t stream) {
   const Kernels& kernels = kernels_for(p.dtype);
   Kernel kernel = plan.path == APET_CUDA_FUSED ? kernels.s1_s5_cluster : kernels.s1_s4_cluster;
@@ -83,7 +83,7 @@ apet_status launch_first(const apet_problem& p, const apet_cuda_plan_t& plan, co
   return APET_OK;
 }
 
-// s5_merge. It may start while the first launch ends.
+// Launches s5_merge, which may start while the first launch ends.
 apet_status launch_second(const apet_problem& p, const Device& device, const apet_cuda_plan_t& plan, const Call& call,
                           cudaStream_t stream) {
   const MergeKernel& merge = merge_kernel_of(p, plan);

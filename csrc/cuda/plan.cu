@@ -1,4 +1,4 @@
-// Plans a call: estimates every path that the device can run, and chooses the fastest. Looks at sizes alone.
+// Plans a call from its sizes: estimates the time of every path that the device can run, and chooses the fastest.
 // docs/cuda.md explains the formulas of the estimate and the source of its figures.
 #include <cmath>
 #include <cstdio>
@@ -10,7 +10,7 @@
 namespace apet::cuda {
 namespace {
 
-// Sizes of clusters that are considered.
+// The cluster sizes that are considered.
 constexpr int kClusterSizes[] = {4, 8, 16};
 
 double estimate_us(const apet_problem& p, const Device& device, const apet_cuda_plan_t& plan) {
@@ -43,7 +43,7 @@ double estimate_us(const apet_problem& p, const Device& device, const apet_cuda_
          p.images * most_tokens(p) * row / (device.sms * f.l2_share);
 }
 
-// The tile of s5_merge; 0 columns: chosen. False if the device cannot run the one that is asked for.
+// Chooses the tile of s5_merge; with columns != 0 that one. Returns false if the device cannot run the requested tile.
 bool choose_tile(const apet_problem& p, const Device& device, int columns, apet_cuda_plan_t& plan) {
   const MergeKernel(&merge)[2] = kernels_for(p.dtype).s5_merge;
   // The large tile reads less. It pays once there are two of them for every CTA that runs at once.
@@ -55,7 +55,7 @@ bool choose_tile(const apet_problem& p, const Device& device, int columns, apet_
   return columns == 0 || columns == plan.tile;
 }
 
-// Whether the device can run `path` with that many CTAs per image. If so, completes the plan.
+// Returns whether the device can run `path` with that many CTAs per image; if it can, completes the plan.
 bool try_path(const apet_problem& p, const Device& device, const apet_cuda_override& override, apet_cuda_path path,
               int ctas_per_image, apet_cuda_plan_t& plan) {
   plan.path = path;

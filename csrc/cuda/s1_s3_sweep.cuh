@@ -9,8 +9,8 @@
 //            y_k = (dot - l.y) / sqrt(pivot)          a thread per row
 //            pick_value: dist_sq or resid_sq          -> best candidate for step k + 1
 //
-// What is computed once per token, and not once per element, is float64: its rounding errors would add up over the
-// steps, and it costs little. y and L are stored as float32.
+// Values that are computed once per token, not once per element, are float64: float32 rounding errors would add up over
+// the steps, and float64 costs little here. y and L are stored as float32.
 //
 // Global memory is read once (and rows that are not resident M more times, from L2); 8 bytes are written per token.
 #pragma once
@@ -20,9 +20,9 @@
 namespace apet::cuda {
 
 constexpr uint32_t kInfinite = 0x7f800000u + 1;  // the rank of e_sq = inf: tokens whose norm is not finite
-constexpr uint32_t kHighest = 0xffffffffu;       // the rank of tokens that stay whatever their e_sq
+constexpr uint32_t kHighest = 0xffffffffu;       // the rank of tokens that stay whatever their e_sq is
 
-// Tokens of a slice when an image of n tokens is divided into so many.
+// The tokens of a slice if an image of n tokens is divided into `slices` of them.
 __device__ __forceinline__ int slice_tokens(int n, int slices) { return (int)(((int64_t)n + slices - 1) / slices); }
 
 // A CTA's part of an image.
@@ -62,7 +62,8 @@ struct Slice {
   }
 };
 
-// What a CTA works on. It lies in shared memory: it is the same for all threads, and registers are scarce.
+// The image and slice that a CTA works on. It is in shared memory: it is the same for all threads, and registers are
+// scarce.
 template <class T>
 struct Work {
   Image image;
@@ -166,8 +167,8 @@ __device__ inline void elect_candidate(const Group& group, int words, uint32_t* 
   __syncthreads();
 }
 
-// Runs at most `steps` steps; returns the number of basis tokens found. They, L and inv_diag are then in shared memory,
-// y in the slice.
+// Runs at most `steps` steps; returns the number of basis tokens found. Afterwards the basis, L and inv_diag are in
+// shared memory, and y is in the slice.
 template <class T, class Group>
 __device__ inline int s1_s2_steps(const Call& call, const Image& image, const Slice<T>& slice, Group& group,
                                   int steps) {
@@ -189,7 +190,7 @@ __device__ inline int s1_s2_steps(const Call& call, const Image& image, const Sl
     const bool finite = norm_sq <= FLT_MAX;  // false for NaN
     call.norm_sq[image.token + slice.first + i] = norm_sq;
     slice.pick_value[i] = !finite ? 0 : fps ? INFINITY : norm_sq;
-    const float value = slice.first + i == start ? INFINITY : norm_sq;  // `start` is taken whatever its norm
+    const float value = slice.first + i == start ? INFINITY : norm_sq;  // `start` is taken whatever its norm is
     if (finite && value > 0) best = larger(best, pack(value, slice.first + i));
   }
 
@@ -277,7 +278,7 @@ __device__ inline float s3_residual(const Call& call, const Slice<T>& slice, int
 template <class T, class Group>
 __device__ inline int s1_s3_sweep(const Call& call, const Image& image, const Slice<T>& slice, Group& group, int s) {
   const bool scores = call.op == APET_SCORE;
-  // If all tokens stay, or none, the basis is needed only where it is appended.
+  // If all tokens stay, or none, the basis is needed only if it is appended.
   const bool needs_basis =
       scores || (call.op == APET_COMPRESS && (call.appended > 0 || (image.keep > 0 && image.keep < image.tokens)));
   load_resident_rows(call, slice);

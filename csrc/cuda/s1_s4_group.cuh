@@ -4,8 +4,8 @@
 
 namespace apet::cuda {
 
-// Rows of a ragged result that belong to no image hold zeros, with index 0: those after the image's own, and for the
-// first image those before it.
+// Zeroes rows of a ragged result that belong to no image, and their indices: the rows after the image's own, and for
+// the first image also those before it.
 template <class T>
 __device__ inline void zero_unfilled_rows(const Call& call, const Image& image, int s, int cta, int ctas) {
   const int64_t lead = s == 0 ? image.row : 0, after = image.row + image.filled;
@@ -20,7 +20,7 @@ __device__ inline void zero_unfilled_rows(const Call& call, const Image& image, 
   }
 }
 
-// Zeroes what s5 raises or counts.
+// Zeroes the values that s5 raises or counts.
 __device__ inline void clear_s5(const Call& call, const Image& image, int s, int cta, int ctas) {
   for (int64_t i = (int64_t)cta * kThreads + threadIdx.x; i < image.tokens; i += ctas * kThreads)
     call.target_key[image.token + i] = 0;

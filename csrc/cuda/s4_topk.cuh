@@ -1,4 +1,4 @@
-// s4: which tokens stay, exactly K of them, and the lists that s5 reads, all ascending by position.
+// s4: chooses the tokens that stay, exactly K of them, and makes the lists that s5 reads, all ascending by position.
 //
 // One CTA of the group computes it. rank is e_sq's bits (which ascend with it) + 1, so radix selection finds the K-th
 // largest: four passes, each a histogram of 8 bits. One more pass compacts, in order, by counting the flags of lower
@@ -13,13 +13,14 @@
 
 namespace apet::cuda {
 
-// Selects every rank above `rank`, and the first `ties` tokens of just that rank.
+// Selects every rank above `rank`, and the first `ties` tokens of exactly that rank.
 struct Cut {
   uint32_t rank;
   int ties;
 };
 
-// Called by all threads. before[f]: number of lower threads whose flag[f] is set; total[f]: of all threads of the CTA.
+// Called by all threads. before[f]: number of lower threads whose flag[f] is set; total[f]: the number in the whole
+// CTA.
 template <int kFlags>
 __device__ inline void count_before(const bool (&flag)[kFlags], int (&before)[kFlags], int (&total)[kFlags],
                                     int* scan) {
@@ -82,7 +83,7 @@ __device__ inline Cut find_cut(const uint32_t* rank, int n, int wanted, int* sca
   return {prefix, wanted};
 }
 
-// Writes what s5 needs of a merge target.
+// Writes the entries of a merge target that s5 reads.
 __device__ inline void add_target(const Call& call, const Image& image, int number, int position, float norm_sq) {
   call.target_token[image.row + number] = position;
   call.inv_norm[image.row + number] = norm_sq > 0 ? __fdiv_rn(1, __fsqrt_rn(norm_sq)) : 0;

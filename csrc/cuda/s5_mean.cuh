@@ -2,9 +2,9 @@
 //
 //   tokens[r] = (x_r + sum of the dropped tokens whose target is r) / (1 + their count)    float32, ascending position
 //
-// A task is kChunks * 32 chunks of a row, computed by one warp. The warp scans the targets of all dropped tokens, 256 at
-// a time, lists those of its row (by ballot, so in order), and adds them: several loads in flight, one addition after
-// the other.
+// A task is kChunks * 32 chunks of a row, computed by one warp. The warp scans the targets of all dropped tokens, 256
+// at a time, lists those of its row (by ballot, so in order), and adds them: several loads in flight, one addition
+// after the other.
 //
 //   target_key, dropped [dropped_count] --once per task, from L2/L1--> the warp's queue
 //   x [the row's own token and the queued ones] --once--> tokens
@@ -22,11 +22,11 @@ __host__ __device__ constexpr int mean_blocks(int dim) {
   return (chunks_of<T>(dim) + 32 * kChunks - 1) / (32 * kChunks);
 }
 
-// Column block `block` of the image's row `row`, by one warp, which has a queue [kQueue] of its own.
+// Computes column block `block` of the image's row `row` with one warp, which has its own queue [kQueue].
 template <class T, int kChunks>
 __device__ inline void s5_mean(const Call& call, const Image& image, int row, int block, int* queue) {
   constexpr int kSize = Chunk<T>::kSize;
-  constexpr int kFlight = kChunks < 4 ? 4 : 2;  // rows in flight: 8 loads of 16 bytes per lane, or what registers allow
+  constexpr int kFlight = kChunks < 4 ? 4 : 2;  // rows in flight: 8 loads of 16 bytes per lane, or as registers allow
   const int lane = threadIdx.x % 32, chunks = chunks_of<T>(call.dim);
   const int chunk0 = block * 32 * kChunks + lane;
   const T* x = static_cast<const T*>(call.tensors.x) + image.base;

@@ -4,8 +4,8 @@
 //
 //   ticket   tiles of image 0 | tiles of 1, rows of 0 | tiles of 2, rows of 1 | ... | rows of the last image
 //
-// Rows wait for all tiles of their image. Those have lower tickets, so they are finished or being worked on: the launch
-// ends with any number of CTAs, and mostly without waiting.
+// Rows wait for all tiles of their image. Those tiles have lower tickets, so they are finished or being computed: the
+// launch ends with any number of CTAs, and mostly without waiting.
 #pragma once
 #include "s5_assign.cuh"
 #include "s5_mean.cuh"

@@ -19,7 +19,7 @@ from torch import nn
 
 
 def fingerprint(model: nn.Module) -> dict[str, object]:
-    """Everything that a patch could leave behind on a model: attributes, hooks, classes, methods."""
+    """Returns everything that a patch could leave behind on a model: attributes, hooks, classes, methods."""
     seen: dict[str, object] = {}
     for name, module in model.named_modules():
         seen[name] = (type(module), sorted(vars(module)), *(len(getattr(module, hooks)) for hooks in HOOKS))

@@ -38,7 +38,7 @@ def load() -> None:
 
 
 def use_device(device: call.Device) -> None:
-    """What the binding plans for from now on."""
+    """Sets the device that the binding plans for from now on."""
     traits = (device.capability, device.multiprocessors, device.shared_per_block)
     call.load().simt_use_device(*traits, device.shared_per_multiprocessor, device.largest_cluster)
 

@@ -93,7 +93,7 @@ def test_videos_frame_by_frame(served, first):
 
 
 def check(served: Served, whole: dict[str, Any], options: dict[str, Any], kept: Callable[[int], int]) -> int:
-    """Compares the request with these options against the same with all tokens. How many units it had."""
+    """Compares the request with these options with the same one with all tokens. Returns how many units it had."""
     ids, seen, embeds, positions = served.read(whole)
     fewer, compressed, read, where = served.read({**whole, "mm_processor_kwargs": options})
     parts = units(served, ids, embeds)
