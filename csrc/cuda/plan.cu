@@ -22,7 +22,10 @@ double estimate_us(const apet_problem& p, const Device& device, const apet_cuda_
     return std::max(bytes / f.l2_per_sm, bytes * busy_ctas / (device.sms * share));
   };
   const double sweep = (double)plan.slice * p.dim / f.elements_per_sm;
-  const double reread = read((plan.slice - plan.resident) * row, f.l2_share);
+  // Rows that no CTA holds are read again in every step: what L2 does not hold of them, from memory.
+  const double outside = (plan.slice - plan.resident) * row;
+  const double beyond_l2 = std::max(0.0, 1 - f.l2_bytes / std::max(1.0, outside * busy_ctas));
+  const double reread = std::max(read(outside, f.l2_share), read(outside * beyond_l2, f.memory_share));
   const double exchange = plan.path == APET_CUDA_COOPERATIVE ? f.cooperative_step_us : f.cluster_step_us;
   const double step = std::max(sweep, reread) + exchange;
   // A thread takes a row through at most M / 2 terms in each of M steps, and as many again for the residual.
@@ -32,27 +35,33 @@ double estimate_us(const apet_problem& p, const Device& device, const apet_cuda_
   if (p.op == APET_SCORE) return us;
   const double flops = 2.0 * most_dropped(p) * most_kept(p) * p.dim;
   const double rate = p.dtype == APET_FLOAT32 ? f.flops_per_sm_32 : f.flops_per_sm_16;
+  const double lists = f.fill_us + most_dropped(p) * f.group_us;
   if (plan.path == APET_CUDA_FUSED)
-    return us + rounds * (std::max(flops / (plan.ctas_per_image * rate), most_kept(p) * row / f.l2_per_sm) +
-                          read(slice, f.l2_share) + f.cluster_step_us);
+    return us + rounds * (std::max(flops / (plan.ctas_per_image * rate), most_kept(p) * row / f.l2_per_sm) + lists +
+                          read(slice, f.l2_share) + 2 * f.cluster_step_us);
   const MergeKernel& merge = merge_kernel_of(p, plan);
   const double tiles = (double)(p.images * tile_rows(p, merge) * tile_columns(p, merge));
   const double waves = std::ceil(tiles / device.sms);
-  const double tile = 2.0 * merge.rows * merge.columns * p.dim / rate;
-  return us + (device.overlaps ? f.overlapped_launch_us : f.launch_us) + waves * (tile + f.fill_us) + f.fill_us +
-         p.images * most_tokens(p) * row / (device.sms * f.l2_share);
+  const double tile =
+      std::max(2.0 * merge.rows * merge.columns * p.dim / rate, (merge.rows + merge.columns) * row / f.l2_share);
+  return us + (device.overlaps ? f.overlapped_launch_us : f.launch_us) + waves * (tile + f.fill_us) + lists +
+         f.fill_us + p.images * most_tokens(p) * row / (device.sms * f.l2_share);
 }
 
-// The tile of s5_merge; 0 columns: chosen. False if the device cannot run the one that is asked for.
+// Completes a plan of two launches by the tile of s5_merge with the lower estimate, of those that the device can run;
+// columns: of the only one that is asked for, or 0. False if there is none.
 bool choose_tile(const apet_problem& p, const Device& device, int columns, apet_cuda_plan_t& plan) {
   const MergeKernel(&merge)[2] = kernels_for(p.dtype).s5_merge;
-  // The large tile reads less. It pays once there are two of them for every CTA that runs at once.
-  const int64_t tiles = p.images * tile_rows(p, merge[1]) * tile_columns(p, merge[1]);
-  const bool large = columns ? columns == merge[1].columns : tiles >= 2 * device.merge_ctas[1];
-  const MergeKernel& chosen = merge[large && device.merge_ctas[1] > 0];
-  plan.tile = chosen.columns;
-  plan.second_shared_bytes = chosen.shared_bytes;
-  return columns == 0 || columns == plan.tile;
+  apet_cuda_plan_t best = {};
+  for (int i = 0; i < 2; i++) {
+    if (device.merge_ctas[i] == 0 || (columns && columns != merge[i].columns)) continue;
+    plan.tile = merge[i].columns;
+    plan.second_shared_bytes = merge[i].shared_bytes;
+    plan.estimated_us = estimate_us(p, device, plan);
+    if (best.launches == 0 || plan.estimated_us < best.estimated_us) best = plan;
+  }
+  plan = best;
+  return best.launches > 0;
 }
 
 // Whether the device can run `path` with that many CTAs per image. If so, completes the plan.
@@ -70,7 +79,7 @@ bool try_path(const apet_problem& p, const Device& device, const apet_cuda_overr
   if (!divide_image(p, device.shared_bytes, override.resident, plan)) return false;
   plan.launches = p.op == APET_SCORE || fused ? 1 : 2;
   plan.tile = plan.second_shared_bytes = 0;
-  if (plan.launches == 2 && !choose_tile(p, device, override.tile, plan)) return false;
+  if (plan.launches == 2) return choose_tile(p, device, override.tile, plan);
   plan.estimated_us = estimate_us(p, device, plan);
   return true;
 }

@@ -25,7 +25,7 @@ __device__ inline void clear_s5(const Call& call, const Image& image, int s, int
   for (int64_t i = (int64_t)cta * kThreads + threadIdx.x; i < image.tokens; i += ctas * kThreads)
     call.target_key[image.token + i] = 0;
   if (cta == 0 && threadIdx.x == 0) {
-    call.tiles_done[s] = 0;
+    call.tickets_done[s] = 0;
     if (s == 0) *call.ticket = 0;
   }
 }
