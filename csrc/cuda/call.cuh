@@ -45,10 +45,12 @@ struct SharedMap {
   int32_t state;      // norm_sq, pick_value, dot [slice], y [M][slice] float, if state_shared
   int32_t p_row;      // the row of x of the newest basis token, if basis_shared
   int32_t s5;         // s1_s5_cluster only: buffers of s5_assign, and the counts of s5_lists
-  int32_t resident;   // [resident] rows of x, `pitch` bytes apart
+  int32_t ranks;      // [rank_words] the ranks that s4 reads, in memory that s1 to s3 do not need any more
+  int32_t rank_words;
+  int32_t resident;  // [resident] rows of x, `pitch` bytes apart
   int32_t total;
 };
-constexpr int kScanWords = 320;
+constexpr int kScanWords = 2 * 256 + 4;
 
 struct Call {
   apet_tensors tensors;
