@@ -117,7 +117,7 @@ inline size_t lay_out_workspace(const apet_problem& p, const apet_cuda_plan_t& p
   take(call.merged, merges ? tokens : 0);
   take(call.ticket, merges ? 1 : 0);
   take(call.tickets_done, merges ? p.images : 0);
-  take(call.slots, cooperative ? in_flight * 2 * ctas * message_words((int)m) : 0);
+  take(call.slots, cooperative ? in_flight * slot_words((int)ctas, message_words((int)m)) : 0);
   take(call.arrived, cooperative ? in_flight : 0);
   return used;
 }

@@ -19,7 +19,7 @@ __global__ void __launch_bounds__(kThreads, 1) s1_s5_cluster(const Call call) {
     for (uint32_t s = group.first; s < (uint32_t)call.images; s += group.stride) {
       Work<T>& work = open_image<T>(call, (int)s, group.cta, group.size);
       const auto& [image, slice] = work;
-      s1_s4(call, image, slice, group, (int)s, group.size);
+      s1_s4<T, true>(call, image, slice, group, (int)s, group.size);
       group.sync();  // the lists are written
       if (threadIdx.x == 0) {
         work.image.target_count = __ldcg(&call.table[s].target_count);

@@ -21,7 +21,7 @@ __host__ __device__ constexpr int mean_blocks(int dim) {
 template <class T, int kChunks>
 __device__ inline void s5_mean(const Call& call, const Image& image, const int32_t* target_begin, int row, int block) {
   constexpr int kSize = Chunk<T>::kSize;
-  constexpr int kFlight = 8 / kChunks;  // rows in flight: 8 loads of 16 bytes per lane, or what registers allow
+  constexpr int kFlight = kChunks < 4 ? 4 : 2;  // rows in flight: 8 loads of 16 bytes per lane, or what registers allow
   const int lane = threadIdx.x % 32, chunks = chunks_of<T>(call.dim);
   const int chunk0 = block * 32 * kChunks + lane;
   const T* x = static_cast<const T*>(call.tensors.x) + image.base;
