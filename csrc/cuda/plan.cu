@@ -1,4 +1,4 @@
-// Plans a call: estimates every path that the device can run, and chooses the fastest. Looks at sizes alone.
+// Plans a call: estimates every path that the device can run, and chooses by them. Looks at sizes alone.
 // docs/cuda.md explains the formulas of the estimate and the source of its figures.
 #include <cmath>
 #include <cstdio>
@@ -12,6 +12,15 @@ namespace {
 
 // Sizes of clusters that are considered.
 constexpr int kClusterSizes[] = {4, 8, 16};
+
+// CTAs of a cooperative launch, of all images in flight. It starts only when all of them are free at once, so a kernel of
+// another stream on a single SM would hold it up: some SMs are left to others, unless the caller says how many it takes.
+int64_t cooperative_ctas(const Device& device, const apet_cuda_override& override) {
+  return device.cooperative_ctas - (override.ctas_per_image > 0 ? 0 : device.cooperative_ctas / 16);
+}
+
+// What plans are compared by. For the same reason a cooperative launch has to be faster by a tenth.
+double cost(const apet_cuda_plan_t& plan) { return plan.estimated_us * (plan.path == APET_CUDA_COOPERATIVE ? 1.1 : 1); }
 
 double estimate_us(const apet_problem& p, const Device& device, const apet_cuda_plan_t& plan) {
   const Figures& f = figures_for(device.capability);
@@ -71,7 +80,7 @@ bool try_path(const apet_problem& p, const Device& device, const apet_cuda_overr
   plan.ctas_per_image = ctas_per_image;
   const bool cooperative = path == APET_CUDA_COOPERATIVE, fused = path == APET_CUDA_FUSED;
   if (ctas_per_image < 1 || (!cooperative && ctas_per_image > kMaxCluster)) return false;
-  const int64_t room = cooperative ? device.cooperative_ctas / ctas_per_image
+  const int64_t room = cooperative ? cooperative_ctas(device, override) / ctas_per_image
                        : fused     ? device.s1_s5_clusters[ctas_per_image]
                                    : device.s1_s4_clusters[ctas_per_image];
   plan.images_in_flight = (int32_t)std::min(p.images, room);
@@ -140,14 +149,15 @@ apet_status apet_cuda_plan(const apet_problem* problem, const apet_cuda_override
     if (wanted.ctas_per_image > 0) ctas_per_image = wanted.ctas_per_image;
     if (!try_path(p, *device, wanted, path, (int)ctas_per_image, next)) return;
     if (us[path] == 0 || next.estimated_us < us[path]) us[path] = next.estimated_us;
-    if (best.launches == 0 || next.estimated_us < best.estimated_us) best = next;
+    if (best.launches == 0 || cost(next) < cost(best)) best = next;
   };
   for (const apet_cuda_path path : {APET_CUDA_FUSED, APET_CUDA_CLUSTER})
     for (const int size : kClusterSizes) consider(path, size);
   // 1, 2, 4, ... images in flight share all CTAs, but an image has no more CTAs than there are rows for one warp each.
   const int64_t most = (most_tokens(p) + kRows - 1) / kRows;
-  for (int64_t in_flight = 1; in_flight < 2 * p.images && in_flight <= device->cooperative_ctas; in_flight *= 2)
-    consider(APET_CUDA_COOPERATIVE, std::min(most, device->cooperative_ctas / in_flight));
+  const int64_t ctas = cooperative_ctas(*device, wanted);
+  for (int64_t in_flight = 1; in_flight < 2 * p.images && in_flight <= ctas; in_flight *= 2)
+    consider(APET_CUDA_COOPERATIVE, std::min(most, ctas / in_flight));
   if (best.launches == 0) {
     std::snprintf(
         plan->why, sizeof plan->why,
