@@ -175,7 +175,7 @@ __device__ inline void s5_assign(const Call& call, const Image& image, const Sli
     load(step + kBuffers - 1);
     const int buffer = step % kBuffers * kBufferRows * kBufferPitch;
     if (busy) {
-#pragma unroll 2  // all four spill on sm_80
+#pragma unroll(kMatrix ? 2 : 1)  // more of them spill on some targets
       for (int k = 0; k < kStepBytes; k += 32)
         // Copied rows end in zeros, which change no sum; what lies behind a resident row may be anything.
         if (!kResident || step * (kStepBytes / 32) + k / 32 < slabs)

@@ -13,8 +13,9 @@
 
 namespace apet::cuda {
 
+// Two small CTAs, or one large one, have the registers of an SM: with a third the products spill.
 template <class T, class Tl, int kChunks>
-__global__ void __launch_bounds__(Tl::kThreads) s5_merge(const Call call) {
+__global__ void __launch_bounds__(Tl::kThreads, 256 / Tl::kThreads) s5_merge(const Call call) {
   constexpr int kTasks = Tl::kThreads / 32;  // tasks of s5_mean per ticket: one per warp
   unsigned char* shared = shared_memory();
   Key* shared_ticket = reinterpret_cast<Key*>(shared);
