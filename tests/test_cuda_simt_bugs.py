@@ -90,10 +90,17 @@ BUGS = [
         RACE,
     ),
     Bug(
-        "a queue is read before the warp has written it",
-        "s5_mean.cuh",
-        [(r"(queued \+= __popc\(mine\);\s*\})\s*__syncwarp\(\);", r"\1")],
+        "a list is read before the other CTAs have written it",
+        "s1_s5_cluster.cuh",
+        [(r"group\.sync\(\);  // the lists of all targets are written", "")],
         FUSED,
+        RACE,
+    ),
+    Bug(
+        "a count is raised before the warp has read it",
+        "s5_lists.cuh",
+        [(r"__syncwarp\(\);  // all lanes have read the count", "")],
+        CLUSTER,
         RACE,
     ),
     Bug(
@@ -136,8 +143,8 @@ BUGS = [
     ),
     Bug(
         "a mask of half a warp",
-        "s5_mean.cuh",
-        [(r"__ballot_sync\(kAllLanes, target", "__ballot_sync(0xffffu, target")],
+        "s5_lists.cuh",
+        [(r"__ballot_sync\(kAllLanes, own == t", "__ballot_sync(0xffffu, own == t")],
         FUSED,
         r"calls __ballot_sync with mask 0x0000ffff, which leaves out its lane",
         when=SLOW,

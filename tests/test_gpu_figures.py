@@ -92,9 +92,9 @@ def test_figures_come_back():
     ((_, before),) = figures.read(header())
     truth = {name: value * (1 + n / 10) for n, (name, value) in enumerate(before.items())}
     text, kept = figures.updated(header(), primitive_lines(truth))
-    assert kept == ["overlapped_launch_us", "fill_us"]
+    assert kept == ["overlapped_launch_us", "group_us", "fill_us", "l2_bytes"]
     ((comment, after),) = figures.read(text)
-    assert "NVIDIA X, measured at commit abc; left as it was: overlapped_launch_us, fill_us" in comment
+    assert "NVIDIA X, measured at commit abc; left as it was: overlapped_launch_us, group_us, fill_us, l2_bytes" in comment
     expected = truth | {name: before[name] for name in (*kept, "capability")}
     assert after == pytest.approx(expected, rel=2e-3)
     again, _ = figures.updated(text, primitive_lines(truth))

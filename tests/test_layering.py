@@ -70,7 +70,7 @@ STEMS = {
         *("s5_lists", "s5_assign", "s5_mean"),
     },
     "cuda": {
-        *("s1_s3_sweep", "s4_topk", "s5_assign", "s5_mean"),
+        *("s1_s3_sweep", "s4_topk", "s5_lists", "s5_assign", "s5_mean"),
         *("s1_s4_group", "s5_merge", "s1_s5_cluster"),
     },
     "triton": {

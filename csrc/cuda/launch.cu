@@ -49,6 +49,7 @@ Call make_call(const apet_problem& p, const apet_tensors& tensors, const apet_cu
     const int64_t tasks = merge.threads / 32;
     call.tiles = (int32_t)(tile_rows(p, merge) * tile_columns(p, merge));
     call.tile_columns = (int32_t)tile_columns(p, merge);
+    call.list_tickets = (int32_t)list_parts(most_kept(p));
     call.mean_tickets = (int32_t)(((most_kept(p) + call.appended) * blocks + tasks - 1) / tasks);
   }
   return call;
@@ -88,7 +89,7 @@ apet_status launch_second(const apet_problem& p, const Device& device, const ape
                           cudaStream_t stream) {
   const MergeKernel& merge = merge_kernel_of(p, plan);
   const int ctas = device.merge_ctas[&merge - kernels_for(p.dtype).s5_merge];
-  const double tickets = ((double)call.tiles + call.mean_tickets) * (p.images + 1.0);
+  const double tickets = ((double)call.list_tickets + call.tiles + call.mean_tickets) * (p.images + 1.0);
   cudaLaunchAttribute attribute = {};
   attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
   attribute.val.programmaticStreamSerializationAllowed = 1;

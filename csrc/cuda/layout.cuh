@@ -62,6 +62,9 @@ inline SharedMap shared_map(const apet_problem& p, const apet_cuda_plan_t& plan)
   map.s5 = take(plan.path == APET_CUDA_FUSED ? kernels_for(p.dtype).s1_s5_shared_bytes : 0);
   map.resident = take(plan.resident * row_pitch(row_bytes(p)));
   map.total = take(0);
+  const bool fused = plan.path == APET_CUDA_FUSED;  // whose s5 reads the resident rows
+  map.ranks = fused ? map.s5 : map.resident;
+  map.rank_words = (fused ? map.resident - map.s5 : map.total - map.resident) / 4;
   return map;
 }
 
@@ -112,9 +115,11 @@ inline size_t lay_out_workspace(const apet_problem& p, const apet_cuda_plan_t& p
   take(call.row_role, rows);
   take(call.target_token, rows);
   take(call.inv_norm, rows);
+  take(call.target_begin, merges ? rows + p.images : 0);
+  take(call.merged, merges ? tokens : 0);
   take(call.ticket, merges ? 1 : 0);
-  take(call.tiles_done, merges ? p.images : 0);
-  take(call.slots, cooperative ? in_flight * 2 * ctas * message_words((int)m) : 0);
+  take(call.tickets_done, merges ? p.images : 0);
+  take(call.slots, cooperative ? in_flight * slot_words((int)ctas, message_words((int)m)) : 0);
   take(call.arrived, cooperative ? in_flight : 0);
   return used;
 }

@@ -176,9 +176,10 @@ __device__ inline void s5_assign(const Call& call, const Image& image, const Sli
     load(step + kBuffers - 1);
     const int buffer = step % kBuffers * kBufferRows * kBufferPitch;
     if (busy) {
-#pragma unroll
+#pragma unroll(kMatrix ? 2 : 1)  // more of them spill on some targets
       for (int k = 0; k < kStepBytes; k += 32)
-        if (step * (kStepBytes / 32) + k / 32 < slabs)
+        // Copied rows end in zeros, which change no sum; what lies behind a resident row may be anything.
+        if (!kResident || step * (kStepBytes / 32) + k / 32 < slabs)
           multiply<T, Tl>(
               acc, [&](int i) { return row_a(i) + (kResident ? step * kStepBytes : buffer) + k; },
               [&](int j) { return row_b(j) + buffer + k; });
