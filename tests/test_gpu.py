@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import warnings
 from collections.abc import Callable, Iterator
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,6 +19,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 import apet_kernels
 from benchmarks.lib import device as devices
+from benchmarks.lib.paths import carried
 from tests.data import DTYPES, offsets, tokens
 from tests.judge import assert_same, check
 from tests.op_calls import flat
@@ -281,26 +281,17 @@ def test_ragged_images(gpu_backend, dtype):
 SIZES = [(1, 65536, 64, 600), (1, 16384, 1280, 1638), (2, 1500, 8192, 150), (16, 576, 1024, 64), (1, 1280, 3584, 384)]
 
 
-def carried(name: str) -> SimpleNamespace:
-    """What judge.check asks of a backend, for tensors on the CPU."""
-
-    def over(function: Callable[..., tuple[Tensor, ...]]) -> Callable[..., tuple[Tensor, ...]]:
-        return lambda x, *args, **options: tuple(t.cpu() for t in function(there(x), *args, **options, backend=name))
-
-    return SimpleNamespace(score=over(apet_kernels.score), compress=over(apet_kernels.compress))
-
-
 @pytest.mark.parametrize("dtype", DTYPES if not DRY else [torch.float32])
 @pytest.mark.parametrize(("B", "n", "channels", "keep"), SIZES if not DRY else [(1, 30, 20, 8)])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_large(gpu_backend, dtype, B, n, channels, keep, layout):
-    check(carried(gpu_backend), tokens(B, n, channels, dtype=dtype, seed=n), keep, BASIS, layout=layout)
+    check(carried(DEVICE, gpu_backend), tokens(B, n, channels, dtype=dtype, seed=n), keep, BASIS, layout=layout)
 
 
 @pytest.mark.parametrize("select", ["fps", "qr"])
 def test_a_large_basis(gpu_backend, select):
     x = tokens(1, size(2000, 20), size(512, 24), seed=8)
-    check(carried(gpu_backend), x, size(300, 12), size(64, 5), select=select)
+    check(carried(DEVICE, gpu_backend), x, size(300, 12), size(64, 5), select=select)
 
 
 @needs_gpu
