@@ -143,7 +143,7 @@ lint: $(VENV)/installed-dev  ## formatting and static checks
 	$(bin)/mypy
 	@# all modules: what they import from Python's library has to be in the oldest Python too
 	! $(bin)/mypy --config-file= --python-version 3.10 --follow-imports skip --ignore-missing-imports \
-	  --explicit-package-bases python/apet apet_kernels benchmarks tests/*.py tests/hooks | grep -F 'error: Module "'
+	  --explicit-package-bases python/apet apet_kernels benchmarks tests/*.py tests/explore tests/hooks | grep -F 'error: Module "'
 	$(bin)/clang-format --dry-run -Werror $(cpp)
 
 format: $(VENV)/installed-dev  ## format everything

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-from .dispatch import HOW_TO_GET_KERNELS
+from .available import HOW_TO_GET_KERNELS
 
 _host: Any
 try:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from . import dispatch, host, ops
+from . import available, dispatch, host, ops
 from .options import Backend, Layout, Options, Select
 from .registry import registered
 
@@ -87,19 +87,18 @@ def plan(
     device = torch.device("cpu") if x.device.type == "meta" else x.device
     backend = dispatch.chosen_backend()
     if backend is not None:
-        dispatch.check_usable(backend, device)
-        if why := dispatch.why_not_with(backend, options):
-            raise ValueError(f"backend='{backend}' cannot run this: {why}")
+        available.check_usable(backend, device)
+        available.check_options(backend, options)
         found = _plan_by(backend, x, keep, options, why="")
         return replace(found, why=f"chosen by use_backend or set_backend; {found.why}")
-    why_cuda = dispatch.why_not_cuda(device) or dispatch.why_not_with("cuda", options)
+    why_cuda = available.why_not_cuda(device) or available.why_not_with("cuda", options)
     if why_cuda is None:
         return _plan_by("cuda", x, keep, options, why="")
-    if device.type == "cuda" and (dispatch.why_not_triton() or dispatch.why_not_with("triton", options)) is None:
+    if device.type == "cuda" and (available.why_not_triton() or available.why_not_with("triton", options)) is None:
         return _plan_by("triton", x, keep, options, why=f"; {why_cuda}")
-    if why := dispatch.why_not_cpu():
+    if why := available.why_not_cpu():
         return _plan_by("reference", x, keep, options, why)
-    return _plan_by("cpu", x, keep, options, dispatch.why_no_kernels(device, options) or "")
+    return _plan_by("cpu", x, keep, options, available.why_no_kernels(device, options) or "")
 
 
 def _plan_by(backend: Backend, x: Tensor, keep: int, options: Options, why: str) -> Plan:

@@ -10,7 +10,7 @@ from typing import Literal
 
 import torch
 
-from . import dispatch, host
+from . import available, host
 from .registry import registered
 
 __all__ = ["CudaPath", "cpu_isa", "cuda_paths", "use_cpu_isa", "use_cuda_path"]
@@ -82,7 +82,7 @@ def use_cuda_path(way: CudaPath) -> Iterator[None]:
         ...     with testing.use_cuda_path(testing.CudaPath("cluster", ctas_per_image=8)):
         ...         apet_kernels.compress(torch.randn(1, 576, 1024, device="cuda"), keep=64)
     """
-    if why := dispatch.why_unavailable("cuda"):
+    if why := available.why_unavailable("cuda"):
         raise ValueError(f"no CUDA path can be forced: {why}")
     if way.path not in ("best", "fused", "cluster", "cooperative"):
         raise ValueError(f"path='{way.path}' is none of best, fused, cluster, cooperative")

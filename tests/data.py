@@ -1,5 +1,7 @@
 """Tokens to test with: seeded, small, and of the kinds that vision encoders make."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -29,3 +31,8 @@ def tokens(*shape: int, dtype: torch.dtype = torch.float32, kind: str = "normal"
 def rows(*values: list[float], dtype: torch.dtype = torch.float32) -> Tensor:
     """Returns one image [1, N, D] with these values."""
     return torch.tensor([values], dtype=dtype)
+
+
+def offsets(lengths: Sequence[int]) -> Tensor:
+    """What the op calls cu_seqlens or cu_keep: running sums [S + 1] int32."""
+    return torch.tensor([0, *lengths]).cumsum(0).int()

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import apet_kernels
-from apet_kernels import dispatch, testing
+from apet_kernels import available, dispatch, testing
 from benchmarks import gpu_figures, gpu_quick, sanitized
 from benchmarks.lib import mix, paths
 from benchmarks.lib.cases import Case
@@ -27,7 +27,7 @@ from tests.simt import binding, call
 from tests.simt import build as simt_build
 
 ROOT = Path(__file__).parents[1]
-WHY_NOT_SIMULATED = simt_build.missing() or dispatch.why_not_cpu()
+WHY_NOT_SIMULATED = simt_build.missing() or available.why_not_cpu()
 simulated = pytest.mark.skipif(WHY_NOT_SIMULATED is not None, reason=str(WHY_NOT_SIMULATED))
 needs_triton = pytest.mark.skipif("triton" not in apet_kernels.available_backends(), reason="Triton is not installed")
 
@@ -179,8 +179,7 @@ def test_time_that_is_over(tmp_path):
 @needs_triton
 @pytest.mark.parametrize("layout", ["inplace", "overwrite"])
 def test_the_mix_is_right(monkeypatch, layout):
-    for name, stand_in in binding.stand_ins(call.H100).items():
-        monkeypatch.setattr(dispatch, name, stand_in)
+    binding.stand_in(call.H100, monkeypatch.setattr)
     case = Case(2, 40, 16, 20, torch.float32, layout)
     x = tokens(2, 40, 16, kind="clustered", seed=3)
     with torch.inference_mode():
@@ -230,8 +229,7 @@ def test_sanitizers_that_are_not_there(tmp_path, monkeypatch):
 @simulated
 def test_what_the_sanitizers_run(monkeypatch):
     """On the simulated GPU, right; and a wrong result is said."""
-    for name, stand_in in binding.stand_ins(call.H100).items():
-        monkeypatch.setattr(dispatch, name, stand_in)
+    binding.stand_in(call.H100, monkeypatch.setattr)
     monkeypatch.setattr(torch.Tensor, "cuda", lambda t: t)
     for dtype in apet_kernels.ops.DTYPES:
         assert sanitized.ragged_and_given(dtype) == []

@@ -39,7 +39,7 @@ from tests.library.copies import (
     needs_sources,
     path,
 )
-from tests.simt import call as simt_call
+from tests.simt import abi
 from tests.tools import sass
 
 pytestmark = needs_sources
@@ -199,7 +199,7 @@ int main(void) {
 
 def check_planned(said: str) -> None:
     """Checks the plan on a machine with a GPU, else the message of the CUDA runtime that is linked in."""
-    ok = "0 " if torch.cuda.is_available() else f"{simt_call.status_numbers()['APET_CUDA_FAILED']} "
+    ok = "0 " if torch.cuda.is_available() else f"{abi.status_numbers()['APET_CUDA_FAILED']} "
     assert said.startswith(f"{version()} {ok}"), said
     assert len(said.split()) > 4
 

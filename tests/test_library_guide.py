@@ -131,11 +131,7 @@ def test_the_snippet_for_cuda_runs_on_the_simulated_gpu(tmp_path: Path):
     options += [SOURCES / "guide_cuda.cpp", simulated, f"-Wl,-rpath,{simulated.parent}"]
     run("g++", *options, "-o", tmp_path / "libguide.so")
     x, how = tokens(2, 100, 48, dtype=torch.float16), simt_call.How(seed=5)
-    device = how.device
-    simt_call.load().simt_use_device(
-        *(device.capability, device.multiprocessors, device.shared_per_block),
-        *(device.shared_per_multiprocessor, device.largest_cluster),
-    )
+    simt_call.use_device(how.device)
     library = ctypes.CDLL(str(tmp_path / "libguide.so"))
     *got, wrong = call_guide(library, x, 12)
     assert wrong == ""

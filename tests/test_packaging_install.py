@@ -46,7 +46,7 @@ CHECK_CUDA = """
 import torch, apet_kernels
 info = apet_kernels.build_info()
 assert info["cuda_archs"] == "90-real" and info["cuda_compiler"].startswith("NVIDIA"), info
-assert apet_kernels.dispatch.CUDA_LIBRARY.exists()
+assert apet_kernels.available.CUDA_LIBRARY.exists()
 assert apet_kernels.why_unavailable("cuda") == "this torch is built without CUDA"
 apet_kernels.compress(torch.randn(1, 64, 32), 16)
 assert "apet_cuda" not in open("/proc/self/maps").read()

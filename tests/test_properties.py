@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.conftest import Backend
-from tests.data import DTYPES, tokens
+from tests.data import DTYPES, offsets, tokens
 from tests.judge import assert_same, check, check_merge
 
 FEW = 2  # examples on kernels that are interpreted, where one takes seconds; with --interpret 0 as many as elsewhere
@@ -91,7 +91,7 @@ def test_packed_or_one_by_one(backend, data, dtype, basis, D):
     keeps = [data.draw(st.integers(1, n)) for n in lengths]
     layout, select = data.draw(st.sampled_from(["inplace", "append"])), data.draw(st.sampled_from(["fps", "qr"]))
     x = tokens(sum(lengths), D, dtype=dtype, kind="clustered", seed=data.draw(st.integers(0, 999)))
-    cu, cu_keep = (torch.tensor([0, *v]).cumsum(0).int() for v in (lengths, keeps))
+    cu, cu_keep = offsets(lengths), offsets(keeps)
     sizes = (sum(keeps), max(lengths), max(keeps))
     got, indices = backend.compress_varlen(x, cu, cu_keep, *sizes, basis, layout=layout, select=select)
     alone = [

@@ -4,9 +4,9 @@ import pytest
 import torch
 
 import apet_kernels
-from apet_kernels import dispatch
+from apet_kernels import available
 from tests import rule
-from tests.data import DTYPES, tokens
+from tests.data import DTYPES, offsets, tokens
 from tests.judge import assert_same, check_merge
 
 NAN, INF = float("nan"), float("inf")
@@ -16,7 +16,7 @@ QR = {"select": "qr", "basis": None}
 @pytest.fixture
 def backend(backend):
     """The backends that have the rule; `test_backends_without_it` tests the others."""
-    if backend.name in dispatch.WITHOUT_ROUNDS or backend.name == "cuda-simt":
+    if backend.name in available.WITHOUT_ROUNDS or backend.name == "cuda-simt":
         pytest.skip(f"{backend.name} does not pick in rounds yet")
     return backend
 
@@ -237,7 +237,7 @@ def test_alone_batched_packed_and_strided(backend, dtype, refine):
     lengths, counts = [70, 1, 40, 90, 33], [30, 1, 16, 70, 17]
     images = [tokens(1, n, 37, dtype=dtype, seed=n) for n in lengths]
     alone = [backend.compress(x, k, **QR, refine=refine) for x, k in zip(images, counts, strict=True)]
-    cu, cu_keep = (torch.tensor([0, *n]).cumsum(0).int() for n in (lengths, counts))
+    cu, cu_keep = offsets(lengths), offsets(counts)
     packed = torch.cat(images, 1)[0]
     got, at = backend.compress_varlen(packed, cu, cu_keep, sum(counts), max(lengths), max(counts), **QR, refine=refine)
     for s, (tokens_, indices) in enumerate(alone):
@@ -277,7 +277,7 @@ def test_wrong_offsets_stay_in_bounds(backend):
 @pytest.mark.parametrize("name", ["triton", "cuda"])
 def test_backends_without_it(name):
     """They raise an error that names what is asked for, and what has it."""
-    if name not in dispatch.WITHOUT_ROUNDS or name not in apet_kernels.available_backends():
+    if name not in available.WITHOUT_ROUNDS or name not in apet_kernels.available_backends():
         pytest.skip(f"{name} has it, or cannot be used here")
     x = tokens(1, 40, 8)
     with pytest.raises(ValueError, match=rf"{name}.*rounds.*basis=None.*cpu, triton and reference"):

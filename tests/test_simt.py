@@ -148,13 +148,14 @@ def test_conversions(lib, bits, dtype):
         assert narrow[~real].isnan().all()
 
 
+AT = r"selftest_faults\.h:\d+"
 # Case -> the message, under every seed.
 FAULTS = {
-    "skipped_barrier": r"divergent barrier: thread \d+ of block 0 (exits, others wait at|waits at) selftest.cu:\d+",
-    "two_barriers": r"divergent barrier: thread \d+ of block 0 waits at selftest.cu:\d+, but thread \d+",
+    "skipped_barrier": rf"divergent barrier: thread \d+ of block 0 (exits, others wait at|waits at) {AT}",
+    "two_barriers": rf"divergent barrier: thread \d+ of block 0 waits at {AT}, but thread \d+",
     "early_exit": r"divergent barrier: thread \d+ of block 0 (exits|waits at .* but \d+ threads .* have exited)",
     "mask_without_caller": r"calls __shfl_sync with mask 0x0000ffff, which leaves out its lane",
-    "mask_too_wide": r"deadlock: .* waits in __shfl_xor_sync.* waits in __syncthreads at selftest.cu:\d+",
+    "mask_too_wide": rf"deadlock: .* waits in __shfl_xor_sync.* waits in __syncthreads at {AT}",
     "absent_source": r"shuffles from lane 20, which is not in the mask or has exited",
     "different_primitives": r"calls \S+ with mask 0xffffffff, but other lanes wait in \S+ with it",
     "spin_forever": r"deadlock: thread \d+ of block \d waits in a loop around load_acquire",
@@ -231,4 +232,4 @@ def test_sanitizers(sanitizer, seed):
     }[sanitizer]
     summary = {"address": "AddressSanitizer: heap-buffer-overflow", "thread": "ThreadSanitizer: data race"}[sanitizer]
     for name in wrong:
-        assert re.search(rf"SUMMARY: {summary} \S*(selftest.cu|simt_ptx.h):\d+", report(name)), name
+        assert re.search(rf"SUMMARY: {summary} \S*(selftest_\w+|simt_ptx).h:\d+", report(name)), name

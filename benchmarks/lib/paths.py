@@ -68,16 +68,21 @@ class Call:
         packed = x.flatten(0, 1)[: s.N]
         return tuple(apet_kernels.compress_packed(packed, lengths, keeps, s.basis, layout="append", backend=backend))
 
-    def judged(self, device: str, backend: str = "cuda") -> None:
+    def judged(self, device: str) -> None:
         """Judges a layout against float64 (tests/judge.py). Raises AssertionError, what is wrong first."""
-
-        def carried(function: Callable[..., Any]) -> Callable[..., tuple[Tensor, ...]]:
-            return lambda x, *args, **options: tuple(
-                t.cpu() for t in function(x.to(device), *args, **options, backend=backend)
-            )
-
-        functions = SimpleNamespace(score=carried(apet_kernels.score), compress=carried(apet_kernels.compress))
+        functions = carried(device, "cuda")
         judge.check(functions, self.tokens(), self.shape.keep, self.shape.basis, layout=self.op)
+
+
+def carried(device: str, backend: str) -> SimpleNamespace:
+    """What judge.check asks of a backend, for tensors on the CPU."""
+
+    def over(function: Callable[..., Any]) -> Callable[..., tuple[Tensor, ...]]:
+        return lambda x, *args, **options: tuple(
+            t.cpu() for t in function(x.to(device), *args, **options, backend=backend)
+        )
+
+    return SimpleNamespace(score=over(apet_kernels.score), compress=over(apet_kernels.compress))
 
 
 def calls(tiny: bool = False) -> list[Call]:

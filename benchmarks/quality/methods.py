@@ -39,11 +39,11 @@ def everything(x: Tensor, keep: int, attention: Tensor) -> tuple[Tensor, Tensor]
     return x, torch.arange(x.shape[1]).expand(x.shape[:2])
 
 
-def selected(x: Tensor, keep: int, basis: int = BASIS) -> tuple[Tensor, Tensor]:
+def selected(x: Tensor, keep: int) -> tuple[Tensor, Tensor]:
     """Returns the tokens that the default keeps: positions [B, keep], ascending, and which are basis tokens [B,
     keep]."""
-    _, kept = apet_kernels.compress(x, keep, basis)
-    _, picks = apet_kernels.score(x, basis)  # [B, M]
+    _, kept = apet_kernels.compress(x, keep, BASIS)
+    _, picks = apet_kernels.score(x, BASIS)  # [B, M]
     return kept, (kept[..., None] == picks[:, None]).any(-1)
 
 

@@ -76,9 +76,9 @@ def device_works(options: Options) -> bool:
 
 def usable(options: Options) -> list[str]:
     """Returns the backends for tensors on the device."""
-    from apet_kernels import dispatch
+    from apet_kernels import available
 
-    return [name for name in ("cuda", "triton") if dispatch.why_unavailable(name) is None]
+    return [name for name in ("cuda", "triton") if available.why_unavailable(name) is None]
 
 
 def no_cuda_gpu() -> bool:
@@ -88,11 +88,11 @@ def no_cuda_gpu() -> bool:
 
 
 def raise_unusable() -> None:
-    from apet_kernels import dispatch
+    from apet_kernels import available
 
     if no_cuda_gpu():
         raise NotPossible("an AMD GPU: Triton alone")
-    raise RuntimeError(f"the CUDA kernels are not usable: {dispatch.why_unavailable('cuda')}")
+    raise RuntimeError(f"the CUDA kernels are not usable: {available.why_unavailable('cuda')}")
 
 
 def forceable(call: Callable[[], Any]) -> Any:

@@ -30,14 +30,14 @@ SANITIZERS = ("memcheck", "racecheck", "synccheck", "initcheck")
 def selftests(options: Options) -> Iterator[Item]:
     """Yields the self-tests of `apet doctor`."""
     prepare(options)
-    from apet_kernels import dispatch
+    from apet_kernels import available
 
     for name in ("cuda", "cpu", "triton"):
 
         def run(name: str = name) -> dict[str, Any]:
             from apet import selftest
 
-            if why := dispatch.why_unavailable(name):
+            if why := available.why_unavailable(name):
                 text = f"{name} is not usable: {why}"
                 if name == "cpu" or (name == "cuda" and no_cuda_gpu()):
                     raise NotPossible(text)

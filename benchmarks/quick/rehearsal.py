@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Callable
-from typing import Any
 
 from benchmarks.lib.device import DryRun
 
@@ -34,13 +33,10 @@ def install() -> None:
     """Lets `backend="cuda"` take CPU tensors. Kernels of Triton run in the tests' interpreter if that is reliable here,
     else in Triton's own."""
     os.environ["TRITON_INTERPRET"] = "1"
-    from apet_kernels import dispatch
     from tests.simt import binding, call
 
     with contextlib.suppress(ImportError):
         from tests.tools import triton_interpreter
 
         triton_interpreter.install()
-    stand_ins: dict[str, Any] = binding.stand_ins(call.H100)
-    for name, stand_in in stand_ins.items():
-        setattr(dispatch, name, stand_in)
+    binding.stand_in(call.H100)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import numpy as np
@@ -91,16 +92,12 @@ def panels(model: nn.Module, inputs: Mapping[str, Any], processor: Any, visual: 
 def _prefill(engine: Engine, inputs: Mapping[str, Any]) -> tuple[list[Call], Tensor | None]:
     """Runs a prefill. Returns its calls of the op, and the projector's input [tiles, N, C] if that is compressed."""
     projected: list[Tensor] = []
-    handles = []
-    if engine.adapter.projector is not None:
-        projector = engine.core.get_submodule(engine.adapter.projector)
-        handles = [projector.register_forward_pre_hook(lambda _, args: projected.append(args[0]), prepend=True)]
-    try:
-        with Recorder() as recorder:
-            engine.model.generate(**inputs, **GREEDY, max_new_tokens=1)
-    finally:
-        for handle in handles:
-            handle.remove()
+    with Recorder() as recorder, ExitStack() as hooks:
+        if engine.adapter.projector is not None:
+            projector = engine.core.get_submodule(engine.adapter.projector)
+            seen = projector.register_forward_pre_hook(lambda _, args: projected.append(args[0]), prepend=True)
+            hooks.enter_context(seen)
+        engine.model.generate(**inputs, **GREEDY, max_new_tokens=1)
     if not recorder.calls:
         raise ValueError(f"nothing was dropped, so there is nothing to draw: {engine.options}")
     return recorder.calls, projected[0] if projected else None

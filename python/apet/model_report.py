@@ -167,11 +167,8 @@ def count(engine: Engine, inputs: Mapping[str, Any]) -> Prefill:
     sdpa = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops}
     counter, at_decoder = FlopCounterMode(display=False, custom_mapping=sdpa), []
     seen = engine.language_model.register_forward_pre_hook(lambda *_: at_decoder.append(counter.get_total_flops()))
-    try:
-        with _torch_attention(engine.model), Recorder() as recorder, counter:
-            out = engine.model.generate(**inputs, **GREEDY, max_new_tokens=1, return_dict_in_generate=True)
-    finally:
-        seen.remove()
+    with seen, _torch_attention(engine.model), Recorder() as recorder, counter:
+        out = engine.model.generate(**inputs, **GREEDY, max_new_tokens=1, return_dict_in_generate=True)
     layers = out.past_key_values.layers
     return Prefill(
         lengths=[int(out.past_key_values.get_seq_length(i)) for i in range(len(layers))],

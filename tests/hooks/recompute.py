@@ -9,6 +9,7 @@ on the keys of dropped tokens are masked.
 from __future__ import annotations
 
 import math
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -162,16 +163,13 @@ def enter(model: PreTrainedModel, family: Family, row: Sample) -> tuple[dict[str
     def projector(_: torch.nn.Module, args: tuple) -> None:
         features.append(args[0].flatten(0, 1))
 
-    handles = [reader(model).register_forward_pre_hook(language_model, with_kwargs=True)]
-    if family.projector:
-        handles.append(core(model).get_submodule(family.projector).register_forward_pre_hook(projector))
     if family.ragged:  # some versions give a prompt without a picture the offset of the prompt before it
         core(model).rope_deltas = None
-    try:
+    with ExitStack() as hooks:
+        hooks.enter_context(reader(model).register_forward_pre_hook(language_model, with_kwargs=True))
+        if family.projector:
+            hooks.enter_context(core(model).get_submodule(family.projector).register_forward_pre_hook(projector))
         model(**collate(family, [row], dtype=model.dtype), use_cache=False)
-    finally:
-        for handle in handles:
-            handle.remove()
     return seen, torch.cat(features) if features else None
 
 

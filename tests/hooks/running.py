@@ -102,11 +102,10 @@ def goes_on_at(family: Family, row: Sample) -> int | None:
     if int(prompt.positions[..., -1].max()) + 1 == prompt.following:
         return None
     told: list[Tensor] = []
-    hook = reader(model).register_forward_pre_hook(
+    with reader(model).register_forward_pre_hook(
         lambda _, args, kwargs: told.append(kwargs["position_ids"]), with_kwargs=True
-    )
-    say(model, collate(family, [row]), new=2)
-    hook.remove()
+    ):
+        say(model, collate(family, [row]), new=2)
     assert len(told) == 2
     return int(told[1][-3:].max())
 

@@ -3,6 +3,7 @@ calls."""
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -218,19 +219,15 @@ def test_no_attention_weights(family: Family) -> None:
     """Nothing asks for attention weights: no flash kernel has any, and sdpa would fall back to eager."""
     model = shared(family.name)
     asked: list[Any] = []
-    layers = model.model.language_model.layers
-    handles = [
-        layer.self_attn.register_forward_pre_hook(
-            lambda _, args, kwargs: asked.append(kwargs.get("output_attentions")), with_kwargs=True
-        )
-        for layer in layers
-    ]
-    try:
+
+    def listen(_: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        asked.append(kwargs.get("output_attentions"))
+
+    with ExitStack() as hooks:
+        for layer in model.model.language_model.layers:
+            hooks.enter_context(layer.self_attn.register_forward_pre_hook(listen, with_kwargs=True))
         with apet.patched(model, **BOTH):
             say(model, collate(family, conversations(family)))
-    finally:
-        for handle in handles:
-            handle.remove()
     assert asked
     assert not any(asked)
 

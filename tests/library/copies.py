@@ -17,6 +17,7 @@ from torch import Tensor
 
 import apet_kernels
 from tests.binaries import run, version
+from tests.simt import abi
 from tests.simt import build as simt_build
 from tests.simt import call as simt_call
 
@@ -210,7 +211,7 @@ class Copy:
     def use_isa(self, name: str) -> bool:
         return self.function("use_isa")(ISAS.index(name)) == 0
 
-    def plan(self, problem: simt_call.Problem) -> Plan:
+    def plan(self, problem: abi.Problem) -> Plan:
         plan = Plan()
         assert self.function("plan")(ctypes.byref(problem), 1, ctypes.byref(plan)) == 0
         return plan
@@ -223,7 +224,7 @@ class Copy:
         pointers = {name: t.data_ptr() for name, t in (case.inputs | case.outputs).items()}
         status = self.function("run")(
             ctypes.byref(case.problem),
-            ctypes.byref(simt_call.Tensors(**pointers)),
+            ctypes.byref(abi.Tensors(**pointers)),
             None,
             ctypes.c_void_p((room.data_ptr() + 63) // 64 * 64),
             ctypes.c_size_t(plan.workspace_bytes),

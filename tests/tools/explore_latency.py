@@ -13,8 +13,8 @@ from apet.explore.explorer import Explorer
 from apet.explore.files import Files
 
 from tests import browser
+from tests.explore.test_browser import MEGABYTES, Page
 from tests.photos import ASTRONAUT
-from tests.test_explore_browser import MEGABYTES, Page
 
 FIRST, LAST = 65, 94  # tokens kept, one more with every press
 WARM = 3  # presses that are not counted

@@ -30,6 +30,8 @@ from apet.hooks.adapters import ADAPTERS, GENERIC, READERS, adapter_for
 from apet.hooks.selfcheck import STAGES, TOLERANCE
 from apet.hooks.target import Target
 
+from benchmarks.lib.sheet import replaced
+
 DOCS = Path(__file__).parents[2] / "docs"
 SECONDS = 180  # of a processor, for one type; most take less than ten
 UNTRIED = "not tried yet"
@@ -240,8 +242,7 @@ def main() -> None:
         cells = one.get("cells")
         print(name, "; ".join(f"{c} {v}" for c, v in cells.items()) if cells else one["reason"], flush=True)
         table.write_text(json.dumps(dict(sorted(results.items())), indent=1) + "\n")
-    before, rest = text.read_text().split(BEGIN)
-    text.write_text(f"{before}{BEGIN}\n{page(results)}\n{END}{rest.split(END)[1]}")
+    text.write_text(replaced(text.read_text(), BEGIN, END, page(results) + "\n"))
 
 
 if __name__ == "__main__":

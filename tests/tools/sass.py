@@ -28,10 +28,12 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+from benchmarks.lib.sheet import replaced
+
 ROOT = Path(__file__).parents[2]
 CSRC = ROOT / "csrc"
 GUIDE = ROOT / "docs/cuda.md"
-BEGIN, END = "<!-- sass:begin -->\n", "<!-- sass:end -->"
+BEGIN, END = "<!-- sass:begin -->", "<!-- sass:end -->"
 
 TARGETS = ("sm_80", "sm_86", "sm_89", "sm_90a", "sm_100a", "sm_103a", "sm_120a")
 DTYPES = ("float32", "float16", "bfloat16")  # a source each
@@ -305,8 +307,7 @@ def main(arguments: list[str]) -> int:
         print(table(kernels))
     print(*found, f"{len(kernels)} kernels in {time.monotonic() - began:.0f} s", sep="\n")
     if options.markdown:
-        before, rest = GUIDE.read_text().split(BEGIN)
-        GUIDE.write_text(before + BEGIN + table(kernels) + END + rest.split(END)[1])
+        GUIDE.write_text(replaced(GUIDE.read_text(), BEGIN, END, table(kernels)))
     return 1 if found else 0
 
 

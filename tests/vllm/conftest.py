@@ -16,7 +16,7 @@ import pytest
 if not any(Path(place, "vllm", "__init__.py").exists() for place in sys.path):
     collect_ignore_glob = ["*"]
 else:
-    import tiny
+    import tiny_models
     import torch
     from engines import MROPE, SETTINGS, Served
 
@@ -41,7 +41,7 @@ else:
 
         def find(name: str) -> Path:
             if name not in made:
-                made[name] = tiny.save(name, tmp_path_factory.mktemp(name))
+                made[name] = tiny_models.save(name, tmp_path_factory.mktemp(name))
             return made[name]
 
         return find

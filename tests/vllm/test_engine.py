@@ -191,9 +191,8 @@ def test_kept_tokens_of_an_image_attend_to_each_other(served):
         for request in runner.requests.values():
             spans.append([span for f in request.mm_features for span in f.mm_position.extract_embeds_range()])
 
-    hook = served.model.register_forward_pre_hook(note)
-    (output,) = served.outputs(prompt("gemma3", *(picture(*size) for size in SIZES[:2]), apet_keep=5), tokens=1)
-    hook.remove()
+    with served.model.register_forward_pre_hook(note):
+        (output,) = served.outputs(prompt("gemma3", *(picture(*size) for size in SIZES[:2]), apet_keep=5), tokens=1)
     first, second = (column for column, token in enumerate(output.prompt_token_ids) if token == tiny.BOI)
     assert runner.is_mm_prefix_lm
     assert spans[0] == [(first + 1, first + 5), (second + 1, second + 5)]

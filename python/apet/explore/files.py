@@ -88,10 +88,10 @@ class Files:
         return Encoded(path.name, (rows, cols), tokens, views, [data_uri(view) for view in large], found.times)
 
 
-def data_uri(picture: Image.Image, quality: int = 82) -> str:
+def data_uri(picture: Image.Image) -> str:
     """Returns a picture as a data URI that holds a JPEG."""
     file = io.BytesIO()
-    picture.save(file, "JPEG", quality=quality)
+    picture.save(file, "JPEG", quality=82)
     return "data:image/jpeg;base64," + base64.b64encode(file.getvalue()).decode()
 
 

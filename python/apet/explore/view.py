@@ -65,9 +65,9 @@ def message(words: str, error: bool = True) -> str:
     return f'<div class="apet"><p class="message"{role}>{escape(words)}</p></div>'
 
 
-def poster(shown: Sequence[Shown], kinds: Sequence[str] = ALL, dark: bool = False, width: int = 1280) -> str:
+def poster(shown: Sequence[Shown], kinds: Sequence[str] = ALL, dark: bool = False) -> str:
     """Returns a complete SVG document with a line of pictures for each setting."""
-    side, gap, head, line = 28, 44, 46, 30
+    width, side, gap, head, line = 1280, 28, 44, 46, 30
     most = heat_of(shown)
     rows, cols = shown[0].grid
     wide = (width - 2 * side - (len(kinds) - 1) * gap) / len(kinds)

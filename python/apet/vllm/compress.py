@@ -71,7 +71,7 @@ class Model(nn.Module):
         # Options are checked here too: if a processor raises an error, vLLM takes the model for a text model.
         at_start = options.of(vllm_config.model_config.multimodal_config.mm_processor_kwargs or {})
         if at_start:
-            self.check(vllm_config, at_start)
+            self.check(vllm_config)
         super().__init__(vllm_config=vllm_config, prefix=prefix)
         self.at_start = at_start
         if self.projector:
@@ -79,7 +79,7 @@ class Model(nn.Module):
             projector.register_forward_pre_hook(self._before_projector)
             projector.register_forward_hook(self._after_projector)
 
-    def check(self, vllm_config: VllmConfig, at_start: options.Wanted) -> None:
+    def check(self, vllm_config: VllmConfig) -> None:
         """Raises ValueError for an engine whose configuration does not support compression."""
 
     def width(self) -> int | None:

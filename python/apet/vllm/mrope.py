@@ -60,7 +60,7 @@ class MRope(Model):
         if self.at_start:
             self.is_multimodal_pruning_enabled = False
 
-    def check(self, vllm_config: VllmConfig, at_start: options.Wanted) -> None:
+    def check(self, vllm_config: VllmConfig) -> None:
         config = vllm_config.model_config.multimodal_config
         if rate := config.video_pruning_rate:
             raise ValueError(f"apet_keep and video_pruning_rate={rate} both drop tokens of a video; choose one")

@@ -10,43 +10,39 @@ from typing import Any
 import transformers
 from transformers import generation
 
-from .edits import ALL, CACHE, Classes, bare, mutation, parameter, source_of
+from .edits import ALL, CACHE, Classes, bare, mutation, renamed, source_of
 
 
 @mutation(*ALL)
 def core_cache_renamed(c: Classes) -> None:
-    c.edit(c.core, *parameter(CACHE, "kv"))
+    c.edit(c.core, renamed(CACHE, "kv"))
     c.edit(c.model, (rf"(= self\.model\([^\n]*?){CACHE}=", r"\g<1>kv="))
 
 
 @mutation("llava")
 def core_cache_renamed_without_annotation(c: Classes) -> None:
-    c.edit(c.core, *parameter(CACHE, "kv"), bare("kv"))
+    c.edit(c.core, renamed(CACHE, "kv"), bare("kv"))
     c.edit(c.model, (rf"(= self\.model\([^\n]*?){CACHE}=", r"\g<1>kv="))
 
 
 @mutation(*ALL)
 def language_model_cache_renamed(c: Classes) -> None:
-    c.edit(c.lm, *parameter(CACHE, "kv"))
-    c.edit(c.core, c.lm_call(f"{CACHE}=", "kv="))
+    c.rename_for_lm(CACHE, "kv")
 
 
 @mutation(*ALL, says="no argument known for cache")
 def language_model_cache_renamed_without_annotation(c: Classes) -> None:
-    c.edit(c.lm, *parameter(CACHE, "kv"), bare("kv"))
-    c.edit(c.core, c.lm_call(f"{CACHE}=", "kv="))
+    c.rename_for_lm(CACHE, "kv", bare("kv"))
 
 
 @mutation(*ALL)
 def layer_cache_renamed(c: Classes) -> None:
-    c.edit(c.layer, *parameter(CACHE, "kv"))
-    c.edit(c.lm, c.layer_call(f"{CACHE}=", "kv="))
+    c.rename_for_layers(CACHE, "kv")
 
 
 @mutation(*ALL, says="no argument known for cache")
 def layer_cache_renamed_without_annotation(c: Classes) -> None:
-    c.edit(c.layer, *parameter(CACHE, "kv"), bare("kv"))
-    c.edit(c.lm, c.layer_call(f"{CACHE}=", "kv="))
+    c.rename_for_layers(CACHE, "kv", bare("kv"))
 
 
 @mutation("llava")

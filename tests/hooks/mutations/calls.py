@@ -11,17 +11,17 @@ from typing import Any
 import torch
 from torch import nn
 
-from .edits import ALL, CACHE, Classes, mutation, parameter, source_of
+from .edits import ALL, CACHE, Classes, mutation, renamed, source_of
 
 
 @mutation("llava", "qwen3_vl", says="no argument known for .*hidden")
 def hidden_states_renamed(c: Classes) -> None:
-    c.edit(c.layer, *parameter("hidden_states", "x"))
+    c.edit(c.layer, renamed("hidden_states", "x"))
 
 
 @mutation("llava", says="no argument known for .*hidden")
 def hidden_states_renamed_and_given_by_keyword(c: Classes) -> None:
-    c.edit(c.layer, *parameter("hidden_states", "x"))
+    c.edit(c.layer, renamed("hidden_states", "x"))
     c.edit(c.lm, (r"decoder_layer\(hidden_states", "decoder_layer(x=hidden_states"))
 
 

@@ -72,6 +72,16 @@ class Classes:
         """Returns a change within the core model's call of its language model."""
         return rf"(= self\.language_model\([^\n]*?){pattern}", rf"\g<1>{new}"
 
+    def rename_for_layers(self, old: str, new: str, *more: tuple[str, str]) -> None:
+        """Another name for an argument of the decoder layers, where they are called too. more: changes of a layer."""
+        self.edit(self.layer, renamed(old, new), *more)
+        self.edit(self.lm, self.layer_call(f"{old}=", f"{new}="))
+
+    def rename_for_lm(self, old: str, new: str, *more: tuple[str, str]) -> None:
+        """The same for the language model."""
+        self.edit(self.lm, renamed(old, new), *more)
+        self.edit(self.core, self.lm_call(f"{old}=", f"{new}="))
+
     def after_init(self, owner: type, change: Callable[[Any], None]) -> None:
         """Changes instances after they are made."""
         init = owner.__init__
@@ -102,11 +112,6 @@ FIRST_LINE = r"\n    residual = [^\n]*(?=\n    hidden_states = self\.input_layer
 def renamed(old: str, new: str) -> tuple[str, str]:
     """Renames a local name or parameter, but no keyword of a call."""
     return rf"(?<![\w.'\"]){old}\b(?!=[^=]|['\"])", new
-
-
-def parameter(old: str, new: str) -> list[tuple[str, str]]:
-    """Renames a parameter and keeps its annotation."""
-    return [renamed(old, new)]
 
 
 def bare(name: str) -> tuple[str, str]:

@@ -10,7 +10,7 @@ from typing import Any
 
 import transformers
 
-from .edits import ALL, Classes, NotThisVersion, mutation, parameter, source_of
+from .edits import ALL, Classes, NotThisVersion, mutation, source_of
 
 # ---- more along the sequence
 
@@ -148,8 +148,7 @@ def language_model_embeds_the_text(c: Classes) -> None:
 
 @mutation("llava", says="no argument known for embeds")
 def embeddings_renamed(c: Classes) -> None:
-    c.edit(c.lm, *parameter("inputs_embeds", "embeddings"))
-    c.edit(c.core, c.lm_call("inputs_embeds=", "embeddings="))
+    c.rename_for_lm("inputs_embeds", "embeddings")
 
 
 @mutation("llava", says="has none of image_token_id|has no image_token_id|the hooks are not right for")

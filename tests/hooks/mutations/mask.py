@@ -8,19 +8,17 @@ from typing import Any
 
 from transformers import masking_utils
 
-from .edits import CACHE, FIRST_LINE, Classes, mutation, parameter
+from .edits import CACHE, FIRST_LINE, Classes, mutation
 
 
 @mutation("llava", "qwen3_vl", both="no argument known for mask")
 def layer_mask_renamed(c: Classes) -> None:
-    c.edit(c.layer, *parameter("attention_mask", "mask"))
-    c.edit(c.lm, c.layer_call("attention_mask=", "mask="))
+    c.rename_for_layers("attention_mask", "mask")
 
 
 @mutation("llava", "qwen2_5_vl", says="no argument known for mask")
 def language_model_mask_renamed(c: Classes) -> None:
-    c.edit(c.lm, *parameter("attention_mask", "mask"))
-    c.edit(c.core, c.lm_call("attention_mask=", "mask="))
+    c.rename_for_lm("attention_mask", "mask")
 
 
 @mutation("llava", "qwen3_vl", says="no argument known for mask")

@@ -2,25 +2,22 @@
 
 from __future__ import annotations
 
-from .edits import ALL, Classes, mutation, parameter
+from .edits import ALL, Classes, mutation, renamed
 
 
 @mutation("llava", "qwen2_5_vl", says="no argument known for positions")
 def language_model_positions_renamed(c: Classes) -> None:
-    c.edit(c.lm, *parameter("position_ids", "positions"))
-    c.edit(c.core, c.lm_call("position_ids=", "positions="))
+    c.rename_for_lm("position_ids", "positions")
 
 
 @mutation("llava", "qwen2_5_vl", both="called with positions of shape")
 def layer_positions_renamed(c: Classes) -> None:
-    c.edit(c.layer, *parameter("position_ids", "positions"))
-    c.edit(c.lm, c.layer_call("position_ids=", "positions="))
+    c.rename_for_layers("position_ids", "positions")
 
 
 @mutation(*ALL, both="layers do not share one rotary embedding")
 def layer_rotary_renamed(c: Classes) -> None:
-    c.edit(c.layer, *parameter("position_embeddings", "rotary"))
-    c.edit(c.lm, c.layer_call("position_embeddings=", "rotary="))
+    c.rename_for_layers("position_embeddings", "rotary")
 
 
 @mutation("llava", "qwen3_vl", both="layers do not share one rotary embedding")
@@ -87,7 +84,7 @@ def rotary_called_with_another_argument(c: Classes) -> None:
 
 @mutation("llava", "qwen2_5_vl", both=r"takes \(x, positions\), where apet knows")
 def rotary_argument_renamed(c: Classes) -> None:
-    c.edit(c.rotary, ("@dynamic_rope_update\n", ""), *parameter("position_ids", "positions"))
+    c.edit(c.rotary, ("@dynamic_rope_update\n", ""), renamed("position_ids", "positions"))
     c.edit(
         c.lm,
         (

@@ -16,8 +16,8 @@ import pytest
 from PIL import Image
 
 from tests import browser
+from tests.explore.tiles import huge
 from tests.photos import ASTRONAUT, BIKES, CHELSEA
-from tests.test_explore import huge
 
 MISSING = browser.missing()
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(MISSING is not None, reason=str(MISSING))]
