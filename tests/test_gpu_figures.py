@@ -94,7 +94,7 @@ def test_figures_come_back():
     text, kept = figures.updated(header(), primitive_lines(truth))
     assert kept == ["overlapped_launch_us", "group_us", "fill_us", "l2_bytes"]
     ((comment, after),) = figures.read(text)
-    assert "NVIDIA X, measured at commit abc; left as it was: overlapped_launch_us, group_us, fill_us, l2_bytes" in comment
+    assert f"NVIDIA X, measured at commit abc; left as it was: {', '.join(kept)}" in comment
     expected = truth | {name: before[name] for name in (*kept, "capability")}
     assert after == pytest.approx(expected, rel=2e-3)
     again, _ = figures.updated(text, primitive_lines(truth))
