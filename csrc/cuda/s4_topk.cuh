@@ -40,7 +40,7 @@ struct Ranks {
 };
 
 // Counts flags of all threads of the CTA, in order. There are two sets of sums, used in turns, so that one barrier
-// serves: a thread that writes a set has passed a barrier after everybody had read it.
+// serves: a thread writes a set only after a barrier that follows all reads of it.
 struct Counter {
   Key* sums;  // [2][kWarps], of four flags each, 16 bits a flag
   int turn = 0;
