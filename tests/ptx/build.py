@@ -41,16 +41,40 @@ def device_code(dtype: str, csrc: Path = CSRC, targets: tuple[str, ...] = TARGET
     """The object of a dtype's kernels: their host stubs, and their PTX for the targets."""
     archs = [target.removeprefix("sm_") for target in targets]
     flags = [f"-gencode=arch=compute_{arch},code=compute_{arch}" for arch in archs]
-    return _nvcc(csrc / f"cuda/{dtype}.cu", csrc, [*flags, "--no-compress"])
+    return _nvcc(csrc / f"cuda/{dtype}.cu", csrc, [*flags, "--no-compress", "-lineinfo"])
 
 
 @functools.cache
 def ptx(dtype: str, target: str, csrc: Path = CSRC, targets: tuple[str, ...] = TARGETS) -> str:
-    """The PTX of a dtype's kernels, as it lies in the object."""
+    """The PTX of a dtype's kernels, as it lies in the object; a comment "// FILE:LINE" says of which line of csrc/cuda
+    the instructions after it are."""
     content = device_code(dtype, csrc, targets).read_bytes()
     texts = re.findall(rb"\.version [^\0]*", content)
     (text,) = (t.decode() for t in texts if f"\n.target {target}\n".encode() in t)
-    return text
+    return _with_places(text, csrc)
+
+
+LOC = re.compile(r"\.loc\s+(\d+) (\d+) \d+(?:, function_name .*, inlined_at (\d+) (\d+) \d+)?")
+
+
+def _with_places(text: str, csrc: Path) -> str:
+    """Every .loc as a comment, with the innermost place that is in csrc/cuda; without the names of files and functions,
+    which -lineinfo puts at the end."""
+    text, _, names = text.partition("\n.file\t")
+    files = {number: Path(name) for number, name in re.findall(r'(\d+) "(.*?)"', names)}
+    inlined: dict[tuple[str, str], tuple[str, str]] = {}  # where a place was last inlined
+
+    def comment(line: str) -> str:
+        if not (loc := LOC.fullmatch(line)):
+            return line
+        place = (loc[1], loc[2])
+        if loc[3]:
+            inlined[place] = (loc[3], loc[4])
+        while files[place[0]].parent != csrc / "cuda" and place in inlined:
+            place = inlined[place]
+        return f"// {files[place[0]].name}:{place[1]}"
+
+    return "\n".join(map(comment, text.split("\n"))) + "\n"
 
 
 def _host(source: Path) -> Path:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 import re
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+from torch import Tensor
 
 from tests.judge import bits
 from tests.simt.call import Case, Fault, How
 
-from . import call
+from . import build, call
 
 
 @dataclass(frozen=True)
@@ -76,29 +80,102 @@ PLANTED = (
 )
 
 
-def planted_texts(text: str, counts: dict[int, int], fault: Planted) -> Iterator[tuple[int, str]]:
-    """The line, and the text, of the fault at every instruction that was executed (call.executed)."""
+@dataclass(frozen=True)
+class Harmless:
+    """Instructions that no result depends on: those of source text that ends in their line."""
+
+    fault: str  # its name
+    file: str  # in csrc/cuda
+    source: str  # a pattern
+    why: str
+    kernels: str = ""  # a pattern; elsewhere the fault has to be noticed
+
+    def holds(self, place: Place) -> bool:
+        return place.source in _lines(self.file, self.source) and re.search(self.kernels, place.kernel) is not None
+
+
+HARMLESS: tuple[Harmless, ...] = ()
+SEEDS = (0, 3, 4, 5, 1, 2)  # of all kinds of schedules
+
+
+@functools.cache
+def _lines(file: str, source: str) -> set[str]:
+    """The places, FILE:LINE, where text that matches ends."""
+    text = (build.CSRC / "cuda" / file).read_text()
+    found = {f"{file}:{text.count(chr(10), 0, match.end()) + 1}" for match in re.finditer(source, text)}
+    assert found, f"{source} is no longer in {file}"
+    return found
+
+
+class Place(NamedTuple):
+    """An instruction of a text."""
+
+    line: int
+    kernel: str
+    source: str  # FILE:LINE in csrc/cuda
+
+    def __str__(self) -> str:
+        return f"line {self.line} of the PTX, {self.source}, {self.kernel}"
+
+
+@dataclass
+class Unchanged:
+    """A call in one way, by the text as nvcc made it: its results, and the instructions that it executed."""
+
+    case: Case
+    how: How
+    text: str
+    results: dict[str, Tensor]
+    places: list[Place]
+
+
+def unchanged(case: Case, how: How) -> Unchanged:
+    text = call.text_of(case, how)
+    call.run(case, how)
+    counts = call.executed(text)
+    places, kernel, source = [], "", ""
+    for number, line in enumerate(text.split("\n"), 1):
+        if entry := re.match(r"\.visible \.entry (\w+)", line):
+            kernel, source = entry[1], ""
+        elif line.startswith("// "):
+            source = line.removeprefix("// ")
+        elif counts.get(number):
+            places.append(Place(number, kernel, source))
+    return Unchanged(case, how, text, {name: t.clone() for name, t in case.outputs.items()}, places)
+
+
+def executed(way: Unchanged, fault: Planted) -> list[Place]:
+    """Where the fault can be planted in what the call executes, and is not harmless."""
+    lines = way.text.split("\n")
+    harmless = [entry for entry in HARMLESS if entry.fault == fault.name]
+    fits = [place for place in way.places if re.search(fault.pattern, lines[place.line - 1])]
+    return [place for place in fits if not any(entry.holds(place) for entry in harmless)]
+
+
+def plant(text: str, fault: Planted, number: int) -> str:
+    """The text with the fault in that line."""
     lines = text.split("\n")
-    for number, count in sorted(counts.items()):
-        line = lines[number - 1]
-        if not count or not re.search(fault.pattern, line):
-            continue
-        edited = fault.change(line)
-        assert edited != line, f"{fault.name}: nothing changes in {line}"
-        if "barrier.cluster.arrive" in line and not edited:  # with the wait, which follows
-            assert "barrier.cluster.wait" in lines[number]
-            yield number, "\n".join([*lines[: number - 1], "", "", *lines[number + 1 :]])
-        else:
-            yield number, "\n".join([*lines[: number - 1], edited, *lines[number:]])
+    before, lines[number - 1] = lines[number - 1], fault.change(lines[number - 1])
+    assert lines[number - 1] != before, f"{fault.name}: nothing changes in {before}"
+    if "barrier.cluster.arrive" in before:  # with the wait for it
+        wait = next(n for n in range(number, len(lines)) if lines[n].strip() and not lines[n].startswith("//"))
+        assert "barrier.cluster.wait" in lines[wait], f"{lines[wait]} after {before}"
+        lines[wait] = ""
+    return "\n".join(lines)
 
 
-def noticed(case: Callable[[], Case], how: How, text: str, expected: dict) -> str:
-    """What shows that a text is wrong: the interpreter's message, or which result differs; "" if nothing does."""
-    run = case()
+def noticed(way: Unchanged, fault: Planted, place: Place) -> str:
+    """What shows, on the way's schedule or on another, that the text is wrong there: the interpreter's message, or
+    which result differs; "" if nothing does."""
+    text = plant(way.text, fault, place.line)
     try:
-        call.run(run, how, text)
-    except Fault as fault:
-        return str(fault)
+        for seed in (way.how.seed, *SEEDS):
+            call.run(way.case, replace(way.how, seed=seed), text)
+            for name, expected in way.results.items():
+                if not bits(way.case.outputs[name]).equal(bits(expected)):
+                    return f"other {name}"
+        return ""
+    except Fault as found:
+        return str(found)
     finally:
         call.forget(text)
-    return next((f"other {k}" for k, v in expected.items() if not bits(run.outputs[k]).equal(bits(v))), "")

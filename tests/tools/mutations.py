@@ -14,19 +14,21 @@ import re
 import shutil
 import sys
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from tests import test_cuda_simt
+from benchmarks.lib import machine
 from tests.data import tokens
 from tests.judge import bits
-from tests.ptx import build, call
+from tests.ptx import build, call, planted
 from tests.simt import build as simt
 from tests.simt import call as simt_call
-from tests.simt.call import Case, Fault, How
-from tests.test_cuda_simt import CLUSTER, COOPERATIVE, FUSED, WRONG, Bug
+from tests.simt.call import Case, Fault
+from tests.test_cuda_simt_bugs import BUGS, CLUSTER, COOPERATIVE, FUSED, WRONG, Bug
+from tests.tools import sass
 from tests.tools.sass import GUIDE
 
 BEGIN, END = "<!-- mutations:begin -->\n", "<!-- mutations:end -->"
@@ -101,32 +103,37 @@ def by_simulation(bug: Bug, csrc: Path, made: Case) -> str:
     simt_call.run(made, bug.how)
     expected = {name: t.clone() for name, t in made.outputs.items()}
     program = simt.program("driver.cpp", simt.kernels(csrc, bug.sanitizer, only="float16"), bug.sanitizer)
-    said = simt_call.run_in_program(made, bug.how, program)
-    if said:
+    if said := simt_call.run_in_program(made, bug.how, program):
         kinds = r"data race|heap-buffer-overflow|deadlock|divergent barrier|asynchronous copies|mask|not begun"
         kind = re.search(kinds, said)
-        return f"{bug.sanitizer}: ".lstrip(": ") + (kind[0] if kind else said.strip()[:40])
+        return kind[0] if kind else said.strip()[:40]
     return differing(made, expected)
 
 
 def by_interpreter(bug: Bug, csrc: Path, made: Case) -> str:
     """What shows in the PTX, on the first of a few schedules; "" if nothing does."""
-    device = call.H100 if bug.how.device.capability >= 90 else call.A100
-    target = call.target_of(bug.how)
+    how = replace(bug.how, device=call.H100 if bug.how.device.capability >= 90 else call.A100)
+    call.run(made, how)
+    expected = {name: t.clone() for name, t in made.outputs.items()}
+    target = call.target_of(how)
     text = build.ptx("float16", target, csrc, (target,))
-    for seed in (0, 3, 4, 5, 1, 2):
-        how = How(device, bug.how.path, bug.how.ctas_per_image, bug.how.resident, bug.how.tile, seed)
-        call.run(made, how)
-        expected = {name: t.clone() for name, t in made.outputs.items()}
-        try:
-            call.run(made, how, text)
-        except Fault as fault:
-            return re.split(r": thread|: \d| in | of |, which", str(fault))[0]
-        finally:
-            call.forget(text)
-        if seen := differing(made, expected):
-            return seen
-    return ""
+    try:
+        for seed in planted.SEEDS:
+            call.run(made, replace(how, seed=seed), text)
+            if seen := differing(made, expected):
+                return seen
+        return ""
+    except Fault as fault:
+        return re.split(r": thread|: \d| in | of |, which", str(fault))[0]
+    finally:
+        call.forget(text)
+
+
+def head() -> str:
+    """What made the table, and where."""
+    where = machine.describe()
+    nvcc = f"nvcc {sass.compiler()}"
+    return f"`python -m tests.tools.mutations --markdown`, {nvcc}, {where['machine']}, commit {where['commit']}:"
 
 
 def main(arguments: list[str]) -> int:
@@ -139,9 +146,9 @@ def main(arguments: list[str]) -> int:
     if why := build.missing():
         print(f"python -m tests.tools.mutations: {why}", file=sys.stderr)
         return 2
-    lines = ["| fault in the source | file | simulation | compiled PTX |", "|---|---|---|---|"]
+    lines = [head(), "", "| fault in the source | file | simulation | compiled PTX |", "|---|---|---|---|"]
     missed = 0
-    for bug in [*test_cuda_simt.BUGS, *FRAGMENTS, *ASSEMBLY]:
+    for bug in [*BUGS, *FRAGMENTS, *ASSEMBLY]:
         if options.only and not any(part in bug.name for part in options.only):
             continue
         with tempfile.TemporaryDirectory() as folder:
