@@ -45,6 +45,7 @@ class Scheduler {
     std::iota(waiting_.rbegin(), waiting_.rend(), 0);
     if (seed_) std::shuffle(waiting_.begin(), waiting_.end(), draw_);
     resident_ = launch_.cooperative || !seed_ ? count : 1 + (int)(draw_() % (unsigned)count);
+    if (at_random()) resident_ = std::min(count, resident_ + 1);  // whose warps then mix
     known_ = std::make_shared<std::vector<uint32_t>>((size_t)launch_.grid * launch_.block);
     grid_.clusters.resize(count);
   }

@@ -110,13 +110,23 @@ def by_simulation(bug: Bug, csrc: Path, made: Case) -> str:
     return differing(made, expected)
 
 
+MERGE = "s5_merge<__half, SmallTile, 2>"
+KERNELS = {
+    "fused": ["s1_s5_cluster<__half>"],
+    "cluster": ["s1_s4_group<__half, ClusterGroup>", MERGE],
+    "cooperative": ["s1_s4_group<__half, CooperativeGroup>", MERGE],
+}
+
+
 def by_interpreter(bug: Bug, csrc: Path, made: Case) -> str:
     """What shows in the PTX, on the first of a few schedules; "" if nothing does."""
     how = replace(bug.how, device=call.H100 if bug.how.device.capability >= 90 else call.A100)
     call.run(made, how)
     expected = {name: t.clone() for name, t in made.outputs.items()}
-    target = call.target_of(how)
-    text = build.ptx("float16", target, csrc, (target,))
+    source = csrc / "changed.cu"  # the kernels of the path alone
+    needed = (f"template __global__ void apet::cuda::{kernel}(const Call);\n" for kernel in KERNELS[how.path])
+    source.write_text('#include "cuda/kernels.cuh"\nusing namespace apet::cuda;\n' + "".join(needed))
+    text = build.compiled(source, csrc, call.target_of(how))
     try:
         for seed in planted.SEEDS:
             call.run(made, replace(how, seed=seed), text)
