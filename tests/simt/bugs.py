@@ -1,0 +1,217 @@
+"""Bugs to plant: each is a change of a copy of the CUDA sources, with where it has to show, and as what."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.data import tokens
+from tests.judge import bits
+
+from . import build, call
+from .call import A100, Case, How
+
+RACE = r"WARNING: ThreadSanitizer: data race"
+OVERFLOW = r"ERROR: AddressSanitizer: heap-buffer-overflow"
+WRONG = "other bits"
+
+# When a bug is planted. Each is a build of its own: every day only some without a sanitizer.
+EVERY_DAY, SLOW = (), (pytest.mark.slow,)
+ALL_BUGS = (*SLOW, pytest.mark.matrix)
+
+
+class Bug:
+    """A change [pattern, replacement] of a file in csrc/cuda, where it has to show, and as what."""
+
+    def __init__(
+        self, name: str, file: str, change: list[tuple[str, str]], how: How, seen: str, when: tuple = ALL_BUGS
+    ):
+        self.name, self.file, self.change, self.how, self.seen, self.when = name, file, change, how, seen, when
+
+    @property
+    def sanitizer(self) -> str:
+        return {RACE: "thread", OVERFLOW: "address"}.get(self.seen, "")
+
+
+CLUSTER, FUSED, COOPERATIVE = (
+    How(path="cluster", ctas_per_image=2),
+    How(path="fused", ctas_per_image=2),
+    How(A100, "cooperative", 2),
+)
+BUGS = [
+    Bug(
+        "a barrier is missing",
+        "s1_s3_sweep.cuh",
+        [(r"(warp_best\[warp\] = best;)\s*__syncthreads\(\);", r"\1")],
+        FUSED,
+        RACE,
+        when=SLOW,
+    ),
+    Bug(
+        "candidates are read before the group's barrier",
+        "s1_s3_sweep.cuh",
+        [(r"(group\.publish\(message, 3 \+ k\);)\s*group\.sync\(\);", r"\1")],
+        CLUSTER,
+        RACE,
+    ),
+    Bug("one set of slots instead of two", "group.cuh", [(r"turn_ \^= 1;", "")], CLUSTER, RACE),
+    Bug(
+        "residuals are ranked before all are there",
+        "s1_s4_group.cuh",
+        [(r"group\.sync\(\);  // rank and norm_sq of the whole image", "")],
+        COOPERATIVE,
+        RACE,
+    ),
+    Bug(
+        "a flag that publishes nothing",
+        "group.cuh",
+        [(r"add_release\(arrived_, 1\);", "atomicAdd(arrived_, 1u);")],
+        COOPERATIVE,
+        RACE,
+    ),
+    Bug(
+        "the second launch does not wait for the first",
+        "s5_merge.cuh",
+        [(r"wait_previous_launch\(\);", "")],
+        CLUSTER,
+        RACE,
+    ),
+    Bug(
+        "a count that is not atomic",
+        "s4_topk.cuh",
+        [(r"atomicAdd\((&histogram\[.*?\]), 1\)", r"*(\1) += 1")],
+        CLUSTER,
+        RACE,
+    ),
+    Bug(
+        "a queue is read before the warp has written it",
+        "s5_mean.cuh",
+        [(r"(queued \+= __popc\(mine\);\s*\})\s*__syncwarp\(\);", r"\1")],
+        FUSED,
+        RACE,
+    ),
+    Bug(
+        "one row too many",
+        "s1_s3_sweep.cuh",
+        [(r"min\(i0 \+ r, slice\.tokens - 1\)", "min(i0 + r, slice.tokens)")],
+        How(path="cluster", ctas_per_image=2, resident=0),
+        OVERFLOW,
+        when=SLOW,
+    ),
+    Bug(
+        "one column too many",
+        "dot.cuh",
+        [(r"if \(k \* Chunk<T>::kSize \+ i < dim\) chunk", "if (k * Chunk<T>::kSize + i <= dim) chunk")],
+        How(path="cluster", ctas_per_image=2, resident=0),
+        OVERFLOW,
+    ),
+    Bug(
+        "rows lie one too far in shared memory",
+        "s1_s3_sweep.cuh",
+        [(r"call\.map\.resident \+ i \* call\.pitch", "call.map.resident + (i + 1) * call.pitch")],
+        How(path="cluster", ctas_per_image=2),
+        OVERFLOW,
+    ),
+    Bug(
+        "a copy is not waited for",
+        "s1_s3_sweep.cuh",
+        [(r"copy_async_wait<0>\(\);", "")],
+        FUSED,
+        r"exits with \d+ asynchronous copies that it has not waited for",
+        when=SLOW,
+    ),
+    Bug(
+        "a copy is waited for one step too late",
+        "s5_assign.cuh",
+        [(r"copy_async_wait<kBuffers - 2>", "copy_async_wait<kBuffers - 1>")],
+        CLUSTER,
+        WRONG,
+        when=EVERY_DAY,
+    ),
+    Bug(
+        "a mask of half a warp",
+        "s5_mean.cuh",
+        [(r"__ballot_sync\(kAllLanes, target", "__ballot_sync(0xffffu, target")],
+        FUSED,
+        r"calls __ballot_sync with mask 0x0000ffff, which leaves out its lane",
+        when=SLOW,
+    ),
+    Bug(
+        "lanes that a shuffle waits for stay away",
+        "s4_topk.cuh",
+        [(r"if \(threadIdx\.x < 32\) \{", "if (threadIdx.x < 24) {")],
+        CLUSTER,
+        r"deadlock: .* waits in __shfl_up_sync",
+    ),
+    Bug(
+        "means wait for one tile more than there is",
+        "s5_merge.cuh",
+        [(r"< \(uint32_t\)call\.tiles\)", "< (uint32_t)call.tiles + 1)")],
+        CLUSTER,
+        r"deadlock: .* waits in a loop around load_acquire",
+        when=EVERY_DAY,
+    ),
+    Bug(
+        "a thread leaves before a barrier",
+        "s5_merge.cuh",
+        [(r"if \(ticket >= end\) return;", "if (thread == 5) return;\n    if (ticket >= end) return;")],
+        CLUSTER,
+        r"divergent barrier: thread 5 of block \d+ exits|divergent barrier: .* 1 threads of the block have exited",
+        when=SLOW,
+    ),
+    Bug(
+        "shared memory of another CTA before that CTA runs",
+        "group.cuh",
+        [(r"sync\(\);  // shared memory of another CTA may be used only once that CTA runs", "")],
+        How(path="cluster", ctas_per_image=2, seed=3),  # one block runs as far as it gets
+        r"maps the shared memory of block \d+, which has not begun",
+    ),
+    Bug(
+        "ties to the higher position",
+        "call.cuh",
+        [
+            (r"\(0xffffffffu - \(uint32_t\)position\)", "(uint32_t)position"),
+            (r"\(int\)\(0xffffffffu - \(uint32_t\)key\)", "(int)(uint32_t)key"),
+        ],
+        CLUSTER,
+        WRONG,
+        when=SLOW,
+    ),
+]
+
+
+def plant(bug: Bug, folder: Path) -> Path:
+    """A copy of csrc in a new folder, with the bug."""
+    csrc = folder / "csrc"
+    shutil.copytree(build.CSRC, csrc)
+    source = csrc / "cuda" / bug.file
+    text = source.read_text()
+    for pattern, replacement in bug.change:
+        text, times = re.subn(pattern, replacement, text)
+        assert times, f"{pattern} is no longer in {bug.file}: plant the bug again"
+    source.write_text(text)
+    return csrc
+
+
+def small(bug: Bug) -> Case:
+    """What shows it. An odd D: rows end where their memory does. Repeated tokens: ties."""
+    D = 63 if bug.sanitizer == "address" else 72
+    return call.compress_case(tokens(1, 22, D, dtype=torch.float16, kind="repeated", seed=1), 8, 3)
+
+
+def both(bug: Bug, csrc: Path, case: Case) -> tuple[str, dict[str, torch.Tensor]]:
+    """Runs the case with and without the bug: leaves the results with it in the case; returns what the sanitized
+    program said, and the results without."""
+    call.run(case, bug.how)
+    right = {name: t.clone() for name, t in case.outputs.items()}
+    program = build.program("driver.cpp", build.kernels(csrc, bug.sanitizer, only="float16"), bug.sanitizer)
+    return call.run_in_program(case, bug.how, program), right
+
+
+def differs(case: Case, right: dict[str, torch.Tensor]) -> bool:
+    """Whether a bit of the results differs."""
+    return any(not bits(case.outputs[name]).equal(bits(t)) for name, t in right.items())
