@@ -118,6 +118,19 @@ HARMLESS = (
         r"wanted = found\[1\];\s*__syncthreads\(\);",
         "the next pass has two barriers before it writes `found`, and one before it counts",
     ),
+    Harmless(
+        A_BARRIER,
+        "s1_s4_group.cuh",
+        r"__syncthreads\(\);  // s4 has finished",
+        "as launched, a cluster takes one image",
+        kernels="ClusterGroup",
+    ),
+    Harmless(
+        A_BARRIER,
+        "s1_s5_cluster.cuh",
+        r"kQueue\);\s*__syncthreads\(\);",
+        "as launched, a cluster takes one image",
+    ),
 )
 SEEDS = (0, 3, 4, 5, 6, 9, 1, 2)  # of all kinds of schedules; most at random
 

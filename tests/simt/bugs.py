@@ -62,7 +62,7 @@ BUGS = [
     Bug(
         "residuals are ranked before all are there",
         "s1_s4_group.cuh",
-        [(r"group\.sync\(\);  // rank and norm_sq of the whole image", "")],
+        [(r"group\.sync\(\);  // rank and norm_sq of the whole image are written", "")],
         COOPERATIVE,
         RACE,
     ),

@@ -14,11 +14,12 @@ import sys
 import torch
 
 from benchmarks.lib import machine
+from benchmarks.lib.sheet import replaced
 from tests.simt import build, call
 from tests.simt.call import Device, How, NoPath
 from tests.tools.sass import GUIDE
 
-BEGIN, END = "<!-- estimates:begin -->\n", "<!-- estimates:end -->"
+BEGIN, END = "<!-- estimates:begin -->", "<!-- estimates:end -->"
 H100 = Device(90, multiprocessors=132)
 PATHS = ("fused", "cluster", "cooperative")
 # B, N, D, keep
@@ -78,8 +79,7 @@ def main(arguments: list[str]) -> int:
     text = table()
     print(text)
     if options.markdown:
-        before, rest = GUIDE.read_text().split(BEGIN)
-        GUIDE.write_text(before + BEGIN + text + END + rest.split(END)[1])
+        GUIDE.write_text(replaced(GUIDE.read_text(), BEGIN, END, text))
     return 0
 
 
