@@ -27,7 +27,7 @@ pytestmark = [
 ]
 
 LAYOUTS = ("inplace", "overwrite", "append")
-# Every kernel on both targets; seeds that draw all three kinds of schedule.
+# Every kernel on both targets, rows in shared memory and not; seeds that draw all three kinds of schedule.
 WAYS = {
     "sm_80 cooperative, tile 64": How(A100, "cooperative", 2, tile=64, seed=3),
     "sm_80 cooperative, tile 128": How(A100, "cooperative", 2, resident=4, tile=128, seed=4),
@@ -154,10 +154,8 @@ def test_merge_is_judged():
 def test_a_matrix_unit_that_truncates(dtype, way):
     """Sums that are cut off, as tensor cores do, stay within what the judge allows; the indices are the same."""
     x = tokens(1, 96, 520, dtype=dtype, kind="clustered", seed=3)
-    tokens_, indices = judge.check(call.functions(WAYS[way], truncates=True), x, 40, 4)
-    exact = call.functions(WAYS[way]).compress(x, 40, 4)
-    judge.assert_same(indices, exact[1], "indices")
-    assert tokens_.shape == exact[0].shape
+    _, indices = judge.check(call.functions(WAYS[way], truncates=True), x, 40, 4)
+    judge.assert_same(indices, call.functions(WAYS[way]).compress(x, 40, 4)[1], "indices")
 
 
 # ---- faults planted in the text

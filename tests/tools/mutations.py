@@ -104,7 +104,7 @@ def by_interpreter(bug: Bug, csrc: Path) -> str:
                 return "other results"
         return ""
     except Fault as fault:
-        return re.split(r": thread|: \d| in | of |, which", str(fault))[0]
+        return re.split(r": | in .* at byte", str(fault))[0]
     finally:
         call.forget(text)
 
