@@ -168,9 +168,14 @@ def small() -> Case:
 
 
 def others() -> list[Case]:
-    """More tokens than a CTA has threads; rows given by the caller."""
-    x = tokens(1, 400, 24, dtype=torch.float16, seed=3)
-    return [simt.compress_case(x, 40, 2), simt.merge_case(x[:, :70], torch.arange(0, 70, 3)[None])]
+    """More tokens than a CTA has threads, a dozen of them different, so that both cuts are among equals; rows given by
+    the caller."""
+    pick = torch.randint(12, (400,), generator=torch.Generator().manual_seed(3))
+    x = tokens(1, 70, 24, dtype=torch.float16, seed=3)
+    return [
+        simt.compress_case(x[:, pick], 40, 8, layout="overwrite", blend=0.5),
+        simt.merge_case(x, torch.arange(0, 70, 3)[None]),
+    ]
 
 
 @pytest.fixture(scope="module")

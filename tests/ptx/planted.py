@@ -131,6 +131,12 @@ HARMLESS = (
         r"kQueue\);\s*__syncthreads\(\);",
         "as launched, a cluster takes one image",
     ),
+    Harmless(
+        "a store 4 bytes further",
+        "s1_s3_sweep.cuh",
+        r"if \(threadIdx\.x == 0\) \*work = ",
+        "the last store, of target_count, a zero that is not read: s4 counts",
+    ),
 )
 SEEDS = (0, 3, 4, 5, 6, 9, 1, 2)  # of all kinds of schedules; most at random
 
