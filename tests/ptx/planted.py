@@ -138,7 +138,7 @@ HARMLESS = (
         "the last store, of target_count, a zero that is not read: s4 counts",
     ),
 )
-SEEDS = (0, 3, 4, 5, 6, 9, 1, 2)  # of all kinds of schedules; most at random
+SEEDS = (3, 0, 4, 5, 6, 9, 1, 2)  # of all kinds of schedules; most at random
 
 
 @functools.cache
