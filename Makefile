@@ -30,28 +30,35 @@ help:  ## this list
 # The versions of the lock. torch is named and installed first, so that whichever build of it the index or TORCH gives
 # stays: its own metadata brings CUDA, or does not. Another torch than the lock's pins its Triton and CUDA libraries
 # itself, and an older one bounds setuptools: there the lock's are dropped for what it brought.
-$(VENV)/constraints.txt: requirements/lock.txt requirements/build.in
+$(VENV)/constraints.txt: requirements/dev.txt requirements/build.in
 	@echo "Setting up $(VENV) with $(TORCH) (a minute) ..."
 	@if [ -e $(VENV) ] && [ ! -e $(VENV)/of-this-makefile ]; then \
 	  echo "$(VENV) is an environment of yours, and would be replaced: name another, make VENV=..."; exit 1; fi
 	@$(PYTHON) -m venv --clear $(VENV)
 	@touch $(VENV)/of-this-makefile
-	@sed '$(if $(findstring $(locked-torch),$(TORCH)),,/^\(torch\|triton\|setuptools\|cuda-.*\|nvidia-.*\)==/d)' requirements/lock.txt > $@
+	@sed '$(if $(findstring $(locked-torch),$(TORCH)),,/^\(torch\|triton\|setuptools\|cuda-.*\|nvidia-.*\)==/d)' requirements/dev.txt > $@
 	@$(install) --requirement requirements/build.in
 	@$(install) $(TORCH)
 	@$(bin)/python -m pip freeze --exclude-editable > $(VENV)/before.txt
-	@awk -F '[ =]' '{ name = tolower($$1); gsub(/[-_.]+/, "-", name) } NR == FNR { has[name]; print; next } \
-	  !(name in has)' $(VENV)/before.txt requirements/lock.txt > $@
+	@cp $(VENV)/before.txt $@
+	@$(but-before) requirements/dev.txt >> $@
 
-# The project, editable, with one of its extras; again whenever something compiled has changed.
-$(VENV)/installed-%: $(VENV)/constraints.txt $(native)
+# The lines of a lock without the packages that torch and build.in brought, and without CUDA, which torch brings.
+but-before = awk -F '[ =]' '{ name = tolower($$1); gsub(/[-_.]+/, "-", name) } NR == FNR { has[name]; next } \
+  !(name in has) && name !~ /^(cuda|nvidia)-/' $(VENV)/before.txt
+
+# The project, editable, with one of its extras; again whenever something compiled has changed. The lock names all that
+# the extra needs, so pip has nothing to resolve, and unpacks while the kernels are compiled.
+$(VENV)/installed-%: $(VENV)/constraints.txt requirements/%.txt $(native)
 	@echo "Building and installing apet-kernels[$*] ..."
-	@$(install) --editable '.[$*]' $(or-pure-$*)
+	@$(but-before) requirements/$*.txt > $(VENV)/$*.txt
+	@{ $(install) --no-deps --editable . $(or-pure-$*); } & build=$$!; \
+	$(install) --no-deps --requirement $(VENV)/$*.txt; packages=$$?; wait $$build && exit $$packages
 	@touch $@
 
 # Where nothing can be compiled, the demo runs on the reference; all else is about the compiled kernels.
 or-pure-demo = || { echo "No kernels, for the reason above. The demo runs on the float64 reference: APET_BUILD=pure"; \
-  APET_BUILD=pure $(install) --editable '.[demo]'; }
+  APET_BUILD=pure $(install) --no-deps --editable .; }
 
 demo: $(VENV)/installed-demo  ## set up, and compress a real photograph to demo.png
 	@photo=$$($(bin)/python -c "import skimage; print(skimage.__path__[0] + '/data/astronaut.png')") && \
@@ -136,7 +143,7 @@ lint: $(VENV)/installed-dev  ## formatting and static checks
 	$(bin)/mypy
 	@# all modules: what they import from Python's library has to be in the oldest Python too
 	! $(bin)/mypy --config-file= --python-version 3.10 --follow-imports skip --ignore-missing-imports \
-	  --explicit-package-bases python/apet apet_kernels benchmarks tests/*.py tests/hooks | grep -F 'error: Module "'
+	  --explicit-package-bases python/apet apet_kernels benchmarks tests/*.py tests/explore tests/hooks | grep -F 'error: Module "'
 	$(bin)/clang-format --dry-run -Werror $(cpp)
 
 format: $(VENV)/installed-dev  ## format everything
@@ -155,11 +162,13 @@ matrix-torch: $(VENV)/installed-dev  ## other versions of torch and Python, ever
 # versions. torch stays as named above.
 compile = $(bin)/uv pip compile --quiet --universal --custom-compile-command "make lock"
 lock: $(VENV)/installed-dev  ## renew the locked versions, in requirements/
-	echo $(locked-torch) | $(compile) --upgrade --python-version 3.10 --extra dev --output-file requirements/lock.txt \
+	echo $(locked-torch) | $(compile) --upgrade --python-version 3.10 --extra dev --output-file requirements/dev.txt \
 	  - requirements/build.in pyproject.toml
-	cp requirements/lock.txt requirements/transformers4.txt
+	$(compile) --python-version 3.10 --extra test --constraint requirements/dev.txt --output-file requirements/test.txt pyproject.toml
+	$(compile) --python-version 3.10 --extra demo --constraint requirements/dev.txt --output-file requirements/demo.txt pyproject.toml
+	cp requirements/dev.txt requirements/transformers4.txt
 	$(compile) --python-version 3.10 --output-file requirements/transformers4.txt requirements/transformers4.in
-	cp requirements/lock.txt requirements/vllm.txt
+	cp requirements/dev.txt requirements/vllm.txt
 	$(compile) --python-version 3.11 --override requirements/vllm-overrides.txt --output-file requirements/vllm.txt \
 	  requirements/vllm.in requirements/build.in pyproject.toml
 

@@ -17,7 +17,7 @@ import nox
 
 ROOT = Path(__file__).parent
 FOLDER = ROOT / ".build/matrix"
-LOCK = ROOT / "requirements/lock.txt"
+LOCK = ROOT / "requirements/dev.txt"
 
 NEWEST = "newest"
 PYTHONS = ["3.10", "3.11", "3.12", "3.13", "3.14"]
@@ -31,12 +31,12 @@ TORCH = ["2.10.0", "2.11.0", "2.12.1", "2.13.0", "2.14.1", NEWEST]
 
 HOOKS = [f"tests/hooks/test_{part}.py" for part in ("selfcheck", "stages", "generate")]
 OPS = ["tests/test_op.py", "tests/test_layouts.py", "tests/test_invariance.py"]
-KERNELS = [f"tests/test_triton_{part}.py" for part in ("interpreter", "invariance", "launches", "offline")]
+KERNELS = [f"tests/test_triton_{part}.py" for part in ("faults", "interpreter", "invariance", "launches", "offline")]
 EXTRAS = ["--extra", "demo", "--extra", "eval", "--extra", "heif"]  # of the programs
 PROGRAMS = [
     f"tests/test_{part}.py" for part in ("cli", "cli_compress", "cli_doctor", "media", "media_photos", "media_sources")
 ]
-PROGRAMS += ["tests/hooks/test_generate_cli.py", "tests/hooks/test_eval_cli.py"]
+PROGRAMS += [f"tests/hooks/test_{part}.py" for part in ("generate_cli", "eval_cli", "lmms")]
 
 nox.options.sessions = []  # by tag or name alone
 

@@ -9,12 +9,14 @@ from typing import TYPE_CHECKING, Any
 
 from . import ops as ops
 from . import reference as reference
-from .api import Compressed, Scored, compress, compress_packed, compress_varlen, merge, score
+from .api import Compressed, Scored, compress, merge, score
 from .api import backends as backends
-from .dispatch import available_backends, set_backend, use_backend, why_unavailable
+from .available import available_backends, why_unavailable
+from .dispatch import set_backend, use_backend
 from .host import build_info
 from .options import Backend, Layout, Options, Select
 from .plans import Plan, plan
+from .ragged import compress_packed, compress_varlen
 from .version import __version__
 
 __all__ = [
@@ -40,7 +42,7 @@ __all__ = [
 ]
 
 
-if not TYPE_CHECKING:  # else every misspelt name would be right to a type checker
+if not TYPE_CHECKING:  # else a type checker would accept every misspelt name
 
     def __getattr__(name: str) -> Any:
         if name in ("cpu_isa", "use_cpu_isa"):

@@ -1,4 +1,4 @@
-"""Which kernels a call gets: loading of the compiled libraries, what is usable here, and the choice for each device.
+"""Which kernels a call gets: the implementations of the ops, and the choice for each device.
 
     CPU         the compiled library, which registers its own implementations (csrc/torch_binding.cpp)
     CUDA, ROCm  the CUDA kernels where they run, else the Triton kernels; decided on the first call on a device
@@ -14,163 +14,15 @@ import contextvars
 import functools
 import warnings
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
-from . import ops, reference
-from .options import BACKENDS, Backend, Options
-from .registry import has_kernel, registered
-
-# The binding of the compiled library; absent from a pure wheel (APET_BUILD=pure).
-LIBRARY = Path(__file__).with_name("libapet_torch.so")
-# The binding of the CUDA kernels; absent where there was no nvcc, or a torch without CUDA, when they were built.
-CUDA_LIBRARY = Path(__file__).with_name("libapet_cuda_torch.so")
-HOW_TO_GET_KERNELS = (
-    "install torch >= 2.10 and a C++ compiler, then apet-kernels again from its source: "
-    "`pip install --force-reinstall --no-deps .`, or with uv "
-    "`uv pip install --reinstall --no-deps --no-build-isolation .`"
-)
-HOW_TO_GET_CUDA = (
-    "install nvcc 12 or later, then apet-kernels again from its source: "
-    "`APET_CUDA_ARCHS=default pip install --force-reinstall --no-deps .`"
-)
-
-
-DEFAULT = Options()
-
-
-# ---- what is usable here: None, or the reason why it is not
-
-
-def _load(library: Path, op: str, key: str, how: str) -> str | None:
-    """Loads a compiled library, unless another copy of this package has loaded its own; None, or why it is unusable."""
-    if has_kernel(op, key):
-        return None
-    if not library.exists():
-        return f"{library.name} is not part of this installation; {how}"
-    try:
-        torch.ops.load_library(library)
-    except OSError as error:
-        return f"{library.name} does not load ({error}); {how}"
-    return None
-
-
-def why_not_cpu() -> str | None:
-    """None where the CPU kernels are part of this installation and, from then on, loaded; else why they are not."""
-    return _load(LIBRARY, "compress", "CPU", HOW_TO_GET_KERNELS)
-
-
-@functools.cache
-def why_not_triton() -> str | None:
-    """None where Triton can be imported, else why it cannot."""
-    try:
-        import triton  # noqa: F401
-    except ImportError as error:
-        return f"Triton does not import ({error}); `pip install apet-kernels[triton]`"
-    return None
-
-
-def _interpreted() -> bool:
-    """Whether Triton runs kernels on CPU tensors, by its interpreter."""
-    import triton
-
-    return bool(triton.knobs.runtime.interpret)
-
-
-@functools.cache
-def why_not_cuda_library() -> str | None:
-    """None where the CUDA kernels are part of this installation and, from then on, loaded; else why they are not."""
-    if not torch.version.cuda:
-        return "this torch is built without CUDA"
-    return _load(CUDA_LIBRARY, "_cuda_compress", "CUDA", HOW_TO_GET_CUDA)
-
-
-@functools.cache
-def why_not_cuda(device: torch.device) -> str | None:
-    """None where the CUDA kernels run on this device, else why not."""
-    if device.type != "cuda":
-        return f"x is on {device}"
-    if why := why_not_cuda_library():
-        return why
-    x = torch.empty(1, 2, 1, device=device)
-    try:
-        registered._cuda_plan(x, 1)
-    except RuntimeError as error:
-        return f"the CUDA kernels do not run on {device}: {error}"
-    return None
-
-
-def why_no_kernels(device: torch.device, options: Options = DEFAULT) -> str | None:
-    """None where one of the backends has kernels for tensors on this device and these options, else why none has."""
-    if device.type == "cpu":
-        return why_not_cpu()
-    if device.type != "cuda":
-        return f"there are no kernels for {device.type}"
-    why_cuda = why_not_cuda(device) or why_not_with("cuda", options)
-    why_triton = why_not_triton() or why_not_with("triton", options)
-    return None if why_cuda is None or why_triton is None else f"{why_cuda}; {why_triton}"
-
-
-def why_unavailable(name: Backend) -> str | None:
-    """Why a backend cannot be used here.
-
-    Args:
-        name: "cpu", "triton", "cuda" or "reference".
-
-    Returns:
-        None where the backend can be used, else the reason, with what to install where that would help.
-
-    Raises:
-        ValueError: if there is no backend of this name.
-
-    Example:
-        >>> apet_kernels.why_unavailable("reference") is None
-        True
-    """
-    if name == "cpu":
-        return why_not_cpu()
-    if name == "triton":
-        if why := why_not_triton():
-            return why
-        if torch.cuda.is_available() or _interpreted():
-            return None
-        return "torch finds no GPU, and TRITON_INTERPRET=1 was not set before Triton was imported"
-    if name == "cuda":
-        if why := why_not_cuda_library():
-            return why
-        if not torch.cuda.is_available():
-            return "torch finds no GPU"
-        return why_not_cuda(torch.device("cuda", torch.cuda.current_device()))
-    if name == "reference":
-        return None
-    raise ValueError(f"backend='{name}' is none of {', '.join(BACKENDS)}")
-
-
-def available_backends() -> tuple[Backend, ...]:
-    """The backends that can be used here, of "cpu", "triton", "cuda" and "reference", in this order.
-
-    Example:
-        >>> "reference" in apet_kernels.available_backends()
-        True
-    """
-    return tuple(name for name in BACKENDS if why_unavailable(name) is None)
-
-
-# The backends whose kernels neither pick a basis in rounds nor have medoid steps.
-WITHOUT_ROUNDS: tuple[Backend, ...] = ("cuda",)
-
-
-def why_not_with(backend: Backend, options: Options) -> str | None:
-    """None where a backend has all that the options ask for, else what it lacks."""
-    if backend not in WITHOUT_ROUNDS or not (options.in_rounds or options.refine):
-        return None
-    asked = f"basis={options.basis}" if options.in_rounds else f"refine={options.refine}"
-    lacks = "picks no basis in rounds" if options.in_rounds else "has no medoid steps"
-    return f"the {backend} backend {lacks} yet ({asked}); the backends cpu, triton and reference do"
+from . import available, ops, reference
+from .options import Backend, Options
+from .registry import registered
 
 
 def _options(op: str, *args: Any, **kwargs: Any) -> Options:
@@ -195,7 +47,7 @@ def run_triton(op: str, x: Tensor, *args: Any, **kwargs: Any) -> Any:
 
 
 def run_cuda(op: str, x: Tensor, *args: Any, **kwargs: Any) -> Any:
-    """The op by the CUDA kernels, which check their arguments, for x on a device for which `why_not_cuda` is None."""
+    """The op by the CUDA kernels, which check their arguments, for x where they run."""
     return getattr(registered, f"_cuda_{op}").default(x, *args, **kwargs)
 
 
@@ -210,9 +62,9 @@ def _run_on_gpu(op: str, x: Tensor, *args: Any, **kwargs: Any) -> Any:
     if (backend := chosen_backend()) is not None:
         return forced(op, backend, x)(x, *args, **kwargs)
     options = _options(op, *args, **kwargs)
-    if (why_not_cuda(x.device) or why_not_with("cuda", options)) is None:
+    if (available.why_not_cuda(x.device) or available.why_not_with("cuda", options)) is None:
         return run_cuda(op, x, *args, **kwargs)
-    if (why_not_triton() or why_not_with("triton", options)) is None:
+    if (available.why_not_triton() or available.why_not_with("triton", options)) is None:
         return run_triton(op, x, *args, **kwargs)
     return _run_on_cpu(op, x, *args, **kwargs)
 
@@ -223,7 +75,7 @@ def _run_on_cpu(op: str, x: Tensor, *args: Any, **kwargs: Any) -> Any:
     So it needs neither float64 nor a compiler on x's device, and gives the same bits as for x on the CPU.
     """
     ops.check_in_op(op, x, *args, **kwargs)
-    _warn_once(x.device.type, why_no_kernels(x.device, _options(op, *args, **kwargs)))
+    _warn_once(x.device.type, available.why_no_kernels(x.device, _options(op, *args, **kwargs)))
     if x.device.type == "cpu":
         return getattr(reference, op)(x, *args, **kwargs)
     x_cpu, args, kwargs = tree_map_only(Tensor, Tensor.cpu, (x, args, kwargs))
@@ -243,7 +95,7 @@ def _warn_once(device: str, why: str | None) -> None:
 for _op in ops.OPS:
     ops.REGISTRY.implement(_op, "CUDA", functools.partial(_run_on_gpu, _op))
     ops.REGISTRY.implement(_op, "CompositeExplicitAutograd", functools.partial(_run_on_cpu, _op))
-why_not_cpu()  # loads the library: its ops are there from now on
+available.why_not_cpu()  # loads the library: its ops are there from now on
 
 
 # ---- a backend that the caller names: in the call, for a block, or for the process
@@ -306,14 +158,8 @@ def chosen_backend() -> Backend | None:
 
 
 def _check_name(name: Backend | None) -> None:
-    if name is not None and (why := why_unavailable(name)):
+    if name is not None and (why := available.why_unavailable(name)):
         raise ValueError(f"backend='{name}' cannot run here: {why}")
-
-
-def check_usable(backend: Backend, device: torch.device) -> None:
-    """Raises ValueError if the backend cannot run here, or takes no tensors on this device."""
-    if why := why_unavailable(backend) or _why_not_on(backend, device):
-        raise ValueError(f"backend='{backend}' cannot run here: {why}")
 
 
 def forced(op: str, backend: Backend, x: Tensor) -> Callable[..., Any]:
@@ -322,31 +168,14 @@ def forced(op: str, backend: Backend, x: Tensor) -> Callable[..., Any]:
     Raises:
         ValueError: if the backend cannot run here, or not on x's device; its result also for options that it lacks.
     """
-    check_usable(backend, x.device)
+    available.check_usable(backend, x.device)
     if backend == "cpu":
         return getattr(registered, op)  # type: ignore[no-any-return]
     run = {"triton": run_triton, "cuda": run_cuda, "reference": run_reference}[backend]
 
     def without_grad(x: Tensor, *args: Any, **kwargs: Any) -> Any:
         ops.check_grad(*(a for a in (x, *args, *kwargs.values()) if isinstance(a, Tensor)))
-        if why := why_not_with(backend, _options(op, *args, **kwargs)):
-            raise ValueError(f"backend='{backend}' cannot run this: {why}")
+        available.check_options(backend, _options(op, *args, **kwargs))
         return run(op, x, *args, **kwargs)
 
     return without_grad
-
-
-def _why_not_on(backend: Backend, device: torch.device) -> str | None:
-    """None where a usable backend takes tensors on this device, else why not."""
-    if backend == "cuda":
-        return why_not_cuda(device)
-    if backend == "cpu" and device.type != "cpu":
-        return f"x is on {device}"
-    if backend == "triton" and device.type != "cuda" and not (device.type == "cpu" and _interpreted()):
-        return f"x is on {device}"
-    if backend == "reference":
-        try:
-            torch.zeros(1, dtype=torch.float64, device=device)
-        except (TypeError, RuntimeError) as error:  # MPS raises the first, XPU the second
-            return f"apet_kernels.reference needs float64, which {device} does not have ({error}); leave out backend="
-    return None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-from .dispatch import HOW_TO_GET_KERNELS
+from .available import HOW_TO_GET_KERNELS
 
 _host: Any
 try:
@@ -15,12 +15,12 @@ except ImportError:  # a pure wheel, or libraries of another Python
 
 
 def has_module() -> bool:
-    """Whether the compiled module is part of this installation."""
+    """Returns whether the compiled module is part of this installation."""
     return _host is not None
 
 
 def module() -> Any:
-    """The compiled module.
+    """Returns the compiled module.
 
     Raises:
         ValueError: if it is not part of this installation.
@@ -31,11 +31,11 @@ def module() -> Any:
 
 
 def build_info() -> dict[str, Any]:
-    """How the compiled library was built.
+    """Returns how the compiled library was built.
 
     Returns:
         version, commit, compiler, flags, build_type, cpu_isas, cuda_archs, cuda_compiler, and torch_headers, the torch
-        whose headers were used. Empty where there is no compiled library.
+        whose headers were used. Empty if there is no compiled library.
 
     Example:
         >>> apet_kernels.build_info().get("version", "no compiled library")

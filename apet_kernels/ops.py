@@ -1,4 +1,4 @@
-"""The ops `torch.ops.apet.*`: schemas, checks of their arguments, and fakes; once, for every backend.
+"""The ops `torch.ops.apet.*`: their schemas, argument checks and fakes, defined once for every backend.
 
 Implementations are in `dispatch.py` and in the compiled libraries. The checks raise ValueError; within an op they raise
 RuntimeError with the same message, as torch's own ops do. The messages are those of csrc/problem.cpp and torch_ops.h.
@@ -31,8 +31,8 @@ SCHEMAS = (
     f"score(Tensor x, int? basis=10, *, {_BASIS_OPTIONS}) -> (Tensor residual, Tensor basis_indices)",
     "merge(Tensor x, Tensor indices, *, Tensor? targets=None) -> Tensor",
 )
-# What csrc/cuda_torch_binding.cpp registers: the ops again, for dispatch.py to call, how compress would run, and what
-# apet_kernels.testing forces.
+# csrc/cuda_torch_binding.cpp registers these: the ops again, for dispatch.py to call; the plan of `compress`; and the
+# path that apet_kernels.testing forces.
 CUDA_SCHEMAS = (
     *(f"_cuda_{schema}" for schema in SCHEMAS),
     f"_cuda_plan(Tensor x, SymInt keep, int? basis=10, *, {_OPTIONS}) -> (str why, str path, int launches, int group, "
@@ -76,7 +76,7 @@ def _check_offsets(name: str, cu: Tensor, x: Tensor) -> None:
 
 
 def _name(dtype: torch.dtype) -> str:
-    """What C++ calls a dtype, so that both sides say the same."""
+    """Returns the C++ name of a dtype, so that messages are the same in both languages."""
     special = {torch.float32: "Float", torch.float64: "Double", torch.float16: "Half", torch.bfloat16: "BFloat16"}
     special |= {torch.int32: "Int", torch.int64: "Long", torch.int16: "Short", torch.int8: "Char", torch.uint8: "Byte"}
     return special.get(dtype, str(dtype).removeprefix("torch.").capitalize())
@@ -150,7 +150,7 @@ _CHECKS: dict[str, Callable[..., None]] = {
 
 
 def check(op: str, *args: Any, **kwargs: Any) -> None:
-    """Check the arguments of a call of `torch.ops.apet.<op>`, which may be symbolic.
+    """Checks the arguments of a call of `torch.ops.apet.<op>`, which may be symbolic.
 
     Raises:
         ValueError: names the argument at fault, and its value.
@@ -160,7 +160,7 @@ def check(op: str, *args: Any, **kwargs: Any) -> None:
 
 
 def check_in_op(op: str, *args: Any, **kwargs: Any) -> None:
-    """`check`, but raises what an op raises: RuntimeError."""
+    """Runs `check`, but raises RuntimeError, as an op does."""
     try:
         check(op, *args, **kwargs)
     except ValueError as error:
@@ -226,5 +226,5 @@ def _reject_grad(op: torch._ops.OpOverload) -> Callable[..., Any]:
 
 
 for _op in OPS:
-    # Under torch.inference_mode() the dispatcher leaves this key out, and its microseconds with it.
+    # Under torch.inference_mode() the dispatcher skips this key, which saves some microseconds.
     REGISTRY.implement(_op, "Autograd", _reject_grad(getattr(registered, _op).default), with_keyset=True)

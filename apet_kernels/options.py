@@ -16,24 +16,25 @@ Backend = Literal["cpu", "triton", "cuda", "reference"]
 LAYOUTS: tuple[Layout, ...] = get_args(Layout)
 SELECTS: tuple[Select, ...] = get_args(Select)
 BACKENDS: tuple[Backend, ...] = get_args(Backend)
-MAX_BASIS = 64  # picked one at a time; more of them are picked in rounds
+MAX_BASIS = 64  # basis tokens that are picked one at a time; more than that are picked in rounds
 MAX_REFINE = 8
-# Of the rule, not for tuning: another value gives other tokens (docs/algorithm.md, "In rounds").
+# These belong to the algorithm and are not for tuning: other values give other tokens (docs/algorithm.md, "In rounds").
 ROUNDS = 4
 POOL = 2  # candidates of a round for each of its picks
-FEW = 16  # up to so many basis tokens are picked one at a time: rounds of a few picks would be coarse
+FEW = 16  # up to this many basis tokens are picked one at a time, since rounds of a few picks would be coarse
 
 
 def require(holds: bool, message: Callable[[], str]) -> None:
-    """Raises ValueError with this message unless the condition holds, which may be on symbolic sizes."""
+    """Raises ValueError with this message unless the condition holds; the condition may be on symbolic sizes."""
     torch._check_value(holds, message)
 
 
 @dataclass(frozen=True)
 class Options:
-    """The arguments of `compress` beside the tokens and `keep`. `score` uses basis, select, start and ridge.
+    """The arguments of `compress` other than the tokens and `keep`. `score` uses basis, select, start and ridge.
 
-    `basis` up to 64 are picked one at a time. None stands for `keep`; that, and more than 64, are picked in rounds.
+    Up to 64 basis tokens are picked one at a time, more in rounds. `basis=None` stands for `keep`, also picked in
+    rounds.
 
     Example:
         >>> Options(basis=8, layout="append").check(tokens=576, keep=64)
@@ -51,8 +52,8 @@ class Options:
     refine: int = 0  # medoid steps, 0..8; "inplace" only, and where M is keep
 
     def check(self, tokens: int, keep: int | None = None, most_kept: int | None = None) -> None:
-        """Check the options against N tokens per image (ragged: T in all), and those of `compress` against `keep` of
-        them, or if ragged against what all images keep.
+        """Checks the options against N tokens per image (ragged: T in all). Those of `compress` are also checked
+        against `keep`, the tokens that each image keeps, or for ragged images `most_kept`, the sum of all.
 
         The order and the messages are those of csrc/torch_ops.h and csrc/problem.cpp. Sizes may be symbolic.
 
@@ -110,14 +111,15 @@ class Options:
         return self.basis is None or self.basis > MAX_BASIS
 
     def basis_of(self, keep: int) -> int:
-        """M of an image that keeps so many tokens."""
+        """Returns M of an image that keeps so many tokens."""
         if self.basis is None:
             return keep
         return min(self.basis, keep) if self.in_rounds else self.basis
 
     @property
     def arguments(self) -> dict[str, Any]:
-        """Keyword arguments of `compress`, spelled out: not every version of torch.compile can trace `vars(self)`."""
+        """The keyword arguments of `compress`, spelled out: not every version of torch.compile can trace
+        `vars(self)`."""
         return {
             "basis": self.basis,
             "layout": self.layout,
@@ -129,15 +131,15 @@ class Options:
         }
 
     def rows(self, keep: int, images: int = 1) -> int:
-        """How many rows the result has: `keep`, and for "append" the basis of every image."""
+        """Returns how many rows the result has: `keep`, and with "append" also the basis of every image."""
         return keep + images * (self.basis or 0) if self.layout == "append" else keep
 
 
 def check_keep(keep: int, tokens: int, name: str = "keep") -> None:
-    """Check that 1 <= keep <= tokens; either may be symbolic.
+    """Checks that 1 <= keep <= tokens; either may be symbolic.
 
     Raises:
-        ValueError: otherwise.
+        ValueError: if not.
     """
     for holds in (keep >= 1, keep <= tokens):
         require(holds, lambda: f"{name}={keep} is outside 1..{tokens}, the tokens of an image")

@@ -1,4 +1,4 @@
-"""How a call of `compress` would run: `plan`, and the type of its answer."""
+"""`plan`, which tells how a call of `compress` would run, and the type of its result."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from . import dispatch, host, ops
+from . import available, dispatch, host, ops
 from .options import Backend, Layout, Options, Select
 from .registry import registered
 
-# What keys of 0.1's dictionary are called now.
+# Key of the dictionary of 0.1 -> its name now.
 _OLD_KEYS = {
     "teams": "images_in_flight",
     "threads_per_team": "threads_per_image",
@@ -38,7 +38,7 @@ class Plan:
     details: Mapping[str, str | int | float] = field(default_factory=dict)
 
     def __getitem__(self, name: str) -> str | int | float:
-        """The value of a field or a detail. Deprecated: `plan` returned a dictionary."""
+        """Returns the value of a field or a detail. Deprecated: in 0.1 `plan` returned a dictionary."""
         warnings.warn(
             f"apet_kernels.plan(...)['{name}'] is deprecated: it returns a Plan with fields and `details`",
             DeprecationWarning,
@@ -61,8 +61,9 @@ def plan(
     blend: float = 1.0,
     refine: int = 0,
 ) -> Plan:
-    """How `compress` with these arguments would run, without running it; by the backend of `use_backend` or
-    `set_backend`, if one is set.
+    """Returns how `compress` with these arguments would run, without running it.
+
+    If `use_backend` or `set_backend` has set a backend, the plan is for that one.
 
     Args:
         x: [B, N, D] float32, float16 or bfloat16; a meta tensor stands for one on the CPU.
@@ -86,23 +87,23 @@ def plan(
     device = torch.device("cpu") if x.device.type == "meta" else x.device
     backend = dispatch.chosen_backend()
     if backend is not None:
-        dispatch.check_usable(backend, device)
-        if why := dispatch.why_not_with(backend, options):
-            raise ValueError(f"backend='{backend}' cannot run this: {why}")
+        available.check_usable(backend, device)
+        available.check_options(backend, options)
         found = _plan_by(backend, x, keep, options, why="")
         return replace(found, why=f"chosen by use_backend or set_backend; {found.why}")
-    why_cuda = dispatch.why_not_cuda(device) or dispatch.why_not_with("cuda", options)
+    why_cuda = available.why_not_cuda(device) or available.why_not_with("cuda", options)
     if why_cuda is None:
         return _plan_by("cuda", x, keep, options, why="")
-    if device.type == "cuda" and (dispatch.why_not_triton() or dispatch.why_not_with("triton", options)) is None:
+    if device.type == "cuda" and (available.why_not_triton() or available.why_not_with("triton", options)) is None:
         return _plan_by("triton", x, keep, options, why=f"; {why_cuda}")
-    if why := dispatch.why_not_cpu():
+    if why := available.why_not_cpu():
         return _plan_by("reference", x, keep, options, why)
-    return _plan_by("cpu", x, keep, options, dispatch.why_no_kernels(device, options) or "")
+    return _plan_by("cpu", x, keep, options, available.why_no_kernels(device, options) or "")
 
 
 def _plan_by(backend: Backend, x: Tensor, keep: int, options: Options, why: str) -> Plan:
-    """The plan of one backend. why: what kept the call from another one; empty where nothing did."""
+    """Returns the plan of one backend. why: the reason why a preferred backend cannot be used; empty if there is
+    none."""
     if backend == "cuda":
         return _plan_cuda(x, keep, options)
     if backend == "triton":

@@ -3,14 +3,14 @@
     x [N, D] -s1_basis-> p [m] -s2_solve-> W [m, N] -s3_residual-> e_sq [N]
              -s4_topk-> kept [K] -s5_merge-> tokens [K, D]
 
-`s1_rounds` picks a basis as large as K, and gives the residuals with it; `s4_medoids` moves the kept tokens to the
-middle of what is nearest to them.
+`s1_rounds` picks a basis as large as K, and returns the residuals with it; `s4_medoids` replaces each kept token by the
+one in the middle of the tokens nearest to it.
 
 Every backend is judged by this file, so it states the meaning and is not written for speed: the ridge least squares is
 solved by QR, the residual is the norm of a difference, distances are squared differences. docs/algorithm.md has the
 glossary of names, derives the one-sweep form of the kernels and lists the decisions made here. The functions run on any
 device that has float64, synchronise with it, and do not check arguments: `apet_kernels.ops` does. The four functions at
-the end take what the ops take: `basis` and, by name, the other fields of `Options`.
+the end take the arguments of the ops: `basis` and, by name, the other fields of `Options`.
 
 Sizes: B images, N tokens of D features, M basis tokens asked for and m <= M found, K tokens kept, S packed images of T
 tokens in all; `u` is the unit roundoff of float32, in which kernels accumulate.
@@ -29,11 +29,12 @@ from .options import FEW, POOL, ROUNDS, Options
 
 U = 2.0**-24
 FLT_MAX = torch.finfo(torch.float32).max
-SLACK = 2.0**-44  # relative: what float64 sums of equal terms may differ by when a BLAS orders them differently
+SLACK = 2.0**-44  # relative difference of float64 sums of equal terms that a BLAS adds in different orders
 
 
 class Tokens(NamedTuple):
-    """One image, widened. A token whose squared norm float32 cannot hold has a zero row here, and is marked."""
+    """One image in float64. A token whose squared norm overflows float32 has a zero row here, and is marked in
+    `finite`."""
 
     X: Tensor  # [N, D] float64
     norm_sq: Tensor  # [N] float64, ||x||^2
@@ -41,7 +42,7 @@ class Tokens(NamedTuple):
 
 
 def widen(x: Tensor) -> Tokens:
-    """x [N, D] of any float dtype -> Tokens."""
+    """Converts x [N, D] of any float dtype to Tokens."""
     X = x.double()  # [N, D]
     norm_sq = (X * X).sum(-1)  # [N]
     finite = norm_sq <= FLT_MAX  # [N], false for NaN as well
@@ -49,12 +50,12 @@ def widen(x: Tensor) -> Tokens:
 
 
 def s1_basis(image: Tokens, basis: int, select: str = "fps", start: int = -1, ridge: float = 1e-5) -> Tensor:
-    """Positions of the basis tokens in the order they are picked: [m] int64, m <= basis.
+    """Returns the positions of the basis tokens in the order they are picked: [m] int64, m <= basis.
 
-    The first is token `start`, or (start=-1, or that token's norm is not finite) the one of largest norm; if that is 0
-    there is no basis. Then "fps" picks the token farthest from the basis so far and stops at distance 0; "qr" picks the
-    token that the basis so far reconstructs worst, ridge penalty included, and stops where it would be dependent
-    (column-pivoted QR). Ties go to the lower position.
+    The first is token `start`, or, if start=-1 or that token's norm is not finite, the one of largest norm; if that
+    norm is 0 there is no basis. Then "fps" picks the token farthest from the basis so far and stops at distance 0; "qr"
+    picks the token that the basis so far reconstructs worst, ridge penalty included, and stops when that token would be
+    dependent (column-pivoted QR). Ties go to the lower position.
     """
     X, norm_sq, finite = image
     if start >= 0 and finite[start]:
@@ -85,13 +86,14 @@ def s1_basis(image: Tokens, basis: int, select: str = "fps", start: int = -1, ri
 
 
 def s1_rounds(image: Tokens, basis: int, start: int = -1, ridge: float = 1e-5) -> tuple[Tensor, Tensor]:
-    """Positions of the basis tokens [m] int64, m <= basis, by column-pivoted QR in rounds, and resid_sq [N] float64.
+    """Picks the basis by column-pivoted QR in rounds. Returns its positions [m] int64, m <= basis, and resid_sq [N]
+    float64.
 
-    A round makes a share of the picks among a pool of candidates, `POOL` for each pick: the unpicked tokens of largest
+    A round makes a share of the picks from a pool of candidates, `POOL` for each pick: the unpicked tokens of largest
     resid_sq = ||x||^2 - ||y||^2, ties to the lower position. Within the pool it is the pivoted QR of `s1_basis`: each
-    pick is the one of largest resid_sq, after all picks before it. A round ends early where that is dependent. `start`
-    is the first pick of the first round; not finite: as -1. Tokens of non-finite norm, and those that the basis
-    rebuilds exactly (zero vectors too), are never picked.
+    pick is the token of largest resid_sq, after all picks before it. A round ends early if that token is dependent.
+    `start` is the first pick of the first round; if its norm is not finite, it counts as -1. Tokens of non-finite norm,
+    and those that the basis rebuilds exactly (zero vectors too), are never picked.
     """
     X, norm_sq, finite = image
     picks: list[int] = []
@@ -124,15 +126,14 @@ def s1_rounds(image: Tokens, basis: int, start: int = -1, ridge: float = 1e-5) -
 
 
 def s2_solve(image: Tokens, p: Tensor, ridge: float = 1e-5) -> Tensor:
-    """W [m, N] float64 that minimises ||x - S^T w||^2 + ridge ||w||^2 for every token x, S = X[p] [m, D].
+    """Returns W [m, N] float64 that minimises ||x - S^T w||^2 + ridge ||w||^2 for every token x, S = X[p] [m, D].
 
-    With Q R = [S^T; sqrt(ridge) I] the minimum is R w = Q_top^T x. A basis token that the earlier ones
-    reconstruct to within rounding (pivot = ||p||^2 + ridge - ||Q_top^T p||^2 <= 4u ||p||^2) is dependent: its row of W
-    is 0.
+    With Q R = [S^T; sqrt(ridge) I] the minimum is R w = Q_top^T x. A basis token that the earlier ones reconstruct to
+    within rounding (pivot = ||p||^2 + ridge - ||Q_top^T p||^2 <= 4u ||p||^2) is dependent: its row of W is 0.
     """
     X, norm_sq, _ = image
     S = X[p]  # [m, D]
-    rows: list[int] = []  # the independent ones, r of them
+    rows: list[int] = []  # the independent rows of S, r of them
     for k in range(len(S)):
         y = _qr(S[rows], ridge)[0].T @ S[k]  # [r]
         if norm_sq[p[k]] + ridge - y @ y > 4 * U * norm_sq[p[k]]:
@@ -144,14 +145,14 @@ def s2_solve(image: Tokens, p: Tensor, ridge: float = 1e-5) -> Tensor:
 
 
 def _qr(S: Tensor, ridge: float) -> tuple[Tensor, Tensor]:
-    """S [r, D] -> the upper D rows of Q [D, r] and R [r, r] of QR([S^T; sqrt(ridge) I])."""
+    """Returns, for S [r, D], the upper D rows of Q [D, r], and R [r, r], of QR([S^T; sqrt(ridge) I])."""
     eye = torch.eye(len(S), dtype=S.dtype, device=S.device)
     Q, R = torch.linalg.qr(torch.cat([S.T, math.sqrt(ridge) * eye]))  # [D + r, r], [r, r]
     return Q[: S.shape[1]], R
 
 
 def s3_residual(image: Tokens, p: Tensor, W: Tensor, basis: int) -> Tensor:
-    """e_sq [N] float64 = ||x - S^T w||^2; 0 where it is within rounding of 0, +inf where the norm is not finite.
+    """Returns e_sq [N] float64 = ||x - S^T w||^2; 0 if it is within rounding of 0, +inf if the norm is not finite.
 
     `basis` is the M of the call, not the m found: the bound 4 M u ||x||^2 belongs to the problem, not to the data.
     """
@@ -159,17 +160,18 @@ def s3_residual(image: Tokens, p: Tensor, W: Tensor, basis: int) -> Tensor:
 
 
 def _above_rounding(image: Tokens, e_sq: Tensor, basis: int) -> Tensor:
-    """e_sq [N], 0 where float32 cannot tell it from 0, +inf where the norm is not finite."""
+    """Returns e_sq [N], set to 0 if float32 cannot distinguish it from 0, and to +inf if the norm is not finite."""
     zero = e_sq <= 4 * basis * U * image.norm_sq  # [N]
     return e_sq.masked_fill(zero, 0).masked_fill(~image.finite, math.inf)
 
 
 def s4_topk(e_sq: Tensor, p: Tensor, keep: int, layout: str = "inplace") -> tuple[Tensor, Tensor]:
-    """Which tokens stay: kept [K] int64, ascending, and overwritten [K] bool, the rows that basis tokens overwrite.
+    """Chooses the tokens that stay: kept [K] int64, ascending, and overwritten [K] bool, the rows that basis tokens
+    overwrite.
 
     Order: largest float32 e_sq first, ties to the lower position. "inplace" keeps the basis (the first K picks if they
-    do not all fit) and then the first of the others; "overwrite" and "append" keep the first of all, and in "overwrite"
-    the last m of these are overwritten. keep = N keeps every token as it is.
+    do not all fit) and then the first of the others; "overwrite" and "append" keep the first of all tokens, and with
+    "overwrite" the last m of these are overwritten. keep = N keeps every token as it is.
     """
     order = e_sq.float().sort(descending=True, stable=True).indices  # [N]
     if layout == "inplace":
@@ -180,7 +182,7 @@ def s4_topk(e_sq: Tensor, p: Tensor, keep: int, layout: str = "inplace") -> tupl
 
 
 def s4_medoids(image: Tokens, kept: Tensor, steps: int) -> Tensor:
-    """The kept tokens [K] int64, ascending, after so many medoid steps (k-medoids), ascending again.
+    """Returns the kept tokens [K] int64 after `steps` medoid steps (k-medoids), ascending; so must be `kept`.
 
     A step assigns each token to the nearest kept token (Euclidean, ties to the lower position; a kept token to itself),
     and replaces every kept token by the token of its cluster that is nearest to the mean of the cluster. Tokens of
@@ -205,7 +207,7 @@ def s4_medoids(image: Tokens, kept: Tensor, steps: int) -> Tensor:
 
 
 def s5_merge(x: Tensor, image: Tokens, rows: Tensor, targets: Tensor) -> Tensor:
-    """Tokens [R, D] in x's dtype: x[rows], each averaged with the tokens not in `rows` that are merged into it.
+    """Returns tokens [R, D] in x's dtype: x[rows], each averaged with the tokens not in `rows` that are merged into it.
 
     A token is merged into the row of largest cosine similarity among those whose `targets` [R] flag is set, ties to the
     earlier row; similarity with a zero vector is 0. Tokens of non-finite norm are neither merged nor targets. A row
@@ -218,7 +220,7 @@ def s5_merge(x: Tensor, image: Tokens, rows: Tensor, targets: Tensor) -> Tensor:
         return x[rows]
     Xd, T = X[dropped], X[rows]  # [n, D], [R, D]
     norm = norm_sq[rows].sqrt()  # [R]
-    similarity = torch.where(norm > 0, Xd @ T.T / norm, 0).masked_fill(~allowed, -math.inf)  # [n, R]; ||x|| is common
+    similarity = torch.where(norm > 0, Xd @ T.T / norm, 0).masked_fill(~allowed, -math.inf)  # [n, R], times ||x||
     best = similarity.amax(-1, keepdim=True) - SLACK * norm_sq[dropped].sqrt()[:, None]  # [n, 1]
     target = (similarity >= best).int().argmax(-1)  # [n]
     member = torch.nn.functional.one_hot(target, len(rows)).double()  # [n, R]
@@ -228,10 +230,10 @@ def s5_merge(x: Tensor, image: Tokens, rows: Tensor, targets: Tensor) -> Tensor:
 
 
 def _score(image: Tokens, options: Options, keep: int = 0) -> tuple[Tensor, Tensor]:
-    """One image, s1 to s3: e_sq [N] float64, p [m]. `keep` decides M if that is more than the op `score` takes.
+    """Runs s1 to s3 on one image: e_sq [N] float64, p [m]. `keep` determines M if the basis is picked in rounds.
 
-    A basis that is picked in rounds ranks the others by resid_sq, which its picks were the largest of, in place of
-    e_sq = resid_sq - ridge w_sq: two terms that differ where the ridge is large.
+    With a basis that is picked in rounds, e_sq is resid_sq, the value by which its tokens were picked. The residual
+    would be resid_sq - ridge w_sq, which differs only if the ridge is large.
     """
     basis = options.basis_of(keep)
     if options.in_rounds and basis > FEW:
@@ -242,7 +244,8 @@ def _score(image: Tokens, options: Options, keep: int = 0) -> tuple[Tensor, Tens
 
 
 def _compress(x: Tensor, keep: int, options: Options) -> tuple[Tensor, Tensor]:
-    """One image x [N, D] -> tokens [R, D] in x's dtype, indices [R]; R = keep, or keep + basis if layout="append"."""
+    """Compresses one image x [N, D] to tokens [R, D] in x's dtype, indices [R]; R = keep, or keep + basis with
+    "append"."""
     layout, blend = options.layout, options.blend
     image = widen(x)
     if keep == 0 and options.in_rounds:  # ragged: no rows, and no basis either
@@ -267,7 +270,8 @@ def _compress(x: Tensor, keep: int, options: Options) -> tuple[Tensor, Tensor]:
 def score(
     x: Tensor, basis: int = 10, *, out_dtype: torch.dtype = torch.float32, **options: Any
 ) -> tuple[Tensor, Tensor]:
-    """s1 to s3 of x [B, N, D]: squared residuals [B, N] in out_dtype, basis positions [B, M] int64 padded with -1."""
+    """Runs s1 to s3 on x [B, N, D]: squared residuals [B, N] in out_dtype, basis positions [B, M] int64 padded with
+    -1."""
     chosen = Options(basis, **options)
     B, N, _ = x.shape
     residual = x.new_empty(B, N, dtype=out_dtype)
@@ -280,9 +284,10 @@ def score(
 
 @torch.no_grad()
 def merge(x: Tensor, indices: Tensor, *, targets: Tensor | None = None, out_dtype: torch.dtype | None = None) -> Tensor:
-    """s5 of x [B, N, D] for rows chosen elsewhere: indices [B, K] int64, targets [B, K] bool (None: all) -> [B, K, D].
+    """Runs s5 on x [B, N, D] for given rows: indices [B, K] int64, targets [B, K] bool (None: all) -> tokens [B, K, D].
 
-    Indices may come in any order and repeat (the earliest row then receives); they are clamped into [0, N).
+    Indices may come in any order and repeat (then tokens are merged into the earliest row); they are clamped into [0,
+    N).
     """
     x = x.to(out_dtype or x.dtype)
     tokens = x.new_empty(*indices.shape, x.shape[-1])
@@ -296,7 +301,7 @@ def merge(x: Tensor, indices: Tensor, *, targets: Tensor | None = None, out_dtyp
 def compress(
     x: Tensor, keep: int, basis: int | None = 10, *, out_dtype: torch.dtype | None = None, **options: Any
 ) -> tuple[Tensor, Tensor]:
-    """x [B, N, D] -> tokens [B, R, D] in x's dtype (or out_dtype) and their positions [B, R] int64.
+    """Compresses x [B, N, D] to tokens [B, R, D] in x's dtype (or out_dtype) and their positions [B, R] int64.
 
     R = keep, or keep + basis if layout="append". Everything is computed in float64 and rounded once at the end.
     """
@@ -323,11 +328,12 @@ def compress_varlen(
     out_dtype: torch.dtype | None = None,
     **options: Any,
 ) -> tuple[Tensor, Tensor]:
-    """Ragged images packed in x [T, D]: image s is x[cu_seqlens[s]:cu_seqlens[s+1]], keeps cu_keep[s+1] - cu_keep[s].
+    """Compresses ragged images in x [T, D]: image s is x[cu_seqlens[s]:cu_seqlens[s+1]], keeps cu_keep[s+1] -
+    cu_keep[s].
 
-    Both cu tensors are [S+1] int32. Returns tokens [R, D] and positions in x [R] int64, R = total_keep (append: + S
-    * basis), image after image. Whatever the cu tensors hold is clamped (max_seqlen and max_keep are bounds for kernels
-    to size their work by, and clamp as well); rows that no image fills hold zeros and index 0.
+    Both cu tensors are [S+1] int32. Returns tokens [R, D] and positions in x [R] int64, R = total_keep (append: + S *
+    basis), image after image. All values of the cu tensors are clamped; so are lengths to max_seqlen and max_keep, the
+    bounds by which kernels size their work. Rows that no image fills hold zeros and index 0.
     """
     chosen = Options(basis, **options)
     x = x.to(out_dtype or x.dtype)

@@ -2,9 +2,9 @@
 
 torch lets an op be defined once, and an implementation be registered once per key. But a module may be executed again
 (importlib.reload, %autoreload in a notebook), and an engine may vendor a copy of this package beside the installed one.
-So the definition lies where every copy finds it, on `torch.ops.apet`. A copy of the same version with the same schemas
-shares it, with the implementations of the copy that was imported first: nothing is registered twice, and what was
-compiled or traced with these ops stays valid. Edited schemas, fakes and implementations need a new process.
+So the definition is stored where every copy finds it, on `torch.ops.apet`. A copy of the same version with the same
+schemas shares it, with the implementations of the copy that was imported first: nothing is registered twice, and code
+that was compiled or traced with these ops stays valid. Edited schemas, fakes and implementations need a new process.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from typing import Any
 
 import torch
 
-NAMESPACE = "apet"  # the only place: builds for the Hugging Face Hub have another (examples/hub)
+NAMESPACE = "apet"  # named only here: builds for the Hugging Face Hub use another one (examples/hub)
 registered: Any = getattr(torch.ops, NAMESPACE)
-_ATTRIBUTE = "_apet_kernels_registry"  # of `registered`
+_ATTRIBUTE = "_apet_kernels_registry"  # the attribute of `registered` that holds the registry
 
 
 class Registry:
@@ -41,20 +41,20 @@ class Registry:
             self._library.define(schema)
 
     def implement(self, op: str, key: str, function: Callable[..., Any], with_keyset: bool = False) -> None:
-        """Registers `function` for a dispatch key, unless this has been done."""
+        """Registers `function` for a dispatch key, unless one is registered already."""
         if (op, key) not in self._registered:
             self._library.impl(op, function, key, with_keyset=with_keyset)
             self._registered.add((op, key))
 
     def fake(self, op: str, function: Callable[..., Any]) -> None:
-        """Registers the function that gives the shapes of an op's results, unless this has been done."""
+        """Registers the function that gives the shapes of an op's results, unless one is registered already."""
         if (op, "fake") not in self._registered:
             torch.library.register_fake(f"{NAMESPACE}::{op}", function, lib=self._library)
             self._registered.add((op, "fake"))
 
 
 def registry(version: str, file: str, schemas: tuple[str, ...]) -> Registry:
-    """The registry of this process: that of an earlier import, or a new one.
+    """Returns the registry of this process: the one of an earlier import, or a new one.
 
     Raises:
         ImportError: if the ops are defined already, by another version or with other schemas.
@@ -77,7 +77,7 @@ def registry(version: str, file: str, schemas: tuple[str, ...]) -> Registry:
 
 
 def has_kernel(op: str, key: str) -> bool:
-    """Whether an implementation is registered for just this dispatch key, by whichever copy of this package."""
+    """Returns whether any copy of this package has registered an implementation for exactly this dispatch key."""
     name = f"{NAMESPACE}::{op}"
     return torch._C._dispatch_has_kernel(name) and torch._C._dispatch_has_kernel_for_dispatch_key(name, key)
 

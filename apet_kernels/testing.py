@@ -1,4 +1,4 @@
-"""For tests and benchmarks of this package: pins CPU kernels to one instruction set, CUDA kernels to one path."""
+"""For tests and benchmarks of this package: pins the CPU kernels to an instruction set, the CUDA kernels to a path."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Literal
 
 import torch
 
-from . import dispatch, host
+from . import available, host
 from .registry import registered
 
 __all__ = ["CudaPath", "cpu_isa", "cuda_paths", "use_cpu_isa", "use_cuda_path"]
@@ -51,12 +51,12 @@ def use_cpu_isa(name: str | None) -> None:
 
 @dataclass(frozen=True)
 class CudaPath:
-    """How the CUDA kernels take a call (docs/cuda.md). No choice of these changes a bit of the result."""
+    """How the CUDA kernels run a call (docs/cuda.md). No choice of these values changes a bit of the result."""
 
-    path: Literal["best", "fused", "cluster", "cooperative"] = "best"  # best: the one of the lowest estimate
-    ctas_per_image: int = 0  # 0: chosen
-    rows_in_shared_memory: int = -1  # of a CTA, at most; -1: as many as fit
-    tile: int = 0  # columns of s5's, as its own launch: 64 or 128; 0: chosen
+    path: Literal["best", "fused", "cluster", "cooperative"] = "best"  # best: the one with the lowest estimated time
+    ctas_per_image: int = 0  # 0: the library chooses
+    rows_in_shared_memory: int = -1  # at most, in each CTA; -1: as many as fit
+    tile: int = 0  # columns of a tile of s5 as its own launch: 64 or 128; 0: the library chooses
 
     def __str__(self) -> str:
         parts = [self.path, str(self.ctas_per_image or "any")]
@@ -69,9 +69,9 @@ _thread = threading.local()  # .forced: the CudaPath of this thread, as the comp
 
 @contextlib.contextmanager
 def use_cuda_path(way: CudaPath) -> Iterator[None]:
-    """Forces the calls of the CUDA kernels in a `with` block, of this thread alone; blocks may be nested.
+    """Forces a path on the calls of the CUDA kernels in a `with` block, for this thread only; blocks may be nested.
 
-    Such a call, and `apet_kernels.plan` of one, raises RuntimeError where the device cannot run it in that way.
+    Such a call, and `apet_kernels.plan` of one, raises RuntimeError if the device cannot run it in that way.
 
     Raises:
         ValueError: if the CUDA kernels cannot be used here, or there is no such path, group or tile.
@@ -82,7 +82,7 @@ def use_cuda_path(way: CudaPath) -> Iterator[None]:
         ...     with testing.use_cuda_path(testing.CudaPath("cluster", ctas_per_image=8)):
         ...         apet_kernels.compress(torch.randn(1, 576, 1024, device="cuda"), keep=64)
     """
-    if why := dispatch.why_unavailable("cuda"):
+    if why := available.why_unavailable("cuda"):
         raise ValueError(f"no CUDA path can be forced: {why}")
     if way.path not in ("best", "fused", "cluster", "cooperative"):
         raise ValueError(f"path='{way.path}' is none of best, fused, cluster, cooperative")
@@ -102,8 +102,8 @@ def use_cuda_path(way: CudaPath) -> Iterator[None]:
 
 
 def cuda_paths() -> list[CudaPath]:
-    """Every path with small, middle and largest groups, all rows in shared memory, some and none, and both tiles; of
-    which a device can run some.
+    """Returns every path with small, middle and large groups, with all rows in shared memory, some and none, and with
+    both tiles. A device can run only some of them.
 
     Example:
         >>> from apet_kernels import testing
@@ -119,7 +119,7 @@ def cuda_paths() -> list[CudaPath]:
 
 
 def _force(way: CudaPath) -> None:
-    # The op is found by the device of a tensor. The simulated GPU of this package's tests has its tensors on the CPU.
+    # The device of a tensor selects the op. The simulated GPU of this package's tests has its tensors on the CPU.
     like = torch.empty(0, device="cuda" if torch.cuda.is_available() else "cpu")
     path, *numbers = asdict(way).values()
     registered._cuda_override(like, path, *numbers)

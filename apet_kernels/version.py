@@ -1,3 +1,3 @@
-"""The version, which csrc/apet.h repeats for C; a copy of this package without its metadata has it too."""
+"""The version of this package, also for a copy of it without metadata; csrc/apet.h repeats it for C."""
 
 __version__ = "0.2.0"

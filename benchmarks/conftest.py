@@ -1,4 +1,4 @@
-"""--smoke, two threads, and a way to print past pytest's capture."""
+"""Fixtures for pytest-benchmark: the option --smoke, two threads, and printing past pytest's capture."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def smoke(request: pytest.FixtureRequest) -> bool:
 
 @pytest.fixture(autouse=True)
 def kernel() -> Iterator[None]:
-    """The CPU kernel on two threads, or a skip that says why there is none."""
+    """Runs the CPU kernel on two threads, or skips with the reason why there is none."""
     reason = apet_kernels.why_unavailable("cpu")
     if reason is not None:
         pytest.skip(reason)

@@ -25,7 +25,7 @@ BASELINES = ("published", "eager", "compiled", "tuned", "tuned compiled")
 
 
 def compare(case: Case, device: Device) -> Comparison:
-    """Checks everything that can do `case`: the baselines, the kernel, and the kernel on lesser instruction sets."""
+    """Checks and times everything that can run `case`: the baselines, and the kernel on every instruction set."""
     others = {
         **eager_baselines(case),
         "compiled": functools.partial(baselines.compiled(), **case.arguments),
@@ -38,7 +38,8 @@ def compare(case: Case, device: Device) -> Comparison:
 
 
 def eager_baselines(case: Case) -> dict[str, Callable[[Tensor], tuple[Tensor, Tensor]]]:
-    """Those that need no compiler; "published" where it has the layout and its broadcast fits the memory."""
+    """Returns the baselines that need no compiler; "published" only if it has the layout and its broadcast fits the
+    memory."""
     functions = {"eager": baselines.eager, "tuned": baselines.tuned}
     broadcast = baselines.published_bytes(case.N, case.D, case.keep, case.basis, case.itemsize)
     if case.layout == "overwrite" and broadcast < 0.75 * available_memory():
@@ -47,10 +48,10 @@ def eager_baselines(case: Case) -> dict[str, Callable[[Tensor], tuple[Tensor, Te
 
 
 def goals(case: Case) -> dict[str, float]:
-    """How many times faster than each baseline the kernel should be, and how many reference costs it may take.
+    """Returns how many times faster than each baseline the kernel should be, and how many reference costs it may take.
 
-    None for the tuned ones: they take 1.2 to 2.1 reference costs in float32 and 2.7 to 6.2 in bfloat16, so that the
-    goals of 4 and 6.5 would ask for less than the reference cost of most shapes.
+    The tuned baselines have no goals: they take 1.2 to 2.1 reference costs in float32 and 2.7 to 6.2 in bfloat16, so
+    that goals of 4 and 6.5 would ask for less than the reference cost of most shapes.
     """
     if case.dtype is torch.float16 or (case.B, case.N, case.D, case.keep) not in SHAPES:
         return {}
@@ -60,7 +61,7 @@ def goals(case: Case) -> dict[str, float]:
 
 
 def missed(row: Row) -> list[str]:
-    """The goals that this row does not reach, each with what it reached."""
+    """Returns the goals that this row does not reach, each with the value reached."""
     wanted, reached = goals(Case.of(row.case)), {**row.faster, COST: row.costs}
     return [
         f"{name} {reached[name]:.2f}x, goal {goal:g}x"
@@ -70,7 +71,7 @@ def missed(row: Row) -> list[str]:
 
 
 def sheets(results: Results) -> list[Sheet]:
-    """One table of the goals, one of the instruction sets."""
+    """Returns a table of the goals and a table of the instruction sets."""
     rows = results.rows
     speed = Sheet(
         "torch.ops.apet.compress",

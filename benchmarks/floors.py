@@ -33,7 +33,7 @@ BEGIN, END = "<!-- floors:begin -->", "<!-- floors:end -->"
 
 @dataclass(frozen=True)
 class Rates:
-    """What a device does at most: bytes and operations per second; its bytes of memory and L2; seconds a launch."""
+    """The peak rates of a device: bytes and operations per second; its bytes of memory and L2; seconds per launch."""
 
     name: str
     bandwidth: float
@@ -43,7 +43,7 @@ class Rates:
     cache: float
     source: str
     gap: float = 2.5e-6  # assumed: from one kernel of a graph to the next that needs it, an empty kernel included
-    host: float = 5e-6  # assumed: what a launch takes on the host, outside a graph
+    host: float = 5e-6  # assumed: time of a launch on the host, outside a graph
 
     @property
     def lanes(self) -> float:
@@ -71,15 +71,15 @@ class Work:
     lanes: float = 0
 
     def bytes(self, rates: Rates) -> float:
-        """That have to come from memory or go there."""
+        """Returns the bytes that are read from memory or written to it."""
         return self.moved + sum(passes * max(0.0, size - rates.cache) for passes, size in self.again)
 
     def touched(self) -> float:
-        """Bytes read and written wherever they lie."""
+        """Returns the bytes read and written, in memory or in a cache."""
         return self.moved + sum(passes * size for passes, size in self.again)
 
     def bounds(self, rates: Rates) -> dict[str, float]:
-        """Seconds by what takes them."""
+        """Returns the seconds that each resource takes, by its name."""
         return {
             "launches": self.launches * rates.gap,
             "memory": self.bytes(rates) / rates.bandwidth,
@@ -93,12 +93,12 @@ class Work:
 
 
 def graphed(pieces: list[Work], rates: Rates) -> float:
-    """Seconds of a call whose launches are replayed from a graph."""
+    """Returns the seconds of a call whose launches are replayed from a graph."""
     return sum(piece.seconds(rates) for piece in pieces)
 
 
 def ungraphed(pieces: list[Work], rates: Rates) -> float:
-    """Seconds of a call whose launches come from the host one by one."""
+    """Returns the seconds of a call whose launches come from the host one by one."""
     return max(graphed(pieces, rates), sum(piece.launches for piece in pieces) * rates.host)
 
 
@@ -184,18 +184,19 @@ def published(case: Case) -> list[Work]:
 
 
 def published_memory(case: Case) -> int:
-    """Bytes that the similarity of one image holds at once: both sides divided by their norms, and the product."""
+    """Returns the bytes that the similarity of one image needs at once: both normalised sides, and the product."""
     return 3 * (case.N - case.keep) * case.targets * case.D * case.itemsize
 
 
 def _product(case: Case) -> Work:
-    """The similarities of s5: on the matrix units from 16-bit tokens, as IEEE float32 outside them otherwise."""
+    """Returns the work of the similarities of s5: on the matrix units for 16-bit tokens, else outside them as IEEE
+    float32."""
     fma = case.B * (case.N - case.keep) * case.targets * case.D
     return Work("product", matrix=2 * fma) if case.itemsize == 2 else Work("product", lanes=fma)
 
 
 def sheets(cases: list[Case]) -> list[Sheet]:
-    """Rates, work, and a table of times per dtype."""
+    """Returns the tables of rates, of work, and of times for each dtype."""
     gap, host = DEVICES[0].gap * 1e6, DEVICES[0].host * 1e6
     rates = Sheet(
         "Rates",
@@ -267,12 +268,12 @@ def _times(case: Case, device: Rates) -> list[str]:
 
 
 def _number(value: float) -> str:
-    """Three digits, and no exponent."""
+    """Formats a number with three digits and no exponent."""
     return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def section() -> str:
-    """What stands between the markers of docs/gpu.md: the formulas as they are written here, and the tables."""
+    """Returns the text between the markers of docs/gpu.md: the formulas of the docstrings here, and the tables."""
     model = (__doc__ or "").partition("A call is")
     texts = [model[1] + model[2], *(f"{call.__name__}: {inspect.getdoc(call)}" for call in (floor, triton, published))]
     formulas = "\n\n".join(f"```text\n{text.strip()}\n```" for text in texts)
@@ -286,7 +287,7 @@ def main() -> None:
     if parser.parse_args().markdown:
         DOCUMENT.write_text(replaced(DOCUMENT.read_text(), BEGIN, END, section()))
     else:
-        from rich.console import Console  # here, so that the GPU check runs without it
+        from rich.console import Console  # imported here, so that the GPU check runs without it
 
         show(Console(width=200), {}, sheets(gpu_cases()))
 

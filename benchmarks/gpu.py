@@ -36,22 +36,22 @@ from benchmarks.lib.suite import Results, Suite
 
 BASELINES = ("published", "eager", "compiled", "tuned")
 BACKENDS = ("triton", "cuda")
-BURST = 0.02  # seconds of calls that are timed at once, if the ring has as many inputs
+BURST = 0.02  # seconds of calls that are timed together, if the ring has as many inputs
 Compress = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 
 def compare(case: Case, device: Device) -> Comparison:
-    """Checks everything that can do `case`; what fails is recorded, and the rest continues.
+    """Checks and times everything that can run `case`. Failures are recorded, and the rest continues.
 
-    Names: "triton host", launched one by one; "triton graph", replayed from a graph; "triton until s1_norms" and the
-    like, the call up to that kernel's last launch, from a graph.
+    Names: "triton host" is launched one by one; "triton graph" is replayed from a graph; "triton until s1_norms" and
+    the like are the call up to that kernel's last launch, from a graph.
     """
     inputs = ring(functools.partial(tokens, case), device)
     failed: dict[str, str] = {}
     judged: dict[str, float] = {}
     calls: dict[str, Callable[[Any], Timed]] = {}
     found = implementations(case, device)
-    counts: dict[str, int] = {}  # calls in a sample, of what is right
+    counts: dict[str, int] = {}  # calls in a sample, of the implementations with a right result
     with torch.inference_mode():
         for name, call in found.items():
             with _Noting(failed, name):
@@ -78,7 +78,7 @@ def compare(case: Case, device: Device) -> Comparison:
 
 
 class _Noting:
-    """Records the error of an implementation that fails; the others continue."""
+    """Records the error of an implementation that fails, so that the others continue."""
 
     def __init__(self, failed: dict[str, str], name: str) -> None:
         self.failed, self.name = failed, name
@@ -94,7 +94,8 @@ class _Noting:
 
 
 def implementations(case: Case, device: Device) -> dict[str, Compress]:
-    """The backends first, then the baselines: the capture of a baseline may fail and disturb the calls after it."""
+    """Returns the backends first, then the baselines: the capture of a baseline may fail and disturb the calls after
+    it."""
     usable = [name for name in BACKENDS if name in apet_kernels.available_backends()]
     calls = {name: functools.partial(apet_kernels.compress, **case.arguments, backend=name) for name in usable}
     functions: dict[str, Callable] = {"tuned": baselines.tuned, "eager": baselines.eager}
@@ -105,7 +106,7 @@ def implementations(case: Case, device: Device) -> dict[str, Compress]:
 
 
 def _burst(call: Compress, inputs: Any, count: int) -> Any:
-    """`count` calls on as many inputs; the result of the last."""
+    """Makes `count` calls on as many inputs; returns the result of the last."""
     result = None
     for x in itertools.islice(inputs, count):
         result = call(x)
@@ -113,7 +114,7 @@ def _burst(call: Compress, inputs: Any, count: int) -> Any:
 
 
 def launches(case: Case, x: Tensor) -> list[Any]:
-    """Of the Triton backend, not yet run."""
+    """Returns the launches of the Triton backend, not yet run."""
     from apet_kernels.triton_kernels import launch
 
     return launch.compress(x, **case.arguments).launches
@@ -124,15 +125,15 @@ def kernel_name(launched: Any) -> str:
 
 
 def _sample(device: Device, name: str, call: Callable[[], object], count: int) -> Callable[[Any], Timed]:
-    """Seconds of one of the `count` calls that `call` makes."""
+    """Returns a function that gives the seconds of one of the `count` calls that `call` makes."""
     return lambda _: Timed({name: device.seconds(call) / count})
 
 
 def _prefixes(case: Case, device: Device, inputs: list[Tensor]) -> dict[str, Callable[[Any], Timed]]:
-    """The call up to each kernel's last launch, from a graph.
+    """Returns the call up to each kernel's last launch, from a graph.
 
-    A kernel's time is a difference of two of these, so it is measured where it runs: with the caches as the launches
-    before leave them.
+    A kernel's time is a difference of two of these, so it is measured in its place, with the caches in the state that
+    the launches before it leave.
     """
     calls = [launches(case, x) for x in inputs]
     ends = {kernel_name(launched): n for n, launched in enumerate(calls[0], 1)}  # the last of each name stays
@@ -151,7 +152,7 @@ def _prefixes(case: Case, device: Device, inputs: list[Tensor]) -> dict[str, Cal
 
 
 def sheets(results: Results) -> list[Sheet]:
-    """Rates, times from the host and from a graph, and kernels."""
+    """Returns the tables of rates, of times from the host and from a graph, and of kernels."""
     rates, rows = floors.Rates(**results.rates), results.rows
     measured = Sheet(
         "Rates",
@@ -204,7 +205,7 @@ def sheets(results: Results) -> list[Sheet]:
 
 
 def _kernels(row: Row, rates: floors.Rates) -> list[list[str]]:
-    """A line for each kernel of the Triton backend."""
+    """Returns a line for each kernel of the Triton backend."""
     case, before, lines = Case.of(row.case), 0.0, []
     for name in (label.removeprefix("triton until ") for label in row.ms if label.startswith("triton until ")):
         own = [work for work in floors.triton(case) if work.stage == name]

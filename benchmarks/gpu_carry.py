@@ -2,8 +2,8 @@
 
     python -m benchmarks.gpu_carry --out FILE.tar [--archs "80-real;90a-real;100a-real"]
 
-The CUDA kernels for these GPUs, the CPU kernels, and the bindings to torch's stable ABI, which serve any Python and any
-torch from 2.10 on; with a manifest that says of which sources they are.
+The archive holds the CUDA kernels for these GPUs, the CPU kernels, and the bindings to torch's stable ABI, which work
+with any Python and any torch from 2.10 on. A manifest identifies the sources that they were built from.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ ARCHS = "80-real;90a-real;100a-real"
 
 
 def main() -> None:
-    """Builds and packs. Exits with 1 where it cannot build."""
+    """Builds and packs the libraries. Exits with 1 if they cannot be built."""
     parser = command.parser("gpu_carry", __doc__)
     parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="the archive")
     parser.add_argument("--archs", default=ARCHS, help=f'as of CMAKE_CUDA_ARCHITECTURES ("{ARCHS}")')

@@ -1,4 +1,5 @@
-"""What a run of benchmarks.gpu_quick teaches: figures of the estimate for its card, and tables of the documents.
+"""Writes what a run of benchmarks.gpu_quick measured: figures of the estimate for its card, and tables of the
+documents.
 
     python -m benchmarks.gpu_figures FOLDER    into csrc/cuda/figures.cuh, benchmarks/results and the documents
     python -m benchmarks.gpu_figures           the documents again, from benchmarks/results
@@ -26,12 +27,12 @@ BEGIN, END = "<!-- measured:begin -->", "<!-- measured:end -->"
 
 
 def runs(root: Path) -> list[list[report.Line]]:
-    """The runs that are checked in."""
+    """Returns the runs that are checked in."""
     return [report.load(folder.parent) for folder in sorted((root / RESULTS).glob("gpu-*/results.jsonl"))]
 
 
 def add(folder: Path, root: Path) -> str:
-    """Puts a run into the header and the results. Returns what to say."""
+    """Adds a run to the header and the results. Returns a message about it."""
     lines = report.load(folder)
     name = re.sub(r"[^a-z0-9]+", "-", report.named(lines, "card", "device")["device"]["name"].lower()).strip("-")
     into = root / RESULTS / f"gpu-{name}"
@@ -44,7 +45,7 @@ def add(folder: Path, root: Path) -> str:
 
 
 def write_documents(root: Path) -> None:
-    """The tables between the markers."""
+    """Writes the tables between the markers of the documents."""
     body = figures.section(runs(root))
     for name in DOCUMENTS:
         path = root / name
@@ -52,7 +53,7 @@ def write_documents(root: Path) -> None:
 
 
 def main() -> None:
-    """Writes it all, or says why not and exits with 2."""
+    """Writes everything, or prints why it cannot and exits with 2."""
     parser = command.parser("gpu_figures", __doc__)
     parser.add_argument("folder", type=Path, nargs="?", help="of a run of benchmarks.gpu_quick")
     parser.add_argument("--rehearsed", type=Path, metavar="ELSEWHERE", help="of a rehearsal: into this folder")

@@ -37,7 +37,7 @@ from benchmarks.quick import report
 from benchmarks.quick.report import RIGHT
 
 ROOT = Path(__file__).parents[1]
-# Seconds of a step, and of one of its items, at most. In the order in which they run: what tells most comes first.
+# Step -> the most seconds of the step, and of one of its items. The most informative steps run first.
 LIMITS = {
     "card": (60, 40),
     "libraries": (240, 230),
@@ -50,17 +50,17 @@ LIMITS = {
     "hooks": (40, 30),
     "tests": (300, 300),
 }
-FOR_TIMES = 120  # seconds that steps before `times` leave to it
-START = 60  # seconds until the first item of a process begins, at most: imports, and the simulation's compiler
+FOR_TIMES = 120  # seconds that the steps before `times` leave for it
+START = 60  # the most seconds until the first item of a process begins: imports, and the simulation's compiler
 MOST_PROCESSES = 12  # of one step
-TEARDOWN = 20  # seconds that a process has to end, once all is done
-PATIENCE = 30  # times as long has a rehearsal, which may share a slow processor
-HANG = 10  # seconds until an item is killed that a rehearsal makes hang
+TEARDOWN = 20  # seconds that a process may take to end, once all items are done
+PATIENCE = 30  # factor on all limits in a rehearsal, which may share a slow processor
+HANG = 10  # seconds after which a rehearsal kills an item that it makes hang
 
 
 @dataclass
 class Recorder:
-    """Where lines go: results.jsonl, log.txt and the terminal. Each is on the disk before the next item begins."""
+    """Writes lines to results.jsonl, log.txt and the terminal. Each is on the disk before the next item begins."""
 
     out: Path
     began: float = field(default_factory=time.monotonic)
@@ -82,7 +82,7 @@ class Recorder:
         print(text, flush=True)
 
     def judge(self, line: dict[str, Any]) -> None:
-        """Results of one group are the same bits."""
+        """Checks that all results of one group have the same bits."""
         group = line.get("group")
         if group is None or line.get("status") != "ok":
             return
@@ -99,7 +99,7 @@ class Recorder:
 
 @dataclass
 class Run:
-    """What the command line says."""
+    """The options of the command line, and the run that they describe."""
 
     out: Path
     seconds: float
@@ -114,7 +114,8 @@ class Run:
         return self.seconds - (time.monotonic() - self.recorder.began)
 
     def environment(self) -> dict[str, str]:
-        """The package that the run makes comes before the checkout's, which may have no libraries or others."""
+        """Returns the environment of a process, in which the run's own package comes before the checkout's: that one
+        may have no libraries, or others."""
         folders = [str(self.out / "package"), str(ROOT / "python"), str(ROOT)]
         path = os.pathsep.join([*folders, *filter(None, [os.environ.get("PYTHONPATH")])])
         found = {**os.environ, "PYTHONPATH": path, "PYTHONFAULTHANDLER": "1"}
@@ -123,7 +124,7 @@ class Run:
         return found
 
     def step(self, name: str) -> None:
-        """All items of a step, in as many processes as it takes."""
+        """Runs all items of a step, in as many processes as it takes."""
         if self.only and all(re.match(r"[a-z]+: ?", text) and not text.startswith(f"{name}:") for text in self.only):
             return
         of_step, of_item = (limit * (PATIENCE if self.rehearse else 1) for limit in LIMITS[name])
@@ -139,7 +140,7 @@ class Run:
         self.recorder.write(step=name, item="the rest", status="not run", said=f"{MOST_PROCESSES} processes died")
 
     def process(self, name: str, done: list[str], ends: float, of_item: float) -> bool:
-        """One process of a step. True if items may be left that another process should try."""
+        """Runs one process of a step. Returns True if items may be left that another process should try."""
         options = {"out": str(self.out), "rehearse": self.rehearse, "carried": self.carried, "only": self.only}
         options |= {"seconds": max(1.0, ends - time.monotonic()), "done": done, "planted": self.planted}
         read, write = os.pipe()
@@ -191,7 +192,7 @@ class Run:
 
     def follow(self, name: str, pipe: Any, done: list[str], ends: float, of_item: float) -> tuple[str, str]:
         """Writes the lines of a process until it ends. Returns the item that it was in, and how it ended: "finished",
-        "died", or late by its "item" or "step"."""
+        "died", or the limit that it exceeded, "item" or "step"."""
         running, rest, due = "", b"", time.monotonic() + of_item + START
         with selectors.DefaultSelector() as selector:
             selector.register(pipe, selectors.EVENT_READ)
@@ -222,7 +223,7 @@ def died(code: int) -> str:
 
 
 def plants(words: list[str]) -> dict[str, str]:
-    """{"STEP: ITEM": KIND}. Raises ValueError for other kinds."""
+    """Parses --plant into {"STEP: ITEM": KIND}. Raises ValueError for other kinds."""
     found = {}
     for word in words:
         item, _, kind = word.rpartition("=")
@@ -237,7 +238,7 @@ def stopped(*_: Any) -> NoReturn:
 
 
 def main() -> None:
-    """Runs every step, prints the last block, exits with the number of lines that are not right."""
+    """Runs every step, prints the summary, and exits with the number of lines that are not right."""
     parser = command.parser("gpu_quick", __doc__)
     parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="a new folder for all results")
     parser.add_argument("--seconds", type=float, default=420, help="for everything (420)")

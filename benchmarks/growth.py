@@ -12,9 +12,10 @@ model:
               + B (4 M + 32) N             dot products and ranks
     memory  = outputs + I (4 N (M + 1) + D min(4 K, (4 - s) K + 324)), at most: benchmarks/lib/memory.py
 
-The rates are those that the same run measures. Of an image that fits half the last-level cache only the first pass is
-memory bytes. So the product dominates where 2 ((N - K) K + M N) / rate > 4 N s / bandwidth, whatever D is: with many
-tokens of which many are kept. What s1 reads again of tokens that may be picked next depends on them, and is left out.
+The rates are those that the same run measures. If an image fits half the last-level cache, only its first pass counts
+as memory bytes. So the product dominates if 2 ((N - K) K + M N) / rate > 4 N s / bandwidth, whatever D is: with many
+tokens of which many are kept. s1 also reads again some tokens that may be picked next; how many depends on the data, so
+the model leaves them out.
 """
 
 from __future__ import annotations
@@ -39,16 +40,16 @@ from benchmarks.lib.sheet import Sheet
 from benchmarks.lib.suite import Results, Suite
 
 SHARE = 0.1
-PAGE = 4096  # bytes that memory grows by; a call that finds room in what is there grows it by none
-EAGER = 10**11  # operations of the product up to which it is run
-PUBLISHED = 5 * 2**28  # bytes of the broadcast up to which it is run
+PAGE = 4096  # bytes by which memory grows; a call that fits into free memory of the process grows it by none
+EAGER = 10**11  # operations of the product up to which `eager` is run
+PUBLISHED = 5 * 2**28  # bytes of the broadcast up to which `published` is run
 BASELINES = ("eager", "published")
 AXES = {"N": "tokens", "D": "features", "B": "images", "keep": "tokens kept", "basis": "basis tokens"}
 
 
 @dataclass(frozen=True)
 class Point:
-    """A case, and which of its numbers varies."""
+    """A case, and the name of the size that varies."""
 
     axis: str
     case: Case
@@ -58,12 +59,12 @@ class Point:
         return getattr(self.case, self.axis)
 
     def fields(self) -> dict[str, Any]:
-        """As JSON holds it."""
+        """Returns the fields that JSON holds."""
         return {"axis": self.axis, **self.case.fields()}
 
     @classmethod
     def of(cls, fields: dict[str, Any]) -> Point:
-        """The point whose `fields` these are."""
+        """Returns the point that has these `fields`."""
         return cls(fields["axis"], Case.of(fields))
 
     def __str__(self) -> str:
@@ -71,7 +72,7 @@ class Point:
 
 
 def points(smoke: bool) -> list[Point]:
-    """Every axis in float32 and bfloat16, from small to large."""
+    """Returns the points of every axis in float32 and bfloat16, from small to large."""
     tokens_, features = (128, 64) if smoke else (1024, 1024)
 
     def powers(low: int, high: int) -> list[int]:
@@ -95,7 +96,7 @@ def points(smoke: bool) -> list[Point]:
 
 
 def baseline_cases(case: Case) -> dict[str, Case]:
-    """The baselines that are run (float32 only, and up to a size), and the case of each."""
+    """Returns the baselines that are run (in float32 only, and up to a size), and the case of each."""
     chosen = {}
     if case.dtype is torch.float32 and _product(case) <= EAGER:
         chosen["eager"] = case
@@ -106,7 +107,7 @@ def baseline_cases(case: Case) -> dict[str, Case]:
 
 
 def compare(point: Point, device: Device) -> Comparison:
-    """Checks the kernel and the baselines."""
+    """Checks and times the kernel and the baselines."""
     case = point.case
     inputs, calls, judged = ring(functools.partial(tokens, case), device), {}, {}
     for name, its in {**baseline_cases(case), "kernel": case}.items():
@@ -117,13 +118,13 @@ def compare(point: Point, device: Device) -> Comparison:
 
 
 def memory(point: Point) -> dict[str, int]:
-    """Peak of each, in a fresh process."""
+    """Returns the memory peak of each implementation, in a fresh process."""
     cases = {**baseline_cases(point.case), "kernel": point.case}
     return {name: measured_growth(case, name) for name, case in cases.items()}
 
 
 def predicted_ms(case: Case, rates: dict[str, float]) -> float:
-    """The cost model above."""
+    """Returns the milliseconds of the cost model above."""
     one, small = case.N * case.D * case.itemsize, (4 * case.basis + 32) * case.N
     passed = 3 * one + case.keep * case.D * case.itemsize + small
     again = "cached GB/s" if one <= rates["cache MiB"] * 2**20 / 2 else "read GB/s"
@@ -134,7 +135,7 @@ def predicted_ms(case: Case, rates: dict[str, float]) -> float:
 
 
 def predicted_bytes(case: Case) -> int:
-    """Likewise."""
+    """Returns the bytes of memory of the model above."""
     return output_bytes(case) + workspace_bound(case)
 
 
@@ -143,13 +144,13 @@ def _product(case: Case) -> int:
 
 
 def exponent(values: list[float], costs: list[float]) -> float:
-    """Of the power law that fits best."""
+    """Returns the exponent of the power law that fits best."""
     return statistics.linear_regression([math.log(v) for v in values], [math.log(c) for c in costs]).slope
 
 
 @dataclass(frozen=True)
 class Curve:
-    """One implementation along one axis: positions, and what it costs there."""
+    """One implementation along one axis: the values of the axis, and the cost at each."""
 
     axis: str
     dtype: str
@@ -158,14 +159,15 @@ class Curve:
     costs: list[float]
 
     def part(self, half: int) -> tuple[list[int], list[float]]:
-        """Its first (0) or second (1) half; they share the point in the middle."""
+        """Returns its first (0) or second (1) half; they share the point in the middle."""
         middle = len(self.values) // 2
         which = slice(None, middle + 1) if half == 0 else slice(middle, None)
         return self.values[which], self.costs[which]
 
 
 def curves(results: Results, cost: str) -> list[Curve]:
-    """Of "time" in milliseconds or "memory" in bytes: each implementation, and "predicted"."""
+    """Returns the curves of "time" in milliseconds or "memory" in bytes: one for each implementation, and
+    "predicted"."""
 
     def model(point: Point) -> float:
         return predicted_ms(point.case, results.rates) if cost == "time" else predicted_bytes(point.case)
@@ -184,16 +186,16 @@ def curves(results: Results, cost: str) -> list[Curve]:
 
 
 def sheets(results: Results) -> list[Sheet]:
-    """Exponents of time and of memory."""
+    """Returns the tables of exponents of time and of memory."""
     notes = {
-        "time": "Exponents of the time: of the kernel, and of the cost model beside it; where the similarity has "
-        "most of the time, N has 2 and K 1; where reading X has it, N has 1.",
+        "time": "Exponents of the time of the kernel, and of the cost model (predicted). If the similarity takes most "
+        "of the time, the exponent of N is 2 and that of K is 1; if reading X does, that of N is 1.",
         "memory": "Exponents of the peak of memory beyond the input. A page is 4 KiB, so that small calls seem flat.",
     }
     return [
         Sheet(
             f"How {cost} grows",
-            f"{notes[cost]} `published` and `eager`: as far as they were run.",
+            f"{notes[cost]} `published` and `eager` were run up to a limit of size.",
             ["axis", "dtype", "from", "to", "kernel", "predicted", *BASELINES],
             _exponents(curves(results, cost)),
             words=("axis", "dtype"),
@@ -203,7 +205,7 @@ def sheets(results: Results) -> list[Sheet]:
 
 
 def _exponents(found: list[Curve]) -> list[list[str]]:
-    """A line for each half of each axis."""
+    """Returns a line for each half of each axis."""
     by = {(curve.axis, curve.dtype, curve.name): curve for curve in found}
     lines = []
     for axis, dtype in dict.fromkeys((curve.axis, curve.dtype) for curve in found):

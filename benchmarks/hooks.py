@@ -44,7 +44,7 @@ KEEPS, NEW_TOKENS = (288, 192, 128, 64), 8
 
 @dataclass(frozen=True)
 class Setting:
-    """What to keep of an image's tokens: after the encoder, and after half of the decoder's layers. None: all."""
+    """The tokens to keep of an image: after the encoder, and after half of the decoder's layers. None: all."""
 
     keep: int | None
     llm_keep: int | None = None
@@ -54,34 +54,35 @@ class Setting:
 
     @property
     def name(self) -> str:
-        """In a row: "uncompressed", or "apet 64"."""
+        """The name of the setting in a row: "uncompressed", or "apet 64"."""
         return "uncompressed" if self.keep is None else f"apet {self}"
 
     @property
     def mean(self) -> int:
-        """Tokens that an image has on average over the decoder's layers."""
+        """The tokens that an image has on average over the decoder's layers."""
         first = self.keep or TOKENS
         return (first + (self.llm_keep or first)) // 2
 
 
 @dataclass(frozen=True)
 class Batch:
-    """A model in one dtype, called with so many prompts of an image and some text each."""
+    """A model in one dtype, called with a number of prompts of one image and some text each."""
 
     batch: int
     dtype: torch.dtype
     size: Size
-    everything: bool  # else only the settings that have goals
+    everything: bool  # False: only the settings that have goals
 
     def fields(self) -> dict[str, Any]:
-        """As JSON holds it."""
+        """Returns the fields that JSON holds."""
         return {"batch": self.batch, "dtype": name_of(self.dtype)}
 
     def __str__(self) -> str:
         return f"batch {self.batch} {name_of(self.dtype)}"
 
     def settings(self) -> list[Setting]:
-        """All tokens; the first stage alone; and both, with a third of what the first keeps, as the paper has it."""
+        """Returns the settings: all tokens; the first stage alone; and both, the second with a third of the first, as
+        in the paper."""
         keeps, both = ((288, 64), (96,)) if self.size is SMOKE else (KEEPS, (288, 192, 96))
         chosen = [*(Setting(k) for k in keeps), *(Setting(k, k // 3) for k in both)]
         return [Setting(None), *(setting for setting in chosen if self.everything or setting.mean == 64)]
@@ -92,7 +93,7 @@ def name_of(dtype: torch.dtype) -> str:
 
 
 def cases(smoke: bool) -> list[Batch]:
-    """Both dtypes, that which is faster on this machine first."""
+    """Returns both dtypes, the one that is faster on this machine first."""
     dtypes = sorted((torch.float32, torch.bfloat16), key=peak_gflops, reverse=True)
     size, batches = (SMOKE, (1,)) if smoke else (REAL, (1, 4))
     return [Batch(batch, dtype, size, dtype is dtypes[0]) for dtype in dtypes for batch in batches]
@@ -100,7 +101,7 @@ def cases(smoke: bool) -> list[Batch]:
 
 @functools.lru_cache(maxsize=1)
 def build(size: Size, dtype: torch.dtype) -> nn.Module:
-    """The model, with random weights."""
+    """Builds the model, with random weights."""
     torch.manual_seed(0)
     config = llava.config(size, vocabulary=32064, image=IMAGE)
     model = transformers.LlavaForConditionalGeneration._from_config(config, dtype=dtype)
@@ -110,7 +111,7 @@ def build(size: Size, dtype: torch.dtype) -> nn.Module:
 
 
 def inputs(batch: int, dtype: torch.dtype) -> dict[str, Tensor]:
-    """A batch of prompts of one image and some text each."""
+    """Returns a batch of prompts of one image and some text each."""
     random = torch.Generator().manual_seed(0)
     ids = torch.randint(3, IMAGE, (batch, PROMPT + TOKENS), generator=random)
     ids[:, PROMPT // 2 : PROMPT // 2 + TOKENS] = IMAGE
@@ -139,14 +140,15 @@ def compare(case: Batch, device: Device) -> Comparison:
 
 
 def check(setting: Setting, prefill: Prefill) -> None:
-    """Raises AssertionError where a layer has other tokens than the setting says."""
+    """Raises AssertionError if a layer does not have the number of tokens of the setting."""
     layers, first = len(prefill.lengths), setting.keep or TOKENS
     wanted = [PROMPT + (first if n < layers // 2 else setting.llm_keep or first) for n in range(layers)]
     assert prefill.lengths == wanted, f"{setting}: the layers have {prefill.lengths} tokens, not {wanted}"
 
 
 def answer(model: nn.Module, setting: Setting, given: dict[str, Tensor]) -> Timed:
-    """Seconds of the prefill, of the whole answer, and in the prefill of the op and of the hooks."""
+    """Generates an answer. Returns the seconds of the prefill, of the whole answer, and of the op and the hooks in the
+    prefill."""
     with spent(apet_kernels, ["compress_packed"]) as op, spent(Engine, HOOKS) as hooks, running(model, setting):
         begin = time.perf_counter()
         prefill, total = clock(model, given, NEW_TOKENS)
@@ -158,7 +160,7 @@ def answer(model: nn.Module, setting: Setting, given: dict[str, Tensor]) -> Time
 
 
 def attainable(model: nn.Module, keep: int, given: dict[str, Tensor]) -> None:
-    """The parts of an unpatched model in a prefill of `keep` tokens an image, one after another."""
+    """Runs the parts of an unpatched model in a prefill of `keep` tokens an image, one after another."""
     rows, hidden = len(given["input_ids"]), model.config.text_config.hidden_size
     text = torch.zeros(rows, PROMPT, hidden, dtype=given["pixel_values"].dtype)
     features = model.model.vision_tower(given["pixel_values"], output_hidden_states=True).hidden_states[-2]
@@ -169,7 +171,7 @@ def attainable(model: nn.Module, keep: int, given: dict[str, Tensor]) -> None:
 
 @contextlib.contextmanager
 def running(model: nn.Module, setting: Setting) -> Iterator[None]:
-    """The model with one setting, for the length of a with block."""
+    """Gives the model one setting, for the length of a with block."""
     llm_layer = None if setting.llm_keep is None else model.config.text_config.num_hidden_layers // 2
     with contextlib.ExitStack() as stack:
         keep = setting.keep or 64
@@ -181,7 +183,7 @@ def running(model: nn.Module, setting: Setting) -> Iterator[None]:
 
 @contextlib.contextmanager
 def spent(owner: Any, names: list[str]) -> Iterator[list[tuple[float, float]]]:
-    """When each call of these functions or methods began, and how long it took, as they happen."""
+    """Records when each call of these functions or methods began, and how long it took."""
     calls: list[tuple[float, float]] = []
 
     def timed(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -201,7 +203,7 @@ def spent(owner: Any, names: list[str]) -> Iterator[list[tuple[float, float]]]:
 
 
 def settings_of(row: Row) -> list[Setting]:
-    """The settings of a row."""
+    """Returns the settings of a row."""
     found = []
     for name in row.counts:
         if name != "answer":
@@ -211,17 +213,17 @@ def settings_of(row: Row) -> list[Setting]:
 
 
 def predicted(row: Row, setting: Setting) -> float:
-    """FLOPs of the prefill without compression / with it."""
+    """Returns FLOPs of the prefill without compression / FLOPs with it."""
     return row.counts[str(TOKENS)] / row.counts[str(setting)]
 
 
 def speedup(row: Row, name: str, of: str = "uncompressed") -> float:
-    """How many times faster than another."""
+    """Returns how many times faster `name` is than `of`."""
     return row.faster.get(of, 1.0) / row.faster.get(name, 1.0)
 
 
 def missed_with(row: Row, setting: Setting) -> list[str] | None:
-    """The goals that are missed with a setting; None where it has none."""
+    """Returns the goals that are missed with a setting; None if it has none."""
     if setting.mean != 64:
         return None
     share, reached = row.faster[f"{setting.name} op"], speedup(row, setting.name) / predicted(row, setting)
@@ -232,12 +234,12 @@ def missed_with(row: Row, setting: Setting) -> list[str] | None:
 
 
 def missed(row: Row) -> list[str]:
-    """With every setting."""
+    """Returns the goals that are missed, with every setting."""
     return [f"{setting}: {goal}" for setting in settings_of(row) for goal in missed_with(row, setting) or []]
 
 
 def sheets(results: Results) -> list[Sheet]:
-    """A table for each dtype and batch size."""
+    """Returns a table for each dtype and batch size."""
     note = (
         "kept: tokens of an image after the encoder → after half of the decoder's layers. Times are medians. "
         "predicted: FLOPs of the uncompressed prefill / FLOPs with compression, the vision encoder in both. "
@@ -282,7 +284,7 @@ def _line(row: Row, setting: Setting) -> list[str]:
 
 
 def head(rates: dict[str, float]) -> dict[str, str]:
-    """What the model is."""
+    """Returns a description of the model."""
     products = (f"{name.split()[0]} {rate:.0f} GFLOP/s" for name, rate in rates.items())
     return {
         "torch.mm 2048^3": ", ".join(products),

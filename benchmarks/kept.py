@@ -3,8 +3,8 @@
 python -m benchmarks.kept     (benchmarks/lib/suite.py says what it takes)
 
 The other methods are those of benchmarks/lib/alternatives.py, in eager torch on all threads. FastV and VisionZip are
-given the attention weights that they rank by; what getting these costs a model that runs FlashAttention is not in their
-times.
+given the attention weights that they rank by. A model that runs FlashAttention has to compute these in addition; that
+cost is not in their times.
 """
 
 from __future__ import annotations
@@ -36,14 +36,14 @@ PUBLISHED = 2**32  # bytes of its broadcast up to which the published formulatio
 
 
 def cases(smoke: bool) -> list[Case]:
-    """Every shape at every share, the default layout."""
+    """Returns every shape at every share, in the default layout."""
     if smoke:
         return [Case(2, 64, 32, keep, torch.float32, "inplace") for keep in (8, 32)]
     return [Case(B, N, D, round(share * N), dtype, "inplace") for B, N, D, dtype in SHAPES for share in SHARES]
 
 
 def compare(case: Case, device: Device) -> Comparison:
-    """Checks everything. The published formulation has another layout, which costs the same."""
+    """Checks and times everything. The published formulation has another layout, which costs the same."""
     published = dataclasses.replace(case, layout="overwrite")
     of = dict.fromkeys(("eager", "tuned", "kernel"), case)
     calls = {name: functools.partial(getattr(baselines, name), **case.arguments) for name in ("eager", "tuned")}
@@ -65,7 +65,7 @@ def compare(case: Case, device: Device) -> Comparison:
 
 
 def sheets(results: Results) -> list[Sheet]:
-    """Times of everything, then what the others take next to the kernel."""
+    """Returns a table of all times, and one of the ratios to the kernel."""
     names = ("kernel", *SAME, *OTHERS, "copy", "reference cost")
     times = Sheet(
         "Time against tokens kept",

@@ -1,4 +1,4 @@
-"""The pictures of docs/benchmarks.md."""
+"""Draws the pictures of docs/benchmarks.md."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from benchmarks import growth, kept
 from benchmarks.lib.cases import Case
 from benchmarks.lib.suite import Results
 
-# What is ours stands out, what computes the same is warm, other methods are cool, ceilings are grey.
+# Our kernels stand out, other implementations of ApET have warm colours, other methods cool ones, ceilings grey.
 STYLES = {
     "kernel": {"color": "black", "linewidth": 2.4, "marker": "o", "zorder": 5},
     "published": {"color": "tab:red", "marker": "v"},
@@ -54,7 +54,7 @@ SIZE = {"markersize": 4, "linewidth": 1.3}
 
 
 def draw_kept(results: Results, path: Path) -> None:
-    """Time against tokens kept, a panel for each shape."""
+    """Draws time against tokens kept, a panel for each shape."""
     panels: dict[str, dict[str, list[tuple[int, float]]]] = {}
     for row in results.rows:
         case = Case.of(row.case)
@@ -72,7 +72,7 @@ def draw_kept(results: Results, path: Path) -> None:
 
 
 def draw_growth(results: Results, path: Path) -> None:
-    """Time above, memory below, a column for each axis; markers filled in float32, open in bfloat16."""
+    """Draws time above, memory below, a column for each axis; markers are filled in float32, open in bfloat16."""
     figure, axes = pyplot.subplots(2, len(growth.AXES), figsize=(14, 6), squeeze=False)
     for line, (cost, unit) in zip(axes, (("time", 1.0), ("memory", 2.0**20)), strict=True):
         found = growth.curves(results, cost)
@@ -101,7 +101,7 @@ def _axis(place: Axes, title: str, below: str, ticks: set[int]) -> None:
 
 
 def _finish(figure: Figure, axes: object, path: Path) -> None:
-    """One legend for all panels, below them."""
+    """Adds one legend for all panels, below them, and writes the picture."""
     entries = {}
     for place in axes:
         handles, labels = place.get_legend_handles_labels()

@@ -39,7 +39,7 @@ class Ragged:
     dtype: torch.dtype
 
     def images(self) -> list[Case]:
-        """Each as a case of its own, in the default layout."""
+        """The images, each as a case of its own in the default layout."""
         return [Case(1, n, self.D, k, self.dtype, "inplace") for n, k in zip(self.lengths, self.keeps, strict=True)]
 
     @property
@@ -47,7 +47,7 @@ class Ragged:
         return str(self.dtype).removeprefix("torch.")
 
     def fields(self) -> dict[str, Any]:
-        """As JSON holds it."""
+        """Returns the fields that JSON holds."""
         return {
             "name": self.name,
             "lengths": list(self.lengths),
@@ -61,7 +61,8 @@ class Ragged:
 
 
 def cases(smoke: bool) -> list[Ragged]:
-    """LLaVA-NeXT's tiles, Qwen2.5-VL's images with 30 % of each kept, and many small ones beside one that is large."""
+    """Returns LLaVA-NeXT's tiles, Qwen2.5-VL's images with 30 % of each kept, and many small images beside a large
+    one."""
     if smoke:
         return [Ragged("two images", (40, 64), (12, 16), 32, torch.float32)]
     images = (256, 1024, 391, 2040, 1369, 640, 144, 900)
@@ -78,7 +79,7 @@ def cases(smoke: bool) -> list[Ragged]:
 
 
 def compare(ragged: Ragged, device: Device) -> Comparison:
-    """Checks, image by image, that packed is what alone is, and all of it against float64."""
+    """Checks, image by image, that the packed result equals the single one, and everything against float64."""
     images, lengths, keeps = ragged.images(), list(ragged.lengths), list(ragged.keeps)
 
     def alone(method: Callable[..., tuple[Tensor, Tensor]], x: Tensor, **more: Any) -> tuple[Tensor, Tensor]:
@@ -110,13 +111,13 @@ def _options(method: Callable[..., tuple[Tensor, Tensor]], case: Case) -> dict[s
 
 
 def _each(ragged: Ragged, term: str, x: Tensor) -> None:
-    """A term of the reference cost, of every image."""
+    """Runs a term of the reference cost for every image."""
     for part, case in zip(x.split(ragged.lengths), ragged.images(), strict=True):
         ceilings.reference_cost(case)[term](part[None])
 
 
 def _checked(ragged: Ragged, name: str, call: Compress, x: Tensor) -> float:
-    """The share of rows judged."""
+    """Returns the share of rows judged."""
     with torch.inference_mode():
         rows, indices = call(x)
     shares, start = [], 0
@@ -133,7 +134,7 @@ def _checked(ragged: Ragged, name: str, call: Compress, x: Tensor) -> float:
 
 
 def sheets(results: Results) -> list[Sheet]:
-    """One table."""
+    """Returns the table."""
     isa = list(dict.fromkeys(n for row in results.rows for n in row.ms if n.startswith("kernel ")))
     names = ("kernel", *isa, *BASELINES, *OTHERS, "reference cost")
     return [

@@ -29,19 +29,19 @@ ALLOW = 0.25
 
 @dataclass
 class Outcome:
-    """Of a comparison: case, what of it, and how many times worse that is."""
+    """The result of a comparison: case, quantity, and how many times worse it is."""
 
     changes: list[tuple[str, str, float]] = field(default_factory=list)
     gone: list[str] = field(default_factory=list)  # cases that only the baseline has
-    noisy: list[str] = field(default_factory=list)  # cases that the machine was too busy for, not compared
+    noisy: list[str] = field(default_factory=list)  # cases not compared, because the machine was too busy
 
     def regressed(self, allow: float) -> list[tuple[str, str, float]]:
-        """The changes that count."""
+        """Returns the changes that count as regressions."""
         return [change for change in self.changes if change[2] > 1 + allow]
 
 
 def compare(baseline: Results, new: Results) -> Outcome:
-    """Case by case. Raises ValueError where the suites differ or nothing can be compared."""
+    """Compares case by case. Raises ValueError if the suites differ or nothing can be compared."""
     if baseline.suite != new.suite:
         raise ValueError(f"the baseline has results of {baseline.suite}, the other file of {new.suite}")
     after = {named(row.case): row for row in new.rows}
@@ -60,7 +60,7 @@ def compare(baseline: Results, new: Results) -> Outcome:
 
 
 def _changes(before: Row, after: Row) -> dict[str, float]:
-    """How many times worse each of ours is."""
+    """Returns how many times worse each of our times is."""
     both = [before.base, *(name for name in before.faster if name in after.faster)]
     theirs = [name for name in both if not ours(name)]
 
@@ -78,7 +78,7 @@ def _changes(before: Row, after: Row) -> dict[str, float]:
 
 
 def main() -> None:
-    """Compares, shows, exits."""
+    """Compares, prints and exits."""
     parser = command.parser("regress", __doc__)
     parser.add_argument("baseline", type=Path, help="results as they were")
     parser.add_argument("new", type=Path, help="results as they are")

@@ -1,9 +1,9 @@
-"""The tables and pictures of docs/, from the results in benchmarks/results.
+"""Writes the tables and pictures of docs/ from the results in benchmarks/results.
 
     python -m benchmarks.report [--results FOLDER] [--docs FOLDER]
 
-Writes what stands between the markers of the pages, a section for each file of results, and leaves the rest as it is. A
-section without results says so. Pictures go beside the page.
+It replaces the text between the markers of the pages, a section for each file of results, and leaves the rest as it is.
+A section without results says so. Pictures are written next to the page.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ NONE = "Not measured yet.\n"
 
 @dataclass(frozen=True)
 class Section:
-    """What becomes of one file of results."""
+    """The section of a page that is made from one file of results."""
 
     file: str  # without .json; the marker has the same name
     suite: Suite
@@ -34,12 +34,12 @@ class Section:
     page: str = "benchmarks.md"
 
     def picture(self, docs: Path) -> Path:
-        """Where its picture goes."""
+        """Returns the path of its picture."""
         return docs / f"{Path(self.page).stem}-{self.file}.png"
 
 
 def kept_conclusions(results: Results) -> list[str]:
-    """What a reader looks for in the curves, and where the kernel loses."""
+    """Returns the conclusions from the curves, and where the kernel loses."""
     lines = []
     for name in (*kept.SAME, *kept.OTHERS):
         ratios = [row.faster[name] for row in results.rows if name in row.faster]
@@ -60,7 +60,7 @@ def kept_conclusions(results: Results) -> list[str]:
 
 
 def growth_conclusions(results: Results) -> list[str]:
-    """Where the product takes over, by the cost model at the measured rates."""
+    """Returns from which size on the product takes most time, by the cost model at the measured rates."""
     lines = []
     for dtype, itemsize in (("float32", 4), ("bfloat16", 2)):
         rate, bandwidth = results.rates[f"{dtype} GFLOP/s"], results.rates["read GB/s"]
@@ -88,7 +88,7 @@ PAGES = tuple(dict.fromkeys(section.page for section in SECTIONS))
 
 
 def body(section: Section, results: Path) -> str:
-    """What stands between the section's markers."""
+    """Returns the text between the section's markers."""
     file = results / f"{section.file}.json"
     if not file.exists():
         return NONE
@@ -99,12 +99,12 @@ def body(section: Section, results: Path) -> str:
     if section.draw:
         parts.append(f"![{section.suite.about}]({section.picture(DOCS).name})")
     if said := section.conclusions(found):
-        parts += ["What it comes to:", "\n".join(f"- {line}" for line in said), "Where and how:"]
+        parts += ["Conclusions:", "\n".join(f"- {line}" for line in said), "How it was measured:"]
     return "\n\n".join([*parts, document(found.head, section.suite.sheets(found))])
 
 
 def text(page: Path, results: Path) -> str:
-    """The whole page, its sections written anew."""
+    """Returns the whole page with its sections written anew."""
     written = page.read_text()
     for section in SECTIONS:
         if section.page == page.name:

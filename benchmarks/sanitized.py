@@ -1,8 +1,8 @@
-"""Every CUDA kernel on small inputs, for compute-sanitizer, whose tools make a kernel many times slower.
+"""Runs every CUDA kernel on small inputs, for compute-sanitizer, whose tools make a kernel many times slower.
 
     compute-sanitizer --tool racecheck python -m benchmarks.sanitized
 
-The self-test of `apet doctor`, then ragged images and given rows. Exits with 1 if a result is wrong.
+It runs the self-test of `apet doctor`, then ragged images and given rows. It exits with 1 if a result is wrong.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ LENGTHS, KEEPS, D = [33, 1, 70, 12], [9, 1, 30, 12], 40
 
 
 def ragged_and_given(dtype: torch.dtype) -> list[str]:
-    """compress_varlen in every layout, and merge. Returns what is wrong."""
+    """Runs compress_varlen in every layout, and merge. Returns what is wrong."""
     faults = []
     x = torch.randn(sum(LENGTHS), D, generator=torch.Generator().manual_seed(1)).to(dtype)
     for layout in ops.LAYOUTS:
@@ -39,7 +39,7 @@ def ragged_and_given(dtype: torch.dtype) -> list[str]:
 
 
 def main() -> None:
-    """Runs it all, says what is wrong."""
+    """Runs everything and prints what is wrong."""
     if why := apet_kernels.why_unavailable("cuda"):
         print(f"the CUDA kernels cannot run here: {why}", file=sys.stderr)
         sys.exit(2)

@@ -47,17 +47,17 @@ ANSWER = 16  # tokens
 
 @dataclass(frozen=True)
 class Load:
-    """So many clients at a time, each of which sends at least so many requests in a round."""
+    """The number of concurrent clients, and the least number of requests that each of them sends in a round."""
 
     concurrency: int
 
     def fields(self) -> dict[str, Any]:
-        """As JSON holds it."""
+        """Returns the fields that JSON holds."""
         return {"concurrency": self.concurrency}
 
     @property
     def requests(self) -> int:
-        """Of a round, all clients together."""
+        """The number of requests of a round, of all clients together."""
         return max(3, self.concurrency)
 
     def __str__(self) -> str:
@@ -65,7 +65,7 @@ class Load:
 
 
 def name_of(keep: int) -> str:
-    """In a row."""
+    """Returns the name of a budget in a row."""
     return "uncompressed" if keep == TOKENS else f"apet {keep}"
 
 
@@ -84,7 +84,7 @@ class Server(Cpu):
 
 
 def find(smoke: bool) -> Device:
-    """A server of the real or a tiny model. Raises RuntimeError where there is no vLLM."""
+    """Returns a server of the real or a tiny model. Raises RuntimeError if there is no vLLM."""
     if importlib.util.find_spec("vllm") is None:
         raise RuntimeError(NO_VLLM)
     return Server(SMOKE if smoke else REAL)
@@ -92,7 +92,7 @@ def find(smoke: bool) -> Device:
 
 @contextlib.contextmanager
 def server(size: Size) -> Iterator[str]:
-    """Its address, once it is ready."""
+    """Starts a server, and yields its address once it is ready."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -103,7 +103,7 @@ def server(size: Size) -> Iterator[str]:
         options += ["--mm-processor-kwargs", json.dumps({"apet_keep": 1.0}), "--trust-request-mm-kwargs"]
         options += ["--host", "127.0.0.1", "--port", str(port)]
         settings = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "VLLM_CPU_KVCACHE_SPACE": "4"}
-        # vLLM would keep a core for the server alone: of two that is half.
+        # By default vLLM reserves a core for the server, which would be half of two.
         settings |= {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": str(os.cpu_count())}
         log = Path(folder, "log")
         serve = [Path(sys.executable).parent / "vllm", "serve", folder, *options]
@@ -124,7 +124,7 @@ def server(size: Size) -> Iterator[str]:
 
 
 def pictures() -> Iterator[str]:
-    """Parts of a photo, no two alike, as data URLs."""
+    """Yields parts of a photo, no two alike, as data URLs."""
     import skimage
     from PIL import Image
 
@@ -137,7 +137,8 @@ def pictures() -> Iterator[str]:
 
 
 def ask(address: str, keep: int, url: str) -> tuple[float, int]:
-    """Seconds to the first token, and tokens of the prompt. Raises RuntimeError where the answer is not whole."""
+    """Returns the seconds to the first token, and the tokens of the prompt. Raises RuntimeError if the answer is cut
+    short."""
     content = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": QUESTION}]
     body: dict[str, Any] = {"model": "model", "messages": [{"role": "user", "content": content}]}
     body |= {"max_tokens": ANSWER, "temperature": 0, "ignore_eos": True, "allowed_token_ids": list(llava.LETTERS)}
@@ -158,7 +159,7 @@ def ask(address: str, keep: int, url: str) -> tuple[float, int]:
 
 
 def answers(server: Server, keep: int, load: Load, _: None = None) -> Timed:
-    """Seconds a request of one round, and to the first tokens: their median, and the slowest."""
+    """Returns the seconds per request of one round, and to the first tokens: their median, and the slowest."""
     given = list(itertools.islice(server.pictures, load.requests))
     begin = time.perf_counter()
     with concurrent.futures.ThreadPoolExecutor(load.concurrency) as clients:
@@ -168,7 +169,7 @@ def answers(server: Server, keep: int, load: Load, _: None = None) -> Timed:
 
 
 def compare(load: Load, device: Device) -> Comparison:
-    """Checks the lengths of prompts."""
+    """Checks the lengths of prompts, and times all budgets."""
     assert isinstance(device, Server)
     lengths = {keep: ask(device.address, keep, next(device.pictures))[1] for keep in KEEPS}
     for keep, found in lengths.items():
@@ -180,14 +181,15 @@ def compare(load: Load, device: Device) -> Comparison:
 
 
 def gains(row: Row, keep: int) -> tuple[float, float]:
-    """How many times as many requests a second as with all tokens, and how much sooner the first token comes."""
+    """Returns the ratio of requests per second to that with all tokens, and how many times sooner the first token
+    comes."""
     name, all_tokens = name_of(keep), name_of(TOKENS)
     first = row.faster[f"{all_tokens} first token"] / row.faster[f"{name} first token"]
     return 1 / row.faster.get(name, 1.0), first
 
 
 def sheets(results: Results) -> list[Sheet]:
-    """One table, and below it where compression does not pay."""
+    """Returns the table, with a note of the cases in which compression does not pay."""
     lines, losing = [], []
     for row, keep in itertools.product(results.rows, KEEPS):
         name, (faster, sooner) = name_of(keep), gains(row, keep)
@@ -211,7 +213,7 @@ def sheets(results: Results) -> list[Sheet]:
 
 
 def head(rates: dict[str, float]) -> dict[str, str]:
-    """What the model is."""
+    """Returns a description of the model."""
     text = REAL.text
     return {
         "model": f"LLaVA shape, random bfloat16 weights: CLIP-L/14-336, decoder of {text['num_hidden_layers']} layers "

@@ -2,10 +2,10 @@
 
 python -m benchmarks.stages     (benchmarks/lib/suite.py says what it takes)
 
-The kernel fuses s1 to s3, so what can be timed is what is exposed: `score` (s1 to s3), `merge` (s5) and `compress`.
-Two differences look further in. What one more basis token takes is 1/(M-1) of `score` with M of them less `score` with
-one. What `compress` takes beyond `score` and `merge` is s4, less what one call saves of two: it may be negative. The
-float64 reference runs each stage alone.
+The kernel fuses s1 to s3, so only the exposed functions can be timed: `score` (s1 to s3), `merge` (s5) and `compress`.
+Two differences give more detail. The time of one more basis token is (`score` with M of them - `score` with one) /
+(M - 1). The time of `compress` beyond `score` and `merge` is that of s4 minus the saving of one call instead of two, so
+it may be negative. The float64 reference runs each stage alone.
 
 Reference costs: of `score` M sweeps that only read, of `merge` one torch.mm [N-K, D] x [D, K], measured in the same
 rounds.
@@ -34,14 +34,14 @@ Pair = tuple[Tensor, Tensor]  # x [B, N, D], and the tokens that `compress` keep
 
 
 def cases(smoke: bool) -> list[Case]:
-    """The paper's shapes in two dtypes, the default layout."""
+    """Returns the paper's shapes in two dtypes, in the default layout."""
     if smoke:
         return [Case(2, 96, 64, 24, torch.float32, "inplace")]
     return [Case(*shape, dtype, "inplace") for shape in SHAPES for dtype in (torch.float32, torch.bfloat16)]
 
 
 def compare(case: Case, device: Device) -> Comparison:
-    """Checks and names everything: "kernel" is `compress`."""
+    """Checks and times everything; "kernel" is `compress`."""
     options = {"start": case.start, "ridge": RIDGE}
 
     def score(pair: Pair, basis: int = case.basis) -> Pair:
@@ -70,7 +70,7 @@ def compare(case: Case, device: Device) -> Comparison:
 def check(
     case: Case, name: str, x: Tensor, compress: Callable[[Pair], Pair], halves: dict[str, Callable[[Pair], object]]
 ) -> float:
-    """Judges `compress`, and its halves on the same instruction set by it: the tokens that the residuals of `score`
+    """Judges `compress`, and by it its halves on the same instruction set: the tokens that the residuals of `score`
     rank highest are the kept ones, and `merge` of these gives the same rows. Raises AssertionError."""
     isa = name.removeprefix("kernel")
     rows, kept = compress((x, torch.empty(0)))
@@ -82,8 +82,8 @@ def check(
 
 
 def reference_stages(case: Case, x: Tensor) -> dict[str, Callable[[object], None]]:
-    """Each stage of the reference on all images of x [B, N, D], given what the stages before it return; whatever
-    input these calls get, they run on x."""
+    """Returns each stage of the reference on all images of x [B, N, D], given the results of the stages before it. The
+    calls run on x, whatever input they get."""
     images = [reference.widen(image) for image in x]
     picks = [reference.s1_basis(image, case.basis, start=case.start, ridge=RIDGE) for image in images]
     weights = [reference.s2_solve(image, p, RIDGE) for image, p in zip(images, picks, strict=True)]
@@ -113,15 +113,15 @@ def _of_x(call: Callable[[Tensor], None]) -> Callable[[Pair], None]:
 
 
 def sheets(results: Results) -> list[Sheet]:
-    """The kernel, its instruction sets, the reference."""
+    """Returns the tables of the kernel, its instruction sets, and the reference."""
     isa = list(dict.fromkeys(n.removeprefix("kernel ") for row in results.rows for n in row.ms if n[:7] == "kernel "))
     kernel = Sheet(
         "Stages of the kernel",
         "Milliseconds, medians. s1-s3: `score`; s5: `merge`; all: `compress`. "
         f"{ceilings.OF_FLOOR} sweeps / s1-s3, product / s5: M "
-        "sweeps that only read, and torch.mm, in times of the stage. one more: basis token, and the operations of its "
-        "products with every token. s4 and one call: `compress` less `score` and `merge`. noise: of kernel and "
-        "reference cost. judged: rows checked.",
+        "sweeps that only read, and torch.mm, divided by the stage's time. one more: time of one more basis token, and "
+        "the rate of its products with every token. s4 and one call: `compress` minus `score` and `merge`. noise: that "
+        "of kernel and reference cost. judged: rows checked.",
         [
             *("shape", "dtype", "all", "of floor", "s1-s3", "sweeps / s1-s3", "one more", "one more GFLOP/s"),
             *("s5", "product / s5", "s5 GFLOP/s", "s4 and one call", "noise", "judged"),
@@ -130,7 +130,7 @@ def sheets(results: Results) -> list[Sheet]:
     )
     sets = Sheet(
         "Stages by instruction set",
-        "Milliseconds, medians; without a name the best set of this machine.",
+        "Milliseconds, medians; columns without a name are the best set of this machine.",
         ["shape", "dtype", *(f"{stage} {name}".strip() for stage in ("s1-s3", "s5") for name in (*isa, ""))],
         [
             [*_named(row), *(ms(row, f"{stage} {name}".strip()) for stage in ("score", "merge") for name in (*isa, ""))]

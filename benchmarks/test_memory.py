@@ -1,4 +1,4 @@
-"""A call's extra memory stays within O(N (M + 1) + K D)."""
+"""Tests that a call's extra memory stays within O(N (M + 1) + K D)."""
 
 from __future__ import annotations
 

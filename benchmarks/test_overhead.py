@@ -1,4 +1,5 @@
-"""What a call costs before it computes anything: a 16-token input, against an op of torch that computes nothing."""
+"""Measures the cost of a call before it computes anything: a 16-token input, against an op of torch that does
+nothing."""
 
 from __future__ import annotations
 
@@ -17,7 +18,7 @@ Op = Callable[[Tensor], object]
 
 
 def microseconds(op: Op, x: Tensor) -> float:
-    """Per call."""
+    """Returns the microseconds per call."""
     begin = time.perf_counter()
     for _ in range(CALLS):
         op(x)
@@ -31,7 +32,7 @@ def test_overhead(
     smoke: bool,
     say: Callable[[str], None],
 ) -> None:
-    """x [1, 16, 64], keep 8, in turns with aten::empty_like; the difference includes the op's arithmetic."""
+    """Times x [1, 16, 64], keep 8, in turns with aten::empty_like; the difference includes the op's arithmetic."""
     x = torch.randn(1, 16, 64, generator=torch.Generator().manual_seed(0))
     times: dict[str, list[float]] = {"empty": [], "compress": []}
 

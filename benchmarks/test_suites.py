@@ -1,4 +1,4 @@
-"""Every suite of an op under pytest-benchmark, which times the kernel, with one round of the others as its set-up."""
+"""Runs every suite of an op under pytest-benchmark, which times the kernel; a round of the others is its set-up."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from benchmarks.lib.suite import SMOKE_ROUNDS, Suite
 def test_suite(
     benchmark: BenchmarkFixture, suite: Suite, suite_case: Any, smoke: bool, say: Callable[[str], None]
 ) -> None:
-    """Checked, timed in turns, and no goal missed. The whole row goes into extra_info."""
+    """Checks that the result is right and no goal is missed, timed in turns. The whole row goes into extra_info."""
     try:
         device = suite.device(smoke)
     except RuntimeError as reason:

@@ -10,8 +10,8 @@ csrc/cpu/team.h runs it:
     stage     serial step, then a barrier, then chunks: a thread takes those of its own slot, then those of the others
     barrier   an empty stage of csrc/cpu/team.h on so many threads, or on as many as this machine has cores
 
-What the simulation leaves out: that threads share caches and memory bandwidth, and that a core slows down beside
-others. Where the machine has the cores, the same call is measured beside it. Needs cmake and the sources.
+The simulation leaves out that threads share caches and memory bandwidth, and that a core slows down when others are
+busy. If the machine has enough cores, the same call is also measured. It needs cmake and the sources.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)  # in the order of apet_
 
 @dataclass(frozen=True)
 class Stage:
-    """Of one image, in nanoseconds: what runs on one thread before it, and its chunks."""
+    """One stage of one image, in nanoseconds: the serial step before it, and its chunks."""
 
     name: str
     serial: int
@@ -55,16 +55,16 @@ class Stage:
 
 @dataclass(frozen=True)
 class Simulated:
-    """A call on some threads, in nanoseconds."""
+    """The simulation of a call on some threads, in nanoseconds."""
 
     total: float
-    path: float  # were there a thread for every chunk: serial steps, barriers, and the longest chunk of each stage
-    barriers: int  # of an image, at most
-    serial: dict[str, float]  # by stage, of the team that has the most
+    path: float  # with a thread for every chunk: serial steps, barriers, and the longest chunk of each stage
+    barriers: int  # the most of any image
+    serial: dict[str, float]  # by stage, for the team with the longest time
 
 
 def simulate(images: list[list[Stage]], teams: int, threads: int, barrier: float) -> Simulated:
-    """Teams of so many threads take the images in order."""
+    """Simulates teams of so many threads that take the images in order."""
     ready = [0.0] * teams
     serial: list[dict[str, float]] = [{} for _ in ready]
     path = [0.0] * teams
@@ -80,7 +80,7 @@ def simulate(images: list[list[Stage]], teams: int, threads: int, barrier: float
 
 
 def greedy(chunks: list[int], threads: int) -> float:
-    """When the last chunk ends: as Team::work takes them, first those of a thread's own slot."""
+    """Returns when the last chunk ends, if threads take chunks as Team::work does: first those of their own slot."""
     slots = [chunks[len(chunks) * t // threads : len(chunks) * (t + 1) // threads][::-1] for t in range(threads)]
     free = [(0.0, t) for t in range(threads)]
     end = 0.0
@@ -94,7 +94,7 @@ def greedy(chunks: list[int], threads: int) -> float:
 
 
 def build(folder: Path) -> Path:
-    """apet_chunks, from the sources."""
+    """Builds apet_chunks from the sources; returns its path."""
     cmake = shutil.which("cmake", path=sysconfig.get_path("scripts")) or shutil.which("cmake")
     if not cmake or not (ROOT / "CMakeLists.txt").exists():
         sys.exit("benchmarks.threads needs cmake and the sources of the kernels.")
@@ -104,7 +104,7 @@ def build(folder: Path) -> Path:
 
 
 def chunk_times(program: Path, file: Path, case: Case, threads: int, rounds: int) -> list[list[Stage]]:
-    """The stages of every image, as a team of `threads` cuts them."""
+    """Returns the stages of every image, divided for a team of `threads`."""
     numbers = (DTYPES.index(case.dtype), case.B, case.N, case.D, case.keep, threads, rounds)
     images: list[list[Stage]] = [[] for _ in range(case.B)]
     for line in subprocess.check_output([program, file, *map(str, numbers)], text=True).splitlines():
@@ -115,13 +115,13 @@ def chunk_times(program: Path, file: Path, case: Case, threads: int, rounds: int
 
 
 def barrier_ns(program: Path, threads: int, rounds: int) -> float:
-    """On so many threads, or on as many as there are cores."""
+    """Returns the nanoseconds of a barrier on so many threads, or on as many as there are cores."""
     cores = min(threads, len(os.sched_getaffinity(0)))
     return float(subprocess.check_output([program, "barrier", str(cores), str(rounds)], text=True)) if cores > 1 else 0
 
 
 def measured_ms(case: Case, x: Tensor, threads: int, rounds: int) -> float | None:
-    """The least of all rounds; None where the machine has fewer cores."""
+    """Returns the least time of all rounds; None if the machine has fewer cores."""
     if threads > len(os.sched_getaffinity(0)):
         return None
     torch.set_num_threads(threads)
@@ -134,7 +134,7 @@ def measured_ms(case: Case, x: Tensor, threads: int, rounds: int) -> float | Non
 
 
 def lines(case: Case, program: Path, threads: list[int], rounds: int) -> list[list[str]]:
-    """The table's lines of a case, one for each number of threads."""
+    """Returns the table's lines of a case, one for each number of threads."""
     x = tokens(case, 0)
     found: list[list[str]] = []
     alone = 0.0

@@ -44,7 +44,7 @@ Values = tuple[int, ...]
 
 @dataclass(frozen=True)
 class Group:
-    """Kernels that share fields of Tiles, and what to try for channels rounded up to `wide` and an element size."""
+    """Kernels that share fields of Tiles, and the candidates for channels rounded up to `wide` and an element size."""
 
     kernels: tuple[str, ...]
     fields: tuple[str, ...]
@@ -52,19 +52,20 @@ class Group:
 
 
 def _sweeps(wide: int, element: int) -> Iterator[Values]:
-    """Tokens, channels, warps: 4 to 64 float32 sums a thread, or fewer where a tile has no more."""
+    """Yields tokens, channels, warps: 4 to 64 float32 sums a thread, or fewer if a tile has no more."""
     for n, d, warps in itertools.product((4, 8, 16, 32), (128, 256, 512, 1024), (2, 4, 8)):
         if d <= wide and 4 <= n * d / (32 * warps) <= 64:
             yield n, d, warps
 
 
 def _topk(wide: int, element: int) -> Iterator[Values]:
-    """Tokens at once, warps."""
+    """Yields tokens at once, warps."""
     yield from itertools.product((1024, 2048, 4096), (4, 8, 16))
 
 
 def _assign(wide: int, element: int) -> Iterator[Values]:
-    """Dropped tokens, targets, channels, warps, stages. A float32 tile is multiplied in registers, so it is small."""
+    """Yields dropped tokens, targets, channels, warps, stages. A float32 tile is multiplied in registers, so it is
+    small."""
     sides = (16, 32, 64) if element == 4 else (32, 64, 128)
     for r, t, d, warps, stages in itertools.product(sides, sides, (32, 64, 128), (4, 8), (2, 3, 4)):
         if d <= wide and r * t <= 512 * 4 * warps:
@@ -72,7 +73,7 @@ def _assign(wide: int, element: int) -> Iterator[Values]:
 
 
 def _mean(wide: int, element: int) -> Iterator[Values]:
-    """Targets at once, rows in flight, warps: 16-byte words of a row for every thread, at most 8."""
+    """Yields targets at once, rows in flight, warps: 16-byte words of a row for every thread, at most 8."""
     for chunk, group, warps in itertools.product((512, 1024, 2048), (1, 2, 4, 8), (1, 2, 4, 8)):
         if 32 * warps * 16 <= wide * element <= 8 * 32 * warps * 16:
             yield chunk, group, warps
@@ -88,7 +89,7 @@ GROUPS = (
 
 @dataclass(frozen=True)
 class Outcome:
-    """What was found for one group of one entry; microseconds of all its cases, in turn."""
+    """The result for one group of one entry; microseconds of all its cases, in turn."""
 
     group: Group
     tried: int
@@ -100,7 +101,7 @@ class Outcome:
 
 
 def tune(group: Group, cases: list[Case], device: Device, tiles: Any, limit: int | None) -> Outcome:
-    """`tiles` with every candidate of the group in its place. `limit`: how many to try."""
+    """Tries every candidate of the group in `tiles`. `limit`: how many to try."""
     wide, element = _key(cases[0])
     before = tuple(getattr(tiles, name) for name in group.fields)
     inputs = [inputs_of(case, device) for case in cases]
@@ -121,25 +122,25 @@ def tune(group: Group, cases: list[Case], device: Device, tiles: Any, limit: int
 
 
 def inputs_of(case: Case, device: Device) -> list[Tensor]:
-    """A ring that exceeds the last cache."""
+    """Returns a ring of inputs that exceeds the last cache."""
     return ring(functools.partial(tokens, case), device)
 
 
 def using(tiles: Any) -> Any:
-    """Every call in this context has these tiles."""
+    """Makes every call in this context use these tiles."""
     from apet_kernels.triton_kernels import configs
 
     return mock.patch.object(configs, "tiles", return_value=tiles)
 
 
 def judge_all(cases: list[Case], inputs: list[list[Tensor]]) -> None:
-    """Raises AssertionError where a result is not the reference's."""
+    """Raises AssertionError if a result is not the reference's."""
     for case, xs in zip(cases, inputs, strict=True):
         judge(case, "triton", xs[0], apet_kernels.compress(xs[0], **case.arguments, backend="triton"))
 
 
 def _time(group: Group, case: Case, inputs: list[Tensor], device: Device) -> float:
-    """Seconds of the group's launches in one call. Their results do not change when they are repeated."""
+    """Returns the seconds of the group's launches in one call. Their results do not change when they are repeated."""
     calls = [launches(case, x) for x in inputs]
     for call in calls:
         for launch in call:
@@ -159,14 +160,14 @@ def _us(seconds: list[float]) -> list[float]:
 
 
 def _key(case: Case) -> tuple[int, int]:
-    """What an entry of configs.py is chosen by, beside the device class."""
+    """Returns the values by which an entry of configs.py is chosen, besides the device class."""
     from apet_kernels.triton_kernels import configs
 
     return configs.power_of_2(case.D), case.itemsize
 
 
 def sheet(entry: tuple[str, int, int], cases: list[Case], outcomes: list[Outcome]) -> Sheet:
-    """Before and after, a line for every group and case."""
+    """Returns the table of times before and after, a line for every group and case."""
     return Sheet(
         f"{entry[0]}, D up to {entry[1]}, {entry[2]} bytes an element",
         "Microseconds of a call, from a graph. (n): candidates passed over.",
@@ -184,7 +185,7 @@ def sheet(entry: tuple[str, int, int], cases: list[Case], outcomes: list[Outcome
 
 
 def main() -> None:
-    """Tunes, prints. Exits with 2 if there is nothing to tune on."""
+    """Tunes and prints. Exits with 2 if there is nothing to tune on."""
     parser = command.parser("tune", __doc__)
     parser.add_argument("--smoke", action="store_true", help="tiny cases, a candidate of each group")
     command.add_only(parser)

@@ -91,9 +91,9 @@ typedef struct apet_problem {
   apet_layout layout; /* compress */
   apet_select select; /* compress, score */
   int32_t basis;      /* compress, score: M, 1..APET_MAX_BASIS; 10 is the paper's. compress with APET_QR and
-                         APET_INPLACE: also up to keep (ragged: total_keep), and APET_BASIS_KEEP. Of APET_BASIS_KEEP
-                         and more than APET_MAX_BASIS an image has at most its keep; more than 16 of these are picked
-                         in four rounds */
+                         APET_INPLACE: also up to keep (ragged: total_keep), and APET_BASIS_KEEP. With
+                         APET_BASIS_KEEP or more than APET_MAX_BASIS, M of an image is at most its keep, and more than
+                         16 basis tokens are picked in four rounds */
   int32_t ragged;     /* 0: x is [images, tokens, dim]. 1: x is [total_tokens, dim], images of different lengths one
                          after another, cut up by cu_seqlens; compress alone */
   int64_t images;     /* B, or the number of ragged images; 0..2^31-1; 0: nothing is done */
@@ -248,7 +248,7 @@ APET_API apet_status apet_cpu_use_isa(apet_isa isa);
 
 /* ---- CUDA: a library of its own, for the calling thread's current device ---------------------------------------- */
 
-/* How an image is taken through the stages. A *group* of CTAs owns an image; its rows are cut into one slice a CTA. */
+/* How an image goes through the stages. A *group* of CTAs owns an image; its rows are divided into one slice per CTA. */
 typedef enum apet_cuda_path {
   APET_CUDA_BEST = 0,    /* in an override: the path with the lowest estimate */
   APET_CUDA_FUSED = 1,   /* one launch: the group is a cluster, and its slices stay in shared memory from s1 to s5 */
@@ -259,9 +259,9 @@ typedef enum apet_cuda_path {
 /* Replaces parts of the plan's choice, for tests and measurements: every path gives the same bits. */
 typedef struct apet_cuda_override {
   apet_cuda_path path;
-  int32_t ctas_per_image; /* 0: chosen */
+  int32_t ctas_per_image; /* 0: the library chooses */
   int32_t resident;       /* rows of a slice that stay in shared memory, at most; -1: as many as fit */
-  int32_t tile;           /* s5 as its own launch: 64 or 128 columns of a tile; 0: chosen */
+  int32_t tile;           /* s5 as its own launch: 64 or 128 columns of a tile; 0: the library chooses */
 } apet_cuda_override;
 
 /* How a call would run. Pass it to apet_cuda_run unchanged. */
@@ -276,7 +276,7 @@ typedef struct apet_cuda_plan_t {
   int32_t basis_shared;        /* 1: the basis token of a step is copied to shared memory, 0: its row is too long */
   int32_t tile;                /* s5 as its own launch: columns of a tile, else 0 */
   int32_t first_shared_bytes;  /* shared memory of a CTA of the first launch */
-  int32_t second_shared_bytes; /* and of the second, 0 without one */
+  int32_t second_shared_bytes; /* shared memory of a CTA of the second launch; 0 if there is none */
   size_t workspace_bytes;      /* device memory that apet_cuda_run needs, 64-byte aligned; a multiple of 64 */
   double estimated_us;         /* computed, not measured: docs/cuda.md */
   char why[256];               /* message: why this path, and why no better one */

@@ -1,12 +1,12 @@
-// The ops on CUDA tensors, as torch.ops.apet._cuda_*: apet_kernels/dispatch.py decides which come here. Outputs and
-// workspace from torch's allocator, on its current stream; nothing here synchronises.
+// The ops on CUDA tensors, as torch.ops.apet._cuda_*: apet_kernels/dispatch.py decides which calls come here. Outputs
+// and workspace are from torch's allocator; the kernels run on its current stream, and nothing here synchronises.
 #include <torch/csrc/stable/accelerator.h>
 
 #include "torch_ops.h"
 
 namespace {
 
-// What apet_kernels.testing forces on the calls of this thread; by default nothing.
+// The path that apet_kernels.testing forces on the calls of this thread; by default none.
 thread_local apet_cuda_override forced = {APET_CUDA_BEST, 0, -1, 0};
 
 void check_cuda(const apet_problem& problem, const apet_cuda_plan_t& plan, apet_status status) {
@@ -34,7 +34,8 @@ void run(const apet_problem& p, const apet_tensors& tensors, const Tensor& x) {
 
 constexpr const char* kPaths[] = {"best", "fused", "cluster", "cooperative"};  // in the order of apet_cuda_path
 
-// Forces the later calls of this thread; `like` is any tensor on a GPU, by which torch's dispatcher comes here.
+// Forces a path on the later calls of this thread; `like` is any tensor on a GPU, so that torch's dispatcher comes
+// here.
 void override_plans(const Tensor&, std::string path, int64_t ctas_per_image, int64_t resident, int64_t tile) {
   for (int i = 0; i < 4; i++) {
     if (path != kPaths[i]) continue;
@@ -44,7 +45,7 @@ void override_plans(const Tensor&, std::string path, int64_t ctas_per_image, int
   require(false, "path='", path, "' is none of best, fused, cluster, cooperative");
 }
 
-// How compress would run, for apet_kernels.plan; the order of the schema in apet_kernels/ops.py.
+// Returns how compress would run, for apet_kernels.plan, in the order of the schema in apet_kernels/ops.py.
 std::tuple<std::string, std::string, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, double> plan(
     const Tensor& x, int64_t keep, std::optional<int64_t> basis, std::string layout, std::string select, int64_t start,
     double ridge, double blend, int64_t refine) {

@@ -1,4 +1,5 @@
-// _host: the functions of apet.h that Python calls beside the ops: build information, plans, instruction sets.
+// The module _host: the functions of apet.h that Python calls besides the ops: build information, plans, instruction
+// sets.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -12,7 +13,7 @@ namespace py = pybind11;
 
 namespace {
 
-// By the names that Python uses.
+// The dtypes, by the names that Python uses.
 const std::pair<const char*, apet_dtype> kDtypes[] = {
     {"float32", APET_FLOAT32}, {"float16", APET_FLOAT16}, {"bfloat16", APET_BFLOAT16}};
 const std::pair<const char*, apet_layout> kLayouts[] = {

@@ -9,7 +9,7 @@ namespace {
 // Token positions are held as int32, and a product of any two sizes must fit int64.
 constexpr int64_t kMaxExtent = INT32_MAX;
 
-// The largest basis that is a number.
+// Returns the largest basis that may be given as a number.
 int64_t most_basis(const apet_problem& p) {
   const int64_t keep = p.ragged ? p.total_keep : p.keep;
   return p.op == APET_COMPRESS && p.select == APET_QR && keep > APET_MAX_BASIS ? keep : APET_MAX_BASIS;

@@ -1,4 +1,4 @@
-// What every backend derives from a problem in the same way. Not part of the interface (apet.h).
+// Values that every backend derives from a problem in the same way. Not part of the interface (apet.h).
 #pragma once
 #include <cstdint>
 
@@ -8,15 +8,15 @@ namespace apet {
 
 inline int64_t element_size(const apet_problem& p) { return p.dtype == APET_FLOAT32 ? 4 : 2; }
 
-// Whether images that keep more than a few tokens have their basis picked in rounds.
+// Returns whether images that keep more than a few tokens have their basis picked in rounds.
 inline bool in_rounds(const apet_problem& p) { return p.basis == APET_BASIS_KEEP || p.basis > APET_MAX_BASIS; }
 
-// M of an image that keeps so many tokens.
+// Returns M of an image that keeps so many tokens.
 inline int64_t basis_of(const apet_problem& p, int64_t keep) {
   return in_rounds(p) && (p.basis == APET_BASIS_KEEP || keep < p.basis) ? keep : p.basis;
 }
 
-// Rows that an image's result has after its kept tokens.
+// Returns the rows that an image's result has after its kept tokens.
 inline int64_t appended(const apet_problem& p) {
   return p.op == APET_COMPRESS && p.layout == APET_APPEND ? p.basis : 0;
 }
@@ -28,7 +28,8 @@ inline int64_t all_rows(const apet_problem& p) {
   return (p.ragged ? p.total_keep : p.images * p.keep) + p.images * appended(p);
 }
 
-// Whether a pointer that the call needs is NULL. An array without elements may be: torch gives empty tensors no memory.
+// Returns whether a pointer that the call needs is NULL. It may be for an array without elements, since torch allocates
+// no memory for empty tensors.
 inline bool missing_pointer(const apet_problem& p, const apet_tensors& t) {
   if (!t.x && all_tokens(p) > 0) return true;
   if (p.ragged && p.images > 0 && !(t.cu_seqlens && t.cu_keep)) return true;

@@ -1,4 +1,4 @@
-// The ops on CPU tensors: outputs and workspace from torch's allocator, threads from its pool.
+// The ops on CPU tensors. Outputs and workspace are from torch's allocator, threads from its pool.
 #include "torch_ops.h"
 
 namespace {

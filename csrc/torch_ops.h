@@ -1,5 +1,5 @@
-// The ops over torch tensors of any device: tensors to apet_problem and apet_tensors, through the LibTorch stable ABI. A
-// binding includes this and defines run(). Schemas and fakes are in apet_kernels/ops.py.
+// The ops over torch tensors of any device: converts tensors to apet_problem and apet_tensors, through the LibTorch
+// stable ABI. A binding includes this and defines run(). Schemas and fakes are in apet_kernels/ops.py.
 #pragma once
 
 #include <torch/csrc/stable/device.h>
@@ -58,13 +58,13 @@ void check(const apet_problem& problem, apet_status status) {
   require(false, text);
 }
 
-// What the kernels read: x itself, or a copy if its last dimension is not contiguous.
+// Returns the tensor that the kernels read: x itself, or a copy if its last dimension is not contiguous.
 Tensor readable(const Tensor& x) {
   const int64_t last = x.dim() - 1;
   return last < 0 || x.size(last) <= 1 || x.stride(last) == 1 ? x : torch::stable::contiguous(x);
 }
 
-// The members that x alone determines: [B, N, D], or [T, D] if ragged.
+// Sets the members that x alone determines: [B, N, D], or [T, D] if ragged.
 apet_problem problem_of(apet_op op, const Tensor& x, bool ragged) {
   require(x.dim() == (ragged ? 2 : 3), "x has ", x.dim(), " dimensions; ",
           ragged ? "[T, D] is needed" : "[B, N, D] is needed");
@@ -91,13 +91,13 @@ apet_problem problem_of(apet_op op, const Tensor& x, bool ragged) {
   return p;
 }
 
-// keep: what basis may be at most if that is picked in rounds; of all images together.
+// keep: the largest basis that may be picked in rounds: the tokens that all images keep together.
 void set_basis(apet_problem& p, std::optional<int64_t> basis, const std::string& select, int64_t start, double ridge,
                int64_t keep) {
   p.select = select_of(select);
   p.basis = APET_BASIS_KEEP;
   if (basis.has_value()) {
-    // Checked here because apet_problem has 32 bits for it, and means something by -1.
+    // It is checked here because apet_problem has 32 bits for it, and -1 has a meaning there.
     const int64_t most = p.select == APET_QR && keep > APET_MAX_BASIS ? keep : APET_MAX_BASIS;
     require(*basis >= 1 && *basis <= most, "basis=", *basis, " is outside 1..", most);
     p.basis = (int32_t)(*basis < INT32_MAX ? *basis : INT32_MAX);  // a larger one is beyond any keep

@@ -1,4 +1,4 @@
-"""What compiled libraries export and need, and what csrc/apet.h declares for them."""
+"""The symbols that compiled libraries export and need, and those that csrc/apet.h declares for them."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ needs_library = pytest.mark.skipif(not LIBRARY.exists(), reason="installed witho
 
 
 def called(*command: object, folder: Path | None = None, **environment: str) -> tuple[int, str]:
-    """Its exit code, and its output with standard error."""
+    """Runs a command; returns its exit code, and its output with standard error."""
     done = subprocess.run(
         [str(word) for word in command],
         cwd=folder,
@@ -34,14 +34,15 @@ def called(*command: object, folder: Path | None = None, **environment: str) -> 
 
 
 def run(*command: object, folder: Path | None = None, **environment: str) -> str:
-    """Its output, standard error included; fails the test with all of it if the command fails."""
+    """Runs a command; returns its output, standard error included. If the command fails, the test fails with that
+    output."""
     code, said = called(*command, folder=folder, **environment)
     assert code == 0, f"{' '.join(map(str, command))}\n{said}"
     return said
 
 
 def failing(*command: object, folder: Path | None = None, **environment: str) -> str:
-    """The same of a command that has to fail."""
+    """Runs a command that has to fail; returns its output, standard error included."""
     code, said = called(*command, folder=folder, **environment)
     assert code != 0, f"{' '.join(map(str, command))}\n{said}"
     return said
@@ -52,7 +53,8 @@ def exported(library: Path) -> set[str]:
 
 
 def undefined(*files: Path) -> set[str]:
-    """Symbols that a library or objects take from elsewhere, less the weak ones of the compiler's start-up files."""
+    """Returns the symbols that a library or objects need from elsewhere, without the weak ones of the compiler's
+    start-up files."""
     dynamic = ["-D"] if ".so" in files[0].name else []
     lines = run("nm", *dynamic, "--undefined-only", *files).splitlines()
     return {line.split()[-1].partition("@")[0] for line in lines if line.strip().startswith("U ")}
@@ -63,24 +65,24 @@ def needed(library: Path) -> set[str]:
 
 
 def declared() -> set[str]:
-    """The functions of apet.h."""
+    """Returns the functions that apet.h declares."""
     return set(re.findall(r"^APET_API [^;]*?\b(apet_\w+)\(", HEADER.read_text(), re.M))
 
 
 def declared_for(library: str) -> set[str]:
-    """Those that a library has to export."""
+    """Returns the functions that a library has to export."""
     cuda = {name for name in declared() if name.startswith("apet_cuda_")}
     assert cuda
     return cuda if library == "libapet_cuda" else declared() - cuda
 
 
 def version() -> str:
-    """The version in apet.h."""
+    """Returns the version in apet.h."""
     return ".".join(re.findall(r"^#define APET_VERSION_(?:MAJOR|MINOR|PATCH) (\d+)$", HEADER.read_text(), re.M))
 
 
 def used_of_torch(binding: Path) -> set[str]:
-    """The symbols of torch that a binding uses; fails if one is not declared by torch's C shims."""
+    """Returns the symbols of torch that a binding uses; fails if one is not declared by torch's C shims."""
     include = Path(util.find_spec("torch").origin).parent / "include/torch/csrc"
     shims = [include / "stable/c/shim.h", include / "inductor/aoti_torch/c/shim.h"]
     declared = set(re.findall(r"\b((?:aoti_)?torch_\w+)\(", "\n".join(shim.read_text() for shim in shims)))

@@ -14,7 +14,7 @@ BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 
 
 def missing() -> str | None:
-    """Why the page cannot be tried in a browser here."""
+    """Returns the reason why the page cannot be tested in a browser here, or None."""
     for module in ("gradio", "playwright", "axe_playwright_python"):
         if importlib.util.find_spec(module) is None:
             return f"{module} is not installed: pip install '.[dev]'"
@@ -37,7 +37,8 @@ def browser() -> Iterator[Any]:
 
 
 def inaccessible(tab: Any) -> list[str]:
-    """What breaks the rules of WCAG that the library axe-core checks: contrast, names, roles, order, landmarks."""
+    """Returns violations of the WCAG rules that the library axe-core checks: contrast, names, roles, order,
+    landmarks."""
     from axe_playwright_python.sync_playwright import Axe
 
     rules = Axe().run(tab).response["violations"]
@@ -46,7 +47,7 @@ def inaccessible(tab: Any) -> list[str]:
 
 @contextlib.contextmanager
 def served(explorer: Any, start: Path | None, megabytes: int = 64) -> Iterator[str]:
-    """The address of a page while it is served."""
+    """Yields the address of a page while it is served."""
     from apet.explore.page import build, serve
 
     page = build(explorer, start)
@@ -58,7 +59,7 @@ def served(explorer: Any, start: Path | None, megabytes: int = 64) -> Iterator[s
 
 @contextlib.contextmanager
 def connections() -> Iterator[list[str]]:
-    """Hosts other than this one that this process connects to or asks the address of."""
+    """Records the hosts other than this one that this process connects to or looks up."""
     outside: list[str] = []
     connect, resolve = socket.socket.connect, socket.getaddrinfo
 

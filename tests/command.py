@@ -1,4 +1,4 @@
-"""Commands, run in this process: `apet`, and modules of the benchmarks."""
+"""Runs commands in this process: `apet`, and modules of the benchmarks."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ def invoke(*words: object) -> Result:
 
 
 def said(*words: object, code: int = 0) -> str:
-    """What a call that ends with this exit code prints; without standard error if that is 0."""
+    """Returns the output of a call that must end with this exit code; for exit code 0 without standard error."""
     result = invoke(*words)
     assert result.exit_code == code, result.output
     return result.output if code else result.stdout
 
 
 def failed(*words: object) -> str:
-    """The one message of a call that must fail with exit code 2."""
+    """Returns the one message of a call that must fail with exit code 2."""
     result = invoke(*words)
     assert (result.exit_code, result.stdout) == (2, "")
     assert result.stderr.count("\n") == 1
@@ -31,7 +31,7 @@ def failed(*words: object) -> str:
 
 
 def ended(module: Any, *arguments: str, monkeypatch: pytest.MonkeyPatch) -> int:
-    """The exit code of a module's main()."""
+    """Runs a module's main(); returns its exit code."""
     monkeypatch.setattr(sys, "argv", ["it", *arguments])
     with pytest.raises(SystemExit) as exit_:
         module.main()

@@ -1,4 +1,4 @@
-"""Runs the tests under what must not matter: another processor, another BLAS, another order, another place.
+"""Runs the tests under conditions that must not matter: another processor, BLAS, order of tests, or folder.
 
     python -m tests.conditions                    every condition, one after another
     python -m tests.conditions order one-thread   these
@@ -31,7 +31,8 @@ AWKWARD = "a folder, with spaces & ünïcode"
 
 @dataclass(frozen=True)
 class Condition:
-    """What is set, and what pytest is told besides. `elsewhere`: temporary files and HOME in a folder of odd name."""
+    """Environment variables and arguments of pytest. `elsewhere`: temporary files and HOME are in a folder with an odd
+    name."""
 
     about: str
     environment: dict[str, str] = field(default_factory=dict)
@@ -69,7 +70,7 @@ CONDITIONS = {
 
 
 def environment(condition: Condition, folder: str) -> dict[str, str]:
-    """Of a run under the condition, with an empty folder for what it may write elsewhere."""
+    """Returns the environment of a run under the condition, with an empty folder for files that it writes elsewhere."""
     if not condition.elsewhere:
         return condition.environment
     place = Path(folder, AWKWARD)
@@ -78,7 +79,7 @@ def environment(condition: Condition, folder: str) -> dict[str, str]:
 
 
 def run(name: str, arguments: list[str]) -> int:
-    """The exit code of the tests under a condition."""
+    """Runs the tests under the condition; returns their exit code."""
     condition = CONDITIONS[name]
     with tempfile.TemporaryDirectory() as folder:
         settings = environment(condition, folder)

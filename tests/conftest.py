@@ -111,7 +111,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--points",
         type=int,
-        default=3,
+        default=2,
         metavar="N",
         help="how many points of each test's parameter grid, per backend, run without `-m rest`; 0: all",
     )

@@ -1,5 +1,7 @@
 """Tokens to test with: seeded, small, and of the kinds that vision encoders make."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -7,7 +9,7 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def tokens(*shape: int, dtype: torch.dtype = torch.float32, kind: str = "normal", seed: int = 0) -> Tensor:
-    """Tokens [*shape] whose last dimension is D.
+    """Returns tokens [*shape] whose last dimension is D.
 
     "normal": independent. "clustered": eight centres, small noise, norms spread over a decade, as encoders make them.
     "repeated": a third of the tokens are exact copies of others.
@@ -27,5 +29,10 @@ def tokens(*shape: int, dtype: torch.dtype = torch.float32, kind: str = "normal"
 
 
 def rows(*values: list[float], dtype: torch.dtype = torch.float32) -> Tensor:
-    """One image [1, N, D], written out."""
+    """Returns one image [1, N, D] with these values."""
     return torch.tensor([values], dtype=dtype)
+
+
+def offsets(lengths: Sequence[int]) -> Tensor:
+    """What the op calls cu_seqlens or cu_keep: running sums [S + 1] int32."""
+    return torch.tensor([0, *lengths]).cumsum(0).int()

@@ -21,7 +21,7 @@ def level(number: int) -> int:
 
 
 def number(picture: Image.Image) -> int:
-    """Of the frame that this is."""
+    """Returns the number of the frame that a picture is."""
     return round((float(np.asarray(picture, np.float64).mean()) - 20) / 8)
 
 
@@ -42,7 +42,7 @@ def film(
     aspect: Fraction | None = None,
     options: dict[str, str] | None = None,
 ) -> bytes:
-    """A film of 10 frames a second, or with frames at these hundredths of a second."""
+    """Makes a film with 10 frames a second, or with frames at these hundredths of a second."""
     file = io.BytesIO()
     with av.open(file, "w", format=kind, options=options or {}) as container:
         stream = container.add_stream(codec, rate=10 if starts is None else 100)

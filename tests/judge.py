@@ -1,4 +1,4 @@
-"""What any backend is held to, image by image, in float64.
+"""The requirements on any backend, judged image by image in float64.
 
 Selection is chaotic: one unit in the last place can change a pick and everything after it. So a backend is judged on
 its own choices. Each pick must be as good as the best to within rounding; the residuals must be those of its basis; the
@@ -25,12 +25,12 @@ SUBNORMAL = 1e-37  # absolute: below, squares have left the float32 range
 
 
 def bits(t: Tensor) -> Tensor:
-    """The same bytes as integers, so that NaN equals NaN and 0 differs from -0."""
+    """Returns the same bytes as integers, so that NaN equals NaN and 0 differs from -0."""
     return t.contiguous().view({1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[t.element_size()])
 
 
 def assert_same(a: Tensor, b: Tensor, what: str = "result") -> None:
-    """Equal dtype, shape and bytes."""
+    """Asserts equal dtype, shape and bytes."""
     assert a.dtype == b.dtype, f"{what}: dtypes {a.dtype} and {b.dtype}"
     assert a.shape == b.shape, f"{what}: shapes {tuple(a.shape)} and {tuple(b.shape)}"
     differ = (bits(a) != bits(b)).nonzero()

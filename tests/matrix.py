@@ -1,4 +1,4 @@
-"""Runs the tests of one session of noxfile.py's matrix, and keeps the outcome for docs/compatibility.md.
+"""Runs the tests of one session of noxfile.py's matrix, and stores the outcome for docs/compatibility.md.
 
     python -m tests.matrix PACKAGE TEST... [--docs FOLDER]    in the environment of the session
 

@@ -1,4 +1,4 @@
-"""Calls of every op: right ones, and wrong ones with what their errors say."""
+"""Calls of every op: right ones, and wrong ones with their error messages."""
 
 from __future__ import annotations
 

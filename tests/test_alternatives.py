@@ -83,7 +83,7 @@ def test_norm_and_fastv_take_the_largest():
 
 
 def greedy(first: int, distance: np.ndarray, keep: int) -> list[int]:
-    """Max-min by looking at everything every time."""
+    """Max-min selection that compares everything in every step."""
     taken = [first]
     while len(taken) < keep:
         left = [n for n in range(len(distance)) if n not in taken]
@@ -107,7 +107,7 @@ def test_fps_is_the_greedy_max_min_of_euclidean_distance():
 
 
 def tome_naively(image: np.ndarray, keep: int) -> tuple[np.ndarray, list[int], list[int]]:
-    """Groups as lists of positions, one pair at a time."""
+    """ToMe with groups as lists of positions, one pair at a time."""
     groups = {n: [n] for n in range(len(image))}
     each = -(-(len(image) - keep) // alternatives.TOME_STEPS)
     while len(groups) > keep:

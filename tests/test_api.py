@@ -17,7 +17,7 @@ import pytest
 import torch
 
 import apet_kernels
-from apet_kernels import dispatch, host, ops, testing
+from apet_kernels import available, dispatch, host, ops, testing
 from apet_kernels.options import LAYOUTS, MAX_BASIS, SELECTS, Options
 from tests.data import tokens
 from tests.judge import assert_same
@@ -90,7 +90,7 @@ def test_a_plan_is_frozen_and_has_the_same_fields_on_every_backend(monkeypatch):
     plan = apet_kernels.plan(x, 8)
     with pytest.raises(dataclasses.FrozenInstanceError):
         plan.backend = "cuda"
-    monkeypatch.setattr(dispatch, "why_not_cpu", lambda: "there is no library")
+    monkeypatch.setattr(available, "why_not_cpu", lambda: "there is no library")
     assert apet_kernels.plan(x, 8) == apet_kernels.Plan("reference", "there is no library", 0, 0, {})
     if host.has_module():
         monkeypatch.undo()

@@ -1,4 +1,4 @@
-"""`set_backend` and `use_backend`: who is told, by what, for how long."""
+"""`set_backend` and `use_backend`: which calls they apply to, and for how long."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import apet_kernels
-from apet_kernels import dispatch, ops
+from apet_kernels import available, dispatch, ops
 from tests.data import tokens
 from tests.judge import assert_same
 
@@ -32,7 +32,7 @@ def nothing_set() -> Iterator[None]:
 
 @pytest.fixture
 def ran(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The ops that ran by the reference."""
+    """Records the ops that the reference ran."""
     names: list[str] = []
     reference = dispatch.run_reference
     monkeypatch.setattr(dispatch, "run_reference", lambda op, *a, **k: names.append(op) or reference(op, *a, **k))
@@ -111,14 +111,14 @@ def test_threads_and_tasks():
 def test_what_cannot_be_used(choose, monkeypatch):
     with pytest.raises(ValueError, match=r"^backend='abacus' is none of cpu, triton, cuda, reference$"):
         choose("abacus")
-    monkeypatch.setattr(dispatch, "why_unavailable", lambda name: "torch finds no GPU")
+    monkeypatch.setattr(available, "why_unavailable", lambda name: "torch finds no GPU")
     with pytest.raises(ValueError, match=r"^backend='cuda' cannot run here: torch finds no GPU$"):
         choose("cuda")
     assert dispatch.chosen_backend() is None
 
 
 def test_tensors_that_it_does_not_take(monkeypatch):
-    monkeypatch.setattr(dispatch, "why_unavailable", lambda name: None)
+    monkeypatch.setattr(available, "why_unavailable", lambda name: None)
     apet_kernels.set_backend("cuda")
     for call in (lambda: apet_kernels.score(X, 3), lambda: apet_kernels.plan(X, 5, 3)):
         with pytest.raises(ValueError, match="backend='cuda' cannot run here: x is on cpu"):
@@ -129,9 +129,9 @@ def test_tensors_that_it_does_not_take(monkeypatch):
 def test_ops_on_a_gpu_do_as_they_are_told(op, monkeypatch):
     """What torch's dispatcher calls for a GPU tensor: the op itself, in compiled code too."""
     ran = []
-    monkeypatch.setattr(dispatch, "why_unavailable", lambda name: None)
-    monkeypatch.setattr(dispatch, "_why_not_on", lambda name, device: None)
-    monkeypatch.setattr(dispatch, "why_not_cuda", lambda device: None)
+    monkeypatch.setattr(available, "why_unavailable", lambda name: None)
+    monkeypatch.setattr(available, "_why_not_on", lambda name, device: None)
+    monkeypatch.setattr(available, "why_not_cuda", lambda device: None)
     for name in ("triton", "cuda"):
         monkeypatch.setattr(dispatch, f"run_{name}", lambda op, *a, name=name, **k: ran.append((name, op)))
     dispatch._run_on_gpu(op, X)

@@ -1,4 +1,4 @@
-"""The command `apet`: every error as one message, what all commands have, and the command from outside."""
+"""The command `apet`: every error as one message, the parts that all commands share, and the command as a process."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from tests.photos import (
 
 @pytest.fixture
 def files(tmp_path: Path) -> Path:
-    """A folder of files that are not what they say."""
+    """Returns a folder of files whose contents do not match their names."""
     (tmp_path / "text.png").write_text("no picture", encoding="utf-8")
     (tmp_path / "empty.png").write_bytes(b"")
     (tmp_path / "half.png").write_bytes(CHELSEA.read_bytes()[:50_000])

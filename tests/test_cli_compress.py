@@ -221,7 +221,7 @@ TEXT = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Tiny random models of every kind that --model takes."""
+    """Makes tiny random models of every kind that --model takes."""
     import transformers as hf
 
     hf.logging.set_verbosity_error()

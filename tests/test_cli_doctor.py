@@ -1,4 +1,4 @@
-"""`apet doctor`: it finds this build right, and planted faults."""
+"""`apet doctor`: it accepts this build, and finds planted faults."""
 
 from __future__ import annotations
 

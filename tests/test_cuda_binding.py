@@ -12,16 +12,16 @@ import pytest
 import torch
 
 import apet_kernels
-from apet_kernels import dispatch, ops, plans, reference
+from apet_kernels import available, dispatch, ops, plans, reference
 from apet_kernels.options import Options
 from tests.data import DTYPES, tokens
 from tests.judge import assert_same
-from tests.op_calls import NAMES, WRONG_CALLS, calls, error_of
-from tests.simt import binding, build, call
+from tests.op_calls import NAMES, WRONG_CALLS, calls, error_of, flat
+from tests.simt import abi, binding, build, call
 
 pytestmark = [
     pytest.mark.skipif(build.missing() is not None, reason=str(build.missing())),
-    pytest.mark.skipif(dispatch.why_not_cpu() is not None, reason="built without torch's headers"),
+    pytest.mark.skipif(available.why_not_cpu() is not None, reason="built without torch's headers"),
 ]
 HOW = call.How()
 ROUNDS = [name for name in NAMES if name.endswith("rounds")]  # which the CUDA kernels do not have
@@ -30,13 +30,9 @@ OTHERS = [name for name in NAMES if name not in ROUNDS]
 
 @pytest.fixture(autouse=True)
 def device() -> None:
-    """The binding plans for the current device."""
+    """Sets the device that the binding plans for."""
     binding.load()
-    binding.use_device(HOW.device)
-
-
-def flat(result: torch.Tensor | tuple) -> list[torch.Tensor]:
-    return [result] if isinstance(result, torch.Tensor) else list(result)
+    call.use_device(HOW.device)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -52,7 +48,8 @@ def test_every_argument_arrives(name, dtype):
 
 
 def apart(t: torch.Tensor) -> torch.Tensor:
-    """t with room between its rows and before its first element; the last dimension of tokens stays contiguous."""
+    """Returns t with gaps between its rows and before its first element; the last dimension of tokens stays
+    contiguous."""
     room = t.new_zeros([2 * size + 1 for size in t.shape])
     last = slice(1, 1 + t.shape[-1]) if t.is_floating_point() else slice(1, None, 2)
     return room[(*[slice(1, None, 2)] * (t.dim() - 1), last)].copy_(t)
@@ -101,7 +98,7 @@ def test_tensors_beside_x():
 
 def test_the_device_cannot():
     """A GPU without room for anything: the message of the plan."""
-    binding.use_device(call.Device(80, 4, 1 << 10, 1 << 10, 0))
+    call.use_device(call.Device(80, 4, 1 << 10, 1 << 10, 0))
     x = tokens(1, 20, 7, seed=1)
     assert re.search(
         r"cannot run here: this device places .* with 1024 bytes", error_of(dispatch.run_cuda, ("compress", x, 4), {})
@@ -109,7 +106,7 @@ def test_the_device_cannot():
 
 
 def test_the_whole_way_from_the_choice(monkeypatch):
-    monkeypatch.setattr(dispatch, "why_not_cuda", lambda device: None)
+    monkeypatch.setattr(available, "why_not_cuda", lambda device: None)
     x = tokens(3, 41, 24, seed=5)
     got = dispatch._run_on_gpu("compress", x, 12, 4, layout="append")
     for a, b in zip(got, reference.compress(x, 12, 4, layout="append"), strict=True):
@@ -128,7 +125,7 @@ def test_plan(layout):
         launches=expected.launches,
         workspace_bytes=expected.workspace_bytes,
         details={
-            "path": call.PATHS[expected.path],
+            "path": abi.PATHS[expected.path],
             "images_in_flight": expected.images_in_flight,
             "ctas_per_image": expected.ctas_per_image,
             "rows_per_cta": expected.slice,

@@ -1,4 +1,4 @@
-"""The CUDA sources, run on the CPU: what must not change a bit, what the sanitizers say, and planted bugs.
+"""The CUDA sources, run on the CPU: changes that must not change a bit, reports of sanitizers, and planted bugs.
 
 Accuracy, layouts, hostile input and invariance under batching, packing and alignment are the shared tests', which run
 on the backend `cuda-simt` too; it varies device, path, group size and schedule from call to call.
@@ -29,7 +29,7 @@ LARGE_TILE = 96 << 10  # bytes of shared memory that s5_merge needs for tiles of
 
 
 def cases(dtype: torch.dtype, layout: str, shape: int) -> dict[str, Callable[[], Case]]:
-    """Every op once; layouts and picking vary with the shape."""
+    """Returns every op once; layouts and picking vary with the shape."""
     B, N, D, keep, basis = SHAPES[shape % 3]
     x = tokens(B, N, D, dtype=dtype, kind=("clustered", "repeated", "normal")[shape % 3], seed=shape)
     packed = x.reshape(-1, D)
@@ -54,7 +54,7 @@ def results(case: Case, how: How) -> dict[str, Tensor]:
 
 
 def drawn(seed: int) -> How:
-    """A device, a path on it, how the images are cut, and a schedule."""
+    """Draws a device, a path on it, a division of the images, and a schedule."""
     make = random.Random(seed)
     device = make.choice([H100, SMALL_SHARED, A100, RTX_3090, RTX_5090])
     path = make.choice(["fused", "cluster", "cooperative"] if device.largest_cluster else ["cooperative"])
@@ -161,7 +161,7 @@ SANITIZED = [
 
 
 def sanitized(case: Case, how: How, sanitizer: str) -> None:
-    """The program says nothing, and computes the same bits."""
+    """Asserts that the sanitizer reports nothing, and that the program computes the same bits."""
     expected = {name: t.clone() for name, t in results(case, how).items()}
     for t in case.outputs.values():
         t.zero_()

@@ -1,4 +1,4 @@
-"""Planted bugs (tests/simt/bugs.py): the named detector has to see each."""
+"""Planted bugs: each is a change of a copy of the CUDA sources, which a certain detector must report."""
 
 from __future__ import annotations
 

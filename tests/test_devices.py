@@ -1,4 +1,4 @@
-"""Devices without kernels: by the CPU kernels on copies, with the bits that the CPU gives. None has to have float64."""
+"""Devices without kernels use the CPU kernels on copies, with the bits of the CPU. They need not have float64."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
 import apet_kernels
-from apet_kernels import dispatch
+from apet_kernels import available, dispatch
+from apet_kernels.options import Options
 from tests.data import tokens
 from tests.judge import assert_same
 from tests.op_calls import CU, CU_KEEP, WRONG_CALLS, calls, error_of, flat
@@ -24,7 +25,7 @@ NAMES = list(calls())
 
 
 class Elsewhere(torch.Tensor):
-    """A tensor that says it is on another device. `inner` holds its values, on the CPU."""
+    """A tensor that claims to be on another device. `inner` holds its values, on the CPU."""
 
     inner: Tensor
 
@@ -65,7 +66,7 @@ def there(device: str, value: object) -> object:
 
 @pytest.fixture(autouse=True)
 def fresh() -> Iterator[None]:
-    """The warning comes once a process, and once in each of these tests."""
+    """Resets the warning, which is given once per process, for each of these tests."""
     dispatch._warn_once.cache_clear()
     yield
     dispatch._warn_once.cache_clear()
@@ -116,17 +117,17 @@ def test_the_warning_says_why(device):
 
 def test_a_gpu_without_kernels(monkeypatch):
     """Comes here too, with the reasons of both of its backends."""
-    monkeypatch.setattr(dispatch, "why_not_cuda", lambda device: "the CUDA kernels do not run here")
-    monkeypatch.setattr(dispatch, "why_not_triton", lambda: "Triton does not import")
+    monkeypatch.setattr(available, "why_not_cuda", lambda device: "the CUDA kernels do not run here")
+    monkeypatch.setattr(available, "why_not_triton", lambda: "Triton does not import")
     why = "the CUDA kernels do not run here; Triton does not import"
-    assert dispatch.why_no_kernels(torch.device("cuda", 0)) == why
+    assert available.why_no_kernels(torch.device("cuda", 0), Options()) == why
     x = tokens(1, 6, 4)
     with WithoutFloat64("mps"), pytest.warns(UserWarning, match="on copies"):
         got = dispatch._run_on_gpu("compress", there("mps", x), 3, 2)
     for one, wanted in zip(got, torch.ops.apet.compress(x, 3, 2), strict=True):
         assert_same(one.inner, wanted)
-    monkeypatch.setattr(dispatch, "why_not_triton", lambda: None)
-    assert dispatch.why_no_kernels(torch.device("cuda", 0)) is None
+    monkeypatch.setattr(available, "why_not_triton", lambda: None)
+    assert available.why_no_kernels(torch.device("cuda", 0), Options()) is None
 
 
 def test_the_reference_is_asked_for_where_there_is_no_float64():
@@ -155,7 +156,7 @@ def test_no_float64_anywhere():
         assert "apet_kernels.reference needs float64" in error_of(
             apet_kernels.compress, (x, 8), {"backend": "reference"}
         )
-        if dispatch.why_not_cpu() is None:
+        if available.why_not_cpu() is None:
             for got, wanted in zip(apet_kernels.compress(x, 8), expected, strict=True):
                 assert_same(got, wanted)
 
@@ -164,7 +165,7 @@ def test_no_float64_anywhere():
 def test_plan(kind):
     x = there(kind, tokens(1, 64, 32))
     plan = apet_kernels.plan(x, 8)
-    if dispatch.why_not_cpu() is None:
+    if available.why_not_cpu() is None:
         assert plan.backend == "cpu"
         assert plan.why.startswith(
             f"x is copied to the CPU (there are no kernels for {kind}), whose best instruction set"

@@ -1,4 +1,4 @@
-"""Which kernels a call gets: the choice for GPU tensors, made here without a GPU."""
+"""The choice of kernels for GPU tensors, tested without a GPU."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 import apet_kernels
-from apet_kernels import dispatch, ops
+from apet_kernels import available, dispatch, ops
 
 WITHOUT = "the CUDA kernels do not run on cuda:0: too old"
 TRITON_WITHOUT = "Triton does not import"
@@ -22,8 +22,8 @@ TRITON_WITHOUT = "Triton does not import"
 
 @pytest.fixture(autouse=True)
 def fresh() -> Iterator[None]:
-    """What is decided once a process is decided again, in the test and after it."""
-    cached = [dispatch.why_not_cuda, dispatch.why_not_cuda_library, dispatch.why_not_triton, dispatch._warn_once]
+    """Resets the choices that are made once per process, for the test and after it."""
+    cached = [available.why_not_cuda, available.why_not_cuda_library, available.why_not_triton, dispatch._warn_once]
     for function in cached:
         function.cache_clear()
     yield
@@ -33,7 +33,7 @@ def fresh() -> Iterator[None]:
 
 @pytest.fixture
 def taken(monkeypatch: pytest.MonkeyPatch) -> list[tuple]:
-    """The calls that got to kernels, which do not run."""
+    """Records the calls that reached kernels; the kernels do not run."""
     calls: list[tuple] = []
 
     def take(backend: str, *args: object, **kwargs: object) -> tuple[Tensor, Tensor]:
@@ -53,8 +53,8 @@ def test_every_op_comes_to_the_choice():
 @pytest.mark.parametrize("triton", [None, TRITON_WITHOUT])
 @pytest.mark.parametrize("op", ops.OPS)
 def test_cuda_kernels_before_triton(monkeypatch, taken, op, triton):
-    monkeypatch.setattr(dispatch, "why_not_cuda", lambda device: None)
-    monkeypatch.setattr(dispatch, "why_not_triton", lambda: triton)
+    monkeypatch.setattr(available, "why_not_cuda", lambda device: None)
+    monkeypatch.setattr(available, "why_not_triton", lambda: triton)
     x = torch.zeros(1, 4, 2)
     dispatch._run_on_gpu(op, x, 2, start=0)
     assert taken == [("cuda", (op, x, 2), {"start": 0})]
@@ -62,8 +62,8 @@ def test_cuda_kernels_before_triton(monkeypatch, taken, op, triton):
 
 @pytest.mark.parametrize("op", ops.OPS)
 def test_triton_where_the_cuda_kernels_do_not_run(monkeypatch, taken, op):
-    monkeypatch.setattr(dispatch, "why_not_cuda", lambda device: WITHOUT)
-    monkeypatch.setattr(dispatch, "why_not_triton", lambda: None)
+    monkeypatch.setattr(available, "why_not_cuda", lambda device: WITHOUT)
+    monkeypatch.setattr(available, "why_not_triton", lambda: None)
     x = torch.zeros(1, 4, 2)
     dispatch._run_on_gpu(op, x, 2, start=0)
     assert taken == [("triton", (op, x, 2), {"start": 0})]
@@ -78,7 +78,7 @@ def cuda_device(index: int = 0) -> torch.device:
 
 @pytest.fixture
 def cuda(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> SimpleNamespace:
-    """An installation with CUDA kernels, and as many calls of its plan as were made."""
+    """Simulates an installation with CUDA kernels, and records calls of its plan."""
     library = tmp_path / "libapet_cuda_torch.so"
     library.write_text("")
     seen = SimpleNamespace(loaded=[], planned=[], error=None)
@@ -90,7 +90,7 @@ def cuda(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> SimpleNamespace:
 
     empty = torch.empty
     monkeypatch.setattr(torch.version, "cuda", "13.0")
-    monkeypatch.setattr(dispatch, "CUDA_LIBRARY", library)
+    monkeypatch.setattr(available, "CUDA_LIBRARY", library)
     monkeypatch.setattr(torch.ops, "load_library", seen.loaded.append)
     monkeypatch.setattr(torch.ops.apet, "_cuda_plan", plan, raising=False)
     monkeypatch.setattr(torch, "empty", lambda *shape, device=None: empty(*shape, device="meta"))
@@ -99,33 +99,33 @@ def cuda(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> SimpleNamespace:
 
 def test_a_device_is_asked_once(cuda):
     for _ in range(3):
-        assert dispatch.why_not_cuda(cuda_device(0)) is None
-        assert dispatch.why_not_cuda(cuda_device(1)) is None
-    assert cuda.loaded == [dispatch.CUDA_LIBRARY]
+        assert available.why_not_cuda(cuda_device(0)) is None
+        assert available.why_not_cuda(cuda_device(1)) is None
+    assert cuda.loaded == [available.CUDA_LIBRARY]
     assert cuda.planned == [(1, 2, 1)] * 2
 
 
 def test_a_device_that_fails(cuda):
     cuda.error = "a call of the CUDA runtime failed: no kernel image is available"
     for _ in range(2):
-        assert dispatch.why_not_cuda(cuda_device(1)) == f"the CUDA kernels do not run on cuda:1: {cuda.error}"
+        assert available.why_not_cuda(cuda_device(1)) == f"the CUDA kernels do not run on cuda:1: {cuda.error}"
     assert len(cuda.planned) == 1
 
 
 def test_a_tensor_elsewhere(cuda):
-    assert dispatch.why_not_cuda(torch.device("cpu")) == "x is on cpu"
+    assert available.why_not_cuda(torch.device("cpu")) == "x is on cpu"
     assert not cuda.loaded
 
 
 def test_a_torch_without_cuda(cuda, monkeypatch):
     monkeypatch.setattr(torch.version, "cuda", None)
-    assert dispatch.why_not_cuda(cuda_device()) == "this torch is built without CUDA"
+    assert available.why_not_cuda(cuda_device()) == "this torch is built without CUDA"
     assert not cuda.loaded
 
 
 def test_an_installation_without_the_kernels(cuda):
-    dispatch.CUDA_LIBRARY.unlink()
-    assert "libapet_cuda_torch.so is not part of this installation; install nvcc" in dispatch.why_not_cuda(
+    available.CUDA_LIBRARY.unlink()
+    assert "libapet_cuda_torch.so is not part of this installation; install nvcc" in available.why_not_cuda(
         cuda_device()
     )
     assert not cuda.loaded
@@ -136,7 +136,7 @@ def test_a_library_that_does_not_load(cuda, monkeypatch):
         raise OSError("undefined symbol: aoti_torch_get_current_cuda_stream")
 
     monkeypatch.setattr(torch.ops, "load_library", fail)
-    why = dispatch.why_not_cuda(cuda_device())
+    why = available.why_not_cuda(cuda_device())
     assert "libapet_cuda_torch.so does not load (undefined symbol: aoti_torch_get_current_cuda_stream)" in why
     assert not cuda.planned
 
@@ -146,7 +146,7 @@ def test_backends_ask_the_current_device(cuda, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 2)
     assert apet_kernels.why_unavailable("cuda") is None
-    dispatch.why_not_cuda.cache_clear()
+    available.why_not_cuda.cache_clear()
     cuda.error = "too old"
     assert apet_kernels.why_unavailable("cuda") == "the CUDA kernels do not run on cuda:2: too old"
 
@@ -156,8 +156,8 @@ def test_backends_ask_the_current_device(cuda, monkeypatch):
 
 @pytest.mark.parametrize("op", ops.OPS)
 def test_forced(monkeypatch, taken, op):
-    monkeypatch.setattr(dispatch, "why_unavailable", lambda name: None)
-    monkeypatch.setattr(dispatch, "why_not_cuda", lambda device: None)
+    monkeypatch.setattr(available, "why_unavailable", lambda name: None)
+    monkeypatch.setattr(available, "why_not_cuda", lambda device: None)
     x, lengths = torch.zeros(1, 4, 2), torch.tensor([0, 4], dtype=torch.int32)
     args = {
         "compress": (x, 2),
@@ -178,7 +178,7 @@ def test_forced_where_it_cannot_run(monkeypatch, taken):
     x = torch.zeros(1, 4, 2)
     with pytest.raises(ValueError, match="backend='cuda' cannot run here: this torch is built without CUDA"):
         apet_kernels.compress(x, 2, backend="cuda")
-    monkeypatch.setattr(dispatch, "why_unavailable", lambda name: None)
+    monkeypatch.setattr(available, "why_unavailable", lambda name: None)
     with pytest.raises(ValueError, match="backend='cuda' cannot run here: x is on cpu"):
         apet_kernels.compress(x, 2, backend="cuda")
     assert not taken
@@ -188,7 +188,7 @@ def test_forced_where_it_cannot_run(monkeypatch, taken):
 
 
 class OnGpu:
-    """A tensor on a GPU, as far as plan() looks at it."""
+    """A tensor that plan() takes for one on a GPU."""
 
     def __init__(self, x: torch.Tensor) -> None:
         self.x, self.device = x, cuda_device()
@@ -200,7 +200,7 @@ class OnGpu:
 def test_plan_of_the_cuda_kernels(monkeypatch):
     figures = ("fused with 8 CTAs", "fused", 1, 8, 1, 72, 70, 0, 4096, 27.5)
     asked = []
-    monkeypatch.setattr(dispatch, "why_not_cuda", lambda device: None)
+    monkeypatch.setattr(available, "why_not_cuda", lambda device: None)
     monkeypatch.setattr(
         torch.ops.apet, "_cuda_plan", lambda *args, **kwargs: asked.append((args, kwargs)) or figures, raising=False
     )
@@ -224,11 +224,11 @@ def test_plan_of_the_cuda_kernels(monkeypatch):
     assert asked == [((x, 64), options)]
 
 
-@pytest.mark.skipif(dispatch.why_not_triton() is not None, reason="Triton is not installed")
+@pytest.mark.skipif(available.why_not_triton() is not None, reason="Triton is not installed")
 def test_plan_of_triton_says_why_not_cuda(monkeypatch):
     from apet_kernels.triton_kernels import configs
 
-    monkeypatch.setattr(dispatch, "why_not_cuda", lambda device: WITHOUT)
+    monkeypatch.setattr(available, "why_not_cuda", lambda device: WITHOUT)
     monkeypatch.setattr(configs, "device_class", lambda device: "sm_80")
     plan = apet_kernels.plan(OnGpu(torch.empty(1, 576, 1024, device="meta")), 64)
     assert plan.backend == "triton"

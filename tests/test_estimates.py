@@ -22,7 +22,7 @@ def test_the_plan_is_the_least_estimate_of_the_table(name):
     cells = estimates.cells(estimates.SHAPES[name])
     least = cells[plan.path - 1]  # apet_cuda_path: 0 is the best
     assert least.startswith(f"**{plan.estimated_us:.0f}** ({plan.ctas_per_image}")
-    times = [float(re.search(r"\d+", cell)[0]) for cell in cells if cell != "-"]
+    times = [float(re.search(r"\d+", cell)[0]) for cell in cells[:3] if cell != "-"]
     assert round(plan.estimated_us) == min(times)
 
 

@@ -1,4 +1,4 @@
-"""The counts of benchmarks/floors.py against the launches that are built, and against what torch is seen to do."""
+"""Compares the counts of benchmarks/floors.py with the launches that are built, and with the operations of torch."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def test_times_by_hand():
 
 
 class Counter(TorchDispatchMode):
-    """Operations that are no views and no mere allocations, and the bytes they read and write."""
+    """Counts operations other than views and allocations, and the bytes that they read and write."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -57,7 +57,7 @@ class Counter(TorchDispatchMode):
 
 
 def distinct(t: object) -> int:
-    """Bytes of a tensor, the repetitions of `expand` not counted."""
+    """Returns the bytes of a tensor, without the repetitions of `expand`."""
     if not isinstance(t, torch.Tensor):
         return 0
     once = [n for n, stride in zip(t.shape, t.stride(), strict=True) if stride]

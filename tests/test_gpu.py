@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import warnings
 from collections.abc import Callable, Iterator
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,8 +19,10 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 import apet_kernels
 from benchmarks.lib import device as devices
-from tests.data import DTYPES, tokens
+from benchmarks.lib.paths import carried
+from tests.data import DTYPES, offsets, tokens
 from tests.judge import assert_same, check
+from tests.op_calls import flat
 
 OPS = torch.ops.apet
 DRY = not torch.cuda.is_available()
@@ -58,17 +59,9 @@ def size(real: int, tiny: int) -> int:
     return tiny if DRY else real
 
 
-def flat(result: Tensor | tuple[Tensor, ...]) -> list[Tensor]:
-    return [result] if isinstance(result, Tensor) else list(result)
-
-
 def assert_all_same(got: Any, expected: Any, what: str) -> None:
     for n, (a, b) in enumerate(zip(flat(got), flat(expected), strict=True)):
         assert_same(a, b, f"{what}, result {n}")
-
-
-def cu(lengths: list[int]) -> Tensor:
-    return there(torch.tensor([0, *lengths]).cumsum(0).int())
 
 
 # Name -> inputs (a seed makes others of the same shapes), and the call. Every op and layout, both selections.
@@ -82,7 +75,7 @@ def batch(seed: int) -> tuple[Tensor, ...]:
 
 
 def ragged(seed: int) -> tuple[Tensor, ...]:
-    return features(sum(LENGTHS[0]), D, seed=seed), cu(LENGTHS[seed % 2]), cu(KEEPS[seed % 2])
+    return features(sum(LENGTHS[0]), D, seed=seed), there(offsets(LENGTHS[seed % 2])), there(offsets(KEEPS[seed % 2]))
 
 
 def listed(seed: int) -> tuple[Tensor, ...]:
@@ -288,31 +281,17 @@ def test_ragged_images(gpu_backend, dtype):
 SIZES = [(1, 65536, 64, 600), (1, 16384, 1280, 1638), (2, 1500, 8192, 150), (16, 576, 1024, 64), (1, 1280, 3584, 384)]
 
 
-def carried(name: str) -> SimpleNamespace:
-    """What judge.check asks of a backend, for tensors on the CPU."""
-
-    def over(function: Callable[..., tuple[Tensor, ...]]) -> Callable[..., tuple[Tensor, ...]]:
-        return lambda x, *args, **options: tuple(t.cpu() for t in function(there(x), *args, **options, backend=name))
-
-    return SimpleNamespace(score=over(apet_kernels.score), compress=over(apet_kernels.compress))
-
-
 @pytest.mark.parametrize("dtype", DTYPES if not DRY else [torch.float32])
 @pytest.mark.parametrize(("B", "n", "channels", "keep"), SIZES if not DRY else [(1, 30, 20, 8)])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_large(gpu_backend, dtype, B, n, channels, keep, layout):
-    check(carried(gpu_backend), tokens(B, n, channels, dtype=dtype, seed=n), keep, BASIS, layout=layout)
+    check(carried(DEVICE, gpu_backend), tokens(B, n, channels, dtype=dtype, seed=n), keep, BASIS, layout=layout)
 
 
 @pytest.mark.parametrize("select", ["fps", "qr"])
 def test_a_large_basis(gpu_backend, select):
-    check(
-        carried(gpu_backend),
-        tokens(1, size(2000, 20), size(512, 24), seed=8),
-        size(300, 12),
-        size(64, 5),
-        select=select,
-    )
+    x = tokens(1, size(2000, 20), size(512, 24), seed=8)
+    check(carried(DEVICE, gpu_backend), x, size(300, 12), size(64, 5), select=select)
 
 
 @needs_gpu
@@ -327,7 +306,7 @@ def test_more_elements_than_32_bits_count():
     together = OPS.compress(x, KEEP, BASIS)
     assert_all_same(OPS.compress(x[-1:].clone(), KEEP, BASIS), [t[-1:] for t in together], "the last image")
     rows, at = OPS.compress_varlen(
-        x.flatten(0, 1), cu([n] * B), cu([KEEP] * B), B * KEEP, n, KEEP, BASIS
+        x.flatten(0, 1), there(offsets([n] * B)), there(offsets([KEEP] * B)), B * KEEP, n, KEEP, BASIS
     )  # positions past 2^20, offsets past 2^31
     assert_same(rows[-KEEP:], together[0][-1])
     assert_same(at[-KEEP:] - (B - 1) * n, together[1][-1])

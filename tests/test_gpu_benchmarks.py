@@ -1,4 +1,4 @@
-"""benchmarks/gpu.py and benchmarks/tune.py as far as they go without a GPU: errors, choices, dry runs of it all."""
+"""benchmarks/gpu.py and benchmarks/tune.py without a GPU: errors, choices, and dry runs of everything."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def test_baselines_run_where_the_tokens_lie(baseline, layout, dtype):
 
 
 class FakeCuda:
-    """What benchmarks.lib.device asks of torch.cuda, in the order in which it is asked."""
+    """The functions of torch.cuda that benchmarks.lib.device calls, in the order of the calls."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.log: list[str] = []
@@ -160,7 +160,7 @@ def test_a_backend_that_is_wrong_is_a_failure(monkeypatch):
 
 @dataclass(frozen=True)
 class Tiles:
-    """Of one kernel that has one field."""
+    """The tiles of one kernel with one field."""
 
     topk_warps: int
 

@@ -1,4 +1,4 @@
-"""What is made of the results of benchmarks/gpu_quick.py: the last block, figures of the estimate, tables."""
+"""The evaluation of results of benchmarks/gpu_quick.py: the last block, figures of the estimate, tables."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def test_a_row_of_the_table():
 
 
 def primitive_lines(truth: figures.Figures, sms: int = 132) -> list[report.Line]:
-    """What a run would write on a card whose figures are these."""
+    """Returns the lines that a run would write on a card with these figures."""
     lines: list[report.Line] = []
 
     def add(item: str, **found: Any) -> None:
@@ -92,9 +92,9 @@ def test_figures_come_back():
     ((_, before),) = figures.read(header())
     truth = {name: value * (1 + n / 10) for n, (name, value) in enumerate(before.items())}
     text, kept = figures.updated(header(), primitive_lines(truth))
-    assert kept == ["overlapped_launch_us", "fill_us"]
+    assert kept == ["overlapped_launch_us", "group_us", "fill_us", "l2_bytes"]
     ((comment, after),) = figures.read(text)
-    assert "NVIDIA X, measured at commit abc; left as it was: overlapped_launch_us, fill_us" in comment
+    assert f"NVIDIA X, measured at commit abc; left as it was: {', '.join(kept)}" in comment
     expected = truth | {name: before[name] for name in (*kept, "capability")}
     assert after == pytest.approx(expected, rel=2e-3)
     again, _ = figures.updated(text, primitive_lines(truth))
@@ -142,7 +142,7 @@ def test_the_header_compiles_and_finds_the_row(tmp_path):
 
 @pytest.fixture
 def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A copy of the files that gpu_figures writes, in the place of the real ones."""
+    """Makes a copy of the files that gpu_figures writes, in place of the real ones."""
     root = tmp_path / "checkout"
     for name in (gpu_figures.HEADER, *gpu_figures.DOCUMENTS):
         (root / name).parent.mkdir(parents=True, exist_ok=True)

@@ -14,20 +14,20 @@ import pytest
 import torch
 
 import apet_kernels
-from apet_kernels import dispatch, testing
+from apet_kernels import available, testing
 from benchmarks.lib import paths
 from benchmarks.lib.paths import Call
 from tests.judge import assert_same
 from tests.simt import binding, build
-from tests.simt.call import A100, H100, RTX_3090, Device
+from tests.simt.call import A100, H100, RTX_3090, Device, use_device
 
-WHY_NOT_SIMULATED = build.missing() or dispatch.why_not_cpu()
+WHY_NOT_SIMULATED = build.missing() or available.why_not_cpu()
 simulated = pytest.mark.skipif(WHY_NOT_SIMULATED is not None, reason=str(WHY_NOT_SIMULATED))
 WHY_NOT = apet_kernels.why_unavailable("cuda")
 
 
 def compare(call: Call, ways: list[testing.CudaPath], device: str) -> set[str]:
-    """Asserts that every way that is possible gives the bits of the first. Returns the paths that were compared."""
+    """Asserts that every possible path gives the bits of the first. Returns the paths that were compared."""
     expected, first, seen = None, None, set()
     for way in ways:
         if (got := paths.forced(call, way, device)) is None:
@@ -59,13 +59,12 @@ def test_against_float64(call):
 
 @pytest.fixture
 def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Device:
-    for name, stand_in in binding.stand_ins(request.param).items():
-        monkeypatch.setattr(dispatch, name, stand_in)
+    binding.stand_in(request.param, monkeypatch.setattr)
     return request.param
 
 
 def pairs() -> list[Any]:
-    """(call, device), one in ten of them for every day."""
+    """Returns pairs (call, device); one in ten of them runs every day."""
     make, rare = random.Random(1), [pytest.mark.slow, pytest.mark.matrix]
     names = {"H100": H100, "A100": A100, "RTX-3090": RTX_3090}
     return [
@@ -145,7 +144,7 @@ class TestForcing:
 
     def test_ways_that_the_device_does_not_have(self, device):
         # No clusters, and too little shared memory for the large tile.
-        binding.use_device(dataclasses.replace(RTX_3090, shared_per_block=64 << 10))
+        use_device(dataclasses.replace(RTX_3090, shared_per_block=64 << 10))
         for way in (testing.CudaPath("cluster", 2), testing.CudaPath("cooperative", tile=128)):
             with testing.use_cuda_path(way), pytest.raises(RuntimeError, match=f"path {way.path} .* cannot run here"):
                 self.plan()

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import apet_kernels
-from apet_kernels import dispatch, testing
+from apet_kernels import available, dispatch, testing
 from benchmarks import gpu_figures, gpu_quick, sanitized
 from benchmarks.lib import mix, paths
 from benchmarks.lib.cases import Case
@@ -27,7 +27,7 @@ from tests.simt import binding, call
 from tests.simt import build as simt_build
 
 ROOT = Path(__file__).parents[1]
-WHY_NOT_SIMULATED = simt_build.missing() or dispatch.why_not_cpu()
+WHY_NOT_SIMULATED = simt_build.missing() or available.why_not_cpu()
 simulated = pytest.mark.skipif(WHY_NOT_SIMULATED is not None, reason=str(WHY_NOT_SIMULATED))
 needs_triton = pytest.mark.skipif("triton" not in apet_kernels.available_backends(), reason="Triton is not installed")
 
@@ -46,7 +46,7 @@ importlib.machinery.PathFinder.find_spec = find_spec
 
 
 def rehearse(out: Path, *options: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """A rehearsal on a machine without the packages above."""
+    """Runs a rehearsal on a machine without the packages above."""
     blocker = out.parent / "blocker"
     blocker.mkdir(exist_ok=True)
     (blocker / "sitecustomize.py").write_text(BLOCKER)
@@ -103,7 +103,7 @@ def test_planted_faults(tmp_path):
 
 
 def ways_rehearsed(wanted: str) -> list[str]:
-    """Of one call, those of which a rehearsal takes one in twelve (proofs.every_path)."""
+    """Returns the paths of one call that a rehearsal runs, one in twelve (proofs.every_path)."""
     found, number = [], 0
     for each in paths.calls(tiny=True):
         for way in (testing.CudaPath(), *testing.cuda_paths()):
@@ -179,8 +179,7 @@ def test_time_that_is_over(tmp_path):
 @needs_triton
 @pytest.mark.parametrize("layout", ["inplace", "overwrite"])
 def test_the_mix_is_right(monkeypatch, layout):
-    for name, stand_in in binding.stand_ins(call.H100).items():
-        monkeypatch.setattr(dispatch, name, stand_in)
+    binding.stand_in(call.H100, monkeypatch.setattr)
     case = Case(2, 40, 16, 20, torch.float32, layout)
     x = tokens(2, 40, 16, kind="clustered", seed=3)
     with torch.inference_mode():
@@ -188,7 +187,7 @@ def test_the_mix_is_right(monkeypatch, layout):
 
 
 def compute_sanitizer(folder: Path, monkeypatch: pytest.MonkeyPatch, said: str, code: int, seconds: int = 0) -> None:
-    """A program of that name that notes what it is called with."""
+    """Makes a program of that name that records its arguments."""
     program = folder / "compute-sanitizer"
     program.write_text(
         f"#!/bin/sh\necho $PYTORCH_NO_CUDA_MEMORY_CACHING $* >> {folder}/calls\nsleep {seconds}\n"
@@ -230,8 +229,7 @@ def test_sanitizers_that_are_not_there(tmp_path, monkeypatch):
 @simulated
 def test_what_the_sanitizers_run(monkeypatch):
     """On the simulated GPU, right; and a wrong result is said."""
-    for name, stand_in in binding.stand_ins(call.H100).items():
-        monkeypatch.setattr(dispatch, name, stand_in)
+    binding.stand_in(call.H100, monkeypatch.setattr)
     monkeypatch.setattr(torch.Tensor, "cuda", lambda t: t)
     for dtype in apet_kernels.ops.DTYPES:
         assert sanitized.ragged_and_given(dtype) == []

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import apet_kernels
-from tests.data import DTYPES, tokens
+from tests.data import DTYPES, offsets, tokens
 from tests.judge import assert_same
 
 LAYOUTS = ("inplace", "overwrite", "append")
@@ -13,7 +13,7 @@ SHAPES = [(70, 45, 20, 6), (192, 128, 64, 10), (300, 7, 33, 12), (53, 1100, 40, 
 
 
 def everything(backend, x, keep, basis, layout):
-    """All that the op returns for x [B, N, D]."""
+    """Returns all outputs of the op for x [B, N, D]."""
     tokens_, indices = backend.compress(x, keep, basis, layout=layout)
     residual, picks = backend.score(x, basis)
     return {"tokens": tokens_, "indices": indices, "residual": residual, "basis": picks}
@@ -42,7 +42,7 @@ def test_packed_or_one_by_one(backend, dtype, layout, select):
     """Ragged lengths, one token and all tokens kept among them; indices are positions in the packed tensor."""
     lengths, keeps, basis = [31, 1, 64, 7, 130, 12], [9, 1, 64, 5, 40, 11], 4
     x = tokens(sum(lengths), 37, dtype=dtype, kind="clustered", seed=2)
-    cu, cu_keep = (torch.tensor([0, *v]).cumsum(0).int() for v in (lengths, keeps))
+    cu, cu_keep = offsets(lengths), offsets(keeps)
     choose = {"layout": layout, "select": select, "start": 3, "blend": 0.5 if layout == "overwrite" else 1.0}
     got, indices = backend.compress_varlen(x, cu, cu_keep, sum(keeps), max(lengths), max(keeps), basis, **choose)
     extra = basis * (layout == "append")

@@ -1,4 +1,4 @@
-"""What the judge of tests/judge.py allows for."""
+"""Tests of the errors that tests/judge.py allows."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ CHAIN = 128  # products, as the kernels sum them
 
 
 def cut(v: Tensor, unit: Tensor) -> Tensor:
-    """Multiples of 2^unit, towards zero."""
+    """Rounds to multiples of 2^unit, towards zero."""
     return torch.ldexp(torch.ldexp(v, -unit).trunc(), unit)
 
 

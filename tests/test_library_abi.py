@@ -32,6 +32,7 @@ from tests.library.copies import (
     needs_sources,
     newer,
 )
+from tests.simt import abi
 from tests.simt import call as simt_call
 
 pytestmark = needs_sources
@@ -107,8 +108,8 @@ def test_every_status_has_a_message_and_no_other_number():
     library = installed().library
     library.apet_error_message.restype = ctypes.c_size_t
     messages = set()
-    problem = simt_call.Problem()
-    numbers = simt_call.status_numbers()
+    problem = abi.Problem()
+    numbers = abi.status_numbers()
     assert len(numbers) == 31
     for status in [*numbers.values(), 31]:
         text = ctypes.create_string_buffer(256)
@@ -130,7 +131,7 @@ def test_ragged_images_can_only_be_compressed(op: str):
     cu_seqlens, cu_keep = (torch.tensor(offsets, dtype=torch.int32) for offsets in ([0, 10, 30], [0, 4, 9]))
     problem = simt_call.compress_varlen_case(tokens(30, 8), cu_seqlens, cu_keep, 9, 20, 5).problem
     assert library.apet_check(ctypes.byref(problem)) == 0
-    problem.op = getattr(simt_call, op)
+    problem.op = getattr(abi, op)
     status = library.apet_check(ctypes.byref(problem))
     text = ctypes.create_string_buffer(256)
     library.apet_error_message(ctypes.byref(problem), status, text, ctypes.c_size_t(256))
@@ -138,7 +139,7 @@ def test_ragged_images_can_only_be_compressed(op: str):
 
 
 class Pool(ctypes.Structure):
-    """apet_pool."""
+    """The struct apet_pool for ctypes."""
 
     _fields_ = [("threads", ctypes.c_int32), ("context", ctypes.c_void_p), ("run", ctypes.c_void_p)]
 
@@ -146,11 +147,11 @@ class Pool(ctypes.Structure):
 def test_a_pool_without_a_function_raises():
     library, case = installed().library, simt_call.compress_case(tokens(8, 300, 64), 30)
     room = torch.empty(1 << 24, dtype=torch.uint8)
-    tensors = simt_call.Tensors(**{name: t.data_ptr() for name, t in (case.inputs | case.outputs).items()})
+    tensors = abi.Tensors(**{name: t.data_ptr() for name, t in (case.inputs | case.outputs).items()})
     pool, workspace = Pool(threads=8), ctypes.c_void_p((room.data_ptr() + 63) // 64 * 64)
     arguments = (ctypes.byref(case.problem), ctypes.byref(tensors))
     status = library.apet_cpu_run(*arguments, ctypes.byref(pool), workspace, ctypes.c_size_t(len(room) - 64))
-    assert status == simt_call.status_numbers()["APET_NULL_POINTER"]
+    assert status == abi.status_numbers()["APET_NULL_POINTER"]
 
 
 @each(installed, newer)

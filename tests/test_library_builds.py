@@ -39,14 +39,14 @@ from tests.library.copies import (
     needs_sources,
     path,
 )
-from tests.simt import call as simt_call
+from tests.simt import abi
 from tests.tools import sass
 
 pytestmark = needs_sources
 
 
 def cases() -> list[tuple[Tensor, int, dict[str, object]]]:
-    """Arguments of compress: every dtype and layout; tokens that fast math would not survive among them."""
+    """Returns arguments of compress: every dtype and layout, with tokens that fast math would break."""
     hostile = tokens(2, 90, 40, seed=3)
     hostile[0, 7, 3], hostile[0, 50, 0], hostile[1, 0] = float("nan"), float("inf"), 0
     everyday = [
@@ -132,7 +132,7 @@ def test_what_is_installed():
 
 
 def find(folder: Path, request: str, prefix: Path) -> tuple[int, str]:
-    """Exit code and output of a project that asks for the package."""
+    """Returns exit code and output of a project that looks for the package."""
     (folder / "CMakeLists.txt").write_text(f"""
         cmake_minimum_required(VERSION 3.25)
         project(user LANGUAGES CXX)
@@ -198,8 +198,8 @@ int main(void) {
 
 
 def check_planned(said: str) -> None:
-    """With a GPU the plan, without one the words of the runtime that is linked in."""
-    ok = "0 " if torch.cuda.is_available() else f"{simt_call.status_numbers()['APET_CUDA_FAILED']} "
+    """Checks the plan on a machine with a GPU, else the message of the CUDA runtime that is linked in."""
+    ok = "0 " if torch.cuda.is_available() else f"{abi.status_numbers()['APET_CUDA_FAILED']} "
     assert said.startswith(f"{version()} {ok}"), said
     assert len(said.split()) > 4
 

@@ -1,4 +1,4 @@
-"""The example and the code in docs/vendoring.md, as a reader would run them."""
+"""Runs the example and the code in docs/vendoring.md as a reader would."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ pytestmark = needs_sources
 
 
 def compress_file(folder: Path, x: np.ndarray, *arguments: object, n: object = None) -> subprocess.CompletedProcess:
-    """The example on tokens x [..., N, D]; arguments: KEEP or KEEP and THREADS. n: another N than that of x."""
+    """Runs the example on tokens x [..., N, D]; arguments: KEEP, or KEEP and THREADS. n: a wrong N to pass."""
     x.tofile(folder / "tokens.f32")
     keep, *threads = arguments
     sizes = [x.shape[-2] if n is None else n, x.shape[-1], keep]
@@ -99,7 +99,7 @@ def test_example_reports_files_that_it_cannot_open(tmp_path: Path):
 
 
 def call_guide(library: ctypes.CDLL, x: Tensor, keep: int) -> tuple[Tensor, Tensor, str]:
-    """The snippet's compress(): outputs, and what it says."""
+    """Calls the snippet's compress(); returns the outputs and the message."""
     images, n, dim = x.shape
     out, indices = x.new_empty(images, keep, dim), torch.empty(images, keep, dtype=torch.int64)
     sizes, wrong = (ctypes.c_int64 * 4)(images, n, dim, keep), ctypes.create_string_buffer(512)
@@ -131,11 +131,7 @@ def test_the_snippet_for_cuda_runs_on_the_simulated_gpu(tmp_path: Path):
     options += [SOURCES / "guide_cuda.cpp", simulated, f"-Wl,-rpath,{simulated.parent}"]
     run("g++", *options, "-o", tmp_path / "libguide.so")
     x, how = tokens(2, 100, 48, dtype=torch.float16), simt_call.How(seed=5)
-    device = how.device
-    simt_call.load().simt_use_device(
-        *(device.capability, device.multiprocessors, device.shared_per_block),
-        *(device.shared_per_multiprocessor, device.largest_cluster),
-    )
+    simt_call.use_device(how.device)
     library = ctypes.CDLL(str(tmp_path / "libguide.so"))
     *got, wrong = call_guide(library, x, 12)
     assert wrong == ""

@@ -1,4 +1,4 @@
-"""The page of the matrix: what its sessions write is no change of what they tested."""
+"""The page of the matrix: files that its sessions write do not count as changes of the tested sources."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Films: every kind is read as it is shown, its frames at their times, and what is damaged is told.
+"""Films: every kind is read as a player shows it, with its frames at their times; damage is reported.
 
 Every file is made here (films.py).
 """
@@ -97,7 +97,7 @@ TURNS: dict[str, tuple[tuple[int, int, int, int], Callable[[np.ndarray], np.ndar
 
 @pytest.fixture(scope="module")
 def sideways() -> bytes:
-    """A film whose display matrix can be replaced."""
+    """Makes a film whose display matrix can be replaced."""
     return film([corner()] * 3)
 
 
@@ -162,7 +162,7 @@ def test_a_clip_that_is_cut_off_is_read_up_to_there() -> None:
 
 
 def song() -> bytes:
-    """An MP3 with a cover in its tag."""
+    """Makes an MP3 with a cover in its tag."""
     cover, sound = io.BytesIO(), io.BytesIO()
     Image.new("RGB", (32, 32), "red").save(cover, "PNG")
     with av.open(sound, "w", format="mp3") as file:

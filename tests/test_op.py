@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import apet_kernels
 from apet_kernels import testing
-from tests.data import DTYPES, tokens
+from tests.data import DTYPES, offsets, tokens
 from tests.judge import assert_same
 from tests.op_calls import CU, CU_KEEP, NAMES, WRONG_CALLS, calls, error_of, flat, x3
 
@@ -116,7 +116,7 @@ def test_dynamic_packing_compiles_once():
         return OPS.compress_varlen(x, cu, cu_keep, total, longest, most, 3)
 
     for lengths, keeps in (([8, 12], [4, 5]), ([30, 11, 7, 9], [10, 5, 4, 6]), ([50, 3, 8], [40, 2, 4])):
-        cu, cu_keep = (torch.tensor([0, *n]).cumsum(0).int() for n in (lengths, keeps))
+        cu, cu_keep = offsets(lengths), offsets(keeps)
         x = tokens(sum(lengths), 6, seed=1)
         got = layer(x, cu, cu_keep, sum(keeps), max(lengths), max(keeps))
         for a, b in zip(got, apet_kernels.compress_packed(x, lengths, keeps, 3), strict=True):

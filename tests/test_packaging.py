@@ -1,9 +1,10 @@
-"""What is shipped: one version, typed packages, every file; and the locked versions."""
+"""The shipped files: one version, typed packages, every file; and the locked versions."""
 
 from __future__ import annotations
 
 import ctypes
 import re
+import subprocess
 import sys
 import sysconfig
 from importlib import metadata, util
@@ -81,7 +82,7 @@ def requirements(name: str) -> list[Requirement]:
 
 
 def locked(name: str, python: str | None = None) -> dict[str, str]:
-    """The versions that a lock names for this Python, or another on the same machine."""
+    """Returns the versions that a lock names for this Python, or for another one on the same machine."""
     environment = {"python_version": python, "python_full_version": f"{python}.1"} if python else {}
     versions = {}
     for requirement in requirements(name):
@@ -96,7 +97,7 @@ def locked(name: str, python: str | None = None) -> dict[str, str]:
 @pytest.mark.parametrize(
     ("folder", "name"),
     [
-        (sysconfig.get_path("purelib"), "lock"),
+        (sysconfig.get_path("purelib"), "dev"),
         pytest.param(ROOT / ".build/transformers4", "transformers4", marks=pytest.mark.slow),
         pytest.param(ROOT / f".build/vllm/lib/python{PYTHON}/site-packages", "vllm", marks=pytest.mark.slow),
     ],
@@ -104,7 +105,7 @@ def locked(name: str, python: str | None = None) -> dict[str, str]:
 )
 def test_everything_installed_is_as_locked(folder: str | Path, name: str):
     """What `make` installs, each distribution of it: one that is not in the lock would float."""
-    if name == "lock" and not Path(sys.prefix, "constraints.txt").exists():
+    if name == "dev" and not Path(sys.prefix, "constraints.txt").exists():
         pytest.skip("this environment was not set up by make")
     installed = {canonicalize_name(d.name): d.version for d in metadata.distributions(path=[str(folder)])}
     if not installed:
@@ -121,20 +122,32 @@ def test_everything_installed_is_as_locked(folder: str | Path, name: str):
     assert not differing, f"installed and locked versions: {differing}; remove the folder, or `make lock`"
 
 
+def test_nothing_required_is_missing():
+    """make installs what the lock names without asking what it requires."""
+    if not Path(sys.prefix, "constraints.txt").exists():
+        pytest.skip("this environment was not set up by make")
+    check = subprocess.run([sys.executable, "-m", "pip", "check"], capture_output=True, text=True)
+    assert check.returncode == 0, check.stdout
+
+
+@pytest.mark.parametrize("lock", ["demo", "test", "dev"])
 @pytest.mark.parametrize("python", ["3.10", "3.11", "3.12", "3.13", "3.14"])
-def test_the_lock_has_what_pyproject_asks_for(python: str):
+def test_the_lock_has_what_pyproject_asks_for(python: str, lock: str):
     """For every Python: so that a changed requirement needs `make lock` in the same commit."""
-    versions = locked("lock.txt", python)
+    versions = locked(f"{lock}.txt", python)
+    assert versions.items() <= locked("dev.txt", python).items()
     environment = {"python_version": python, "python_full_version": f"{python}.1"}
-    about = metadata.requires("apet-kernels")
-    for requirement in map(Requirement, about):
+    extras = {
+        "demo": ("demo", "models"),
+        "test": ("demo", "models", "eval", "heif", "triton", "test"),
+        "dev": ("demo", "models", "eval", "heif", "triton", "test", "explore", "dev"),
+    }
+    for requirement in map(Requirement, metadata.requires("apet-kernels")):
         if requirement.name in ("apet-kernels", "vllm"):  # the extras of an extra; another environment
             continue
-        if any(
-            requirement.marker is None or requirement.marker.evaluate({**environment, "extra": extra})
-            for extra in ("demo", "models", "eval", "triton", "explore", "test", "dev")
-        ):
-            assert versions[canonicalize_name(requirement.name)] in requirement.specifier, requirement
+        for extra in extras[lock]:
+            if requirement.marker is None or requirement.marker.evaluate({**environment, "extra": extra}):
+                assert versions[canonicalize_name(requirement.name)] in requirement.specifier, requirement
 
 
 @pytest.mark.parametrize("name", ["transformers4", "vllm"])
@@ -143,7 +156,7 @@ def test_the_other_locks_have_what_their_environments_ask_for(name: str):
     assert len(versions) > 10
     for requirement in requirements(f"{name}.in"):
         assert versions[canonicalize_name(requirement.name)] in requirement.specifier, requirement
-    assert name != "vllm" or versions["torch"] == locked("lock.txt")["torch"]
+    assert name != "vllm" or versions["torch"] == locked("dev.txt")["torch"]
 
 
 @pytest.mark.parametrize("package", ["apet_kernels", "apet"])

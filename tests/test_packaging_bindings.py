@@ -1,4 +1,4 @@
-"""The compiled libraries: what they export, and that their bindings keep to what the oldest torch has."""
+"""The compiled libraries: their exports, and that their bindings use only what the oldest torch has."""
 
 from __future__ import annotations
 

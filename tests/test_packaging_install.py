@@ -46,7 +46,7 @@ CHECK_CUDA = """
 import torch, apet_kernels
 info = apet_kernels.build_info()
 assert info["cuda_archs"] == "90-real" and info["cuda_compiler"].startswith("NVIDIA"), info
-assert apet_kernels.dispatch.CUDA_LIBRARY.exists()
+assert apet_kernels.available.CUDA_LIBRARY.exists()
 assert apet_kernels.why_unavailable("cuda") == "this torch is built without CUDA"
 apet_kernels.compress(torch.randn(1, 64, 32), 16)
 assert "apet_cuda" not in open("/proc/self/maps").read()
@@ -62,16 +62,16 @@ assert tokens.shape == (2, 16, 32) and indices.shape == (2, 16)
 
 @pytest.fixture(scope="module", autouse=True)
 def as_locked() -> Iterator[None]:
-    """The environments that the tests below make, those of isolated builds too, hold what the lock names."""
+    """Makes the environments of the tests below, and those of isolated builds, use the versions of the lock."""
     with pytest.MonkeyPatch.context() as patch:
         for name in ("PIP_CONSTRAINT", "PIP_BUILD_CONSTRAINT", "UV_CONSTRAINT", "UV_BUILD_CONSTRAINT"):
-            patch.setenv(name, str(ROOT / "requirements/lock.txt"))
+            patch.setenv(name, str(ROOT / "requirements/dev.txt"))
         yield
 
 
 @pytest.fixture(scope="module")
 def sdist(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Made in isolation: it needs no torch."""
+    """Builds an sdist in isolation; it needs no torch."""
     folder = tmp_path_factory.mktemp("sdist")
     run(sys.executable, "-m", "build", "--sdist", "--outdir", folder, ROOT)
     (archive,) = folder.glob("*.tar.gz")
@@ -80,7 +80,7 @@ def sdist(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def source(sdist: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What a user has who unpacks the sdist: all installs below start from it, and share its compiled objects."""
+    """Unpacks the sdist, as a user does: all installs below start from it, and share its compiled objects."""
     folder = tmp_path_factory.mktemp("source")
     with tarfile.open(sdist) as archive:
         archive.extractall(folder, filter="data")
@@ -88,7 +88,7 @@ def source(sdist: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def environment(folder: Path, *requirements: str) -> Path:
-    """The Python of a new virtual environment with these packages."""
+    """Makes a new virtual environment with these packages; returns its Python."""
     venv.create(folder, with_pip=True)
     if requirements:
         run(folder / "bin/python", "-m", "pip", "install", "--no-compile", *requirements)
@@ -117,13 +117,13 @@ def without_torch(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def files_of(wheel: Path) -> set[str]:
-    """The files of a wheel, less the metadata and with plain names for the Python-specific ones."""
+    """Returns the files of a wheel, without the metadata and with plain names for those specific to a Python."""
     names = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
     return {re.sub(r"_host\..*", "_host.so", name) for name in names}
 
 
 def build_wheel(python: Path, source: Path, folder: Path, *options: str, **variables: str) -> tuple[Path, str]:
-    """The wheel that this Python builds, and what the build printed."""
+    """Builds a wheel with this Python; returns it, and the output of the build."""
     said = run(python, "-m", "pip", "wheel", "-v", "--no-deps", *options, "-w", folder, source, **variables)
     (wheel,) = folder.glob("*.whl")
     return wheel, said
@@ -178,7 +178,7 @@ def test_wheel_with_cuda(with_torch: Path, source: Path, tmp_path: Path):
 
 
 def front_ends(python: Path, source: Path, folder: Path) -> dict[str, list]:
-    """How each front end builds where nothing is said about isolation; build stands for poetry, which calls it."""
+    """Returns how each front end builds without an option about isolation; build stands for poetry, which calls it."""
     return {
         "pip": [python, "-m", "pip", "wheel", "--no-deps", "-w", folder, source],
         "uv": [sys.executable, "-m", "uv", "build", "--wheel", "--python", python, "-o", folder, source],

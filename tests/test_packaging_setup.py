@@ -1,4 +1,4 @@
-"""What setup.py decides and says."""
+"""The decisions and messages of setup.py."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[1]
 
 @pytest.fixture
 def rules(monkeypatch: pytest.MonkeyPatch) -> dict:
-    """What setup.py defines."""
+    """Returns the functions that setup.py defines."""
     monkeypatch.setattr(sys, "argv", ["setup.py", "--name"])
     monkeypatch.chdir(ROOT)
     monkeypatch.delenv("APET_BUILD", raising=False)
@@ -75,7 +75,7 @@ NVCC = "/usr/local/cuda/bin/nvcc"
 
 @pytest.fixture
 def cuda_archs(rules: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str, str | None], str]:
-    """setup.py's rule, for a torch/version.py with this line and this nvcc."""
+    """Runs setup.py's rule for a torch/version.py with this line and this nvcc."""
     monkeypatch.delenv("APET_CUDA_ARCHS", raising=False)
     rule = rules["cuda_archs"]
 

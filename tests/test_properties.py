@@ -10,14 +10,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.conftest import Backend
-from tests.data import DTYPES, tokens
+from tests.data import DTYPES, offsets, tokens
 from tests.judge import assert_same, check, check_merge
 
 FEW = 2  # examples on kernels that are interpreted, where one takes seconds; with --interpret 0 as many as elsewhere
 
 
 def on_every_backend(**strategies: st.SearchStrategy) -> Callable:
-    """A test of a body that takes `backend`, and values drawn from these strategies."""
+    """Makes a test from a body that takes `backend`, and values drawn from these strategies."""
 
     def decorate(body: Callable) -> Callable:
         def test(backend: Backend, request: pytest.FixtureRequest) -> None:
@@ -36,7 +36,7 @@ def on_every_backend(**strategies: st.SearchStrategy) -> Callable:
 
 @st.composite
 def problems(draw):
-    """x [B, N, D] and arguments of compress, weighted to the small and to the edges."""
+    """Draws x [B, N, D] and arguments of compress, mostly small ones and edge cases."""
     N = draw(st.one_of(st.integers(1, 20), st.integers(20, 150)))
     D = draw(st.one_of(st.integers(1, 20), st.integers(20, 150)))
     basis = draw(st.one_of(st.integers(1, 12), st.integers(12, 64)))
@@ -71,6 +71,7 @@ def test_judged(backend, problem):
     check(backend, x, keep, basis, **options)
 
 
+@pytest.mark.rest_interpreted
 @on_every_backend(problem=problems(), padding=st.integers(0, 9), shift=st.integers(0, 9))
 def test_strides_do_not_matter(backend, problem, padding, shift):
     x, keep, basis, options = problem
@@ -83,13 +84,14 @@ def test_strides_do_not_matter(backend, problem, padding, shift):
         assert_same(got, expected)
 
 
+@pytest.mark.rest_interpreted
 @on_every_backend(data=st.data(), dtype=st.sampled_from(DTYPES), basis=st.integers(1, 12), D=st.integers(1, 70))
 def test_packed_or_one_by_one(backend, data, dtype, basis, D):
     lengths = data.draw(st.lists(st.integers(1, 60), min_size=1, max_size=5))
     keeps = [data.draw(st.integers(1, n)) for n in lengths]
     layout, select = data.draw(st.sampled_from(["inplace", "append"])), data.draw(st.sampled_from(["fps", "qr"]))
     x = tokens(sum(lengths), D, dtype=dtype, kind="clustered", seed=data.draw(st.integers(0, 999)))
-    cu, cu_keep = (torch.tensor([0, *v]).cumsum(0).int() for v in (lengths, keeps))
+    cu, cu_keep = offsets(lengths), offsets(keeps)
     sizes = (sum(keeps), max(lengths), max(keeps))
     got, indices = backend.compress_varlen(x, cu, cu_keep, *sizes, basis, layout=layout, select=select)
     alone = [

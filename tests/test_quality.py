@@ -17,7 +17,7 @@ from benchmarks.quality.__main__ import main
 
 
 def printed_digits(split: str) -> scenes.Digits:
-    """8 x 8 pictures of printed digits, in the place of scikit-learn's."""
+    """Returns 8 x 8 pictures of printed digits, in place of scikit-learn's."""
     images = []
     for value in range(10):
         image = Image.new("L", (8, 12))
@@ -231,7 +231,7 @@ def test_the_whole_study_on_a_few_pictures(tmp_path, monkeypatch):
 
 
 def counts_again_from_the_bits(page: str, results: Path) -> None:
-    """A figure of the page from the raw results, in another way."""
+    """Computes a figure of the page from the raw results in another way."""
     row = next(line for line in page.split("Layer 8: retained accuracy")[1].splitlines() if line.startswith("| tome |"))
     shown = float(row.split("|")[3].split("[")[0])  # at 16 tokens
     with np.load(results / "task-8-16.npz") as some, np.load(results / "task-8-256.npz") as all_of:

@@ -13,7 +13,8 @@ from tests.data import tokens
 
 
 def published(x: Tensor, keep: int, basis: int, start: int, ridge: float = 1e-5) -> dict[str, Tensor]:
-    """One image x [N, D] -> X in float64, positions sampled [M] in order, and ranked [K], largest residual first."""
+    """Returns, for one image x [N, D]: X in float64, positions sampled [M] in order, and ranked [K], largest residual
+    first."""
     X = x.double()
     sampled = [start]
     while len(sampled) < basis:
@@ -27,7 +28,7 @@ def published(x: Tensor, keep: int, basis: int, start: int, ridge: float = 1e-5)
 
 
 def merged_into(X: Tensor, receivers: Tensor, dropped: Tensor) -> dict[int, Tensor]:
-    """Position of each receiver -> mean of itself and of the dropped tokens most like it."""
+    """Returns, for each receiver, its position -> the mean of itself and of the dropped tokens most like it."""
     similarity = torch.cosine_similarity(X[dropped][:, None], X[receivers][None], dim=-1)  # [n, R]
     nearest = similarity.argmax(1)
     result = {}

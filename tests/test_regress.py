@@ -1,4 +1,4 @@
-"""Planted regressions are found by benchmarks/regress.py, and nothing else is; results are read as written."""
+"""benchmarks/regress.py finds planted regressions and nothing else; results are read as they were written."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from benchmarks.lib.suite import Results
 
 
 def row(case: int = 0, **ms: float) -> Row:
-    """Of a quiet machine."""
+    """Returns a row as a quiet machine measures it."""
     times = {"product": 3.0, "sweeps": 1.0, "eager": 8.0, "kernel": 2.0} | ms
     faster = {name: t / times["kernel"] for name, t in times.items() if name != "kernel"}
     return Row({"case": case}, times, dict.fromkeys(times, 9), faster, dict.fromkeys(times, 0.05), {"kernel": 1.0}, {})
@@ -31,7 +31,7 @@ def results_of(*rows: Row, name: str = "stages") -> Results:
 
 
 def worse(new: Row, old: Row | None = None) -> list[tuple[str, float]]:
-    """What has regressed."""
+    """Returns the regressions that the command reports."""
     found = regress.compare(results_of(old or row()), results_of(new)).regressed(regress.ALLOW)
     return [(what, round(times, 3)) for _, what, times in found]
 

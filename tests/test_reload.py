@@ -66,7 +66,7 @@ for wrong in (lambda: apet_kernels.compress(x, 99), lambda: apet_kernels.compres
 
 
 def run(code: str, folder: Path | None = None) -> str:
-    """Runs it in a process of its own. Returns what it printed."""
+    """Runs code in a process of its own; returns its output."""
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=folder, check=False)
     assert done.returncode == 0, done.stderr
     return done.stdout
@@ -141,7 +141,7 @@ if apet_kernels.why_unavailable("cpu") is None:
 
 
 def other(tmp_path: Path, file: str, old: str, new: str) -> Path:
-    """A copy of the package with a change in one of its files."""
+    """Makes a copy of the package with a change in one of its files."""
     folder = tmp_path / "vendored"
     shutil.copytree(PACKAGE, folder, ignore=shutil.ignore_patterns("__pycache__"))
     text = (folder / file).read_text()
@@ -151,7 +151,7 @@ def other(tmp_path: Path, file: str, old: str, new: str) -> Path:
 
 
 def rejected(folder: Path) -> str:
-    """The error that this copy's import ends in; the first one goes on."""
+    """Returns the error of importing this copy; the first copy continues to work."""
     attempt = f"""
 try:
     import_copy({str(folder)!r}, "vendored_kernels")

@@ -4,9 +4,9 @@ import pytest
 import torch
 
 import apet_kernels
-from apet_kernels import dispatch
+from apet_kernels import available
 from tests import rule
-from tests.data import DTYPES, tokens
+from tests.data import DTYPES, offsets, tokens
 from tests.judge import assert_same, check_merge
 
 NAN, INF = float("nan"), float("inf")
@@ -15,14 +15,14 @@ QR = {"select": "qr", "basis": None}
 
 @pytest.fixture
 def backend(backend):
-    """Those that have the rule; `test_backends_without_it` is about the others."""
-    if backend.name in dispatch.WITHOUT_ROUNDS or backend.name == "cuda-simt":
+    """The backends that have the rule; `test_backends_without_it` tests the others."""
+    if backend.name in available.WITHOUT_ROUNDS or backend.name == "cuda-simt":
         pytest.skip(f"{backend.name} does not pick in rounds yet")
     return backend
 
 
 def keeps(backend, x, keep, **options) -> list[int]:
-    """The kept positions of the one image x [1, N, D]; and the tokens are judged as means."""
+    """Returns the kept positions of the one image x [1, N, D]; also judges the tokens as means."""
     tokens_, indices = backend.compress(x, keep, **QR, **options)
     assert tokens_.shape == (1, keep, x.shape[2])
     check_merge(x[0], tokens_[0], indices[0], torch.ones(keep, dtype=torch.bool))
@@ -30,7 +30,7 @@ def keeps(backend, x, keep, **options) -> list[int]:
 
 
 def step_by_step(backend, x, keep, steps, **options) -> None:
-    """Each medoid step is judged from what the backend itself had before it."""
+    """Judges each medoid step given the backend's own result of the step before."""
     before = keeps(backend, x, keep, **options)
     for step in range(1, steps + 1):
         after = keeps(backend, x, keep, refine=step, **options)
@@ -45,6 +45,7 @@ def step_by_step(backend, x, keep, steps, **options) -> None:
 # ---- the picks
 
 
+@pytest.mark.rest_interpreted
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
     ("N", "D", "keep", "kind", "seed"),
@@ -236,7 +237,7 @@ def test_alone_batched_packed_and_strided(backend, dtype, refine):
     lengths, counts = [70, 1, 40, 90, 33], [30, 1, 16, 70, 17]
     images = [tokens(1, n, 37, dtype=dtype, seed=n) for n in lengths]
     alone = [backend.compress(x, k, **QR, refine=refine) for x, k in zip(images, counts, strict=True)]
-    cu, cu_keep = (torch.tensor([0, *n]).cumsum(0).int() for n in (lengths, counts))
+    cu, cu_keep = offsets(lengths), offsets(counts)
     packed = torch.cat(images, 1)[0]
     got, at = backend.compress_varlen(packed, cu, cu_keep, sum(counts), max(lengths), max(counts), **QR, refine=refine)
     for s, (tokens_, indices) in enumerate(alone):
@@ -261,6 +262,7 @@ def test_merge_gives_the_same_tokens(backend, refine):
     assert_same(tokens_, backend.merge(x, indices))
 
 
+@pytest.mark.rest_interpreted
 def test_wrong_offsets_stay_in_bounds(backend):
     x = tokens(40, 9, seed=2)
     for cu, cu_keep in [([0, 50, 20], [0, 30, 9]), ([-5, 60, 99], [-9, 99, 99]), ([30, 20, 10], [9, 5, 1])]:
@@ -275,7 +277,7 @@ def test_wrong_offsets_stay_in_bounds(backend):
 @pytest.mark.parametrize("name", ["triton", "cuda"])
 def test_backends_without_it(name):
     """They raise an error that names what is asked for, and what has it."""
-    if name not in dispatch.WITHOUT_ROUNDS or name not in apet_kernels.available_backends():
+    if name not in available.WITHOUT_ROUNDS or name not in apet_kernels.available_backends():
         pytest.skip(f"{name} has it, or cannot be used here")
     x = tokens(1, 40, 8)
     with pytest.raises(ValueError, match=rf"{name}.*rounds.*basis=None.*cpu, triton and reference"):

@@ -10,7 +10,7 @@ LAYOUTS = ("inplace", "overwrite", "append")
 
 
 def unit_vectors(N: int) -> torch.Tensor:
-    """[1, N, N]: the basis is 0, 1, ... and every other residual is 1."""
+    """Returns [1, N, N] unit vectors: the basis is 0, 1, ... and every other residual is 1."""
     return torch.eye(N)[None]
 
 
@@ -64,6 +64,7 @@ def test_topk_of_score_reproduces_compress(backend, layout, select, kind):
         assert kept == sorted(expected)
 
 
+@pytest.mark.rest_interpreted
 def test_keep_no_more_than_the_basis(backend):
     """inplace: the first K picks, in ascending position."""
     x = tokens(1, 30, 16, seed=12)

@@ -75,6 +75,7 @@ def test_repeated_rows(backend):
     assert merge(backend, x, [1, 0, 0]).tolist() == [[0, 1], [2, 0.5], [1, 0]]
 
 
+@pytest.mark.rest_interpreted
 def test_more_repeated_rows_than_are_read_at_once(backend):
     pairs = 50 if backend.interpreted else 650  # interpreted, each row is a program
     x = tokens(1, 2 * pairs, 5, seed=1)
@@ -111,6 +112,7 @@ def test_non_finite_tokens_stay_out(backend):
     assert_same(merge(backend, x, [1, 2]), x[0, 1:3])
 
 
+@pytest.mark.rest_interpreted
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("layout", ["inplace", "overwrite", "append"])
 def test_merge_of_the_kept_indices_is_compress(backend, dtype, layout):
@@ -164,6 +166,7 @@ def test_sums_are_wider_than_the_dtype(backend, dtype):
     torch.testing.assert_close(merge(backend, x, [0])[0], expected, rtol=1e-6 if dtype == torch.float32 else 0, atol=0)
 
 
+@pytest.mark.rest_interpreted
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_every_16_bit_value_is_read_and_written_right(backend, dtype):
     """A token that holds them all (but those whose squares float32 cannot sum), averaged with its copy, is itself."""

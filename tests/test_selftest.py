@@ -1,4 +1,4 @@
-"""What `apet doctor` makes of the GPU backends; tests/test_cli.py has the rest of it."""
+"""`apet doctor` with the GPU backends; tests/test_cli.py has its other tests."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ interpreted = pytest.mark.skipif(
 
 @pytest.fixture(autouse=True)
 def own_truths(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """The reference's answers are cached by the number of a case, and these tests choose other cases."""
+    """Clears the reference's results, which are cached by the number of a case: these tests choose other cases."""
     selftest._truth.cache_clear()
     monkeypatch.setattr(diagnose, "_check_hooks", lambda _: {"error": "not checked here"})
     yield
@@ -27,7 +27,7 @@ def own_truths(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def doctor() -> str:
-    """Its lines, one space between words."""
+    """Runs the doctor; returns its lines, with one space between words."""
     result = CliRunner().invoke(cli.app, ["doctor"], env={"COLUMNS": "200"})
     assert result.exit_code == 0, result.stdout
     return "\n".join(" ".join(line.split()) for line in result.stdout.splitlines())

@@ -22,7 +22,8 @@ LEAD = 10 * U
 
 @functools.cache
 def close_calls(D: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    """x [TARGETS + CLOSE, D], targets and close calls; the target of each [CLOSE] in float64, and by torch.mm.
+    """Returns x [TARGETS + CLOSE, D], targets and close calls, and the target of each [CLOSE] in float64 and by
+    torch.mm.
 
     Token i of the close calls has a 1 in channel D - CLOSE + i, where the targets are 0: the result shows where it went
     and no product notices.

@@ -1,4 +1,4 @@
-"""What runs kernels on the CPU (tests/simt): that it computes what a GPU does, and that each detector fires.
+"""The simulator of tests/simt: it computes what a GPU computes, and each of its detectors reports its fault.
 
 A detector that cannot fire proves nothing about the kernels that it lets pass.
 """
@@ -29,7 +29,7 @@ def lib() -> ctypes.CDLL:
 
 
 def run(lib: ctypes.CDLL, name: str, seed: int, data: torch.Tensor | None = None) -> tuple[str | None, torch.Tensor]:
-    """The fault of a case, if any, and its data [1024] int32 after it."""
+    """Runs a case; returns its fault, if any, and its data [1024] int32 afterwards."""
     data = torch.zeros(1024, dtype=torch.int32) if data is None else data
     lib.simt_use_seed(seed)
     fault = lib.selftest(name.encode(), ctypes.c_void_p(data.data_ptr()))
@@ -37,7 +37,7 @@ def run(lib: ctypes.CDLL, name: str, seed: int, data: torch.Tensor | None = None
 
 
 def warps(t: torch.Tensor) -> torch.Tensor:
-    """What the kernel `warps` computes, for threads t [32 n], by the definitions of CUDA's programming guide."""
+    """Returns the result of the kernel `warps` for threads t [32 n], by the definitions of CUDA's programming guide."""
     lane = t % 32
 
     def from_lane(source: torch.Tensor) -> torch.Tensor:
@@ -148,13 +148,14 @@ def test_conversions(lib, bits, dtype):
         assert narrow[~real].isnan().all()
 
 
+AT = r"selftest_faults\.h:\d+"
 # Case -> the message, under every seed.
 FAULTS = {
-    "skipped_barrier": r"divergent barrier: thread \d+ of block 0 (exits, others wait at|waits at) selftest.cu:\d+",
-    "two_barriers": r"divergent barrier: thread \d+ of block 0 waits at selftest.cu:\d+, but thread \d+",
+    "skipped_barrier": rf"divergent barrier: thread \d+ of block 0 (exits, others wait at|waits at) {AT}",
+    "two_barriers": rf"divergent barrier: thread \d+ of block 0 waits at {AT}, but thread \d+",
     "early_exit": r"divergent barrier: thread \d+ of block 0 (exits|waits at .* but \d+ threads .* have exited)",
     "mask_without_caller": r"calls __shfl_sync with mask 0x0000ffff, which leaves out its lane",
-    "mask_too_wide": r"deadlock: .* waits in __shfl_xor_sync.* waits in __syncthreads at selftest.cu:\d+",
+    "mask_too_wide": rf"deadlock: .* waits in __shfl_xor_sync.* waits in __syncthreads at {AT}",
     "absent_source": r"shuffles from lane 20, which is not in the mask or has exited",
     "different_primitives": r"calls \S+ with mask 0xffffffff, but other lanes wait in \S+ with it",
     "spin_forever": r"deadlock: thread \d+ of block \d waits in a loop around load_acquire",
@@ -231,4 +232,4 @@ def test_sanitizers(sanitizer, seed):
     }[sanitizer]
     summary = {"address": "AddressSanitizer: heap-buffer-overflow", "thread": "ThreadSanitizer: data race"}[sanitizer]
     for name in wrong:
-        assert re.search(rf"SUMMARY: {summary} \S*(selftest.cu|simt_ptx.h):\d+", report(name)), name
+        assert re.search(rf"SUMMARY: {summary} \S*(selftest_\w+|simt_ptx).h:\d+", report(name)), name

@@ -1,4 +1,4 @@
-"""What benchmarks/threads.py makes of the times of chunks."""
+"""The simulation of benchmarks/threads.py from the times of chunks."""
 
 from __future__ import annotations
 

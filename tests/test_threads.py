@@ -21,7 +21,7 @@ pytestmark = [
 
 
 def build(source: Path, folder: Path, *options: str) -> Path:
-    """The program, from the sources in `source`, without torch and Python."""
+    """Builds the program from the sources in `source`, without torch and Python."""
     commands = (["-S", source, "-B", folder, *options], ["--build", folder, "--target", "apet_threads"])
     for command in commands:
         done = subprocess.run([CMAKE, *command], capture_output=True, text=True)
@@ -30,7 +30,7 @@ def build(source: Path, folder: Path, *options: str) -> Path:
 
 
 def run(program: Path, seconds: float = 120) -> tuple[int, str]:
-    """Exit code and output; -1 if it had to be stopped."""
+    """Runs the program; returns exit code and output, -1 if it had to be stopped."""
     try:
         done = subprocess.run([program], capture_output=True, text=True, timeout=seconds)
     except subprocess.TimeoutExpired as stopped:

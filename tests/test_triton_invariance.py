@@ -1,4 +1,4 @@
-"""One binary per kernel, D and dtype: what an image's neighbours, address and strides cannot change.
+"""One binary per kernel, D and dtype, so that an image's neighbours, address and strides cannot change its bits.
 
 Triton compiles another binary for an argument that is 1 or divisible by 16, for an aligned pointer, and on AMD for a
 tensor of less than 2 GB; another binary may add in another order. Compiled here for GPUs that are not there.
@@ -20,18 +20,18 @@ BASIS = 3
 
 
 def shifted(x: Tensor) -> Tensor:
-    """x one element further from an aligned address."""
+    """Returns x one element further from an aligned address."""
     storage = torch.empty(x.numel() + 1, dtype=x.dtype)
     return storage[1:].view(x.shape)
 
 
 def strided(x: Tensor, more: int) -> Tensor:
-    """x with rows `more` elements longer."""
+    """Returns x with rows `more` elements longer."""
     return torch.empty(*x.shape[:-1], x.shape[-1] + more, dtype=x.dtype)[..., : x.shape[-1]]
 
 
 def calls(D: int, dtype: torch.dtype, device_class: str) -> dict[str, list]:
-    """The launches of every way to call that may not matter."""
+    """Returns the launches of every form of call that must not matter."""
     from apet_kernels.triton_kernels import launch
 
     x, cu = torch.empty(2, 37, D, dtype=dtype), torch.empty(3, dtype=torch.int32)
@@ -67,7 +67,8 @@ def calls(D: int, dtype: torch.dtype, device_class: str) -> dict[str, list]:
 
 
 def binaries(target: str, D: int, dtype: torch.dtype) -> dict[str, list[str]]:
-    """In a process that compiles: kernel -> the calls that needed a binary which no call before had."""
+    """Runs in a process that compiles. Returns kernel -> the calls that needed a binary which no earlier call had
+    needed."""
     chosen = offline.TARGETS[target]
     made = calls(D, dtype, target)
     for launch in (launch for launches in made.values() for launch in launches):
@@ -84,13 +85,13 @@ def binaries(target: str, D: int, dtype: torch.dtype) -> dict[str, list[str]]:
 
 
 def kept(kernel, target: offline.Target) -> dict:
-    """The binaries that a kernel has for a target, by specialisation."""
+    """Returns the binaries that a kernel has for a target, by specialisation."""
     triton.runtime.driver.set_active(offline.Driver(target))
     return kernel.device_caches[str(offline.Driver(target).target)][0]
 
 
 def forms(D: int, dtype: torch.dtype, names: tuple[str, ...]) -> list[dict[str, str]]:
-    """In a process that compiles: kernel -> ttgir, compiled anew for each of the calls."""
+    """Runs in a process that compiles. Returns kernel -> ttgir, compiled again for each of the calls."""
     target = offline.TARGETS["sm_90a"]
     made = calls(D, dtype, "sm_90a")
     triton.knobs.compilation.always_compile = True
@@ -134,7 +135,8 @@ def specialised(x, n, N: tl.constexpr):
 
 
 def control() -> int:
-    """In a process that compiles: how many binaries a kernel needs that is decorated with plain triton.jit."""
+    """Runs in a process that compiles. Returns how many binaries a kernel needs that is decorated with plain
+    triton.jit."""
     from apet_kernels.triton_kernels.call import Launch
 
     target = offline.TARGETS["sm_90a"]

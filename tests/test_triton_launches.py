@@ -24,7 +24,7 @@ LAYOUTS = ("inplace", "overwrite", "append")
 
 
 def build(op: str, x: Tensor, M: int = 4, layout: str = "inplace", **options) -> Call:
-    """The launches of one of the ops on x [B, N, D], whatever its device and its data."""
+    """Returns the launches of one of the ops on x [B, N, D], on any device and with any data."""
     options["device_class"] = "interpreter"
     if op == "score":
         return launch.score(x, M, **options)
@@ -82,7 +82,7 @@ def test_a_call_runs_what_was_built(monkeypatch):
 
 
 def calls(x: Tensor) -> dict[str, Callable]:
-    """The public functions on x, with the arguments of `build`."""
+    """Calls the public functions on x, with the arguments of `build`."""
     at = torch.arange(K).expand(B, K)
     return {
         "compress": lambda: apet_kernels.compress(x, K, 4, backend="triton"),
@@ -93,7 +93,7 @@ def calls(x: Tensor) -> dict[str, Callable]:
 
 
 def described(call: Call) -> list:
-    """All that a call asks of a GPU, but for values: programs, numbers, and the form of every tensor."""
+    """Returns all that a call asks of a GPU except values: programs, numbers, and the form of every tensor."""
     form = [
         (
             one.kernel.__name__,
@@ -175,7 +175,7 @@ def test_rows_lie_where_kernels_are_told(D):
 
 
 def run(script: str, **environment: str) -> None:
-    """In a fresh Python, as its users have it."""
+    """Runs code in a fresh Python process, as users have it."""
     done = subprocess.run(
         [sys.executable, "-c", script], capture_output=True, text=True, check=False, env={"PATH": "", **environment}
     )

@@ -6,7 +6,8 @@ import re
 import pytest
 import torch
 
-from tests.tools import offline
+from benchmarks.lib.sheet import replaced
+from tests.tools import loads, offline
 
 pytest.importorskip("triton")
 
@@ -28,7 +29,7 @@ pytest.importorskip("triton")
     ],
 )
 def test_bytes_of_a_load(instruction, bytes_):
-    assert offline.load_bytes(instruction) == ({bytes_} if bytes_ else set())
+    assert loads.load_bytes(instruction) == ({bytes_} if bytes_ else set())
 
 
 def test_places_in_assembly():
@@ -42,8 +43,8 @@ def test_places_in_assembly():
 	.loc	2 36 12, function_name $L__info_string0, inlined_at 1 52 12 // device.py:36:12
 	ld.global.b64 { %rd1 }, [ %rd2 + 0 ];
 """
-    loads = {place: offline.load_bytes(line) for place, line in offline.placed(ptx) if "ld." in line}
-    assert loads == {"s1_norms.py:98:17": {16}, "device.py:36:12": {8}}
+    found = {place: loads.load_bytes(line) for place, line in loads.placed(ptx) if "ld." in line}
+    assert found == {"s1_norms.py:98:17": {16}, "device.py:36:12": {8}}
 
 
 def altered(kernel: str, **constants) -> tuple[list[str], list[str]]:
@@ -52,7 +53,7 @@ def altered(kernel: str, **constants) -> tuple[list[str], list[str]]:
     launch = next(one for one in problem.launches("sm_90a") if one.kernel.__name__ == kernel)
     launch = dataclasses.replace(launch, constants={**launch.constants, **constants})
     result, compiled = offline.examine_launch("sm_90a", launch, torch.float16)
-    return result.faults, offline.narrow_loads(compiled.asm["ttir"], compiled.asm["ptx"], 128, torch.float16)
+    return result.faults, loads.narrow_loads(compiled.asm["ttir"], compiled.asm["ptx"], 128, torch.float16)
 
 
 @pytest.mark.slow
@@ -110,4 +111,5 @@ def test_every_gpu_and_size():
     """Also that the guide's table is what `python -m tests.tools.offline --markdown` writes."""
     results = offline.compile_all(offline.TARGETS, smoke=False)
     assert offline.faults(results) == []
-    assert offline.GUIDE.read_text().split(offline.BEGIN)[1].split(offline.END)[0] == offline.table(results)
+    text = offline.GUIDE.read_text()
+    assert replaced(text, offline.BEGIN, offline.END, offline.table(results)) == text

@@ -1,4 +1,4 @@
-"""What the vision-language model is trained and asked on: its sources, its pictures, its questions and answers."""
+"""The data of the vision-language model: its sources, its pictures, its questions and answers."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ pytestmark = pytest.mark.rest  # a study, and no part of the package
 
 
 def made_of(split: str, photographs: list[study.Source] | None = None) -> sources.Sources:
-    """With what the test environment has: one photograph, printed digits, and matplotlib's typefaces."""
+    """Returns sources from the test environment: one photograph, printed digits, and matplotlib's typefaces."""
     if photographs is None:
         photographs = [study.source(sources.packaged(f"{study.SKIMAGE}/coffee.png"))]
     faces = tuple(name for some in sources.TYPEFACES.values() for name in some if name.startswith(sources.MATPLOTLIB))
@@ -115,7 +115,7 @@ def test_patches_name_the_characters_that_cover_them(coffee: sources.Sources) ->
 
 
 def answer_of(scene: scenes.Scene, text: str) -> str:
-    """The answer to a question, found by reading its text."""
+    """Returns the answer to a question, found by reading its text."""
     by_name = {f"the word {t.what}": t for t in scene.things if not t.is_digit}
     by_name |= {f"the {t.what}": t for t in scene.things if t.is_digit}
     by_name |= {f"the {t.colour} {'digit' if t.is_digit else 'word'}": t for t in scene.things if t.colour}

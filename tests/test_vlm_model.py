@@ -26,7 +26,7 @@ def coffee() -> sources.Sources:
 
 @pytest.fixture(scope="module")
 def untrained() -> Any:
-    """The model with random weights, the tower's among them."""
+    """Returns the model with random weights, also in the tower."""
     torch.manual_seed(0)
     model = transformers.LlavaForConditionalGeneration(llava.config(words.tokenizer())).eval()
     for parameter in model.parameters():  # so that answers depend on what is seen
@@ -44,7 +44,7 @@ def packer(untrained: Any) -> packing.Packer:
 
 
 def some_pictures(count: int, seed: int = 10) -> features.Split:
-    """Pictures with random tokens."""
+    """Returns pictures with random tokens."""
     at, made = made_of("test"), []
     for number in range(count):
         scene, asked = features.make(at, seed, number)

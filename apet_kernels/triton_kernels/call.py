@@ -1,4 +1,4 @@
-"""What the launches of a call share: the tokens, the tile sizes and the workspace."""
+"""`Call`: the launches of one call of an op, with the tokens, tile sizes and workspace that they share."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Launch:
 
 
 class Call:
-    """The launches of one call of an op, and the tensors that they leave.
+    """The launches of one call of an op, and the tensors that they fill.
 
     Args:
         x: [B, N, D], or ragged [T, D].
@@ -58,7 +58,7 @@ class Call:
         self.workspace_bytes = 0
 
     def new(self, dtype: torch.dtype, *shape: int) -> Tensor:
-        """A tensor of the workspace."""
+        """Allocates a tensor of the workspace."""
         tensor = torch.empty(shape, dtype=dtype, device=self.x.device)
         self.workspace_bytes += tensor.numel() * tensor.element_size()
         return tensor
@@ -73,8 +73,8 @@ class Call:
         stages: int = 2,
         registers: int = 255,
     ) -> None:
-        """Appends a launch. stages: tiles of input in flight; registers: of a thread at most, on NVIDIA."""
-        # Only a written fma rounds once: the compiler must not form others.
+        """Appends a launch. stages: tiles of input in flight; registers: the most per thread, on NVIDIA."""
+        # The compiler must not fuse other products and sums into an fma: rounding is fixed by the source.
         options = {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": False}
         if self.device_class.startswith("sm_"):
             options["maxnreg"] = registers  # without a limit ptxas spills a little to fit one more program
@@ -87,7 +87,7 @@ class Call:
 
 
 class Rows(NamedTuple):
-    """The rows of the result and the tokens that are merged into them, as s4 leaves them."""
+    """The rows of the result and the tokens that are merged into them, as s4 writes them."""
 
     kept: Tensor  # [all rows] int32: position in the image of every kept row
     row_role: (
@@ -97,5 +97,5 @@ class Rows(NamedTuple):
 
 
 def new_rows(call: Call, rows: int) -> Rows:
-    """Lists for that many rows of all images."""
+    """Allocates lists for that many rows of all images."""
     return Rows(call.new(torch.int32, rows), call.new(torch.int32, rows), call.new(torch.int32, call.all_tokens))

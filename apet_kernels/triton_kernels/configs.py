@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-# Candidates of an image, at most, that one launch leaves for the next: 2 KB that every program of a step reads.
+# The most candidates of an image that one launch writes for the next: 2 KB that every program of a step reads.
 PARTIALS = 256
 # With so few channels M basis tokens may almost span the space, which amplifies rounding errors (docs/algorithm.md):
 # sums over D are float64 there. For larger D they would cost more than they give.
@@ -42,17 +42,17 @@ class Tiles:
 
 
 def power_of_2(n: int) -> int:
-    """The least power of 2 that is at least n."""
+    """Returns the smallest power of 2 that is at least n."""
     return 1 << max(n - 1, 0).bit_length()
 
 
 def block_m(M: int) -> int:
-    """Size of a block of M values: a power of 2, and more than 1."""
+    """Returns the size of a block of M values: a power of 2, at least 2."""
     return max(power_of_2(M), 2)
 
 
 def tiles(device_class: str, D: int, element: int) -> Tiles:
-    """The configuration for D channels of `element` bytes on a device class (see `device_class`)."""
+    """Returns the configuration for D channels of `element` bytes on a device class (see `device_class`)."""
     if device_class == "interpreter":  # small, so that small tests cross every edge
         return Tiles(32, 64, 4, 64, 4, 16, 16, 64, 4, 1, 64, 4, 4)
     wide = power_of_2(D)
@@ -76,7 +76,7 @@ def tiles(device_class: str, D: int, element: int) -> Tiles:
     return Tiles(
         sweep_n=8,
         sweep_d=sweep_d,
-        sweep_warps=8,  # a warp each
+        sweep_warps=8,  # one for each of the 8 tokens
         topk_chunk=2048,
         topk_warps=8,
         assign_r=assign[0],
@@ -91,7 +91,7 @@ def tiles(device_class: str, D: int, element: int) -> Tiles:
 
 
 def device_class(device: torch.device) -> str:
-    """Which entry of `tiles` a device uses; CPU tensors are run by Triton's interpreter."""
+    """Returns which entry of `tiles` a device uses; CPU tensors are run by Triton's interpreter."""
     if device.type == "cpu":
         return "interpreter"
     properties = torch.cuda.get_device_properties(device)

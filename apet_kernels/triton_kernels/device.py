@@ -1,4 +1,4 @@
-"""What the kernels share: the decorator, the table of images, rows of x, and packed keys."""
+"""Functions that the kernels share: the decorator, the table of images, rows of x, and packed keys."""
 
 import inspect
 from collections.abc import Callable
@@ -23,13 +23,13 @@ COPIED = tl.constexpr(-2)
 
 FLT_MAX = tl.constexpr(3.4028234663852886e38)
 U = tl.constexpr(2.0**-24)  # the unit roundoff of float32
-CHAIN = tl.constexpr(128)  # products whose sum is then added to the others (docs/algorithm.md, "Rounding")
+CHAIN = tl.constexpr(128)  # products in a partial sum, which is then added to the total (docs/algorithm.md, "Rounding")
 
 
 def jit(kernel: Callable) -> triton.JITFunction:
-    """triton.jit that specialises on constexpr arguments and dtypes alone.
+    """Like triton.jit, but specialises only on constexpr arguments and dtypes.
 
-    Triton compiles another binary where an integer is 1 or a pointer is aligned, and another binary may add in another
+    Triton compiles another binary if an integer is 1 or a pointer is aligned, and another binary may add in another
     order: an image would not have the same result in every batch and at every address.
     """
     arguments = [name for name, p in inspect.signature(kernel).parameters.items() if p.annotation is not tl.constexpr]
@@ -43,7 +43,8 @@ def field(table, s, name: tl.constexpr):
 
 @triton.jit
 def image_of(table, s):
-    """BASE, TOKEN, FIRST_TOKEN, TOKENS, ROW and KEEP of image s; loads that a kernel does not use are not compiled."""
+    """Loads BASE, TOKEN, FIRST_TOKEN, TOKENS, ROW and KEEP of image s; a load that a kernel does not use is not
+    compiled."""
     base = field(table, s, BASE)
     token = field(table, s, TOKEN)
     first_token = field(table, s, FIRST_TOKEN)
@@ -55,7 +56,8 @@ def image_of(table, s):
 
 @triton.jit
 def pack(value, position):
-    """float32 >= 0 and position -> int64 keys whose maximum is the largest value, ties to the lower position."""
+    """Packs float32 >= 0 and position into int64 keys whose maximum is the largest value, ties to the lower
+    position."""
     return (value.to(tl.int32, bitcast=True).to(tl.int64) << 32) | (0xFFFFFFFF - position.to(tl.int64))
 
 
@@ -66,13 +68,14 @@ def unpack_position(key):
 
 @triton.jit
 def at(x, offset, ALIGN: tl.constexpr):
-    """x + offset, a multiple of ALIGN bytes: `Call` places rows of x and of the result so."""
+    """Returns x + offset, marked as a multiple of ALIGN bytes: `Call` aligns the rows of x and of the result."""
     return tl.multiple_of(x + offset, ALIGN)
 
 
 @triton.jit
 def tile_rows(x, base, stride_xn, tile, tokens, ALIGN: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Positions of a tile of an image [BLOCK_N], whether they are tokens, and pointers to their rows of x."""
+    """Returns the positions of a tile of an image [BLOCK_N], whether they are tokens, and pointers to their rows of
+    x."""
     n = tile * BLOCK_N + tl.arange(0, BLOCK_N)
     return n, n < tokens, at(x, base + n.to(tl.int64) * stride_xn, ALIGN)
 
@@ -83,12 +86,12 @@ def dot_rows(
     columns,  # [B] the same
     row_in,  # [A] bool: False gives products of 0
     column_in,  # [B] bool
-    width,  # D, or 0 for no products: no constant, or the compiler would unroll the loop, and spill
+    width,  # D, or 0 for no products; not a constant, for which the compiler would unroll the loop and spill registers
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Dot products [A, B] float32 of rows with rows, summed over D in one order for every kernel: in chains of CHAIN
-    products.
+    """Returns dot products [A, B] float32 of rows with rows, summed over D in one order for every kernel: in chains of
+    CHAIN products.
 
     A chain runs in steps of BLOCK_D in order, one matrix instruction after the other; chains are added in order.
     float32 input is multiplied as IEEE float32, never tf32.

@@ -1,11 +1,13 @@
-"""The stages of each op: a call becomes a list of launches, M + 4 for `compress`, or with a basis in
-rounds 2 a round + 4, and 3 for each medoid step. Nothing here looks at the data.
+"""Turns a call of each op into a list of launches. Nothing here looks at the data.
 
-The list is built from shapes, so meta tensors are enough to count the launches (`api.plan`) and to compile them for
-another GPU (tests).
+`compress` takes M + 4 launches, or with a basis in rounds 2 a round + 4, and 3 more for each medoid step. The list is
+built from shapes, so meta tensors are enough to count the launches (`plan`) and to compile them for another GPU
+(tests).
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,28 +18,17 @@ from .call import Call
 from .s1_norms import Extents
 
 
-def compress(
-    x: Tensor,
-    keep: int,
-    basis: int | None = 10,
-    *,
-    layout: str = "inplace",
-    select: str = "fps",
-    start: int = -1,
-    ridge: float = 1e-5,
-    blend: float = 1.0,
-    refine: int = 0,
-    device_class: str | None = None,
-) -> Call:
-    """The launches of the op `compress`; arguments as there, already checked."""
+def compress(x: Tensor, keep: int, basis: int | None = 10, *, device_class: str | None = None, **options: Any) -> Call:
+    """Returns the launches of the op `compress`; its arguments are already checked."""
     B, N, D = x.shape
-    extents = Extents(keep, Options(basis, layout).rows(0))
+    chosen = Options(basis, **options)
+    extents = Extents(keep, chosen.rows(0))
     rows = keep + extents.appended
     tokens = torch.empty(B, rows, D, dtype=x.dtype, device=x.device)
     indices = torch.empty(B, rows, dtype=torch.int64, device=x.device)
     call = Call(x, B, N, (tokens, indices), device_class)
     if B > 0:
-        _compress(call, extents, N - keep, basis, layout, select, start, ridge, blend, refine)
+        _compress(call, extents, N - keep, chosen)
     return call
 
 
@@ -50,18 +41,13 @@ def compress_varlen(
     max_keep: int,
     basis: int | None = 10,
     *,
-    layout: str = "inplace",
-    select: str = "fps",
-    start: int = -1,
-    ridge: float = 1e-5,
-    blend: float = 1.0,
-    refine: int = 0,
     device_class: str | None = None,
+    **options: Any,
 ) -> Call:
-    """The launches of the op `compress_varlen`; arguments as there, already checked."""
+    """Returns the launches of the op `compress_varlen`; its arguments are already checked."""
     images, (T, D) = cu_seqlens.shape[0] - 1, x.shape
-    longest = min(max_seqlen, T)
-    most_kept, appended = min(max_keep, longest, total_keep), Options(basis, layout).rows(0)
+    longest, chosen = min(max_seqlen, T), Options(basis, **options)
+    most_kept, appended = min(max_keep, longest, total_keep), chosen.rows(0)
     extents = Extents(most_kept, appended, cu_seqlens.contiguous(), cu_keep.contiguous(), T, total_keep)
     rows = total_keep + images * appended
     new = torch.empty if images > 0 and longest > 0 else torch.zeros  # without tokens no image fills a row
@@ -69,23 +55,13 @@ def compress_varlen(
     indices = new(rows, dtype=torch.int64, device=x.device)
     call = Call(x, images, longest, (tokens, indices), device_class)
     if images > 0 and longest > 0:
-        _compress(call, extents, longest, basis, layout, select, start, ridge, blend, refine)
+        _compress(call, extents, longest, chosen)
     return call
 
 
-def _compress(
-    call: Call,
-    extents: Extents,
-    most_dropped: int,
-    M: int | None,
-    layout: str,
-    select: str,
-    start: int,
-    ridge: float,
-    blend: float,
-    refine: int,
-) -> None:
-    """s1 to s5, dense or ragged."""
+def _compress(call: Call, extents: Extents, most_dropped: int, options: Options) -> None:
+    """Adds the launches of s1 to s5, dense or ragged."""
+    M, start, ridge, layout = options.basis, options.start, options.ridge, options.layout
     tokens, indices = call.results
     e_sq = call.new(torch.float32, call.all_tokens)
     norms = s1_norms.launch(call, extents, start)
@@ -97,14 +73,14 @@ def _compress(
             s1_rounds.launch(call, norms, state, e_sq)
     else:
         basis = call.new(torch.int64, call.images, M)
-        s1_s3_sweep.launch(call, norms, basis, e_sq, select, ridge)
+        s1_s3_sweep.launch(call, norms, basis, e_sq, options.select, ridge)
     rows = s4_topk.launch(call, norms.table, basis, e_sq, indices, layout, extents.appended)
-    for _ in range(refine if extents.max_keep > 0 else 0):
+    for _ in range(options.refine if extents.max_keep > 0 else 0):
         nearest_key = s5_assign.launch(call, norms, rows, most_dropped, extents.max_keep, distance=True)
         basis = s4_medoids.launch(call, norms.table, rows, nearest_key, extents.max_keep)
         rows = s4_topk.launch(call, norms.table, basis, e_sq, indices, layout, extents.appended)
     target_key = s5_assign.launch(call, norms, rows, most_dropped, extents.max_keep)
-    s5_mean.launch(call, norms.table, rows, target_key, basis, tokens, indices, extents, blend)
+    s5_mean.launch(call, norms.table, rows, target_key, basis, tokens, indices, extents, options.blend)
 
 
 def score(
@@ -116,7 +92,7 @@ def score(
     ridge: float = 1e-5,
     device_class: str | None = None,
 ) -> Call:
-    """The launches of the op `score`; arguments as there, already checked."""
+    """Returns the launches of the op `score`; its arguments are already checked."""
     B, N, _ = x.shape
     e_sq = torch.empty(B, N, dtype=torch.float32, device=x.device)
     basis_indices = torch.empty(B, basis, dtype=torch.int64, device=x.device)
@@ -128,7 +104,7 @@ def score(
 
 
 def merge(x: Tensor, indices: Tensor, *, targets: Tensor | None = None, device_class: str | None = None) -> Call:
-    """The launches of the op `merge`; arguments as there, already checked."""
+    """Returns the launches of the op `merge`; its arguments are already checked."""
     (B, N, D), K = x.shape, indices.shape[1]
     tokens = torch.empty(B, K, D, dtype=x.dtype, device=x.device)
     call = Call(x, B, N, (tokens,), device_class)

@@ -3,7 +3,7 @@
     norm_sq[n] = ||x_n||^2        first basis token = arg max_n norm_sq[n], or `start`
 
 Programs are (image, tile of BLOCK_N tokens). A program takes every `programs`-th tile of its image, so an image of any
-size leaves at most PARTIALS candidates. The next launch takes their maximum.
+size has at most PARTIALS candidates. The next launch takes their maximum.
 
     x [N, D] --read once--> norm_sq, dist_sq, resid_sq [N]    candidates [PARTIALS]: the best key of each program
 
@@ -43,7 +43,7 @@ SWEEP_REGISTERS = 128
 
 @triton.jit
 def _running_extent(cu, s, limit, CHUNK: tl.constexpr):
-    """Running maxima of cu[0..s] and cu[0..s+1], clamped into [0, limit]."""
+    """Returns the running maxima of cu[0..s] and cu[0..s+1], clamped into [0, limit]."""
     j = tl.arange(0, CHUNK)
     lower = tl.zeros((CHUNK,), tl.int64)
     upper = tl.zeros((CHUNK,), tl.int64)
@@ -133,35 +133,36 @@ def s1_norms(
 
 
 class Extents(NamedTuple):
-    """Where images and their rows of the result lie."""
+    """The places of images in x, and of their rows in the result."""
 
     max_keep: int  # K, or the largest K of a ragged image
     appended: int
-    cu_seqlens: Tensor | None = None  # [images + 1] int32, ragged only, as the others
-    cu_keep: Tensor | None = None
+    cu_seqlens: Tensor | None = None  # [images + 1] int32; this and the following fields are for ragged input only
+    cu_keep: Tensor | None = None  # [images + 1] int32
     total_tokens: int = 0
     total_keep: int = 0
 
 
 class Norms(NamedTuple):
-    """What s1_norms leaves, and how it divided the images."""
+    """The tensors that s1_norms writes, and how it divides the images between programs."""
 
     table: Tensor  # [images, FIELDS] int64
     norm_sq: Tensor  # [all tokens] float32
     dist_sq: Tensor  # [all tokens] float32
     resid_sq: Tensor  # [all tokens] float32
     candidates: Tensor  # [2, images, PARTIALS] int64
-    programs: int  # of an image
-    constants: dict[str, Any]  # that the sweeps share
+    programs: int  # programs of each image
+    constants: dict[str, Any]  # constexpr arguments that s1_s3_sweep shares
 
 
 def launch(call: Call, extents: Extents, start: int = -1) -> Norms:
-    """Adds s1_norms."""
+    """Adds the launch of s1_norms."""
     x, tiles, images = call.x, call.tiles, call.images
     table = call.new(torch.int64, images, FIELDS.value)
     norm_sq, dist_sq, resid_sq = (call.new(torch.float32, call.all_tokens) for _ in range(3))
     candidates = call.new(torch.int64, 2, images, configs.PARTIALS)
-    unread = table.view(torch.int32)  # instead of cu: of its dtype, so that ragged and dense calls run one binary
+    # Dense calls pass this in place of the cu tensors. It has their dtype, so that both kinds of calls run one binary.
+    unread = table.view(torch.int32)
     programs = min(-(-call.max_tokens // tiles.sweep_n), configs.PARTIALS)
     constants = {
         "D": call.dim,

@@ -1,11 +1,12 @@
-"""In rounds, first launch of each: the pool, its residual Gram matrix, and the picks among it.
+"""First launch of each round: the pool of candidates, its residual Gram matrix, and the picks from it.
 
     pool  = the 2 b unpicked tokens of largest resid_sq, ascending              b = (t + 1) M // 4 - t M // 4
     gram  = X_pool X_pool^T - Y_pool^T Y_pool
-    picks = b steps of its pivoted Cholesky factorisation, fewer where the next is dependent;  L of the round
+    picks = b steps of its pivoted Cholesky factorisation, fewer if the next is dependent;  L of the round
 
-One program per image, since the steps wait for each other. Images of at most FEW basis tokens have a round for each: a
-pool of two, of which the larger is picked, which is one at a time. So all images of a ragged call share the launches.
+One program per image, since the steps wait for each other. An image of at most FEW basis tokens has a round for each of
+them, with a pool of two tokens, of which the larger is picked: so they are picked one at a time, and all images of a
+ragged call share the launches.
 """
 
 import triton.language as tl
@@ -165,7 +166,7 @@ def s1_pool(
 
 
 def launch(call: Call, norms: Norms, state: State, number: int, start: int, ridge: float) -> None:
-    """Adds s1_pool of one round."""
+    """Adds the launch of s1_pool for one round."""
     tiles, P, most = call.tiles, POOL * state.most, state.most
     args = {
         "x": call.x,

@@ -1,11 +1,11 @@
-"""In rounds, second launch of each: what the picks bring to every token.
+"""Second launch of each round: updates every token with the picks of the round.
 
     z        = X_picks X^T - Y_picks^T Y          one product with the picks, one reading of X
     y        = L^-1 z                             forward substitution
     resid_sq = resid_sq - sum y^2                 and e_sq, as s4 ranks it
 
-Programs are (image, tile of BLOCK_R tokens). Products are those of s5_assign, to the bit, so a copy of a pick has the
-products of the pick. z is kept in the rows of y, where the substitution replaces it pick by pick.
+Programs are (image, tile of BLOCK_R tokens). Products are bitwise those of s5_assign, so a copy of a pick has the
+products of the pick. z is stored in the rows of y, where the substitution replaces it pick by pick.
 """
 
 from typing import NamedTuple
@@ -23,12 +23,12 @@ from .s1_norms import Norms
 
 
 class State(NamedTuple):
-    """What the launches of all rounds share."""
+    """The tensors and sizes that the launches of all rounds share."""
 
     basis: Tensor  # [images, M] int64
-    limit: int  # basis tokens of an image, at most; and its keep
+    limit: int  # the most basis tokens of an image, which also has at most as many as it keeps
     rounds: int
-    most: int  # picks of a round
+    most: int  # the most picks of a round
     progress: Tensor  # [images, 2] int32
     y: Tensor  # [M, all tokens] float32
     L: Tensor  # [images, most, most] float32
@@ -40,7 +40,8 @@ class State(NamedTuple):
 
 
 def new_state(call: Call, basis: int | None, max_keep: int, ragged: bool) -> State:
-    """Tensors for the rounds of every image. Ragged images of few basis tokens have a round for each."""
+    """Allocates the tensors for the rounds of every image. Ragged images of few basis tokens have a round for each of
+    them."""
     M = max_keep if basis is None else min(basis, max_keep)
     many = M > FEW
     most = -(-M // ROUNDS) if many else 1
@@ -63,7 +64,7 @@ def new_state(call: Call, basis: int | None, max_keep: int, ragged: bool) -> Sta
 
 @triton.jit
 def explained(y, n, m, n_in, m_in, begin, all_tokens, BLOCK_K: tl.constexpr):
-    """Y_n^T Y_m [A, B] float32 over the rows of y before `begin`, of tokens n [A] and m [B] of an image."""
+    """Returns Y_n^T Y_m [A, B] float32 over the rows of y before `begin`, for tokens n [A] and m [B] of an image."""
     k = tl.arange(0, BLOCK_K)
     product = tl.zeros((n.shape[0], m.shape[0]), tl.float32)
     for k0 in range(0, begin, BLOCK_K):
@@ -148,7 +149,7 @@ def s1_rounds(
 
 
 def launch(call: Call, norms: Norms, state: State, e_sq: Tensor) -> None:
-    """Adds s1_rounds of one round. The last one leaves e_sq [all tokens] float32."""
+    """Adds the launch of s1_rounds for one round. The last one fills e_sq [all tokens] float32."""
     t = call.tiles
     tiles = max(-(-call.max_tokens // min(t.assign_r, 64)), 1)
     args = {

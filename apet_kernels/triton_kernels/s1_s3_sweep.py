@@ -9,10 +9,10 @@ and after the last of the M steps, with W = y^T L^-1:  e_sq = resid_sq - ridge |
 
 Programs are (image, tile of BLOCK_N tokens), as in s1_norms. Each program first takes the maximum of the candidates of
 the previous launch, so no launch waits for the host and none needs an atomic. It then reads its tile of x once, and p
-from L2. The distance is the norm of the difference and not an expansion in dot products: it is exactly 0 where a token
-repeats p, in whatever order the compiler adds, and the two additional operations are hidden by the load. What is
-computed once per token, and not once per channel, is float64: its rounding errors would add up over the steps, and it
-costs little.
+from L2. The distance is the norm of the difference and not an expansion in dot products: it is exactly 0 if a token
+repeats p, in whatever order the compiler adds, and the two additional operations are hidden by the load. Values that
+are computed once per token, not once per channel, are float64: float32 rounding errors would add up over the steps, and
+float64 costs little here.
 
     x [N, D] --read once per step--> y[k], dist_sq, resid_sq [N]      candidates [PARTIALS] for the next launch
 """
@@ -94,7 +94,7 @@ def s1_s3_sweep(
         n, inside, rows = tile_rows(x, base, stride_xn, t, tokens, ALIGN, BLOCK_N)
         products = tl.zeros((BLOCK_N, BLOCK_D), SUM)
         squares = tl.zeros((BLOCK_N, BLOCK_D), SUM)
-        for d0 in range(0, width, BLOCK_D):  # not D: the compiler would unroll a constant bound, and spill
+        for d0 in range(0, width, BLOCK_D):  # not D: with a constant bound the compiler would unroll, and spill
             within = d0 + d < D
             v = tl.load(rows[:, None] + (d0 + d)[None, :], mask=inside[:, None] & within[None, :], other=0.0)
             c = tl.load(p_row + d0 + d, mask=d0 + d < width, other=0.0)
@@ -137,7 +137,7 @@ def s1_s3_sweep(
 
 
 def launch(call: Call, norms: Norms, basis: Tensor, e_sq: Tensor, select: str, ridge: float) -> None:
-    """Adds s1_s3_sweep M times. They fill basis [images, M] int64 and e_sq [all tokens] float32."""
+    """Adds the M launches of s1_s3_sweep. They fill basis [images, M] int64 and e_sq [all tokens] float32."""
     M = basis.shape[1]
     args = {
         "x": call.x,

@@ -59,7 +59,7 @@ def s4_given_rows(
 
 
 def launch(call: Call, table: Tensor, indices: Tensor, targets: Tensor | None) -> Rows:
-    """Adds s4_given_rows. It fills DROPPED_COUNT of the table."""
+    """Adds the launch of s4_given_rows. It fills DROPPED_COUNT of the table."""
     rows = new_rows(call, indices.numel())
     flags = (table if targets is None else targets).view(torch.int8)
     args = {

@@ -3,8 +3,8 @@
     cluster_mean = (x_r + sum of the tokens nearest to r) / (1 + their count)       as s5_mean adds them
     medoid[r]    = arg min of ||x_n - cluster_mean||^2 in the cluster, ties to the lower position
 
-One program per kept row. Of a cluster of two, both are as far from the mean: the lower one. s4_topk then lists
-the medoids in ascending position.
+One program per kept row. In a cluster of two both tokens are equally far from the mean, so the lower one is taken.
+s4_topk then lists the medoids in ascending position.
 """
 
 import torch
@@ -78,7 +78,8 @@ def s4_medoids(
 
 
 def launch(call: Call, table: Tensor, rows: Rows, target_key: Tensor, max_keep: int) -> Tensor:
-    """Adds s4_medoids; returns the medoids [images, max_keep] int64, in the order of the rows they replace."""
+    """Adds the launch of s4_medoids; returns the medoids [images, max_keep] int64, in the order of the rows they
+    replace."""
     x, t = call.x, call.tiles
     medoids = call.new(torch.int64, call.images, max_keep)
     args = {

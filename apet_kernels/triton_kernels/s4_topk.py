@@ -30,7 +30,8 @@ LAYOUTS = {"inplace": INPLACE.value, "overwrite": OVERWRITE.value, "append": APP
 
 @triton.jit
 def cut_at(rank, tokens, wanted, CHUNK: tl.constexpr):
-    """The wanted-th largest of rank[0..tokens), and how many tokens of just that rank are wanted."""
+    """Returns the wanted-th largest value of rank[0..tokens), and how many tokens with exactly that value are
+    wanted."""
     bins = tl.arange(0, 256)
     c = tl.arange(0, CHUNK)
     prefix = wanted.to(tl.int32) * 0
@@ -116,7 +117,7 @@ def s4_topk(
 
 
 def launch(call: Call, table: Tensor, basis: Tensor, e_sq: Tensor, indices: Tensor, layout: str, appended: int) -> Rows:
-    """Adds s4_topk. It fills indices [all rows] int64, and DROPPED_COUNT of the table."""
+    """Adds the launch of s4_topk. It fills indices [all rows] int64, and DROPPED_COUNT of the table."""
     M, tiles = basis.shape[1], call.tiles
     rows = new_rows(call, indices.numel())
     args = {

@@ -88,9 +88,9 @@ def s5_assign(
 
 
 def launch(call: Call, norms: Norms, rows: Rows, most_dropped: int, most_kept: int, distance: bool = False) -> Tensor:
-    """Adds s5_assign, by cosine similarity or by distance; returns target_key [shares, all tokens] int64.
+    """Adds the launch of s5_assign, by cosine similarity or distance; returns target_key [shares, all tokens] int64.
 
-    The counts: of an image, at most.
+    most_dropped, most_kept: the most tokens that an image drops and keeps.
     """
     x, t = call.x, call.tiles
     tiles = max(-(-most_dropped // t.assign_r), 1)

@@ -25,7 +25,8 @@ from .s1_norms import Extents
 
 @triton.jit
 def list_members(target_key, dropped, merged, token, c0, dropped_count, r, shares, all_tokens, CHUNK: tl.constexpr):
-    """How many of CHUNK dropped tokens from c0 on have target row r, and where `merged` lists them, ascending."""
+    """Lists the dropped tokens with target row r among CHUNK tokens from c0 on. Returns their number, and where
+    `merged` lists them, ascending."""
     c = tl.arange(0, CHUNK)
     inside = c0 + c < dropped_count
     key = tl.load(target_key + token + c0 + c, mask=inside, other=-1)
@@ -39,7 +40,7 @@ def list_members(target_key, dropped, merged, token, c0, dropped_count, r, share
     if here > 0:
         n = tl.load(dropped + token + c0 + c, mask=mine, other=0)
         tl.store(place + tl.cumsum(mine.to(tl.int32), 0) - 1, n, mask=mine)
-        tl.debug_barrier()  # other threads load `merged` than stored it
+        tl.debug_barrier()  # the threads that load `merged` are not those that stored it
     return here, place
 
 
@@ -129,7 +130,7 @@ def launch(
     extents: Extents,
     blend: float = 1.0,
 ) -> None:
-    """Adds s5_mean. It fills result [all rows, D], and indices [all rows] int64 of blank rows."""
+    """Adds the launch of s5_mean. It fills result [all rows, D], and indices [all rows] int64 of blank rows."""
     x, t = call.x, call.tiles
     rows_per_image = max(extents.max_keep + extents.appended, 1)
     args = {

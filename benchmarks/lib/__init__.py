@@ -1,1 +1,1 @@
-"""What the benchmarks share: cases and checks, turns and rows, baselines and ceilings, tables and command lines."""
+"""The shared parts of the benchmarks: cases, checks, timing, rows, baselines, ceilings, tables and command lines."""

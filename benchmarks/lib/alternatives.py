@@ -1,10 +1,10 @@
 """Other methods for the same task, N visual tokens to K: our own short implementations, from their papers.
 
 All take (x [B, N, D], keep, *, attention=None, seed=0) and return (tokens [B, keep, D] in x's dtype, indices [B, keep]
-int64, ascending): a row's source, or of merged tokens the one that the row stands for. attention [B, N] is what a token
-received from the class or text tokens; methods that need none ignore it, as all but `random` ignore the seed. They run
-on the device of x and compute in float32. Methods that compare keys of an attention layer get the tokens instead,
-since there are no keys here. Invalid arguments raise a ValueError that names the value.
+int64, ascending): the source of each row; for merged tokens the one that they are merged into. attention [B, N] is what
+each token received from the class or text tokens; methods that do not need it ignore it, and all but `random` ignore
+the seed. They run on the device of x and compute in float32. Methods that compare keys of an attention layer get the
+tokens instead, since there are no keys here. Invalid arguments raise a ValueError that names the value.
 
 Studies also use the parts `ranked`, `farthest` and `tome_groups`.
 """
@@ -21,21 +21,21 @@ from torch import Tensor
 
 Method = Callable[..., tuple[Tensor, Tensor]]
 
-TOME_STEPS = 12  # ToMe merges r tokens in every block of a ViT; r is chosen so that about so many blocks do it
+TOME_STEPS = 12  # ToMe merges r tokens in every block of a ViT; r is chosen so that it takes about this many blocks
 CONTEXTUAL = 10 / 64  # VisionZip's share of merged tokens: 10 of 64, 20 of 128, 30 of 192 in its tables
 
 
 def random(x: Tensor, keep: int, *, attention: Tensor | None = None, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """K tokens drawn without looking; an image's draw depends on the seed and its place in the batch."""
+    """Keeps K random tokens; the draw for an image depends on the seed and its place in the batch."""
     _check(x, keep)
     generator = torch.Generator().manual_seed(seed)
     return _rows(x, ranked(torch.rand(x.shape[:2], generator=generator).to(x.device), keep))
 
 
 def uniform(x: Tensor, keep: int, *, attention: Tensor | None = None, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """An even grid over the square of patches: ceil(sqrt(K)) rows, each with its share of the K tokens.
+    """Keeps an even grid over the square of patches: ceil(sqrt(K)) rows, each with its share of the K tokens.
 
-    Evenly spaced along the sequence where N is no square.
+    If N is not a square, the tokens are evenly spaced along the sequence.
     """
     _check(x, keep)
     side = math.isqrt(x.shape[1])
@@ -50,13 +50,13 @@ def uniform(x: Tensor, keep: int, *, attention: Tensor | None = None, seed: int 
 
 
 def norm(x: Tensor, keep: int, *, attention: Tensor | None = None, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """The K tokens of largest Euclidean norm."""
+    """Keeps the K tokens of largest Euclidean norm."""
     _check(x, keep)
     return _rows(x, ranked(x.float().norm(dim=-1), keep))
 
 
 def fps(x: Tensor, keep: int, *, attention: Tensor | None = None, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """K tokens by farthest-point sampling in Euclidean distance, from the token of largest norm."""
+    """Keeps K tokens by farthest-point sampling in Euclidean distance, from the token of largest norm."""
     _check(x, keep)
     sq = x.float().square().sum(-1)  # [B, N]
     X = x.float()
@@ -70,8 +70,8 @@ def fps(x: Tensor, keep: int, *, attention: Tensor | None = None, seed: int = 0)
 
 
 def divprune(x: Tensor, keep: int, *, attention: Tensor | None = None, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """DivPrune (Alvar et al., CVPR 2025, arXiv 2503.02175): the greedy answer to the max-min diversity problem in
-    cosine distance: first the token whose nearest other token is farthest, then always the farthest from those taken.
+    """DivPrune (Alvar et al., CVPR 2025, arXiv 2503.02175): solves the max-min diversity problem greedily, in cosine
+    distance: first the token whose nearest other token is farthest, then always the one farthest from those taken.
 
     Memory: [B, N, N], as in the authors' formulation.
     """
@@ -122,11 +122,11 @@ def tome(x: Tensor, keep: int, *, attention: Tensor | None = None, seed: int = 0
 
 
 def tome_groups(x: Tensor, keep: int) -> tuple[Tensor, Tensor, Tensor]:
-    """`tome`, and how many tokens each row is the mean of.
+    """Like `tome`, but also returns how many tokens each row is the mean of.
 
-    In a step every other token (those at odd places) is a target, each of the others points at the target it resembles
-    most (cosine), and the r strongest pairs become their mean, weighted by size. Rows stay in the order of
-    their targets' positions, so that the sides of a step interleave in the image.
+    In a step every other token (at odd places) is a target, each of the remaining tokens is paired with the target it
+    resembles most (cosine), and the r strongest pairs become their mean, weighted by size. Rows stay in the order of
+    their targets' positions, so that the two sides of a step interleave in the image.
 
     Returns: tokens [B, K, D], indices [B, K] of the targets, sizes [B, K] float32.
     """
@@ -162,18 +162,19 @@ METHODS: dict[str, Method] = {
 NEED_ATTENTION = ("fastv", "visionzip")
 
 
-# ---- halves
+# ---- parts that several methods share
 
 
 def ranked(score: Tensor, keep: int) -> Tensor:
-    """score [B, N] -> positions [B, keep] of the largest, ties to the lower position, ascending."""
+    """Returns positions [B, keep] of the largest scores [B, N], ties to the lower position, ascending."""
     return score.sort(dim=-1, descending=True, stable=True).indices[:, :keep].sort(-1).values
 
 
 def farthest(first: Tensor, keep: int, distance: Callable[[Tensor], Tensor]) -> Tensor:
-    """Greedy max-min: first [B], distance(p [B]) -> [B, N] -> positions [B, keep] in the order they are picked.
+    """Greedy max-min selection: returns positions [B, keep] in the order they are picked, the first ones given as first
+    [B].
 
-    No position is picked twice, even among copies.
+    distance(p [B]) -> [B, N]. No position is picked twice, even among copies.
     """
     picks = [first]
     nearest = distance(first).clone().scatter_(1, first[:, None], -math.inf)  # [B, N]
@@ -185,7 +186,8 @@ def farthest(first: Tensor, keep: int, distance: Callable[[Tensor], Tensor]) -> 
 
 
 def _means(x: Tensor, sizes: Tensor, to: Tensor, rows: int) -> tuple[Tensor, Tensor]:
-    """x [B, n, D], sizes and to [B, n] -> means weighted by size [B, rows, D], and sizes [B, rows]."""
+    """Returns means of x [B, n, D], weighted by sizes [B, n] and grouped by to [B, n]: [B, rows, D], and sizes [B,
+    rows]."""
     B, _, D = x.shape
     total = x.new_zeros(B, rows, D).scatter_add_(1, to[..., None].expand_as(x), x * sizes[..., None])
     size = sizes.new_zeros(B, rows).scatter_add_(1, to, sizes)
@@ -193,13 +195,13 @@ def _means(x: Tensor, sizes: Tensor, to: Tensor, rows: int) -> tuple[Tensor, Ten
 
 
 def _others(indices: Tensor, N: int) -> Tensor:
-    """Positions [B, N-K] that are not among indices [B, K], ascending."""
+    """Returns the positions [B, N-K] that are not among indices [B, K], ascending."""
     left = torch.ones(len(indices), N, dtype=torch.bool, device=indices.device).scatter_(1, indices, False)
     return left.nonzero()[:, 1].view(len(indices), N - indices.shape[1])
 
 
 def _spread(count: int, n: int) -> Tensor:
-    """`count` of n places: the middles of equal stretches."""
+    """Returns `count` of n places: the middles of equal parts."""
     return (2 * torch.arange(count) + 1) * n // (2 * max(count, 1))
 
 

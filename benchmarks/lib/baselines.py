@@ -1,9 +1,9 @@
-"""What the kernels are compared with: ApET (arXiv 2602.19870) in torch, as published, as an experienced engineer would
-write it, and tuned as far as we could. They run on the device of x.
+"""The baselines of the kernels: ApET (arXiv 2602.19870) in torch, in three forms. They run on the device of x.
 
-All take x [B, N, D] and return tokens [B, K, D] in x's dtype and indices [B, K], with the meaning of
-`torch.ops.apet.compress` on ordinary tokens. None handles what the op does: repeated tokens (a singular system),
-zeros, values that are not finite, strides.
+`published` is the published formulation, `eager` is what an experienced engineer would write, and `tuned` is as fast as
+we could make it. All take x [B, N, D] and return tokens [B, K, D] in x's dtype and indices [B, K], with the meaning of
+`torch.ops.apet.compress` on ordinary tokens. None of them handles what the op does in addition: repeated tokens (a
+singular system), zeros, values that are not finite, strides.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ def published(x: Tensor, keep: int, basis: int, layout: str, start: int, ridge: 
     """The published formulation, layout="overwrite" only: step-by-step FPS, an explicit reconstruction, and the cosine
     similarity broadcast to [N-K, K-M, D]; one image after another.
 
-    Two kindnesses keep it comparable: distances and the sums of merged tokens are float32, not x's dtype. The
-    broadcast stays in x's dtype, which is faster and, in 16 bits, rounds the similarity.
+    Two changes keep it comparable: distances and the sums of merged tokens are float32, not x's dtype. The broadcast
+    stays in x's dtype, which is faster and, in 16 bits, rounds the similarity.
     """
     if layout != "overwrite":
         raise ValueError(f'the published code has layout="overwrite", not {layout!r}')
@@ -34,7 +34,7 @@ def published(x: Tensor, keep: int, basis: int, layout: str, start: int, ridge: 
 
 
 def published_bytes(N: int, D: int, keep: int, basis: int, itemsize: int) -> int:
-    """What cosine_similarity holds at once: both sides normalised and expanded, and their product."""
+    """Returns the bytes that cosine_similarity holds at once: both sides normalised and expanded, and their product."""
     return 3 * (N - keep) * (keep - basis) * D * itemsize
 
 
@@ -65,11 +65,11 @@ def _published_image(x: Tensor, keep: int, basis: int, start: int, ridge: float)
 
 
 def eager(x: Tensor, keep: int, basis: int, layout: str, start: int, ridge: float) -> tuple[Tensor, Tensor]:
-    """As an experienced engineer would write it: batched, every heavy step a matrix product, nothing of size N x K x D,
-    in float32.
+    """ApET as an experienced engineer would write it: batched, every heavy step a matrix product, nothing of size N x K
+    x D, in float32.
 
-    (In 16 bits the products are float32 too: their own would round the similarity, and a tenth to half of the merged
-    rows would differ.)
+    (For 16-bit tokens the products are float32 too: 16-bit products would round the similarity, and a tenth to half of
+    the merged rows would differ.)
     """
     B, N, D = x.shape
     T = keep - basis if layout == "overwrite" else keep
@@ -112,20 +112,21 @@ def eager(x: Tensor, keep: int, basis: int, layout: str, start: int, ridge: floa
 
 
 def compiled() -> Compress:
-    """`eager` under torch.compile, for one shape: it is specialised at the first call and recompiled for no other."""
+    """Returns `eager` under torch.compile, for one shape: it is compiled at the first call and recompiled for no
+    other."""
     torch.compiler.reset()
     return torch.compile(eager, dynamic=False, fullgraph=True)
 
 
 def tuned(x: Tensor, keep: int, basis: int, layout: str, start: int, ridge: float) -> tuple[Tensor, Tensor]:
-    """The fastest eager torch we could make: products reused, means by embedding_bag. On a CPU halves for two threads,
-    and oneDNN told to multiply float32 as bfloat16 where that is exact; on a GPU 16-bit tokens as they are, multiplied
-    into float32 (not tuned there: it was written without a GPU)."""
+    """The fastest eager torch we could make: products reused, means by embedding_bag. On a CPU it multiplies halves on
+    two threads, and lets oneDNN multiply float32 as bfloat16 if that is exact; on a GPU it multiplies 16-bit tokens as
+    they are, into float32 (not tuned there: it was written without a GPU)."""
     return _two_steps(_s1_to_s4, _s5_merge, x, keep, basis, layout, start, ridge)
 
 
 def tuned_compiled() -> Compress:
-    """`tuned` under torch.compile, likewise."""
+    """Returns `tuned` under torch.compile, for one shape."""
     rank, merge = (torch.compile(step, dynamic=False, fullgraph=True) for step in (_s1_to_s4, _s5_merge))
 
     def compress(x: Tensor, keep: int, basis: int, layout: str, start: int, ridge: float) -> tuple[Tensor, Tensor]:
@@ -144,10 +145,10 @@ def _two_steps(
 
 @contextlib.contextmanager
 def _bfloat16_products(on: bool) -> Iterator[None]:
-    """Lets oneDNN multiply float32 matrices as bfloat16, summing in float32: exact where they hold bfloat16 values.
+    """Lets oneDNN multiply float32 matrices as bfloat16, summing in float32: exact if they hold bfloat16 values.
 
     A product of bfloat16 tensors is faster still, but its result is rounded to bfloat16: 10 to 50 % of the merged rows
-    then differ. Only the similarity is worth it; the matrix-vector products of s1 are faster as float32.
+    then differ. This pays only for the similarity; the matrix-vector products of s1 are faster as float32.
     """
     matmul = torch.backends.mkldnn.matmul
     before = matmul.fp32_precision
@@ -162,9 +163,9 @@ def _bfloat16_products(on: bool) -> Iterator[None]:
 def _s1_to_s4(
     x: Tensor, keep: int, basis: int, layout: str, start: int, ridge: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """x [B, N, D] -> X [B, N, D] (on a CPU float32), ||x||^2 [B, N], tokens by rank [B, N], basis p [B, M].
+    """Returns X [B, N, D] (on a CPU float32), ||x||^2 [B, N], tokens by rank [B, N] and basis p [B, M].
 
-    One product per basis token gives its distances and, kept, the right-hand side of the solve. It is made as
+    One product per basis token gives its distances, and is stored as the right-hand side of the solve. It is made as
     [B*G, 1, D] x [B*G, D, N/G]: on a CPU a single matrix-vector product runs on one thread, two halves run on two.
     """
     B, N, D = x.shape
@@ -198,14 +199,14 @@ def _s1_to_s4(
 
 
 def _product(a: Tensor, b: Tensor) -> Tensor:
-    """a @ b in float32: what a product rounded to 16 bits would lose is seen in the rows."""
+    """Returns a @ b in float32: rounding the product to 16 bits would change rows of the result."""
     return torch.bmm(a, b) if a.dtype is torch.float32 else torch.bmm(a, b, out_dtype=torch.float32)
 
 
 def _s5_merge(
     X: Tensor, sq: Tensor, order: Tensor, p: Tensor, keep: int, layout: str, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """Similarity by one batched product, means by one embedding_bag that reads X where it lies.
+    """Computes the similarity by one batched product, and the means by one embedding_bag that reads X in place.
 
     (On a CPU embedding_bag over 16-bit tokens is faster, but rounds twice: long rows then miss their mean by more than
     a unit. On a GPU it sums in float32.)
@@ -217,14 +218,14 @@ def _s5_merge(
     targets = order[:, :T].sort(1).values  # [B, T]
     dropped = order[:, keep:]  # [B, N-K]
     scale = sq.gather(1, targets).clamp_min(1e-30).rsqrt()[..., None]  # [B, T, 1]
-    few = 6 * keep <= N  # then multiplying the kept tokens too costs less than copying the dropped ones
+    few = 6 * keep <= N  # multiplying also the kept tokens costs less than copying the dropped ones
     compared = X if few else X[image, dropped]  # [B, N or N-K, D]
     similarity = _product(X[image, targets], compared.mT).mul_(scale)  # [B, T, N or N-K]
     nearest = similarity.max(1).indices  # [B, N or N-K]
     if few:
         nearest = nearest.gather(1, dropped)  # [B, N-K]
 
-    first = kept  # [B, K], the token that opens each row
+    first = kept  # [B, K], the first token of each row
     if layout == "overwrite":
         lost = order[:, T:keep].sort(1).values  # [B, M]
         first = kept.scatter(1, torch.searchsorted(kept, lost), p)

@@ -1,4 +1,4 @@
-"""What is measured: shapes, dtypes and the tokens they are filled with."""
+"""The cases of the measurements: shapes, dtypes and the values of the tokens."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ SHAPES = (
     (1, 5120, 3584, 512),
     (1, 16384, 1280, 1638),
 )
-# The same where the paper (arXiv 2602.19870) applies the method and with its budgets: LLaVA-1.5 at two of them and in a
-# batch of 64 images, LLaVA-NeXT, LLaVA-1.5 inside the LLM, Video-LLaVA, Qwen2.5-VL from small to very large images.
+# The shapes and budgets of the paper (arXiv 2602.19870): LLaVA-1.5 at two budgets and in a batch of 64 images,
+# LLaVA-NeXT, LLaVA-1.5 inside the LLM, Video-LLaVA, Qwen2.5-VL from small to very large images.
 PAPER_SHAPES = (
     (1, 576, 1024, 96),
     (1, 576, 1024, 288),
@@ -39,8 +39,8 @@ PAPER_SHAPES = (
 
 @dataclass(frozen=True)
 class Case:
-    """One call: x [B, N, D] in `dtype`, `keep` tokens of each image, M = `basis`; layout and first basis token go
-    together."""
+    """One call: x [B, N, D] in `dtype`, `keep` tokens of each image, M = `basis`. The layout determines the first basis
+    token."""
 
     B: int
     N: int
@@ -52,17 +52,18 @@ class Case:
 
     @property
     def start(self) -> int:
-        """First basis token: for "overwrite" 0, as the published code may have it; for "inplace" the op's default."""
+        """The first basis token: for "overwrite" 0, as the published code may have it; for "inplace" the op's
+        default."""
         return 0 if self.layout == "overwrite" else -1
 
     @property
     def targets(self) -> int:
-        """Rows that can receive dropped tokens: the T of the similarity [N-K, T]."""
+        """The number of rows that can receive dropped tokens: the T of the similarity [N-K, T]."""
         return self.keep - self.basis if self.layout == "overwrite" else self.keep
 
     @property
     def arguments(self) -> dict[str, Any]:
-        """Of the op and of any implementation of it, but for the tokens."""
+        """The arguments of the op and of any implementation of it, without the tokens."""
         return {"keep": self.keep, "basis": self.basis, "layout": self.layout, "start": self.start, "ridge": RIDGE}
 
     @property
@@ -82,18 +83,18 @@ class Case:
         return f"{self.shape} {self.dtype_name} {self.layout}{basis}"
 
     def fields(self) -> dict[str, Any]:
-        """As JSON holds it; `of` makes it a case again."""
+        """Returns the fields that JSON holds; `of` makes them a case again."""
         return {**asdict(self), "dtype": self.dtype_name}
 
     @classmethod
     def of(cls, fields: dict[str, Any]) -> Case:
-        """The case whose `fields` these are, whatever else stands beside them."""
+        """Returns the case that has these `fields`; other fields are ignored."""
         known = {name: fields[name] for name in cls.__dataclass_fields__}
         return cls(**{**known, "dtype": getattr(torch, known["dtype"])})
 
 
 def cases(smoke: bool = False) -> list[Case]:
-    """Every shape, dtype and layout; or two tiny ones that run everything once."""
+    """Returns every shape, dtype and layout; with smoke two tiny ones that run everything once."""
     if smoke:
         return [Case(2, 96, 64, 24, torch.float32, "overwrite"), Case(1, 97, 64, 12, torch.bfloat16, "inplace")]
     layouts: tuple[Layout, ...] = ("overwrite", "inplace")
@@ -101,8 +102,9 @@ def cases(smoke: bool = False) -> list[Case]:
 
 
 def gpu_cases(smoke: bool = False) -> list[Case]:
-    """What the GPU is measured on, and its floors are computed for: the shapes of the paper and those above, as
-    published, in bfloat16; those above in float32 too. Or two tiny ones that run everything once."""
+    """Returns the cases that are measured on a GPU and whose floors are computed: the shapes of the paper and those
+    above, in the published layout and bfloat16; those above also in float32. With smoke two tiny ones that run
+    everything once."""
     if smoke:  # small enough for Triton's interpreter, which knows no bfloat16
         return [Case(2, 20, 12, 12, torch.float32, "overwrite"), Case(1, 24, 16, 14, torch.float16, "overwrite")]
     half = [Case(*shape, torch.bfloat16, "overwrite") for shape in dict.fromkeys(PAPER_SHAPES + SHAPES)]
@@ -110,8 +112,9 @@ def gpu_cases(smoke: bool = False) -> list[Case]:
 
 
 def tokens(case: Case, seed: int) -> Tensor:
-    """x [B, N, D] like encoder features: 32 clusters an image, noise as large as their spread, uneven channels, and one
-    token in 128 of six times the norm (the "registers" that vision transformers make). No two are equal."""
+    """Returns x [B, N, D] like encoder features: 32 clusters an image, noise as large as their spread, uneven
+    channels, and one token in 128 of six times the norm (the "registers" that vision transformers make). No two
+    tokens are equal."""
     generator = torch.Generator().manual_seed(seed)
     centre = torch.randn(case.B, 32, case.D, generator=generator)
     label = torch.randint(32, (case.B, case.N), generator=generator)

@@ -1,5 +1,7 @@
-"""What times are compared with: the floor, a lower bound that no implementation can beat; a reference cost, which a
-good implementation should approach or beat; and the rates of the machine.
+"""The bounds that times are compared with: the floor, the reference cost, and the rates of the machine.
+
+The floor is a lower bound that no implementation can beat; a good implementation should approach or beat the reference
+cost.
 
 Work of one call on x [B, N, D], M basis tokens, K kept, T merge targets (K, or K - M for layout="overwrite"):
 
@@ -10,10 +12,10 @@ Work of one call on x [B, N, D], M basis tokens, K kept, T merge targets (K, or 
 
     floor of one image = X / bandwidth + max(second / bandwidth, flops(s5) / peak)
 
-X = N D itemsize is read once before anything can be kept. s5 then needs the tokens again: `second` is what of X exceeds
-the last-level cache, and may overlap the product. bandwidth: the fastest of copying and reading. peak: the fastest
-product in any dtype, torch.mm's or the kernel's, whatever unit it runs on. With several images, the first pass over
-one may overlap the product of another:
+X = N D itemsize is read once before any token can be chosen. s5 then needs the tokens again: `second` is the part of X
+that exceeds the last-level cache; reading it may overlap the product. bandwidth: the fastest of copying and reading.
+peak: the fastest product in any dtype, torch.mm's or the kernel's, on whatever unit it runs. With several images, the
+first pass over one may overlap the product of another:
 
     floor = max(all bytes / bandwidth, smallest X / bandwidth + all flops(s5) / peak)
 
@@ -22,8 +24,8 @@ It is computed from rates that the same run has measured.
     reference cost = time of torch.mm [N-K, D] x [D, T], B times, in x's dtype
                    + time of M sweeps over each of the B images, in turn, that do nothing but read
 
-Both terms are measured in the same rounds and on the same buffers as what they are compared with. The kernel may beat
-it: it need not sweep, and torch.mm need not be the fastest product on a machine.
+Both terms are measured in the same rounds and on the same buffers as the implementations that they are compared with.
+The kernel may beat the reference cost: it need not sweep, and torch.mm need not be the fastest product on a machine.
 """
 
 from __future__ import annotations
@@ -46,17 +48,17 @@ OF_FLOOR = (
 
 
 def flops(case: Case) -> int:
-    """s1 and s5; what else there is grows with N, not with N D."""
+    """Returns the operations of s1 and s5; other work grows with N, not with N D."""
     return case.B * 2 * case.D * (case.basis * case.N + (case.N - case.keep) * case.targets)
 
 
 def swept_bytes(case: Case) -> int:
-    """Read by M sweeps of s1."""
+    """Returns the bytes read by M sweeps of s1."""
     return case.basis * case.B * case.N * case.D * case.itemsize
 
 
 def floor_ms(images: Sequence[Case], rates: Mapping[str, float]) -> float | None:
-    """Of one call on all of these; None where the run did not measure its rates."""
+    """Returns the floor of one call on all of these images; None if the run did not measure its rates."""
     if not {"peak GFLOP/s", "cache MiB", "read GB/s", "copy GB/s"} <= rates.keys():
         return None
     bandwidth, cache = (
@@ -76,12 +78,12 @@ def of_floor(images: Sequence[Case], kernel_ms: float, rates: Mapping[str, float
 
 
 def reference_cost(case: Case) -> dict[str, Callable[[Tensor], None]]:
-    """Both terms, by name."""
+    """Returns both terms of the reference cost, by name."""
     return {"product": product(case), "sweeps": sweeps(case)}
 
 
 def product(case: Case) -> Callable[[Tensor], None]:
-    """The matrix product of s5 alone: any N-K tokens with any T."""
+    """Returns the matrix product of s5 alone: any N-K tokens with any T."""
 
     def run(x: Tensor) -> None:
         for image in x:  # [N, D]
@@ -91,7 +93,7 @@ def product(case: Case) -> Callable[[Tensor], None]:
 
 
 def sweeps(case: Case) -> Callable[[Tensor], None]:
-    """The reads of s1 alone, at the speed of torch's fastest: row sums of the same bytes seen as float32."""
+    """Returns the reads of s1 alone, at the speed of torch's fastest: row sums of the same bytes viewed as float32."""
 
     def run(x: Tensor) -> None:
         for image in x:
@@ -103,21 +105,21 @@ def sweeps(case: Case) -> Callable[[Tensor], None]:
 
 
 def copy_gbytes(size: int = 2**28) -> float:
-    """Bytes per second, in 1e9, that copying `size` bytes reads and writes, the median of five."""
+    """Returns the GB/s (1e9) that copying `size` bytes reads and writes, the median of five."""
     source = torch.ones(size, dtype=torch.uint8)
     target = torch.empty_like(source)
     return 2 * size / _seconds(lambda: target.copy_(source)) / 1e9
 
 
 def read_gbytes(size: int = 2**28) -> float:
-    """Bytes per second, in 1e9, that row sums of `size` bytes read, the median of five; again and again, so that few
-    bytes come from a cache."""
+    """Returns the GB/s (1e9) that row sums of `size` bytes read, the median of five calls on the same memory: a size
+    beyond the last cache measures memory, a small one the cache."""
     rows = torch.ones(size // 4096, 1024)
     return size / _seconds(lambda: rows.sum(1)) / 1e9
 
 
 def call_us() -> float:
-    """Microseconds of a call of the op that has next to nothing to do: 16 tokens of 16 features."""
+    """Returns the microseconds of a call of the op with hardly any work: 16 tokens of 16 features."""
     x = torch.randn(1, 16, 16)
 
     def calls() -> None:
@@ -129,7 +131,7 @@ def call_us() -> float:
 
 
 def measure() -> dict[str, float]:
-    """All of them, by name and unit."""
+    """Measures all rates, by name and unit."""
     large = {dtype: _product_seconds(dtype, 2048) for dtype in (torch.float32, torch.bfloat16)}
     fastest = [_gflops(min(seconds), 2048) for seconds in large.values()]
     fastest += [_gflops(min(_product_seconds(dtype, 1024)), 1024) for dtype in large]  # the operands fit the caches
@@ -146,12 +148,13 @@ def measure() -> dict[str, float]:
 
 
 def peak_gflops(dtype: torch.dtype, n: int = 2048) -> float:
-    """What torch.mm reaches on n x n matrices, the median of five."""
+    """Returns the GFLOP/s of torch.mm on n x n matrices, the median of five."""
     return _gflops(statistics.median(_product_seconds(dtype, n)), n)
 
 
 def merge_gflops(dtype: torch.dtype) -> float:
-    """What the kernel's own s5 reaches, all of it counted in: its product may be faster than torch.mm's."""
+    """Returns the GFLOP/s of the kernel's own s5, its other work included: its product may be faster than
+    torch.mm's."""
     N, K, D = 4096, 2048, 1024
     x, kept = torch.randn(1, N, D).to(dtype), torch.arange(0, N, N // K)[None]
     with torch.inference_mode():
@@ -168,12 +171,12 @@ def _product_seconds(dtype: torch.dtype, n: int) -> list[float]:
 
 
 def _seconds(call: Callable[[], object]) -> float:
-    """The median of five."""
+    """Returns the median seconds of five calls."""
     return statistics.median(_five(call))
 
 
 def _five(call: Callable[[], object]) -> list[float]:
-    """Seconds of five calls, after one."""
+    """Returns the seconds of five calls, after a first one that warms up."""
     seconds = []
     for _ in range(6):
         begin = time.perf_counter()

@@ -1,11 +1,11 @@
-"""Correct before fast: what a result must be before it may be timed.
+"""Checks a result before it may be timed.
 
-A result is judged image by image against `apet_kernels.reference` in float64, on its own choices:
+A result is judged image by image against `apet_kernels.reference` in float64, given its own choices:
 
-1. Its kept set is the reference's, but for tokens whose squared residual is within 4 M u ||x||^2 of the cut
-   (u = 2^-24: the rounding that any float32 implementation may make). So are its overwritten slots.
+1. Its kept set is the reference's, except for tokens whose squared residual is within 4 M u ||x||^2 of the cut
+   (u = 2^-24: the rounding that any float32 implementation may make). The same holds for its overwritten slots.
 2. Given that kept set, each row is the mean of the tokens that float64 sends there, to the rounding of the dtype.
-   A row is excused where a dropped token is within rounding of going to it or elsewhere.
+   A row is excused if a dropped token is within rounding of going to it or elsewhere.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from apet_kernels import reference
 from benchmarks.lib.cases import RIDGE, Case
 
 U = reference.U
-MERGING = ("visionzip", "tome")  # the rows of the others are tokens as they came
+MERGING = ("visionzip", "tome")  # the rows of the other methods are unchanged tokens
 
 
 def judge(case: Case, name: str, x: Tensor, result: tuple[Tensor, Tensor]) -> float:
-    """`check` of what the implementation `name` returned, wherever it lies.
+    """Runs `check` on the result of the implementation `name`, on whichever device it is.
 
-    What published rounds in 16 bits is excused. Raises AssertionError, what is wrong first.
+    Rows that `published` rounds in 16 bits are excused. Raises AssertionError, which begins with what is wrong.
     """
     rounded = name == "published" and case.dtype is not torch.float32
     error = 2 * torch.finfo(case.dtype).eps if rounded else None
@@ -36,17 +36,18 @@ def judge(case: Case, name: str, x: Tensor, result: tuple[Tensor, Tensor]) -> fl
 
 
 def checked(case: Case, name: str, call: Callable[[Tensor], tuple[Tensor, Tensor]], x: Tensor) -> float:
-    """The share of rows judged, of the second of two calls: the first one warms up."""
+    """Returns the share of rows judged, of the second of two calls: the first one warms up."""
     with torch.inference_mode():
         call(x)
         return judge(case, name, x, call(x))
 
 
 def check(case: Case, x: Tensor, tokens: Tensor, indices: Tensor, error: float | None = None) -> float:
-    """Returns the share of rows that were judged; `error` is that of x.t / ||t||, relative to ||x||. None: of float32
-    sums in any order, and of tensor cores that cut digits off where they add (Fasi et al., PeerJ CS 330, 2021).
+    """Returns the share of rows that were judged.
 
-    Raises AssertionError, naming what is wrong and by how much.
+    error: that of x.t / ||t||, relative to ||x||. None: that of float32 sums in any order, and of tensor cores, which
+    truncate when they add (Fasi et al., PeerJ CS 330, 2021). Raises AssertionError, naming what is wrong and by how
+    much.
     """
     assert tokens.shape == (case.B, case.keep, case.D), f"tokens have shape {tuple(tokens.shape)}"
     assert tokens.dtype == x.dtype, f"tokens are {tokens.dtype}, not {x.dtype}"
@@ -56,7 +57,8 @@ def check(case: Case, x: Tensor, tokens: Tensor, indices: Tensor, error: float |
 
 
 def check_other(name: str, case: Case, x: Tensor, kept: Tensor, indices: Tensor) -> None:
-    """What any method's result must be; tests/test_alternatives.py judges which tokens. Raises AssertionError."""
+    """Checks what must hold for the result of any method; tests/test_alternatives.py judges its choice of tokens.
+    Raises AssertionError."""
     assert kept.shape == (case.B, case.keep, case.D), f"{name}, {case}: tokens have shape {tuple(kept.shape)}"
     assert indices.shape == (case.B, case.keep), f"{name}, {case}: indices have shape {tuple(indices.shape)}"
     assert indices.min() >= 0, f"{name}, {case}: an index is {int(indices.min())}"
@@ -68,7 +70,7 @@ def check_other(name: str, case: Case, x: Tensor, kept: Tensor, indices: Tensor)
 
 
 def _check_image(case: Case, x: Tensor, tokens: Tensor, kept: Tensor, similarity_error: float) -> int:
-    """x [N, D], tokens [K, D], kept [K] -> number of rows judged."""
+    """Checks x [N, D], tokens [K, D], kept [K]. Returns the number of rows judged."""
     image = reference.widen(x)
     X, sq, _ = image
     p = reference.s1_basis(image, case.basis, start=case.start, ridge=RIDGE)  # [M]
@@ -104,7 +106,7 @@ def _check_image(case: Case, x: Tensor, tokens: Tensor, kept: Tensor, similarity
 
 
 def _check_cut(e2: Tensor, slack: Tensor, chosen: Tensor, what: str) -> None:
-    """`chosen` holds the largest of e2 [N], give or take slack [N]."""
+    """Checks that `chosen` holds the largest of e2 [N], give or take slack [N]."""
     inside = torch.zeros(len(e2), dtype=torch.bool).index_fill_(0, chosen, True)  # [N]
     surely_out, surely_in = (e2 + slack)[inside].min(), (e2 - slack)[~inside].max()
     assert surely_out >= surely_in, f"{what}: a token of e2 {surely_out:.6g} is in, one of {surely_in:.6g} is out"

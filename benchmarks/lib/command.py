@@ -1,4 +1,4 @@
-"""What the benchmarks' command lines share."""
+"""The shared parts of the benchmarks' command lines."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ import argparse
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:  # benchmarks/gpu_quick.py runs beside a broken torch
+if TYPE_CHECKING:  # benchmarks/gpu_quick.py must run even if torch is broken
     from benchmarks.lib.device import Device
 
 
 def parser(name: str, doc: str | None) -> argparse.ArgumentParser:
-    """Of `python -m benchmarks.NAME`, described by that module's docstring."""
+    """Returns the parser of `python -m benchmarks.NAME`, described by that module's docstring."""
     summary, _, usage = (doc or "").partition("\n\n")
     return argparse.ArgumentParser(
         prog=f"python -m benchmarks.{name}",
@@ -22,12 +22,12 @@ def parser(name: str, doc: str | None) -> argparse.ArgumentParser:
 
 
 def add_only(given: argparse.ArgumentParser) -> None:
-    """--only TEXT ..."""
+    """Adds the option --only TEXT ..."""
     given.add_argument("--only", nargs="*", default=[], metavar="TEXT", help="cases whose name holds every TEXT")
 
 
 def chosen(given: argparse.ArgumentParser, cases: list[Any], only: list[str]) -> list[Any]:
-    """The cases whose name, which is their str(), holds every TEXT of --only. Exits with 2 where none does."""
+    """Returns the cases whose name, which is their str(), holds every TEXT of --only. Exits with 2 if there is none."""
     found = [case for case in cases if all(text in str(case) for text in only)]
     if not found:
         given.error(f"no case holds {' and '.join(only)}")
@@ -35,7 +35,7 @@ def chosen(given: argparse.ArgumentParser, cases: list[Any], only: list[str]) ->
 
 
 def device(given: argparse.ArgumentParser, find: Callable[[bool], Device], smoke: bool) -> Device:
-    """What `find` gives. Exits with 2 where there is nothing to measure on."""
+    """Returns the device that `find` gives. Exits with 2 if there is nothing to measure on."""
     try:
         return find(smoke)
     except RuntimeError as error:

@@ -1,9 +1,9 @@
-"""One measurement, used by the tables and by pytest-benchmark: everything that can do a case, in turns.
+"""The measurement of one case, used by the tables and by pytest-benchmark: times all implementations in turns.
 
 Each round calls every implementation once, so that a temporary slowdown of the machine affects all of them. Ratios are
-medians of the ratios within a round. Every call gets the next of a ring of inputs, together at least twice
-the last-level cache, so none finds its input in the cache because another has just read it. The order rotates from
-round to round; what the others are compared with, for an op the kernel, is last.
+medians of the ratios within a round. Every call gets the next of a ring of inputs, together at least twice the
+last-level cache, so none finds its input in the cache because another has just read it. The order rotates from round to
+round; the base of the comparison, for an op the kernel, is last.
 """
 
 from __future__ import annotations
@@ -24,20 +24,20 @@ from benchmarks.lib.device import Device
 
 THREADS = 2
 ROUNDS = 20
-NOISE = 0.3  # interquartile range over median of a time: above, the machine was busy and nothing counts
-SECONDS = 20.0  # an implementation that has used this up sits out the remaining rounds, but not before the third
+NOISE = 0.3  # interquartile range over median of a time: above this the machine was busy and the row does not count
+SECONDS = 20.0  # an implementation that has used this up is left out of the remaining rounds, after the third
 COST = {"reference cost": ("product", "sweeps")}  # benchmarks/lib/ceilings.py
-OURS = ("kernel", "score", "merge", "apet", "triton", "cuda")  # how the names of what this project runs begin
+OURS = ("kernel", "score", "merge", "apet", "triton", "cuda")  # the names of this project's code begin with these
 Input, Result = TypeVar("Input"), TypeVar("Result")
 
 
 class Timed(dict[str, float]):
-    """What a call returns that measures itself: seconds by name, instead of those of the call."""
+    """The result of a call that measures itself: seconds by name, used instead of the time of the call."""
 
 
 @dataclass
 class Row:
-    """What was measured of one case; every dict but the first by implementation."""
+    """The measurements of one case; every dict except the first is by implementation."""
 
     case: dict[str, Any]  # its fields
     ms: dict[str, float]  # median
@@ -48,8 +48,8 @@ class Row:
     seconds: dict[str, list[float]]  # every call
     memory: dict[str, int] = field(default_factory=dict)  # bytes that a call needs at its peak, where that was measured
     base: str = "kernel"
-    counts: dict[str, float] = field(default_factory=dict)  # what was not timed but counted
-    failed: dict[str, str] = field(default_factory=dict)  # what did not run or was wrong, and its error
+    counts: dict[str, float] = field(default_factory=dict)  # values that are counted, not timed
+    failed: dict[str, str] = field(default_factory=dict)  # the error of each that did not run or was wrong
 
     @property
     def costs(self) -> float:
@@ -58,24 +58,25 @@ class Row:
 
     @property
     def worst_noise(self) -> float:
-        """Of what the others are compared with, and of the reference cost where that was measured."""
+        """The larger noise of the base and of the reference cost, if that was measured."""
         return max(self.noise[name] for name in (self.base, "reference cost") if name in self.noise)
 
     @property
     def ours_failed(self) -> list[str]:
-        """What of this project did not run or was wrong."""
+        """This project's implementations that did not run or were wrong."""
         return [f"{name}: {why}" for name, why in self.failed.items() if ours(name)]
 
 
 def ours(name: str) -> bool:
-    """Whether a name is of this project, not of a baseline or a bound."""
+    """Returns whether a name is of this project's code, not of a baseline or a bound."""
     return name.split()[0] in OURS
 
 
 class Comparison:
     """Times calls that take one input each, `base` among them, on a ring of inputs, by the clock of a device.
 
-    `sums` names what is the sum of several calls within a round. What was not `judged` is called once to warm it up.
+    `sums` names times that are the sum of several calls within a round. Calls that were not `judged` are made once to
+    warm them up.
     """
 
     def __init__(
@@ -103,27 +104,27 @@ class Comparison:
                     calls[name](ring[0])
 
     def time_others(self) -> None:
-        """One round of everything but the base."""
+        """Times one round of everything except the base."""
         for name in rotated(self._others, self._round):
             spent = self._seconds.get(name, ())
             if len(spent) < 3 or sum(spent) < SECONDS:
                 self._time(name)
 
     def time_base(self) -> None:
-        """The base's turn, which ends this round."""
+        """Times the base, which ends this round."""
         if self._base in self._calls:
             self._time(self._base)
         self._round += 1
 
     def run(self, rounds: int) -> Row:
-        """All rounds."""
+        """Times all rounds."""
         for _ in range(rounds):
             self.time_others()
             self.time_base()
         return self.row()
 
     def row(self) -> Row:
-        """What the rounds so far say."""
+        """Returns the row of the rounds so far."""
         seconds = {name: self._seconds[name] for name in sorted(self._seconds, key=self._place)}
         for name, parts in self._sums.items():
             seconds[name] = [sum(times) for times in zip(*(self._seconds[part] for part in parts), strict=False)]
@@ -146,7 +147,7 @@ class Comparison:
         )
 
     def _place(self, name: str) -> int:
-        """Of a name among the calls, in whose order a row has them; what a call names beside it follows the call."""
+        """Returns the place of a name in a row: that of its call; names that a call times in addition follow it."""
         return next((n for n, call in enumerate(self._calls) if name == call or name.startswith(f"{call} ")), 0)
 
     def _time(self, name: str) -> None:
@@ -164,18 +165,19 @@ class Comparison:
 
 
 def rotated(names: Sequence[Input], turn: int) -> list[Input]:
-    """The order of one round: it begins one place later in every round, so that no name always follows the same one."""
+    """Returns the order of one round: it begins one place later in every round, so that no name always follows the same
+    one."""
     start = turn % len(names) if names else 0
     return [*names[start:], *names[:start]]
 
 
 def paired(over: Sequence[float], under: Sequence[float]) -> float:
-    """The median of the ratios within a round."""
+    """Returns the median of the ratios within a round."""
     return statistics.median(a / b for a, b in zip(over, under, strict=True))
 
 
 def spread(values: list[float]) -> float:
-    """Interquartile range over median; 0 of a single value."""
+    """Returns interquartile range over median; 0 for a single value."""
     if len(values) == 1:
         return 0.0
     low, middle, high = statistics.quantiles(values, n=4)
@@ -183,15 +185,15 @@ def spread(values: list[float]) -> float:
 
 
 def ring(make: Callable[[int], Tensor], device: Device) -> list[Tensor]:
-    """make(seed) for three seeds, on the device, and copies of these until they are twice its last cache."""
+    """Returns make(seed) for three seeds, on the device, and copies of these until they are twice its last cache."""
     different = [make(seed).to(device.type) for seed in range(3)]
     copies = math.ceil(2 * device.cache_bytes / different[0].nbytes) - 3
     return different + [different[n % 3].clone() for n in range(copies)]
 
 
 def on_each_isa(name: str, call: Callable[[Input], Result]) -> dict[str, Callable[[Input], Result]]:
-    """`call`, which runs the CPU kernel, as `name`; and before it on every lesser instruction set of this machine, as
-    "name generic" and the like. Raises RuntimeError where there is no such kernel."""
+    """Returns `call`, which runs the CPU kernel, as `name`, and before it on every lesser instruction set of this
+    machine, as "name generic" and the like. Raises RuntimeError if there is no such kernel."""
     reason = apet_kernels.why_unavailable("cpu")
     if reason is not None:
         raise RuntimeError(f"there is no CPU kernel to measure: {reason}")

@@ -1,4 +1,5 @@
-"""What a benchmark runs on, and its clock: the CPU, a GPU (CUDA or ROCm), or the CPU as a GPU's interpreter."""
+"""The devices that a benchmark runs on, and their clocks: a CPU, a GPU (CUDA or ROCm), or a CPU that interprets
+kernels."""
 
 from __future__ import annotations
 
@@ -24,7 +25,7 @@ INFINITY_CACHE = 256 * 2**20
 
 
 class Device(abc.ABC):
-    """What differs between them."""
+    """The operations that differ between devices."""
 
     type: str  # as torch calls it: "cuda" (ROCm too) or "cpu"
     name: str
@@ -33,25 +34,25 @@ class Device(abc.ABC):
 
     @abc.abstractmethod
     def seconds(self, call: Callable[[], object]) -> float:
-        """That `call` takes, until everything it started has ended."""
+        """Returns the seconds of `call`, until all work that it started has ended."""
 
     @abc.abstractmethod
     def graphed(self, call: Callable[[], Any]) -> Callable[[], Any]:
-        """`call` with its launches replayed from a graph, returning what they write to.
+        """Returns `call` with its launches replayed from a graph; it returns the tensors that they write.
 
         A replay reads the addresses that it was made with: change an input in place.
         """
 
     @abc.abstractmethod
     def describe(self) -> dict[str, str]:
-        """For the head of a table."""
+        """Returns a description for the head of a table."""
 
     def release(self) -> None:
-        """Gives back what a case has held."""
+        """Frees the memory that a case has held."""
         gc.collect()
 
     def close(self) -> None:
-        """After the last case."""
+        """Releases the device after the last case."""
         self.release()
 
 
@@ -68,7 +69,7 @@ class Cpu(Device):
         return time.perf_counter() - begin
 
     def graphed(self, call: Callable[[], Any]) -> Callable[[], Any]:
-        """A CPU has no graphs: `call` itself, called once."""
+        """Returns `call` itself, called once: a CPU has no graphs."""
         call()
         return call
 
@@ -141,7 +142,7 @@ class DryRun(Cpu):
 
 
 def cpu(smoke: bool = False) -> Device:
-    """The CPU. Raises RuntimeError where there is no CPU kernel."""
+    """Returns the CPU. Raises RuntimeError if there is no CPU kernel."""
     reason = apet_kernels.why_unavailable("cpu")
     if reason is not None:
         raise RuntimeError(f"there is no CPU kernel to measure: {reason}")
@@ -149,7 +150,7 @@ def cpu(smoke: bool = False) -> Device:
 
 
 def gpu(smoke: bool = False) -> Device:
-    """The GPU; with --smoke, where there is none, a dry run. Raises RuntimeError where neither is possible."""
+    """Returns the GPU; with --smoke and without a GPU a dry run. Raises RuntimeError if neither is possible."""
     if torch.cuda.is_available():
         return Gpu()
     if not smoke:
@@ -160,7 +161,7 @@ def gpu(smoke: bool = False) -> Device:
 
 
 def _driver() -> str:
-    """Version of the NVIDIA or AMD kernel driver, as the system says."""
+    """Returns the version of the NVIDIA or AMD kernel driver."""
     command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[0]

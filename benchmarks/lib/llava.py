@@ -1,6 +1,6 @@
 """The model that hooks and serving are measured with: the vision encoder of LLaVA-1.5, a decoder as wide as a 1B Llama.
 
-Together PARAMETERS. Weights are random: what is measured does not depend on them.
+It has PARAMETERS parameters in all. The weights are random, since the measurements do not depend on them.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ class Size:
 
     @classmethod
     def of(cls, *, vision: tuple[int, int, int, int], text: tuple[int, int, int, int, int]) -> Size:
-        """Hidden and intermediate size, layers, heads, and of the decoder those of keys."""
+        """Returns a size from hidden and intermediate size, layers and heads; for the decoder also the number of key
+        heads."""
         names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
         return cls(dict(zip(names, vision, strict=False)), dict(zip(names, text, strict=True)))
 
@@ -40,7 +41,7 @@ TEMPLATE = "{% for message in messages %}{{ message['role'] }}: {{ message['cont
 
 
 def config(size: Size, vocabulary: int, image: int, **more: Any) -> Any:
-    """A LlavaConfig of this size; image: the id of its placeholder, more: of the decoder."""
+    """Returns a LlavaConfig of this size; image: the id of its placeholder; more: further fields of the decoder."""
     return transformers.LlavaConfig(
         vision_config=transformers.CLIPVisionConfig(**size.vision, **PICTURE, projection_dim=768),
         text_config=transformers.LlamaConfig(**size.text, vocab_size=vocabulary, max_position_embeddings=4096, **more),
@@ -50,7 +51,7 @@ def config(size: Size, vocabulary: int, image: int, **more: Any) -> Any:
 
 
 def save(folder: Path, size: Size) -> None:
-    """Config and processor, as a server reads them that makes up the weights. A byte of text is a token."""
+    """Writes config and processor for a server that makes up the weights. Each byte of text is a token."""
     pad, bos, eos, image = range(len(SPECIAL))
     ids = {word: number for number, word in enumerate([*SPECIAL, *BYTES])}
     tokens = Tokenizer(models.BPE(ids, merges=[]))

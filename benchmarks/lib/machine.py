@@ -1,4 +1,4 @@
-"""Where and on what a table was measured."""
+"""Describes the machine and the software of a measurement."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 
 
 def describe() -> dict[str, str]:
-    """Machine, versions, commit and command, for the head of a table."""
+    """Returns machine, versions, commit and command, for the head of a table."""
     return {
         "machine": f"{_processor()}, {os.cpu_count()} cores, {_caches()}",
         "torch": f"{torch.__version__}, Python {platform.python_version()}, {torch.get_num_threads()} threads",
@@ -25,7 +25,7 @@ def describe() -> dict[str, str]:
 
 
 def commit() -> str:
-    """The commit that this tree is at, "+" if files differ from it, or "unknown" outside git."""
+    """Returns the commit that this tree is at, with "+" if files differ from it, or "unknown" outside git."""
     root = Path(__file__).parent
     try:
         result = ["git", "-C", str(root), "describe", "--always", "--abbrev=10", "--exclude=*", "--dirty=+"]
@@ -35,12 +35,12 @@ def commit() -> str:
 
 
 def last_level_cache() -> int:
-    """Bytes of the largest cache of the first core; 32 MiB where the system does not say."""
+    """Returns the bytes of the largest cache of the first core; 32 MiB if the system does not tell."""
     return max((size for _, size in _cache_sizes()), default=32 * 2**20)
 
 
 def available_memory() -> int:
-    """Bytes that can be allocated without swapping."""
+    """Returns the bytes that can be allocated without swapping."""
     for line in Path("/proc/meminfo").read_text().splitlines():
         if line.startswith("MemAvailable:"):
             return int(line.split()[1]) * 1024
@@ -58,7 +58,7 @@ def _processor() -> str:
 
 
 def _cache_sizes() -> list[tuple[str, int]]:
-    """("L2", bytes) of every data cache that the first core sees."""
+    """Returns ("L2", bytes) of every data cache of the first core."""
     found = []
     for index in sorted(Path("/sys/devices/system/cpu/cpu0/cache").glob("index*")):
         if (index / "type").read_text().strip() != "Instruction":

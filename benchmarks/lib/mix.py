@@ -1,5 +1,5 @@
-"""Selection by the CUDA kernels, merging by Triton's: what a dispatcher could do where the second has the faster matrix
-instructions. Measured by benchmarks/gpu_quick.py."""
+"""Selection by the CUDA kernels and merging by Triton's: a dispatcher could combine them if Triton has the faster
+matrix instructions. benchmarks/gpu_quick.py measures it."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from apet_kernels import dispatch
 
 
 def compress(x: Tensor, keep: int, basis: int, layout: str, start: int, ridge: float) -> tuple[Tensor, ...]:
-    """tokens [B, K, D] and indices [B, K], as `torch.ops.apet.compress`: one launch of CUDA, and Triton's but for the
-    sweeps."""
+    """Returns tokens [B, K, D] and indices [B, K] as `torch.ops.apet.compress` does: one launch of CUDA, and those of
+    Triton without the sweeps."""
     from apet_kernels.triton_kernels import launch
 
     call = launch.compress(x, keep, basis, layout=layout, start=start, ridge=ridge)

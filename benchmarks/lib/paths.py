@@ -1,6 +1,6 @@
-"""The calls that every CUDA path has to answer with the same bits: every op and layout, each dtype, rows of whole
-16-byte words and others. tests/test_gpu_paths.py and benchmarks/gpu_quick.py force the paths of `testing.cuda_paths`.
-"""
+"""The calls that every CUDA path has to answer with the same bits: every op and layout, each dtype, and rows with and
+without whole 16-byte words. tests/test_gpu_paths.py and benchmarks/gpu_quick.py force the paths of
+`testing.cuda_paths`."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ OPS = ("inplace", "overwrite", "append", "varlen", "score", "merge")
 
 @dataclass(frozen=True)
 class Shape:
-    """x [B, N, D]; K kept; M basis tokens."""
+    """The sizes of a call: x [B, N, D]; K kept; M basis tokens."""
 
     B: int
     N: int
@@ -49,12 +49,12 @@ class Call:
         return f"{s.B}x{s.N}x{s.D} keep {s.keep} {str(self.dtype).removeprefix('torch.')} {self.op}"
 
     def tokens(self) -> Tensor:
-        """x [B, N, D] on the CPU."""
+        """Returns x [B, N, D] on the CPU."""
         s = self.shape
         return tokens(s.B, s.N, s.D, dtype=self.dtype, kind="clustered", seed=s.N)
 
     def run(self, device: str, backend: str = "cuda") -> tuple[Tensor, ...]:
-        """The results, by one backend, on a device."""
+        """Runs the call by one backend on a device; returns the results."""
         s, x = self.shape, self.tokens().to(device)
         if self.op in ops.LAYOUTS:
             return tuple(apet_kernels.compress(x, s.keep, s.basis, layout=self.op, backend=backend))
@@ -68,25 +68,30 @@ class Call:
         packed = x.flatten(0, 1)[: s.N]
         return tuple(apet_kernels.compress_packed(packed, lengths, keeps, s.basis, layout="append", backend=backend))
 
-    def judged(self, device: str, backend: str = "cuda") -> None:
+    def judged(self, device: str) -> None:
         """Judges a layout against float64 (tests/judge.py). Raises AssertionError, what is wrong first."""
-
-        def carried(function: Callable[..., Any]) -> Callable[..., tuple[Tensor, ...]]:
-            return lambda x, *args, **options: tuple(
-                t.cpu() for t in function(x.to(device), *args, **options, backend=backend)
-            )
-
-        functions = SimpleNamespace(score=carried(apet_kernels.score), compress=carried(apet_kernels.compress))
+        functions = carried(device, "cuda")
         judge.check(functions, self.tokens(), self.shape.keep, self.shape.basis, layout=self.op)
 
 
+def carried(device: str, backend: str) -> SimpleNamespace:
+    """What judge.check asks of a backend, for tensors on the CPU."""
+
+    def over(function: Callable[..., Any]) -> Callable[..., tuple[Tensor, ...]]:
+        return lambda x, *args, **options: tuple(
+            t.cpu() for t in function(x.to(device), *args, **options, backend=backend)
+        )
+
+    return SimpleNamespace(score=over(apet_kernels.score), compress=over(apet_kernels.compress))
+
+
 def calls(tiny: bool = False) -> list[Call]:
-    """All of them; tiny: for a simulated GPU."""
+    """Returns all calls; tiny: those for a simulated GPU."""
     return [Call(op, dtype, shape) for shape in (TINY if tiny else REAL) for dtype in ops.DTYPES for op in OPS]
 
 
 def forced(call: Call, way: testing.CudaPath, device: str) -> tuple[Tensor, ...] | None:
-    """The results in one way; None where the device cannot run the call so."""
+    """Returns the results on one path; None if the device cannot run the call on it."""
     with testing.use_cuda_path(way):
         try:
             return call.run(device)
@@ -97,7 +102,7 @@ def forced(call: Call, way: testing.CudaPath, device: str) -> tuple[Tensor, ...]
 
 
 def digest(results: tuple[Tensor, ...]) -> str:
-    """Of dtypes, shapes and bytes."""
+    """Returns a digest of dtypes, shapes and bytes."""
     found = hashlib.sha256()
     for t in results:
         found.update(f"{t.dtype} {tuple(t.shape)}".encode())

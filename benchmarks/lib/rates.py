@@ -1,4 +1,4 @@
-"""The rates of a GPU, measured: what floors are computed with."""
+"""Measures the rates of a GPU, from which floors are computed."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from benchmarks.lib.device import Device
 
 
 def measure(device: Device) -> floors.Rates:
-    """The ceilings of this machine: the fastest of ten for copies and products, the mean over a chain for launches."""
+    """Measures the ceilings of this machine: the fastest of ten for copies and products, the mean over a chain for
+    launches."""
     large = device.type == "cuda"
     source = torch.empty(2**28 if large else 2**16, device=device.type).normal_()
     target = torch.empty_like(source)

@@ -1,4 +1,4 @@
-"""A table, before it is rich or markdown."""
+"""A table that can be printed or written as markdown."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Sheet(NamedTuple):
 
 
 def markdown(sheet: Sheet) -> str:
-    """Title, table and note."""
+    """Returns title, table and note as markdown."""
     rule = ["---"] * len(sheet.columns)
     table = "\n".join("| " + " | ".join(line) + " |" for line in [sheet.columns, rule, *sheet.lines])
     note = "\n".join(f"- {part}" for part in re.split(r"(?<=\.) ", sheet.note))
@@ -28,13 +28,13 @@ def markdown(sheet: Sheet) -> str:
 
 
 def document(head: dict[str, str], sheets: list[Sheet]) -> str:
-    """Head and tables, as docs/ holds them."""
+    """Returns head and tables as markdown, in the form of docs/."""
     parts = ["\n".join(f"- {key}: {value}" for key, value in head.items()), *map(markdown, sheets)]
     return "\n\n".join(parts) + "\n"
 
 
 def replaced(text: str, begin: str, end: str, body: str) -> str:
-    """`text` with what is between its two markers replaced. Raises ValueError where one is missing."""
+    """Returns `text` with the part between its two markers replaced. Raises ValueError if one is missing."""
     before, found, rest = text.partition(begin)
     _, closed, after = rest.partition(end)
     if not found or not closed:
@@ -43,8 +43,8 @@ def replaced(text: str, begin: str, end: str, body: str) -> str:
 
 
 def show(console: Console, head: dict[str, str], sheets: list[Sheet]) -> None:
-    """The same on a terminal."""
-    from rich.table import Table  # here, so that the GPU check runs without it
+    """Prints head and tables on a terminal."""
+    from rich.table import Table  # imported here, so that the GPU check runs without it
 
     for key, value in head.items():
         console.print(f"[bold]{key}[/bold] {value}", highlight=False, soft_wrap=True)

@@ -1,10 +1,10 @@
-"""What the suites share: a command line, a file of results, and the head that says where it was measured.
+"""The shared parts of the suites: the command line, the file of results, and a head that describes the machine.
 
     python -m benchmarks.SUITE [--smoke] [--rounds N] [--only TEXT ...] [--json FILE]
 
 --only keeps the cases whose name, such as "1x576x1024 keep 64 float32 overwrite", holds every TEXT given. Results are
-written after every case, one to a line, every call in them; `python -m benchmarks.report` makes docs/benchmarks.md
-of them, `python -m benchmarks.regress` compares two.
+written after every case, one to a line, with every call; `python -m benchmarks.report` makes docs/benchmarks.md from
+them, `python -m benchmarks.regress` compares two.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ SMOKE_ROUNDS = 3
 
 @dataclass
 class Results:
-    """A file of them. `rates`: of the device, measured in the same run."""
+    """The results in a file. `rates`: those of the device, measured in the same run."""
 
     suite: str
     head: dict[str, str]
@@ -43,7 +43,7 @@ class Results:
 
 @dataclass(frozen=True)
 class Suite:
-    """Cases, how each is measured, and how it is shown."""
+    """A suite: its cases, the measurement of each, and its tables."""
 
     name: str
     about: str  # one line
@@ -58,11 +58,11 @@ class Suite:
     head: Callable[[dict[str, Any]], dict[str, str]] = lambda rates: {"ceilings": said(rates)}
 
     def measure(self, case: Any, device: Device, rounds: int) -> Row:
-        """Time, and where the suite has it memory."""
+        """Measures time and, if the suite has it, memory."""
         return dataclasses.replace(self.compare(case, device).run(rounds), memory=self.memory(case))
 
     def main(self) -> None:
-        """Measures, shows, writes. Exits with 1 if something of this project failed, 2 if there is no device."""
+        """Measures, shows and writes. Exits with 1 if code of this project failed, with 2 if there is no device."""
         parser = command.parser(self.name, self.about)
         parser.add_argument("--smoke", action="store_true", help=f"tiny cases and {SMOKE_ROUNDS} rounds")
         parser.add_argument("--rounds", type=int, default=self.rounds, help=f"calls of each ({self.rounds})")
@@ -92,12 +92,12 @@ class Suite:
 
 
 def failures(results: Results) -> list[str]:
-    """What did not run or was wrong, each with its error."""
+    """Returns what did not run or was wrong, each with its error."""
     return [f"{named(row.case)}: {name}: {why}" for row in results.rows for name, why in row.failed.items()]
 
 
 def said(rates: dict[str, float]) -> str:
-    """Ceilings, for the head of a table."""
+    """Returns the measured ceilings, for the head of a table."""
     products = ", ".join(f"{name} {rates[f'{name} GFLOP/s']:.0f} GFLOP/s" for name in ("float32", "bfloat16"))
     return (
         f"torch.mm of 2048^3 {products}, the fastest product {rates['peak GFLOP/s']:.0f} GFLOP/s; "
@@ -107,30 +107,30 @@ def said(rates: dict[str, float]) -> str:
 
 
 def save(results: Results, path: Path) -> None:
-    """As JSON, four digits of every number, a row to a line."""
+    """Writes JSON with four digits of every number, a row to a line."""
     rows = ",\n".join(json.dumps(_short(dataclasses.asdict(row))) for row in results.rows)
     head = json.dumps({"suite": results.suite, "head": results.head, "rates": _short(results.rates)}, indent=1)
     path.write_text(f'{head[:-2]},\n "rows": [\n{rows}\n]}}\n')
 
 
 def load(path: Path) -> Results:
-    """What `save` wrote."""
+    """Reads a file that `save` wrote."""
     found = json.loads(path.read_text())
     return Results(found["suite"], found["head"], found["rates"], [Row(**row) for row in found["rows"]])
 
 
 def named(case: dict[str, Any]) -> str:
-    """A case's fields in a line."""
+    """Returns a case's fields in a line."""
     return ", ".join(f"{name} {value}" for name, value in case.items())
 
 
 def noisy(row: Row) -> list[str]:
-    """A remark if the machine was too busy for the row to count."""
+    """Returns a remark if the machine was too busy for the row to count."""
     return [f"noise {row.worst_noise:.0%}, measure again on an idle machine"] if row.worst_noise > NOISE else []
 
 
 def ms(row: Row, name: str) -> str:
-    """Milliseconds; (n) after fewer rounds than the base's; - of what was not measured."""
+    """Formats milliseconds; (n) after fewer rounds than the base's; - if it was not measured."""
     if name not in row.ms:
         return "-"
     few = f" ({row.rounds[name]})" if row.rounds[name] < row.rounds[row.base] else ""
@@ -138,7 +138,7 @@ def ms(row: Row, name: str) -> str:
 
 
 def number(value: float) -> str:
-    """Three digits, and no exponent."""
+    """Formats a number with three digits and no exponent."""
     return f"{value:.3g}" if value < 1000 else f"{value:.0f}"
 
 

@@ -43,7 +43,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def run(step: str, given: argparse.Namespace) -> None:
-    """One step."""
+    """Runs one step."""
     head = describe()
     if step == "features":
         features.extract(given.folder, features.SIZES, given.seed, given.photos)

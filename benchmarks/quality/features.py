@@ -25,7 +25,7 @@ BATCH = 8
 
 
 class Eye:
-    """The encoder, giving tokens and class attention of several layers at once."""
+    """The encoder, which gives tokens and class attention of several layers at once."""
 
     def __init__(self) -> None:
         # One layer more than is read: the last hidden state is the only one that a final norm could have touched.
@@ -34,7 +34,8 @@ class Eye:
         self.mean, self.std = (torch.tensor(v).view(1, 3, 1, 1) for v in (self.encoder.mean, self.encoder.std))
 
     def look(self, pixels: np.ndarray) -> tuple[Tensor, Tensor]:
-        """pixels [B, H, W, 3] in 0..255 -> tokens [B, layers, N, D], attention [B, layers, N] (mean over heads)."""
+        """Returns tokens [B, layers, N, D] and attention [B, layers, N] (mean over heads) of pixels [B, H, W, 3] in
+        0..255."""
         x = (torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 255 - self.mean) / self.std
         with torch.inference_mode():
             seen = self.encoder.model(pixel_values=x, output_hidden_states=True, output_attentions=True)
@@ -45,7 +46,7 @@ class Eye:
 
 @dataclass
 class Split:
-    """Features and questions of the scenes of a split.
+    """The features and questions of the scenes of a split.
 
     tokens [n, layers, N, D] and attention [n, layers, N] float16 on disk; questions [q, 4] of scene, kind, argument,
     answer; source [n], an index into `names`.
@@ -58,7 +59,7 @@ class Split:
     names: list[str]
 
     def layer(self, layer: int) -> tuple[Tensor, Tensor]:
-        """tokens [n, N, D] and attention [n, N] of one layer, float16 and float32."""
+        """Returns tokens [n, N, D] and attention [n, N] of one layer, float16 and float32."""
         at = LAYERS.index(layer)
         return torch.from_numpy(self.tokens[:, at].copy()), torch.from_numpy(self.attention[:, at].astype(np.float32))
 
@@ -98,7 +99,7 @@ def write(folder: Path, split: str, made: Iterator[scenes.Scene], count: int, ey
 
 
 def read(folder: Path, split: str) -> Split:
-    """What `extract` wrote. Raises: FileNotFoundError, with the command to run, where it has not."""
+    """Reads what `extract` wrote. Raises: FileNotFoundError, with the command to run, if there is nothing."""
     if not (folder / f"{split}.json").exists():
         raise FileNotFoundError(f"no features of split {split!r} in {folder}: python -m benchmarks.quality features")
     with np.load(folder / f"{split}.npz") as stored:
@@ -108,7 +109,7 @@ def read(folder: Path, split: str) -> Split:
 
 
 def _open(path: Path, shape: tuple[int, ...]) -> np.ndarray:
-    """The file of an earlier call if it has this shape, else a new one of zeros."""
+    """Opens the file of an earlier call if it has this shape, else makes a new one of zeros."""
     if path.exists() and np.load(path, mmap_mode="r").shape == shape:
         return np.load(path, mmap_mode="r+")
     return np.lib.format.open_memmap(path, "w+", np.float16, shape)

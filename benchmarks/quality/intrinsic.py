@@ -23,7 +23,7 @@ CLIP_CROPS = 24
 
 
 def pictures(seed: int) -> Iterator[tuple[str, np.ndarray]]:
-    """Source and pixels [H, W, 3] of fresh crops of every source, without digits in them."""
+    """Yields source and pixels [H, W, 3] of fresh crops of every source, without digits in them."""
     every = [s for split in scenes.SOURCES for s in scenes.sources(split)]
     for number, source in enumerate(every):
         draw = np.random.default_rng((seed, 3, number))
@@ -58,9 +58,9 @@ def study(folder: Path, results: Path, head: dict[str, Any]) -> None:
 
 
 def losses(x: Tensor, rows: Tensor) -> Tensor:
-    """x [B, N, D], rows [B, K, D] -> [measures, B] float64.
+    """Returns both measures [measures, B] float64 for x [B, N, D] and rows [B, K, D].
 
-    The span's part is found by the eigenvectors of the rows' products, since rows may repeat or depend on each other.
+    The span is found by the eigenvectors of the rows' products, since rows may repeat or depend on each other.
     """
     X, R = x.double(), rows.double()
     energy = (X - X.mean(1, keepdim=True)).square().sum((1, 2))  # [B]

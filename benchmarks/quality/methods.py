@@ -1,8 +1,8 @@
-"""What the studies compare: the other methods, and ApET with one thing changed at a time.
+"""The ways that the studies compare: the other methods, and ApET with one thing changed at a time.
 
 A way takes (x [B, N, D] float32, keep, attention [B, N]) and returns rows [B, keep, D] and the position [B, keep] of
-each. The number of rows is `keep` for all of them: `append` keeps so many tokens less as it appends. Where keep <= 10,
-layouts that need more tokens than basis tokens get a basis of half as many.
+each. The number of rows is `keep` for all of them: `append` keeps fewer tokens, by the number of those that it appends.
+If keep <= 10, layouts that need more tokens than basis tokens get a basis of half as many.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ SEED = 7  # of random tokens and random bases
 
 
 def apet(x: Tensor, keep: int, attention: Tensor, basis: int = BASIS, **options: Any) -> tuple[Tensor, Tensor]:
-    """The op. With layout="append" the kept and the appended rows are `keep` together."""
+    """Runs the op. With layout="append" the kept and the appended rows are `keep` together."""
     layout = options.get("layout", "inplace")
     if layout != "inplace":
         basis = min(basis, keep // 2)
@@ -35,25 +35,27 @@ def apet(x: Tensor, keep: int, attention: Tensor, basis: int = BASIS, **options:
 
 
 def everything(x: Tensor, keep: int, attention: Tensor) -> tuple[Tensor, Tensor]:
-    """What compression is measured against."""
+    """Keeps all tokens: the baseline of every comparison."""
     return x, torch.arange(x.shape[1]).expand(x.shape[:2])
 
 
-def selected(x: Tensor, keep: int, basis: int = BASIS) -> tuple[Tensor, Tensor]:
-    """What the default keeps: positions [B, keep], ascending, and which of them are basis tokens [B, keep]."""
-    _, kept = apet_kernels.compress(x, keep, basis)
-    _, picks = apet_kernels.score(x, basis)  # [B, M]
+def selected(x: Tensor, keep: int) -> tuple[Tensor, Tensor]:
+    """Returns the tokens that the default keeps: positions [B, keep], ascending, and which are basis tokens [B,
+    keep]."""
+    _, kept = apet_kernels.compress(x, keep, BASIS)
+    _, picks = apet_kernels.score(x, BASIS)  # [B, M]
     return kept, (kept[..., None] == picks[:, None]).any(-1)
 
 
 def unmerged(x: Tensor, keep: int, attention: Tensor) -> tuple[Tensor, Tensor]:
-    """The default's tokens as they were: what is dropped is lost."""
+    """Keeps the default's tokens unchanged: dropped tokens are lost."""
     kept, _ = selected(x, keep)
     return x.gather(1, kept[..., None].expand(-1, -1, x.shape[-1])), kept
 
 
 def merged_past_basis(x: Tensor, keep: int, attention: Tensor) -> tuple[Tensor, Tensor]:
-    """The default's tokens; what is dropped is merged into those that are not basis, as the released code does."""
+    """Keeps the default's tokens; dropped tokens are merged only into those that are not basis, as in the released
+    code."""
     kept, is_basis = selected(x, keep)
     if keep <= BASIS:
         return unmerged(x, keep, attention)
@@ -61,20 +63,20 @@ def merged_past_basis(x: Tensor, keep: int, attention: Tensor) -> tuple[Tensor, 
 
 
 def residual_alone(x: Tensor, keep: int, attention: Tensor) -> tuple[Tensor, Tensor]:
-    """The largest residuals, without the basis: it only serves to find them."""
+    """Keeps the largest residuals without the basis, which only serves to find them."""
     kept = alternatives.ranked(apet_kernels.score(x, BASIS)[0], keep)
     return apet_kernels.merge(x, kept), kept
 
 
 def random_basis(x: Tensor, keep: int, attention: Tensor) -> tuple[Tensor, Tensor]:
-    """As the default, but the basis is drawn."""
+    """Like the default, but with a random basis."""
     basis = alternatives.random(x, min(BASIS, keep), seed=SEED)[1]  # [B, M]
     kept = alternatives.ranked(residuals(x, basis).scatter(1, basis, torch.inf), keep)
     return apet_kernels.merge(x, kept), kept
 
 
 def residuals(x: Tensor, basis: Tensor, ridge: float = 1e-5) -> Tensor:
-    """e^2 [B, N] of the tokens [B, N, D] rebuilt from those at basis [B, M], in float64."""
+    """Returns e^2 [B, N] of the tokens [B, N, D] rebuilt from those at basis [B, M], in float64."""
     X = x.double()
     S = X.gather(1, basis[..., None].expand(-1, -1, x.shape[-1]))  # [B, M, D]
     W = torch.linalg.solve(S @ S.mT + ridge * torch.eye(basis.shape[1], dtype=X.dtype), S @ X.mT)  # [B, M, N]
@@ -82,13 +84,14 @@ def residuals(x: Tensor, basis: Tensor, ridge: float = 1e-5) -> Tensor:
 
 
 def other(name: str, x: Tensor, keep: int, attention: Tensor, merge: bool = False) -> tuple[Tensor, Tensor]:
-    """A method of benchmarks/lib/alternatives.py; `merge`: what it drops is merged into what it keeps, as ApET does."""
+    """Runs a method of benchmarks/lib/alternatives.py; `merge`: dropped tokens are merged into the kept ones, as ApET
+    does."""
     tokens, kept = alternatives.METHODS[name](x, keep, attention=attention, seed=SEED)
     return (apet_kernels.merge(x, kept) if merge else tokens), kept
 
 
 DEFAULT = "apet"
-# At every budget.
+# Compared at every budget.
 MAIN: dict[str, Way] = {
     DEFAULT: apet,
     "apet overwrite": functools.partial(apet, layout="overwrite"),
@@ -100,7 +103,7 @@ MAIN: dict[str, Way] = {
         for name in ("random", "uniform", "fps", "divprune")
     },
 }
-# At two budgets. With basis >= keep nothing is left to the residual: farthest-point sampling, merged.
+# Compared at two budgets. With basis >= keep the residual chooses nothing: it is farthest-point sampling with merging.
 VARIANTS: dict[str, Way] = {
     "merge past basis": merged_past_basis,
     "residual alone": residual_alone,
@@ -116,7 +119,7 @@ VARIANTS: dict[str, Way] = {
 
 
 def ways(budget: int) -> dict[str, Way]:
-    """All that is compared at a budget; at FULL, `everything`."""
+    """Returns all ways that are compared at a budget; at FULL only `everything`."""
     if budget == FULL:
         return {"full": everything}
     return MAIN | VARIANTS if budget in VARIANT_BUDGETS else MAIN

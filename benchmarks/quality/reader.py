@@ -1,8 +1,8 @@
 """A small network that answers questions about a picture from its tokens; it is trained on full token sets only.
 
-It stands in for the language model of a VLM, which also meets compressed tokens without having been trained on them. It
-looks at tokens through cross-attention alone, in rounds, so that any number of tokens in any order will do; a token
-brings its position (row and column of its patch) along.
+It stands in for the language model of a VLM, which also gets compressed tokens without having been trained on them. It
+reads tokens only by cross-attention, in rounds, so it takes any number of tokens in any order; each token comes with
+its position (row and column of its patch).
 """
 
 from __future__ import annotations
@@ -19,19 +19,19 @@ from benchmarks.quality.scenes import KINDS, NO_ARGUMENT
 WIDTH, HEADS, ROUNDS = 96, 4, 2
 EPOCHS, IMAGES, RATE, DECAY, DROPOUT = 15, 32, 2e-3, 0.05, 0.1
 SIDE = 16  # patches to an edge
-OFFSETS = torch.tensor([0, *KINDS.values()]).cumsum(0)  # [kinds + 1]: whose logits are whose
+OFFSETS = torch.tensor([0, *KINDS.values()]).cumsum(0)  # [kinds + 1]: where the logits of each kind begin
 
 
 @dataclass
 class Asked:
-    """Questions of n pictures, Q each, padded: kind, argument, answer [n, Q] int64; answer -1 where there is none."""
+    """Questions of n pictures, Q each, padded: kind, argument, answer [n, Q] int64; answer -1 if there is none."""
 
     kind: Tensor
     argument: Tensor
     answer: Tensor
 
     def of(self, pictures: Tensor) -> Asked:
-        """Those of some pictures [b]."""
+        """Returns the questions of some pictures [b]."""
         return Asked(self.kind[pictures], self.argument[pictures], self.answer[pictures])
 
 
@@ -47,7 +47,7 @@ class _Round(nn.Module):
         )
 
     def forward(self, asked: Tensor, seen: Tensor) -> Tensor:
-        """asked [B, Q, W], seen [B, K, W] -> [B, Q, W]."""
+        """Updates asked [B, Q, W] from seen [B, K, W]."""
         q, k, v = (
             part.unflatten(-1, (HEADS, -1)).transpose(1, 2)  # [B, heads, Q or K, W / heads]
             for part in (self.q(self.norm_q(asked)), *self.kv(seen).chunk(2, -1))
@@ -58,7 +58,7 @@ class _Round(nn.Module):
 
 
 class Reader(nn.Module):
-    """tokens and positions, kinds and arguments -> logits."""
+    """Computes logits from tokens, positions, kinds and arguments."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -70,8 +70,10 @@ class Reader(nn.Module):
         self.answer = nn.Sequential(nn.LayerNorm(WIDTH), nn.Linear(WIDTH, int(OFFSETS[-1])))
 
     def forward(self, tokens: Tensor, positions: Tensor, kind: Tensor, argument: Tensor) -> Tensor:
-        """tokens [B, K, D], positions [B, K], kind and argument [B, Q] -> logits [B, Q, all answers], -inf at answers
-        to other kinds of questions."""
+        """Returns logits [B, Q, all answers], -inf for answers to other kinds of questions.
+
+        tokens [B, K, D], positions [B, K], kind and argument [B, Q].
+        """
         place = self.row(positions // SIDE) + self.column(positions % SIDE)
         seen = self.seen(self.enter(self.norm(tokens)) + place)  # [B, K, W]
         asked = self.kind(kind) + self.argument(argument)  # [B, Q, W]
@@ -83,7 +85,8 @@ class Reader(nn.Module):
 
 
 def train(tokens: Tensor, asked: Asked, seed: int, epochs: int = EPOCHS) -> Reader:
-    """A reader of full token sets. tokens [n, N, D] of any float dtype; asked of the same n pictures."""
+    """Trains a reader on full token sets. tokens [n, N, D] of any float dtype; asked: questions of the same n
+    pictures."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         reader = Reader(tokens.shape[-1]).train()
@@ -93,7 +96,7 @@ def train(tokens: Tensor, asked: Asked, seed: int, epochs: int = EPOCHS) -> Read
         for _ in range(epochs):
             for some in torch.randperm(len(tokens)).split(IMAGES):
                 x, asks = tokens[some].float(), asked.of(some)
-                with torch.autocast("cpu", torch.bfloat16):  # half the time, here and only here
+                with torch.autocast("cpu", torch.bfloat16):  # halves the time; used only in training
                     logits = reader(x, torch.arange(x.shape[1]).expand(len(x), -1), asks.kind, asks.argument)
                 target = torch.where(asks.answer < 0, -100, asks.answer + OFFSETS[asks.kind])
                 loss = F.cross_entropy(logits.float().flatten(0, 1), target.flatten())
@@ -106,7 +109,7 @@ def train(tokens: Tensor, asked: Asked, seed: int, epochs: int = EPOCHS) -> Read
 
 
 def correct(reader: Reader, tokens: Tensor, positions: Tensor, asked: Asked) -> Tensor:
-    """Whether each answer is right: [n, Q] bool. tokens [n, K, D], positions [n, K]."""
+    """Returns whether each answer is right: [n, Q] bool. tokens [n, K, D], positions [n, K]."""
     right = []
     with torch.inference_mode():
         for some in torch.arange(len(tokens)).split(100):

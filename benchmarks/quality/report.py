@@ -1,4 +1,4 @@
-"""docs/quality.md, its plots and its pictures, from the raw results."""
+"""Writes docs/quality.md, its plots and its pictures from the raw results."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ SHOWN = ("apet", "apet overwrite", "tome", "divprune", "visionzip", "fastv", "fp
 
 
 def write(results: Path, docs: Path) -> None:
-    """quality.md, quality-task.png and quality-intrinsic.png into `docs`, from what the studies left in `results`."""
+    """Writes quality.md, quality-task.png and quality-intrinsic.png into `docs`, from the files in `results`."""
     with np.load(results / "task-pictures.npz") as stored:
         numbers = {"train": int(stored["train"]), "epochs": int(stored["epochs"])}
         numbers |= {name: len(stored[f"{name}/source"]) for name in ("val", "test")}
@@ -60,7 +60,7 @@ def write(results: Path, docs: Path) -> None:
 
 
 def draw(docs: Path) -> None:
-    """quality-kept.png: one photograph of scikit-image at five budgets."""
+    """Draws quality-kept.png: one photograph of scikit-image at five budgets."""
     encoder = encoders.load()
     photo = scenes.sources("test")[1].frames[0]  # the cup of coffee
     square = photo.crop((100, 0, 500, 400))
@@ -76,11 +76,11 @@ def draw(docs: Path) -> None:
     figure.savefig(docs / "quality-kept.png", dpi=55)
 
 
-# ---- in short
+# ---- the summary
 
 
 def _verdict(results: Path) -> str:
-    """The default against each other method, and whether it is the best variant of ApET."""
+    """Returns the default against each other method, and whether it is the best variant of ApET."""
     lines = ["## In short", "", markdown(_wins(results)), "", "### The best variant of ApET", ""]
     for budget in methods.VARIANT_BUDGETS:
         names = ["apet", "apet overwrite", "apet append", "apet unmerged", *methods.VARIANTS]
@@ -109,7 +109,7 @@ def _verdict(results: Path) -> str:
 
 
 def _wins(results: Path) -> Sheet:
-    """A row for each other method: whether the default wins at each budget."""
+    """Returns a row for each other method: whether the default wins at each budget."""
     retained = [
         [answers(results, layer, "test").retained(budget, methods.DEFAULT).value for layer in features.LAYERS]
         for budget in methods.BUDGETS
@@ -132,7 +132,7 @@ def _wins(results: Path) -> Sheet:
 
 
 def _standing(results: Path, budget: int, name: str) -> str:
-    """Whether a way is "better" or "worse" than the default beyond the intervals, or "even"."""
+    """Returns whether a way is "better" or "worse" than the default beyond the intervals, or "even"."""
     leads = [answers(results, layer, "test").ahead(budget, name, methods.DEFAULT) for layer in features.LAYERS]
     signs = [(lead.value > 0) - (lead.value < 0) for lead in leads if lead.beyond]
     if len(signs) >= 2 and len(set(signs)) == 1:
@@ -141,7 +141,7 @@ def _standing(results: Path, budget: int, name: str) -> str:
 
 
 def _head(results: Path) -> str:
-    """Where the raw results come from."""
+    """Returns how the raw results were made."""
     with np.load(results / f"task-{MIDDLE}-{methods.BUDGETS[0]}.npz") as stored:
         head = {key.removeprefix("head/"): str(stored[key]) for key in stored.files if key.startswith("head/")}
     return "\n".join(f"- {key}: {value}" for key, value in head.items() if key != "load")  # nothing here is timed
@@ -193,7 +193,7 @@ def _variants(results: Path, budget: int) -> Sheet:
 
 
 def _losses(results: Path, measure: str, chosen: np.ndarray, words: str) -> Sheet:
-    """Layer 8; the others are in the raw results."""
+    """Returns the table of losses for layer 8; the other layers are in the raw results."""
     at = intrinsic.MEASURES.index(measure)
     with np.load(results / "intrinsic.npz") as stored:
         values = {
@@ -264,7 +264,7 @@ def _intrinsic_plot(results: Path) -> Figure:
 
 
 def _curves(values: Callable[[int, str], list[float]], titles: list[str], keys: tuple[int, ...], label: str) -> Figure:
-    """A panel for each key, a line for each of SHOWN, tokens kept on a logarithmic axis."""
+    """Draws a panel for each key, a line for each of SHOWN, tokens kept on a logarithmic axis."""
     figure = Figure(figsize=(4.6 * len(keys), 4.4), layout="constrained")
     panels = figure.subplots(1, len(keys), sharey=True, squeeze=False)[0]
     for axes, key, title in zip(panels, keys, titles, strict=True):

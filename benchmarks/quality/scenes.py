@@ -15,7 +15,7 @@ from apet import media
 from PIL import Image
 
 SIDE = 224  # pixels: 16 x 16 patches of 14
-CELLS = 4  # the "place" question tells 4 x 4 cells of the picture apart
+CELLS = 4  # the "place" question divides the picture into 4 x 4 cells
 PALETTE = {
     "red": (230, 30, 30),
     "green": (30, 200, 40),
@@ -68,7 +68,7 @@ class Digits:
 
 @dataclass
 class Scene:
-    """One picture and all that can be asked about it. questions: [q, 3] of kind, argument, answer."""
+    """One picture and all questions that can be asked about it. questions: [q, 3] of kind, argument, answer."""
 
     pixels: np.ndarray  # [SIDE, SIDE, 3] uint8
     source: int
@@ -76,7 +76,7 @@ class Scene:
 
 
 def source(path: Path) -> Source:
-    """A photograph or `FRAMES` frames of a clip. Raises: apet.ApetError where the file is neither."""
+    """Reads a photograph, or `FRAMES` frames of a clip. Raises: apet.ApetError if the file is neither."""
     frames = []
     for frame in media.read(path, FRAMES).frames:
         zoom = max(300 / min(frame.size), 1.0)
@@ -85,9 +85,9 @@ def source(path: Path) -> Source:
 
 
 def sources(split: str, folder: Path | None = None) -> list[Source]:
-    """The sources of a split, or every file of a folder of your own.
+    """Returns the sources of a split, or every file of a folder of your own.
 
-    Raises: ImportError, where a package that holds them is missing; apet.ApetError for other files.
+    Raises: ImportError, if a package that holds them is missing; apet.ApetError for other files.
     """
     if folder is not None:
         return [source(path) for path in sorted(folder.iterdir()) if path.is_file()]
@@ -95,13 +95,14 @@ def sources(split: str, folder: Path | None = None) -> list[Source]:
 
 
 def digits(split: str) -> Digits:
-    """The handwritten digits of a split: 1200, 200 and 397 of scikit-learn's."""
+    """Returns the handwritten digits of a split: 1200, 200 and 397 of scikit-learn's."""
     table = np.loadtxt(_package("sklearn") / "datasets/data/digits.csv.gz", delimiter=",")[DIGITS[split]]  # [n, 65]
     return Digits(table[:, :64].reshape(-1, 8, 8) / 16, table[:, 64].astype(np.int64))
 
 
 def crop(source: Source, draw: np.random.Generator) -> np.ndarray:
-    """A random square of a random frame, 224 pixels to the whole shorter edge, as [SIDE, SIDE, 3] float32 in 0..255."""
+    """Returns a random square of a random frame, whose edge is 224 pixels to the whole shorter edge of the frame, as
+    [SIDE, SIDE, 3] float32 in 0..255."""
     frame = source.frames[draw.integers(len(source.frames))]
     edge = int(draw.integers(SIDE, min(frame.size) + 1))
     x, y = int(draw.integers(frame.width - edge + 1)), int(draw.integers(frame.height - edge + 1))
@@ -110,7 +111,7 @@ def crop(source: Source, draw: np.random.Generator) -> np.ndarray:
 
 
 def scene(photos: list[Source], ink: Digits, seed: tuple[int, ...]) -> Scene:
-    """One scene; the seed decides everything.
+    """Makes one scene; the seed decides everything.
 
     Digits differ in value and in colour, do not overlap, and darken the photograph around them.
     """
@@ -133,13 +134,13 @@ def scene(photos: list[Source], ink: Digits, seed: tuple[int, ...]) -> Scene:
 
 
 def one_of_each_kind(questions: np.ndarray, seed: tuple[int, ...]) -> np.ndarray:
-    """questions [q, 3] -> [5, 3]: those about one digit, drawn, and the other two."""
+    """Reduces questions [q, 3] to [5, 3]: a random one of each kind about one digit, and the other two."""
     target = int(np.random.default_rng(seed).integers(len(questions) // 3))
     return np.concatenate([questions[3 * target : 3 * target + 3], questions[-2:]])
 
 
 def _boxes(count: int, draw: np.random.Generator) -> list[tuple[int, int, int]]:
-    """Squares (x, y, size) that do not overlap."""
+    """Returns squares (x, y, size) that do not overlap."""
     boxes: list[tuple[int, int, int]] = []
     while len(boxes) < count:
         size = int(draw.integers(48, 81))

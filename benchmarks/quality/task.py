@@ -1,6 +1,6 @@
 """The task study: readers trained on full tokens answer questions about held-out photographs from compressed ones.
 
-Its raw results are one bit for every answer, so that each figure of the report can be counted again from them.
+Its raw results have one bit for every answer, so that each figure of the report can be computed again from them.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ IMAGES = 100  # compressed at once
 
 
 def ask(split: features.Split, one_of_each: bool) -> reader.Asked:
-    """The questions of a split: all of them, or one of each kind (in the order of `scenes.KINDS`) for every picture."""
+    """Returns the questions of a split: all of them, or one of each kind (in the order of `scenes.KINDS`) for every
+    picture."""
     pictures = [split.questions[split.questions[:, 0] == i, 1:] for i in range(len(split.tokens))]
     if one_of_each:
         pictures = [scenes.one_of_each_kind(q, (i,)) for i, q in enumerate(pictures)]
@@ -32,7 +33,8 @@ def ask(split: features.Split, one_of_each: bool) -> reader.Asked:
 
 
 def readers(folder: Path, layer: int, epochs: int) -> list[reader.Reader]:
-    """One reader for each seed, trained on the split "train", or as an earlier call left them in `folder`."""
+    """Returns one reader for each seed, trained on the split "train"; those that an earlier call stored in `folder` are
+    loaded."""
     found = [folder / f"reader-{layer}-{seed}.pt" for seed in SEEDS]
     if not all(path.exists() for path in found):
         split = features.read(folder, "train")
@@ -50,7 +52,7 @@ def study(
 ) -> None:
     """Writes task-LAYER-BUDGET.npz into `results` for each of these layers and budgets that is not there yet.
 
-    Its arrays: "SPLIT/NAME" uint8, the packed bits of [seeds, n, 5] correct answers. Besides, task-pictures.npz.
+    Its arrays: "SPLIT/NAME" uint8, the packed bits of [seeds, n, 5] correct answers. It also writes task-pictures.npz.
     """
     results.mkdir(parents=True, exist_ok=True)
     splits = {name: features.read(folder, name) for name in ("val", "test")}
@@ -79,7 +81,7 @@ def study(
 
 
 def compressed(way: methods.Way, tokens: Tensor, attention: Tensor, keep: int) -> tuple[Tensor, Tensor]:
-    """tokens [n, N, D] -> rows [n, keep, D] float32, positions [n, keep], some images at a time."""
+    """Returns rows [n, keep, D] float32 and positions [n, keep] of tokens [n, N, D], some images at a time."""
     parts = [
         way(x.float(), keep, received)
         for x, received in zip(tokens.split(IMAGES), attention.split(IMAGES), strict=True)
@@ -88,7 +90,7 @@ def compressed(way: methods.Way, tokens: Tensor, attention: Tensor, keep: int) -
 
 
 def _answers(panel: list[reader.Reader], rows: Tensor, positions: Tensor, asked: reader.Asked) -> Tensor:
-    """[seeds, n, 5] bool."""
+    """Returns whether each answer is right, [seeds, n, 5] bool."""
     return torch.stack([reader.correct(one, rows, positions, asked) for one in panel])
 
 

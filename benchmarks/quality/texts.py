@@ -1,4 +1,4 @@
-"""What docs/quality.md says between its tables."""
+"""The text of docs/quality.md between its tables."""
 
 INTRODUCTION = """# What compression costs in accuracy
 

@@ -1,7 +1,7 @@
-"""The libraries for one run: built here or carried from elsewhere, beside a copy of the package that loads them.
+"""The libraries for one run: built here or carried from elsewhere, next to a copy of the package that loads them.
 
-Nothing here changes the checkout or the environment. By CMake where cmake, ninja and pybind11 are there, else by nvcc
-and g++ directly: then the CUDA kernels and their binding alone. Needs the standard library, and torch's headers.
+Nothing here changes the checkout or the environment. CMake builds them if cmake, ninja and pybind11 are installed; else
+nvcc and g++ build only the CUDA kernels and their binding. It needs the standard library, and torch's headers.
 """
 
 from __future__ import annotations
@@ -29,16 +29,16 @@ MANIFEST = "manifest.json"
 
 @dataclass
 class Built:
-    """What lies in a folder of libraries."""
+    """The contents of a folder of libraries."""
 
     how: str
-    archs: str  # as of CMAKE_CUDA_ARCHITECTURES
+    archs: str  # in the form of CMAKE_CUDA_ARCHITECTURES
     sources: str  # digest of csrc/
     libraries: list[str]
 
 
 def sources() -> str:
-    """A digest of csrc/, so that libraries of other sources are noticed."""
+    """Returns a digest of csrc/, by which libraries of other sources are detected."""
     found = hashlib.sha256()
     for path in sorted(p for p in CSRC.rglob("*") if p.is_file()):
         found.update(path.relative_to(CSRC).as_posix().encode() + path.read_bytes())
@@ -46,14 +46,14 @@ def sources() -> str:
 
 
 def make_package(folder: Path) -> None:
-    """A copy of apet_kernels/ without libraries, to be found before the checkout's."""
+    """Makes a copy of apet_kernels/ without libraries, to be found before the checkout's."""
     shutil.rmtree(folder, ignore_errors=True)
     ignore = shutil.ignore_patterns("*.so", "__pycache__")
     shutil.copytree(ROOT / "apet_kernels", folder / "apet_kernels", ignore=ignore)
 
 
 def build(into: Path, archs: str, jobs: int) -> Built:
-    """Builds for these GPUs. Raises RuntimeError, the end of what the compiler said in it."""
+    """Builds for these GPUs. Raises RuntimeError with the end of the compiler's output."""
     compiler = nvcc()
     if compiler is None:
         raise RuntimeError("there is no nvcc (CUDACXX, PATH, /usr/local/cuda): the CUDA kernels cannot be built here")
@@ -73,7 +73,7 @@ def build(into: Path, archs: str, jobs: int) -> Built:
 
 
 def take(carried: Path, into: Path) -> Built:
-    """Libraries that `benchmarks.gpu_carry` made: a folder, or its archive. Raises RuntimeError for others."""
+    """Takes libraries that `benchmarks.gpu_carry` made: a folder, or its archive. Raises RuntimeError for others."""
     into.mkdir(parents=True, exist_ok=True)
     if carried.is_file():
         with tarfile.open(carried) as archive:
@@ -96,7 +96,7 @@ def take(carried: Path, into: Path) -> Built:
 
 
 def missing_for_cmake() -> str:
-    """What CMake needs and is not there; empty: nothing."""
+    """Returns what the build by CMake needs and is not installed; empty if nothing is missing."""
     programs = [name for name in ("cmake", "ninja") if not shutil.which(name)]
     return ", ".join(programs + [name for name in ("pybind11",) if importlib.util.find_spec(name) is None])
 
@@ -109,14 +109,14 @@ def torch_folder() -> Path:
 
 
 def version(compiler: str) -> str:
-    """Of nvcc."""
+    """Returns the version of nvcc."""
     said = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=False).stdout
     found = re.search(r"release [\d.]+, V([\d.]+)", said)
     return f"nvcc {found[1]}" if found else "nvcc of unknown version"
 
 
 def by_cmake(into: Path, archs: str, compiler: str, jobs: int) -> None:
-    """The repository's own build, of the libraries alone."""
+    """Runs the repository's own build, for the libraries alone."""
     import pybind11
 
     folder = into / "cmake"
@@ -136,7 +136,7 @@ def by_cmake(into: Path, archs: str, compiler: str, jobs: int) -> None:
 
 
 def by_compilers(into: Path, archs: str, compiler: str, jobs: int) -> None:
-    """The same sources with the same flags (tests/test_sass.py compares), a process a file."""
+    """Compiles the same sources with the same flags (tests/test_sass.py compares them), a process for each file."""
     objects, torch = into / "objects", torch_folder()
     objects.mkdir(exist_ok=True)
     host = "-fPIC,-fvisibility=hidden,-fvisibility-inlines-hidden,-fno-fast-math,-ffp-contract=off"
@@ -157,7 +157,8 @@ def by_compilers(into: Path, archs: str, compiler: str, jobs: int) -> None:
 
 
 def gencode(archs: str) -> list[str]:
-    """nvcc's form of a list as of CMAKE_CUDA_ARCHITECTURES: "90-real" machine code, "90" with PTX beside it."""
+    """Returns nvcc's form of a list in the form of CMAKE_CUDA_ARCHITECTURES: "90-real" machine code, "90" with PTX
+    beside it."""
     options = []
     for arch in archs.split(";"):
         number, _, kind = arch.partition("-")
@@ -167,7 +168,7 @@ def gencode(archs: str) -> list[str]:
 
 
 def run(*words: object) -> None:
-    """A compiler. Raises RuntimeError, the end of what it said in it."""
+    """Runs a compiler. Raises RuntimeError with the end of its output."""
     done = subprocess.run([str(word) for word in words], capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError(f"{Path(str(words[0])).name} failed: {(done.stdout + done.stderr).strip()[-600:]}")

@@ -1,4 +1,4 @@
-"""The figures of the estimate (csrc/cuda/figures.cuh) from what benchmarks/gpu_quick.py measured, and its tables."""
+"""Makes the figures of the estimate (csrc/cuda/figures.cuh) from a run of benchmarks/gpu_quick.py, and its tables."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Figures = dict[str, float]  # by the names of the members of `Figures`
 
 
 def parabola(x: list[float], y: list[float]) -> tuple[float, float, float]:
-    """a, b and c of the least squares of y = a + b x + c x^2."""
+    """Returns a, b and c of the least-squares fit y = a + b x + c x^2."""
     import numpy as np
 
     c, b, a = np.polyfit(x, y, 2)
@@ -23,7 +23,7 @@ def parabola(x: list[float], y: list[float]) -> tuple[float, float, float]:
 
 
 def read(header: str) -> list[tuple[str, Figures]]:
-    """The rows of figures.cuh: comment and figures. Raises ValueError where one has not all members."""
+    """Returns the rows of figures.cuh: comment and figures. Raises ValueError if one does not have all members."""
     names = FIELD.findall(header)
     body = header[header.index(BEGIN) + len(BEGIN) : header.index(END)]
     rows = []
@@ -34,7 +34,7 @@ def read(header: str) -> list[tuple[str, Figures]]:
 
 
 def write(header: str, rows: Iterable[tuple[str, Figures]]) -> str:
-    """The header with these rows."""
+    """Returns the header with these rows."""
     body = ""
     for comment, row in rows:
         values = [f"{value:.4g}" for name, value in row.items() if name != "capability"]
@@ -43,7 +43,8 @@ def write(header: str, rows: Iterable[tuple[str, Figures]]) -> str:
 
 
 def measured(lines: list[Line]) -> Figures:
-    """What a run has measured, less what is no positive number: a difference that noise ate."""
+    """Returns the figures that a run has measured. A value that is not positive is left out: it is a difference lost in
+    noise."""
     device = named(lines, "card", "device")["device"]
     sms = device["sms"]
 
@@ -74,14 +75,14 @@ def measured(lines: list[Line]) -> Figures:
 
 
 def middle(values: Iterable[float]) -> float | None:
-    """The lower median."""
+    """Returns the lower median."""
     found = sorted(values)
     return found[(len(found) - 1) // 2] if found else None
 
 
 def updated(header: str, lines: list[Line]) -> tuple[str, list[str]]:
-    """figures.cuh with a row for the run's card, and the members that it has not measured: they stay as they are for
-    this capability, or for the first row."""
+    """Returns figures.cuh with a row for the run's card, and the members that the run has not measured: they stay as
+    they are for this capability, or as in the first row."""
     device, rows = named(lines, "card", "device")["device"], read(header)
     capability = 10 * device["capability"][0] + device["capability"][1]
     before = next((row for _, row in rows if row["capability"] == capability), rows[0][1])
@@ -93,7 +94,7 @@ def updated(header: str, lines: list[Line]) -> tuple[str, list[str]]:
     comment = ("    // REHEARSED: no figure means anything\n" if rehearsed(lines) else "") + comment
     new = (comment, before | found | {"capability": capability})
     others = [(text, row) for text, row in rows if row["capability"] != capability]
-    # The first row is every other device's: it stays the first, if it is replaced too.
+    # The first row applies to every other device, so it stays the first, also if it is replaced.
     first = rows[0][1]["capability"] == capability
     return write(header, [new, *others] if first else [*others, new]), kept
 
@@ -104,7 +105,7 @@ def _commit(lines: list[Line]) -> str:
 
 
 def wrong(lines: list[Line]) -> str | None:
-    """Why nothing may be made of a run: a result of a kernel that was not right comes before every time."""
+    """Returns why a run must not be used, if a result of a kernel was not right; else None."""
     for line in lines:
         ours = line["step"] in ("selftest", "paths", "times") and not line["item"].endswith("| tuned")
         if ours and line["status"] in ("failed", "differs", "crashed", "hung"):
@@ -113,7 +114,7 @@ def wrong(lines: list[Line]) -> str | None:
 
 
 def section(runs: list[list[Line]]) -> str:
-    """What lies between the markers of the documents: a table for each card."""
+    """Returns the text between the markers of the documents: a table for each card."""
     parts = []
     for lines in runs:
         device = named(lines, "card", "device").get("device", {})

@@ -1,4 +1,4 @@
-"""What the steps of benchmarks/gpu_quick.py are made of: items, their options, and the device that they run on."""
+"""The parts of the steps of benchmarks/gpu_quick.py: items, their options, and the device that they run on."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:  # imported where it is needed: the first steps must run beside a broken torch
+if TYPE_CHECKING:  # imported where it is needed: the first steps must run even if torch is broken
     from benchmarks.lib.device import Device
 
 ROUNDS = 5  # samples of every time
 
 
 class NotPossible(Exception):
-    """The item cannot be run on this machine, through no fault of ours."""
+    """The machine cannot run the item, for a reason that is not a fault of this project."""
 
 
 @dataclass(frozen=True)
 class Item:
-    """A part of a step with a line of its own."""
+    """A part of a step that has a line of its own in the results."""
 
     name: str
     run: Callable[[], dict[str, Any] | None]
@@ -29,12 +29,12 @@ class Item:
 
 @dataclass(frozen=True)
 class Options:
-    """What the parent process says."""
+    """The options that the parent process passes to a step."""
 
     out: str
     rehearse: bool = False
     carried: str = ""
-    seconds: float = 600  # that the step has
+    seconds: float = 600  # the limit of the step
     only: tuple[str, ...] = ()
     done: tuple[str, ...] = ()
     planted: dict[str, str] = field(default_factory=dict)
@@ -49,7 +49,7 @@ class Options:
 
 
 def prepare(options: Options) -> Device:
-    """The clock of the device; in a rehearsal, stand-ins first."""
+    """Returns the clock of the device; in a rehearsal it first installs the stand-ins."""
     from benchmarks.lib import device
     from benchmarks.quick import rehearsal
 
@@ -60,7 +60,7 @@ def prepare(options: Options) -> Device:
 
 
 def device_works(options: Options) -> bool:
-    """Whether the device still answers: after an illegal access every later call of its process fails."""
+    """Returns whether the device still answers: after an illegal access every later call of its process fails."""
     if options.rehearse or "torch" not in sys.modules:
         return True
     import torch
@@ -75,10 +75,10 @@ def device_works(options: Options) -> bool:
 
 
 def usable(options: Options) -> list[str]:
-    """The backends for tensors on the device."""
-    from apet_kernels import dispatch
+    """Returns the backends for tensors on the device."""
+    from apet_kernels import available
 
-    return [name for name in ("cuda", "triton") if dispatch.why_unavailable(name) is None]
+    return [name for name in ("cuda", "triton") if available.why_unavailable(name) is None]
 
 
 def no_cuda_gpu() -> bool:
@@ -88,11 +88,11 @@ def no_cuda_gpu() -> bool:
 
 
 def raise_unusable() -> None:
-    from apet_kernels import dispatch
+    from apet_kernels import available
 
     if no_cuda_gpu():
         raise NotPossible("an AMD GPU: Triton alone")
-    raise RuntimeError(f"the CUDA kernels are not usable: {dispatch.why_unavailable('cuda')}")
+    raise RuntimeError(f"the CUDA kernels are not usable: {available.why_unavailable('cuda')}")
 
 
 def forceable(call: Callable[[], Any]) -> Any:
@@ -105,6 +105,6 @@ def forceable(call: Callable[[], Any]) -> Any:
 
 
 def median(clock: Device, call: Callable[[], object]) -> float:
-    """Seconds of a call."""
+    """Returns the median seconds of a call."""
     clock.seconds(call)
     return statistics.median(clock.seconds(call) for _ in range(ROUNDS))

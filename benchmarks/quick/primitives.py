@@ -1,4 +1,4 @@
-"""The step that measures, each alone, what the estimate of csrc/cuda/plan.cu is made of."""
+"""The step that measures, each alone, the figures that the estimate of csrc/cuda/plan.cu is computed from."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from benchmarks.quick.items import (
     usable,
 )
 
-if TYPE_CHECKING:  # imported where it is needed: the first steps must run beside a broken torch
+if TYPE_CHECKING:  # imported where it is needed: the first steps must run even if torch is broken
     from torch import Tensor
 
     from benchmarks.lib.device import Device
@@ -66,7 +66,7 @@ def _rates(clock: Device) -> dict[str, Any]:
 
 
 def _cache_rate(clock: Device, options: Options) -> dict[str, Any]:
-    """Bytes a second from the L2 cache: sums of 8 MiB, again and again."""
+    """Returns the bytes per second from the L2 cache, by repeated sums of 8 MiB."""
     import torch
 
     x = torch.ones(2**10 if options.rehearse else 2**21, device=options.device)
@@ -82,7 +82,7 @@ def _cache_rate(clock: Device, options: Options) -> dict[str, Any]:
 
 
 def _score_us(clock: Device, way: Any, x: Tensor, basis: int) -> float:
-    """Microseconds of `score`, from a graph of ten."""
+    """Returns the microseconds of `score`, from a graph of ten."""
     import apet_kernels
     from apet_kernels import testing
 
@@ -98,7 +98,7 @@ def _score_us(clock: Device, way: Any, x: Tensor, basis: int) -> float:
 
 
 def _step(clock: Device, options: Options, path: str, ctas: int) -> dict[str, Any]:
-    """A step without work to speak of: t(M) = launch + M * step + M^2 * term, fitted to rows of 8 features."""
+    """Measures a step with hardly any work: t(M) = launch + M * step + M^2 * term, fitted to rows of 8 features."""
     from apet_kernels import testing
     from benchmarks.quick.figures import parabola
     from tests.data import tokens
@@ -112,7 +112,7 @@ def _step(clock: Device, options: Options, path: str, ctas: int) -> dict[str, An
 
 
 def _sweep(clock: Device, options: Options, path: str, ctas: int, resident: int) -> dict[str, Any]:
-    """What a step adds for every row of 1024 bfloat16 features, from shared memory or from L2."""
+    """Measures the time that a step takes for every row of 1024 bfloat16 features, from shared memory or from L2."""
     import torch
 
     from apet_kernels import testing
@@ -132,7 +132,7 @@ def _sweep(clock: Device, options: Options, path: str, ctas: int, resident: int)
 
 
 def _kernels_us(options: Options, call: Callable[[], Any]) -> dict[str, float]:
-    """Microseconds of every kernel of a call, by torch's profiler."""
+    """Returns the microseconds of every kernel of a call, by torch's profiler."""
     if options.rehearse:
         call()
         return {"s1_s4_group": 20.0, "s5_merge": 10.0}
@@ -155,7 +155,7 @@ def _kernels_us(options: Options, call: Callable[[], Any]) -> dict[str, float]:
 
 
 def _s4_alone(options: Options, N: int) -> dict[str, Any]:
-    """The first launch of compress less that of score."""
+    """Measures s4 as the first launch of compress minus that of score."""
     import torch
 
     import apet_kernels

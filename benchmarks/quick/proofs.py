@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from benchmarks.quick.items import Item, NotPossible, Options, no_cuda_gpu, prepare, raise_unusable, usable
 
-if TYPE_CHECKING:  # imported where it is needed: the first steps must run beside a broken torch
+if TYPE_CHECKING:  # imported where it is needed: the first steps must run even if torch is broken
     from torch import Tensor
 
     from benchmarks.lib.device import Device
@@ -28,16 +28,16 @@ SANITIZERS = ("memcheck", "racecheck", "synccheck", "initcheck")
 
 
 def selftests(options: Options) -> Iterator[Item]:
-    """What `apet doctor` runs."""
+    """Yields the self-tests of `apet doctor`."""
     prepare(options)
-    from apet_kernels import dispatch
+    from apet_kernels import available
 
     for name in ("cuda", "cpu", "triton"):
 
         def run(name: str = name) -> dict[str, Any]:
             from apet import selftest
 
-            if why := dispatch.why_unavailable(name):
+            if why := available.why_unavailable(name):
                 text = f"{name} is not usable: {why}"
                 if name == "cpu" or (name == "cuda" and no_cuda_gpu()):
                     raise NotPossible(text)
@@ -63,7 +63,7 @@ def every_path(options: Options) -> Iterator[Item]:
             yield Item(f"{call} | float64", functools.partial(_judged, call, options.device))
         for way in (testing.CudaPath(), *testing.cuda_paths()):
             number += 1
-            if options.rehearse and number % 12:  # on a CPU one in twelve is enough to find mistakes of this file
+            if options.rehearse and number % 12:  # on a CPU one in twelve is enough to find mistakes in this file
                 continue
             yield Item(f"{call} | {way}", functools.partial(_one_way, call, way, options.device))
 
@@ -90,13 +90,13 @@ def sanitizers(options: Options) -> Iterator[Item]:
 
 
 def _sanitize(options: Options, tool: str) -> dict[str, Any]:
-    """benchmarks/sanitized.py under one tool of compute-sanitizer."""
+    """Runs benchmarks/sanitized.py under one tool of compute-sanitizer."""
     if options.rehearse and tool == "memcheck":
         _sanitized_on_the_simulated_gpu(options)
     program = shutil.which("compute-sanitizer") or shutil.which("/usr/local/cuda/bin/compute-sanitizer")
     if program is None or options.rehearse:
         raise NotPossible("there is no compute-sanitizer" if program is None else "a rehearsal has no GPU")
-    # Every tensor its own allocation, so that memcheck sees the end of each.
+    # Every tensor gets its own allocation, so that memcheck sees the end of each.
     environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     command = [program, "--tool", tool, "--error-exitcode", "99", sys.executable, "-m", "benchmarks.sanitized"]
     try:
@@ -153,7 +153,8 @@ def _same(got: Any, wanted: Any, what: str) -> None:
 
 
 def _compiled(options: Options, name: str) -> None:
-    """fullgraph=True; the ops on a GPU take the backend that is set. (In a rehearsal the op is the CPU's.)"""
+    """Compiles the ops with fullgraph=True; on a GPU they use the backend that is set. (In a rehearsal the op is the
+    CPU's.)"""
     import torch
 
     import apet_kernels
@@ -210,7 +211,7 @@ def hooks(options: Options) -> Iterator[Item]:
 
 
 def _hooked(options: Options, family: str, attention: str) -> dict[str, Any]:
-    """A tiny random model, patched, makes four tokens twice."""
+    """Patches a tiny random model, which generates four tokens twice."""
     needs = ["transformers", *(["flash_attn"] if "flash" in attention else [])]
     if lacks := [name for name in needs if importlib.util.find_spec(name) is None]:
         raise NotPossible(f"{' and '.join(lacks)} not installed")
@@ -241,7 +242,7 @@ def suite(options: Options) -> Iterator[Item]:
 
 
 def _pytest(options: Options, file: str) -> dict[str, Any]:
-    """The tests that are marked `gpu`, where pytest is installed."""
+    """Runs the tests that are marked `gpu`, if pytest is installed."""
     if lacks := [name for name in ("pytest", "hypothesis") if importlib.util.find_spec(name) is None]:
         raise NotPossible(f"{' and '.join(lacks)} not installed")
     command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", str(ROOT / file)]

@@ -1,12 +1,10 @@
-"""What stands in for a GPU in a rehearsal: the simulated one of tests/simt, Triton's interpreter, a clock that does not
-look at the time."""
+"""The stand-ins for a GPU in a rehearsal: the simulated GPU of tests/simt, Triton's interpreter, and a fake clock."""
 
 from __future__ import annotations
 
 import contextlib
 import os
 from collections.abc import Callable
-from typing import Any
 
 from benchmarks.lib.device import DryRun
 
@@ -14,7 +12,7 @@ SAID = "REHEARSED: no GPU, and no figure means anything"
 
 
 class FakeClock(DryRun):
-    """Every call takes 10 us and a little. One that is timed several times runs once."""
+    """A clock by which every call takes about 10 us. A call that is timed several times runs once."""
 
     name = "a rehearsal"
     samples = 0
@@ -32,16 +30,13 @@ class FakeClock(DryRun):
 
 
 def install() -> None:
-    """Lets `backend="cuda"` take CPU tensors. Kernels of Triton run in the tests' interpreter where that can be relied
-    on, else in Triton's own."""
+    """Lets `backend="cuda"` take CPU tensors. Kernels of Triton run in the tests' interpreter if that is reliable here,
+    else in Triton's own."""
     os.environ["TRITON_INTERPRET"] = "1"
-    from apet_kernels import dispatch
     from tests.simt import binding, call
 
     with contextlib.suppress(ImportError):
         from tests.tools import triton_interpreter
 
         triton_interpreter.install()
-    stand_ins: dict[str, Any] = binding.stand_ins(call.H100)
-    for name, stand_in in stand_ins.items():
-        setattr(dispatch, name, stand_in)
+    binding.stand_in(call.H100)

@@ -1,4 +1,4 @@
-"""What a run of benchmarks/gpu_quick.py says: a line for each item, and at most 40 lines at the end."""
+"""The report of a run of benchmarks/gpu_quick.py: a line for each item, and at most 40 lines at the end."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Line = dict[str, Any]
 
 
 def readable(line: Line) -> str:
-    """One line of log.txt."""
+    """Returns one line of log.txt."""
     shown = [f"{line['t']:7.2f} {line['status']:>12}  {line['step']}: {line['item']}"]
     if "us" in line and isinstance(line["us"], float):
         shown.append(f"{line['us']:.2f} us")
@@ -27,7 +27,7 @@ def readable(line: Line) -> str:
 
 
 def load(folder: Path) -> list[Line]:
-    """The lines of a run; of one that was cut off, those that are whole."""
+    """Returns the lines of a run; if it was cut off, only its complete lines."""
     lines = []
     for text in (folder / "results.jsonl").read_text().splitlines():
         try:
@@ -42,7 +42,7 @@ def rehearsed(lines: list[Line]) -> bool:
 
 
 def named(lines: list[Line], step: str, item: str) -> Line:
-    """The line of an item that is right; empty where there is none."""
+    """Returns the line of an item that is right; empty if there is none."""
     return next((x for x in lines if (x["step"], x["item"], x["status"]) == (step, item, "ok")), {})
 
 
@@ -67,7 +67,7 @@ class Measured:
 
 
 def measured(lines: list[Line]) -> list[Measured]:
-    """Shape by shape, in the order of the run."""
+    """Returns the times shape by shape, in the order of the run."""
     found: dict[str, Measured] = {}
     for line in lines:
         if line["step"] != "times" or line["status"] != "ok":
@@ -83,7 +83,7 @@ def measured(lines: list[Line]) -> list[Measured]:
 
 
 def floor_us(shape: str, rates: dict[str, Any]) -> float | None:
-    """The lower bound of any implementation at the rates that the run measured."""
+    """Returns the lower bound of any implementation at the rates that the run measured."""
     if not rates:
         return None
     import torch
@@ -100,8 +100,8 @@ COLUMNS = ("shape", "path chosen", "us", "best path measured", "us", *OTHERS, "c
 
 
 def table(lines: list[Line]) -> list[list[str]]:
-    """A row for every shape. computed: the estimate of the chosen path; of ceiling: the floor's share of the best time
-    of ours."""
+    """Returns a row for every shape. computed: the estimate of the chosen path; of ceiling: the floor's share of our
+    best time."""
     rates = named(lines, "primitives", "rates").get("rates", {})
     rows = []
     for row in measured(lines):
@@ -126,7 +126,7 @@ def us(value: float | None) -> str:
 
 
 def block(lines: list[Line]) -> list[str]:
-    """The last lines: what was wrong, counts, and the table. At most 40."""
+    """Returns the last lines: failures, counts, and the table. At most 40."""
     head = []
     if rehearsed(lines):
         head.append("REHEARSED: no GPU, and no figure means anything")

@@ -1,4 +1,4 @@
-"""The first steps: what is here, and the package that all later steps import."""
+"""The first steps: they describe the machine, and make the package that all later steps import."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def card(options: Options) -> Iterator[Item]:
 
 
 def versions() -> dict[str, str]:
-    """Of everything that can matter."""
+    """Returns the versions of everything that can matter."""
     found = {"python": platform.python_version(), "machine": platform.platform()}
     for name in ("torch", "triton", "numpy", "transformers", "flash_attn", "pytest"):
         if importlib.util.find_spec(name):
@@ -97,7 +97,7 @@ def _cuda_libraries(options: Options) -> dict[str, Any]:
 
 
 def _cpu_libraries(options: Options) -> dict[str, Any]:
-    """Where they were not built or carried just now, those of the checkout serve."""
+    """Uses the checkout's CPU libraries if none were built or carried in this run."""
     into = options.package / "apet_kernels"
     if (into / build.CPU[0]).exists():
         return {"said": "with the CUDA kernels"}

@@ -1,4 +1,4 @@
-"""The steps of benchmarks/gpu_quick.py, each a row of items. What an item returns goes into its line."""
+"""The steps of benchmarks/gpu_quick.py, each a sequence of items. The result of an item goes into its line."""
 
 from __future__ import annotations
 

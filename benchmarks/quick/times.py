@@ -8,18 +8,18 @@ from typing import TYPE_CHECKING, Any
 
 from benchmarks.quick.items import ROUNDS, Item, Options, forceable, prepare, usable
 
-if TYPE_CHECKING:  # imported where it is needed: the first steps must run beside a broken torch
+if TYPE_CHECKING:  # imported where it is needed: the first steps must run even if torch is broken
     from torch import Tensor
 
     from benchmarks.lib.cases import Case
     from benchmarks.lib.device import Device
 
 BURST = 0.01  # seconds of calls in a graph, if the ring has as many inputs
-JUDGED_FLOPS = 3e10  # larger products take the CPU too long in float64; there CUDA and Triton are compared
+JUDGED_FLOPS = 3e10  # larger products take the CPU too long in float64; for them CUDA and Triton are compared
 
 
 def shapes(options: Options) -> list[Case]:
-    """Those of the paper, with the smallest and the largest first; in a rehearsal two that are tiny."""
+    """Returns the shapes of the paper, the smallest and the largest first; in a rehearsal two tiny ones."""
     import torch
 
     from benchmarks.lib.cases import PAPER_SHAPES, Case
@@ -92,7 +92,7 @@ def _tuned(case: Case) -> Callable[[Tensor], tuple[Tensor, ...]]:
 
 @functools.lru_cache(maxsize=1)
 def _ring(case: Case, clock: Device) -> list[Tensor]:
-    """Inputs, together at least twice the last cache."""
+    """Returns inputs that are together at least twice the last cache."""
     from benchmarks.lib.cases import tokens
     from benchmarks.lib.compare import ring
 
@@ -102,7 +102,7 @@ def _ring(case: Case, clock: Device) -> list[Tensor]:
 def _time(
     case: Case, clock: Device, options: Options, call: Callable[[Tensor], Any], name: str, way: Any = None
 ) -> dict[str, Any]:
-    """Checks a result, then times calls replayed from a graph. Microseconds a call."""
+    """Checks a result, then times calls replayed from a graph. Returns microseconds per call."""
     import torch
 
     from benchmarks.lib.check import judge

@@ -1,9 +1,9 @@
-"""The process of one step: it runs the step's items in order, and writes what each gives to a pipe at once.
+"""The process of one step: it runs the step's items in order, and writes the result of each to a pipe at once.
 
     python -m benchmarks.quick.worker STEP --pipe FD --options JSON
 
-Started by benchmarks/gpu_quick.py, which kills it where an item hangs, and starts another for the items that are left
-where it dies. "begin" comes before an item, "end" after it: "ok", "failed" or "not possible"; "finished" after all.
+benchmarks/gpu_quick.py starts it and kills it if an item hangs; if it dies, another process runs the items that are
+left. It writes "begin" before an item and "ok", "failed" or "not possible" as its "end"; "finished" after all.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def main() -> None:
 
 
 def run(step: str, options: Options, send: Any) -> None:
-    """Every item that is wanted and not done."""
+    """Runs every item that is wanted and not done."""
     for item in wanted(step, options):
         send({"begin": item.name})
         started = time.perf_counter()
@@ -48,7 +48,7 @@ def run(step: str, options: Options, send: Any) -> None:
         except NotPossible as reason:
             line = {"status": "not possible", "said": str(reason)}
         except Exception as error:
-            traceback.print_exc()  # to the step's own file
+            traceback.print_exc()  # goes to the step's own file
             line = {"status": "failed", "said": f"{type(error).__name__}: {first_line(error)}"}
         send({"end": item.name, "seconds": round(time.perf_counter() - started, 3), **line})
         if line["status"] == "failed" and not items.device_works(options):
@@ -64,7 +64,7 @@ def wanted(step: str, options: Options) -> Iterator[Item]:
 
 
 def plant(fault: str | None) -> None:
-    """A fault, in a rehearsal, to see that the run goes on."""
+    """Plants a fault, in a rehearsal, to check that the run continues."""
     if fault == "raise":
         raise RuntimeError("planted")
     if fault == "crash":

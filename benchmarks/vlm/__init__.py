@@ -1,6 +1,6 @@
 """A small vision-language model, trained here on full sets of visual tokens, and what compression costs it.
 
-`python -m benchmarks.vlm --help`; docs/vlm.md says what came out.
+`python -m benchmarks.vlm --help` lists the steps; docs/vlm.md has the results.
 
 | file | holds |
 |---|---|

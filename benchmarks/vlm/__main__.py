@@ -62,7 +62,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def run(given: argparse.Namespace) -> None:
-    """One step."""
+    """Runs one step."""
     if given.step == "features":
         for split in given.split:
             features.extract(given.cache, split, given.count or COUNTS[split], given.seed, given.photos)

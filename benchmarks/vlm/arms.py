@@ -1,4 +1,4 @@
-"""What is compared: each arm makes of the visual tokens of some pictures those that the projector gets."""
+"""The arms that are compared: each one turns the visual tokens of some pictures into those that the projector gets."""
 
 from __future__ import annotations
 
@@ -18,12 +18,13 @@ BUDGETS = (128, 64, 32, 16)
 
 
 def apet(x: Tensor, keep: int, first: int, **options: Any) -> Tensor:
-    """As `apet.patch(model, keep=keep, **options)` does."""
+    """Compresses as `apet.patch(model, keep=keep, **options)` does."""
     return apet_kernels.compress(x, keep, **options).tokens
 
 
 def other(x: Tensor, keep: int, first: int, name: str, merge: bool) -> Tensor:
-    """A method of benchmarks/lib/alternatives.py; merge: what it drops is merged into what it keeps, as ApET does."""
+    """Runs a method of benchmarks/lib/alternatives.py; merge: dropped tokens are merged into the kept ones, as ApET
+    does."""
     tokens, kept = alternatives.METHODS[name](x, keep, seed=first)
     return apet_kernels.merge(x, kept) if merge else tokens
 
@@ -40,7 +41,7 @@ ARMS: dict[str, Arm] = {
     },
 }
 FIRST = ("default", "qr refine 2", "random", "uniform")
-# What compression is measured against, whatever the budget: all tokens, and whether the picture is needed at all.
+# Baselines without a budget: all tokens, and checks of whether the picture is needed at all.
 WHOLE: dict[str, Arm] = {
     FULL: lambda x, keep, first: x,
     NONE: lambda x, keep, first: x[:, :0],

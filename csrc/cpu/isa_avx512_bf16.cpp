@@ -1,4 +1,4 @@
-// x86-64 with AVX-512 BF16: two bfloat16 products a lane. The other dtypes gain nothing here and take avx512's loops.
+// x86-64 with AVX-512 BF16: two bfloat16 products a lane. The other dtypes gain nothing here and use avx512's loops.
 #define APET_ISA avx512_bf16
 #include "loops.h"
 

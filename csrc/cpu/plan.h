@@ -1,4 +1,4 @@
-// How a call is split among threads, by an estimate of its time of which only the order of magnitude matters.
+// Divides a call among threads, by an estimate of its time. Only the order of magnitude of the estimate matters.
 #pragma once
 #include <algorithm>
 #include <cmath>
@@ -7,9 +7,9 @@
 
 namespace apet::cpu {
 
-constexpr double kNsPerByte = 1 / 20.0;  // one thread sweeping tokens from the shared cache
-constexpr double kNsPerFlop = 1 / 50.0;  // one thread multiplying in s5
-constexpr double kNsPerStage = 1000;     // a team of several threads: from the last chunk of a stage to the next stage
+constexpr double kNsPerByte = 1 / 20.0;  // one thread that sweeps tokens from the shared cache
+constexpr double kNsPerFlop = 1 / 50.0;  // one thread that multiplies in s5
+constexpr double kNsPerStage = 1000;     // from the last chunk of a stage to the next stage, with several threads
 constexpr double kNsPerThread = 10000;   // less work than this is not worth waking a thread
 // More threads than this in one call stay idle: a batch of images cannot use more.
 constexpr int kMaxThreads = 256;
@@ -22,8 +22,8 @@ struct Split {
 
 inline Split split(const apet_problem& p, int32_t available) {
   const double n = p.tokens, d = p.dim, k = p.keep;
-  // Norms, first basis token, all others; and two stages for the candidates of each basis token. In rounds: a reading
-  // and four stages each; and again for each medoid step.
+  // Readings of the tokens: norms, the first basis token, all others; and two stages for the candidates of each basis
+  // token. In rounds, each round takes one reading and four stages, and so does each medoid step.
   const bool rounds = p.op != APET_MERGE && in_rounds(p);
   const double steps = p.op == APET_COMPRESS ? p.refine : 0, m = p.op == APET_MERGE ? 0 : basis_of(p, p.keep);
   const double sweeps = (p.op == APET_MERGE ? 1 : rounds ? 5 : 3) + 3 * steps;

@@ -1,5 +1,5 @@
-// Products x.t of many tokens with some, as tiles of a matrix product. What is done with a tile decides what is stored:
-// s5_assign.h keeps a running arg-max, s1_rounds.h and s4_medoids.h the products of a basis or of centres.
+// Products x.t of many tokens x with a few tokens t, as tiles of a matrix product. The caller uses a tile at once:
+// s5_assign.h keeps a running arg-max, s1_rounds.h and s4_medoids.h store the products with a basis or with centres.
 //
 // A thread keeps MR rows x one panel of NR factors in registers:
 //
@@ -10,9 +10,9 @@
 //              +------------+  +------------+       +---------------+
 //   MR rows ->   sums over k     of a chunk of 96 tokens, against all panels
 //
-// AVX-512: 6 x 64 = 24 sums + 4 panel vectors + 1 row value = 29 of 32 registers; AVX2: 6 x 16 = 12 + 2 + 1 of 16. A last
-// panel of one vector takes twice the rows: six sums would wait for each other. k runs in blocks of 1024 units, so that
-// a panel's block (256 KB) and the chunk's rows stay in L2.
+// AVX-512: 6 x 64 = 24 sums + 4 panel vectors + 1 row value = 29 of 32 registers; AVX2: 6 x 16 = 12 + 2 + 1 of 16. A
+// last panel of one vector takes twice as many rows, since six sums would wait for each other. k runs in blocks of 1024
+// units, so that a panel's block (256 KB) and the chunk's rows stay in L2.
 //
 // One instruction multiplies and adds a unit. Rows of other types are widened into scratch first. Sums in registers run
 // over kChain products and are then added up in `tile`: one sum over all k would be off by several times as much as
@@ -50,8 +50,8 @@ static inline int64_t chunk_rows(int64_t dim) {
 }
 static inline int64_t padded(int64_t factors) { return (factors + W - 1) / W * W; }
 
-// Where the panel of factors t0, t0 + 1, ... is. The result is not written before the means, so whole panels are kept
-// there from its first cache line on, as far as they fit, and the others in the workspace.
+// Returns the place of the panel of factors t0, t0 + 1, ... The result is not written before the means, so its memory
+// holds whole panels from its first cache line on, as far as they fit; the others are in the workspace.
 template <class E>
 static inline float* panel_at(const Input& in, const Rows& rows, const Factors& factors, int64_t t0) {
   const int64_t n = units<E>(in.dim), before = -(uintptr_t)rows.out % 64;
@@ -60,8 +60,9 @@ static inline float* panel_at(const Input& in, const Rows& rows, const Factors& 
   const int64_t fit = room >= padded(factors.count) ? padded(factors.count) : room / NR * NR;
   return t0 < fit ? reinterpret_cast<float*>(rows.out + before) + t0 * n : factors.packed + (t0 - fit) * n;
 }
-// Floats of the workspace that panel_at() may use for up to `factors` factors. The result has a row for each, which
-// holds its packed form except for the difference in width; a cache line, a panel and the last vector are lost.
+// Returns the floats of the workspace that panel_at() may use for up to `factors` factors. The result has a row for
+// each factor, which holds its packed form except for the difference in width; a cache line, a panel and the last
+// vector are lost.
 template <class E>
 static size_t packed_floats(int64_t factors, int64_t dim) {
   const int64_t half_units = 2 * units<E>(dim), wider = half_units - dim * (int64_t)sizeof(typename E::T) / 2;
@@ -92,7 +93,7 @@ static inline void pack_panel(RowOf row_of, int64_t t0, int64_t count, int64_t w
   }
 }
 
-// Features [d0, d1) of one panel; d0 is a multiple of kColumns, and so of E::N.
+// Packs features [d0, d1) of one panel; d0 is a multiple of kColumns, and so of E::N.
 template <class E>
 static void pack(const Input& in, const Rows& rows, const Factors& factors, int64_t panel, int64_t d0, int64_t d1) {
   const int64_t t0 = panel * NR, width = smaller(NR, padded(factors.count) - t0);
@@ -141,7 +142,7 @@ struct Chunk {
   static_assert(kChunkRows % (2 * MR) == 0, "the tile has room for the last, incomplete rows of a chunk");
 };
 
-// The rows of tokens[begin .. begin + count), widened into scratch where that is needed.
+// Collects the rows of tokens[begin .. begin + count), widened into scratch if the dtype requires it.
 template <class E, class Tokens>
 static inline void load_chunk(const Input& in, Tokens tokens, int64_t begin, int64_t count, void* scratch,
                               Chunk& chunk) {
@@ -187,7 +188,7 @@ struct Width {
   static constexpr int Vectors = Vectors_;
 };
 
-// use(Width, panel, its first factor) for every panel.
+// Calls use(Width, panel, its first factor) for every panel.
 template <class E, class Use>
 static inline void each_panel(const Input& in, const Rows& rows, const Factors& factors, Use use) {
   const int64_t count = padded(factors.count);

@@ -1,4 +1,4 @@
-// s1: which token is the next basis token, and which tokens have to be updated to know it.
+// s1: finds the next basis token, and the tokens that have to be updated first.
 //
 // pick_value only decreases (s1_s3_sweep.h), so the value of a token that is not up to date is an upper bound. A step
 // updates the few tokens of largest bound first, the leaders; then only the contenders, tokens whose bound is not below
@@ -13,12 +13,12 @@ namespace apet::cpu {
 // Tokens that a step updates first: two groups of the sweep, so that two threads have work. Simulated, 16 cost more
 // reads on every input tried, and 4 more on random ones.
 constexpr int kLeaders = 8;
-// Up to so many contenders are all updated: excluding some of them would cost another stage.
+// Up to this many contenders are all updated, since excluding some of them would cost another stage.
 constexpr int kFew = 32;
 
 static bool finite(const Scores& scores, int64_t token) { return scores.norm_sq[token] <= __FLT_MAX__; }
 
-// The larger pick_value; of equal ones the lower token.
+// Returns the candidate of larger pick_value; if they are equal, the lower token.
 static Candidate better(const Candidate& a, const Candidate& b) {
   return b.pick_value > a.pick_value || (b.pick_value == a.pick_value && b.token < a.token) ? b : a;
 }

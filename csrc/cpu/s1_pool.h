@@ -1,4 +1,4 @@
-// s1, in rounds: the candidates of a round, and the picks among them.
+// s1 in rounds: the candidates of a round, and the picks among them.
 #pragma once
 #include <algorithm>
 #include <cmath>
@@ -14,8 +14,8 @@ static void begin_rounds(const Input& in, Scores& scores, Rounds& rounds) {
   for (int32_t i = 0; i < in.tokens; i++) scores.pick_value[i] = finite(scores, i) ? scores.norm_sq[i] : kNeverPicked;
 }
 
-// Lists the candidates of the next round, ascending: those of largest pick_value above 0, kPool for each pick, and the
-// token `start`, if it is one and the round the first.
+// Lists the candidates of the next round, ascending: the tokens of largest pick_value above 0, kPool for each pick. In
+// the first round they include the token `start`, if one is given.
 static void list_pool(const Input& in, const Scores& scores, int64_t start, Rounds& rounds, uint32_t* rank) {
   const int64_t t = rounds.number++, basis = in.max_basis;
   rounds.begin += rounds.size;
@@ -39,8 +39,8 @@ static void list_pool(const Input& in, const Scores& scores, int64_t start, Roun
     if (cut.takes(rank[i])) rounds.pool[rounds.pool_count++] = i;
 }
 
-// Pivoted Cholesky factorisation of the pool's residual Gram matrix: the picks of the round, `size` of them or fewer
-// where the next one is dependent, and the L of the round.
+// Pivoted Cholesky factorisation of the pool's residual Gram matrix. It gives the picks of the round, `size` of them or
+// fewer if the next one is dependent, and the L of the round.
 static void pick_round(const Input& in, Scores& scores, Rounds& rounds) {
   const int64_t count = rounds.pool_count, most = rounds.size;
   double *diag = rounds.diag, *column = rounds.column;
@@ -85,7 +85,7 @@ static void pick_round(const Input& in, Scores& scores, Rounds& rounds) {
   }
 }
 
-// s3, of a basis that was picked in rounds: resid_sq becomes what s4 ranks by. It is without the penalty of the ridge.
+// s3 of a basis that was picked in rounds: resid_sq becomes the value that s4 ranks by, without the ridge penalty.
 static void rank_by_residual(const Input& in, Scores& scores) {
   const float rounding = 4.0f * (float)in.max_basis * 0x1p-24f;
   for (int32_t i = 0; i < in.tokens; i++) {

@@ -1,19 +1,20 @@
-// s1, in rounds: what a round of picks brings to every token.
+// s1 in rounds: updates every token with the picks of a round.
 //
 //   products  = x_n . p                     of the new picks p: one matrix product, one reading of X
-//   z         = products - sum_j y_j(p) y_j(x_n)      over the picks of the rounds before: the same product, of rows of y
+//   z         = products - sum_j y_j(p) y_j(x_n)      over the picks of the rounds before: the same product, of rows of
+// y
 //   y         = L^-1 z                      forward substitution in the round, on the tokens of a chunk side by side
-//   resid_sq  = resid_sq - sum y^2          what is left of ||x||^2
+//   resid_sq  = resid_sq - sum y^2          the remaining part of ||x||^2
 //
-// Before that, of a pool of candidates, the residual Gram matrix: products less the sums of y y, from which s1_pool.h
-// takes the picks. Sums of y run in float32, in the order of the picks.
+// Before that it computes the residual Gram matrix of a pool of candidates, products minus the sums of y y, from which
+// s1_pool.h makes the picks. Sums of y are float32, in the order of the picks.
 //
-// 2 N b D operations a round of b picks, and N b (2 M + b) for y. Included by loops.h alone, inside the namespace of its
-// instruction set.
+// A round of b picks takes 2 N b D operations, and N b (2 M + b) for y. Included by loops.h alone, inside the namespace
+// of its instruction set.
 #pragma once
 #include "product.h"
 
-// Packs the y of one panel of factors, negated, of the picks in the rounds before.
+// Packs y of one panel of factors, negated, for the picks of earlier rounds.
 static void pack_y(const Factors& factors, Rounds& rounds, int64_t panel) {
   const auto row_of = [&](int64_t t) { return rounds.y + (int64_t)factors.token[t] * rounds.width; };
   const int64_t t0 = panel * NR, width = smaller(NR, padded(factors.count) - t0);
@@ -21,7 +22,7 @@ static void pack_y(const Factors& factors, Rounds& rounds, int64_t panel) {
                                    rounds.packed_y + t0 * rounds.begin);
 }
 
-// tile -= the sums of y y, of the tokens of a chunk with the factors of a panel.
+// Subtracts from tile the sums of y y of the tokens of a chunk with the factors of a panel.
 template <int Vectors, class Tokens>
 static inline void subtract_y(const Rounds& rounds, Tokens tokens, int64_t begin, int64_t t0, Chunk& chunk) {
   constexpr int R = rows_of(Vectors);
@@ -36,7 +37,7 @@ static inline void subtract_y(const Rounds& rounds, Tokens tokens, int64_t begin
     }
 }
 
-// Rows [begin, end) of the residual Gram matrix of the pool, which is what is packed: the upper triangle.
+// Computes rows [begin, end) of the residual Gram matrix of the pool, which is packed: only the upper triangle.
 template <class E>
 static void pool_gram(const Input& in, const Rows& rows, const Factors& pool, Rounds& rounds, int64_t begin,
                       int64_t end, void* scratch) {
@@ -59,9 +60,9 @@ static void pool_gram(const Input& in, const Rows& rows, const Factors& pool, Ro
 
 static size_t round_scratch_bytes(int64_t picks) { return (size_t)(picks * kChunkRows) * 4; }
 
-// z [size, kChunkRows] of a chunk's tokens becomes their y; sum_sq: the sums of its squares.
+// Replaces z [size, kChunkRows] of a chunk's tokens by their y; sum_sq: the sums of its squares.
 static inline void substitute(const Rounds& rounds, float* z, float* sum_sq) {
-  constexpr int kTokens = 6;  // vectors of tokens at a time: so many sums do not wait for each other
+  constexpr int kTokens = 6;  // vectors of tokens at a time, so that their sums need not wait for each other
   static_assert(kChunkRows % (kTokens * W) == 0, "a chunk is whole groups of vectors");
   for (int64_t i = 0; i < kChunkRows; i += kTokens * W) {
     V sum[kTokens] = {};
@@ -85,7 +86,7 @@ static inline void substitute(const Rounds& rounds, float* z, float* sum_sq) {
   }
 }
 
-// Brings the picks of this round, which are packed, into tokens [begin, end).
+// Updates tokens [begin, end) with the picks of this round, which are packed.
 template <class E>
 static void round(const Input& in, const Rows& rows, const Factors& picks, Scores& s, Rounds& rounds, Centres& centres,
                   int64_t begin, int64_t end, void* scratch) {

@@ -1,26 +1,26 @@
-// s1 to s3 in one sweep: what a token x_n computes from its dot product with basis token p = p_k.
+// s1 to s3 in one sweep: the values of a token x_n that follow from its dot product with basis token p = p_k.
 //
 //   dot         = x_n . p                                    dot.h: the only pass over the features
 //   y[k, n]     = (dot - sum_j L[k, j] y[j, n]) / L[k, k]    s2: forward substitution
 //   resid_sq[n] = resid_sq[n] - y[k, n]^2                    s3: ||x||^2 - ||y||^2
 //   dist_sq[n]  = min(dist_sq[n], ||x_n - p||^2)             s1, fps
 //
-// s1 picks the token of largest pick_value, which is dist_sq (fps) or resid_sq (qr). Both only decrease, so a value from
-// some steps ago is an upper bound, and a token whose bound is below the largest up-to-date value cannot be picked next:
-// it need not be updated. steps_done[n] counts the basis tokens that token n includes. The first sweep over X brings in
-// the first basis token (and forms the norms, if they are not known yet), each later step updates the few tokens that
-// may be picked (s1_basis.h), and the last sweep updates all others, which reads each x_n once for all of its basis
-// tokens. Every dot product is formed once and each token takes its basis tokens in order, so the bits are those of a
-// full sweep per step.
+// s1 picks the token of largest pick_value, which is dist_sq (fps) or resid_sq (qr). Both only decrease, so a value
+// from some steps ago is an upper bound, and a token whose bound is below the largest up-to-date value cannot be picked
+// next: it need not be updated. steps_done[n] counts the basis tokens that token n includes. The first sweep over X
+// updates all tokens with the first basis token (and computes the norms, if they are not known yet), each later step
+// updates the few tokens that may be picked (s1_basis.h), and the last sweep updates all others, which reads each x_n
+// once for all of its basis tokens. Every dot product is computed once, and each token takes its basis tokens in order,
+// so the bits are those of a full sweep per step.
 //
-// Bytes: 2 N D s (s bytes an element), and what the steps read, N D s each at worst; N (M + 5) words of state. The
-// arithmetic per token and basis token is done in double, which costs nothing beside the dot products.
+// Bytes read: 2 N D s (s bytes an element), and at worst N D s more for each step; N (M + 5) words of state. The
+// arithmetic per token and basis token is done in double, which costs little compared with the dot products.
 //
 // Included by loops.h alone, inside the namespace of its instruction set.
 #pragma once
 #include "dot.h"
 
-// The state of tokens [t, t + n) before any basis token, from their norms.
+// Initialises the state of tokens [t, t + n), before any basis token, from their norms.
 static inline void begin_tile(Scores& s, int64_t t, int64_t n, const double* norm) {
   for (int64_t i = 0; i < n; i++) {
     const float norm_sq = (float)norm[i];
@@ -80,8 +80,8 @@ static inline void add_step(const Input& in, const Basis& basis, Scores& s, int3
     }
 }
 
-// Updates tokens[begin .. end) with the basis tokens that they do not include yet; returns the one of largest
-// pick_value. First: their norms are formed as well, and tokens is a Range.
+// Updates tokens[begin .. end) with the basis tokens that they do not include yet; returns the token of largest
+// pick_value. First: it also computes their norms, and tokens is a Range.
 template <class E, bool First, class Tokens>
 static inline Candidate add_steps(const Input& in, const Basis& basis, Scores& s, Tokens tokens, int64_t begin,
                                   int64_t end) {

@@ -7,8 +7,8 @@
 
 namespace apet::cpu {
 
-// Makes token p, which is up to date, the next basis token. False, and nothing done: qr stops, because p cannot be told
-// from a combination of the earlier basis tokens.
+// Makes token p, which is up to date, the next basis token. Returns false and does nothing if qr must stop, because p
+// cannot be distinguished from a combination of the earlier basis tokens.
 static bool add_basis_token(const Input& in, Scores& scores, Basis& basis, int32_t p) {
   const int32_t m = basis.size;
   const double pivot = (double)scores.resid_sq[p] + in.ridge;  // ||p||^2 + ridge - sum_j l_j^2

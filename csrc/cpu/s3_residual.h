@@ -1,16 +1,17 @@
 // s3: the residual, from the last y of every token.
 //
 //   w    = L^-T y                                   back substitution, from the last row up
-//   e_sq = ||x||^2 - ||y||^2 - ridge ||w||^2        0 where that is within rounding of 0
+//   e_sq = ||x||^2 - ||y||^2 - ridge ||w||^2        0 if that is within rounding of 0
 //
-// N M^2 operations and one reading of y. Included by loops.h alone, inside the namespace of its instruction set.
+// It takes N M^2 operations and one reading of y. Included by loops.h alone, inside the namespace of its instruction
+// set.
 #pragma once
 #include "s1_s3_sweep.h"
 
 template <class E>
 static void residual(const Input& in, const Basis& basis, Scores& s, int64_t begin, int64_t end) {
   sweep<E>(in, basis, s, begin, end);
-  const float rounding = 4.0f * (float)in.max_basis * 0x1p-24f;  // times ||x||^2: what float32 cannot tell from 0
+  const float rounding = 4.0f * (float)in.max_basis * 0x1p-24f;  // times ||x||^2: the rounding error of float32
   for (int64_t t = begin; t < end; t += kTile) {
     const int64_t n = smaller(kTile, end - t);
     double w[APET_MAX_BASIS][kTile], w_sq[kTile] = {};

@@ -1,7 +1,7 @@
-// s4: the kept tokens as centres of clusters, and which token of a cluster takes a centre's place (k-medoids).
+// s4: the kept tokens as centres of clusters, and the token of each cluster that replaces its centre (k-medoids).
 //
-// Centre c has column c of Centres::product for as long as its image is worked on: a centre that moves makes its column
-// stale, and only stale columns are computed again.
+// Centre c has column c of Centres::product until its image is finished: a centre that moves makes its column stale,
+// and only stale columns are computed again.
 #pragma once
 #include <algorithm>
 #include <climits>
@@ -27,15 +27,15 @@ static void make_stale(Centres& centres, int32_t c) {
   centres.stale_token[centres.stale_count++] = centres.token[c];
 }
 
-// The number of each target among the targets, for the loops of s4_medoids.h, and back.
+// Fills both maps between centres and merge targets, for the loops of s4_medoids.h: number and target_column.
 static void number_targets(const Merge& merge, Centres& centres) {
   for (int32_t t = 0; t < merge.target_count; t++) centres.number[merge.target_token[t]] = t;
   for (int32_t c = 0; c < centres.count; c++)
     if (centres.position[c] != INT_MAX) centres.target_column[centres.number[centres.token[c]]] = c;
 }
 
-// Completes the stale columns to two vectors by repetition: a product with a single one would take twelve rows at a time,
-// which the first-level cache does not hold where rows are a multiple of 4 KB. There is room for K factors.
+// Completes the stale columns to two vectors by repeating columns: a product with a single vector would take twelve
+// rows at a time, which do not fit the first-level cache if rows are a multiple of 4 KB. There is room for K factors.
 static void pad_stale(Centres& centres, int32_t vector) {
   for (int32_t& count = centres.stale_count; count % (2 * vector) && count < centres.count; count++) {
     centres.stale[count] = centres.stale[0];
@@ -43,8 +43,7 @@ static void pad_stale(Centres& centres, int32_t vector) {
   }
 }
 
-// Makes the kept tokens centres. The first `known` columns have the products of tokens known[...] already, all of which
-// are kept.
+// Makes the kept tokens centres. The first columns hold the products of the tokens `known` already, which are all kept.
 static void begin_centres(const Input& in, const Scores& scores, const Rows& rows, const Merge& merge,
                           const int32_t* known, int32_t known_count, int32_t vector, Centres& centres) {
   int32_t* is_known = merge.merged;  // scratch
@@ -70,7 +69,7 @@ static void begin_centres(const Input& in, const Scores& scores, const Rows& row
   number_targets(merge, centres);
 }
 
-// Notes which clusters have other tokens than at the last step, given the targets of the dropped tokens.
+// Marks the clusters whose tokens differ from those of the last step, given the targets of the dropped tokens.
 static void note_regrouped(const Merge& merge, Centres& centres) {
   std::fill_n(centres.regrouped, centres.count, uint8_t{0});
   const auto put = [&](int32_t token, int32_t c) {
@@ -84,8 +83,8 @@ static void note_regrouped(const Merge& merge, Centres& centres) {
   for (int32_t c = 0; c < centres.count; c++) put(centres.token[c], c);
 }
 
-// The token of row r's cluster that is nearest to its mean, ties to the lower position. Two tokens are as near as each
-// other, whatever rounding says.
+// Returns the token of row r's cluster that is nearest to its mean, ties to the lower position. In a cluster of two
+// tokens both count as equally near, whatever their rounded distances are.
 static int32_t medoid(const Rows& rows, const Merge& merge, const Centres& centres, int32_t r) {
   const int32_t first = merge.row_begin[r], last = merge.row_begin[r + 1];
   int32_t best = rows.row_token[r];
@@ -98,8 +97,8 @@ static int32_t medoid(const Rows& rows, const Merge& merge, const Centres& centr
   return best;
 }
 
-// A medoid step, given the clusters as `merged`: moves the centres, and lists rows, targets and dropped tokens anew.
-// False: no centre has moved.
+// A medoid step, given the clusters as `merged`: moves the centres, and lists rows, targets and dropped tokens again.
+// Returns false if no centre has moved.
 static bool move_centres(const Input& in, const Scores& scores, Rows& rows, Merge& merge, Centres& centres) {
   int32_t* column = centres.number;  // scratch
   for (int32_t c = 0; c < centres.count; c++) column[centres.token[c]] = c;

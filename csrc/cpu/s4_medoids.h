@@ -1,18 +1,18 @@
-// s4 and s5, from stored products with the kept tokens, the centres: which centre a token is nearest to, or most similar
-// to, and what a medoid step needs of the means.
+// s4 and s5 from stored products with the kept tokens, the centres: the nearest centre of a token, the most similar
+// one, and the means that a medoid step needs.
 //
 //   distance    = (||x||^2 - x.c) + (||c||^2 - x.c)         the arg-min gives clusters
 //   similarity  = x.c / ||c||                               the arg-max gives merge targets: the bits of s5_assign.h
 //   cluster_mean[c] = mean of its cluster                   in float32, as s5_mean.h adds
 //   mean_dist_sq[n] = ||x_n - cluster_mean||^2
 //
-// Centres have a column of `product` each, in no order of position, so ties compare positions. Included by loops.h alone,
-// inside the namespace of its instruction set.
+// Each centre has a column of `product`. Columns are not ordered by position, so ties compare positions. Included by
+// loops.h alone, inside the namespace of its instruction set.
 #pragma once
 #include "product.h"
 #include "s5_mean.h"
 
-// Products of tokens[begin .. end) with the stale centres, which are packed, into their columns.
+// Writes the products of tokens[begin .. end) with the stale centres, which are packed, into the centres' columns.
 template <class E, class Tokens>
 static inline void add_products(const Input& in, const Rows& rows, const Factors& stale, Centres& centres,
                                 Tokens tokens, int64_t begin, int64_t end, void* scratch) {
@@ -30,20 +30,21 @@ static inline void add_products(const Input& in, const Rows& rows, const Factors
     });
   }
 }
-// Of all tokens: a centre that moves away will need its own.
+// Adds the products of all tokens: a centre that moves becomes a dropped token, and needs its products.
 template <class E>
 static void add_all_products(const Input& in, const Rows& rows, const Factors& stale, Centres& centres, int64_t begin,
                              int64_t end, void* scratch) {
   add_products<E>(in, rows, stale, centres, Range{}, begin, end, scratch);
 }
-// Of dropped[begin .. end), where no centre will move any more.
+// Adds the products of dropped[begin .. end) only, if no centre will move any more.
 template <class E>
 static void add_last_products(const Input& in, const Rows& rows, const Factors& stale, Centres& centres,
                               const Merge& merge, int64_t begin, int64_t end, void* scratch) {
   add_products<E>(in, rows, stale, centres, Listed{merge.dropped}, begin, end, scratch);
 }
 
-// The number of the centre of largest value(products, column), ties to the lower position; 0 where none has a value.
+// Returns the number of the centre of largest value(products, column), ties to the lower position; 0 if none has a
+// value.
 template <class Value>
 static inline int32_t best_centre(const Centres& centres, int64_t token, Value value_of) {
   const float* product = centres.product + token * centres.width;
@@ -82,13 +83,13 @@ static void similar(const Centres& centres, Merge& merge, int64_t begin, int64_t
     });
 }
 
-// Whether the mean of row r's cluster is needed: not of one or two tokens (s4_clusters.h), nor where they are those of
-// the last step, whose medoid the centre is.
+// Returns whether the mean of row r's cluster is needed. It is not for one or two tokens (s4_clusters.h), nor if the
+// tokens are those of the last step, since the centre is already their medoid.
 static inline bool needs_mean(const Rows& rows, const Merge& merge, const Centres& centres, int64_t r) {
   return merge.row_begin[r + 1] - merge.row_begin[r] >= 2 && centres.regrouped[centres.cluster[rows.row_token[r]]];
 }
 
-// s4: features [d0, d1) of the means of clusters [begin, end).
+// s4: computes features [d0, d1) of the means of clusters [begin, end).
 template <class T>
 static void cluster_mean(const Input& in, const Rows& rows, const Merge& merge, Centres& centres, int64_t begin,
                          int64_t end, int64_t d0, int64_t d1) {
@@ -119,7 +120,7 @@ static inline float dist_sq(const T* x, const float* mean, int64_t dim) {
   return (float)total.sum();
 }
 
-// s4: mean_dist_sq of merged[begin .. end), and of the centres whose clusters start there.
+// s4: computes mean_dist_sq of merged[begin .. end), and of the centres whose clusters start there.
 template <class T>
 static void mean_distance(const Input& in, const Rows& rows, const Merge& merge, Centres& centres, int64_t begin,
                           int64_t end) {

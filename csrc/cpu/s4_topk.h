@@ -1,4 +1,4 @@
-// s4: which tokens stay, exactly K of them, and the lists that s5 reads, all ascending by position.
+// s4: chooses the tokens that stay, exactly K of them, and makes the lists that s5 reads, all ascending by position.
 //
 //   e_sq [N] -> rank [N] -> cut -> row_token, row_blend, indices [R], target_row, inv_norm [T], dropped [N - K]
 //
@@ -21,8 +21,8 @@ struct Cut {
   bool takes(uint32_t other) { return other > rank || (other == rank && ties-- > 0); }
 };
 
-// The k largest of n ranks, 1 <= k <= n, without sorting: four passes, one byte each from the top, narrow down the k-th
-// largest rank and how many equal to it are above the cut.
+// Finds the k largest of n ranks, 1 <= k <= n, without sorting: four passes, one for each byte from the top, determine
+// the k-th largest rank and how many of those that equal it are above the cut.
 static Cut cut_at(const uint32_t* rank, int64_t n, int64_t k) {
   uint32_t prefix = 0;
   int64_t wanted = k;
@@ -49,7 +49,7 @@ static void add_target(Merge& merge, int32_t row, int32_t token, float norm_sq) 
   merge.inv_norm[merge.target_count++] = norm_sq > 0 ? 1 / std::sqrt(norm_sq) : 0;
 }
 
-// The K rows of compress, K < N, given the basis [basis_size] in the order it was picked.
+// Chooses the K rows of compress, K < N, given the basis [basis_size] in the order it was picked.
 static void choose_rows(const Input& in, const Scores& scores, const int32_t* basis, int32_t basis_size,
                         apet_layout layout, Rows& rows, Merge& merge) {
   const int64_t n = in.tokens, k = in.keep;
@@ -79,7 +79,7 @@ static void choose_rows(const Input& in, const Scores& scores, const int32_t* ba
   }
 }
 
-// The rows of compress where K = N: all tokens, as they are.
+// Makes the rows of compress if K = N: all tokens, as they are.
 static void keep_all(const Input& in, Rows& rows) {
   for (int32_t i = 0; i < in.tokens; i++) {
     set_row(rows, i, i);
@@ -87,7 +87,7 @@ static void keep_all(const Input& in, Rows& rows) {
   }
 }
 
-// The basis after the kept rows; a shorter one repeats its first token, an empty one is token 0.
+// Appends the basis to the kept rows. If it has fewer than M tokens, its first one is repeated; if none, token 0 is.
 static void append_basis(const Input& in, const Basis& basis, Rows& rows) {
   for (int32_t j = 0; j < in.max_basis; j++) {
     const int32_t token = j < basis.size ? basis.token[j] : basis.size ? basis.token[0] : 0;
@@ -96,8 +96,8 @@ static void append_basis(const Input& in, const Basis& basis, Rows& rows) {
   }
 }
 
-// The rows of merge(): kept [K] as the caller gives them, in any order, repeated or out of range; kept_targets [K] or
-// null.
+// Makes the rows of merge() from kept [K] as the caller gives them: in any order, repeated or out of range;
+// kept_targets [K] or null.
 static void take_given_rows(const Input& in, const Scores& scores, const int64_t* kept, const uint8_t* kept_targets,
                             Rows& rows, Merge& merge) {
   int32_t* is_kept = merge.merged;  // scratch

@@ -1,7 +1,7 @@
 // s5, first half: the merge target of every dropped token, arg max_t x.t / ||t|| (the length of x changes no arg-max).
 //
-// similarity [dropped, T] is a matrix product (product.h) that is never stored: a running arg-max per row takes each
-// tile. Targets stay unnormalised; the arg-max multiplies by 1 / ||t|| in float32.
+// similarity [dropped, T] is a matrix product (product.h) that is never stored: each tile updates a running arg-max per
+// row. Targets stay unnormalised; the arg-max multiplies by 1 / ||t|| in float32.
 //
 // Included by loops.h alone, inside the namespace of its instruction set.
 #pragma once

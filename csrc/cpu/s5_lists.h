@@ -1,4 +1,4 @@
-// s5: the lists before and after the similarities.
+// s5: the lists that are made before and after the similarities.
 #pragma once
 #include <algorithm>
 

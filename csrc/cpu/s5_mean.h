@@ -2,8 +2,9 @@
 //
 //   out[r] = (x_r + sum of the dropped tokens merged into it) / (1 + their count)      float32, ascending position
 //
-// A row without any is copied bit for bit; one with row_blend is blend * x[row_token] + (1 - blend) * x[row_blend]. Four
-// vectors of features at a time, so that their sums stay in registers while the dropped tokens are read.
+// A row without merged tokens is copied bit for bit; one with row_blend is blend * x[row_token] + (1 - blend) *
+// x[row_blend]. Four vectors of features are computed at a time, so that their sums stay in registers while the dropped
+// tokens are read.
 //
 // Included by loops.h alone, inside the namespace of its instruction set.
 #pragma once
@@ -33,7 +34,7 @@ static inline void mean_of(const Input& in, const T* x, const int32_t* merged, i
   }
 }
 
-// Features [d0, d1) of rows [begin, end).
+// Computes features [d0, d1) of rows [begin, end).
 template <class T>
 static void mean(const Input& in, const Rows& rows, const Merge& merge, int64_t begin, int64_t end, int64_t d0,
                  int64_t d1) {

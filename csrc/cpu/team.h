@@ -17,7 +17,7 @@
 namespace apet::cpu {
 
 // Program:
-//   int64_t chunks()                      of the open stage
+//   int64_t chunks()                      the number of chunks of the open stage
 //   bool backwards()                      whether slots start with their last chunk
 //   void run(int64_t chunk, int slot)
 //   bool advance()                        opens the next stage; runs on one thread; false at the end of the program

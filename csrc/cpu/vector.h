@@ -1,8 +1,8 @@
 // The vector vocabulary of one instruction set: V holds W floats, I holds W int32.
 //
-// Included inside the namespace of its instruction set. Arithmetic is written with operators; sums of
-// products go through fma(), so that rounding does not depend on the compiler (contraction is off). Everything is
-// static: no symbol of one instruction set may serve another.
+// Included inside the namespace of its instruction set. Arithmetic is written with operators; sums of products use
+// fma(), so that rounding does not depend on the compiler (contraction is off). Everything is static, so that the
+// linker cannot use a symbol of one instruction set for another.
 #pragma once
 
 #if defined(__AVX512F__)
@@ -24,8 +24,8 @@ struct BFloat16 {
   uint16_t bits;
 };
 
-// A broadcast of bits, no arithmetic: two bfloat16 taken for one float may look like a subnormal, which a processor set
-// to flush those would turn into 0.
+// Broadcasts bits, without arithmetic: two bfloat16 read as one float may look like a subnormal, which a processor that
+// flushes subnormals would turn into 0.
 static inline V splat(float a) {
 #if defined(__AVX512F__)
   return (V)_mm512_set1_ps(a);
@@ -94,7 +94,7 @@ struct Total {
 #endif
 };
 
-// ---- 16-bit floats: to the nearest (ties to even), and from
+// ---- conversions to 16-bit floats, to the nearest (ties to even), and from them
 static inline float as_float(uint32_t bits) {
   float f;
   __builtin_memcpy(&f, &bits, 4);
@@ -158,7 +158,7 @@ static inline void store(Half* p, V v) {
   for (int i = 0; i < W; i++) narrow(v[i], p + i);
 #endif
 }
-static inline void store(BFloat16* p, V v) {  // all lanes at once, which the compiler does not make of a loop
+static inline void store(BFloat16* p, V v) {  // all lanes at once: the compiler does not vectorise a loop here
   const U bits = (U)v, nan = (U)((bits & 0x7fffffff) > 0x7f800000u);
   const U rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
   const auto half = __builtin_convertvector((nan & (bits >> 16 | 0x40)) | (~nan & rounded), UH);
@@ -240,7 +240,7 @@ template <class T_>
 struct Widened {
   using T = T_;
   static constexpr int N = W;
-  static constexpr bool kInPlace = sizeof(T) == 4;  // its rows can be multiplied where they lie
+  static constexpr bool kInPlace = sizeof(T) == 4;  // its rows can be multiplied without widening
   static inline V get(const T* p) { return load(p); }
   static inline V get_n(const T* p, int64_t n) { return load_n(p, n); }
   static inline V mad(V a, V b, V c) { return fma(a, b, c); }

@@ -6,7 +6,7 @@
 
 namespace apet::cpu {
 
-// The part of x and of the result that is one ragged image's.
+// The part of x and of the result that belongs to one ragged image.
 struct Extent {
   int64_t token, tokens;  // its first token in x, and N
   int64_t row, keep;      // its first row of the result, and K; the appended rows follow
@@ -60,7 +60,7 @@ class Walk {
   void run(int64_t chunk, int slot);
 
  private:
-  // The stage after `done`, which all the other functions that return a Stage are parts of.
+  // Returns the stage after `done`. All other functions that return a Stage are parts of this one.
   Stage next(Stage done);
   Stage next_image();
   Stage first_stage();
@@ -84,7 +84,7 @@ class Walk {
   void cut_stage();
   int64_t token_chunks() const;
   int64_t columns() const { return (image_.input.dim + width_ - 1) / width_; }
-  // Where chunk c of n things starts: at a multiple of those that the loops take together.
+  // Returns where chunk c of n items starts: at a multiple of `group`, the items that the loops take together.
   int64_t cut(int64_t c, int64_t n, int64_t group) const { return c == chunks_ ? n : n * c / chunks_ / group * group; }
   int64_t token_cut(int64_t c) const { return cut(c, image_.input.tokens, call_->kernels.token_group); }
   int64_t candidate_cut(int64_t c) const { return cut(c, image_.scores.candidate_count, call_->kernels.token_group); }
@@ -103,7 +103,7 @@ class Walk {
   size_t scratch_bytes_;
   Candidate* chunk_best_;   // by chunk
   int64_t steps_left_ = 0;  // medoid steps
-  Candidate best_;          // of the tokens that are up to date
+  Candidate best_;          // the best of the tokens that are up to date
   float least_leader_;      // pick_value of no other token exceeds it
 };
 

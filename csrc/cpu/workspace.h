@@ -1,4 +1,4 @@
-// Where the arrays of an image are in the workspace.
+// Lays out the arrays of an image in the workspace.
 #pragma once
 #include <algorithm>
 
@@ -24,7 +24,7 @@ class Carver {
   size_t used_ = 0;
 };
 
-// Whether an image that keeps so many tokens has its basis picked in rounds.
+// Returns whether an image that keeps so many tokens has its basis picked in rounds.
 inline bool picks_in_rounds(const apet_problem& p, int64_t keep) {
   return p.op == APET_COMPRESS && in_rounds(p) && basis_of(p, keep) > kFewPicks;
 }
@@ -65,7 +65,7 @@ inline void take_centres(const apet_problem& p, int64_t vector, Carver& carver, 
   centres.mean_dist_sq = carver.take<float>(has_medoids(p) ? p.tokens : 0);
 }
 
-// The arrays that the op needs, for the longest image.
+// Takes the arrays that the op needs, for the longest image.
 inline void take_arrays(const apet_problem& p, const Kernels& kernels, Carver& carver, Image& image) {
   const bool picks = p.op != APET_MERGE, merges = p.op != APET_SCORE;
   const int64_t n = p.tokens, rows = merges ? p.keep + appended(p) : 0;

@@ -1,4 +1,4 @@
-// The argument of every kernel, passed by value: sizes, pointers, how the work is divided, and where everything lies.
+// The argument of every kernel, passed by value: sizes, pointers, the division of the work, and the layout of memory.
 // Quantities have the names of docs/algorithm.md ("Names").
 #pragma once
 #include <cfloat>
@@ -44,11 +44,13 @@ struct SharedMap {
   int32_t scan;       // [kScanWords] words, scratch of s4
   int32_t state;      // norm_sq, pick_value, dot [slice], y [M][slice] float, if state_shared
   int32_t p_row;      // the row of x of the newest basis token, if basis_shared
-  int32_t s5;         // s1_s5_cluster only: buffers of s5_assign, and the queues of s5_mean
-  int32_t resident;   // [resident] rows of x, `pitch` bytes apart
+  int32_t s5;         // s1_s5_cluster only: buffers of s5_assign, and the counts of s5_lists
+  int32_t ranks;      // [rank_words] the ranks that s4 reads, in memory that s1 to s3 do not need any more
+  int32_t rank_words;
+  int32_t resident;  // [resident] rows of x, `pitch` bytes apart
   int32_t total;
 };
-constexpr int kScanWords = 320;
+constexpr int kScanWords = 2 * 256 + 4;
 
 struct Call {
   apet_tensors tensors;
@@ -67,6 +69,7 @@ struct Call {
   int32_t pitch;  // bytes between rows in shared memory
   SharedMap map;
   int32_t tiles, tile_columns;  // s5_merge: tiles of an image at most, and how many of them lie side by side
+  int32_t list_tickets;         // s5_merge: tickets of an image that group its dropped tokens
   int32_t mean_tickets;         // s5_merge: tickets of an image that compute rows of the result
   // the workspace
   Image* table;  // [images]
@@ -79,12 +82,14 @@ struct Call {
   Key* target_key;     // [all tokens] for every dropped token: largest similarity, and the target that has it
   int32_t* row_token;  // [all rows]
   int32_t* row_role;   // [all rows] row_target if the row is one; kBlended - row_blend if it is blended; else kCopied
-  int32_t* target_token;  // [all rows]
-  float* inv_norm;        // [all rows]
-  Key* ticket;            // [1] the next ticket of s5_merge
-  uint32_t* tiles_done;   // [images] tiles of s5_merge that are finished
-  uint32_t* slots;        // [images_in_flight][2][ctas_per_image][3 + M], cooperative launches only
-  uint32_t* arrived;      // [images_in_flight] arrivals at the group's barriers, cooperative launches only
+  int32_t* target_token;   // [all rows]
+  float* inv_norm;         // [all rows]
+  int32_t* target_begin;   // [all rows + images] where each target's tokens begin in `merged`: T + 1 of each image
+  int32_t* merged;         // [all tokens] numbers of dropped tokens, grouped by target
+  Key* ticket;             // [1] the next ticket of s5_merge
+  uint32_t* tickets_done;  // [images] tickets of s5_merge before those of the rows that are finished
+  uint32_t* slots;         // [images_in_flight][2][ctas_per_image][3 + M], cooperative launches only
+  uint32_t* arrived;       // [images_in_flight] arrivals at the group's barriers, cooperative launches only
 };
 constexpr int32_t kCopied = -1, kBlended = -2;
 

@@ -9,7 +9,7 @@ namespace {
 constexpr int kMaxDevices = 64;
 thread_local cudaError_t last_error = cudaSuccess;
 
-// How many clusters of each size run at once.
+// Queries how many clusters of each size run at once.
 apet_status query_clusters(Kernel kernel, int shared_bytes, int (&clusters)[kMaxCluster + 1]) {
   APET_TRY(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes));
   APET_TRY(cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1));
@@ -23,7 +23,7 @@ apet_status query_clusters(Kernel kernel, int shared_bytes, int (&clusters)[kMax
   return APET_OK;
 }
 
-// How many CTAs run at once.
+// Queries how many CTAs run at once.
 apet_status query_ctas(Kernel kernel, int threads, int shared_bytes, int sms, int& ctas) {
   int per_sm;
   APET_TRY(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes));
@@ -32,7 +32,7 @@ apet_status query_ctas(Kernel kernel, int threads, int shared_bytes, int sms, in
   return APET_OK;
 }
 
-// Also raises the kernels' limit of shared memory to what the device has.
+// Queries the device, and raises the kernels' limit of shared memory to the amount that the device has.
 apet_status query_device(int index, const Kernels& kernels, Device& device) {
   int major, minor, clusters, cooperative;
   APET_TRY(cudaDeviceGetAttribute(&device.sms, cudaDevAttrMultiProcessorCount, index));

@@ -1,4 +1,4 @@
-// What the current device can run, and calls of the CUDA runtime that may fail.
+// The limits of the current device, and calls of the CUDA runtime that may fail.
 #pragma once
 #include "kernels.cuh"
 
@@ -6,12 +6,13 @@ namespace apet::cuda {
 
 constexpr int kMaxCluster = 16;
 
-// What a device can run at once of the kernels of one dtype, each CTA with all of the shared memory that it may have.
+// How many CTAs and clusters of the kernels of one dtype a device runs at once, if each CTA has all of the shared
+// memory that it may have.
 struct Device {
   bool known;
   int capability;  // 10 * major + minor
   int sms;
-  int shared_bytes;                     // of a CTA, at most
+  int shared_bytes;                     // the most shared memory of a CTA
   bool overlaps;                        // programmatic dependent launch
   int s1_s4_clusters[kMaxCluster + 1];  // clusters of each size; 0: none
   int s1_s5_clusters[kMaxCluster + 1];  // clusters of each size; 0: none

@@ -9,8 +9,8 @@
 // There are three levels because one sum per lane would exceed the bound on e_sq at M = 1 (docs/algorithm.md,
 // "Rounding"). Rows of at most 32 chunks are summed in float64. The order of the sum therefore follows from D and the
 // dtype alone, and not from the row's address or alignment, the rows that share the warp, or how the image is divided.
-// norm_sq is the same routine with x on both sides: a copy of a basis token has ||x||^2 = x.p = ||p||^2 to the bit, and
-// so distance 0.
+// norm_sq is computed by the same routine with x on both sides: a copy of a basis token has bitwise ||x||^2 = x.p =
+// ||p||^2, and so distance 0.
 #pragma once
 #include "call.cuh"
 
@@ -59,8 +59,8 @@ __host__ __device__ constexpr int chunks_of(int64_t dim) {
 // Rows that a warp takes at once: each chunk of p is widened once for all of them.
 constexpr int kRows = 4;
 
-// For rows of at most one chunk per lane: so few products that float64 costs nothing. Such rows need it: basis tokens
-// come close to spanning all D dimensions, and small pivots amplify every rounding error.
+// For rows of at most one chunk per lane, which have so few products that float64 costs nothing. Such rows need it:
+// basis tokens come close to spanning all D dimensions, and small pivots amplify every rounding error.
 template <class T, bool kSelf, bool kWhole>
 __device__ __forceinline__ void narrow_dots(const T* const (&row)[kRows], const T* p, bool p_whole, int dim,
                                             float (&sum)[kRows]) {

@@ -7,12 +7,24 @@
 // Each step of s1 ends with one exchange: every CTA publishes its best candidate (key, norm_sq and y, which becomes the
 // next row of L), and after one barrier reads those of all CTAs. There are two sets of slots, used in turns. A CTA that
 // is one step ahead writes the other set; it cannot be two steps ahead, because that takes another barrier.
+//
+// The keys of a set lie side by side, before all else, since every CTA reads all of them and of one CTA the rest:
+//
+//   slots   [2][size] keys, [2][size] (norm_sq, y)
 #pragma once
 #include <cooperative_groups.h>
 
 #include "call.cuh"
 
 namespace apet::cuda {
+
+// Words of an image's slots: whole keys.
+__host__ __device__ constexpr int64_t slot_words(int size, int words) { return round_up(2 * (int64_t)size * words, 2); }
+// Where word i of a CTA's message of `words` lies in the slots.
+__device__ __forceinline__ int64_t slot_word(int turn, int size, int cta, int words, int i) {
+  const int slot = turn * size + cta;
+  return i < 2 ? 2 * slot + i : 4 * size + (int64_t)slot * (words - 2) + i - 2;
+}
 
 struct ClusterGroup {
   int cta, size;           // this CTA's number in the group, and their count
@@ -43,11 +55,12 @@ struct ClusterGroup {
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
     const auto cluster = cooperative_groups::this_cluster();
     for (int i = threadIdx.x; i < size * words; i += kThreads)
-      cluster.map_shared_rank(slots_, i / words)[(turn_ * size + cta) * words_ + i % words] = message[i % words];
+      cluster.map_shared_rank(slots_, i / words)[slot_word(turn_, size, cta, words_, i % words)] = message[i % words];
 #endif
   }
 
-  __device__ uint32_t read(int from, int word) const { return slots_[(turn_ * size + from) * words_ + word]; }
+  __device__ Key read_key(int from) const { return reinterpret_cast<const Key*>(slots_)[turn_ * size + from]; }
+  __device__ uint32_t read(int from, int word) const { return slots_[slot_word(turn_, size, from, words_, word)]; }
 
  private:
   uint32_t* slots_;
@@ -64,7 +77,7 @@ struct CooperativeGroup {
         first(blockIdx.x / call.ctas_per_image),
         stride(call.images_in_flight),
         words_(message_words(call.basis)) {
-    slots_ = call.slots + (int64_t)first * 2 * size * words_;
+    slots_ = call.slots + (int64_t)first * slot_words(size, words_);
     arrived_ = call.arrived + first;
     if (cta == 0 && threadIdx.x == 0) *arrived_ = 0;
     cooperative_groups::this_grid().sync();  // once per launch: makes the zero visible
@@ -85,11 +98,13 @@ struct CooperativeGroup {
   __device__ void publish(const uint32_t* message, int words) {
     turn_ ^= 1;
     for (int i = threadIdx.x; i < words; i += kThreads)
-      __stcg(slots_ + (int64_t)(turn_ * size + cta) * words_ + i, message[i]);
+      __stcg(slots_ + slot_word(turn_, size, cta, words_, i), message[i]);
   }
 
+  // From L2: another SM wrote it.
+  __device__ Key read_key(int from) const { return __ldcg(reinterpret_cast<const Key*>(slots_) + turn_ * size + from); }
   __device__ uint32_t read(int from, int word) const {
-    return __ldcg(slots_ + (int64_t)(turn_ * size + from) * words_ + word);  // from L2: another SM wrote it
+    return __ldcg(slots_ + slot_word(turn_, size, from, words_, word));
   }
 
  private:

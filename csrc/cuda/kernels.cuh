@@ -5,6 +5,8 @@
 //   cluster       s1_s4_group<T, ClusterGroup>          s5_merge
 //   cooperative   s1_s4_group<T, CooperativeGroup>      s5_merge
 #pragma once
+#include <algorithm>
+
 #include "s1_s4_group.cuh"
 #include "s1_s5_cluster.cuh"
 #include "s5_merge.cuh"
@@ -31,8 +33,7 @@ struct Kernels {
 template <class Tl>
 constexpr int s5_shared_bytes(bool resident) {
   const int tile = resident ? Tl::template shared_bytes<true>() : Tl::template shared_bytes<false>();
-  const int queues = Tl::kThreads / 32 * kQueue * (int)sizeof(int);
-  return tile > queues ? tile : queues;
+  return std::max(tile, kListWords * (int)sizeof(int));
 }
 
 template <class T, class Tl, int kChunks>

@@ -12,7 +12,7 @@ bool aligned(const void* pointer, std::initializer_list<int64_t> strides, int64_
   return is;
 }
 
-// The argument of the kernels, but for the workspace.
+// Makes the argument of the kernels, except for the workspace.
 Call make_call(const apet_problem& p, const apet_tensors& tensors, const apet_cuda_plan_t& plan) {
   Call call = {};
   call.tensors = tensors;
@@ -49,6 +49,7 @@ Call make_call(const apet_problem& p, const apet_tensors& tensors, const apet_cu
     const int64_t tasks = merge.threads / 32;
     call.tiles = (int32_t)(tile_rows(p, merge) * tile_columns(p, merge));
     call.tile_columns = (int32_t)tile_columns(p, merge);
+    call.list_tickets = (int32_t)list_parts(most_kept(p));
     call.mean_tickets = (int32_t)(((most_kept(p) + call.appended) * blocks + tasks - 1) / tasks);
   }
   return call;
@@ -63,7 +64,7 @@ apet_status zero_result(const apet_problem& p, const apet_tensors& tensors, cuda
   return APET_OK;
 }
 
-// s1_s4_group or s1_s5_cluster.
+// Launches s1_s4_group or s1_s5_cluster.
 apet_status launch_first(const apet_problem& p, const apet_cuda_plan_t& plan, const Call& call, cudaStream_t stream) {
   const Kernels& kernels = kernels_for(p.dtype);
   Kernel kernel = plan.path == APET_CUDA_FUSED ? kernels.s1_s5_cluster : kernels.s1_s4_cluster;
@@ -83,12 +84,12 @@ apet_status launch_first(const apet_problem& p, const apet_cuda_plan_t& plan, co
   return APET_OK;
 }
 
-// s5_merge. It may start while the first launch ends.
+// Launches s5_merge, which may start while the first launch ends.
 apet_status launch_second(const apet_problem& p, const Device& device, const apet_cuda_plan_t& plan, const Call& call,
                           cudaStream_t stream) {
   const MergeKernel& merge = merge_kernel_of(p, plan);
   const int ctas = device.merge_ctas[&merge - kernels_for(p.dtype).s5_merge];
-  const double tickets = ((double)call.tiles + call.mean_tickets) * (p.images + 1.0);
+  const double tickets = ((double)call.list_tickets + call.tiles + call.mean_tickets) * (p.images + 1.0);
   cudaLaunchAttribute attribute = {};
   attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
   attribute.val.programmaticStreamSerializationAllowed = 1;

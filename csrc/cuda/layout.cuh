@@ -1,4 +1,4 @@
-// Where everything of a call lies: the sizes of a problem, the shared memory of a CTA, and the workspace.
+// The memory layout of a call: the sizes of a problem, the shared memory of a CTA, and the workspace.
 #pragma once
 #include <algorithm>
 #include <climits>
@@ -23,7 +23,7 @@ inline int64_t most_dropped(const apet_problem& p) {
 inline bool empty(const apet_problem& p) {
   return p.images == 0 || most_tokens(p) == 0 || (p.op != APET_SCORE && all_rows(p) == 0);
 }
-// s5_merge as planned, and the rows and columns of tiles that an image has at most.
+// The planned s5_merge, and the most rows and columns of tiles that an image has.
 inline const MergeKernel& merge_kernel_of(const apet_problem& p, const apet_cuda_plan_t& plan) {
   const MergeKernel(&merge)[2] = kernels_for(p.dtype).s5_merge;
   return merge[plan.tile == merge[1].columns];
@@ -38,7 +38,8 @@ inline int64_t row_bytes(const apet_problem& p) { return p.dim * element_size(p)
 
 // ---- the shared memory of a CTA of the first launch
 
-// By the plan's path, ctas_per_image, slice, resident, state_shared and basis_shared. Offsets beyond 32 bits: INT_MAX.
+// Lays out shared memory for the plan's path, ctas_per_image, slice, resident, state_shared and basis_shared. An offset
+// beyond 32 bits becomes INT_MAX.
 inline SharedMap shared_map(const apet_problem& p, const apet_cuda_plan_t& plan) {
   SharedMap map = {};
   int64_t used = 0;
@@ -61,11 +62,15 @@ inline SharedMap shared_map(const apet_problem& p, const apet_cuda_plan_t& plan)
   map.s5 = take(plan.path == APET_CUDA_FUSED ? kernels_for(p.dtype).s1_s5_shared_bytes : 0);
   map.resident = take(plan.resident * row_pitch(row_bytes(p)));
   map.total = take(0);
+  const bool fused = plan.path == APET_CUDA_FUSED;  // whose s5 reads the resident rows
+  map.ranks = fused ? map.s5 : map.resident;
+  map.rank_words = (fused ? map.resident - map.s5 : map.total - map.resident) / 4;
   return map;
 }
 
-// Divides the longest image between the CTAs of a group, and decides what of a slice lies in shared memory: the basis
-// token of a step, then y and the distances, then as many rows as fit. False if that is too little for the plan's path.
+// Divides the longest image between the CTAs of a group, and decides which parts of a slice are in shared memory: the
+// basis token of a step, then y and the distances, then as many rows as fit. Returns false if shared memory is too
+// small for the plan's path.
 inline bool divide_image(const apet_problem& p, int shared_bytes, int most_resident, apet_cuda_plan_t& plan) {
   plan.slice = (int32_t)((most_tokens(p) + plan.ctas_per_image - 1) / plan.ctas_per_image);
   if (plan.slice > INT_MAX / 2) return false;  // kernels count rows in 32 bits
@@ -110,9 +115,11 @@ inline size_t lay_out_workspace(const apet_problem& p, const apet_cuda_plan_t& p
   take(call.row_role, rows);
   take(call.target_token, rows);
   take(call.inv_norm, rows);
+  take(call.target_begin, merges ? rows + p.images : 0);
+  take(call.merged, merges ? tokens : 0);
   take(call.ticket, merges ? 1 : 0);
-  take(call.tiles_done, merges ? p.images : 0);
-  take(call.slots, cooperative ? in_flight * 2 * ctas * message_words((int)m) : 0);
+  take(call.tickets_done, merges ? p.images : 0);
+  take(call.slots, cooperative ? in_flight * slot_words((int)ctas, message_words((int)m)) : 0);
   take(call.arrived, cooperative ? in_flight : 0);
   return used;
 }

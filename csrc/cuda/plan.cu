@@ -1,4 +1,4 @@
-// Plans a call: estimates every path that the device can run, and chooses the fastest. Looks at sizes alone.
+// Plans a call from its sizes: estimates the time of every path that the device can run, and chooses by the estimates.
 // docs/cuda.md explains the formulas of the estimate and the source of its figures.
 #include <cmath>
 #include <cstdio>
@@ -10,8 +10,17 @@
 namespace apet::cuda {
 namespace {
 
-// Sizes of clusters that are considered.
+// The cluster sizes that are considered.
 constexpr int kClusterSizes[] = {4, 8, 16};
+
+// CTAs of a cooperative launch, of all images in flight. It starts only when all of them are free at once, so a kernel of
+// another stream on a single SM would hold it up: some SMs are left to others, unless the caller says how many it takes.
+int64_t cooperative_ctas(const Device& device, const apet_cuda_override& override) {
+  return device.cooperative_ctas - (override.ctas_per_image > 0 ? 0 : device.cooperative_ctas / 16);
+}
+
+// What plans are compared by. For the same reason a cooperative launch has to be faster by a tenth.
+double cost(const apet_cuda_plan_t& plan) { return plan.estimated_us * (plan.path == APET_CUDA_COOPERATIVE ? 1.1 : 1); }
 
 double estimate_us(const apet_problem& p, const Device& device, const apet_cuda_plan_t& plan) {
   const Figures& f = figures_for(device.capability);
@@ -22,7 +31,10 @@ double estimate_us(const apet_problem& p, const Device& device, const apet_cuda_
     return std::max(bytes / f.l2_per_sm, bytes * busy_ctas / (device.sms * share));
   };
   const double sweep = (double)plan.slice * p.dim / f.elements_per_sm;
-  const double reread = read((plan.slice - plan.resident) * row, f.l2_share);
+  // Rows that no CTA holds are read again in every step: what L2 does not hold of them, from memory.
+  const double outside = (plan.slice - plan.resident) * row;
+  const double beyond_l2 = std::max(0.0, 1 - f.l2_bytes / std::max(1.0, outside * busy_ctas));
+  const double reread = std::max(read(outside, f.l2_share), read(outside * beyond_l2, f.memory_share));
   const double exchange = plan.path == APET_CUDA_COOPERATIVE ? f.cooperative_step_us : f.cluster_step_us;
   const double step = std::max(sweep, reread) + exchange;
   // A thread takes a row through at most M / 2 terms in each of M steps, and as many again for the residual.
@@ -32,37 +44,43 @@ double estimate_us(const apet_problem& p, const Device& device, const apet_cuda_
   if (p.op == APET_SCORE) return us;
   const double flops = 2.0 * most_dropped(p) * most_kept(p) * p.dim;
   const double rate = p.dtype == APET_FLOAT32 ? f.flops_per_sm_32 : f.flops_per_sm_16;
+  const double lists = f.fill_us + most_dropped(p) * f.group_us;
   if (plan.path == APET_CUDA_FUSED)
-    return us + rounds * (std::max(flops / (plan.ctas_per_image * rate), most_kept(p) * row / f.l2_per_sm) +
-                          read(slice, f.l2_share) + f.cluster_step_us);
+    return us + rounds * (std::max(flops / (plan.ctas_per_image * rate), most_kept(p) * row / f.l2_per_sm) + lists +
+                          read(slice, f.l2_share) + 2 * f.cluster_step_us);
   const MergeKernel& merge = merge_kernel_of(p, plan);
   const double tiles = (double)(p.images * tile_rows(p, merge) * tile_columns(p, merge));
   const double waves = std::ceil(tiles / device.sms);
-  const double tile = 2.0 * merge.rows * merge.columns * p.dim / rate;
-  return us + (device.overlaps ? f.overlapped_launch_us : f.launch_us) + waves * (tile + f.fill_us) + f.fill_us +
-         p.images * most_tokens(p) * row / (device.sms * f.l2_share);
+  const double tile =
+      std::max(2.0 * merge.rows * merge.columns * p.dim / rate, (merge.rows + merge.columns) * row / f.l2_share);
+  return us + (device.overlaps ? f.overlapped_launch_us : f.launch_us) + waves * (tile + f.fill_us) + lists +
+         f.fill_us + p.images * most_tokens(p) * row / (device.sms * f.l2_share);
 }
 
-// The tile of s5_merge; 0 columns: chosen. False if the device cannot run the one that is asked for.
+// Chooses the tile of s5_merge with the lower estimate; with columns != 0 that one. Returns false if the device cannot
+// run it.
 bool choose_tile(const apet_problem& p, const Device& device, int columns, apet_cuda_plan_t& plan) {
   const MergeKernel(&merge)[2] = kernels_for(p.dtype).s5_merge;
-  // The large tile reads less. It pays once there are two of them for every CTA that runs at once.
-  const int64_t tiles = p.images * tile_rows(p, merge[1]) * tile_columns(p, merge[1]);
-  const bool large = columns ? columns == merge[1].columns : tiles >= 2 * device.merge_ctas[1];
-  const MergeKernel& chosen = merge[large && device.merge_ctas[1] > 0];
-  plan.tile = chosen.columns;
-  plan.second_shared_bytes = chosen.shared_bytes;
-  return columns == 0 || columns == plan.tile;
+  apet_cuda_plan_t best = {};
+  for (int i = 0; i < 2; i++) {
+    if (device.merge_ctas[i] == 0 || (columns && columns != merge[i].columns)) continue;
+    plan.tile = merge[i].columns;
+    plan.second_shared_bytes = merge[i].shared_bytes;
+    plan.estimated_us = estimate_us(p, device, plan);
+    if (best.launches == 0 || plan.estimated_us < best.estimated_us) best = plan;
+  }
+  plan = best;
+  return best.launches > 0;
 }
 
-// Whether the device can run `path` with that many CTAs per image. If so, completes the plan.
+// Returns whether the device can run `path` with that many CTAs per image; if it can, completes the plan.
 bool try_path(const apet_problem& p, const Device& device, const apet_cuda_override& override, apet_cuda_path path,
               int ctas_per_image, apet_cuda_plan_t& plan) {
   plan.path = path;
   plan.ctas_per_image = ctas_per_image;
   const bool cooperative = path == APET_CUDA_COOPERATIVE, fused = path == APET_CUDA_FUSED;
   if (ctas_per_image < 1 || (!cooperative && ctas_per_image > kMaxCluster)) return false;
-  const int64_t room = cooperative ? device.cooperative_ctas / ctas_per_image
+  const int64_t room = cooperative ? cooperative_ctas(device, override) / ctas_per_image
                        : fused     ? device.s1_s5_clusters[ctas_per_image]
                                    : device.s1_s4_clusters[ctas_per_image];
   plan.images_in_flight = (int32_t)std::min(p.images, room);
@@ -70,7 +88,7 @@ bool try_path(const apet_problem& p, const Device& device, const apet_cuda_overr
   if (!divide_image(p, device.shared_bytes, override.resident, plan)) return false;
   plan.launches = p.op == APET_SCORE || fused ? 1 : 2;
   plan.tile = plan.second_shared_bytes = 0;
-  if (plan.launches == 2 && !choose_tile(p, device, override.tile, plan)) return false;
+  if (plan.launches == 2) return choose_tile(p, device, override.tile, plan);
   plan.estimated_us = estimate_us(p, device, plan);
   return true;
 }
@@ -131,14 +149,15 @@ apet_status apet_cuda_plan(const apet_problem* problem, const apet_cuda_override
     if (wanted.ctas_per_image > 0) ctas_per_image = wanted.ctas_per_image;
     if (!try_path(p, *device, wanted, path, (int)ctas_per_image, next)) return;
     if (us[path] == 0 || next.estimated_us < us[path]) us[path] = next.estimated_us;
-    if (best.launches == 0 || next.estimated_us < best.estimated_us) best = next;
+    if (best.launches == 0 || cost(next) < cost(best)) best = next;
   };
   for (const apet_cuda_path path : {APET_CUDA_FUSED, APET_CUDA_CLUSTER})
     for (const int size : kClusterSizes) consider(path, size);
   // 1, 2, 4, ... images in flight share all CTAs, but an image has no more CTAs than there are rows for one warp each.
   const int64_t most = (most_tokens(p) + kRows - 1) / kRows;
-  for (int64_t in_flight = 1; in_flight < 2 * p.images && in_flight <= device->cooperative_ctas; in_flight *= 2)
-    consider(APET_CUDA_COOPERATIVE, std::min(most, device->cooperative_ctas / in_flight));
+  const int64_t ctas = cooperative_ctas(*device, wanted);
+  for (int64_t in_flight = 1; in_flight < 2 * p.images && in_flight <= ctas; in_flight *= 2)
+    consider(APET_CUDA_COOPERATIVE, std::min(most, ctas / in_flight));
   if (best.launches == 0) {
     std::snprintf(
         plan->why, sizeof plan->why,

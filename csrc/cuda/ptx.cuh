@@ -1,4 +1,4 @@
-// All inline PTX, and what needs nvcc's own keywords, one function each. The other files are plain C++.
+// All inline PTX, and all uses of nvcc's own keywords, one function each. The other files are plain C++.
 //
 // A build without nvcc takes the same functions from <simt_ptx.h>. They follow the PTX manual on the CPU; asynchronous
 // copies arrive only when the kernel waits for them.
@@ -64,8 +64,8 @@ __device__ __forceinline__ void copy_async_wait() {
 
 // ---- matrix instructions
 
-// Loads four 8 x 8 matrices of 16-bit numbers. Lane l gives the address of row l % 8 of matrix l / 8 (16 bytes), and
-// gets its pair of matrix i in r[i].
+// Loads four 8 x 8 matrices of 16-bit numbers. Lane l passes the address of row l % 8 of matrix l / 8 (16 bytes), and
+// receives its pair of matrix i in r[i].
 __device__ __forceinline__ void ldmatrix_x4(uint32_t (&r)[4], const void* row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])

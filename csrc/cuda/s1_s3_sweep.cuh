@@ -9,8 +9,8 @@
 //            y_k = (dot - l.y) / sqrt(pivot)          a thread per row
 //            pick_value: dist_sq or resid_sq          -> best candidate for step k + 1
 //
-// What is computed once per token, and not once per element, is float64: its rounding errors would add up over the
-// steps, and it costs little. y and L are stored as float32.
+// Values that are computed once per token, not once per element, are float64: float32 rounding errors would add up over
+// the steps, and float64 costs little here. y and L are stored as float32.
 //
 // Global memory is read once (and rows that are not resident M more times, from L2); 8 bytes are written per token.
 #pragma once
@@ -20,9 +20,9 @@
 namespace apet::cuda {
 
 constexpr uint32_t kInfinite = 0x7f800000u + 1;  // the rank of e_sq = inf: tokens whose norm is not finite
-constexpr uint32_t kHighest = 0xffffffffu;       // the rank of tokens that stay whatever their e_sq
+constexpr uint32_t kHighest = 0xffffffffu;       // the rank of tokens that stay whatever their e_sq is
 
-// Tokens of a slice when an image of n tokens is divided into so many.
+// The tokens of a slice if an image of n tokens is divided into `slices` of them.
 __device__ __forceinline__ int slice_tokens(int n, int slices) { return (int)(((int64_t)n + slices - 1) / slices); }
 
 // A CTA's part of an image.
@@ -62,7 +62,8 @@ struct Slice {
   }
 };
 
-// What a CTA works on. It lies in shared memory: it is the same for all threads, and registers are scarce.
+// The image and slice that a CTA works on. It is in shared memory: it is the same for all threads, and registers are
+// scarce.
 template <class T>
 struct Work {
   Image image;
@@ -99,14 +100,15 @@ __device__ inline void load_resident_rows(const Call& call, const Slice<T>& slic
   copy_async_wait<0>();
 }
 
-// out[i] = x_i . p for the tokens of the slice, p_row being p's row; kSelf: ||x_i||^2.
-template <class T, bool kSelf>
+// out[i] = x_i . p for the tokens of the slice, p_row being p's row; kSelf: ||x_i||^2. kAllResident: the plan says that
+// every row of every slice is.
+template <class T, bool kSelf, bool kAllResident>
 __device__ __forceinline__ void slice_dots(const Call& call, const Slice<T>& slice, const T* p_row, float* out) {
   const int lane = threadIdx.x % 32;
   for (int i0 = threadIdx.x / 32 * kRows; i0 < slice.tokens; i0 += kWarps * kRows) {
     const T* row[kRows];
     float sum[kRows];
-    if (i0 < slice.resident) {  // which is a multiple of kRows, or all of the slice
+    if (kAllResident || i0 < slice.resident) {  // which is a multiple of kRows, or all of the slice
 #pragma unroll
       for (int r = 0; r < kRows; r++) row[r] = slice.resident_row(call, min(i0 + r, slice.resident - 1));
       // Rows are resident only if p's row is in shared memory too.
@@ -153,11 +155,16 @@ template <class Group>
 __device__ inline void elect_candidate(const Group& group, int words, uint32_t* message) {
   const int lane = threadIdx.x % 32;
   if (threadIdx.x < 32) {
+    constexpr int kFlight = 4;  // keys that a lane loads at once; past the end the last one again
     Key mine = 0;
     int from = 0;
-    for (int r = lane; r < group.size; r += 32) {
-      const Key key = (Key)group.read(r, 1) << 32 | group.read(r, 0);
-      if (key > mine) mine = key, from = r;
+    for (int r0 = lane; r0 < group.size; r0 += 32 * kFlight) {
+      Key key[kFlight];
+#pragma unroll
+      for (int f = 0; f < kFlight; f++) key[f] = group.read_key(min(r0 + 32 * f, group.size - 1));
+#pragma unroll
+      for (int f = 0; f < kFlight; f++)
+        if (key[f] > mine) mine = key[f], from = min(r0 + 32 * f, group.size - 1);
     }
     const Key best = warp_largest(mine);
     from = __shfl_sync(kAllLanes, from, __ffs(__ballot_sync(kAllLanes, mine == best)) - 1);
@@ -166,9 +173,23 @@ __device__ inline void elect_candidate(const Group& group, int words, uint32_t* 
   __syncthreads();
 }
 
-// Runs at most `steps` steps; returns the number of basis tokens found. They, L and inv_diag are then in shared memory,
-// y in the slice.
-template <class T, class Group>
+// s2 of basis token k, whose row of L is the message's y, by one warp: 1 / L_kk, or 0 if the token depends on those
+// before.
+__device__ inline double invert_pivot(const Call& call, const uint32_t* message, int k) {
+  const float p_norm_sq = __uint_as_float(message[2]);
+  double p_resid_sq = p_norm_sq;
+  for (int j = 0; j < k; j++) {
+    const double l = __uint_as_float(message[3 + j]);
+    p_resid_sq = fma(-l, l, p_resid_sq);
+  }
+  const double pivot = p_resid_sq + call.ridge;
+  const bool dependent = !(pivot > 4 * kUnit * p_norm_sq);
+  return dependent ? 0 : 1 / sqrt(pivot);
+}
+
+// Runs at most `steps` steps; returns the number of basis tokens found. Afterwards the basis, L and inv_diag are in
+// shared memory, and y is in the slice.
+template <class T, bool kAllResident, class Group>
 __device__ inline int s1_s2_steps(const Call& call, const Image& image, const Slice<T>& slice, Group& group,
                                   int steps) {
   unsigned char* shared = shared_memory();
@@ -180,7 +201,7 @@ __device__ inline int s1_s2_steps(const Call& call, const Image& image, const Sl
   const bool fps = call.select == APET_FPS;
   const int thread = threadIdx.x;
 
-  slice_dots<T, true>(call, slice, nullptr, slice.norm_sq);
+  slice_dots<T, true, kAllResident>(call, slice, nullptr, slice.norm_sq);
   __syncthreads();
   const int64_t start = min(call.start, (int64_t)image.tokens - 1);
   Key best = 0;
@@ -189,7 +210,7 @@ __device__ inline int s1_s2_steps(const Call& call, const Image& image, const Sl
     const bool finite = norm_sq <= FLT_MAX;  // false for NaN
     call.norm_sq[image.token + slice.first + i] = norm_sq;
     slice.pick_value[i] = !finite ? 0 : fps ? INFINITY : norm_sq;
-    const float value = slice.first + i == start ? INFINITY : norm_sq;  // `start` is taken whatever its norm
+    const float value = slice.first + i == start ? INFINITY : norm_sq;  // `start` is taken whatever its norm is
     if (finite && value > 0) best = larger(best, pack(value, slice.first + i));
   }
 
@@ -202,25 +223,21 @@ __device__ inline int s1_s2_steps(const Call& call, const Image& image, const Sl
     if ((message[0] | message[1]) == 0) return k;
     const int p = unpack((Key)message[1] << 32 | message[0]);
     const float p_norm_sq = __uint_as_float(message[2]);
-    double p_resid_sq = p_norm_sq;
-    for (int j = 0; j < k; j++) {
-      const double l = __uint_as_float(message[3 + j]);
-      p_resid_sq = fma(-l, l, p_resid_sq);
-    }
-    const double pivot = p_resid_sq + call.ridge;
-    const bool dependent = !(pivot > 4 * kUnit * p_norm_sq);
-    if (!fps && k > 0 && dependent) return k;
-    const double inv_diag_k = dependent ? 0 : 1 / sqrt(pivot);
-    for (int j = thread; j < k; j += kThreads) L[k * call.basis + j] = __uint_as_float(message[3 + j]);
-    if (thread == 0) inv_diag[k] = inv_diag_k, basis[k] = p;
     const T* p_row = slice.x_row(call, p);
-    if (call.basis_shared) {
-      for (int c = thread; c < chunks_of<T>(call.dim); c += kThreads)
+    // While the other warps copy the row, one computes the pivot: float64 is slow on some GPUs.
+    if (thread < 32) {
+      const double inv_diag_k = invert_pivot(call, message, k);
+      if (thread == 0) inv_diag[k] = inv_diag_k, basis[k] = p;
+    } else if (call.basis_shared) {
+      for (int c = thread - 32; c < chunks_of<T>(call.dim); c += kThreads - 32)
         reinterpret_cast<Chunk<T>*>(shared_p_row)[c] = load_chunk(p_row, c, call.dim, call.whole_in);
-      __syncthreads();
-      p_row = shared_p_row;
     }
-    slice_dots<T, false>(call, slice, p_row, slice.dot);
+    __syncthreads();
+    const double inv_diag_k = inv_diag[k];
+    if (!fps && k > 0 && inv_diag_k == 0) return k;  // it depends on the others
+    for (int j = thread; j < k; j += kThreads) L[k * call.basis + j] = __uint_as_float(message[3 + j]);
+    if (call.basis_shared) p_row = shared_p_row;
+    slice_dots<T, false, kAllResident>(call, slice, p_row, slice.dot);
     __syncthreads();
     best = 0;
     for (int i = thread; i < slice.tokens; i += kThreads) {
@@ -274,15 +291,15 @@ __device__ inline float s3_residual(const Call& call, const Slice<T>& slice, int
 
 // s1 to s3 of an image; returns the number of basis tokens. Writes norm_sq and, for s4, rank (for the op `score`, the
 // residuals themselves).
-template <class T, class Group>
+template <class T, bool kAllResident, class Group>
 __device__ inline int s1_s3_sweep(const Call& call, const Image& image, const Slice<T>& slice, Group& group, int s) {
   const bool scores = call.op == APET_SCORE;
-  // If all tokens stay, or none, the basis is needed only where it is appended.
+  // If all tokens stay, or none, the basis is needed only if it is appended.
   const bool needs_basis =
       scores || (call.op == APET_COMPRESS && (call.appended > 0 || (image.keep > 0 && image.keep < image.tokens)));
   load_resident_rows(call, slice);
   __syncthreads();
-  const int basis_size = s1_s2_steps(call, image, slice, group, needs_basis ? call.basis : 0);
+  const int basis_size = s1_s2_steps<T, kAllResident>(call, image, slice, group, needs_basis ? call.basis : 0);
   const int* basis = reinterpret_cast<const int*>(shared_memory() + call.map.basis);
   for (int i = threadIdx.x; i < slice.tokens; i += kThreads) {
     const float e_sq = s3_residual(call, slice, basis_size, i);

@@ -5,6 +5,7 @@
 #pragma once
 #include "s1_s4_group.cuh"
 #include "s5_assign.cuh"
+#include "s5_lists.cuh"
 #include "s5_mean.cuh"
 
 namespace apet::cuda {
@@ -18,7 +19,7 @@ __global__ void __launch_bounds__(kThreads, 1) s1_s5_cluster(const Call call) {
     for (uint32_t s = group.first; s < (uint32_t)call.images; s += group.stride) {
       Work<T>& work = open_image<T>(call, (int)s, group.cta, group.size);
       const auto& [image, slice] = work;
-      s1_s4(call, image, slice, group, (int)s, group.size);
+      s1_s4<T, true>(call, image, slice, group, (int)s, group.size);
       group.sync();  // the lists are written
       if (threadIdx.x == 0) {
         work.image.target_count = __ldcg(&call.table[s].target_count);
@@ -33,10 +34,17 @@ __global__ void __launch_bounds__(kThreads, 1) s1_s5_cluster(const Call call) {
             s5_assign<T, ClusterTile<T>, true>(call, image, &slice, r0, r_end, t0, shared);
       }
       group.sync();  // the targets of all dropped tokens are written
+      int32_t* target_begin = call.target_begin + image.row + s;
+      if (image.dropped_count > 0) {
+        const int each = min((image.target_count + group.size - 1) / group.size, kListTargets);
+        for (int t0 = group.cta * each; t0 < image.target_count; t0 += group.size * each)
+          s5_lists<kThreads>(call, image, target_begin, t0, min(t0 + each, image.target_count),
+                             reinterpret_cast<int*>(shared));
+      }
+      group.sync();  // the lists of all targets are written
       const int64_t tasks = (int64_t)image.filled * blocks;
       for (int64_t i = (int64_t)group.cta * kWarps + warp; i < tasks; i += group.size * kWarps)
-        s5_mean<T, 1>(call, image, (int)(i / blocks), (int)(i % blocks),
-                      reinterpret_cast<int*>(shared) + warp * kQueue);
+        s5_mean<T, 1>(call, image, target_begin, (int)(i / blocks), (int)(i % blocks));
       __syncthreads();
     }
   }

@@ -1,88 +1,136 @@
-// s4: which tokens stay, exactly K of them, and the lists that s5 reads, all ascending by position.
+// s4: chooses the tokens that stay, exactly K of them, and makes the lists that s5 reads, all ascending by position.
 //
 // One CTA of the group computes it. rank is e_sq's bits (which ascend with it) + 1, so radix selection finds the K-th
 // largest: four passes, each a histogram of 8 bits. One more pass compacts, in order, by counting the flags of lower
-// threads. Only counts are added, so the result does not depend on the order in which threads run.
+// threads. Only counts are added, so the result does not depend on the order in which threads run. The ranks are read
+// once from L2, into shared memory that s1 to s3 have finished with, if they fit there.
 //
-//   rank [N] --4 passes--> the K-th largest, and how many of that rank stay --1 pass-->
+//   rank [N] --> shared --4 passes--> the K-th largest, and how many of that rank stay --1 pass-->
 //   row_token, row_role, indices [K]      target_token, inv_norm [T]      dropped [N - K]
 //
-// The layout "overwrite" selects twice: kept tokens that are not among the K - m largest are overwritten by the basis.
+// The layout "overwrite" selects twice, in the same passes: kept tokens that are not among the K - m largest are
+// overwritten by the basis.
 #pragma once
 #include "s1_s3_sweep.cuh"
 
 namespace apet::cuda {
 
-// Selects every rank above `rank`, and the first `ties` tokens of just that rank.
+// Selects every rank above `rank`, and the first `ties` tokens of exactly that rank.
 struct Cut {
   uint32_t rank;
   int ties;
 };
 
-// Called by all threads. before[f]: number of lower threads whose flag[f] is set; total[f]: of all threads of the CTA.
-template <int kFlags>
-__device__ inline void count_before(const bool (&flag)[kFlags], int (&before)[kFlags], int (&total)[kFlags],
-                                    int* scan) {
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-#pragma unroll
-  for (int f = 0; f < kFlags; f++) {
-    const uint32_t votes = __ballot_sync(kAllLanes, flag[f]);
-    before[f] = __popc(votes & ((1u << lane) - 1));
-    total[f] = 0;
-    if (lane == 0) scan[f * kWarps + warp] = __popc(votes);
-  }
-  __syncthreads();
-#pragma unroll
-  for (int f = 0; f < kFlags; f++)
-    for (int w = 0; w < kWarps; w++) {
-      const int votes = scan[f * kWarps + w];
-      if (w < warp) before[f] += votes;
-      total[f] += votes;
-    }
-  __syncthreads();
-}
+// The ranks of an image's tokens, in shared memory if they fit.
+struct Ranks {
+  const uint32_t* global;
+  uint32_t* shared;  // null: they do not fit
 
-// The cut that selects `wanted` of rank[0..n).
-__device__ inline Cut find_cut(const uint32_t* rank, int n, int wanted, int* scan) {
-  if (wanted <= 0) return {kHighest, 0};
-  int* histogram = scan;    // [256]
-  int* found = scan + 256;  // the digit, and how many of that digit are still wanted
-  uint32_t prefix = 0;
+  // Called by all threads.
+  __device__ Ranks(const Call& call, const Image& image)
+      : global(call.rank + image.token),
+        shared(image.tokens <= call.map.rank_words ? reinterpret_cast<uint32_t*>(shared_memory() + call.map.ranks)
+                                                   : nullptr) {
+    if (!shared) return;
+#pragma unroll 4
+    for (int i = threadIdx.x; i < image.tokens; i += kThreads) shared[i] = __ldcg(global + i);
+    __syncthreads();
+  }
+  __device__ uint32_t operator[](int64_t i) const { return shared ? shared[i] : __ldcg(global + i); }
+};
+
+// Counts flags of all threads of the CTA, in order. There are two sets of sums, used in turns, so that one barrier
+// serves: a thread that writes a set has passed a barrier after everybody had read it.
+struct Counter {
+  Key* sums;  // [2][kWarps], of four flags each, 16 bits a flag
+  int turn = 0;
+
+  // Called by all threads. before[f]: number of lower threads whose flag[f] is set; total[f]: of all threads.
+  template <int kFlags>
+  __device__ void count(const bool (&flag)[kFlags], int (&before)[kFlags], int (&total)[kFlags]) {
+    static_assert(kFlags <= 4 && kThreads < 1 << 16);
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    Key* sum = sums + turn * kWarps;
+    turn ^= 1;
+    Key votes_here = 0, lower = 0, all = 0;
+#pragma unroll
+    for (int f = 0; f < kFlags; f++) {
+      const uint32_t votes = __ballot_sync(kAllLanes, flag[f]);
+      before[f] = __popc(votes & ((1u << lane) - 1));
+      votes_here |= (Key)__popc(votes) << 16 * f;
+    }
+    if (lane == 0) sum[warp] = votes_here;
+    __syncthreads();
+#pragma unroll
+    for (int w = 0; w < kWarps; w++) {
+      const Key votes = sum[w];
+      if (w < warp) lower += votes;
+      all += votes;
+    }
+#pragma unroll
+    for (int f = 0; f < kFlags; f++) {
+      before[f] += (int)(lower >> 16 * f & 0xffff);
+      total[f] = (int)(all >> 16 * f & 0xffff);
+    }
+  }
+};
+
+// The cuts that select wanted[c] of n ranks. They share a histogram until their digits differ.
+template <int kCuts>
+__device__ inline void find_cuts(const Ranks& rank, int n, const int (&wanted)[kCuts], int* scan, Cut (&cut)[kCuts]) {
+  int* histogram = scan;            // [kCuts][256]
+  int* found = scan + kCuts * 256;  // [kCuts][2] the digit, and how many of that digit are still wanted
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  uint32_t prefix[kCuts] = {};
+  int needed[kCuts];
+#pragma unroll
+  for (int c = 0; c < kCuts; c++) needed[c] = wanted[c];
   for (int shift = 24; shift >= 0; shift -= 8) {
-    for (int d = threadIdx.x; d < 256; d += kThreads) histogram[d] = 0;
+    for (int d = threadIdx.x; d < kCuts * 256; d += kThreads) histogram[d] = 0;
     __syncthreads();
 #pragma unroll 4
     for (int64_t i = threadIdx.x; i < n; i += kThreads) {
-      const uint32_t own = __ldcg(rank + i);
-      if (shift == 24 || own >> (shift + 8) == prefix) atomicAdd(&histogram[own >> shift & 255], 1);
+      const uint32_t own = rank[i], digit = own >> shift & 255;
+#pragma unroll
+      for (int c = 0; c < kCuts; c++)
+        if ((shift == 24 || own >> (shift + 8) == prefix[c]) && (c == 0 || prefix[c] != prefix[0]))
+          atomicAdd(&histogram[c * 256 + digit], 1);
     }
     __syncthreads();
-    if (threadIdx.x < 32) {  // lane l has the digits from 255 - 8 l down
-      const int highest = 255 - 8 * threadIdx.x;
-      int here = 0;
-      for (int d = 0; d < 8; d++) here += histogram[highest - d];
-      int upto = here;
-      for (int step = 1; step < 32; step <<= 1) {
-        const int lower = __shfl_up_sync(kAllLanes, upto, step);
-        if ((int)threadIdx.x >= step) upto += lower;
+#pragma unroll
+    for (int c = 0; c < kCuts; c++)
+      if (warp == c) {  // lane l has the digits from 255 - 8 l down
+        const int* counts = histogram + (prefix[c] != prefix[0] ? c * 256 : 0);
+        const int highest = 255 - 8 * lane;
+        int here = 0;
+        for (int d = 0; d < 8; d++) here += counts[highest - d];
+        int upto = here;
+        for (int step = 1; step < 32; step <<= 1) {
+          const int lower = __shfl_up_sync(kAllLanes, upto, step);
+          if (lane >= step) upto += lower;
+        }
+        int above = upto - here;
+        if (above < needed[c] && needed[c] <= upto) {
+          int d = highest;
+          while (above + counts[d] < needed[c]) above += counts[d--];
+          found[2 * c] = d;
+          found[2 * c + 1] = needed[c] - above;
+        }
       }
-      int above = upto - here;
-      if (above < wanted && wanted <= upto) {
-        int d = highest;
-        while (above + histogram[d] < wanted) above += histogram[d--];
-        found[0] = d;
-        found[1] = wanted - above;
-      }
-    }
     __syncthreads();
-    prefix = prefix << 8 | (uint32_t)found[0];
-    wanted = found[1];
+#pragma unroll
+    for (int c = 0; c < kCuts; c++)
+      if (wanted[c] > 0) {
+        prefix[c] = prefix[c] << 8 | (uint32_t)found[2 * c];
+        needed[c] = found[2 * c + 1];
+      }
     __syncthreads();
   }
-  return {prefix, wanted};
+#pragma unroll
+  for (int c = 0; c < kCuts; c++) cut[c] = wanted[c] > 0 ? Cut{prefix[c], needed[c]} : Cut{kHighest, 0};
 }
 
-// Writes what s5 needs of a merge target.
+// Writes the entries of a merge target that s5 reads.
 __device__ inline void add_target(const Call& call, const Image& image, int number, int position, float norm_sq) {
   call.target_token[image.row + number] = position;
   call.inv_norm[image.row + number] = norm_sq > 0 ? __fdiv_rn(1, __fsqrt_rn(norm_sq)) : 0;
@@ -100,27 +148,36 @@ __device__ inline void write_image(const Call& call, const Image& image, int s, 
 __device__ inline void s4_topk(const Call& call, const Image& image, int s, int basis_size, int slices) {
   int* scan = reinterpret_cast<int*>(shared_memory() + call.map.scan);
   const int* basis = reinterpret_cast<const int*>(shared_memory() + call.map.basis);
-  const uint32_t* rank = call.rank + image.token;
+  const Ranks rank(call, image);
   const int n = image.tokens;
   const int overwritten = call.layout == APET_OVERWRITE && image.keep < n ? min(basis_size, image.keep) : 0;
-  const Cut kept = find_cut(rank, n, image.keep, scan);
-  const Cut own = overwritten > 0 ? find_cut(rank, n, image.keep - overwritten, scan) : kept;  // not overwritten
+  Cut kept, own;  // own: of tokens that are not overwritten
+  if (overwritten > 0) {
+    Cut cut[2];
+    find_cuts<2>(rank, n, {image.keep, image.keep - overwritten}, scan, cut);
+    kept = cut[0], own = cut[1];
+  } else {
+    Cut cut[1];
+    find_cuts<1>(rank, n, {image.keep}, scan, cut);
+    kept = own = cut[0];
+  }
+  Counter counter{reinterpret_cast<Key*>(scan)};
   const int slice = slices > 0 ? slice_tokens(n, slices) : 0;
   int32_t* slice_begin = slices > 0 ? call.slice_begin + (int64_t)s * (slices + 1) : nullptr;
   int kept_ties = 0, own_ties = 0, rows = 0, targets = 0, dropped = 0, replaced = 0;  // counts so far
   for (int64_t i0 = 0; i0 < n; i0 += kThreads) {
     const int64_t i = i0 + threadIdx.x;
     const bool inside = i < n;
-    const uint32_t i_rank = inside ? __ldcg(rank + i) : 0;
+    const uint32_t i_rank = inside ? rank[i] : 0;
     const bool finite = i_rank != kInfinite;
     const bool tie[2] = {inside && i_rank == kept.rank, inside && i_rank == own.rank};
     int ties_before[2], ties_here[2];
-    count_before(tie, ties_before, ties_here, scan);
+    counter.count(tie, ties_before, ties_here);
     const bool stays = inside && (i_rank > kept.rank || (tie[0] && kept_ties + ties_before[0] < kept.ties));
     const bool overwrite = stays && i_rank <= own.rank && !(tie[1] && own_ties + ties_before[1] < own.ties);
     const bool flag[4] = {stays, stays && !overwrite && finite, inside && !stays && finite, overwrite};
     int before[4], here[4];
-    count_before(flag, before, here, scan);
+    counter.count(flag, before, here);
     if (stays) {
       const int64_t row = image.row + rows + before[0];
       call.tensors.indices[row] = image.first_token + i;
@@ -148,7 +205,7 @@ __device__ inline void s4_topk(const Call& call, const Image& image, int s, int 
 
 // The same lists for the op `merge`: rows given by the caller, in any order, repeated or out of range.
 __device__ inline void s4_given_rows(const Call& call, const Image& image, int s, int slices) {
-  int* scan = reinterpret_cast<int*>(shared_memory() + call.map.scan);
+  Counter counter{reinterpret_cast<Key*>(shared_memory() + call.map.scan)};
   uint32_t* rank = call.rank + image.token;
   const int n = image.tokens;
   const int slice = slices > 0 ? slice_tokens(n, slices) : 0;
@@ -166,7 +223,7 @@ __device__ inline void s4_given_rows(const Call& call, const Image& image, int s
       atomicMax(rank + position, kHighest);  // marks the token; several threads may, if a row is repeated
     }
     int before[1], here[1];
-    count_before(is_target, before, here, scan);
+    counter.count(is_target, before, here);
     if (r < image.keep) {
       call.row_token[image.row + r] = position;
       call.row_role[image.row + r] = is_target[0] ? targets + before[0] : kCopied;
@@ -180,7 +237,7 @@ __device__ inline void s4_given_rows(const Call& call, const Image& image, int s
     const uint32_t i_rank = i < n ? __ldcg(rank + i) : kHighest;
     const bool is_dropped[1] = {i_rank < kInfinite};
     int before[1], here[1];
-    count_before(is_dropped, before, here, scan);
+    counter.count(is_dropped, before, here);
     if (is_dropped[0]) call.dropped[image.token + dropped + before[0]] = (int)i;
     if (i < n && slices > 0 && i % slice == 0) slice_begin[i / slice] = dropped + before[0];
     dropped += here[0];

@@ -7,20 +7,20 @@
 //               | warp  | warp  |
 //               +-------+-------+
 //
-// The [dropped_count, T] matrix is never stored. A product is summed in float32 over ascending D, in chains (kChain), in
-// the hardware's order inside a matrix instruction of 16 elements (16-bit tokens), or fma by fma (float32, IEEE: never
-// tf32). Tile sizes therefore do not change a bit of it, and the arg-max is over integers: similarity, then the lower
-// target.
+// The [dropped_count, T] matrix is never stored. A product is summed in float32 over ascending D, in chains (kChain),
+// in the hardware's order inside a matrix instruction of 16 elements (16-bit tokens), or fma by fma (float32, IEEE:
+// never tf32). Tile sizes therefore do not change a bit of it, and the arg-max is over integers: similarity, then the
+// lower target.
 #pragma once
 #include "dot.cuh"
 #include "s1_s3_sweep.cuh"
 
 namespace apet::cuda {
 
-constexpr int kStepBytes = 128;                // of a row, per step
+constexpr int kStepBytes = 128;                // bytes of a row per step
 constexpr int kBufferPitch = kStepBytes + 16;  // 9 words of 16 bytes: 8 rows of a matrix are in different banks
 constexpr int kBuffers = 3;
-constexpr int kChain = 128;  // products of a chain, whose sum is then added to the others
+constexpr int kChain = 128;  // products of a chain; its sum is then added to the total
 
 // kWarpsM x kWarpsN warps, each with 16 kFragM dropped tokens x 8 kFragN targets.
 template <int kWarpsM_, int kWarpsN_, int kFragM_, int kFragN_>
@@ -35,22 +35,22 @@ struct Tile {
   }
 };
 using SmallTile = Tile<2, 2, 2, 4>;  // 64 x 64: enough tiles for a small image
-// 96 x 128: six tenths of the bytes from L2 per product; its two sums per product take the registers that there are.
-// float32, which the arithmetic limits: 64 x 128.
+// 96 x 128 reads six tenths of the bytes from L2 per product; its two sums per product use up the registers. float32,
+// which is limited by arithmetic, uses 64 x 128.
 template <class T>
 using LargeTile = Tile<2, 4, sizeof(T) == 2 ? 3 : 2, 4>;
-// In s1_s5_cluster, with its 12 warps: 96 x 128 (float32, for lack of registers: 96 x 64).
+// The tile of s1_s5_cluster, for its 12 warps: 96 x 128 (float32, for lack of registers: 96 x 64).
 template <class T>
 using ClusterTile = Tile<3, 4, 2, sizeof(T) == 2 ? 4 : 2>;
 
-// Bits that sort as the floats do; -0 as +0, NaN below all others.
+// Returns bits that sort as the floats do; -0 counts as +0, NaN is below all others.
 __device__ __forceinline__ uint32_t ordered(float v) {
   if (v != v) return 0;
   const uint32_t bits = __float_as_uint(__fadd_rn(v, 0));
   return bits >> 31 ? ~bits : bits | 0x80000000u;
 }
 
-// acc += the products over 32 bytes of D. a(i), b(j): where this lane loads from, in shared memory.
+// Adds to acc the products over 32 bytes of D. a(i), b(j): the addresses that this lane loads from, in shared memory.
 template <class T, class Tl, class RowA, class RowB>
 __device__ __forceinline__ void multiply(float (&acc)[Tl::kFragM][Tl::kFragN][4], RowA a, RowB b) {
   if constexpr (sizeof(T) == 2) {
@@ -88,8 +88,9 @@ __device__ __forceinline__ void multiply(float (&acc)[Tl::kFragM][Tl::kFragN][4]
   }
 }
 
-// One tile: dropped tokens [r0, r_end) and targets from t0 on, as many as the tile has. Raises their target_key.
-// kResident: the dropped tokens are resident rows of `slice`; else they are copied to shared memory like the targets.
+// Computes one tile: dropped tokens [r0, r_end) and targets from t0 on, as many as the tile has. Raises their
+// target_key. kResident: the dropped tokens are resident rows of `slice`; else they are copied to shared memory like
+// the targets.
 template <class T, class Tl, bool kResident>
 __device__ inline void s5_assign(const Call& call, const Image& image, const Slice<T>* slice, int r0, int r_end, int t0,
                                  unsigned char* shared) {
@@ -132,8 +133,8 @@ __device__ inline void s5_assign(const Call& call, const Image& image, const Sli
     copy_async_commit();  // past the end an empty group, so that every step waits for the same count
   };
 
-  // The rows that this lane loads from: those of a matrix (16-bit tokens), or those of its own sums (float32). Rows of a
-  // buffer are so many bytes from the first one, so that one address does for all.
+  // The rows that this lane loads from: those of a matrix (16-bit tokens), or those of its own sums (float32). They are
+  // byte offsets from the first row of a buffer, so that one address is enough for all.
   constexpr bool kMatrix = sizeof(T) == 2;
   constexpr int kRowsA = !kResident ? 1 : kMatrix ? Tl::kFragM : Tl::kFragM * 2;
   const int warp_row = warp / Tl::kWarpsN * Tl::kFragM * 16, warp_column = warp % Tl::kWarpsN * Tl::kFragN * 8;
@@ -153,7 +154,7 @@ __device__ inline void s5_assign(const Call& call, const Image& image, const Sli
   const auto row_a = [&](int i) { return kResident ? a[i] : a[0] + i * (kMatrix ? 16 : 8) * kBufferPitch; };
   const auto row_b = [&](int j) { return b + (kMatrix ? j * 16 : j / 2 * 8 + j % 2) * kBufferPitch; };
 
-  // acc: the sum of the chain that runs; sum: of those before it.
+  // acc: the sum of the current chain; sum: of the chains before it.
   float acc[Tl::kFragM][Tl::kFragN][4] = {}, sum[Tl::kFragM][Tl::kFragN][4] = {};
   const auto end_chain = [&] {
 #pragma unroll
@@ -175,9 +176,10 @@ __device__ inline void s5_assign(const Call& call, const Image& image, const Sli
     load(step + kBuffers - 1);
     const int buffer = step % kBuffers * kBufferRows * kBufferPitch;
     if (busy) {
-#pragma unroll
+#pragma unroll(kMatrix ? 2 : 1)  // more of them spill on some targets
       for (int k = 0; k < kStepBytes; k += 32)
-        if (step * (kStepBytes / 32) + k / 32 < slabs)
+        // Copied rows end in zeros, which change no sum; what lies behind a resident row may be anything.
+        if (!kResident || step * (kStepBytes / 32) + k / 32 < slabs)
           multiply<T, Tl>(
               acc, [&](int i) { return row_a(i) + (kResident ? step * kStepBytes : buffer) + k; },
               [&](int j) { return row_b(j) + buffer + k; });

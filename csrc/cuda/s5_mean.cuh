@@ -2,19 +2,14 @@
 //
 //   tokens[r] = (x_r + sum of the dropped tokens whose target is r) / (1 + their count)    float32, ascending position
 //
-// A task is kChunks * 32 chunks of a row, computed by one warp. The warp scans the targets of all dropped tokens, 256 at
-// a time, lists those of its row (by ballot, so in order), and adds them: several loads in flight, one addition after
-// the other.
+// A task is kChunks * 32 chunks of a row, computed by one warp. It reads the row's own list (s5_lists.cuh), 32 positions at
+// a time, and adds those tokens: several loads in flight, one addition after the other.
 //
-//   target_key, dropped [dropped_count] --once per task, from L2/L1--> the warp's queue
-//   x [the row's own token and the queued ones] --once--> tokens
+//   merged [target_begin[t], target_begin[t + 1])     x [the row's own token and the listed ones] --once--> tokens
 #pragma once
 #include "dot.cuh"
 
 namespace apet::cuda {
-
-constexpr int kScan = 8;            // words of 32 dropped tokens that a warp scans at a time
-constexpr int kQueue = kScan * 32;  // positions
 
 // Column blocks of a row: an image has filled * mean_blocks tasks.
 template <class T, int kChunks>
@@ -22,11 +17,11 @@ __host__ __device__ constexpr int mean_blocks(int dim) {
   return (chunks_of<T>(dim) + 32 * kChunks - 1) / (32 * kChunks);
 }
 
-// Column block `block` of the image's row `row`, by one warp, which has a queue [kQueue] of its own.
+// Column block `block` of the image's row `row`, by one warp. target_begin: [T + 1] of this image.
 template <class T, int kChunks>
-__device__ inline void s5_mean(const Call& call, const Image& image, int row, int block, int* queue) {
+__device__ inline void s5_mean(const Call& call, const Image& image, const int32_t* target_begin, int row, int block) {
   constexpr int kSize = Chunk<T>::kSize;
-  constexpr int kFlight = kChunks < 4 ? 4 : 2;  // rows in flight: 8 loads of 16 bytes per lane, or what registers allow
+  constexpr int kFlight = kChunks < 4 ? 4 : 2;  // rows in flight: 8 loads of 16 bytes per lane, or as registers allow
   const int lane = threadIdx.x % 32, chunks = chunks_of<T>(call.dim);
   const int chunk0 = block * 32 * kChunks + lane;
   const T* x = static_cast<const T*>(call.tensors.x) + image.base;
@@ -55,38 +50,25 @@ __device__ inline void s5_mean(const Call& call, const Image& image, int row, in
     for (int c = 0; c < kChunks; c++)
 #pragma unroll
       for (int i = 0; i < kSize; i++) sum[c][i] = chunk0 + c * 32 < chunks ? widen(own[c].v[i]) : 0;
-    int received = 0;
-    for (int64_t d0 = 0; d0 < image.dropped_count; d0 += kQueue) {
-      int target[kScan], position[kScan];
-#pragma unroll
-      for (int w = 0; w < kScan; w++) {
-        const int64_t d = d0 + w * 32 + lane;
-        const bool there = d < image.dropped_count;
-        target[w] = there ? unpack(__ldcg(call.target_key + image.token + d)) : -1;
-        position[w] = there ? __ldcg(call.dropped + image.token + d) : 0;
-      }
-      int queued = 0;
-      __syncwarp();  // all lanes have read the queue of the previous words
-#pragma unroll
-      for (int w = 0; w < kScan; w++) {
-        const uint32_t mine = __ballot_sync(kAllLanes, target[w] == role);
-        if (target[w] == role) queue[queued + __popc(mine & ((1u << lane) - 1))] = position[w];
-        queued += __popc(mine);
-      }
-      __syncwarp();
-      for (int q = 0; q < queued; q += kFlight) {
+    const bool some = image.dropped_count > 0;  // else there are no lists
+    const int begin = some ? __ldcg(target_begin + role) : 0;
+    const int received = some ? __ldcg(target_begin + role + 1) - begin : 0;
+    for (int q0 = 0; q0 < received; q0 += 32) {
+      const int listed = min(received - q0, 32);
+      const int number = __ldcg(call.merged + image.token + begin + q0 + min(lane, listed - 1));
+      const int position = __ldcg(call.dropped + image.token + number);
+      for (int q = 0; q < listed; q += kFlight) {
         Chunk<T> added[kFlight][kChunks];
 #pragma unroll
-        for (int f = 0; f < kFlight; f++)
-          if (q + f < queued) {
-            const T* from = x + queue[q + f] * call.stride_xn;
+        for (int f = 0; f < kFlight; f++) {  // past the end of the list its last token again, which is not added
+          const T* from = x + __shfl_sync(kAllLanes, position, min(q + f, listed - 1)) * call.stride_xn;
 #pragma unroll
-            for (int c = 0; c < kChunks; c++)
-              if (chunk0 + c * 32 < chunks) added[f][c] = load_chunk(from, chunk0 + c * 32, call.dim, call.whole_in);
-          }
+          for (int c = 0; c < kChunks; c++)
+            if (chunk0 + c * 32 < chunks) added[f][c] = load_chunk(from, chunk0 + c * 32, call.dim, call.whole_in);
+        }
 #pragma unroll
         for (int f = 0; f < kFlight; f++)
-          if (q + f < queued) {
+          if (q + f < listed) {
 #pragma unroll
             for (int c = 0; c < kChunks; c++)
               if (chunk0 + c * 32 < chunks) {
@@ -95,7 +77,6 @@ __device__ inline void s5_mean(const Call& call, const Image& image, int row, in
               }
           }
       }
-      received += queued;
     }
     if (received > 0) {  // a row that receives no token is copied bit for bit
 #pragma unroll

@@ -1,25 +1,38 @@
-// s5 of every image, as a launch of its own after s1_s4_group: tiles of s5_assign and tasks of s5_mean.
+// s5 of every image, as a launch of its own after s1_s4_group: tiles of s5_assign, then s5_lists, then rows of s5_mean.
 //
-// CTAs draw tickets: image by image, the tiles of image s before the rows of image s - 1.
+// CTAs draw tickets, image by image:
 //
-//   ticket   tiles of image 0 | tiles of 1, rows of 0 | tiles of 2, rows of 1 | ... | rows of the last image
+//   ticket   tiles of 0 | lists of 0, tiles of 1, rows of 0 | lists of 1, tiles of 2, rows of 1 | ... | rows of the last
 //
-// Rows wait for all tiles of their image. Those have lower tickets, so they are finished or being worked on: the launch
-// ends with any number of CTAs, and mostly without waiting.
+// Lists wait for all tiles of their image, rows for all lists. Those have lower tickets, so they are finished or being
+// worked on: the launch ends with any number of CTAs, and mostly without waiting.
 #pragma once
 #include "s5_assign.cuh"
+#include "s5_lists.cuh"
 #include "s5_mean.cuh"
 
 namespace apet::cuda {
 
+// Two small CTAs, or one large one, have the registers of an SM: with a third the products spill.
 template <class T, class Tl, int kChunks>
-__global__ void __launch_bounds__(Tl::kThreads) s5_merge(const Call call) {
+__global__ void __launch_bounds__(Tl::kThreads, 256 / Tl::kThreads) s5_merge(const Call call) {
   constexpr int kTasks = Tl::kThreads / 32;  // tasks of s5_mean per ticket: one per warp
   unsigned char* shared = shared_memory();
   Key* shared_ticket = reinterpret_cast<Key*>(shared);
   shared += 16;
   const int thread = threadIdx.x, warp = thread / 32, blocks = mean_blocks<T, kChunks>(call.dim);
-  const Key per_image = (Key)call.tiles + call.mean_tickets, end = per_image * ((Key)call.images + 1);
+  const Key per_image = (Key)call.list_tickets + call.tiles + call.mean_tickets;
+  const Key end = per_image * ((Key)call.images + 1);
+  const auto wait_until_done = [&](int64_t s, int tickets) {
+    if (thread == 0)
+      while (load_acquire(call.tickets_done + s) < (uint32_t)tickets) {
+      }
+    __syncthreads();
+  };
+  const auto done = [&](int64_t s) {
+    __syncthreads();
+    if (thread == 0) add_release(call.tickets_done + s, 1);
+  };
   wait_previous_launch();
   while (true) {
     __syncthreads();  // all threads have finished the previous ticket, which used the same shared memory
@@ -27,24 +40,29 @@ __global__ void __launch_bounds__(Tl::kThreads) s5_merge(const Call call) {
     __syncthreads();
     const Key ticket = *shared_ticket;
     if (ticket >= end) return;
-    const int64_t at = (int64_t)(ticket % per_image), s = (int64_t)(ticket / per_image) - (at < call.tiles ? 0 : 1);
+    const int64_t round = (int64_t)(ticket / per_image);  // the tiles of this image, and all else of the one before
+    int64_t at = (int64_t)(ticket % per_image);
+    const bool is_tile = at >= call.list_tickets && at < call.list_tickets + call.tiles;
+    const int64_t s = is_tile ? round : round - 1;
     if (s < 0 || s >= call.images) continue;
     const Image image = call.table[s];
-    if (at < call.tiles) {
+    int32_t* target_begin = call.target_begin + image.row + s;
+    if (at < call.list_tickets) {
+      wait_until_done(s, call.tiles);
+      const int t0 = (int)at * kListTargets, t_end = min(t0 + kListTargets, image.target_count);
+      if (image.dropped_count > 0 && t0 < t_end)
+        s5_lists<Tl::kThreads>(call, image, target_begin, t0, t_end, reinterpret_cast<int*>(shared));
+      done(s);
+    } else if (is_tile) {
+      at -= call.list_tickets;
       const int64_t r0 = at / call.tile_columns * Tl::kRows, t0 = at % call.tile_columns * Tl::kColumns;
       if (r0 < image.dropped_count && t0 < image.target_count)
         s5_assign<T, Tl, false>(call, image, nullptr, (int)r0, image.dropped_count, (int)t0, shared);
-      __syncthreads();
-      if (thread == 0) add_release(call.tiles_done + s, 1);
+      done(s);
     } else {
-      if (thread == 0)
-        while (load_acquire(call.tiles_done + s) < (uint32_t)call.tiles) {
-        }
-      __syncthreads();
-      const int64_t task = (at - call.tiles) * kTasks + warp, row = task / blocks;
-      if (row < image.filled)
-        s5_mean<T, kChunks>(call, image, (int)row, (int)(task % blocks),
-                            reinterpret_cast<int*>(shared) + warp * kQueue);
+      wait_until_done(s, call.tiles + call.list_tickets);
+      const int64_t task = (at - call.list_tickets - call.tiles) * kTasks + warp, row = task / blocks;
+      if (row < image.filled) s5_mean<T, kChunks>(call, image, target_begin, (int)row, (int)(task % blocks));
     }
   }
 }

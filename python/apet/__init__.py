@@ -1,7 +1,7 @@
 """ApET on models and on files: hooks for models, the command `apet`, pictures, and the encoders behind them.
 
-The kernels themselves are in `apet_kernels`; importing `apet` imports neither them nor torch: what needs them is
-imported when it is first used.
+The kernels are in the package `apet_kernels`. Importing `apet` imports neither that package nor torch: a module is
+imported when one of its names is first used.
 """
 
 from importlib import import_module
@@ -72,7 +72,8 @@ except PackageNotFoundError:  # a source tree on the path that was never install
 
 
 class Notice(UserWarning):
-    """A warning that is meant for the user; the command line prints it as one line, the first of each `key` alone."""
+    """A warning that is meant for the user. The command line prints it as one line, and only the first one of each
+    `key`."""
 
     def __init__(self, message: str, key: str | None = None):
         super().__init__(message)
@@ -80,10 +81,11 @@ class Notice(UserWarning):
 
 
 class ApetError(Exception):
-    """The error of the command line and what it calls: one message, meant for the user, with the offending value."""
+    """The error of the command line and of the functions that it calls: one message for the user, with the offending
+    value."""
 
 
-if not TYPE_CHECKING:  # else every misspelt name would be right to a type checker
+if not TYPE_CHECKING:  # else a type checker would accept every misspelt name
 
     def __getattr__(name: str) -> Any:
         if name in _LAZY:

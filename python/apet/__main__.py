@@ -1,4 +1,4 @@
-"""`python -m apet`: the command without its entry point."""
+"""`python -m apet`: runs the command without its entry point."""
 
 from apet.cli import main
 

@@ -26,8 +26,9 @@ class Call:
     @property
     def flops(self) -> int:
         """2 D (M N + (N - K) T) for each image: a dot product of every token with each of M basis tokens, and of every
-        dropped one with each of T merge targets (K; "overwrite": K - M). Of a basis that is picked in rounds 2 D M N:
-        its products are those with the merge targets. Medoid steps come on top, and depend on the data."""
+        dropped token with each of T merge targets (K; "overwrite": K - M). A basis that is picked in rounds takes 2 D M
+        N: its products are those with the merge targets. Medoid steps are not counted, since their number of products
+        depends on the data."""
         options = Options(**self.options)
         gone = options.basis_of(0) if options.layout == "overwrite" else 0
         macs = 0
@@ -39,7 +40,8 @@ class Call:
 
 
 class Recorder(TorchDispatchMode):
-    """`with Recorder() as recorder:` leaves every call in `recorder.calls`, its tensors alive."""
+    """Records every call in a with block: `with Recorder() as recorder:` fills `recorder.calls` and keeps their tensors
+    alive."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,5 +1,4 @@
-"""What `apet doctor` finds and shows: what is installed, which backends are usable, and whether they and the hooks are
-right."""
+"""The findings of `apet doctor`: what is installed, which backends can be used, and whether they and the hooks work."""
 
 from __future__ import annotations
 
@@ -19,7 +18,7 @@ from rich.table import Table
 import apet
 
 TYPICAL, KEEP = (1, 576, 1024), 64  # an image of LLaVA-1.5
-# Distribution -> what is missing without it.
+# Distribution -> what cannot be used without it.
 OPTIONAL = {
     "transformers": "apet compress",
     "onnx": "the default encoder of apet compress",
@@ -37,9 +36,9 @@ Findings = dict[str, Any]  # what --json prints
 
 
 def find(step: Callable[[str], None]) -> Findings:
-    """Looks at everything and tests it. step: told what is done next.
+    """Collects all findings and runs the tests. step: called with a description of what is done next.
 
-    The key "right" is False if the kernels cannot be imported, or a backend or a hook is wrong.
+    The key "right" is False if the kernels cannot be imported, or if a test of a backend or a hook fails.
     """
     found: Findings = {
         "apet-kernels": apet.__version__,
@@ -57,7 +56,7 @@ def find(step: Callable[[str], None]) -> Findings:
         "gpu": _gpu(),
         "instruction sets": testing.cpu_isa(),
         "build": apet_kernels.build_info(),
-        "backends": backends,  # why each cannot be used; None: it can
+        "backends": backends,  # the reason why each cannot be used; None: it can be used
         "plans": _plans(),
         "self-test": _self_test([name for name, why_not in backends.items() if why_not is None], step),
         "hooks": _check_hooks(step),
@@ -75,7 +74,7 @@ def _version(name: str) -> str | None:
 
 
 def _processor() -> str:
-    """The model name from /proc/cpuinfo, else Python's name of the processor."""
+    """Returns the model name from /proc/cpuinfo, else Python's name of the processor."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
@@ -90,7 +89,7 @@ def _gpu() -> list[str]:
 
 
 def _plans() -> list[Findings]:
-    """How compress would run on a typical image, in two dtypes, on the CPU and on the GPU if there is one."""
+    """Returns how compress would run on a typical image, in two dtypes, on the CPU and on a GPU if there is one."""
     import torch
 
     import apet_kernels
@@ -104,14 +103,14 @@ def _plans() -> list[Findings]:
 
 
 def _typical(dtype: Any, device: str) -> Any:
-    """A tensor to plan for; on the CPU without its memory."""
+    """Returns a tensor to plan for; on the CPU it has no memory."""
     import torch
 
     return torch.empty(TYPICAL, dtype=dtype, device="meta" if device == "cpu" else device)
 
 
 def _self_test(usable: list[str], step: Callable[[str], None]) -> list[Findings]:
-    """Each backend and instruction set against the float64 reference."""
+    """Tests each usable backend and instruction set against the float64 reference."""
     from apet import selftest
     from apet_kernels import testing
 
@@ -127,12 +126,12 @@ def _self_test(usable: list[str], step: Callable[[str], None]) -> list[Findings]
 
 
 def _number(value: float) -> float | None:
-    """JSON has no infinity."""
+    """Returns None in place of infinity and NaN, which JSON does not have."""
     return value if math.isfinite(value) else None
 
 
 def _check_hooks(step: Callable[[str], None]) -> Findings:
-    """The hooks' self-check for every family of models."""
+    """Runs the hooks' self-check for every family of models."""
     try:
         import transformers
 
@@ -149,7 +148,7 @@ def _check_hooks(step: Callable[[str], None]) -> Findings:
 
 
 def show(found: Findings, console: Console) -> None:
-    """Prints it as tables."""
+    """Prints the findings as tables."""
     console.print(_installed(found))
     if "error" in found:
         console.print(f"[bold red]{escape(found['error'])}[/]")
@@ -179,7 +178,7 @@ def _table(title: str, *headings: str) -> Table:
 
 
 def _installed(found: Findings) -> Table:
-    """Versions, the processor, and how the kernels were built."""
+    """Returns the table of versions, the processor, and the build of the kernels."""
     table = _table("Installed", "", "")
     table.show_header = False
     table.add_row("apet-kernels", found["apet-kernels"])

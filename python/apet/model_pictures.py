@@ -1,10 +1,11 @@
-"""The picture of `apet compress` for a patched model, drawn from its own prefill."""
+"""Draws the picture of `apet compress` for a patched model, from its own prefill."""
 
 from __future__ import annotations
 
 import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import numpy as np
@@ -45,7 +46,7 @@ def picture(model: nn.Module, inputs: Mapping[str, Any], processor: Any, visual:
     engine, seen = engine_of(model), kept(model).visuals[visual]
     options, name = engine.options, type(engine.model).__name__
     counts, extra = [seen.tokens, *map(len, seen.left)], ""
-    if options.layout == "append":  # its rows are no positions
+    if options.layout == "append":  # the rows of basis tokens are not positions
         counts[1] = sum(len(panel.frame.kept) for panel in drawn)
         extra = f" + {sum(len(panel.frame.basis) for panel in drawn)} basis"
     title = f"{seen.modality} {visual + 1}: {' → '.join(map(str, counts))}{extra} tokens"
@@ -56,8 +57,8 @@ def picture(model: nn.Module, inputs: Mapping[str, Any], processor: Any, visual:
 
 
 def panels(model: nn.Module, inputs: Mapping[str, Any], processor: Any, visual: int = 0) -> list[Panel]:
-    """What `picture` draws: a panel for every tile or frame that lost tokens, stage after stage. Arguments and errors
-    as there."""
+    """Returns the panels that `picture` draws, one for every tile or frame that lost tokens, stage after stage.
+    Arguments and errors are those of `picture`."""
     engine = engine_of(model)
     calls, projected = _prefill(engine, inputs)
     if not 0 <= visual < len(engine.trace.visuals):
@@ -79,7 +80,7 @@ def panels(model: nn.Module, inputs: Mapping[str, Any], processor: Any, visual: 
         drawn.append((stage, panel))
     if not drawn:
         raise ValueError(f"nothing was dropped of image or video {visual}, so there is nothing to draw")
-    if len({stage for stage, _ in drawn}) > 1:  # features before and inside the language model: one scale for each
+    if len({stage for stage, _ in drawn}) > 1:  # features before and inside the language model differ in scale
         for _, panels_of_stage in itertools.groupby(drawn, lambda one: one[0]):
             frames = [panel.frame for _, panel in panels_of_stage]
             finite = np.concatenate([frame.residual[np.isfinite(frame.residual)] for frame in frames])
@@ -89,25 +90,21 @@ def panels(model: nn.Module, inputs: Mapping[str, Any], processor: Any, visual: 
 
 
 def _prefill(engine: Engine, inputs: Mapping[str, Any]) -> tuple[list[Call], Tensor | None]:
-    """The calls of the op in a prefill, and the projector's input [tiles, N, C] where that is what is compressed."""
+    """Runs a prefill. Returns its calls of the op, and the projector's input [tiles, N, C] if that is compressed."""
     projected: list[Tensor] = []
-    handles = []
-    if engine.adapter.projector is not None:
-        projector = engine.core.get_submodule(engine.adapter.projector)
-        handles = [projector.register_forward_pre_hook(lambda _, args: projected.append(args[0]), prepend=True)]
-    try:
-        with Recorder() as recorder:
-            engine.model.generate(**inputs, **GREEDY, max_new_tokens=1)
-    finally:
-        for handle in handles:
-            handle.remove()
+    with Recorder() as recorder, ExitStack() as hooks:
+        if engine.adapter.projector is not None:
+            projector = engine.core.get_submodule(engine.adapter.projector)
+            seen = projector.register_forward_pre_hook(lambda _, args: projected.append(args[0]), prepend=True)
+            hooks.enter_context(seen)
+        engine.model.generate(**inputs, **GREEDY, max_new_tokens=1)
     if not recorder.calls:
         raise ValueError(f"nothing was dropped, so there is nothing to draw: {engine.options}")
     return recorder.calls, projected[0] if projected else None
 
 
 def _placeholder_units(engine: Engine, inputs: Mapping[str, Any]) -> list[Tensor]:
-    """For every image and video, the unit of each of its placeholders; -1: none."""
+    """Returns the unit of each placeholder of every image and video; -1: none."""
     visuals = engine.trace.visuals
     counts: dict[str, int] = {}
     for modality, _, tokens in visuals:
@@ -119,8 +116,8 @@ def _placeholder_units(engine: Engine, inputs: Mapping[str, Any]) -> list[Tensor
 def _frames(
     engine: Engine, units: Sequence[Tensor], calls: Sequence[Call], visual: int
 ) -> Iterator[tuple[str, Unit, np.ndarray, outcome.Frame]]:
-    """What every call did to the units of an image: the stage, the unit, where its tokens were among the rows that
-    `units` [rows] of the image speaks of, and what became of them."""
+    """Yields the result of every call for the units of an image: the stage, the unit, the places of its tokens among
+    the rows of `units` [rows] of the image, and the outcome for each token."""
     options = engine.options
     owners = [(v, n) for v, of in enumerate(units) for n in of[of >= 0].unique().tolist()]
     places = {(v, n): (units[v] == n).nonzero().view(-1).numpy() for v, n in owners}
@@ -140,7 +137,7 @@ def _frames(
 
 
 def _images(call: Call) -> Iterator[tuple[Tensor, Tensor]]:
-    """The tokens [n, D] of every image of a call, and which of them it kept [k]."""
+    """Yields the tokens [n, D] of every image of a call, and the positions [k] of those that were kept."""
     extra = call.options["basis"] if call.options["layout"] == "append" else 0  # never None with "append"
     start = row = 0
     for n, k in zip(call.lengths, call.keeps, strict=True):
@@ -156,7 +153,7 @@ def _frame(x: Tensor, stay: Tensor, engine: Engine) -> outcome.Frame:
 
 
 def _spread(frame: outcome.Frame, places: np.ndarray, total: int) -> outcome.Frame:
-    """A frame of the tokens at some places [n] of a grid of so many, as one of the whole grid."""
+    """Converts the frame of tokens at some places [n] of a grid to a frame of the whole grid with `total` places."""
     survives, goal, residual = np.zeros(total, bool), np.full(total, -1), np.zeros(total)
     survives[places], residual[places] = frame.survives, frame.residual
     goal[places] = np.where(frame.goal >= 0, places[frame.goal], -1)
@@ -172,8 +169,8 @@ def _tiles(
     processor: Any,
     visual: int,
 ) -> list[tuple[np.ndarray, tuple[int, int]]]:
-    """The tiles or frames of an image or video, [rows * PATCH, columns * PATCH, 3] in 0..1, and their rows and columns
-    of tokens."""
+    """Returns the tiles or frames of an image or video, [rows * PATCH, columns * PATCH, 3] in 0..1, each with its rows
+    and columns of tokens."""
     modality = engine.trace.visuals[visual][0]
     of_kind = [units[v] for v, (m, _, _) in enumerate(engine.trace.visuals) if m == modality]
     number = visual - next(v for v, (m, _, _) in enumerate(engine.trace.visuals) if m == modality)
@@ -209,15 +206,15 @@ def _tiles(
 
 
 def _unfold(patches: Tensor, steps: int, rows: int, columns: int, merge: int, times: int) -> Tensor:
-    """Qwen's patches [steps * rows * columns * merge^2, 3 * times * p * p], those of a token together -> of every step
-    the first frame [steps, 3, rows * merge * p, columns * merge * p]."""
+    """Converts Qwen's patches [steps * rows * columns * merge^2, 3 * times * p * p], in which the patches of a token
+    are adjacent, to the first frame of every step [steps, 3, rows * merge * p, columns * merge * p]."""
     p = math.isqrt(patches.shape[1] // (3 * times))
     blocks = patches.view(steps, rows, columns, merge, merge, 3, times, p, p)[:, :, :, :, :, :, 0]
     return blocks.permute(0, 5, 1, 3, 6, 2, 4, 7).reshape(steps, 3, rows * merge * p, columns * merge * p)
 
 
 def _photo(view: Tensor, grid: tuple[int, int], processor: Any) -> np.ndarray:
-    """Pixel values [3, H, W] -> [rows * PATCH, columns * PATCH, 3] in 0..1."""
+    """Converts pixel values [3, H, W] to a photo [rows * PATCH, columns * PATCH, 3] in 0..1."""
     images = getattr(processor, "image_processor", processor)
     mean, std = (torch.tensor(values)[:, None, None] for values in (images.image_mean, images.image_std))
     pixels = ((view * std + mean).clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy()

@@ -1,4 +1,4 @@
-"""What compression saves a model on given inputs: tokens, operations, cache and time, with and without it."""
+"""Measures what compression saves a model on given inputs: tokens, operations, cache and time, with and without it."""
 
 from __future__ import annotations
 
@@ -40,13 +40,13 @@ class Prefill:
 
     @property
     def flops(self) -> int:
-        """All of them."""
+        """The sum of all operations."""
         return self.vision_flops + self.language_flops + self.compression_flops
 
 
 @dataclass(frozen=True)
 class Report:
-    """The same inputs without compression and with it; seconds are medians. Prints as a table."""
+    """Measurements of the same inputs with and without compression; seconds are medians. It prints as a table."""
 
     model: str
     options: Options
@@ -77,7 +77,7 @@ class Report:
         return text.get()
 
     def rows(self) -> Iterator[tuple[str, float, float, str]]:
-        """The rows of the table: name, without, compressed, unit ("" counts, "FLOP", "B" or "s")."""
+        """Yields the rows of the table: name, without, compressed, unit ("" for counts, "FLOP", "B" or "s")."""
         before, after = self.without, self.compressed
         first = 1
         for (long, short), run in itertools.groupby(zip(before.lengths, after.lengths, strict=True)):
@@ -97,15 +97,15 @@ def report(model: nn.Module, inputs: Mapping[str, Any], *, max_new_tokens: int =
     """Measures what compression saves a patched model on these inputs, by generating with and without it.
 
     Args:
-        model: a model that `apet.patch` has patched; it stays so.
+        model: a model that `apet.patch` has patched; it stays patched.
         inputs: arguments of `model.generate(**inputs)`, with images or videos.
         max_new_tokens: length of both answers, generated greedily, for the total time.
-        rounds: how often both are timed, alternately; the report holds medians.
+        rounds: number of timings of each, alternately; the report holds medians.
 
-    FLOPs are counted in one prefill each, by torch's counter: 2 m n k for every matrix product and convolution, and
-    4 B H L^2 d for attention (scores and weighted sum of L tokens, the masked half included; d per head) in every
-    layer; `Call.flops` for the compression. So a decoder layer of P weights in matrices takes 2 B L P + 4 B H L^2 d.
-    Norms, activations and other work that grows with L alone are not counted. In that prefill other attention
+    FLOPs are counted in one prefill each, by torch's counter: 2 m n k for every matrix product and convolution; 4 B H
+    L^2 d for attention in every layer (scores and weighted sum of L tokens, the masked half included; d per head); and
+    `Call.flops` for the compression. So a decoder layer with P weights in matrices takes 2 B L P + 4 B H L^2 d. Norms,
+    activations and other work that grows only linearly with L are not counted. In that prefill other attention
     implementations are replaced by sdpa, which the counter knows. The cache is the one that generate() makes; a static
     cache has the same size with and without compression.
 
@@ -145,7 +145,7 @@ def report(model: nn.Module, inputs: Mapping[str, Any], *, max_new_tokens: int =
 
 
 def engine_of(model: nn.Module) -> Engine:
-    """The engine of a patched model. Raises ValueError if the model is not patched."""
+    """Returns the engine of a patched model. Raises ValueError if the model is not patched."""
     engine = vars(plain(model)).get(ENGINE)
     if engine is None:
         raise ValueError(f"this {type(model).__name__} is not patched: call apet.patch(model, keep=...) first")
@@ -154,7 +154,7 @@ def engine_of(model: nn.Module) -> Engine:
 
 @contextmanager
 def unpatched(engine: Engine) -> Iterator[None]:
-    """Removes the patch within a with block."""
+    """Removes the patch for the length of a with block."""
     engine.remove()
     try:
         yield
@@ -163,15 +163,12 @@ def unpatched(engine: Engine) -> Iterator[None]:
 
 
 def count(engine: Engine, inputs: Mapping[str, Any]) -> Prefill:
-    """FLOPs, lengths and cache size of one prefill, with the model as it is, patched or not."""
+    """Counts FLOPs, lengths and cache size of one prefill of the model as it is, patched or not."""
     sdpa = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops}
     counter, at_decoder = FlopCounterMode(display=False, custom_mapping=sdpa), []
     seen = engine.language_model.register_forward_pre_hook(lambda *_: at_decoder.append(counter.get_total_flops()))
-    try:
-        with _torch_attention(engine.model), Recorder() as recorder, counter:
-            out = engine.model.generate(**inputs, **GREEDY, max_new_tokens=1, return_dict_in_generate=True)
-    finally:
-        seen.remove()
+    with seen, _torch_attention(engine.model), Recorder() as recorder, counter:
+        out = engine.model.generate(**inputs, **GREEDY, max_new_tokens=1, return_dict_in_generate=True)
     layers = out.past_key_values.layers
     return Prefill(
         lengths=[int(out.past_key_values.get_seq_length(i)) for i in range(len(layers))],
@@ -183,7 +180,7 @@ def count(engine: Engine, inputs: Mapping[str, Any]) -> Prefill:
 
 
 def clock(model: nn.Module, inputs: Mapping[str, Any], new_tokens: int) -> tuple[float, float]:
-    """Seconds from the call of generate() to the first token, and to the last of `new_tokens`."""
+    """Returns the seconds from the call of generate() to the first token, and to the last of `new_tokens`."""
     streamer = Clock()
     if model.device.type != "cpu":
         torch.accelerator.synchronize()
@@ -193,7 +190,7 @@ def clock(model: nn.Module, inputs: Mapping[str, Any], new_tokens: int) -> tuple
 
 
 class Clock(BaseStreamer):
-    """Records the time of the prompt and of each token, when it has arrived on the CPU."""
+    """Records the time at which the prompt and each token have arrived on the CPU."""
 
     def __init__(self) -> None:
         self.times: list[float] = []
@@ -206,14 +203,15 @@ class Clock(BaseStreamer):
 
 
 def _attention_flops(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
-    """Of shapes [B, H, L, d], [B, .., S, d] and [B, .., S, d2]; torch's counter lacks its attention for CPUs."""
+    """Counts FLOPs of attention for CPUs, which torch's counter lacks; shapes [B, H, L, d], [B, .., S, d], [B, .., S,
+    d2]."""
     batch, heads, length, d = query
     return 2 * batch * heads * length * key[2] * (d + value[3])
 
 
 @contextmanager
 def _torch_attention(model: nn.Module) -> Iterator[None]:
-    """Modules whose attention is not torch's own use sdpa."""
+    """Switches modules whose attention is not torch's own to sdpa, for the length of a with block."""
     configs = {id(m.config): m.config for m in model.modules() if hasattr(m, "config")}.values()
     before = [(config, config._attn_implementation) for config in configs]
     try:
@@ -227,7 +225,7 @@ def _torch_attention(model: nn.Module) -> Iterator[None]:
 
 
 def _amount(value: float, unit: str) -> str:
-    """1.3e12, "FLOP" -> '1.30 TFLOP'."""
+    """Formats a value with a unit prefix: 1.3e12, "FLOP" -> '1.30 TFLOP'."""
     if not unit:
         return f"{value:g}"
     scales = {"T": 1e12, "G": 1e9, "M": 1e6, "k": 1e3, "": 1.0, "m": 1e-3, "u": 1e-6}

@@ -1,4 +1,5 @@
-"""Vision-language models of `apet generate` and `apet eval`: loads one with its processor, and asks it a question."""
+"""The vision-language models of `apet generate` and `apet eval`: loads one with its processor, and asks it a
+question."""
 
 from __future__ import annotations
 
@@ -17,10 +18,10 @@ if TYPE_CHECKING:
 
 
 def load(name: str, trials: Sequence[Mapping[str, Any]], dtype: str, device: str | None) -> tuple[nn.Module, Any]:
-    """A model (a folder or a hub id) and its processor.
+    """Loads a model (a folder or a hub id) and its processor.
 
-    trials: options of `apet.patch` that will be used; they are checked on a model without weights before the weights
-    are read.
+    trials: the options of `apet.patch` that will be used. They are checked on a model without weights before the
+    weights are read.
 
     Raises: ApetError, if the model cannot be loaded or the options do not fit it.
     """
@@ -64,7 +65,7 @@ def load(name: str, trials: Sequence[Mapping[str, Any]], dtype: str, device: str
 def question(
     model: nn.Module, processor: Any, prompt: str, images: Sequence[Image.Image], clip: Media | None = None
 ) -> dict[str, Any]:
-    """The inputs of a question about images, or about a clip: all of its frames, at their times.
+    """Returns the inputs of a question about images, or about a clip: all of its frames, at their times.
 
     Raises: ApetError, if the processor does not accept the prompt, or takes other frames.
     """
@@ -81,7 +82,7 @@ def question(
             text = "".join(getattr(processor, f"{kind}_token") + "\n" for kind in kinds) + prompt
         given: dict[str, Any] = {"images": list(images)} if images else {}
         if clip is not None:
-            # Left to themselves, some processors choose among the frames again, at times that they assume.
+            # Otherwise some processors select from these frames again, at times that they assume.
             given |= {
                 "videos": [np.stack(clip.frames)],
                 "video_metadata": [metadata(clip)],
@@ -96,14 +97,14 @@ def question(
     return {name: _placed(name, value, model) for name, value in inputs.items()}
 
 
-TICKS = 1000  # a second: a clock for frames, whatever rate they have
+TICKS = 1000  # per second: a clock that is fine enough for any frame rate
 
 
 def metadata(clip: Media) -> dict[str, Any]:
-    """A clip as `transformers.video_utils.VideoMetadata` describes it, on a clock of `TICKS` frames a second.
+    """Describes a clip as `transformers.video_utils.VideoMetadata` does, on a clock of `TICKS` frames a second.
 
-    So the time of each frame, index / fps, is right under a variable frame rate, too; and so is the mean distance of
-    frames, total / fps / their number.
+    With it the time of each frame, index / fps, is right under a variable frame rate, too, and so is the mean distance
+    between frames, total / fps / number of frames.
     """
     width, height = clip.size
     return {
@@ -118,9 +119,9 @@ def metadata(clip: Media) -> dict[str, Any]:
 
 
 def _check_frames(processor: Any, inputs: dict[str, Any], clip: Media) -> None:
-    """Raises ApetError, if the inputs do not have all frames; sets the seconds of a step of Qwen2.5-VL.
+    """Raises ApetError if the inputs do not have all frames; sets the seconds of a temporal step for Qwen2.5-VL.
 
-    Versions of its processor differ in where they take these from; all of them hand them to the model.
+    Versions of its processor compute these seconds in different ways; all of them pass them to the model.
     """
     frames = len(clip.frames)
     each = getattr(getattr(processor, "video_processor", None), "temporal_patch_size", None) or 1
@@ -138,7 +139,7 @@ def _check_frames(processor: Any, inputs: dict[str, Any], clip: Media) -> None:
 
 
 def _placed(name: str, value: Any, model: nn.Module) -> Any:
-    """A value on the model's device, pixels in its dtype (times and sizes stay exact)."""
+    """Moves a value to the model's device, and pixels to its dtype (times and sizes stay exact)."""
     import torch
 
     if name == "second_per_grid_ts":
@@ -150,7 +151,7 @@ def _placed(name: str, value: Any, model: nn.Module) -> Any:
 
 
 def answer(model: nn.Module, processor: Any, inputs: Mapping[str, Any], max_new_tokens: int, show: bool) -> str:
-    """The greedy answer to a question; with `show` it is printed while it is generated."""
+    """Returns the greedy answer to a question; with `show` it is printed while it is generated."""
     from transformers import TextStreamer
 
     from apet.model_report import GREEDY
@@ -161,7 +162,8 @@ def answer(model: nn.Module, processor: Any, inputs: Mapping[str, Any], max_new_
 
 
 def _device(name: str | None) -> Any:
-    """The device of that name; for None an accelerator, if there is one. Raises: ApetError, if it is not available."""
+    """Returns the device of that name; None: an accelerator, if there is one. Raises: ApetError, if it is not
+    available."""
     import torch
 
     there = torch.accelerator.current_accelerator(check_available=True)

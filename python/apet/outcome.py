@@ -1,4 +1,4 @@
-"""What `apet compress` shows of a photo or clip: kept tokens, merge targets, what is lost, and time."""
+"""The numbers that `apet compress` shows of a photo or clip: kept tokens, merge targets, what is lost, and time."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class OpArguments:
 
 
 class Described(Protocol):
-    """Arguments of the op, of whichever class."""
+    """The arguments of the op that `describe` reads, in any class."""
 
     @property
     def basis(self) -> int | str: ...
@@ -44,7 +44,7 @@ class Described(Protocol):
 
 
 def describe(o: Described) -> str:
-    """'layout inplace, select fps, 10 basis tokens', for titles."""
+    """Describes the arguments for titles: 'layout inplace, select fps, 10 basis tokens'."""
     basis = "as many basis tokens as are kept" if o.basis == "keep" else f"{o.basis} basis tokens"
     return f"layout {o.layout}, select {o.select}, {basis}" + (f", {o.refine} medoid steps" if o.refine else "")
 
@@ -54,7 +54,7 @@ class Frame:
     """One image after compression; positions are row by row in its grid of patches."""
 
     kept: np.ndarray  # [K] ascending
-    basis: np.ndarray  # [m] in picking order; none where the basis is all that is kept, or medoids of it
+    basis: np.ndarray  # [m] in picking order; empty if all kept tokens are basis tokens, or medoids
     overwritten: np.ndarray  # [m] slots that hold basis tokens instead of their own (layout overwrite), else [0]
     survives: np.ndarray  # [N] bool: the token's own features are in the result, in whichever row
     goal: np.ndarray  # [N] position each token was merged into, its own if kept, -1 if nowhere
@@ -73,15 +73,15 @@ class Measure:
 
 
 def check(tokens: int, keep: int, arguments: OpArguments) -> None:
-    """Raises: ValueError or RuntimeError if the op rejects these arguments for an image of so many tokens."""
+    """Raises: ValueError or RuntimeError, if the op rejects these arguments for an image of so many tokens."""
     no_data = torch.empty(1, tokens, 1, device="meta")
     _compress(no_data, keep, replace(arguments, backend=None))  # backends take no meta tensors
 
 
 def compress(x: torch.Tensor, keep: int, arguments: OpArguments) -> tuple[list[Frame], Measure]:
-    """Compress images [B, N, D] and measure what is left of them.
+    """Compresses images [B, N, D] and measures what is left of them.
 
-    Raises: ValueError or RuntimeError if the op rejects its arguments.
+    Raises: ValueError or RuntimeError, if the op rejects its arguments.
     """
     tokens, indices = _compress(x, keep, arguments)  # [B, R, D], [B, R]
     residual, basis = score(x, arguments)  # [B, N], [B, M]
@@ -92,7 +92,8 @@ def compress(x: torch.Tensor, keep: int, arguments: OpArguments) -> tuple[list[F
 
 
 def measure(x: torch.Tensor, tokens: torch.Tensor, frames: list[Frame]) -> Measure:
-    """x: [B, N, D], tokens: [B, R, D], of which the first K are those that the frames speak of."""
+    """Measures images x [B, N, D] against their result tokens [B, R, D]; the first K rows are the kept ones of
+    `frames`."""
     total = sum(float(f.residual.sum()) for f in frames)
     kept = sum(float(f.residual[f.survives].sum()) for f in frames)
     return Measure(
@@ -104,11 +105,11 @@ def measure(x: torch.Tensor, tokens: torch.Tensor, frames: list[Frame]) -> Measu
 
 
 def merge_goals(x: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """The target of largest cosine for every token, ties to the lower position, in float64.
+    """Returns the target of largest cosine for every token, ties to the lower position, in float64.
 
-    The op does not return this, so it is computed again for pictures; near a tie, rounding may give another target.
-    x: [N, D]; targets: [T] positions, ascending. Returns: [N] positions, -1 where there is no target of finite norm
-    or the token's own norm is not finite.
+    The op does not return this, so it is computed again for pictures; near a tie, rounding may give another target. x:
+    [N, D]; targets: [T] positions, ascending. Returns: [N] positions, -1 if no target has a finite norm or the token's
+    own norm is not finite.
     """
     x = x.double()
     finite = x.square().sum(-1) <= torch.finfo(torch.float32).max  # [N]
@@ -123,13 +124,13 @@ def merge_goals(x: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
 
 
 def frame(x: torch.Tensor, kept: torch.Tensor, residual: torch.Tensor, basis: torch.Tensor, layout: str) -> Frame:
-    """x [N, D], kept [K], residual [N], basis [m] -> the outcome for every token."""
+    """Returns the outcome for every token of one image, from x [N, D], kept [K], residual [N] and basis [m]."""
     _, given_away = reference.s4_topk(residual, basis, len(kept), layout)  # [K] bool
     targets = kept[~given_away]
     goal = merge_goals(x, targets)
     goal[kept] = kept
     survives = torch.zeros(len(x), dtype=torch.bool).index_fill_(0, targets, True)
-    if layout != "inplace":  # there the basis tokens are in rows of their own
+    if layout != "inplace":  # the basis tokens are in rows of their own
         survives[basis] = True
     return Frame(
         kept.numpy(), basis.numpy(), kept[given_away].numpy(), survives.numpy(), goal.numpy(), residual.double().numpy()
@@ -137,7 +138,8 @@ def frame(x: torch.Tensor, kept: torch.Tensor, residual: torch.Tensor, basis: to
 
 
 def _explained(x: torch.Tensor, rows: torch.Tensor, frames: list[Frame]) -> float:
-    """1 - (distance^2 of every token to the row it went to) / (distance^2 to its image's mean). x [B, N, D]."""
+    """Returns 1 - (distance^2 of every token to the row it went to) / (distance^2 to its image's mean). x: [B, N,
+    D]."""
     lost = spread = 0.0
     for image, merged, frame in zip(x.double(), rows.double(), frames, strict=True):
         place = np.searchsorted(frame.kept, np.maximum(frame.goal, 0))  # [N] row of each goal
@@ -163,15 +165,18 @@ def _compress(x: torch.Tensor, keep: int, o: OpArguments) -> tuple[torch.Tensor,
 
 
 def score(x: torch.Tensor, o: OpArguments) -> tuple[torch.Tensor, torch.Tensor]:
-    """The residual and the basis that pictures show. Where all that is kept is basis, its residual would say nothing of
-    the choice: then that of the default's number of basis tokens, and no basis."""
+    """Returns the residual and the basis that pictures show.
+
+    If all kept tokens are basis tokens, the residual of that basis says nothing about the choice. Then the residual of
+    the default number of basis tokens is returned, and no basis.
+    """
     shown = OpArguments.basis if o.basis == "keep" or o.basis > MAX_BASIS or o.refine else o.basis
     residual, basis = apet_kernels.score(x, shown, select=o.select, start=o.start, backend=o.backend)
     return residual, basis if shown == o.basis and not o.refine else torch.full_like(basis, -1)
 
 
 def times(x: torch.Tensor, keep: int, o: OpArguments, frames: list[Frame]) -> dict[str, float]:
-    """Median milliseconds of the stages, called one by one, and of the one call that does all of them."""
+    """Returns median milliseconds of the stages, called one by one, and of the one call that does all of them."""
     residual, _ = score(x, o)
     indices = torch.from_numpy(np.stack([f.kept for f in frames]))  # [B, K]
     targets = torch.from_numpy(np.stack([~np.isin(f.kept, f.overwritten) for f in frames]))  # [B, K]

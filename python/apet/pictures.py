@@ -1,6 +1,6 @@
-"""The picture of a compressed photo or clip: kept tokens, merge targets, and the residual that decided.
+"""Draws the picture of a compressed photo or clip: kept tokens, merge targets, and the residual that decided.
 
-Drawn with matplotlib's figure objects, not pyplot, so that no global state changes and no display is needed.
+It uses matplotlib's figure objects, not pyplot, so that no global state changes and no display is needed.
 """
 
 from __future__ import annotations
@@ -36,7 +36,8 @@ class Panel:
 
 
 def photo_figure(panel: Panel, title: str, subtitle: str) -> Figure:
-    """Kept tokens, merges and residual of one photo, side by side; one below the other if the photo is wide."""
+    """Draws kept tokens, merges and residual of one photo, side by side, or one below the other if the photo is
+    wide."""
     rows, cols = panel.grid
     frame = panel.frame
     cells = [
@@ -50,7 +51,7 @@ def photo_figure(panel: Panel, title: str, subtitle: str) -> Figure:
 
 
 def clip_figure(panels: list[Panel], title: str, subtitle: str) -> Figure:
-    """A contact sheet: of each frame the kept tokens, below them the merges, below those the residual."""
+    """Draws a contact sheet: for each frame the kept tokens, below them the merges, and below those the residual."""
     across = -(-len(panels) // -(-len(panels) // 4))  # at most 4, lines as even as can be
     lines: list[list[_Cell]] = []
     for begin in range(0, len(panels), across):
@@ -65,13 +66,14 @@ _Cell = tuple[Callable[[Axes, Panel, Normalize], None], Panel, str]
 
 
 def _cell(rows: int, cols: int, long: float) -> tuple[float, float]:
-    """Inches (width, height) of a panel whose longer side is `long`; slivers are widened."""
+    """Returns the inches (width, height) of a panel whose longer side is `long`; slivers are widened."""
     scale = long / max(rows, cols)
     return max(cols * scale, 0.8), max(rows * scale, 0.4)
 
 
 def _sheet(lines: list[list[_Cell]], cell: tuple[float, float], title: str, subtitle: str) -> Figure:
-    """Panels in lines, a heading above each, the title at the top and the key at the bottom. Lengths are inches."""
+    """Draws panels in lines, a heading above each, the title at the top and the key at the bottom. Lengths are
+    inches."""
     w, h = cell
     side, top, key, gap, bar = 0.35, 0.82, 0.58, 0.16, 0.85
     heads = [0.34 if line[0][2] else 0.1 for line in lines]
@@ -106,14 +108,14 @@ def _sheet(lines: list[list[_Cell]], cell: tuple[float, float], title: str, subt
 
 
 def _blank(axes: Axes, panel: Panel) -> None:
-    """Axes that count patches: column c, row r is the square [c, c+1] x [r, r+1]."""
+    """Sets up axes that count patches: column c, row r is the square [c, c+1] x [r, r+1]."""
     rows, cols = panel.grid
     axes.set(xlim=(0, cols), ylim=(rows, 0), xticks=[], yticks=[], aspect="auto")
     axes.spines[:].set_visible(False)
 
 
 def _kept(axes: Axes, panel: Panel, heat: Normalize) -> None:
-    """The photo with lost patches dimmed, surviving ones clear, basis tokens outlined and numbered."""
+    """Draws the photo with lost patches dimmed, surviving ones clear, basis tokens outlined and numbered."""
     clear = panel.frame.survives
     dim = 0.10 + 0.36 * (0.75 * _grey(panel.photo) + 0.25 * panel.photo)
     _image(axes, np.where(_enlarge(clear, panel), panel.photo, dim), panel)
@@ -122,7 +124,8 @@ def _kept(axes: Axes, panel: Panel, heat: Normalize) -> None:
 
 
 def _merged(axes: Axes, panel: Panel, heat: Normalize) -> None:
-    """Every group of merged tokens in a colour of its own, a line from each token to the one it was merged into."""
+    """Draws each group of merged tokens in its own colour, with a line from each token to the one it was merged
+    into."""
     rows, cols = panel.grid
     goal, kept = panel.frame.goal, panel.frame.kept
     colours = group_colours(goal)  # [N, 3]
@@ -142,7 +145,7 @@ def _merged(axes: Axes, panel: Panel, heat: Normalize) -> None:
 
 
 def _residual(axes: Axes, panel: Panel, heat: Normalize) -> None:
-    """e^2 of every token, with the outlines of the kept ones."""
+    """Draws e^2 of every token, with the outlines of the kept ones."""
     rows, cols = panel.grid
     axes.imshow(
         panel.frame.residual.reshape(rows, cols),
@@ -163,7 +166,8 @@ def _image(axes: Axes, pixels: np.ndarray, panel: Panel) -> None:
 
 
 def _outline_basis(axes: Axes, panel: Panel) -> None:
-    """Basis tokens at their own places, numbered in picking order; the slots they overwrote dotted."""
+    """Outlines basis tokens at their own places, numbered in picking order; the slots that they overwrote are
+    dotted."""
     cols = panel.grid[1]
     size = min(_points(axes, panel, 0.5), 12.0)
     for order, position in enumerate(panel.frame.basis, start=1):
@@ -171,7 +175,7 @@ def _outline_basis(axes: Axes, panel: Panel) -> None:
         axes.add_patch(
             Rectangle((c, r), 1, 1, fill=False, edgecolor=BASIS, linewidth=min(0.13 * size + 0.6, 1.8), zorder=4)
         )
-        if size < 4.5:  # too small to read: the outline has to do
+        if size < 4.5:  # the number would be too small to read
             continue
         axes.text(
             c + 0.5,
@@ -191,7 +195,7 @@ def _outline_basis(axes: Axes, panel: Panel) -> None:
 
 
 def _key(figure: Figure, side: float, width: float, height: float, overwritten: bool) -> None:
-    """One line below the panels that says what the marks mean."""
+    """Draws one line below the panels that explains the marks."""
     y = 0.24
     place = np.array([width, height, width, height])
     axes = figure.add_axes(tuple(np.array([side, y - 0.06, 0.2, 0.2]) / place))
@@ -206,19 +210,20 @@ def _key(figure: Figure, side: float, width: float, height: float, overwritten: 
 
 
 def _heat(panels: list[Panel]) -> Normalize:
-    """One colour scale for all panels: 0 to the largest finite e^2."""
+    """Returns one colour scale for all panels: 0 to the largest finite e^2."""
     finite = np.concatenate([p.frame.residual for p in panels])
     finite = finite[np.isfinite(finite)]
     return Normalize(0, max(float(finite.max()) if len(finite) else 0.0, 1e-12))
 
 
 def moved(frame: Frame) -> int:
-    """How many tokens were merged into another one."""
+    """Returns how many tokens were merged into another one."""
     return int(((frame.goal >= 0) & (frame.goal != np.arange(len(frame.goal)))).sum())
 
 
 def group_colours(goal: np.ndarray) -> np.ndarray:
-    """[N, 3]: every token in the colour of its goal; large groups get hues far apart, goalless tokens grey."""
+    """Returns the colour of every token's group, [N, 3]; large groups get hues far apart, tokens without a goal
+    grey."""
     targets, counts = np.unique(goal[goal >= 0], return_counts=True)
     table = np.full((len(goal) + 1, 3), 0.5)  # the last row is for goal -1
     for i, target in enumerate(targets[np.argsort(-counts, kind="stable")]):
@@ -228,7 +233,7 @@ def group_colours(goal: np.ndarray) -> np.ndarray:
 
 
 def borders_of(groups: np.ndarray, grid: tuple[int, int]) -> list[list[tuple[int, int]]]:
-    """Edges between neighbouring patches of different groups. groups: [N]."""
+    """Returns the edges between neighbouring patches of different groups [N]."""
     g = groups.reshape(grid)
     upright = [[(c + 1, r), (c + 1, r + 1)] for r, c in np.argwhere(g[:, 1:] != g[:, :-1])]
     level = [[(c, r + 1), (c + 1, r + 1)] for r, c in np.argwhere(g[1:] != g[:-1])]
@@ -236,22 +241,22 @@ def borders_of(groups: np.ndarray, grid: tuple[int, int]) -> list[list[tuple[int
 
 
 def _enlarge(values: np.ndarray, panel: Panel) -> np.ndarray:
-    """[N] or [N, 3] per patch -> [rows * PATCH, cols * PATCH, 1 or 3] per pixel."""
+    """Repeats values per patch, [N] or [N, 3], for its pixels: [rows * PATCH, cols * PATCH, 1 or 3]."""
     rows, cols = panel.grid
     return values.reshape(rows, cols, -1).repeat(PATCH, 0).repeat(PATCH, 1)
 
 
 def _grey(photo: np.ndarray) -> np.ndarray:
-    """[H, W, 3] -> [H, W, 1] luminance."""
+    """Returns the luminance [H, W, 1] of a photo [H, W, 3]."""
     return photo @ np.array([[0.299], [0.587], [0.114]])
 
 
 def _centres(positions: np.ndarray, cols: int) -> np.ndarray:
-    """[T] -> [T, 2] x and y of patch centres."""
+    """Returns x and y of the centres of patches [T], as [T, 2]."""
     return np.stack([positions % cols + 0.5, positions // cols + 0.5], axis=1)
 
 
 def _points(axes: Axes, panel: Panel, share: float) -> float:
-    """`share` of a patch's height, in points."""
+    """Returns `share` of a patch's edge, in points."""
     box = axes.get_window_extent()
     return share * min(box.height / panel.grid[0], box.width / panel.grid[1]) * 72 / axes.figure.dpi

@@ -1,4 +1,4 @@
-"""Every usable backend against the float64 reference, on small inputs: what `apet doctor` runs.
+"""The self-test of `apet doctor`: runs every usable backend on small inputs and compares it with the float64 reference.
 
 The inputs are seeded, and chosen so that no pick, cut or merge target is near a tie (relative margins of at least 4e-5,
 hundreds of roundings), so kept sets must be equal.
@@ -32,24 +32,24 @@ class Case:
 
     @property
     def score_options(self) -> dict[str, Any]:
-        """Those of the options that `score` takes."""
+        """The options that `score` takes."""
         return {k: v for k, v in self.options.items() if k in ("select", "start")}
 
     def input(self) -> torch.Tensor:
-        """[B, N, D], the same on every machine."""
+        """Returns x [B, N, D], the same on every machine."""
         x = torch.randn(self.shape, generator=torch.Generator().manual_seed(sum(self.shape)))
         return self.prepare(x).to(self.dtype)
 
 
 def _strided(x: torch.Tensor) -> torch.Tensor:
-    """The same values with gaps between rows and images."""
+    """Returns the same values with gaps between rows and images."""
     room = x.new_zeros(x.shape[0], x.shape[1] + 3, x.shape[2] + 5)
     room[:, : x.shape[1], : x.shape[2]] = x
     return room[:, : x.shape[1], : x.shape[2]]
 
 
 def _spoiled(x: torch.Tensor) -> torch.Tensor:
-    """One infinite token in image 0, which must not affect image 1."""
+    """Makes one token of image 0 infinite, which must not affect image 1."""
     x = x.clone()
     x[0, 7, 3] = float("inf")
     return x
@@ -70,11 +70,11 @@ CASES = (
 
 @dataclass
 class Outcome:
-    """One backend (with one instruction set). Ratios are to the allowed error: above 1 is wrong."""
+    """The results of one backend (with one instruction set). Ratios are to the allowed error: above 1 is wrong."""
 
     backend: str
     isa: str | None
-    cases: int = 0  # that were judged
+    cases: int = 0  # number of cases run
     residual: float = 0.0  # worst |e^2 - reference| / (4 M u ||x||^2)
     tokens: float = 0.0  # worst token error / allowed error
     faults: list[str] = field(default_factory=list)  # one message each
@@ -85,9 +85,9 @@ class Outcome:
 
 
 def run(backend: str, isa: str | None = None) -> Outcome:
-    """Test a backend, the CPU kernel pinned to the instruction set `isa` if one is given.
+    """Tests a backend, with the CPU kernels pinned to the instruction set `isa` if one is given.
 
-    Interpreted kernels are not given bfloat16: Triton's interpreter computes on its bits.
+    Interpreted kernels are not tested with bfloat16, because Triton's interpreter computes on its bits.
     """
     outcome = Outcome(backend, isa)
     if isa is not None:
@@ -99,7 +99,7 @@ def run(backend: str, isa: str | None = None) -> Outcome:
             outcome.cases += 1
             try:
                 with warnings.catch_warnings():
-                    warnings.simplefilter("ignore", RuntimeWarning)  # numpy's, of infinities, in the interpreter
+                    warnings.simplefilter("ignore", RuntimeWarning)  # numpy warns of infinities in the interpreter
                     _judge(case, _truth(number), outcome)
             except Exception as error:  # an error of a broken backend is a result of the test, and must not end it
                 outcome.faults.append(f"{case.name}: {type(error).__name__}: {str(error).strip().splitlines()[0]}")
@@ -110,7 +110,7 @@ def run(backend: str, isa: str | None = None) -> Outcome:
 
 
 def interpreted(backend: str) -> bool:
-    """Whether Triton's interpreter runs this backend's kernels, on CPU tensors."""
+    """Returns whether Triton's interpreter runs this backend's kernels, on CPU tensors."""
     return backend == "triton" and not torch.cuda.is_available()
 
 
@@ -125,7 +125,7 @@ class Truth(NamedTuple):
 
 @functools.cache
 def _truth(number: int) -> Truth:
-    """The reference's results for CASES[number], computed once for all backends."""
+    """Returns the reference's results for CASES[number], computed once for all backends."""
     case = CASES[number]
     x = case.input()
     residual, basis = reference.score(x, case.basis, **case.score_options, out_dtype=torch.float64)
@@ -165,7 +165,8 @@ def _judge(case: Case, truth: Truth, outcome: Outcome) -> None:
 
 
 def _ratio(found: torch.Tensor, true: torch.Tensor, allowed: torch.Tensor) -> float:
-    """Largest |found - true| / allowed; infinite where one is not finite and the other is not the same."""
+    """Returns the largest |found - true| / allowed; infinite if one of them is not finite and the other is not the
+    same."""
     same = (found == true) | (found.isnan() & true.isnan())
     ratio = torch.where(same, 0.0, (found - true).abs() / allowed)
     return float(ratio.nan_to_num(nan=float("inf")).max())

@@ -39,7 +39,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session")
 def llava(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a tiny LLaVA-1.5."""
+    """Returns the folder of a tiny LLaVA-1.5."""
     return processors.llava_folder(tmp_path_factory.mktemp("models") / "llava", "llava")
 
 

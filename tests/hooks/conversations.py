@@ -56,7 +56,8 @@ class Sample:
 
 
 def sources(model: PreTrainedModel, size: tuple[int, int], tiles: int) -> Tensor:
-    """Where each packed token of a tiled image comes from: tile * TILE + position, or -1 for a newline token."""
+    """Returns where each packed token of a tiled image comes from: tile * TILE + position, or -1 for a newline
+    token."""
     index = torch.arange(tiles * TILE, dtype=torch.float32).view(tiles, TILE, 1)
     newline = -torch.ones(1)
     if model.config.model_type == "llava_onevision":
@@ -67,7 +68,7 @@ def sources(model: PreTrainedModel, size: tuple[int, int], tiles: int) -> Tensor
 
 
 def visual(model: PreTrainedModel, family: Family, kind: str, which: int, alone: bool, make: torch.Generator) -> Visual:
-    """A random image or video. `alone`: the only image of its sample (LLaVA-OneVision tiles only those)."""
+    """Makes a random image or video. `alone`: it is the only image of its sample (LLaVA-OneVision tiles only those)."""
     if family.ragged:
         grid = VIDEO_GRID if kind == "video" else GRIDS[which]
         patches = grid[0] * grid[1] * grid[2]
@@ -94,7 +95,7 @@ def visual(model: PreTrainedModel, family: Family, kind: str, which: int, alone:
 
 
 def sample(model: PreTrainedModel, family: Family, parts: Sequence[Part], seed: int = 0) -> Sample:
-    """A random conversation of these parts."""
+    """Makes a random conversation of these parts."""
     make = torch.Generator().manual_seed(seed)
     images = sum(str(part).startswith("image") for part in parts)
     row = Sample()
@@ -120,7 +121,8 @@ def sample(model: PreTrainedModel, family: Family, parts: Sequence[Part], seed: 
 def collate(
     family: Family, rows: Sequence[Sample], side: str = "left", pad_to: int = 0, dtype: torch.dtype = torch.float32
 ) -> dict[str, Tensor]:
-    """The inputs of a model for these samples, padded on one side to the longest of them, or to `pad_to` tokens."""
+    """Returns the inputs of a model for these samples, padded on one side to the longest of them, or to `pad_to`
+    tokens."""
     width = max(pad_to, *(len(row.ids) for row in rows))
     ids = torch.full((len(rows), width), PAD)
     mask = torch.zeros_like(ids)
@@ -161,7 +163,8 @@ def _pixels(family: Family, kind: str, found: list[Visual], dtype: torch.dtype) 
 
 
 def mixed(family: Family) -> list[list[Part]]:
-    """A batch's worth of different samples: one image, two (of other sizes), none, and a video where there are any."""
+    """Returns a batch of different samples: one image, two (of other sizes), none, and a video if the family has
+    any."""
     parts: list[list[Part]] = [[3, "image", 5], [2, "image1", 3, "image2", 4], [9]]
     if family.video:
         parts += [[4, "video", 3], [2, "image", 2, "video", 4]]

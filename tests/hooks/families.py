@@ -27,7 +27,7 @@ UNSAID = [EOS, START, END, VIDEO, IMAGE]  # what tiny models are kept from gener
 
 @dataclass(frozen=True)
 class Family:
-    """How the models of one `model_type` take their images.
+    """How the models of one `model_type` get their images.
 
     Attributes:
         name: the `model_type`.
@@ -76,12 +76,12 @@ OTHERS = {
 
 
 def core(model: PreTrainedModel) -> nn.Module:
-    """The module that puts image features among text embeddings."""
+    """Returns the module that puts image features among text embeddings."""
     return getattr(model, family_of(model).parts[0])
 
 
 def reader(model: PreTrainedModel) -> nn.Module:
-    """The language model."""
+    """Returns the language model."""
     return getattr(core(model), family_of(model).parts[1])
 
 
@@ -90,12 +90,12 @@ def family_of(model: PreTrainedModel) -> Family:
 
 
 def takes(model: nn.Module | type, argument: str) -> bool:
-    """Whether a forward has that argument."""
+    """Returns whether a forward has this argument."""
     return argument in inspect.signature(model.forward).parameters
 
 
 def settings(name: str) -> PretrainedConfig:
-    """The tiny configuration of that family."""
+    """Returns the tiny configuration of this family."""
     if name != "postcard":
         return tiny.config(name)
     from postcard import PostcardForGeneration
@@ -111,7 +111,7 @@ def build(
     seed: int = 0,
     layers: int = LAYERS,
 ) -> PreTrainedModel:
-    """A fresh model; the same weights for the same seed, whatever the attention and up to rounding the dtype."""
+    """Builds a new model. The same seed gives the same weights with any attention and, up to rounding, any dtype."""
     if name == "postcard":
         from postcard import PostcardForGeneration as cls
     else:
@@ -125,7 +125,7 @@ def build(
 
 
 def hooks_of(model: PreTrainedModel, package: str) -> list[str]:
-    """The modules of a model that carry a hook of that package. (transformers installs some of its own.)"""
+    """Returns the modules of a model that carry a hook of this package. (transformers installs some of its own.)"""
     found = []
     for name, module in model.named_modules():
         for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values()):
@@ -140,7 +140,7 @@ built: dict[tuple, PreTrainedModel] = {}
 
 
 def shared(name: str, attention: str = "sdpa", dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-    """The model that tests share. Patch it inside `with apet.patched(...)` only; `conftest.py` checks that."""
+    """Returns the model that tests share. Patch it only inside `with apet.patched(...)`; `conftest.py` checks that."""
     key = (name, attention, dtype)
     if key not in built:
         built[key] = build(*key)
@@ -148,7 +148,7 @@ def shared(name: str, attention: str = "sdpa", dtype: torch.dtype = torch.float3
 
 
 def twin(name: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-    """The same weights once more, in a model that is never patched: for the recompute."""
+    """Returns a second model with the same weights that is never patched, for the recompute."""
     return _twin(name, dtype)
 
 

@@ -1,4 +1,4 @@
-"""A model of our own, as somebody would write it who never heard of adapters: other names, other structure.
+"""A model written without knowledge of adapters or transformers' conventions: other names, another structure.
 
 An image is 25 patches of 12 values; its first token is a summary, which must stay. The core is `album`, the language
 model in it `reader`.
@@ -54,7 +54,7 @@ class Album(PreTrainedModel):
 
 
 class Answering(PreTrainedModel, GenerationMixin):
-    """A core model, under the name of `base_model_prefix`, with a head: it generates."""
+    """A core model, in the attribute named by `base_model_prefix`, with a head, so that it generates."""
 
     core_class: type[PreTrainedModel]
     _supports_sdpa = True

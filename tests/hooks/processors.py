@@ -20,7 +20,7 @@ MEAN, STD = [0.4, 0.5, 0.6], [0.2, 0.25, 0.3]
 
 
 def tokenizer() -> PreTrainedTokenizerFast:
-    """Token 5 is "w5"."""
+    """Returns a tokenizer in which token 5 is "w5"."""
     special = {
         "<pad>": PAD,
         "<s>": 1,
@@ -43,7 +43,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 
 def llava_folder(folder: Path, name: str) -> Path:
-    """A tiny LLaVA-1.5 or LLaVA-NeXT with the processor of transformers, saved as on the hub."""
+    """Saves a tiny LLaVA-1.5 or LLaVA-NeXT with the processor of transformers in a folder, as on the hub."""
     from transformers import CLIPImageProcessor, LlavaNextImageProcessor, LlavaNextProcessor, LlavaProcessor
 
     size = {"size": {"shortest_edge": SIDE}, "crop_size": {"height": SIDE, "width": SIDE}}
@@ -65,7 +65,7 @@ def llava_folder(folder: Path, name: str) -> Path:
 
 
 def answer(folder: Path, photos: Sequence[Path], prompt: str, length: int, **options: Any) -> str:
-    """What the LLaVA-1.5 in a folder says with these options of apet.patch(), by its own generate()."""
+    """Returns the answer of the LLaVA-1.5 in a folder with these options of apet.patch(), by its own generate()."""
     from transformers import AutoProcessor, LlavaForConditionalGeneration
 
     model, processor = LlavaForConditionalGeneration.from_pretrained(folder), AutoProcessor.from_pretrained(folder)
@@ -78,7 +78,8 @@ def answer(folder: Path, photos: Sequence[Path], prompt: str, length: int, **opt
 
 
 class Processor:
-    """Stands in for processors that transformers makes only with torchvision: of Qwen2.5-VL and of Video-LLaVA."""
+    """A replacement for the processors of Qwen2.5-VL and Video-LLaVA, which transformers makes only with
+    torchvision."""
 
     image_token, video_token = "<image>", "<video>"
     image_mean, image_std = MEAN, STD
@@ -99,7 +100,7 @@ class Processor:
         return BatchFeature(collate(self.family, [row]))
 
     def visual(self, kind: str, pictures: np.ndarray) -> Visual:
-        """pictures: [H, W, 3] of bytes, or [frames, H, W, 3]."""
+        """Prepares pictures: [H, W, 3] of bytes, or [frames, H, W, 3]."""
         if self.family.ragged:
             from transformers import Qwen2VLImageProcessor
 

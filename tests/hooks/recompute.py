@@ -1,4 +1,4 @@
-"""What a patched model must give, computed another way: one sample, no padding, no cache, no hooks of the package.
+"""Computes the result of a patched model in another way: one sample, no padding, no cache, no hooks of the package.
 
 An unpatched model shows what enters its projector and its language model; `apet_kernels` compresses that; the
 shortened sequence and its positions are put together here; and the decoder layers are called one by one on the prompt
@@ -9,6 +9,7 @@ on the keys of dropped tokens are masked.
 from __future__ import annotations
 
 import math
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,7 +26,7 @@ Keep = int | float | None
 
 @dataclass(frozen=True)
 class Options:
-    """The arguments of `apet.patch`, spelled the same; a budget may be a list, one for each visual of the sample."""
+    """The arguments of `apet.patch`, with the same names; a budget may be a list, one for each visual of the sample."""
 
     keep: Keep | list[Keep] = None
     basis: int | str = 10
@@ -39,7 +40,7 @@ class Options:
 
 @dataclass(frozen=True)
 class Expected:
-    """For one sample.
+    """The expected values for one sample.
 
     Attributes:
         logits: [1 + generated, V], from the last token of the prompt on.
@@ -92,7 +93,7 @@ def budget(keep: Keep | list[Keep], visual: int, tokens: int, options: Options) 
 
 
 def compress(x: Tensor, keep: int, options: Options, layout: str) -> tuple[Tensor, Tensor]:
-    """The op on one unit: x [N, C] -> rows [R, C], and the row of x that each of them stands for."""
+    """Runs the op on one unit x [N, C]. Returns rows [R, C], and the row of x that each of them stands for."""
     if keep + (options.basis if layout == "append" else 0) >= len(x):
         return x, torch.arange(len(x))
     more = {"layout": layout, "select": options.select, "blend": options.blend, "refine": options.refine}
@@ -120,7 +121,8 @@ def units(model: PreTrainedModel, family: Family, one: Visual) -> list[Tensor]:
 
 
 def cells(model: PreTrainedModel, family: Family, one: Visual) -> tuple[Tensor, int]:
-    """Which row of the projector's input each placeholder of an image comes from, and how many rows the image has."""
+    """Returns the row of the projector's input that each placeholder of an image comes from, and how many rows the
+    image has."""
     if family.name == "postcard":
         return torch.arange(one.count) - 1, one.count - 1
     if family.tiles:
@@ -130,7 +132,7 @@ def cells(model: PreTrainedModel, family: Family, one: Visual) -> tuple[Tensor, 
 
 @dataclass
 class Prompt:
-    """A prompt on its way into the decoder layers.
+    """A prompt as it enters the decoder layers.
 
     Attributes:
         embeds: [L, D].
@@ -150,7 +152,8 @@ class Prompt:
 
 
 def enter(model: PreTrainedModel, family: Family, row: Sample) -> tuple[dict[str, Any], Tensor | None]:
-    """What enters the language model (its keyword arguments) and the projector ([rows, C]) on a whole prompt."""
+    """Returns the input of the language model (keyword arguments) and of the projector ([rows, C]) for a whole
+    prompt."""
     seen: dict[str, Any] = {}
     features: list[Tensor] = []
 
@@ -160,21 +163,18 @@ def enter(model: PreTrainedModel, family: Family, row: Sample) -> tuple[dict[str
     def projector(_: torch.nn.Module, args: tuple) -> None:
         features.append(args[0].flatten(0, 1))
 
-    handles = [reader(model).register_forward_pre_hook(language_model, with_kwargs=True)]
-    if family.projector:
-        handles.append(core(model).get_submodule(family.projector).register_forward_pre_hook(projector))
     if family.ragged:  # some versions give a prompt without a picture the offset of the prompt before it
         core(model).rope_deltas = None
-    try:
+    with ExitStack() as hooks:
+        hooks.enter_context(reader(model).register_forward_pre_hook(language_model, with_kwargs=True))
+        if family.projector:
+            hooks.enter_context(core(model).get_submodule(family.projector).register_forward_pre_hook(projector))
         model(**collate(family, [row], dtype=model.dtype), use_cache=False)
-    finally:
-        for handle in handles:
-            handle.remove()
     return seen, torch.cat(features) if features else None
 
 
 def shorten(model: PreTrainedModel, family: Family, row: Sample, options: Options) -> Prompt:
-    """The prompt of one sample after the first stage."""
+    """Returns the prompt of one sample after the first stage."""
     seen, features = enter(model, family, row)
     embeds = seen["inputs_embeds"][0]
     L = len(embeds)
@@ -221,7 +221,7 @@ def shorten(model: PreTrainedModel, family: Family, row: Sample, options: Option
 
 
 def language(model: PreTrainedModel, prompt: Prompt, generated: list[int], options: Options) -> tuple[Tensor, Tensor]:
-    """Runs the decoder layers on the prompt and what was generated.
+    """Runs the decoder layers on the prompt and on the generated tokens.
 
     Returns the logits [1 + len(generated), V] from the prompt's end on, and which of its rows stay [L].
     """
@@ -258,7 +258,7 @@ def slides(config: Any, layer: int) -> bool:
 
 
 def second_stage(hidden: Tensor, groups: list[tuple[Tensor, int]], options: Options) -> tuple[Tensor, Tensor]:
-    """Compresses every unit of hidden [1, L, D] where it stands; returns that, and which rows are kept [L]."""
+    """Compresses every unit of hidden [1, L, D] in place; returns the result, and which rows are kept [L]."""
     hidden, kept = hidden.clone(), torch.ones(hidden.shape[1], dtype=torch.bool)
     layout = "inplace" if options.layout == "append" else options.layout
     for group, visual in groups:

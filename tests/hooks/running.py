@@ -1,4 +1,4 @@
-"""Running a tiny model, and judging what it said by the recompute."""
+"""Runs a tiny model, and judges its output by the recompute."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ STAGES = {"first": FIRST, "second": SECOND, "both": BOTH}
 
 @dataclass(frozen=True)
 class Said:
-    """Tokens [B, new] that were generated, the logits [B, new, V] they were chosen by, and the cache."""
+    """The generated tokens [B, new], the logits [B, new, V] that they were chosen by, and the cache."""
 
     tokens: Tensor
     logits: Tensor
@@ -33,7 +33,7 @@ class Said:
 
 
 def say(model: PreTrainedModel, inputs: dict[str, Tensor], new: int = NEW, **more: Any) -> Said:
-    """Greedy `generate`, unless `more` says otherwise. No placeholder is generated."""
+    """Runs greedy `generate`, unless `more` sets other options. No placeholder is generated."""
     out = model.generate(
         **inputs,
         **{
@@ -64,7 +64,7 @@ def conversation(family: Family, *parts: Part, seed: int = 0) -> Sample:
 
 
 def conversations(family: Family) -> list[Sample]:
-    """Different samples: one image, two, none, and with videos where there are any."""
+    """Returns different samples: one image, two, none, and with videos if the family has any."""
     return [conversation(family, *parts, seed=seed) for seed, parts in enumerate(mixed(family))]
 
 
@@ -90,7 +90,7 @@ def judge(
 
 @torch.no_grad()
 def goes_on_at(family: Family, row: Sample) -> int | None:
-    """The position at which an unpatched generate() goes on; None where only one is possible.
+    """Returns the position at which an unpatched generate() continues; None if only one is possible.
 
     An image or a video may reach past the text after it. Then some versions go on after the last position, and not
     after all.
@@ -102,15 +102,14 @@ def goes_on_at(family: Family, row: Sample) -> int | None:
     if int(prompt.positions[..., -1].max()) + 1 == prompt.following:
         return None
     told: list[Tensor] = []
-    hook = reader(model).register_forward_pre_hook(
+    with reader(model).register_forward_pre_hook(
         lambda _, args, kwargs: told.append(kwargs["position_ids"]), with_kwargs=True
-    )
-    say(model, collate(family, [row]), new=2)
-    hook.remove()
+    ):
+        say(model, collate(family, [row]), new=2)
     assert len(told) == 2
     return int(told[1][-3:].max())
 
 
 def lengths(cache: Cache) -> list[int]:
-    """Tokens in every layer of a cache."""
+    """Returns the tokens in every layer of a cache."""
     return [int(cache.get_seq_length(i)) for i in range(len(cache.layers))]

@@ -1,4 +1,4 @@
-"""docs/add-a-model.md, followed on a class that is made up here."""
+"""Follows docs/add-a-model.md on a class that is made up here."""
 
 from __future__ import annotations
 

@@ -1,7 +1,9 @@
-"""Attention implementations: eager and flex against the recompute; flash attention by a stand-in that takes notes."""
+"""Attention implementations: eager and flex against the recompute; flash attention with a replacement that records
+calls."""
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -40,7 +42,7 @@ def test_flex(name: str) -> None:
 
 
 class use_attention:
-    """Another attention implementation for the language model of a model that was built with sdpa."""
+    """Switches the language model of a model that was built with sdpa to another attention implementation."""
 
     def __init__(self, model: PreTrainedModel, name: str):
         self.config, self.name = model.model.language_model.config, name
@@ -67,7 +69,7 @@ class Call:
 
 @dataclass
 class Flash:
-    """Stands in for flash-attn: the same signatures and the same results, by plain torch, and notes of every call."""
+    """Replaces flash-attn: the same signatures and the same results, by plain torch, and a record of every call."""
 
     calls: list[Call] = field(default_factory=list)
 
@@ -118,7 +120,7 @@ class Flash:
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Tensor:
-    """q [Lq, H, D], k and v [Lk, Hkv, D]: causal, the last query beside the last key."""
+    """Computes attention of q [Lq, H, D], k and v [Lk, Hkv, D]: causal, the last query aligned with the last key."""
     k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
     scores = torch.einsum("qhd,khd->hqk", q, k) * (scale or q.shape[-1] ** -0.5)
     seen = torch.ones(len(q), len(k), dtype=torch.bool).tril(len(k) - len(q))
@@ -146,7 +148,7 @@ def stand_in(monkeypatch: pytest.MonkeyPatch, implementation: str) -> Flash:
 
 
 def by_layer(calls: list[Call], layers: int = 4) -> list[list[Call]]:
-    """The calls of each forward."""
+    """Returns the calls of each forward."""
     return [calls[i : i + layers] for i in range(0, len(calls), layers)]
 
 
@@ -217,19 +219,15 @@ def test_no_attention_weights(family: Family) -> None:
     """Nothing asks for attention weights: no flash kernel has any, and sdpa would fall back to eager."""
     model = shared(family.name)
     asked: list[Any] = []
-    layers = model.model.language_model.layers
-    handles = [
-        layer.self_attn.register_forward_pre_hook(
-            lambda _, args, kwargs: asked.append(kwargs.get("output_attentions")), with_kwargs=True
-        )
-        for layer in layers
-    ]
-    try:
+
+    def listen(_: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        asked.append(kwargs.get("output_attentions"))
+
+    with ExitStack() as hooks:
+        for layer in model.model.language_model.layers:
+            hooks.enter_context(layer.self_attn.register_forward_pre_hook(listen, with_kwargs=True))
         with apet.patched(model, **BOTH):
             say(model, collate(family, conversations(family)))
-    finally:
-        for handle in handles:
-            handle.remove()
     assert asked
     assert not any(asked)
 

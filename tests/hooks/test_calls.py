@@ -1,4 +1,4 @@
-"""Ways to call a model: threads, `generate` of the class, text before images, scored answers, caches taken along."""
+"""Ways to call a model: threads, `generate` of the class, text before images, labels, caches that are passed on."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Clips in the hands of the processors of transformers: each gives its model all frames of a clip, at their times.
+"""The processors of transformers with clips: each gives its model all frames of a clip, at their times.
 
 The video processors need torchvision, which is not among the daily requirements: `make test-vllm` runs this file, too.
 Here they are told to choose frames by themselves, as checkpoints tell them; apet hands them the frames to use.
@@ -33,13 +33,13 @@ SQUARE = {"height": SIDE, "width": SIDE}
 
 @pytest.fixture
 def clip() -> Media:
-    """Four frames, each brighter than the one before."""
+    """Returns four frames, each brighter than the one before."""
     frames = [Image.fromarray(np.full((64, 96, 3), 40 + 50 * i, np.uint8)) for i in range(4)]
     return Media("clip", frames, TIMES, total=160, seconds=SECONDS)
 
 
 def words() -> Any:
-    """The tiny models' tokenizer, with the names that processors look for."""
+    """Returns the tiny models' tokenizer, with the names that processors look for."""
     made = tokenizer()
     names = {"image": ("<image>", IMAGE), "video": ("<video>", VIDEO), "context_image": ("<image>", IMAGE)}
     names |= {"vision_start": ("<vision>", START), "vision_end": ("</vision>", END)}
@@ -98,7 +98,7 @@ def processor(name: str) -> Any:
 
 
 def brightness(given: dict[str, Any]) -> list[float]:
-    """The mean of each frame, or of each pair of frames, that reaches the model."""
+    """Returns the mean of each frame, or of each pair of frames, that reaches the model."""
     pixels = given.get("pixel_values_videos", given.get("pixel_values")).float()
     if "video_grid_thw" in given:
         return pixels.view(int(given["video_grid_thw"][0][0]), -1).mean(1).tolist()
@@ -152,7 +152,7 @@ def test_a_processor_that_takes_other_frames_is_found(clip: Media) -> None:
     made = processor("qwen2_5_vl")
 
     class Stubborn:
-        """Takes half of the frames."""
+        """A processor that takes only half of the frames."""
 
         chat_template, video_token, video_processor = None, "<video>", made.video_processor
 

@@ -1,4 +1,4 @@
-"""Prompts and calls that no test above has: images at both ends, no text, embeddings instead of ids, cropped caches."""
+"""Prompts and calls of other corners: images at both ends, no text, embeddings instead of ids, cropped caches."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def test_embeddings_instead_of_ids(family: Family, stage: str) -> None:
 
 
 def positions(family: Family, row: Sample) -> torch.Tensor:
-    """M-RoPE positions [3, 1, L] of a whole prompt."""
+    """Returns M-RoPE positions [3, 1, L] of a whole prompt."""
     from recompute import Options, shorten
 
     return shorten(twin(family.name), family, row, Options()).positions[:, None]

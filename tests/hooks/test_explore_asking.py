@@ -1,4 +1,4 @@
-"""What `apet explore --model` answers: with all tokens and with those kept, whatever other users ask."""
+"""The answers of `apet explore --model`: with all tokens and with the kept ones, independent of other users."""
 
 from __future__ import annotations
 

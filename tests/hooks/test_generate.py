@@ -77,7 +77,7 @@ def test_sampling_several(family: Family) -> None:
 
 
 def go_on(model: transformers.PreTrainedModel, ids: torch.Tensor, before: Any, given: int, **more: Any) -> Any:
-    """A forward of new tokens [B, new] after one that filled a cache; so far, `given` tokens were."""
+    """Runs a forward of new tokens [B, new] after one that filled a cache with `given` tokens."""
     if TAKES_CACHE_POSITION:  # models with M-RoPE know where they are by this alone
         more["cache_position"] = torch.arange(given, given + ids.shape[1])
     return model(input_ids=ids, past_key_values=before.past_key_values, use_cache=True, **more)
@@ -149,7 +149,7 @@ def test_a_video_that_reaches_past_the_text_after_it(stage: str, how: str, monke
 
 
 def next_position(family: Family, row: Sample) -> int:
-    """The position of the first new token, as an unpatched model counts."""
+    """Returns the position of the first new token, as an unpatched model counts."""
     with torch.no_grad():
         return shorten(twin(family.name), family, row, Options()).following
 

@@ -41,7 +41,7 @@ UNCHECKED: dict[tuple[str, str, str], str] = {
 
 @functools.cache
 def rows_of(family: str) -> list[Sample]:
-    """A batch of three: one image, two, and none."""
+    """Returns a batch of three samples: one image, two, and none."""
     return conversations(FAMILIES[family])[:3]
 
 
@@ -52,7 +52,7 @@ def inputs_of(family: str) -> dict[str, Tensor]:
 
 @functools.cache
 def unchanged(family: str) -> Said:
-    """What a model of the classes as they are says, not patched."""
+    """Returns the output of an unpatched model of the unchanged classes."""
     return say(twin(family), inputs_of(family))
 
 
@@ -67,7 +67,7 @@ def attempt(model: PreTrainedModel, inputs: dict[str, Tensor], stage: str, check
 
 
 def result(outcome: Said | Exception, family: str, stage: str) -> str:
-    """Says right, wrong, says (an error of this package) or bare (another error)."""
+    """Returns "right", "wrong", "says" (an error of this package) or "bare" (another error)."""
     if isinstance(outcome, Exception):
         ours = Path(traceback.extract_tb(outcome.__traceback__)[-1].filename).is_relative_to(OURS)
         return "says" if ours and isinstance(outcome, ValueError) else "bare"

@@ -203,7 +203,7 @@ def gradients(family: Family, model: nn.Module, inputs: dict[str, Any]) -> None:
 
 
 def packed_sequences(family: Family, model: nn.Module, inputs: dict[str, Any]) -> None:
-    """Two prompts in one row, told apart by positions that start again."""
+    """Returns two prompts in one row, whose positions start again."""
     L = inputs["input_ids"].shape[1]
     positions = torch.cat([torch.arange(L), torch.arange(3)])[None]
     given = {name: value for name, value in inputs.items() if name != "attention_mask"}
@@ -215,7 +215,7 @@ def packed_sequences(family: Family, model: nn.Module, inputs: dict[str, Any]) -
 
 
 def features_from_outside(family: Family, model: nn.Module, inputs: dict[str, Any]) -> None:
-    """Encoded by the caller, who asked the model for whole features."""
+    """Returns a call with features that the caller has encoded, with whole features from the model."""
     known = inspect.signature(model.model.get_image_features).parameters
     given = {name: inputs.pop(name) for name in list(inputs) if name in known}
     encoded = model.model.get_image_features(**given, return_dict=True)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 
 class Postcards(apet.Adapter):
-    """All that cannot be found in `postcard.py`: the first token of an image stays."""
+    """The details of `postcard.py` that cannot be found: the first token of an image stays."""
 
     def visuals(self, core: nn.Module, inputs: Mapping[str, Any], counts: Mapping[str, int]) -> dict[str, list[Tensor]]:
         image = torch.cat([torch.tensor([-1]), apet.one_unit(PATCHES)])
@@ -26,7 +26,7 @@ class Postcards(apet.Adapter):
 
 
 class PostcardsBeforeMix(Postcards):
-    """The same, compressed before `mix`."""
+    """The adapter of the same model, compressed before `mix`."""
 
     projector = "mix"
 

@@ -23,12 +23,13 @@ DRAWN = ["llava", "llava_next", "qwen2_5_vl", "video_llava", "qwen2_vl", "qwen3_
 
 
 def inputs_of(family: Family) -> dict[str, torch.Tensor]:
-    """Two images of different sizes and, where there are any, a video."""
+    """Returns the inputs for two images of different sizes and, if the family has any, a video."""
     return collate(family, [conversation(family, 3, "image", 2, "image1", 4, *["video"] * family.video, 2)])
 
 
 def places(model: PreTrainedModel, family: Family, kind: str, tokens: int, visual: int) -> list[tuple[int, int] | None]:
-    """For each placeholder of an image or video its tile or frame, and its place there; None: compressed never."""
+    """Returns, for each placeholder of an image or video, its tile or frame, and its place there; None: it is never
+    compressed."""
     if family.name == "llava_next":
         tiles = (5, 3)[visual]
         return [divmod(s, TILE) if s >= 0 else None for s in sources(model, SIZES[visual], tiles).tolist()]
@@ -107,7 +108,8 @@ def test_rows_of_a_batch() -> None:
 
 
 def scene(width: int, height: int) -> np.ndarray:
-    """A picture that looks like itself neither turned, mirrored nor shuffled: [height, width, 3] bytes."""
+    """Returns a picture without symmetries, so that turning, mirroring or shuffling is noticed: [height, width, 3]
+    bytes."""
     rows, columns = np.mgrid[0:height, 0:width] / np.array([height, width]).reshape(2, 1, 1)
     bump = np.exp(-((rows - 0.2) ** 2 + (columns - 0.7) ** 2) * 20)
     return (255 * np.stack([rows, columns, bump], -1)).astype(np.uint8)

@@ -1,4 +1,4 @@
-"""The judge: without options it is the unpatched model, and it notices small mistakes."""
+"""The recompute: without options it equals the unpatched model, and it notices small mistakes."""
 
 from __future__ import annotations
 

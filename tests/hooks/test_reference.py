@@ -1,4 +1,4 @@
-"""The judge notices what a patched model may do wrong: mistakes planted where the decoder is called."""
+"""The judge notices mistakes that a patched model may make: they are planted in the call of the decoder."""
 
 from __future__ import annotations
 
@@ -26,20 +26,20 @@ def model_of(name: str) -> nn.Module:
 
 
 def moved(call: dict[str, Any]) -> dict[str, Any]:
-    """The tokens behind the fourth are one position further."""
+    """Moves the tokens after the fourth by one position."""
     positions = call["position_ids"].clone()
     positions[..., 4:] += 1
     return call | {"position_ids": positions}
 
 
 def counted(call: dict[str, Any]) -> dict[str, Any]:
-    """No axes of time, height and width: positions are counted."""
+    """Replaces positions along time, height and width by counted ones."""
     positions = call["position_ids"]
     return call | {"position_ids": torch.arange(positions.shape[-1]).expand_as(positions)}
 
 
 def causal(call: dict[str, Any]) -> dict[str, Any]:
-    """The tokens of an image do not see later ones."""
+    """Hides later tokens of an image from earlier ones."""
 
     def tril(mask: Tensor | None) -> Tensor | None:
         return mask if mask is None else mask & torch.ones_like(mask).tril()
@@ -49,13 +49,13 @@ def causal(call: dict[str, Any]) -> dict[str, Any]:
 
 
 def no_window(call: dict[str, Any]) -> dict[str, Any]:
-    """Layers that slide see everything."""
+    """Removes the window of sliding layers."""
     mask = call["attention_mask"]
     return call | {"attention_mask": dict.fromkeys(mask, mask["full_attention"])}
 
 
 def rolled(*names: str) -> Plant:
-    """What belongs to a token is that of the one before."""
+    """Shifts the features of visual tokens by one token."""
 
     def plant(call: dict[str, Any]) -> dict[str, Any]:
         for name in names:
@@ -68,7 +68,7 @@ def rolled(*names: str) -> Plant:
 
 
 def turned(call: dict[str, Any]) -> dict[str, Any]:
-    """A layer's rotary embeddings are those of the token before."""
+    """Shifts a layer's rotary embeddings by one token."""
     return call | {"position_embeddings": tuple(t.roll(1, -2) for t in call["position_embeddings"])}
 
 
@@ -77,7 +77,7 @@ def padding_seen(call: dict[str, Any]) -> dict[str, Any]:
 
 
 def plant_in(monkeypatch: pytest.MonkeyPatch, plant: Plant, prefill: bool = True, layer: int | None = None) -> None:
-    """Changes what a patched model calls its decoder with, or one of its layers, behind the hooks."""
+    """Changes the arguments with which a patched model calls its decoder, or one of its layers, after the hooks."""
     install, remove = Engine.install, Engine.remove
     handles: list[Any] = []
 

@@ -1,4 +1,4 @@
-"""`apet.report`: operations against formulas worked out by hand, lengths and bytes, and times taken fairly."""
+"""`apet.report`: operations against formulas derived by hand, lengths and bytes, and fair times."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def language_flops(model: PreTrainedModel, lengths: list[int], batch: int = 1) -
 
 
 def clip_flops(model: PreTrainedModel, images: int, projected: int) -> int:
-    """LLaVA's encoder (its class token is a token, too) and projector."""
+    """Counts the operations of LLaVA's encoder (its class token is a token, too) and projector."""
     vision, hidden = model.config.vision_config, model.config.text_config.hidden_size
     width, n = vision.hidden_size, TILE + 1
     layer = 2 * n * (4 * width * width + 2 * width * vision.intermediate_size) + 4 * n * n * width

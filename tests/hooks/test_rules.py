@@ -39,7 +39,7 @@ def shortened(**given: Any) -> dict[str, Any]:
 
 
 def rows_of(x: Tensor, b: int) -> list[Any]:
-    """What is left of a row, without its padding."""
+    """Returns the remaining tokens of a row, without its padding."""
     return x[b, -len(COLUMNS[b]) :].tolist()
 
 
@@ -127,7 +127,7 @@ REACH = Reach("full_attention", window=3, chunk=4)
 
 
 def dense(kind: str, blocks: Tensor | None = None) -> Tensor:
-    """[B, 1, L, L] bool, pair by pair."""
+    """Returns [B, 1, L, L] bool, pair by pair."""
     first = (~VALID).sum(1).tolist()
     mask = torch.zeros(B, 1, L, L, dtype=torch.bool)
     for b in range(B):

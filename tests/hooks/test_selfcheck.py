@@ -19,20 +19,20 @@ from running import BOTH, FIRST
 
 @pytest.fixture(autouse=True)
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Where records of passed checks go in these tests."""
+    """Returns the folder of the records of passed checks in these tests."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     return tmp_path / "apet-kernels" / "selfcheck"
 
 
 @pytest.fixture
 def untested(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As if no version of transformers had been tested."""
+    """Makes all versions of transformers count as untested."""
     monkeypatch.setattr(sources, "digests", dict)
 
 
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The families that were checked."""
+    """Records the families that were checked."""
     seen: list[str] = []
     check = selfcheck.check
 

@@ -146,10 +146,8 @@ def test_positions(family: Family, options: dict[str, Any]) -> None:
     def listen(_: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         told.append((kwargs["position_ids"], kwargs["attention_mask"]))
 
-    with apet.patched(model, **options):
-        handle = reader(model).register_forward_pre_hook(listen, with_kwargs=True)
+    with apet.patched(model, **options), reader(model).register_forward_pre_hook(listen, with_kwargs=True):
         said = say(model, collate(family, rows), new=2)
-        handle.remove()
     (prompt, mask), (following, _) = told
     for b, row in enumerate(rows):
         want = shorten(twin(family.name), family, row, Options(**options))

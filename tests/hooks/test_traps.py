@@ -39,7 +39,7 @@ def all_slide(config: PretrainedConfig) -> None:
 
 @dataclass(frozen=True)
 class Trap:
-    """A type of model, and what it is here for."""
+    """A type of model, and the reason why it is tested here."""
 
     type: str
     change: Callable[[PretrainedConfig], None] | None = None
@@ -89,7 +89,7 @@ def build(trap: Trap) -> nn.Module:
 
 
 def rows_of(model: nn.Module) -> list[Any]:
-    """Two prompts; one where the model that is not patched makes something else of a padded batch than of its rows."""
+    """Returns two prompts, or one if the unpatched model gives other results for a padded batch than for its rows."""
     rows = [prompt(model, parts, seed) for seed, parts in enumerate(PROMPTS)]
     return rows if selfcheck.unpatched(model, rows) < TOLERANCE else rows[:1]
 

@@ -21,7 +21,7 @@ from torch import nn
 
 @pytest.fixture
 def fresh() -> Iterator[None]:
-    """Nothing is compiled, before and after."""
+    """Drops compiled code before and after the test."""
     torch.compiler.reset()
     yield
     torch.compiler.reset()

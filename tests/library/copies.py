@@ -1,4 +1,4 @@
-"""The library as other projects take it in: what the guide lists, every way to build it, and calls of each copy."""
+"""Copies of the library as other projects use it: the files that the guide lists, every way to build it, and calls."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from torch import Tensor
 
 import apet_kernels
 from tests.binaries import run, version
+from tests.simt import abi
 from tests.simt import build as simt_build
 from tests.simt import call as simt_call
 
@@ -41,18 +42,18 @@ needs_op = pytest.mark.skipif("cpu" not in apet_kernels.available_backends(), re
 
 
 def block(mark: str) -> str:
-    """What stands in the guide's code block under <!-- mark -->."""
+    """Returns the guide's code block under <!-- mark -->."""
     (text,) = re.findall(rf"^<!-- {mark} -->\n```\w*\n(.*?)^```$", GUIDE.read_text(), re.M | re.S)
     return text
 
 
 def listed(*parts: str) -> set[str]:
-    """The files that the guide lists for these parts, relative to csrc/."""
+    """Returns the files that the guide lists for these parts, relative to csrc/."""
     return {name for part in parts for name in block(f"files: {part}").split()}
 
 
 def copy_listed(folder: Path, *parts: str) -> Path:
-    """A copy of csrc/ in folder that holds these files and no other."""
+    """Makes a copy of csrc/ in `folder` with exactly these files."""
     for name in listed(*parts):
         (folder / "csrc" / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(CSRC / name, folder / "csrc" / name)
@@ -63,7 +64,7 @@ def copy_listed(folder: Path, *parts: str) -> Path:
 
 
 def built(name: str, make: Callable[[Path], None]) -> Path:
-    """A folder that `make` has filled."""
+    """Returns a folder that `make` has filled."""
     folder = FOLDER / name
     FOLDER.mkdir(parents=True, exist_ok=True)
     with open(FOLDER / f"{name}.lock", "w") as lock:
@@ -83,7 +84,7 @@ def built(name: str, make: Callable[[Path], None]) -> Path:
 
 
 def bump(header: Path) -> str:
-    """Makes the header that of the next minor version; returns that."""
+    """Changes the header's version to the next minor one; returns that version."""
     text = header.read_text()
     major, minor, patch = map(int, version().split("."))
     line = "#define APET_VERSION_MINOR {}\n"
@@ -98,7 +99,8 @@ def cmake(source: Path, folder: Path, *options: str) -> None:
 
 
 def make_installed(folder: Path) -> None:
-    """As the guide says, from the files that it lists, and then moved. But for -O3, as below."""
+    """Installs the package as the guide says, from the files that it lists, and then moves it; -O1 instead of -O3, as
+    below."""
     copy_listed(folder, "cpu", "cmake")
     commands = block("commands: install")
     shared = "-DBUILD_SHARED_LIBS=ON"
@@ -111,7 +113,7 @@ def make_installed(folder: Path) -> None:
 
 
 def make_example(folder: Path) -> None:
-    """As its README says, beside the package that was moved."""
+    """Builds the example as its README says, with the package that was moved."""
     (commands,) = re.findall(r"^```sh\n(.*?)^```$", (EXAMPLE / "README.md").read_text(), re.M | re.S)
     assert "/opt/apet" in commands
     commands = commands[: commands.index("build/vendor/compress")]  # which needs tokens: see below
@@ -122,7 +124,8 @@ def make_example(folder: Path) -> None:
 
 
 def make_by_hand(folder: Path) -> None:
-    """As the guide says, but for -O3, which is four times the work of a compiler and changes no bit (`newer`)."""
+    """Builds by the guide's commands, except for -O3, which takes a compiler four times as long and changes no bit
+    (`newer`)."""
     copy_listed(folder, "cpu")
     commands = block("commands: cpu")
     assert "-O3" in commands
@@ -132,7 +135,7 @@ def make_by_hand(folder: Path) -> None:
 
 
 def make_inside(folder: Path) -> None:
-    """A copy of csrc/ inside of a project with flags of its own, all of which harm; that says no build type."""
+    """Builds a copy of csrc/ inside a project that has harmful compiler flags and no build type."""
     copy_listed(folder, "cpu", "cmake")
     shutil.copy(SOURCES / "engine.cpp", folder)
     (folder / "CMakeLists.txt").write_text("""
@@ -153,7 +156,7 @@ def make_inside(folder: Path) -> None:
 
 
 def make_newer(folder: Path) -> None:
-    """The whole repository's files for C++, of the next version, inside of a project; shared, hardly optimised."""
+    """Builds the whole repository's C++ files, of the next version, inside a project; shared, hardly optimised."""
     (folder / "apet/tests").mkdir(parents=True)
     shutil.copy(ROOT / "CMakeLists.txt", folder / "apet")
     shutil.copytree(CSRC, folder / "apet/csrc")
@@ -170,7 +173,7 @@ def make_newer(folder: Path) -> None:
 
 
 def path() -> str:
-    """PATH with the cmake that is used here in front."""
+    """Returns PATH with the cmake that is used here in front."""
     return f"{Path(CMAKE).parent}:/usr/bin:/bin"
 
 
@@ -178,7 +181,7 @@ def path() -> str:
 
 
 class Plan(ctypes.Structure):
-    """apet_cpu_plan_t."""
+    """The struct apet_cpu_plan_t for ctypes."""
 
     _fields_ = [
         *((name, ctypes.c_int32) for name in ("isa", "images_in_flight", "threads_per_image")),
@@ -192,7 +195,7 @@ ISAS = ("generic", "avx2", "avx512", "avx512_bf16", "best")
 
 @dataclass(frozen=True)
 class Copy:
-    """One copy of the library, loaded; with the functions' names before what they have in common."""
+    """One loaded copy of the library, with its prefix of function names."""
 
     library: ctypes.CDLL
     prefix: str
@@ -208,20 +211,20 @@ class Copy:
     def use_isa(self, name: str) -> bool:
         return self.function("use_isa")(ISAS.index(name)) == 0
 
-    def plan(self, problem: simt_call.Problem) -> Plan:
+    def plan(self, problem: abi.Problem) -> Plan:
         plan = Plan()
         assert self.function("plan")(ctypes.byref(problem), 1, ctypes.byref(plan)) == 0
         return plan
 
     def compress(self, x: Tensor, keep: int, **options: object) -> list[Tensor]:
-        """tokens and indices, on the calling thread."""
+        """Returns tokens and indices, computed on the calling thread."""
         case = simt_call.compress_case(x, keep, **options)
         plan = self.plan(case.problem)
         room = torch.empty(plan.workspace_bytes + 64, dtype=torch.uint8)
         pointers = {name: t.data_ptr() for name, t in (case.inputs | case.outputs).items()}
         status = self.function("run")(
             ctypes.byref(case.problem),
-            ctypes.byref(simt_call.Tensors(**pointers)),
+            ctypes.byref(abi.Tensors(**pointers)),
             None,
             ctypes.c_void_p((room.data_ptr() + 63) // 64 * 64),
             ctypes.c_size_t(plan.workspace_bytes),
@@ -231,7 +234,7 @@ class Copy:
 
 
 class Exported(Copy):
-    """One whose functions have the header's names."""
+    """A copy whose functions have the header's names."""
 
     def function(self, name: str):
         return getattr(self.library, f"apet_{name}" if name == "version" else f"apet_cpu_{name}")
@@ -257,6 +260,6 @@ COPIES = [installed, by_hand, inside, newer]
 
 
 def each(*copies: Callable[[], Copy]) -> pytest.MarkDecorator:
-    """`copy`: one test body, these copies. All but the installed one are slow, since each compiles the library."""
+    """Parametrises `copy` with these copies. All but the installed one are slow, since each compiles the library."""
     parameters = [copy if copy is installed else pytest.param(copy, marks=pytest.mark.slow) for copy in copies]
     return pytest.mark.parametrize("copy", parameters, ids=lambda copy: copy.__name__)

@@ -115,7 +115,7 @@ HARMLESS = (
     Harmless(
         A_BARRIER,
         "s4_topk.cuh",
-        r"wanted = found\[1\];\s*__syncthreads\(\);",
+        r"needed\[c\] = found\[2 \* c \+ 1\];\s*\}\s*__syncthreads\(\);",
         "the next pass has two barriers before it writes `found`, and one before it counts",
     ),
     Harmless(
@@ -128,7 +128,7 @@ HARMLESS = (
     Harmless(
         A_BARRIER,
         "s1_s5_cluster.cuh",
-        r"kQueue\);\s*__syncthreads\(\);",
+        r"\(int\)\(i % blocks\)\);\s*__syncthreads\(\);",
         "as launched, a cluster takes one image",
     ),
     Harmless(

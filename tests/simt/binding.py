@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
-from apet_kernels import dispatch, ops
+from apet_kernels import available, ops
 
 from . import build, call
 
@@ -37,18 +38,10 @@ def load() -> None:
     _keep.append(library)
 
 
-def use_device(device: call.Device) -> None:
-    """What the binding plans for from now on."""
-    traits = (device.capability, device.multiprocessors, device.shared_per_block)
-    call.load().simt_use_device(*traits, device.shared_per_multiprocessor, device.largest_cluster)
-
-
-def stand_ins(device: call.Device) -> dict[str, object]:
-    """Loads the ops; returns what `apet_kernels.dispatch` needs for `backend="cuda"` to take CPU tensors."""
+def stand_in(device: call.Device, set_attribute: Callable[[object, str, object], None] = setattr) -> None:
+    """Loads the ops, and makes `backend="cuda"` take CPU tensors, as on this device."""
     load()
-    use_device(device)
-    usable = dispatch.why_unavailable
-    return {
-        "why_unavailable": lambda name: None if name == "cuda" else usable(name),
-        "why_not_cuda": lambda device: None,
-    }
+    call.use_device(device)
+    usable = available.why_unavailable
+    set_attribute(available, "why_unavailable", lambda name: None if name == "cuda" else usable(name))
+    set_attribute(available, "why_not_cuda", lambda device: None)

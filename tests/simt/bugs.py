@@ -88,10 +88,17 @@ BUGS = [
         RACE,
     ),
     Bug(
-        "a queue is read before the warp has written it",
-        "s5_mean.cuh",
-        [(r"(queued \+= __popc\(mine\);\s*\})\s*__syncwarp\(\);", r"\1")],
+        "a list is read before the other CTAs have written it",
+        "s1_s5_cluster.cuh",
+        [(r"group\.sync\(\);  // the lists of all targets are written", "")],
         FUSED,
+        RACE,
+    ),
+    Bug(
+        "a count is raised before the warp has read it",
+        "s5_lists.cuh",
+        [(r"__syncwarp\(\);  // all lanes have read the count", "")],
+        CLUSTER,
         RACE,
     ),
     Bug(
@@ -134,8 +141,8 @@ BUGS = [
     ),
     Bug(
         "a mask of half a warp",
-        "s5_mean.cuh",
-        [(r"__ballot_sync\(kAllLanes, target", "__ballot_sync(0xffffu, target")],
+        "s5_lists.cuh",
+        [(r"__ballot_sync\(kAllLanes, own == t", "__ballot_sync(0xffffu, own == t")],
         FUSED,
         r"calls __ballot_sync with mask 0x0000ffff, which leaves out its lane",
         when=SLOW,
@@ -143,14 +150,19 @@ BUGS = [
     Bug(
         "lanes that a shuffle waits for stay away",
         "s4_topk.cuh",
-        [(r"if \(threadIdx\.x < 32\) \{", "if (threadIdx.x < 24) {")],
+        [(r"if \(warp == c\) \{", "if (warp == c && lane < 24) {")],
         CLUSTER,
         r"deadlock: .* waits in __shfl_up_sync",
     ),
     Bug(
-        "means wait for one tile more than there is",
+        "means wait for one ticket more than there is",
         "s5_merge.cuh",
-        [(r"< \(uint32_t\)call\.tiles\)", "< (uint32_t)call.tiles + 1)")],
+        [
+            (
+                r"wait_until_done\(s, call\.tiles \+ call\.list_tickets\)",
+                "wait_until_done(s, call.tiles + call.list_tickets + 1)",
+            )
+        ],
         CLUSTER,
         r"deadlock: .* waits in a loop around load_acquire",
         when=EVERY_DAY,

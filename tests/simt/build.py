@@ -28,7 +28,7 @@ OPTIMISED = {"": ["-O2"], "address": ["-O1", "-g"], "thread": ["-O1", "-g"]}
 
 
 def missing() -> str | None:
-    """None where kernels can be compiled for the CPU here, else the reason."""
+    """Returns None if kernels can be compiled for the CPU here, else the reason why not."""
     if platform.machine() != "x86_64":
         return f"fibers are written for x86-64, and this is {platform.machine()}"
     if not shutil.which("g++"):
@@ -50,23 +50,23 @@ def kernels(csrc: Path = CSRC, sanitizer: str = "", only: str = "") -> list[Path
 
 @functools.cache
 def library() -> Path:
-    """libapet_cuda's C interface, and the runtime's for ctypes, in one shared library."""
+    """Builds a shared library with libapet_cuda's C interface, and the runtime's functions for ctypes."""
     return _link("libsimt.so", [*kernels(), *_runtime()], ["-shared", "-Wl,--no-undefined"])
 
 
 def program(main: str, objects: list[Path], sanitizer: str = "") -> Path:
-    """The program of a source in this folder, with objects of the same sanitizer."""
+    """Builds the program of a source in this folder, with objects of the same sanitizer."""
     own = _objects([HERE / main], sanitizer, CSRC.glob("*.h"))
     return _link(Path(main).stem, [*own, *objects, *_runtime()], _sanitize(sanitizer))
 
 
 def shared(main: str) -> Path:
-    """The library of a source in this folder."""
+    """Builds the library of a source in this folder."""
     return _link(f"lib{Path(main).stem}.so", [*_objects([HERE / main]), *_runtime()], ["-shared", "-Wl,--no-undefined"])
 
 
 def _runtime() -> list[Path]:
-    """Never sanitized: what it does for a kernel is not the kernel's doing."""
+    """Builds the simulated runtime, never with a sanitizer: its accesses are not the kernel's."""
     return _objects([HERE / name for name in RUNTIME])
 
 
@@ -96,7 +96,7 @@ def _link(name: str, objects: list[Path], flags: list[str]) -> Path:
 
 
 def make(target: Path, command: list[str]) -> Path:
-    """Runs a compiler unless what it would make is there. Several processes may ask for it at once."""
+    """Runs a compiler unless its output exists. Several processes may call it at once."""
     FOLDER.mkdir(parents=True, exist_ok=True)
     if target.exists():
         return target
@@ -113,11 +113,12 @@ def make(target: Path, command: list[str]) -> Path:
 
 @functools.cache
 def compiler() -> str:
-    """Version, and what -march=native means here: the folder may have been carried from another machine."""
+    """Returns the compiler's version, and the meaning of -march=native here: the folder may come from another
+    machine."""
     query = ["g++", "-march=native", "-Q", "--help=target"]
     return subprocess.check_output(["g++", "--version"], text=True) + subprocess.check_output(query, text=True)
 
 
 def digest(*parts: str) -> str:
-    """A short name for all that a compiler is given."""
+    """Returns a short name for all inputs of a compiler."""
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]

@@ -5,71 +5,37 @@ from __future__ import annotations
 import ctypes
 import functools
 import itertools
-import re
 import subprocess
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from apet_kernels import ops
+from apet_kernels.options import LAYOUTS, SELECTS, Options
 
 from . import build
-
-PATHS = ("best", "fused", "cluster", "cooperative")  # apet_cuda_path
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)  # apet_dtype
-COMPRESS, SCORE, MERGE = range(3)  # apet_op
-BASIS_KEEP = -1  # APET_BASIS_KEEP
-NO_PATH = "APET_NO_CUDA_PATH"
-int32, int64 = ctypes.c_int32, ctypes.c_int64
-
-
-class Problem(ctypes.Structure):
-    """apet_problem."""
-
-    _fields_ = [
-        *((name, int32) for name in ("op", "dtype", "layout", "select", "basis", "ragged")),
-        *(
-            (name, int64)
-            for name in ("images", "tokens", "dim", "keep", "stride_xb", "stride_xn", "stride_xd", "start")
-        ),
-        *((name, ctypes.c_double) for name in ("ridge", "blend")),
-        *((name, int64) for name in ("total_tokens", "total_keep", "refine")),
-    ]
-
-
-class Override(ctypes.Structure):
-    """apet_cuda_override."""
-
-    _fields_ = [(name, int32) for name in ("path", "ctas_per_image", "resident", "tile")]
-
-
-class Plan(ctypes.Structure):
-    """apet_cuda_plan_t."""
-
-    _fields_ = [
-        *(
-            (name, int32)
-            for name in ("path", "launches", "ctas_per_image", "images_in_flight", "slice", "resident", "state_shared")
-        ),
-        *((name, int32) for name in ("basis_shared", "tile", "first_shared_bytes", "second_shared_bytes")),
-        ("workspace_bytes", ctypes.c_size_t),
-        ("estimated_us", ctypes.c_double),
-        ("why", ctypes.c_char * 256),
-    ]
-
-
-NAMES = ("x", "cu_seqlens", "cu_keep", "kept", "kept_targets", "tokens", "indices", "residual", "basis_indices")
-
-
-class Tensors(ctypes.Structure):
-    """apet_tensors."""
-
-    _fields_ = [(name, ctypes.c_void_p) for name in NAMES]
+from .abi import (
+    BASIS_KEEP,
+    COMPRESS,
+    DTYPES,
+    MERGE,
+    NAMES,
+    NO_PATH,
+    PATHS,
+    SCORE,
+    Override,
+    Plan,
+    Problem,
+    Tensors,
+    int64,
+    status_numbers,
+)
 
 
 @dataclass(frozen=True)
@@ -131,13 +97,16 @@ def load() -> ctypes.CDLL:
     return lib
 
 
+def use_device(device: Device) -> None:
+    """What is planned and launched for from now on."""
+    traits = (device.capability, device.multiprocessors, device.shared_per_block)
+    load().simt_use_device(*traits, device.shared_per_multiprocessor, device.largest_cluster)
+
+
 def plan(problem: Problem, how: How) -> Plan:
     """What the backend would do; NoPath if it cannot do it as `how` wants it."""
     lib, result, override = load(), Plan(), how.override
-    d = how.device
-    lib.simt_use_device(
-        d.capability, d.multiprocessors, d.shared_per_block, d.shared_per_multiprocessor, d.largest_cluster
-    )
+    use_device(how.device)
     status = lib.apet_cuda_plan(ctypes.byref(problem), ctypes.byref(override), ctypes.byref(result))
     if status == status_numbers()[NO_PATH]:
         raise NoPath(result.why.decode())
@@ -235,13 +204,6 @@ def _reach(t: Tensor) -> bytes:
     return flat.view(torch.uint8).numpy().tobytes()
 
 
-@functools.cache
-def status_numbers() -> dict[str, int]:
-    """apet_status, read from the header."""
-    text = (build.CSRC / "apet.h").read_text().partition("typedef enum apet_status {")[2].partition("}")[0]
-    return {name: int(number) for name, number in re.findall(r"^ *(APET_\w+) = (\d+),", text, re.M)}
-
-
 def _check(problem: Problem, status: int) -> None:
     if status == 0:
         return
@@ -254,22 +216,20 @@ def _check(problem: Problem, status: int) -> None:
 # ---- cases
 
 
-def _problem(op: int, x: Tensor, **values: object) -> Problem:
-    dims = x.dim()
-    return Problem(
-        op=op,
-        dtype=DTYPES.index(x.dtype),
-        ragged=dims == 2,
-        images=x.shape[0] if dims == 3 else values.pop("images"),
-        tokens=x.shape[1] if dims == 3 else values.pop("tokens"),
-        dim=x.shape[-1],
-        stride_xb=x.stride(0) if dims == 3 else 0,
-        stride_xn=x.stride(-2),
-        stride_xd=x.stride(-1),
-        total_tokens=x.shape[0] if dims == 2 else 0,
-        blend=values.pop("blend", 1.0),
-        **values,
-    )
+def _problem(op: int, x: Tensor, options: Options | None = None, **values: object) -> Problem:
+    """values: other fields, of ragged images also those that x does not tell."""
+    if options is not None:
+        values |= options.arguments
+        values["basis"] = BASIS_KEEP if options.basis is None else options.basis
+        values["layout"], values["select"] = LAYOUTS.index(options.layout), SELECTS.index(options.select)
+    ragged = x.dim() == 2
+    if ragged:
+        values["total_tokens"] = x.shape[0]
+    else:
+        values["images"], values["tokens"], values["stride_xb"] = x.shape[0], x.shape[1], x.stride(0)
+    strides = {"stride_xn": x.stride(-2), "stride_xd": x.stride(-1)}
+    values = {"blend": 1.0} | values
+    return Problem(op=op, dtype=DTYPES.index(x.dtype), ragged=ragged, dim=x.shape[-1], **strides, **values)
 
 
 def _readable(x: Tensor) -> Tensor:
@@ -277,34 +237,11 @@ def _readable(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
-def _basis(basis: int | None, select: str, start: int, ridge: float) -> dict[str, object]:
-    return {
-        "basis": BASIS_KEEP if basis is None else basis,
-        "select": ops.SELECTS.index(select),
-        "start": start,
-        "ridge": ridge,
-    }
-
-
-def compress_case(
-    x: Tensor,
-    keep: int,
-    basis: int | None = 10,
-    *,
-    layout: str = "inplace",
-    select: str = "fps",
-    start: int = -1,
-    ridge: float = 1e-5,
-    blend: float = 1.0,
-    refine: int = 0,
-) -> Case:
-    choose = {"select": select, "start": start, "ridge": ridge}
-    ops.check_compress(x, keep, basis, layout=layout, blend=blend, refine=refine, **choose)
-    x = _readable(x)
-    options = {"layout": ops.LAYOUTS.index(layout), "keep": keep, "blend": blend, "refine": refine}
-    problem = _problem(COMPRESS, x, **options, **_basis(basis, **choose))
-    rows = ops.Options(basis, layout).rows(keep)
-    return Case(problem, {"x": x}, _tokens(x, (x.shape[0], rows)))
+def compress_case(x: Tensor, keep: int, basis: int | None = 10, **options: Any) -> Case:
+    """options: the other fields of `Options`."""
+    ops.check_compress(x, keep, basis, **options)
+    x, chosen = _readable(x), Options(basis, **options)
+    return Case(_problem(COMPRESS, x, chosen, keep=keep), {"x": x}, _tokens(x, (x.shape[0], chosen.rows(keep))))
 
 
 def compress_varlen_case(
@@ -315,39 +252,22 @@ def compress_varlen_case(
     max_seqlen: int,
     max_keep: int,
     basis: int | None = 10,
-    *,
-    layout: str = "inplace",
-    select: str = "fps",
-    start: int = -1,
-    ridge: float = 1e-5,
-    blend: float = 1.0,
-    refine: int = 0,
+    **options: Any,
 ) -> Case:
-    sizes = (total_keep, max_seqlen, max_keep, basis)
-    choose = {"select": select, "start": start, "ridge": ridge}
-    ops.check_compress_varlen(x, cu_seqlens, cu_keep, *sizes, layout=layout, blend=blend, refine=refine, **choose)
-    x, images = _readable(x), len(cu_seqlens) - 1
-    problem = _problem(
-        COMPRESS,
-        x,
-        images=images,
-        tokens=min(max_seqlen, x.shape[0]),
-        keep=min(max_keep, total_keep),
-        total_keep=total_keep,
-        layout=ops.LAYOUTS.index(layout),
-        blend=blend,
-        refine=refine,
-        **_basis(basis, **choose),
-    )
-    rows = ops.Options(basis, layout).rows(total_keep, images)
+    """options: the other fields of `Options`."""
+    ops.check_compress_varlen(x, cu_seqlens, cu_keep, total_keep, max_seqlen, max_keep, basis, **options)
+    x, chosen, images = _readable(x), Options(basis, **options), len(cu_seqlens) - 1
+    sizes = {"images": images, "tokens": min(max_seqlen, x.shape[0]), "keep": min(max_keep, total_keep)}
+    problem = _problem(COMPRESS, x, chosen, **sizes, total_keep=total_keep)
     offsets = {"cu_seqlens": cu_seqlens.contiguous(), "cu_keep": cu_keep.contiguous()}
-    return Case(problem, {"x": x, **offsets}, _tokens(x, (rows,)))
+    return Case(problem, {"x": x, **offsets}, _tokens(x, (chosen.rows(total_keep, images),)))
 
 
-def score_case(x: Tensor, basis: int = 10, *, select: str = "fps", start: int = -1, ridge: float = 1e-5) -> Case:
-    ops.check_score(x, basis, select=select, start=start, ridge=ridge)
+def score_case(x: Tensor, basis: int = 10, **options: Any) -> Case:
+    """options: select, start and ridge."""
+    ops.check_score(x, basis, **options)
     x = _readable(x)
-    problem = _problem(SCORE, x, **_basis(basis, select, start, ridge))
+    problem = _problem(SCORE, x, Options(basis, **options))
     outputs = {
         "residual": x.new_empty(x.shape[:2], dtype=torch.float32),
         "basis_indices": x.new_empty(x.shape[0], basis, dtype=torch.int64),

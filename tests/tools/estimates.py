@@ -2,13 +2,14 @@
 
     python -m tests.tools.estimates [--markdown]
 
-Asks apet_cuda_plan, compiled with g++, for every path on a device of an H100's size. --markdown writes the table into
-docs/cuda.md. Needs neither a GPU nor nvcc.
+Asks apet_cuda_plan, compiled with g++, for every path on devices of the size of an H100 and an A100. --markdown writes
+the table into docs/cuda.md. Needs neither a GPU nor nvcc.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import sys
 
 import torch
@@ -21,7 +22,9 @@ from tests.tools.sass import GUIDE
 
 BEGIN, END = "<!-- estimates:begin -->", "<!-- estimates:end -->"
 H100 = Device(90, multiprocessors=132)
-PATHS = ("fused", "cluster", "cooperative")
+A100 = Device(80, 108, 163 << 10, 164 << 10, 0)
+COLUMNS = {"H100: fused": (H100, "fused"), "cluster": (H100, "cluster"), "cooperative": (H100, "cooperative")}
+COLUMNS |= {"A100: cooperative": (A100, "cooperative")}
 # B, N, D, keep
 SHAPES = {
     "LLaVA-1.5, 1 image, K 64": (1, 576, 1024, 64),
@@ -37,22 +40,20 @@ SHAPES = {
 
 
 def cells(shape: tuple[int, int, int, int]) -> list[str]:
-    """The estimate of every path, in us, with CTAs per image and the tile of s5_merge; the least is bold."""
+    """The estimate of every column, in us, with CTAs per image and the tile of s5_merge; bold: the least of an H100."""
     *dims, keep = shape
     case = call.compress_case(torch.empty(*dims, dtype=torch.bfloat16, device="meta"), keep)
-    plans = {}
-    for path in PATHS:
-        try:
-            plans[path] = call.plan(case.problem, How(H100, path))
-        except NoPath:
-            continue
-    best = min(plans, key=lambda path: plans[path].estimated_us)
+    plans: dict[str, call.Plan] = {}
+    for column, (device, path) in COLUMNS.items():
+        with contextlib.suppress(NoPath):
+            plans[column] = call.plan(case.problem, How(device, path))
+    best = min((p.estimated_us, column) for column, p in plans.items() if COLUMNS[column][0] == H100)[1]
     found = []
-    for path in PATHS:
-        if not (plan := plans.get(path)):
+    for column in COLUMNS:
+        if not (plan := plans.get(column)):
             found.append("-")
             continue
-        mark = "**" if path == best else ""
+        mark = "**" if column == best else ""
         tile = f", {plan.tile}" if plan.tile else ""
         found.append(f"{mark}{plan.estimated_us:.0f}{mark} ({plan.ctas_per_image}{tile})")
     return found
@@ -62,8 +63,8 @@ def table() -> str:
     lines = [
         f"`python -m tests.tools.estimates --markdown`, commit {machine.commit()}:",
         "",
-        "| tokens | " + " | ".join(PATHS) + " |",
-        "|---|---|---|---|",
+        "| tokens | " + " | ".join(COLUMNS) + " |",
+        "|---|" + "---|" * len(COLUMNS),
     ]
     lines += [f"| {name} | " + " | ".join(cells(shape)) + " |" for name, shape in SHAPES.items()]
     return "\n".join(lines) + "\n"

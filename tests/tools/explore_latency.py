@@ -1,4 +1,4 @@
-"""How long `apet explore` takes from a key press on a slider to the new picture, in a headless browser.
+"""Measures the time from a key press on a slider of `apet explore` to the new picture, in a headless browser.
 
 python -m tests.tools.explore_latency        with a photo and the default encoder; needs Chromium
 """
@@ -13,8 +13,8 @@ from apet.explore.explorer import Explorer
 from apet.explore.files import Files
 
 from tests import browser
+from tests.explore.test_browser import MEGABYTES, Page
 from tests.photos import ASTRONAUT
-from tests.test_explore_browser import MEGABYTES, Page
 
 FIRST, LAST = 65, 94  # tokens kept, one more with every press
 WARM = 3  # presses that are not counted
@@ -44,7 +44,7 @@ def main() -> None:
 
 
 def presses(tab: Any) -> list[float]:
-    """The milliseconds of each press."""
+    """Returns the milliseconds of each press."""
     slider = tab.get_by_label("range slider for Tokens kept").first
     slider.focus()
     times = []

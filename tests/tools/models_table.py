@@ -30,6 +30,8 @@ from apet.hooks.adapters import ADAPTERS, GENERIC, READERS, adapter_for
 from apet.hooks.selfcheck import STAGES, TOLERANCE
 from apet.hooks.target import Target
 
+from benchmarks.lib.sheet import replaced
+
 DOCS = Path(__file__).parents[2] / "docs"
 SECONDS = 180  # of a processor, for one type; most take less than ten
 UNTRIED = "not tried yet"
@@ -46,7 +48,7 @@ VIDEO = (2, "video", 4)
 
 
 def try_type(name: str) -> dict[str, Any]:
-    """What works with a type of model: a cell for each of CELLS, or the reason why none can."""
+    """Tries a type of model: returns a cell for each of CELLS, or the reason why none can be tried."""
     cls = getattr(transformers, selfcheck.NAMES[name])
     try:
         model = tiny.build(cls, tiny.config(name))
@@ -93,7 +95,7 @@ def parameters(model: Any) -> list[str]:
 
 
 def cell(measure: Callable[[], float]) -> dict[str, Any]:
-    """How far a patched model is from the judge; a ValueError of the hooks says why it is not supported."""
+    """Returns how far a patched model is from the judge; a ValueError of the hooks tells why it is not supported."""
     try:
         difference = measure()
     except ValueError as error:
@@ -104,7 +106,7 @@ def cell(measure: Callable[[], float]) -> dict[str, Any]:
 
 
 def as_unpatched(measure: Callable[[], float]) -> dict[str, Any] | None:
-    """Where the model that is not patched is not right, either: nothing to compare with."""
+    """Returns whether the unpatched model is wrong, too, so that there is nothing to compare with."""
     try:
         difference = measure()
     except Exception as error:
@@ -113,7 +115,7 @@ def as_unpatched(measure: Callable[[], float]) -> dict[str, Any] | None:
 
 
 def reason(name: str, cls: type) -> str | None:
-    """What `apet.patch` says of a model of the type's own size; nothing is computed for that."""
+    """Returns the message of `apet.patch` for a model of the type's own size, for which nothing is computed."""
     no_weights = mock.patch.object(transformers.PreTrainedModel, "init_weights")  # saves minutes
     try:
         with no_weights, torch.device("meta"):
@@ -132,14 +134,14 @@ def one_line(error: Exception) -> str:
 
 
 def shortened(message: str) -> str:
-    """A message of the hooks without the model that it names, and without what to do instead."""
+    """Returns a message of the hooks without the name of the model and without the advice."""
     message = re.sub(r"^model_type='.*?' \(.*?\) (cannot be patched: )?", "", message)
     message = re.sub(r" \(transformers [^()]*\)", "", message)
     return re.sub(r"\. (An adapter's|To do it all the same|If it has).*$", "", message)
 
 
 def in_a_process(name: str) -> dict[str, Any]:
-    """`try_type`, in a process of its own that may take SECONDS."""
+    """Runs `try_type` in a process of its own, for SECONDS at most."""
     context = multiprocessing.get_context("fork")
     receiving, sending = context.Pipe(duplex=False)
 
@@ -172,7 +174,7 @@ def verified(one: Mapping[str, Any], name: str) -> bool:
 
 
 def page(results: Mapping[str, Mapping[str, Any]]) -> str:
-    """The generated part of docs/models.md."""
+    """Returns the generated part of docs/models.md."""
     return "\n".join(_lines(results))
 
 
@@ -240,8 +242,7 @@ def main() -> None:
         cells = one.get("cells")
         print(name, "; ".join(f"{c} {v}" for c, v in cells.items()) if cells else one["reason"], flush=True)
         table.write_text(json.dumps(dict(sorted(results.items())), indent=1) + "\n")
-    before, rest = text.read_text().split(BEGIN)
-    text.write_text(f"{before}{BEGIN}\n{page(results)}\n{END}{rest.split(END)[1]}")
+    text.write_text(replaced(text.read_text(), BEGIN, END, page(results) + "\n"))
 
 
 if __name__ == "__main__":

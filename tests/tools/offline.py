@@ -18,7 +18,6 @@ import argparse
 import collections
 import concurrent.futures
 import contextlib
-import functools
 import io
 import itertools
 import multiprocessing
@@ -34,8 +33,11 @@ from typing import Any
 
 import torch
 
+from benchmarks.lib.sheet import replaced
+from tests.tools.loads import narrow_loads
+
 GUIDE = Path(__file__).parents[2] / "docs/gpu.md"
-BEGIN, END = "<!-- offline:begin -->\n", "<!-- offline:end -->"
+BEGIN, END = "<!-- offline:begin -->", "<!-- offline:end -->"
 
 
 @dataclass(frozen=True)
@@ -243,60 +245,6 @@ def examine_launch(name: str, launch: Any, dtype: torch.dtype) -> tuple[Compiled
     return result, kernel
 
 
-def narrow_loads(ttir: str, assembly: str, threads: int, dtype: torch.dtype) -> list[str]:
-    """Messages about the loads of x that could be of 16 bytes and are not."""
-    widths = collections.defaultdict(set)
-    for place, line in placed(assembly):
-        widths[place] |= load_bytes(line)
-    loads = dict(loads_of("x", ttir))
-    assert loads, "no load of x found: does the kernel's argument have another name?"
-    return [
-        f"{place} loads x by {min(widths[place], default=0)} bytes, {elements * dtype.itemsize} by {threads} threads"
-        for place, elements in loads.items()
-        if elements * dtype.itemsize >= 16 * threads and widths[place] != {16}
-    ]
-
-
-def placed(assembly: str) -> Iterator[tuple[str, str]]:
-    """Every line of assembly with the `file:line:column` of the kernel that it comes from."""
-    place, inside = "", False
-    for line in assembly.splitlines():
-        inside = "begin inline asm" in line or (inside and "end inline asm" not in line)
-        if not inside and (loc := re.match(r"\s*\.loc\s.*?(?://|;) (\S+)", line)):
-            place = loc[1]  # those inside count the lines of the inline assembly
-        yield place, line
-
-
-def load_bytes(instruction: str) -> set[int]:
-    """Bytes that a thread loads from global memory with an instruction: of PTX or of AMD's."""
-    if load := re.search(r"ld\.global[\w.:]*?(?:\.v(\d))?\.[bfsu](\d+)\b", instruction):
-        return {int(load[1] or 1) * int(load[2]) // 8}
-    if copy := re.search(r"cp\.async\.c[ag]\.shared\.global\b.*\], (\w+)", instruction):
-        return {int(copy[1], 0)}
-    if load := re.search(r"\b(?:global|buffer)_load_(?:lds_)?(\w+)", instruction):
-        words = {"dword": 4, "dwordx2": 8, "dwordx3": 12, "dwordx4": 16}
-        return {words.get(load[1], 2)}
-    return set()
-
-
-def loads_of(argument: str, ttir: str) -> Iterator[tuple[str, int]]:
-    """`file:line:column` and number of elements of every load through a pointer made from an argument."""
-    locations = dict(re.findall(r"^(#loc\d*) = loc\((.*)\)$", ttir, re.MULTILINE))
-    pointers = {f"%{argument}"}
-    for line in ttir.splitlines():
-        if not (op := re.match(r"\s*(%\w+) = tt\.(\w+) (%\w+)", line)) or op[3] not in pointers:
-            continue
-        if op[2] != "load":
-            pointers.add(op[1])
-            continue
-        at = re.search(r"loc\((#loc\d*)\)$", line)[1]
-        while not (place := re.fullmatch(r'"(.*)":(\d+):(\d+)', locations[at])):
-            at = re.search(r"#loc\d*", locations[at])[0]  # a named place, or the callee of a call
-        shape = re.search(r"tensor<([\dx]+)x!tt.ptr", line)
-        elements = functools.reduce(lambda a, b: a * int(b), shape[1].split("x"), 1) if shape else 1
-        yield f"{Path(place[1]).name}:{place[2]}:{place[3]}", elements
-
-
 # ---- the command
 
 
@@ -379,8 +327,7 @@ def main(arguments: list[str]) -> int:
     found = faults(results)
     print(table(results), *found, f"{len(results)} kernels in {time.monotonic() - began:.0f} s", sep="\n")
     if options.markdown:
-        before, rest = GUIDE.read_text().split(BEGIN)
-        GUIDE.write_text(before + BEGIN + table(results) + END + rest.split(END)[1])
+        GUIDE.write_text(replaced(GUIDE.read_text(), BEGIN, END, table(results)))
     return 1 if found else 0
 
 

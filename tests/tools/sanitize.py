@@ -23,7 +23,7 @@ FOLDER = ROOT / "build/sanitized"
 NOT_THE_LIBRARY = ["test_cli*.py", "test_layering.py", "test_library_*.py", "test_packaging*.py", "test_sass.py"]
 NOT_THE_LIBRARY += ["test_threads.py", "test_alternatives.py", "test_benchmark*.py", "test_quality.py"]
 NOT_THE_LIBRARY += ["test_floors.py", "test_gpu*.py", "test_triton_*.py", "test_cuda_*.py", "test_simt.py"]
-NOT_THE_LIBRARY += ["hooks", "vllm", "test_eval.py", "test_explore*.py", "test_reload.py", "test_regress.py"]
+NOT_THE_LIBRARY += ["hooks", "vllm", "test_eval.py", "explore", "test_reload.py", "test_regress.py"]
 
 # A tensor that says it has 65 tokens over memory that holds 64: the kernel has to run past the end of it.
 PLANTED = """

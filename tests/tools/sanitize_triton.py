@@ -44,7 +44,7 @@ def run_planted() -> None:
 
 
 def backend(device_class: str) -> types.SimpleNamespace:
-    """The four ops with the tiles of a device class, launched for tensors on the CPU."""
+    """Returns the four ops with the tiles of a device class, launched for tensors on the CPU."""
 
     def op(name: str):
         def run(*args, **kwargs):
@@ -57,7 +57,8 @@ def backend(device_class: str) -> types.SimpleNamespace:
 
 
 def run_cases() -> None:
-    """Every op, layout, select and dtype; sizes that leave tiles part empty; ragged images, and offsets that lie."""
+    """Runs every op, layout, select and dtype; sizes that leave tiles partly empty; ragged images, and wrong
+    offsets."""
     torch.use_deterministic_algorithms(True)  # fresh tensors hold NaN
     small, real = backend("interpreter"), backend("sm_90a")  # tiles that few tokens fill, and those of a GPU
     for kernels, x, keep, options in (
@@ -96,7 +97,7 @@ def check_ragged(
     kernels: types.SimpleNamespace,
     layout: str,
 ) -> None:
-    """Each packed image [n, D] has the bits that it has alone."""
+    """Checks that each packed image [n, D] has the bits that it has alone."""
     appended = 3 if layout == "append" else 0
     for s, (first, end) in enumerate(zip(cu.tolist(), cu.tolist()[1:], strict=False)):
         row, keep = int(cu_keep[s]) + s * appended, int(cu_keep[s + 1] - cu_keep[s])
@@ -107,7 +108,7 @@ def check_ragged(
 
 
 def sanitized(what: str) -> dict:
-    """The report on one of the two runs."""
+    """Returns the report on one of the two runs."""
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder, "report.json")
         command = [sys.executable, "-m", "ttsem.sanitize", "--json", str(report), __file__, "--", what]

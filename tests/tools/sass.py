@@ -28,10 +28,12 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+from benchmarks.lib.sheet import replaced
+
 ROOT = Path(__file__).parents[2]
 CSRC = ROOT / "csrc"
 GUIDE = ROOT / "docs/cuda.md"
-BEGIN, END = "<!-- sass:begin -->\n", "<!-- sass:end -->"
+BEGIN, END = "<!-- sass:begin -->", "<!-- sass:end -->"
 
 TARGETS = ("sm_80", "sm_86", "sm_89", "sm_90a", "sm_100a", "sm_103a", "sm_120a")
 DTYPES = ("float32", "float16", "bfloat16")  # a source each
@@ -41,7 +43,7 @@ REGISTERS = 65536  # of a multiprocessor, the same on every target
 
 
 def missing() -> str | None:
-    """None where kernels can be compiled and read here, else the message that says why not."""
+    """Returns None if kernels can be compiled and read here, else the message that tells why not."""
     if not nvcc():
         return "there is no nvcc"
     try:
@@ -70,7 +72,7 @@ def tools() -> dict[str, str]:
 
 @dataclass(frozen=True)
 class Claim:
-    """Of the kernels whose names match, on targets from `since` on: an instruction is there, or none is."""
+    """A claim about kernels whose names match, on targets from `since` on: they contain an instruction, or none do."""
 
     text: str  # after "it"
     instruction: str
@@ -114,7 +116,7 @@ CLAIMS = (
 
 @dataclass
 class Kernel:
-    """One instantiation for one target."""
+    """One instantiation of a kernel for one target."""
 
     target: str
     dtype: str
@@ -132,7 +134,7 @@ class Kernel:
 
     @property
     def empty(self) -> bool:
-        """On targets without clusters their kernels have no body."""
+        """Whether the kernel has no body, as cluster kernels on targets without clusters."""
         return self.capability < 90 and bool(re.search(CLUSTERS, self.name))
 
     def count(self, pattern: str) -> int:
@@ -165,7 +167,7 @@ class Kernel:
 
 
 def examine(target: str, dtype: str, csrc: Path = CSRC, flags: Iterable[str] = ()) -> list[Kernel]:
-    """The kernels of one source, compiled for one target."""
+    """Returns the kernels of one source, compiled for one target."""
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder, "kernels.cubin")
         arch = target.removeprefix("sm_")
@@ -210,7 +212,8 @@ def _number(report: str, pattern: str, otherwise: int | None = None) -> int:
 
 
 def readable(symbol: str) -> str:
-    """`_ZN4apet4cuda11s1_s4_groupIfNS0_12ClusterGroupEEEvNS0_4CallE` -> `s1_s4_group<ClusterGroup>`."""
+    """Makes a name readable: `_ZN4apet4cuda11s1_s4_groupIfNS0_12ClusterGroupEEEvNS0_4CallE` ->
+    `s1_s4_group<ClusterGroup>`."""
     name = _run("c++filt", symbol).strip().replace("apet::cuda::", "")
     name = re.sub(r"^void |\(Call\)$", "", name)
     return re.sub(r"<(?:float|__half|__nv_bfloat16)(?:, (.*))?>$", lambda m: f"<{m[1]}>" if m[1] else "", name)
@@ -227,7 +230,7 @@ def _run(*command: object, **environment: str) -> str:
 
 
 def faults(kernels: list[Kernel]) -> Iterator[str]:
-    """Messages about every kernel, and about claims that no kernel was there to hold."""
+    """Returns messages about every kernel, and about claims for which there was no kernel."""
     for k in kernels:
         for fault in k.faults():
             yield f"{k.name} of {k.dtype} for {k.target} {fault}"
@@ -237,12 +240,12 @@ def faults(kernels: list[Kernel]) -> Iterator[str]:
 
 
 def compiler() -> str:
-    """Version of nvcc, as 13.0.88."""
+    """Returns the version of nvcc, as 13.0.88."""
     return re.search(r"V([\d.]+)", _run(nvcc(), "--version"))[1]
 
 
 def table(kernels: list[Kernel]) -> str:
-    """Markdown: registers of every kernel, and what was found in its code."""
+    """Returns a markdown table: registers of every kernel, and the instructions found in its code."""
     targets = [name for name in TARGETS if any(k.target == name for k in kernels)]
     wrong = len(list(faults(kernels)))
     lines = [
@@ -281,7 +284,7 @@ def table(kernels: list[Kernel]) -> str:
 
 
 def compile_all(jobs: Iterable[tuple[str, str]]) -> list[Kernel]:
-    """The kernels of every (target, dtype)."""
+    """Returns the kernels of every (target, dtype)."""
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         return [kernel for kernels in pool.map(lambda job: examine(*job), jobs) for kernel in kernels]
 
@@ -304,8 +307,7 @@ def main(arguments: list[str]) -> int:
         print(table(kernels))
     print(*found, f"{len(kernels)} kernels in {time.monotonic() - began:.0f} s", sep="\n")
     if options.markdown:
-        before, rest = GUIDE.read_text().split(BEGIN)
-        GUIDE.write_text(before + BEGIN + table(kernels) + END + rest.split(END)[1])
+        GUIDE.write_text(replaced(GUIDE.read_text(), BEGIN, END, table(kernels)))
     return 1 if found else 0
 
 

@@ -1,4 +1,4 @@
-"""Triton's interpreter with what it leaves out: bfloat16, and the faults that a GPU does not forgive. Tests only.
+"""Triton's interpreter with its missing parts: bfloat16, and errors for faults that a GPU would not report. Tests only.
 
 `TRITON_INTERPRET=1` runs the programs of a kernel one after another in numpy. After `install()`
 
@@ -54,7 +54,7 @@ RELIES_ON += [
 
 
 def missing(names: list[str]) -> list[str]:
-    """Those that this Triton's interpreter does not have."""
+    """Returns the operations that this Triton's interpreter does not have."""
 
     def has(name: str) -> bool:
         found: Any = interpreter
@@ -80,7 +80,7 @@ _np_dtype, _apply_reduce = interpreter._get_np_dtype, interpreter.ReduceOps.appl
 
 
 class Storage:
-    """Who touched each byte of one storage during one launch."""
+    """The record of which program touched each byte of one storage during one launch."""
 
     def __init__(self, storage: torch.UntypedStorage) -> None:
         self.address, size = storage.data_ptr(), storage.nbytes()
@@ -91,12 +91,12 @@ class Storage:
         self.bytes = np.ctypeslib.as_array((ctypes.c_uint8 * size).from_address(self.address))
 
     def read(self, at: np.ndarray, itemsize: int) -> np.ndarray:
-        """The bits of the elements that start at bytes `at`."""
+        """Returns the bits of the elements that start at bytes `at`."""
         return self.bytes[at[:, None] + np.arange(itemsize)].view(f"u{itemsize}")[:, 0]
 
 
 class Argument:
-    """A tensor that a kernel is given; to the interpreter, a tensor at an address of its own."""
+    """A tensor argument of a kernel; for the interpreter, a tensor at an address of its own."""
 
     def __init__(self, name: str, slot: int, tensor: Tensor, storage: Storage) -> None:
         self.name, self.storage, self.dtype = name, storage, tensor.dtype
@@ -111,7 +111,7 @@ class Argument:
 
 
 class Launch:
-    """The tensors of one launch, and where its programs have got to."""
+    """The tensors of one launch, and the progress of its programs."""
 
     def __init__(self) -> None:
         self.arguments: list[Argument] = []
@@ -127,7 +127,7 @@ class Launch:
         return self.arguments[-1]
 
     def access(self, pointers: np.ndarray, mask: np.ndarray, itemsize: int, values: np.ndarray | None) -> np.ndarray:
-        """Checks a load, or a store of `values`; the true addresses of what is not masked, 0 elsewhere."""
+        """Checks a load, or a store of `values`; returns the true addresses of unmasked elements, 0 elsewhere."""
         addresses = np.zeros(pointers.shape, np.uint64)
         mask = np.broadcast_to(mask, pointers.shape)
         slots = pointers >> np.uint64(SLOT)
@@ -180,7 +180,7 @@ class Launch:
 
 
 class Builder(interpreter.InterpreterBuilder):
-    """The interpreter's operations, with the checks and with bfloat16 as a type of numpy's."""
+    """The interpreter's operations, with the checks, and with bfloat16 as a numpy type."""
 
     launch: Launch
 
@@ -248,16 +248,17 @@ class Executor(interpreter.GridExecutor):
         return [launch.take(*pair) for pair in named], {name: launch.take(name, a) for name, a in kwargs.items()}
 
     def _restore_args_dev(self, *args: Any) -> None:
-        """Nothing was copied."""
+        """Does nothing, since nothing was copied."""
 
 
 def bits_of(dtype: tl.dtype) -> tl.dtype:
-    """The type as which libtriton moves an element: it takes no array of numpy's bfloat16 from Triton 3.9 on."""
+    """Returns the type as which libtriton moves an element: from Triton 3.9 on it takes no array of numpy's
+    bfloat16."""
     return tl.uint16 if dtype == tl.bfloat16 else dtype
 
 
 def as_bits(value: TensorHandle) -> TensorHandle:
-    """The same bits as a type that libtriton moves."""
+    """Returns the same bits as a type that libtriton moves."""
     return TensorHandle(value.data.view(np.uint16), tl.uint16) if value.dtype.scalar == tl.bfloat16 else value
 
 
@@ -290,7 +291,7 @@ def index(value: tl.tensor) -> int:
 
 
 class Kept:
-    """What Triton 3.6 and later ask to undo the patching of triton.language after each launch; it stays."""
+    """The patch of triton.language, which Triton 3.6 and later ask to undo after each launch; here it stays."""
 
     def restore(self) -> None:
         pass
@@ -309,7 +310,7 @@ def probe(x, y, out, sums, n, N: tl.constexpr):
 
 
 def check() -> None:
-    """Raises ImportError unless a kernel gives what is known, and a load out of bounds is found."""
+    """Raises ImportError unless a test kernel gives the known result, and an out-of-bounds load is found."""
     N, n = 16, 11
     x = torch.linspace(-3, 2.7, N).bfloat16()
     y = torch.linspace(0.1, 4.3, N).bfloat16()
@@ -333,7 +334,7 @@ def check() -> None:
 
 
 def install() -> None:
-    """To be called before the first launch of a process. ImportError where the tests cannot rely on this Triton."""
+    """Installs the interpreter, before the first launch of a process. Raises ImportError if it is not reliable here."""
     interpreter._get_np_dtype = np_dtype
     interpreter.ReduceOps.apply_impl = apply_reduce
     interpreter.GridExecutor = Executor

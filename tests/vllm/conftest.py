@@ -16,7 +16,7 @@ import pytest
 if not any(Path(place, "vllm", "__init__.py").exists() for place in sys.path):
     collect_ignore_glob = ["*"]
 else:
-    import tiny
+    import tiny_models
     import torch
     from engines import MROPE, SETTINGS, Served
 
@@ -36,19 +36,19 @@ else:
 
     @pytest.fixture(scope="session")
     def folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-        """Where the tiny model of that name lies."""
+        """Returns the folder of the tiny model of that name."""
         made: dict[str, Path] = {}
 
         def find(name: str) -> Path:
             if name not in made:
-                made[name] = tiny.save(name, tmp_path_factory.mktemp(name))
+                made[name] = tiny_models.save(name, tmp_path_factory.mktemp(name))
             return made[name]
 
         return find
 
     @pytest.fixture(scope="session")
     def serve(folder: Callable[[str], Path]) -> Callable[[str], Served]:
-        """The engine of that model, started once in this process."""
+        """Returns the engine of that model, started once in this process."""
         running: dict[str, Served] = {}
 
         def start(name: str) -> Served:
@@ -60,7 +60,7 @@ else:
 
     @pytest.fixture
     def served(request: pytest.FixtureRequest, serve: Callable[[str], Served]) -> Served:
-        """The engine that the test is parametrized with, its caches empty."""
+        """Returns the engine that the test is parametrised with, its caches empty."""
         engine = serve(request.param)
         engine.forget()
         return engine

@@ -1,4 +1,4 @@
-"""An engine in this process, requests to it, and what went through its model."""
+"""An engine in this process, requests to it, and a record of the inputs and outputs of its model."""
 
 from __future__ import annotations
 
@@ -59,13 +59,13 @@ MROPE = tuple(name for name in MODELS if name == "glm4v" or name.startswith("qwe
 
 
 def picture(height: int, width: int, seed: int = 0) -> Image.Image:
-    """Smooth, so that neighbouring patches resemble each other, as in a photo."""
+    """Returns a smooth picture, in which neighbouring patches resemble each other, as in a photo."""
     coarse = np.random.default_rng(seed).integers(0, 256, (5, 5, 3), dtype=np.uint8)
     return Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)
 
 
 def video(frames: int, height: int, width: int, seed: int = 0) -> tuple[np.ndarray, dict[str, Any]]:
-    """What vLLM takes for a video: frames at 2 a second, and what it wants to know of them."""
+    """Returns a video in vLLM's form: frames at 2 a second, with the metadata that it needs."""
     pictures = np.stack([np.asarray(picture(height, width, seed + i)) for i in range(frames)])
     known = {"fps": 2.0, "duration": frames / 2, "total_num_frames": frames, "frames_indices": list(range(frames))}
     return pictures, {**known, "video_backend": "opencv", "do_sample_frames": False}
@@ -80,7 +80,7 @@ def prompt(
     first: bool = False,
     **kwargs: Any,
 ) -> dict[str, Any]:
-    """A request; kwargs are its `mm_processor_kwargs`. first: videos before images."""
+    """Returns a request; kwargs are its `mm_processor_kwargs`. first: videos before images."""
     parts = ["".join(f"{IMAGE[name]} and " for _ in images), "".join(f"{VIDEO[name]} " for _ in videos)]
     shown = before + "".join(parts[::-1] if first else parts)
     data = {"image": list(images)} if images else {}
@@ -97,7 +97,7 @@ def named(folder: Path) -> str:
 
 @dataclass
 class Seen:
-    """What the parts of a model were given and gave, call after call."""
+    """The inputs and outputs of the parts of a model, call after call."""
 
     tower: list[Tensor] = field(default_factory=list)  # features of the vision encoder
     projector: list[tuple[Tensor, Tensor]] = field(default_factory=list)
@@ -107,7 +107,7 @@ class Seen:
 
 
 class Served:
-    """An engine, with or without options of the plugin at its start."""
+    """An engine, started with or without options of the plugin."""
 
     alive: ClassVar[list[Any]] = []  # an engine that is collected takes the process groups of the others along
 
@@ -127,29 +127,29 @@ class Served:
         return self.llm.llm_engine.model_executor.driver_worker.model_runner.model
 
     def forget(self) -> None:
-        """Empties the caches: of prefixes, of encoded images, of processed images."""
+        """Empties the caches of prefixes, of encoded images and of processed images."""
         self.llm.reset_mm_cache()
         self.llm.llm_engine.reset_encoder_cache()
         assert self.llm.reset_prefix_cache()
 
     def outputs(self, *requests: dict[str, Any], tokens: int = 8) -> list[Any]:
-        """vLLM's outputs, all requests given at once."""
+        """Returns vLLM's outputs for all requests, given at once."""
         from vllm import SamplingParams
 
         greedy = SamplingParams(max_tokens=tokens, temperature=0, ignore_eos=True)
         return self.llm.generate(list(requests), greedy, use_tqdm=False)
 
     def ids(self, *requests: dict[str, Any]) -> list[list[int]]:
-        """The generated tokens of every request."""
+        """Returns the generated tokens of every request."""
         return [list(output.outputs[0].token_ids) for output in self.outputs(*requests)]
 
     def lengths(self, *requests: dict[str, Any]) -> list[int]:
-        """The prompt tokens of every request."""
+        """Returns the number of prompt tokens of every request."""
         return [len(output.prompt_token_ids) for output in self.outputs(*requests, tokens=1)]
 
     @contextlib.contextmanager
     def watched(self) -> Iterator[Seen]:
-        """Notes what passes through the model; of several requests at once, in the order in which they are batched."""
+        """Records what passes through the model; several requests appear in the order in which they are batched."""
         seen, model = Seen(), self.model
         tower = next(
             getattr(model, name) for name in ("visual", "vision_tower", "vision_model") if hasattr(model, name)

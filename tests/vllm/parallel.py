@@ -15,7 +15,7 @@ from engines import Served, picture, prompt
 
 
 def note(worker: Any) -> None:
-    """In every rank: remembers which rows the kernel kept."""
+    """Runs in every rank: records which rows the kernel kept."""
     from apet.vllm import compress
 
     kernel, worker.kept = compress.apet_kernels.compress_packed, []
@@ -33,7 +33,7 @@ def kept(worker: Any) -> list[list[int]]:
 
 
 def answer(served: Served) -> dict[str, Any]:
-    """What it says about two images: tokens, and the log-probabilities of the best at every step."""
+    """Returns the answer about two images: tokens, and the log-probability of the best one at every step."""
     from vllm import SamplingParams
 
     request = prompt(served.name, picture(90, 300), picture(260, 130, 1), apet_keep=12)

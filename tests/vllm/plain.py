@@ -17,7 +17,8 @@ from engines import picture, prompt, video
 
 
 def requests(name: str) -> list[dict[str, Any]]:
-    """Images of different sizes, several in one request, text alone, and videos where the model takes them."""
+    """Returns requests with images of different sizes, several in one, text alone, and videos if the model takes
+    them."""
     one, two, three = picture(112, 112), picture(90, 300, 1), picture(260, 130, 2)
     made = [prompt(name, one), prompt(name, two, text="why?"), prompt(name, one, three, two), prompt(name)]
     if name in engines.VIDEO:

@@ -26,7 +26,7 @@ def alone(served: Served, request: dict[str, Any]) -> list[int]:
 def without_plugin(
     folder: Any, tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest
 ) -> dict[str, list[list[int]]]:
-    """What vLLM alone generates, for the models that are tested."""
+    """Returns the output of vLLM alone, for the models that are tested."""
     place = tmp_path_factory.mktemp("plain")
     tested = [item for item in request.session.items if "without_plugin" in getattr(item, "fixturenames", ())]
     names = {item.callspec.params["served"] for item in tested}

@@ -93,7 +93,7 @@ def test_videos_frame_by_frame(served, first):
 
 
 def check(served: Served, whole: dict[str, Any], options: dict[str, Any], kept: Callable[[int], int]) -> int:
-    """Compares the request with these options against the same with all tokens. How many units it had."""
+    """Compares the request with these options with the same one with all tokens. Returns how many units it had."""
     ids, seen, embeds, positions = served.read(whole)
     fewer, compressed, read, where = served.read({**whole, "mm_processor_kwargs": options})
     parts = units(served, ids, embeds)
@@ -191,9 +191,8 @@ def test_kept_tokens_of_an_image_attend_to_each_other(served):
         for request in runner.requests.values():
             spans.append([span for f in request.mm_features for span in f.mm_position.extract_embeds_range()])
 
-    hook = served.model.register_forward_pre_hook(note)
-    (output,) = served.outputs(prompt("gemma3", *(picture(*size) for size in SIZES[:2]), apet_keep=5), tokens=1)
-    hook.remove()
+    with served.model.register_forward_pre_hook(note):
+        (output,) = served.outputs(prompt("gemma3", *(picture(*size) for size in SIZES[:2]), apet_keep=5), tokens=1)
     first, second = (column for column, token in enumerate(output.prompt_token_ids) if token == tiny.BOI)
     assert runner.is_mm_prefix_lm
     assert spans[0] == [(first + 1, first + 5), (second + 1, second + 5)]

@@ -24,7 +24,7 @@ PHOTO = Path(skimage.__path__[0], "data", "astronaut.png")
 
 @pytest.fixture(scope="module")
 def address(folder: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """A server that keeps 16 tokens of an image, and takes the word of its clients."""
+    """Starts a server that keeps 16 tokens of an image and trusts the options of requests; yields its address."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -55,7 +55,7 @@ def address(folder: Callable[[str], Path], tmp_path_factory: pytest.TempPathFact
 
 
 def chat(address: str, kwargs: dict[str, Any] | None = None) -> tuple[int, dict[str, Any]]:
-    """Status and answer to a question about the photo."""
+    """Returns status and answer to a question about the photo."""
     url = "data:image/png;base64," + base64.b64encode(PHOTO.read_bytes()).decode()
     content = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": "What is this?"}]
     body: dict[str, Any] = {"model": "tiny", "messages": [{"role": "user", "content": content}]}

@@ -1,4 +1,4 @@
-"""Options given when the engine starts, and what it then rejects."""
+"""Options given when the engine starts, and those that it then rejects."""
 
 from __future__ import annotations
 

@@ -1,6 +1,10 @@
-"""The command `apet`: `apet compress` shows what compression does to a photo or clip, `apet explore` shows it on a page
-with sliders, `apet generate` what it does to a vision-language model, `apet eval` measures what it costs in accuracy,
-`apet doctor` checks the kernels.
+"""The command `apet`.
+
+- `apet compress` shows what compression does to a photo or clip;
+- `apet explore` shows it on a page with sliders;
+- `apet generate` shows what it does to a vision-language model;
+- `apet eval` measures what it costs in accuracy;
+- `apet doctor` checks the installation.
 
 Modules that need torch are imported by the commands that use them, so that `apet --help` answers at once.
 """
@@ -26,7 +30,7 @@ UsageError = typer.BadParameter.__base__
 
 
 class Commands(TyperGroup):
-    """The commands, with every error as one line on stderr and exit code 2."""
+    """The group of commands. It prints every error as one line on stderr and exits with code 2."""
 
     def main(
         self, args: Sequence[str] | None = None, *more: Any, standalone_mode: bool = True, **named: Any
@@ -46,7 +50,7 @@ class Commands(TyperGroup):
 
 @contextmanager
 def _notices() -> Iterator[None]:
-    """Notices are printed as lines on stderr, the first of each key alone."""
+    """Prints notices as lines on stderr, only the first one of each key."""
     shown: set[str] = set()
     with warnings.catch_warnings():
         before = warnings.showwarning
@@ -69,7 +73,8 @@ def _complain(message: str) -> int:
 
 
 def _values(error: Exception, words: Sequence[str]) -> str:
-    """What was given for an option that is out of range: the message of newer releases of typer lacks it."""
+    """Returns the values given for an option that is out of range; the messages of newer releases of typer lack
+    them."""
     options = getattr(getattr(error, "param", None), "opts", ())
     values = []
     for word, following in itertools.pairwise([*words, ""]):
@@ -89,7 +94,7 @@ app.command()(doctor.doctor)
 
 
 def main() -> None:
-    """Entry point of the command."""
+    """Runs the command; it is the package's entry point."""
     app()
 
 

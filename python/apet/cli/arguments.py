@@ -1,4 +1,4 @@
-"""Arguments that several commands have: their choices and ranges, which `--help` shows and typer checks."""
+"""Arguments that several commands share, with their choices and ranges, which `--help` shows and typer checks."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
 
 def budget(given: str | float) -> float:
-    """'64' -> 64, an int: so many tokens; '0.25' and '25%' -> 0.25, a float: that share of them.
+    """Parses a budget: '64' -> 64 (int), a number of tokens; '0.25' or '25%' -> 0.25 (float), a share of the tokens.
 
     Raises: typer.BadParameter.
     """
@@ -33,7 +33,7 @@ def budget(given: str | float) -> float:
 
 
 def basis_count(given: str | int) -> int | str:
-    """'10' -> 10; 'keep' -> 'keep': as many as are kept.
+    """Parses a basis size: '10' -> 10; 'keep' -> 'keep', which means as many basis tokens as are kept.
 
     Raises: typer.BadParameter.
     """
@@ -46,7 +46,7 @@ def basis_count(given: str | int) -> int | str:
 
 
 def source(given: str) -> str:
-    """A path that exists, "-" or an address, as `apet.media.read` takes it.
+    """Checks a source of `apet.media.read`: a path that exists, "-" or an address.
 
     Raises: typer.BadParameter.
     """
@@ -63,13 +63,13 @@ def source(given: str) -> str:
 
 Model = Annotated[str, typer.Option(help="A vision-language model from Hugging Face: an id or a folder.")]
 Frames = Annotated[int, typer.Option(min=1, help="Frames taken from a clip, evenly spaced in time.")]
-Weights = Annotated[Dtype, typer.Option(help="dtype of the weights; auto is as stored.")]
-Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...; else an accelerator, if any.")]
-Layouts = Annotated[Layout | None, typer.Option(help="Where basis tokens go.")]
+Weights = Annotated[Dtype, typer.Option(help="dtype of the weights; auto: as they are stored.")]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ... Default: an accelerator, if any.")]
+Layouts = Annotated[Layout | None, typer.Option(help="Where basis tokens are placed.")]
 Selection = Annotated[Select | None, typer.Option(help="How basis tokens are picked.")]
-NewTokens = Annotated[int, typer.Option(min=1, help="Length of an answer at most.")]
-BASIS_HELP = "Basis tokens, up to 64; with --select qr up to all that is kept: 10, 100 or keep."
+NewTokens = Annotated[int, typer.Option(min=1, help="The most tokens of an answer.")]
+BASIS_HELP = "Basis tokens, up to 64; with --select qr up to the number kept: 10, 100 or keep."
 Basis = Annotated[int | None, typer.Option(parser=basis_count, metavar="COUNT|keep", help=BASIS_HELP)]
-Refine = Annotated[int, typer.Option(min=0, max=8, help="Medoid steps, where all that is kept is basis.")]
+Refine = Annotated[int, typer.Option(min=0, max=8, help="Medoid steps, if all kept tokens are basis tokens.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables and text.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print no tables, notes or progress.")]

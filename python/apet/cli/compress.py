@@ -1,4 +1,4 @@
-"""`apet compress`."""
+"""The command `apet compress`."""
 
 from __future__ import annotations
 
@@ -66,14 +66,14 @@ def compress(
         typer.Option(parser=budget, metavar="COUNT|SHARE", help="Tokens to keep of each image: 64, 0.25 or 25%."),
     ] = 64,
     basis: Annotated[int, typer.Option(parser=basis_count, metavar="COUNT|keep", help=BASIS_HELP)] = 10,
-    layout: Annotated[Layout, typer.Option(help="Where basis tokens go.")] = "inplace",
+    layout: Annotated[Layout, typer.Option(help="Where basis tokens are placed.")] = "inplace",
     select: Annotated[Select, typer.Option(help="How the basis is picked.")] = "fps",
     start: Annotated[int, typer.Option(min=-1, help="First basis token; -1 is the one of largest norm.")] = -1,
     blend: Annotated[
         float, typer.Option(min=0, max=1, help="With overwrite: the basis token's share of its slot.")
     ] = 1.0,
     refine: Refine = 0,
-    backend: Annotated[Backend | None, typer.Option(help="Else the best there is.")] = None,
+    backend: Annotated[Backend | None, typer.Option(help="Default: the best one available.")] = None,
     model: Annotated[
         str | None, typer.Option(help="CLIP, SigLIP or DINOv2 from Hugging Face: an id or a folder.")
     ] = None,
@@ -83,7 +83,7 @@ def compress(
     size: Annotated[int | None, typer.Option(help="Pixels that a square photo is scaled to.")] = None,
     frames: Frames = 8,
     out: Annotated[
-        Path | None, typer.Option(help="The picture; a folder for several. Else <name>.apet.png here.")
+        Path | None, typer.Option(help="The picture; a folder for several. Default: <name>.apet.png here.")
     ] = None,
     report: Annotated[
         Path | None, typer.Option(dir_okay=False, help="Write one HTML page (.html) about all files, too.")
@@ -132,7 +132,7 @@ def compress(
 
 
 def _job(source: str, item: Media, picture: Path, encoder: Encoder, keep: float, arguments: OpArguments) -> Job:
-    """Raises: ApetError where the arguments do not fit this photo's number of tokens."""
+    """Makes the job of one photo or clip. Raises: ApetError if the arguments do not fit its number of tokens."""
     from apet import outcome
 
     rows, cols = encoder.grid(*item.size)
@@ -148,7 +148,7 @@ def _job(source: str, item: Media, picture: Path, encoder: Encoder, keep: float,
 
 
 def _compress(job: Job, encoder: Encoder, arguments: OpArguments) -> tuple[dict[str, Any], Frame]:
-    """Encode, compress, measure and draw one photo or clip; returns what the tables and --json say of it, and its
+    """Encodes, compresses, measures and draws one photo or clip. Returns its numbers for the tables and --json, and its
     first frame."""
     from apet import outcome
 
@@ -180,7 +180,7 @@ def _compress(job: Job, encoder: Encoder, arguments: OpArguments) -> tuple[dict[
 
 
 def _entry(job: Job, frame: Frame, result: dict[str, Any], number: int, encoder: Encoder) -> Entry:
-    """A file in the report, with a thumbnail of its first frame."""
+    """Makes the report's entry of a photo or clip, with a thumbnail of its first frame."""
     from apet.explore import report, view
     from apet.explore.settings import Settings
     from apet.outcome import Measure
@@ -219,7 +219,7 @@ def _draw(job: Job, frames: list[Frame], measure: Measure, encoder: Encoder, arg
 
 
 def _print_tables(results: list[dict[str, Any]], encoder: Encoder, arguments: OpArguments) -> None:
-    """Two tables, a line for each photo or clip: what became of the tokens, and the time it took."""
+    """Prints two tables with a line for each photo or clip: numbers of tokens, and times."""
     import torch
 
     console = Console()

@@ -1,4 +1,4 @@
-"""`apet doctor`."""
+"""The command `apet doctor`."""
 
 from __future__ import annotations
 

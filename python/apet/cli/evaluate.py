@@ -1,4 +1,4 @@
-"""`apet eval`."""
+"""The command `apet eval`."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from apet.hub import need
 if TYPE_CHECKING:
     from apet.evaluation.summary import Summary
 
-MOST_MESSAGES = 20  # about single questions
+MOST_MESSAGES = 20  # that are printed about questions that failed
 
 
 def evaluate(
@@ -46,9 +46,7 @@ def evaluate(
     ],
     out: Annotated[
         Path,
-        typer.Option(
-            dir_okay=False, help="A file (.jsonl) for the answers; a run that was cut off goes on from there."
-        ),
+        typer.Option(dir_okay=False, help="A file (.jsonl) for the answers; an interrupted run continues with it."),
     ],
     keep: Annotated[
         list[float] | None,
@@ -100,7 +98,8 @@ def evaluate(
 
 
 def _budgets(keeps: list[float], presets: list[str], all_have: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """The options of `apet.patch` of each budget, by the budget's name in the table. all_have: options of all."""
+    """Returns the options of `apet.patch` for each budget, by its name in the table. all_have: options added to every
+    budget."""
     given: list[tuple[str, dict[str, Any]]] = [(f"keep={keep}", {"keep": keep}) for keep in keeps]
     given += [(preset, {"preset": preset}) for preset in presets]
     budgets: dict[str, dict[str, Any]] = {}

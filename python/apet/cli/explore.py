@@ -1,4 +1,4 @@
-"""`apet explore`."""
+"""The command `apet explore`."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from apet.hub import need
 def explore(
     file: Annotated[
         Path | None,
-        typer.Argument(metavar="[PHOTO|CLIP]", exists=True, dir_okay=False, help="What is there from the start."),
+        typer.Argument(metavar="[PHOTO|CLIP]", exists=True, dir_okay=False, help="A file to show at first."),
     ] = None,
     model: Annotated[
         str | None,
@@ -28,14 +28,14 @@ def explore(
     layer: Annotated[int | None, typer.Option(help="Layer of the encoder; negative counts from the last (-1).")] = None,
     size: Annotated[int | None, typer.Option(help="Pixels that a square photo is scaled to.")] = None,
     frames: Frames = 8,
-    port: Annotated[int | None, typer.Option(min=1, max=65535, help="Else the first free one from 7860 on.")] = None,
-    max_size: Annotated[int, typer.Option(min=1, help="Megabytes of a file that is dropped on the page.")] = 64,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Length of an answer at most.")] = 64,
+    port: Annotated[int | None, typer.Option(min=1, max=65535, help="Default: the first free one from 7860.")] = None,
+    max_size: Annotated[int, typer.Option(min=1, help="The most megabytes of a file dropped on the page.")] = 64,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="The most tokens of an answer.")] = 64,
     dtype: Weights = "auto",
     device: Device = None,
     browser: Annotated[bool, typer.Option("--browser/--no-browser", help="Open the page.")] = True,
 ) -> None:
-    """Open a page on this machine that shows what is kept of a photo or clip, for settings that you move."""
+    """Open a local page that shows which tokens of a photo or clip are kept, with sliders for the settings."""
     with progress() as bar:
         step = bar.add_task("loading the encoder", total=None)
         for module in ("numpy", "PIL", "matplotlib"):

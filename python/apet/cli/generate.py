@@ -1,4 +1,4 @@
-"""`apet generate`."""
+"""The command `apet generate`."""
 
 from __future__ import annotations
 
@@ -54,9 +54,9 @@ def generate(
             help="Visual tokens to keep of each image, tile or frame: 64, 0.25 or 25%. \\[64]",
         ),
     ] = None,
-    llm_layer: Annotated[int | None, typer.Option(help="Compress again after so many layers of the decoder.")] = None,
+    llm_layer: Annotated[int | None, typer.Option(help="Compress again after this many layers of the decoder.")] = None,
     llm_keep: Annotated[
-        float | None, typer.Option(parser=budget, metavar="COUNT|SHARE", help="Tokens to keep there.")
+        float | None, typer.Option(parser=budget, metavar="COUNT|SHARE", help="Tokens to keep at --llm-layer.")
     ] = None,
     preset: Annotated[str | None, typer.Option(help="Both stages with the paper's budgets, such as paper-64.")] = None,
     layout: Layouts = None,
@@ -126,7 +126,7 @@ def generate(
 def _answer(
     model: nn.Module, processor: Any, inputs: dict[str, Any], max_new_tokens: int, compare: bool, show: bool
 ) -> dict[str, str]:
-    """The answer, and with `compare` that of the model without compression; with `show` they are printed."""
+    """Returns the answer and, with `compare`, that of the uncompressed model. With `show` they are printed."""
     from apet import models
     from apet.model_report import engine_of, unpatched
 
@@ -140,7 +140,7 @@ def _answer(
 
 
 def _measure(model: nn.Module, inputs: dict[str, Any], max_new_tokens: int, show: bool) -> dict[str, Any]:
-    """The report; with `show` it is printed."""
+    """Returns the report of the saving for --json. With `show` it is printed."""
     from apet import model_report
 
     report = model_report.report(model, inputs, max_new_tokens=max_new_tokens, rounds=1)

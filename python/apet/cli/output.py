@@ -1,4 +1,4 @@
-"""What commands print and where they write: tables, percentages, names of files, pictures, progress."""
+"""The output of commands: tables, percentages, file names, pictures, progress."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".pdf", ".svg")
 
 
 def printable(path: Path | str) -> str:
-    """A file name for display: bytes that are not UTF-8 become the replacement character."""
+    """Returns a file name for display: bytes that are not UTF-8 become the replacement character."""
     return os.fsencode(path).decode("utf-8", "replace")
 
 
 def percent(share: float, digits: int) -> str:
-    """0.256 -> '25.6%'; what rounds to zero has no sign."""
+    """Formats a share: 0.256 -> '25.6%'; a share that rounds to zero has no sign."""
     return f"{round(share, digits + 2) + 0.0:.{digits}%}"
 
 
 def table(*headings: str) -> Table:
-    """A table whose first column is a file name and whose others are numbers."""
+    """Returns a table whose first column is a file name and whose other columns are numbers."""
     made = Table(box=SIMPLE_HEAD, pad_edge=False)
     made.add_column("", overflow="fold")  # a long name is broken before any number is
     for heading in headings:
@@ -42,19 +42,19 @@ def table(*headings: str) -> Table:
 
 
 def note(messages: Iterable[str], quiet: bool) -> None:
-    """Lines on stderr, about what was read."""
+    """Prints notes about the files that were read as lines on stderr."""
     for message in () if quiet else messages:
         print(f"apet: {printable(message)}", file=sys.stderr)
 
 
 def hush(quiet: bool) -> None:
-    """With `quiet`, notices of the hooks are not shown: for the rest of the command."""
+    """With `quiet`, suppresses notices of the hooks for the rest of the command."""
     if quiet:
         warnings.simplefilter("ignore", Notice)
 
 
 def progress(quiet: bool = False) -> Progress:
-    """A progress bar on stderr that disappears at the end; none if stderr is not a terminal."""
+    """Returns a progress bar on stderr that disappears at the end; it shows nothing if stderr is not a terminal."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
     console = Console(stderr=True)
@@ -71,7 +71,7 @@ def progress(quiet: bool = False) -> Progress:
 
 
 def picture_paths(files: Sequence[str], out: Path | None) -> list[Path]:
-    """Where each picture goes, checked before any work is done.
+    """Returns the path of each picture, checked before any work is done.
 
     Raises: ApetError, if a picture could not be written, or would replace one of the photos.
     """
@@ -109,7 +109,7 @@ def picture_paths(files: Sequence[str], out: Path | None) -> list[Path]:
 
 
 def _paths(files: Sequence[str]) -> list[Path]:
-    """Of those that are files."""
+    """Returns the paths of the sources that are files."""
     from apet.media import is_address
 
     return [Path(file).resolve() for file in files if file != "-" and not is_address(file)]

@@ -1,6 +1,6 @@
-"""The answers so far, in a file to which lines are appended and never changed.
+"""The file of answers: a run appends lines to it and never changes one.
 
-A line is written before the next question is asked, so an interrupted run loses one question at most. The first line
+A line is written before the next question is asked, so an interrupted run loses at most one answer. The first line
 records the settings:
 
     {"made with": {"model": ..., "questions": ..., ...}}
@@ -24,16 +24,16 @@ from apet import ApetError, Notice
 Record = dict[str, Any]
 Records = dict[tuple[str, str], Record]  # by id and variant
 HEADER = "made with"
-START = json.dumps({HEADER: {}}).encode()[:-3]  # of every such file
+START = json.dumps({HEADER: {}}).encode()[:-3]  # the first bytes of every such file
 
 
 class Answers:
-    """The open file, locked against other runs; a context manager.
+    """The open file of answers, locked against other runs; a context manager.
 
     path: created if missing, with its folder. made_with: settings that must be the same in every run that adds to the
     file. records: its contents.
 
-    Raises: ApetError, if the file cannot be written, is in use, is damaged, or was made with something else.
+    Raises: ApetError, if the file cannot be written, is in use, is damaged, or was made with other settings.
     """
 
     def __init__(self, path: Path, made_with: Mapping[str, Any]):
@@ -57,7 +57,7 @@ class Answers:
         self.file.close()
 
     def add(self, record: Record) -> None:
-        """Appends a line, which is handed to the operating system at once. Raises: ApetError, if the disk is full."""
+        """Appends a line and passes it to the operating system at once. Raises: ApetError, if the disk is full."""
         if not self.records:
             self._write({HEADER: self.made_with})
         self._write(record)
@@ -84,7 +84,7 @@ class Answers:
             raise ApetError(f"cannot write {self.path}: {error.strerror}") from error
 
     def _read(self) -> None:
-        """The file's records; a last line that was cut short is removed, so that nothing is appended to it."""
+        """Reads the records. A last line that was cut short is removed, so that nothing is appended to it."""
         data = self.path.read_bytes()
         if not START.startswith(data[: len(START)]):
             raise ApetError(f"{self.path} holds something else than answers of apet eval: give another --out")
@@ -112,7 +112,7 @@ class Answers:
                 )
 
     def _note(self, record: Record, where: str) -> None:
-        """An answer replaces a failure; a failure replaces nothing."""
+        """Adds a record. An answer replaces a failure; a failure replaces nothing."""
         key = record["id"], record["variant"]
         before = self.records.get(key)
         if before is None or "failed" in before:

@@ -1,4 +1,5 @@
-"""A folder of images and clips with their questions in `questions.jsonl`: read and checked before any work is done."""
+"""Reads a folder of images and clips with their questions in `questions.jsonl`, and checks it before any work is
+done."""
 
 from __future__ import annotations
 
@@ -18,26 +19,26 @@ NEEDED = ("id", "question", "answers")
 
 @dataclass(frozen=True)
 class Question:
-    """One line of the file."""
+    """One question: a line of `questions.jsonl`."""
 
-    id: str  # unlike any other
-    source: str | Path  # of a photo, or of a clip: a path, or an address
+    id: str  # unique in the file
+    source: str | Path  # the path or address of a photo or clip
     is_clip: bool
-    text: str  # the whole prompt but for the image
-    answers: tuple[str, ...]  # those that are right, at least one
+    text: str  # the whole prompt, without the image
+    answers: tuple[str, ...]  # the right answers, at least one
     where: str  # file and line, for errors
 
 
 @dataclass(frozen=True)
 class Questions:
-    """All of them."""
+    """All questions of a folder."""
 
     items: list[Question]  # in the order of the file
-    digest: str  # SHA-256 of its bytes
+    digest: str  # SHA-256 of the file's bytes
 
 
 def read(folder: Path) -> Questions:
-    """The questions of a folder. Images are not read here.
+    """Reads the questions of a folder, but not its images.
 
     Raises: ApetError, with file and line, if a line does not have the format of docs/evaluation.md.
     """

@@ -35,15 +35,15 @@ class Settings:
     model: str
     variants: Mapping[str, PatchOptions | None]  # the options of `apet.patch` by name, None for the model as it is
     max_new_tokens: int
-    dtype: str  # as in `apet.models.load`, like the device
-    device: str | None
+    dtype: str  # as in `apet.models.load`
+    device: str | None  # as in `apet.models.load`
     frames: int = 8  # of each clip
 
 
 def evaluate(questions: Questions, out: Path, settings: Settings, progress: Callable[[str, int, int], None]) -> Records:
     """Asks the questions that the file `out` does not hold yet; returns all records of these questions and variants.
 
-    progress is called with the current step, the number of questions done, and the number of questions.
+    progress is called with the current step, the number of questions done, and the number of questions to ask.
 
     Raises: ApetError, if the model or the file cannot be used.
     """
@@ -73,7 +73,8 @@ def evaluate(questions: Questions, out: Path, settings: Settings, progress: Call
 def _missing(
     done: Records, question: Question, variants: Mapping[str, PatchOptions | None]
 ) -> dict[str, PatchOptions | None]:
-    """The variants that a question lacks. A failed one is asked again: the image may have been repaired."""
+    """Returns the variants without an answer to a question. A failed one is asked again: the image may have been
+    repaired."""
     records = {name: done.get((question.id, name)) for name in variants}
     return {name: variants[name] for name, record in records.items() if record is None or "failed" in record}
 
@@ -85,7 +86,7 @@ def _ask(
     variants: Mapping[str, PatchOptions | None],
     settings: Settings,
 ) -> list[Record]:
-    """One question with every variant; the image or clip is read once. A failure is a record as well."""
+    """Asks one question with every variant; the image or clip is read once. A failure is returned as a record, too."""
     try:
         if isinstance(question.source, Path) and question.source.exists() and not question.source.is_file():
             raise ApetError(f"cannot read {question.source}: it is no file")
@@ -102,7 +103,7 @@ def _ask(
             with nullcontext() if options is None else hooks.patched(model, **options):
                 said = _answer(model, processor, inputs, settings.max_new_tokens)
             records.append({"id": question.id, "variant": name, **said})
-        except (ValueError, torch.OutOfMemoryError) as error:  # what compression rejects; an image too large
+        except (ValueError, torch.OutOfMemoryError) as error:  # compression rejects it, or the image is too large
             records.append(_failed(question, name, error))
     return records
 
@@ -112,10 +113,11 @@ def _failed(question: Question, variant: str, error: Exception) -> Record:
 
 
 def _answer(model: nn.Module, processor: Any, inputs: Mapping[str, Any], max_new_tokens: int) -> Record:
-    """The greedy answer, its length, the visual tokens (mean of decoder layers), seconds to the first and last token.
+    """Returns the greedy answer, its length, the number of visual tokens (mean of decoder layers), and the seconds to
+    its first and last token.
 
-    Without compression a layer's cache holds the prompt and all new tokens but the last. The difference to that is the
-    number of visual tokens that were dropped.
+    Without compression a layer's cache holds the prompt and all new tokens except the last. The difference from that
+    number is the number of visual tokens that were dropped.
     """
     clock = Clock()
     if model.device.type != "cpu":
@@ -139,7 +141,7 @@ def _answer(model: nn.Module, processor: Any, inputs: Mapping[str, Any], max_new
 
 
 def _visual_tokens(model: nn.Module, inputs: Mapping[str, Any]) -> int:
-    """Placeholders of images and clips in the prompt."""
+    """Counts the placeholders of images and clips in the prompt."""
     adapter = adapter_for(model)
     core = adapter.core(model)
     tokens = {parts.of(core, name) for name in adapter.fitted(core).tokens.values()} - {None}

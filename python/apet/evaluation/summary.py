@@ -15,28 +15,28 @@ from apet.evaluation.questions import Question
 
 @dataclass(frozen=True)
 class Row:
-    """A variant."""
+    """The results of one variant."""
 
     variant: str
     questions: int
-    exact: float  # share of answers that are one of those given
-    contains: float  # share of answers in which one of those given occurs, as whole words
-    agreement: float  # share of answers that are the uncompressed model's
-    visual_tokens: float  # mean of questions and decoder layers
+    exact: float  # share of answers that equal a right answer
+    contains: float  # share of answers that contain a right answer, as whole words
+    agreement: float  # share of answers that equal the uncompressed model's
+    visual_tokens: float  # mean over questions and decoder layers
     prefill: float  # median seconds to the first token
-    total: float  # median seconds to the last
+    total: float  # median seconds to the last token
 
 
 @dataclass(frozen=True)
 class Summary:
-    """What `apet eval` prints."""
+    """The results that `apet eval` prints."""
 
     rows: list[Row]  # the uncompressed model first
     failed: list[str]  # the errors of questions that failed, which count in no row
     asked: int
 
     def table(self) -> Table:
-        """The rows as a printable table."""
+        """Returns the rows as a printable table."""
         table = Table(box=SIMPLE_HEAD, pad_edge=False)
         table.add_column("", no_wrap=True)
         for heading in ("questions", "exact", "contains", "agreement", "visual tokens", "prefill ms", "total ms"):
@@ -52,9 +52,9 @@ class Summary:
 
 
 def summarise(questions: Sequence[Question], variants: Sequence[str], records: Records) -> Summary:
-    """Accuracy, tokens and time of every variant. variants: the uncompressed one first.
+    """Computes accuracy, tokens and time of every variant. variants: the uncompressed one first.
 
-    A question that failed with one variant counts with none, so that all are compared on the same questions.
+    A question that failed with one variant counts for none, so that all are compared on the same questions.
     """
     failed = [record["failed"] for record in records.values() if "failed" in record]
     sound = [q for q in questions if not any("failed" in records[q.id, v] for v in variants)]
@@ -80,6 +80,6 @@ def _row(variant: str, questions: Sequence[Question], plain: str, records: Recor
 
 
 def words(text: str) -> str:
-    """Small letters, single spaces, no punctuation at the ends of words."""
+    """Normalises an answer: small letters, single spaces, no punctuation at the ends of words."""
     stripped = (word.strip(".,;:!?\"'()") for word in text.lower().split())
     return " ".join(word for word in stripped if word)

@@ -1,2 +1,2 @@
-"""`apet explore`: a local web page that shows what is kept of a photo or clip, and the drawing that it shares with the
-HTML report of `apet compress`. The design is in docs/explore.md."""
+"""`apet explore`: a local web page that shows which tokens of a photo or clip are kept. The HTML report of `apet
+compress` shares its drawings. docs/explore.md describes the design."""

@@ -1,4 +1,4 @@
-"""Questions to a vision-language model about what the page shows, with all tokens and with those that are kept."""
+"""Asks a vision-language model about the photo or clip on the page, with all tokens and with the kept ones."""
 
 from __future__ import annotations
 
@@ -21,7 +21,8 @@ class Answer:
 
 
 class Asker:
-    """A model that answers one question at a time, for all users: it is patched for every answer and restored after it.
+    """A model that answers one question at a time, for all users. It is patched for each answer and restored
+    afterwards.
 
     Raises: ApetError, if it cannot be loaded.
     """
@@ -32,7 +33,7 @@ class Asker:
         self._one = threading.Lock()  # held while the model is patched or answers
 
     def ask(self, path: Path, prompt: str, settings: Sequence[Settings]) -> Iterator[Answer]:
-        """The answer with all tokens, then that of each setting. Of a clip the model sees all frames.
+        """Yields the answer with all tokens, then that of each setting. The model sees all frames of a clip.
 
         Raises: ApetError, if the file, the prompt or a setting does not fit the model.
         """

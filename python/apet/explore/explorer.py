@@ -1,4 +1,4 @@
-"""What the page does, without the page: every method is a function of a file and the settings in an address."""
+"""The functions behind the page, independent of Gradio: each takes a file and the settings of an address."""
 
 from __future__ import annotations
 
@@ -20,16 +20,17 @@ EMPTY = "Drop a photo or a short clip to see which of its tokens are kept. It do
 
 
 class Explorer:
-    """Threads may share it: it holds what was read and encoded, and nothing about who asked."""
+    """Draws files with settings. Threads may share it: it stores files that were read and encoded, but no state of a
+    user."""
 
     def __init__(self, files: Files, asker: Asker | None = None) -> None:
         self.files = files
         self.asker = asker
 
     def shown(self, path: Path, link: Link) -> list[Shown]:
-        """One or two settings of a photo, or of a frame of a clip.
+        """Computes one or two settings of a photo, or of a frame of a clip.
 
-        Raises: ApetError, if the file or a setting will not do.
+        Raises: ApetError, if the file cannot be read or a setting is not possible.
         """
         found = self.files.get(path)
         if not 1 <= link.frame <= len(found.photos):
@@ -37,7 +38,7 @@ class Explorer:
         return [_shown(found, link.frame - 1, settings) for settings in _settings(link)]
 
     def page(self, path: str | None, link: Link) -> str:
-        """HTML of the pictures, or of what is wrong."""
+        """Returns the HTML of the pictures, or of an error message."""
         if path is None:
             return view.message(EMPTY, error=False)
         try:
@@ -46,18 +47,18 @@ class Explorer:
             return view.message(_without_folder(error, path))
 
     def picture(self, path: str, link: Link) -> dict[str, str]:
-        """A file for the browser to save: the pictures as SVG, which page.js makes a PNG of."""
+        """Returns a file for the browser to save: the pictures as SVG, which page.js converts to PNG."""
         shown = self.shown(Path(path), link)
         return {"name": f"{Path(shown[0].name).stem}.apet.png", "text": view.poster(shown)}
 
     def numbers(self, path: str, link: Link) -> dict[str, str]:
-        """A file for the browser to save: all numbers, as JSON."""
+        """Returns a file for the browser to save: all numbers, as JSON."""
         shown = self.shown(Path(path), link)
         name = f"{Path(shown[0].name).stem}.apet.json"
         return {"name": name, "text": json.dumps([view.numbers(one) for one in shown], indent=1)}
 
     def answers(self, path: str | None, link: Link, prompt: str) -> Iterator[str]:
-        """HTML of the answers, again after each."""
+        """Yields the HTML of all answers so far, once after each answer."""
         if self.asker is None or path is None:
             yield view.message("there is no photo or clip to ask about")
             return
@@ -73,7 +74,8 @@ class Explorer:
 
 @functools.lru_cache(maxsize=16)
 def _shown(found: Encoded, n: int, settings: Settings) -> Shown:
-    """Frame n. Remembered, since of two settings one stays as it is while the other is changed."""
+    """Compresses frame n. The result is cached, since one of two settings usually stays the same while the other is
+    changed."""
     try:
         frame, measure = methods.compress(found.tokens[n : n + 1], found.grid, settings)
     except (ValueError, RuntimeError) as error:  # the op's own message
@@ -83,7 +85,8 @@ def _shown(found: Encoded, n: int, settings: Settings) -> Shown:
 
 
 def _without_folder(error: ApetError, path: str) -> str:
-    """The message, with the name of an uploaded file alone: where the server keeps it means nothing to its user."""
+    """Returns the message with the bare name of an uploaded file: the folder on the server means nothing to the
+    user."""
     return str(error).replace(path, Path(path).name)
 
 

@@ -1,4 +1,4 @@
-"""Files of the page, read and encoded once for all users."""
+"""Reads and encodes the files of the page, once for all users."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ if TYPE_CHECKING:
     from apet.encoders import Encoder
 
 REMEMBERED = 32  # files; the tokens of eight frames of 576 x 384 take 7 MB
-MOST_PIXELS = 80_000_000  # of a photo, which takes three bytes for each while it is read
-MOST_TOKENS = 4096  # of an image: more could be neither drawn nor seen
+MOST_PIXELS = 80_000_000  # of a photo, which takes three bytes for each pixel while it is read
+MOST_TOKENS = 4096  # of an image: more would be too small to draw or to see
 PATCH = 28  # pixels of the photo on the page to an edge of a patch
-SEEN = 14  # pixels to an edge of a patch, where patches are averaged
+SEEN = 14  # pixels to an edge of a patch in the picture whose patches are averaged
 
 
 @dataclass(frozen=True, eq=False)
 class Encoded:
-    """A photo, or frames of a clip, as the page needs them. It is shared, so nothing of it may be changed."""
+    """A photo, or frames of a clip, as the page needs them. It is shared, so it must not be changed."""
 
     name: str
     grid: tuple[int, int]  # rows and columns of patches
@@ -39,18 +39,18 @@ class Encoded:
 
 
 class Files:
-    """Reads and encodes files. Threads may share it: a file is read once, all who asked for it meanwhile get the same
-    result, and a request for a file that is known does not wait for another file."""
+    """Reads and encodes files. Threads may share it: a file is read once even if several threads ask for it at the same
+    time, and a request for a file that is known does not wait for another file."""
 
     def __init__(self, encoder: Encoder, frames: int) -> None:
         self.encoder = encoder
         self.frames = frames
         self._known: OrderedDict[tuple[str, int, int], Future[Encoded]] = OrderedDict()
-        self._lock = threading.Lock()  # of the dictionary
-        self._encoding = threading.Lock()  # one at a time: each uses all cores
+        self._lock = threading.Lock()  # guards the dictionary
+        self._encoding = threading.Lock()  # files are encoded one at a time, since each uses all cores
 
     def get(self, path: Path) -> Encoded:
-        """Raises: ApetError, if the file cannot be read or is too large."""
+        """Returns a file, read and encoded. Raises: ApetError, if the file cannot be read or is too large."""
         try:
             stat = path.stat()
         except OSError as error:
@@ -67,7 +67,7 @@ class Files:
         if mine:
             try:
                 future.set_result(self._read(path))
-            except BaseException as error:  # for those who wait, too
+            except BaseException as error:  # also raised in the threads that wait for this file
                 with self._lock:
                     self._known.pop(key, None)
                 future.set_exception(error)
@@ -88,15 +88,15 @@ class Files:
         return Encoded(path.name, (rows, cols), tokens, views, [data_uri(view) for view in large], found.times)
 
 
-def data_uri(picture: Image.Image, quality: int = 82) -> str:
-    """A photograph as the address of a JPEG that holds it."""
+def data_uri(picture: Image.Image) -> str:
+    """Returns a picture as a data URI that holds a JPEG."""
     file = io.BytesIO()
-    picture.save(file, "JPEG", quality=quality)
+    picture.save(file, "JPEG", quality=82)
     return "data:image/jpeg;base64," + base64.b64encode(file.getvalue()).decode()
 
 
 def _check_size(path: Path) -> None:
-    """By the head of the file, since a photo takes much more memory once it is decoded."""
+    """Rejects a photo with too many pixels from the head of its file, since decoding it takes much more memory."""
     from PIL import Image, UnidentifiedImageError
 
     most = f"more than {MOST_PIXELS // 1_000_000}: scale it down first"
@@ -108,6 +108,6 @@ def _check_size(path: Path) -> None:
             f"{path.name} has over {2 * (Image.MAX_IMAGE_PIXELS or 0) // 1_000_000} megapixels, {most}"
         ) from error
     except (UnidentifiedImageError, OSError, ValueError, SyntaxError):
-        return  # a clip, or damaged, which reading it will tell
+        return  # it is a clip, or it is damaged and reading it will raise the error
     if width * height > MOST_PIXELS:
         raise ApetError(f"{path.name} has {width * height / 1e6:.1f} megapixels, {most}")

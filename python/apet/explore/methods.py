@@ -1,4 +1,4 @@
-"""A setting applied to the tokens of an image: ApET, or one of the baselines that it is compared with."""
+"""Applies a setting to the tokens of an image: ApET, or one of the baselines that it is compared with."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ SEED = 7  # of random tokens
 
 
 def compress(x: Tensor, grid: tuple[int, int], settings: Settings) -> tuple[Frame, Measure]:
-    """x: [1, N, D], grid: the rows and columns of its N patches.
+    """Compresses the tokens x [1, N, D] of one image; grid: the rows and columns of its N patches.
 
-    Raises: ValueError, if there are not so many tokens, or the op rejects the setting.
+    Raises: ValueError, if the image has fewer tokens than are kept, or the op rejects the setting.
     """
     keep, n = settings.keep, x.shape[1]
     if not 1 <= keep <= n:
@@ -46,7 +46,8 @@ def compress(x: Tensor, grid: tuple[int, int], settings: Settings) -> tuple[Fram
 
 
 def even(grid: tuple[int, int], keep: int) -> Tensor:
-    """[K] ascending positions in rows as far apart as those in a row, as nearly as so many can be."""
+    """Returns [K] ascending positions of an even grid: its rows are as far apart as its columns, as nearly as
+    possible."""
     rows, cols = grid
     used = min(max(round((keep * rows / cols) ** 0.5), -(-keep // cols), 1), rows, keep)
     ends = [i * keep // used for i in range(used + 1)]
@@ -59,13 +60,14 @@ def even(grid: tuple[int, int], keep: int) -> Tensor:
 
 
 def drawn(tokens: int, keep: int) -> Tensor:
-    """[K] ascending positions, the same for every call."""
+    """Returns [K] random ascending positions, the same in every call."""
     return torch.randperm(tokens, generator=torch.Generator().manual_seed(SEED))[:keep].sort().values
 
 
 def pooled(grid: tuple[int, int], keep: int) -> tuple[Tensor, Tensor]:
-    """Blocks of an even division of the grid, `keep` of them or the next smaller number that there is; where two are as
-    good, the squarer ones. Returns the position [N] in the middle of every token's block, and those positions [K]."""
+    """Divides the grid evenly into `keep` blocks, or into the next smaller number that is possible; of two equally
+    large divisions it takes the one with squarer blocks. Returns the middle position of each token's block [N], and the
+    middle positions [K] of all blocks."""
     rows, cols = grid
     down, across = max(
         ((r, min(cols, keep // r)) for r in range(1, min(rows, keep) + 1)),
@@ -82,5 +84,5 @@ def pooled(grid: tuple[int, int], keep: int) -> tuple[Tensor, Tensor]:
 
 
 def _spread(count: int, places: int) -> list[int]:
-    """`count` of so many places, the middles of equal parts."""
+    """Returns `count` of `places` positions: the middles of equal parts."""
     return [(2 * i + 1) * places // (2 * count) for i in range(count)]

@@ -1,4 +1,4 @@
-"""The page itself, in Gradio: components, what they call, and the server. No other module imports Gradio."""
+"""The web page in Gradio: its components, their callbacks, and the server. No other module imports Gradio."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ TITLE = "What is kept of a picture"
 SCRIPT = (files(__package__) / "page.js").read_text(encoding="utf-8")
 STYLE = view.STYLE + (files(__package__) / "page.css").read_text(encoding="utf-8")
 BASIS_INFO = "0: as many as are kept, with qr"
-ALONE = ("basis", "layout", "select", "refine")  # settings that ApET alone has
-FIRST_MOST = 576  # tokens on the slider, until a file says how many there are
+ALONE = ("basis", "layout", "select", "refine")  # settings that only ApET has
+FIRST_MOST = 576  # the slider's largest number of tokens, until a file is opened
 
 
 def build(explorer: Explorer, start: Path | None) -> gr.Blocks:
-    """The page, with a file that is there from the start or without."""
+    """Builds the page; `start` is the file that it shows at first, or None."""
     with gr.Blocks(
         title=f"apet: {TITLE}", analytics_enabled=False, delete_cache=(3600, 86400), fill_width=True
     ) as page:
@@ -54,18 +54,18 @@ def build(explorer: Explorer, start: Path | None) -> gr.Blocks:
         settings = [frame, compare, *first[1], *second[1]]
         inputs = [file, *settings]
         quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
-        quick = {**quiet, "queue": False}  # answered at once, by a thread of its own
-        opening = {**quiet, "concurrency_limit": None}  # Gradio shows warnings of what is in its queue alone
+        quick = {**quiet, "queue": False}  # answered at once, in a thread of its own
+        opening = {**quiet, "concurrency_limit": None}  # queued, since Gradio shows only the warnings of queued events
 
         def show(path: str | None, *values: Any) -> str:
             return explorer.page(path, _link(values))
 
         def opened(path: str | None, *values: Any) -> list[Any]:
-            """After another file: as many tokens and frames as it has."""
+            """Adapts the controls to a new file: to its number of tokens and of frames."""
             return _state(explorer, path, replace(_link(values), frame=1), [])
 
         def started(path: str | None, request: gr.Request) -> list[Any]:
-            """After the page was loaded: the settings of its address."""
+            """Sets the controls from the address once the page is loaded."""
             link, messages = read_link(dict(request.query_params))
             return _state(explorer, path, link, messages)
 
@@ -103,14 +103,14 @@ def build(explorer: Explorer, start: Path | None) -> gr.Blocks:
                 asked,
                 [file, prompt, *settings],
                 answers,
-                concurrency_limit=1,  # others wait in the queue, and see so
+                concurrency_limit=1,  # other users wait in the queue, and the page shows that
                 api_visibility="private",
             )
     return page
 
 
 def serve(page: gr.Blocks, *, port: int | None, megabytes: int, allowed: Sequence[Path], browser: bool) -> str:
-    """Starts the server on this machine alone; returns the address.
+    """Starts the server, reachable only from this machine; returns its address.
 
     Raises: ApetError, if the port is taken.
     """
@@ -148,7 +148,7 @@ def serve(page: gr.Blocks, *, port: int | None, megabytes: int, allowed: Sequenc
 
 
 def _controls(whose: str, of: Settings, visible: bool) -> tuple[gr.Group, list[Any]]:
-    """The controls of a setting: their group, and each of them, in the order of `Settings`."""
+    """Makes the controls of a setting. Returns their group, and the controls in the order of `Settings`."""
     alone = of.method == "apet"
     with gr.Group(visible=visible) as group:
         method = gr.Dropdown([(name, key) for key, name in METHODS.items()], value=of.method, label=f"Method{whose}")
@@ -161,12 +161,12 @@ def _controls(whose: str, of: Settings, visible: bool) -> tuple[gr.Group, list[A
 
 
 def _of_method(method: str) -> list[Any]:
-    """Whether the controls that ApET alone has are shown."""
+    """Shows the controls that only ApET has, or hides them."""
     return [gr.update(visible=method == "apet")] * len(ALONE)
 
 
 def _link(values: Sequence[Any]) -> Link:
-    """The values of the controls, in the order of `settings` in `build`."""
+    """Converts the values of the controls, in the order of `settings` in `build`."""
     frame, compare, *rest = values
     first, second = (
         Settings(method, int(keep), int(basis), layout, select, int(refine))
@@ -176,14 +176,15 @@ def _link(values: Sequence[Any]) -> Link:
 
 
 def _state(explorer: Explorer, path: str | None, link: Link, messages: list[str]) -> list[Any]:
-    """Updates of `everything` in `build` for a file and the settings of an address; both are made to fit the file."""
+    """Returns the updates of `everything` in `build` for a file and the settings of an address. Values that do not fit
+    the file are changed, with a warning."""
     frames, most = 1, MOST_TOKENS
     if path is not None:
         try:
             found = explorer.files.get(Path(path))
             frames, most = len(found.photos), found.grid[0] * found.grid[1]
         except ApetError:
-            pass  # the page says it
+            pass  # the page shows the error
     for name, one in (("", link.first), ("second ", link.second)):
         if one is not None and one.keep > most:
             messages.append(f"{name}keep={one.keep} is more than the {most} tokens of this picture")

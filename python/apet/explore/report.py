@@ -1,4 +1,4 @@
-"""`apet compress --report`: one HTML file about many photos and clips, with nothing outside it but links to files."""
+"""`apet compress --report`: one self-contained HTML file about many photos and clips; it only links to files."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from apet import ApetError, media
 from apet.explore import view
 from apet.explore.view import Shown
 
-PIXELS = 14  # of a thumbnail to an edge of a patch
+PIXELS = 14  # to an edge of a patch in a thumbnail
 COLUMNS = (("tokens_in", "in", "d"), ("tokens_out", "out", "d"), ("residual_kept", "residual kept", ".1%"))
 COLUMNS += (("explained", "variance explained", ".1%"),)
 STYLE = """
@@ -37,7 +37,8 @@ article { content-visibility: auto; contain-intrinsic-size: auto 340px; min-widt
 
 @dataclass(frozen=True)
 class Entry:
-    """A file: the first of its frames, drawn, and the numbers of all, as `apet compress --json` prints them."""
+    """The entry of one file: its first frame, drawn, and the numbers of all frames, as `apet compress --json` prints
+    them."""
 
     shown: Shown
     source: str  # a path, "-" or an address
@@ -46,7 +47,7 @@ class Entry:
 
 
 def write(entries: Sequence[Entry], path: Path, subtitle: str) -> None:
-    """Raises: ApetError, if the file cannot be written."""
+    """Writes the report. Raises: ApetError, if the file cannot be written."""
     try:
         path.write_text(document(entries, path.parent, subtitle), encoding="utf-8")
     except OSError as error:
@@ -54,7 +55,7 @@ def write(entries: Sequence[Entry], path: Path, subtitle: str) -> None:
 
 
 def document(entries: Sequence[Entry], folder: Path, subtitle: str) -> str:
-    """The HTML. folder: where it will lie; its links are relative to it."""
+    """Returns the HTML of the report. folder: the folder it will be in; its links are relative to that."""
     heads = "".join(f"<th scope=col>{name}</th>" for _, name, _ in COLUMNS)
     rows = "".join(
         f'<tr><td><a href="#{one.shown.id}">{escape(one.shown.name)}</a></td>{_cells(one)}</tr>' for one in entries
@@ -91,5 +92,5 @@ def _card(one: Entry, folder: Path) -> str:
 
 
 def _address(path: Path, folder: Path) -> str:
-    """Relative to the report, as bytes of the name are, so that any name is a link."""
+    """Returns the path relative to the report. It is quoted byte by byte, so that any file name gives a valid link."""
     return quote(os.fsencode(os.path.relpath(path.absolute(), folder.absolute())))

@@ -1,4 +1,4 @@
-"""A setting of the page, and the query of an address that holds one or two of them."""
+"""A setting of the page, and the query of an address that holds one or two settings."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ METHODS = {
 CHOICES: dict[str, tuple[str, ...]] = {"method": tuple(METHODS), "layout": LAYOUTS, "select": SELECTS}
 LEAST = {"keep": 1, "basis": 0, "refine": 0}
 MOST = {"basis": MAX_BASIS, "refine": MAX_REFINE}
-SECOND = "b_"  # before the names of the second setting in an address
+SECOND = "b_"  # the prefix of the second setting's names in an address
 
 
 @dataclass(frozen=True)
 class Settings:
-    """How the tokens of an image are compressed. All but method and keep are those of ApET; basis is of the residual,
-    too, and 0 stands for as many as are kept."""
+    """How the tokens of an image are compressed. Only ApET uses the fields after keep, except that the residual that is
+    shown uses basis with every method. basis=0 stands for as many as are kept."""
 
     method: str = "apet"
     keep: int = 64
@@ -35,7 +35,7 @@ class Settings:
 
     @property
     def own_basis(self) -> int | Literal["keep"]:
-        """`basis` as `apet.patch` takes it."""
+        """`basis` in the form of `apet.patch`."""
         return self.basis or "keep"
 
     def __str__(self) -> str:
@@ -51,14 +51,14 @@ DEFAULT = Settings()
 
 @dataclass(frozen=True)
 class Link:
-    """What an address holds. frame counts from 1."""
+    """The contents of an address. frame counts from 1."""
 
     first: Settings = DEFAULT
     second: Settings | None = None
     frame: int = 1
 
     def query(self) -> str:
-        """'keep=32&b_method=uniform&...'. Of the first setting, what is not the default."""
+        """Returns the query 'keep=32&b_method=uniform&...'. Defaults of the first setting are left out."""
         given = {name: value for name, value in asdict(self.first).items() if value != getattr(DEFAULT, name)}
         if self.second is not None:
             given |= {SECOND + name: value for name, value in asdict(self.second).items()}
@@ -68,8 +68,8 @@ class Link:
 
 
 def read_link(query: Mapping[str, str]) -> tuple[Link, list[str]]:
-    """The settings in the query of an address, and a message for every value that is none; its default is taken then.
-    Names that are not known are left alone: Gradio has its own, such as __theme."""
+    """Reads the settings in the query of an address. Returns a message for every value that is not valid, which is
+    replaced by its default. Unknown names are ignored: Gradio has its own, such as __theme."""
     messages: list[str] = []
     first, second = (_settings(query, prefix, messages) for prefix in ("", SECOND))
     has_second = any(SECOND + name in query for name in asdict(DEFAULT))

@@ -1,4 +1,4 @@
-"""What became of the tokens of a photo, drawn as SVG: for the page, the PNG, the README and the HTML report.
+"""Draws as SVG what became of the tokens of a photo: for the page, the PNG, the README and the HTML report.
 
 Every picture counts in patches: column c, row r is the square [c, c+1] x [r, r+1] of the SVG. A document holds each
 photo once, and its pictures refer to it; so the ids of the photos of one document must differ.
@@ -26,14 +26,14 @@ from apet.outcome import Frame, Measure
 from apet.pictures import HEAT, borders_of, group_colours, moved
 
 STYLE = (files(__package__) / "view.css").read_text(encoding="utf-8")
-HEAT_PIXELS = 8  # to an edge of a patch, so that no viewer blurs it
+HEAT_PIXELS = 8  # to an edge of a patch: with one pixel, viewers would blur it
 README = ("photo", "clear", "rebuilt")
 ALL = ("kept", "merged", "rebuilt", "residual")
 
 
 @dataclass(frozen=True, eq=False)
 class Shown:
-    """A photo, or a frame of a clip, and what a setting makes of it."""
+    """A photo, or a frame of a clip, and the result of one setting for it."""
 
     id: str  # of the photo in the document: letters, digits and hyphens
     name: str
@@ -47,7 +47,7 @@ class Shown:
 
 
 def page(shown: Sequence[Shown], query: str = "") -> str:
-    """HTML of one or two settings of one photo. query: the address of the page that shows them."""
+    """Returns the HTML of one or two settings of one photo. query: the address of the page that shows them."""
     most = heat_of(shown)
     letters = "AB" if len(shown) > 1 else " "
     sections = "".join(_section(one, most, letter.strip()) for one, letter in zip(shown, letters, strict=True))
@@ -60,14 +60,14 @@ def page(shown: Sequence[Shown], query: str = "") -> str:
 
 
 def message(words: str, error: bool = True) -> str:
-    """HTML of a message in the place of the pictures."""
+    """Returns the HTML of a message in place of the pictures."""
     role = ' role="alert"' if error else ""
     return f'<div class="apet"><p class="message"{role}>{escape(words)}</p></div>'
 
 
-def poster(shown: Sequence[Shown], kinds: Sequence[str] = ALL, dark: bool = False, width: int = 1280) -> str:
-    """A picture of its own, an SVG document: a line for each setting."""
-    side, gap, head, line = 28, 44, 46, 30
+def poster(shown: Sequence[Shown], kinds: Sequence[str] = ALL, dark: bool = False) -> str:
+    """Returns a complete SVG document with a line of pictures for each setting."""
+    width, side, gap, head, line = 1280, 28, 44, 46, 30
     most = heat_of(shown)
     rows, cols = shown[0].grid
     wide = (width - 2 * side - (len(kinds) - 1) * gap) / len(kinds)
@@ -99,7 +99,7 @@ def poster(shown: Sequence[Shown], kinds: Sequence[str] = ALL, dark: bool = Fals
 
 
 def numbers(one: Shown) -> dict[str, Any]:
-    """All that is known of what is shown, for JSON: positions count row by row. e^2 that is not finite is null."""
+    """Returns all numbers of a result, for JSON: positions count row by row; e^2 that is not finite is null."""
     frame, measure = one.frame, one.measure
     finite = np.isfinite(frame.residual)
     return {
@@ -124,7 +124,7 @@ def heading(one: Shown) -> str:
 
 
 def facts(one: Shown) -> str:
-    """One line about a setting and what it keeps."""
+    """Returns one line about a setting and what it keeps."""
     measure = one.measure
     return (
         f"{one.settings}   ·   {measure.residual_kept:.0%} of the residual   ·   "
@@ -133,7 +133,7 @@ def facts(one: Shown) -> str:
 
 
 def heat_of(shown: Sequence[Shown]) -> float:
-    """The largest finite e^2, the top of the scale that what is shown shares."""
+    """Returns the largest finite e^2, the top of the common colour scale."""
     finite = np.concatenate([one.frame.residual[np.isfinite(one.frame.residual)] for one in shown])
     return max(float(finite.max(initial=0.0)), 1e-12)
 
@@ -143,7 +143,7 @@ def heat_of(shown: Sequence[Shown]) -> float:
 
 @functools.lru_cache(maxsize=16)
 def _section(one: Shown, most: float, letter: str) -> str:
-    """The pictures of one setting, with the positions that page.js needs."""
+    """Returns the pictures of one setting, with the positions that page.js needs."""
     frame = one.frame
     data = {
         "grid": one.grid,
@@ -187,12 +187,12 @@ CAPTIONS: dict[str, Callable[[Shown, bool], str]] = {
 
 
 def panel(one: Shown, kind: str, most: float, place: str = "", keys: bool = False) -> str:
-    """One of CAPTIONS. most: the top of the scale of residuals; place: attributes of the SVG element; keys: whether it
-    takes the arrow keys."""
+    """Returns one picture, of a kind in CAPTIONS. most: the top of the colour scale; place: attributes of the SVG
+    element; keys: whether it handles the arrow keys."""
     rows, cols = one.grid
     says = f"{one.name}. {CAPTIONS[kind](one, False)}."
     role = 'role="img"'
-    if keys:  # an application, so that a screen reader leaves it the keys
+    if keys:  # with the role application a screen reader passes the keys on
         role = 'role="application" tabindex="0"'
         says += " The arrow keys move from patch to patch."
     return (
@@ -202,7 +202,7 @@ def panel(one: Shown, kind: str, most: float, place: str = "", keys: bool = Fals
 
 
 def photo(one: Shown) -> str:
-    """The photo, for the pictures that refer to it."""
+    """Returns the definition of the photo, to which the pictures refer."""
     image = _image(one.photo, one.grid, f"{one.id}-photo")
     return f'<svg class="photo" width="0" height="0" aria-hidden="true"><defs>{image}</defs></svg>'
 
@@ -234,7 +234,7 @@ def _draw_kept(one: Shown, most: float) -> str:
 
 
 def _draw_merged(one: Shown, most: float) -> str:
-    """Groups of more than one token in colours of their own; a dot on the token that stands for the group."""
+    """Draws each group of more than one token in its own colour, with a dot on the token that it was merged into."""
     goal = one.frame.goal
     colours = group_colours(goal)  # [N, 3]
     targets, counts = np.unique(goal[goal >= 0], return_counts=True)
@@ -250,7 +250,8 @@ def _draw_merged(one: Shown, most: float) -> str:
 
 
 def _draw_rebuilt(one: Shown, most: float) -> str:
-    """Every place with the mean of the patches that were merged into the same token; black where it went nowhere."""
+    """Draws at every place the mean of the patches that were merged into the same token, and black if a token was
+    dropped without being merged."""
     rows, cols = one.grid
     pixels = np.asarray(one.picture.resize((cols * SEEN, rows * SEEN)), np.float32)
     patches = pixels.reshape(rows, SEEN, cols, SEEN, 3).swapaxes(1, 2).reshape(rows * cols, -1)  # [N, 3 SEEN^2]
@@ -263,7 +264,7 @@ def _draw_rebuilt(one: Shown, most: float) -> str:
 
 
 def _draw_residual(one: Shown, most: float) -> str:
-    """e^2 as heat, with the outlines of what is kept; what is not finite as the top of the scale."""
+    """Draws e^2 as heat, with the outlines of the kept tokens. Values that are not finite get the top of the scale."""
     heat = np.nan_to_num(one.frame.residual, nan=most, posinf=most) / most
     pixels = matplotlib.colormaps[HEAT](heat.reshape(one.grid), bytes=True)[..., :3]
     file = io.BytesIO()
@@ -283,7 +284,7 @@ _MARKS: dict[str, Callable[[Shown, float], str]] = {
 
 
 def _areas(groups: np.ndarray, grid: tuple[int, int]) -> dict[Any, str]:
-    """The path of the patches of each group [N], a rectangle for each run in a row."""
+    """Returns the path of the patches of each group [N], one rectangle for each run in a row."""
     cols = grid[1]
     begins = np.ones(len(groups), bool)
     begins[1:] = groups[1:] != groups[:-1]
@@ -298,7 +299,7 @@ def _areas(groups: np.ndarray, grid: tuple[int, int]) -> dict[Any, str]:
 
 
 def _edges(groups: np.ndarray, grid: tuple[int, int]) -> str:
-    """Lines between neighbouring patches of different groups [N]."""
+    """Draws lines between neighbouring patches of different groups [N]."""
     lines = "".join(f"M{x} {y}L{u} {v}" for (x, y), (u, v) in borders_of(groups, grid))
     return f'<path class="edges" d="{lines}"/>'
 

@@ -56,7 +56,7 @@ def patch(
         model: a model whose family has an adapter, as `from_pretrained` returns it, or within torch.compile, PEFT,
             DataParallel, DistributedDataParallel or FSDP.
         keep: tokens to keep of each unit (an image, a tile or a frame, by family): a count, a ratio in (0, 1], or a
-            list of these with one entry for every image or video of a call. None: no first stage.
+            list of these with one entry for every image or video of a call. None: there is no first stage.
         basis, layout, select, blend, refine: as in `apet_kernels.compress`; 10, "inplace", "fps", 1.0 and 0 unless a
             preset says otherwise. basis="keep" picks as many as are kept (`basis=None` there; needs select="qr").
         llm_layer, llm_keep: compress once more, after so many decoder layers have run, to so many tokens of each unit.
@@ -66,11 +66,11 @@ def patch(
             classes with an independent reference first (seconds, once for these versions). False: patch without.
 
     Returns:
-        The options in force. A model that was patched already is patched anew. Compiled code of this process is dropped
-        and compiled again where it is called (`torch.compiler.reset`), since it would not notice the change.
+        The options in force. A model that is patched already is patched anew. Compiled code of this process is dropped
+        (`torch.compiler.reset`) and compiled again at its next call, since it would not notice the change.
 
     Raises:
-        ValueError: an option is out of range, or the model is not as the hooks know it; the message says which.
+        ValueError: an option is out of range, or the hooks do not support the model; the message says which.
 
     Example:
         >>> apet.patch(model, keep=64)
@@ -101,7 +101,8 @@ def patch(
 
 
 def find(model: nn.Module, given: dict[str, Any]) -> Target:
-    """What `patch` knows of a model once it has looked: it raises here or, with options that fit, does not."""
+    """Finds the parts of a model and checks the options in `given`. All errors that `patch` raises before its
+    self-check are raised here."""
 
     def options(adapter: Adapter, core: nn.Module, layers: range) -> Options:
         return resolve(adapter.presets, model.config.model_type, layers, given)
@@ -110,9 +111,10 @@ def find(model: nn.Module, given: dict[str, Any]) -> Target:
 
 
 def unpatch(model: nn.Module) -> None:
-    """Takes every hook off; the model is what it was. Nothing happens where it is not patched.
+    """Removes every hook; the model is what it was. A model that is not patched is left alone.
 
-    Compiled code is dropped as by `patch`. A cache that holds a compressed prompt raises where the model uses it on.
+    Compiled code is dropped as by `patch`. A cache that holds a compressed prompt raises if the model is called with it
+    again.
     """
     _put(plain(model), None)
 
@@ -132,7 +134,8 @@ def patched(
     preset: str | None = None,
     check: bool = True,
 ) -> Iterator[Options]:
-    """`patch` for the length of a with block; then what was there before, patched or not.
+    """Applies `patch` for the length of a with block, then restores the previous state: not patched, or the earlier
+    patch.
 
     Example:
         >>> with apet.patched(model, keep=0.25):
@@ -160,14 +163,14 @@ def patched(
 
 
 def options(model: nn.Module) -> Options | None:
-    """The options that a model is patched with, or None."""
+    """Returns the options that a model is patched with; None if it is not patched."""
     engine = plain(model).__dict__.get(ENGINE)
     return engine.target.options if engine else None
 
 
 @dataclass(frozen=True)
 class Visual:
-    """What is left of one image or video."""
+    """The tokens that are left of one image or video."""
 
     modality: str  # "image" or "video"
     row: int  # in the batch
@@ -177,17 +180,18 @@ class Visual:
 
 @dataclass(frozen=True)
 class Kept:
-    """What a prefill kept."""
+    """The tokens that a prefill kept."""
 
     lengths: list[int]  # of the padded sequence as given, and after each stage that dropped something
     visuals: list[Visual]
     trace: Trace = field(repr=False, compare=False)
 
     def align(self, x: Tensor) -> Tensor:
-        """Puts logits or hidden states of the shortened sequence where their tokens stood.
+        """Puts logits or hidden states of the shortened sequence back at the places of their tokens in the prompt as
+        given.
 
-        x [B, L2, ...], of the length after the last stage -> [B, L, ...], of the length as given. What was dropped is
-        NaN there, so that it cannot be taken for a result; padding is 0.
+        x [B, L2, ...], of the length after the last stage -> [B, L, ...], of the length as given. Dropped tokens get
+        NaN, so that they cannot be taken for a result; padding gets 0.
 
         Example:
             >>> logits = apet.kept(model).align(model(**inputs).logits)
@@ -206,9 +210,10 @@ class Kept:
 
 
 def kept(model: nn.Module) -> Kept | None:
-    """What the last prefill with images or videos kept: the last of this thread, or of any if this has run none.
+    """Returns what the last prefill with images or videos kept: the last one of this thread, or, if this thread has run
+    none, of any thread.
 
-    None where there was none since `patch`.
+    None if there was no such prefill since `patch`.
     """
     engine = plain(model).__dict__.get(ENGINE)
     trace = engine and engine.trace
@@ -223,7 +228,7 @@ def kept(model: nn.Module) -> Kept | None:
 
 
 def _put(model: nn.Module, engine: Engine | None) -> None:
-    """Replaces what a model is patched with."""
+    """Replaces the engine of a model; None only removes the one that it has."""
     before = model.__dict__.pop(ENGINE, None)
     if before is not None:
         before.remove()

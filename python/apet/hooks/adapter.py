@@ -1,4 +1,4 @@
-"""What the hooks have to know about a model family, found by rule unless an adapter says otherwise."""
+"""`Adapter`: what the hooks have to know about a model family. It is found by rule unless a subclass gives it."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ __all__ = ["Adapter", "Units", "equal_units", "one_unit"]
 
 
 class Adapter:
-    """A model that puts visual features at placeholder tokens and hands `inputs_embeds` to a decoder.
+    """Describes a model that puts visual features at placeholder tokens and passes `inputs_embeds` to a decoder.
 
-    This class is the adapter of any such model: what it says is found in the model (parts.py, grids.py). Subclasses
-    say what cannot be found: an adapter of a family is short, since all work is the engine's.
+    This class fits any such model: it finds every detail in the model itself (parts.py, grids.py). A subclass overrides
+    only the details that cannot be found, so the adapter of a family is short; the engine does all the work.
     """
 
     positions: ClassVar[str | None] = None
@@ -34,7 +34,8 @@ class Adapter:
     """Options by the name of a preset."""
 
     def fitted(self, core: nn.Module) -> Adapter:
-        """This adapter, with what it leaves open found in a core model. Raises ValueError where that is not there."""
+        """Returns a copy of this adapter for one core model, with every field that was left open filled in from that
+        model. Raises ValueError if the model does not have it."""
         fitted: Any = copy.copy(self)
         fitted.positions = self.positions or parts.positions(core)
         fitted.tokens = self.tokens or parts.tokens(core)
@@ -42,43 +43,47 @@ class Adapter:
         return fitted
 
     def core(self, model: nn.Module) -> nn.Module:
-        """The module whose forward takes token ids and pixels and calls the decoder."""
+        """Returns the module whose forward takes token ids and pixels and calls the decoder."""
         return parts.core(model)
 
     def language_model(self, core: nn.Module) -> nn.Module:
-        """The decoder, with its `layers`."""
+        """Returns the decoder, the module that has the `layers`."""
         return parts.decoder(core)
 
     def first_llm_layer(self, core: nn.Module) -> int:
-        """The least `llm_layer`: behind the layers at which visual features are added again."""
+        """Returns the smallest `llm_layer` allowed: after the layers at which visual features are added again
+        (deepstack)."""
         return max(1, parts.deepstack(core))
 
     def brings(self, inputs: Mapping[str, Any]) -> set[str]:
-        """Modalities present in a forward call. Determined from its arguments, not from placeholder ids in the text,
-        because a model may generate the placeholder token."""
+        """Returns the modalities present in a forward call. They are determined from its arguments, not from
+        placeholder ids in the text, because a model may generate the placeholder token."""
         pixels = {n for n in inputs if is_pixels(n) and inputs[n] is not None and len(inputs[n])}
         encoded = {m for m, output in (inputs.get("mm_encoder_outputs") or {}).items() if output is not None}
         return (encoded & parts.PLACEHOLDERS.keys()) | {modality_of(name) for name in pixels}
 
     def visuals(self, core: nn.Module, inputs: Mapping[str, Any], counts: Mapping[str, int]) -> dict[str, list[Units]]:
-        """The units of every image and video of a call, by modality, in the order of their placeholders.
+        """Returns the units of every image and video of a call, by modality, in the order of their placeholders.
 
-        inputs: what the model was called with (pixel values, sizes, grids); counts: the placeholders of each
-        modality in the call. Of a modality left out, every contiguous run of placeholders is an image or video, with
-        the units that `run` says. Default: what grids and sizes in the call say, where they explain the placeholders.
+        inputs: the arguments of the model (pixel values, sizes, grids); counts: the number of placeholders of each
+        modality in the call. If a modality is left out of the result, every contiguous run of its placeholders is one
+        image or video, with the units that `run` gives. Default: the units that follow from grids and sizes among the
+        inputs, if these agree with the number of placeholders.
         """
         return grids.visuals(core, inputs, counts)
 
     def apart(self, inputs: Mapping[str, Any], modality: str, lengths: list[int]) -> list[int]:
-        """The contiguous runs of placeholders of these lengths, each of them one image or video: those that stand side
-        by side are told apart by the pixels of the call, where that has one entry for each of them."""
+        """Returns the numbers of placeholders of the images or videos in contiguous runs of these lengths. Default:
+        a run is split where several images stand side by side, if the pixels of the call have one entry for each
+        image."""
         return grids.apart(inputs, modality, lengths)
 
     def run(self, core: nn.Module, tokens: int) -> Units:
-        """The units of a contiguous run of so many placeholders. Default: it is one."""
+        """Returns the units of a contiguous run of `tokens` placeholders. Default: the run is one unit."""
         return one_unit(tokens)
 
     def features(self, core: nn.Module, inputs: Mapping[str, Any], x: Tensor) -> list[Units]:
-        """With `projector`: the units of every image over x, the projector's input [tiles, N, C], flattened to
-        [tiles * N]; -1 for a token that the model will throw away. Default: x[i] is image i and one unit."""
+        """Only with `projector`: returns the units of every image over x, the projector's input [tiles, N, C],
+        flattened to [tiles * N]; -1 marks a token that the model will throw away. Default: x[i] is image i, and one
+        unit."""
         return [one_unit(x.shape[1])] * x.shape[0]

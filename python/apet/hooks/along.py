@@ -1,13 +1,13 @@
-"""What a module is called with along the sequence, beside embeddings, mask and positions: gathered by one rule.
+"""Shortens the other arguments of a module that run along the sequence, besides embeddings, mask and positions.
 
 An argument is one of
-- [B or 1, L, ...], with the sequence behind the batch: token types, inputs of each layer, ids; or [.., B or 1, L] with
-  it at the end: gathered as it is. Not so whole numbers [B, L, k], which may be indices of other tokens (of an
-  indexer), and what counts up by one, as positions do;
+- [B or 1, L, ...], with the sequence behind the batch (token types, inputs of each layer, ids), or [.., B or 1, L] with
+  it at the end: its entries are gathered. Whole numbers [B, L, k] are excepted, since they may be indices of other
+  tokens (of an indexer), and so are numbers that count up by one, as positions do;
 - a mask [B, L] or [B, L, 1] bool of visual tokens, and features [N, ...] of its N true entries, row after row
-  (deepstack), in lists or by layer: of both, what belongs to tokens that stay;
-- anything without a dimension of either length: left alone.
-Whatever else has such a length raises, since tokens would have to leave it, too.
+  (deepstack), in lists or by layer: the entries of the tokens that stay are kept in both;
+- anything that has no dimension of either length: it is left alone.
+Any other argument that has such a length raises an error, since tokens would have to leave it, too.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from .sequence import Packing
 
 @dataclass(frozen=True)
 class Sequence:
-    """The lengths that give an argument of a call away."""
+    """The lengths by which an argument is recognised as running along the sequence or along the visual tokens."""
 
     batch: int
     length: int  # tokens of a row, padding included
@@ -33,7 +33,7 @@ class Sequence:
 
 
 def shorten(roles: Arguments, call: dict[str, Any], at: Sequence, packing: Packing) -> dict[str, Any]:
-    """The call of a module with every argument that has no role here shortened."""
+    """Returns the arguments of a module's call, with every argument that has no role (`calling.NAMES`) shortened."""
     others = dict(_others(roles, call))
     masks = {name: value for name, value in others.items() if _is_visual_mask(value, at)}
     features = {name: value for name, value in others.items() if name not in masks and _features_of(value, masks, at)}
@@ -50,7 +50,7 @@ def shorten(roles: Arguments, call: dict[str, Any], at: Sequence, packing: Packi
 
 
 def added_layers(roles: Arguments, call: Mapping[str, Any], at: Sequence) -> int:
-    """How many of the first layers have features of visual tokens added behind them (deepstack)."""
+    """Returns the number of first layers after which features of visual tokens are added again (deepstack)."""
     others = dict(_others(roles, call))
     masks = {name: value for name, value in others.items() if _is_visual_mask(value, at)}
     last = 0
@@ -61,7 +61,7 @@ def added_layers(roles: Arguments, call: Mapping[str, Any], at: Sequence) -> int
 
 
 def _others(roles: Arguments, call: Mapping[str, Any]) -> Iterable[tuple[str, Any]]:
-    """The arguments of a call that have no role."""
+    """Yields the arguments of a call that have no role."""
     known = {"input_ids", *(n for role in NAMES if (n := roles.name(role, call)) is not None)}
     for name, value in call.items():
         if name in PACKED and value is not None:
@@ -77,7 +77,7 @@ def _is_visual_mask(value: Any, at: Sequence) -> bool:
 
 
 def _features_of(value: Any, masks: Mapping[str, Tensor], at: Sequence) -> bool:
-    """Whether a tensor, or all in a list or a mapping, hold one row for each true entry of a mask."""
+    """Returns whether a tensor, or every tensor in a list or mapping, has one row for each true entry of a mask."""
     if not masks or (isinstance(value, Tensor) and value.shape[:2] == (at.batch, at.length)):
         return False
     counts = {int(mask.sum()) for mask in masks.values()}
@@ -85,12 +85,13 @@ def _features_of(value: Any, masks: Mapping[str, Tensor], at: Sequence) -> bool:
 
 
 def _mask_of(features: Tensor, masks: Mapping[str, Tensor]) -> Tensor:
-    """The mask [B, L] whose true entries some features [N, ...] belong to."""
+    """Returns the mask [B, L] whose true entries correspond to the rows of features [N, ...]."""
     return next(m for m in masks.values() if int(m.sum()) == len(features)).flatten(1)
 
 
 def _rows(mask: Tensor, packing: Packing) -> Tensor:
-    """Which rows of features [N, ...], of the true entries of mask [B, L], belong to tokens that stay."""
+    """Returns the rows of features [N, ...], one for each true entry of mask [B, L], that belong to tokens that
+    stay."""
     mask = mask.to(packing.index.device)
     number = (mask.flatten().cumsum(0) - 1).view_as(mask)  # [B, L]
     stays = packing.along(mask, 1) & packing.valid  # [B, L2]
@@ -113,8 +114,8 @@ def _gathered(owner: str, name: str, x: Tensor, at: Sequence, packing: Packing) 
 
 
 def _counts(x: Tensor) -> bool:
-    """Whether something [B, L, ...] may count tokens, so that its values would have to change, too: as indices of
-    other tokens [B, L, k] do, and positions [B, L], which go up by one, but for padding."""
+    """Returns whether x [B, L, ...] may count tokens, so that its values would have to change, too: indices of other
+    tokens [B, L, k] do, and so do positions [B, L], which go up by one except in padding."""
     if x.dtype not in (torch.int32, torch.int64):
         return False
     steps = x.diff(dim=1)
@@ -122,7 +123,7 @@ def _counts(x: Tensor) -> bool:
 
 
 def _mapped(value: Any, change: Any) -> Any:
-    """A tensor, or every tensor in lists and mappings, changed."""
+    """Applies `change` to a tensor, or to every tensor in lists and mappings."""
     if isinstance(value, Tensor):
         return change(value)
     if isinstance(value, Mapping):

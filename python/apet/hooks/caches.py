@@ -1,4 +1,4 @@
-"""The state of a prompt on its cache, and caches in the hands of code that counts the prompt's tokens."""
+"""Stores the state of a prompt on its KV cache, and keeps it right when other code changes that cache."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ STATE = "_apet"  # the attribute of a cache that holds its Prompt
 
 
 def prompt_of(cache: Cache | None) -> Prompt | None:
-    """What stands on a cache that a patched model has filled."""
+    """Returns the prompt stored on a cache that a patched model has filled, else None."""
     return getattr(cache, STATE, None)
 
 
 def remember(cache: Cache, prompt: Prompt) -> None:
-    """Leaves the prompt on its cache. What changes rows or length of a compressed one then changes its state, too.
+    """Stores the prompt on its cache. Methods that change the rows or length of a compressed one then update it, too.
 
-    Wrapped methods are attributes of the instance, and partials of functions of this module: a deep copy or a pickle
-    of the cache gets its own.
+    The wrapped methods are attributes of the instance, and partials of functions of this module, so that a deep copy or
+    a pickle of the cache gets its own.
     """
     setattr(cache, STATE, prompt)
     for name in WRAPPED:
@@ -38,17 +38,17 @@ def remember(cache: Cache, prompt: Prompt) -> None:
 
 
 def forget(cache: Cache) -> None:
-    """The cache was reset."""
+    """Removes the prompt from its cache, which was reset."""
     del vars(cache)[STATE]
     for name in WRAPPED:
         vars(cache).pop(name, None)
 
 
 def check(prompt: Prompt, cache: Cache, batch: int) -> None:
-    """Raises ValueError where a prompt cannot be continued."""
+    """Raises ValueError if a prompt cannot be continued from this cache."""
     if batch != prompt.batch:
         raise ValueError(f"a batch of {batch} cannot go on from the cache of a batch of {prompt.batch}")
-    if cache.is_compileable:  # cannot be cropped, and reading its length waits for the device
+    if cache.is_compileable:  # such a cache cannot be cropped, and reading its length waits for the device
         return
     past = int(cache.get_seq_length())
     if past < prompt.tokens - prompt.dropped and past < int(prompt.least):
@@ -56,12 +56,13 @@ def check(prompt: Prompt, cache: Cache, batch: int) -> None:
 
 
 def tail(prompt: Prompt, cache: Cache, mask: Any, past: int | Tensor, new: int) -> Tensor | None:
-    """Which of the tokens after the prompt are no padding [B, n] bool, from a mask over all tokens; None: all."""
+    """Returns which of the n tokens after the prompt are no padding, [B, n] bool, from a mask over all tokens; None:
+    all."""
     fixed = cache.is_compileable
     if mask is None or (fixed and torch.compiler.is_compiling()):
         return None
     if not isinstance(mask, Tensor) or mask.dim() != 2:
-        if fixed:  # generate() builds it, of the size of the cache
+        if fixed:  # generate() has built the mask, with the size of the cache
             return None
         raise ValueError("after a compressed prompt attention_mask must be 2-D, or left out")
     given = int(past) + prompt.dropped + new
@@ -79,16 +80,16 @@ def tail(prompt: Prompt, cache: Cache, mask: Any, past: int | Tensor, new: int) 
 
 
 def check_position(prompt: Prompt, past: int | Tensor, position: Tensor | None) -> None:
-    """Raises ValueError where new tokens do not begin where the tokens that were given end."""
+    """Raises ValueError if new tokens do not begin at the end of the tokens that were given before."""
     expected = int(past) + prompt.dropped
     if position is not None and len(position) and int(position[0]) not in (expected, int(past)):
         raise ValueError(f"cache_position begins with {int(position[0])}, but {expected} tokens were given before")
 
 
 def count_prompt(cache: Cache | None) -> None:
-    """Makes a cache say that it is as long as the tokens it was given, until `count_cache`.
+    """Makes a cache report the number of tokens that were given, dropped ones included, until `count_cache`.
 
-    generate() takes the tokens of a conversation beyond this length for new.
+    generate() takes the tokens of a conversation beyond this length as new.
     """
     prompt = prompt_of(cache)
     if prompt is not None and prompt.dropped and int(cache.get_seq_length()) > 0:
@@ -96,19 +97,20 @@ def count_prompt(cache: Cache | None) -> None:
 
 
 def count_cache(cache: Cache | None) -> None:
-    """Takes back `count_prompt`."""
+    """Undoes `count_prompt`."""
     if cache is not None and "get_seq_length" in cache.__dict__:
         del cache.get_seq_length
 
 
 def length(cache: Cache, layer: int) -> int | Tensor:
-    """How many tokens a layer's part of a cache holds; where it keeps a state, the next one's that holds some."""
+    """Returns how many tokens the cache of a layer holds. A layer that keeps a recurrent state counts none: then the
+    cache of the next layer that does."""
     held = (i for i in range(layer, len(cache.layers)) if holds_tokens(cache, i))
     return cache.get_seq_length(next(held, layer))
 
 
 def holds_tokens(cache: Cache, layer: int) -> bool:
-    """Whether a layer's part of a cache holds keys of tokens, not a state alone."""
+    """Returns whether the cache of a layer holds keys of tokens, and not only a recurrent state."""
     return hasattr(cache.layers[layer], "get_seq_length")
 
 
@@ -117,7 +119,7 @@ def _given(cache: Cache, layer_idx: int = 0) -> int | Tensor:
 
 
 def check_lengths(forward: Forward, llm_layer: int | None) -> None:
-    """Raises ValueError where a layer's cache does not hold what its layer was given."""
+    """Raises ValueError if the cache of a layer does not hold as many tokens as the layer was given."""
     prompt, cache = forward.prompt, forward.cache
     before = prompt.tokens - prompt.dropped
     after = forward.late.mask.shape[1] if forward.late is not None else before
@@ -137,7 +139,7 @@ def check_lengths(forward: Forward, llm_layer: int | None) -> None:
 
 
 def _update(cache: Cache, *args: Any, **kwargs: Any) -> Any:
-    """Keys and values are added by the model that has compressed the prompt, and by no other."""
+    """Adds keys and values, but only within a call of the model that compressed the prompt; else raises ValueError."""
     if prompt_of(cache).forward is None:
         raise ValueError(
             "this cache holds a prompt that a patched model has compressed, and a model that is not patched (any more) "
@@ -147,8 +149,8 @@ def _update(cache: Cache, *args: Any, **kwargs: Any) -> Any:
 
 
 def _crop(cache: Cache, length: int) -> None:
-    """Transformers 4 and early 5 keep `max_length` tokens, which is counted here in the tokens that were given; later
-    versions are told how many leave."""
+    """Crops the cache. transformers 4 and early 5 pass the length to keep (`max_length`), counted in tokens as given;
+    later versions pass the number of tokens to remove."""
     if "max_length" not in inspect.signature(type(cache).crop).parameters:
         type(cache).crop(cache, length)
         return

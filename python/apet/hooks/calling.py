@@ -1,9 +1,9 @@
-"""How transformers calls things: the one place that knows its names, and checks them where they are relied on.
+"""The names that transformers gives to arguments and functions: the one place that knows them, and checks them.
 
-The hooks read and replace arguments of three modules: the core model, the language model in it, and its decoder layers.
+The hooks read and replace arguments of three modules: the core model, its language model, and the decoder layers.
 transformers renames these arguments now and then (`past_key_values` became `cache` in 5.24). So each argument has a
-role here, with the names known so far; `Arguments` finds the name that a class uses, when a model is patched, and
-raises where a role that is needed has none. Types and shapes are checked again in each call.
+role here, with the names known so far. When a model is patched, `Arguments` finds the name that each class uses, and
+raises an error if a needed role has none. Types and shapes are checked again in each call.
 """
 
 from __future__ import annotations
@@ -30,29 +30,29 @@ NAMES: Mapping[str, tuple[str, ...]] = {
     "rotary": ("position_embeddings",),
     "cache": ("cache", "past_key_values", "past_key_value"),
     "cache_position": ("cache_position",),
-    "recurrent": ("conv_mask",),  # of layers that attend and keep a state: their 2-D mask of new tokens
+    "recurrent": ("conv_mask",),  # the 2-D mask of new tokens of layers that attend and also keep a state
 }
 PIXELS = re.compile(r"(^|_)pixel_values(_|$)|^image_patches$")
 PACKED = ("cu_seq_lens_q", "cu_seqlens", "cu_seq_lens", "seq_idx")  # arguments of packed sequences
 
 
 def versions() -> str:
-    """The installed transformers, and those that the hooks were tested with: for error messages."""
+    """Returns the installed version of transformers and the tested ones, for error messages."""
     return f"transformers {transformers.__version__} is installed; tested are {', '.join(TESTED)}"
 
 
 @dataclass(frozen=True)
 class Arguments:
-    """The arguments of one module's forward, by role."""
+    """The names of the arguments of one module's forward, by role."""
 
     owner: str  # the class, for messages
-    parameters: tuple[str, ...]  # that can be given by position, in order
+    parameters: tuple[str, ...]  # the arguments that can be given by position, in order
     names: Mapping[str, str]  # role -> parameter
-    forwards: bool  # takes *args and **kwargs alone, as wrappers do: then names are found in each call
+    forwards: bool  # it takes only *args and **kwargs, as wrappers do: then names are found in each call
 
     @classmethod
     def of(cls, module: nn.Module, needed: Iterable[str] = ()) -> Arguments:
-        """Looks the roles up in a module's signature. Raises ValueError where a needed one is not found."""
+        """Looks the roles up in a module's signature. Raises ValueError if a needed one is not found."""
         module = within(module)
         owner, signature = type(module).__name__, inspect.signature(module.forward)
         kinds = inspect.Parameter
@@ -71,7 +71,7 @@ class Arguments:
         return cls(owner, parameters, names, forwards)
 
     def bind(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-        """All arguments of a call by keyword."""
+        """Returns all arguments of a call by keyword."""
         if len(args) > len(self.parameters):
             raise ValueError(
                 f"{self.owner} is called with {len(args)} arguments by position, of which apet knows "
@@ -80,18 +80,20 @@ class Arguments:
         return dict(zip(self.parameters, args, strict=False)) | dict(kwargs)
 
     def name(self, role: str, call: Mapping[str, Any]) -> str | None:
-        """The name of a role in a call: that of the signature, or of the call where the signature has no names."""
+        """Returns the name of a role: from the signature, or, if the signature has no names (`forwards`), from the
+        call."""
         if role in self.names:
             return self.names[role]
         return next((name for name in NAMES[role] if name in call), None)
 
     def get(self, role: str, call: Mapping[str, Any]) -> Any:
-        """The value of a role; None where the call does not give it."""
+        """Returns the value of a role; None if the call does not give it."""
         name = self.name(role, call)
         return None if name is None else call.get(name)
 
     def replace(self, call: dict[str, Any], **values: Any) -> dict[str, Any]:
-        """The call with other values of some roles. Raises ValueError for a role that this class does not have."""
+        """Returns the call with new values of some roles. Raises ValueError for a role that this class does not
+        have."""
         for role, value in values.items():
             name = self.name(role, call)
             if name is None:
@@ -103,7 +105,7 @@ class Arguments:
         return call
 
     def cache(self, call: Mapping[str, Any]) -> Cache | None:
-        """The KV cache of a call, by its name and by its type."""
+        """Returns the KV cache of a call, found by its name or else by its type."""
         name = self.name("cache", call)
         value = None if name is None else call.get(name)
         if value is None:
@@ -121,7 +123,7 @@ class Arguments:
         return value
 
     def unknown(self, call: Mapping[str, Any]) -> list[str]:
-        """The arguments with numbers in them that have no role here: features of something."""
+        """Returns the names of arguments that hold numbers and have no role: they may be features of images."""
         known = {n for role in NAMES if (n := self.name(role, call)) is not None}
         return [
             name
@@ -133,17 +135,18 @@ class Arguments:
 
 
 def is_pixels(name: str) -> bool:
-    """Whether an argument of that name holds images or videos as they are, not encoded."""
+    """Returns whether an argument of this name holds images or videos as pixels, not encoded."""
     return PIXELS.search(name) is not None
 
 
 def modality_of(name: str) -> str:
-    """Of the argument of that name, which holds pixels: "image" or "video"."""
+    """Returns the modality ("image" or "video") of a pixel argument, from its name."""
     return "video" if "video" in name else "image"
 
 
 def within(module: nn.Module) -> nn.Module:
-    """The module that another calls with all that it is called with, as wrappers around layers do."""
+    """Returns the module inside wrappers: modules that pass all their arguments on to their only child, as libraries
+    for checkpointing or offloading put around layers."""
     variadic = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
     while all(p.kind in variadic for p in inspect.signature(module.forward).parameters.values()):
         children = list(module.children())
@@ -155,7 +158,7 @@ def within(module: nn.Module) -> nn.Module:
 
 def _named(role: str, named: Mapping[str, inspect.Parameter]) -> str | None:
     found = next((name for name in NAMES[role] if name in named), None)
-    if found is None and role == "cache":  # a new name: its type tells it
+    if found is None and role == "cache":  # it may have a new name: its type identifies it
         found = next((name for name, p in named.items() if "Cache" in str(p.annotation)), None)
     return found
 
@@ -176,14 +179,14 @@ def tensors(value: Any) -> Iterator[Tensor]:
 
 @dataclass(frozen=True)
 class Rotary:
-    """How a decoder makes the rotary embeddings of its layers: once for all, or once for each kind of them."""
+    """How a decoder makes the rotary embeddings of its layers: one for all of them, or one for each kind of layer."""
 
     by_kind: bool
 
     @classmethod
     def of(cls, decoder: nn.Module, layers: Iterable[nn.Module], llm_layer: int) -> Rotary | None:
-        """None where no layer is given a rotary embedding. Raises ValueError where it is not what `rotary_emb` "
-        "makes."""
+        """Returns None if no layer takes a rotary embedding. Raises ValueError if the layers take one that `rotary_emb`
+        does not make."""
         owner, rotary = type(decoder).__name__, getattr(decoder, "rotary_emb", None)
         taken = [(arguments := Arguments.of(layer)).forwards or "rotary" in arguments.names for layer in layers]
         if rotary is None and not any(taken):
@@ -203,37 +206,39 @@ class Rotary:
         return cls(len(parameters) == 3)
 
     def make(self, decoder: Any, x: Tensor, positions: Tensor, kind: str) -> Any:
-        """What layers of a kind get for positions [B, L]: cosines and sines of [B, L, d], or one tensor of both."""
+        """Returns the rotary embedding of layers of a kind for positions [B, L]: cosines and sines [B, L, d], or one
+        tensor of both."""
         return decoder.rotary_emb(x, positions, kind) if self.by_kind else decoder.rotary_emb(x, positions)
 
 
 # ---- attention masks ------------------------------------------------------------------------------------------------
 
-KINDS: Mapping[str, str] = {  # of attention, by the names in transformers' configurations; what builds their masks
+KINDS: Mapping[str, str] = {  # kind of attention, named as in transformers' configurations -> function for its mask
     "full_attention": "create_causal_mask",
     "sliding_attention": "create_sliding_window_causal_mask",
     "chunked_attention": "create_chunked_causal_mask",
-    "minimax_m3_sparse": "create_causal_mask",  # these choose among the keys that a causal mask shows
+    "minimax_m3_sparse": "create_causal_mask",  # this and the next choose among the keys that a causal mask shows
     "indexed_attention": "create_causal_mask",
 }
-MATERIALIZED = ("indexed_attention",)  # kinds whose layers read their mask, so None cannot stand for a causal one
+MATERIALIZED = ("indexed_attention",)  # kinds whose layers read their mask, so it must not be None for a causal one
 IDLE = ("mlp", "moe")  # kinds of layers that hold no tokens
 RECURRENT = ("linear_attention", "conv", "mamba")  # kinds of layers that keep a state; they get 2-D masks of new tokens
 
 
 @dataclass(frozen=True)
 class MaskBuilder:
-    """transformers' own functions that build a decoder layer's mask from a 2-D one."""
+    """transformers' own functions that build the mask of a decoder layer from a 2-D mask."""
 
     functions: Mapping[str, Callable[..., Any]]  # by the kind of attention
-    embeds: str  # the names of their arguments
-    cache: str
-    takes_layer: bool  # else they ask the cache about one of its layers that they choose
+    embeds: str  # the name of the argument for embeddings
+    cache: str  # the name of the argument for the cache
+    takes_layer: bool  # False: they choose a layer of the cache themselves, and ask it for its sizes
     takes_cache_position: bool
 
     @classmethod
     def find(cls) -> MaskBuilder:
-        """Looks them up in the installed transformers. Raises ValueError where they are not as known."""
+        """Finds the functions in the installed transformers. Raises ValueError if their arguments are not the known
+        ones."""
         functions, shapes = {}, {}
         for kind, name in KINDS.items():
             function = getattr(masking_utils, name, None)
@@ -263,9 +268,11 @@ class MaskBuilder:
         kind: str,
         more: Tensor | None = None,
     ) -> Any:
-        """The mask of one layer of some kind of attention for its implementation, from mask [B, past + L] bool.
+        """Builds the mask of one layer from mask [B, past + L] bool, in the form that its attention implementation
+        takes.
 
-        x [B, L, ...]: its shape, dtype and device count; more [B, L, past + L] bool: pairs that are seen beside.
+        x [B, L, ...]: only its shape, dtype and device matter; more [B, L, past + L] bool: pairs that attention sees in
+        addition to the causal ones.
         """
         given: dict[str, Any] = {"layer_idx": layer} if self.takes_layer else {}
         shown: Any = cache
@@ -284,8 +291,8 @@ class MaskBuilder:
 
 
 def _pairs(more: Tensor, past: int) -> Callable[..., Tensor]:
-    """Some pairs [B, L, past + L] bool as transformers' functions take them: of a query and a key, counted in columns
-    of the cache, which may have more of them."""
+    """Returns pairs [B, L, past + L] bool as a function of a query and a key, as transformers takes them. Both are
+    counted in columns of the cache, which may have more columns than the pairs."""
     length, total = more.shape[1:]
 
     def seen(batch: Tensor, _: Tensor, query: Tensor, key: Tensor) -> Tensor:
@@ -296,13 +303,13 @@ def _pairs(more: Tensor, past: int) -> Callable[..., Tensor]:
 
 
 def check_mask(what: str, mask: Any) -> None:
-    """Raises ValueError for what is no mask of one decoder layer."""
+    """Raises ValueError if `mask` cannot be the mask of one decoder layer."""
     if mask is not None and not isinstance(mask, Tensor | BlockMask):
         raise ValueError(f"{what} a mask of type {type(mask).__name__}, which apet does not know ({versions()})")
 
 
 class _OneLayer:
-    """A cache as the functions that build masks see it, where they cannot be told which layer the mask is for."""
+    """A cache that shows only one of its layers, for versions of the mask functions that cannot be told the layer."""
 
     def __init__(self, cache: Cache, layer: int, sliding: bool):
         self.cache, self.layer = cache, layer
@@ -317,7 +324,7 @@ class _OneLayer:
 
 
 def implementation(config: Any) -> str:
-    """The name of the attention that a decoder runs."""
+    """Returns the name of the attention implementation of a decoder."""
     found = getattr(config, "_attn_implementation", None)
     if not isinstance(found, str):
         raise ValueError(
@@ -328,7 +335,7 @@ def implementation(config: Any) -> str:
 
 
 def attention_types(config: Any) -> list[str]:
-    """The kind of each decoder layer, as transformers' configurations tell it."""
+    """Returns the kind of each decoder layer, from the configuration."""
     types = getattr(config, "layer_types", None)
     if types is None:
         limits = {"sliding_attention": "sliding_window", "chunked_attention": "attention_chunk_size"}

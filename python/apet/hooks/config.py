@@ -1,4 +1,4 @@
-"""What a patched model is asked to do: one frozen, printable object."""
+"""`Options`: the arguments of `apet.patch`, checked, as one frozen, printable object."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ Basis = int | Literal["keep"]  # "keep": as many as are kept, `basis=None` of ap
 class Options:
     """The options of `apet.patch`, as docs/hooks.md lists them.
 
-    keep, llm_keep: a count (int), a ratio (float in (0, 1]), or one of these for every image or video of a call
-    (tuple), for each unit; None: no such stage. basis="keep" is `basis=None` of `apet_kernels.compress`, whose options
-    the other fields are.
+    keep, llm_keep: the budget of each unit: a count (int), a ratio (float in (0, 1]), or a tuple with one of these for
+    every image or video of a call; None: there is no such stage. basis="keep" is `basis=None` of
+    `apet_kernels.compress`; the other fields are options of that function.
     """
 
     keep: Keep | None = None
@@ -36,23 +36,23 @@ class Options:
 
     @property
     def kernel(self) -> dict[str, Any]:
-        """The arguments of `apet_kernels.compress_varlen`."""
+        """The keyword arguments for `apet_kernels.compress_varlen`."""
         basis = None if self.basis == "keep" else self.basis
         own = {"layout": self.layout, "select": self.select, "blend": self.blend, "refine": self.refine}
         return {"basis": basis, **own}
 
     @property
     def appended(self) -> int:
-        """Basis tokens after the kept ones of a unit."""
+        """The number of basis tokens that follow the kept tokens of a unit."""
         return self.basis if self.layout == "append" and self.basis != "keep" else 0
 
 
 def resolve(
     presets: Mapping[str, Mapping[str, Any]], model_type: str, layers: range, given: Mapping[str, Any]
 ) -> Options:
-    """The options that `patch` was given, over those of the preset, over the defaults. layers: what llm_layer may be.
+    """Returns the options: those given to `patch` override those of the preset, which override the defaults.
 
-    Raises ValueError with the offending value.
+    layers: the values that llm_layer may have. Raises ValueError with the offending value.
     """
     given = {name: value for name, value in given.items() if value is not None}
     preset = given.get("preset")
@@ -67,9 +67,9 @@ def resolve(
 
 
 def count(keep: Keep, visual: int, tokens: int, options: Options) -> int:
-    """How many of a unit's `tokens` to keep; `visual` is the number of its image or video in the call.
+    """Returns how many of a unit's `tokens` to keep; `visual` is the number of its image or video in the call.
 
-    A ratio is rounded half up, and never asks for less than the layout can do: 1, or with "overwrite" basis + 1.
+    A ratio is rounded half up, and never gives less than the layout needs: 1, or with "overwrite" basis + 1.
     """
     wanted = keep[visual] if isinstance(keep, tuple) else keep
     if isinstance(wanted, float):
@@ -111,7 +111,7 @@ def _check(options: Options, layers: range) -> None:
         raise ValueError(f"llm_layer={options.llm_layer} is outside {layers[0]}..{layers[-1]}, between decoder layers")
     if options.refine and options.basis != "keep":
         raise ValueError(f"refine={options.refine} needs basis='keep', got basis={options.basis}")
-    # How many tokens a model has, and keeps, is known when it is called.
+    # The numbers of tokens are known only when the model is called, so the bounds here are as large as possible.
     kernel.Options(**options.kernel).check(tokens=sys.maxsize, most_kept=sys.maxsize)
     if options.layout == "append" and options.llm_layer is not None:
         raise ValueError(f"layout='append' has no second stage; leave out llm_layer={options.llm_layer}")

@@ -1,4 +1,4 @@
-"""The hooks of one patched model, in the order in which they run: docs/hooks.md draws the data flow."""
+"""The hooks of one patched model, in the order in which they run. docs/hooks.md draws the data flow."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from .state import PREFILL, Call, Forward, Prompt
 
 
 class Engine(Patch):
-    """The hooks of one model; what they share is that of `Patch`."""
+    """The hooks of one model; `Patch` has the state that they share."""
 
     def hooks(self) -> list[Any]:
         """Registers every hook."""
@@ -48,7 +48,8 @@ class Engine(Patch):
     # ---- generate()
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """`model.generate` of this instance: the same, with what it was called with at hand for the encoder's hooks."""
+        """Runs `model.generate` of this instance, and makes its arguments available to the hooks that run during
+        encoding."""
         model = self.target.model()
         given = dict(zip(("inputs", "generation_config"), args, strict=False)) | kwargs
         generation.check(self.target, given)
@@ -75,7 +76,7 @@ class Engine(Patch):
 
     @torch.compiler.disable(reason=PREFILL)
     def begin_scoring(self, labels: Tensor) -> Tensor:
-        """Labels are shortened with the sequence, once it is known how: in a copy, which the model gets."""
+        """Returns a copy of the labels for the model. They are shortened in place once the kept tokens are known."""
         if torch.is_grad_enabled():
             raise ValueError(
                 "labels cannot be used with gradients while visual tokens are dropped: score under torch.no_grad(), "
@@ -97,7 +98,7 @@ class Engine(Patch):
             self.begin_call(module, inputs)
             return
         if not torch.compiler.is_compiling():
-            state.end(self, "core")  # of a call that raised where hooks could not clean up
+            state.end(self, "core")  # left by a call that raised an error, if hooks could not clean up
             self.threads.mask = self.target.core_arguments.get("mask", inputs)
         unknown = self.target.core_arguments.unknown(inputs)
         if unknown:
@@ -126,7 +127,7 @@ class Engine(Patch):
     def before_projector(self, module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor] | None:
         self.threads.projected = None
         call = self.installed and (state.current(self, "core") or generation.current(self))
-        if not call:  # get_image_features(), called by somebody else
+        if not call:  # get_image_features() was called outside of a forward and of generate()
             return None
         if len(args) != 1:
             raise ValueError(
@@ -168,7 +169,7 @@ class Engine(Patch):
         return (), self.go_on(module, prompt, cache, arguments)
 
     def check_no_prompt(self, owner: str, cache: Cache | None) -> None:
-        """Raises ValueError for a step of generate() that comes without the cache of its compressed prompt."""
+        """Raises ValueError if a step of generate() comes without the cache of its compressed prompt."""
         running = state.current(self, "generate")
         if running is not None and running.compressed:
             what = "no cache" if cache is None else f"a {type(cache).__name__} that this prompt did not fill"
@@ -179,7 +180,8 @@ class Engine(Patch):
 
     @torch.compiler.disable(reason=PREFILL)
     def prefilling(self, module: nn.Module) -> Call | None:
-        """The call of the core model with images or videos that this call of the language model belongs to."""
+        """Returns the running call of the core model, with images or videos, that this call of the language model is
+        part of."""
         call = state.current(self, "core")
         if call is not None and call.forward is not None:
             raise ValueError(
@@ -198,7 +200,7 @@ class Engine(Patch):
         return arguments
 
     def go_on(self, module: nn.Module, prompt: Prompt, cache: Cache, arguments: dict[str, Any]) -> dict[str, Any]:
-        """More tokens after a compressed prompt."""
+        """Returns the arguments of a call that adds tokens after a compressed prompt."""
         roles = self.target.language_model_arguments
         batch, new = roles.get("embeds", arguments).shape[:2]
         caches.check(prompt, cache, batch)
@@ -225,13 +227,14 @@ class Engine(Patch):
         return roles.replace(arguments, **replaced)
 
     def mask_given(self, mask: Any) -> Any:
-        """The mask over all tokens [B, L]: some core models make other ones of it for their language model."""
+        """Returns the mask [B, L] over all tokens. Some core models pass another one to their language model."""
         if isinstance(mask, Tensor) and mask.dim() == 2:
             return mask
         return mask if torch.compiler.is_compiling() else getattr(self.threads, "mask", None)
 
     def before_first_layer(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-        """The cache that the layers write to is known here, also where the language model has made it itself."""
+        """Marks the cache that the layers write to. Only here is it known even if the language model has made it
+        itself."""
         if not self.installed:
             return
         roles = self.target.layer_arguments[0]
@@ -243,7 +246,7 @@ class Engine(Patch):
 
     @torch.compiler.disable(reason="marks a cache that is new to this model")
     def mark(self, cache: Cache, x: Tensor) -> None:
-        """Leaves what is known of its tokens on a cache."""
+        """Stores on a cache what is known of its tokens."""
         forward, prompt = self.forward(), caches.prompt_of(cache)
         if forward is not None:
             forward.cache = cache
@@ -259,7 +262,7 @@ class Engine(Patch):
             caches.remember(cache, Prompt(len(x)))
 
     def forward(self) -> Forward | None:
-        """The prefill with visuals that runs in this thread."""
+        """Returns the prefill with visual tokens that runs in this thread, or None."""
         call = state.current(self, "core")
         return call and call.forward
 
@@ -268,7 +271,7 @@ class Engine(Patch):
         return self.forward()
 
     def before_layer(self, index: int, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
-        """Of the layers from `llm_layer` on."""
+        """Changes the arguments of a layer from `llm_layer` on."""
         if not self.installed:
             return None
         roles = self.target.layer_arguments[index]
@@ -287,14 +290,14 @@ class Engine(Patch):
     def after_language_model(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
         roles = self.target.language_model_arguments
         prompt = caches.prompt_of(roles.cache(roles.bind(args, kwargs)))
-        if prompt is not None and prompt.forward is not None and prompt.forward.tokens is None:  # a step, no prefill
+        if prompt is not None and prompt.forward is not None and prompt.forward.tokens is None:  # not a prefill
             prompt.forward = None
         elif self.installed and (not torch.compiler.is_compiling() or prompt is None or prompt.forward is not None):
             self.end_prefill(output is not None)
 
     @torch.compiler.disable(reason=PREFILL)
     def end_prefill(self, succeeded: bool) -> None:
-        """Checks what a prefill has left, and leaves what later steps need on its cache."""
+        """Checks the result of a prefill, and stores on its cache what later steps need."""
         forward = self.forward()
         if forward is None:
             return

@@ -1,4 +1,5 @@
-"""The first stage: before the projector, or where the language model begins; there the sequence gets shorter."""
+"""The first stage: compresses before the projector or at the input of the language model, where the sequence
+shrinks."""
 
 from __future__ import annotations
 
@@ -19,12 +20,12 @@ from .state import PREFILL, Call, Forward, Prompt, part
 from .target import Target
 from .units import Shorter, Tokens, group, shorten
 
-GONE = -math.inf  # every channel of a row that the projector did not see
+GONE = -math.inf  # the value of every channel of a row that was dropped before the projector
 
 
 @dataclass
 class Projected:
-    """Which rows of the projector's input [tiles, N, C] it got, and how many there were."""
+    """The rows of the projector's input [tiles, N, C] that were projected, and its shape (tiles, N)."""
 
     slots: Tensor
     shape: tuple[int, int]
@@ -34,7 +35,7 @@ class Projected:
 def project_fewer(
     target: Target, core: nn.Module, inputs: Mapping[str, Any], x: Tensor
 ) -> tuple[Tensor, Projected] | None:
-    """The projector's input [tiles, N, C] -> [1, kept, C]; None where nothing is dropped."""
+    """Compresses the projector's input [tiles, N, C] to [1, kept, C]. Returns None if nothing is dropped."""
     options = target.options
     units = target.adapter.features(core, inputs, x)
     check_list("keep", options.keep, len(units))
@@ -53,7 +54,7 @@ def project_fewer(
 
 
 def project_back(projected: Projected, y: Tensor) -> Tensor:
-    """The projector's result [1, kept, D] -> [tiles, N, D], marked where there was nothing."""
+    """Scatters the projector's result [1, kept, D] back to [tiles, N, D]; dropped rows are filled with `GONE`."""
     full = y.new_full((math.prod(projected.shape), y.shape[-1]), GONE)
     full[projected.slots] = y[0]
     return full.unflatten(0, projected.shape)
@@ -68,10 +69,10 @@ def begin(
     arguments: dict[str, Any],
     before: Prompt | None,
 ) -> tuple[Forward, dict[str, Any]]:
-    """A prefill with visual inputs: finds their tokens and shortens what the language model is called with.
+    """Begins a prefill with visual inputs: finds their tokens and shortens the arguments of the language model.
 
-    generation: the generate() that the call belongs to, where that has encoded the images; before: what stands on the
-    cache, if that holds tokens already. Returns the forward, and the arguments.
+    generation: the call of generate() that this call is part of, if that has encoded the images; before: the prompt
+    stored on the cache, if that holds tokens already. Returns the forward, and the arguments.
     """
     roles, options = target.language_model_arguments, target.options
     x = roles.get("embeds", arguments)  # [B, L, D]
@@ -124,7 +125,7 @@ def begin(
 def shortened(
     target: Target, forward: Forward, shorter: Shorter, arguments: dict[str, Any], at: along.Sequence, told: bool
 ) -> dict[str, Any]:
-    """The arguments of the language model, without the tokens that left. told: the caller gave the positions."""
+    """Returns the arguments of the language model without the dropped tokens. told: the caller gave the positions."""
     roles, prompt = target.language_model_arguments, forward.prompt
     x, valid, prefix = roles.get("embeds", arguments), forward.valid, forward.prefix
     past = prefix.shape[1]
@@ -140,7 +141,7 @@ def shortened(
             positions = torch.arange(past, past + at.length, device=x.device)[None]
         positions, following = kept_positions(positions, valid, packing, target.axes, told)
         if positions.dim() == 3 and target.text_row:
-            # transformers tells packed sequences apart by it, and would find some where positions have gaps
+            # transformers looks for packed sequences in the row of the text, and would take gaps in it for borders
             positions = torch.cat([text[None].to(positions.dtype), positions])
     given = roles.get("mask", arguments)
     x = shorter.placed(packing, x)
@@ -158,8 +159,8 @@ def shortened(
 
 
 def mask_of(target: Target, forward: Forward, given: Any, x: Tensor, everything: Tensor) -> Any:
-    """What the language model gets for the mask it was given: everything [B, past + L2] bool, from which it builds
-    masks itself; or, where some tokens see more than causal attention shows, the masks that it would be handed."""
+    """Returns the mask for the shortened call: `everything` [B, past + L2] bool, from which the language model builds
+    its masks. If some tokens see more than causal attention shows, it returns these masks, already built."""
     if not forward.more:
         return everything.long()
     config, past = forward.language_model.config, everything.shape[1] - x.shape[1]
@@ -177,7 +178,7 @@ def mask_of(target: Target, forward: Forward, given: Any, x: Tensor, everything:
 
 
 def check_counted(positions: Any, owner: str) -> None:
-    """Raises ValueError for positions along several axes where those of what is left would be counted."""
+    """Raises ValueError for positions that differ between axes (M-RoPE) if the adapter would renumber them."""
     if isinstance(positions, Tensor) and positions.dim() == 3 and not torch.equal(*positions.aminmax(dim=0)):
         raise ValueError(
             f"{owner} was called with positions {tuple(positions.shape)} that differ between their rows, as M-RoPE's "
@@ -187,9 +188,9 @@ def check_counted(positions: Any, owner: str) -> None:
 
 
 def check_one_sequence(positions: Tensor, axes: int) -> None:
-    """Raises ValueError for positions [B, L], or [axes + 1, B, L] with those of the text first, by which transformers
-    tells packed sequences apart where there is no mask."""
-    if positions.dim() == 3 and len(positions) == axes:  # M-RoPE alone tells nothing apart
+    """Raises ValueError if positions start again within a row: transformers then takes the row for packed sequences, if
+    there is no mask. positions: [B, L], or [axes + 1, B, L] with the positions of the text first."""
+    if positions.dim() == 3 and len(positions) == axes:  # transformers does not look for sequences in M-RoPE axes
         return
     text = positions[0] if positions.dim() == 3 else positions
     if (text.diff(dim=-1) < 0).any():
@@ -197,16 +198,17 @@ def check_one_sequence(positions: Tensor, axes: int) -> None:
 
 
 def needed(tokens: Tokens, length: int, pad_left: bool) -> int | Tensor:
-    """How many columns of a prompt [B, length] end with its last visual token; all, if padding follows the text."""
+    """Returns the number of columns of a prompt [B, length] up to its last visual token; all, if padding follows the
+    text."""
     return (tokens.where % length).max() + 1 if pad_left else length
 
 
 def kept_positions(positions: Tensor, valid: Tensor, packing: Packing, axes: int, told: bool) -> tuple[Tensor, Tensor]:
-    """Positions [.., B or 1, L] as given -> those of the tokens that stay, and the one that comes next [B, 1].
+    """Returns the positions of the tokens that stay, and the next position [B, 1]. positions: [.., B or 1, L] as given.
 
-    Of M-RoPE's the axes [axes, B, L2] are returned, without the positions of the text. What comes next differs where a
-    video reaches past the text after it: models go on after the largest position of the prompt, but who gives the
-    positions (`told`; generate() does in newer versions) goes on after the last.
+    Of M-RoPE positions only the axes [axes, B, L2] are returned, without the row of the text. The next position is
+    ambiguous if a video reaches past the text after it: models continue after the largest position of the prompt, but
+    callers that give the positions themselves (`told`; newer versions of generate() do) continue after the last one.
     """
     if positions.dim() == 3 and len(positions) not in (axes, axes + 1):
         raise ValueError(
@@ -226,7 +228,8 @@ def kept_positions(positions: Tensor, valid: Tensor, packing: Packing, axes: int
 
 
 def marked(x: Tensor, tokens: Tokens, keep: Keep, options: Options) -> Shorter | None:
-    """`shorten` where the projector's hooks have done the work: the marked rows of x [T, D] leave."""
+    """Returns what `shorten` would, if the projector's hooks have compressed already: the marked rows of x [T, D]
+    leave."""
     left = tokens.after(keep, options)
     expected = sum(tokens.lengths) - sum(left)
     if not expected:

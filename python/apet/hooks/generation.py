@@ -1,4 +1,4 @@
-"""generate(): which call of it runs, and what it cannot do with images or with the cache of a compressed prompt."""
+"""Finds the running call of generate(), and rejects calls that would be wrong with images or a compressed prompt."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from .target import Target
 
 
 def check(target: Target, given: Mapping[str, Any]) -> None:
-    """Raises ValueError for what generate() would do wrong with images."""
+    """Raises ValueError for arguments with which generate() would treat images wrongly."""
     if not target.adapter.brings(given):
         prompts = {"input_ids": next((p for p in map(given.get, ("inputs", "input_ids")) if p is not None), None)}
         unknown = target.core_arguments.unknown(given)
@@ -31,12 +31,12 @@ def check(target: Target, given: Mapping[str, Any]) -> None:
 
 
 def current(patch: Patch) -> Call | None:
-    """The generate() that runs in this thread: this instance's, or the class's, called directly."""
+    """Returns the call of generate() that runs in this thread: through this instance, or directly through its class."""
     return state.current(patch, "generate") or of_the_class(patch)
 
 
 def of_the_class(patch: Patch) -> Call | None:
-    """`type(model).generate(model, ...)`, which no hook sees, found on the stack."""
+    """Finds a running `type(model).generate(model, ...)` on the stack; no hook sees such a call."""
     model = patch.target.model()
     code = getattr(inspect.unwrap(getattr(type(model), "generate", None) or type), "__code__", None)
     frame = sys._getframe()
@@ -49,8 +49,8 @@ def of_the_class(patch: Patch) -> Call | None:
 
 
 def check_kept_cache(patch: Patch, cache: Cache) -> None:
-    """Raises ValueError where the class's generate() goes on from a compressed prompt: it takes tokens that were
-    dropped for new ones. The instance's counts the tokens as given."""
+    """Raises ValueError if the class's generate() continues a compressed prompt: it would take dropped tokens as new
+    ones. The instance's generate() counts the tokens as given."""
     if state.current(patch, "generate") is None:
         call = of_the_class(patch)
         if call is not None and any(value is cache for value in call.inputs.values()):
@@ -62,6 +62,6 @@ def check_kept_cache(patch: Patch, cache: Cache) -> None:
 
 
 def call_of(patch: Patch, given: Mapping[str, Any]) -> Call:
-    """A call of generate() with these arguments."""
+    """Returns the record of a call of generate() with these arguments."""
     prompts = next((p for p in map(given.get, ("inputs", "input_ids", "inputs_embeds")) if p is not None), ())
     return Call(weakref.ref(patch), "generate", given, rows=len(prompts))

@@ -1,4 +1,4 @@
-"""The units of images and videos, from what a call says about their sizes."""
+"""Derives the units of images and videos from the grids and sizes among the arguments of a call."""
 
 from __future__ import annotations
 
@@ -18,17 +18,18 @@ Units = Tensor
 
 
 def one_unit(tokens: int) -> Units:
-    """An image of `tokens` placeholders that are compressed together."""
+    """Returns the units of an image whose `tokens` placeholders are compressed together."""
     return torch.zeros(tokens, dtype=torch.int64)
 
 
 def equal_units(units: int, tokens: int) -> Units:
-    """A video of so many units, one after another, of `tokens` placeholders each."""
+    """Returns the units of a video: so many units, one after another, of `tokens` placeholders each."""
     return torch.arange(units).repeat_interleave(tokens)
 
 
 def visuals(core: nn.Module, inputs: Mapping[str, Any], counts: Mapping[str, int]) -> dict[str, list[Units]]:
-    """The images and videos of a call whose sizes explain its placeholders, by modality. counts: the placeholders."""
+    """Returns the units of the images and videos of a call, for each modality whose sizes agree with its placeholders.
+    counts: the number of placeholders by modality."""
     found = {m: of_patches(core, inputs.get(f"{m}_grid_thw"), n) for m, n in counts.items()}
     if found.get("image") is None and "image" in counts:
         found["image"] = of_pixels(core, inputs.get("image_sizes"), counts["image"])
@@ -36,7 +37,8 @@ def visuals(core: nn.Module, inputs: Mapping[str, Any], counts: Mapping[str, int
 
 
 def apart(inputs: Mapping[str, Any], modality: str, lengths: list[int]) -> list[int]:
-    """Runs of placeholders, cut where images of equal size [n, channels, height, width] stand side by side."""
+    """Splits runs of placeholders into images, if images of equal size [n, channels, height, width] stand side by
+    side."""
     pixels = [x for name, x in inputs.items() if is_pixels(name) and modality_of(name) == modality]
     images = [len(x) for x in pixels if isinstance(x, Tensor) and x.dim() == 4]
     packed = inputs.get(f"{modality}_grid_thw") is not None  # then an entry is a patch
@@ -47,17 +49,17 @@ def apart(inputs: Mapping[str, Any], modality: str, lengths: list[int]) -> list[
 
 
 def unit_names(core: nn.Module) -> dict[str, str]:
-    """What a unit of each modality is called."""
+    """Returns the name of a unit of each modality, for messages."""
     taken = inspect.signature(core.forward).parameters
     image = "image" if {"image_grid_thw", "image_sizes"} & {*taken} else "image or tile"
     return {"image": image, "video": "temporal step" if "video_grid_thw" in taken else "frame"}
 
 
 def of_patches(core: nn.Module, grid: Any, placeholders: int) -> list[Units] | None:
-    """Grids of patches [steps, height, width], which a model merges into tokens; a step is a unit.
+    """Returns the units of grids of patches [steps, height, width], which a model merges into tokens; a step is a unit.
 
-    Several steps may become one, a row may end with a token of its own, and an image begin and end with one: these
-    always stay. None where the grids do not explain the placeholders.
+    A model may merge several steps, end each row with an additional token, or put one before and one after an image:
+    these tokens always stay. Returns None if the grids do not agree with the number of placeholders.
     """
     if grid is None or not placeholders:
         return None
@@ -82,7 +84,7 @@ def of_patches(core: nn.Module, grid: Any, placeholders: int) -> list[Units] | N
 
 
 def _merge(core: nn.Module) -> int | None:
-    """How many patches a side a model merges into a token, as its configuration tells."""
+    """Returns the side, in patches, of the square that a model merges into a token, from its configuration."""
     for config in (getattr(core.config, "vision_config", None), core.config):
         for name in ("spatial_merge_size", "merge_size", "merge_kernel_size"):
             value = getattr(config, name, None)
@@ -94,7 +96,8 @@ def _merge(core: nn.Module) -> int | None:
 
 
 def of_pixels(core: nn.Module, sizes: Any, placeholders: int) -> list[Units] | None:
-    """Images of [height, width] pixels in patches, as Pixtral's are; between their rows may stand other tokens."""
+    """Returns the units of images of [height, width] pixels cut into patches (Pixtral); other tokens may stand between
+    rows."""
     config = core.config
     patch = getattr(getattr(config, "vision_config", None), "patch_size", None)
     if sizes is None or not isinstance(patch, int):

@@ -1,4 +1,4 @@
-"""The visual tokens of a call: where their placeholders are, and to which image or video each belongs."""
+"""Finds the visual tokens of a call: the positions of their placeholders, and the image or video of each."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from .units import Tokens, group
 
 
 def find(target: Target, call: Call, generation: Call | None, x: Tensor) -> tuple[Trace, Tokens]:
-    """The visual tokens of a call among the rows of its embeddings x [B, L, D], flattened to [B * L, D].
+    """Returns the visual tokens of a call among the rows of its embeddings x [B, L, D], flattened to [B * L, D].
 
-    generation: the generate() that the call belongs to, where that has encoded the images.
+    generation: the call of generate() that this call is part of, if that has encoded the images.
     """
     adapter, options, core, inputs = target.adapter, target.options, call.core, call.inputs
     batch, length = x.shape[:2]
@@ -29,7 +29,7 @@ def find(target: Target, call: Call, generation: Call | None, x: Tensor) -> tupl
     elif len(flats) > 1 and len({adapter.tokens[m] for m in flats}) < len(flats):
         raise ValueError(f"{' and '.join(flats)} stand at the same placeholders, so apet cannot tell them apart")
     repeats = 1
-    if not brings_pixels(inputs):  # generate() has encoded them before this forward
+    if not brings_pixels(inputs):  # generate() has encoded the images before this forward
         if generation is None or not brings_pixels(generation.inputs):
             raise ValueError("mm_encoder_outputs were encoded outside of this call; give the pixel values instead")
         inputs, repeats = generation.inputs, batch // generation.rows
@@ -54,7 +54,7 @@ def find(target: Target, call: Call, generation: Call | None, x: Tensor) -> tupl
 
 
 def placeholders(adapter: Adapter, core: nn.Module, modality: str, inputs: Mapping[str, Any], x: Tensor) -> Tensor:
-    """The rows of x [B, L, D], flattened, that hold the features of a modality, ascending."""
+    """Returns the rows of x [B, L, D], flattened, that hold the features of a modality, ascending."""
     name = adapter.tokens.get(modality)
     token = None if name is None else of(core, name)
     if token is None:
@@ -64,7 +64,7 @@ def placeholders(adapter: Adapter, core: nn.Module, modality: str, inputs: Mappi
         )
     if inputs.get("input_ids") is not None:
         there = inputs["input_ids"] == token
-    else:  # the model looks for the placeholder's embedding, too
+    else:  # as the model does, compare with the embedding of the placeholder
         given = inputs["inputs_embeds"]
         there = (given == core.get_input_embeddings()(torch.tensor(token, device=given.device))).all(-1)
     if there.shape != x.shape[:2]:
@@ -76,14 +76,14 @@ def placeholders(adapter: Adapter, core: nn.Module, modality: str, inputs: Mappi
 
 
 def contiguous_lengths(flat: Tensor) -> list[int]:
-    """The lengths of the contiguous runs among ascending positions [N]."""
+    """Returns the lengths of the contiguous runs among ascending positions [N]."""
     return (flat.diff(prepend=flat[:1] - 2) != 1).cumsum(0).bincount()[1:].tolist()
 
 
 def by_row(sizes: list[int], per_row: list[int], repeats: int, modality: str) -> list[tuple[int, int]]:
-    """Which image or video (of these sizes, in order) stands in which row: pairs (row, number), row after row.
+    """Assigns images or videos (of these sizes, in order) to rows of the batch: pairs (row, number), row after row.
 
-    per_row: the placeholders of each row. `repeats` rows in succession are copies of one prompt (beams).
+    per_row: the number of placeholders of each row. `repeats` rows in succession are copies of one prompt (beams).
     """
     placed, number = [], 0
     for row in range(0, len(per_row), repeats):
@@ -103,6 +103,6 @@ def by_row(sizes: list[int], per_row: list[int], repeats: int, modality: str) ->
 
 
 def check_list(name: str, keep: Keep | None, visuals: int) -> None:
-    """Raises ValueError for a list of budgets that does not fit the call."""
+    """Raises ValueError if a list of budgets does not have one entry for each image and video."""
     if isinstance(keep, tuple) and len(keep) != visuals:
         raise ValueError(f"{name} has {len(keep)} entries, but the call has {visuals} images and videos")

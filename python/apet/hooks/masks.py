@@ -1,9 +1,9 @@
-"""What the attention masks of a prompt say beyond causal attention, and the same once tokens have left.
+"""Reads which pairs of tokens an attention mask shows beyond causal attention, and keeps them when tokens are dropped.
 
-A mask of one kind of layers is, over the tokens that are no padding, causal attention (within a window or a chunk,
-where the layers have one) and perhaps more: Gemma's tokens of an image see each other both ways. What is more is kept
-as pairs and gathered in both dimensions; the causal part is built again by transformers' own functions over the
-columns that are left, because that is what it counts in later steps.
+Over the tokens that are no padding, the mask of one kind of layers is causal attention (within a window or a chunk, if
+the layers have one), perhaps with additional pairs: in Gemma the tokens of an image see each other both ways. The
+additional pairs are kept and gathered in both dimensions. The causal part is built again by transformers' own functions
+over the remaining columns, because windows and chunks count those in later steps, too.
 """
 
 from __future__ import annotations
@@ -20,19 +20,19 @@ from .calling import KINDS, RECURRENT
 from .sequence import Packing
 
 LIMITED = ("sliding_attention", "chunked_attention")  # kinds of layers whose caches do not hold every column
-More = dict[str, Tensor]  # by the kind of layers: which pairs [B, L, past + L] bool are seen beside the causal ones
+More = dict[str, Tensor]  # kind of layers -> the pairs [B, L, past + L] bool seen in addition to the causal ones
 
 
 @dataclass(frozen=True)
 class Reach:
-    """How far the layers of a decoder see."""
+    """The window and chunk size that limit which tokens the layers of a decoder see."""
 
-    single: str  # the kind of layers that a mask is for, where there is one mask for all
-    window: int | None = None  # of "sliding_attention"
-    chunk: int | None = None  # of "chunked_attention"
+    single: str  # the kind of layers that the mask is for, if there is one mask for all layers
+    window: int | None = None  # tokens, of "sliding_attention"
+    chunk: int | None = None  # tokens, of "chunked_attention"
 
     def causal(self, kind: str, valid: Tensor, past: int) -> Tensor:
-        """The pairs [B or 1, L, past + L] that layers of a kind see; valid [B, past + L]: no padding."""
+        """Returns the pairs [B or 1, L, past + L] bool that layers of a kind see; valid [B, past + L]: no padding."""
         total = valid.shape[1]
         pairs = torch.ones(total - past, total, dtype=torch.bool, device=valid.device).tril(past)
         if kind == "sliding_attention" and self.window is not None:
@@ -45,17 +45,17 @@ class Reach:
 
 
 def read(mask: Any, batch: int, length: int, device: torch.device, reach: Reach, past: int = 0) -> tuple[Tensor, More]:
-    """Which tokens of a prompt are no padding, [batch, past + length] bool, and what is seen beside causal attention.
+    """Returns which tokens are no padding, [batch, past + length] bool, and the pairs seen beyond causal attention.
 
     mask: None, 2-D [B, past + length], 4-D [B, 1, length, columns] bool or additive, a flex_attention BlockMask, or a
-    dict of such by the kind of the layers; past: what the cache holds. Every mask of a dict is read. Raises ValueError
-    where one hides what causal attention shows.
+    dict of these by the kind of the layers; past: the number of tokens in the cache. Every mask of a dict is read.
+    Raises ValueError if a mask hides what causal attention shows.
     """
     given = mask if isinstance(mask, Mapping) else {reach.single: mask}
     valid: Tensor | None = None
     more: More = {}
     for kind, one in sorted(given.items()):
-        if one is None or kind in RECURRENT:  # the padding is that of the other kinds
+        if one is None or kind in RECURRENT:  # the masks of the other kinds show the same padding
             continue
         if kind not in KINDS:
             raise ValueError(f"layers of type '{kind}' have a mask of their own, from which tokens cannot be dropped")
@@ -89,7 +89,7 @@ def _read(
         )
     seen = mask[:, 0, :, :total].to(device)
     seen = (seen if seen.dtype == torch.bool else seen == 0).expand(batch, -1, -1)  # [B, length, total]
-    valid = seen.any(1)  # some query sees it, at least its own
+    valid = seen.any(1)  # a token that is no padding is seen by some query, at least by its own
     pairs = valid[:, past:, None] & valid[:, None, :]
     causal, seen = reach.causal(kind, valid, past) & pairs, seen & pairs
     if (causal & ~seen).any():
@@ -102,7 +102,7 @@ def _read(
 
 
 def packed(more: More, packing: Packing, past: int) -> More:
-    """The same pairs once [B, L] has become [B, L2]: bool [B, L2, past + L2] for each kind of layers."""
+    """Returns the same pairs after [B, L] was shortened to [B, L2]: bool [B, L2, past + L2] for each kind of layers."""
     columns = torch.arange(past, device=packing.index.device).expand(len(packing.index), -1)
     columns = torch.cat([columns, packing.index + past], dim=1)  # [B, past + L2]
     valid = torch.cat([torch.ones_like(columns[:, :past], dtype=torch.bool), packing.valid], dim=1)

@@ -1,10 +1,10 @@
-"""Where a vision-language model keeps its parts, told by what they are and how they are called, not by their names.
+"""Finds the parts of a vision-language model by their type and their arguments, not by their names.
 
 A model that the hooks can patch puts visual features at placeholder tokens of a decoder. So:
 - the decoder is the module with a list of layers that is called with embeddings, a mask, positions and a cache;
 - the core model is the innermost module around it that takes pixels;
 - the placeholders of a modality are a token id in the core model's configuration;
-- positions are kept where the model counts them along several axes (M-RoPE), and counted anew elsewhere.
+- positions are kept if the model counts them along several axes (M-RoPE), else they are counted anew.
 """
 
 from __future__ import annotations
@@ -22,12 +22,13 @@ PLACEHOLDERS: Mapping[str, tuple[str, ...]] = {
     for modality in ("image", "video")
     for names in [tuple(f"{modality}_{ending}" for ending in ("token_id", "token_index", "patch_id"))]
 }
-DECODER = ("embeds", "mask", "positions", "cache")  # the roles by which a decoder is known
+DECODER = ("embeds", "mask", "positions", "cache")  # the roles by which a decoder is recognised
 CROSS = ("encoder_hidden_states", "cross_attention_states", "image_hidden_states", "encoder_outputs")
 
 
 def core(model: nn.Module) -> nn.Module:
-    """The innermost module around the decoder whose forward takes pixels. Raises ValueError where there is none."""
+    """Returns the innermost module around the decoder whose forward takes pixels. Raises ValueError if there is
+    none."""
     whole = [name for name, child in model.named_children() if hasattr(child, "generate") and _takes_pixels(child)]
     if whole and not _takes_pixels(model):
         raise ValueError(
@@ -56,12 +57,13 @@ def core(model: nn.Module) -> nn.Module:
 
 
 def decoder(core: nn.Module) -> nn.Module:
-    """The module with decoder layers that a core model calls with embeddings. Raises ValueError without such a one."""
+    """Returns the module with decoder layers that a core model calls with embeddings. Raises ValueError if there is
+    none."""
     return _decoder(core)[1]
 
 
 def layers(decoder: nn.Module) -> nn.ModuleList | None:
-    """The decoder layers of a module; None where it has none of its own."""
+    """Returns the decoder layers of a module; None if it has none of its own."""
     lists = {name: child for name, child in decoder.named_children() if isinstance(child, nn.ModuleList) and len(child)}
     if "layers" in lists:
         return lists["layers"]
@@ -70,7 +72,7 @@ def layers(decoder: nn.Module) -> nn.ModuleList | None:
 
 
 def tokens(core: nn.Module) -> dict[str, str]:
-    """Where the configuration of a core model keeps the placeholder of each modality that it has."""
+    """Returns the name of the configuration field with the placeholder of each modality that a core model has."""
     names = {m: next((n for n in names if of(core, n) is not None), None) for m, names in PLACEHOLDERS.items()}
     found = {m: name for m, name in names.items() if name is not None}
     if not found:
@@ -83,7 +85,7 @@ def tokens(core: nn.Module) -> dict[str, str]:
 
 
 def of(core: nn.Module, name: str) -> int | None:
-    """A token id of the configuration of a core model, by its dotted name; None where it has none."""
+    """Returns a token id in the configuration of a core model, by its dotted name; None if it has none."""
     value: Any = core.config
     for part in name.split("."):
         value = getattr(value, part, None)
@@ -91,12 +93,13 @@ def of(core: nn.Module, name: str) -> int | None:
 
 
 def positions(core: nn.Module) -> str:
-    """ "keep" where a model counts positions along several axes, else "renumber"."""
+    """Returns "keep" if a model counts positions along several axes, else "renumber"."""
     return "keep" if hasattr(core, "get_rope_index") else "renumber"
 
 
 def axes(decoder: nn.Module) -> int:
-    """How many rows of positions the rotary embedding of a decoder takes: 3 unless its configuration says otherwise."""
+    """Returns the number of position axes that the rotary embedding of a decoder takes: 3, or as its configuration
+    says."""
     given = [getattr(decoder.config, name, None) or {} for name in ("rope_parameters", "rope_scaling")]
     by_type = [one for rope in given for one in rope.values() if isinstance(one, Mapping)]
     sections = [rope["mrope_section"] for rope in (*given, *by_type) if rope.get("mrope_section")]
@@ -104,24 +107,24 @@ def axes(decoder: nn.Module) -> int:
 
 
 def takes_text_row(decoder: nn.Module) -> bool:
-    """Whether a decoder takes positions of the text as a first row before three axes, from which its source tells them
-    apart by their number: those of transformers do, but for GLM's in version 4."""
+    """Returns whether a decoder takes the positions of the text as a row before the three axes, and recognises it by
+    the number of rows. All decoders of transformers do, except GLM's in version 4."""
     if axes(decoder) != 3:
         return False
     try:
         return "shape[0] == 4" in inspect.getsource(within(decoder).forward)
-    except (OSError, TypeError):  # made at run time
+    except (OSError, TypeError):  # the class was made at run time and has no source
         return True
 
 
 def deepstack(core: nn.Module) -> int:
-    """After how many decoder layers visual features are added again, as far as the configuration tells."""
+    """Returns the number of decoder layers after which visual features are added again, from the configuration."""
     vision = getattr(core.config, "vision_config", None)
     return len(getattr(vision, "deepstack_visual_indexes", None) or ())
 
 
 def why_not(model: nn.Module) -> str | None:
-    """Why a model has no visual tokens that could leave; None where nothing speaks against it."""
+    """Returns the reason why a model has no visual tokens that could be dropped; None if there is no such reason."""
     config = getattr(model, "config", None)
     if config is None:
         return "it has no configuration, as models of transformers have"
@@ -151,7 +154,7 @@ def _takes_pixels(module: nn.Module) -> bool:
 
 
 def _decoder(within: nn.Module) -> tuple[list[str], nn.Module]:
-    """The decoder and the names that lead to it. Raises ValueError where there is none, or more than one."""
+    """Returns the decoder and the names that lead to it. Raises ValueError if there is none, or more than one."""
     found = list(_decoders(within, len(DECODER)))
     if len(found) > 1:
         named = ", ".join(f"{'.'.join(path)} ({type(module).__name__})" for path, module in found)
@@ -162,7 +165,7 @@ def _decoder(within: nn.Module) -> tuple[list[str], nn.Module]:
     if found:
         return found[0]
     for _, near in _decoders(within, len(DECODER) - 1):
-        Arguments.of(near, DECODER)  # says which one it lacks
+        Arguments.of(near, DECODER)  # raises an error that names the missing argument
     crossing = sorted({type(m).__name__ for m in within.modules() if _crosses(m)})
     if crossing:
         raise ValueError(
@@ -178,7 +181,8 @@ def _decoder(within: nn.Module) -> tuple[list[str], nn.Module]:
 
 
 def _decoders(within: nn.Module, roles: int) -> Iterator[tuple[list[str], nn.Module]]:
-    """The modules that have layers, and so many of a decoder's arguments."""
+    """Yields the modules that have layers and at least `roles` of a decoder's arguments, with the names that lead to
+    them."""
     for name, module in within.named_modules():
         if not any(isinstance(child, nn.ModuleList) for child in module.children()) or _crosses(module):
             continue

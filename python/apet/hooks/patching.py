@@ -1,4 +1,4 @@
-"""The patch of a model: hooks on and off, and what becomes of them in copies and pickles of the model."""
+"""The patch of a model: installs and removes hooks, and follows copies and pickles of the model."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ MODULES = ("model", "core", "language_model", "projector")  # the fields of a ta
 
 
 class Patch:
-    """A patch of one model: a subclass has the hooks (`Engine`). No module itself: it has no part in state_dict().
+    """The patch of one model; the subclass `Engine` has the hooks. It is no nn.Module, so it is not in state_dict().
 
-    Hooks are its bound methods, and it holds the model weakly. So a deep copy or a pickle of the model carries a patch
-    of its own, a deep copy of a part of the model shares this one, and `del model` frees both. What a call needs lives
-    with the call (state.py), so threads may share a model.
+    The hooks are bound methods of the patch, which holds the model weakly. So a deep copy or a pickle of the model
+    carries a patch of its own, a deep copy of a part of the model shares this one, and `del model` frees both. The
+    state of a call is stored with the call (state.py), so several threads may call one model.
     """
 
     def __init__(self, target: Target):
@@ -31,19 +31,21 @@ class Patch:
         self.handles: list[Any] = []
         self.generate_before: Any = None
         self.installed = False
-        self.latest: Trace | None = None  # of the last prefill with visuals, in any thread
-        self.threads = threading.local()  # trace: of the last one in this thread; projected: between two hooks
+        self.latest: Trace | None = None  # of the last prefill with visual tokens, in any thread
+        # trace: of the last such prefill in this thread; projected: passed from the hook before the projector to the
+        # one after it; mask: given to the core model
+        self.threads = threading.local()
 
     def hooks(self) -> list[Any]:
         """Registers every hook. Returns their handles."""
         raise NotImplementedError
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """What `model.generate` of this instance is."""
+        """Replaces `model.generate` of this instance."""
         raise NotImplementedError
 
     def install(self) -> None:
-        """Registers every hook."""
+        """Registers every hook, and replaces `generate`."""
         model = self.target.model()
         self.handles = self.hooks()
         if hasattr(model, "generate"):
@@ -53,7 +55,8 @@ class Patch:
         self.installed = True
 
     def remove(self) -> None:
-        """Removes every hook. Copies of a hook that others made (PEFT copies modules) do nothing from now on."""
+        """Removes every hook. Copies of a hook that other libraries made (PEFT copies modules) do nothing from now
+        on."""
         for handle in self.handles:
             handle.remove()
         self.handles, self.installed = [], False
@@ -86,11 +89,12 @@ class Patch:
 
     @property
     def trace(self) -> Trace | None:
-        """Of the last prefill with visuals in this thread, or in any if this has run none."""
+        """The trace of the last prefill with visual tokens in this thread, or, if this thread has run none, in any
+        thread."""
         return getattr(self.threads, "trace", None) or self.latest
 
     def __getstate__(self) -> dict[str, Any]:
-        """With the modules themselves, since a pickle holds no weak reference."""
+        """Returns the state with the modules themselves, since a pickle cannot hold weak references."""
         fields = {f.name: getattr(self.target, f.name) for f in dataclasses.fields(self.target)}
         modules = {name: fields[name] and fields[name]() for name in MODULES}
         kept = {name: getattr(self, name) for name in ("handles", "generate_before", "installed", "latest")}
@@ -102,7 +106,8 @@ class Patch:
         self.__dict__.update(state, target=Target(**fields | refs), threads=threading.local())
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Patch:
-        """Of a copy of the whole model; a copy of a part (PEFT the projector) shares this one."""
+        """Copies the patch along with the whole model; a copy of a part of the model (PEFT copies projectors) shares
+        this one."""
         if id(self.target.model()) not in memo:
             return self
         twin = memo[id(self)] = object.__new__(type(self))

@@ -1,6 +1,6 @@
-"""python -m apet.hooks.record: adds the installed transformers to tested.json. For maintainers, after the tests passed.
+"""python -m apet.hooks.record: adds the installed transformers to tested.json. For maintainers, once the tests passed.
 
-`make matrix` runs it for each version whose tests of the hooks have passed.
+`make matrix` runs it for each version for which the tests of the hooks have passed.
 """
 
 from __future__ import annotations
@@ -15,12 +15,13 @@ from .adapters import adapter_for
 from .target import Target
 from .versions import FILE, digests
 
-# Decoders that LLaVA-style checkpoints come with.
+# The decoders of LLaVA-style checkpoints.
 DECODERS = ("llama", "mistral", "qwen2", "qwen3")
 
 
 def files() -> dict[str, str]:
-    """The files of transformers that the hooks rely on for the families that have an adapter, with their digests."""
+    """Returns the files of transformers that the hooks rely on for the families that have an adapter, with their
+    digests."""
     found: dict[str, str] = {}
     for name in selfcheck.families():
         cls = getattr(transformers, selfcheck.NAMES[name])

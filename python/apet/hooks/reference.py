@@ -11,12 +11,13 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 from transformers import Cache
 
 Row = Mapping[str, Any]  # the inputs of one prompt, not padded
@@ -44,12 +45,10 @@ class Decoder:
                 found.append(module)
 
         holders = [m for m in model.modules() if any(isinstance(c, nn.ModuleList) for c in m.children())]
-        handles = [m.register_forward_pre_hook(listen, with_kwargs=True) for m in holders]
-        try:
+        with ExitStack() as hooks:
+            for holder in holders:
+                hooks.enter_context(holder.register_forward_pre_hook(listen, with_kwargs=True))
             model(**row, use_cache=False)
-        finally:
-            for handle in handles:
-                handle.remove()
         if not found:
             raise ValueError(f"{type(model).__name__} calls no module with decoder layers with embeddings")
         lists = {name: c for name, c in found[0].named_children() if isinstance(c, nn.ModuleList) and len(c)}
@@ -83,16 +82,14 @@ def say(
     def after(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         states.append(output[0][:, -1])
 
-    handles = [
-        decoder.module.register_forward_pre_hook(before, with_kwargs=True),
-        decoder.module.register_forward_hook(after, with_kwargs=True),
-    ]
-    if llm_layer is not None:
-        handles.append(decoder.layers[llm_layer].register_forward_pre_hook(inside, with_kwargs=True))
     words = set(range(3, 99))
     size = model.config.get_text_config().vocab_size
     more = {"cache_implementation": "static", "disable_compile": True} if static else {}
-    try:
+    with ExitStack() as hooks:
+        hooks.enter_context(decoder.module.register_forward_pre_hook(before, with_kwargs=True))
+        hooks.enter_context(decoder.module.register_forward_hook(after, with_kwargs=True))
+        if llm_layer is not None:
+            hooks.enter_context(decoder.layers[llm_layer].register_forward_pre_hook(inside, with_kwargs=True))
         tokens = model.generate(
             **inputs,
             max_new_tokens=new,
@@ -101,9 +98,6 @@ def say(
             suppress_tokens=[i for i in range(size) if i not in words],
             **more,
         )
-    finally:
-        for handle in handles:
-            handle.remove()
     return Said(tokens[:, -new:], torch.stack(states, 1), entered)
 
 
@@ -137,13 +131,8 @@ class Whole:
             seen.append(_bound(module, args, kwargs))
             raise NotSeen
 
-        handle = decoder.module.register_forward_pre_hook(listen, with_kwargs=True)
-        try:
+        with decoder.module.register_forward_pre_hook(listen, with_kwargs=True), suppress(NotSeen):
             model(**longer, use_cache=False)
-        except NotSeen:
-            pass
-        finally:
-            handle.remove()
         config = decoder.module.config
         sizes = [getattr(config, n, None) for n in ("sliding_window", "sliding_window_size")]
         chunk = getattr(config, "attention_chunk_size", None)
@@ -325,23 +314,15 @@ def visual(row: Row, modality: str | None = None) -> Tensor:
 @contextmanager
 def _watching(layer: nn.Module) -> Iterator[list[Tensor]]:
     seen: list[Tensor] = []
-    handle = layer.register_forward_pre_hook(lambda _, a, k: seen.append(_hidden(a, k)), with_kwargs=True)
-    try:
+    with layer.register_forward_pre_hook(lambda _, a, k: seen.append(_hidden(a, k)), with_kwargs=True):
         yield seen
-    finally:
-        handle.remove()
 
 
-@contextmanager
-def _given(layer: nn.Module, rows: Tensor) -> Iterator[None]:
+def _given(layer: nn.Module, rows: Tensor) -> RemovableHandle:
     def give(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         return ((rows, *args[1:]), kwargs) if args else ((), kwargs | {"hidden_states": rows})
 
-    handle = layer.register_forward_pre_hook(give, with_kwargs=True)
-    try:
-        yield
-    finally:
-        handle.remove()
+    return layer.register_forward_pre_hook(give, with_kwargs=True)
 
 
 def _hidden(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:

@@ -19,7 +19,8 @@ from .units import shorten
 
 
 def enter(target: Target, forward: Forward, cache: Cache | None, arguments: dict[str, Any]) -> dict[str, Any]:
-    """Where layer `llm_layer` begins: fills in forward.late, if there is anything to it, and returns the arguments."""
+    """Begins the second stage at layer `llm_layer`: sets forward.late, if tokens are dropped there, and returns the
+    arguments."""
     layer = target.options.llm_layer
     roles = target.layer_arguments[layer]
     if forward.tokens is not None:
@@ -35,7 +36,8 @@ def enter(target: Target, forward: Forward, cache: Cache | None, arguments: dict
 
 @torch.compiler.disable(reason=PREFILL)
 def shortened(target: Target, forward: Forward, cache: Cache | None, arguments: dict[str, Any]) -> dict[str, Any]:
-    """A prefill: compresses the hidden states of the visual tokens, [B, L, D] or [B, L, streams, D] -> [B, L2, ...]."""
+    """Compresses the visual tokens in the hidden states of a prefill, [B, L, D] or [B, L, streams, D] -> [B, L2,
+    ...]."""
     options = target.options
     roles = target.layer_arguments[options.llm_layer]
     x = roles.get("hidden", arguments)
@@ -65,7 +67,7 @@ def shortened(target: Target, forward: Forward, cache: Cache | None, arguments: 
 
 
 def arguments(target: Target, forward: Forward, index: int, call: dict[str, Any]) -> dict[str, Any]:
-    """What decoder layer `index` >= `llm_layer` is called with, instead of `call`."""
+    """Returns the arguments for decoder layer `index` >= `llm_layer`, in place of `call`."""
     late, roles = forward.late, target.layer_arguments[index]
     if late.packing is not None:
         batch, whole = forward.valid.shape
@@ -87,13 +89,13 @@ def arguments(target: Target, forward: Forward, index: int, call: dict[str, Any]
 
 
 def mask_of(target: Target, forward: Forward, index: int, kind: str, given: Any, cache: Cache | None) -> Any:
-    """The mask of a layer, of the form that it was given one in."""
+    """Returns the mask of a layer, in the form of the mask that the layer was given."""
     late = forward.late
     if kind in IDLE:
         return given
     if kind in RECURRENT and (given is None or given.dim() == 2):
         return new_tokens(late)
-    if kind in RECURRENT:  # handed over all the same: that of a layer that attends
+    if kind in RECURRENT:  # it is given a 4-D mask although it keeps a state: build that of a layer that attends
         index = target.attending(forward.language_model)
         kind = target.kind(forward.language_model, index)
     if isinstance(given, Tensor) and given.dim() == 2:  # the layer makes its own mask
@@ -101,21 +103,22 @@ def mask_of(target: Target, forward: Forward, index: int, kind: str, given: Any,
     if kind not in late.built:
         config, more = forward.language_model.config, late.more.get(kind)
         if more is None and len(late.more) == 1 and target.reach(forward.language_model).single in late.more:
-            more = next(iter(late.more.values()))  # one mask was handed over for all layers
+            more = next(iter(late.more.values()))  # one mask was given for all layers
         late.built[kind] = target.masks.build(config, late.x, late.mask, cache, index, late.past, kind, more)
     return late.built[kind]
 
 
 def new_tokens(late: Late) -> Tensor | None:
-    """Which new tokens [B, L] a state takes in: all but padding; None: all."""
+    """Returns which new tokens [B, L] a recurrent state takes in: all but padding; None: all."""
     new = late.x.shape[1]
     return None if new == 1 else late.mask[:, late.mask.shape[1] - new :].long()
 
 
 def rotary_of(target: Target, forward: Forward, kind: str, owner: str, given: Any) -> Any:
-    """The rotary embeddings of layers of a kind for what is left; None: those that they are given."""
+    """Returns the rotary embedding of layers of a kind for the remaining tokens; None: they keep the one they are
+    given."""
     late, decoder = forward.late, forward.language_model
-    if given is None:  # this layer turns nothing
+    if given is None:  # this layer uses no rotary embedding
         return None
     if target.rotary is None:
         raise ValueError(f"{owner} was called with rotary embeddings, where apet found no layer that takes them")
@@ -138,7 +141,7 @@ def rotary_of(target: Target, forward: Forward, kind: str, owner: str, given: An
 
 
 def parts_of(rotary: Any) -> Iterator[Tensor]:
-    """The cosine and the sine, or the one tensor that holds both."""
+    """Yields the cosine and the sine, or the one tensor that holds both."""
     yield from rotary if isinstance(rotary, tuple | list) else [rotary]
 
 
@@ -147,8 +150,8 @@ def _like(rotary: Any, parts: list[Tensor]) -> Any:
 
 
 def check_rotary_arguments(owner: str, rotary: Any, batch: int, length: int, axes: int) -> None:
-    """Raises ValueError where a layer is not given cosines and sines of its positions: of [B or 1, L, d] or, of the
-    axes of M-RoPE, [axes, B, L, d]."""
+    """Raises ValueError if a layer is not given the cosines and sines of its positions, [B or 1, L, d], or of the axes
+    of M-RoPE, [axes, B, L, d]."""
     given = list(parts_of(rotary))
     known = all(
         isinstance(t, Tensor) and tuple(t.shape[:-1]) in ((batch, length), (1, length), (axes, batch, length))
@@ -163,10 +166,11 @@ def check_rotary_arguments(owner: str, rotary: Any, batch: int, length: int, axe
 
 
 def check_rotary_values(target: Target, forward: Forward, kind: str, rotary: Any) -> None:
-    """Raises ValueError where a model does not give its layers what `rotary_emb` gives for counted positions [B, L].
+    """Raises ValueError if a model gives its layers something else than `rotary_emb` gives for counted positions [B,
+    L].
 
-    The layers from `llm_layer` on get what it gives for the positions of the shorter sequence. A model that is told no
-    positions may count padding, too: attention sees differences of positions alone.
+    The layers from `llm_layer` on get the result of `rotary_emb` for the positions of the shorter sequence. A model
+    that is given no positions may count padding, too: attention depends only on differences of positions.
     """
     late, device = forward.late, forward.late.x.device
     valid = forward.valid.to(device)

@@ -1,8 +1,8 @@
-"""Where a model is not as tested, a tiny random one of the same classes shows whether the hooks are right on it.
+"""The self-check: runs the hooks on a tiny random model, if a model's code or the versions are not the tested ones.
 
-The tiny model is patched and called: two rows, padded, then three more tokens, with a cache that grows and one of
-fixed size. What its decoder gives has to be what the independent judge says (reference.py). A model that has no
-adapter of its own is patched only where this has passed.
+The tiny model has the same classes. It is patched and called: two rows, padded, then three more tokens, once with a
+cache that grows and once with one of fixed size. The states that its decoder gives must equal those of the independent
+judge (reference.py). A model without an adapter of its own is patched only if this passes.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from .target import Target
 from .versions import TESTED, TORCH
 
 TOLERANCE = 1e-3  # of states of standard deviation 1; rounding is 1e-5, and mistakes are 0.1 and more
-# By ratio, so that units of any size get shorter.
+# The budgets are ratios, so that units of any size get shorter.
 STAGES = {
     "first": Options(keep=0.4, basis=4),
     "both": Options(keep=0.4, basis=4, llm_layer=2, llm_keep=0.5),
@@ -50,14 +50,14 @@ NAMES: Mapping[str, str] = {
         "MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES",
     )
     for name, cls in getattr(modeling_auto, mapping, {}).items()
-}  # the class of every type of model that transformers has for images and text
+}  # model type -> class, for every model of images and text in transformers
 
 
 def ensure(model: Any, target: Target) -> None:
-    """Checks a model's classes, unless they are as tested or have passed before with the same code.
+    """Runs the self-check on a model's classes, unless they are as tested or have passed before with the same code.
 
-    Raises ValueError where the check fails, and where there is no tiny model to check hooks with that were found by
-    rule. Warns where there is none of a registered adapter's family.
+    Raises ValueError if the check fails, or if no tiny model can be made and the model has no registered adapter. With
+    a registered adapter the latter is only a warning.
     """
     from .adapters import ADAPTERS
 
@@ -74,7 +74,7 @@ def ensure(model: Any, target: Target) -> None:
         if unchanged and record.exists():
             return
         built = _build(type(model), small, target)
-    except Exception as error:  # of any kind: configurations of any kind are shrunk
+    except Exception as error:  # shrinking an unknown configuration may raise any kind of error
         message = (
             f"apet has no tiny model of model_type='{name}' to check its hooks with under transformers "
             f"{transformers.__version__} ({type(error).__name__}: {error}): see docs/hooks.md for how to check an "
@@ -92,7 +92,8 @@ def ensure(model: Any, target: Target) -> None:
 
 
 def _build(cls: type, small: transformers.PretrainedConfig, target: Target) -> nn.Module:
-    """The tiny model, with the attention of the model that it stands for; it has to take an image."""
+    """Builds the tiny model, with the attention implementation of the real one. Raises an error if it takes no
+    image."""
     decoder: Any = target.language_model()
     attention = implementation(decoder.config)
     model = tiny.build(cls, small, attention if attention in ("eager", "sdpa") else None)
@@ -101,14 +102,14 @@ def _build(cls: type, small: transformers.PretrainedConfig, target: Target) -> n
 
 
 def classes_of(target: Target) -> set[type]:
-    """The classes that the hooks of a model rely on."""
+    """Returns the classes that the hooks of a model rely on."""
     modules = (target.model(), target.core(), target.language_model(), *target.layers())
     return {type(module) for module in modules}
 
 
 @dataclass(frozen=True)
 class Result:
-    """What the self-check of a family found."""
+    """The result of the self-check of a family."""
 
     name: str  # its model_type
     stage: str  # "first" or "both"
@@ -126,12 +127,12 @@ class Result:
 
 
 def check(model: nn.Module, stage: str = "both", adapter: Adapter | None = None) -> Result:
-    """Runs the self-check on a tiny model. adapter: that of its type, unless given."""
+    """Runs the self-check on a tiny model. adapter: by default that of its type."""
     name, worst = model.config.model_type, 0.0
     try:
         options = options_of(model, stage, adapter)
         rows = [prompt(model, parts, seed) for seed, parts in enumerate(PROMPTS)]
-        if not unpatched(model, rows) < TOLERANCE:  # some count a batch's images, or its padding
+        if not unpatched(model, rows) < TOLERANCE:  # the results of some models depend on the batch or its padding
             rows = rows[:1]
         for kind, static in (("a cache that grows", False), ("a cache of fixed size", True)):
             if static and not _takes_static(model, rows):
@@ -142,7 +143,7 @@ def check(model: nn.Module, stage: str = "both", adapter: Adapter | None = None)
                 return Result(
                     name, stage, difference, f"with {kind}, what the decoder gives is off by {difference:.3g}"
                 )
-    except torch.OutOfMemoryError:  # says nothing about the hooks
+    except torch.OutOfMemoryError:  # this says nothing about the hooks
         raise
     except Exception as error:
         return Result(name, stage, worst, f"{type(error).__name__}: {error}")
@@ -150,17 +151,17 @@ def check(model: nn.Module, stage: str = "both", adapter: Adapter | None = None)
 
 
 def _takes_static(model: nn.Module, rows: Sequence[reference.Row]) -> bool:
-    """Whether the model that is not patched is right with a cache of fixed size."""
+    """Returns whether the model agrees with the judge without a patch, with a cache of fixed size."""
     try:
         return unpatched(model, rows, static=True) < TOLERANCE
-    except Exception:  # of any kind, from inside of it
+    except Exception:  # the model may raise any kind of error
         return False
 
 
 def options_of(model: nn.Module, stage: str, adapter: Adapter | None = None) -> Options:
-    """The options of a stage for a tiny model: the first `llm_layer` from 2 on that is possible.
+    """Returns the options of a stage for a tiny model, with the first `llm_layer` from 2 on that is possible.
 
-    Raises ValueError, for a layer of 2, where none is.
+    Raises ValueError, for a layer of 2, if none is possible.
     """
     from .adapters import adapter_for
 
@@ -177,14 +178,14 @@ def options_of(model: nn.Module, stage: str, adapter: Adapter | None = None) -> 
 
 
 def families() -> list[str]:
-    """The `model_type`s that have an adapter in this package, and that the installed transformers knows."""
+    """Returns each `model_type` that has an adapter in this package and that the installed transformers knows."""
     from .adapters import OWN
 
     return sorted(OWN & NAMES.keys())
 
 
 def check_family(name: str) -> Result:
-    """The self-check of a family by its `model_type`, both stages, on transformers' own class."""
+    """Runs the self-check of a family by its `model_type`, in both stages, on transformers' own class."""
     try:
         model = tiny.build(getattr(transformers, NAMES[name]), tiny.config(name))
     except (AttributeError, ImportError, KeyError, ValueError) as error:
@@ -196,7 +197,8 @@ def check_family(name: str) -> Result:
 
 
 def prompt(model: nn.Module, parts: Sequence[int | str], seed: int = 0) -> reference.Row:
-    """A prompt of a tiny model that has another length than any of its widths, as the judge tells them apart by it."""
+    """Returns a prompt of a tiny model. Its length differs from all widths of the model, so that the judge can tell
+    which dimension is the sequence."""
     row = tiny.sample(model, parts, seed)
     widths = {size for parameter in model.parameters() for size in parameter.shape}
     while row["input_ids"].shape[1] + NEW - 1 in widths and isinstance(parts[0], int):
@@ -214,11 +216,12 @@ def judge(
     static: bool = False,
     adapter: Adapter | None = None,
 ) -> float:
-    """How far a patched tiny model is from the judge, in standard deviations of what its decoder gives.
+    """Returns how far a patched tiny model is from the judge, in standard deviations of the states that its decoder
+    gives.
 
-    The largest difference over the prompt of every row and the tokens after it. model: not patched, and not after this;
-    rows: prompts from `prompt`, a padded batch if several; static: with a cache of fixed size; adapter: that of its
-    type, unless given. Raises ValueError where the model cannot be patched, or a stage drops nothing.
+    It is the largest difference over the prompt of every row and the tokens after it. model: not patched before or
+    after the call; rows: prompts from `prompt`, a padded batch if several; static: use a cache of fixed size; adapter:
+    by default that of its type. Raises ValueError if the model cannot be patched, or if a stage drops nothing.
     """
     from . import ENGINE, kept
     from .adapters import adapter_for
@@ -249,7 +252,7 @@ def judge(
 
 @torch.no_grad()
 def unpatched(model: nn.Module, rows: Sequence[reference.Row], *, static: bool = False) -> float:
-    """The same of a model that is not patched: how far it is from the judge, who keeps all columns then."""
+    """Returns how far a model without a patch is from the judge, which then keeps all columns."""
     decoder = reference.Decoder.of(model, rows[0])
     said = reference.say(model, decoder, tiny.collate(rows), NEW, static)
     every = [[torch.arange(row["input_ids"].shape[1])] for row in rows]

@@ -1,4 +1,4 @@
-"""Shortening a padded batch: which tokens go where, and the masks and positions that follow. All shapes [B, L, ...]."""
+"""Shortens a padded batch: where its tokens go, and the masks and positions that follow. All shapes are [B, L, ...]."""
 
 from __future__ import annotations
 
@@ -12,21 +12,22 @@ from torch import Tensor
 class Packing:
     """How a batch of rows of length L was shortened to L2."""
 
-    index: Tensor  # [B, L2]: the column that each new column held
-    # [B, L2] bool: False where it is padding, which repeats a token that stayed (4.57 counts the non-zero keys of a
-    # static cache, and what left may be infinite)
+    index: Tensor  # [B, L2]: the old column of each new column
+    # [B, L2] bool: False in padding. Padding repeats a token that stays, since transformers 4.57 counts the non-zero
+    # keys of a static cache, and a dropped token may be infinite.
     valid: Tensor
     source: Tensor  # [B, L2]: as index, but for appended basis rows the column of their token
-    moved: Tensor  # [B, L]: the new column of an old one; of no meaning where that went
+    moved: Tensor  # [B, L]: the new column of each old column; meaningless for a column that was dropped
 
     def rows(self, x: Tensor) -> Tensor:
-        """x [B, L, D] -> [B, L2, D]."""
+        """Returns the rows of x [B, L, D] that stay, as [B, L2, D]."""
         x = x.to(self.index.device)
         return x.gather(1, self.index.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
 
     def along(self, x: Tensor, dim: int) -> Tensor:
-        """x [..., B or 1, L, ...] with L at `dim` -> the same with L2, by source; on the device of the packing."""
-        x = x.to(self.source.device)  # with a model on several devices, what all layers share stays on the first
+        """Returns x [..., B or 1, L, ...], with L at `dim`, shortened to L2 by `source`, on the device of the
+        packing."""
+        x = x.to(self.source.device)  # in a model on several devices, tensors that all layers share stay on the first
         dim %= x.dim()
         shape = [*x.shape]
         shape[dim - 1] = self.source.shape[0]
@@ -35,12 +36,12 @@ class Packing:
         return x.expand(*shape[:dim], x.shape[dim], *shape[dim + 1 :]).gather(dim, index.expand(shape))
 
     def flat(self, where: Tensor) -> Tensor:
-        """Flat positions in [B, L] -> flat positions in [B, L2]."""
+        """Converts flat positions in [B, L] to flat positions in [B, L2]."""
         length = self.moved.shape[1]
         return where // length * self.index.shape[1] + self.moved.reshape(-1)[where]
 
     def origin(self) -> Tensor:
-        """[B, L2] -> the flat position in [B, L] that each new token held."""
+        """Returns, for each token of [B, L2], its flat position in [B, L]."""
         starts = torch.arange(len(self.index), device=self.index.device)[:, None] * self.moved.shape[1]
         return self.index + starts
 
@@ -59,5 +60,5 @@ def pack(keep: Tensor, source: Tensor, pad_left: bool) -> Packing:
 
 
 def counted(valid: Tensor) -> Tensor:
-    """Positions 0, 1, 2, ... over the valid tokens of each row, [B, L] int64; 0 in padding before them."""
+    """Returns positions 0, 1, 2, ... over the valid tokens of each row, [B, L] int64; 0 in padding before them."""
     return (valid.cumsum(1) - 1).clamp(min=0)

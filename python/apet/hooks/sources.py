@@ -1,4 +1,4 @@
-"""Whether the code of transformers that the hooks rely on is that of the tests."""
+"""Compares the code of transformers that the hooks rely on with the code that the tests ran on."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from .versions import TORCH, digests
 
 
 def as_tested(files: Mapping[str, str]) -> bool:
-    """Whether the versions of transformers and torch, and every file of transformers, are those of the tests."""
+    """Returns whether torch, transformers and these files of transformers are the tested versions."""
     known = digests().get(transformers.__version__, {})
     minor = ".".join(torch.__version__.split(".")[:2])
     return minor in TORCH and all(known.get(name) == digest for name, digest in files.items())
 
 
 def code(classes: set[type]) -> tuple[dict[str, str], bool]:
-    """The files of transformers that the hooks of some classes rely on, with their digests, and whether the functions
-    that are loaded are those of the files."""
+    """Returns the files of transformers that the hooks of some classes rely on, with their digests, and whether all
+    loaded functions come from these files."""
     root = Path(inspect.getfile(transformers)).parent
     makers = ("create_causal_mask", "create_sliding_window_causal_mask")
     used = [f for f in (getattr(transformers.masking_utils, name, None) for name in makers) if f is not None]
@@ -48,7 +48,8 @@ def code(classes: set[type]) -> tuple[dict[str, str], bool]:
 
 
 def _beside(classes: set[type]) -> Iterator[Callable[..., Any]]:
-    """All functions of all modules in the files of some classes: of attention, too, and of what makes positions."""
+    """Yields all functions of all modules in the files of some classes, e.g. of attention, or those that make
+    positions."""
     for name in {cls.__module__ for cls in classes}:
         for cls in vars(sys.modules[name]).values():
             if isinstance(cls, type) and issubclass(cls, nn.Module) and cls.__module__ == name:
@@ -56,7 +57,7 @@ def _beside(classes: set[type]) -> Iterator[Callable[..., Any]]:
 
 
 def _is_of_library(path: Path, libraries: Iterable[Path]) -> bool:
-    """Whether a file is torch's or Python's own. Other packages lie within Python's folder, too."""
+    """Returns whether a file is torch's or Python's own. Other packages lie within Python's folder, too."""
     within = [path.relative_to(library).parts for library in libraries if path.is_relative_to(library)]
     return any("site-packages" not in parts for parts in within)
 
@@ -66,7 +67,7 @@ def _is_rotary(value: Any) -> bool:
 
 
 def _layers_of(function: Callable[..., Any]) -> Iterator[Callable[..., Any]]:
-    """A function and all that it wraps."""
+    """Yields a function and all functions that it wraps."""
     inner: Callable[..., Any] | None = function
     while inner is not None:
         if hasattr(inner, "__code__"):

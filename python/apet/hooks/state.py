@@ -1,4 +1,4 @@
-"""What is remembered of a call while it runs, and of a prompt on its cache."""
+"""The state of a call while it runs, and the state of a prompt that is stored on its cache."""
 
 from __future__ import annotations
 
@@ -23,42 +23,43 @@ PREFILL = "the length of a compressed prompt depends on its data; only decoding 
 
 @dataclass
 class Part:
-    """A prompt in some of the layers: those before `llm_layer`, or those from it on."""
+    """The state of a prompt in some of the layers: those before `llm_layer`, or those from it on."""
 
     # [B, length] bool; if `fixed` [B, capacity], True after the prompt: a cache of fixed size gets masks of fixed size,
-    # or a compiled decode step would be compiled again and again.
+    # so that a decode step is compiled only once.
     mask: Tensor
     offset: Tensor  # [B, 1]: position of a token after the prompt, less its column in the cache
     fixed: bool
 
     def columns(self, past: int | Tensor, new: int, tail: Tensor | None) -> Tensor:
-        """The mask over the cache and `new` tokens more: [B, past + new] bool, or [B, capacity] if fixed.
+        """Returns the mask over the cache and `new` more tokens: [B, past + new] bool, or [B, capacity] if fixed.
 
         tail [B, n] bool: which of the tokens after the prompt are no padding; None: all.
         """
         if self.fixed:
             return self.mask & (torch.arange(self.mask.shape[1], device=self.mask.device) < past + new)
-        mask = self.mask[:, : int(past)]  # speculative decoding may take text back that it gave with the prompt
+        mask = self.mask[:, : int(past)]  # speculative decoding may take back text that was part of the prompt
         if tail is None:
             return torch.nn.functional.pad(mask, (0, int(past) + new - mask.shape[1]), value=True)
         return torch.cat([mask, tail.to(mask.device)], dim=1)
 
     def positions(self, past: int | Tensor, new: int, tail: Tensor | None) -> Tensor:
-        """The positions of the `new` tokens [B, new]; arguments as in `columns`."""
+        """Returns the positions of the `new` tokens [B, new]; arguments as in `columns`."""
         positions = self.offset + past + torch.arange(new, device=self.offset.device)
         return positions if tail is None else positions - (~tail).cumsum(1)[:, -new:].to(positions.device)
 
     def rows(self, index: Tensor) -> Part:
-        """The same for other rows of the batch."""
+        """Returns the same state for these rows of the batch."""
         index = index.to(self.mask.device)
         return Part(self.mask[index], self.offset[index.to(self.offset.device)], self.fixed)
 
 
 def part(cache: Cache | None, mask: Tensor, following: Tensor, flash: bool) -> Part:
-    """mask [B, length] bool over the prompt, which starts the cache; following [B, 1]: the position after it."""
+    """Builds a `Part` from mask [B, length] bool over the prompt, which starts the cache, and the next position [B,
+    1]."""
     length = mask.shape[1]
-    # Flash attention takes lengths from the width of the mask, so there it has to grow; and so it has where all layers
-    # slide, whose caches are no longer than their windows.
+    # The mask must grow with flash attention, which takes lengths from its width, and if all layers slide, because
+    # their caches are no longer than their windows.
     fixed = cache is not None and cache.is_compileable and not flash
     sizes = [getattr(layer, "max_cache_len", 0) for layer in cache.layers if not layer_slides(layer)] if fixed else []
     fixed = max(sizes, default=0) > 0
@@ -68,22 +69,22 @@ def part(cache: Cache | None, mask: Tensor, following: Tensor, flash: bool) -> P
 
 
 def layer_slides(layer: Any) -> bool:
-    """Whether a layer of a cache holds the end of the sequence only."""
+    """Returns whether a layer of a cache holds only the end of the sequence (a sliding window)."""
     return bool(getattr(layer, "is_sliding", False))
 
 
 @dataclass
 class Prompt:
-    """Stands on every cache that a patched model has filled, whether or not tokens were dropped."""
+    """The state of a prompt. It is stored on every cache that a patched model fills, even if no tokens were dropped."""
 
-    batch: int  # its rows
-    tokens: int = 0  # its length as given, padding included; 0: no visual tokens
-    early: Part | None = None  # None for layers in which nothing was dropped
-    late: Part | None = None
-    llm_layer: int | None = None  # where the late layers begin
-    dropped: int = 0  # by how much the early layers' is shorter
-    least: int | Tensor = 0  # how many columns of the early layers end with its last visual token
-    forward: Forward | None = None  # the step that is running
+    batch: int  # rows
+    tokens: int = 0  # its length as given, padding included; 0: it has no visual tokens
+    early: Part | None = None  # layers before llm_layer; None: nothing was dropped there
+    late: Part | None = None  # layers from llm_layer on; None: nothing was dropped there
+    llm_layer: int | None = None  # the first of the late layers
+    dropped: int = 0  # tokens that the early layers have less than were given
+    least: int | Tensor = 0  # columns of the early layers up to the last visual token
+    forward: Forward | None = None  # the running step
 
     @property
     def compressed(self) -> bool:
@@ -92,59 +93,59 @@ class Prompt:
 
 @dataclass
 class Late:
-    """What the layers from `llm_layer` on get in this forward instead of what the model gives them."""
+    """What the layers from `llm_layer` on are given in this forward, in place of what the model gives them."""
 
     mask: Tensor  # [B, columns] bool
     past: int | Tensor
     positions: Tensor  # [B, L]
     x: Tensor  # [B, L, ...], for its shape, dtype and device
     packing: Packing | None = None  # in a prefill
-    before: Tensor | None = None  # in a prefill: the counted positions [B, L] of what the earlier layers got
-    more: More = field(default_factory=dict)  # in a prefill: what is seen beside causal attention
-    built: dict[str, Any] = field(default_factory=dict)  # the layers' masks, by their kind
-    rotary: dict[str, Any] = field(default_factory=dict)  # their rotary embeddings, by their kind or for all,
-    given: dict[str, Any] = field(default_factory=dict)  # and those that they are given
+    before: Tensor | None = None  # in a prefill: the counted positions [B, L] of the tokens in earlier layers
+    more: More = field(default_factory=dict)  # in a prefill: the pairs seen beyond causal attention
+    built: dict[str, Any] = field(default_factory=dict)  # masks, by the kind of layers
+    rotary: dict[str, Any] = field(default_factory=dict)  # rotary embeddings, by the kind of layers, or "" for all
+    given: dict[str, Any] = field(default_factory=dict)  # the rotary embeddings that the model gives, likewise
 
 
 @dataclass
 class Forward:
-    """A forward of the language model that is running."""
+    """A running forward of the language model."""
 
     language_model: nn.Module
     prompt: Prompt
-    tokens: Tokens | None = None  # in a prefill: the visual tokens, in [B * L]
+    tokens: Tokens | None = None  # in a prefill: the visual tokens, as positions in [B * L]
     valid: Tensor | None = None  # in a prefill: [B, L] bool, which tokens are no padding
-    prefix: Tensor | None = None  # in a prefill: [B, past] bool, the same for what the cache held before; None: nothing
-    more: More = field(default_factory=dict)  # in a prefill: what its tokens see beside causal attention
+    prefix: Tensor | None = None  # in a prefill: [B, past] bool, the same for the tokens that the cache held before
+    more: More = field(default_factory=dict)  # in a prefill: the pairs seen beyond causal attention
     pad_left: bool = True
-    tail: Tensor | None = None  # later: [B, n] bool, which tokens after the prompt are no padding; None: all
+    tail: Tensor | None = None  # in later steps: [B, n] bool, which tokens after the prompt are no padding; None: all
     late: Late | None = None
-    cache: Cache | None = None  # that its layers write to
+    cache: Cache | None = None  # the cache that its layers write to
     trace: Trace | None = None
-    labels: Tensor | None = None  # what the model was given to score; shortened with the sequence
+    labels: Tensor | None = None  # the labels given to the model, which are shortened with the sequence
 
 
 @dataclass
 class Call:
-    """A call of a patched model that is running."""
+    """A running call of a patched model."""
 
     engine: weakref.ref[Any]
-    of: str  # "generate"; or "model", with labels; or "core", with images or videos
+    of: str  # its kind: "generate"; "model" with labels; "core" with images or videos
     inputs: Mapping[str, Any]  # the arguments, by name
-    rows: int = 0  # of "generate": of the batch that it was called with
+    rows: int = 0  # of "generate": the rows of the batch that it was called with
     compressed: bool = False  # of "generate": whether its prefill has dropped tokens
     core: nn.Module | None = None
     labels: Tensor | None = None
-    forward: Forward | None = None  # of the language model, once it runs
+    forward: Forward | None = None  # the forward of the language model, once it runs
 
 
-# The calls that run in this thread, the innermost last. Threads that call one model each have their own.
+# The calls that run in this thread, the innermost last. Each thread has its own list.
 _CALLS: ContextVar[tuple[Call, ...]] = ContextVar("apet_calls", default=())
 
 
 @contextmanager
 def running(call: Call) -> Iterator[Call]:
-    """For the length of a with block, `current` finds this call."""
+    """Makes `current` find this call for the length of a with block."""
     token = _CALLS.set((*_CALLS.get(), call))
     try:
         yield call
@@ -153,12 +154,12 @@ def running(call: Call) -> Iterator[Call]:
 
 
 def begin(call: Call) -> None:
-    """`current` finds this call until `end`."""
+    """Makes `current` find this call until `end`."""
     _CALLS.set((*_CALLS.get(), call))
 
 
 def end(engine: Any, of: str) -> None:
-    """Ends the innermost call of that kind of an engine, if there is one, and what began within it."""
+    """Ends an engine's innermost call of this kind, if there is one, and all calls that began within it."""
     calls = _CALLS.get()
     for i in reversed(range(len(calls))):
         if calls[i].engine() is engine and calls[i].of == of:
@@ -167,29 +168,29 @@ def end(engine: Any, of: str) -> None:
 
 
 def current(engine: Any, of: str) -> Call | None:
-    """The innermost call of that kind of an engine."""
+    """Returns an engine's innermost running call of this kind, or None."""
     return next((c for c in reversed(_CALLS.get()) if c.engine() is engine and c.of == of), None)
 
 
 def brings_pixels(inputs: Mapping[str, Any]) -> bool:
-    """Whether images or videos are given as they are, not encoded."""
+    """Returns whether the arguments hold images or videos as pixels, not encoded."""
     return any(is_pixels(name) and value is not None for name, value in inputs.items())
 
 
 @dataclass
 class Trace:
-    """What a prefill kept: see `Kept`, which it becomes when somebody asks."""
+    """The record of what a prefill kept. `apet.kept` turns it into a `Kept`."""
 
     visuals: list[tuple[str, int, int]]  # modality, row, number of placeholders
     flat: Tensor  # [N]: these placeholders, one image or video after another, in [B * L]
     lengths: list[int]  # of the sequence, padding included: as given, and after each stage that dropped something
     here: list[Tensor] = field(default_factory=list)  # after each such stage: which placeholders are left, [N] bool
-    origin: Tensor | None = None  # [B, L now]: where the tokens stood in [B * L]; None: there
+    origin: Tensor | None = None  # [B, L now]: the places of the tokens in [B * L]; None: nothing was dropped yet
     valid: Tensor | None = None  # [B, L now] bool: False where a row repeats a token as padding
     remaining: Tensor | None = None  # [B * L] bool
 
     def stage(self, shorter: Shorter, packing: Packing) -> None:
-        """A stage dropped something."""
+        """Records a stage that dropped tokens."""
         away = shorter.gone.clone()  # [B * L now]
         away[shorter.slots] = True
         away[shorter.sources] = False
@@ -204,7 +205,7 @@ class Trace:
         self.here.append(self.remaining[self.flat])
 
     def shorten_labels(self, labels: Tensor) -> None:
-        """Labels [B, L], in place -> [B, L2], of the tokens that are left after all stages; -100 in padding."""
+        """Shortens labels [B, L] in place to [B, L2], the tokens that are left after all stages; -100 in padding."""
         if self.origin is None or self.remaining is None:
             return
         given, device = labels.flatten(), labels.device

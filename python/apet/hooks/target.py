@@ -1,4 +1,4 @@
-"""What a patched model is like: found once, when it is patched, and not changed afterwards."""
+"""`Target`: the parts of a model and the names of their arguments, found once when the model is patched."""
 
 from __future__ import annotations
 
@@ -32,18 +32,18 @@ class Target:
     model: weakref.ref[nn.Module]
     core: weakref.ref[nn.Module]
     language_model: weakref.ref[nn.Module]
-    projector: weakref.ref[nn.Module] | None  # where the first stage is; None: at the input of the language model
+    projector: weakref.ref[nn.Module] | None  # compress before it; None: at the input of the language model
     adapter: Adapter
     options: Options
     model_arguments: Arguments
     core_arguments: Arguments
     language_model_arguments: Arguments
     layer_arguments: tuple[Arguments, ...]
-    masks: MaskBuilder | None  # where they have to be built
+    masks: MaskBuilder | None  # for the second stage
     rotary: Rotary | None  # for the second stage
-    axes: int  # of positions, where they are kept
-    text_row: bool  # whether those of the text may stand before them
-    said: set[str] = field(default_factory=set)  # what users were told once
+    axes: int  # the number of position axes of M-RoPE
+    text_row: bool  # whether a row with the positions of the text may precede the axes
+    said: set[str] = field(default_factory=set)  # the warnings that were given already
 
     @classmethod
     def find(
@@ -51,8 +51,8 @@ class Target:
     ) -> Target:
         """Finds the parts of a model and the names of their arguments.
 
-        resolve: gives the options, from the adapter, the core model and what `llm_layer` may be. Raises ValueError
-        where a part or an argument is missing.
+        resolve: returns the options, from the adapter, the core model and the values that `llm_layer` may have. Raises
+        ValueError if a part or an argument is missing.
         """
         core = plain(part_of(adapter.core, model, "core model", adapter))
         language_model = plain(part_of(adapter.language_model, core, "language model", adapter))
@@ -100,9 +100,9 @@ class Target:
         )
 
     def say_nothing_dropped(self, name: str, tokens: Tokens, modalities: Iterable[str]) -> None:
-        """Tells once that `keep` or `llm_keep`, whichever the name is, drops none of these tokens, and what would.
+        """Warns once that `keep` or `llm_keep` (whichever `name` is) drops none of these tokens, and which value would.
 
-        A ratio of 1 says so itself.
+        A ratio of 1 gives no warning.
         """
         keep = getattr(self.options, name)
         wanted = keep if isinstance(keep, tuple) else (keep,)
@@ -120,26 +120,26 @@ class Target:
         )
         warnings.warn(apet.Notice(message, f"{name}={keep}"), stacklevel=2)
 
-    # ---- of a module that runs, which may be a replica of the one that was patched
+    # ---- methods that take the running module, which may be a replica of the one that was patched
 
     @staticmethod
     def flash(language_model: nn.Module) -> bool:
-        """Whether attention takes sequence lengths instead of masks."""
+        """Returns whether attention takes sequence lengths instead of masks."""
         return "flash" in implementation(language_model.config)
 
     @staticmethod
     def kind(language_model: nn.Module, index: int) -> str:
-        """The kind of a decoder layer."""
+        """Returns the kind of a decoder layer."""
         return attention_types(language_model.config)[index]
 
     def attending(self, language_model: nn.Module) -> int:
-        """The first layer from `llm_layer` on that attends to tokens."""
+        """Returns the first layer from `llm_layer` on that attends to tokens."""
         kinds = attention_types(language_model.config)
         return next(i for i in range(self.options.llm_layer, len(kinds)) if kinds[i] in KINDS)
 
     @staticmethod
     def reach(language_model: nn.Module) -> Reach:
-        """How far the layers see, and of which kind the only mask is where there is one."""
+        """Returns which tokens the layers see, and the kind of layers that a single mask would be for."""
         config = language_model.config
         window, chunk = (getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size"))
         kinds = {kind for kind in attention_types(config) if kind in KINDS}
@@ -147,12 +147,13 @@ class Target:
         return Reach("full_attention" if single == "sliding_attention" and window is None else single, window, chunk)
 
     def layers(self) -> list[nn.Module]:
-        """The decoder layers."""
+        """Returns the decoder layers."""
         return list(parts.layers(self.language_model()) or ())
 
     @torch.compiler.disable(reason=PREFILL)
     def check_no_images(self, core: nn.Module, inputs: Mapping[str, Any], unknown: list[str]) -> None:
-        """Raises ValueError for a call with placeholders whose pixels may have a name that is not known."""
+        """Raises ValueError for a call that has placeholders, no pixels, and arguments of unknown names that may be
+        pixels."""
         ids = inputs.get("input_ids")
         tokens = [parts.of(core, name) for name in self.adapter.tokens.values()]
         if isinstance(ids, Tensor) and any(token is not None and bool((ids == token).any()) for token in tokens):
@@ -164,7 +165,7 @@ class Target:
 
 
 def check_second_stage(language_model: nn.Module, layers: nn.ModuleList, llm_layer: int) -> None:
-    """Raises ValueError for layers that cannot get a sequence of their own."""
+    """Raises ValueError if the layers from `llm_layer` on cannot be given a sequence of their own."""
     config, owner = language_model.config, type(language_model).__name__
     kinds = attention_types(config)
     if len(kinds) != len(layers):
@@ -197,7 +198,7 @@ def check_second_stage(language_model: nn.Module, layers: nn.ModuleList, llm_lay
 
 
 def part_of(finder: Callable[[nn.Module], nn.Module], whole: nn.Module, what: str, adapter: Adapter) -> nn.Module:
-    """A part of the core model. Raises ValueError where it is not there."""
+    """Returns a part of a model, found by `finder`. Raises ValueError if it is not there."""
     try:
         return finder(whole)
     except AttributeError as error:
@@ -209,9 +210,9 @@ def part_of(finder: Callable[[nn.Module], nn.Module], whole: nn.Module, what: st
 
 
 def plain(module: nn.Module) -> nn.Module:
-    """The model within the wrappers that torch, accelerate and PEFT put around one: its hooks run there, too.
+    """Returns the model inside the wrappers that torch, accelerate and PEFT put around it; hooks run there as well.
 
-    Known are torch.compile, PEFT, and DataParallel, DistributedDataParallel and FSDP.
+    Known wrappers are torch.compile, PEFT, DataParallel, DistributedDataParallel and FSDP.
     """
     while True:
         if isinstance(getattr(module, "_orig_mod", None), nn.Module):

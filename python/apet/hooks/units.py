@@ -1,4 +1,4 @@
-"""The visual tokens of a call, grouped into the units that are compressed together, and their compression."""
+"""Groups the visual tokens of a call into the units that are compressed together, and compresses them."""
 
 from __future__ import annotations
 
@@ -17,49 +17,51 @@ from .sequence import Packing, pack
 
 @dataclass
 class Tokens:
-    """The compressible tokens among the rows of some x [T, D]."""
+    """The tokens among the rows of some x [T, D] that can be compressed, by unit."""
 
     where: Tensor  # [N]: their rows, unit after unit, ascending within a unit
     lengths: list[int]  # tokens of each unit
     visuals: list[int]  # the image or video that each unit belongs to, as a number within the call
 
     def after(self, keep: Keep, options: Options) -> list[int]:
-        """How many rows each unit has left: all of its tokens where it would not get shorter."""
+        """Returns the number of rows that each unit has left; a unit that would not get shorter keeps all of its
+        tokens."""
         extra = options.appended
         wanted = (count(keep, v, n, options) + extra for v, n in zip(self.visuals, self.lengths, strict=True))
         return [min(k, n) for k, n in zip(wanted, self.lengths, strict=True)]
 
     def without(self, gone: Tensor, left: list[int]) -> Tokens:
-        """What `after` said is left of each unit, once the rows of gone [T] bool have left."""
+        """Returns the tokens that are left once the rows of gone [T] bool have left; left: their number by unit, from
+        `after`."""
         return Tokens(self.where[~gone[self.where]], left, self.visuals)
 
     def to(self, device: torch.device) -> Tokens:
-        """The same, where the layers from here on are on another device."""
+        """Returns the same tokens on another device, if the layers from here on are there."""
         return Tokens(self.where.to(device), self.lengths, self.visuals)
 
     def moved(self, packing: Packing) -> Tokens:
-        """The same tokens once [B, L] has become [B, L2]."""
+        """Returns the positions of the same tokens after [B, L] was shortened to [B, L2]."""
         return Tokens(packing.flat(self.where), self.lengths, self.visuals)
 
 
 @dataclass
 class Shorter:
-    """What compressing some `Tokens` of x [T, D] gave."""
+    """The result of compressing some `Tokens` of x [T, D]."""
 
-    gone: Tensor  # [T] bool: rows of x that leave
-    slots: Tensor  # [R]: rows of x that take `rows` instead
-    sources: Tensor  # [R]: where these come from
-    rows: Tensor  # [R, D]
-    tokens: Tokens  # those that are left
+    gone: Tensor  # [T] bool: the rows of x that are dropped
+    slots: Tensor  # [R]: the rows of x that are replaced by `rows`
+    sources: Tensor  # [R]: the row of x that each of `rows` was made from
+    rows: Tensor  # [R, D]: the compressed tokens
+    tokens: Tokens  # the tokens that are left
 
     def pack(self, valid: Tensor, pad_left: bool) -> Packing:
-        """How a batch of valid [B, L] tokens, T = B * L, closes up."""
+        """Returns the packing that closes the gaps in a batch of valid [B, L] tokens, T = B * L."""
         columns = torch.arange(valid.shape[1], device=valid.device).repeat(len(valid))  # [B * L]
         source = columns.index_copy(0, self.slots, columns[self.sources])
         return pack(~self.gone.view_as(valid) & valid, source.view_as(valid), pad_left)
 
     def placed(self, packing: Packing, x: Tensor) -> Tensor:
-        """x [B, L, D] -> [B, L2, D], with the compressed rows in their slots."""
+        """Returns x [B, L, D] shortened to [B, L2, D], with the compressed rows in their slots."""
         packed = packing.rows(x)
         packed.view(-1, packed.shape[-1])[packing.flat(self.slots)] = self.rows
         return packed
@@ -68,8 +70,8 @@ class Shorter:
 def group(units: Sequence[Tensor], flat: Tensor, visuals: Sequence[int]) -> Tokens:
     """Groups the tokens of images and videos by unit.
 
-    units: for each image or video, for each of its tokens, the unit's number or -1 (left out), on the CPU;
-    flat [N]: the rows of all these tokens, in the same order; visuals: the number of each image or video.
+    units: for each image or video, the number of the unit of each of its tokens, or -1 (left out), on the CPU; flat
+    [N]: the rows of all these tokens, in the same order; visuals: the number of each image or video.
     """
     sizes = [int(u.max()) + 1 if len(u) else 0 for u in units]
     starts = torch.tensor([0, *sizes]).cumsum(0).tolist()
@@ -82,7 +84,7 @@ def group(units: Sequence[Tensor], flat: Tensor, visuals: Sequence[int]) -> Toke
 
 
 def shorten(x: Tensor, tokens: Tokens, keep: Keep, options: Options) -> Shorter | None:
-    """Compresses the tokens of x [T, D], all units in one call. None where no unit gets shorter."""
+    """Compresses the tokens of x [T, D], all units in one call. Returns None if no unit gets shorter."""
     left = tokens.after(keep, options)
     active = [k < n for k, n in zip(left, tokens.lengths, strict=True)]
     if not any(active):
@@ -95,7 +97,7 @@ def shorten(x: Tensor, tokens: Tokens, keep: Keep, options: Options) -> Shorter 
     kept = [k - extra for k in rows_left]
     rows, indices = apet_kernels.compress_packed(x[where], lengths, kept, **options.kernel)
     slots = sources = where[indices]
-    if extra:  # more rows than kept positions: they take the unit's places from its first on
+    if extra:  # there are more rows than kept positions, so they take the first places of the unit
         places = [torch.arange(k) + end - n for k, n, end in zip(rows_left, lengths, accumulate(lengths), strict=True)]
         slots = where[torch.cat(places).to(x.device)]
     gone = torch.zeros(len(x), dtype=torch.bool, device=x.device)

@@ -1,11 +1,11 @@
-"""Photos and clips from files, pipes and addresses, as RGB pictures; what cannot be read raises one error.
+"""Reads photos and clips from files, pipes and addresses as RGB pictures; every failure raises one error.
 
 docs/media.md says which files are read, how frames are chosen, and what is rejected.
 
 | file | holds |
 |---|---|
 | `frames.py` | `Media`, and the choice of frames by time |
-| `sources.py` | files, pipes and addresses, opened as files that can be sought in |
+| `sources.py` | files, pipes and addresses, opened as seekable files |
 | `photos.py` | photos and animations, by Pillow and pillow-heif |
 | `films.py` | films, by PyAV |
 """
@@ -23,19 +23,19 @@ __all__ = ["Media", "decode", "is_address", "read", "shown", "stem"]
 
 
 def read(source: str | Path, frames: int) -> Media:
-    """A photo, or `frames` frames of a clip, evenly spaced in time.
+    """Reads a photo, or `frames` frames of a clip, evenly spaced in time.
 
     Args:
         source: a path, "-" (standard input), or an address that begins with http:// or https://.
-        frames: taken from a clip; all of them where it has no more.
+        frames: number of frames taken from a clip; a clip with no more than that gives all of them.
 
-    Raises: ApetError where the source cannot be opened, is neither a photo nor a clip, or is damaged.
+    Raises: ApetError if the source cannot be opened, is neither a photo nor a clip, or is damaged.
     """
     with sources.opened(source) as file:
         return decode(file, shown(source), frames)
 
 
 def decode(file: BinaryIO, name: str, frames: int) -> Media:
-    """The same of an open file that can be sought in, for example `io.BytesIO` of an upload. name: for errors."""
+    """Reads a photo or clip from an open seekable file, for example `io.BytesIO` of an upload. name: for errors."""
     sources.reject_text(file, name)
     return photos.read(file, name, frames) or films.read(file, name, frames)

@@ -1,4 +1,4 @@
-"""Films, by PyAV: the stream that is the film, its frames by time, upright and with square pixels."""
+"""Reads films by PyAV: finds the stream of the film, and takes frames by time, upright and with square pixels."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from .frames import Media, choose, timeline
 if TYPE_CHECKING:
     from PIL import Image
 
-# The demuxers of ffmpeg that read films. Others draw text, or open the files and addresses that a playlist names.
+# The demuxers of ffmpeg that read films. Others render text, or open the files and addresses that a playlist names.
 FILMS = (
     *("3gp", "asf", "avi", "dv", "flv", "h264", "hevc", "ivf", "m4v", "matroska", "mjpeg", "mov", "mp4", "mpeg"),
     *("mpegts", "mpegvideo", "mxf", "nut", "obu", "av1", "ogg", "rm", "webm", "yuv4mpegpipe"),
 )
-SOUND = ("aac", "flac", "mp3", "wav")  # to say of a song that it is one
+SOUND = ("aac", "flac", "mp3", "wav")  # opened only to say in the error that the file holds sound
 OPTIONS = {"format_whitelist": ",".join(FILMS + SOUND), "protocol_whitelist": "none"}
 MOST_PIXELS = 178956970  # of a frame: Pillow's limit for photos
 
@@ -40,7 +40,7 @@ UPRIGHT = {
 
 
 def read(file: BinaryIO, name: str, count: int) -> Media:
-    """`count` frames of a film. Raises: ApetError, if it is none, or no frame of it can be decoded."""
+    """Reads `count` frames of a film. Raises: ApetError, if it is no film, or no frame of it can be decoded."""
     av = need("av", "demo", "a clip")
     try:
         with _opened(av, file) as container:
@@ -77,7 +77,7 @@ def _opened(av: Any, file: BinaryIO) -> Iterator[Any]:
 
 
 def _film(container: Any, name: str) -> int:
-    """The index of the film among the streams: of those that move, the one that lasts longest.
+    """Returns the index of the film among the streams: of those with several frames, the one that lasts longest.
 
     Raises: ApetError, if there is none.
     """
@@ -101,18 +101,18 @@ def _film(container: Any, name: str) -> int:
 
 
 class _Decoder:
-    """Decodes one stream of a file as often as asked, each time the same frames; counts what it skips."""
+    """Decodes one stream of a file, any number of times with the same frames; counts the damaged ones that it skips."""
 
     def __init__(self, av: Any, file: BinaryIO, index: int):
         self.av, self.file, self.index = av, file, index
         self.step = Fraction(1, 25)  # between frames, where the file does not say how long one lasts
         self.aspect = Fraction(1)  # width of a pixel / its height
-        self.skipped = 0  # packets or frames, in the latest round
-        self.cause: Exception | None = None  # of the first of these
-        self.cut: Exception | None = None  # what ended the file before its end
+        self.skipped = 0  # damaged packets or frames, in the latest round
+        self.cause: Exception | None = None  # the error of the first one
+        self.cut: Exception | None = None  # the error after which nothing could be read
 
     def frames(self) -> Iterator[Any]:
-        """The sound frames, in the order in which they are shown."""
+        """Yields the undamaged frames, in the order in which they are shown."""
         self.skipped, self.cause, self.cut = 0, None, None
         with _opened(self.av, self.file) as container:
             stream = container.streams[self.index]
@@ -149,12 +149,12 @@ class _Decoder:
 
     @property
     def because(self) -> str:
-        """The cause of the first damage, for the end of a message."""
+        """The cause of the first damage, as the end of a message."""
         cause = self.cause or self.cut
         return f": {first_line(cause)}" if cause else ""
 
     def notes(self, seconds: float) -> list[str]:
-        """What was skipped in the latest round."""
+        """Returns messages about what was skipped in the latest round."""
         said = []
         if self.skipped:
             said.append(f"{self.skipped} damaged packet{'s' if self.skipped > 1 else ''} skipped")
@@ -164,7 +164,7 @@ class _Decoder:
 
 
 def _pictures(decoder: _Decoder, wanted: set[int]) -> dict[int, Image.Image]:
-    """The frames of these numbers, as they are shown."""
+    """Returns the frames of these numbers, as they are shown."""
     found: dict[int, Image.Image] = {}
     for number, frame in enumerate(decoder.frames()):
         if number in wanted:

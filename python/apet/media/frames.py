@@ -1,4 +1,4 @@
-"""What was read from one source, and which frames of a clip are taken."""
+"""`Media`, what was read from one source, and the choice of frames of a clip."""
 
 from __future__ import annotations
 
@@ -30,15 +30,16 @@ class Media:
 
     @property
     def is_clip(self) -> bool:
-        """Whether it has times, be it of one frame."""
+        """Whether it is a clip, which has times even if it has only one frame."""
         return bool(self.times)
 
 
 def choose(times: Sequence[Fraction], end: Fraction, count: int) -> list[tuple[int, float]]:
-    """The frames on screen in the middles of `count` equal spans of time: (number of the frame, its time in seconds).
+    """Returns the frames shown at the middles of `count` equal spans of time: (number of the frame, its time in
+    seconds).
 
-    times: when each frame comes on screen, ascending from 0; end: when the last one leaves. All frames where there
-    are no more than `count`. A frame that is taken again has the time of that middle.
+    times: when each frame is first shown, ascending from 0; end: when the last one ends. If there are no more than
+    `count` frames, all are returned. A frame that is chosen again gets the time of that middle.
     """
     if len(times) <= count:
         return [(number, float(time)) for number, time in enumerate(times)]
@@ -52,10 +53,10 @@ def choose(times: Sequence[Fraction], end: Fraction, count: int) -> list[tuple[i
 
 
 def timeline(starts: Sequence[Fraction | None], step: Fraction) -> list[Fraction]:
-    """When each frame comes on screen, from 0 and never descending.
+    """Returns when each frame is first shown, from 0 and never descending.
 
-    starts: as the file says, None where it does not; step: between frames, where that is needed. A file whose clock
-    starts again (joined recordings) goes on one step later.
+    starts: the file's times, None if it has none; step: the time between frames, where a start is missing. If the clock
+    of a file starts again (joined recordings), its time continues one step later.
     """
     times: list[Fraction] = []
     offset = Fraction(0)

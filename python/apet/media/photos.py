@@ -1,4 +1,4 @@
-"""Photos and animations: Pillow, and pillow-heif for HEIC, which are asked for by the file's contents alone."""
+"""Reads photos and animations, by Pillow, and by pillow-heif for HEIC. The file's contents decide, not its name."""
 
 from __future__ import annotations
 
@@ -15,19 +15,20 @@ from .frames import Media, choose
 if TYPE_CHECKING:
     from PIL import Image
 
-# Pillow knows more: formats that it hands to other programs (EPS), that no picture has a mark of (TGA), films (MPEG).
+# Pillow knows more formats. Left out are those that it passes to other programs (EPS), those without a signature by
+# which a file is recognised (TGA), and films (MPEG).
 FORMATS = (
     *("AVIF", "BMP", "DDS", "FLI", "GIF", "ICO", "JPEG", "JPEG2000", "PCX", "PNG", "PPM", "PSD", "QOI", "SGI", "TIFF"),
     "WEBP",
 )
-ANIMATIONS = ("AVIF", "FLI", "GIF", "PNG", "WEBP")  # several frames are a clip; elsewhere they are pages or views
+ANIMATIONS = ("AVIF", "FLI", "GIF", "PNG", "WEBP")  # here several frames are a clip; in other formats pages or views
 HEIC = {b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"hevm", b"hevs"}
 AVIF = {b"avif", b"avis"}
-UNSET = 10  # milliseconds: animations that say no more mean 100, as browsers read them
+UNSET = 10  # milliseconds: a frame with this duration or less is shown for 100, as in browsers
 
 
 def read(file: BinaryIO, name: str, count: int) -> Media | None:
-    """A photo, or `count` frames of an animation; None if it is in no format of photos.
+    """Reads a photo, or `count` frames of an animation; returns None if the format is not one of photos.
 
     Raises: ApetError, if it is damaged, or needs a package that is not installed.
     """
@@ -62,7 +63,7 @@ def read(file: BinaryIO, name: str, count: int) -> Media | None:
 
 
 def _brands(file: BinaryIO) -> set[bytes]:
-    """The brands that a file of the ISO family (MP4, HEIC, AVIF) says it has."""
+    """Returns the brands in the header of a file of the ISO family (MP4, HEIC, AVIF)."""
     head = file.read(256)
     file.seek(0)
     if head[4:8] != b"ftyp":
@@ -72,7 +73,7 @@ def _brands(file: BinaryIO) -> set[bytes]:
 
 
 def _stand_in(image: Any) -> int:
-    """1 if the first frame of an APNG is for programs that show no animation, and no part of it."""
+    """Returns 1 if the first frame of an APNG is only a replacement for programs that show no animations."""
     return int(getattr(image, "default_image", False))
 
 
@@ -88,7 +89,7 @@ def _photo(image: Image.Image, name: str) -> Media:
 
 
 def _animation(image: Any, name: str, count: int) -> Media:
-    """One round of an animation."""
+    """Reads one round of an animation."""
     first, notes = _stand_in(image), []
     lasts: list[Fraction] = []  # milliseconds that each frame is on screen
     for number in range(first, image.n_frames):
@@ -112,7 +113,8 @@ def _animation(image: Any, name: str, count: int) -> Media:
 
 
 def _rgb(image: Image.Image) -> Image.Image:
-    """RGB, transparency on white; grey of 16 or 32 bits from its darkest to its lightest value."""
+    """Converts to RGB. Transparency is put on white; grey of 16 or 32 bits is scaled from its darkest to its lightest
+    value."""
     from PIL import Image
 
     if image.mode.startswith(("I", "F")):  # PIL would clip it to white

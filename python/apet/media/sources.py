@@ -1,4 +1,4 @@
-"""Files, pipes and addresses, each opened as a file that can be sought in; what is no picture at all is rejected."""
+"""Opens files, pipes and addresses as seekable files, and rejects text that is often taken for a picture."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ from typing import BinaryIO
 from apet import ApetError
 from apet.hub import first_line
 
-MOST_BYTES = 512 << 20  # of an address or a pipe, which are held in memory
-SILENCE = 20.0  # seconds without a byte from an address
-PATIENCE = 300.0  # seconds for all of it
+MOST_BYTES = 512 << 20  # from an address or a pipe, which are read into memory
+SILENCE = 20.0  # seconds without a byte until a download is given up
+PATIENCE = 300.0  # seconds that a whole download may take
 CHUNK = 1 << 20
 SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*(?=://)")
 
 
 def is_address(source: str | Path) -> bool:
-    """Whether the source is written with a scheme, so that it is no path."""
+    """Returns whether the source begins with a scheme (such as https://), so that it is not a path."""
     return isinstance(source, str) and SCHEME.match(source) is not None
 
 
 def shown(source: str | Path) -> str:
-    """The source for display: an address without user, password and query."""
+    """Returns the source for display: an address without user, password and query."""
     if is_address(source):
         parts = urllib.parse.urlsplit(str(source))
         return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
@@ -40,7 +40,7 @@ def shown(source: str | Path) -> str:
 
 
 def stem(source: str | Path) -> str:
-    """A name for what is made from the source: the last part of its path, without its ending."""
+    """Returns a name for files made from the source: the last part of its path, without its ending."""
     if source == "-":
         return "stdin"
     if is_address(source):
@@ -53,7 +53,8 @@ def stem(source: str | Path) -> str:
 
 @contextmanager
 def opened(source: str | Path) -> Iterator[BinaryIO]:
-    """Raises: ApetError, if it cannot be opened, is too large for memory where it is no file, or is empty."""
+    """Opens a source. Raises: ApetError, if it cannot be opened, is empty, or, unless it is a file, is too large for
+    memory."""
     if is_address(source):
         file: BinaryIO = _download(str(source))
     elif source == "-":
@@ -78,7 +79,7 @@ def _open(path: Path) -> BinaryIO:
                 return io.BytesIO(_all(pipe, str(path)))
         if path.is_dir():
             raise ApetError(f"cannot read {path}: it is a folder")
-        path.stat()  # raises what is wrong with it
+        path.stat()  # raises the error that describes the problem
     except OSError as error:
         raise ApetError(f"cannot read {path}: {error.strerror or error}") from error
     raise ApetError(f"cannot read {path}: it is no file")
@@ -96,7 +97,7 @@ def _too_large(name: str) -> ApetError:
 
 
 def _opener() -> urllib.request.OpenerDirector:
-    """One that knows http and https alone, so that no redirect leads elsewhere."""
+    """Returns an opener that knows only http and https, so that no redirect leads elsewhere."""
     opener = urllib.request.OpenerDirector()
     for handler in (
         urllib.request.ProxyHandler,
@@ -113,7 +114,7 @@ def _opener() -> urllib.request.OpenerDirector:
 
 
 def _request(address: str) -> urllib.request.Request:
-    """With the user and password of the address, which no redirect hands on."""
+    """Returns a request with the user and password of the address, which are not sent to the target of a redirect."""
     parts = urllib.parse.urlsplit(address)
     user, at, host = parts.netloc.rpartition("@")
     request = urllib.request.Request(urllib.parse.urlunsplit(parts._replace(netloc=host)))
@@ -156,7 +157,7 @@ def _download(address: str) -> BinaryIO:
     return data
 
 
-# What text usually is, by how it begins.
+# The usual kinds of text, by their first bytes.
 BEGINNINGS = (
     (b"version https://git-lfs", "a Git LFS pointer, not the file itself: run git lfs pull"),
     (b"#EXTM3U", "a playlist"),
@@ -169,7 +170,7 @@ BEGINNINGS = (
 
 
 def reject_text(file: BinaryIO, name: str) -> None:
-    """Raises: ApetError, with the kind of text, where it is one that is taken for a photo or a clip by mistake."""
+    """Raises: ApetError, with the kind of text, if the file is text that is often taken for a photo or a clip."""
     start = file.read(512).lstrip(b"\xef\xbb\xbf \t\r\n").lower()
     file.seek(0)
     for beginning, kind in BEGINNINGS:

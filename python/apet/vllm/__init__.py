@@ -5,7 +5,7 @@ vLLM finds `register` by itself, as an entry point of the group `vllm.general_pl
 
 from __future__ import annotations
 
-# By name: vLLM inspects models in a separate process, and imports only the one that it serves.
+# Models are registered by name: vLLM inspects them in a separate process, and imports only the one that it serves.
 MODELS = {
     "Gemma3ForConditionalGeneration": "gemma3:Gemma3",
     "Glm4vForConditionalGeneration": "glm4v:Glm4v",

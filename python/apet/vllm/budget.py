@@ -1,7 +1,8 @@
-"""The encoder's budget: vLLM's scheduler counts what an item leaves, but the encoder runs what it has.
+"""Corrects the encoder's budget: vLLM counts the rows of an item after compression, but the encoder runs all of them.
 
-vLLM packs images and videos into one pass of the encoder up to a number of embeddings that the memory was measured for,
-and takes an item's placeholders for that number. Compression lowers it, so a pass would get several times as much.
+vLLM packs images and videos into one pass of the encoder, up to a number of embeddings for which it has measured the
+memory. It takes the number of an item's placeholders for its embeddings. Compression lowers that number, so without
+this correction a pass would get several times as many embeddings.
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ from . import plan
 
 
 def count_whole_items() -> None:
-    """Makes the scheduler spend, for each item of a pass, the rows that it has before compression. Once."""
+    """Patches the scheduler to spend, for each item of a pass, its rows before compression. A second call does
+    nothing."""
     schedule = Scheduler._try_schedule_encoder_inputs
     if hasattr(schedule, "__wrapped__"):
         return

@@ -1,4 +1,4 @@
-"""The model's side: the units of a batch of items, compressed together."""
+"""Compression in the model: compresses the units of a batch of items together."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from .plan import Plan
 
 
 class Batch:
-    """The images or videos of a call of the encoder, and what became of their rows."""
+    """The images or videos of a call of the encoder, and the rows of them that are left."""
 
     def __init__(self, plans: Sequence[Plan]) -> None:
         self.plans = plans
-        self.left: Tensor | None = None  # [R]: rows of all items that are left, ascending
-        self._indices: Tensor | None = None  # of kept tokens in `_rows` and `_sources`
+        self.left: Tensor | None = None  # [R]: the rows that are left, counted over all items, ascending
+        self._indices: Tensor | None = None  # the kept tokens, as indices into `_rows` and `_sources`
         sizes = [len(p.units) for p in plans]
         self._rows = _joined([p.order for p in plans], sizes)
         self._fixed = _joined([(p.units < 0).nonzero()[:, 0] for p in plans], sizes)
@@ -32,7 +32,7 @@ class Batch:
         self._sources = _joined(sources, [p.features for p in plans]) if sources else None
 
     def project(self, x: Tensor) -> Tensor:
-        """The projector's input x [..., C] -> its kept tokens [K, C], which `unproject` puts back."""
+        """Compresses the projector's input x [..., C] to the kept tokens [K, C]; `unproject` is its counterpart."""
         x = x.reshape(-1, x.shape[-1])
         if self._indices is not None or len(x) != self.features:
             raise RuntimeError(f"the projector was called with {len(x)} tokens, the batch has {self.features}")
@@ -40,13 +40,13 @@ class Batch:
         return tokens
 
     def unproject(self, tokens: Tensor) -> Tensor:
-        """Projected tokens [K, D] -> [features, D], zeros for tokens that went."""
+        """Scatters projected tokens [K, D] to [features, D], with zeros for dropped tokens."""
         full = tokens.new_zeros(self.features, tokens.shape[-1])
         full[self._sources.to(tokens.device)[self._indices]] = tokens
         return full
 
     def shorten(self, rows: Sequence[Tensor], width: int | None) -> list[Tensor]:
-        """Rows [N, D] of each item -> those left of them [R, D], compressed by their first `width` channels."""
+        """Compresses the rows [N, D] of each item to [R, D], by their first `width` channels."""
         x = torch.cat([r.reshape(-1, r.shape[-1]) for r in rows])
         where, fixed = self._rows.to(x.device), self._fixed.to(x.device)
         if self._indices is None:
@@ -62,16 +62,16 @@ class Batch:
 
 
 class Model(nn.Module):
-    """Mixed into vLLM's models, whose embeddings it compresses. `at_start`: the options of the engine's start-up."""
+    """A mixin for vLLM's models that compresses their embeddings. `at_start`: the options of the engine's start-up."""
 
     projector: ClassVar[str | None] = None  # compresses the input of this module instead
     _batch: Batch | None = None
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
-        # Checked here too: if a processor raises an error, vLLM takes the model for a text model.
+        # Options are checked here too: if a processor raises an error, vLLM takes the model for a text model.
         at_start = options.of(vllm_config.model_config.multimodal_config.mm_processor_kwargs or {})
         if at_start:
-            self.check(vllm_config, at_start)
+            self.check(vllm_config)
         super().__init__(vllm_config=vllm_config, prefix=prefix)
         self.at_start = at_start
         if self.projector:
@@ -79,14 +79,15 @@ class Model(nn.Module):
             projector.register_forward_pre_hook(self._before_projector)
             projector.register_forward_hook(self._after_projector)
 
-    def check(self, vllm_config: VllmConfig, at_start: options.Wanted) -> None:
+    def check(self, vllm_config: VllmConfig) -> None:
         """Raises ValueError for an engine whose configuration does not support compression."""
 
     def width(self) -> int | None:
-        """The channels of an embedding that decide which tokens stay, and are merged. None: all."""
+        """Returns how many channels of an embedding decide which tokens stay and are merged. None: all."""
 
     def finish(self, rows: list[Tensor], left: Tensor | None, inputs: dict[str, Any]) -> list[Tensor]:
-        """The rows of each item, of which `left` [R] are left (None: all), as vLLM gets them."""
+        """Converts the rows of each item to the form that vLLM gets; `left` [R] are the rows that are left (None:
+        all)."""
         return rows
 
     def embed_multimodal(self, **inputs: Any) -> Any:
@@ -101,7 +102,7 @@ class Model(nn.Module):
         return self.finish(batch.shorten(rows, self.width()), batch.left, inputs)
 
     def get_encoder_cudagraph_config(self) -> Any:
-        # vLLM's graphs of the encoder go past `embed_multimodal`.
+        # vLLM's CUDA graphs of the encoder do not call `embed_multimodal`.
         return dataclasses.replace(super().get_encoder_cudagraph_config(), modalities=[])
 
     def _before_projector(self, _: nn.Module, args: tuple[Tensor]) -> tuple[Tensor] | None:
@@ -113,9 +114,10 @@ class Model(nn.Module):
 
 
 def compress(x: Tensor, plans: Sequence[Plan]) -> tuple[Tensor, Tensor]:
-    """x [T, D], unit after unit and item after item -> tokens [R, D] and their rows in x [R] int64, in the same order.
+    """Compresses x [T, D], unit after unit and item after item, to tokens [R, D]; also returns their rows in x [R]
+    int64.
 
-    One call of the kernel for items in a row that ask for the same options (but for how many to keep).
+    Successive items with the same options (except for how many tokens to keep) take one call of the kernel.
     """
     tokens, indices, start = [], [], 0
     for _, group in itertools.groupby(plans, key=lambda plan: plan.kernel):
@@ -132,6 +134,6 @@ def compress(x: Tensor, plans: Sequence[Plan]) -> tuple[Tensor, Tensor]:
 
 
 def _joined(parts: Sequence[Tensor], sizes: Sequence[int]) -> Tensor:
-    """Numbers of the rows of each item, as rows of all items one after another."""
+    """Converts row numbers within each item to row numbers over all items, one after another."""
     starts = itertools.accumulate(sizes, initial=0)
     return torch.cat([part + start for part, start in zip(parts, starts, strict=False)])

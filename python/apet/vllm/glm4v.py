@@ -18,4 +18,4 @@ class Glm4v(MRope, glm4_1v.Glm4vForConditionalGeneration):
 
 @processing.serve(Steps, Info)
 class Glm4vMoe(MRope, glm4_1v.Glm4vMoeForConditionalGeneration):
-    """The same with experts."""
+    """vLLM's GLM-4.5V and other GLM-V models with experts, with compression between merger and language model."""

@@ -27,4 +27,4 @@ class InternVL(Model, internvl.InternVLChatModel):
 
 @processing.serve(Tiles)
 class InternVLHF(Model, interns1.InternS1ForConditionalGeneration):
-    """The same for checkpoints in the format of transformers."""
+    """vLLM's InternVL for checkpoints in the format of transformers, with compression before the language model."""

@@ -16,18 +16,18 @@ from .compress import Model
 
 
 class LlavaInfo(processing.Info, llava.LlavaProcessingInfo):
-    """Options of a request."""
+    """Reads the options of a request, for LLaVA-1.5."""
 
 
 class LlavaProcessor(processing.Processor, llava.LlavaMultiModalProcessor):
-    """An image is a unit."""
+    """Makes each image one unit."""
 
     def units(self, modality: str, item: MultiModalKwargsItem, ids: Tensor) -> tuple[Tensor, Tensor, int]:
         return torch.zeros_like(ids), torch.arange(len(ids)), len(ids)
 
 
 def build_info(ctx: InputProcessingContext) -> BaseProcessingInfo:
-    """vLLM's own for a Pixtral tower, whose rows end in tokens of their own."""
+    """Returns vLLM's own info for a Pixtral tower, which is not compressed: its rows end in additional tokens."""
     info = llava._build_llava_or_pixtral_hf_info(ctx)
     if isinstance(info, llava.LlavaProcessingInfo):
         return LlavaInfo(ctx)

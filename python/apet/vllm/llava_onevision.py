@@ -36,7 +36,7 @@ class Images(processing.Processor):
 
 
 def rows(config: Any, image: list[int], side: int) -> Tensor:
-    """What the tiles become: rows of unit 0, each with a newline at its end."""
+    """Returns the units of the tiles of an image put together: rows of unit 0, each with a newline (-1) at its end."""
     down, across = get_anyres_image_grid_shape(image, config.image_grid_pinpoints, config.vision_config.image_size)
     height, width = unpad_image(torch.empty(1, down * side, across * side), image).shape[1:]
     ratio = math.sqrt(height * width / (9 * side**2))

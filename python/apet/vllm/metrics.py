@@ -1,4 +1,4 @@
-"""Tokens of shortened images and videos, before and after, as counters beside vLLM's own at `/metrics`."""
+"""Counts the tokens of shortened images and videos, before and after, with counters beside vLLM's own at `/metrics`."""
 
 from __future__ import annotations
 
@@ -13,6 +13,6 @@ TOKENS = {
 
 
 def count(modality: str, before: int, after: int) -> None:
-    """Adds an image or a video of a request, from a cache or not."""
+    """Adds an image or a video of a request, whether it comes from a cache or not."""
     TOKENS["before"].labels(modality).inc(before)
     TOKENS["after"].labels(modality).inc(after)

@@ -1,7 +1,8 @@
 """Mistral 3 and Pixtral in the format of transformers in vLLM (`Mistral3ForConditionalGeneration`).
 
 Modifications: those of `compress.Model`; an image is a unit. The tokens that end its rows of patches stay, each between
-the kept tokens of its row and those of the next: which these are is known after the encoder, so the model embeds them.
+the kept tokens of its row and those of the next. Their places are known only after the encoder, so the model itself
+embeds them.
 """
 
 from __future__ import annotations
@@ -19,13 +20,13 @@ from .compress import Model
 
 
 class Rows(processing.Processor):
-    """An image is a unit, less the tokens at the ends of rows."""
+    """Makes each image one unit, without the tokens at the ends of rows."""
 
     def embedded(self, details: PromptUpdateDetails) -> Tensor:
         return torch.ones(len(details.full), dtype=torch.bool)
 
     def units(self, modality: str, item: MultiModalKwargsItem, ids: Tensor) -> Tensor:
-        # The ids of the ends travel as numbers of no unit.
+        # The ids of the row ends are stored as negative numbers, which are no units.
         return torch.where(ids == self.info.get_hf_config().image_token_index, 0, -1 - ids)
 
 

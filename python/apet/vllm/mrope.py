@@ -1,8 +1,9 @@
-"""What models with M-RoPE positions share in vLLM: images and videos are grids of merged patches.
+"""The common part of models with M-RoPE positions in vLLM: their images and videos are grids of merged patches.
 
 Modifications: those of `compress.Model`; an image is a unit, and so is each temporal step of a video. Kept tokens keep
-their M-RoPE positions, and the text after an image those that it has without compression: vLLM gives those of the whole
-prompt, and its mechanism for pruned video (EVS) attaches to embeddings what tells those of kept tokens.
+their M-RoPE positions, and the text after an image keeps the positions that it has without compression: vLLM computes
+the positions of the whole prompt, and its mechanism for pruned video (EVS) attaches to the embeddings the data from
+which the positions of kept tokens follow.
 
 vLLM enables EVS at start-up only, so `apet_keep` must be set there (1.0: all tokens, unless a request asks for less).
 """
@@ -24,7 +25,7 @@ from vllm.utils.gpu_sync_debug import gpu_sync_allowed
 from . import options, plan, processing
 from .compress import Model
 
-DIGITS = 2  # of a row or column of the grid, base 256: whole numbers that every dtype of embeddings holds exactly
+DIGITS = 2  # of a row or column number, base 256: every dtype of embeddings holds such whole numbers exactly
 CHANNELS = 2 * DIGITS
 
 
@@ -49,16 +50,17 @@ class Steps(processing.Processor):
 
 
 class MRope(Model):
-    """Mixed into vLLM's models with M-RoPE positions."""
+    """A mixin for vLLM's models with M-RoPE positions."""
 
     supports_multimodal_pruning = True
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__(vllm_config=vllm_config, prefix=prefix)
-        if self.at_start:  # the runner is told that embeddings carry positions; that vLLM's model adds its own is not
+        # The runner is told that embeddings carry positions, but vLLM's model must not append its own.
+        if self.at_start:
             self.is_multimodal_pruning_enabled = False
 
-    def check(self, vllm_config: VllmConfig, at_start: options.Wanted) -> None:
+    def check(self, vllm_config: VllmConfig) -> None:
         config = vllm_config.model_config.multimodal_config
         if rate := config.video_pruning_rate:
             raise ValueError(f"apet_keep and video_pruning_rate={rate} both drop tokens of a video; choose one")
@@ -73,7 +75,7 @@ class MRope(Model):
             tell_cpu_runner()
 
     def finish(self, rows: Sequence[Tensor], left: Tensor | None, inputs: dict[str, Any]) -> list[Tensor]:
-        """Adds to every row [N, D + CHANNELS] its place in the grid of its unit."""
+        """Appends to every row, as [N, D + CHANNELS], its place in the grid of its unit."""
         if self.at_start is None:
             return rows
         grids = inputs.get("image_grid_thw", inputs.get("video_grid_thw"))
@@ -87,11 +89,12 @@ class MRope(Model):
     def get_mrope_input_positions(
         self, input_tokens: list[int], mm_features: list[MultiModalFeatureSpec]
     ) -> tuple[Tensor, int]:
-        """Positions [3, N] and what decoding adds to its own. Which tokens are kept is not known yet: in their columns
-        stands -1 less the position of their unit's first, until `recompute_mrope_positions` has their embeddings."""
+        """Returns the positions [3, N], and the offset of positions in decoding. Which tokens are kept is not known
+        yet: their columns hold -1 minus the position of their unit's first token, until `recompute_mrope_positions` has
+        the embeddings."""
         if self.at_start is None:
             return super().get_mrope_input_positions(input_tokens, mm_features)
-        times = torch.ones(len(input_tokens), dtype=torch.int64)  # how many tokens of the whole prompt each stands for
+        times = torch.ones(len(input_tokens), dtype=torch.int64)  # tokens of the whole prompt that each one replaces
         unknown, first, whole, more = [], [], [], 0
         for feature in sorted(mm_features, key=lambda feature: feature.mm_position.offset):
             place, made = feature.mm_position, plan.of(feature.data)
@@ -122,7 +125,8 @@ class MRope(Model):
         mrope_positions: Tensor,
         num_computed_tokens: int,
     ) -> tuple[Sequence[Tensor], Tensor, int]:
-        """Splits the places off the embeddings of a prompt's next chunk, and puts positions in their columns, once."""
+        """Splits the places off the embeddings of a prompt's next chunk, and writes the positions into their columns,
+        once."""
         if self.at_start is None:
             return super().recompute_mrope_positions(
                 input_ids, multimodal_embeddings, mrope_positions, num_computed_tokens
@@ -141,8 +145,8 @@ class MRope(Model):
 
 
 def tell_cpu_runner() -> None:
-    """Makes vLLM's CPU runner check whether embeddings carry positions: its own value is from before the model is
-    loaded."""
+    """Makes vLLM's CPU runner ask the model whether embeddings carry positions: the runner's own value is set before
+    the model is loaded."""
     from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 
     def asks(runner: Any) -> bool:
@@ -152,12 +156,12 @@ def tell_cpu_runner() -> None:
 
 
 def places_of(steps: int, height: int, width: int) -> Tensor:
-    """Row and column of every token of a grid, as digits [steps * height * width, CHANNELS]."""
+    """Returns the row and column of every token of a grid, as digits [steps * height * width, CHANNELS]."""
     grid = torch.cartesian_prod(torch.arange(height), torch.arange(width)).view(-1, 2).repeat(steps, 1)
     return torch.cat([grid >> (8 * digit) & 255 for digit in range(DIGITS)], dim=1)
 
 
 def decode(channels: Tensor) -> Tensor:
-    """Digits [N, CHANNELS] of any dtype -> positions [3, N] within a unit, of which the temporal one is 0."""
+    """Converts digits [N, CHANNELS] of any dtype to positions [3, N] within a unit, in which the temporal axis is 0."""
     digits = channels.T.reshape(DIGITS, 2, -1).long()
     return torch.nn.functional.pad(sum(digits[d] << (8 * d) for d in range(DIGITS)), (0, 0, 1, 0))

@@ -1,4 +1,4 @@
-"""The plugin's options, read from `mm_processor_kwargs`."""
+"""The options of the plugin, read from `mm_processor_kwargs`."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ NAMES = ("keep", *BOUNDS, *OF_KERNEL)
 
 @dataclass(frozen=True)
 class Wanted(Options):
-    """What a request asks for.
+    """The options of a request.
 
-    least, most: bounds of what a ratio `keep` gives for a unit; max_tokens: of all visual tokens of a request, and,
-    once `share` has divided it, of an item.
+    least, most: bounds of the number that a ratio `keep` gives for a unit; max_tokens: the limit for all visual tokens
+    of a request or, once `share` has divided it, of an item.
     """
 
     least: int | None = None
@@ -28,7 +28,7 @@ class Wanted(Options):
     max_tokens: int | None = None
 
     def kept(self, lengths: Sequence[int], staying: int = 0) -> list[int]:
-        """How many tokens each unit keeps, of its length, beside those that stay in any case."""
+        """Returns how many tokens each unit of these lengths keeps; `staying` tokens of the item stay in any case."""
         kept = [min(n, max(self.least or 1, min(self.most or n, count(self.keep, 0, n, self)))) for n in lengths]
         if self.max_tokens is None or sum(kept) + staying <= self.max_tokens:
             return kept
@@ -46,7 +46,7 @@ class Wanted(Options):
 
 
 def of(kwargs: Mapping[str, object]) -> Wanted | None:
-    """The options in `mm_processor_kwargs`; None if there are none, or those that limit tokens are null.
+    """Returns the options in `mm_processor_kwargs`; None if there are none, or if those that limit tokens are null.
 
     Raises ValueError, which names the offending value.
     """
@@ -69,7 +69,7 @@ def of(kwargs: Mapping[str, object]) -> Wanted | None:
     _check(given, bounds)
     try:
         options = resolve({}, "vLLM", range(0), given)
-    except ValueError as error:  # which begins with the option's name
+    except ValueError as error:  # its message begins with the option's name
         raise ValueError(f"{PREFIX}{error}") from None
     return Wanted(**{field.name: getattr(options, field.name) for field in fields(options)}, **bounds)
 
@@ -99,8 +99,8 @@ def _check(given: Mapping[str, Any], bounds: Mapping[str, Any]) -> None:
 
 
 def share(wanted: Wanted | None, items: int) -> dict[str, int]:
-    """What replaces a request's `apet_max_tokens` for each of its items: an equal share, so that what an item keeps
-    does not depend on the others, and caches can hold it."""
+    """Returns the `apet_max_tokens` of each item of a request: an equal share, so that the tokens that an item keeps do
+    not depend on the other items, and caches can hold the item."""
     if wanted is None or wanted.max_tokens is None or not items:
         return {}
     if wanted.max_tokens < items:
@@ -111,5 +111,5 @@ def share(wanted: Wanted | None, items: int) -> dict[str, int]:
 
 
 def without(kwargs: Mapping[str, object]) -> dict[str, object]:
-    """`mm_processor_kwargs` as the model's own processor may see them."""
+    """Returns `mm_processor_kwargs` without the plugin's options, for the model's own processor."""
     return {name: value for name, value in kwargs.items() if not name.startswith(PREFIX)}

@@ -1,4 +1,4 @@
-"""What becomes of an image or a video: decided in vLLM's input processing, carried with the pixels to the model."""
+"""The plan of an image or a video: made in vLLM's input processing, and passed to the model with the pixels."""
 
 from __future__ import annotations
 
@@ -14,16 +14,17 @@ from apet_kernels.options import LAYOUTS, SELECTS
 
 from .options import Wanted
 
-FIELD = "apet"  # of an item that gets shorter: its packed plan
+FIELD = "apet"  # the name of the packed plan among the data of an item that gets shorter
 HEADER = 7
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Options of the kernel, and how many rows each unit keeps of the N that the item has for the language model.
+    """The options of the kernel, and how many rows each unit keeps. N: the rows that the item has for the language
+    model.
 
-    units [N] int64: of every row the number of its unit, or -1 for a row that stays as it is. sources [N] int64: where
-    the projector compresses, which row of its input of `features` rows each one comes from.
+    units [N] int64: the number of each row's unit, or -1 for a row that stays as it is. sources [N] int64: if
+    compression is before the projector, the row of the projector's input, of `features` rows, that each row comes from.
     """
 
     kernel: Mapping[str, Any]
@@ -34,34 +35,36 @@ class Plan:
 
     @cached_property
     def lengths(self) -> list[int]:
-        """Rows of each unit."""
+        """The number of rows of each unit."""
         return self.units[self.units >= 0].bincount(minlength=len(self.kept)).tolist()
 
     @cached_property
     def order(self) -> Tensor:
-        """Rows that belong to units, unit after unit, ascending within one."""
+        """The rows that belong to units, unit after unit, ascending within one."""
         return self.units.argsort(stable=True)[len(self.units) - sum(self.lengths) :]
 
     @property
     def gone(self) -> int:
-        """How many rows are dropped."""
+        """The number of rows that are dropped."""
         return sum(self.lengths) - sum(self.kept)
 
     @property
     def rows(self) -> int:
-        """How many rows the language model gets."""
+        """The number of rows that the language model gets."""
         return len(self.units) - self.gone
 
     @property
     def leaves(self) -> Tensor:
-        """[N] bool: the placeholders that go, the last of each unit. (Which rows go is known after the encoder.)"""
+        """[N] bool: the placeholders that are removed, the last ones of each unit. (The encoder's output decides which
+        rows go.)"""
         ends = [torch.arange(n) >= k for n, k in zip(self.lengths, self.kept, strict=True)]
         leaves = torch.zeros(len(self.units), dtype=torch.bool)
         leaves[self.order] = torch.cat(ends) if ends else leaves[:0]
         return leaves
 
     def pack(self) -> Tensor:
-        """[.] int64. Integers, because vLLM casts floats to the model's dtype."""
+        """Packs the plan into one int64 tensor. It has integers only, because vLLM casts floats to the model's
+        dtype."""
         kernel = self.kernel
         blend = torch.tensor(kernel["blend"], dtype=torch.float64).view(torch.int64).item()
         named = [LAYOUTS.index(kernel["layout"]), SELECTS.index(kernel["select"])]
@@ -71,7 +74,7 @@ class Plan:
 
 
 def unpack(packed: Tensor) -> Plan:
-    """The plan that `pack` gave."""
+    """Unpacks a plan that `pack` made."""
     basis, layout, select, blend, refine, units, features = packed[:HEADER].tolist()
     kernel = {
         "basis": basis or None,
@@ -85,11 +88,11 @@ def unpack(packed: Tensor) -> Plan:
 
 
 def of(data: Mapping[str, Any] | None) -> Plan | None:
-    """The plan among an item's processed data; None if all of it stays."""
+    """Returns the plan among an item's processed data; None if all of it stays."""
     return None if data is None or FIELD not in data else unpack(data[FIELD].data)
 
 
 def make(wanted: Wanted, units: Tensor, sources: Tensor | None = None, features: int = 0) -> Plan:
-    """The plan of an item with these units. Raises ValueError if `apet_max_tokens` is less than it needs."""
+    """Makes the plan of an item with these units. Raises ValueError if `apet_max_tokens` is less than it needs."""
     lengths = units[units >= 0].bincount().tolist()
     return Plan(wanted.kernel, wanted.kept(lengths, int((units < 0).sum())), units, sources, features)

@@ -1,4 +1,4 @@
-"""vLLM's input processing: options, placeholders, plans and cache keys, before any image is encoded."""
+"""Extends vLLM's input processing: options, placeholders, plans and cache keys, before any image is encoded."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class Info(BaseProcessingInfo):
         self.options({})
 
     def options(self, kwargs: Mapping[str, object]) -> options.Wanted | None:
-        """The options of a request with these `mm_processor_kwargs`. Raises ValueError if they are invalid."""
+        """Returns the options of a request with these `mm_processor_kwargs`. Raises ValueError if they are invalid."""
         return options.of(self.ctx.get_mm_config().merge_mm_processor_kwargs(kwargs))
 
 
@@ -55,12 +55,12 @@ class Processor(BaseMultiModalProcessor):
     info: Info
 
     def units(self, modality: str, item: MultiModalKwargsItem, ids: Tensor) -> tuple[Tensor, Tensor, int] | Tensor:
-        """The units of an item whose rows stand at the placeholders ids [N]: for every row the number of its unit, or
-        -1; with them, if the projector compresses, `sources` and `features` of `plan.Plan`."""
+        """Returns the units of an item whose rows have the placeholder ids [N]: for every row the number of its unit,
+        or -1. If compression is before the projector, it also returns `sources` and `features` of `plan.Plan`."""
         raise NotImplementedError
 
     def embedded(self, details: PromptUpdateDetails) -> Tensor:
-        """[L] bool: at which of the tokens that replace an item the model's embeddings stand."""
+        """Returns [L] bool: which of the tokens that replace an item stand for the model's embeddings."""
         if details.is_embed is None:
             return torch.ones(len(details.full), dtype=torch.bool)
         return details.is_embed(details.full)
@@ -80,8 +80,8 @@ class Processor(BaseMultiModalProcessor):
         return replace(inputs, hf_processor_mm_kwargs={**inputs.hf_processor_mm_kwargs, **everything})
 
     def _get_mm_hashes(self, inputs: ProcessorInputs) -> Any:
-        # The keys of the processor cache, the encoder cache and the prefix cache. vLLM makes them from what the request
-        # says; with the options in force they also distinguish engines with different start-up options.
+        # These are the keys of the processor cache, the encoder cache and the prefix cache. vLLM makes them from the
+        # request; with the options in force they also distinguish engines with different start-up options.
         told = options.without(inputs.hf_processor_mm_kwargs)
         if wanted := self.info.options(inputs.hf_processor_mm_kwargs):
             told["apet"] = repr(wanted)
@@ -127,20 +127,21 @@ class Processor(BaseMultiModalProcessor):
 
 @dataclass
 class Shortened(PromptUpdateDetails):
-    """The tokens that replace an item, of which `before` would get embeddings without compression."""
+    """The tokens that replace an item; without compression, `before` of them would stand for embeddings."""
 
     before: int = 0
 
 
 def equal_units(ids: Tensor, size: int) -> Tensor:
-    """Units of so many rows each, for the placeholders ids [N]."""
+    """Returns units of `size` rows each, for the placeholder ids [N]."""
     if len(ids) % size:
         raise ValueError(f"{len(ids)} embeddings of an image or video are not whole units of {size}")
     return torch.arange(len(ids)) // size
 
 
 def serve(processor: type[Processor], info: type[Info] = Info) -> Any:
-    """Registers for a subclass of one of vLLM's models the input processing of that model, with these mixed in."""
+    """Returns a decorator for a subclass of a vLLM model. It registers that model's input processing with these classes
+    mixed in."""
 
     def register(model: M) -> M:
         factory = model._processor_factory  # of vLLM's model

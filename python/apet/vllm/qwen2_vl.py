@@ -15,4 +15,4 @@ class Qwen2VL(MRope, qwen2_vl.Qwen2VLForConditionalGeneration):
 
 @processing.serve(Steps, Info)
 class Qwen2_5_VL(MRope, qwen2_5_vl.Qwen2_5_VLForConditionalGeneration):
-    """vLLM's Qwen2.5-VL, the same."""
+    """vLLM's Qwen2.5-VL, with compression between merger and language model."""

@@ -1,7 +1,7 @@
 """Qwen3-VL and Qwen3.5 in vLLM, dense and with experts, images and videos.
 
-Modifications: those of `mrope`. Of the deepstack features of an image, which stand behind its embeddings and which the
-first layers add, those of kept tokens stay as they are. The time stamps before the frames of a video stay.
+Modifications: those of `mrope`. An embedding of an image also holds its deepstack features, which the first layers add;
+those of kept tokens stay as they are. The time stamps before the frames of a video stay.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from .mrope import Info, MRope, Steps
 
 
 class Deepstack(MRope):
-    """Embeddings with deepstack features behind them."""
+    """A mixin for models whose embeddings end with deepstack features."""
 
     def width(self) -> int:
         return self.visual_dim
@@ -26,7 +26,7 @@ class Qwen3VL(Deepstack, qwen3_vl.Qwen3VLForConditionalGeneration):
 
 @processing.serve(Steps, Info)
 class Qwen3VLMoe(Deepstack, qwen3_vl_moe.Qwen3VLMoeForConditionalGeneration):
-    """The same with experts."""
+    """vLLM's Qwen3-VL with experts, with compression between merger and language model."""
 
 
 @processing.serve(Steps, Info)
@@ -36,4 +36,4 @@ class Qwen3_5(Deepstack, qwen3_5.Qwen3_5ForConditionalGeneration):
 
 @processing.serve(Steps, Info)
 class Qwen3_5Moe(Deepstack, qwen3_5.Qwen3_5MoeForConditionalGeneration):
-    """The same with experts."""
+    """vLLM's Qwen3.5 with experts, with compression between merger and language model."""

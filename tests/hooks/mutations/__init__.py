@@ -1,4 +1,4 @@
-"""What transformers might change next, applied to the installed one.
+"""Changes that transformers might make next, applied to the installed version.
 
 A mutation must not change what the model that is not patched computes; so the recompute of the unchanged classes says
 what is right.

@@ -1,4 +1,4 @@
-"""What might become of the cache."""
+"""Possible changes of the cache."""
 
 from __future__ import annotations
 
@@ -10,48 +10,44 @@ from typing import Any
 import transformers
 from transformers import generation
 
-from .edits import ALL, CACHE, Classes, bare, mutation, parameter, source_of
+from .edits import ALL, CACHE, Classes, bare, mutation, renamed, source_of
 
 
 @mutation(*ALL)
 def core_cache_renamed(c: Classes) -> None:
-    c.edit(c.core, *parameter(CACHE, "kv"))
+    c.edit(c.core, renamed(CACHE, "kv"))
     c.edit(c.model, (rf"(= self\.model\([^\n]*?){CACHE}=", r"\g<1>kv="))
 
 
 @mutation("llava")
 def core_cache_renamed_without_annotation(c: Classes) -> None:
-    c.edit(c.core, *parameter(CACHE, "kv"), bare("kv"))
+    c.edit(c.core, renamed(CACHE, "kv"), bare("kv"))
     c.edit(c.model, (rf"(= self\.model\([^\n]*?){CACHE}=", r"\g<1>kv="))
 
 
 @mutation(*ALL)
 def language_model_cache_renamed(c: Classes) -> None:
-    c.edit(c.lm, *parameter(CACHE, "kv"))
-    c.edit(c.core, c.lm_call(f"{CACHE}=", "kv="))
+    c.rename_for_lm(CACHE, "kv")
 
 
 @mutation(*ALL, says="no argument known for cache")
 def language_model_cache_renamed_without_annotation(c: Classes) -> None:
-    c.edit(c.lm, *parameter(CACHE, "kv"), bare("kv"))
-    c.edit(c.core, c.lm_call(f"{CACHE}=", "kv="))
+    c.rename_for_lm(CACHE, "kv", bare("kv"))
 
 
 @mutation(*ALL)
 def layer_cache_renamed(c: Classes) -> None:
-    c.edit(c.layer, *parameter(CACHE, "kv"))
-    c.edit(c.lm, c.layer_call(f"{CACHE}=", "kv="))
+    c.rename_for_layers(CACHE, "kv")
 
 
 @mutation(*ALL, says="no argument known for cache")
 def layer_cache_renamed_without_annotation(c: Classes) -> None:
-    c.edit(c.layer, *parameter(CACHE, "kv"), bare("kv"))
-    c.edit(c.lm, c.layer_call(f"{CACHE}=", "kv="))
+    c.rename_for_layers(CACHE, "kv", bare("kv"))
 
 
 @mutation("llava")
 def cache_renamed_in_generate_too(c: Classes) -> None:
-    """And in the core model and the model; not in outputs and in the language model."""
+    """The cache is also renamed in the core model and the model, but not in outputs and in the language model."""
     word = rf"(?<![\w.]){CACHE}(?!\w)"
     for owner in (generation.GenerationMixin, c.model, c.core):
         for name, function in list(vars(owner).items()):
@@ -70,7 +66,7 @@ class Subclass(transformers.DynamicCache):
 
 
 class Wrapper:
-    """What works as a cache and is none."""
+    """An object that works as a cache but is not an instance of Cache."""
 
     def __init__(self, **kwargs: Any):
         self.inner = transformers.DynamicCache(**kwargs)
@@ -93,7 +89,7 @@ def cache_that_is_none(c: Classes) -> None:
 
 @mutation("llava", says="DecoderLayer was called with a cache of type View")
 def cache_wrapped_in_the_language_model(c: Classes) -> None:
-    """The layers get something that is no Cache."""
+    """The layers get an object that is not a Cache."""
 
     class View:
         def __init__(self, cache: Any):
@@ -122,7 +118,7 @@ def cache_of_an_encoder_and_a_decoder(c: Classes) -> None:
 
 @mutation("llava", "qwen2_5_vl")
 def cache_made_anew_by_the_language_model(c: Classes) -> None:
-    """Handed on in the output; the layers fill another than the one that was given."""
+    """The layers fill another cache than the one that was given; the new one is returned in the output."""
     c.edit(
         c.lm,
         (r"\n( *)(\w+) = inputs_embeds\n", rf"\n\1{CACHE} = copy.copy({CACHE})\n\1\2 = inputs_embeds\n"),
@@ -191,7 +187,7 @@ def language_model_returns_a_tuple(c: Classes) -> None:
 
 @mutation(*ALL)
 def cache_handed_on_in_another_field(c: Classes) -> None:
-    """Of the outputs of the core model and the model, where generate() looks for it."""
+    """The cache is in another field of the outputs of the core model and the model, where generate() looks for it."""
     Output = transformers.utils.ModelOutput
     c.edit(
         c.core,

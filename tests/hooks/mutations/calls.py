@@ -1,4 +1,4 @@
-"""How language model and layers might be called."""
+"""Possible changes in how the language model and the layers are called."""
 
 # ruff: noqa: E501 - an edit is on one line, as the source that it edits
 from __future__ import annotations
@@ -11,17 +11,17 @@ from typing import Any
 import torch
 from torch import nn
 
-from .edits import ALL, CACHE, Classes, mutation, parameter, source_of
+from .edits import ALL, CACHE, Classes, mutation, renamed, source_of
 
 
 @mutation("llava", "qwen3_vl", says="no argument known for .*hidden")
 def hidden_states_renamed(c: Classes) -> None:
-    c.edit(c.layer, *parameter("hidden_states", "x"))
+    c.edit(c.layer, renamed("hidden_states", "x"))
 
 
 @mutation("llava", says="no argument known for .*hidden")
 def hidden_states_renamed_and_given_by_keyword(c: Classes) -> None:
-    c.edit(c.layer, *parameter("hidden_states", "x"))
+    c.edit(c.layer, renamed("hidden_states", "x"))
     c.edit(c.lm, (r"decoder_layer\(hidden_states", "decoder_layer(x=hidden_states"))
 
 
@@ -31,7 +31,7 @@ def hidden_states_given_by_keyword(c: Classes) -> None:
 
 
 def in_order(function: Any, call: str) -> str:
-    """A call by keyword, with as many arguments by position as its function takes."""
+    """Makes a call by keyword, with as many arguments by position as its function takes."""
     (expression,) = ast.parse(call.strip()).body
     given = expression.value
     assert isinstance(given, ast.Call)
@@ -59,7 +59,7 @@ def language_model_called_by_position(c: Classes) -> None:
 
 
 class Around(nn.Module):
-    """A module around a layer, as checkpointing and offloading libraries put there."""
+    """A module around a layer, as libraries for checkpointing and offloading put there."""
 
     def __init__(self, inner: nn.Module):
         super().__init__()
@@ -146,7 +146,7 @@ def layers_renamed(c: Classes) -> None:
 
 @mutation("llava", "qwen2_5_vl", says="but calls its language model with|the hooks are not right for")
 def language_model_called_twice(c: Classes) -> None:
-    """The first time to measure something."""
+    """The first call only measures something."""
     c.edit(
         c.core,
         (
@@ -158,7 +158,7 @@ def language_model_called_twice(c: Classes) -> None:
 
 @mutation("llava", says="but calls its language model with|the hooks are not right for")
 def prefill_in_two_calls(c: Classes) -> None:
-    """Of the language model: images in the first, and the rest of the prompt in the second."""
+    """The language model is called for the images first, and then for the rest of the prompt."""
     c.edit(
         c.core,
         (

@@ -1,4 +1,4 @@
-"""How transformers is changed: source of its functions, edited and compiled anew; and the table of the changes.
+"""Changes the source of functions of transformers and compiles it again; and the table of the changes.
 
 Edits are made in the source as `ast.unparse` writes it: one line to a statement, keywords as `name=`.
 """
@@ -37,7 +37,7 @@ DECODERS = {
 
 
 class NotThisVersion(Exception):
-    """The source that a mutation edits is written otherwise in the installed transformers."""
+    """The source that a mutation edits is different in the installed transformers."""
 
 
 class Classes:
@@ -65,15 +65,25 @@ class Classes:
         self.edited = True
 
     def layer_call(self, pattern: str, new: str) -> tuple[str, str]:
-        """A change within the call of a decoder layer."""
+        """Returns a change within the call of a decoder layer."""
         return rf"(= decoder_layer\([^\n]*?){pattern}", rf"\g<1>{new}"
 
     def lm_call(self, pattern: str, new: str) -> tuple[str, str]:
-        """A change within the core model's call of its language model."""
+        """Returns a change within the core model's call of its language model."""
         return rf"(= self\.language_model\([^\n]*?){pattern}", rf"\g<1>{new}"
 
+    def rename_for_layers(self, old: str, new: str, *more: tuple[str, str]) -> None:
+        """Another name for an argument of the decoder layers, where they are called too. more: changes of a layer."""
+        self.edit(self.layer, renamed(old, new), *more)
+        self.edit(self.lm, self.layer_call(f"{old}=", f"{new}="))
+
+    def rename_for_lm(self, old: str, new: str, *more: tuple[str, str]) -> None:
+        """The same for the language model."""
+        self.edit(self.lm, renamed(old, new), *more)
+        self.edit(self.core, self.lm_call(f"{old}=", f"{new}="))
+
     def after_init(self, owner: type, change: Callable[[Any], None]) -> None:
-        """Changes instances when they have been made."""
+        """Changes instances after they are made."""
         init = owner.__init__
 
         def changed(this: Any, *args: Any, **kwargs: Any) -> None:
@@ -85,7 +95,7 @@ class Classes:
 
 
 def source_of(owner: Any, method: str) -> str:
-    """The source of a function, normalized; without the decorator that reads sources to write documentation."""
+    """Returns the source of a function, normalised, without the decorator that reads sources to write documentation."""
     source = inspect.getsource(inspect.unwrap(vars(owner)[method]))
     (tree,) = ast.parse(f"class Indented:\n{source}" if source[0] == " " else source).body
     if isinstance(tree, ast.ClassDef):
@@ -100,17 +110,12 @@ FIRST_LINE = r"\n    residual = [^\n]*(?=\n    hidden_states = self\.input_layer
 
 
 def renamed(old: str, new: str) -> tuple[str, str]:
-    """A local name or parameter, but no keyword of a call."""
+    """Renames a local name or parameter, but no keyword of a call."""
     return rf"(?<![\w.'\"]){old}\b(?!=[^=]|['\"])", new
 
 
-def parameter(old: str, new: str) -> list[tuple[str, str]]:
-    """A parameter gets another name, annotated as it was."""
-    return [renamed(old, new)]
-
-
 def bare(name: str) -> tuple[str, str]:
-    """A parameter loses its annotation."""
+    """Removes the annotation of a parameter."""
     return rf"\b{name}: [\w. |]+=", f"{name}="
 
 

@@ -1,4 +1,5 @@
-"""What the language model might be given besides, and how it might be given embeddings, pixels and its configuration."""
+"""Possible changes in what else the language model is given, and in how it gets embeddings, pixels and its
+configuration."""
 
 # ruff: noqa: E501 - an edit is on one line, as the source that it edits
 from __future__ import annotations
@@ -9,14 +10,14 @@ from typing import Any
 
 import transformers
 
-from .edits import ALL, Classes, NotThisVersion, mutation, parameter, source_of
+from .edits import ALL, Classes, NotThisVersion, mutation, source_of
 
 # ---- more along the sequence
 
 
 @mutation(*ALL)
 def layer_argument_along_the_sequence(c: Classes) -> None:
-    """[B, L]"""
+    """The layers get a new argument [B, L]."""
     c.edit(
         c.lm,
         c.layer_call("position_embeddings=position_embeddings", "position_embeddings=position_embeddings, gate=gate"),
@@ -31,7 +32,7 @@ def layer_argument_along_the_sequence(c: Classes) -> None:
 
 @mutation(*ALL)
 def layer_argument_along_the_sequence_with_channels(c: Classes) -> None:
-    """[B, L, D]"""
+    """The layers get a new argument [B, L, D]."""
     c.edit(
         c.lm,
         c.layer_call(
@@ -48,7 +49,7 @@ def layer_argument_along_the_sequence_with_channels(c: Classes) -> None:
 
 @mutation("llava", "qwen2_5_vl", both="the hooks are not right for")
 def first_states_added_in_each_layer(c: Classes) -> None:
-    """And taken away again: an attribute of the layers, which no argument shows."""
+    """They are also subtracted again; they are an attribute of the layers, which no argument shows."""
     c.edit(
         c.lm,
         (r"\n( *)position_embeddings = ", r"\n\1for layer in self.layers:\n\1    layer.first = hidden_states\g<0>"),
@@ -58,7 +59,7 @@ def first_states_added_in_each_layer(c: Classes) -> None:
 
 @mutation(*ALL)
 def language_model_argument_along_the_sequence(c: Classes) -> None:
-    """[B, L]"""
+    """The language model gets a new argument [B, L]."""
     c.edit(
         c.core,
         c.lm_call(
@@ -77,7 +78,7 @@ def language_model_argument_along_the_sequence(c: Classes) -> None:
 
 @mutation("llava", "qwen2_5_vl")
 def language_model_argument_of_the_visual_tokens(c: Classes) -> None:
-    """[visual tokens, D], added in the language model."""
+    """The language model gets a new argument [visual tokens, D], and adds it to its states."""
     c.edit(
         c.core,
         (
@@ -97,7 +98,7 @@ def language_model_argument_of_the_visual_tokens(c: Classes) -> None:
 
 @mutation("llava", says="called with deep of shape")
 def language_model_argument_of_the_visual_tokens_and_no_mask(c: Classes) -> None:
-    """[visual tokens, D], and the language model knows where."""
+    """The language model gets a new argument [visual tokens, D], and knows the places itself."""
     c.edit(
         c.core,
         (
@@ -126,7 +127,7 @@ def embeddings_scaled_in_the_language_model(c: Classes) -> None:
 
 @mutation("llava", says="without embeddings|the hooks are not right for")
 def language_model_embeds_the_text(c: Classes) -> None:
-    """It is given ids, and the features of the images."""
+    """The language model is given ids, and the features of the images."""
     c.edit(
         c.core,
         (
@@ -147,8 +148,7 @@ def language_model_embeds_the_text(c: Classes) -> None:
 
 @mutation("llava", says="no argument known for embeds")
 def embeddings_renamed(c: Classes) -> None:
-    c.edit(c.lm, *parameter("inputs_embeds", "embeddings"))
-    c.edit(c.core, c.lm_call("inputs_embeds=", "embeddings="))
+    c.rename_for_lm("inputs_embeds", "embeddings")
 
 
 @mutation("llava", says="has none of image_token_id|has no image_token_id|the hooks are not right for")
@@ -170,7 +170,7 @@ def placeholder_moved_in_the_configuration(c: Classes) -> None:
     *ALL, inputs={"pixel_values": "image_pixels"}, faithful=False, says="image_pixels|the hooks are not right for"
 )
 def pixels_renamed(c: Classes) -> None:
-    """A caller says image_pixels. (generate() does not know that, and leaves them out.)"""
+    """The caller passes image_pixels. (generate() does not know that name, and leaves them out.)"""
     for owner in (c.model, c.core):
         for name, function in list(vars(owner).items()):
             if inspect.isfunction(function) and re.search(r"\bpixel_values\b", source_of(owner, name)):
@@ -193,7 +193,7 @@ def types_of_layers_renamed(c: Classes) -> None:
 
 @mutation("llava", "qwen2_5_vl", says="has no _attn_implementation")
 def implementation_of_attention_renamed(c: Classes) -> None:
-    """In the configuration of the language model."""
+    """The attribute of the language model's configuration is renamed."""
 
     class Config:
         def __init__(self, config: Any):

@@ -1,4 +1,4 @@
-"""What might become of the mask."""
+"""Possible changes of the mask."""
 
 # ruff: noqa: E501 - an edit is on one line, as the source that it edits
 from __future__ import annotations
@@ -8,19 +8,17 @@ from typing import Any
 
 from transformers import masking_utils
 
-from .edits import CACHE, FIRST_LINE, Classes, mutation, parameter
+from .edits import CACHE, FIRST_LINE, Classes, mutation
 
 
 @mutation("llava", "qwen3_vl", both="no argument known for mask")
 def layer_mask_renamed(c: Classes) -> None:
-    c.edit(c.layer, *parameter("attention_mask", "mask"))
-    c.edit(c.lm, c.layer_call("attention_mask=", "mask="))
+    c.rename_for_layers("attention_mask", "mask")
 
 
 @mutation("llava", "qwen2_5_vl", says="no argument known for mask")
 def language_model_mask_renamed(c: Classes) -> None:
-    c.edit(c.lm, *parameter("attention_mask", "mask"))
-    c.edit(c.core, c.lm_call("attention_mask=", "mask="))
+    c.rename_for_lm("attention_mask", "mask")
 
 
 @mutation("llava", "qwen3_vl", says="no argument known for mask")
@@ -34,7 +32,7 @@ def language_model_mask_among_keywords(c: Classes) -> None:
 
 @mutation("llava", "qwen3_vl")
 def layers_make_their_masks(c: Classes) -> None:
-    """From a mask [B, past + L]."""
+    """The layers build their masks from a mask [B, past + L]."""
     more = {
         "make": lambda layer, x, mask, cache: masking_utils.create_causal_mask(
             layer.self_attn.config, x, mask, cache, layer_idx=layer.self_attn.layer_idx
@@ -50,7 +48,7 @@ def layers_make_their_masks(c: Classes) -> None:
 
 @mutation("llava", "qwen3_vl")
 def core_makes_the_mask(c: Classes) -> None:
-    """The language model is given one of four dimensions."""
+    """The core model gives the language model a mask of four dimensions."""
     more = {"make": masking_utils.create_causal_mask}
     made = f"attention_mask = make(self.config.get_text_config(), inputs_embeds, attention_mask, {CACHE}, allow_is_causal_skip=False)"
     c.edit(c.core, (r"\n    outputs = self\.language_model", rf"\n    {made}\g<0>"), more=more)
@@ -95,6 +93,6 @@ def function_that_makes_masks_returns_a_dictionary(c: Classes) -> None:
 
 @mutation("llava", "qwen3_vl", both="a mask of type dict")
 def masks_of_the_layers_in_a_dictionary(c: Classes) -> None:
-    """Each layer takes its own out of it."""
+    """Each layer takes its own mask from a dictionary."""
     c.edit(c.lm, c.layer_call(r"attention_mask=(\w+)", r"attention_mask={'full_attention': \g<2>}"))
     c.edit(c.layer, (FIRST_LINE, r"\n    attention_mask = attention_mask['full_attention']\g<0>"))

@@ -1,26 +1,23 @@
-"""What might become of positions and rotary embeddings."""
+"""Possible changes of positions and rotary embeddings."""
 
 from __future__ import annotations
 
-from .edits import ALL, Classes, mutation, parameter
+from .edits import ALL, Classes, mutation, renamed
 
 
 @mutation("llava", "qwen2_5_vl", says="no argument known for positions")
 def language_model_positions_renamed(c: Classes) -> None:
-    c.edit(c.lm, *parameter("position_ids", "positions"))
-    c.edit(c.core, c.lm_call("position_ids=", "positions="))
+    c.rename_for_lm("position_ids", "positions")
 
 
 @mutation("llava", "qwen2_5_vl", both="called with positions of shape")
 def layer_positions_renamed(c: Classes) -> None:
-    c.edit(c.layer, *parameter("position_ids", "positions"))
-    c.edit(c.lm, c.layer_call("position_ids=", "positions="))
+    c.rename_for_layers("position_ids", "positions")
 
 
 @mutation(*ALL, both="layers do not share one rotary embedding")
 def layer_rotary_renamed(c: Classes) -> None:
-    c.edit(c.layer, *parameter("position_embeddings", "rotary"))
-    c.edit(c.lm, c.layer_call("position_embeddings=", "rotary="))
+    c.rename_for_layers("position_embeddings", "rotary")
 
 
 @mutation("llava", "qwen3_vl", both="layers do not share one rotary embedding")
@@ -41,7 +38,7 @@ def layer_rotary_split(c: Classes) -> None:
 
 @mutation("llava", both="layers do not share one rotary embedding")
 def layer_makes_its_rotary_embeddings(c: Classes) -> None:
-    """From position_ids."""
+    """A layer makes them from position_ids."""
     made = c.rotary
     c.after_init(c.layer, lambda this: setattr(this, "rotary", made(this.self_attn.config)))
     c.edit(
@@ -56,7 +53,7 @@ def layer_makes_its_rotary_embeddings(c: Classes) -> None:
 
 @mutation("llava")
 def layer_makes_its_rotary_embeddings_all_the_same(c: Classes) -> None:
-    """From position_ids, and the argument is still there."""
+    """A layer makes them from position_ids, but the argument for them still exists."""
     made = c.rotary
     c.after_init(c.layer, lambda this: setattr(this, "rotary", made(this.self_attn.config)))
     c.edit(
@@ -67,7 +64,7 @@ def layer_makes_its_rotary_embeddings_all_the_same(c: Classes) -> None:
 
 @mutation("llava")
 def attention_makes_rotary_embeddings(c: Classes) -> None:
-    """From position_ids, and layers are given both."""
+    """The attention makes them from position_ids; layers are given both."""
     made = c.rotary
     c.after_init(c.attention, lambda this: setattr(this, "rotary", made(this.config)))
     positions = "kwargs['position_ids']"
@@ -87,7 +84,7 @@ def rotary_called_with_another_argument(c: Classes) -> None:
 
 @mutation("llava", "qwen2_5_vl", both=r"takes \(x, positions\), where apet knows")
 def rotary_argument_renamed(c: Classes) -> None:
-    c.edit(c.rotary, ("@dynamic_rope_update\n", ""), *parameter("position_ids", "positions"))
+    c.edit(c.rotary, ("@dynamic_rope_update\n", ""), renamed("position_ids", "positions"))
     c.edit(
         c.lm,
         (
@@ -120,7 +117,7 @@ def rotary_in_one_tensor(c: Classes) -> None:
 
 @mutation("llava", both="was called with rotary embeddings")
 def rotary_before_the_sequence(c: Classes) -> None:
-    """[L, B, d]: with as many rows as columns nothing would fail."""
+    """They have shape [L, B, d]; with as many rows as columns no shape check would fail."""
     c.edit(
         c.rotary,
         (
@@ -135,7 +132,7 @@ def rotary_before_the_sequence(c: Classes) -> None:
 
 @mutation("llava", "qwen3_vl", says="no argument known for positions")
 def language_model_counts_its_positions(c: Classes) -> None:
-    """And is told none."""
+    """The language model is given no positions."""
     if c.name == "llava":
         made = "attention_mask.cumsum(1)[:, -inputs_embeds.shape[1]:] - 1 if attention_mask is not None else None"
         c.edit(c.core, c.lm_call("position_ids=position_ids, ", ""))

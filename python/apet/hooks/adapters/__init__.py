@@ -33,9 +33,9 @@ ADAPTERS: dict[str, Adapter] = {
     "video_llama_3": VideoLlama3(),
     "video_llava": VideoLlava(),
 }
-OWN = frozenset(ADAPTERS)  # what the package has, whatever is registered later
-GENERIC = Adapter()  # of a model without an adapter of its own
-# Models that do nothing but read: each letter counts, and what is dropped is gone.
+OWN = frozenset(ADAPTERS)  # the families of this package, without those that users register later
+GENERIC = Adapter()  # for models that have no adapter of their own
+# Models that only read documents: every letter counts, and a letter that is dropped is lost.
 READERS = frozenset(
     (
         "deepseek_ocr2",
@@ -50,7 +50,7 @@ READERS = frozenset(
         "unlimited_ocr",
     )
 )
-# Classes that are not transformers' own, and the port of them that is.
+# Model types of remote code, and the port of each that transformers has.
 PORTS = {
     "llava_llama": "LlavaForConditionalGeneration (e.g. llava-hf/llava-1.5-7b-hf)",
     "llava_mistral": "LlavaNextForConditionalGeneration (e.g. llava-hf/llava-v1.6-mistral-7b-hf)",
@@ -60,11 +60,11 @@ PORTS = {
 
 
 def register_adapter(model_type: str | Sequence[str], adapter: Adapter) -> None:
-    """Makes `patch` know models whose `config.model_type` is this (or one of these); replaces what was there.
+    """Registers the adapter of models whose `config.model_type` is this (or one of these); it replaces an earlier one.
 
     Args:
         model_type: `model.config.model_type`, or several.
-        adapter: what to know about them; see docs/hooks.md.
+        adapter: describes these models; see docs/hooks.md.
 
     Example:
         >>> apet.register_adapter("postcards", Postcards())
@@ -74,9 +74,10 @@ def register_adapter(model_type: str | Sequence[str], adapter: Adapter) -> None:
 
 
 def adapter_for(model: nn.Module) -> Adapter:
-    """The adapter of a model: the registered one, else the one that finds its parts by rule.
+    """Returns the adapter of a model: the registered one, else the generic one, which finds the parts of a model by
+    rule.
 
-    Raises ValueError where tokens cannot, or should not, be dropped from models of that kind.
+    Raises ValueError if tokens cannot, or should not, be dropped from models of that type.
     """
     model_type = getattr(getattr(model, "config", None), "model_type", None)
     if model_type in ADAPTERS:

@@ -17,7 +17,7 @@ from ..adapter import Adapter, Units, equal_units
 
 
 class InternVL(Adapter):
-    """A run of placeholders is an image, a tile of it is a unit; the frames of a video are such images."""
+    """Each tile of an image is a unit. A run of placeholders is an image; frames of a video count as images."""
 
     unit_names: ClassVar = {"image": "tile"}
 

@@ -18,7 +18,7 @@ from ..grids import of_pixels
 
 
 class Llava(Adapter):
-    """An image is one unit. Pixtral encoders, whose images differ in size, give them packed as one row."""
+    """An image is one unit. Pixtral encoders return images of several sizes packed into one row."""
 
     projector = "multi_modal_projector"
     presets: ClassVar = {

@@ -34,7 +34,8 @@ class LlavaOnevision(Adapter):
 
 
 def _packed(core: nn.Module, inputs: Mapping[str, Any]) -> list[Tensor]:
-    """For every placeholder of every image 0, or -1 for a newline: what the model's own packing makes of zeros."""
+    """Returns 0 for every placeholder of every image, or -1 for a newline: the result of the model's own packing of
+    zeros."""
     from transformers.models.llava_onevision.modeling_llava_onevision import image_size_to_num_patches
 
     config, sizes = core.config, inputs["image_sizes"]

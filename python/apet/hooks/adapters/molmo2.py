@@ -15,8 +15,8 @@ from ..adapter import Adapter, Units, one_unit
 
 
 class Molmo2(Adapter):
-    """An image is seen twice, as a whole and in crops put together: each view is a unit, whatever stands between its
-    rows. Frames of a video are runs of placeholders."""
+    """The model sees an image twice, as a whole and as crops put together. Each view is a unit; the tokens between the
+    rows of a view belong to none. The frames of a video are runs of placeholders."""
 
     unit_names: ClassVar = {"image": "view", "video": "frame"}
 

@@ -1,4 +1,5 @@
-"""What LLaVA-NeXT and LLaVA-NeXT-Video share: an image is cut into tiles, whose padding the model removes again."""
+"""The adapter that LLaVA-NeXT and LLaVA-NeXT-Video share: an image is cut into tiles, whose padding the model
+removes."""
 
 from __future__ import annotations
 
@@ -22,7 +23,7 @@ class Tiled(Adapter):
 
 
 def tiles(core: nn.Module, inputs: Mapping[str, Any]) -> list[int]:
-    """How many tiles each image has."""
+    """Returns the number of tiles of each image."""
     from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
 
     pinpoints, size = core.config.image_grid_pinpoints, core.config.vision_config.image_size
@@ -30,8 +31,8 @@ def tiles(core: nn.Module, inputs: Mapping[str, Any]) -> list[int]:
 
 
 def packed(core: nn.Module, inputs: Mapping[str, Any], per_tile: int) -> list[Tensor]:
-    """For every placeholder of every image the number of its token among the image's tiles, -1 for a newline: what
-    the model's own packing makes of numbered tokens."""
+    """Returns, for every placeholder of every image, the number of its token among the image's tiles, or -1 for a
+    newline: the result of the model's own packing of numbered tokens."""
     numbers = [torch.arange(n * per_tile).view(n, per_tile, 1) for n in tiles(core, inputs)]
     rows, _ = core.pack_image_features(numbers, inputs["image_sizes"], "default", torch.full((1,), -1))
     return [tokens.view(-1) for tokens in rows]

@@ -37,5 +37,5 @@ class VideoLlava(Adapter):
 
 
 def _pixels(inputs: Mapping[str, Any]) -> torch.Tensor:
-    """transformers 4 calls them pixel_values_images."""
+    """Returns the pixels of the images, which transformers 4 calls pixel_values_images."""
     return next(inputs[n] for n in ("pixel_values", "pixel_values_images") if inputs.get(n) is not None)

@@ -1,4 +1,4 @@
-"""Sizes of tiny models, and the fields of a configuration that have them."""
+"""The sizes of tiny models, and the fields of a configuration that are set to them."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ PINPOINTS = [[SIDE, 2 * SIDE], [2 * SIDE, SIDE], [2 * SIDE, 2 * SIDE]]
 WINDOW = 8  # of sliding and chunked attention: shorter than what is left of a prompt
 HEAD = 16
 LIMIT = 30_000_000  # parameters; a tiny model has one million or less
-LARGE = 1024  # top-k of indexed attention: ties among random scores would tell two right results apart
+LARGE = 1024  # top-k of indexed attention: all keys, since ties among random scores could make right results differ
 
-# The fields of a decoder's configuration, by name. (Those of an encoder that differ follow.)
+# The fields of a decoder's configuration, by name; those of an encoder follow.
 TEXT: Mapping[str, Any] = {
     "vocab_size": VOCABULARY,
     "vocab_size_per_layer_input": VOCABULARY,
@@ -118,7 +118,7 @@ ENCODER: Mapping[str, Any] = {
     "adapter_input_size": 32,
     "max_source_positions": 64,
 }
-# Widths of what an encoder or a projector hands on, which are the decoder's.
+# Widths of the output of an encoder or a projector, which equal the decoder's width.
 OUTPUT = ("out_hidden_size", "text_hidden_size", "output_dim", "projector_output_dim", "adapter_out_dim")
 PROJECTOR = ("projector_hidden_size", "projection_hidden_size", "projection_dim", "alignment_intermediate_size")
 DEPTH = ("num_hidden_layers", "num_layers", "n_layers", "depth", "encoder_layers")

@@ -1,4 +1,4 @@
-"""The pixels of a random image or video, in the forms in which processors give them."""
+"""The shapes of the pixels of a random image or video, in each form that a processor may give."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ FRAMES = 4
 
 
 def forms(config: PretrainedConfig, modality: str, takes: set[str], alone: bool) -> list[dict[str, Any]]:
-    """How a processor may give an image or video: shapes of random pixels (tuples), and what else goes with them."""
+    """Returns the forms in which a processor may give an image or video: shapes of random pixels (tuples), and the
+    other arguments that go with them."""
     vision = getattr(config, "vision_config", None) or config
     patch = getattr(vision, "patch_size", PATCH)
     patch = patch[0] if isinstance(patch, list | tuple) else patch

@@ -1,4 +1,4 @@
-"""Inputs of tiny models: prompts of random words, images and videos, as processors give them."""
+"""Makes inputs of tiny models: prompts of random words, images and videos, in the form that processors give."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from .forms import forms
 
 
 def core_of(model: nn.Module) -> nn.Module:
-    """The module that puts image features among text embeddings."""
+    """Returns the module that puts image features among text embeddings."""
     return model.base_model
 
 
 def sample(model: nn.Module, parts: Sequence[int | str], seed: int = 0) -> dict[str, Any]:
-    """The inputs of one prompt, not padded: a number is that many text tokens, "image" and "video" are those.
+    """Returns the inputs of one prompt without padding. A part is a number of text tokens, "image" or "video".
 
-    Raises ValueError where the type's images or videos are not known here.
+    Raises ValueError if the pixels of this type of model are not known here.
     """
     make = torch.Generator().manual_seed(seed)
     ids: list[int] = []
@@ -51,7 +51,7 @@ def sample(model: nn.Module, parts: Sequence[int | str], seed: int = 0) -> dict[
     if "moe_mm_token_type_ids" in takes:
         row["moe_mm_token_type_ids"] = (torch.tensor([types]) > 0).int()
     if "token_type_ids" in inspect.signature(model.forward).parameters:
-        prefix = model.config.model_type == "paligemma"  # whose types tell the prompt from what follows
+        prefix = model.config.model_type == "paligemma"  # its types distinguish the prompt from the answer
         row["token_type_ids"] = ((torch.tensor([types]) > 0) & (not prefix)).int()
     return row
 
@@ -61,7 +61,7 @@ def _words(count: int, make: torch.Generator) -> list[int]:
 
 
 def token(config: PretrainedConfig, name: str) -> int | None:
-    """The id of a special token, by what its field begins with."""
+    """Returns the id of a special token, by the beginning of its field's name."""
     names = (f"{name}_token_id", f"{name}_token_index", f"{name}_patch_id")
     return next((found for n in names if (found := getattr(config, n, None)) is not None), None)
 
@@ -69,7 +69,7 @@ def token(config: PretrainedConfig, name: str) -> int | None:
 def _placeholders(
     model: nn.Module, modality: str, given: Mapping[str, Any], rows: int, make: torch.Generator
 ) -> tuple[list[int], list[int]]:
-    """The token ids that stand for an image or video of so many rows, and their types."""
+    """Returns the token ids that stand for an image or video of `rows` tokens, and their types."""
     config = core_of(model).config
     name = config.model_type
     kind = 1 + (modality == "video")
@@ -100,16 +100,16 @@ def _placeholders(
     return ids, types
 
 
-# A video's frames stand apart, each behind its time.
+# Models in which the frames of a video stand apart, each after its time stamp.
 STAMPED = re.compile(r"qwen3_vl|qwen3_5|qwen4_exp|cosmos3|cohere_compass|glm")
-# Placeholders of images stand for those of videos, too.
+# Models in which the placeholders of images also stand for videos.
 AS_IMAGES = re.compile(r"glm|nemotron_h_omni")
 
 
 def _visual(model: nn.Module, modality: str, make: torch.Generator, *, alone: bool) -> tuple[dict[str, Any], int]:
-    """The pixels of an image or video as the type's processor gives them, and how many tokens they become.
+    """Returns the pixels of an image or video as the processor gives them, and the number of its tokens.
 
-    alone: the only image of its prompt (some cut only those into tiles).
+    alone: it is the only image of its prompt (some models cut only such images into tiles).
     """
     core = core_of(model)
     names = {"image": ["get_image_features"], "video": ["get_video_features", "get_image_features"]}[modality]
@@ -151,7 +151,7 @@ def _count(found: Any) -> int:
 
 
 def _joined(name: str, values: Sequence[Any], beside: Mapping[str, Any]) -> Any:
-    """The images of a prompt, or of a batch, as one argument."""
+    """Joins the images of a prompt, or of a batch, into one argument."""
     if isinstance(values[0], list):
         return [one for value in values for one in value]
     if name.endswith("_token_pooling"):  # rows of all the patches of the call
@@ -162,7 +162,7 @@ def _joined(name: str, values: Sequence[Any], beside: Mapping[str, Any]) -> Any:
 
 
 def collate(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Several samples as one batch, padded on the left."""
+    """Joins several samples into one batch, padded on the left."""
     width = max(row["input_ids"].shape[1] for row in rows)
     batch: dict[str, Any] = {}
     for name in {n: 0 for row in rows for n in row}:

@@ -1,4 +1,4 @@
-"""Tiny configurations and models."""
+"""Makes tiny configurations and models."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from .special import SPECIAL
 
 
 def config(source: PretrainedConfig | str, decoder: str | None = None) -> PretrainedConfig:
-    """A tiny configuration of the same type.
+    """Returns a tiny configuration of the same type.
 
-    source: the configuration of a model, or the name of a type for its default one; decoder: the `model_type` of
-    another decoder in it, for types that take any.
+    source: the configuration of a model, or the name of a type for its default configuration; decoder: the `model_type`
+    of another decoder to use, for types that take any.
     """
     default = isinstance(source, str)
     if isinstance(source, str):
@@ -42,7 +42,8 @@ def config(source: PretrainedConfig | str, decoder: str | None = None) -> Pretra
 
 
 def _convolutions(made: PretrainedConfig) -> PretrainedConfig:
-    """An encoder that gives a picture of features [B, 32, 6, 6], as those of timm do."""
+    """Returns the configuration of an encoder that gives a feature map [B, 32, 6, 6], as timm's convolutional encoders
+    do."""
     tower = transformers.ResNetConfig(
         embedding_size=8, hidden_sizes=[16, 32], depths=[1, 1], layer_type="basic", downsample_in_first_stage=False
     )
@@ -53,21 +54,22 @@ def _convolutions(made: PretrainedConfig) -> PretrainedConfig:
 
 
 def _tokens(made: PretrainedConfig) -> PretrainedConfig:
-    """An encoder that gives tokens [B, 1 + 36, 32], the first of which is of the whole image."""
+    """Returns the configuration of an encoder that gives tokens [B, 1 + 36, 32]; the first one is of the whole
+    image."""
     tower = transformers.CLIPVisionConfig(**shrink(transformers.CLIPVisionConfig().to_dict(), "encoder"))
     tower.model_args = {"embed_dim": 32}
     return tower
 
 
-# Encoders of timm: a check of the hooks of a decoder must not need that package, so others take their place.
+# Replacements for encoders of timm: a check of the hooks of a decoder must not need that package.
 TOWERS = {"fast_vlm": _convolutions, "gemma3n": _convolutions, "perception_lm": _tokens}
 
 
 def build(cls: Any, settings: PretrainedConfig, attention: str | None = None, seed: int = 0) -> nn.Module:
-    """A model of a class of transformers with random weights, the same for the same seed.
+    """Builds a model of a class of transformers with random weights, which are the same for the same seed.
 
-    They are wide (standard deviation 0.15), so that a wrong position, mask or token moves the logits by far more than
-    rounding does. attention: None for sdpa, or eager where a part of the model has no sdpa.
+    The weights are large (standard deviation 0.15), so that a wrong position, mask or token moves the logits by far
+    more than rounding does. attention: None means sdpa, or eager if a part of the model has no sdpa.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

@@ -1,4 +1,4 @@
-"""The rule that makes the fields of a configuration small, by their names."""
+"""Makes the fields of a configuration small, by their names."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from .fields import (
 
 
 def put(settings: dict[str, Any], path: str, value: Any) -> None:
-    """Sets the field at a dotted path; a function gives it from what is there."""
+    """Sets the field at a dotted path. If `value` is a function, it is given the old value and returns the new one."""
     *parents, name = path.split(".")
     for parent in parents:
         settings = settings[parent]
@@ -37,7 +37,8 @@ def put(settings: dict[str, Any], path: str, value: Any) -> None:
 
 
 def shrink(given: Mapping[str, Any], role: str, merges: bool | None = None) -> dict[str, Any]:
-    """A configuration's fields, smaller. role: "text" for a decoder, "encoder", or "" for what holds both."""
+    """Returns the fields of a configuration made small. role: "text" for a decoder, "encoder", or "" for one of
+    both."""
     if merges is None:
         merges = any(name in MERGES for name in _names(given))
     sizes = {"text": TEXT, "encoder": ENCODER, "": {}}[role]
@@ -90,7 +91,7 @@ def shrink(given: Mapping[str, Any], role: str, merges: bool | None = None) -> d
 
 
 def _equal_heads(given: Mapping[str, Any], chosen: dict[str, Any]) -> dict[str, Any]:
-    """As many heads of keys as of queries where there were: some take nothing else."""
+    """Makes the number of key heads equal to that of query heads, if they were equal: some models require that."""
     if "num_key_value_heads" in given and given["num_key_value_heads"] == given.get("num_attention_heads"):
         return chosen | {"num_key_value_heads": chosen["num_attention_heads"]}
     return chosen
@@ -101,7 +102,7 @@ def _names(given: Mapping[str, Any]) -> set[str]:
 
 
 def _layers(given: Mapping[str, Any], depth: int, wanted: int) -> list[int]:
-    """Which layers of a stack stay: each kind that there is, if possible twice, in order."""
+    """Returns the layers of a stack that stay, in order: each kind of layer, twice if possible."""
     kinds: list[tuple[Any, ...]] = [()] * depth
     for name, value in sorted(given.items()):
         if isinstance(value, list) and _indexes(name):
@@ -121,19 +122,20 @@ def _layers(given: Mapping[str, Any], depth: int, wanted: int) -> list[int]:
         if kind not in taken:
             chosen.append(i)
             taken.add(kind)
-        if taken >= {*kinds[i + 1 :]}:  # a round is over
+        if taken >= {*kinds[i + 1 :]}:  # every kind that is still to come was taken: begin again
             taken = set()
         seen = {kinds[c] for c in chosen}
         if len(chosen) >= wanted and seen == every:
             break
-    if len(chosen) < min(wanted, depth):  # few of the kinds come twice
+    if len(chosen) < min(wanted, depth):  # too few kinds come twice: fill up with the first layers left out
         rest = [i for i in range(depth) if i not in chosen]
         chosen = sorted([*chosen, *rest[: wanted - len(chosen)]])
     return chosen
 
 
 def _of_layers(name: str, value: Any, depth: int, layers: list[int], sizes: Mapping[str, Any]) -> Any:
-    """A field that speaks of layers, for those that stay; None for any other field."""
+    """Returns a field that has one entry for each layer, or lists layers, for those that stay; None for any other
+    field."""
     if isinstance(value, list) and _indexes(name):
         return [layers.index(i) for i in value if i in layers]
     if isinstance(value, list) and name == "kv_source_layers":
@@ -164,8 +166,8 @@ def _of_layer(value: Mapping[Any, Any], index: int) -> Any:
 
 
 def _rope(value: dict[str, Any], role: str) -> dict[str, Any]:
-    """A rotary scheme for small heads."""
-    if any(isinstance(v, dict) for v in value.values()):  # one for each type of layers
+    """Returns a rotary scheme for small heads."""
+    if any(isinstance(v, dict) for v in value.values()):  # there is one scheme for each type of layers
         return {k: _rope(v, role) if isinstance(v, dict) else v for k, v in value.items()}
     chosen = dict(value)
     if role == "text" and chosen:
@@ -185,7 +187,7 @@ def _rope(value: dict[str, Any], role: str) -> dict[str, Any]:
 
 
 def name_tokens(chosen: dict[str, Any]) -> None:
-    """Gives special tokens small ids, equal ones where they were equal: the five named, and others from 122 down."""
+    """Gives special tokens small ids: fixed ones to five names, and 122 downwards to others. Equal ids stay equal."""
     names: dict[int, int] = {}
     others = iter(range(START - 1, 98, -1))
 

@@ -1,4 +1,4 @@
-"""Fields of a tiny configuration that the rule of shrink.py cannot know, by type."""
+"""Fields of tiny configurations, by model type, for which the rule of shrink.py is not enough."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import transformers
 
 from .fields import END, HEAD, IMAGE, LARGE, SIDE, START, VIDEO, VOCABULARY, WINDOW
 
-# What the rule cannot know, by type: fields by dotted path; "+" is for default configurations, before the rule. Most
-# repeat what a width follows from, or what the default configuration leaves open and every checkpoint says.
+# Model type -> fields by dotted path. A path with "+" is set only in default configurations, before the rule. Most
+# fields are sizes that must agree with others, or fields that every checkpoint sets and the default leaves open.
 _ALTERNATING = ["sliding_attention", "full_attention"]
 _ROPE = {"rope_type": "default", "rope_theta": 10000.0}
 _SQUARE = {"vision_config.patch_size": 4}  # 12 x 12 patches, of which four make a token

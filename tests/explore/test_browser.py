@@ -16,8 +16,8 @@ import pytest
 from PIL import Image
 
 from tests import browser
+from tests.explore.tiles import huge
 from tests.photos import ASTRONAUT, BIKES, CHELSEA
-from tests.test_explore import huge
 
 MISSING = browser.missing()
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(MISSING is not None, reason=str(MISSING))]
@@ -27,7 +27,7 @@ MEGABYTES = 4
 
 @pytest.fixture(scope="module")
 def address() -> Iterator[str]:
-    """Of a page with a photo; it must not reach any other host."""
+    """Serves a page with a photo and yields its address; the page must not reach any other host."""
     from apet import encoders
     from apet.explore.explorer import Explorer
     from apet.explore.files import Files
@@ -47,7 +47,7 @@ def chromium() -> Iterator[Any]:
 
 
 class Page:
-    """A tab on the page. It fails where the page asks another host, or a script does."""
+    """A browser tab with the page. It fails if the page, or a script, contacts another host."""
 
     def __init__(self, chromium: Any, address: str, width: int = 1280, theme: str = "light", query: str = "") -> None:
         self.context = chromium.new_context(viewport={"width": width, "height": 900}, color_scheme=theme)
@@ -73,7 +73,7 @@ class Page:
         return json.loads(self.tab.locator("section[data-view]").nth(section).get_attribute("data-view"))
 
     def until(self, condition: str, *given: object) -> None:
-        """Until a JavaScript expression of `given` holds."""
+        """Waits until a JavaScript expression of `given` holds."""
         self.tab.wait_for_function(f"(given) => {condition}", arg=list(given))
 
     def keep(self, count: int, label: str = "Tokens kept") -> None:

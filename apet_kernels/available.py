@@ -1,0 +1,180 @@
+"""Which backends are usable here: None, or the reason why one is not. Loads the compiled libraries."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+
+import torch
+
+from .options import BACKENDS, Backend, Options
+from .registry import has_kernel, registered
+
+# The binding of the compiled library; absent from a pure wheel (APET_BUILD=pure).
+LIBRARY = Path(__file__).with_name("libapet_torch.so")
+# The binding of the CUDA kernels; absent where there was no nvcc, or a torch without CUDA, when they were built.
+CUDA_LIBRARY = Path(__file__).with_name("libapet_cuda_torch.so")
+HOW_TO_GET_KERNELS = (
+    "install torch >= 2.10 and a C++ compiler, then apet-kernels again from its source: "
+    "`pip install --force-reinstall --no-deps .`, or with uv "
+    "`uv pip install --reinstall --no-deps --no-build-isolation .`"
+)
+HOW_TO_GET_CUDA = (
+    "install nvcc 12 or later, then apet-kernels again from its source: "
+    "`APET_CUDA_ARCHS=default pip install --force-reinstall --no-deps .`"
+)
+
+
+def _load(library: Path, op: str, key: str, how: str) -> str | None:
+    """Loads a compiled library, unless another copy of this package has loaded its own; None, or why it is unusable."""
+    if has_kernel(op, key):
+        return None
+    if not library.exists():
+        return f"{library.name} is not part of this installation; {how}"
+    try:
+        torch.ops.load_library(library)
+    except OSError as error:
+        return f"{library.name} does not load ({error}); {how}"
+    return None
+
+
+def why_not_cpu() -> str | None:
+    """None where the CPU kernels are part of this installation and, from then on, loaded; else why they are not."""
+    return _load(LIBRARY, "compress", "CPU", HOW_TO_GET_KERNELS)
+
+
+@functools.cache
+def why_not_triton() -> str | None:
+    """None where Triton can be imported, else why it cannot."""
+    try:
+        import triton  # noqa: F401
+    except ImportError as error:
+        return f"Triton does not import ({error}); `pip install apet-kernels[triton]`"
+    return None
+
+
+def _interpreted() -> bool:
+    """Whether Triton runs kernels on CPU tensors, by its interpreter."""
+    import triton
+
+    return bool(triton.knobs.runtime.interpret)
+
+
+@functools.cache
+def why_not_cuda_library() -> str | None:
+    """None where the CUDA kernels are part of this installation and, from then on, loaded; else why they are not."""
+    if not torch.version.cuda:
+        return "this torch is built without CUDA"
+    return _load(CUDA_LIBRARY, "_cuda_compress", "CUDA", HOW_TO_GET_CUDA)
+
+
+@functools.cache
+def why_not_cuda(device: torch.device) -> str | None:
+    """None where the CUDA kernels run on this device, else why not."""
+    if device.type != "cuda":
+        return f"x is on {device}"
+    if why := why_not_cuda_library():
+        return why
+    x = torch.empty(1, 2, 1, device=device)
+    try:
+        registered._cuda_plan(x, 1)
+    except RuntimeError as error:
+        return f"the CUDA kernels do not run on {device}: {error}"
+    return None
+
+
+def why_no_kernels(device: torch.device, options: Options) -> str | None:
+    """None where one of the backends has kernels for tensors on this device and these options, else why none has."""
+    if device.type == "cpu":
+        return why_not_cpu()
+    if device.type != "cuda":
+        return f"there are no kernels for {device.type}"
+    why_cuda = why_not_cuda(device) or why_not_with("cuda", options)
+    why_triton = why_not_triton() or why_not_with("triton", options)
+    return None if why_cuda is None or why_triton is None else f"{why_cuda}; {why_triton}"
+
+
+def why_unavailable(name: Backend) -> str | None:
+    """Why a backend cannot be used here.
+
+    Args:
+        name: "cpu", "triton", "cuda" or "reference".
+
+    Returns:
+        None where the backend can be used, else the reason, with what to install where that would help.
+
+    Raises:
+        ValueError: if there is no backend of this name.
+
+    Example:
+        >>> apet_kernels.why_unavailable("reference") is None
+        True
+    """
+    if name == "cpu":
+        return why_not_cpu()
+    if name == "triton":
+        if why := why_not_triton():
+            return why
+        if torch.cuda.is_available() or _interpreted():
+            return None
+        return "torch finds no GPU, and TRITON_INTERPRET=1 was not set before Triton was imported"
+    if name == "cuda":
+        if why := why_not_cuda_library():
+            return why
+        if not torch.cuda.is_available():
+            return "torch finds no GPU"
+        return why_not_cuda(torch.device("cuda", torch.cuda.current_device()))
+    if name == "reference":
+        return None
+    raise ValueError(f"backend='{name}' is none of {', '.join(BACKENDS)}")
+
+
+def available_backends() -> tuple[Backend, ...]:
+    """The backends that can be used here, of "cpu", "triton", "cuda" and "reference", in this order.
+
+    Example:
+        >>> "reference" in apet_kernels.available_backends()
+        True
+    """
+    return tuple(name for name in BACKENDS if why_unavailable(name) is None)
+
+
+# The backends whose kernels neither pick a basis in rounds nor have medoid steps.
+WITHOUT_ROUNDS: tuple[Backend, ...] = ("cuda",)
+
+
+def why_not_with(backend: Backend, options: Options) -> str | None:
+    """None where a backend has all that the options ask for, else what it lacks."""
+    if backend not in WITHOUT_ROUNDS or not (options.in_rounds or options.refine):
+        return None
+    asked = f"basis={options.basis}" if options.in_rounds else f"refine={options.refine}"
+    lacks = "picks no basis in rounds" if options.in_rounds else "has no medoid steps"
+    return f"the {backend} backend {lacks} yet ({asked}); the backends cpu, triton and reference do"
+
+
+def check_usable(backend: Backend, device: torch.device) -> None:
+    """Raises ValueError if the backend cannot run here, or takes no tensors on this device."""
+    if why := why_unavailable(backend) or _why_not_on(backend, device):
+        raise ValueError(f"backend='{backend}' cannot run here: {why}")
+
+
+def check_options(backend: Backend, options: Options) -> None:
+    """Raises ValueError if the backend lacks something that the options ask for."""
+    if why := why_not_with(backend, options):
+        raise ValueError(f"backend='{backend}' cannot run this: {why}")
+
+
+def _why_not_on(backend: Backend, device: torch.device) -> str | None:
+    """None where a usable backend takes tensors on this device, else why not."""
+    if backend == "cuda":
+        return why_not_cuda(device)
+    if backend == "cpu" and device.type != "cpu":
+        return f"x is on {device}"
+    if backend == "triton" and device.type != "cuda" and not (device.type == "cpu" and _interpreted()):
+        return f"x is on {device}"
+    if backend == "reference":
+        try:
+            torch.zeros(1, dtype=torch.float64, device=device)
+        except (TypeError, RuntimeError) as error:  # MPS raises the first, XPU the second
+            return f"apet_kernels.reference needs float64, which {device} does not have ({error}); leave out backend="
+    return None

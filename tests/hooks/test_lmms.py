@@ -1,0 +1,52 @@
+"""The models of lmms-eval with these hooks."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import apet
+import pytest
+
+
+def test_models_of_lmms_eval(llava: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The plugin against a stand-in with lmms-eval's registry calls: options go to `patch`, the rest to its model."""
+    package = tmp_path / "lmms_eval" / "models"
+    package.mkdir(parents=True)
+    (tmp_path / "lmms_eval" / "__init__.py").touch()
+    (package / "__init__.py").write_text(
+        "import transformers\n"
+        "AVAILABLE_SIMPLE_MODELS = {'llava_hf': 'LlavaHf', 'qwen2_vl': 'Qwen2_VL', 'other': 'Other'}\n"
+        "AVAILABLE_CHAT_TEMPLATE_MODELS = {'llava_hf': 'LlavaHf'}\n"
+        "class LlavaHf:\n"
+        "    is_simple = True\n"
+        "    def __init__(self, pretrained, batch_size=1):\n"
+        "        self.batch_size = batch_size\n"
+        "        self._model = transformers.LlavaForConditionalGeneration.from_pretrained(pretrained)\n"
+        "    @property\n"
+        "    def model(self):\n"
+        "        return self._model\n"
+        "class Chat(LlavaHf):\n"
+        "    is_simple = False\n"
+        "def get_model(name, force_simple=False):\n"
+        "    assert name == 'llava_hf'\n"
+        "    return LlavaHf if force_simple else Chat\n"
+    )
+    (package / "registry_v2.py").write_text("def ModelManifest(**fields):\n    return fields\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    from apet import lmms
+
+    assert lmms.manifests() == [
+        {
+            "model_id": "apet_llava_hf",
+            "simple_class_path": "apet.lmms.simple_llava_hf",
+            "chat_class_path": "apet.lmms.chat_llava_hf",
+        },
+        {"model_id": "apet_qwen2_vl", "simple_class_path": "apet.lmms.simple_qwen2_vl"},
+    ]
+    made = lmms.chat_llava_hf(pretrained=llava, keep=12, layout="overwrite", batch_size=3)
+    assert (type(made).__name__, made.is_simple, made.batch_size) == ("ApetChat", False, 3)
+    options = apet.options(made.model)
+    assert (options.keep, options.layout) == (12, "overwrite")
+    assert lmms.simple_llava_hf.is_simple
+    with pytest.raises(AttributeError, match="no attribute 'simple_other'"):
+        _ = lmms.simple_other

@@ -1,0 +1,163 @@
+"""Tiny models as they lie on the hub: random weights, a tokenizer of single characters, the model's own processor.
+
+Weights are wide, so that another image token, or one at another place, moves the logits by far more than rounding does.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+from tiny import CHAT, INTERN_CHAT, KINDS, PATCH, PINPOINTS, SIDE, SPECIAL, TEXT, TILE
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+TEMPLATE = "{% for message in messages %}{{ message['role'] }}: {{ message['content'] }}\n{% endfor %}assistant:"
+NAMED = {
+    "internvl": {
+        "start_image_token": "<img>",
+        "end_image_token": "</img>",
+        "context_image_token": "<IMG_CONTEXT>",
+        "video_token": "<video>",
+    },
+    "gemma3": {
+        "boi_token": "<start_of_image>",
+        "eoi_token": "<end_of_image>",
+        "image_token": "<image_soft_token>",
+    },
+}
+
+
+def tokenizer(name: str) -> PreTrainedTokenizerFast:
+    """One token a character, and what the model's processor calls special."""
+    words = SPECIAL + [chr(c) for c in range(32, 127)] + ["\n"]
+    level = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    level.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    level.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=level,
+        unk_token="<unk>",
+        bos_token="<s>",
+        eos_token="</s>",
+        pad_token="<pad>",
+        additional_special_tokens=SPECIAL[4:] if name == "gemma3" else SPECIAL[4:-3],
+        model_specific_special_tokens=NAMED.get(name, {}),
+        chat_template=TEMPLATE,
+    )
+
+
+def save_chat(folder: Path) -> Path:
+    """InternVL in OpenGVLab's format, which transformers has not."""
+    (folder / "configuration_internvl_chat.py").write_text(CHAT)
+    (folder / "config.json").write_text(json.dumps(INTERN_CHAT))
+    tokenizer("internvl_chat").save_pretrained(folder)
+    torch.manual_seed(0)
+    config = transformers.Qwen2Config(**TEXT)
+    decoder = transformers.Qwen2ForCausalLM._from_config(config).state_dict()
+    shapes = {f"language_model.{key}": weight.shape for key, weight in decoder.items()}
+    vision, size = INTERN_CHAT["vision_config"], TEXT["hidden_size"]
+    width, inner = vision["hidden_size"], vision["intermediate_size"]
+    shapes |= {
+        "vision_model.embeddings.class_embedding": (1, 1, width),
+        "vision_model.embeddings.position_embedding": (1, 1 + TILE, width),
+        "vision_model.embeddings.patch_embedding.weight": (width, 3, PATCH, PATCH),
+        "vision_model.embeddings.patch_embedding.bias": (width,),
+    }
+    for layer in range(vision["num_hidden_layers"]):
+        linears = {"attn.qkv": (3 * width, width), "attn.proj": (width, width)}
+        linears |= {"mlp.fc1": (inner, width), "mlp.fc2": (width, inner), "norm1": (width,), "norm2": (width,)}
+        at = f"vision_model.encoder.layers.{layer}"
+        shapes |= {f"{at}.{key}.weight": shape for key, shape in linears.items()}
+        shapes |= {f"{at}.{key}.bias": shape[:1] for key, shape in linears.items()}
+        shapes |= {f"{at}.{key}": (width,) for key in ("ls1", "ls2")}
+    connector = {0: (4 * width,), 1: (size, 4 * width), 3: (size, size)}
+    shapes |= {f"mlp1.{key}.weight": shape for key, shape in connector.items()}
+    shapes |= {f"mlp1.{key}.bias": shape[:1] for key, shape in connector.items()}
+    wide = {key: 0.15 * torch.randn(shape) for key, shape in shapes.items()}
+    ones = {key for key, shape in shapes.items() if len(shape) == 1 and not key.endswith("bias")}
+    save_file({key: weight + (key in ones) for key, weight in wide.items()}, folder / "model.safetensors")
+    return folder
+
+
+def save(name: str, folder: Path) -> Path:
+    """The whole tiny model in the folder."""
+    if name == "internvl_chat":
+        return save_chat(folder)
+    kind, sizes = KINDS[name]
+    config = getattr(transformers, f"{kind}Config")(**copy.deepcopy(sizes))
+    config.architectures = [f"{kind}ForConditionalGeneration"]
+    config.save_pretrained(folder)
+    processor(name, config).save_pretrained(folder)
+    torch.manual_seed(0)
+    model = getattr(transformers, config.architectures[0])._from_config(config)
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            torch.nn.init.normal_(parameter, std=0.15)
+    if not name.startswith(("llava", "gemma")):
+        model.save_pretrained(folder)
+        if name == "qwen3_vl_moe":  # on the hub, experts are the other way round
+            weights = load_file(folder / "model.safetensors")
+            turned = {k: v.mT.contiguous() if ".experts." in k else v for k, v in weights.items()}
+            save_file(turned, folder / "model.safetensors", {"format": "pt"})
+        return folder
+    # vLLM knows the names that checkpoints on the hub have: there, these have a CLIP or SigLIP model within the tower.
+    weights = {k.replace("vision_tower.", "vision_tower.vision_model."): v for k, v in model.state_dict().items()}
+    save_file(weights, folder / "model.safetensors")
+    return folder
+
+
+def processor(name: str, config: Any) -> Any:
+    """The processor that transformers has for the model."""
+    words = tokenizer(name)
+    square = {"size": {"height": SIDE, "width": SIDE}}
+    if name.startswith("qwen"):
+        sizes = {"patch_size": PATCH, "merge_size": 2, "temporal_patch_size": 2}
+        pixels = {"min_pixels": 28 * 28, "max_pixels": 64 * 28 * 28}
+        images = transformers.Qwen2VLImageProcessor(**sizes, **pixels)
+        if name in ("qwen2_vl", "qwen2_5_vl"):
+            videos = transformers.Qwen2VLVideoProcessor(**sizes, **pixels)
+            kind = getattr(transformers, f"{KINDS[name][0]}Processor")
+            return kind(images, words, videos, chat_template=TEMPLATE)
+        size = {"shortest_edge": 28 * 28, "longest_edge": 64 * 28 * 28}
+        videos = transformers.Qwen3VLVideoProcessor(**sizes, size=size, cap_pixels_per_frame=False)
+        return transformers.Qwen3VLProcessor(images, words, videos, chat_template=TEMPLATE)
+    if name == "glm4v":
+        sizes = {"patch_size": PATCH, "merge_size": 2, "temporal_patch_size": 2}
+        sizes |= {"size": {"shortest_edge": 28 * 28, "longest_edge": 64 * 28 * 28}}
+        images, videos = transformers.Glm4vImageProcessor(**sizes), transformers.Glm4vVideoProcessor(**sizes)
+        return transformers.Glm4vProcessor(images, words, videos, chat_template=TEMPLATE)
+    if name == "internvl":
+        images = transformers.GotOcr2ImageProcessor(**square, crop_to_patches=True, max_patches=4)
+        videos = transformers.InternVLVideoProcessor(**square)
+        return transformers.InternVLProcessor(images, words, videos, image_seq_length=TILE // 4, chat_template=TEMPLATE)
+    if name == "gemma3":
+        images = transformers.Gemma3ImageProcessor(**square)
+        return transformers.Gemma3Processor(images, words, image_seq_length=TILE // 4, chat_template=TEMPLATE)
+    if name == "mistral3":
+        images = transformers.PixtralImageProcessor(size={"longest_edge": 2 * SIDE}, patch_size=PATCH)
+        return transformers.PixtralProcessor(
+            images, words, patch_size=PATCH, spatial_merge_size=2, chat_template=TEMPLATE
+        )
+    if name == "llava_onevision":
+        images = transformers.LlavaOnevisionImageProcessor(**square, image_grid_pinpoints=PINPOINTS)
+        videos = transformers.LlavaOnevisionVideoProcessor(**square)
+        return transformers.LlavaOnevisionProcessor(
+            images,
+            words,
+            videos,
+            num_image_tokens=TILE,
+            vision_feature_select_strategy="full",
+            chat_template=TEMPLATE,
+        )
+    side, patch = config.vision_config.image_size, config.vision_config.patch_size
+    size = {"size": {"shortest_edge": side}, "crop_size": {"height": side, "width": side}}
+    more = {"patch_size": patch, "vision_feature_select_strategy": "default", "num_additional_image_tokens": 1}
+    if name == "llava":
+        return transformers.LlavaProcessor(transformers.CLIPImageProcessor(**size), words, **more)
+    images = transformers.LlavaNextImageProcessor(**size, image_grid_pinpoints=PINPOINTS)
+    return transformers.LlavaNextProcessor(images, words, **more)
