@@ -76,7 +76,7 @@ PLANTED = (
     Planted(A_BARRIER, r"\b(?:bar|barrier)\.sync\s", deleted),
     Planted("a barrier of the warp deleted", r"\bbar\.warp\.sync", deleted),
     Planted("a store 4 bytes further", r"\bst\.shared\.u32\s+\[%", further(4)),
-    Planted("a store of the result 16 bytes further", r"\bst\.global\.v4\S*\s+\[%", further(16)),
+    Planted("a store of the result 16 bytes further", r"\bst\.global\.v4\.\w32\s+\[%", further(16)),
     Planted("a shuffle of another lane", r"\bshfl\.sync\.bfly", replaced(r"(%r\d+\|%p\d+, %r\d+), %r\d+", r"\1, 0")),
 )
 
