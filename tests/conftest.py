@@ -115,6 +115,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         metavar="N",
         help="how many points of each test's parameter grid, per backend, run without `-m rest`; 0: all",
     )
+    parser.addoption(
+        "--shape",
+        type=lambda text: tuple(map(int, text.split(","))),
+        action="append",
+        metavar="B,N,D,KEEP,BASIS",
+        help="shapes for test_ptx.py instead of its own; may be repeated",
+    )
     parser.addoption("--shuffle", type=int, metavar="SEED", help="run the tests in the order that this seed draws")
 
 

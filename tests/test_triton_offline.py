@@ -88,6 +88,23 @@ def test_what_most_users_run():
     assert offline.faults(results) == []
 
 
+def products(target: str) -> offline.Compiled:
+    """In a process that compiles: s5_assign of 16-bit tokens."""
+    problem = offline.Problem("compress", 1024, torch.float16)
+    launch = next(one for one in problem.launches(target) if one.kernel.__name__ == "s5_assign")
+    return offline.examine_launch(target, launch, torch.float16)[0]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("target", "instruction"), [("sm_100a", "tcgen05.mma"), ("sm_120a", "mma.sync")])
+def test_both_sums_of_a_product_fit_the_registers(target, instruction):
+    """Of the GPUs that test_what_most_users_run leaves out, those with a tile of their own."""
+    with offline.pool(1) as executor:
+        compiled = executor.submit(products, target).result()
+    assert compiled.faults == []
+    assert compiled.matrix == instruction
+
+
 @pytest.mark.matrix
 @pytest.mark.slow
 def test_every_gpu_and_size():

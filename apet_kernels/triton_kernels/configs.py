@@ -18,6 +18,8 @@ NARROW = 128
 # Ampere, Ada and consumer Blackwell: mma.sync takes its operands from registers, not from shared memory as Hopper's
 # wgmma and Blackwell's tcgen05 do, and adds into the same registers, unlike AMD's mfma.
 MMA_SYNC = ("sm_8", "sm_12")
+# Data center Blackwell: tcgen05 adds in a memory of its own, from which registers take the sum of each chain.
+TCGEN05 = ("sm_10",)
 
 
 @dataclass(frozen=True)
@@ -64,6 +66,9 @@ def tiles(device_class: str, D: int, element: int) -> Tiles:
     elif device_class.startswith(MMA_SYNC):
         # Products stay in registers there, and two sums of each: a larger tile, or 64 channels at once, would spill.
         assign = (64, 128, 32, 8, 4)
+    elif device_class.startswith(TCGEN05):
+        # Both sums of 128 x 128 products would spill. The instruction's own size is 128 rows.
+        assign = (128, 64, 64, 8, 3)
     else:
         # 64 operations per byte from L2, twice as many as with 64 x 64. Three tiles take 96 KB, or on gfx942 all of its
         # 64 KB.

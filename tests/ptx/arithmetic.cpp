@@ -150,6 +150,7 @@ void add_integers(Opcodes& t) {
   BITS("xor", a ^ b)
 #undef BITS
   t.insert({"mul.hi.u64", {"8=88", BINARY(uint64_t, (unsigned __int128)a* b >> 64)}});
+  t.insert({"mul.hi.s32", {"4=44", BINARY(int32_t, (int64_t)a* b >> 32)}});
   t.insert({"mul.wide.s32", {"8=44", multiply_wide<int32_t, int64_t>}});
   t.insert({"mul.wide.u32", {"8=44", multiply_wide<uint32_t, uint64_t>}});
   t.insert({"mul.wide.u16", {"4=22", multiply_wide<uint16_t, uint32_t>}});
@@ -229,9 +230,9 @@ void add_comparisons(Opcodes& t) {
   t.insert({"xor.pred", {"p=pp", logic<[](uint32_t a, uint32_t b) { return a ^ b; }>}});
   t.insert({"not.pred", {"p=p", logic<[](uint32_t a, uint32_t) { return ~a; }>}});
   t.insert({"mov.pred", {"p=p", logic<[](uint32_t a, uint32_t) { return a; }>}});
-  for (const char* type : {"b32", "f32"})
+  for (const char* type : {"b32", "u32", "f32"})
     t.insert({std::string("selp.") + type, {"4=44p", select<uint32_t>, Flow::kPlain, Undefined::kOwn}});
-  for (const char* type : {"b64", "u64"})
+  for (const char* type : {"b64", "s64", "u64"})
     t.insert({std::string("selp.") + type, {"8=88p", select<uint64_t>, Flow::kPlain, Undefined::kOwn}});
   t.insert({"selp.u16", {"2=22p", select<uint16_t>, Flow::kPlain, Undefined::kOwn}});
 }

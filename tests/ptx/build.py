@@ -37,31 +37,62 @@ def library() -> Path:
     return simt.make(target, ["g++", "-shared", "-Wl,--no-undefined", "-Wl,-Bsymbolic", *map(str, objects)])
 
 
-def device_code(dtype: str, csrc: Path = CSRC, targets: tuple[str, ...] = TARGETS) -> Path:
+def device_code(dtype: str) -> Path:
     """The object of a dtype's kernels: their host stubs, and their PTX for the targets."""
-    archs = [target.removeprefix("sm_") for target in targets]
+    archs = [target.removeprefix("sm_") for target in TARGETS]
     flags = [f"-gencode=arch=compute_{arch},code=compute_{arch}" for arch in archs]
-    return _nvcc(csrc / f"cuda/{dtype}.cu", csrc, [*flags, "--no-compress"])
+    return _nvcc(CSRC / f"cuda/{dtype}.cu", CSRC, [*flags, "--no-compress", "-lineinfo"])
 
 
 @functools.cache
-def ptx(dtype: str, target: str, csrc: Path = CSRC, targets: tuple[str, ...] = TARGETS) -> str:
-    """The PTX of a dtype's kernels, as it lies in the object."""
-    content = device_code(dtype, csrc, targets).read_bytes()
+def ptx(dtype: str, target: str) -> str:
+    """The PTX of a dtype's kernels, as it lies in the object. Comments, "// FILE:LINE FILE:LINE", say of which line of
+    csrc/cuda the next instructions are, and where that is inlined."""
+    content = device_code(dtype).read_bytes()
     texts = re.findall(rb"\.version [^\0]*", content)
     (text,) = (t.decode() for t in texts if f"\n.target {target}\n".encode() in t)
-    return text
+    return _with_places(text)
+
+
+LOC = re.compile(r"\.loc\s+(\d+) (\d+) \d+(?:, function_name .*, inlined_at (\d+) (\d+) \d+)?")
+
+
+def _with_places(text: str) -> str:
+    """Every .loc as a comment; without the names of files and functions, which -lineinfo puts at the end."""
+    text, _, names = text.partition("\n.file\t")
+    files = {number: Path(name) for number, name in re.findall(r'(\d+) "(.*?)"', names)}
+    inlined: dict[tuple[str, str], tuple[str, str]] = {}  # where a place was last inlined
+
+    def comment(line: str) -> str:
+        if not (loc := LOC.fullmatch(line)):
+            return line
+        places = [(loc[1], loc[2])]
+        inlined.pop(places[0], None)
+        if loc[3]:
+            inlined[places[0]] = (loc[3], loc[4])
+        while (outer := inlined.get(places[-1])) and outer not in places:
+            places.append(outer)
+        ours = [f"{files[file].name}:{line}" for file, line in places if files[file].parent == CSRC / "cuda"]
+        return f"// {' '.join(ours)}"
+
+    return "\n".join(map(comment, text.split("\n"))) + "\n"
+
+
+def compiled(source: Path, csrc: Path, target: str) -> str:
+    """The PTX of a source that is not part of the library, as nvcc prints it."""
+    arch = target.removeprefix("sm_")
+    return _nvcc(source, csrc, [f"-arch=compute_{arch}"], "-ptx").read_text()
 
 
 def _host(source: Path) -> Path:
     return _nvcc(source, CSRC, ["-gencode=arch=compute_80,code=compute_80"])
 
 
-def _nvcc(source: Path, csrc: Path, flags: list[str]) -> Path:
+def _nvcc(source: Path, csrc: Path, flags: list[str], until: str = "-c") -> Path:
     command = [sass.nvcc(), *sass.FLAGS, "-Xcompiler=-fPIC", *flags, f"-I{HERE}"]
     read = sorted(p for folder in (csrc, HERE) for p in folder.rglob("*.*") if p.suffix in (".h", ".cuh"))
     digest = simt.digest(_version(), *command, source.name, source.read_text(), *(p.read_text() for p in read))
-    return simt.make(simt.FOLDER / f"ptx-{source.stem}-{digest}.o", [*command, f"-I{csrc}", "-c", str(source)])
+    return simt.make(simt.FOLDER / f"ptx-{source.stem}-{digest}.o", [*command, f"-I{csrc}", until, str(source)])
 
 
 def _interpreter(name: str) -> Path:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 import re
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+from torch import Tensor
 
 from tests.judge import bits
 from tests.simt.call import Case, Fault, How
 
-from . import call
+from . import build, call
 
 
 @dataclass(frozen=True)
@@ -50,6 +54,7 @@ def deleted(line: str) -> str:
     return ""
 
 
+A_BARRIER = "a barrier of the CTA deleted"
 MMA, MATRICES = r"\bmma\.sync", r"\bldmatrix\.sync"
 PLANTED = (
     Planted("mma: a1 and a2 exchanged", MMA, swapped(1, 1, 2)),
@@ -68,37 +73,156 @@ PLANTED = (
     Planted("mapa of rank 0", r"\bmapa\.u64", replaced(r"%r\d+;", "0;")),
     Planted("atom.max made add", r"\batom\.global\.max\.u64", replaced("max", "add")),
     Planted("a barrier of the cluster deleted", r"\bbarrier\.cluster\.arrive", deleted),
-    Planted("a barrier of the CTA deleted", r"\b(?:bar|barrier)\.sync\s", deleted),
+    Planted(A_BARRIER, r"\b(?:bar|barrier)\.sync\s", deleted),
     Planted("a barrier of the warp deleted", r"\bbar\.warp\.sync", deleted),
     Planted("a store 4 bytes further", r"\bst\.shared\.u32\s+\[%", further(4)),
-    Planted("a store of the result 16 bytes further", r"\bst\.global\.v4\S*\s+\[%", further(16)),
+    Planted("a store of the result 16 bytes further", r"\bst\.global\.v4\.\w32\s+\[%", further(16)),
     Planted("a shuffle of another lane", r"\bshfl\.sync\.bfly", replaced(r"(%r\d+\|%p\d+, %r\d+), %r\d+", r"\1, 0")),
 )
 
 
-def planted_texts(text: str, counts: dict[int, int], fault: Planted) -> Iterator[tuple[int, str]]:
-    """The line, and the text, of the fault at every instruction that was executed (call.executed)."""
+@dataclass(frozen=True)
+class Harmless:
+    """Instructions that no result depends on: those of a line where this text ends, or of what is inlined there."""
+
+    fault: str  # its name
+    file: str  # in csrc/cuda
+    source: str  # a pattern
+    why: str
+    kernels: str = ""  # a pattern; elsewhere the fault has to be noticed
+
+    def holds(self, place: Place) -> bool:
+        return (
+            not _lines(self.file, self.source).isdisjoint(place.source)
+            and re.search(self.kernels, place.kernel) is not None
+        )
+
+
+HARMLESS = (
+    Harmless(
+        A_BARRIER,
+        "s5_assign.cuh",
+        r"__syncthreads\(\);  // all threads have finished the previous tile",
+        "a barrier opens each ticket",
+        kernels="s5_merge",
+    ),
+    Harmless(
+        A_BARRIER,
+        "group.cuh",
+        r"this_grid\(\)\.sync\(\);",
+        "thread 0 zeroes the counter, arrives and polls; the others meet it before they depend on that",
+    ),
+    Harmless(
+        A_BARRIER,
+        "s4_topk.cuh",
+        r"needed\[c\] = found\[2 \* c \+ 1\];\s*\}\s*__syncthreads\(\);",
+        "the next pass has two barriers before it writes `found`, and one before it counts",
+    ),
+    Harmless(
+        A_BARRIER,
+        "s1_s4_group.cuh",
+        r"__syncthreads\(\);  // s4 has finished",
+        "as launched, a cluster takes one image",
+        kernels="ClusterGroup",
+    ),
+    Harmless(
+        A_BARRIER,
+        "s1_s5_cluster.cuh",
+        r"\(int\)\(i % blocks\)\);\s*__syncthreads\(\);",
+        "as launched, a cluster takes one image",
+    ),
+    Harmless(
+        "a store 4 bytes further",
+        "s1_s3_sweep.cuh",
+        r"if \(threadIdx\.x == 0\) \*work = ",
+        "the last store, of target_count, a zero that is not read: s4 counts",
+    ),
+)
+SEEDS = (3, 0, 4, 5, 6, 9, 1, 2)  # of all kinds of schedules; most at random
+
+
+@functools.cache
+def _lines(file: str, source: str) -> set[str]:
+    """The places, FILE:LINE, where text that matches ends."""
+    text = (build.CSRC / "cuda" / file).read_text()
+    found = {f"{file}:{text.count(chr(10), 0, match.end()) + 1}" for match in re.finditer(source, text)}
+    assert found, f"{source} is no longer in {file}"
+    return found
+
+
+class Place(NamedTuple):
+    """An instruction of a text."""
+
+    line: int
+    kernel: str
+    source: tuple[str, ...]  # FILE:LINE in csrc/cuda, and where that is inlined
+
+    def __str__(self) -> str:
+        return f"line {self.line} of the PTX, {' in '.join(self.source)}, {self.kernel}"
+
+
+@dataclass
+class Unchanged:
+    """Calls in one way, by the text as nvcc made it: their results, and what the first one executed."""
+
+    how: How
+    text: str
+    calls: list[tuple[Case, dict[str, Tensor]]]
+    places: list[Place]
+
+
+def unchanged(how: How, *cases: Case) -> Unchanged:
+    """Runs the cases. The first one is to notice every fault; what depends on more than it has is for the others."""
+    text, calls, counts = call.text_of(cases[0], how), [], {}
+    for case in cases:
+        call.run(case, how)
+        counts = counts or call.executed(text)
+        calls.append((case, {name: t.clone() for name, t in case.outputs.items()}))
+    places: list[Place] = []
+    kernel, source = "", ()
+    for number, line in enumerate(text.split("\n"), 1):
+        if entry := re.match(r"\.visible \.entry (\w+)", line):
+            kernel, source = entry[1], ()
+        elif line.startswith("// "):
+            source = tuple(line.split()[1:])
+        elif counts.get(number):
+            places.append(Place(number, kernel, source))
+    return Unchanged(how, text, calls, places)
+
+
+def executed(way: Unchanged, fault: Planted) -> list[Place]:
+    """Where the fault can be planted in what the call executes, and is not harmless."""
+    lines = way.text.split("\n")
+    harmless = [entry for entry in HARMLESS if entry.fault == fault.name]
+    fits = [place for place in way.places if re.search(fault.pattern, lines[place.line - 1])]
+    return [place for place in fits if not any(entry.holds(place) for entry in harmless)]
+
+
+def plant(text: str, fault: Planted, number: int) -> str:
+    """The text with the fault in that line."""
     lines = text.split("\n")
-    for number, count in sorted(counts.items()):
-        line = lines[number - 1]
-        if not count or not re.search(fault.pattern, line):
-            continue
-        edited = fault.change(line)
-        assert edited != line, f"{fault.name}: nothing changes in {line}"
-        if "barrier.cluster.arrive" in line and not edited:  # with the wait, which follows
-            assert "barrier.cluster.wait" in lines[number]
-            yield number, "\n".join([*lines[: number - 1], "", "", *lines[number + 1 :]])
-        else:
-            yield number, "\n".join([*lines[: number - 1], edited, *lines[number:]])
+    before, lines[number - 1] = lines[number - 1], fault.change(lines[number - 1])
+    assert lines[number - 1] != before, f"{fault.name}: nothing changes in {before}"
+    if "barrier.cluster.arrive" in before:  # with the wait for it
+        wait = next(n for n in range(number, len(lines)) if lines[n].strip() and not lines[n].startswith("//"))
+        assert "barrier.cluster.wait" in lines[wait], f"{lines[wait]} after {before}"
+        lines[wait] = ""
+    return "\n".join(lines)
 
 
-def noticed(case: Callable[[], Case], how: How, text: str, expected: dict) -> str:
-    """What shows that a text is wrong: the interpreter's message, or which result differs; "" if nothing does."""
-    run = case()
+def noticed(way: Unchanged, fault: Planted, place: Place) -> str:
+    """What shows, in one of the calls and on one of a few schedules, that the text is wrong there: the interpreter's
+    message, or which result differs; "" if nothing does."""
+    text = plant(way.text, fault, place.line)
     try:
-        call.run(run, how, text)
-    except Fault as fault:
-        return str(fault)
+        for case, results in way.calls:
+            for seed in (way.how.seed, *SEEDS):
+                call.run(case, replace(way.how, seed=seed), text)
+                for name, expected in results.items():
+                    if not bits(case.outputs[name]).equal(bits(expected)):
+                        return f"other {name}"
+        return ""
+    except Fault as found:
+        return str(found)
     finally:
         call.forget(text)
-    return next((f"other {k}" for k, v in expected.items() if not bits(run.outputs[k]).equal(bits(v))), "")

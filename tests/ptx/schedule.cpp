@@ -3,8 +3,8 @@
 //   seed 0   CTAs, warps and lanes in ascending order, each as far as it gets
 //   others   by seed % 3: warps at random, a few instructions each | whole CTAs by a drawn priority | warps by one
 //
-// A warp that has polled a flag goes behind all others. Lanes of a warp at different instructions: the lowest goes
-// first, so that they come together again; or, where warps run at random, any.
+// A warp that has polled a flag ends its turn, and goes behind all others unless warps run at random. Lanes of a warp at
+// different instructions: the lowest goes first, so that they come together again; or, where warps run at random, any.
 #include <algorithm>
 #include <climits>
 #include <cstring>
@@ -45,6 +45,7 @@ class Scheduler {
     std::iota(waiting_.rbegin(), waiting_.rend(), 0);
     if (seed_) std::shuffle(waiting_.begin(), waiting_.end(), draw_);
     resident_ = launch_.cooperative || !seed_ ? count : 1 + (int)(draw_() % (unsigned)count);
+    if (at_random()) resident_ = std::min(count, resident_ + 1);  // whose warps then mix
     known_ = std::make_shared<std::vector<uint32_t>>((size_t)launch_.grid * launch_.block);
     grid_.clusters.resize(count);
   }
@@ -102,7 +103,7 @@ class Scheduler {
       const size_t first = at_random() ? draw_() % warps_.size() : 0;
       for (size_t i = 0; i < warps_.size(); i++) {
         Warp* warp = warps_[(first + i) % warps_.size()];
-        if (warp->running && !warp->polled) return warp;
+        if (warp->running && (at_random() || !warp->polled)) return warp;
       }
       for (Warp* warp : warps_) warp->polled = false;
     }
@@ -122,6 +123,7 @@ class Scheduler {
   // Lets a warp execute, until it has to wait or the budget is used up.
   void turn(Warp& warp, long budget) {
     warp.cta->begun = true;
+    warp.polled = false;
     while (warp.running && budget > 0 && !warp.polled) {
       int pc = INT_MAX, others = INT_MAX;
       if (at_random()) {

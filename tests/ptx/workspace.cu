@@ -13,7 +13,7 @@ void ptx_workspace(const apet_problem* problem, const apet_cuda_plan_t* plan, vo
   Call call = {};
   lay_out_workspace(p, *plan, workspace, call);
   const int64_t tokens = apet::all_tokens(p), rows = apet::all_rows(p), images = p.images;
-  const int64_t words = message_words(basis_of(p)), groups = plan->images_in_flight, ctas = plan->ctas_per_image;
+  const int64_t groups = plan->images_in_flight, ctas = plan->ctas_per_image;
   const bool merges = p.op != APET_SCORE, cooperative = plan->path == APET_CUDA_COOPERATIVE;
   const auto add = [](const char* name, auto* at, int64_t count) {
     ptx::arrays.add(name, at, (size_t)count * sizeof *at, true, nullptr);
@@ -30,11 +30,13 @@ void ptx_workspace(const apet_problem* problem, const apet_cuda_plan_t* plan, vo
     add("row_role", call.row_role, rows);
     add("target_token", call.target_token, rows);
     add("inv_norm", call.inv_norm, rows);
+    add("target_begin", call.target_begin, rows + images);
+    add("merged", call.merged, tokens);
     add("ticket", call.ticket, 1);
-    add("tiles_done", call.tiles_done, images);
+    add("tickets_done", call.tickets_done, images);
   }
   if (cooperative) {
-    add("slots", call.slots, groups * 2 * ctas * words);
+    add("slots", call.slots, groups * slot_words((int)ctas, message_words(basis_of(p))));
     add("arrived", call.arrived, groups);
   }
 }

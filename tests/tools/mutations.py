@@ -11,25 +11,20 @@ from __future__ import annotations
 
 import argparse
 import re
-import shutil
 import sys
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
-import torch
-from torch import Tensor
-
-from tests import test_cuda_simt
-from tests.data import tokens
-from tests.judge import bits
-from tests.ptx import build, call
-from tests.simt import build as simt
-from tests.simt import call as simt_call
-from tests.simt.call import Case, Fault, How
-from tests.test_cuda_simt import CLUSTER, COOPERATIVE, FUSED, WRONG, Bug
+from benchmarks.lib import machine
+from benchmarks.lib.sheet import replaced
+from tests.ptx import build, call, planted
+from tests.simt.bugs import BUGS, CLUSTER, COOPERATIVE, FUSED, WRONG, Bug, both, differs, plant, small
+from tests.simt.call import Fault
+from tests.tools import sass
 from tests.tools.sass import GUIDE
 
-BEGIN, END = "<!-- mutations:begin -->\n", "<!-- mutations:end -->"
+BEGIN, END = "<!-- mutations:begin -->", "<!-- mutations:end -->"
 NOT_THERE = "not compiled there"
 # Beside those that the simulation's own test plants: fragments, and what only nvcc compiles (ptx.cuh).
 FRAGMENTS = [
@@ -72,61 +67,53 @@ ASSEMBLY = [
 ]
 
 
-def small(bug: Bug) -> Case:
-    """As the simulation's test plants its bugs. An odd D: rows end where their memory does. Repeated tokens: ties."""
-    D = 63 if bug.sanitizer == "address" else 72
-    return simt_call.compress_case(tokens(1, 22, D, dtype=torch.float16, kind="repeated", seed=1), 8, 3)
-
-
-def changed(bug: Bug, folder: Path) -> Path:
-    csrc = folder / "csrc"
-    shutil.copytree(simt.CSRC, csrc)
-    source = csrc / "cuda" / bug.file
-    text = source.read_text()
-    for pattern, replacement in bug.change:
-        text, times = re.subn(pattern, replacement, text)
-        assert times, f"{pattern} is no longer in {bug.file}"
-    source.write_text(text)
-    return csrc
-
-
-def differing(got: Case, expected: dict[str, Tensor]) -> str:
-    return "other results" if any(not bits(got.outputs[k]).equal(bits(v)) for k, v in expected.items()) else ""
-
-
-def by_simulation(bug: Bug, csrc: Path, made: Case) -> str:
+def by_simulation(bug: Bug, csrc: Path) -> str:
     """What shows in the simulation; "" if nothing does."""
     if bug in ASSEMBLY:
         return NOT_THERE
-    simt_call.run(made, bug.how)
-    expected = {name: t.clone() for name, t in made.outputs.items()}
-    program = simt.program("driver.cpp", simt.kernels(csrc, bug.sanitizer, only="float16"), bug.sanitizer)
-    said = simt_call.run_in_program(made, bug.how, program)
+    case = small(bug)
+    said, right = both(bug, csrc, case)
     if said:
         kinds = r"data race|heap-buffer-overflow|deadlock|divergent barrier|asynchronous copies|mask|not begun"
         kind = re.search(kinds, said)
-        return f"{bug.sanitizer}: ".lstrip(": ") + (kind[0] if kind else said.strip()[:40])
-    return differing(made, expected)
+        return kind[0] if kind else said.strip()[:40]
+    return "other results" if differs(case, right) else ""
 
 
-def by_interpreter(bug: Bug, csrc: Path, made: Case) -> str:
+MERGE = "s5_merge<__half, SmallTile, 2>"
+KERNELS = {
+    "fused": ["s1_s5_cluster<__half>"],
+    "cluster": ["s1_s4_group<__half, ClusterGroup>", MERGE],
+    "cooperative": ["s1_s4_group<__half, CooperativeGroup>", MERGE],
+}
+
+
+def by_interpreter(bug: Bug, csrc: Path) -> str:
     """What shows in the PTX, on the first of a few schedules; "" if nothing does."""
-    device = call.H100 if bug.how.device.capability >= 90 else call.A100
-    target = call.target_of(bug.how)
-    text = build.ptx("float16", target, csrc, (target,))
-    for seed in (0, 3, 4, 5, 1, 2):
-        how = How(device, bug.how.path, bug.how.ctas_per_image, bug.how.resident, bug.how.tile, seed)
-        call.run(made, how)
-        expected = {name: t.clone() for name, t in made.outputs.items()}
-        try:
-            call.run(made, how, text)
-        except Fault as fault:
-            return re.split(r": thread|: \d| in | of |, which", str(fault))[0]
-        finally:
-            call.forget(text)
-        if seen := differing(made, expected):
-            return seen
-    return ""
+    case, how = small(bug), replace(bug.how, device=call.H100 if bug.how.device.capability >= 90 else call.A100)
+    call.run(case, how)
+    right = {name: t.clone() for name, t in case.outputs.items()}
+    source = csrc / "changed.cu"  # the kernels of the path alone
+    needed = (f"template __global__ void apet::cuda::{kernel}(const Call);\n" for kernel in KERNELS[how.path])
+    source.write_text('#include "cuda/kernels.cuh"\nusing namespace apet::cuda;\n' + "".join(needed))
+    text = build.compiled(source, csrc, call.target_of(how))
+    try:
+        for seed in planted.SEEDS:
+            call.run(case, replace(how, seed=seed), text)
+            if differs(case, right):
+                return "other results"
+        return ""
+    except Fault as fault:
+        return re.split(r": | in .* at byte", str(fault))[0]
+    finally:
+        call.forget(text)
+
+
+def head() -> str:
+    """What made the table, and where."""
+    where = machine.describe()
+    nvcc = f"nvcc {sass.compiler()}"
+    return f"`python -m tests.tools.mutations --markdown`, {nvcc}, {where['machine']}, commit {where['commit']}:"
 
 
 def main(arguments: list[str]) -> int:
@@ -139,20 +126,19 @@ def main(arguments: list[str]) -> int:
     if why := build.missing():
         print(f"python -m tests.tools.mutations: {why}", file=sys.stderr)
         return 2
-    lines = ["| fault in the source | file | simulation | compiled PTX |", "|---|---|---|---|"]
+    lines = [head(), "", "| fault in the source | file | simulation | compiled PTX |", "|---|---|---|---|"]
     missed = 0
-    for bug in [*test_cuda_simt.BUGS, *FRAGMENTS, *ASSEMBLY]:
+    for bug in [*BUGS, *FRAGMENTS, *ASSEMBLY]:
         if options.only and not any(part in bug.name for part in options.only):
             continue
         with tempfile.TemporaryDirectory() as folder:
-            csrc = changed(bug, Path(folder))
-            seen = [way(bug, csrc, small(bug)) for way in (by_simulation, by_interpreter)]
+            csrc = plant(bug, Path(folder))
+            seen = [way(bug, csrc) for way in (by_simulation, by_interpreter)]
         missed += not any(way and way != NOT_THERE for way in seen)
         lines.append(f"| {bug.name} | `{bug.file}` | " + " | ".join(way or "not noticed" for way in seen) + " |")
         print(lines[-1], flush=True)
     if options.markdown:
-        before, rest = GUIDE.read_text().split(BEGIN)
-        GUIDE.write_text(before + BEGIN + "\n".join(lines) + "\n" + END + rest.split(END)[1])
+        GUIDE.write_text(replaced(GUIDE.read_text(), BEGIN, END, "\n".join(lines) + "\n"))
     return 1 if missed else 0
 
 
