@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import re
+import re
 import shutil
 import subprocess
 import sys
@@ -23,7 +24,8 @@ FOLDER = ROOT / "build/sanitized"
 NOT_THE_LIBRARY = ["test_cli*.py", "test_layering.py", "test_library_*.py", "test_packaging*.py", "test_sass.py"]
 NOT_THE_LIBRARY += ["test_threads.py", "test_alternatives.py", "test_benchmark*.py", "test_quality.py"]
 NOT_THE_LIBRARY += ["test_floors.py", "test_gpu*.py", "test_triton_*.py", "test_cuda_*.py", "test_simt.py"]
-NOT_THE_LIBRARY += ["hooks", "vllm", "test_eval.py", "explore", "test_reload.py", "test_regress.py"]
+NOT_THE_LIBRARY += ["hooks", "vllm", "test_eval.py", "explore", "test_reload.py", "test_ptx.py", "test_estimates.py"]
+BENCHMARKS = re.compile(r"^(?:from|import) benchmarks\b", re.MULTILINE)  # which are not installed
 
 # A tensor that says it has 65 tokens over memory that holds 64: the kernel has to run past the end of it.
 PLANTED = """
@@ -39,13 +41,19 @@ def library(name: str) -> str:
     return subprocess.check_output([compiler, f"-print-file-name={name}"], text=True).strip()
 
 
+def not_the_library(folder: str, names: list[str]) -> set[str]:
+    """Returns the names in a folder of tests that are listed above, or that import benchmarks."""
+    tests = {name for name in names if name.startswith("test_") and BENCHMARKS.search(Path(folder, name).read_text())}
+    return shutil.ignore_patterns(*NOT_THE_LIBRARY)(folder, names) | tests
+
+
 def main(pytest_arguments: list[str]) -> int:
     shutil.rmtree(FOLDER, ignore_errors=True)
     build = {**os.environ, "CMAKE_ARGS": "-DAPET_SANITIZE=address;undefined"}
     pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation"]
     subprocess.check_call([*pip, "--target", FOLDER, ROOT], env=build)
     # The tests are copied there too: beside the sources they would import the build that is not sanitized.
-    shutil.copytree(ROOT / "tests", FOLDER / "tests", ignore=shutil.ignore_patterns(*NOT_THE_LIBRARY))
+    shutil.copytree(ROOT / "tests", FOLDER / "tests", ignore=not_the_library)
     shutil.copy(ROOT / "pyproject.toml", FOLDER)
 
     environment = {
