@@ -21,7 +21,8 @@ struct Cut {
   int ties;
 };
 
-// The ranks of an image's tokens, in shared memory if they fit.
+// The ranks of an image's tokens, in shared memory if they fit. There is no barrier: a thread reads only the ranks that
+// it has copied itself, those of tokens threadIdx.x + i kThreads.
 struct Ranks {
   const uint32_t* global;
   uint32_t* shared;  // null: they do not fit
@@ -34,7 +35,6 @@ struct Ranks {
     if (!shared) return;
 #pragma unroll 4
     for (int i = threadIdx.x; i < image.tokens; i += kThreads) shared[i] = __ldcg(global + i);
-    __syncthreads();
   }
   __device__ uint32_t operator[](int64_t i) const { return shared ? shared[i] : __ldcg(global + i); }
 };
