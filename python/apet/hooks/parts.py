@@ -143,9 +143,9 @@ def why_not(model: nn.Module) -> str | None:
             "of several ids stand for none"
         )
     takes_images = any(map(_takes_pixels, (model, *model.children())))
-    resamplers = {type(m).__name__ for m in model.modules() if "QFormer" in type(m).__name__}
+    resamplers = sorted({type(m).__name__ for m in model.modules() if "QFormer" in type(m).__name__})
     if takes_images and resamplers:
-        return f"a {min(sorted(resamplers), key=len)} leaves a few dozen tokens of an image, fewer than compression would"
+        return f"a {min(resamplers, key=len)} leaves a few dozen tokens of an image, fewer than compression would"
     return None
 
 
