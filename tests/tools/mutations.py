@@ -47,7 +47,13 @@ FRAGMENTS = [
         FUSED,
         WRONG,
     ),
-    Bug("a matrix step too few", "s5_assign.cuh", [(r"\+ k / 32 < slabs\)", "+ k / 32 < slabs - 1)")], CLUSTER, WRONG),
+    Bug(
+        "a step too few",
+        "s5_assign.cuh",
+        [(r"const int steps = \(slabs \+ (.*?);", r"const int steps = -1 + (slabs + \1;")],
+        CLUSTER,
+        WRONG,
+    ),
 ]
 ASSEMBLY = [
     Bug(
