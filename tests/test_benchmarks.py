@@ -22,12 +22,17 @@ from tests.rates import RATES
 
 SUITES = {one.name: one for one in report.SUITES_OF_OPS if one.name != "gpu"}  # that one: test_gpu_benchmarks.py
 PAGE = report.DOCS / "benchmarks.md"
-ONLY = {"cpu": ["inplace"], "growth": ["N ", "float32"]}  # of the smoke cases; the others take long
+# Which of a suite's smoke cases: the CPU's other layouts, and growth in bfloat16, take more time than they tell.
+ONLY = {"cpu": ["inplace"], "growth": ["float32"]}
 
 
 @pytest.mark.parametrize(
-    "name",  # that of the CPU compiles its baseline by torch.compile, in half a minute
-    [pytest.param(name, marks=pytest.mark.slow if name == "cpu" else ()) for name in SUITES],
+    "name",
+    [
+        # The CPU's compiles its baseline by torch.compile, in half a minute; growth starts a process for every memory.
+        pytest.param(name, marks={"cpu": [pytest.mark.slow], "growth": [pytest.mark.rest]}.get(name, ()))
+        for name in SUITES
+    ],
 )
 def test_every_suite_runs_and_is_reported(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """On small sizes: what it times is checked, its results are read, its section of the page is written."""

@@ -15,8 +15,10 @@
 
 namespace apet::cuda {
 
-constexpr int kListTargets = 512;                          // of a CTA at a time, at most
-constexpr int kListChunk = 2048;                           // dropped tokens
+// Of a CTA at a time, at most: one part for most images, and several CTAs for thousands of targets.
+constexpr int kListTargets = 512;
+// Dropped tokens that a CTA reads at once: 8 or 16 loads in flight a thread, in 8 KB, less than the tiles before took.
+constexpr int kListChunk = 2048;
 constexpr int kListWords = kListTargets + 1 + kListChunk;  // of shared memory
 
 // How many parts of kListTargets the targets of an image make.

@@ -2,8 +2,8 @@
 //
 //   tokens[r] = (x_r + sum of the dropped tokens whose target is r) / (1 + their count)    float32, ascending position
 //
-// A task is kChunks * 32 chunks of a row, computed by one warp. It reads the row's own list (s5_lists.cuh), 32 positions at
-// a time, and adds those tokens: several loads in flight, one addition after the other.
+// A task is kChunks * 32 chunks of a row, computed by one warp. It reads the row's own list (s5_lists.cuh), 32 tokens at
+// a time, and adds those: several loads in flight, one addition after the other.
 //
 //   merged [target_begin[t], target_begin[t + 1])     x [the row's own token and the listed ones] --once--> tokens
 #pragma once
