@@ -114,12 +114,15 @@ static inline void multiply(const char* const* rows, const float* panel, int64_t
       for (int v = 0; v < Vectors; v++) b[v] = load(panel + (k * Vectors + v) * W);
 #pragma GCC unroll 16
       for (int r = 0; r < R; r++) {
+#if defined(APET_NEON)
         const auto a = E::unit(rows[r] + 4 * k);
+#else
+        float unit;
+        __builtin_memcpy(&unit, rows[r] + 4 * k, 4);
+        const V a = splat(unit);
+#endif
 #pragma GCC unroll 8
         for (int v = 0; v < Vectors; v++) acc[r][v] = E::mad(a, b[v], acc[r][v]);
-#if defined(APET_NEON)
-        asm volatile("");  // GCC would load the units of all rows first, and then lack registers for the sums
-#endif
       }
     }
 #pragma GCC unroll 16
