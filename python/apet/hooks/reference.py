@@ -305,8 +305,11 @@ def visual(row: Row, modality: str | None = None) -> Tensor:
 
     ids, types = row["input_ids"][0], row.get("mm_token_type_ids")
     found = {"image": ids == IMAGE, "video": ids == VIDEO}
-    if types is not None:  # some stand for the frames of a video with tokens of images
+    # Some models have the tokens of images stand for the frames of a video.
+    if types is not None:
         found = {"image": types[0] == 1, "video": types[0] == 2}
+    elif "pixel_values_videos" in row and not found["video"].any():
+        found = {"image": found["video"], "video": found["image"]}
     either: Tensor = found["image"] | found["video"]
     return either if modality is None else found[modality]
 
