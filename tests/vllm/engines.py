@@ -42,6 +42,8 @@ IMAGE = {
     "internvl": "<IMG_CONTEXT>",
     "internvl_chat": "<image>",
     "gemma3": "<start_of_image>",
+    "idefics3": "<image>",
+    "smolvlm": "<image>",
     "mistral3": "[IMG]",
     "glm4v": "<|begin_of_image|><|image|><|end_of_image|>",
     **dict.fromkeys((name for name in tiny.KINDS if name.startswith("qwen")), tiny.QWEN_IMAGE),
@@ -151,9 +153,8 @@ class Served:
     def watched(self) -> Iterator[Seen]:
         """Records what passes through the model; several requests appear in the order in which they are batched."""
         seen, model = Seen(), self.model
-        tower = next(
-            getattr(model, name) for name in ("visual", "vision_tower", "vision_model") if hasattr(model, name)
-        )
+        names, places = ("visual", "vision_tower", "vision_model"), (model, getattr(model, "model", None))
+        tower = next(getattr(place, name) for place in places for name in names if hasattr(place, name))
 
         def reader(_: nn.Module, args: Any, kwargs: Any) -> None:
             seen.embeds.append(kwargs["inputs_embeds"].clone())

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
-from tiny import CHAT, INTERN_CHAT, KINDS, PATCH, PINPOINTS, SIDE, SPECIAL, TEXT, TILE
+from tiny import CHAT, INTERN_CHAT, KINDS, LATER, PATCH, PINPOINTS, SIDE, SPECIAL, TEXT, TILE
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -35,7 +35,7 @@ NAMED = {
 
 def tokenizer(name: str) -> PreTrainedTokenizerFast:
     """One token a character, and what the model's processor calls special."""
-    words = SPECIAL + [chr(c) for c in range(32, 127)] + ["\n"]
+    words = SPECIAL + [chr(c) for c in range(32, 127)] + ["\n"] + LATER
     level = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
     level.pre_tokenizer = pre_tokenizers.Split("", "isolated")
     level.decoder = decoders.Fuse()
@@ -45,7 +45,7 @@ def tokenizer(name: str) -> PreTrainedTokenizerFast:
         bos_token="<s>",
         eos_token="</s>",
         pad_token="<pad>",
-        additional_special_tokens=SPECIAL[4:] if name == "gemma3" else SPECIAL[4:-3],
+        additional_special_tokens=(SPECIAL[4:] if name == "gemma3" else SPECIAL[4:-3]) + LATER,
         model_specific_special_tokens=NAMED.get(name, {}),
         chat_template=TEMPLATE,
     )
@@ -138,6 +138,13 @@ def processor(name: str, config: Any) -> Any:
     if name == "gemma3":
         images = transformers.Gemma3ImageProcessor(**square)
         return transformers.Gemma3Processor(images, words, image_seq_length=TILE // 4, chat_template=TEMPLATE)
+    if name in ("idefics3", "smolvlm"):
+        sizes = {"size": {"longest_edge": 2 * SIDE}, "max_image_size": {"longest_edge": SIDE}}
+        kind = KINDS[name][0]
+        images = getattr(transformers, f"{kind}ImageProcessor")(**sizes)
+        videos = [transformers.SmolVLMVideoProcessor()] if name == "smolvlm" else []
+        kind = getattr(transformers, f"{kind}Processor")
+        return kind(images, words, *videos, image_seq_len=TILE // 4, chat_template=TEMPLATE)
     if name == "mistral3":
         images = transformers.PixtralImageProcessor(size={"longest_edge": 2 * SIDE}, patch_size=PATCH)
         return transformers.PixtralProcessor(
