@@ -58,7 +58,7 @@ class Packer:
         return self._known[text]
 
     def pack(self, asked: Sequence[Sequence[Question]], visual: int, answers: bool) -> Packed:
-        """Returns a sequence for each picture with its questions; with their answers, or up to the question mark."""
+        """Returns a sequence for each picture with its questions; with or without their answers."""
         prefix = [self.begin] + [self.image] * visual
         rows = [self._row(prefix, some, answers) for some in asked]
         longest = max(len(row[0]) for row in rows)
