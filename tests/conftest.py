@@ -193,20 +193,30 @@ def cut_grids(config: pytest.Config, items: list[pytest.Item]) -> None:
 
 def mark_points(points: int, items: list[pytest.Item]) -> None:
     """Marks what is more than `points` points of a test's grid, per backend: `make test` tries every test, and
-    `make test-rest` the rest of each grid."""
-    for (name, _, slow), grid in grids(items).items():
-        if points and not slow:
+    `make test-rest` the rest of each grid.
+
+    The families of models that only slow tests run have the same number of points each, and the rest of their grids is
+    marked `matrix`.
+    """
+    for (name, backend, slow), grid in grids(items).items():
+        if points and (not slow or backend.startswith(FAMILY)):
             for item in set(grid) - spread(name, grid, points):
-                item.add_marker(pytest.mark.rest)
+                item.add_marker(pytest.mark.matrix if slow else pytest.mark.rest)
+
+
+FAMILY = "family "
 
 
 def grids(items: list[pytest.Item]) -> dict[tuple[str, str, bool], list[pytest.Item]]:
-    """The tests by function, backend, and whether they are slow (these are deselected as a rule)."""
+    """Groups the tests by function, backend, and whether they are slow (these are deselected as a rule); slow ones also
+    by family of models."""
     found: dict[tuple[str, str, bool], list[pytest.Item]] = {}
     for item in items:
-        backend = item.callspec.params.get("backend") if getattr(item, "callspec", None) else None
+        params = item.callspec.params if hasattr(item, "callspec") else {}
+        backend, family = params.get("backend"), params.get("family")
         slow = item.get_closest_marker("slow") is not None
-        key = (item.nodeid.partition("[")[0], backend if isinstance(backend, str) else "", slow)
+        group = f"{FAMILY}{getattr(family, 'name', family)}" if slow and family else ""
+        key = (item.nodeid.partition("[")[0], backend if isinstance(backend, str) else group, slow)
         found.setdefault(key, []).append(item)
     return found
 
