@@ -76,8 +76,7 @@ test-all:  ## everything that has to pass before a change is taken: what follows
 	@echo "== all passed, $$(date +%T)"
 
 test-slow: $(VENV)/installed-dev sanitize  ## what is too long for every day (with SLOW=slow whole grids, hours)
-	$(pytest) -m "$(SLOW)" tests/hooks
-	$(bin)/python -m pytest -q -m "$(SLOW)" --ignore tests/hooks
+	$(pytest) -m "$(SLOW)"
 
 # The newest 4.x in front of the installed 5.x, with what it needs of its own; no second torch.
 .build/transformers4: requirements/transformers4.txt | $(VENV)/installed-test
