@@ -138,7 +138,7 @@ def test_notices_text_of_another_place(monkeypatch: pytest.MonkeyPatch) -> None:
     model = model_of("llava")
     rows = [selfcheck.prompt(model, selfcheck.PROMPTS[0])]
     plant_in(monkeypatch, rolled("inputs_embeds"))
-    with pytest.raises(ValueError, match="text tokens did not enter the decoder as they were"):
+    with pytest.raises(ValueError, match="text tokens did not enter the decoder unchanged"):
         selfcheck.judge(model, rows, STAGES["first"])
 
 
