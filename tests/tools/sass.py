@@ -250,8 +250,9 @@ def table(kernels: list[Kernel]) -> str:
     wrong = len(list(faults(kernels)))
     lines = [
         f"`python -m tests.tools.sass --markdown`, nvcc {compiler()}: {len(kernels)} kernels compiled, {wrong} "
-        "faults. In",
-        "the cells: registers a thread. Nothing spills or lies in local memory. A dot: no clusters there, and no body.",
+        "faults. The",
+        "cells show registers per thread. Nothing spills or uses local memory. A dot: the target has no clusters, so "
+        "the kernel is empty.",
         "",
         "| kernel | tokens | threads | " + " | ".join(targets) + " |",
         "|---|---|---|" + "---|" * len(targets),
@@ -263,7 +264,7 @@ def table(kernels: list[Kernel]) -> str:
         lines.append(f"| `{name}` | {dtype} | {threads} | " + " | ".join(cells) + " |")
     lines += [
         "",
-        "In the machine code of each, on every target:",
+        'Instructions that the machine code contains, or with "no" does not contain, on every target:',
         "",
         "| kernels | instruction (a pattern) | so it |",
         "|---|---|---|",
