@@ -271,8 +271,8 @@ def table(results: list[Compiled]) -> str:
     lines = [
         f"`python -m tests.tools.offline --markdown`, Triton {triton.__version__}: {len(results)} kernels compiled, "
         f"for D = {', '.join(map(str, dims))}.",
-        "Each cell: registers of a thread, KB of shared memory of a program, and how many of its warps a",
-        "multiprocessor (of its waves a compute unit) can hold at once; each the worst over D, dtype and M.",
+        "A cell holds the registers of a thread, the KB of shared memory of a program, and the number of warps that fit",
+        "on a multiprocessor at once (on AMD, of waves on a compute unit); each is the worst over D, dtype and M.",
         "",
         "| kernel | x | " + " | ".join(names) + " |",
         "|---|---|" + "---|" * len(names),
@@ -293,7 +293,7 @@ def table(results: list[Compiled]) -> str:
         f"{'Nothing spills.' if not spilled else f'{spilled} of them spill.'} A 16-bit `s5_assign` multiplies by "
         + ", ".join(f"{instruction} on {' and '.join(targets)}" for instruction, targets in by_instruction.items())
         + "; a float32",
-        "one never in tf32. Rows of x that are whole 16-byte words are loaded by words, but where a tile has fewer",
+        "one never uses tf32. Rows of x that are whole 16-byte words are loaded by words, unless a tile has fewer",
         "words than threads.",
     ]
     return "\n".join(lines) + "\n"
