@@ -272,7 +272,7 @@ def table(results: list[Compiled]) -> str:
         f"`python -m tests.tools.offline --markdown`, Triton {triton.__version__}: {len(results)} kernels compiled, "
         f"for D = {', '.join(map(str, dims))}.",
         "A cell holds the registers of a thread, the KB of shared memory of a program, and the number of warps",
-        "that fit on a multiprocessor at once (on AMD, of waves on a compute unit), each the worst over D, dtype and M.",
+        "that fit on a multiprocessor at once (on AMD, of waves on a compute unit), each the worst over D, dtype, M.",
         "",
         "| kernel | x | " + " | ".join(names) + " |",
         "|---|---|" + "---|" * len(names),
