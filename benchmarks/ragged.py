@@ -1,6 +1,6 @@
 """Images of different sizes, packed: one call of compress_packed against one call for each image.
 
-python -m benchmarks.ragged     (benchmarks/lib/suite.py says what it takes)
+python -m benchmarks.ragged     (options: benchmarks/lib/suite.py)
 """
 
 from __future__ import annotations
