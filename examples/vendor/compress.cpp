@@ -1,7 +1,7 @@
 // compress TOKENS N D KEEP OUT INDICES [THREADS]
 //
-// Compresses images of N tokens with D features each to KEEP tokens per image. TOKENS holds raw float32, one image after
-// another. OUT receives the tokens as raw float32 [images, KEEP, D], INDICES their positions as int64 [images, KEEP].
+// Compresses images of N tokens with D features each to KEEP tokens per image. TOKENS holds raw float32, one image
+// after another. OUT receives the tokens as raw float32 [images, KEEP, D], INDICES their positions as int64 [images, KEEP].
 #include <apet.h>
 
 #include <cstdio>
