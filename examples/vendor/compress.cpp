@@ -1,7 +1,8 @@
 // compress TOKENS N D KEEP OUT INDICES [THREADS]
 //
 // Compresses images of N tokens with D features each to KEEP tokens per image. TOKENS holds raw float32, one image
-// after another. OUT receives the tokens as raw float32 [images, KEEP, D], INDICES their positions as int64 [images, KEEP].
+// after another. OUT receives the tokens as raw float32 [images, KEEP, D], INDICES their positions as int64 [images,
+// KEEP].
 #include <apet.h>
 
 #include <cstdio>
