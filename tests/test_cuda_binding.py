@@ -1,7 +1,7 @@
 """csrc/cuda_torch_binding.cpp, executed: its ops on CPU tensors, through torch's dispatcher, over the simulated GPU.
 
-tests/simt/torch_binding.cpp explains the stand-ins for a GPU. The shared tests check the kernels; these tests check that
-every tensor and option is passed in its place, and that every result is returned.
+tests/simt/torch_binding.cpp explains the stand-ins for a GPU. The shared tests check the kernels. These tests check
+that every tensor and option is passed in its place, and that every result is returned.
 """
 
 from __future__ import annotations

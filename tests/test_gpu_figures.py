@@ -88,7 +88,7 @@ def header() -> str:
 
 
 def test_figures_come_back():
-    """The figures that a run was made of; what it did not measure stays."""
+    """The figures are those from which the run was made; figures that it did not measure are unchanged."""
     ((_, before),) = figures.read(header())
     truth = {name: value * (1 + n / 10) for n, (name, value) in enumerate(before.items())}
     text, kept = figures.updated(header(), primitive_lines(truth))

@@ -1,4 +1,4 @@
-"""Photos and animations are read as they are shown; what is neither is rejected."""
+"""Photos and animations are read as viewers show them; other files are rejected."""
 
 from __future__ import annotations
 
@@ -114,7 +114,7 @@ def test_an_animation_that_is_cut_off_is_read_up_to_there() -> None:
     assert len(clip.times) == 2 or "damaged after frame" in clip.notes[0]
 
 
-# --- what is neither
+# --- other files
 
 
 @pytest.mark.parametrize(
