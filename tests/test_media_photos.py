@@ -97,7 +97,7 @@ def test_heic_photo() -> None:
 
 
 def test_heic_without_its_extra_names_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "pillow_heif", None)  # importing it fails now
+    monkeypatch.setitem(sys.modules, "pillow_heif", None)  # makes its import fail
     head = struct.pack(">I4s4sI4s", 20, b"ftyp", b"mif1", 0, b"heic")
     assert rejected(head + bytes(100)) == 'a HEIC photo needs pillow_heif: pip install "apet-kernels[heif]"'
 

@@ -1,4 +1,4 @@
-"""What the page of `apet explore` shows, without a browser, and the HTML report of `apet compress`."""
+"""The pictures of the page of `apet explore`, without a browser, and the HTML report of `apet compress`."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def test_a_path_covers_the_patches_of_its_group_and_no_other() -> None:
 
 
 def embedded(svg: str) -> np.ndarray:
-    """The picture in an SVG fragment."""
+    """Returns the picture in an SVG fragment."""
     return np.asarray(Image.open(io.BytesIO(base64.b64decode(re.search(r'base64,([^"]+)"', svg)[1]))).convert("RGB"))
 
 

@@ -1,12 +1,12 @@
-"""Compiles every CUDA kernel for GPUs that are not there, and reads the machine code.
+"""Compiles every CUDA kernel, without a GPU, and checks the machine code.
 
     python -m tests.tools.sass [--smoke] [--target sm_90a ...] [--markdown]
 
-Fails, with messages, where a kernel
+It is an error if a kernel
 
-- spills, or keeps anything else in local memory; has static shared memory, which the launches do not count; or needs
-  more registers than a multiprocessor has for one CTA;
-- lacks an instruction that docs/cuda.md claims (CLAIMS below), or holds one that it rules out.
+- spills, or uses local memory otherwise; has static shared memory, which the launches do not count; or needs more
+  registers than a multiprocessor has for one CTA;
+- lacks an instruction that docs/cuda.md claims (CLAIMS below), or contains one that it excludes.
 
 --markdown writes the table into docs/cuda.md. Needs nvcc and, for nvdisasm and cuobjdump, the package triton; no GPU.
 """
@@ -43,7 +43,7 @@ REGISTERS = 65536  # of a multiprocessor, the same on every target
 
 
 def missing() -> str | None:
-    """Returns None if kernels can be compiled and read here, else the message that tells why not."""
+    """Returns None if kernels can be compiled and disassembled here, else the reason why not."""
     if not nvcc():
         return "there is no nvcc"
     try:
@@ -67,7 +67,7 @@ def tools() -> dict[str, str]:
     return {"nvdisasm": triton.knobs.nvidia.nvdisasm.path, "cuobjdump": triton.knobs.nvidia.cuobjdump.path}
 
 
-# ---- what the machine code has to hold
+# ---- claims about the machine code
 
 
 @dataclass(frozen=True)
@@ -124,7 +124,7 @@ class Kernel:
     threads: int  # of a CTA, by its launch bounds
     registers: int
     spilled: int  # bytes
-    stack: int  # bytes of local memory, whatever for
+    stack: int  # bytes of local memory
     static_shared: int  # bytes
     instructions: collections.Counter[str]
 
