@@ -9,8 +9,8 @@ a line for every item as soon as it ends; log.txt, the same for people; a file w
 summary.txt, at most 40 lines, which are also printed last.
 
 Each step is a process with its own time limit. An item that fails, crashes or hangs is recorded as one line, and the
-next item runs in a new process. The exit code is the number of wrong items, at most 99; an item that the machine cannot
-run ("not possible") is not counted. --only: the items whose "STEP: ITEM" contains one of the TEXTs.
+next item runs in a new process. The exit code is the number of lines that are not right, at most 99; an item that the
+machine cannot run ("not possible") is not counted. --only: the items whose "STEP: ITEM" contains one of the TEXTs.
 
 --rehearse runs all of it on a CPU, to find mistakes before the first run on a GPU: CUDA paths on the simulated GPU of
 tests/simt, Triton interpreted, times from a fake clock. --plant "STEP: ITEM=KIND" makes an item of a rehearsal raise,
