@@ -154,7 +154,7 @@ class Run:
                 stdout=printed,
                 stderr=subprocess.STDOUT,
                 pass_fds=[write],
-                start_new_session=True,  # so that what it starts ends with it
+                start_new_session=True,  # so that its child processes end with it
             )
             os.close(write)
             before, running, end = len(done), "", "stopped"

@@ -1,4 +1,4 @@
-"""Every way to build csrc/ into another project, as docs/vendoring.md describes: the bits, and what is installed."""
+"""Every way to build csrc/ into another project, as docs/vendoring.md describes: the bits, and the installed files."""
 
 from __future__ import annotations
 

@@ -141,7 +141,7 @@ def test_a_damaged_packet_is_skipped_and_counted() -> None:
     assert clip.notes == ["2 damaged packets skipped"]
     assert clip.total == 18
     assert numbers(clip) == [2, 7, 11, 17]
-    assert clip.times == pytest.approx([0.2, 0.7, 1.1, 1.7])  # what is there keeps its time
+    assert clip.times == pytest.approx([0.2, 0.7, 1.1, 1.7])  # the undamaged frames keep their times
 
 
 def test_a_clip_without_a_sound_frame_is_rejected() -> None:

@@ -70,7 +70,7 @@ def test_stored_results_of_models_are_compared(its: suite.Suite) -> None:
 def test_what_is_no_regression() -> None:
     assert worse(row(product=9.0, sweeps=3.0, eager=24.0, kernel=6.0)) == []  # a slower machine
     assert worse(row(eager=2.0)) == []  # a baseline that got faster
-    assert worse(row(kernel=2.4)) == []  # within what is allowed
+    assert worse(row(kernel=2.4)) == []  # within the allowed slowdown
     assert worse(row(kernel=1.0)) == []
 
 

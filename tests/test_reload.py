@@ -66,7 +66,7 @@ for wrong in (lambda: apet_kernels.compress(x, 99), lambda: apet_kernels.compres
 
 
 def run(code: str, folder: Path | None = None) -> str:
-    """Runs code in a process of its own; returns its output."""
+    """Runs code in a new process; returns its output."""
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=folder, check=False)
     assert done.returncode == 0, done.stderr
     return done.stdout

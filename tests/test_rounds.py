@@ -132,7 +132,7 @@ def test_copies(backend, dtype, refine):
     x = tokens(1, 25, 64, dtype=dtype, seed=9).repeat_interleave(4, 1)
     got = keeps(backend, x, 40, ridge=0.0, refine=refine)
     assert len(set(got)) == 40
-    if refine == 0:  # what is picked is the lowest of its copies, and is filled up with copies of what is not
+    if refine == 0:  # each pick is the lowest of its copies, and other copies fill the rest
         assert {n // 4 for n in got} == set(range(25))
         assert set(range(0, 100, 4)) <= set(got)
         assert got == rule.kept(x[0], 40, ridge=0.0)[0]

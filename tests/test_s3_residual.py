@@ -25,7 +25,7 @@ def test_by_hand(backend, dtype):
 
 
 def test_two_basis_tokens_by_hand(backend):
-    # (3,0,0) and the farthest from it, (-30,40,0), span the plane: what is left is the third channel.
+    # (3,0,0) and the farthest from it, (-30,40,0), span the plane: the residual is the third channel.
     x = rows([3, 0, 0], [-30, 40, 0], [1, 2, 5], [-6, 8, 0.5])
     e_sq, p = backend.score(x, 2, start=0, ridge=0.0)
     assert p.tolist() == [[0, 1]]

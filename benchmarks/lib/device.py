@@ -20,7 +20,7 @@ NO_GPU = "torch finds no GPU here, and this measures one: run it on a machine wi
 NO_INTERPRETER = (
     "without a GPU --smoke needs TRITON_INTERPRET=1 in the environment: Triton's interpreter runs its kernels"
 )
-# Bytes of the cache that the dies of gfx942 and gfx950 share: the properties know only the L2 of one die.
+# Bytes of the cache that the dies of gfx942 and gfx950 share; the device properties contain only the L2 of one die.
 INFINITY_CACHE = 256 * 2**20
 
 

@@ -237,7 +237,7 @@ def language(model: PreTrainedModel, prompt: Prompt, generated: list[int], optio
             if positions.ndim == 1:  # renumbered, as after the first stage
                 positions = kept.cumsum(0) - 1
         allowed = torch.ones(L + extra, L + extra, dtype=torch.bool).tril() & kept
-        if slides(text.config, i):  # over what the layer gets to see
+        if slides(text.config, i):  # over the columns in the input of the layer
             number = kept.cumsum(0)
             allowed &= number[:, None] - number < text.config.sliding_window
         allowed |= torch.eye(L + extra, dtype=torch.bool)  # so that no row is empty; dropped rows are not read

