@@ -55,7 +55,7 @@ VIDEO = {
 # The tokens at the positions of visual rows.
 VISUAL = {tiny.IMAGE, tiny.IMAGE_PAD, tiny.VIDEO_PAD, tiny.VIDEO, tiny.CONTEXT, tiny.IMG, tiny.SOFT, tiny.GLM_IMAGE}
 MODELS = tuple(IMAGE)
-MROPE = tuple(name for name in MODELS if name == "glm4v" or name.startswith("qwen"))  # these need a budget at their start
+MROPE = tuple(name for name in MODELS if name == "glm4v" or name.startswith("qwen"))  # need a budget at their start
 
 
 def picture(height: int, width: int, seed: int = 0) -> Image.Image:
