@@ -1,10 +1,10 @@
 """Time against tokens kept: the kernel, other ways to compute the same, and other methods for the same job.
 
-python -m benchmarks.kept     (benchmarks/lib/suite.py says what it takes)
+python -m benchmarks.kept     (options: benchmarks/lib/suite.py)
 
-The other methods are those of benchmarks/lib/alternatives.py, in eager torch on all threads. FastV and VisionZip are
-given the attention weights that they rank by. A model that runs FlashAttention has to compute these in addition; that
-cost is not in their times.
+The other methods are those of benchmarks/lib/alternatives.py, in eager torch on all threads. FastV and VisionZip get
+the attention weights that they rank by as input. A model with FlashAttention must compute these in addition; their
+times do not include that.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Tokens of pictures: three layers of a real DINOv2-S/14, and the attention that their class token gives each patch.
+"""Tokens of pictures: three layers of a real DINOv2-S/14, and the attention of their class token to each patch.
 
-Tokens are the raw hidden states, before any norm, as LLaVA takes them; stored as float16, and whatever uses them starts
-from the stored values, so that every method sees the same.
+Tokens are the raw hidden states, before any norm, as LLaVA takes them. They are stored as float16, and every method
+starts from the stored values.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class Eye:
     """The encoder, which gives tokens and class attention of several layers at once."""
 
     def __init__(self) -> None:
-        # One layer more than is read: the last hidden state is the only one that a final norm could have touched.
+        # One layer more than is read, since a final norm may change the last hidden state.
         self.encoder = encoders.load(layer=max(LAYERS) + 1, size=scenes.SIDE)
         self.encoder.model.set_attn_implementation("eager")  # the only one that returns attention weights
         self.mean, self.std = (torch.tensor(v).view(1, 3, 1, 1) for v in (self.encoder.mean, self.encoder.std))
@@ -67,7 +67,7 @@ class Split:
 def extract(folder: Path, sizes: dict[str, int], seed: int, photos: Path | None = None) -> None:
     """Writes the features of every split into `folder`; continues an earlier call that was stopped.
 
-    photos: a folder whose files take the place of the test photographs.
+    photos: a folder whose files replace the test photographs.
     """
     folder.mkdir(parents=True, exist_ok=True)
     eye = Eye()

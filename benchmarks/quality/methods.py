@@ -1,4 +1,4 @@
-"""The ways that the studies compare: the other methods, and ApET with one thing changed at a time.
+"""The methods ("ways") that the studies compare: other methods, and ApET with one option changed at a time.
 
 A way takes (x [B, N, D] float32, keep, attention [B, N]) and returns rows [B, keep, D] and the position [B, keep] of
 each. The number of rows is `keep` for all of them: `append` keeps fewer tokens, by the number of those that it appends.
@@ -35,7 +35,7 @@ def apet(x: Tensor, keep: int, attention: Tensor, basis: int = BASIS, **options:
 
 
 def everything(x: Tensor, keep: int, attention: Tensor) -> tuple[Tensor, Tensor]:
-    """Keeps all tokens: the baseline of every comparison."""
+    """Keeps all tokens, the baseline of every comparison."""
     return x, torch.arange(x.shape[1]).expand(x.shape[:2])
 
 
@@ -103,7 +103,7 @@ MAIN: dict[str, Way] = {
         for name in ("random", "uniform", "fps", "divprune")
     },
 }
-# Compared at two budgets. With basis >= keep the residual chooses nothing: it is farthest-point sampling with merging.
+# Compared at two budgets. With basis >= keep the residual is not used: it is farthest-point sampling with merging.
 VARIANTS: dict[str, Way] = {
     "merge past basis": merged_past_basis,
     "residual alone": residual_alone,

@@ -93,7 +93,7 @@ INTERN = {
     "image_seq_length": TILE // 4,
     "tie_word_embeddings": False,
 }
-# OpenGVLab's format, whose configuration is code that lies beside the weights.
+# OpenGVLab's format, whose configuration is code beside the weights.
 CHAT = """from transformers import PretrainedConfig, Qwen2Config
 
 class InternVLChatConfig(PretrainedConfig):

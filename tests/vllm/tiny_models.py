@@ -1,6 +1,6 @@
-"""Tiny models as they lie on the hub: random weights, a tokenizer of single characters, the model's own processor.
+"""Tiny models in the format of the hub: random weights, a tokenizer of single characters, the model's own processor.
 
-Weights are wide, so that another image token, or one at another place, moves the logits by far more than rounding does.
+The weights are wide, so that another image token, or another place of one, changes the logits far more than rounding.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ NAMED = {
 
 
 def tokenizer(name: str) -> PreTrainedTokenizerFast:
-    """One token a character, and what the model's processor calls special."""
+    """Returns a tokenizer with a token for each character, and the special tokens of the model's processor."""
     words = SPECIAL + [chr(c) for c in range(32, 127)] + ["\n"] + LATER
     level = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
     level.pre_tokenizer = pre_tokenizers.Split("", "isolated")
@@ -52,7 +52,7 @@ def tokenizer(name: str) -> PreTrainedTokenizerFast:
 
 
 def save_chat(folder: Path) -> Path:
-    """InternVL in OpenGVLab's format, which transformers has not."""
+    """Saves InternVL in OpenGVLab's format, which is not part of transformers."""
     (folder / "configuration_internvl_chat.py").write_text(CHAT)
     (folder / "config.json").write_text(json.dumps(INTERN_CHAT))
     tokenizer("internvl_chat").save_pretrained(folder)
@@ -85,7 +85,7 @@ def save_chat(folder: Path) -> Path:
 
 
 def save(name: str, folder: Path) -> Path:
-    """The whole tiny model in the folder."""
+    """Saves the whole tiny model in the folder."""
     if name == "internvl_chat":
         return save_chat(folder)
     kind, sizes = KINDS[name]
@@ -100,19 +100,19 @@ def save(name: str, folder: Path) -> Path:
             torch.nn.init.normal_(parameter, std=0.15)
     if not name.startswith(("llava", "gemma")):
         model.save_pretrained(folder)
-        if name == "qwen3_vl_moe":  # on the hub, experts are the other way round
+        if name == "qwen3_vl_moe":  # on the hub, the weights of experts are transposed
             weights = load_file(folder / "model.safetensors")
             turned = {k: v.mT.contiguous() if ".experts." in k else v for k, v in weights.items()}
             save_file(turned, folder / "model.safetensors", {"format": "pt"})
         return folder
-    # vLLM knows the names that checkpoints on the hub have: there, these have a CLIP or SigLIP model within the tower.
+    # vLLM expects the names of checkpoints on the hub, where these models have a CLIP or SigLIP model in the tower.
     weights = {k.replace("vision_tower.", "vision_tower.vision_model."): v for k, v in model.state_dict().items()}
     save_file(weights, folder / "model.safetensors")
     return folder
 
 
 def processor(name: str, config: Any) -> Any:
-    """The processor that transformers has for the model."""
+    """Returns the processor that transformers has for the model."""
     words = tokenizer(name)
     square = {"size": {"height": SIDE, "width": SIDE}}
     if name.startswith("qwen"):
