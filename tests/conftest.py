@@ -84,7 +84,8 @@ class Backend:
 
 
 def interpreted(name: str) -> bool:
-    return name == "cuda-simt" or (name == "triton" and not torch.cuda.is_available())
+    """Kernels of a GPU, or of another processor that is emulated (tests/test_arm.py)."""
+    return name == "cuda-simt" or name.startswith("arm-") or (name == "triton" and not torch.cuda.is_available())
 
 
 FUNCTIONS = ("compress", "compress_varlen", "score", "merge")

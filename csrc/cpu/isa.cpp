@@ -2,6 +2,9 @@
 #include <atomic>
 
 #include "kernels.h"
+#if defined(APET_HAVE_NEON_BF16) && defined(__linux__)
+#include <sys/auxv.h>
+#endif
 
 namespace apet::cpu {
 namespace {
@@ -21,15 +24,28 @@ bool available(apet_isa isa) {
 #ifdef APET_HAVE_AVX512_BF16
     case APET_ISA_AVX512_BF16: return available(APET_ISA_AVX512) && __builtin_cpu_supports("avx512bf16");
 #endif
+#ifdef APET_HAVE_NEON
+    case APET_ISA_NEON: return true;
+#endif
+#ifdef APET_HAVE_NEON_BF16
+#if defined(__linux__)
+    case APET_ISA_NEON_BF16: return getauxval(AT_HWCAP2) >> 14 & 1;  // HWCAP2_BF16, which older headers lack
+#elif defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC)
+    case APET_ISA_NEON_BF16: return true;
+#endif
+#endif
     default: return false;
   }
 }
 
+constexpr apet_isa kBestFirst[] = {APET_ISA_NEON_BF16, APET_ISA_NEON, APET_ISA_AVX512_BF16, APET_ISA_AVX512,
+                                   APET_ISA_AVX2};
+
 apet_isa best() {
   static const apet_isa isa = [] {
-    int level = APET_ISA_AVX512_BF16;
-    while (!available((apet_isa)level)) level--;
-    return (apet_isa)level;
+    for (apet_isa isa : kBestFirst)
+      if (available(isa)) return isa;
+    return APET_ISA_GENERIC;
   }();
   return isa;
 }
@@ -54,6 +70,12 @@ const Kernels* kernels_for(apet_dtype dtype, apet_isa isa) {
 #ifdef APET_HAVE_AVX2
     case APET_ISA_AVX2: return avx2_kernels(dtype);
 #endif
+#ifdef APET_HAVE_NEON
+    case APET_ISA_NEON: return neon_kernels(dtype);
+#endif
+#ifdef APET_HAVE_NEON_BF16
+    case APET_ISA_NEON_BF16: return neon_bf16_kernels(dtype);
+#endif
     default: return generic_kernels(dtype);
   }
 }
@@ -70,6 +92,8 @@ const char* apet_isa_name(apet_isa isa) {
     case APET_ISA_AVX2: return "avx2";
     case APET_ISA_AVX512: return "avx512";
     case APET_ISA_AVX512_BF16: return "avx512_bf16";
+    case APET_ISA_NEON: return "neon";
+    case APET_ISA_NEON_BF16: return "neon_bf16";
     case APET_ISA_BEST: return "best";
   }
   return "unknown";

@@ -10,9 +10,9 @@
 //              +------------+  +------------+       +---------------+
 //   MR rows ->   sums over k     of a chunk of 96 tokens, against all panels
 //
-// AVX-512: 6 x 64 = 24 sums + 4 panel vectors + 1 row value = 29 of 32 registers; AVX2: 6 x 16 = 12 + 2 + 1 of 16. A
-// last panel of one vector takes twice as many rows, since six sums would wait for each other. k runs in blocks of 1024
-// units, so that a panel's block (256 KB) and the chunk's rows stay in L2.
+// AVX-512 and NEON: 6 rows x 4 vectors = 24 sums + 4 panel vectors + 1 row value = 29 of 32 registers; AVX2: 6 x 2 = 12
+// + 2 + 1 of 16. A last panel of one vector takes twice as many rows, since six sums would wait for each other. k runs in
+// blocks of 1024 units, so that a panel's block (at most 256 KB) and the chunk's rows stay in L2.
 //
 // One instruction multiplies and adds a unit. Rows of other types are widened into scratch first. Sums in registers run
 // over kChain products and are then added up in `tile`: one sum over all k would be off by several times as much as
@@ -23,7 +23,7 @@
 #pragma once
 #include "dot.h"
 
-#if defined(__AVX512F__)
+#if defined(__AVX512F__) || defined(APET_NEON)
 constexpr int MR = 6, NV = 4;
 #elif defined(__AVX2__)
 constexpr int MR = 6, NV = 2;
@@ -33,8 +33,6 @@ constexpr int MR = 4, NV = 2;
 constexpr int NR = NV * W;
 constexpr int rows_of(int vectors) { return vectors == 1 ? 2 * MR : MR; }
 constexpr int64_t kBlockUnits = 1024;
-constexpr int64_t kChain = 128;
-static_assert(kBlockUnits % kChain == 0, "a block is whole chains, of units that hold one product or several");
 // Widened rows per thread: at most this much, so that they stay in L2 too.
 constexpr int64_t kWidenedBytes = 512 << 10;
 
@@ -105,7 +103,8 @@ static void pack(const Input& in, const Rows& rows, const Factors& factors, int6
 template <class E, int Vectors>
 static inline void multiply(const char* const* rows, const float* panel, int64_t count, float* tile, bool first) {
   constexpr int R = rows_of(Vectors);
-  constexpr int64_t kUnits = kChain * W / E::N;
+  constexpr int64_t kUnits = E::kChain * W / E::N;
+  static_assert(kBlockUnits % kUnits == 0, "a block is whole chains");
   for (int64_t k = 0; k < count;) {
     const int64_t end = smaller(count, k + kUnits);
     V acc[R][Vectors] = {};
@@ -115,11 +114,12 @@ static inline void multiply(const char* const* rows, const float* panel, int64_t
       for (int v = 0; v < Vectors; v++) b[v] = load(panel + (k * Vectors + v) * W);
 #pragma GCC unroll 16
       for (int r = 0; r < R; r++) {
-        float unit;
-        __builtin_memcpy(&unit, rows[r] + 4 * k, 4);
-        const V a = splat(unit);
+        const auto a = E::unit(rows[r] + 4 * k);
 #pragma GCC unroll 8
         for (int v = 0; v < Vectors; v++) acc[r][v] = E::mad(a, b[v], acc[r][v]);
+#if defined(APET_NEON)
+        asm volatile("");  // GCC would load the units of all rows first, and then lack registers for the sums
+#endif
       }
     }
 #pragma GCC unroll 16
@@ -195,7 +195,7 @@ static inline void each_panel(const Input& in, const Rows& rows, const Factors& 
   for (int64_t t0 = 0; t0 < count; t0 += NR) {
     const float* panel = panel_at<E>(in, rows, factors, t0);
     switch (smaller(NR, count - t0) / W) {
-#if defined(__AVX512F__)
+#if defined(__AVX512F__) || defined(APET_NEON)
       case 4: use(Width<4>{}, panel, t0); break;
       case 3: use(Width<3>{}, panel, t0); break;
 #endif
