@@ -37,7 +37,7 @@ if importlib.util.find_spec("triton") and not torch.cuda.is_available():
 # The name of an instruction set: the tests run as if this processor had neither it nor those after it. It is the
 # environment that says so, since `backend_ids` is asked before pytest knows its options. Not for child processes.
 WITHOUT = "APET_TESTS_WITHOUT"
-ISAS = ("avx2", "avx512", "avx512_bf16")
+ISAS = ("avx2", "avx512", "avx512_bf16", "amx")
 
 
 def without(isa: str) -> None:
