@@ -13,7 +13,17 @@ import pytest
 HEADER = Path(__file__).parents[1] / "csrc/apet.h"
 PACKAGE = Path(util.find_spec("apet_kernels").origin).parent
 LIBRARY = PACKAGE / "libapet.so"
-RUNTIMES = {"libstdc", "libgcc_s", "libc", "libm", "libpthread", "libdl", "librt", "ld-linux-x86-64", "ld-linux-aarch64"}
+RUNTIMES = {
+    "libstdc",
+    "libgcc_s",
+    "libc",
+    "libm",
+    "libpthread",
+    "libdl",
+    "librt",
+    "ld-linux-x86-64",
+    "ld-linux-aarch64",
+}
 # With a version: the C and C++ runtimes'. With _ITM or __gmon: weak, of the compiler's start-up files. In namespace
 # std: libstdc++'s, which some builds of torch export once more, without a version, and the linker meets first.
 OF_THE_RUNTIMES = re.compile(r"@|^_ITM_|^__gmon_|^_Z(T[VTIS])?N?K?S[tabsiod]")
