@@ -20,11 +20,12 @@ def cpu_isa() -> list[str]:
     """The instruction sets that the CPU kernels can use on this machine, the best one last.
 
     Returns:
-        Some of "generic", "avx2", "avx512" and "avx512_bf16"; empty without the compiled library.
+        Some of "generic", "avx2", "avx512", "avx512_bf16" and "amx", or on 64-bit ARM of "generic", "neon" and "neon_bf16";
+        empty without the compiled library.
 
     Example:
         >>> from apet_kernels import testing
-        >>> set(testing.cpu_isa()) <= {"generic", "avx2", "avx512", "avx512_bf16"}
+        >>> testing.cpu_isa()[:1] in ([], ["generic"])
         True
     """
     return list(host.module().cpu_isa()) if host.has_module() else []

@@ -13,7 +13,17 @@ import pytest
 HEADER = Path(__file__).parents[1] / "csrc/apet.h"
 PACKAGE = Path(util.find_spec("apet_kernels").origin).parent
 LIBRARY = PACKAGE / "libapet.so"
-RUNTIMES = {"libstdc", "libgcc_s", "libc", "libm", "libpthread", "libdl", "librt", "ld-linux-x86-64"}
+RUNTIMES = {
+    "libstdc",
+    "libgcc_s",
+    "libc",
+    "libm",
+    "libpthread",
+    "libdl",
+    "librt",
+    "ld-linux-x86-64",
+    "ld-linux-aarch64",
+}
 # Symbols with a version are those of the C and C++ runtimes. Those with _ITM or __gmon are weak symbols of the
 # compiler's start-up files. Those in namespace std are libstdc++'s: some builds of torch export them too, without a
 # version, and the linker finds these first.

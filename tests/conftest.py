@@ -37,7 +37,7 @@ if importlib.util.find_spec("triton") and not torch.cuda.is_available():
 # those after it. It is no option of pytest, since `backend_ids` is called before pytest parses its options. It has no
 # effect on child processes of the tests.
 WITHOUT = "APET_TESTS_WITHOUT"
-ISAS = ("avx2", "avx512", "avx512_bf16")
+ISAS = ("avx2", "avx512", "avx512_bf16", "amx")
 
 
 def without(isa: str) -> None:
@@ -84,7 +84,8 @@ class Backend:
 
 
 def interpreted(name: str) -> bool:
-    return name == "cuda-simt" or (name == "triton" and not torch.cuda.is_available())
+    """Kernels of a GPU, or of another processor that is emulated (tests/test_arm.py)."""
+    return name == "cuda-simt" or name.startswith("arm-") or (name == "triton" and not torch.cuda.is_available())
 
 
 FUNCTIONS = ("compress", "compress_varlen", "score", "merge")

@@ -1,5 +1,6 @@
 """`torch.ops.apet.*` as PyTorch operators, and `apet_kernels.*` in front of them: schemas, fakes, tracing, errors."""
 
+import platform
 import re
 import shutil
 import subprocess
@@ -235,9 +236,12 @@ def test_backends():
 def test_instruction_sets():
     names = testing.cpu_isa()
     assert names[0] == "generic"
-    assert set(names) <= {"generic", "avx2", "avx512", "avx512_bf16"}
-    with pytest.raises(ValueError, match="sse9"):
-        testing.use_cpu_isa("sse9")
+    x86, arm = {"avx2", "avx512", "avx512_bf16", "amx"}, {"neon", "neon_bf16"}
+    here = {"x86_64": x86, "aarch64": arm}.get(platform.machine(), set())
+    assert set(names[1:]) <= here
+    for absent in {"sse9", *x86, *arm} - here:
+        with pytest.raises(ValueError, match=f"^isa='{absent}' is none of those usable here: generic"):
+            testing.use_cpu_isa(absent)
     try:
         for name in names:
             testing.use_cpu_isa(name)

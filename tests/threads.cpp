@@ -122,7 +122,8 @@ int wrong_results(int rounds) {
 int main(int argc, char** argv) {
   const int rounds = argc > 1 ? std::atoi(argv[1]) : 1;
   int wrong = 0;
-  for (apet_isa isa : {APET_ISA_GENERIC, APET_ISA_AVX2, APET_ISA_AVX512, APET_ISA_AVX512_BF16}) {
+  for (apet_isa isa :
+       {APET_ISA_GENERIC, APET_ISA_AVX2, APET_ISA_AVX512, APET_ISA_AVX512_BF16, APET_ISA_NEON, APET_ISA_NEON_BF16}) {
     if (apet_cpu_use_isa(isa) != APET_OK) continue;
     std::printf("%s\n", apet_isa_name(isa));
     wrong += wrong_results(rounds);

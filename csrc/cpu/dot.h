@@ -9,8 +9,9 @@
 //   x[0 .. R)   | sum 0 | sum 1 | sum 0 | ...  |    R x P x kSums sums in registers over a block,
 //   p[0 .. P)   | sum 0 | sum 1 | sum 0 | ...  |    then added to R x P totals
 //
-// The rows of a group go block by block through all their basis tokens, out of L1. AVX-512 keeps the sums of 4 rows x 3
-// basis tokens x 2 sums in its 32 registers, where loads no longer limit the products; AVX2 has 16, and 4 x 1 x 2.
+// The rows of a group go block by block through all their basis tokens, out of L1. AVX-512 and NEON keep the sums of 4
+// rows x 3 basis tokens x 2 sums in their 32 registers, where loads no longer limit the products; AVX2 has 16, and 4 x 1
+// x 2.
 //
 // Included by loops.h alone, inside the namespace of its instruction set.
 #pragma once
@@ -18,10 +19,9 @@
 
 constexpr int kGroup = 4;
 constexpr int kSums = 2;
-constexpr int kFold = 16;
 constexpr int kTogether = 16;  // basis tokens per call of dots(): their blocks and those of the rows fit L1
 
-// Adds x[r] . p[j] over [d0, d1), at most kFold steps, to P totals for each of R rows, and with Norms x[r] . x[r].
+// Adds x[r] . p[j] over [d0, d1), at most E::kFold steps, to P totals for each of R rows, and with Norms x[r] . x[r].
 template <class E, int R, int P, bool Norms>
 static inline void add_dots(const typename E::T* const* x, const typename E::T* const* p, int64_t d0, int64_t d1,
                             Total* norms, Total* products) {
@@ -70,8 +70,8 @@ static inline void add_dots(const typename E::T* const* x, const typename E::T* 
 template <class E, int R, bool Norms>
 static inline void dots(const typename E::T* const* x, const typename E::T* const* p, int count, int64_t dim,
                         double* norm, double* dot) {
-  constexpr int64_t kBlock = kFold * kSums * E::N;
-  constexpr int kMost = W == 16 ? 3 : 1;
+  constexpr int64_t kBlock = E::kFold * kSums * E::N;
+  constexpr int kMost = kRegisters == 32 ? 3 : 1;
   Total norms[R], products[kTogether * R];
   for (int r = 0; r < R; r++) norms[r] = Total{};
   for (int i = 0; i < count * R; i++) products[i] = Total{};
@@ -107,7 +107,7 @@ struct Listed {
 template <class E, bool Norms, class Tokens>
 static inline void tile_dots(const Input& in, Tokens tokens, int64_t begin, int64_t n, const typename E::T* const* p,
                              int count, double* norm, double* dot) {
-  constexpr int R = Norms && W < 16 ? kGroup / 2 : kGroup;  // two sums a row: only AVX-512 has registers for four
+  constexpr int R = Norms && kRegisters < 32 ? kGroup / 2 : kGroup;  // two sums a row
   const typename E::T* x[R];
   int64_t i = 0;
   for (; i + R <= n; i += R) {

@@ -7,6 +7,8 @@
 #endif
 #if defined(__AVX2__)
 #include <immintrin.h>
+#elif defined(__ARM_NEON)
+#include <arm_neon.h>
 #endif
 
 namespace apet::cpu {
@@ -21,7 +23,7 @@ template <class E>
 static constexpr Kernels kernels_of() {
   Kernels k = {};
   k.token_group = kGroup;
-  k.dropped_group = MR;
+  k.dropped_group = kRowGroup<E>;
   k.vector = W;
   k.panel = NR;
   k.packed_floats = packed_floats<E>;

@@ -12,6 +12,12 @@ constexpr int W = 8;
 #else
 constexpr int W = 4;  // SSE2, NEON, VSX, or four scalars where there is no vector unit
 #endif
+// Vector registers that the loops count on.
+#if defined(__AVX512F__) || defined(APET_NEON)
+constexpr int kRegisters = 32;
+#else
+constexpr int kRegisters = 16;
+#endif
 
 typedef float V __attribute__((vector_size(4 * W)));
 typedef int32_t I __attribute__((vector_size(4 * W)));
@@ -35,6 +41,12 @@ static inline V splat(float a) {
   return V{a, a, a, a};
 #endif
 }
+// The 32 bits at p in every lane; p need not be aligned.
+static inline V splat_at(const char* p) {
+  float a;
+  __builtin_memcpy(&a, p, 4);
+  return splat(a);
+}
 static inline V load(const float* p) { return *reinterpret_cast<const VU*>(p); }
 static inline void store(float* p, V v) { *reinterpret_cast<VU*>(p) = v; }
 // v, held in a register: GCC would rather load a value again for each of its products.
@@ -51,6 +63,8 @@ static inline V fma(V a, V b, V c) {
   return (V)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
 #elif defined(__AVX2__)
   return (V)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#elif defined(APET_NEON)
+  return (V)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b);
 #elif defined(__FP_FAST_FMAF)
   V r;
   for (int i = 0; i < W; i++) r[i] = __builtin_fmaf(a[i], b[i], c[i]);
@@ -83,6 +97,16 @@ struct Total {
   double sum() const {
     const __m256d four = low + high;
     const __m128d two = _mm256_castpd256_pd128(four) + _mm256_extractf128_pd(four, 1);
+    return two[0] + two[1];
+  }
+#elif defined(APET_NEON)
+  float64x2_t low, high;
+  void add(V v) {
+    low += vcvt_f64_f32(vget_low_f32((float32x4_t)v));
+    high += vcvt_high_f64_f32((float32x4_t)v);
+  }
+  double sum() const {
+    const float64x2_t two = low + high;
     return two[0] + two[1];
   }
 #else
@@ -131,6 +155,8 @@ static inline V load(const Half* p) {
   return (V)_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
 #elif defined(__AVX2__)
   return (V)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+#elif defined(APET_NEON)
+  return (V)vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(&p->bits)));
 #else
   const U h = load_bits(p), magnitude = (h & 0x7fff) << 13;
   const V value = (V)magnitude * 0x1p112f;           // the exponents' biases differ by 112
@@ -154,6 +180,8 @@ static inline void store(Half* p, V v) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT));
 #elif defined(__AVX2__)
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT));
+#elif defined(APET_NEON)
+  vst1_u16(&p->bits, vreinterpret_u16_f16(vcvt_f16_f32((float32x4_t)v)));
 #else
   for (int i = 0; i < W; i++) narrow(v[i], p + i);
 #endif
@@ -225,6 +253,13 @@ static inline void transpose(V (&v)[W]) {
     v[i + 4] = (V)_mm256_permute2f128_ps(b[i], b[i + 4], 0x31);
   }
 }
+#elif defined(APET_NEON)
+static inline void transpose(V (&v)[W]) {
+  const float32x4x2_t a = vzipq_f32((float32x4_t)v[0], (float32x4_t)v[2]);
+  const float32x4x2_t b = vzipq_f32((float32x4_t)v[1], (float32x4_t)v[3]);
+  const float32x4x2_t low = vzipq_f32(a.val[0], b.val[0]), high = vzipq_f32(a.val[1], b.val[1]);
+  v[0] = (V)low.val[0], v[1] = (V)low.val[1], v[2] = (V)high.val[0], v[3] = (V)high.val[1];
+}
 #else
 static inline void transpose(V (&v)[W]) {
   V t[W] = {};
@@ -234,15 +269,21 @@ static inline void transpose(V (&v)[W]) {
 }
 #endif
 
-// ---- element policies: how rows of T are multiplied
-// Widened: each element becomes a float; one fma a product. N elements make a vector.
+// ---- element policies: how rows of T are multiplied; unit() is 32 bits of a row as a factor of all lanes; kTiles:
+// product_tiles.h multiplies in tiles instead
+// Widened: each element becomes a float; one fma a product. N elements make a vector. A running sum takes kFold vectors
+// in dot.h, kChain products in product.h.
 template <class T_>
 struct Widened {
   using T = T_;
   static constexpr int N = W;
+  static constexpr int kFold = 16;
+  static constexpr int64_t kChain = 128;
   static constexpr bool kInPlace = sizeof(T) == 4;  // its rows can be multiplied without widening
+  static constexpr bool kTiles = false;
   static inline V get(const T* p) { return load(p); }
   static inline V get_n(const T* p, int64_t n) { return load_n(p, n); }
+  static inline V unit(const char* p) { return splat_at(p); }
   static inline V mad(V a, V b, V c) { return fma(a, b, c); }
 };
 
@@ -252,9 +293,66 @@ struct Widened {
 struct Bf16Pairs {
   using T = BFloat16;
   static constexpr int N = 2 * W;
+  static constexpr int kFold = 16;
+  static constexpr int64_t kChain = 128;
   static constexpr bool kInPlace = true;
+  static constexpr bool kTiles = false;
   static inline V get(const T* p) { return (V)_mm512_loadu_si512(p); }
   static inline V get_n(const T* p, int64_t n) { return (V)_mm512_maskz_loadu_epi16((__mmask32)((1ull << n) - 1), p); }
+  static inline V unit(const char* p) { return splat_at(p); }
   static inline V mad(V a, V b, V c) { return (V)_mm512_dpbf16_ps((__m512)c, (__m512bh)a, (__m512bh)b); }
+};
+#elif defined(APET_NEON) && defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC)
+// The same, but each of its two sums is rounded to odd, which is off by twice as much: so chains are shorter
+// (docs/cpu.md).
+struct Bf16Pairs {
+  using T = BFloat16;
+  static constexpr int N = 2 * W;
+  static constexpr int kFold = 4;
+  static constexpr int64_t kChain = 64;
+  static constexpr bool kInPlace = true;
+  static constexpr bool kTiles = false;
+  static inline V get(const T* p) { return (V)vld1q_u16(&p->bits); }
+  static inline V get_n(const T* p, int64_t n) {
+    T full[N] = {};
+    for (int64_t i = 0; i < n; i++) full[i] = p[i];
+    return get(full);
+  }
+  static inline float32x2_t unit(const char* p) { return float32x2_t{splat_at(p)[0], 0}; }
+  static inline V mad(float32x2_t a, V b, V c) {
+    return (V)vbfdotq_lane_f32((float32x4_t)c, (bfloat16x8_t)b, (bfloat16x4_t)a, 0);
+  }
+  static inline V mad(V a, V b, V c) { return (V)vbfdotq_f32((float32x4_t)c, (bfloat16x8_t)a, (bfloat16x8_t)b); }
+};
+#elif defined(APET_TILES)
+// The same in plain C++, for the twin of the tiles (tiles.h).
+struct Bf16Pairs {
+  using T = BFloat16;
+  static constexpr int N = 2 * W;
+  static constexpr int kFold = 16;
+  static inline V get(const T* p) {
+    V pairs;
+    __builtin_memcpy(&pairs, p, sizeof pairs);
+    return pairs;
+  }
+  static inline V get_n(const T* p, int64_t n) {
+    T full[N] = {};
+    for (int64_t i = 0; i < n; i++) full[i] = p[i];
+    return get(full);
+  }
+  static inline V mad(V a, V b, V c) {
+    const U x = (U)a, y = (U)b;
+    const V odd = fma((V)(x & 0xffff0000u), (V)(y & 0xffff0000u), c);
+    return fma((V)(x << 16), (V)(y << 16), odd);
+  }
+};
+#endif
+
+#if defined(APET_TILES)
+// Products with factors in tiles; dot products as pairs.
+struct Bf16Tiles : Bf16Pairs {
+  static constexpr int64_t kChain = 512;
+  static constexpr bool kInPlace = false;
+  static constexpr bool kTiles = true;
 };
 #endif

@@ -90,7 +90,7 @@ struct Buffers {
 
 bool every_call(Buffers& buffers) {
   const apet_pool pool = {4, nullptr, one_after_the_other};
-  for (int isa = APET_ISA_GENERIC; isa <= APET_ISA_AVX512_BF16; isa++) {
+  for (int isa = APET_ISA_GENERIC; isa <= APET_ISA_AMX; isa++) {
     if (apet_cpu_use_isa((apet_isa)isa) != APET_OK) continue;
     for (int op = APET_COMPRESS; op <= APET_MERGE; op++)
       for (int dtype = APET_FLOAT32; dtype <= APET_BFLOAT16; dtype++)

@@ -177,7 +177,7 @@ def run_in_program(case: Case, how: How, program: Path, timeout: float = 300) ->
             f.write(bytes((int64 * len(numbers))(*numbers)) + bytes(case.problem) + bytes(how.override))
             for name in NAMES:
                 t = case.inputs.get(name)
-                content = b"" if t is None else _reach(t)
+                content = b"" if t is None else reach(t)
                 size = len(content) if name in case.inputs else _bytes(case.outputs.get(name))
                 # A size of -1 means that the tensor is not given; 0 means that it has no elements.
                 f.write(bytes(int64(size if name in case.inputs or name in case.outputs else -1)) + content)
@@ -195,7 +195,7 @@ def _bytes(t: Tensor | None) -> int:
     return 0 if t is None else t.numel() * t.element_size()
 
 
-def _reach(t: Tensor) -> bytes:
+def reach(t: Tensor) -> bytes:
     """Returns the memory from t's first element to its last."""
     if not t.numel():
         return b""

@@ -1,6 +1,6 @@
 """Idefics 3 and SmolVLM in vLLM (`Idefics3ForConditionalGeneration`, `SmolVLMForConditionalGeneration`).
 
-Modifications: those of `compress.Model`; a tile of an image is a unit, and so is the whole image that follows its tiles.
+Modifications: those of `compress.Model`; a tile of an image is a unit, and so is the whole image after its tiles.
 """
 
 from __future__ import annotations

@@ -1,0 +1,14 @@
+// AArch64: NEON is part of its baseline. Asked for by name, so that generic stays the portable code.
+#define APET_ISA neon
+#define APET_NEON
+#include "loops.h"
+
+const apet::cpu::Kernels* apet::cpu::neon_kernels(apet_dtype dtype) {
+  using namespace neon;
+  switch (dtype) {
+    case APET_FLOAT32: return table<Widened<float>>();
+    case APET_FLOAT16: return table<Widened<Half>>();
+    case APET_BFLOAT16: return table<Widened<BFloat16>>();
+  }
+  return nullptr;
+}
