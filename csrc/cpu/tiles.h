@@ -44,8 +44,8 @@ class Tiles {
     asm volatile("tileloadd (%0,%1,1), %%tmm%c2" ::"r"(from), "r"(stride), "i"(Tile) : "memory");
   }
   template <int Tile>
-  void store(void* to, int64_t stride) {
-    asm volatile("tilestored %%tmm%c2, (%0,%1,1)" ::"r"(to), "r"(stride), "i"(Tile) : "memory");
+  void store(void* out, int64_t stride) {
+    asm volatile("tilestored %%tmm%c2, (%0,%1,1)" ::"r"(out), "r"(stride), "i"(Tile) : "memory");
   }
   template <int C, int A, int B>
   void multiply() {
@@ -69,9 +69,9 @@ class Tiles {
       __builtin_memcpy(tile_[Tile][row], static_cast<const char*>(from) + row * stride, bytes(Tile));
   }
   template <int Tile>
-  void store(void* to, int64_t stride) {
+  void store(void* out, int64_t stride) {
     for (int row = 0; row < kTileRows; row++)
-      __builtin_memcpy(static_cast<char*>(to) + row * stride, tile_[Tile][row], bytes(Tile));
+      __builtin_memcpy(static_cast<char*>(out) + row * stride, tile_[Tile][row], bytes(Tile));
   }
   template <int C, int A, int B>
   void multiply() {
