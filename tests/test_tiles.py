@@ -118,7 +118,7 @@ FAULTS = {
         "rows + 4",
     ),
     "columns of the second tile are the first's": ("product_tiles.h", "b + Columns, 4 * width", "b, 4 * width"),
-    "the sum of a chain replaces the ones before": ("product_tiles.h", "first ? more : load(sum) + more", "more"),
+    "the sum of a chain replaces the ones before": ("product_tiles.h", "load(sum) + more", "more"),
     "odd products left out": ("tiles.h", "flush(even[n] + odd[n])", "even[n]"),
 }
 

@@ -23,7 +23,7 @@
 #pragma once
 #include "dot.h"
 
-#if defined(__AVX512F__) || defined(APET_NEON)
+#if defined(__AVX512F__) || defined(APET_NEON) || defined(APET_TILES)
 constexpr int MR = 6, NV = 4;
 #elif defined(__AVX2__)
 constexpr int MR = 6, NV = 2;
@@ -219,7 +219,7 @@ static inline void each_panel(const Input& in, const Rows& rows, const Factors& 
   for (int64_t t0 = 0; t0 < count; t0 += NR) {
     const float* panel = panel_at<E>(in, rows, factors, t0);
     switch (smaller(NR, count - t0) / W) {
-#if defined(__AVX512F__) || defined(APET_NEON)
+#if defined(__AVX512F__) || defined(APET_NEON) || defined(APET_TILES)
       case 4: use(Width<4>{}, panel, t0); break;
       case 3: use(Width<3>{}, panel, t0); break;
 #endif

@@ -77,10 +77,9 @@ static inline void multiply_block(Tiles& tiles, const char* rows, int64_t row_by
 // Chunk::tile = the copied rows of the chunk x one panel of `Vectors` vectors.
 template <class E, int Vectors>
 static inline void multiply_in_tiles(const Input& in, Chunk& chunk, const float* panel) {
-  constexpr int Width = Vectors * W, Columns = Width < 16 ? Width : 16;
+  constexpr int Width = Vectors * W, Columns = W;
   constexpr int64_t kUnits = E::kChain * W / E::N;
   static_assert(kUnits % kTilePairs == 0, "a chain is whole tiles");
-  static_assert(Width % Columns == 0, "a panel is whole tiles");
   const int64_t bytes = scratch_row_bytes<E>(in.dim), count = units<E>(in.dim);
   const int64_t row_tiles = (chunk.count + kTileRows - 1) / kTileRows;
   Tiles tiles(Columns);
