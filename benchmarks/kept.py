@@ -2,9 +2,9 @@
 
 python -m benchmarks.kept     (benchmarks/lib/suite.py says what it takes)
 
-The other methods are those of benchmarks/lib/alternatives.py, in eager torch on all threads. FastV and VisionZip are
-given the attention weights that they rank by. A model that runs FlashAttention has to compute these in addition; that
-cost is not in their times.
+The other methods are the earlier ones of benchmarks/lib/alternatives.py, in eager torch on all threads. FastV and
+VisionZip are given the attention weights that they rank by. A model that runs FlashAttention has to compute these in
+addition; that cost is not in their times.
 """
 
 from __future__ import annotations

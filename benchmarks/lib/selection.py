@@ -44,7 +44,7 @@ def covering(similarity: Tensor, keep: int, weight: Tensor) -> Tensor:
     A token j is covered by as much as the largest similarity [B, N, N] that it has with a pick, or 0. The next pick is
     the token of largest weight [B, N] times the coverage that it adds, ties to the lower position.
     """
-    picks = []
+    picks: list[Tensor] = []
     covered = similarity.new_zeros(similarity.shape[:2])  # [B, N]
     taken = torch.zeros_like(covered, dtype=torch.bool)
     image = torch.arange(len(similarity), device=similarity.device)
