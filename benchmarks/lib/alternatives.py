@@ -177,7 +177,8 @@ def cdpruner(
     whose kernel is the cosine of two tokens times the relevance of both to the question, scaled to 0..1 in an image.
 
     Simplified: the authors take the relevance from CLIP's text encoder, and in their code negate it for LLaVA; here
-    the caller brings relevance [B, N], larger for what should be kept. Memory: [B, N, N].
+    the caller brings relevance [B, N], larger for what should be kept. They compare projected tokens. Memory: [B, N,
+    N].
     """
     _check(x, keep)
     weight = selection.unit_range(_given("relevance", relevance, x))[..., None].double()  # [B, N, 1]
