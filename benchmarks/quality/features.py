@@ -27,7 +27,7 @@ BATCH = 8
 class Eye:
     """The encoder, which gives tokens and class attention of several layers at once."""
 
-    def __init__(self, layers: tuple[int, ...] = LAYERS) -> None:
+    def __init__(self, layers: tuple[int, ...]) -> None:
         self.layers = layers
         # One layer more than is read: the last hidden state is the only one that a final norm could have touched.
         self.encoder = encoders.load(layer=max(layers) + 1, size=scenes.SIDE)
@@ -71,7 +71,7 @@ def extract(folder: Path, sizes: dict[str, int], seed: int, photos: Path | None 
     photos: a folder whose files take the place of the test photographs.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    eye = Eye()
+    eye = Eye(LAYERS)
     for number, (split, count) in enumerate(sizes.items()):
         pictures = scenes.sources(split, photos if split == "test" else None)
         ink = scenes.digits(split)
