@@ -241,7 +241,7 @@ def counts_again_from_the_bits(page: str, results: Path) -> None:
 
 def are_the_encoders_and_go_on_where_they_stopped(folder: Path) -> None:
     """Checks that the stored features are those of apet's encoder, also for scenes that an earlier call left out."""
-    eye, split = features.Eye(), features.read(folder, "test")
+    eye, split = features.Eye(features.LAYERS), features.read(folder, "test")
     before = split.tokens.copy()
     for name in ("tokens", "attention"):
         np.load(folder / f"test-{name}.npy", mmap_mode="r+")[:] = 0

@@ -88,7 +88,7 @@ def test_the_patched_model_answers_as_the_arms_do(
     pixels = processor(images=picture, text=llava.prompt(asked[0].text), return_tensors="pt")["pixel_values"]
     with torch.inference_mode():
         seen = untrained.model.vision_tower(pixels, output_hidden_states=True).hidden_states[features.LAYER][:, 1:]
-        rows = seen if options is None else arms.apet(seen, keep, 0, **options)
+        rows = seen if options is None else arms.apet(arms.Batch(seen), keep, **options)
         packed = packing.answer(untrained, packer, rows, [asked])[0]
         if options is not None:
             apet.patch(untrained, keep=keep, **{k: "keep" if v is None else v for k, v in options.items()})
@@ -215,7 +215,7 @@ def test_evaluation_writes_answers_that_count_again(untrained: Any, packer: pack
     found = evaluation.Answers(tmp_path)
     assert len(found.asked) == sum(len(evaluation.chosen(p.questions)) for p in split.pictures)
     assert len(list(tmp_path.iterdir())) == 1 + len(arms.WHOLE) + 2
-    said = evaluation.answers(untrained, packer, split, arms.ARMS["default"], 16)
+    said = evaluation.answers(untrained, packer, split, "default", 16)
     right = [one.answer == given for picture, some in zip(split.pictures, said, strict=True)
              for one, given in zip(evaluation.chosen(picture.questions), some, strict=True)]  # fmt: skip
     assert found.right("default", 16).tolist() == right

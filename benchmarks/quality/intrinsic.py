@@ -35,7 +35,7 @@ def pictures(seed: int) -> Iterator[tuple[str, np.ndarray]]:
 def extract(folder: Path, seed: int) -> None:
     """Writes intrinsic.npz into `folder`: tokens [n, layers, N, D] float32, attention [n, layers, N], source [n]."""
     names, pixels = zip(*pictures(seed), strict=True)
-    eye = features.Eye()
+    eye = features.Eye(features.LAYERS)
     parts = [eye.look(np.stack(pixels[i : i + features.BATCH])) for i in range(0, len(pixels), features.BATCH)]
     tokens, attention = (torch.cat(part).numpy() for part in zip(*parts, strict=True))
     folder.mkdir(parents=True, exist_ok=True)

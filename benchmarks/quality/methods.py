@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 import apet_kernels
-from benchmarks.lib import alternatives
+from benchmarks.lib import alternatives, selection
 
 Way = Callable[[Tensor, int, Tensor], tuple[Tensor, Tensor]]
 
@@ -64,14 +64,14 @@ def merged_past_basis(x: Tensor, keep: int, attention: Tensor) -> tuple[Tensor, 
 
 def residual_alone(x: Tensor, keep: int, attention: Tensor) -> tuple[Tensor, Tensor]:
     """Keeps the largest residuals without the basis, which only serves to find them."""
-    kept = alternatives.ranked(apet_kernels.score(x, BASIS)[0], keep)
+    kept = selection.ranked(apet_kernels.score(x, BASIS)[0], keep)
     return apet_kernels.merge(x, kept), kept
 
 
 def random_basis(x: Tensor, keep: int, attention: Tensor) -> tuple[Tensor, Tensor]:
     """Like the default, but with a random basis."""
     basis = alternatives.random(x, min(BASIS, keep), seed=SEED)[1]  # [B, M]
-    kept = alternatives.ranked(residuals(x, basis).scatter(1, basis, torch.inf), keep)
+    kept = selection.ranked(residuals(x, basis).scatter(1, basis, torch.inf), keep)
     return apet_kernels.merge(x, kept), kept
 
 
@@ -97,7 +97,7 @@ MAIN: dict[str, Way] = {
     "apet overwrite": functools.partial(apet, layout="overwrite"),
     "apet append": functools.partial(apet, layout="append"),
     "apet unmerged": unmerged,
-    **{name: functools.partial(other, name) for name in alternatives.METHODS},
+    **{name: functools.partial(other, name) for name in alternatives.EARLIER},
     **{
         f"{name} + merge": functools.partial(other, name, merge=True)
         for name in ("random", "uniform", "fps", "divprune")
