@@ -70,10 +70,11 @@ test: $(VENV)/installed-test  ## set up, and run the tests
 test-rest: $(VENV)/installed-test  ## the rest of each test's parameter grid
 	$(pytest) -m "rest and not slow"
 
-test-all:  ## everything that must pass before a change is merged, one after the other, less than 45 minutes
-	@for step in test test-rest test-transformers4 test-vllm lint wheel test-slow; do \
-	  echo "== make $$step, $$(date +%T)"; $(MAKE) --no-print-directory $$step || exit; done
-	@echo "== all passed, $$(date +%T)"
+test-all:  ## everything that has to pass before a change is taken: what follows one by one, less than 45 minutes
+	@begin=$$(date +%s); for step in test test-rest test-transformers4 test-vllm lint wheel test-slow; do \
+	  seconds=$$(($$(date +%s) - begin)); echo "== make $$step ($$((seconds / 60)) min $$((seconds % 60)) s so far)"; \
+	  $(MAKE) --no-print-directory $$step || exit; done; \
+	seconds=$$(($$(date +%s) - begin)); echo "== all passed in $$((seconds / 60)) min $$((seconds % 60)) s"
 
 test-slow: $(VENV)/installed-dev sanitize  ## tests that take too long for `make test` (with SLOW=slow whole grids, hours)
 	$(pytest) -m "$(SLOW)"

@@ -2,9 +2,9 @@
 
 python -m benchmarks.kept     (options: benchmarks/lib/suite.py)
 
-The other methods are the earlier ones of benchmarks/lib/alternatives.py, in eager torch on all threads. FastV and VisionZip get
-the attention weights that they rank by as input. A model with FlashAttention must compute these in addition; their
-times do not include that.
+The other methods are the earlier ones of benchmarks/lib/alternatives.py, in eager torch on all threads. FastV and
+VisionZip get the attention weights that they rank by as input. A model with FlashAttention must compute these in
+addition; their times do not include that.
 """
 
 from __future__ import annotations
