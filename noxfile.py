@@ -1,8 +1,8 @@
 """The matrix of versions: `make matrix` (minutes a session) and `make matrix-torch` (gigabytes a session).
 
-One session installs one version of one upstream, runs the tests that depend on it, and writes the outcome to
-docs/compatibility.json, of which docs/compatibility.md is made (tests/matrix.py). `nox --list` names the sessions, and
-`nox -s "transformers(5.8.1)"` runs one. "newest" is what the package index has on the day.
+One session installs one version of one dependency, runs the tests that need it, and writes the outcome to
+docs/compatibility.json, from which docs/compatibility.md is made (tests/matrix.py). `nox --list` lists the sessions,
+and `nox -s "transformers(5.8.1)"` runs one. "newest" is the newest version in the package index.
 """
 
 from __future__ import annotations
@@ -46,18 +46,18 @@ def wanted(package: str, version: str) -> str:
 
 
 def lock_without(session: nox.Session, *names: str) -> Path:
-    """The lock as constraints, less what a session chooses itself."""
+    """Returns the lock as constraints, without the packages whose version the session sets."""
     lines = LOCK.read_text().splitlines(keepends=True)
     path = Path(session.create_tmp(), "constraints.txt")
     path.write_text("".join(line for line in lines if not re.match(rf"({'|'.join(names)})==", line)))
     return path
 
 
-# ---- in front of the installed environment: no second torch ---------------------------------------------------------
+# ---- packages before those of the installed environment, with its torch ---------------------------------------------
 
 
 def in_front(session: nox.Session, name: str, *pip: object) -> Path:
-    """A new folder with these packages and what they need."""
+    """Returns a new folder with these packages and their requirements."""
     folder = FOLDER / name
     shutil.rmtree(folder, ignore_errors=True)
     session.run(sys.executable, "-m", "pip", "install", "-q", "--no-warn-conflicts", "--target", folder, *map(str, pip))
@@ -77,7 +77,7 @@ def transformers(session: nox.Session, version: str) -> None:
     pip = ["--constraint", lock_without(session, *own), wanted("transformers", version)]
     folder = in_front(session, f"transformers-{version}", *pip)
     record(session, "transformers", HOOKS, folder)
-    # Passed: `apet.patch` need not check itself under this version any more.
+    # With this version tested, `apet.patch` runs no self-check.
     session.run(sys.executable, "-m", "apet.hooks.record", env={"PYTHONPATH": str(folder)})
 
 
@@ -91,7 +91,7 @@ def triton(session: nox.Session, version: str) -> None:
 
 @nox.session(venv_backend="none", tags=["quick"])
 def lowest(session: nox.Session) -> None:
-    """The command line, with the oldest version of everything that pyproject.toml allows beside torch."""
+    """The command line, with the oldest allowed version of every requirement in pyproject.toml but torch."""
     command = [sys.executable, "-m", "uv", "pip", "compile", "--quiet", "--resolution", "lowest-direct"]
     command += ["--python", sys.executable, *EXTRAS, "pyproject.toml"]
     resolved = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True).stdout
@@ -100,7 +100,7 @@ def lowest(session: nox.Session) -> None:
     record(session, "lowest", PROGRAMS, in_front(session, "lowest", "--no-deps", "--requirement", path))
 
 
-# ---- environments of their own, with a torch of their own ------------------------------------------------------------
+# ---- separate environments, with another torch -----------------------------------------------------------------------
 
 
 def own_environment(session: nox.Session, package: str, torch: str, tests: list[str], *constraints: str) -> None:
@@ -113,7 +113,7 @@ def own_environment(session: nox.Session, package: str, torch: str, tests: list[
         if (ROOT / name).is_file():
             (source / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(ROOT / name, source / name)
-    # Whatever it allows beside this torch, but no other torch.
+    # Any version that this torch allows, but no other torch.
     freeze = session.run("python", "-m", "pip", "freeze", silent=True)
     (pinned,) = re.findall(r"^torch==\S+", freeze, re.M)
     session.install(*constraints, "--no-build-isolation", "--editable", f"{source}[test]", pinned)

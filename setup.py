@@ -1,17 +1,17 @@
 """Builds the compiled libraries: setuptools calls CMake, CMake writes Ninja files, csrc/CMakeLists.txt lists sources.
 
-A build that cannot make the kernels fails, and says which commands do it: no compiler, no torch (the isolated builds of
-uv, python -m build and poetry see none), or an nvcc that is asked for and not there. Only CUDA kernels that were not
-asked for are left out without nvcc, or beside a torch without CUDA. An sdist needs none of these.
+A build that cannot compile the kernels fails, and prints the commands that can. It needs a compiler, torch (which the
+isolated builds of uv, python -m build and poetry do not see) and, if APET_CUDA_ARCHS requires it, nvcc. Only if
+APET_CUDA_ARCHS is unset, the CUDA kernels are left out without an error. An sdist needs none of these.
 
-Build arguments, from the environment as CMake's and torch's builders know them:
-  CXX, CXXFLAGS, CMAKE_ARGS   the compiler, its flags, and anything for CMake (-DTORCH_DIR=..., -DAPET_SANITIZE=...)
-  MAX_JOBS                    how many compilers run at once
-  APET_CUDA_ARCHS             the GPUs that the CUDA kernels are compiled for: "default", "native" (those of this
+Build arguments are environment variables, named as for CMake and torch:
+  CXX, CXXFLAGS, CMAKE_ARGS   the compiler, its flags, and arguments of CMake (-DTORCH_DIR=..., -DAPET_SANITIZE=...)
+  MAX_JOBS                    the number of compilers that run at once
+  APET_CUDA_ARCHS             the GPUs for which the CUDA kernels are compiled: "default", "native" (those of this
                               machine), a list as of CMAKE_CUDA_ARCHITECTURES ("80-real;90"), or "none". Unset:
-                              "default" where torch has CUDA and there is an nvcc, else "none"
-  CUDACXX                     the nvcc, where it is neither on PATH nor in CUDA_HOME or /usr/local/cuda
-  APET_BUILD=pure             no compiled kernels at all: every call runs the float64 reference, slowly
+                              "default" if torch has CUDA and there is an nvcc, else "none"
+  CUDACXX                     the nvcc, if it is neither on PATH nor in CUDA_HOME or /usr/local/cuda
+  APET_BUILD=pure             compiles nothing: every call runs the float64 reference, slowly
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from setuptools.command.build_ext import build_ext
 from setuptools.command.sdist import sdist
 
 ROOT = Path(__file__).parent.resolve()
-OLDEST_TORCH = (2, 10)  # the first whose stable ABI has all that csrc/torch_binding.cpp uses
+OLDEST_TORCH = (2, 10)  # the first with a stable ABI that has everything csrc/torch_binding.cpp uses
 
 
 PURE = "APET_BUILD=pure builds without compiled kernels: every call then runs the float64 reference, slowly."
@@ -50,7 +50,7 @@ def build_requirements() -> str:
 
 
 def no_torch() -> str:
-    """Which commands build the kernels: front ends differ in what they hide from a build."""
+    """The error message about a missing torch, with the commands of each build front end."""
     first = f"install torch {build_requirements()} && "
     return f"""this build finds no torch >= 2.10, whose headers the kernels need (its environment: {sys.prefix}).
 Install torch first, and build without isolation, which hides it; pip's isolation does not:
@@ -69,7 +69,7 @@ def find_program(*names: str) -> str | None:
 
 
 def missing_tools() -> list[str]:
-    """What the libraries cannot be built without and is not there."""
+    """The tools that the build of the libraries needs and does not find."""
     compiler = shlex.split(os.environ.get("CXX", ""))[:1] or ["c++", "g++", "clang++"]
     needs = {
         "Linux": sys.platform == "linux",
@@ -85,8 +85,8 @@ def missing_tools() -> list[str]:
 def find_torch() -> Path | None:
     """The torch package to build against, found without importing it.
 
-    pip's isolated build hides the environment that is installed into from `sys.path`, but not from `sysconfig`. Those
-    of uv and others are virtual environments, from which it cannot be told where the wheel will be installed.
+    pip's isolated build hides the environment that is installed into from `sys.path`, but not from `sysconfig`. The
+    isolated builds of uv and others are virtual environments, which do not show where the wheel will be installed.
     """
     named = re.search(r"-DTORCH_DIR=(\S+)", os.environ.get("CMAKE_ARGS", ""))
     spec = importlib.util.find_spec("torch")
@@ -111,7 +111,7 @@ def find_nvcc() -> str | None:
 
 
 def cuda_archs(torch: Path, nvcc: str | None) -> str:
-    """What CMake is told as APET_CUDA_ARCHS; empty: no CUDA kernels."""
+    """The value of APET_CUDA_ARCHS for CMake; empty: no CUDA kernels."""
     wanted = os.environ.get("APET_CUDA_ARCHS", "")
     if wanted == "none":
         return ""
@@ -119,7 +119,7 @@ def cuda_archs(torch: Path, nvcc: str | None) -> str:
         if not nvcc:
             fail(f"APET_CUDA_ARCHS={wanted} asks for CUDA kernels, but there is no nvcc; CUDACXX=PATH names one.")
         return wanted
-    # Compiling takes minutes: unasked, only where a torch will run the result.
+    # Compiling takes minutes, so by default it is done only if torch can run the result.
     if not re.search(r"^cuda\b.*= '", (torch / "version.py").read_text(), re.MULTILINE):
         return ""
     if not nvcc:
@@ -130,13 +130,13 @@ def cuda_archs(torch: Path, nvcc: str | None) -> str:
 
 
 def commit() -> str:
-    """The commit of this checkout, "-dirty" if files differ from it; in an sdist the one that it was made from."""
+    """The commit of this checkout, with "-dirty" if files differ from it; in an sdist the commit of its sources."""
 
     def git(*arguments: str) -> str:
         return subprocess.check_output(["git", "-C", ROOT, *arguments], text=True, stderr=subprocess.DEVNULL).strip()
 
     try:
-        # An unpacked sdist may lie inside somebody else's repository.
+        # An unpacked sdist may lie inside another repository.
         if Path(git("rev-parse", "--show-toplevel")).samefile(ROOT):
             return git("describe", "--always", "--dirty", "--abbrev=40", "--exclude=*")
     except (OSError, subprocess.CalledProcessError):
@@ -146,13 +146,13 @@ def commit() -> str:
 
 
 def version() -> str:
-    """csrc/apet.h is the only place: CMake reads it there too, Python from the installed metadata."""
+    """The version in csrc/apet.h. CMake reads it there too, and Python reads it from the installed metadata."""
     header = (ROOT / "csrc/apet.h").read_text()
     return ".".join(re.findall(r"^#define APET_VERSION_(?:MAJOR|MINOR|PATCH) (\d+)$", header, re.MULTILINE))
 
 
 def run(*command: object) -> None:
-    """A command of the build; where it fails, what it printed is the explanation, and no traceback is put after it."""
+    """Runs a command of the build. If it fails, the build ends without a traceback, since the output explains it."""
     words = [str(word) for word in command]
     if code := subprocess.call(words):
         fail(
@@ -189,8 +189,8 @@ class CMakeBuild(build_ext):
         }
         if variables["APET_CUDA_ARCHS"]:
             variables["CMAKE_CUDA_COMPILER"] = nvcc
-        # A folder that outlives pip's temporary ones, so that a rebuild compiles only what changed; one for each of the
-        # things that CMake does not notice when they change.
+        # The build folder outlives pip's temporary ones, so that a rebuild compiles only what changed. Its name depends
+        # on the settings whose changes CMake does not notice.
         key = [str(ROOT), *(os.environ.get(name, "") for name in ("CXX", "CXXFLAGS", "CMAKE_ARGS"))]
         key += [variables["CMAKE_CUDA_COMPILER"]] if "CMAKE_CUDA_COMPILER" in variables else []
         folder = ROOT / "build" / f"{sys.implementation.cache_tag}-{zlib.crc32(repr(key).encode()):08x}"
@@ -211,7 +211,7 @@ class SourceDistribution(sdist):
         Path(base_dir, "COMMIT").write_text(commit() + "\n")
 
 
-# setuptools warns of what every editable installation from a checkout has: packages beside the sources.
+# setuptools warns about packages beside the sources, which every editable installation from a checkout has.
 warnings.filterwarnings("ignore", r"(?s)\s*Editable installation")
 build = os.environ.get("APET_BUILD", "")
 if build not in ("", "pure"):

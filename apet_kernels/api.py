@@ -1,6 +1,6 @@
-"""The functions in front of the ops: named results, a choice of backend, ValueError.
+"""The public functions: they call the ops, return named tuples and raise ValueError for wrong arguments.
 
-Their arguments are those of the ops, in the same order, and `backend`. Ragged images: `ragged.py`.
+They take the arguments of the ops, in the same order, and `backend`. Functions for ragged images: `ragged.py`.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from .registry import registered
 
 
 class Compressed(NamedTuple):
-    """What `compress` returns. Dense: [B, R, ...]; of packed images: [R, ...]."""
+    """The result of `compress`, and of packed images, without the dimension B."""
 
     tokens: Tensor  # [B, R, D] in the dtype of x
     indices: Tensor  # [B, R] int64, the position of each row in x
 
 
 class Scored(NamedTuple):
-    """What `score` returns."""
+    """The result of `score`."""
 
     residual: Tensor  # [B, N] float32, the squared residual e^2 of each token
     basis_indices: Tensor  # [B, M] int64, in picking order, padded with -1
@@ -45,30 +45,30 @@ def compress(
 ) -> Compressed:
     """Compress each image from N to `keep` tokens.
 
-    ApET (arXiv 2602.19870: selection of basis tokens, approximation error, merging; docs/algorithm.md has the stages):
-    a basis S [M, D] of far-apart tokens rebuilds each token x as S^T w, by ridge least squares; the tokens of
-    largest error e^2 = ||x - S^T w||^2 are kept, and every other token is averaged into the kept one of largest
-    cosine similarity.
+    This is ApET (arXiv 2602.19870; docs/algorithm.md describes the stages). A basis S [M, D] of far-apart tokens
+    reconstructs each token x as S^T w, by ridge least squares. The tokens of largest error e^2 = ||x - S^T w||^2 are
+    kept, and every other token is averaged into the kept one of largest cosine similarity.
 
     Args:
         x: [B, N, D] float32, float16 or bfloat16; any strides. If the last dimension is not contiguous, x is copied.
         keep: K, 1..N. keep = N returns x bit for bit.
-        basis: M, 1..64 basis tokens. With select="qr" and layout="inplace" also more, up to keep, and None, which is
-            keep: then all that stays are pivots. More than 64, and None, are picked in four rounds.
-        layout: "inplace" (basis and largest residuals, each at its own position), "overwrite" (the released code: the
-            lowest of the kept are overwritten by the basis; needs keep > basis) or "append" (the basis after them).
+        basis: M, 1..64 basis tokens. With select="qr" and layout="inplace", M may be up to keep; None means M = keep:
+            all kept tokens are basis tokens. With more than 64, or None, the basis is picked in four rounds.
+        layout: "inplace" (basis and largest residuals, each at its own position), "overwrite" (as in the released code:
+            the basis overwrites the kept tokens of lowest residual; needs keep > basis) or "append" (the basis follows
+            the kept tokens).
         select: "fps" (farthest point) or "qr" (column-pivoted QR: the largest residual so far).
-        start: the first basis token, or -1: the one of largest norm.
+        start: position of the first basis token; -1: the token of largest norm.
         ridge: >= 0, added to the diagonal of the Gram matrix of the basis.
-        blend: "overwrite" only: blend * basis + (1 - blend) * token.
-        refine: steps, 0..8, that replace each kept token by the medoid of the tokens nearest to it (k-medoids, by
-            Euclidean distance); "inplace" only, and where M is keep.
-        backend: "cpu", "triton", "cuda" or "reference"; None: that of `use_backend` or `set_backend`, else the
-            dispatcher's choice.
+        blend: 0..1; with "overwrite", a row becomes blend * basis + (1 - blend) * token. Other layouts need 1.
+        refine: number of k-medoids steps, 0..8. Each replaces every kept token by the medoid of the tokens nearest to
+            it (Euclidean distance). Needs layout="inplace" and M = keep.
+        backend: "cpu", "triton", "cuda" or "reference"; None: the backend set by `use_backend` or `set_backend`, else
+            the dispatcher's choice.
 
     Returns:
         tokens [B, R, D] in x's dtype and indices [B, R] int64, the position of every row, ascending. R = keep; with
-        "append" R = keep + basis, and the basis rows follow in picking order.
+        "append" R = keep + basis, and the last rows are the basis in picking order.
 
     Raises:
         ValueError: for an argument out of range, an input that requires grad (in grad mode), or a backend that cannot
@@ -94,19 +94,18 @@ def score(
     ridge: float = 1e-5,
     backend: Backend | None = None,
 ) -> Scored:
-    """Score each token by how badly the basis rebuilds it: the first half of `compress`, for budgets chosen elsewhere.
+    """Score each token by its reconstruction error: the first half of `compress`, for callers that choose `keep` later.
 
-    Stages s1 to s3 (arXiv 2602.19870: selection of basis tokens, approximation error; docs/algorithm.md):
-    e^2 = ||x - S^T w||^2 with the weights w that minimise ||x - S^T w||^2 + ridge ||w||^2.
+    Stages s1 to s3 (arXiv 2602.19870, docs/algorithm.md): e^2 = ||x - S^T w||^2 with the weights w that minimise
+    ||x - S^T w||^2 + ridge ||w||^2.
 
     Args:
         x: [B, N, D] float32, float16 or bfloat16, as in `compress`.
         basis, select, start, ridge, backend: as in `compress`.
 
     Returns:
-        residual [B, N] float32, the squared residual e^2 of every token that s4 ranks (0 where it is within rounding
-        of 0, inf where the norm of a token is not finite), and basis_indices [B, M] int64 in picking order, padded
-        with -1.
+        residual [B, N] float32, the squared residual e^2 of every token (0 if it is within rounding of 0, inf if the
+        norm of the token is not finite), and basis_indices [B, M] int64 in picking order, padded with -1.
 
     Raises:
         ValueError: as `compress` does.
@@ -122,16 +121,16 @@ def score(
 
 
 def merge(x: Tensor, indices: Tensor, *, targets: Tensor | None = None, backend: Backend | None = None) -> Tensor:
-    """Merge all tokens into those that are kept: the second half of `compress`, for kept tokens chosen elsewhere.
+    """Merge all tokens into the kept ones: the second half of `compress`, for callers that choose the kept tokens.
 
-    Stage s5 (arXiv 2602.19870: merging; docs/algorithm.md): each token that is not listed goes to the listed one x_j of
-    largest cosine similarity, which becomes the mean (x_j + sum of those) / (1 + their number).
+    Stage s5 (arXiv 2602.19870, docs/algorithm.md): each dropped token is merged into the kept token x_j of largest
+    cosine similarity, which becomes the mean (x_j + sum of its dropped tokens) / (1 + their number).
 
     Args:
         x: [B, N, D] float32, float16 or bfloat16, as in `compress`.
-        indices: [B, K] int64, the kept tokens of each image, K in 1..N; any order, repetitions allowed (the earliest
-            receives), clamped into [0, N).
-        targets: [B, K] bool, which of them may be merged into; None: all.
+        indices: [B, K] int64, the kept tokens of each image, K in 1..N, in any order, clamped into [0, N). Of repeated
+            ones, tokens are merged into the earliest.
+        targets: [B, K] bool, which of them are merge targets; None: all.
         backend: as in `compress`.
 
     Returns:
@@ -152,7 +151,7 @@ def merge(x: Tensor, indices: Tensor, *, targets: Tensor | None = None, backend:
 
 
 def backends() -> dict[str, str | None]:
-    """Every backend by name: None where it can be used here, else the reason why not. Deprecated."""
+    """Deprecated. Maps every backend to None if it can run here, else to the reason why not."""
     warnings.warn(
         "apet_kernels.backends() is deprecated: use apet_kernels.available_backends() and "
         "apet_kernels.why_unavailable(name)",
@@ -164,7 +163,7 @@ def backends() -> dict[str, str | None]:
 
 def call(op: str, backend: Backend | None, *args: Any, **kwargs: Any) -> Any:
     """Runs the op, or one backend's implementation of it."""
-    # torch.compile cannot trace the look-up; on a GPU the op itself looks (dispatch.py).
+    # torch.compile cannot trace chosen_backend(). For tensors on a GPU, the op itself calls it (dispatch.py).
     if backend is None and not torch.compiler.is_compiling():
         backend = dispatch.chosen_backend()
     function = getattr(registered, op) if backend is None else dispatch.forced(op, backend, args[0])
@@ -173,8 +172,8 @@ def call(op: str, backend: Backend | None, *args: Any, **kwargs: Any) -> Any:
     except RuntimeError as error:
         try:
             ops.check(op, *args, **kwargs)
-        except ValueError as wrong:  # an argument is at fault; other errors stay as they are
+        except ValueError as wrong:  # a wrong argument; other errors are raised unchanged
             raise wrong from None
-        except Exception:  # an argument of a type that the check does not expect: keep the op's own message
+        except Exception:  # the check fails on an argument of an unexpected type: keep the op's own message
             raise error from None
         raise

@@ -1,10 +1,10 @@
-"""Which kernels a call gets: the implementations of the ops, and the choice for each device.
+"""The implementations of the ops, and the choice among them for each device.
 
     CPU         the compiled library, which registers its own implementations (csrc/torch_binding.cpp)
     CUDA, ROCm  the CUDA kernels where they run, else the Triton kernels; decided on the first call on a device
-    others      the CPU kernels on copies; so does a GPU that neither of its kernels runs on
+    others      the CPU kernels on copies; the same for a GPU that runs neither CUDA nor Triton kernels
 
-Without the compiled library, CPU tensors get the float64 reference. Both of these last resorts warn once.
+Without the compiled library, the float64 reference computes CPU tensors. It and the copies warn once.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def run_triton(op: str, x: Tensor, *args: Any, **kwargs: Any) -> Any:
 
 
 def run_cuda(op: str, x: Tensor, *args: Any, **kwargs: Any) -> Any:
-    """The op by the CUDA kernels, which check their arguments, for x where they run."""
+    """The op by the CUDA kernels, which check their arguments, for x on a GPU that runs them."""
     return getattr(registered, f"_cuda_{op}").default(x, *args, **kwargs)
 
 
@@ -70,9 +70,9 @@ def _run_on_gpu(op: str, x: Tensor, *args: Any, **kwargs: Any) -> Any:
 
 
 def _run_on_cpu(op: str, x: Tensor, *args: Any, **kwargs: Any) -> Any:
-    """The op for a tensor that no kernel takes where it is: by the CPU kernels on a copy, and the results copied back.
+    """The op for a tensor on a device without kernels: the CPU kernels run on a copy, and the results are copied back.
 
-    So it needs neither float64 nor a compiler on x's device, and gives the same bits as for x on the CPU.
+    This needs neither float64 nor a compiler on x's device, and gives the same bits as for x on the CPU.
     """
     ops.check_in_op(op, x, *args, **kwargs)
     _warn_once(x.device.type, available.why_no_kernels(x.device, _options(op, *args, **kwargs)))
@@ -95,23 +95,23 @@ def _warn_once(device: str, why: str | None) -> None:
 for _op in ops.OPS:
     ops.REGISTRY.implement(_op, "CUDA", functools.partial(_run_on_gpu, _op))
     ops.REGISTRY.implement(_op, "CompositeExplicitAutograd", functools.partial(_run_on_cpu, _op))
-available.why_not_cpu()  # loads the library: its ops are there from now on
+available.why_not_cpu()  # loads the library, which registers its ops
 
 
-# ---- a backend that the caller names: in the call, for a block, or for the process
+# ---- the backend that a caller sets: for a call, for a block, or for the process
 
 _for_process: Backend | None = None
-# A tuple, so that a block can also choose None: what the dispatcher chooses.
+# A tuple, because a block may also set None, the dispatcher's choice.
 _for_block: contextvars.ContextVar[tuple[Backend | None] | None] = contextvars.ContextVar("apet_backend", default=None)
 
 
 def set_backend(name: Backend | None) -> None:
-    """Sets the backend of every later call in this process, in all of its threads, that names none itself.
+    """Sets the backend of every later call without a `backend` argument, in all threads of this process.
 
-    It is as if these calls said `backend=name`: they raise ValueError for a tensor that the backend does not take.
-    That holds for the functions of `apet_kernels`, for hooks and plugins built on them, and, with tensors on a GPU, for
-    `torch.ops.apet.*` itself, also in compiled code. Code that torch.compile makes for tensors on the CPU calls the op,
-    whose CPU kernel runs whatever is set.
+    These calls behave as with `backend=name`: they raise ValueError for a tensor that the backend cannot take. This
+    includes the functions of `apet_kernels`, the hooks and plugins that use them, and, for tensors on a GPU,
+    `torch.ops.apet.*`, also in compiled code. Code that torch.compile makes for tensors on the CPU always runs the CPU
+    kernel.
 
     Args:
         name: "cpu", "triton", "cuda" or "reference"; None: the dispatcher chooses again.
@@ -130,10 +130,10 @@ def set_backend(name: Backend | None) -> None:
 
 @contextlib.contextmanager
 def use_backend(name: Backend | None) -> Iterator[None]:
-    """`set_backend` for the calls in a `with` block, of this thread or asyncio task alone; blocks may be nested.
+    """`set_backend` for a `with` block, in this thread or asyncio task only; blocks may be nested.
 
     Args:
-        name: as in `set_backend`. None: the dispatcher chooses, whatever `set_backend` says.
+        name: as in `set_backend`. None: the dispatcher chooses, even after `set_backend`.
 
     Raises:
         ValueError: as `set_backend` does.
@@ -163,10 +163,11 @@ def _check_name(name: Backend | None) -> None:
 
 
 def forced(op: str, backend: Backend, x: Tensor) -> Callable[..., Any]:
-    """The op by one backend; like the op, it raises RuntimeError for wrong arguments.
+    """The op by one backend; like the op, the returned function raises RuntimeError for wrong arguments.
 
     Raises:
-        ValueError: if the backend cannot run here, or not on x's device; its result also for options that it lacks.
+        ValueError: if the backend cannot run here, or not on x's device. The returned function raises it for options
+            that the backend lacks.
     """
     available.check_usable(backend, x.device)
     if backend == "cpu":

@@ -1,5 +1,5 @@
-// How long each chunk of a call takes, and what runs on one thread between the stages: csrc/cpu/walk.cpp, driven one chunk
-// after the other by this thread. benchmarks/threads.py simulates teams of many threads from it.
+// Times each chunk of a call, and each serial step between the stages: runs csrc/cpu/walk.cpp on this thread, one chunk
+// after the other. benchmarks/threads.py simulates teams of many threads from these times.
 //
 //   apet_chunks FILE DTYPE IMAGES TOKENS DIM KEEP THREADS ROUNDS
 //
@@ -48,14 +48,14 @@ int64_t now() {
       .count();
 }
 
-// Of this thread alone, so that other processes do not count.
+// The CPU time of this thread, so that other processes do not count.
 int64_t computed() {
   timespec t;
   clock_gettime(CLOCK_THREAD_CPUTIME_ID, &t);
   return t.tv_sec * 1000000000LL + t.tv_nsec;
 }
 
-// What computed() itself adds to a difference of two.
+// The time that computed() itself adds to a difference of two.
 int64_t clock_cost() {
   int64_t least = INT64_MAX;
   for (int i = 0; i < 1000; i++) {

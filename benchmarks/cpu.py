@@ -1,6 +1,6 @@
 """The CPU kernel against the published formulation, eager torch and torch.compile, plain and tuned.
 
-python -m benchmarks.cpu     (benchmarks/lib/suite.py says what it takes)
+python -m benchmarks.cpu     (options: benchmarks/lib/suite.py)
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def goals(case: Case) -> dict[str, float]:
     """Returns how many times faster than each baseline the kernel should be, and how many reference costs it may take.
 
     The tuned baselines have no goals: they take 1.2 to 2.1 reference costs in float32 and 2.7 to 6.2 in bfloat16, so
-    that goals of 4 and 6.5 would ask for less than the reference cost of most shapes.
+    goals of 4 and 6.5 would be below the reference cost of most shapes.
     """
     if case.dtype is torch.float16 or (case.B, case.N, case.D, case.keep) not in SHAPES:
         return {}

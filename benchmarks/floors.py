@@ -1,20 +1,21 @@
-"""Computed floors on GPUs: what a call must at least move and compute, and the time that takes at the rates of a data
+"""Computed floors on GPUs: the least that a call must move and compute, and the time this takes at the rates of a data
 sheet. Nothing here is measured; benchmarks/gpu.py puts measured rates into the same formulas.
 
     python -m benchmarks.floors               the tables
     python -m benchmarks.floors --markdown    into docs/gpu.md, between its markers
 
-A call is a row of pieces of work, each some launches that wait for the piece before:
+A call is a sequence of pieces of work. A piece is one or more launches, and starts when the piece before has ended:
 
     memory(piece) = moved + passes * max(0, array - cache)          bytes, for each array that it reads again
     time(piece)   = launches * gap + max(memory / bandwidth, matrix / matrix rate, lanes / lane rate)
     graphed       = sum of time(piece)
     ungraphed     = max(graphed, launches of the call * host)
 
-`moved` is what a piece reads for the first time or writes. What it reads again may lie in the L2 cache, but for what
-exceeds it. Reads from the cache are free here, since no data sheet gives its bandwidth, and so are arrays without a D
-in their size. `matrix` counts floating-point operations on the matrix units (16-bit input), `lanes` float32
-instructions outside them, an fma being one. So these are lower bounds of a formulation, not predictions.
+`moved` counts the bytes that a piece reads for the first time or writes. An array that is read again comes from the L2
+cache, and from memory only as far as it exceeds the cache. Reads from the cache count as free, since no data sheet
+gives its bandwidth, and so do arrays without a D in their size. `matrix` counts floating-point operations on the matrix
+units (16-bit input), `lanes` float32 instructions outside them (an fma is one). So the times are lower bounds of a
+formulation, not predictions.
 """
 
 from __future__ import annotations
@@ -103,11 +104,11 @@ def ungraphed(pieces: list[Work], rates: Rates) -> float:
 
 
 def floor(case: Case) -> list[Work]:
-    """Of any implementation that makes the products of s1 outside the matrix units, as matrix-vector products are:
-    one launch, X in once, the tokens out once, every product once.
+    """The bound of any implementation that computes the products of s1 as matrix-vector products, outside the matrix
+    units. It has one launch, reads X once, writes the tokens once, and computes every product once.
 
     moved  = (B N D + B K D) itemsize
-    lanes  = B (M + 1) N D            norms, and the dot products with M basis tokens, each chosen by the one before
+    lanes  = B (M + 1) N D            norms, and the dot products with M basis tokens, which are picked one by one
     matrix = B 2 (N - K) T D          (float32 tokens: lanes = B (N - K) T D instead)
     """
     B, N, D, K = case.B, case.N, case.D, case.keep
@@ -117,15 +118,15 @@ def floor(case: Case) -> list[Work]:
 
 
 def triton(case: Case) -> list[Work]:
-    """The Triton backend: M + 4 launches, named as its kernels.
+    """The Triton backend: M + 4 launches, with the names of its kernels.
 
     s1_norms     moved B N D itemsize;                        lanes B N D (1 + c)
     s1_s3_sweep  M times: again X;                            lanes B N D (3 + c)    the dot product and the distance
-    s4_topk      nothing with a D in it
+    s4_topk      only arrays without a D in their size
     s5_assign    again the dropped tokens and the targets;    matrix B 2 (N - K) T D
     s5_mean      again the same; moved B K D itemsize;        lanes B (N - K) D (1 + c)
 
-    c = 1 for 16-bit tokens, each of which is converted to float32 by an instruction of its own, else 0.
+    c = 1 for 16-bit tokens, whose conversion to float32 takes an instruction for each element, else 0.
     """
     B, N, D, K = case.B, case.N, case.D, case.keep
     c = int(case.itemsize == 2)
@@ -159,8 +160,8 @@ def published(case: Case) -> list[Work]:
                                                   lanes 6 V / itemsize
     s5 mean     11 launches (16-bit tokens: 12);  moved 4 (N - K + T) D + K D itemsize, again X4 + 4 (N - K + T) D
 
-    and 2 launches for the batch. A launch is an operation of torch that is no view; sorts, indices by a mask and the
-    like take several kernels, so there are more.
+    and 2 launches for the batch. Every operation of torch that is not a view counts as one launch. In fact there are
+    more, since sorts, indexing by a mask and others take several kernels.
     """
     N, D, K, T, itemsize = case.N, case.D, case.keep, case.targets, case.itemsize
     narrow = int(itemsize == 2)
@@ -200,8 +201,9 @@ def sheets(cases: list[Case]) -> list[Sheet]:
     gap, host = DEVICES[0].gap * 1e6, DEVICES[0].host * 1e6
     rates = Sheet(
         "Rates",
-        "Of the data sheets, without sparsity. L2: as the devices report it. Assumed, from no data sheet: "
-        f"{gap:g} us from a kernel of a graph to the next, {host:g} us on the host for a launch outside a graph.",
+        "The rates are those of the data sheets, without sparsity. The sizes of L2 are those that the devices report. "
+        f"Assumed, not from a data sheet: {gap:g} us from a kernel of a graph to the next, {host:g} us on the host for "
+        "a launch outside a graph.",
         ["device", "memory TB/s", "matrix TFLOP/s", "float32 TFLOP/s", "memory GB", "L2 MB", "source"],
         [
             [
@@ -215,8 +217,8 @@ def sheets(cases: list[Case]) -> list[Sheet]:
     )
     work = Sheet(
         "Work, computed",
-        "X: the tokens. fma: of norms and steps, at least, in millions. similarity: floating-point operations of s5. "
-        "touched: bytes read and written, in memory or cache, by the Triton backend (every step reads X) and by the "
+        "X: the tokens. fma: a lower bound for norms and steps, in millions. similarity: floating-point operations of "
+        "s5. touched: bytes read and written, in memory or cache, by the Triton backend (a step reads X) and by the "
         "published formulation.",
         [
             *("shape", "dtype", "X MB", "fma", "similarity GFLOP", "launches", "touched MB"),
@@ -227,9 +229,10 @@ def sheets(cases: list[Case]) -> list[Sheet]:
     times = [
         Sheet(
             f"Times, computed: {name}",
-            "Microseconds. floor: one launch, X once; and what bounds it. graph, host: the M + 4 launches of the "
-            "Triton backend replayed from a graph, and launched one by one. published: the published formulation, one "
-            "by one, since it waits for the host; - where its broadcast similarity does not fit the memory.",
+            "Times are in microseconds. floor: one launch that reads X once; and the resource that bounds it. graph, "
+            "host: the M + 4 launches of the Triton backend, replayed from a graph, or launched one by one. published: "
+            "the published formulation, launched one by one since it waits for the host; - if its broadcast similarity "
+            "does not fit in memory.",
             ["shape", *(f"{device.name} {what}" for device in DEVICES for what in _WHAT)],
             [[case.shape, *(text for device in DEVICES for text in _times(case, device))] for case in chosen],
         )

@@ -1,13 +1,13 @@
-"""The GPU backends against the published formulation, eager torch, plain, tuned and compiled, and lower bounds at the
+"""The GPU backends against the published formulation, eager torch (plain, tuned and compiled), and lower bounds at the
 rates that the same run measures.
 
-python -m benchmarks.gpu     (benchmarks/lib/suite.py says what it takes)
+python -m benchmarks.gpu     (options: benchmarks/lib/suite.py)
 
 Without a GPU it prints an error and exits with 2. With --smoke and TRITON_INTERPRET=1 it runs everything on a CPU, to
 find mistakes before the first run on a GPU.
 
-Every result is judged against float64 (benchmarks/lib/check.py) before it is timed, from a graph too. A time is that of
-one of several calls, on the next inputs of a ring larger than the last cache, which are timed at once.
+Every result, also from a graph, is judged against float64 (benchmarks/lib/check.py) before it is timed. Several calls
+are timed together, each on the next input of a ring larger than the last cache; the time shown is that of one call.
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ Compress = Callable[[Tensor], tuple[Tensor, Tensor]]
 def compare(case: Case, device: Device) -> Comparison:
     """Checks and times everything that can run `case`. Failures are recorded, and the rest continues.
 
-    Names: "triton host" is launched one by one; "triton graph" is replayed from a graph; "triton until s1_norms" and
-    the like are the call up to that kernel's last launch, from a graph.
+    Names: "triton host" is launched one by one; "triton graph" is replayed from a graph; "triton until s1_norms" is the
+    call up to that kernel's last launch, from a graph.
     """
     inputs = ring(functools.partial(tokens, case), device)
     failed: dict[str, str] = {}

@@ -1,12 +1,11 @@
-"""Writes what a run of benchmarks.gpu_quick measured: figures of the estimate for its card, and tables of the
-documents.
+"""Writes the results of a run of benchmarks.gpu_quick: the estimate's figures for its card, and the tables of docs/.
 
-    python -m benchmarks.gpu_figures FOLDER    into csrc/cuda/figures.cuh, benchmarks/results and the documents
-    python -m benchmarks.gpu_figures           the documents again, from benchmarks/results
-    python -m benchmarks.gpu_figures FOLDER --rehearsed ELSEWHERE    of a rehearsal, into a folder of its own
+    python -m benchmarks.gpu_figures FOLDER    into csrc/cuda/figures.cuh, benchmarks/results and docs/
+    python -m benchmarks.gpu_figures           docs/ again, from benchmarks/results
+    python -m benchmarks.gpu_figures FOLDER --rehearsed ELSEWHERE    results of a rehearsal, into another folder
 
 A rehearsal is rejected without --rehearsed, and so is a run in which a kernel was wrong. Figures that the run did not
-measure stay as they are.
+measure are not changed.
 """
 
 from __future__ import annotations
@@ -41,7 +40,7 @@ def add(folder: Path, root: Path) -> str:
     header = root / HEADER
     text, kept = figures.updated(header.read_text(), lines)
     header.write_text(text)
-    return f"{header}: a row for {name}; not measured, and left as they were: {', '.join(kept) or 'none'}"
+    return f"{header}: a row for {name}; not measured, and unchanged: {', '.join(kept) or 'none'}"
 
 
 def write_documents(root: Path) -> None:
@@ -62,12 +61,12 @@ def main() -> None:
     if options.folder:
         lines = report.load(options.folder)
         if report.rehearsed(lines) != bool(options.rehearsed):
-            what = "is a rehearsal, whose figures mean nothing" if report.rehearsed(lines) else "is no rehearsal"
+            what = "is a rehearsal, whose figures have no meaning" if report.rehearsed(lines) else "is no rehearsal"
             parser.error(f"{options.folder} {what}: {'give' if report.rehearsed(lines) else 'leave out'} --rehearsed")
         if why := figures.wrong(lines):
-            parser.error(f"{options.folder} holds a result that is not right, so no time of it counts: {why}")
+            parser.error(f"{options.folder} holds a wrong result, so its times are not used: {why}")
         if not report.named(lines, "card", "device"):
-            parser.error(f"{options.folder} does not say on which card it ran")
+            parser.error(f"{options.folder} does not name the card on which it ran")
         if options.rehearsed:
             root = options.rehearsed
             for name in (HEADER, *DOCUMENTS):

@@ -1,16 +1,16 @@
-"""The first minutes on a GPU: proves and times the kernels with what the machine has, and writes every result at once.
+"""The first minutes on a GPU: tests and times the kernels with the installed software, and writes every result at once.
 
     python -m benchmarks.gpu_quick --out FOLDER [--seconds 420] [--carried ARCHIVE] [--only TEXT ...] [--rehearse]
 
 Run it in the root of the checkout. It needs torch >= 2.10 and, for Triton's kernels, Triton >= 3.5: no virtual
-environment, no pip, no pytest, no network. It builds the CUDA kernels for this GPU where there is an nvcc, or takes
-libraries that `python -m benchmarks.gpu_carry` made elsewhere (--carried). FOLDER gets results.jsonl, a line for every
-item as soon as it ends; log.txt, the same to read; a file for what each step printed; and summary.txt, at most 40
-lines, which are also printed last.
+environment, no pip, no pytest, no network. It builds the CUDA kernels for this GPU if there is an nvcc, or uses
+libraries that `python -m benchmarks.gpu_carry` built elsewhere (--carried). It writes into FOLDER: results.jsonl, with
+a line for every item as soon as it ends; log.txt, the same for people; a file with the output of each step; and
+summary.txt, at most 40 lines, which are also printed last.
 
-Each step is a process with a limit of its own. An item that fails, crashes or hangs is one line, and the next item runs
-in a new process. Exits with the number of lines that are not right, at most 99; an item that the machine cannot run
-("not possible") is not counted. --only: the items whose "STEP: ITEM" holds one of the TEXTs.
+Each step is a process with its own time limit. An item that fails, crashes or hangs is recorded as one line, and the
+next item runs in a new process. The exit code is the number of lines that are not right, at most 99; an item that the
+machine cannot run ("not possible") is not counted. --only: the items whose "STEP: ITEM" contains one of the TEXTs.
 
 --rehearse runs all of it on a CPU, to find mistakes before the first run on a GPU: CUDA paths on the simulated GPU of
 tests/simt, Triton interpreted, times from a fake clock. --plant "STEP: ITEM=KIND" makes an item of a rehearsal raise,
@@ -114,8 +114,8 @@ class Run:
         return self.seconds - (time.monotonic() - self.recorder.began)
 
     def environment(self) -> dict[str, str]:
-        """Returns the environment of a process, in which the run's own package comes before the checkout's: that one
-        may have no libraries, or others."""
+        """Returns the environment of a process, in which the run's own package comes before the checkout's, which may
+        have no libraries, or others."""
         folders = [str(self.out / "package"), str(ROOT / "python"), str(ROOT)]
         path = os.pathsep.join([*folders, *filter(None, [os.environ.get("PYTHONPATH")])])
         found = {**os.environ, "PYTHONPATH": path, "PYTHONFAULTHANDLER": "1"}
@@ -154,7 +154,7 @@ class Run:
                 stdout=printed,
                 stderr=subprocess.STDOUT,
                 pass_fds=[write],
-                start_new_session=True,  # so that what it starts ends with it
+                start_new_session=True,  # so that its child processes end with it
             )
             os.close(write)
             before, running, end = len(done), "", "stopped"

@@ -1,10 +1,10 @@
-"""How cost grows, in time and memory, with tokens, features, images, tokens kept and basis tokens.
+"""How time and memory grow with tokens, features, images, tokens kept and basis tokens.
 
-python -m benchmarks.growth     (benchmarks/lib/suite.py says what it takes)
+python -m benchmarks.growth     (options: benchmarks/lib/suite.py)
 
-One of N, D, B, K and M varies, the others stay at one image of 1024 tokens of 1024 features, 10 % kept, M = 10.
-Measured exponents are slopes of least squares through the logarithms, predicted ones of the same fit through a cost
-model:
+One of N, D, B, K and M varies; the others stay at one image of 1024 tokens of 1024 features, 10 % kept, M = 10.
+Measured exponents are slopes of a least-squares fit to the logarithms; predicted ones are those of the same fit to a
+cost model:
 
     seconds = call + memory bytes / read bandwidth + cache bytes / cached bandwidth + product / rate of torch.mm
     product = B 2 ((N - K) K + M N) D      floating-point operations of the similarity, s5, and of s1
@@ -13,9 +13,9 @@ model:
     memory  = outputs + I (4 N (M + 1) + D min(4 K, (4 - s) K + 324)), at most: benchmarks/lib/memory.py
 
 The rates are those that the same run measures. If an image fits half the last-level cache, only its first pass counts
-as memory bytes. So the product dominates if 2 ((N - K) K + M N) / rate > 4 N s / bandwidth, whatever D is: with many
-tokens of which many are kept. s1 also reads again some tokens that may be picked next; how many depends on the data, so
-the model leaves them out.
+as memory bytes. So for any D, the product dominates if 2 ((N - K) K + M N) / rate > 4 N s / bandwidth: with many tokens
+of which many are kept. s1 also reads some tokens again, to find the next basis token; their number depends on the data,
+so the model leaves them out.
 """
 
 from __future__ import annotations

@@ -1,12 +1,12 @@
 """The hooks in a whole model: time of prefill and answer against tokens kept, with the prediction from FLOPs.
 
-python -m benchmarks.hooks     (benchmarks/lib/suite.py says what it takes)
+python -m benchmarks.hooks     (options: benchmarks/lib/suite.py)
 
 The model is that of benchmarks/lib/llava.py. A call generates an answer with one setting. The prefill lasts from the
 call of generate() to the first token, including the vision encoder. The time of compression is measured inside these
-calls: "op" is the calls of the op, "hooks" all work of the hooks with the op. "attainable" is the model's own work
-without hooks: the vision encoder, then projector and decoder on as many tokens as are kept. The dtype that is faster
-here runs with every setting, the other only where there are goals.
+calls: "op" is the time of the op, "hooks" that of all work of the hooks, the op included. "attainable" is the model's
+own work without hooks: the vision encoder, then projector and decoder on as many tokens as are kept. The faster dtype
+runs with every setting, the other only with the settings that have goals.
 """
 
 from __future__ import annotations
@@ -171,7 +171,7 @@ def attainable(model: nn.Module, keep: int, given: dict[str, Tensor]) -> None:
 
 @contextlib.contextmanager
 def running(model: nn.Module, setting: Setting) -> Iterator[None]:
-    """Gives the model one setting, for the length of a with block."""
+    """Applies a setting to the model in a with block."""
     llm_layer = None if setting.llm_keep is None else model.config.text_config.num_hidden_layers // 2
     with contextlib.ExitStack() as stack:
         keep = setting.keep or 64

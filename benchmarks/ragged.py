@@ -1,6 +1,6 @@
 """Images of different sizes, packed: one call of compress_packed against one call for each image.
 
-python -m benchmarks.ragged     (benchmarks/lib/suite.py says what it takes)
+python -m benchmarks.ragged     (options: benchmarks/lib/suite.py)
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class Ragged:
     dtype: torch.dtype
 
     def images(self) -> list[Case]:
-        """The images, each as a case of its own in the default layout."""
+        """The images, each as a separate case in the default layout."""
         return [Case(1, n, self.D, k, self.dtype, "inplace") for n, k in zip(self.lengths, self.keeps, strict=True)]
 
     @property

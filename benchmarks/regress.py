@@ -2,12 +2,12 @@
 
     python -m benchmarks.regress BASELINE NEW [--allow 0.25]
 
-Times vary between machines and over time. The ratio of the kernel's time to that of everything timed alternately with
-it (the reference cost, its terms, the other implementations) hardly varies. Each ratio of a case is divided by its
-earlier value; the median is the slowdown of the kernel, so a single implementation that became faster does not count.
-The kernel's halves and lesser instruction sets are compared likewise, where the suite times them, and its memory in
-bytes. More than --allow worse is a regression. Exits with 1 for a regression or a missing case; with 2 if nothing can
-be compared.
+Times vary between machines and over time. The ratio of the kernel's time to the times measured in turns with it (the
+reference cost, its terms, the other implementations) hardly varies. Each ratio of a case is divided by its earlier
+value. The median of these quotients is the slowdown of the kernel, so a single implementation that became faster has no
+effect. If the suite times them, the kernel's halves and lesser instruction sets are compared likewise, and its memory
+in bytes. A value that is worse by more than --allow is a regression. Exits with 1 for a regression or a missing case;
+with 2 if nothing can be compared.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ def _changes(before: Row, after: Row) -> dict[str, float]:
 def main() -> None:
     """Compares, prints and exits."""
     parser = command.parser("regress", __doc__)
-    parser.add_argument("baseline", type=Path, help="results as they were")
+    parser.add_argument("baseline", type=Path, help="earlier results")
     parser.add_argument("new", type=Path, help="results as they are")
     parser.add_argument("--allow", type=float, default=ALLOW, help=f"how much worse is no regression ({ALLOW})")
     options = parser.parse_args()

@@ -2,8 +2,8 @@
 
     python -m benchmarks.report [--results FOLDER] [--docs FOLDER]
 
-It replaces the text between the markers of the pages, a section for each file of results, and leaves the rest as it is.
-A section without results says so. Pictures are written next to the page.
+It replaces the text between the markers of the pages, a section for each file of results, and nothing else. A section
+without results says "Not measured yet". Pictures are written next to the page.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def kept_conclusions(results: Results) -> list[str]:
 
 
 def growth_conclusions(results: Results) -> list[str]:
-    """Returns from which size on the product takes most time, by the cost model at the measured rates."""
+    """Returns the size from which on the product takes most time, by the cost model at the measured rates."""
     lines = []
     for dtype, itemsize in (("float32", 4), ("bfloat16", 2)):
         rate, bandwidth = results.rates[f"{dtype} GFLOP/s"], results.rates["read GB/s"]

@@ -19,7 +19,7 @@ LENGTHS, KEEPS, D = [33, 1, 70, 12], [9, 1, 30, 12], 40
 
 
 def ragged_and_given(dtype: torch.dtype) -> list[str]:
-    """Runs compress_varlen in every layout, and merge. Returns what is wrong."""
+    """Runs compress_varlen in every layout, and merge. Returns a message for each fault."""
     faults = []
     x = torch.randn(sum(LENGTHS), D, generator=torch.Generator().manual_seed(1)).to(dtype)
     for layout in ops.LAYOUTS:
@@ -39,7 +39,7 @@ def ragged_and_given(dtype: torch.dtype) -> list[str]:
 
 
 def main() -> None:
-    """Runs everything and prints what is wrong."""
+    """Runs everything and prints the faults."""
     if why := apet_kernels.why_unavailable("cuda"):
         print(f"the CUDA kernels cannot run here: {why}", file=sys.stderr)
         sys.exit(2)

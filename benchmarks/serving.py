@@ -1,10 +1,10 @@
 """`vllm serve` with the plugin: requests a second and time to the first token, with and without compression.
 
-    .build/vllm/bin/python -m benchmarks.serving     (benchmarks/lib/suite.py says what it takes)
+    .build/vllm/bin/python -m benchmarks.serving     (options: benchmarks/lib/suite.py)
 
 `make test-vllm` makes that environment. One server (benchmarks/lib/llava.py) answers chat requests of one photo and
-some text, budgets per request. Every request has a different picture, so that no cache helps, and prefix caching is
-off. Each of the concurrent clients sends its next request when the last is answered. Times include everything: HTTP,
+some text; the budget is set per request. Every request has a different picture and prefix caching is off, so no cache
+is hit. Each of the concurrent clients sends its next request when the last is answered. Times include everything: HTTP,
 preprocessing, vision encoder, compression, language model.
 """
 
@@ -41,7 +41,7 @@ from benchmarks.lib.suite import Results, Suite
 
 NO_VLLM = "vLLM is not installed here: `make test-vllm` makes an environment that has it"
 QUESTION = "What is to be seen in this picture?"
-KEEPS = (TOKENS, 512, 64)  # the first is everything
+KEEPS = (TOKENS, 512, 64)  # the first keeps all tokens
 ANSWER = 16  # tokens
 
 

@@ -1,14 +1,14 @@
 """The stages of the kernel beside their reference costs, on every instruction set, and those of the reference.
 
-python -m benchmarks.stages     (benchmarks/lib/suite.py says what it takes)
+python -m benchmarks.stages     (options: benchmarks/lib/suite.py)
 
-The kernel fuses s1 to s3, so only the exposed functions can be timed: `score` (s1 to s3), `merge` (s5) and `compress`.
+The kernel fuses s1 to s3, so only the public functions can be timed: `score` (s1 to s3), `merge` (s5) and `compress`.
 Two differences give more detail. The time of one more basis token is (`score` with M of them - `score` with one) /
-(M - 1). The time of `compress` beyond `score` and `merge` is that of s4 minus the saving of one call instead of two, so
-it may be negative. The float64 reference runs each stage alone.
+(M - 1). The time of `compress` minus those of `score` and `merge` is that of s4 minus the saving of one call instead of
+two, so it may be negative. The float64 reference runs each stage alone.
 
-Reference costs: of `score` M sweeps that only read, of `merge` one torch.mm [N-K, D] x [D, K], measured in the same
-rounds.
+The reference cost of `score` is M sweeps that only read, that of `merge` one torch.mm [N-K, D] x [D, K], both measured
+in the same rounds.
 """
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
-"""Runs every suite of an op under pytest-benchmark, which times the kernel; a round of the others is its set-up."""
+"""Runs every suite of an op under pytest-benchmark, which times the kernel. A round of the other implementations is run
+as its set-up."""
 
 from __future__ import annotations
 

@@ -6,8 +6,8 @@ benchmarks/chunks.cpp runs a call's chunks one after the other on one thread and
 between the stages. From these times a call on p threads is simulated, as csrc/cpu/plan.h divides it and
 csrc/cpu/team.h runs it:
 
-    call      the teams of the plan take one image after the other
-    stage     serial step, then a barrier, then chunks: a thread takes those of its own slot, then those of the others
+    call      the teams of the plan process one image after the other
+    stage     a serial step, then a barrier, then chunks: first those of a thread's own slot, then those of the others
     barrier   an empty stage of csrc/cpu/team.h on so many threads, or on as many as this machine has cores
 
 The simulation leaves out that threads share caches and memory bandwidth, and that a core slows down when others are
@@ -80,7 +80,7 @@ def simulate(images: list[list[Stage]], teams: int, threads: int, barrier: float
 
 
 def greedy(chunks: list[int], threads: int) -> float:
-    """Returns when the last chunk ends, if threads take chunks as Team::work does: first those of their own slot."""
+    """Returns when the last chunk ends, with chunks assigned as in Team::work: first those of a thread's own slot."""
     slots = [chunks[len(chunks) * t // threads : len(chunks) * (t + 1) // threads][::-1] for t in range(threads)]
     free = [(0.0, t) for t in range(threads)]
     end = 0.0

@@ -3,11 +3,11 @@
     python -m benchmarks.tune [--smoke] [--only TEXT ...]
 
 Cases whose channels round up to the same power of 2, with elements of the same size, share an entry. Each group of
-kernels is tuned on its own, the others as they are: a candidate must first give a result that is right (float64,
-benchmarks/lib/check.py), then its kernels are timed from a graph on every case of the entry, over inputs larger than
-the last cache; the candidate with the smallest product of times wins. Candidates that do not compile or fit are
-skipped. The winners together are judged on every case, and printed in the form of configs.py. --smoke and --only as
-in benchmarks.gpu.
+kernels is tuned alone, with the present tiles of the others. The result of a candidate is first checked against float64
+(benchmarks/lib/check.py), then its kernels are timed from a graph on every case of the entry, over inputs larger than
+the last cache. The candidate with the smallest product of times wins. Candidates that do not compile or fit are
+skipped. The winners together are checked on every case, and printed in the form of configs.py. --smoke and --only are
+those of benchmarks.gpu.
 """
 
 from __future__ import annotations

@@ -13,9 +13,20 @@ import pytest
 HEADER = Path(__file__).parents[1] / "csrc/apet.h"
 PACKAGE = Path(util.find_spec("apet_kernels").origin).parent
 LIBRARY = PACKAGE / "libapet.so"
-RUNTIMES = {"libstdc", "libgcc_s", "libc", "libm", "libpthread", "libdl", "librt", "ld-linux-x86-64", "ld-linux-aarch64"}
-# With a version: the C and C++ runtimes'. With _ITM or __gmon: weak, of the compiler's start-up files. In namespace
-# std: libstdc++'s, which some builds of torch export once more, without a version, and the linker meets first.
+RUNTIMES = {
+    "libstdc",
+    "libgcc_s",
+    "libc",
+    "libm",
+    "libpthread",
+    "libdl",
+    "librt",
+    "ld-linux-x86-64",
+    "ld-linux-aarch64",
+}
+# Symbols with a version are those of the C and C++ runtimes. Those with _ITM or __gmon are weak symbols of the
+# compiler's start-up files. Those in namespace std are libstdc++'s: some builds of torch export them too, without a
+# version, and the linker finds these first.
 OF_THE_RUNTIMES = re.compile(r"@|^_ITM_|^__gmon_|^_Z(T[VTIS])?N?K?S[tabsiod]")
 needs_library = pytest.mark.skipif(not LIBRARY.exists(), reason="installed without the compiled kernels")
 
@@ -42,7 +53,7 @@ def run(*command: object, folder: Path | None = None, **environment: str) -> str
 
 
 def failing(*command: object, folder: Path | None = None, **environment: str) -> str:
-    """Runs a command that has to fail; returns its output, standard error included."""
+    """Runs a command that must fail; returns its output, standard error included."""
     code, said = called(*command, folder=folder, **environment)
     assert code != 0, f"{' '.join(map(str, command))}\n{said}"
     return said
@@ -70,7 +81,7 @@ def declared() -> set[str]:
 
 
 def declared_for(library: str) -> set[str]:
-    """Returns the functions that a library has to export."""
+    """Returns the functions that a library must export."""
     cuda = {name for name in declared() if name.startswith("apet_cuda_")}
     assert cuda
     return cuda if library == "libapet_cuda" else declared() - cuda

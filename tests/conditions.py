@@ -1,13 +1,13 @@
-"""Runs the tests under conditions that must not matter: another processor, BLAS, order of tests, or folder.
+"""Runs the tests under conditions that must not change their results: another processor, BLAS, test order, or folder.
 
     python -m tests.conditions                    every condition, one after another
-    python -m tests.conditions order one-thread   these
-    python -m tests.conditions avx2 -- -n 2 tests/test_op.py    what follows -- goes to pytest
+    python -m tests.conditions order one-thread   these conditions
+    python -m tests.conditions avx2 -- -n 2 tests/test_op.py    arguments after -- are passed to pytest
     python -m tests.conditions --list
 
-Each condition is an environment and arguments of pytest; `python -m tests.conditions --list` prints the commands, to be
-run by hand. Exit code 1 if the tests fail under any of them. Without arguments for pytest it takes what `make test`
-takes, but for tests/hooks and tests/vllm, of whose results other people's models and BLAS are part.
+Each condition is an environment and arguments of pytest; --list prints the commands, to be run by hand. The exit code
+is 1 if the tests fail under any condition. Without arguments for pytest it runs the tests of `make test`, except
+tests/hooks and tests/vllm, whose results depend on the code of other packages and on BLAS.
 
 An instruction set that is "absent" is hidden from torch (ATEN_CPU_CAPABILITY), oneDNN, MKL and, by tests/conftest.py,
 from this project's kernels in the process of the tests; no setting can hide it from the processes that tests start.

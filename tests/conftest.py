@@ -1,7 +1,6 @@
-"""`backend`: one test body, every backend that this machine can run, the CPU kernel once per instruction set.
+"""The fixture `backend` runs a test on every backend of this machine, and on every instruction set of the CPU kernel.
 
-Also the order of the tests, slowest first, or drawn by `--shuffle SEED`. `python -m tests.conditions` runs them under
-what must not matter.
+This file also sets the order of the tests: slowest first, or drawn by `--shuffle SEED`.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ from apet_kernels import reference, testing
 from tests.simt import build as simt_build
 from tests.simt import call as simt_call
 
-# None, or why Triton's interpreter cannot be relied on here: tests that need it are skipped, for this reason.
+# None, or the reason why Triton's interpreter is not reliable here; tests that need it are then skipped.
 NO_INTERPRETER: str | None = None
 if importlib.util.find_spec("triton") and not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when triton is first imported
@@ -34,14 +33,15 @@ if importlib.util.find_spec("triton") and not torch.cuda.is_available():
     except ImportError as error:
         NO_INTERPRETER = str(error)
 
-# The name of an instruction set: the tests run as if this processor had neither it nor those after it. It is the
-# environment that says so, since `backend_ids` is asked before pytest knows its options. Not for child processes.
+# The environment variable with the name of an instruction set: the tests run as if this processor had neither it nor
+# those after it. It is no option of pytest, since `backend_ids` is called before pytest parses its options. It has no
+# effect on child processes of the tests.
 WITHOUT = "APET_TESTS_WITHOUT"
-ISAS = ("avx2", "avx512", "avx512_bf16")
+ISAS = ("avx2", "avx512", "avx512_bf16", "amx")
 
 
 def without(isa: str) -> None:
-    """Hides an instruction set and the later ones, which need it, from all that asks apet_kernels."""
+    """Hides an instruction set, and the later ones, which need it, in apet_kernels."""
     if isa not in ISAS:
         raise pytest.UsageError(f"{WITHOUT}={isa} is none of {', '.join(ISAS)}")
     host = apet_kernels.host._host
@@ -76,7 +76,7 @@ class Backend:
 
     @property
     def interpreted(self) -> bool:
-        """Kernels of a GPU run by this processor, in 10 ms or so a program or a launch."""
+        """Whether this processor runs the kernels of a GPU, in about 10 ms per program or launch."""
         return interpreted(self.name)
 
     def __repr__(self) -> str:
@@ -130,10 +130,10 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "interpreter: runs kernels in Triton's interpreter")
 
 
-# What takes longest, first: whatever ends last is then short, and workers that steal work end together. Files, or tests
-# in them. Only the order of a run depends on this table.
+# The files and tests that take longest. They run first: then the last tests are short, and all workers end at about the
+# same time. Only the order of a run depends on this table.
 FIRST = (
-    "test_library_builds.py::test_every_way_of_building",  # which builds what other tests of these files share
+    "test_library_builds.py::test_every_way_of_building",  # it makes the builds that other tests of these files share
     "test_cuda_simt_bugs.py",
     "test_triton_offline.py",
     "test_triton_invariance.py",
@@ -150,7 +150,7 @@ FIRST = (
 
 
 def ordered(items: list[pytest.Item], seed: int | None) -> list[pytest.Item]:
-    """By the table above, or as the seed draws. Every worker has to come to the same order."""
+    """Orders the tests by the table above, or at random by the seed. Every worker must get the same order."""
     if seed is not None:
         return random.Random(seed).sample(items, len(items))
 
@@ -177,9 +177,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def cut_grids(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Cuts the grids of kernels of a GPU that this processor runs, at 10 ms or so for each program or launch.
+    """Reduces the grids of tests whose GPU kernels this processor runs, in about 10 ms per program or launch.
 
-    All of it runs on a GPU, or with --interpret 0 (`make test-triton`).
+    Whole grids run on a GPU, or with --interpret 0 (`make test-triton`).
     """
     points = config.getoption("--interpret")
     if not points:
@@ -193,27 +193,36 @@ def cut_grids(config: pytest.Config, items: list[pytest.Item]) -> None:
 
 
 def mark_points(points: int, items: list[pytest.Item]) -> None:
-    """Marks what is more than `points` points of a test's grid, per backend: `make test` tries every test, and
-    `make test-rest` the rest of each grid."""
-    for (name, _, slow), grid in grids(items).items():
-        if points and not slow:
+    """Marks all but `points` points of a test's grid, per backend, with `rest`: `make test` runs some points of every
+    test, and `make test-rest` the others.
+
+    The families of models that only slow tests run have the same number of points each; the others are marked `matrix`.
+    """
+    for (name, backend, slow), grid in grids(items).items():
+        if points and (not slow or backend.startswith(FAMILY)):
             for item in set(grid) - spread(name, grid, points):
-                item.add_marker(pytest.mark.rest)
+                item.add_marker(pytest.mark.matrix if slow else pytest.mark.rest)
+
+
+FAMILY = "family "
 
 
 def grids(items: list[pytest.Item]) -> dict[tuple[str, str, bool], list[pytest.Item]]:
-    """The tests by function, backend, and whether they are slow (these are deselected as a rule)."""
+    """The tests by function, backend, and whether they are slow (slow ones are usually deselected); slow ones also by
+    family of models."""
     found: dict[tuple[str, str, bool], list[pytest.Item]] = {}
     for item in items:
-        backend = item.callspec.params.get("backend") if getattr(item, "callspec", None) else None
+        params = item.callspec.params if hasattr(item, "callspec") else {}
+        backend, family = params.get("backend"), params.get("family")
         slow = item.get_closest_marker("slow") is not None
-        key = (item.nodeid.partition("[")[0], backend if isinstance(backend, str) else "", slow)
+        group = f"{FAMILY}{getattr(family, 'name', family)}" if slow and family else ""
+        key = (item.nodeid.partition("[")[0], backend if isinstance(backend, str) else group, slow)
         found.setdefault(key, []).append(item)
     return found
 
 
 def spread(name: str, grid: list[pytest.Item], points: int) -> set[pytest.Item]:
-    """So many points of a grid, both ends included; of a single one, the test's name says at which end it is."""
+    """Returns `points` points of a grid, both ends included. A single point is one of the ends, by a hash of `name`."""
     last = len(grid) - 1
     one = {last * (zlib.crc32(name.encode()) % 2)}
     return {grid[i] for i in (one if points == 1 else {i * last // (points - 1) for i in range(points)})}
@@ -223,7 +232,7 @@ def spread(name: str, grid: list[pytest.Item], points: int) -> set[pytest.Item]:
 def backend(request: pytest.FixtureRequest) -> Iterator[Backend]:
     name, _, isa = request.param.partition("-")
     if request.param == "cuda-simt":
-        functions = simt_call.Functions()  # which starts every test with the same schedules
+        functions = simt_call.Functions()  # so every test starts with the same schedules
         yield Backend(request.param, *(getattr(functions, f) for f in FUNCTIONS))
     elif name == "reference":
         yield Backend(name, *(getattr(reference, f) for f in FUNCTIONS))
@@ -240,7 +249,7 @@ def backend(request: pytest.FixtureRequest) -> Iterator[Backend]:
 
 
 def on_gpu(function: Callable, backend: str) -> Callable:
-    """`function` by one of the GPU backends for tensors on the CPU, which are carried over and back if there is one."""
+    """`function` by a GPU backend for tensors on the CPU. If there is a GPU, inputs and results are copied."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
 
     def run(*args, **kwargs):
@@ -251,7 +260,7 @@ def on_gpu(function: Callable, backend: str) -> Callable:
 
 
 def to_device(t: torch.Tensor, device: str) -> torch.Tensor:
-    """t on the device in the same form: its strides and, where they can be kept, its offset from an aligned address."""
+    """Copies t to the device, with its strides and, where possible, its offset from an aligned address."""
     if t.device.type == device:
         return t
     storage = torch.empty(0, dtype=t.dtype, device=device).set_(t.untyped_storage().to(device))
@@ -260,7 +269,7 @@ def to_device(t: torch.Tensor, device: str) -> torch.Tensor:
 
 @pytest.fixture(autouse=True)
 def one_thread() -> Iterator[None]:
-    """On tensors this small a second thread costs more than it gives; test_invariance.py asks for more."""
+    """Sets one thread, since a second one makes tensors this small slower; test_invariance.py sets more."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -269,7 +278,7 @@ def one_thread() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def poison() -> Iterator[None]:
-    """Fresh tensors hold NaN or the largest integer, so that an element that is not written is seen."""
+    """Fills new tensors with NaN or the largest integer, so that an element that is not written is noticed."""
     torch.use_deterministic_algorithms(True)  # with torch.utils.deterministic.fill_uninitialized_memory, on by default
     yield
     torch.use_deterministic_algorithms(False)

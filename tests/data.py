@@ -1,4 +1,4 @@
-"""Tokens to test with: seeded, small, and of the kinds that vision encoders make."""
+"""Tokens for tests: seeded, small, and similar to those of vision encoders."""
 
 from collections.abc import Sequence
 
@@ -11,7 +11,7 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 def tokens(*shape: int, dtype: torch.dtype = torch.float32, kind: str = "normal", seed: int = 0) -> Tensor:
     """Returns tokens [*shape] whose last dimension is D.
 
-    "normal": independent. "clustered": eight centres, small noise, norms spread over a decade, as encoders make them.
+    "normal": independent. "clustered": eight centres, small noise, norms spread over a decade, as of encoders.
     "repeated": a third of the tokens are exact copies of others.
     """
     make = torch.Generator().manual_seed(seed)
@@ -34,5 +34,5 @@ def rows(*values: list[float], dtype: torch.dtype = torch.float32) -> Tensor:
 
 
 def offsets(lengths: Sequence[int]) -> Tensor:
-    """What the op calls cu_seqlens or cu_keep: running sums [S + 1] int32."""
+    """Returns cu_seqlens or cu_keep of the op: running sums [S + 1] int32."""
     return torch.tensor([0, *lengths]).cumsum(0).int()

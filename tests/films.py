@@ -1,4 +1,4 @@
-"""Films and photos for the tests of media, made here. Frame i is grey of level `level(i)`: it can be told."""
+"""Makes films and photos for the tests of media. Frame i is grey of level `level(i)`, so it can be recognised."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def level(number: int) -> int:
 
 
 def number(picture: Image.Image) -> int:
-    """Returns the number of the frame that a picture is."""
+    """Returns the number of the frame in a picture."""
     return round((float(np.asarray(picture, np.float64).mean()) - 20) / 8)
 
 

@@ -1,9 +1,9 @@
-"""The requirements on any backend, judged image by image in float64.
+"""Checks the result of any backend image by image in float64.
 
-Selection is chaotic: one unit in the last place can change a pick and everything after it. So a backend is judged on
+Selection is chaotic: one unit in the last place can change a pick and everything after it. So a backend is judged given
 its own choices. Each pick must be as good as the best to within rounding; the residuals must be those of its basis; the
-kept set must be exactly the one its residuals imply; the tokens must be the means that its kept set implies. Where
-every choice has a margin above rounding, the choices must also be the reference's.
+kept set must be exactly the one its residuals imply; the tokens must be the means that its kept set implies. If every
+choice has a margin above rounding, the choices must also be the reference's.
 """
 
 from __future__ import annotations
@@ -14,14 +14,15 @@ from torch import Tensor
 from apet_kernels import reference
 from apet_kernels.reference import Tokens, U, widen
 
-PICK = 40 * U  # of the squared norms: how far a float32 distance or norm may be off (4 M u at M = 10)
-# Of ||x||: how far one float32 x.t / ||t|| may be off beside another, summed in chains (docs/algorithm.md, "Rounding").
-# Tensor cores truncate where they add (Fasi et al., PeerJ CS 330, 2021): they align 8 products and the sum to the
-# largest of them, cut each to 25 bits, and the new sum to 24. A similarity near ||x|| so loses half a unit or more in
-# each addition. Most of that is common to all targets, but not where their sums pass a power of 2, nor the bits that
-# each product loses. tests/test_judge.py adds like that: in one chain over D the bound would not do, in chains it does.
+PICK = 40 * U  # allowed error of a float32 distance or norm, relative to the squared norms (4 M u at M = 10)
+# Allowed error of the difference of two float32 x.t / ||t||, relative to ||x||, if summed in chains (docs/algorithm.md,
+# "Rounding"). Tensor cores truncate when they add (Fasi et al., PeerJ CS 330, 2021): they align 8 products and the sum
+# to the largest of them, cut each to 25 bits, and the new sum to 24. So a similarity near ||x|| loses half a unit or
+# more in each addition. Most of this loss is common to all targets, except if their sums pass a power of 2, and except
+# for the bits that each product loses. tests/test_judge.py adds in this way: the bound holds with chains, and would not
+# hold with one sum over D.
 SIMILARITY = 16 * U
-SUBNORMAL = 1e-37  # absolute: below, squares have left the float32 range
+SUBNORMAL = 1e-37  # absolute: below it, squares are outside the float32 range
 
 
 def bits(t: Tensor) -> Tensor:
@@ -63,7 +64,7 @@ def rebuild(image: Tokens, p: Tensor, ridge: float, tolerance: float) -> tuple[T
 
 
 def check_basis(x: Tensor, p: Tensor, basis: int, select: str, start: int, ridge: float) -> bool:
-    """Replays the picks p [m] of image x [N, D]; True if no pick and no stop was a matter of rounding."""
+    """Replays the picks p [m] of image x [N, D]; True if rounding could not change any pick, or the stop."""
     image = widen(x)
     X, norm_sq, finite = image
     N = len(X)
@@ -95,7 +96,7 @@ def check_basis(x: Tensor, p: Tensor, basis: int, select: str, start: int, ridge
             assert stopped
             continue
         best = int(value.masked_fill(~open_, -1).argmax())
-        if stopped:  # nothing worth picking was left
+        if stopped:  # no other token may be picked
             limit = 0 if select == "fps" else max(0.0, 4 * U * float(norm_sq[best]) - ridge)
             assert value[best] <= limit + slack[best], f"stopped after {k} picks with {best} at {float(value[best])}"
             sure &= bool(value[best] == 0) or (select == "qr" and bool(value[best] <= limit - slack[best]))
@@ -115,7 +116,7 @@ def check_basis(x: Tensor, p: Tensor, basis: int, select: str, start: int, ridge
 
 
 def check_residual(x: Tensor, e_sq: Tensor, p: Tensor, basis: int, ridge: float) -> Tensor:
-    """|delta e_sq| <= 4 M u ||x||^2 for e_sq [N] float32 of image x [N, D]. Returns the range that allows [2, N].
+    """Checks |delta e_sq| <= 4 M u ||x||^2 for e_sq [N] float32 of image x [N, D]. Returns the allowed range [2, N].
 
     Rows whose pivot is within rounding of the dependency threshold may count either way.
     """
@@ -138,7 +139,7 @@ def check_residual(x: Tensor, e_sq: Tensor, p: Tensor, basis: int, ridge: float)
 
 
 def check_kept(x: Tensor, kept: Tensor, range_: Tensor, p: Tensor, keep: int, layout: str, expected: Tensor) -> None:
-    """kept [K] equals the reference's where the cut is wider than the range [2, N] of every residual."""
+    """Checks that kept [K] equals the reference's, if the cut is wider than the range [2, N] of every residual."""
     N = x.shape[0]
     ranked = torch.ones(N, dtype=torch.bool)
     if layout == "inplace":
@@ -151,10 +152,10 @@ def check_kept(x: Tensor, kept: Tensor, range_: Tensor, p: Tensor, keep: int, la
 
 
 def check_merge(x: Tensor, tokens: Tensor, rows: Tensor, targets: Tensor, skip: Tensor | None = None) -> int:
-    """tokens [R, D] are x [N, D] merged into x[rows]; rows in `skip` [R] are not. Returns how many it judged.
+    """Checks that tokens [R, D] are x [N, D] merged into x[rows], except in `skip` [R]. Returns how many it judged.
 
-    A row is judged where no dropped token is within rounding of going there or elsewhere. The mean may be off by half a
-    unit of the output dtype, and by the roundings of a float32 sum.
+    A row is not judged if rounding may move a dropped token into it or out of it. The mean may be off by half a unit of
+    the output dtype, and by the roundings of a float32 sum.
     """
     X, norm_sq, finite = widen(x)
     allowed = targets & finite[rows]  # [R]
@@ -239,7 +240,7 @@ def check_basis_rows(
     layout: str,
     blend: float,
 ) -> None:
-    """The rows that the basis fills: the overwritten slots in ascending position, or those after the kept ones."""
+    """Checks the rows of the basis: the overwritten slots in ascending position, or the rows after the kept ones."""
     if layout == "append":
         rows = (p.tolist() + [int(p[0]) if len(p) else 0] * basis)[:basis]
         assert indices[len(kept) :].tolist() == rows

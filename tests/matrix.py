@@ -2,8 +2,8 @@
 
     python -m tests.matrix PACKAGE TEST... [--docs FOLDER]    in the environment of the session
 
-The outcomes are in compatibility.json of that folder, one for each package and version, and compatibility.md is made of
-them. Imports nothing of the project, which a session may have in any state.
+The outcomes are in compatibility.json of that folder, one for each package and version, and compatibility.md is made
+from them. This module imports nothing of the project, since its import may fail in a session.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from typing import TypedDict
 from xml.etree import ElementTree
 
 ROOT = Path(__file__).parents[1]
-WORKERS = os.environ.get("WORKERS", "2")  # as of make; 0 is none beside pytest's own process
+WORKERS = os.environ.get("WORKERS", "2")  # as in the Makefile; 0: pytest's own process alone
 RECORDED = ("torch", "triton", "transformers", "tokenizers", "huggingface-hub", "numpy")
-# What the sessions write, so that a change of it is none of what they tested.
+# The files that the sessions write: their changes are not changes of the tested sources.
 WRITTEN = ("docs/compatibility.json", "docs/compatibility.md", "python/apet/hooks/tested.json")
-# The page's parts, in order. The last two have one row each, without a version of their own.
+# The parts of the page, in order. The last two have one row each, without a version.
 PARTS = {
     "transformers": "transformers: the hooks",
     "triton": "Triton: the kernels, interpreted, and compiled for GPUs",
@@ -64,7 +64,7 @@ def installed(name: str) -> str:
 
 
 def commit(repository: Path) -> str:
-    """The commit, ending in -dirty if anything tracked has changed beside what the sessions write."""
+    """The commit, ending in -dirty if a tracked file has changed that the sessions do not write."""
     git = ["git", "-C", str(repository)]
     name = subprocess.check_output([*git, "rev-parse", "--short=10", "HEAD"], text=True).strip()
     others = [f":(top,exclude){file}" for file in WRITTEN]
@@ -103,7 +103,7 @@ def page(outcomes: list[Outcome]) -> str:
 
 
 def keep(outcome: Outcome, docs: Path) -> None:
-    """In place of an earlier one of the same version."""
+    """Stores the outcome, and replaces an earlier one of the same version."""
     file = docs / "compatibility.json"
     outcomes: list[Outcome] = json.loads(file.read_text()) if file.exists() else []
     same = (outcome["package"], outcome["version"])
@@ -114,13 +114,13 @@ def keep(outcome: Outcome, docs: Path) -> None:
 
 
 def run(package: str, tests: list[str], docs: Path) -> int:
-    """pytest's exit code. Its outcome is kept, failed tests and all, unless it did not come to its end."""
+    """Runs the tests, and returns pytest's exit code. The outcome is stored, unless the run did not finish."""
     begun, tested = time.monotonic(), commit(docs)
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder, "report.xml")
         command = [sys.executable, "-m", "pytest", "-q", "-n", WORKERS, "--dist", "worksteal", f"--junitxml={report}"]
         code = subprocess.run([*command, "--continue-on-collection-errors", *tests], cwd=ROOT).returncode
-        if code not in (0, 1):  # neither passed nor failed: interrupted, or not begun
+        if code not in (0, 1):  # neither passed nor failed: the run was interrupted, or did not start
             return code
         passed, failed, skipped = counts(report)
     python = platform.python_version()

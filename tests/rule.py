@@ -1,7 +1,8 @@
-"""A second implementation of the basis in rounds and the medoid steps: in another form, in float64, with margins.
+"""A second implementation of the basis in rounds and the medoid steps, in float64 and with margins.
 
 `reference.s1_rounds` projects tokens; here the whole residual Gram matrix [N, N] is updated, as in a pivoted Cholesky
-factorisation. Every choice says whether it was wider than rounding: where all are, a backend must make the same ones.
+factorisation. It also returns whether every choice had a margin above rounding; if so, a backend must make the same
+choices.
 """
 
 from __future__ import annotations
@@ -12,11 +13,11 @@ from torch import Tensor
 from apet_kernels.reference import U, widen
 
 ROUNDS, POOL, FEW = 4, 2, 16
-SLACK = 24 * U  # of the squared norms: what float32 may be off by in a residual or a distance
+SLACK = 24 * U  # allowed error of a float32 residual or distance, relative to the squared norms
 
 
 def basis_in_rounds(x: Tensor, basis: int, start: int = -1, ridge: float = 1e-5) -> tuple[list[int], Tensor, bool]:
-    """Returns the picks of x [N, D] in order, resid_sq [N], and whether no choice was within rounding of another."""
+    """Returns the picks of x [N, D] in order, resid_sq [N], and whether every choice had a margin above rounding."""
     X, norm_sq, finite = widen(x)
     A = X @ X.T  # [N, N]
     kind = x.unique(dim=0, return_inverse=True)[1].tolist()  # [N] equal numbers: equal tokens
@@ -65,7 +66,7 @@ def kept(
     x: Tensor, keep: int, basis: int | None = None, start: int = -1, ridge: float = 1e-5
 ) -> tuple[list[int], bool]:
     """Returns the kept positions of image x [N, D], ascending, with M = basis (None: keep) in rounds, and whether they
-    are certain: no choice was within rounding of another."""
+    are certain: every choice had a margin above rounding."""
     M = keep if basis is None else min(basis, keep)
     picks, r, sure = basis_in_rounds(x, M, start, ridge)
     _, norm_sq, finite = widen(x)
@@ -78,8 +79,8 @@ def kept(
 
 
 def medoid_step(x: Tensor, kept: list[int]) -> list[set[int]]:
-    """Returns, for each kept token of x [N, D], the positions that may replace it: one, if no choice was within
-    rounding."""
+    """Returns, for each kept token of x [N, D], the positions that may replace it: one, if every choice had a margin
+    above rounding."""
     X, norm_sq, finite = widen(x)
     centres = [k for k in kept if finite[k]]
     allowed: list[set[int]] = [{k} for k in kept if not finite[k]]
@@ -92,11 +93,11 @@ def medoid_step(x: Tensor, kept: list[int]) -> list[set[int]]:
     certain = near.sum(1) == 1  # [N]
     for j in range(len(centres)):
         here = near[:, j]
-        if not certain[here].all():  # tokens that may belong here or elsewhere: any member may come out
+        if not certain[here].all():  # some tokens may belong to another cluster: any member may be the medoid
             allowed.append(set(here.nonzero().view(-1).tolist()))
             continue
         member = here.nonzero().view(-1).tolist()
-        if len(member) == 2:  # as far from their mean, exactly
+        if len(member) == 2:  # both have exactly the same distance from their mean
             allowed.append({member[0]})
             continue
         off = ((X[member] - X[member].mean(0)) ** 2).sum(1)

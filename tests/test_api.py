@@ -1,4 +1,4 @@
-"""What `apet_kernels` and `apet` offer: signatures, named results, errors, old names and examples."""
+"""The public functions of `apet_kernels` and `apet`: signatures, named results, errors, old names and examples."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ FUNCTIONS = [f for f in PUBLIC if inspect.isfunction(f)] + [testing.cpu_isa, tes
 
 @pytest.mark.parametrize("op", ops.OPS)
 def test_a_function_takes_what_its_op_takes(op):
-    """In the same order, with the same defaults, and a backend."""
+    """The same arguments in the same order, with the same defaults, and a backend."""
     signature = inspect.signature(getattr(apet_kernels, op))
     (*mine, backend) = signature.parameters.values()
     assert (backend.name, backend.default) == ("backend", None)
@@ -104,7 +104,7 @@ def test_a_plan_is_frozen_and_has_the_same_fields_on_every_backend(monkeypatch):
 
 @pytest.mark.parametrize(("name", "args", "options", "words"), WRONG_CALLS, ids=[f"{r[0]}-{r[3]}" for r in WRONG_CALLS])
 def test_value_errors_with_the_words_of_the_op(name, args, options, words):
-    """From the function, whichever backend runs; RuntimeError from the op."""
+    """The function raises ValueError, whichever backend runs, and the op RuntimeError."""
     with pytest.raises(RuntimeError) as op_error:
         getattr(torch.ops.apet, name)(*args, **options)
     for backend in (None, *apet_kernels.available_backends()):
@@ -223,7 +223,7 @@ def test_there_is_no_other_name():
 
 @pytest.mark.parametrize("function", FUNCTIONS, ids=lambda f: f.__name__)
 def test_examples_run(function):
-    """Every public function has one, and it gives what it says."""
+    """Every public function has an example, with the results that it shows."""
     finder, runner = doctest.DocTestFinder(recurse=False), doctest.DocTestRunner(optionflags=doctest.ELLIPSIS)
     (example,) = finder.find(function, function.__name__, globs={"apet_kernels": apet_kernels})
     assert example.examples, "there is no example"
@@ -246,11 +246,11 @@ def test_docstrings_name_every_argument(function):
         assert "\nRaises:\n" in text
 
 
-# ---- what tools see
+# ---- dir() and type checkers
 
 
 def test_lazy_names_of_apet():
-    """dir() and type checkers see them, and importing apet imports neither torch nor apet_kernels."""
+    """dir() and type checkers find the names, and importing apet imports neither torch nor apet_kernels."""
     assert set(apet.__all__) <= set(dir(apet))
     assert not {"import_module", "TYPE_CHECKING"} & set(dir(apet))
     code = "import sys, apet; dir(apet); print({'torch', 'transformers', 'apet_kernels'} & set(sys.modules))"

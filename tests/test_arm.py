@@ -13,22 +13,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests import (
-    test_hostile,
-    test_invariance,
-    test_layouts,
-    test_reference_published,
-    test_rounds,
-    test_s1_basis,
-    test_s3_residual,
-    test_s4_topk,
-    test_s5_merge,
-    test_similarity,
-)
-from tests.arm import COMPILER, ISAS, WITH_BF16, WITHOUT_BF16, Functions, Processor, make, missing, processor
+from tests import test_invariance, test_similarity
+from tests.arm import COMPILER, ISAS, WITH_BF16, WITHOUT_BF16, emulated, make, missing, processor
 from tests.binaries import run
 from tests.conftest import FUNCTIONS, Backend
 from tests.data import DTYPES, offsets, tokens
+from tests.elsewhere import BACKEND_TESTS, Functions
 from tests.judge import assert_same, check, check_merge
 from tests.library.copies import CSRC, built
 from tests.simt.abi import status_numbers
@@ -215,20 +205,7 @@ def backend(request: pytest.FixtureRequest) -> Backend:
     return on(request.param.removeprefix("arm-"), threads=0)  # as many as torch has
 
 
-for module in (
-    test_hostile,
-    test_invariance,
-    test_layouts,
-    test_reference_published,
-    test_rounds,
-    test_s1_basis,
-    test_s3_residual,
-    test_s4_topk,
-    test_s5_merge,
-):
-    for name, test in vars(module).copy().items():
-        if name.startswith("test_") and "backend" in test.__code__.co_varnames[: test.__code__.co_argcount]:
-            globals()[f"{module.__name__.rpartition('.')[2]}__{name.removeprefix('test_')}"] = test
+globals().update(BACKEND_TESTS)
 
 
 # ---- planted faults --------------------------------------------------------------------------------------------------
@@ -285,7 +262,7 @@ def test_a_planted_fault_is_noticed(fault: str, tmp_path: Path, monkeypatch: pyt
     assert text.count(old) == 1
     file.write_text(text.replace(old, new))
     make(tmp_path / "build", source, "-DCMAKE_CXX_FLAGS_RELEASE=-O1")
-    changed = functools.cache(lambda model: Processor(model, tmp_path / "build/calls"))
+    changed = functools.cache(lambda model: emulated(model, tmp_path / "build"))
     monkeypatch.setitem(globals(), "processor", changed)
     with pytest.raises((AssertionError, RuntimeError)):
         some_of_the_tests()

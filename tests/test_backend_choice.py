@@ -73,7 +73,7 @@ def test_the_call_goes_before_the_block_and_the_block_before_the_process(ran):
 
 
 def test_threads_and_tasks():
-    """A block is one thread's, and one task's; the process' choice is everybody's."""
+    """`use_backend` applies to one thread and one task, `set_backend` to the whole process."""
     seen: dict[str, object] = {}
 
     def other() -> None:
@@ -127,7 +127,7 @@ def test_tensors_that_it_does_not_take(monkeypatch):
 
 @pytest.mark.parametrize("op", ops.OPS)
 def test_ops_on_a_gpu_do_as_they_are_told(op, monkeypatch):
-    """What torch's dispatcher calls for a GPU tensor: the op itself, in compiled code too."""
+    """The op itself uses the chosen backend for GPU tensors, also in compiled code, by torch's dispatcher."""
     ran = []
     monkeypatch.setattr(available, "why_unavailable", lambda name: None)
     monkeypatch.setattr(available, "_why_not_on", lambda name, device: None)

@@ -1,4 +1,4 @@
-"""What the benchmarks compute: exponents, the cost model of growth, memory, the floor."""
+"""The computed values of the benchmarks: exponents, the cost model of growth, memory, the floor."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def test_the_cost_model_by_hand() -> None:
     moved = 2 * (4000 / 50 + (3 * 4000 + 800 + 4400) / 100)
     product = 2 * 2 * (80 * 20 + 3 * 100) * 10
     assert growth.predicted_ms(case, RATES) == pytest.approx((10e3 + moved + product / 200) / 1e6)
-    # By the cache of the machine that measured, whatever reads its results: this one holds no half of an image.
+    # The cache is that of the machine that measured. This one does not hold half of an image.
     uncached = 2 * (4000 + 3 * 4000 + 800 + 4400) / 50
     small = RATES | {"cache MiB": 7999 / 2**20}
     assert growth.predicted_ms(case, small) == pytest.approx((10e3 + uncached + product / 200) / 1e6)
@@ -52,7 +52,7 @@ def test_the_cost_model_by_hand() -> None:
 
 
 def test_what_the_model_predicts_for_large_and_small() -> None:
-    """The exponents that the documents promise: the product with many tokens, reading them with few kept."""
+    """The exponents in the documents: the product dominates with many tokens, reading them with few kept."""
 
     def slope(cases: list[Case], values: list[int]) -> float:
         return growth.exponent(values, [growth.predicted_ms(case, RATES | {"call us": 0.0}) for case in cases])
@@ -66,8 +66,8 @@ def test_what_the_model_predicts_for_large_and_small() -> None:
 
 
 def test_memory_is_of_the_call_alone() -> None:
-    """The published formulation holds its broadcast, the kernel its outputs and what it touches of its workspace; the
-    input counts for neither."""
+    """The published formulation needs its broadcast, the kernel its outputs and the used part of its workspace. The
+    input does not count."""
     case = Case(1, 512, 1024, 64, torch.float32, "overwrite")
     broadcast = published_bytes(case.N, case.D, case.keep, case.basis, case.itemsize)
     assert broadcast < memory.measured_growth(case, "published") < 1.5 * broadcast

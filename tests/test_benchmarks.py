@@ -1,4 +1,4 @@
-"""The benchmarks run on small sizes, their checks find what is wrong, and the report says what was measured."""
+"""The benchmarks run on small sizes, their checks find faults, and the report shows the measured values."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from tests.rates import RATES
 
 SUITES = {one.name: one for one in report.SUITES_OF_OPS if one.name != "gpu"}  # that one: test_gpu_benchmarks.py
 PAGE = report.DOCS / "benchmarks.md"
-# Which of a suite's smoke cases: the CPU's other layouts, and growth in bfloat16, take more time than they tell.
+# The smoke cases of a suite that run here. The CPU's other layouts, and growth in bfloat16, take too long.
 ONLY = {"cpu": ["inplace"], "growth": ["float32"]}
 
 
@@ -35,12 +35,12 @@ ONLY = {"cpu": ["inplace"], "growth": ["float32"]}
     ],
 )
 def test_every_suite_runs_and_is_reported(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """On small sizes: what it times is checked, its results are read, its section of the page is written."""
+    """On small sizes, the suite checks what it times, its results can be read, and its section is written."""
     its, only = SUITES[name], ONLY.get(name, [])
     section = "cpu-inplace" if name == "cpu" else name
     file = tmp_path / f"{section}.json"
     monkeypatch.setattr(ceilings, "measure", lambda: RATES)
-    monkeypatch.setattr(suite, "THREADS", 1)  # two would wait for each other where other tests keep the cores busy
+    monkeypatch.setattr(suite, "THREADS", 1)  # two would wait for each other when other tests use the cores
     words = ["--smoke", *(["--only", *only] if only else []), "--json", str(file)]
     monkeypatch.setattr(sys, "argv", [f"benchmarks/{name}.py", *words])
     its.main()
@@ -133,7 +133,7 @@ def test_turns(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_call_may_take_the_time_itself() -> None:
-    """What it says is taken, under the names that it gives; ratios are to the base."""
+    """The times that a call returns are used, under its names; ratios are to the base."""
     parts = iter([0.2, 0.4, 0.3])
     calls = {
         "apet 64": lambda _: Timed({"apet 64": (prefill := next(parts)), "apet 64 op": prefill / 10}),
@@ -163,7 +163,7 @@ def test_what_takes_too_long_sits_out(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_ring_exceeds_the_cache_and_shares_no_memory() -> None:
-    """Of a processor with 12 MiB of cache: some have a hundred times as much, which would take minutes to fill."""
+    """The cache is set to 12 MiB, since a processor may have a hundred times as much, which takes minutes to fill."""
     device = Cpu()
     device.cache_bytes = cache = 12 * 2**20
     case = Case(4, 2048, 256, 200, torch.float32, "inplace")
@@ -226,7 +226,7 @@ def test_stages_are_checked() -> None:
 
 
 def test_the_reference_is_timed_stage_by_stage() -> None:
-    """In the order of its stages, each on every image."""
+    """Every stage is timed on every image, in the order of the stages."""
     seen = []
     x = tokens(CASE, 0)
     with pytest.MonkeyPatch.context() as patch:

@@ -83,7 +83,7 @@ def test_errors(files: Path, monkeypatch: pytest.MonkeyPatch, words: tuple[str, 
     monkeypatch.chdir(files)
     before = sorted(files.iterdir())
     assert message in failed("compress", *words)
-    assert sorted(files.iterdir()) == before  # nothing was drawn before everything was checked
+    assert sorted(files.iterdir()) == before  # no picture was drawn before all arguments were checked
 
 
 @pytest.mark.parametrize(
@@ -103,7 +103,7 @@ def test_unknown_command() -> None:
 
 @pytest.mark.parametrize("module", ["transformers", "onnx", "PIL", "matplotlib", "av"])
 def test_missing_extra(module: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, module, None)  # importing it fails now
+    monkeypatch.setitem(sys.modules, module, None)  # makes its import fail
     monkeypatch.setattr(encoders, "_trunk", TRUNK)
     file = BIKES if module == "av" else CHELSEA
     assert 'pip install "apet-kernels[demo]"' in failed("compress", file, "--out", tmp_path / "p.png")
@@ -179,7 +179,7 @@ def test_shell_completion() -> None:
     assert done.stdout.split() == ["compress"]
 
 
-# --- the real thing, from outside ---
+# --- the command as a process ---
 
 
 def outside(*words: object) -> subprocess.CompletedProcess[str]:

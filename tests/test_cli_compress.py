@@ -1,4 +1,4 @@
-"""`apet compress`: real photos and a clip through a real encoder, and what the picture shows."""
+"""`apet compress`: real photos and a clip through a real encoder, and the content of the picture."""
 
 from __future__ import annotations
 
@@ -35,13 +35,13 @@ def test_photo_gives_picture_and_tables(tmp_path: Path) -> None:
         assert word in text
     picture = pixels(out)
     assert min(picture.shape[:2]) > 500
-    assert len(np.unique(picture.reshape(-1, 3), axis=0)) > 10_000  # photo, colours and heat map, not a blank sheet
+    assert len(np.unique(picture.reshape(-1, 3), axis=0)) > 10_000  # the picture has photo, colours and heat map
 
 
 def test_numbers(tmp_path: Path) -> None:
     found = [numbers(CHELSEA, *SMALL, "--keep", k, "--out", tmp_path / "p.png")[0] for k in (12, "25%", "0.5", "100%")]
     rows, cols = found[0]["grid"]
-    assert cols > rows  # the whole photo, in its own shape
+    assert cols > rows  # the whole photo, not a square of it
     n = rows * cols
     assert [f["tokens_in"] for f in found] == [n] * 4
     assert [f["tokens_out"] for f in found] == [12, round(n / 4), round(n / 2), n]
@@ -151,7 +151,7 @@ def test_percent(share: float, text: str) -> None:
     assert output.percent(share, 1) == text
 
 
-# --- what the picture shows ---
+# --- the content of the picture ---
 
 
 @pytest.mark.parametrize("layout", ["inplace", "overwrite", "append"])

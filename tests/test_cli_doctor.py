@@ -18,8 +18,8 @@ from tests.command import invoke, said
 
 @pytest.fixture(scope="module")
 def findings() -> dict:
-    """Of the doctor, from one run on one thread, as the tests are. Interpreted kernels take longer than all the rest:
-    tests/test_selftest.py."""
+    """Returns the findings of one run of the doctor on one thread. Interpreted kernels take longer than the rest, so
+    tests/test_selftest.py runs these."""
     real, threads = apet_kernels.why_unavailable, torch.get_num_threads()
     torch.set_num_threads(1)
     with pytest.MonkeyPatch.context() as patch:
@@ -98,7 +98,7 @@ def test_doctor_finds_a_planted_fault(
     )
     monkeypatch.setattr(apet_kernels, function, lambda *a, **k: fault(*right(*a, **k)))
     monkeypatch.setattr(diagnose, "_check_hooks", lambda _: {"error": "not checked here"})
-    result = invoke("doctor", "--quiet")  # which hides nothing that is wrong
+    result = invoke("doctor", "--quiet")  # it still prints every fault
     assert result.exit_code == 1
     assert "wrong" in result.stdout
     assert message in " ".join(result.stdout.split())

@@ -1,7 +1,7 @@
 """csrc/cuda_torch_binding.cpp, executed: its ops on CPU tensors, through torch's dispatcher, over the simulated GPU.
 
-tests/simt/torch_binding.cpp says what stands in for a GPU. That the kernels are right is for the shared tests; here
-every tensor and option has to arrive in its place, and every result to come back.
+tests/simt/torch_binding.cpp explains the stand-ins for a GPU. The shared tests check the kernels. These tests check
+that every tensor and option is passed in its place, and that every result is returned.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ pytestmark = [
     pytest.mark.skipif(available.why_not_cpu() is not None, reason="built without torch's headers"),
 ]
 HOW = call.How()
-ROUNDS = [name for name in NAMES if name.endswith("rounds")]  # which the CUDA kernels do not have
+ROUNDS = [name for name in NAMES if name.endswith("rounds")]  # the CUDA kernels do not have these
 OTHERS = [name for name in NAMES if name not in ROUNDS]
 
 
@@ -38,7 +38,7 @@ def device() -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", OTHERS)
 def test_every_argument_arrives(name, dtype):
-    """Bit for bit what the C interface gives."""
+    """The results are bit for bit those of the C interface."""
     op, args, options = calls(dtype)[name]
     op_name = op.__name__
     with call.always(HOW) as functions:
@@ -78,7 +78,7 @@ def test_errors_are_those_of_the_op(name, args, options, words):
 
 
 def test_tensors_beside_x():
-    """The dispatcher comes here with x elsewhere, or with the others elsewhere, if any of them is on the GPU."""
+    """torch's dispatcher calls the binding if any tensor is on the GPU; x or the others may be elsewhere."""
     x, at = tokens(2, 20, 7, seed=1), torch.zeros(2, 3, dtype=torch.int64)
     here = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)
     merge = torch.ops.apet._cuda_merge.default
@@ -97,7 +97,7 @@ def test_tensors_beside_x():
 
 
 def test_the_device_cannot():
-    """A GPU without room for anything: the message of the plan."""
+    """A GPU that is too small for any path raises with the message of the plan."""
     call.use_device(call.Device(80, 4, 1 << 10, 1 << 10, 0))
     x = tokens(1, 20, 7, seed=1)
     assert re.search(

@@ -1,7 +1,7 @@
-"""The CUDA sources, run on the CPU: changes that must not change a bit, reports of sanitizers, and planted bugs.
+"""The CUDA sources, run on the CPU: the same bits in every way of running them, and reports of sanitizers.
 
-Accuracy, layouts, hostile input and invariance under batching, packing and alignment are the shared tests', which run
-on the backend `cuda-simt` too; it varies device, path, group size and schedule from call to call.
+The shared tests check accuracy, layouts, hostile input and invariance under batching, packing and alignment. They also
+run on the backend `cuda-simt`, which varies device, path, group size and schedule from call to call.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from tests.simt.call import A100, H100, RTX_3090, RTX_5090, Case, Device, How, N
 pytestmark = pytest.mark.skipif(build.missing() is not None, reason=str(build.missing()))
 
 LAYOUTS = ("inplace", "overwrite", "append")
-# B, N, D, keep, basis: rows that are not whole 16-byte words, rows that are, and several steps of s5 with a last tile
-# that is not full.
+# B, N, D, keep, basis. The cases: rows that are not whole 16-byte words, rows that are, and several steps of s5 with a
+# last tile that is not full.
 SHAPES = [(2, 70, 45, 20, 6), (1, 133, 64, 60, 10), (3, 41, 200, 17, 5)]
 SMALL_SHARED = Device(90, 8, 64 << 10, 100 << 10, 8)
 LARGE_TILE = 96 << 10  # bytes of shared memory that s5_merge needs for tiles of 128 columns
@@ -72,7 +72,7 @@ def drawn(seed: int) -> How:
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_nothing_but_the_problem_decides_a_bit(dtype, layout, pytestconfig):
-    """Device, path, group size, rows in shared memory, tiles and schedule, drawn at random; more with --interpret 0."""
+    """Device, path, group size, resident rows, tile and schedule are drawn at random; more with --interpret 0."""
     number = DTYPES.index(dtype) * 3 + LAYOUTS.index(layout)
     everyday = pytestconfig.getoption("--interpret")
     ran = 0
@@ -102,14 +102,14 @@ def test_launches(device, path, launches):
     assert len(lines) == call.plan(case.problem, how).launches == launches
     assert ("clusters of" in lines[0]) == (path in ("fused", "cluster"))
     assert ("cooperative" in lines[0]) == (path == "cooperative" or device is A100)
-    # The second kernel may overlap the first's tail where the architecture has that.
+    # The second kernel may overlap the end of the first on architectures that allow it.
     assert [("overlapping" in line) for line in lines[1:]] == [device is H100] * (launches - 1)
     score = call.score_case(tokens(2, 60, 32), 5)
     assert len(call.run(score, How(device))) == call.plan(score.problem, How(device)).launches == 1
 
 
 def test_two_streams_at_once():
-    """Two calls that share nothing but the device, their blocks mixed."""
+    """Two calls on one device, whose blocks run in mixed order."""
     x, y = tokens(2, 50, 40, dtype=torch.float16, seed=1), tokens(3, 44, 64, dtype=torch.float16, seed=2)
     for seed in range(4):
         a, b = call.compress_case(x, 13, 6), call.compress_case(y, 30, 4, layout="append")
@@ -138,7 +138,7 @@ def test_two_streams_at_once():
 )
 @pytest.mark.parametrize("shift", [0, 1])
 def test_what_does_not_fit_shared_memory(N, D, keep, basis, way, lacks, shift):
-    """The same bits as where everything fits; rows of whole 16-byte words, and the same rows one element further on."""
+    """The bits are those of a device on which everything fits; also with rows that start one element further on."""
     make = tokens(1, N, D, dtype=torch.bfloat16, kind="clustered", seed=4)
     room = torch.zeros(1, N, D + 8, dtype=torch.bfloat16)
     x = room[:, :, shift : shift + D].copy_(make)
@@ -151,7 +151,7 @@ def test_what_does_not_fit_shared_memory(N, D, keep, basis, way, lacks, shift):
         assert_same(got[name], value, name)
 
 
-# ---- under the sanitizers, as programs of their own
+# ---- under the sanitizers, as separate programs
 
 SANITIZED = [
     How(path="fused", ctas_per_image=2),
@@ -192,7 +192,7 @@ OFFSETS = [[0, 20, 10, 50], [-5, -1, 3, 2**31 - 1], [-(2**31), 2**31 - 1, -(2**3
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("cu", OFFSETS)
 def test_offsets_that_are_wrong_stay_in_bounds(cu, layout):
-    """Offsets on the device cannot be checked: whatever they hold, AddressSanitizer has nothing to say."""
+    """Offsets on the device cannot be checked, but AddressSanitizer must report nothing for any of them."""
     x = tokens(50, 12, dtype=torch.float16, seed=5)
     seqlens, how = torch.tensor(cu, dtype=torch.int32), SANITIZED[LAYOUTS.index(layout)]
     for cu_keep in ([0, 4, 9, 12], cu):
@@ -215,7 +215,7 @@ def test_offsets_that_are_wrong_stay_in_bounds(cu, layout):
     ],
 )
 def test_thread_sanitizer(op, dtype, how):
-    """Tiny: every CUDA thread is a thread of the sanitizer, which makes 1500 of them a second."""
+    """The calls are tiny: every CUDA thread is a thread of the sanitizer, which starts 1500 a second."""
     x = tokens(1, 18, 72, dtype=dtype, kind="clustered", seed=3)
     rows = torch.tensor([[3, 0, 7, 3, 11]])
     cu, cu_keep = torch.tensor([0, 6, 18], dtype=torch.int32), torch.tensor([0, 2, 7], dtype=torch.int32)

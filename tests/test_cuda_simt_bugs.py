@@ -1,4 +1,4 @@
-"""Planted bugs: each is a change of a copy of the CUDA sources, which a certain detector must report."""
+"""Planted bugs: each is a change of a copy of the CUDA sources that a certain detector must report."""
 
 from __future__ import annotations
 

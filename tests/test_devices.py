@@ -20,7 +20,7 @@ from tests.data import tokens
 from tests.judge import assert_same
 from tests.op_calls import CU, CU_KEEP, WRONG_CALLS, calls, error_of, flat
 
-DEVICES = ("mps", "vulkan")  # torch starts the runtime of others, which is not here, before it asks this test
+DEVICES = ("mps", "vulkan")  # for other devices torch would start their runtime, which is not installed
 NAMES = list(calls())
 
 
@@ -116,7 +116,7 @@ def test_the_warning_says_why(device):
 
 
 def test_a_gpu_without_kernels(monkeypatch):
-    """Comes here too, with the reasons of both of its backends."""
+    """Such a GPU also uses the CPU kernels, with the reasons of both of its backends."""
     monkeypatch.setattr(available, "why_not_cuda", lambda device: "the CUDA kernels do not run here")
     monkeypatch.setattr(available, "why_not_triton", lambda: "Triton does not import")
     why = "the CUDA kernels do not run here; Triton does not import"
@@ -131,7 +131,7 @@ def test_a_gpu_without_kernels(monkeypatch):
 
 
 def test_the_reference_is_asked_for_where_there_is_no_float64():
-    """By name it runs where x is, or says why it cannot."""
+    """backend="reference" runs on the device of x, or raises with the reason."""
     x = there("mps", tokens(1, 32, 16))
     with WithoutFloat64("mps"):
         said = error_of(apet_kernels.compress, (x, 8), {"backend": "reference"})
@@ -142,7 +142,7 @@ def test_the_reference_is_asked_for_where_there_is_no_float64():
 
 
 def test_no_float64_anywhere():
-    """A mode stands in for a device, as far as the reference sees."""
+    """A dispatch mode replaces a device without float64."""
 
     class Nowhere(TorchDispatchMode):
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
@@ -179,7 +179,7 @@ def test_plan(kind):
     reason="this torch has no devices written in Python",
 )
 def test_a_device_of_its_own():
-    """One that torch's dispatcher knows: from the op to this fallback and back."""
+    """A device registered with torch's dispatcher: from the op to this fallback and back."""
     code = """
 import warnings
 import torch

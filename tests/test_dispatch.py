@@ -69,7 +69,7 @@ def test_triton_where_the_cuda_kernels_do_not_run(monkeypatch, taken, op):
     assert taken == [("triton", (op, x, 2), {"start": 0})]
 
 
-# ---- whether the CUDA kernels run
+# ---- the conditions for the CUDA kernels
 
 
 def cuda_device(index: int = 0) -> torch.device:
@@ -188,7 +188,7 @@ def test_forced_where_it_cannot_run(monkeypatch, taken):
 
 
 class OnGpu:
-    """A tensor that plan() takes for one on a GPU."""
+    """A tensor that plan() treats like one on a GPU."""
 
     def __init__(self, x: torch.Tensor) -> None:
         self.x, self.device = x, cuda_device()
@@ -235,7 +235,7 @@ def test_plan_of_triton_says_why_not_cuda(monkeypatch):
     assert WITHOUT in plan.why
 
 
-# ---- where there is no CUDA
+# ---- without CUDA
 
 
 @pytest.mark.skipif(torch.version.cuda is not None, reason="this torch has CUDA")

@@ -1,4 +1,4 @@
-"""`apet eval` without a model: the files that are read and written, what answers are worth, and the table."""
+"""`apet eval` without a model: the files that are read and written, the scores of answers, and the table."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ def written(path: Path, records: list[dict]) -> bytes:
 
 
 def test_every_cut_is_survived(tmp_path: Path) -> None:
-    """Cut the file at every byte: the whole lines before it stay, the run goes on, and nothing runs together."""
+    """The file is cut at every byte: complete lines stay, the run continues, and no lines are joined."""
     records = [{"id": str(i), "variant": "keep=64", "answer": "é" * i} for i in range(3)]
     path = tmp_path / "new" / "answers.jsonl"
     data = written(path, records)
@@ -117,7 +117,7 @@ def test_every_cut_is_survived(tmp_path: Path) -> None:
 
 
 def test_a_full_disk_is_an_error(tmp_path: Path) -> None:
-    """And what had room of a line is removed by the next run."""
+    """The next run removes the part of a line that was written."""
     path = tmp_path / "answers.jsonl"
     data = written(path, [{"id": "0", "variant": "v", "answer": ""}])
     before = resource.getrlimit(resource.RLIMIT_FSIZE)

@@ -14,7 +14,7 @@ from benchmarks.lib import baselines
 from benchmarks.lib.cases import BASIS, RIDGE, Case, gpu_cases, tokens
 
 BF16 = Case(B=2, N=20, D=3, keep=12, dtype=torch.bfloat16, layout="overwrite")  # T = 2, N - K = 8, X = 240 bytes
-# One byte, one operation a second, so that seconds are counts; a launch costs 1000, and 5000 on the host.
+# Rates of one byte and one operation a second, so that seconds are counts; a launch costs 1000, and 5000 on the host.
 UNIT = floors.Rates("unit", 1.0, 1.0, 2.0, 1e9, 0.0, "none", gap=1000.0, host=5000.0)
 
 
@@ -35,7 +35,7 @@ def test_times_by_hand():
     assert piece.seconds(UNIT) == 3 * 1000 + 240
     cached = floors.Rates("cached", 1.0, 1.0, 2.0, 1e9, 80.0, "none", gap=0.0, host=7.0)
     assert piece.bytes(cached) == 10 + 2 * 20
-    assert piece.seconds(cached) == 50  # the bytes and the float32 instructions take the same, and overlap
+    assert piece.seconds(cached) == 50  # bytes and float32 instructions take the same time, and overlap
     assert floors.graphed([piece, piece], cached) == 100
     assert floors.ungraphed([piece, piece], cached) == 100  # six launches at 7 hide behind the work
     assert floors.ungraphed([piece, piece], UNIT) == 6 * 5000
@@ -74,7 +74,7 @@ def test_the_published_formulation_as_it_runs(B, N, D, keep, dtype):
     work = floors.published(case)
     assert sum(w.launches for w in work) == counter.operations
     touched = sum(w.touched() for w in work)
-    assert 0.9 * counter.bytes <= touched <= counter.bytes  # what has no D in it, and small copies, are not counted
+    assert 0.9 * counter.bytes <= touched <= counter.bytes  # small copies and arrays without a D are not counted
 
 
 def test_the_published_formulation_by_hand():

@@ -1,8 +1,8 @@
-"""What only a GPU can show: graphs, streams, the compiler, real sizes; for each backend that runs on it.
-`make gpu-check` runs this where pytest is installed.
+"""Tests that need a GPU: graphs, streams, the compiler, real sizes; for each backend that runs on it.
+`make gpu-check` runs this file if pytest is installed.
 
-Without a GPU `pytest -m gpu` runs the same bodies on interpreted kernels with tiny sizes, so that their first run on a
-GPU does not end at a slip; that shows nothing else, and what needs a stream is skipped.
+Without a GPU, `pytest -m gpu` runs the same tests on interpreted kernels with tiny sizes. This only finds mistakes in
+the tests themselves. Tests that need a stream are skipped.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ needs_gpu = pytest.mark.skipif(DRY, reason="a dry run has no streams and no memo
 
 @pytest.fixture(params=[name for name, why in WHY_NOT.items() if why is None], autouse=True)
 def gpu_backend(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Its name; on a GPU it is what the ops take."""
+    """Yields the name of the backend, which the ops use on a GPU."""
     with contextlib.nullcontext() if DRY else apet_kernels.use_backend(request.param):
         yield request.param
 
@@ -55,7 +55,7 @@ def features(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> 
 
 
 def size(real: int, tiny: int) -> int:
-    """Of a dimension, on a GPU and in a dry run."""
+    """Returns `real` on a GPU, and `tiny` in a dry run."""
     return tiny if DRY else real
 
 
@@ -64,7 +64,7 @@ def assert_all_same(got: Any, expected: Any, what: str) -> None:
         assert_same(a, b, f"{what}, result {n}")
 
 
-# Name -> inputs (a seed makes others of the same shapes), and the call. Every op and layout, both selections.
+# Name -> inputs (each seed gives other values of the same shapes), and the call. Every op and layout, both selections.
 N, D, KEEP, BASIS = size(576, 12), size(1024, 16), size(64, 6), size(10, 3)
 LENGTHS = [[size(n, m) for n, m in pairs] for pairs in (((300, 7), (1, 1), (576, 12)), ((500, 10), (7, 2), (370, 8)))]
 KEEPS = [[size(k, m) for k, m in pairs] for pairs in (((20, 4), (1, 1), (79, 7)), ((40, 6), (3, 2), (57, 4)))]
@@ -104,7 +104,7 @@ def call(request: pytest.FixtureRequest) -> tuple[Callable[[int], tuple[Tensor, 
 
 
 def test_the_dispatcher(gpu_backend):
-    """Takes the backend for a GPU tensor, without a word; bit for bit what naming it gives."""
+    """It uses the backend for a GPU tensor without a warning, bit for bit as if the call named it."""
     if DRY:
         pytest.skip("a dry run has CPU tensors, which the dispatcher gives to the CPU kernel")
     (x,) = batch(0)
@@ -118,7 +118,7 @@ def test_the_dispatcher(gpu_backend):
 
 
 def test_a_graph_replays_with_other_input(call, clock):
-    """Contents change, ragged lengths among them; addresses stay. Bitwise what the call alone gives."""
+    """Values change, ragged lengths included, at the same addresses. The bits are those of the call alone."""
     inputs_of, function = call
     static = inputs_of(0)
     replay = clock.graphed(lambda: function(*static))
@@ -146,7 +146,7 @@ def test_compiled(call):
 
 @needs_gpu
 def test_compiled_into_graphs():
-    """mode="reduce-overhead": torch makes the CUDA graphs."""
+    """With mode="reduce-overhead" torch makes the CUDA graphs."""
     compiled = torch.compile(lambda x: OPS.compress(x * 1, KEEP, BASIS), fullgraph=True, mode="reduce-overhead")
     for seed in range(6):
         got = [t.clone() for t in compiled(*batch(seed))]
@@ -173,7 +173,7 @@ def test_dynamic_shapes_compile_once():
 @needs_gpu
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_two_streams_at_once(dtype):
-    """Different inputs on two streams, many times: neither sees the other's workspace."""
+    """Different inputs run on two streams, many times: neither reads the workspace of the other."""
     inputs = [features(4, n, 1024, dtype=dtype, seed=n) for n in (576, 577)]
     expected = [OPS.compress(x, KEEP, BASIS) for x in inputs]
     streams = [torch.cuda.Stream() for _ in inputs]
@@ -191,7 +191,7 @@ def test_two_streams_at_once(dtype):
 
 @contextlib.contextmanager
 def no_synchronisation() -> Iterator[None]:
-    """torch raises where it waits for the device."""
+    """Makes torch raise an error if it waits for the device."""
     if DRY:
         yield
         return
@@ -210,7 +210,7 @@ def test_nothing_waits_for_the_device(call):
     apart = x.new_empty(*x.shape[:-1], D + 1)[..., :D].copy_(x)
     with no_synchronisation():
         function(*inputs)
-        function(apart, *rest)  # rows that start anywhere are copied first
+        function(apart, *rest)  # unaligned rows are copied first
 
 
 @needs_gpu
@@ -249,7 +249,7 @@ def test_alone_in_a_batch_packed_or_apart(gpu_backend, dtype, channels):
     at = at.view(B, KEEP) - N * torch.arange(B, device=DEVICE)[:, None]
     assert_all_same((rows.view(together[0].shape), at), together, "packed")
 
-    for shift in (1, 3, 8):  # any element: 16-byte words may start anywhere
+    for shift in (1, 3, 8):  # rows may start at any element
         room = torch.full((B, N + 1, channels + 8), float("nan"), dtype=dtype, device=DEVICE)
         view = room[:, 1:, shift : shift + channels].copy_(x)
         assert_all_same(compress(view), together, f"{shift} elements in")
@@ -260,7 +260,7 @@ def test_alone_in_a_batch_packed_or_apart(gpu_backend, dtype, channels):
 
 @pytest.mark.parametrize("dtype", DTYPES if not DRY else [torch.float32])
 def test_ragged_images(gpu_backend, dtype):
-    """Each as it is alone, whatever its neighbours: one token, everything kept, the largest."""
+    """Each has the bits that it has alone: images of one token, with all tokens kept, and the largest."""
     lengths = [1369, 1, 576, 64, 4096, 7] if not DRY else [9, 1, 5]
     keeps = [137, 1, 64, 64, 400, 5] if not DRY else [4, 1, 5]
     x = features(sum(lengths), D, dtype=dtype, seed=3)
@@ -276,7 +276,7 @@ def test_ragged_images(gpu_backend, dtype):
             first += lengths[n]
 
 
-# ---- against float64, at sizes that the shared tests have no time for
+# ---- against float64, at sizes that take the shared tests too long
 
 SIZES = [(1, 65536, 64, 600), (1, 16384, 1280, 1638), (2, 1500, 8192, 150), (16, 576, 1024, 64), (1, 1280, 3584, 384)]
 
@@ -296,7 +296,7 @@ def test_a_large_basis(gpu_backend, select):
 
 @needs_gpu
 def test_more_elements_than_32_bits_count():
-    """The last image of a tensor of 3.8e9 elements, and alone."""
+    """The last image of a tensor of 3.8e9 elements has the bits that it has alone."""
     B, n, channels = 64, 16384, 3584
     if torch.cuda.mem_get_info()[0] < 20 * 2**30:
         pytest.skip(f"{torch.cuda.get_device_name()} has less than 20 GiB free")
@@ -315,7 +315,7 @@ def test_more_elements_than_32_bits_count():
 @needs_gpu
 @pytest.mark.parametrize(("B", "n", "channels", "keep"), [(64, 576, 1024, 64), (1, 16384, 3584, 4915)])
 def test_memory(B, n, channels, keep):
-    """Beyond the result no more than plan() says, and that within O(N (M + 1) + K D)."""
+    """A call uses no more memory than its result and the workspace of plan(), which is within O(N (M + 1) + K D)."""
     x = features(B, n, channels, dtype=torch.bfloat16)
     OPS.compress(x, keep, BASIS)
     torch.cuda.synchronize()

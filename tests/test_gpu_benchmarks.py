@@ -45,7 +45,7 @@ def test_without_a_gpu(main, monkeypatch, capsys):
 @pytest.mark.parametrize("layout", ["overwrite", "inplace"])
 @pytest.mark.parametrize("baseline", [baselines.eager, baselines.tuned], ids=lambda baseline: baseline.__name__)
 def test_baselines_run_where_the_tokens_lie(baseline, layout, dtype):
-    """On a device that is not the CPU: an operation between the two would raise."""
+    """On another device than the CPU: an operation that mixes the two would raise an error."""
     with FakeTensorMode():
         x = torch.empty(2, 60, 32, dtype=dtype, device="meta")
         for start in (-1, 0):
@@ -91,7 +91,7 @@ class FakeCuda:
 
 @needs_triton
 def test_the_clock_of_a_gpu(monkeypatch):
-    """No GPU needed to see that it asks torch for the right things."""
+    """The clock calls the right functions of torch, which can be tested without a GPU."""
     cuda = FakeCuda(monkeypatch)
     gpu_device = devices.gpu()
     head = gpu_device.describe()
@@ -166,7 +166,7 @@ class Tiles:
 
 
 def tuned(times: dict[int, list[float]], monkeypatch: pytest.MonkeyPatch) -> tune.Outcome:
-    """What tune() makes of 8 (in use), 4, 2 and 16 that take so long in two cases, and fail without a time."""
+    """Returns tune()'s outcome for 8 (in use), 4, 2 and 16, with these times in two cases; those without one fail."""
     group = tune.Group(("s4_topk",), ("topk_warps",), lambda wide, element: iter([(4,), (2,), (16,)]))
     in_use: list[int] = []
 
@@ -201,7 +201,7 @@ def test_tiles_in_use_that_fail_are_no_candidate(monkeypatch):
 
 @needs_triton
 def test_every_entry_has_candidates():
-    """Powers of 2, several for each group at the channels and dtypes that are measured."""
+    """Candidates are powers of 2, several for each group at the channels and dtypes that are measured."""
     from apet_kernels.triton_kernels.configs import Tiles
 
     for key in {tune._key(case) for case in gpu_cases()}:

@@ -63,7 +63,7 @@ needs_nvcc = pytest.mark.skipif(sass.nvcc() is None, reason="there is no nvcc")
 @pytest.mark.slow
 @pytest.mark.parametrize("direct", [False, True], ids=["cmake", "direct"])
 def test_libraries_are_built_and_bind_to_torch_alone(tmp_path, monkeypatch, direct):
-    """Every symbol that the binding lacks is torch's, the CUDA library's, or the system's."""
+    """Every undefined symbol of the binding is torch's, the CUDA library's, or the system's."""
     if direct:
         monkeypatch.setattr(build, "missing_for_cmake", lambda: "cmake")
     elif lacks := build.missing_for_cmake():
@@ -86,6 +86,6 @@ def test_libraries_are_built_and_bind_to_torch_alone(tmp_path, monkeypatch, dire
     lacks = {
         n for n in symbols(into / "libapet_cuda_torch.so", "--undefined-only") if re.match(r"apet|_ZN4apet|aoti", n)
     }
-    # A torch without CUDA has neither of the two.
+    # A torch without CUDA has neither of these.
     assert lacks - there <= {"aoti_torch_get_current_cuda_stream", "aoti_torch_create_cuda_guard"}
     assert "apet_cuda_run" in lacks

@@ -88,7 +88,7 @@ def header() -> str:
 
 
 def test_figures_come_back():
-    """The figures that a run was made of; what it did not measure stays."""
+    """The figures are those from which the run was made; figures that it did not measure are unchanged."""
     ((_, before),) = figures.read(header())
     truth = {name: value * (1 + n / 10) for n, (name, value) in enumerate(before.items())}
     text, kept = figures.updated(header(), primitive_lines(truth))
@@ -185,7 +185,7 @@ def test_a_rehearsal_never_enters_the_documents(checkout, tmp_path, monkeypatch,
     folder, before = written(tmp_path / "run", lines), header()
     files = {p: p.read_text() for p in checkout.rglob("*") if p.is_file()}
     assert ended(gpu_figures, str(folder), monkeypatch=monkeypatch) == 2
-    assert "is a rehearsal, whose figures mean nothing: give --rehearsed" in capsys.readouterr().err
+    assert "is a rehearsal, whose figures have no meaning: give --rehearsed" in capsys.readouterr().err
     elsewhere = tmp_path / "elsewhere"
     monkeypatch.setattr(sys, "argv", ["it", str(folder), "--rehearsed", str(elsewhere)])
     gpu_figures.main()

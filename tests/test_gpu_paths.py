@@ -1,7 +1,7 @@
 """Every path of the CUDA kernels, forced, with every group, residency and tile: the same bits, judged against float64.
 
-On a GPU (`pytest -m gpu`) at real sizes. The same bodies run on the simulated GPU, with tiny ones: a part of the paths
-every day, all of them in `make test-cuda`.
+On a GPU (`pytest -m gpu`) the sizes are real. On the simulated GPU the same tests run with tiny sizes: a part of the
+paths in `make test`, all of them in `make test-cuda`.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> D
 
 
 def pairs() -> list[Any]:
-    """Returns pairs (call, device); one in ten of them runs every day."""
+    """Returns pairs (call, device); one in ten of them runs in `make test`."""
     make, rare = random.Random(1), [pytest.mark.slow, pytest.mark.matrix]
     names = {"H100": H100, "A100": A100, "RTX-3090": RTX_3090}
     return [
@@ -77,7 +77,7 @@ def pairs() -> list[Any]:
 @simulated
 @pytest.mark.parametrize(("call", "device"), pairs(), indirect=["device"])
 def test_every_path_simt(call, device, pytestconfig):
-    """A few of the ways of each path; all of them with --interpret 0."""
+    """A few of the ways to run each path; all of them with --interpret 0."""
     make = random.Random(f"{call} {device}")
     ways = testing.cuda_paths()
     if pytestconfig.getoption("--interpret"):
@@ -96,7 +96,7 @@ def test_against_float64_simt(layout, device):
     Call(layout, torch.float16, paths.TINY[0]).judged("cpu")
 
 
-# ---- what is forced
+# ---- the forced path
 
 
 @simulated

@@ -1,4 +1,4 @@
-"""benchmarks/gpu_quick.py without a GPU: rehearsals with planted faults, and the parts that these do not reach."""
+"""benchmarks/gpu_quick.py without a GPU: rehearsals with planted faults, and the parts that rehearsals do not run."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ WHY_NOT_SIMULATED = simt_build.missing() or available.why_not_cpu()
 simulated = pytest.mark.skipif(WHY_NOT_SIMULATED is not None, reason=str(WHY_NOT_SIMULATED))
 needs_triton = pytest.mark.skipif("triton" not in apet_kernels.available_backends(), reason="Triton is not installed")
 
-# A machine has torch, Triton and numpy; transformers and pytest perhaps.
+# Packages that a machine with a GPU may lack. It has torch, Triton and numpy, and perhaps transformers and pytest.
 BLOCKED = ("rich", "typer", "pytest", "hypothesis", "skimage", "matplotlib", "PIL", "pybind11", "scipy", "av")
-# As where they are not installed: they cannot be found, which is no error of who asks.
+# Code that makes these packages look not installed: importlib does not find them.
 BLOCKER = f"""
 import importlib.machinery
 find = importlib.machinery.PathFinder.find_spec
@@ -68,7 +68,7 @@ def rehearse(out: Path, *options: str, **environment: str) -> subprocess.Complet
 @pytest.mark.slow
 @simulated
 def test_planted_faults(tmp_path):
-    """Each is a line, the run goes on, and its exit code counts it."""
+    """Each fault is one line, the run continues, and the exit code counts it."""
     wanted = "1x30x13 keep 17 float32 inplace"
     planted = {"card: versions": "raise", "card: device": "crash", "card: nvidia-smi": "hang"}
     bits = [f"paths: {wanted} | {way}" for way in ways_rehearsed(wanted)]
@@ -99,7 +99,7 @@ def test_planted_faults(tmp_path):
     assert done.stdout.splitlines()[-len(block) :] == block
     assert len(block) <= report.MOST_LINES
     assert block[0].startswith("REHEARSED")
-    assert sum(line.lstrip()[:1].isdigit() for line in block) == 5  # what was wrong, a line each
+    assert sum(line.lstrip()[:1].isdigit() for line in block) == 5  # one line for each fault
 
 
 def ways_rehearsed(wanted: str) -> list[str]:
@@ -124,7 +124,7 @@ def test_the_whole_rehearsal(tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     assert {line["step"] for line in lines} == {"run", *steps.STEPS}
     ran = {line["step"] for line in lines if line["status"] == "ok"}
-    assert ran >= {*steps.STEPS} - {"tests", "sanitizers"}  # which need pytest, and compute-sanitizer on a GPU
+    assert ran >= {*steps.STEPS} - {"tests", "sanitizers"}  # these need pytest, and compute-sanitizer on a GPU
     block = (tmp_path / "out/summary.txt").read_text().splitlines()
     assert len(block) <= report.MOST_LINES
     assert sum("keep" in line for line in block) == 2
@@ -149,7 +149,7 @@ def test_command_lines_that_make_no_sense(tmp_path, monkeypatch, capsys):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_without_a_gpu(tmp_path, monkeypatch, capsys):
-    """After the card nothing else is tried."""
+    """After the step `card` no other step runs."""
     assert ended(gpu_quick, "--out", str(tmp_path / "out"), monkeypatch=monkeypatch) == 2
     lines = report.load(tmp_path / "out")
     assert [(x["step"], x["item"], x["status"]) for x in lines if x["status"] not in report.RIGHT] == [
@@ -160,7 +160,7 @@ def test_without_a_gpu(tmp_path, monkeypatch, capsys):
 
 
 def test_time_that_is_over(tmp_path):
-    """Nothing more is begun, and each step says so."""
+    """No step begins, and each is recorded as not run."""
     (tmp_path / "out").mkdir()
     recorder = gpu_quick.Recorder(tmp_path / "out")
     run = gpu_quick.Run(tmp_path / "out", 0, True, "", [], {}, recorder)
@@ -187,7 +187,7 @@ def test_the_mix_is_right(monkeypatch, layout):
 
 
 def compute_sanitizer(folder: Path, monkeypatch: pytest.MonkeyPatch, said: str, code: int, seconds: int = 0) -> None:
-    """Makes a program of that name that records its arguments."""
+    """Makes a program with the name compute-sanitizer that records its arguments."""
     program = folder / "compute-sanitizer"
     program.write_text(
         f"#!/bin/sh\necho $PYTORCH_NO_CUDA_MEMORY_CACHING $* >> {folder}/calls\nsleep {seconds}\n"
@@ -228,7 +228,7 @@ def test_sanitizers_that_are_not_there(tmp_path, monkeypatch):
 
 @simulated
 def test_what_the_sanitizers_run(monkeypatch):
-    """On the simulated GPU, right; and a wrong result is said."""
+    """It finds no fault on the simulated GPU, and reports wrong results."""
     binding.stand_in(call.H100, monkeypatch.setattr)
     monkeypatch.setattr(torch.Tensor, "cuda", lambda t: t)
     for dtype in apet_kernels.ops.DTYPES:
@@ -244,7 +244,7 @@ def test_what_the_sanitizers_run(monkeypatch):
 
 
 def test_after_a_fault_of_the_device_the_process_ends(tmp_path, monkeypatch):
-    """After an illegal access every later call of the process fails: the items that are left get another process."""
+    """After an illegal access every later call of the process fails, so another process runs the remaining items."""
     from benchmarks.quick import worker
 
     def three(options: Options) -> Iterator[Item]:
@@ -266,7 +266,7 @@ def test_after_a_fault_of_the_device_the_process_ends(tmp_path, monkeypatch):
 
 
 def test_the_profiler(monkeypatch):
-    """Kernels by their names, a call; where it sees none, that is said."""
+    """It returns the time of each kernel by name, per call, or an error if it records no kernel."""
     events: list[SimpleNamespace] = []
     found = SimpleNamespace(key_averages=lambda: events)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)

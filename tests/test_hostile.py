@@ -1,4 +1,4 @@
-"""No input crashes, hangs, reads out of bounds, or spoils more than the rows it is part of."""
+"""No input crashes, hangs or reads out of bounds, and a bad token changes only the rows that it is part of."""
 
 import pytest
 import torch
@@ -65,7 +65,7 @@ def test_zeros(backend, dtype, layout, select):
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("bad", [NAN, INF, -INF])
 def test_non_finite_stays_where_it_is(backend, dtype, layout, bad):
-    """Other images keep their bits; in its own image a bad token is kept as it is and nothing else is touched by it."""
+    """Other images keep their bits. In its own image a bad token is kept unchanged and does not change other rows."""
     x = tokens(4, 50, 23, dtype=dtype, kind="clustered", seed=2)
     clean, clean_at = backend.compress(x, 20, 6, layout=layout)
     x[1, 11, 5] = bad
@@ -103,7 +103,7 @@ def test_more_bad_tokens_than_are_kept(backend, layout):
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("scale", [300.0, 3000.0])
 def test_squares_past_float16(backend, layout, scale):
-    """Squares, distances and sums all overflow float16; none may be formed in it."""
+    """Squares, distances and sums would overflow float16, so none may be computed in it."""
     x = (scale * tokens(2, 80, 64, seed=4)).clamp(-60000, 60000).half()
     check(backend, x, 24, 6, layout=layout)
 
@@ -111,7 +111,7 @@ def test_squares_past_float16(backend, layout, scale):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("scale", [1e-12, 1e15])
 def test_far_from_one(backend, dtype, scale):
-    """Squares of 1e-24 and 1e30 are float32 numbers: the result scales with the input, ridge apart."""
+    """Squares of 1e-24 and 1e30 are within float32: the result scales with the input, except for the ridge."""
     x = tokens(1, 60, 32, kind="clustered", seed=5).to(dtype)
     scale = 2.0 ** round(torch.tensor(scale).log2().item())
     got, indices = backend.compress(x, 20, 6, ridge=0.0)
@@ -137,7 +137,7 @@ def test_squares_past_float32(backend, dtype, layout):
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("scale", [1e-45, 1e-30, 1e-20, 4e18, 1.5e19, 1e38])
 def test_at_the_edges_of_float32(backend, scale, layout, select):
-    """Where squares or distances round to 0 or to infinity the choice is free, the counts and the bounds are not."""
+    """If squares or distances round to 0 or infinity, any choice is right, but counts and bounds must hold."""
     x = tokens(2, 33, 5, seed=7) * scale
     got, indices = backend.compress(x, 10, 4, layout=layout, select=select)
     kept = indices[:, :10]
@@ -191,7 +191,7 @@ def test_nothing_kept_of_anything(backend, T):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_processor_that_flushes_subnormals(backend, dtype):
-    """Two bfloat16, the upper one 0, look like a subnormal float; servers often have those flushed."""
+    """Two bfloat16 of which the upper is 0 form a subnormal float, and many processors flush these to 0."""
     x = tokens(1, 64, 64, seed=3)
     x[..., 1::2] = 0
     x, kept = x.to(dtype), torch.arange(16)[None]
@@ -204,7 +204,7 @@ def test_a_processor_that_flushes_subnormals(backend, dtype):
 
 
 def test_an_image_that_keeps_nothing(backend):
-    """Its tokens are lost; the basis rows of append are still there."""
+    """Its tokens are lost; with append, its basis rows are still returned."""
     x = tokens(20, 6, seed=9)
     got, indices = varlen(backend, x, [0, 8, 20], [0, 0, 5], 5)
     alone, at = backend.compress(x[None, 8:].clone(), 5, 3)
@@ -230,7 +230,7 @@ def test_an_empty_image(backend, layout):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_packed_image_that_keeps_no_more_than_its_basis(backend, dtype):
-    """overwrite, k <= m: what `compress` rejects cannot be seen here, so the first k basis tokens take all k slots."""
+    """With overwrite and k <= m the first k basis tokens take all k slots; the op cannot reject this as `compress`."""
     x = tokens(40, 6, dtype=dtype, seed=11)
     got, indices = varlen(backend, x, [0, 15, 40], [0, 2, 12], 12, "overwrite", basis=5)
     p = backend.score(x[None, :15].clone(), 5)[1][0]
@@ -255,7 +255,7 @@ GARBAGE = [
 @pytest.mark.parametrize("cu", GARBAGE)
 @pytest.mark.parametrize("cu_keep", [[0, 4, 9, 12], *GARBAGE])
 def test_garbage_offsets(backend, layout, cu, cu_keep):
-    """Device tensors cannot be checked: in bounds, indices of real tokens, rows that no image fills 0."""
+    """Device tensors cannot be checked: accesses stay in bounds, indices are valid, rows that no image fills are 0."""
     x = tokens(50, 6, seed=12)
     got, indices = varlen(backend, x, cu, cu_keep, 12, layout)
     R = 12 + 9 * (layout == "append")
@@ -269,7 +269,7 @@ def test_garbage_offsets(backend, layout, cu, cu_keep):
 
 @pytest.mark.parametrize("bounds", [(10, 12), (50, 2), (1, 1)])
 def test_bounds_that_are_too_small(backend, bounds):
-    """max_seqlen and max_keep below the truth: as unspecified as other garbage, and as harmless."""
+    """If max_seqlen or max_keep is too small, the result is unspecified, but accesses stay in bounds."""
     x = tokens(50, 6, seed=13)
     cu, cu_keep = torch.tensor([0, 30, 50], dtype=torch.int32), torch.tensor([0, 6, 12], dtype=torch.int32)
     got, indices = backend.compress_varlen(x, cu, cu_keep, 12, *bounds, 3)

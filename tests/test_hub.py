@@ -1,4 +1,4 @@
-"""What examples/hub assembles for the Hugging Face Hub, loaded by the `kernels` package from a folder."""
+"""The repository that examples/hub assembles for the Hugging Face Hub, loaded by `kernels` from a folder."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def assemble(folder: Path, *options: str) -> Path:
 
 
 def loaded(folder: Path, backend: str, **environment: str) -> int:
-    """Loads it beside the installed package and compares the two; how many of our libraries were in the process."""
+    """Loads it beside the installed package and compares the two. Returns how many apet libraries were loaded."""
     command = [sys.executable, "-c", LOAD, folder, backend]
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ | environment)
     assert done.returncode == 0, done.stderr
@@ -57,11 +57,11 @@ def test_compiled_beside_the_installed_package(tmp_path: Path) -> None:
     assert loaded(folder, "cpu") == 4
     from kernels._rust import Build
 
-    Build.open(folder)  # raises where kernel-builder would
+    Build.open(folder)  # raises the errors of kernel-builder
 
 
 def test_triton_for_any_torch(tmp_path: Path) -> None:
-    """The build without an architecture, as if it were for CPUs, since no GPU is needed to interpret it."""
+    """The build without an architecture. It is interpreted here, as if it were for CPUs, which needs no GPU."""
     folder = assemble(tmp_path / "hub")
     assert sorted(path.name for path in (folder / "build").iterdir()) == ["torch-cuda", "torch-rocm"]
     metadata = json.loads((folder / "build/torch-cuda/metadata.json").read_text())

@@ -8,7 +8,7 @@ from tests.data import DTYPES, offsets, tokens
 from tests.judge import assert_same
 
 LAYOUTS = ("inplace", "overwrite", "append")
-# N, D, keep, basis: multiples of nothing, of 64, more tokens or channels than one block of a matrix kernel, one token.
+# N, D, keep, basis: odd sizes, multiples of 64, more tokens or channels than one block of a matrix kernel, one token.
 SHAPES = [(70, 45, 20, 6), (192, 128, 64, 10), (300, 7, 33, 12), (53, 1100, 40, 3), (1, 8, 1, 1)]
 
 
@@ -39,7 +39,7 @@ def test_alone_or_in_a_batch(backend, dtype, N, D, keep, basis):
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("select", ["fps", "qr"])
 def test_packed_or_one_by_one(backend, dtype, layout, select):
-    """Ragged lengths, one token and all tokens kept among them; indices are positions in the packed tensor."""
+    """Ragged lengths, also one token and all tokens kept; indices are positions in the packed tensor."""
     lengths, keeps, basis = [31, 1, 64, 7, 130, 12], [9, 1, 64, 5, 40, 11], 4
     x = tokens(sum(lengths), 37, dtype=dtype, kind="clustered", seed=2)
     cu, cu_keep = offsets(lengths), offsets(keeps)
@@ -57,7 +57,7 @@ def test_packed_or_one_by_one(backend, dtype, layout, select):
         assert (indices[rows] - first).tolist() == at[0].tolist(), f"indices of image {s}"
 
 
-# Large enough for the kernel to use several threads: in one image, on images side by side, and a mixture.
+# Large enough for several threads: on one image, on several images at once, and on both.
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
     ("B", "N", "D", "keep", "basis"), [(1, 401, 99, 130, 10), (5, 190, 130, 64, 10), (3, 700, 65, 90, 5)]
@@ -98,12 +98,12 @@ def test_strides_and_alignment(backend, dtype, D):
     expected = everything(backend, x, 12, 5, "inplace")
     expected["merged"] = backend.merge(x, expected["indices"])
     views = {}
-    for shift in (1, 3, 5):  # rows that start at any element
+    for shift in (1, 3, 5):  # rows may start at any element
         room = torch.full((2, 40, D + 8), float("nan"), dtype=dtype)
         views[f"padded rows, {shift} in"] = room[:, :, shift : shift + D]
     views["tokens first"] = torch.full((40, 2, D), float("nan"), dtype=dtype).transpose(0, 1)
     views["every third token, behind a class token"] = torch.full((2, 122, D), float("nan"), dtype=dtype)[:, 1:120:3]
-    # The last dimension apart: features of a convolution, flattened and transposed, and the like.
+    # The last dimension is not contiguous, as in features of a convolution that are flattened and transposed.
     views["channels first"] = torch.full((2, D, 40), float("nan"), dtype=dtype).transpose(1, 2)
     views["every second channel"] = torch.full((2, 40, 2 * D), float("nan"), dtype=dtype)[:, :, ::2]
     for name, view in views.items():
@@ -146,8 +146,8 @@ def test_broadcast_images(backend):
 @pytest.mark.rest_interpreted
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_again_and_again(backend, dtype):
-    """Between runs of other shapes that leave other things in a workspace."""
-    # Kernels that are interpreted take few basis tokens: each is a launch of every program.
+    """Calls of other shapes run in between, which leave other values in a workspace."""
+    # Interpreted kernels get few basis tokens, because each is a launch of every program.
     basis = 3 if backend.interpreted else 8
     x = tokens(2, 96, 64, dtype=dtype, kind="clustered", seed=7)
     first = everything(backend, x, 24, basis, "overwrite")

@@ -38,7 +38,7 @@ def added(products: Tensor, chain: int) -> Tensor:
 @pytest.mark.parametrize("D", [1024, 2048, 3584, 8192])
 @pytest.mark.parametrize("depth", [8, 16])
 def test_tensor_cores_that_truncate(D, depth):
-    """Similar targets stay within what is allowed, at every noise, since the kernels add in chains."""
+    """Similar targets stay within the allowed error, at every noise, since the kernels add in chains."""
     for noise in (0.2, 1e-3):
         make = torch.Generator().manual_seed(1)
         centre = torch.randn(D, generator=make, dtype=torch.float64)
@@ -50,6 +50,6 @@ def test_tensor_cores_that_truncate(D, depth):
         )
         assert float(-in_one.mean()) > D / depth / 2 * U, "it does not truncate"
         assert float(-in_chains.mean()) < 24 * U, "it grows with D"
-        assert float(in_chains.max() - in_chains.min()) < SIMILARITY  # what can make the second best target the best
+        assert float(in_chains.max() - in_chains.min()) < SIMILARITY  # a larger difference could exchange two targets
         if (D, depth) == (8192, 8):
             assert float(in_one.max() - in_one.min()) > 2 * SIMILARITY, "one chain would do"

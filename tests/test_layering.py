@@ -1,4 +1,4 @@
-"""Imports and includes go one way: csrc knows no torch but for its binding, apet_kernels knows no apet."""
+"""Imports and includes go one way: csrc includes torch only in its binding, apet_kernels does not import apet."""
 
 import ast
 import re
@@ -50,7 +50,7 @@ def test_the_core_is_free_of_torch():
 
 
 def test_one_file_per_library_binds_to_torch():
-    """And one header that they share."""
+    """One file per library, and one header that they share, include torch."""
     files = [p for p in (ROOT / "csrc").rglob("*.*") if any(i.startswith("torch") for i in included(p))]
     assert {p.name for p in files} == TO_TORCH
 
@@ -61,7 +61,7 @@ BACKENDS = {
     "cuda": sorted((ROOT / "csrc/cuda").iterdir()),
     "triton": sorted((ROOT / "apet_kernels/triton_kernels").glob("*.py")),
 }
-# What a backend's files of stages are called, but for their suffix.
+# The stems of a backend's stage files.
 STEMS = {
     "reference": set(),
     "cpu": {
@@ -78,7 +78,7 @@ STEMS = {
         *("s4_topk", "s4_given_rows", "s4_medoids", "s5_assign", "s5_mean"),
     },
 }
-# Names that said something else in another backend, by what the glossary of docs/algorithm.md calls it now.
+# Name in the glossary -> former names of the quantity, which had other meanings in other backends.
 RETIRED = {
     "norm_sq": ["sq", "norm2"],
     "dist_sq": ["nearest"],
@@ -95,8 +95,8 @@ RETIRED = {
 
 
 def names_in(path: Path) -> set[str]:
-    """What a source file names: in C++ every identifier outside of comments and strings, in Python its variables,
-    arguments and the attributes that it sets."""
+    """Returns the names in a source file: in C++ all identifiers outside of comments and strings, in Python variables,
+    arguments, and attributes that it sets."""
     text = path.read_text()
     if path.suffix != ".py":
         return set(re.findall(r"\w+", re.sub(r"//[^\n]*|/\*.*?\*/|\"[^\"\n]*\"", " ", text, flags=re.DOTALL)))
@@ -117,7 +117,7 @@ def test_reference_has_every_stage():
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_stages_have_one_name(backend: str):
-    """A file of stages is named by the stages it spans, with the same stem in every backend."""
+    """A stage file is named by the stages it spans, with the same stem in every backend."""
     assert {p.stem for p in BACKENDS[backend] if re.match(r"s\d", p.name)} == STEMS[backend]
 
 
@@ -131,14 +131,14 @@ def test_a_kernel_has_a_file_of_its_name(backend: str):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_quantities_have_one_name(backend: str):
-    """The glossary's: names that meant another quantity in another backend do not come back."""
+    """Backends do not use the former names, which had other meanings in other backends."""
     retired = {old: new for new, names in RETIRED.items() for old in names}
     found = {(path.name, name) for path in BACKENDS[backend] for name in names_in(path) & set(retired)}
     assert {f"{file}: {name} is called {retired[name]}" for file, name in found} == set()
 
 
 def test_the_glossary_has_these_names():
-    """With what they mean, in the table of docs/algorithm.md."""
+    """The table of docs/algorithm.md has these names, with their meanings."""
     glossary = (ROOT / "docs/algorithm.md").read_text().partition("## Names")[2].partition("\n## ")[0]
     named = set(re.findall(r"`(\w+)`", glossary))
     assert set(RETIRED) <= named

@@ -21,11 +21,11 @@ def test_judged(backend, dtype, layout, select, kind):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
     ("B", "N", "D", "keep", "basis"),
-    # Kernels that are interpreted take the first and the last, which are the quickest.
+    # Interpreted kernels get the first and the last, which are the quickest.
     [(5, 17, 3, 16, 1), (1, 576, 128, 64, 10), (3, 100, 1024, 33, 5), (1, 300, 16, 65, 64), (2, 90, 61, 89, 20)],
 )
 def test_shapes(backend, dtype, B, N, D, keep, basis):
-    """The layout changes with the shape: all of both would say no more."""
+    """Each shape has one layout, since all combinations would test nothing more."""
     layout = LAYOUTS[(N + keep) % 3]
     check(backend, tokens(B, N, D, dtype=dtype, kind="clustered", seed=N), keep, basis, layout=layout)
 
@@ -34,7 +34,7 @@ def test_shapes(backend, dtype, B, N, D, keep, basis):
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("basis", [1, 9, 20])
 def test_keeping_all_is_the_input_bit_for_bit(backend, dtype, layout, basis):
-    """Decided first: even where `overwrite` would need keep > basis."""
+    """keep = N comes before every other rule, even if `overwrite` would need keep > basis."""
     x = tokens(2, 9, 13, dtype=dtype, seed=2)
     x[1, 4, 7] = float("nan")
     x[1, 5, 0] = -0.0
@@ -55,7 +55,7 @@ def test_fewer_basis_tokens_than_asked_for(backend, layout):
     assert (backend.score(x, 5)[1] >= 0).sum() == 3
     got, indices = check(backend, x, 6, 5, layout=layout)
     p = [i for i in backend.score(x, 5)[1][0].tolist() if i >= 0]
-    if layout == "inplace":  # residuals are all 0, so the lowest positions join the basis, and each receives its copies
+    if layout == "inplace":  # all residuals are 0: the lowest positions join the basis, copies are merged into each
         assert indices.tolist() == [[0, 1, 2, 3, 4, 5]]
         torch.testing.assert_close(got[0, :3], x[0, :3], rtol=1e-6, atol=0)
         assert_same(got[0, 3:], x[0, 3:6])
@@ -67,7 +67,7 @@ def test_fewer_basis_tokens_than_asked_for(backend, layout):
 
 
 def test_append_without_a_basis(backend):
-    """All zeros: nothing to pick, so token 0 fills the basis rows."""
+    """With zeros alone no token is picked, so token 0 fills the basis rows."""
     got, indices = backend.compress(torch.zeros(1, 6, 4), 2, 3, layout="append")
     assert indices.tolist() == [[0, 1, 0, 0, 0]]
     assert not got.any()

@@ -1,4 +1,4 @@
-"""The C header and the binary interface of the library; what the library takes from elsewhere."""
+"""The C header and the binary interface of the library, and the functions of other libraries that it uses."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def header_code() -> str:
 
 
 def test_abi_pins_all_of_the_header():
-    """Every type, member, enumerator and function of apet.h stands in tests/library/abi.c."""
+    """tests/library/abi.c has every type, member, enumerator and function of apet.h."""
     code, pinned = header_code(), re.sub(r"\s+", " ", (SOURCES / "abi.c").read_text())
     found = re.findall(r"typedef (?:struct|enum) \w+ \{(.*?)\} (\w+);", code, re.S)
     bodies = {name: body for body, name in found}
@@ -126,7 +126,7 @@ def test_every_status_has_a_message_and_no_other_number():
 
 @pytest.mark.parametrize("op", ["SCORE", "MERGE"])
 def test_ragged_images_can_only_be_compressed(op: str):
-    """score and merge lay their results out by image, and would write past them."""
+    """The results of score and merge have a fixed size per image, so ragged images could write past their end."""
     library = installed().library
     cu_seqlens, cu_keep = (torch.tensor(offsets, dtype=torch.int32) for offsets in ([0, 10, 30], [0, 4, 9]))
     problem = simt_call.compress_varlen_case(tokens(30, 8), cu_seqlens, cu_keep, 9, 20, 5).problem
@@ -161,7 +161,7 @@ def test_exports_exactly_the_header(copy: Callable[[], Copy]):
 
 @each(installed, newer)
 def test_name_and_calls_of_a_shared_library(copy: Callable[[], Copy]):
-    """Its name holds the version that is compatible; its calls to itself can end in no other copy."""
+    """Its soname contains the compatible version, and its internal calls cannot reach another copy."""
     library = Path(copy().library._name)
     abi = ".".join(copy().version().split(".")[:2])
     assert f"Library soname: [libapet.so.{abi}]" in run("readelf", "-d", library)
@@ -170,7 +170,7 @@ def test_name_and_calls_of_a_shared_library(copy: Callable[[], Copy]):
 
 @pytest.mark.slow
 def test_two_versions_side_by_side():
-    """Each keeps its own state, and both give the same bits, called in turn and at once."""
+    """Each has its own state, and both give the same bits, called in turn and at once."""
     old, new = installed(), newer()
     major, minor, patch = map(int, version().split("."))
     assert (old.version(), new.version()) == (version(), f"{major}.{minor + 1}.{patch}")
@@ -191,12 +191,13 @@ def test_two_versions_side_by_side():
                 assert_same(got, wanted)
 
 
-# ---- what it does not do ---------------------------------------------------------------------------------------------
+# ---- functions of other libraries ------------------------------------------------------------------------------------
 
 
 def test_uses_nothing_that_allocates_waits_or_throws():
-    """All that libapet takes from elsewhere. A call through the caller's pool is the only one that leaves it."""
+    """The list of all functions that libapet uses of other libraries, besides the caller's pool."""
     allowed = {"memcpy", "memmove", "memset", "snprintf", "sched_yield", "__cxa_guard_acquire", "__cxa_guard_release"}
+    allowed |= {"syscall"}  # once: asks Linux for the permission to use AMX's tiles
     hardened = {"__memcpy_chk", "__memset_chk", "__snprintf_chk", "__stack_chk_fail"}  # of compilers that do so unasked
     library = Path(installed().library._name)
     assert {"memcpy", "snprintf"} < undefined(library) <= allowed | hardened
@@ -225,7 +226,7 @@ def test_allocates_nothing(tmp_path: Path, copy: str):
 
 
 def test_cuda_neither_allocates_nor_waits():
-    """Every function of the CUDA runtime that is called; the last two by kernels, for the launch before and after."""
+    """The list of all functions of the CUDA runtime; kernels call the last two, for the launches before and after."""
     text = "\n".join(re.sub(r"//.*", "", path.read_text()) for path in sorted((CSRC / "cuda").glob("*.cu*")))
     assert set(re.findall(r"\b(cuda[A-Z]\w+)\(", text)) == {
         *("cudaGetDevice", "cudaDeviceGetAttribute", "cudaFuncSetAttribute", "cudaGetErrorString", "cudaGetLastError"),

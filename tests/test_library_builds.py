@@ -1,4 +1,4 @@
-"""Every way to build csrc/ into another project, as docs/vendoring.md describes: the bits, and what is installed."""
+"""Every way to build csrc/ into another project, as docs/vendoring.md describes: the bits, and the installed files."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def test_every_way_of_building_gives_the_bits_of_the_op(copy: Callable[[], Copy]
 
 
 def test_the_guide_lists_what_is_compiled_and_nothing_else():
-    """By what the compiler reads, for CUDA with the headers of the simulated GPU."""
+    """The lists are compared with the files that the compiler reads; for CUDA, with the simulated GPU's headers."""
     have = [f"-DAPET_HAVE_{isa}" for isa in ("AVX2", "AVX512", "AVX512_BF16")]
     vectors = ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512bf16", "-mfma", "-mf16c"]
 
@@ -175,12 +175,12 @@ def test_an_optional_component_that_is_missing_is_no_failure(tmp_path: Path):
     assert f"found 1, version {version()}, cuda FALSE" in said
 
 
-# ---- CUDA, where there is nvcc (slow) --------------------------------------------------------------------------------
+# ---- CUDA, with nvcc (slow) ------------------------------------------------------------------------------------------
 
 needs_nvcc = pytest.mark.skipif(not sass.nvcc(), reason="there is no nvcc")
 ARCHS = "90-real"
 
-# A program in C: the target brings the header, libapet, and whatever else has to be linked.
+# A program in C: the target provides the header, libapet, and all else that must be linked.
 PLAN = """
 #include <apet.h>
 #include <stdio.h>

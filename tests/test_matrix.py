@@ -1,4 +1,4 @@
-"""The page of the matrix: files that its sessions write do not count as changes of the tested sources."""
+"""The page of the matrix: files that its sessions write are not changes of the tested sources."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def test_a_row_is_of_a_commit(repository: Path) -> None:
 
 
 def test_rows(repository: Path) -> None:
-    """A version has one row, its last; the versions ascend as numbers."""
+    """A version has one row, that of its last run; versions are sorted as numbers."""
     docs = repository / "docs"
     for version, passed in (("3.10.0", 1), ("3.9.0", 2), ("3.10.0", 3)):
         matrix.keep(OUTCOME | {"version": version, "passed": passed}, docs)

@@ -1,6 +1,6 @@
-"""Films: every kind is read as a player shows it, with its frames at their times; damage is reported.
+"""Films: every kind is read as a player shows it, with the times of its frames; damaged files raise errors.
 
-Every file is made here (films.py).
+films.py makes all files.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from tests.films import HIGH, WIDE, film, grey, numbers, read, rejected
 
 av = pytest.importorskip("av")
 
-# --- which frames
+# --- the choice of frames
 
 
 def seconds(*times: float) -> list[Fraction]:
@@ -36,7 +36,7 @@ def test_frames_are_those_on_screen_in_the_middles_of_equal_spans() -> None:
 
 
 def test_a_frame_that_stays_is_taken_again_at_the_middles_of_its_stay() -> None:
-    """Nine tenths of a second of one picture, then ten in the last: even in time, not in number."""
+    """One picture for 0.9 seconds, then ten in the last tenth: frames are chosen evenly in time, not by number."""
     starts = seconds(0, *(9 + i / 10 for i in range(10)))
     assert frames.choose(starts, Fraction(10), 5) == [(0, 0.0), (0, 3.0), (0, 5.0), (0, 7.0), (1, 9.0)]
 
@@ -56,8 +56,8 @@ KINDS = [
     ("matroska", "libx264", "yuv420p"),
     ("webm", "libvpx-vp9", "yuv420p"),
     ("avi", "mjpeg", "yuvj420p"),
-    ("mpegts", "mpeg2video", "yuv420p"),  # its clock begins at 1.4 s
-    ("h264", "libx264", "yuv420p"),  # has no times
+    ("mpegts", "mpeg2video", "yuv420p"),  # its times begin at 1.4 s
+    ("h264", "libx264", "yuv420p"),  # it has no times
     ("flv", "flv", "yuv420p"),
     ("mov", "prores", "yuv422p10le"),
 ]
@@ -141,7 +141,7 @@ def test_a_damaged_packet_is_skipped_and_counted() -> None:
     assert clip.notes == ["2 damaged packets skipped"]
     assert clip.total == 18
     assert numbers(clip) == [2, 7, 11, 17]
-    assert clip.times == pytest.approx([0.2, 0.7, 1.1, 1.7])  # what is there keeps its time
+    assert clip.times == pytest.approx([0.2, 0.7, 1.1, 1.7])  # the undamaged frames keep their times
 
 
 def test_a_clip_without_a_sound_frame_is_rejected() -> None:

@@ -1,4 +1,4 @@
-"""Photos and animations are read as they are shown; what is neither is rejected."""
+"""Photos and animations are read as viewers show them; other files are rejected."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ def test_heic_photo() -> None:
 
 
 def test_heic_without_its_extra_names_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "pillow_heif", None)  # importing it fails now
+    monkeypatch.setitem(sys.modules, "pillow_heif", None)  # makes its import fail
     head = struct.pack(">I4s4sI4s", 20, b"ftyp", b"mif1", 0, b"heic")
     assert rejected(head + bytes(100)) == 'a HEIC photo needs pillow_heif: pip install "apet-kernels[heif]"'
 
@@ -114,7 +114,7 @@ def test_an_animation_that_is_cut_off_is_read_up_to_there() -> None:
     assert len(clip.times) == 2 or "damaged after frame" in clip.notes[0]
 
 
-# --- what is neither
+# --- other files
 
 
 @pytest.mark.parametrize(

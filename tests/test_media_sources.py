@@ -1,4 +1,4 @@
-"""Files, pipes, standard input and addresses, and the faults of each."""
+"""Files, pipes, standard input and URLs, and the faults of each."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def test_named_pipe(photo: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 
 class Server(http.server.BaseHTTPRequestHandler):
-    """A server with /photo; its other addresses have the faults that servers may have."""
+    """A server with /photo; its other addresses have typical faults of servers."""
 
     photo = b""
     wait = threading.Event()

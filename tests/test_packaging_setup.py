@@ -25,7 +25,7 @@ def rules(monkeypatch: pytest.MonkeyPatch) -> dict:
     return runpy.run_path("setup.py")
 
 
-# For each front end, the words of the command that builds.
+# For each front end, the command that builds.
 COMMANDS = {
     "pip": "pip install torch && pip install .",
     "uv": "uv pip install --no-build-isolation .",

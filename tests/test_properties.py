@@ -1,4 +1,4 @@
-"""Random shapes, dtypes, layouts, strides and contents, all through the judge. Seeded: every run tries the same."""
+"""Random shapes, dtypes, layouts, strides and contents, all judged. They are seeded, so every run tries the same."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tests.conftest import Backend
 from tests.data import DTYPES, offsets, tokens
 from tests.judge import assert_same, check, check_merge
 
-FEW = 2  # examples on kernels that are interpreted, where one takes seconds; with --interpret 0 as many as elsewhere
+FEW = 2  # examples on interpreted kernels, where one takes seconds; with --interpret 0 as many as elsewhere
 
 
 def on_every_backend(**strategies: st.SearchStrategy) -> Callable:

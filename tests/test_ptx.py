@@ -1,7 +1,6 @@
 """The CUDA kernels as nvcc compiled them: their PTX, executed by an interpreter that checks every instruction.
 
-Small shapes, since a CTA is 384 threads to interpret. What the sources mean, whatever compiles them, is tested by
-test_cuda_simt.py and the shared tests.
+The shapes are small, since every CTA has 384 threads. test_cuda_simt.py and the shared tests test the sources.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ pytestmark = [
 ]
 
 LAYOUTS = ("inplace", "overwrite", "append")
-# Every kernel on both targets, rows in shared memory and not; seeds that draw all three kinds of schedule.
+# Every kernel on both targets, with and without resident rows; the seeds draw all three kinds of schedule.
 WAYS = {
     "sm_80 cooperative, tile 64": How(A100, "cooperative", 2, tile=64, seed=3),
     "sm_80 cooperative, tile 128": How(A100, "cooperative", 2, resident=4, tile=128, seed=4),
@@ -35,18 +34,18 @@ WAYS = {
     "sm_90a cluster": How(H100, "cluster", 2, tile=128, seed=6),
     "sm_90a fused": How(H100, "fused", 2, seed=7),
 }
-# B, N, D, keep, basis: rows that are whole 16-byte words or not, of one matrix step or several; tiles not full.
+# B, N, D, keep, basis. Rows are whole 16-byte words or not, of one matrix step or several; some tiles are not full.
 SHAPES = [(2, 48, 33, 14, 4), (1, 70, 72, 66, 5), (2, 41, 200, 12, 6), (1, 60, 264, 20, 3)]
 
 
 @pytest.fixture
 def shapes(pytestconfig: pytest.Config) -> list[tuple[int, ...]]:
-    """--shape B,N,D,KEEP,BASIS, which may be repeated, tries others."""
+    """Returns the shapes above, or those of --shape B,N,D,KEEP,BASIS, which may be repeated."""
     return pytestconfig.getoption("--shape") or SHAPES
 
 
 def image(shape: tuple[int, ...], number: int, dtype: torch.dtype) -> Tensor:
-    """x [B, N, D] of the shape with that number; those with an odd one begin at an odd element."""
+    """Returns x [B, N, D] of the shape with that number; with an odd number it begins at an odd element."""
     B, N, D, _, _ = shape
     x = tokens(B, N, D, dtype=dtype, kind=("clustered", "repeated", "normal")[number % 3], seed=number)
     if number % 2 == 0:
@@ -59,7 +58,7 @@ def image(shape: tuple[int, ...], number: int, dtype: torch.dtype) -> Tensor:
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_judged_by_float64(dtype, layout, select, shapes):
-    """compress and score, every dtype, layout and rule on both targets; shapes and paths take turns."""
+    """compress and score, with every dtype, layout and rule on both targets; shapes and paths in turns."""
     number = (DTYPES.index(dtype) * 3 + LAYOUTS.index(layout)) * 2 + (select == "qr")
     ways = list(WAYS.values())
     for turn, how in ((number, ways[number % 2]), (number + 1, ways[2 + number % 3])):
@@ -77,7 +76,7 @@ LENGTHS, KEEPS = [0, 23, 0, 5, 40, 1], [0, 6, 0, 5, 9, 1]
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_ragged_images(dtype, way):
-    """Also empty ones; each is judged by itself."""
+    """Packed images, also empty ones; each is judged alone."""
     layout, basis = LAYOUTS[list(WAYS).index(way) % 3], 4
     x = tokens(sum(LENGTHS), 72, dtype=dtype, kind="clustered", seed=9)
     functions = call.functions(WAYS[way])
@@ -105,7 +104,7 @@ def test_ragged_images(dtype, way):
 
 
 def cases(shapes: list[tuple[int, ...]], dtype: torch.dtype, number: int) -> dict[str, Case]:
-    """Every op once."""
+    """Returns every op once."""
     shape = number % len(shapes)
     x = image(shapes[shape], shape, dtype)
     B, N, D, keep, basis = shapes[shape]
@@ -125,11 +124,11 @@ def cases(shapes: list[tuple[int, ...]], dtype: torch.dtype, number: int) -> dic
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_same_bits_as_the_sources(dtype, way, shapes):
-    """Every op, against the simulation of the sources, which another compiler has compiled."""
+    """Every op gives the bits of the simulation, which another compiler has compiled."""
     how, number = WAYS[way], DTYPES.index(dtype) * len(WAYS) + list(WAYS).index(way)
     for name, case in cases(shapes, dtype, number).items():
         if name == "score" and how.path == "fused":
-            continue  # which is never fused
+            continue  # score is never fused
         launches = call.run(case, how)
         got = {key: value.clone() for key, value in case.outputs.items()}
         assert len(launches) == (1 if name == "score" or how.path == "fused" else 2)
@@ -139,7 +138,7 @@ def test_same_bits_as_the_sources(dtype, way, shapes):
 
 
 def test_merge_is_judged():
-    """Rows in any order, repeated, and not all of them targets."""
+    """The rows have any order and repetitions, and not all are targets."""
     x = image(SHAPES[2], 2, torch.bfloat16)
     B, N, _, keep, _ = SHAPES[2]
     rows = torch.randint(N, (B, keep), generator=torch.Generator().manual_seed(1))
@@ -152,7 +151,7 @@ def test_merge_is_judged():
 @pytest.mark.parametrize("way", ["sm_80 cooperative, tile 128", "sm_90a fused"])
 @pytest.mark.parametrize("dtype", DTYPES[1:])
 def test_a_matrix_unit_that_truncates(dtype, way):
-    """Sums that are cut off, as tensor cores do, stay within what the judge allows; the indices are the same."""
+    """With truncated sums, as of tensor cores, the errors stay within the bounds, and the indices are the same."""
     x = tokens(1, 96, 520, dtype=dtype, kind="clustered", seed=3)
     _, indices = judge.check(call.functions(WAYS[way], truncates=True), x, 40, 4)
     judge.assert_same(indices, call.functions(WAYS[way]).compress(x, 40, 4)[1], "indices")
@@ -162,14 +161,14 @@ def test_a_matrix_unit_that_truncates(dtype, way):
 
 
 def small() -> Case:
-    """Two matrix steps, every fragment of a warp in use, more images than a cooperative launch has groups. Tokens that
-    are like none, so that small changes of a similarity change the target."""
+    """Returns a case with two matrix steps, every fragment of a warp in use, and more images than a cooperative launch
+    has groups. No token resembles another, so that small changes of a similarity change the target."""
     return simt.compress_case(tokens(3, 84, 136, dtype=torch.float16, seed=2), 34, 3)
 
 
 def others() -> list[Case]:
-    """More tokens than a CTA has threads, a dozen of them different, so that both cuts are among equals; rows given by
-    the caller."""
+    """Returns a case with more tokens than a CTA has threads, of which twelve differ, so that both cuts are among equal
+    tokens, and a case with rows given by the caller."""
     pick = torch.randint(12, (400,), generator=torch.Generator().manual_seed(3))
     x = tokens(1, 70, 24, dtype=torch.float16, seed=3)
     return [
@@ -180,13 +179,13 @@ def others() -> list[Case]:
 
 @pytest.fixture(scope="module")
 def unchanged() -> dict[str, planted.Unchanged]:
-    """By way."""
+    """Returns the results without a fault, for each way."""
     return {name: planted.unchanged(how, small(), *others()) for name, how in WAYS.items()}
 
 
 @pytest.mark.parametrize("fault", planted.PLANTED, ids=lambda fault: fault.name.replace(" ", "_"))
 def test_planted_faults(fault, unchanged, pytestconfig):
-    """At instructions of every way that executes one: the first and the last, or with --interpret 0 at each."""
+    """Each fault is planted at the first and last instruction that a way executes, or with --interpret 0 at each."""
     tried, missed = 0, []
     for name, way in unchanged.items():
         places = planted.executed(way, fault)

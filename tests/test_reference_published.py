@@ -1,8 +1,8 @@
 """layout="overwrite" and "append" against the published algorithm, transcribed step by step from arXiv 2602.19870.
 
-Slow and independent of everything else here: a loop for farthest-point sampling, `torch.linalg.solve` on the normal
-equations, a broadcast cosine similarity, one Python loop per merged token. The authors start at a random token; that
-token is an argument here.
+The transcription is slow and shares no code with the package: a loop for farthest-point sampling, `torch.linalg.solve`
+on the normal equations, a broadcast cosine similarity, one Python loop per merged token. The authors start at a random
+token, which is an argument here.
 """
 
 import pytest
@@ -28,7 +28,7 @@ def published(x: Tensor, keep: int, basis: int, start: int, ridge: float = 1e-5)
 
 
 def merged_into(X: Tensor, receivers: Tensor, dropped: Tensor) -> dict[int, Tensor]:
-    """Returns, for each receiver, its position -> the mean of itself and of the dropped tokens most like it."""
+    """Returns, for each receiver, position -> the mean of it and of the dropped tokens most similar to it."""
     similarity = torch.cosine_similarity(X[dropped][:, None], X[receivers][None], dim=-1)  # [n, R]
     nearest = similarity.argmax(1)
     result = {}
@@ -49,7 +49,7 @@ CASES = [(40, 24, 16, 5, 0, 1), (64, 17, 12, 4, 9, 2), (90, 48, 30, 10, 33, 3)] 
 @pytest.mark.parametrize("blend", [1.0, 0.5])
 @pytest.mark.parametrize("kind", ["normal", "clustered"])
 def test_encoder_stage(backend, N, D, K, M, start, seed, blend, kind):
-    """The M lowest of the K kept slots, ascending, take the basis in the order it was picked; Qwen2.5-VL mixes half."""
+    """The basis overwrites the M lowest kept slots, in picking order into ascending slots; Qwen2.5-VL blends half."""
     x = tokens(N, D, kind=kind, seed=seed)
     p = published(x, K, M, start)
     X, low, high = p["X"], p["ranked"][K - M :].sort().values, p["ranked"][: K - M]
@@ -66,7 +66,7 @@ def test_encoder_stage(backend, N, D, K, M, start, seed, blend, kind):
 
 @pytest.mark.parametrize(("N", "D", "K", "M", "start", "seed"), CASES)
 def test_video_llava(backend, N, D, K, M, start, seed):
-    """K tokens by residual, all of them receiving, then the basis; the authors' rank order is not reproduced."""
+    """K tokens by residual, all of them targets, then the basis; the authors' rank order is not reproduced."""
     x = tokens(N, D, seed=seed)
     p = published(x, K, M, start)
     rows = merged_into(p["X"], p["ranked"], not_in(N, p["ranked"]))
@@ -78,7 +78,7 @@ def test_video_llava(backend, N, D, K, M, start, seed):
 
 @pytest.mark.parametrize(("N", "D", "K", "M", "start", "seed"), CASES)
 def test_paper_text(backend, N, D, K, M, start, seed):
-    """The basis and the largest residuals besides, each at its own position, all receiving."""
+    """The basis and the largest residuals of the others, each at its own position, all of them targets."""
     x = tokens(N, D, seed=seed)
     p = published(x, N, M, start)
     others = [n for n in p["ranked"].tolist() if n not in set(p["sampled"].tolist())]

@@ -1,4 +1,4 @@
-"""benchmarks/regress.py finds planted regressions and nothing else; results are read as they were written."""
+"""benchmarks/regress.py finds planted regressions and nothing else, and reads results as they were written."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_planted_regressions_are_found() -> None:
 
 
 def test_planted_regressions_of_a_model_are_found() -> None:
-    """Whose base is not ours: against it and against the model's parts, the hooks take longer."""
+    """The base of a model's suite is not our code. The hooks take longer against it and against the model's parts."""
 
     def prefill(apet: float, op: float) -> Row:
         times = {"uncompressed": 9.0, "apet 64": apet, "apet 64 op": op, "attainable 64": 4.0}
@@ -70,12 +70,12 @@ def test_stored_results_of_models_are_compared(its: suite.Suite) -> None:
 def test_what_is_no_regression() -> None:
     assert worse(row(product=9.0, sweeps=3.0, eager=24.0, kernel=6.0)) == []  # a slower machine
     assert worse(row(eager=2.0)) == []  # a baseline that got faster
-    assert worse(row(kernel=2.4)) == []  # within what is allowed
+    assert worse(row(kernel=2.4)) == []  # within the allowed slowdown
     assert worse(row(kernel=1.0)) == []
 
 
 def test_a_kernel_that_takes_longer_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Through the clock, which the calls move: both take turns, and the kernel then takes twice as long."""
+    """The calls move a fake clock. Both results are measured in turns, and the new kernel takes twice as long."""
     clock = [0.0]
 
     def takes(seconds: float) -> Callable[[object], None]:

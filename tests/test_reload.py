@@ -1,4 +1,4 @@
-"""The package executed again, or twice in one process: the ops are defined once, and stay what they were."""
+"""The package imported again, or twice in one process: the ops are defined once, and do not change."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ for wrong in (lambda: apet_kernels.compress(x, 99), lambda: apet_kernels.compres
 
 
 def run(code: str, folder: Path | None = None) -> str:
-    """Runs code in a process of its own; returns its output."""
+    """Runs code in a new process; returns its output."""
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=folder, check=False)
     assert done.returncode == 0, done.stderr
     return done.stdout
@@ -74,7 +74,7 @@ def run(code: str, folder: Path | None = None) -> str:
 
 @pytest.mark.slow
 def test_reload():
-    """As importlib does it, as %autoreload does, and as notebooks do it that find both too little."""
+    """By importlib, module by module as %autoreload does, and by deleting all modules, as some notebooks do."""
     run(
         BEFORE
         + FIRST
@@ -102,7 +102,7 @@ still_right(apet_kernels, 60)
 
 @pytest.mark.slow  # starts Python and torch several times
 def test_copies_under_other_names(tmp_path):
-    """An engine vendors this package beside the installed one: the same files, copies of them, and the Python alone."""
+    """An engine vendors the package beside the installed one: the same files, copies, or only the Python files."""
     shutil.copytree(PACKAGE, tmp_path / "all", ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copytree(PACKAGE, tmp_path / "pure", ignore=shutil.ignore_patterns("*.so", "__pycache__"))
     folders = [str(PACKAGE), str(tmp_path / "all"), str(tmp_path / "pure")]
@@ -125,7 +125,7 @@ for n, folder in enumerate({folders}):
 
 @pytest.mark.slow  # starts Python and torch several times
 def test_a_copy_without_kernels_gets_those_of_the_next(tmp_path):
-    """The first copy defines the ops; a library that comes with the second implements them for both."""
+    """The first copy defines the ops; the library of the second copy implements them for both."""
     shutil.copytree(PACKAGE, tmp_path / "vendored", ignore=shutil.ignore_patterns("*.so", "__pycache__"))
     run(
         BEFORE.replace("import torch, apet_kernels", "import torch")
@@ -174,7 +174,7 @@ def test_another_version(tmp_path):
 
 @pytest.mark.slow  # starts Python and torch several times
 def test_other_schemas(tmp_path):
-    """Of the same version: someone is at work on them."""
+    """The schemas differ, although the version is the same, as during development."""
     folder = other(tmp_path, "ops.py", "float blend=1.0", "float blend=0.5")
     line = rejected(folder)
     assert "has other schemas: restart Python" in line
@@ -184,7 +184,7 @@ def test_other_schemas(tmp_path):
 
 @pytest.mark.slow  # starts Python and torch several times
 def test_ops_of_something_else():
-    """A release of before this registry, or another library that chose the same name."""
+    """A release without this registry, or another library with the same namespace."""
     said = run(
         """
 import torch
@@ -201,7 +201,7 @@ except ImportError as error:
 
 
 def test_the_version_is_that_of_the_c_header():
-    """A copy of the package alone has to know it too."""
+    """A copy of the Python package needs the version too."""
     header = (PACKAGE.parent / "csrc" / "apet.h").read_text()
     numbers = [line.split()[2] for line in header.splitlines() if line.startswith("#define APET_VERSION_")]
     assert apet_kernels.__version__ == ".".join(numbers)

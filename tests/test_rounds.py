@@ -15,7 +15,7 @@ QR = {"select": "qr", "basis": None}
 
 @pytest.fixture
 def backend(backend):
-    """The backends that have the rule; `test_backends_without_it` tests the others."""
+    """The backends that implement rounds; `test_backends_without_it` tests the others."""
     if backend.name in available.WITHOUT_ROUNDS or backend.name == "cuda-simt":
         pytest.skip(f"{backend.name} does not pick in rounds yet")
     return backend
@@ -77,7 +77,7 @@ def test_a_basis_larger_than_64_leaves_some_to_the_residual(backend, basis):
 
 @pytest.mark.parametrize("keep", [1, 2, 15, 16])
 def test_few_are_picked_one_at_a_time(backend, keep):
-    """As with basis=keep, bit for bit."""
+    """The result is that of basis=keep, bit for bit."""
     x = tokens(2, 60, 33, seed=2)
     got, expected = backend.compress(x, keep, **QR), backend.compress(x, keep, keep, select="qr")
     for a, b in zip(got, expected, strict=True):
@@ -91,8 +91,8 @@ def test_rounds_are_of_the_shares_of_keep(backend):
 
 
 def test_the_pool_is_frozen_for_a_round(backend):
-    """Candidates are the 2 b longest at the start: what they leave of a token outside does not count in the round."""
-    # K = 20, rounds of 5: the pool of the first are the 10 longest. All of these lie along one axis but for a little.
+    """Candidates are the 2 b longest tokens at the start; residuals of other tokens do not matter in the round."""
+    # K = 20, rounds of 5: the first pool has the 10 longest tokens, and all of them are almost on one axis.
     x = torch.zeros(1, 60, 80)
     x[0, :10, 0] = torch.linspace(10.0, 9.1, 10)
     x[0, torch.arange(10), 1 + torch.arange(10)] = 0.5 + 0.01 * torch.arange(10.0)
@@ -121,18 +121,18 @@ def test_start_is_the_first_pick(backend, start):
     assert got == expected
 
 
-# ---- what is not ordinary
+# ---- unusual inputs
 
 
 @pytest.mark.rest_interpreted
 @pytest.mark.parametrize("refine", [0, 2])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_copies(backend, dtype, refine):
-    """25 different tokens, four of each. In a pool copies are dependent, and end the round; all of 25 stay."""
+    """25 different tokens, four of each. Copies in a pool are dependent and end the round; all 25 are kept."""
     x = tokens(1, 25, 64, dtype=dtype, seed=9).repeat_interleave(4, 1)
     got = keeps(backend, x, 40, ridge=0.0, refine=refine)
     assert len(set(got)) == 40
-    if refine == 0:  # what is picked is the lowest of its copies, and is filled up with copies of what is not
+    if refine == 0:  # each pick is the lowest of its copies, and other copies fill the rest
         assert {n // 4 for n in got} == set(range(25))
         assert set(range(0, 100, 4)) <= set(got)
         assert got == rule.kept(x[0], 40, ridge=0.0)[0]
@@ -199,7 +199,7 @@ def test_medoid_steps_are_those_of_a_second_implementation(backend, dtype, kind,
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_medoids_by_hand(backend, dtype):
-    """Two groups on a line: the corner of each, which is picked, gives way to the one in the middle."""
+    """Two groups on a line: the end of each, which is picked, is replaced by the token in the middle."""
     x = torch.zeros(1, 9, 2, dtype=dtype)
     x[0, :5, 0] = torch.tensor([10, 11, 12, 13, 15])
     x[0, 5:, 1] = torch.tensor([1, 2, 3, 8])
@@ -209,7 +209,7 @@ def test_medoids_by_hand(backend, dtype):
 
 
 def test_the_lower_of_two_members(backend):
-    """Both are as far from their mean, exactly, whatever rounding says."""
+    """Both count as equally far from their mean, whatever the rounded distances are."""
     x = torch.zeros(1, 40, 64)
     x[0, torch.arange(20), torch.arange(20)] = torch.linspace(9, 8, 20)
     x[0, 20:] = x[0, :20] * 1.01 + 0.01 * torch.randn(20, 64, generator=torch.Generator().manual_seed(1))
@@ -219,7 +219,7 @@ def test_the_lower_of_two_members(backend):
 @pytest.mark.rest_interpreted
 @pytest.mark.parametrize("select", ["fps", "qr"])
 def test_medoids_of_another_basis(backend, select):
-    """A basis of up to 64 that is all that is kept, however it is picked."""
+    """A basis of at most 64 tokens with keep = basis, picked by either rule."""
     x = tokens(1, 80, 30, seed=5)
     before = backend.compress(x, 20, 20, select=select)[1][0].tolist()
     after = backend.compress(x, 20, 20, select=select, refine=1)[1][0].tolist()
@@ -276,7 +276,7 @@ def test_wrong_offsets_stay_in_bounds(backend):
 
 @pytest.mark.parametrize("name", ["triton", "cuda"])
 def test_backends_without_it(name):
-    """They raise an error that names what is asked for, and what has it."""
+    """They raise an error that names the option, and the backends that have it."""
     if name not in available.WITHOUT_ROUNDS or name not in apet_kernels.available_backends():
         pytest.skip(f"{name} has it, or cannot be used here")
     x = tokens(1, 40, 8)

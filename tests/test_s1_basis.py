@@ -1,4 +1,4 @@
-"""s1: which tokens are the basis, in which order, and where picking stops."""
+"""s1: the basis tokens, their order, and where picking stops."""
 
 import pytest
 import torch
@@ -52,12 +52,13 @@ def test_ties_go_to_the_lower_position(backend):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_ties_with_a_token_that_never_led(backend, dtype):
-    """A kernel that updates only the leaders of the last step must not forget a lower token that ties with them."""
-    # After (100,0), all near it have fallen, (70,40) to 2500: what (0,-50), behind eight others, has had all along.
+    """A kernel that updates only the leaders of the last step must also find a lower token that ties with them."""
+    # After (100,0), the distances of all tokens near it are smaller, that of (70,40) is 2500. (0,-50), which has had
+    # 2500 from the start, ties with it, though eight others were ahead.
     near = [[90, k] for k in range(7)]
     x = rows([0, 0], [0, -50], [100, 0], *near, [70, 40], dtype=dtype)
     assert picks(backend, x, 3, start=0) == [0, 2, 1]
-    # The same, and (50,0), the last of eight leaders, led with 2500 as well.
+    # The same, but (50,0), the last of the eight leaders, has 2500 as well.
     near = [[70 + k, 0] for k in range(6)]
     x = rows([0, 0], [50, 0], [0, -50], [80, 0], *near, [50, 40], dtype=dtype)
     assert picks(backend, x, 3, start=0) == [0, 3, 2]
@@ -67,11 +68,11 @@ def test_ties_with_a_token_that_never_led(backend, dtype):
 @pytest.mark.parametrize("select", ["fps", "qr"])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_step_at_which_no_token_can_be_ruled_out(backend, dtype, select):
-    """600 tokens far away, all near the second pick, which alone is farther: each of them has to be looked at again."""
+    """600 tokens are far away, all near the second pick, which is the farthest: each of them must be updated."""
     x = tokens(1, 700, 40, dtype=dtype, seed=8) / 64
     x[0, 100:, 0] += 100
     x[0, 400, 0] += 4
-    basis = 20  # more than one set of basis tokens that meet a tile together, tiles that have met different numbers
+    basis = 20  # more basis tokens than a tile is updated with at once, and tiles that differ in their number
     p = backend.score(x, basis, select=select, start=0)[1][0]
     check_basis(x[0], p[p >= 0], basis, select, 0, 1e-5)
 
@@ -79,7 +80,7 @@ def test_a_step_at_which_no_token_can_be_ruled_out(backend, dtype, select):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("D", [1, 3, 33, 100, 128])
 def test_repeated_tokens_stop_early(backend, dtype, D):
-    """A token's distance from its own copy is 0 exactly, whatever D leaves for the tail of a vector loop."""
+    """The distance of a token from its copy is exactly 0, for every length of a vector loop's tail."""
     distinct = tokens(3, D, dtype=dtype, seed=D)
     x = distinct[torch.tensor([0, 1, 0, 2, 2, 1, 0, 1])][None]
     p = picks(backend, x, 6)
@@ -140,6 +141,6 @@ def test_basis_of_64(backend, select):
 
 
 def test_qr_of_mixed_magnitudes(backend):
-    """A picked token of huge norm is no candidate, however its norm compares with what is left."""
+    """A picked token of huge norm is not picked again, although its norm exceeds all residuals."""
     x = torch.tensor([[[1e8, 0, 0], [0, 1, 0], [0, 0, 0.5]]])
     assert backend.score(x, 3, select="qr")[1].tolist() == [[0, 1, 2]]

@@ -1,4 +1,4 @@
-"""s2 and s3: the squared residual of the ridge least squares, and what counts as 0."""
+"""s2 and s3: the squared residual of the ridge least squares, and its threshold."""
 
 import pytest
 import torch
@@ -25,7 +25,7 @@ def test_by_hand(backend, dtype):
 
 
 def test_two_basis_tokens_by_hand(backend):
-    # (3,0,0) and the farthest from it, (-30,40,0), span the plane: what is left is the third channel.
+    # (3,0,0) and the farthest from it, (-30,40,0), span the plane: the residual is the third channel.
     x = rows([3, 0, 0], [-30, 40, 0], [1, 2, 5], [-6, 8, 0.5])
     e_sq, p = backend.score(x, 2, start=0, ridge=0.0)
     assert p.tolist() == [[0, 1]]
@@ -45,7 +45,7 @@ def test_rounding_counts_as_zero(backend):
 
 
 def test_the_bound_takes_the_basis_asked_for(backend):
-    """Tokens on a line, off it by sqrt(12u) of their norm: a residual for M = 1, rounding for M = 10."""
+    """Tokens off a line by sqrt(12u) of their norm: above the threshold of M = 1, below that of M = 10."""
     make = torch.Generator().manual_seed(0)
     line, noise = torch.randn(64, generator=make), torch.randn(30, 64, generator=make)
     x = (torch.linspace(1, 2, 30)[:, None] * (line / line.norm() + (12 * U) ** 0.5 * noise / 8))[None]
@@ -54,7 +54,7 @@ def test_the_bound_takes_the_basis_asked_for(backend):
 
 
 def test_the_bound_does_not_shrink_with_the_basis_found(backend):
-    """Copies of one token end the basis at m = 1; the ridge leaves 12u of them, which is rounding for M = 10."""
+    """Copies of one token end the basis at m = 1. The ridge leaves 12u of them, below the threshold of M = 10."""
     x, ridge = torch.tensor([1.0, 0]).expand(1, 5, 2).contiguous(), (12 * U) ** 0.5
     assert (residual(backend, x, 1, ridge=ridge) > 0).all()
     assert backend.score(x, 10, ridge=ridge)[1][0].tolist() == [0] + [-1] * 9
@@ -89,7 +89,7 @@ def test_ridge(backend, ridge, select):
 
 
 def test_dependent_basis_tokens_change_nothing(backend):
-    """fps takes -a and 2a although a is there: their rows are 0, nothing is divided by their pivots of 0."""
+    """fps picks -a and 2a although a is in the basis. Their rows are 0, and nothing is divided by their pivots of 0."""
     a, b, c = torch.tensor([1.0, 2, 0, 0]), torch.tensor([0, 1.0, 1, 0]), torch.tensor([1.0, 1, 1, 1])
     x = torch.stack([-3 * a, 2 * a, a, -a, b, c, 2 * c])[None]
     e_sq, p = backend.score(x, 7, ridge=0.0)
@@ -106,7 +106,7 @@ def test_more_basis_tokens_than_channels(backend, D):
         e_sq, p = backend.score(x, 12, ridge=ridge)
         check_residual(x[0], e_sq[0], p[0][p[0] >= 0], 12, ridge)
     e_sq, p = backend.score(x, 12, ridge=0.0, select="qr")
-    assert (p[0] >= 0).sum() >= D  # a pivot of pure rounding may still pass for one
+    assert (p[0] >= 0).sum() >= D  # rounding may give one more pivot above the threshold
     assert (e_sq == 0).all()
 
 

@@ -48,7 +48,7 @@ def test_order_is_by_residual_not_by_position(backend, dtype):
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("kind", ["clustered", "repeated"])
 def test_topk_of_score_reproduces_compress(backend, layout, select, kind):
-    """As many as asked for, ascending, no two alike, and the set that the residuals imply."""
+    """The kept tokens are K, ascending, without repetition, and those that the residuals imply."""
     x = tokens(1, 41, 19, kind=kind, seed=11)
     residual, picks = backend.score(x, 6, select=select)
     p = picks[0][picks[0] >= 0]
@@ -83,7 +83,7 @@ def test_non_finite_ranks_highest(backend):
 
 
 def test_float32_ranks():
-    """In the reference too, two residuals that float32 cannot tell apart are a tie."""
+    """Two residuals that are equal in float32 are a tie, also in the reference."""
     e_sq = torch.tensor([1.0, 1.0 + 2.0**-30, 0.5, 1.0 - 2.0**-30], dtype=torch.float64)
     kept, overwritten = reference.s4_topk(e_sq, torch.empty(0, dtype=torch.int64), 2, "append")
     assert kept.tolist() == [0, 1]
@@ -94,7 +94,7 @@ def test_float32_ranks():
 def test_many_tokens(backend):
     """More tokens than any block of a selection network or histogram."""
     make = torch.Generator().manual_seed(14)
-    # Interpreted, each row of the result is a program of s5.
+    # On interpreted kernels each row of the result is a program of s5.
     tokens, keeps = (2100, (20,)) if backend.interpreted else (9001, (1, 2, 255, 4096, 9000))
     x = torch.zeros(1, tokens, 3)
     x[0, :, 0] = 1

@@ -1,4 +1,4 @@
-"""s5: where a dropped token goes, and the mean that it leaves there."""
+"""s5: the target of a dropped token, and the means."""
 
 import pytest
 import torch
@@ -29,7 +29,7 @@ def test_cosine_not_dot_product(backend):
 
 
 def test_most_negative_is_not_chosen(backend):
-    """Similarities below 0 count: -0.2 beats -1."""
+    """A similarity of -0.2 is larger than -1."""
     x = rows([-1, 0], [-0.2, 0.98], [1, 0])
     assert_same(merge(backend, x, [0, 1])[0], x[0, 0])
     torch.testing.assert_close(merge(backend, x, [0, 1])[1], torch.tensor([0.4, 0.49]))
@@ -53,7 +53,7 @@ def test_ties_go_to_the_earlier_row(backend):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("D", [1, 5, 16, 31, 64, 100, 257])
 def test_copies_of_a_target_tie_exactly(backend, dtype, D):
-    """The same target many columns apart: equal bits of similarity, wherever a tile puts it."""
+    """Copies of a target many columns apart get equal bits of similarity, at every place in a tile."""
     x = tokens(1, 140, D, dtype=dtype, seed=D)
     x[0, [3, 40, 77, 90]] = x[0, 70].clone()
     got = merge(backend, x, list(range(100)))
@@ -70,14 +70,14 @@ def test_targets(backend):
 
 
 def test_repeated_rows(backend):
-    """Each gives a row, the earliest receives."""
+    """Each gives a row, and tokens are merged into the earliest."""
     x = rows([1, 0], [0, 1], [3, 1])
     assert merge(backend, x, [1, 0, 0]).tolist() == [[0, 1], [2, 0.5], [1, 0]]
 
 
 @pytest.mark.rest_interpreted
 def test_more_repeated_rows_than_are_read_at_once(backend):
-    pairs = 50 if backend.interpreted else 650  # interpreted, each row is a program
+    pairs = 50 if backend.interpreted else 650  # on interpreted kernels each row is a program
     x = tokens(1, 2 * pairs, 5, seed=1)
     got = merge(backend, x, [3, 7] * pairs)
     assert_same(got[:2], merge(backend, x, [3, 7]))
@@ -143,7 +143,7 @@ def test_means(backend, dtype, kind, N, K, D):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_no_worse_than_twice_plain_torch(backend, dtype):
-    """Same rows, same arg-max, the mean in the input's dtype: the promise on accuracy, half a unit as its floor."""
+    """The error is at most twice that of plain torch with the same rows, targets and dtype, or half a unit."""
     x = tokens(1, 300, 48, dtype=dtype, kind="clustered", seed=6)
     rows_, X = torch.arange(0, 300, 20), x[0].double()
     dropped = torch.ones(300, dtype=torch.bool).index_fill(0, rows_, False)
@@ -169,7 +169,7 @@ def test_sums_are_wider_than_the_dtype(backend, dtype):
 @pytest.mark.rest_interpreted
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_every_16_bit_value_is_read_and_written_right(backend, dtype):
-    """A token that holds them all (but those whose squares float32 cannot sum), averaged with its copy, is itself."""
+    """A token with every value whose square float32 can sum, averaged with its copy, does not change."""
     values = torch.arange(-(2**15), 2**15).to(torch.int16).view(dtype)
     values = values[values.isfinite() & (values.abs() < 1e15)]
     x = values.expand(1, 2, -1).contiguous()
@@ -178,7 +178,7 @@ def test_every_16_bit_value_is_read_and_written_right(backend, dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_the_output_holds_packed_targets_until_the_means(dtype):
-    """The CPU workspace grows with the targets by what their packed form exceeds their rows, of widened ones half."""
+    """Per target, the CPU workspace grows by the part of its packed form that exceeds its row; half if widened."""
     if "cpu" not in apet_kernels.available_backends():
         pytest.skip("the CPU library is not built")
     D = 4096

@@ -1,4 +1,4 @@
-"""Every CUDA kernel compiles without spills, and its machine code holds what docs/cuda.md claims."""
+"""Every CUDA kernel compiles without spills, and the claims of docs/cuda.md hold for its machine code."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def test_kernels_on_two_targets(kernels):
 
 
 def test_every_kernel_is_there(kernels):
-    """For every dtype and target, those in the table of kernels.cuh."""
+    """Every kernel in the table of kernels.cuh, for every dtype and target."""
     names = collections.defaultdict(set)
     for kernel in kernels:
         names[kernel.target, kernel.dtype].add(
@@ -64,7 +64,7 @@ def test_a_claim_that_is_broken_is_noticed(kernels, claim):
         broken = dataclasses.replace(kernel, instructions=collections.Counter(left))
         assert any(claim.text in fault for fault in broken.faults())
     others = [k for k in kernels if not re.search(claim.kernels, k.name)]
-    assert any(claim.text in fault for fault in sass.faults(others))  # no kernel is there to hold it
+    assert any(claim.text in fault for fault in sass.faults(others))  # no kernel matches the claim
 
 
 PLANTED = """
@@ -96,7 +96,7 @@ template __global__ void %s<float>(const Call);
     ids=["local memory", "static shared memory", "atomic float", "narrow store"],
 )
 def test_what_is_read_is_what_is_there(tmp_path: Path, body: str, said: str):
-    """A kernel with one fault, compiled."""
+    """A kernel with one fault is compiled, and the fault is found."""
     (tmp_path / "cuda").mkdir()
     (tmp_path / "cuda/float32.cu").write_text(PLANTED % ("s5_merge", body, "s5_merge"))
     (kernel,) = sass.examine("sm_90a", "float32", tmp_path)
@@ -114,7 +114,7 @@ def test_a_body_where_there_are_no_clusters(tmp_path: Path):
 @pytest.mark.matrix
 @pytest.mark.slow
 def test_every_kernel_on_every_target():
-    """No faults; and, by the compiler that it names, docs/cuda.md is up to date."""
+    """There are no faults, and with the compiler that it names, docs/cuda.md is up to date."""
     kernels = sass.compile_all((target, dtype) for target in sass.TARGETS for dtype in sass.DTYPES)
     assert list(sass.faults(kernels)) == []
     text = sass.GUIDE.read_text()

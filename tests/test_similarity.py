@@ -1,7 +1,7 @@
-"""s5 where features share a large direction, as in language models: similarities then differ late in their digits.
+"""s5 on features with a large common direction, as in language models: similarities then differ only in late digits.
 
-Of many dropped tokens those are taken whose best target leads the second one by little more than rounding; torch.mm in
-float32 decides all of them right, or few of them wrong. No backend may decide more of them wrong.
+The tests use dropped tokens whose best target leads the second one by little more than rounding. torch.mm in float32
+finds the best target of all or nearly all of them. No backend may find fewer.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ def close_calls(D: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
     """Returns x [TARGETS + CLOSE, D], targets and close calls, and the target of each [CLOSE] in float64 and by
     torch.mm.
 
-    Token i of the close calls has a 1 in channel D - CLOSE + i, where the targets are 0: the result shows where it went
-    and no product notices.
+    Token i of the close calls has a 1 in channel D - CLOSE + i, where the targets are 0. So the result shows its
+    target, and the products do not change.
     """
     make = torch.Generator().manual_seed(D)
     centre = torch.zeros(D)

@@ -1,7 +1,4 @@
-"""The simulator of tests/simt: it computes what a GPU computes, and each of its detectors reports its fault.
-
-A detector that cannot fire proves nothing about the kernels that it lets pass.
-"""
+"""The simulator of tests/simt: it computes the results of a GPU, and each of its detectors reports its fault."""
 
 from __future__ import annotations
 
@@ -102,7 +99,7 @@ class TestComputes:
 
     @pytest.mark.parametrize(("name", "dtype"), [("half", torch.float16), ("bfloat16", torch.bfloat16)])
     def test_matrix_instructions(self, lib, seed, name, dtype):
-        """Whole numbers small enough that no order of the sum rounds: what is tested is which goes where."""
+        """The numbers are small integers, so that no sum is rounded and only the fragment maps matter."""
         make = torch.Generator().manual_seed(seed)
         a, b = (torch.randint(-9, 10, (n, 16), generator=make).to(dtype) for n in (16, 8))
         data = torch.zeros(1024, dtype=torch.int32)
@@ -118,7 +115,7 @@ class TestComputes:
 
 
 def test_a_device_full_of_threads(lib):
-    """A stack each, and mappings left for the process that runs them: Linux allows 65530 by default."""
+    """Each has a stack, and the process still needs some of the 65530 mappings that Linux allows by default."""
     maps = Path("/proc/self/maps")
     before = len(maps.read_text().splitlines())
     fault, data = run(lib, "full_device", 0)
@@ -175,7 +172,7 @@ def test_faults(lib, name, seed):
     assert run(lib, "barriers", seed)[0] is None, "the fault outlives its launch"
 
 
-# Some schedule has to show these; the others may not.
+# At least one schedule must show these.
 @pytest.mark.parametrize(
     ("name", "message"),
     [
@@ -217,7 +214,7 @@ def test_a_device_without_clusters_rejects_them(lib):
 @pytest.mark.parametrize("seed", [0, 1])
 @pytest.mark.parametrize("sanitizer", ["address", "thread"])
 def test_sanitizers(sanitizer, seed):
-    """Both say nothing of right kernels, and name the line of wrong ones."""
+    """Both sanitizers report nothing for right kernels, and the line of wrong ones."""
     program = build.program("selftest.cu", [], sanitizer)
 
     def report(name: str) -> str:

@@ -15,8 +15,8 @@ from benchmarks.threads import Stage, greedy, simulate
     [
         ([3, 4, 5], 1, 12),
         ([5, 5, 5, 5], 2, 10),
-        ([8, 1, 1, 1], 2, 8),  # the second thread takes the first one's other chunk
-        ([1, 1, 1, 8], 2, 9),  # and cannot help with one that has begun
+        ([8, 1, 1, 1], 2, 8),  # the second thread also takes the other chunk of the first
+        ([1, 1, 1, 8], 2, 9),  # a chunk that has begun is not shared
         ([7], 4, 7),
         ([], 3, 0),
     ],

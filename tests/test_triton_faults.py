@@ -1,4 +1,4 @@
-"""What the interpreter of the Triton kernels must not miss: every fault, and a Triton that it does not know."""
+"""The interpreter of the Triton kernels finds every kind of fault, and rejects a Triton that it does not support."""
 
 import os
 import subprocess
@@ -38,7 +38,7 @@ def copy(x, out, n, shift, N: tl.constexpr):
     ],
 )
 def test_bounds_are_the_tensors(n, shift, message):
-    """Not those of the storage that two tensors share, nor of the memory of the process."""
+    """The bounds are those of the tensor, not of the storage that two tensors share, nor of the process' memory."""
     storage = torch.arange(100.0)
     x, out = storage[10:41], storage[50:82]
     launch = lambda: copy[(2,)](x, out, n, shift, 16)  # noqa: E731
@@ -144,7 +144,7 @@ def halve(x, out, N: tl.constexpr):
 
 def test_a_store_of_two_values():
     out = torch.zeros(N // 2)
-    halve[(1,)](torch.ones(N), out, N)  # the same value twice is no fault
+    halve[(1,)](torch.ones(N), out, N)  # storing the same value twice is no fault
     assert out.eq(1).all()
     with pytest.raises(InterpreterError, match="stores different values at once: 32 elements of out, first at byte 0"):
         halve[(1,)](torch.arange(float(N)), out, N)
@@ -205,11 +205,11 @@ def test_a_promise_that_does_not_hold():
             promise[(1,)](tensor, out, n, N)
 
 
-# ---- a Triton that is not known
+# ---- a Triton that is not supported
 
 
 def imported(change: str) -> str:
-    """What is said where the interpreter is another one, in a process of its own."""
+    """Returns the error in a new process whose Triton interpreter has this change."""
     script = (
         f"from triton.runtime import interpreter\n{change}\nimport tests.tools.triton_interpreter as it\nit.install()"
     )
@@ -236,6 +236,6 @@ def imported(change: str) -> str:
     ],
 )
 def test_another_interpreter_is_named(change, said):
-    """Version and check: the reason for which tests/conftest.py then skips."""
+    """The error names the version and the failed check; tests/conftest.py then skips with this reason."""
     line = imported(change)
     assert line.startswith(f"ImportError: Triton {triton.__version__}'s interpreter {said}"), line

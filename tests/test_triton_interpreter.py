@@ -1,4 +1,4 @@
-"""The interpreter that the Triton kernels are tested in: bfloat16 as torch has it."""
+"""The interpreter in which the Triton kernels are tested computes bfloat16 as torch does."""
 
 import os
 
@@ -19,7 +19,7 @@ BF16 = torch.bfloat16
 
 
 def awkward(seed: int = 0) -> torch.Tensor:
-    """bfloat16 [N]: of every magnitude, both zeros, subnormal, and the largest."""
+    """Returns bfloat16 [N] of every magnitude, both zeros, subnormals, and the largest."""
     make = torch.Generator().manual_seed(seed)
     x = torch.randn(N, generator=make) * 10 ** (8 * torch.rand(N, generator=make) - 4)
     x[:8] = torch.tensor([0.0, -0.0, 1e-40, -1e-40, 3.38e38, -3.38e38, 1.0, -1.0])
@@ -105,7 +105,7 @@ def fma(x, y, z, out, N: tl.constexpr):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, BF16], ids=str)
 def test_fma_rounds_once(dtype):
     x, y = (torch.randn(N, dtype=torch.float64).to(dtype) for _ in range(2))
-    z = -(x * y)  # the rounding of the product is all that is left
+    z = -(x * y)  # only the rounding error of the product remains
     out = torch.empty(N, dtype=dtype)
     fma[(1,)](x, y, z, out, N)
     expected = (x.double() * y.double() + z.double()).to(dtype)

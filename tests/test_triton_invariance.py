@@ -1,7 +1,7 @@
 """One binary per kernel, D and dtype, so that an image's neighbours, address and strides cannot change its bits.
 
-Triton compiles another binary for an argument that is 1 or divisible by 16, for an aligned pointer, and on AMD for a
-tensor of less than 2 GB; another binary may add in another order. Compiled here for GPUs that are not there.
+By default Triton compiles another binary for an argument that is 1 or divisible by 16, for an aligned pointer, and on
+AMD for a tensor of less than 2 GB. Another binary may add in another order. These tests compile for GPUs without one.
 """
 
 import re
@@ -31,7 +31,7 @@ def strided(x: Tensor, more: int) -> Tensor:
 
 
 def calls(D: int, dtype: torch.dtype, device_class: str) -> dict[str, list]:
-    """Returns the launches of every form of call that must not matter."""
+    """Returns the launches of every form of call that must not change the binary."""
     from apet_kernels.triton_kernels import launch
 
     x, cu = torch.empty(2, 37, D, dtype=dtype), torch.empty(3, dtype=torch.int32)
@@ -135,8 +135,7 @@ def specialised(x, n, N: tl.constexpr):
 
 
 def control() -> int:
-    """Runs in a process that compiles. Returns how many binaries a kernel needs that is decorated with plain
-    triton.jit."""
+    """Runs in a process that compiles. Returns the number of binaries of a kernel with plain triton.jit."""
     from apet_kernels.triton_kernels.call import Launch
 
     target = offline.TARGETS["sm_90a"]
@@ -152,7 +151,7 @@ def test_the_count_sees_specialisation(compiler):
 
 
 def sums_over_channels(target: str, D: int, dtype: torch.dtype, Ms: tuple[int, ...]) -> list[list[str]]:
-    """In a process that compiles: for every M, the layouts of what s1_s3_sweep adds up over the channels."""
+    """Runs in a process that compiles. Returns, for every M, the layouts of the channel sums in s1_s3_sweep."""
     chosen = offline.TARGETS[target]
     result = []
     for M in Ms:
@@ -169,7 +168,7 @@ def sums_over_channels(target: str, D: int, dtype: torch.dtype, Ms: tuple[int, .
 @pytest.mark.slow
 @pytest.mark.parametrize("target", TARGETS)
 def test_sums_over_channels_do_not_know_the_basis(compiler, target):
-    """x.p and ||x - p||^2: the layout of a sum is its order. M sets the size of other tensors in the same kernel."""
+    """The layout of x.p and ||x - p||^2 sets the order of their sums. M sets the size of other tensors there."""
     one, *others = compiler.submit(sums_over_channels, target, 1024, torch.float16, (1, 2, 10, 64)).result()
     assert len(one) == 2
     assert all(other == one for other in others)

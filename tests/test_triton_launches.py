@@ -1,4 +1,4 @@
-"""The host side of the Triton backend: how many launches, how much memory, and that neither looks at the data."""
+"""The host side of the Triton backend: the number of launches, and memory; neither depends on data."""
 
 import subprocess
 import sys
@@ -55,7 +55,7 @@ def test_m_plus_4_launches(M, layout):
 
 @pytest.mark.parametrize("refine", [0, 2])
 def test_launches_of_a_basis_in_rounds(refine):
-    """Two a round, of which there are four; few basis tokens are picked one a round, and ragged images may be such."""
+    """Four rounds of two launches. With few basis tokens a round picks one, which must also fit ragged images."""
     x = torch.empty(B, N, D, device="meta")
     options = {"select": "qr", "refine": refine, "device_class": "interpreter"}
     after = ["s4_topk", *["s5_assign", "s4_medoids", "s4_topk"] * refine, "s5_assign", "s5_mean"]
@@ -71,7 +71,7 @@ def test_launches_of_a_basis_in_rounds(refine):
 @on_the_cpu
 @pytest.mark.interpreter
 def test_a_call_runs_what_was_built(monkeypatch):
-    """No launch but those of the list: what is counted above is what a GPU sees."""
+    """A call runs exactly the launches of the list that the other tests count."""
     ran = []
     monkeypatch.setattr(Launch, "run", lambda self: ran.append(self.kernel.__name__))
     x = tokens(B, N, D)
@@ -93,7 +93,7 @@ def calls(x: Tensor) -> dict[str, Callable]:
 
 
 def described(call: Call) -> list:
-    """Returns all that a call asks of a GPU except values: programs, numbers, and the form of every tensor."""
+    """Returns everything in the launches of a call but tensor values: programs, numbers, and forms of tensors."""
     form = [
         (
             one.kernel.__name__,
@@ -110,7 +110,7 @@ def described(call: Call) -> list:
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("op", ["compress", "compress_varlen", "score", "merge"])
 def test_nothing_depends_on_data(op, layout):
-    """Tensors with no data at all give the same launches, programs, sizes and numbers: nothing came to the host."""
+    """Tensors without data give the same launches, programs, sizes and numbers, so no data is read by the host."""
     expected = described(build(op, torch.empty(B, N, D, device="meta"), layout=layout))
     for x in (tokens(B, N, D), torch.zeros(B, N, D), torch.full((B, N, D), torch.nan)):
         assert described(build(op, x, layout=layout)) == expected
@@ -121,7 +121,7 @@ def test_nothing_depends_on_data(op, layout):
     ("B", "N", "D", "M", "K"), [(1, 16384, 3584, 10, 1638), (64, 576, 1024, 64, 288), (2, 3, 5, 1, 2)]
 )
 def test_workspace(B, N, D, M, K, dtype):
-    """It is O(N M), all of it is counted, and 24 numbers a token beside y are the most that it takes."""
+    """It is O(N M), plan() counts all of it, and besides y it has at most 24 numbers per token."""
     x = torch.empty(B, N, D, dtype=dtype, device="meta")
     call = launch.compress(x, K, M, device_class="interpreter")
     assert call.workspace_bytes <= B * (N * (4 * M + 96) + 8 * K + 4 * M * M + 8 * M + 8 * 1024)
@@ -136,10 +136,10 @@ def test_workspace(B, N, D, M, K, dtype):
 @pytest.mark.interpreter
 @pytest.mark.parametrize("layout", [*(pytest.param(one, marks=pytest.mark.slow) for one in LAYOUTS[:-1]), LAYOUTS[-1]])
 def test_how_many_programs_share_the_work_decides_nothing(monkeypatch, layout):
-    """A program of s1 takes one tile, or many; a program of s5_assign compares all targets, or several have a part."""
+    """A program of s1 takes one tile or many; a program of s5_assign compares all targets or a part of them."""
     x = tokens(2, 150, 70, kind="repeated")
     x[:, 7] = 0  # as similar to every target
-    x[:, 9:11] *= 1e-24  # whose similarities are 0, and of either sign
+    x[:, 9:11] *= 1e-24  # their similarities are 0, of either sign
     call = lambda: apet_kernels.compress(x, 60, 3, layout=layout, backend="triton")  # noqa: E731
     tokens_, indices = call()
     shares = [one.args["shares"] for one in build("compress", x).launches if "shares" in one.args]
@@ -158,7 +158,7 @@ def test_how_many_programs_share_the_work_decides_nothing(monkeypatch, layout):
 @pytest.mark.interpreter
 @pytest.mark.parametrize("D", [8, 64, 100])
 def test_rows_lie_where_kernels_are_told(D):
-    """x and the result start at whole 16-byte words, and so do all of their rows, where rows are made of such words."""
+    """x and the result, and rows that consist of whole 16-byte words, start at a multiple of 16 bytes."""
     storage = torch.empty(3 * 40 * (D + 3) + 1, dtype=torch.float16)
     for x in (
         storage[1:].as_strided((3, 40, D), (40 * D, D, 1)),
@@ -175,7 +175,7 @@ def test_rows_lie_where_kernels_are_told(D):
 
 
 def run(script: str, **environment: str) -> None:
-    """Runs code in a fresh Python process, as users have it."""
+    """Runs code in a new Python process, without the test interpreter."""
     done = subprocess.run(
         [sys.executable, "-c", script], capture_output=True, text=True, check=False, env={"PATH": "", **environment}
     )
@@ -183,7 +183,7 @@ def run(script: str, **environment: str) -> None:
 
 
 def test_import_stays_light():
-    """Nothing of Triton before a call needs it: not by importing, nor by a call on the CPU."""
+    """Triton is not imported before a call needs it: neither by the import of the package, nor by a call on the CPU."""
     run("""
 import sys, torch, apet_kernels
 apet_kernels.compress(torch.arange(60.0).reshape(1, 12, 5).sin(), 4, 2)
@@ -220,7 +220,7 @@ assert a[1].equal(b[1])
 
 @on_the_cpu
 def test_without_a_gpu():
-    """Triton is there, but has nothing to run on."""
+    """Triton is installed, but there is no GPU."""
     run("""
 import torch, apet_kernels
 why = apet_kernels.why_unavailable("triton")

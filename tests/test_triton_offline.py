@@ -1,4 +1,4 @@
-"""Every kernel compiles for every GPU and fits it: tests/tools/offline.py, and what that would miss."""
+"""Every kernel compiles for every GPU and fits it: tests/tools/offline.py, and tests of that tool."""
 
 import dataclasses
 import re
@@ -33,7 +33,7 @@ def test_bytes_of_a_load(instruction, bytes_):
 
 
 def test_places_in_assembly():
-    """Lines inside inline assembly carry places of their own, which are of no line of the kernel."""
+    """Lines inside inline assembly have their own locations, which are not lines of the kernel."""
     ptx = """
 	.loc	1 98 17                         // s1_norms.py:98:17
 	// begin inline asm
@@ -48,7 +48,7 @@ def test_places_in_assembly():
 
 
 def altered(kernel: str, **constants) -> tuple[list[str], list[str]]:
-    """In a process that compiles: what is said of a kernel with other constants, and of its loads."""
+    """Runs in a process that compiles. Returns the faults of a kernel with other constants, and those of its loads."""
     problem = offline.Problem("compress", 1024, torch.float16)
     launch = next(one for one in problem.launches("sm_90a") if one.kernel.__name__ == kernel)
     launch = dataclasses.replace(launch, constants={**launch.constants, **constants})
@@ -69,7 +69,7 @@ def test_faults_are_seen():
         assert re.fullmatch(r"s1_s3_sweep.py:\d+:\d+ loads x by 2 bytes, 8192 by 128 threads", narrow[0])
 
 
-@pytest.mark.slow  # a minute; test_sass.py and the interpreter see every kernel every day
+@pytest.mark.slow  # a minute
 def test_what_most_users_run():
     """Three sizes on three GPUs, 64 kernels; `make test-slow SLOW=slow` compiles the others."""
     results = offline.compile_all(offline.SMOKE, smoke=True)
@@ -89,7 +89,7 @@ def test_what_most_users_run():
 
 
 def products(target: str) -> offline.Compiled:
-    """In a process that compiles: s5_assign of 16-bit tokens."""
+    """Runs in a process that compiles. Returns s5_assign of 16-bit tokens."""
     problem = offline.Problem("compress", 1024, torch.float16)
     launch = next(one for one in problem.launches(target) if one.kernel.__name__ == "s5_assign")
     return offline.examine_launch(target, launch, torch.float16)[0]
@@ -98,7 +98,7 @@ def products(target: str) -> offline.Compiled:
 @pytest.mark.slow
 @pytest.mark.parametrize(("target", "instruction"), [("sm_100a", "tcgen05.mma"), ("sm_120a", "mma.sync")])
 def test_both_sums_of_a_product_fit_the_registers(target, instruction):
-    """Of the GPUs that test_what_most_users_run leaves out, those with a tile of their own."""
+    """GPUs with their own tile that test_what_most_users_run leaves out."""
     with offline.pool(1) as executor:
         compiled = executor.submit(products, target).result()
     assert compiled.faults == []
@@ -108,7 +108,7 @@ def test_both_sums_of_a_product_fit_the_registers(target, instruction):
 @pytest.mark.matrix
 @pytest.mark.slow
 def test_every_gpu_and_size():
-    """Also that the guide's table is what `python -m tests.tools.offline --markdown` writes."""
+    """The table in docs/gpu.md is also what `python -m tests.tools.offline --markdown` writes."""
     results = offline.compile_all(offline.TARGETS, smoke=False)
     assert offline.faults(results) == []
     text = offline.GUIDE.read_text()

@@ -1,4 +1,4 @@
-"""What the vLLM plugin decides before vLLM is asked: budgets of units, and plans as they travel. More: tests/vllm."""
+"""The parts of the vLLM plugin that need no vLLM: budgets of units, and encoded plans. More tests: tests/vllm."""
 
 from __future__ import annotations
 

@@ -123,34 +123,34 @@ def answer_of(scene: scenes.Scene, text: str) -> str:
     def yes(so: bool) -> str:
         return "yes" if so else "no"
 
-    if match := re.fullmatch(r"which (digit|word) is (\w+) \?", text):
+    if match := re.fullmatch(r"which (digit|word) is (\w+)", text):
         (found,) = [t for t in scene.things if t.colour == match[2] and t.what.isdigit() == (match[1] == "digit")]
         return found.what
-    if match := re.fullmatch(r"what colour is (.+) \?", text):
+    if match := re.fullmatch(r"what colour is (.+)", text):
         return by_name[match[1]].colour
-    if match := re.fullmatch(r"where is (.+) \?", text):
+    if match := re.fullmatch(r"where is (.+)", text):
         x, y, wide, tall = by_name[match[1]].box
         return f"row {int((y + tall / 2) // 56) + 1} column {int((x + wide / 2) // 56) + 1}"
-    if match := re.fullmatch(r"how many (digit|word)s are there \?", text):
+    if match := re.fullmatch(r"how many (digit|word)s are there", text):
         return str(sum(t.what.isdigit() == (match[1] == "digit") for t in scene.things))
-    if text == "which quarter is brightest ?":
+    if text == "which quarter is brightest":
         grey = np.asarray(Image.fromarray(scene.pixels).convert("L"), float)
         quarters = {f"{v} {h}": grey[r : r + 112, c : c + 112].mean()
                     for v, r in (("top", 0), ("bottom", 112)) for h, c in (("left", 0), ("right", 112))}  # fmt: skip
         return max(quarters, key=lambda name: quarters[name])
-    if match := re.fullmatch(r"is there (?:the|a) (.+) \?", text):
+    if match := re.fullmatch(r"is there (?:the|a) (.+)", text):
         return yes(f"the {match[1]}" in by_name)
-    if match := re.fullmatch(r"is (.+) (left of|right of|above|below) (.+) \?", text):
+    if match := re.fullmatch(r"is (.+) (left of|right of|above|below) (.+)", text):
         one, other = (by_name[match[i]].middle for i in (1, 3))
         axis = 0 if "of" in match[2] else 1
         return yes((one[axis] < other[axis]) == (match[2] in ("left of", "above")))
     place = {(i // scene.columns, i % scene.columns): t.what for i, t in enumerate(scene.things)}
-    if match := re.fullmatch(r"which word is in row (\d) column (\d) \?", text):
+    if match := re.fullmatch(r"which word is in row (\d) column (\d)", text):
         return place[int(match[1]) - 1, int(match[2]) - 1]
     (at,) = [at for at, what in place.items() if what in text.split()]
-    if re.fullmatch(r"which place has the word \w+ \?", text):
+    if re.fullmatch(r"which place has the word \w+", text):
         return f"row {at[0] + 1} column {at[1] + 1}"
-    match = re.fullmatch(r"which word is (left of|right of|above|below) \w+ \?", text)
+    match = re.fullmatch(r"which word is (left of|right of|above|below) \w+", text)
     assert match, text
     down, along = {"left of": (0, -1), "right of": (0, 1), "above": (-1, 0), "below": (1, 0)}[match[1]]
     return place[at[0] + down, at[1] + along]
@@ -189,5 +189,5 @@ def test_tokens_spell_every_question_and_answer(coffee: sources.Sources) -> None
                 ids = tokenizer(text, add_special_tokens=False).input_ids
                 assert tokenizer.unk_token_id not in ids
                 assert tokenizer.decode(ids) == text
-    said = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "is there a 7 ?"}]}]
-    assert tokenizer.apply_chat_template(said, tokenize=False) == llava.prompt("is there a 7 ?")
+    said = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "is there a 7"}]}]
+    assert tokenizer.apply_chat_template(said, tokenize=False) == llava.prompt("is there a 7")

@@ -88,7 +88,7 @@ def test_the_patched_model_answers_as_the_arms_do(
     pixels = processor(images=picture, text=llava.prompt(asked[0].text), return_tensors="pt")["pixel_values"]
     with torch.inference_mode():
         seen = untrained.model.vision_tower(pixels, output_hidden_states=True).hidden_states[features.LAYER][:, 1:]
-        rows = seen if options is None else arms.apet(seen, keep, 0, **options)
+        rows = seen if options is None else arms.apet(arms.Batch(seen), keep, **options)
         packed = packing.answer(untrained, packer, rows, [asked])[0]
         if options is not None:
             apet.patch(untrained, keep=keep, **{k: "keep" if v is None else v for k, v in options.items()})
@@ -119,7 +119,7 @@ def test_stored_and_assembled_models_load(untrained: Any, tmp_path: Path, monkey
         assert torch.equal(whole.state_dict()[name], weight), name
     processor = transformers.AutoProcessor.from_pretrained(tmp_path / "whole")
     image = Image.new("RGB", (300, 200))
-    inputs = processor(images=image, text=llava.prompt("is there a 7 ?"), return_tensors="pt")
+    inputs = processor(images=image, text=llava.prompt("is there a 7"), return_tensors="pt")
     assert (inputs["input_ids"] == whole.config.image_token_index).sum() == features.TOKENS
     assert inputs["pixel_values"].shape == (1, 3, scenes.SIDE, scenes.SIDE)
 
@@ -215,7 +215,7 @@ def test_evaluation_writes_answers_that_count_again(untrained: Any, packer: pack
     found = evaluation.Answers(tmp_path)
     assert len(found.asked) == sum(len(evaluation.chosen(p.questions)) for p in split.pictures)
     assert len(list(tmp_path.iterdir())) == 1 + len(arms.WHOLE) + 2
-    said = evaluation.answers(untrained, packer, split, arms.ARMS["default"], 16)
+    said = evaluation.answers(untrained, packer, split, "default", 16)
     right = [one.answer == given for picture, some in zip(split.pictures, said, strict=True)
              for one, given in zip(evaluation.chosen(picture.questions), some, strict=True)]  # fmt: skip
     assert found.right("default", 16).tolist() == right
@@ -240,6 +240,17 @@ def test_intervals_resample_photographs(tmp_path: Path) -> None:
     assert 8 < many.high - many.low < 12
     assert not found.interval(right.astype(float) - right).beyond
     assert evaluation.by_kind(found.asked, right) == {"count": 50.0, "read": 50.0, "all": 50.0}
+
+
+def test_the_projector_begins_with_standardised_channels() -> None:
+    """Whatever the means and spreads of the tokens' channels are."""
+    model = llava.create(seed=0)
+    draw = torch.Generator().manual_seed(1)
+    x = torch.randn(8, 256, 384, generator=draw) * torch.rand(384, generator=draw) + torch.randn(384, generator=draw)
+    llava.standardise(model, x)
+    hidden = model.model.multi_modal_projector.linear_1(x)
+    torch.testing.assert_close(hidden.mean((0, 1)), torch.zeros(hidden.shape[-1]), atol=1e-3, rtol=0)
+    assert 0.8 < hidden.std((0, 1)).mean() < 1.2
 
 
 @pytest.mark.slow

@@ -1,8 +1,8 @@
-// apet.h called without torch, from threads of this program: every pool must give the bits that one thread gives.
+// Calls apet.h without torch, from threads of this program: every pool must give the bits of one thread.
 //
-// Pools of 1..8 threads; a pool that runs its ranges one after the other, backwards, on one thread (what nested
-// parallelism does); one whose threads start late; several calls at once; on every instruction set. Built with and
-// without ThreadSanitizer by tests/test_threads.py. Prints what differs and returns 1.
+// The pools have 1..8 threads; one pool runs its ranges one after the other, backwards, on one thread (as in nested
+// parallel regions); in one the threads start late; several calls run at once; on every instruction set.
+// tests/test_threads.py builds it with and without ThreadSanitizer. Prints differences and returns 1.
 #include <chrono>
 #include <cstdint>
 #include <cstdio>
@@ -18,8 +18,8 @@ namespace {
 
 struct Pool {
   int threads;
-  bool at_once;  // else one range after the other, the last first
-  int delay_us;  // thread i starts i times as late
+  bool at_once;  // otherwise one range after the other, the last first
+  int delay_us;  // thread i starts i times this later
   static void run(void* context, int64_t tasks, apet_task task, void* task_context) {
     const Pool& pool = *static_cast<Pool*>(context);
     if (!pool.at_once) {
@@ -73,7 +73,7 @@ Result compress(const std::vector<float>& x, int64_t images, int64_t tokens, int
   return r;
 }
 
-// Every shape on every pool, with the instruction set in use; returns how many results differ.
+// Runs every shape on every pool, with the instruction set in use. Returns how many results differ.
 int wrong_results(int rounds) {
   struct Shape {
     int64_t images, tokens, dim, keep;

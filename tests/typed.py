@@ -1,4 +1,4 @@
-"""What a type checker sees of the public names; `make lint` runs it over this file, and nothing imports it."""
+"""The types of the public names: `make lint` runs the type checker on this file, which is not imported or run."""
 
 from collections.abc import Callable
 from typing import Any

@@ -3,10 +3,11 @@
 All take (x [B, N, D], keep, *, attention=None, seed=0) and return (tokens [B, keep, D] in x's dtype, indices [B, keep]
 int64, ascending): the source of each row; for merged tokens the one that they are merged into. attention [B, N] is what
 each token received from the class or text tokens; methods that do not need it ignore it, and all but `random` ignore
-the seed. They run on the device of x and compute in float32. Methods that compare keys of an attention layer get the
-tokens instead, since there are no keys here. Invalid arguments raise a ValueError that names the value.
+the seed. `cdpruner` also takes the tokens' relevance to a question. They run on the device of x and compute in float32,
+those that pick by pivots in float64. Methods that compare keys of an attention layer get the tokens instead, since
+there are no keys here. Invalid arguments raise a ValueError that names the value.
 
-Studies also use the parts `ranked`, `farthest` and `tome_groups`.
+Studies also use `tome_groups`, and the parts in selection.py.
 """
 
 from __future__ import annotations
@@ -19,10 +20,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from benchmarks.lib import selection
+from benchmarks.lib.selection import farthest, others, ranked, spaced, take
+
 Method = Callable[..., tuple[Tensor, Tensor]]
 
 TOME_STEPS = 12  # ToMe merges r tokens in every block of a ViT; r is chosen so that it takes about this many blocks
 CONTEXTUAL = 10 / 64  # VisionZip's share of merged tokens: 10 of 64, 20 of 128, 30 of 192 in its tables
+RANK = 4  # LRCP's subspace for LLaVA; 8 for Qwen
 
 
 def random(x: Tensor, keep: int, *, attention: Tensor | None = None, seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -40,12 +45,12 @@ def uniform(x: Tensor, keep: int, *, attention: Tensor | None = None, seed: int 
     _check(x, keep)
     side = math.isqrt(x.shape[1])
     if side * side != x.shape[1]:
-        at = _spread(keep, x.shape[1])  # [K]
+        at = spaced(keep, x.shape[1])  # [K]
     else:
         rows = math.isqrt(keep - 1) + 1  # ceil(sqrt(K)): no row then holds more than `side`
         ends = [(i * keep) // rows for i in range(rows + 1)]
-        shares = [_spread(end - begin, side) for begin, end in itertools.pairwise(ends)]
-        at = torch.cat([row * side + share for row, share in zip(_spread(rows, side), shares, strict=True)])  # [K]
+        shares = [spaced(end - begin, side) for begin, end in itertools.pairwise(ends)]
+        at = torch.cat([row * side + share for row, share in zip(spaced(rows, side), shares, strict=True)])  # [K]
     return _rows(x, at.to(x.device).expand(x.shape[0], keep))
 
 
@@ -76,12 +81,51 @@ def divprune(x: Tensor, keep: int, *, attention: Tensor | None = None, seed: int
     Memory: [B, N, N], as in the authors' formulation.
     """
     _check(x, keep)
-    X = F.normalize(x.float(), dim=-1)
-    distance = 1 - X @ X.mT  # [B, N, N]
-    nearest_other = (distance + torch.diag_embed(torch.full_like(distance[:, 0], math.inf))).amin(-1)  # [B, N]
-    image = torch.arange(len(x), device=x.device)
-    picked = farthest(nearest_other.argmax(-1), keep, lambda p: distance[image, p])
-    return _rows(x, picked.sort(-1).values)
+    return _diverse(x, x.float(), keep, 1.0)
+
+
+def cen_prune(x: Tensor, keep: int, *, attention: Tensor | None = None, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Cen-Prune (Wen et al., arXiv 2608.30263) on DivPrune: picks by cosine distance between tokens less their mean,
+    times a weight, the negated mean cosine of a token with the others as it was, scaled to 0..1.
+
+    Simplified: the first pick is the one of DivPrune, times the weight as well; how the authors start was not found.
+    Memory: [B, N, N].
+    """
+    _check(x, keep)
+    X = x.float()
+    # The mean over the others is an increasing function of the mean over all, which the scaling makes equal.
+    weight = selection.unit_range(-selection.mean_cosine(X))  # [B, N]
+    return _diverse(x, X - X.mean(1, keepdim=True), keep, weight)
+
+
+def lrcp(
+    x: Tensor, keep: int, *, attention: Tensor | None = None, seed: int = 0, rank: int = RANK
+) -> tuple[Tensor, Tensor]:
+    """LRCP (Lu et al., arXiv 2605.15621): the K tokens farthest from the subspace of the first `rank` principal
+    components; the others are merged into the kept ones that they resemble most (cosine), as in ApET.
+
+    Simplified: one stage, at the encoder; the authors prune again inside of the language model.
+    """
+    _check(x, keep)
+    if rank < 1:
+        raise ValueError(f"rank={rank} must be at least 1")
+    X = x.float() - x.float().mean(1, keepdim=True)
+    directions = torch.linalg.svd(X, full_matrices=False).Vh[:, :rank]  # [B, r, D]
+    residual = X - X @ directions.mT @ directions  # [B, N, D]
+    kept = ranked(residual.square().sum(-1), keep)
+    return selection.merge(x, kept), kept
+
+
+def spare(x: Tensor, keep: int, *, attention: Tensor | None = None, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """SPARE (Lee et al., arXiv 2606.18681): column subset selection, always the token that those before it rebuild
+    worst by least squares: QR with column pivoting, as select="qr" with a basis of K, one at a time and without ridge.
+
+    Simplified: without the paper's second criterion, which prefers tokens of low relevance to the question
+    ("anti-relevance"); how it enters was not found. Memory: [B, N, N].
+    """
+    _check(x, keep)
+    X = x.double()
+    return _rows(x, selection.pivots(X @ X.mT, keep).sort(-1).values)
 
 
 def fastv(x: Tensor, keep: int, *, attention: Tensor | None = None, seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -91,28 +135,55 @@ def fastv(x: Tensor, keep: int, *, attention: Tensor | None = None, seed: int = 
     "CLS attention" baseline.
     """
     _check(x, keep)
-    return _rows(x, ranked(_given(attention, x), keep))
+    return _rows(x, ranked(_given("attention", attention, x), keep))
 
 
 def visionzip(x: Tensor, keep: int, *, attention: Tensor | None = None, seed: int = 0) -> tuple[Tensor, Tensor]:
     """VisionZip (Yang et al., CVPR 2025, arXiv 2412.04467): dominant tokens by attention, and contextual ones: evenly
     spaced among the rest, each the mean of itself and of the remaining tokens that resemble it most (cosine)."""
     _check(x, keep)
-    attention = _given(attention, x)
+    attention = _given("attention", attention, x)
     N = x.shape[1]
     contextual = min(max(round(keep * CONTEXTUAL), 1), keep - 1, N - keep) if keep > 1 else 0
     dominant = ranked(attention, keep - contextual)  # [B, K-C]
     if contextual == 0:
         return _rows(x, dominant)
-    rest = _others(dominant, N)  # [B, N-K+C], ascending
-    slots = _spread(contextual, rest.shape[1]).to(x.device)  # [C]
+    rest = others(dominant, N)  # [B, N-K+C], ascending
+    slots = spaced(contextual, rest.shape[1]).to(x.device)  # [C]
     targets = rest[:, slots]  # [B, C]
     X = x.float()
-    similarity = F.normalize(_take(X, rest), dim=-1) @ F.normalize(_take(X, targets), dim=-1).mT  # [B, N-K+C, C]
+    similarity = F.normalize(take(X, rest), dim=-1) @ F.normalize(take(X, targets), dim=-1).mT  # [B, N-K+C, C]
     to = similarity.argmax(-1)  # [B, N-K+C]
     to[:, slots] = torch.arange(contextual, device=x.device)  # a target stays with itself, whatever equals it
-    means = _means(_take(X, rest), torch.ones_like(rest, dtype=torch.float32), to, contextual)[0]  # [B, C, D]
-    return _ascending(torch.cat([_take(x, dominant), means.to(x.dtype)], 1), torch.cat([dominant, targets], 1))
+    means = selection.means(take(X, rest), torch.ones_like(rest, dtype=torch.float32), to, contextual)[0]  # [B, C, D]
+    return _ascending(torch.cat([take(x, dominant), means.to(x.dtype)], 1), torch.cat([dominant, targets], 1))
+
+
+def scope(x: Tensor, keep: int, *, attention: Tensor | None = None, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """SCOPE (Deng et al., NeurIPS 2025, arXiv 2510.24214): always the token that adds most coverage times its attention
+    from the class token; the coverage of a token is its largest cosine with a kept one, at least 0.
+
+    Simplified: the exponent of the attention is 1, the authors' default. Memory: [B, N, N].
+    """
+    _check(x, keep)
+    unit = F.normalize(x.float(), dim=-1)
+    return _rows(x, selection.covering(unit @ unit.mT, keep, _given("attention", attention, x)).sort(-1).values)
+
+
+def cdpruner(
+    x: Tensor, keep: int, *, attention: Tensor | None = None, relevance: Tensor | None = None, seed: int = 0
+) -> tuple[Tensor, Tensor]:
+    """CDPruner (Zhang et al., NeurIPS 2025, arXiv 2506.10967): greedy MAP inference of a determinantal point process
+    whose kernel is the cosine of two tokens times the relevance of both to the question, scaled to 0..1 in an image.
+
+    Simplified: the authors take the relevance from CLIP's text encoder, and in their code negate it for LLaVA; here
+    the caller brings relevance [B, N], larger for what should be kept. They compare projected tokens. Memory: [B, N,
+    N].
+    """
+    _check(x, keep)
+    weight = selection.unit_range(_given("relevance", relevance, x))[..., None].double()  # [B, N, 1]
+    X = F.normalize(x.double(), dim=-1) * weight
+    return _rows(x, selection.pivots(X @ X.mT, keep).sort(-1).values)
 
 
 def tome(x: Tensor, keep: int, *, attention: Tensor | None = None, seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -140,11 +211,11 @@ def tome_groups(x: Tensor, keep: int) -> tuple[Tensor, Tensor, Tensor]:
         unit = F.normalize(tokens, dim=-1)
         strength, target = (unit[:, 0::2] @ unit[:, 1::2].mT).max(-1)  # [B, ceil(n/2)]: of even rows, among odd rows
         merged = 2 * strength.topk(r).indices  # [B, r] rows that go
-        stay = _others(merged, n)  # [B, n-r] ascending
+        stay = others(merged, n)  # [B, n-r] ascending
         goal = torch.arange(n, device=x.device).repeat(B, 1)  # [B, n]
         goal.scatter_(1, merged, 2 * target.gather(1, merged // 2) + 1)
         to = torch.searchsorted(stay, goal)  # [B, n]: the row among those that stay
-        tokens, sizes = _means(tokens, sizes, to, n - r)
+        tokens, sizes = selection.means(tokens, sizes, to, n - r)
         indices = indices.gather(1, stay)
     return tokens.to(x.dtype), indices, sizes
 
@@ -158,71 +229,44 @@ METHODS: dict[str, Method] = {
     "visionzip": visionzip,
     "divprune": divprune,
     "tome": tome,
+    "scope": scope,
+    "cen-prune": cen_prune,
+    "cdpruner": cdpruner,
+    "lrcp": lrcp,
+    "spare": spare,
 }
-NEED_ATTENTION = ("fastv", "visionzip")
+NEED_ATTENTION = ("fastv", "visionzip", "scope")
+NEED_RELEVANCE = ("cdpruner",)
+MERGING = ("visionzip", "tome", "lrcp")  # the rows of the others are tokens as they were
+# What benchmarks/kept.py times and benchmarks/quality compares. The others are in benchmarks/vlm only.
+EARLIER = ("random", "uniform", "norm", "fps", "fastv", "visionzip", "divprune", "tome")
 
 
-# ---- parts that several methods share
-
-
-def ranked(score: Tensor, keep: int) -> Tensor:
-    """Returns positions [B, keep] of the largest scores [B, N], ties to the lower position, ascending."""
-    return score.sort(dim=-1, descending=True, stable=True).indices[:, :keep].sort(-1).values
-
-
-def farthest(first: Tensor, keep: int, distance: Callable[[Tensor], Tensor]) -> Tensor:
-    """Greedy max-min selection: returns positions [B, keep] in the order they are picked, the first ones given as first
-    [B].
-
-    distance(p [B]) -> [B, N]. No position is picked twice, even among copies.
-    """
-    picks = [first]
-    nearest = distance(first).clone().scatter_(1, first[:, None], -math.inf)  # [B, N]
-    while len(picks) < keep:
-        far = nearest.argmax(-1)  # [B]
-        picks.append(far)
-        nearest = torch.minimum(nearest, distance(far)).scatter_(1, far[:, None], -math.inf)
-    return torch.stack(picks, 1)
-
-
-def _means(x: Tensor, sizes: Tensor, to: Tensor, rows: int) -> tuple[Tensor, Tensor]:
-    """Returns means of x [B, n, D], weighted by sizes [B, n] and grouped by to [B, n]: [B, rows, D], and sizes [B,
-    rows]."""
-    B, _, D = x.shape
-    total = x.new_zeros(B, rows, D).scatter_add_(1, to[..., None].expand_as(x), x * sizes[..., None])
-    size = sizes.new_zeros(B, rows).scatter_add_(1, to, sizes)
-    return total / size[..., None], size
-
-
-def _others(indices: Tensor, N: int) -> Tensor:
-    """Returns the positions [B, N-K] that are not among indices [B, K], ascending."""
-    left = torch.ones(len(indices), N, dtype=torch.bool, device=indices.device).scatter_(1, indices, False)
-    return left.nonzero()[:, 1].view(len(indices), N - indices.shape[1])
-
-
-def _spread(count: int, n: int) -> Tensor:
-    """Returns `count` of n places: the middles of equal parts."""
-    return (2 * torch.arange(count) + 1) * n // (2 * max(count, 1))
-
-
-def _take(x: Tensor, indices: Tensor) -> Tensor:
-    return x.gather(1, indices[..., None].expand(-1, -1, x.shape[-1]))
+def _diverse(x: Tensor, features: Tensor, keep: int, weight: Tensor | float) -> tuple[Tensor, Tensor]:
+    """Keeps tokens of x by greedy max-min selection in cosine distance of features [B, N, D], from the token whose
+    nearest other is farthest, distances times the weight [B, N]."""
+    unit = F.normalize(features, dim=-1)
+    distance = 1 - unit @ unit.mT  # [B, N, N]
+    nearest_other = (distance + torch.diag_embed(torch.full_like(distance[:, 0], torch.inf))).amin(-1)  # [B, N]
+    image = torch.arange(len(x), device=x.device)
+    picked = farthest((weight * nearest_other).argmax(-1), keep, lambda p: distance[image, p], weight)
+    return _rows(x, picked.sort(-1).values)
 
 
 def _rows(x: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
-    return _take(x, indices), indices
+    return take(x, indices), indices
 
 
 def _ascending(tokens: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
     indices, order = indices.sort(-1)
-    return _take(tokens, order), indices
+    return take(tokens, order), indices
 
 
-def _given(attention: Tensor | None, x: Tensor) -> Tensor:
-    if attention is None or attention.shape != x.shape[:2]:
-        shape = None if attention is None else list(attention.shape)
-        raise ValueError(f"attention must be [{x.shape[0]}, {x.shape[1]}], as x has images and tokens, got {shape}")
-    return attention.float()
+def _given(name: str, value: Tensor | None, x: Tensor) -> Tensor:
+    if value is None or value.shape != x.shape[:2]:
+        shape = None if value is None else list(value.shape)
+        raise ValueError(f"{name} must be [{x.shape[0]}, {x.shape[1]}], as x has images and tokens, got {shape}")
+    return value.float()
 
 
 def _check(x: Tensor, keep: int) -> None:

@@ -1,9 +1,9 @@
 """The baselines of the kernels: ApET (arXiv 2602.19870) in torch, in three forms. They run on the device of x.
 
-`published` is the published formulation, `eager` is what an experienced engineer would write, and `tuned` is as fast as
-we could make it. All take x [B, N, D] and return tokens [B, K, D] in x's dtype and indices [B, K], with the meaning of
-`torch.ops.apet.compress` on ordinary tokens. None of them handles what the op does in addition: repeated tokens (a
-singular system), zeros, values that are not finite, strides.
+`published` is the published formulation, `eager` is batched torch as an experienced engineer would write it, and
+`tuned` is the fastest form found. All take x [B, N, D] and return tokens [B, K, D] in x's dtype and indices [B, K], as
+`torch.ops.apet.compress` does. Unlike the op, they do not handle repeated tokens (a singular system), zeros, values
+that are not finite, or strides.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ def published(x: Tensor, keep: int, basis: int, layout: str, start: int, ridge: 
     """The published formulation, layout="overwrite" only: step-by-step FPS, an explicit reconstruction, and the cosine
     similarity broadcast to [N-K, K-M, D]; one image after another.
 
-    Two changes keep it comparable: distances and the sums of merged tokens are float32, not x's dtype. The broadcast
-    stays in x's dtype, which is faster and, in 16 bits, rounds the similarity.
+    Two changes keep its results comparable: distances and the sums of merged tokens are float32, not x's dtype. The
+    broadcast stays in x's dtype, which is faster, but rounds the similarity in 16 bits.
     """
     if layout != "overwrite":
         raise ValueError(f'the published code has layout="overwrite", not {layout!r}')
@@ -65,8 +65,8 @@ def _published_image(x: Tensor, keep: int, basis: int, start: int, ridge: float)
 
 
 def eager(x: Tensor, keep: int, basis: int, layout: str, start: int, ridge: float) -> tuple[Tensor, Tensor]:
-    """ApET as an experienced engineer would write it: batched, every heavy step a matrix product, nothing of size N x K
-    x D, in float32.
+    """ApET as an experienced engineer would write it: batched, in float32, with a matrix product for every heavy step,
+    and no array of size N x K x D.
 
     (For 16-bit tokens the products are float32 too: 16-bit products would round the similarity, and a tenth to half of
     the merged rows would differ.)
@@ -119,9 +119,9 @@ def compiled() -> Compress:
 
 
 def tuned(x: Tensor, keep: int, basis: int, layout: str, start: int, ridge: float) -> tuple[Tensor, Tensor]:
-    """The fastest eager torch we could make: products reused, means by embedding_bag. On a CPU it multiplies halves on
-    two threads, and lets oneDNN multiply float32 as bfloat16 if that is exact; on a GPU it multiplies 16-bit tokens as
-    they are, into float32 (not tuned there: it was written without a GPU)."""
+    """The fastest eager torch found: products are reused, means are computed by embedding_bag. On a CPU it multiplies
+    halves on two threads, and lets oneDNN multiply float32 as bfloat16 if that is exact. On a GPU it multiplies 16-bit
+    tokens without conversion, into float32 (not tuned there: it was written without a GPU)."""
     return _two_steps(_s1_to_s4, _s5_merge, x, keep, basis, layout, start, ridge)
 
 

@@ -105,7 +105,7 @@ def gpu_cases(smoke: bool = False) -> list[Case]:
     """Returns the cases that are measured on a GPU and whose floors are computed: the shapes of the paper and those
     above, in the published layout and bfloat16; those above also in float32. With smoke two tiny ones that run
     everything once."""
-    if smoke:  # small enough for Triton's interpreter, which knows no bfloat16
+    if smoke:  # small enough for Triton's interpreter, which has no bfloat16
         return [Case(2, 20, 12, 12, torch.float32, "overwrite"), Case(1, 24, 16, 14, torch.float16, "overwrite")]
     half = [Case(*shape, torch.bfloat16, "overwrite") for shape in dict.fromkeys(PAPER_SHAPES + SHAPES)]
     return half + [Case(*shape, torch.float32, "overwrite") for shape in SHAPES]

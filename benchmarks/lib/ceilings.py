@@ -8,24 +8,24 @@ Work of one call on x [B, N, D], M basis tokens, K kept, T merge targets (K, or 
     flops(s1)   = B * M * 2 N D                 M dot products with every token
     flops(s5)   = B * 2 (N - K) T D             similarity of the dropped tokens with the targets
     bytes(s1)   = M * B N D itemsize            M sweeps over x, each for the basis token that the one before has
-                                                picked: the plain form of s1, of which the kernel leaves most out
+                                                picked; the kernel skips most of these reads
 
     floor of one image = X / bandwidth + max(second / bandwidth, flops(s5) / peak)
 
 X = N D itemsize is read once before any token can be chosen. s5 then needs the tokens again: `second` is the part of X
-that exceeds the last-level cache; reading it may overlap the product. bandwidth: the fastest of copying and reading.
-peak: the fastest product in any dtype, torch.mm's or the kernel's, on whatever unit it runs. With several images, the
+that exceeds the last-level cache; reading it may overlap the product. `bandwidth` is the fastest of copying and
+reading, `peak` the fastest product in any dtype and on any unit, by torch.mm or the kernel. With several images, the
 first pass over one may overlap the product of another:
 
     floor = max(all bytes / bandwidth, smallest X / bandwidth + all flops(s5) / peak)
 
-It is computed from rates that the same run has measured.
+The floor is computed from rates that the same run has measured.
 
     reference cost = time of torch.mm [N-K, D] x [D, T], B times, in x's dtype
                    + time of M sweeps over each of the B images, in turn, that do nothing but read
 
 Both terms are measured in the same rounds and on the same buffers as the implementations that they are compared with.
-The kernel may beat the reference cost: it need not sweep, and torch.mm need not be the fastest product on a machine.
+The kernel may beat the reference cost, since it skips reads, and torch.mm may not be the fastest product on a machine.
 """
 
 from __future__ import annotations

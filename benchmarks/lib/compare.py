@@ -1,9 +1,9 @@
 """The measurement of one case, used by the tables and by pytest-benchmark: times all implementations in turns.
 
 Each round calls every implementation once, so that a temporary slowdown of the machine affects all of them. Ratios are
-medians of the ratios within a round. Every call gets the next of a ring of inputs, together at least twice the
-last-level cache, so none finds its input in the cache because another has just read it. The order rotates from round to
-round; the base of the comparison, for an op the kernel, is last.
+medians of the ratios within a round. Every call gets the next input of a ring that is at least twice as large as the
+last-level cache, so that its input is not in the cache because another call has just read it. The order rotates from
+round to round; the base of the comparison, for an op the kernel, is last.
 """
 
 from __future__ import annotations

@@ -20,7 +20,7 @@ NO_GPU = "torch finds no GPU here, and this measures one: run it on a machine wi
 NO_INTERPRETER = (
     "without a GPU --smoke needs TRITON_INTERPRET=1 in the environment: Triton's interpreter runs its kernels"
 )
-# Bytes of the cache that the dies of gfx942 and gfx950 share: the properties know only the L2 of one die.
+# Bytes of the cache that the dies of gfx942 and gfx950 share; the device properties contain only the L2 of one die.
 INFINITY_CACHE = 256 * 2**20
 
 
@@ -40,7 +40,7 @@ class Device(abc.ABC):
     def graphed(self, call: Callable[[], Any]) -> Callable[[], Any]:
         """Returns `call` with its launches replayed from a graph; it returns the tensors that they write.
 
-        A replay reads the addresses that it was made with: change an input in place.
+        A replay reads the same addresses again, so inputs must be changed in place.
         """
 
     @abc.abstractmethod
@@ -100,7 +100,7 @@ class Gpu(Device):
         return begin.elapsed_time(end) / 1e3
 
     def graphed(self, call: Callable[[], Any]) -> Callable[[], Any]:
-        side = torch.cuda.Stream()  # a first call may allocate, compile or load: none of that fits a capture
+        side = torch.cuda.Stream()  # a first call may allocate, compile or load, which a capture does not allow
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
             call()

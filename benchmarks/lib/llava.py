@@ -35,7 +35,7 @@ class Size:
 REAL = Size.of(vision=(1024, 4096, 24, 16), text=(2048, 5632, 16, 32, 4))
 SMOKE = Size.of(vision=(64, 96, 2, 2), text=(128, 192, 4, 4, 2))
 SPECIAL = ("<pad>", "<s>", "</s>", "<image>")
-BYTES = sorted(pre_tokenizers.ByteLevel.alphabet())  # the tokens of text that `save` knows; "!" to "~" come first
+BYTES = sorted(pre_tokenizers.ByteLevel.alphabet())  # the text tokens of the model that `save` writes; "!" to "~" first
 LETTERS = range(len(SPECIAL), len(SPECIAL) + 94)  # their ids
 TEMPLATE = "{% for message in messages %}{{ message['role'] }}: {{ message['content'] }}\n{% endfor %}assistant:"
 
@@ -51,7 +51,7 @@ def config(size: Size, vocabulary: int, image: int, **more: Any) -> Any:
 
 
 def save(folder: Path, size: Size) -> None:
-    """Writes config and processor for a server that makes up the weights. Each byte of text is a token."""
+    """Writes config and processor for a server with dummy weights. Each byte of text is a token."""
     pad, bos, eos, image = range(len(SPECIAL))
     ids = {word: number for number, word in enumerate([*SPECIAL, *BYTES])}
     tokens = Tokenizer(models.BPE(ids, merges=[]))

@@ -35,7 +35,7 @@ def commit() -> str:
 
 
 def last_level_cache() -> int:
-    """Returns the bytes of the largest cache of the first core; 32 MiB if the system does not tell."""
+    """Returns the bytes of the largest cache of the first core; 32 MiB if the system does not report it."""
     return max((size for _, size in _cache_sizes()), default=32 * 2**20)
 
 

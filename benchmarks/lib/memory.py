@@ -4,9 +4,9 @@ bound = outputs + workspace
 outputs = B K (D itemsize + 8)                 tokens and int64 indices
 workspace = I (4 N (M + 1) + D min(4 K, (4 - itemsize) K + 4 P))
                                                for each of the I images in flight, min(B, threads) at most: float32
-                                               products of s1 with every token, one norm each, and the merge targets
-                                               repacked as float32; until the means are written, the output serves as
-                                               room for part of these, in whole panels, which loses P targets
+                                               products of s1 and a norm for every token, and the merge targets
+                                               repacked as float32. Until the means are written, the output stores
+                                               whole panels of these; rounding to panels loses P targets
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The calls that every CUDA path has to answer with the same bits: every op and layout, each dtype, and rows with and
+"""The calls for which every CUDA path must return the same bits: every op and layout, each dtype, and rows with and
 without whole 16-byte words. tests/test_gpu_paths.py and benchmarks/gpu_quick.py force the paths of
 `testing.cuda_paths`."""
 
@@ -69,13 +69,13 @@ class Call:
         return tuple(apet_kernels.compress_packed(packed, lengths, keeps, s.basis, layout="append", backend=backend))
 
     def judged(self, device: str) -> None:
-        """Judges a layout against float64 (tests/judge.py). Raises AssertionError, what is wrong first."""
+        """Judges a layout against float64 (tests/judge.py). Raises AssertionError, which begins with the fault."""
         functions = carried(device, "cuda")
         judge.check(functions, self.tokens(), self.shape.keep, self.shape.basis, layout=self.op)
 
 
 def carried(device: str, backend: str) -> SimpleNamespace:
-    """What judge.check asks of a backend, for tensors on the CPU."""
+    """The attributes of a backend that judge.check needs, for tensors on the CPU."""
 
     def over(function: Callable[..., Any]) -> Callable[..., tuple[Tensor, ...]]:
         return lambda x, *args, **options: tuple(

@@ -13,7 +13,7 @@ class Sheet(NamedTuple):
     """Title, headings and lines; `words` names the columns that are not numbers."""
 
     title: str
-    note: str  # what to know to read it; one bullet per sentence below a markdown table
+    note: str  # explains the columns; one bullet per sentence below a markdown table
     columns: list[str]
     lines: list[list[str]]
     words: tuple[str, ...] = ("shape", "dtype", "layout", "goals")

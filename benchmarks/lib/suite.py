@@ -82,7 +82,7 @@ class Suite:
                     rounds = SMOKE_ROUNDS if options.smoke else options.rounds
                     results.rows.append(self.measure(case, device, rounds))
                 device.release()
-                if options.json:  # after every case, so that a run cut short leaves what it has
+                if options.json:  # after every case, so that an interrupted run leaves its results
                     save(results, options.json)
         show(console, results.head, self.sheets(results))
         for line in failures(results):

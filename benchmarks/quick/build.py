@@ -46,7 +46,7 @@ def sources() -> str:
 
 
 def make_package(folder: Path) -> None:
-    """Makes a copy of apet_kernels/ without libraries, to be found before the checkout's."""
+    """Makes a copy of apet_kernels/ without libraries, which is imported instead of the checkout's."""
     shutil.rmtree(folder, ignore_errors=True)
     ignore = shutil.ignore_patterns("*.so", "__pycache__")
     shutil.copytree(ROOT / "apet_kernels", folder / "apet_kernels", ignore=ignore)

@@ -43,8 +43,8 @@ def write(header: str, rows: Iterable[tuple[str, Figures]]) -> str:
 
 
 def measured(lines: list[Line]) -> Figures:
-    """Returns the figures that a run has measured. A value that is not positive is left out: it is a difference lost in
-    noise."""
+    """Returns the figures that a run has measured. A value that is not positive is left out: it is a difference smaller
+    than the noise."""
     device = named(lines, "card", "device")["device"]
     sms = device["sms"]
 
@@ -81,8 +81,8 @@ def middle(values: Iterable[float]) -> float | None:
 
 
 def updated(header: str, lines: list[Line]) -> tuple[str, list[str]]:
-    """Returns figures.cuh with a row for the run's card, and the members that the run has not measured: they stay as
-    they are for this capability, or as in the first row."""
+    """Returns figures.cuh with a row for the run's card, and the members that the run has not measured: these keep the
+    value of the capability's row, or else of the first row."""
     device, rows = named(lines, "card", "device")["device"], read(header)
     capability = 10 * device["capability"][0] + device["capability"][1]
     before = next((row for _, row in rows if row["capability"] == capability), rows[0][1])

@@ -21,7 +21,7 @@ class NotPossible(Exception):
 
 @dataclass(frozen=True)
 class Item:
-    """A part of a step that has a line of its own in the results."""
+    """A part of a step, with its own line in the results."""
 
     name: str
     run: Callable[[], dict[str, Any] | None]

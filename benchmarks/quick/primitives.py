@@ -1,4 +1,4 @@
-"""The step that measures, each alone, the figures that the estimate of csrc/cuda/plan.cu is computed from."""
+"""The step that measures, one by one, the figures from which csrc/cuda/plan.cu computes its estimate."""
 
 from __future__ import annotations
 

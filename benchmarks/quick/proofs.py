@@ -1,4 +1,4 @@
-"""The steps that prove the kernels: self-tests, every path, sanitizers, the compiler, hooks, tests."""
+"""The steps that test the kernels: self-tests, every path, sanitizers, the compiler, hooks, tests."""
 
 from __future__ import annotations
 
@@ -125,7 +125,7 @@ def _sanitized_on_the_simulated_gpu(options: Options) -> None:
     assert not faults, "; ".join(faults)
 
 
-# ---- what runs the kernels: the compiler, graphs, streams, models, tests
+# ---- callers of the kernels: the compiler, graphs, streams, models, tests
 
 
 def compiler(options: Options) -> Iterator[Item]:

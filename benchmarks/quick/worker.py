@@ -2,8 +2,8 @@
 
     python -m benchmarks.quick.worker STEP --pipe FD --options JSON
 
-benchmarks/gpu_quick.py starts it and kills it if an item hangs; if it dies, another process runs the items that are
-left. It writes "begin" before an item and "ok", "failed" or "not possible" as its "end"; "finished" after all.
+benchmarks/gpu_quick.py starts it and kills it if an item hangs; if it dies, another process runs the remaining items.
+It writes "begin" before an item, then "end" with "ok", "failed" or "not possible", and "finished" after the last item.
 """
 
 from __future__ import annotations

@@ -66,6 +66,8 @@ def run(given: argparse.Namespace) -> None:
     if given.step == "features":
         for split in given.split:
             features.extract(given.cache, split, given.count or COUNTS[split], given.seed, given.photos)
+            if split in features.ATTENDED:
+                features.attend(given.cache, split, given.seed, given.photos)
     elif given.step == "train":
         plan = training.Plan(**{field.name: getattr(given, field.name) for field in fields(training.Plan)})
         training.train(given.cache, given.out or ROOT / f".build/vlm/{given.seed}", plan, given.resume)

@@ -1,49 +1,95 @@
-"""The arms that are compared: each one turns the visual tokens of some pictures into those that the projector gets."""
+"""The arms that are compared: each one turns the visual tokens of some pictures into those that the projector gets.
+
+- "default", and "qr" with a basis of K picked in rounds and `refine` medoid steps, are options of the op. The same rule
+  picked one at a time is "spare + merge".
+- Two variants of "qr refine 2" are written here, and no part of the op: "threshold 0.5" merges a dropped token only
+  into one that resembles it, and "distinct" prefers tokens that differ from the rest of their picture.
+- The others are methods of benchmarks/lib/alternatives.py. "+ merge": dropped tokens are merged into the kept ones, as
+  ApET does. CDPruner's relevance is that of `packing.relevance`, so every question gets tokens of its own.
+"""
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 import apet_kernels
-from benchmarks.lib import alternatives
+from apet_kernels import reference
+from benchmarks.lib import alternatives, selection
 
-# x [B, 256, C] float32, keep, the number of the first picture -> rows [B, keep or any, C]
-Arm = Callable[[Tensor, int, int], Tensor]
+
+@dataclass
+class Batch:
+    """Pictures as an arm gets them: x [B, 256, C] float32, the number of the first one, and what some arms need:
+    attention [B, 256] that the class token pays, relevance [B, 256] to the one question that is asked."""
+
+    x: Tensor
+    first: int = 0
+    attention: Tensor | None = None
+    relevance: Tensor | None = None
+
+
+Arm = Callable[[Batch, int], Tensor]  # pictures, keep -> rows [B, keep or any, C]
 FULL, NONE, OTHER = "full", "no picture", "another picture"
 BUDGETS = (128, 64, 32, 16)
+IN_ROUNDS: dict[str, Any] = {"select": "qr", "basis": None}
+REFINE = 2
+LEAST = 0.5  # cosine
 
 
-def apet(x: Tensor, keep: int, first: int, **options: Any) -> Tensor:
+def apet(batch: Batch, keep: int, **options: Any) -> Tensor:
     """Compresses as `apet.patch(model, keep=keep, **options)` does."""
-    return apet_kernels.compress(x, keep, **options).tokens
+    return apet_kernels.compress(batch.x, keep, **options).tokens
 
 
-def other(x: Tensor, keep: int, first: int, name: str, merge: bool) -> Tensor:
-    """Runs a method of benchmarks/lib/alternatives.py; merge: dropped tokens are merged into the kept ones, as ApET
-    does."""
-    tokens, kept = alternatives.METHODS[name](x, keep, seed=first)
-    return apet_kernels.merge(x, kept) if merge else tokens
+def threshold(batch: Batch, keep: int) -> Tensor:
+    """Like "qr refine 2", but a dropped token whose cosine with its target is below 0.5 is lost."""
+    kept = apet_kernels.compress(batch.x, keep, **IN_ROUNDS, refine=REFINE).indices
+    return selection.merge(batch.x, kept, least=LEAST)
 
 
-NEED_NO_ATTENTION = tuple(name for name in alternatives.METHODS if name not in alternatives.NEED_ATTENTION)
+def distinct(batch: Batch, keep: int) -> Tensor:
+    """Like "qr refine 2", but picks by the residual times 1 - the token's mean cosine with its picture's tokens.
+
+    Tokens scaled by the root of that factor have residuals scaled by the factor, and span the same, so the op picks
+    from scaled tokens. Its ridge stays 1e-5 and weighs more there, still nothing beside tokens of norm 1.
+    """
+    factor = (1 - selection.mean_cosine(batch.x.double())).clamp(min=0)  # [B, 256]
+    picked = apet_kernels.compress((batch.x * factor.sqrt()[..., None]).float(), keep, **IN_ROUNDS).indices
+    pictures = zip(batch.x, picked, strict=True)
+    kept = torch.stack([reference.s4_medoids(reference.widen(x), at, REFINE) for x, at in pictures])
+    return apet_kernels.merge(batch.x, kept)
+
+
+def other(batch: Batch, keep: int, name: str, merge: bool) -> Tensor:
+    """Runs a method of benchmarks/lib/alternatives.py."""
+    more = {"relevance": batch.relevance} if name in alternatives.NEED_RELEVANCE else {}
+    tokens, kept = alternatives.METHODS[name](batch.x, keep, attention=batch.attention, seed=batch.first, **more)
+    return apet_kernels.merge(batch.x, kept) if merge else tokens
+
+
+# name of the arm -> method, and whether its dropped tokens are merged here
+OTHERS = {name: (name, False) for name in alternatives.METHODS}
+OTHERS |= {f"{name} + merge": (name, True) for name in alternatives.METHODS if name not in alternatives.MERGING}
 ARMS: dict[str, Arm] = {
     "default": apet,
-    "qr refine 2": functools.partial(apet, select="qr", basis=None, refine=2),
-    "qr refine 0": functools.partial(apet, select="qr", basis=None),
-    **{name: functools.partial(other, name=name, merge=False) for name in NEED_NO_ATTENTION},
-    **{
-        f"{name} + merge": functools.partial(other, name=name, merge=True)
-        for name in ("random", "uniform", "fps", "divprune")
-    },
+    "qr refine 2": functools.partial(apet, **IN_ROUNDS, refine=REFINE),
+    "qr refine 0": functools.partial(apet, **IN_ROUNDS),
+    "qr refine 2 threshold 0.5": threshold,
+    "qr refine 2 distinct": distinct,
+    **{arm: functools.partial(other, name=name, merge=merge) for arm, (name, merge) in OTHERS.items()},
 }
 FIRST = ("default", "qr refine 2", "random", "uniform")
+NEED_ATTENTION = {arm for arm, (name, _) in OTHERS.items() if name in alternatives.NEED_ATTENTION}
+BY_QUESTION = {arm for arm, (name, _) in OTHERS.items() if name in alternatives.NEED_RELEVANCE}
 # Baselines without a budget: all tokens, and checks of whether the picture is needed at all.
 WHOLE: dict[str, Arm] = {
-    FULL: lambda x, keep, first: x,
-    NONE: lambda x, keep, first: x[:, :0],
-    OTHER: lambda x, keep, first: x.roll(1, 0),  # the one before in the batch
+    FULL: lambda batch, keep: batch.x,
+    NONE: lambda batch, keep: batch.x[:, :0],
+    OTHER: lambda batch, keep: batch.x.roll(1, 0),  # the one before in the batch
 }

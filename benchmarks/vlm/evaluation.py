@@ -17,10 +17,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from benchmarks.quality.counting import RESAMPLES, Interval
 from benchmarks.vlm import features, packing
-from benchmarks.vlm.arms import ARMS, BUDGETS, FULL, WHOLE, Arm
+from benchmarks.vlm.arms import ARMS, BUDGETS, BY_QUESTION, FULL, NEED_ATTENTION, WHOLE, Batch
 from benchmarks.vlm.features import Split
 from benchmarks.vlm.questions import KINDS, Question
 
@@ -36,21 +37,38 @@ def chosen(asked: Sequence[Question], count: int = EACH) -> list[Question]:
     return [one for one in turns if one is not None][:count]
 
 
-def answers(model: Any, packer: packing.Packer, split: Split, arm: Arm, keep: int) -> list[list[str]]:
-    """Returns the model's answers to the chosen questions about every picture of a split."""
+def answers(model: Any, packer: packing.Packer, split: Split, name: str, keep: int) -> list[list[str]]:
+    """Returns the model's answers to the chosen questions about every picture of a split, with the tokens of an arm."""
     model.eval()
+    arm = (WHOLE | ARMS)[name]
     given = []
     for first in range(0, len(split.pictures), AT_ONCE):
-        some = split.pictures[first : first + AT_ONCE]
-        rows = arm(features.to_torch(split.tokens[first : first + AT_ONCE]), keep, first)
-        given += packing.answer(model, packer, rows, [chosen(picture.questions) for picture in some])
+        part = slice(first, first + AT_ONCE)
+        asked = [chosen(picture.questions) for picture in split.pictures[part]]
+        attention = None if split.attention is None else features.to_torch(split.attention[part])
+        batch = Batch(features.to_torch(split.tokens[part]), first, attention)
+        if name in BY_QUESTION:
+            batch = one_by_one(model, packer, batch, asked)
+            single = [[one] for some in asked for one in some]
+            said = itertools.chain.from_iterable(packing.answer(model, packer, arm(batch, keep), single))
+            given += [list(itertools.islice(said, len(some))) for some in asked]
+        else:
+            given += packing.answer(model, packer, arm(batch, keep), asked)
     return given
+
+
+def one_by_one(model: Any, packer: packing.Packer, batch: Batch, asked: Sequence[Sequence[Question]]) -> Batch:
+    """Returns every picture once for each of its questions, with the relevance of its tokens to that question."""
+    times = torch.tensor([len(some) for some in asked])
+    x = batch.x.repeat_interleave(times, 0)
+    attention = None if batch.attention is None else batch.attention.repeat_interleave(times, 0)
+    return Batch(x, batch.first, attention, packing.relevance(model, packer, x, list(itertools.chain(*asked))))
 
 
 def accuracy(model: Any, packer: packing.Packer, split: Split) -> dict[str, float]:
     """Returns percent right with all tokens, by kind of question, and "all", the mean of the kinds."""
     asked = [one for picture in split.pictures for one in chosen(picture.questions)]
-    given = itertools.chain.from_iterable(answers(model, packer, split, WHOLE[FULL], features.TOKENS))
+    given = itertools.chain.from_iterable(answers(model, packer, split, FULL, features.TOKENS))
     right = np.array([one.answer == said for one, said in zip(asked, given, strict=True)])
     return by_kind(asked, right)
 
@@ -65,7 +83,13 @@ def by_kind(asked: Sequence[Question], right: np.ndarray) -> dict[str, float]:
 def evaluate(
     model: Any, packer: packing.Packer, split: Split, names: Sequence[str], budgets: Sequence[int], out: Path
 ) -> None:
-    """Writes the questions, and the answers of every arm at every budget that are not there yet, into `out`."""
+    """Writes the questions, and the answers of every arm at every budget that are not there yet, into `out`.
+
+    Raises: FileNotFoundError, with the command to run, if an arm needs attention that was not computed.
+    """
+    lacking = [name for name in names if name in NEED_ATTENTION and split.attention is None]
+    if lacking:
+        raise FileNotFoundError(f"{lacking[0]!r} needs the class token's attention: python -m benchmarks.vlm features")
     out.mkdir(parents=True, exist_ok=True)
     _write(
         out / QUESTIONS,
@@ -75,13 +99,13 @@ def evaluate(
             for one in chosen(picture.questions)
         ],
     )
-    work = [(name, arm, features.TOKENS) for name, arm in WHOLE.items()]
-    work += [(name, ARMS[name], keep) for keep in budgets for name in names]
-    for name, arm, keep in work:
+    work = [(name, features.TOKENS) for name in WHOLE]
+    work += [(name, keep) for keep in budgets for name in names]
+    for name, keep in work:
         path = path_of(out, name, keep)
         if not path.exists():
             begin = time.perf_counter()
-            given = answers(model, packer, split, arm, keep)
+            given = answers(model, packer, split, name, keep)
             _write(path, list(itertools.chain.from_iterable(given)))
             print(f"{name}, {keep} tokens: {time.perf_counter() - begin:.0f} s", flush=True)
 

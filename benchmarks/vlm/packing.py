@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 import transformers
 from torch import Tensor
 
@@ -58,7 +59,7 @@ class Packer:
         return self._known[text]
 
     def pack(self, asked: Sequence[Sequence[Question]], visual: int, answers: bool) -> Packed:
-        """Returns a sequence for each picture with its questions; with their answers, or up to the question mark."""
+        """Returns a sequence for each picture with its questions; with or without their answers."""
         prefix = [self.begin] + [self.image] * visual
         rows = [self._row(prefix, some, answers) for some in asked]
         longest = max(len(row[0]) for row in rows)
@@ -100,6 +101,15 @@ def hidden(model: Any, packed: Packed, rows: Tensor) -> Tensor:
         position_ids=packed.positions,
         use_cache=False,
     )[0]
+
+
+@torch.inference_mode()
+def relevance(model: Any, packer: Packer, rows: Tensor, asked: Sequence[Question]) -> Tensor:
+    """Returns [B, N]: the mean cosine of visual rows [B, N, C], projected, with the embedded tokens of a question."""
+    table = F.normalize(model.get_input_embeddings().weight, dim=-1)  # [V, D]
+    questions = torch.stack([table[packer.encode(one.text)].mean(0) for one in asked])  # [B, D]
+    visual = F.normalize(model.model.multi_modal_projector(rows), dim=-1)  # [B, N, D]
+    return (visual @ questions[..., None]).squeeze(-1)
 
 
 @torch.inference_mode()

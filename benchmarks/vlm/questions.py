@@ -1,4 +1,7 @@
-"""Questions in words about a scene, each with its one right answer, made from the scene's description alone."""
+"""Questions in words about a scene, each with its one right answer, made from the scene's description alone.
+
+They have no question mark: the answer is predicted at their last word, which is mostly what they ask about.
+"""
 
 from __future__ import annotations
 
@@ -41,17 +44,17 @@ def about_photograph(scene: Scene, made_of: Sources, draw: np.random.Generator) 
     """Returns questions about digits, words, and the photograph."""
     digits = [thing for thing in scene.things if thing.is_digit]
     words = [thing for thing in scene.things if not thing.is_digit]
-    asked = [Question("brightest", "which quarter is brightest ?", QUARTERS[brightest(scene.pixels)])]
-    asked.append(Question("count", "how many digits are there ?", str(len(digits))))
+    asked = [Question("brightest", "which quarter is brightest", QUARTERS[brightest(scene.pixels)])]
+    asked.append(Question("count", "how many digits are there", str(len(digits))))
     for thing in digits:
-        asked.append(Question("digit", f"which digit is {thing.colour} ?", thing.what))
+        asked.append(Question("digit", f"which digit is {thing.colour}", thing.what))
     for thing in words:
-        asked.append(Question("read", f"which word is {thing.colour} ?", thing.what, thing.box[3]))
+        asked.append(Question("read", f"which word is {thing.colour}", thing.what, thing.box[3]))
     for thing in scene.things:
         height = 0 if thing.is_digit else thing.box[3]
-        asked.append(Question("colour", f"what colour is {named(thing)} ?", thing.colour, height))
-        asked.append(Question("place", f"where is the {thing.colour} {sort(thing)} ?", cell(thing)))
-        asked.append(Question("place", f"where is {named(thing)} ?", cell(thing), height))
+        asked.append(Question("colour", f"what colour is {named(thing)}", thing.colour, height))
+        asked.append(Question("place", f"where is the {thing.colour} {sort(thing)}", cell(thing)))
+        asked.append(Question("place", f"where is {named(thing)}", cell(thing), height))
     asked += [existence(scene, made_of, draw) for _ in range(4)]
     if len(scene.things) > 1:
         asked += [question for _ in range(4) if (question := relation(scene, draw)) is not None]
@@ -64,16 +67,16 @@ def about_page(scene: Scene, made_of: Sources, draw: np.random.Generator) -> lis
     for i, thing in enumerate(scene.things):
         row, column = divmod(i, columns)
         place = f"row {row + 1} column {column + 1}"
-        asked.append(Question("read", f"which word is in {place} ?", thing.what, thing.box[3]))
-        asked.append(Question("place", f"which place has the word {thing.what} ?", place, thing.box[3]))
+        asked.append(Question("read", f"which word is in {place}", thing.what, thing.box[3]))
+        asked.append(Question("place", f"which place has the word {thing.what}", place, thing.box[3]))
         for side, (down, along) in SIDES.items():
             other = i + down * columns + along
             if 0 <= column + along < columns and 0 <= other < len(scene.things):
                 answer = scene.things[other]
                 height = min(thing.box[3], answer.box[3])
-                asked.append(Question("beside", f"which word is {side} {thing.what} ?", answer.what, height))
+                asked.append(Question("beside", f"which word is {side} {thing.what}", answer.what, height))
     asked += [existence(scene, made_of, draw) for _ in range(3)]
-    asked.append(Question("count", "how many words are there ?", str(len(scene.things))))
+    asked.append(Question("count", "how many words are there", str(len(scene.things))))
     return asked
 
 
@@ -89,15 +92,15 @@ def existence(scene: Scene, made_of: Sources, draw: np.random.Generator) -> Ques
         absent = one.what
         while absent in present:
             absent = word(made_of, draw)
-        return Question("exists", f"is there the word {one.what if yes else absent} ?", answer, one.box[3])
+        return Question("exists", f"is there the word {one.what if yes else absent}", answer, one.box[3])
     if digits and (len(digits) == len(COLOURS) or draw.random() < 0.5):
         there = [int(thing.what) for thing in digits]
         value = draw.choice(there if yes else [v for v in range(10) if v not in there])
-        return Question("exists", f"is there a {value} ?", answer)
+        return Question("exists", f"is there a {value}", answer)
     of = digits or words
     there_colours = [thing.colour for thing in of]
     colour = draw.choice(there_colours if yes else [c for c in COLOURS if c not in there_colours])
-    return Question("exists", f"is there a {colour} {sort(of[0])} ?", answer)
+    return Question("exists", f"is there a {colour} {sort(of[0])}", answer)
 
 
 def relation(scene: Scene, draw: np.random.Generator) -> Question | None:
@@ -111,7 +114,7 @@ def relation(scene: Scene, draw: np.random.Generator) -> Question | None:
     before, after = (("left of", "right of"), ("above", "below"))[axis]
     side, right = (before, first < second) if draw.random() < 0.5 else (after, first > second)
     spelled = [t.box[3] for t, name in zip((one, other), names, strict=True) if t.what in name and not t.is_digit]
-    text = f"is {names[0]} {side} {names[1]} ?"
+    text = f"is {names[0]} {side} {names[1]}"
     return Question("relation", text, "yes" if right else "no", min(spelled, default=0))
 
 
@@ -141,5 +144,5 @@ def sort(thing: Thing) -> str:
 def vocabulary() -> list[str]:
     """Returns every word of questions and answers except those that are spelled, in a fixed order."""
     plain = "which digit is what colour where the word how many digits words are there quarter brightest in row column"
-    more = "place has a left right top bottom of above below yes no ?"
+    more = "place has a left right top bottom of above below yes no"
     return [*plain.split(), *more.split(), *COLOURS, *CHARACTERS]

@@ -35,6 +35,21 @@ questions that it must look at the picture for.
 - **Answers** are greedy, and right if every character is. Intervals are paired and resample photographs, each with
   all its regions and questions; a page is a source by itself.
 """
+COMPARED = """## What is compared
+
+- **Rules of the op:** the default, and `qr refine 0` and `qr refine 2`: `select="qr"` with a basis of all K kept
+  tokens that is picked in rounds, and so many medoid steps.
+- **Variants that are no part of the op**, of `qr refine 2`: `threshold 0.5` merges a dropped token only where its
+  cosine with its target is at least 0.5; `distinct` picks by the residual times 1 - the token's mean cosine with all
+  of its picture.
+- **Other methods**, our own short versions ([benchmarks/lib/alternatives.py](../benchmarks/lib/alternatives.py) says
+  what is simplified): `random`, `uniform`, `norm`, `fps`, `divprune`, `cen-prune`, `tome`, `lrcp`, `spare`; `fastv`,
+  `visionzip` and `scope` get the class token's attention of the same layer. `cdpruner` gets the mean cosine of each
+  projected token with the embedded tokens of the question, so each question has tokens of its own; the paper takes
+  it from CLIP's text encoder.
+- **`+ merge`** gives a method that only drops tokens ApET's merging. `spare + merge` is the qr rule with a basis of K
+  picked one at a time.
+"""
 NO_ANSWERS = """**No trained model is stored yet**, so there are no results. Pictures, training and evaluation are
 tested; the training has to be run.
 """
@@ -66,7 +81,7 @@ def write(results: Path, model: Path, docs: Path) -> None:
         photographs=len({part.name for part in test}),
         at_once=training.Plan.questions,
     )
-    parts = [introduction]
+    parts = [introduction, COMPARED]
     if (model / "log.jsonl").exists():
         parts.append(f"{markdown(curve(model / 'log.jsonl'))}\n")
     if (results / evaluation.QUESTIONS).exists():

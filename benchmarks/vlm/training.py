@@ -26,6 +26,7 @@ from benchmarks.vlm.features import Split
 
 DECAY, CLIP, BETAS = 0.05, 1.0, (0.9, 0.98)
 PATCHES = 0.3  # weight of naming characters
+MEASURED = 400  # pictures whose tokens the projector is initialised by
 MINUTES, VALIDATED = 4.0, 3  # minutes between checkpoints; every third one is validated
 
 
@@ -37,8 +38,8 @@ class Plan:
     """
 
     seed: int = 0
-    steps: int = 8000
-    cool: int = 1500
+    steps: int = 24000
+    cool: int = 4000
     warm: int = 100
     rate: float = 1e-3
     pictures: int = 12000
@@ -137,6 +138,8 @@ def train(cache: Path, out: Path, plan: Plan, resume: bool) -> None:
     saved = out / "checkpoint.pt"
     if resume:
         run.resume(saved)
+    else:
+        llava.standardise(run.model, features.to_torch(split.tokens[:MEASURED]))
     with open(out / "log.jsonl", "a" if resume else "w", encoding="utf-8") as log:
 
         def note(**line: Any) -> None:

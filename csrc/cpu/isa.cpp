@@ -2,12 +2,29 @@
 #include <atomic>
 
 #include "kernels.h"
+#if defined(APET_HAVE_AMX) && defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 #if defined(APET_HAVE_NEON_BF16) && defined(__linux__)
 #include <sys/auxv.h>
 #endif
 
 namespace apet::cpu {
 namespace {
+
+#if defined(APET_HAVE_AMX) && !defined(APET_TILE_TWIN)
+// Linux has every process ask before it uses tiles, since they add 8 KB to the state of a thread.
+bool tiles_permitted() {
+#if defined(__linux__)
+  constexpr long kRequest = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+  static const bool permitted = syscall(SYS_arch_prctl, kRequest, kTileData) == 0;
+  return permitted;
+#else
+  return false;
+#endif
+}
+#endif
 
 bool available(apet_isa isa) {
   switch (isa) {
@@ -24,6 +41,15 @@ bool available(apet_isa isa) {
 #ifdef APET_HAVE_AVX512_BF16
     case APET_ISA_AVX512_BF16: return available(APET_ISA_AVX512) && __builtin_cpu_supports("avx512bf16");
 #endif
+#ifdef APET_HAVE_AMX
+#ifdef APET_TILE_TWIN
+    case APET_ISA_AMX: return true;
+#else
+    case APET_ISA_AMX:
+      return available(APET_ISA_AVX512_BF16) && __builtin_cpu_supports("amx-tile") &&
+             __builtin_cpu_supports("amx-bf16") && tiles_permitted();
+#endif
+#endif
 #ifdef APET_HAVE_NEON
     case APET_ISA_NEON: return true;
 #endif
@@ -38,8 +64,8 @@ bool available(apet_isa isa) {
   }
 }
 
-constexpr apet_isa kBestFirst[] = {APET_ISA_NEON_BF16, APET_ISA_NEON, APET_ISA_AVX512_BF16, APET_ISA_AVX512,
-                                   APET_ISA_AVX2};
+constexpr apet_isa kBestFirst[] = {APET_ISA_NEON_BF16,   APET_ISA_NEON,   APET_ISA_AMX,
+                                   APET_ISA_AVX512_BF16, APET_ISA_AVX512, APET_ISA_AVX2};
 
 apet_isa best() {
   static const apet_isa isa = [] {
@@ -70,6 +96,9 @@ const Kernels* kernels_for(apet_dtype dtype, apet_isa isa) {
 #ifdef APET_HAVE_AVX2
     case APET_ISA_AVX2: return avx2_kernels(dtype);
 #endif
+#ifdef APET_HAVE_AMX
+    case APET_ISA_AMX: return amx_kernels(dtype);
+#endif
 #ifdef APET_HAVE_NEON
     case APET_ISA_NEON: return neon_kernels(dtype);
 #endif
@@ -92,6 +121,7 @@ const char* apet_isa_name(apet_isa isa) {
     case APET_ISA_AVX2: return "avx2";
     case APET_ISA_AVX512: return "avx512";
     case APET_ISA_AVX512_BF16: return "avx512_bf16";
+    case APET_ISA_AMX: return "amx";
     case APET_ISA_NEON: return "neon";
     case APET_ISA_NEON_BF16: return "neon_bf16";
     case APET_ISA_BEST: return "best";

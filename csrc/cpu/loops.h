@@ -23,7 +23,7 @@ template <class E>
 static constexpr Kernels kernels_of() {
   Kernels k = {};
   k.token_group = kGroup;
-  k.dropped_group = MR;
+  k.dropped_group = kRowGroup<E>;
   k.vector = W;
   k.panel = NR;
   k.packed_floats = packed_floats<E>;

@@ -23,7 +23,7 @@
 #pragma once
 #include "dot.h"
 
-#if defined(__AVX512F__) || defined(APET_NEON)
+#if defined(__AVX512F__) || defined(APET_NEON) || defined(APET_TILES)
 constexpr int MR = 6, NV = 4;
 #elif defined(__AVX2__)
 constexpr int MR = 6, NV = 2;
@@ -40,11 +40,19 @@ template <class E>
 static inline int64_t units(int64_t dim) {
   return (dim * W + E::N - 1) / E::N;  // E::N elements make W units
 }
+// The rows that share each load of a factor.
+template <class E>
+constexpr int kRowGroup = E::kTiles ? 32 : MR;
+// The bytes of a row in scratch: widened, or copied, completed to whole rows of a tile (64 bytes).
+template <class E>
+static inline int64_t scratch_row_bytes(int64_t dim) {
+  return E::kTiles ? (dim * 2 + 63) / 64 * 64 : dim * 4;
+}
 template <class E>
 static inline int64_t chunk_rows(int64_t dim) {
   if (E::kInPlace) return kChunkRows;
-  const int64_t fit = kWidenedBytes / 4 / dim / MR * MR;
-  return fit < MR ? MR : smaller(fit, kChunkRows);
+  const int64_t fit = kWidenedBytes / scratch_row_bytes<E>(dim) / kRowGroup<E> * kRowGroup<E>;
+  return fit < kRowGroup<E> ? kRowGroup<E> : smaller(fit, kChunkRows);
 }
 static inline int64_t padded(int64_t factors) { return (factors + W - 1) / W * W; }
 
@@ -69,7 +77,7 @@ static size_t packed_floats(int64_t factors, int64_t dim) {
 }
 template <class E>
 static size_t scratch_bytes(int64_t dim) {
-  return E::kInPlace ? 0 : (size_t)(chunk_rows<E>(dim) * dim) * 4;
+  return E::kInPlace ? 0 : (size_t)(chunk_rows<E>(dim) * scratch_row_bytes<E>(dim));
 }
 
 // Packs features [d0, d1) of the rows row(t), t0 <= t < count, as one panel of `width`; d0 is a multiple of E::N.
@@ -114,15 +122,12 @@ static inline void multiply(const char* const* rows, const float* panel, int64_t
       for (int v = 0; v < Vectors; v++) b[v] = load(panel + (k * Vectors + v) * W);
 #pragma GCC unroll 16
       for (int r = 0; r < R; r++) {
-#if defined(APET_NEON)
         const auto a = E::unit(rows[r] + 4 * k);
-#else
-        float unit;
-        __builtin_memcpy(&unit, rows[r] + 4 * k, 4);
-        const V a = splat(unit);
-#endif
 #pragma GCC unroll 8
         for (int v = 0; v < Vectors; v++) acc[r][v] = E::mad(a, b[v], acc[r][v]);
+#if defined(APET_NEON)
+        asm volatile("");  // GCC would load the units of all rows first, and then lack registers for the sums
+#endif
       }
     }
 #pragma GCC unroll 16
@@ -145,12 +150,19 @@ struct Chunk {
   static_assert(kChunkRows % (2 * MR) == 0, "the tile has room for the last, incomplete rows of a chunk");
 };
 
+#if defined(APET_TILES)
+#include "product_tiles.h"
+#endif
+
 // Collects the rows of tokens[begin .. begin + count), widened into scratch if the dtype requires it.
 template <class E, class Tokens>
 static inline void load_chunk(const Input& in, Tokens tokens, int64_t begin, int64_t count, void* scratch,
                               Chunk& chunk) {
   using T = typename E::T;
   chunk.count = count;
+#if defined(APET_TILES)
+  if (E::kTiles) return copy_rows<T>(in, tokens, begin, count, static_cast<char*>(scratch), chunk);
+#endif
   for (int64_t i = 0; i < count; i++) {
     const T* x = row<T>(in, tokens[begin + i]);
     chunk.rows[i] = reinterpret_cast<const char*>(x);
@@ -168,9 +180,8 @@ static inline void load_chunk(const Input& in, Tokens tokens, int64_t begin, int
   }
 }
 
-// tile = the chunk x one panel of `Vectors` vectors.
 template <class E, int Vectors>
-static inline void multiply_panel(const Input& in, Chunk& chunk, const float* panel) {
+static inline void multiply_in_vectors(const Input& in, Chunk& chunk, const float* panel) {
   constexpr int R = rows_of(Vectors);
   const int64_t whole = in.dim / (E::N / W);  // units that are complete in a row
   const char* a[R];
@@ -186,6 +197,16 @@ static inline void multiply_panel(const Input& in, Chunk& chunk, const float* pa
     }
 }
 
+// tile = the chunk x one panel of `Vectors` vectors.
+template <class E, int Vectors>
+static inline void multiply_panel(const Input& in, Chunk& chunk, const float* panel) {
+#if defined(APET_TILES)
+  if constexpr (E::kTiles) multiply_in_tiles<E, Vectors>(in, chunk, panel);
+  else
+#endif
+    multiply_in_vectors<E, Vectors>(in, chunk, panel);
+}
+
 template <int Vectors_>
 struct Width {
   static constexpr int Vectors = Vectors_;
@@ -198,7 +219,7 @@ static inline void each_panel(const Input& in, const Rows& rows, const Factors& 
   for (int64_t t0 = 0; t0 < count; t0 += NR) {
     const float* panel = panel_at<E>(in, rows, factors, t0);
     switch (smaller(NR, count - t0) / W) {
-#if defined(__AVX512F__) || defined(APET_NEON)
+#if defined(__AVX512F__) || defined(APET_NEON) || defined(APET_TILES)
       case 4: use(Width<4>{}, panel, t0); break;
       case 3: use(Width<3>{}, panel, t0); break;
 #endif

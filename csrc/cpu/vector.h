@@ -41,6 +41,12 @@ static inline V splat(float a) {
   return V{a, a, a, a};
 #endif
 }
+// The 32 bits at p in every lane; p need not be aligned.
+static inline V splat_at(const char* p) {
+  float a;
+  __builtin_memcpy(&a, p, 4);
+  return splat(a);
+}
 static inline V load(const float* p) { return *reinterpret_cast<const VU*>(p); }
 static inline void store(float* p, V v) { *reinterpret_cast<VU*>(p) = v; }
 // v, held in a register: GCC would rather load a value again for each of its products.
@@ -263,18 +269,8 @@ static inline void transpose(V (&v)[W]) {
 }
 #endif
 
-#if defined(APET_NEON)
-// The 32 bits at p, which need not be aligned. Loaded in the order of the source: GCC would load those of all rows of a
-// tile first, and then lack registers for its sums.
-static inline float unit_at(const char* p) {
-  asm volatile("");
-  float unit;
-  __builtin_memcpy(&unit, p, 4);
-  return unit;
-}
-#endif
-
-// ---- element policies: how rows of T are multiplied
+// ---- element policies: how rows of T are multiplied; unit() is 32 bits of a row as a factor of all lanes; kTiles:
+// product_tiles.h multiplies in tiles instead
 // Widened: each element becomes a float; one fma a product. N elements make a vector. A running sum takes kFold vectors
 // in dot.h, kChain products in product.h.
 template <class T_>
@@ -284,11 +280,10 @@ struct Widened {
   static constexpr int kFold = 16;
   static constexpr int64_t kChain = 128;
   static constexpr bool kInPlace = sizeof(T) == 4;  // its rows can be multiplied without widening
+  static constexpr bool kTiles = false;
   static inline V get(const T* p) { return load(p); }
   static inline V get_n(const T* p, int64_t n) { return load_n(p, n); }
-#if defined(APET_NEON)
-  static inline V unit(const char* p) { return splat(unit_at(p)); }  // a factor of all lanes
-#endif
+  static inline V unit(const char* p) { return splat_at(p); }
   static inline V mad(V a, V b, V c) { return fma(a, b, c); }
 };
 
@@ -301,8 +296,10 @@ struct Bf16Pairs {
   static constexpr int kFold = 16;
   static constexpr int64_t kChain = 128;
   static constexpr bool kInPlace = true;
+  static constexpr bool kTiles = false;
   static inline V get(const T* p) { return (V)_mm512_loadu_si512(p); }
   static inline V get_n(const T* p, int64_t n) { return (V)_mm512_maskz_loadu_epi16((__mmask32)((1ull << n) - 1), p); }
+  static inline V unit(const char* p) { return splat_at(p); }
   static inline V mad(V a, V b, V c) { return (V)_mm512_dpbf16_ps((__m512)c, (__m512bh)a, (__m512bh)b); }
 };
 #elif defined(APET_NEON) && defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC)
@@ -314,16 +311,48 @@ struct Bf16Pairs {
   static constexpr int kFold = 4;
   static constexpr int64_t kChain = 64;
   static constexpr bool kInPlace = true;
+  static constexpr bool kTiles = false;
   static inline V get(const T* p) { return (V)vld1q_u16(&p->bits); }
   static inline V get_n(const T* p, int64_t n) {
     T full[N] = {};
     for (int64_t i = 0; i < n; i++) full[i] = p[i];
     return get(full);
   }
-  static inline float32x2_t unit(const char* p) { return float32x2_t{unit_at(p), 0}; }
+  static inline float32x2_t unit(const char* p) { return float32x2_t{splat_at(p)[0], 0}; }
   static inline V mad(float32x2_t a, V b, V c) {
     return (V)vbfdotq_lane_f32((float32x4_t)c, (bfloat16x8_t)b, (bfloat16x4_t)a, 0);
   }
   static inline V mad(V a, V b, V c) { return (V)vbfdotq_f32((float32x4_t)c, (bfloat16x8_t)a, (bfloat16x8_t)b); }
+};
+#elif defined(APET_TILES)
+// The same in plain C++, for the twin of the tiles (tiles.h).
+struct Bf16Pairs {
+  using T = BFloat16;
+  static constexpr int N = 2 * W;
+  static constexpr int kFold = 16;
+  static inline V get(const T* p) {
+    V pairs;
+    __builtin_memcpy(&pairs, p, sizeof pairs);
+    return pairs;
+  }
+  static inline V get_n(const T* p, int64_t n) {
+    T full[N] = {};
+    for (int64_t i = 0; i < n; i++) full[i] = p[i];
+    return get(full);
+  }
+  static inline V mad(V a, V b, V c) {
+    const U x = (U)a, y = (U)b;
+    const V odd = fma((V)(x & 0xffff0000u), (V)(y & 0xffff0000u), c);
+    return fma((V)(x << 16), (V)(y << 16), odd);
+  }
+};
+#endif
+
+#if defined(APET_TILES)
+// Products with factors in tiles; dot products as pairs.
+struct Bf16Tiles : Bf16Pairs {
+  static constexpr int64_t kChain = 512;
+  static constexpr bool kInPlace = false;
+  static constexpr bool kTiles = true;
 };
 #endif

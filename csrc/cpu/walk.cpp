@@ -1,19 +1,19 @@
-// Which stage follows which.
+// The order of the stages.
 //
 //   norms ---> sweep ---> leaders -> contenders ---> residual ---> pack ---> assign ---> mean      compress
 //                         \_ for each basis token _/
 //   norms ---> sweep ---> leaders -> contenders ---> residual                                      score
 //   norms -------------------------------------------------------> pack ---> assign ---> mean      merge
 //
-// A basis that is picked in rounds, and the medoid steps of any:
+// With a basis in rounds, and with medoid steps (which any basis may have):
 //
 //   norms ---> pack pool -> pool gram -> pack picks -> round ---> similar ---> mean                compress
 //              \_ for each of the rounds _________________/
 //          ... pack stale -> products -> nearest -> cluster mean -> mean distance ... similar ---> mean
 //              \_ for each medoid step _________________________________________/
 //
-// Walk::next() is this picture, with what is computed on the arrows; it runs on one thread. A stage's chunks run on all
-// threads of the team (chunks.cpp, team.h).
+// Walk::next() implements this graph. It runs on one thread, and also computes what is needed between two stages. The
+// chunks of a stage run on all threads of the team (chunks.cpp, team.h).
 #include "walk.h"
 
 #include <algorithm>
@@ -86,7 +86,7 @@ Stage Walk::next(Stage done) {
     case Stage::kMeanDistance:
       steps_left_ = move_centres(image_.input, image_.scores, image_.rows, image_.merge, image_.centres)
                         ? steps_left_ - 1
-                        : 0;  // another step would change nothing
+                        : 0;  // no centre has moved: another step would change nothing
       return compare_centres();
     case Stage::kSimilar: return average_rows();
     case Stage::kPack: return Stage::kAssign;
@@ -97,7 +97,7 @@ Stage Walk::next(Stage done) {
   return Stage::kDone;
 }
 
-// Takes the next image of the call that has tokens and rows, and starts it.
+// Starts the next image of the call that has tokens and rows.
 Stage Walk::next_image() {
   const apet_problem& p = call_->problem;
   const int64_t element = element_size(p), extra = appended(p);
@@ -130,7 +130,8 @@ Stage Walk::next_image() {
   return first_stage();
 }
 
-// All tokens stay: they are copied. The first basis token is given: it is swept at once. Else the norms come first.
+// If all tokens are kept, they are copied. If the caller gives the first basis token, the first sweep computes the
+// norms too. Otherwise a pass for the norms comes first.
 Stage Walk::first_stage() {
   const apet_problem& p = call_->problem;
   const Input& in = image_.input;
@@ -146,18 +147,18 @@ Stage Walk::first_stage() {
   return Stage::kNorms;
 }
 
-// The best token of the stage's chunks and of best_.
+// Updates best_ with the best tokens of the stage's chunks.
 void Walk::find_best() {
   for (int64_t c = 0; c < chunks_; c++) best_ = better(best_, chunk_best_[c]);
 }
 
-// s1: best_ is the next basis token, if it may be one.
+// s1: takes best_ as the next basis token, if there may be one more.
 Stage Walk::pick_best() {
   if (image_.basis.size == image_.input.max_basis || !(best_.pick_value > 0)) return finish_basis();
   return add_basis(best_.token);
 }
 
-// s2, then the first candidates for the next basis token.
+// s2, then lists the leaders: the first candidates for the next basis token.
 Stage Walk::add_basis(int32_t token) {
   const Input& in = image_.input;
   if (!add_basis_token(in, image_.scores, image_.basis, token)) return finish_basis();
@@ -168,13 +169,13 @@ Stage Walk::add_basis(int32_t token) {
   return image_.scores.candidate_count > 0 ? Stage::kLeaders : finish_basis();
 }
 
-// After the leaders: the tokens that may still exceed best_, until there are none.
+// After the leaders: lists the tokens that may still exceed best_, or picks best_ if there are none.
 Stage Walk::list_contenders() {
   find_contenders(image_.input, image_.basis, image_.scores, best_.pick_value);
   return image_.scores.candidate_count > 0 ? Stage::kContenders : pick_best();
 }
 
-// The basis is complete: no token may be picked, or M are.
+// The basis is complete: it has M tokens, or no other token may be picked.
 Stage Walk::finish_basis() {
   const Input& in = image_.input;
   const Basis& basis = image_.basis;
@@ -189,7 +190,7 @@ Stage Walk::finish_basis() {
   return Stage::kResidual;
 }
 
-// s1, in rounds: the pool of the next round, if there is one.
+// s1, in rounds: lists the pool of the next round, if there is one.
 Stage Walk::open_round() {
   Rounds& rounds = image_.rounds;
   if (rounds.number == kRounds) return finish_rounds();
@@ -200,7 +201,7 @@ Stage Walk::open_round() {
   return Stage::kPackPool;
 }
 
-// The picks of a round, given the residual Gram matrix of its pool.
+// Makes the picks of a round, given the residual Gram matrix of its pool.
 Stage Walk::make_round() {
   Rounds& rounds = image_.rounds;
   pick_round(image_.input, image_.scores, rounds);
@@ -209,7 +210,7 @@ Stage Walk::make_round() {
   return Stage::kPackPicks;
 }
 
-// s4: the basis, which has its products already, and the largest residuals of the others.
+// s4: keeps the basis, whose products are stored already, and the largest residuals of the others.
 Stage Walk::finish_rounds() {
   const Rounds& rounds = image_.rounds;
   const int32_t basis_size = rounds.begin + rounds.size;
@@ -218,14 +219,14 @@ Stage Walk::finish_rounds() {
   return begin_medoids(rounds.token, basis_size);
 }
 
-// The kept tokens become centres, the first `count` of which have their products.
+// The kept tokens become centres; the products of the `count` known ones are stored already.
 Stage Walk::begin_medoids(const int32_t* known, int32_t count) {
   begin_centres(image_.input, image_.scores, image_.rows, image_.merge, known, count, call_->kernels.vector,
                 image_.centres);
   return compare_centres();
 }
 
-// The next medoid step or, after the last, s5; before that, products that are missing.
+// Starts the next medoid step or, after the last, s5. Stale products are computed first.
 Stage Walk::compare_centres() {
   Merge& merge = image_.merge;
   Centres& centres = image_.centres;
@@ -244,7 +245,7 @@ void Walk::set_factors(int32_t count, const int32_t* token) {
   image_.factors.token = token;
 }
 
-// The rows of the op merge.
+// The rows of the op merge are given by the caller.
 void Walk::given_rows() {
   const apet_tensors& t = call_->tensors;
   const int64_t first = index_ * image_.input.keep;
@@ -252,7 +253,7 @@ void Walk::given_rows() {
                   image_.rows, image_.merge);
 }
 
-// s5, for the dropped tokens. Without targets these are lost.
+// s5, for the dropped tokens. Without targets they are lost.
 Stage Walk::merge_dropped() {
   Merge& merge = image_.merge;
   if (merge.target_count == 0) merge.dropped_count = 0;

@@ -2,12 +2,13 @@
 
     python examples/hub/assemble.py FOLDER [--compiled]
 
-FOLDER gets build/torch-cuda and build/torch-rocm (Python and Triton, for any torch), what kernel-builder reads to make
-these itself (build.toml, torch-ext/), and the card. --compiled adds the CPU kernels of this processor's architecture,
-compiled against the stable ABI of torch, so for torch 2.10 and newer and any Python: build/torch-stable-abi210-cpu-....
+It writes into FOLDER: build/torch-cuda and build/torch-rocm (Python and Triton, for any torch); build.toml and
+torch-ext/, from which kernel-builder can make the same builds; and the card. --compiled adds the CPU kernels of this
+processor's architecture, as build/torch-stable-abi210-cpu-.... They use the stable ABI of torch, and work with torch
+2.10 and newer and any Python.
 
-`kernels.get_local_kernel(Path(FOLDER))` loads it; `kernels upload` or `hf upload` publishes it. Every build has an id
-of its own, and its ops are `torch.ops.ID.*`, so that several versions can live in one process.
+`kernels.get_local_kernel(Path(FOLDER))` loads it; `kernels upload` or `hf upload` publishes it. Every build has its own
+id and its ops are `torch.ops.ID.*`, so that a process can load several versions.
 """
 
 from __future__ import annotations
@@ -27,13 +28,13 @@ import torch
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 NAME = "apet-kernels"
-NAMESPACE = 'NAMESPACE = "apet"'  # the line of registry.py that says where the ops are
-STABLE_ABI = "210"  # of torch 2.10, the oldest that CMakeLists.txt builds for
+NAMESPACE = 'NAMESPACE = "apet"'  # the line of registry.py that sets the namespace of the ops
+STABLE_ABI = "210"  # of torch 2.10, the oldest that CMakeLists.txt supports
 NOARCH = ("cuda", "rocm")
 
 
 def main() -> None:
-    """Assembles."""
+    """Writes the repository."""
     parser = argparse.ArgumentParser(description=str(__doc__).partition("\n")[0])
     parser.add_argument("folder", type=Path, help="a folder that does not exist yet")
     parser.add_argument("--compiled", action="store_true", help="also the CPU kernels, compiled here")
@@ -87,7 +88,7 @@ def variant(folder: Path, backend: str) -> str:
 
 
 def commit() -> str:
-    """Seven digits of the commit, with a d before them where files differ from it."""
+    """Seven digits of the commit, after a "d" (dirty) if files differ from it."""
     said = subprocess.check_output(
         ["git", "-C", ROOT, "describe", "--always", "--dirty=-dirty", "--abbrev=7", "--exclude=*"], text=True
     ).strip()
@@ -96,7 +97,7 @@ def commit() -> str:
 
 
 def compile_into(folder: Path, namespace: str) -> None:
-    """The CPU library and its torch binding. (The module _host is for one version of Python, and left out.)"""
+    """Compiles the CPU library and its torch binding. The module _host is left out: it needs one version of Python."""
     with tempfile.TemporaryDirectory() as build:
         torch_dir = Path(torch.__file__).parent
         cmake = [sys.executable, "-m", "cmake"] if shutil.which("cmake") is None else ["cmake"]

@@ -1,7 +1,8 @@
 // compress TOKENS N D KEEP OUT INDICES [THREADS]
 //
-// Compresses images of N tokens with D features each to KEEP tokens an image. TOKENS holds raw float32, one image after
-// another; OUT receives the tokens as raw float32 [images, KEEP, D], INDICES their positions as raw int64 [images, KEEP].
+// Compresses images of N tokens with D features each to KEEP tokens per image. TOKENS holds raw float32, one image
+// after another. OUT receives the tokens as raw float32 [images, KEEP, D], INDICES their positions as int64 [images,
+// KEEP].
 #include <apet.h>
 
 #include <cstdio>
@@ -23,7 +24,7 @@ File open(const std::string& path, const char* mode) {
   return file;
 }
 
-// All float32 of a file; there must be a multiple of `unit`.
+// All float32 of a file; their number must be a multiple of `unit`.
 std::vector<float> read(const std::string& path, int64_t unit) {
   const File file = open(path, "rb");
   std::vector<float> values;
@@ -69,7 +70,7 @@ void run(char** arguments, int64_t threads) {
   if (threads < 1 || threads > 256)
     throw std::runtime_error("THREADS is " + std::to_string(threads) + ", outside 1..256");
   apet_problem p = {};  // compress, float32, inplace, fps
-  p.images = 1;         // for apet_check: the file says how many
+  p.images = 1;         // for apet_check; the size of the file determines the number
   p.tokens = number("N", arguments[2]);
   p.dim = number("D", arguments[3]);
   p.keep = number("KEEP", arguments[4]);
@@ -85,7 +86,7 @@ void run(char** arguments, int64_t threads) {
 
   apet_cpu_plan_t plan;
   check(p, apet_cpu_plan(&p, (int32_t)threads, &plan));
-  // An engine would keep the workspace, and its threads, from call to call.
+  // An engine would keep the workspace and the threads from call to call.
   const std::unique_ptr<void, void (*)(void*)> workspace(std::aligned_alloc(64, plan.workspace_bytes), std::free);
   Pool pool((int)threads);
   apet_tensors t = {};

@@ -1,4 +1,4 @@
-// Threads that wait for work, and lend themselves to apet as an apet_pool.
+// A thread pool, which apet uses through the interface apet_pool.
 #pragma once
 
 #include <apet.h>
@@ -10,7 +10,7 @@
 
 class Pool {
  public:
-  // The thread that calls apet works too, so that one less is started.
+  // The thread that calls apet works too, so one thread less is started.
   explicit Pool(int threads) : lent_{threads, this, run} {
     for (int i = 1; i < threads; i++) threads_.emplace_back([this] { serve(); });
   }
@@ -28,7 +28,7 @@ class Pool {
   const apet_pool* lent() const { return &lent_; }
 
  private:
-  // One call at a time. apet never asks for more tasks than threads, so that a task is worth a lock.
+  // One call at a time. apet never starts more tasks than threads, so a lock for each task is cheap enough.
   static void run(void* pool, int64_t tasks, apet_task task, void* context) {
     Pool& p = *static_cast<Pool*>(pool);
     const std::lock_guard<std::mutex> one(p.one_call_);
@@ -62,7 +62,7 @@ class Pool {
   const apet_pool lent_;
   std::mutex one_call_, mutex_;
   std::condition_variable wake_, done_;
-  // Under mutex_: the tasks of the call.
+  // The tasks of the call, protected by mutex_.
   apet_task task_ = nullptr;
   void* context_ = nullptr;
   int64_t next_ = 0, tasks_ = 0, unfinished_ = 0;

@@ -1,4 +1,4 @@
-"""A photo, a clip, and what `apet explore` makes of them."""
+"""A photo, a clip, and their results in `apet explore`."""
 
 from __future__ import annotations
 

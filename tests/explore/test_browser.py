@@ -133,7 +133,7 @@ def test_pointing_at_a_patch(page: Page) -> None:
         assert page.tab.locator(f"svg.{kind} .cursor .same").count() == view["goal"].count(view["goal"][at])
     picture.click(position=place)
     page.tab.mouse.move(5, 5)
-    assert page.tab.locator("svg.kept .cursor .here").count() == 1  # held by the click
+    assert page.tab.locator("svg.kept .cursor .here").count() == 1  # the click keeps it there
     page.keep(128)
     page.until("document.querySelector('h2 b')?.textContent === '128 tokens'")
     assert page.where().startswith(f"Row {row + 1}, column {col + 1}: ")  # and by another setting
@@ -201,7 +201,7 @@ def test_files_that_will_not_do(page: Page, tmp_path: Path, kind: str) -> None:
     assert alert.count() == 1
     if kind == "huge":
         assert "100.0 megapixels" in alert.inner_text()
-    page.upload(CHELSEA)  # which the page goes on with
+    page.upload(CHELSEA)  # the page continues with it
     page.tab.wait_for_selector("section[data-view]")
 
 
@@ -253,7 +253,7 @@ def test_every_control_has_a_name(page: Page) -> None:
 
 
 def test_ten_tabs(chromium: Any, address: str) -> None:
-    """Each with its own setting, moving its slider before the others have their answer: each shows its own."""
+    """Each tab has its own settings and moves its slider before the others have their result; each shows its own."""
     with contextlib.ExitStack() as tabs:
         pages = [tabs.enter_context(Page(chromium, address, query=f"?keep={20 + n}")) for n in range(10)]
         assert [len(page.view()["kept"]) for page in pages] == [20 + n for n in range(10)]

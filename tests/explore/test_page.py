@@ -1,4 +1,4 @@
-"""What the page of `apet explore` does, without a browser."""
+"""The functions of the page of `apet explore`, without a browser."""
 
 from __future__ import annotations
 
@@ -113,7 +113,7 @@ def test_baselines_merge_as_the_op_does(method: str) -> None:
 
 
 def test_a_file_is_read_once_by_ten_users(photo: Path, explorer: Explorer) -> None:
-    """Each moves sliders of his own, and gets what he would get alone."""
+    """Each user moves other sliders, and gets the same result as alone."""
     wanted = [Link(replace(SMALL, keep=keep)) for keep in range(8, 18)]
     start = threading.Barrier(len(wanted))
 
@@ -184,7 +184,7 @@ def test_what_is_wrong_is_one_message_on_the_page(tmp_path: Path, photo: Path, e
         (photo, Link(Settings(keep=5, layout="overwrite")), "needs keep &gt; basis"),
         (photo, Link(SMALL, Settings(keep=48, basis=10), 2), "frame=2 is outside 1..1"),
     ):
-        for _ in range(2):  # what failed once is no better remembered
+        for _ in range(2):  # a failure is not cached
             page = explorer.page(str(path), link)
             assert 'role="alert"' in page
             assert words in page, page
@@ -216,12 +216,12 @@ def test_frames_of_a_clip(clip: Path, explorer: Explorer) -> None:
 
 
 def test_the_extra_is_named(monkeypatch: pytest.MonkeyPatch, photo: Path) -> None:
-    monkeypatch.setitem(sys.modules, "gradio", None)  # importing it fails now
+    monkeypatch.setitem(sys.modules, "gradio", None)  # makes its import fail
     assert failed("explore", photo) == 'apet: this needs gradio: pip install "apet-kernels[explore]"\n'
 
 
 def test_the_command_rejects_before_it_serves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "gradio", functools)  # any module: it must not come so far
+    monkeypatch.setitem(sys.modules, "gradio", functools)  # any module: it must not be used
     monkeypatch.setattr(encoders, "load", lambda *_, **__: Tiles())
     assert "'missing.png' does not exist" in failed("explore", "missing.png")
     assert "--port" in failed("explore", "--port", "99999")

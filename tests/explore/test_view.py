@@ -1,4 +1,4 @@
-"""What the page of `apet explore` shows, without a browser, and the HTML report of `apet compress`."""
+"""The pictures of the page of `apet explore`, without a browser, and the HTML report of `apet compress`."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def test_the_page_holds_what_became_of_every_token(method: str, layout: str, pho
 
 def test_a_path_covers_the_patches_of_its_group_and_no_other() -> None:
     groups = np.random.default_rng(0).integers(-1, 2, 48)
-    groups[5:11] = 1  # a run that goes on in the next row
+    groups[5:11] = 1  # a run that continues in the next row
     covered = np.full((6, 8), 9)
     for group, path in view._areas(groups, (6, 8)).items():
         for col, row, wide, back in re.findall(r"M(\d+) (\d+)h(\d+)v1h-(\d+)z", path):
@@ -61,7 +61,7 @@ def test_a_path_covers_the_patches_of_its_group_and_no_other() -> None:
 
 
 def embedded(svg: str) -> np.ndarray:
-    """The picture in an SVG fragment."""
+    """Returns the picture in an SVG fragment."""
     return np.asarray(Image.open(io.BytesIO(base64.b64decode(re.search(r'base64,([^"]+)"', svg)[1]))).convert("RGB"))
 
 

@@ -51,7 +51,7 @@ def shown(explorer: Explorer, path: Path, *settings: Settings) -> list[view.Show
 
 
 def huge(path: Path) -> None:
-    """A PNG whose head says 100 megapixels, and little else."""
+    """Writes a PNG with little more than a header that specifies 100 megapixels."""
     Image.new("1", (8, 8)).save(path)
     data = bytearray(path.read_bytes())
     data[16:24] = struct.pack(">II", 10_000, 10_000)
@@ -60,7 +60,7 @@ def huge(path: Path) -> None:
 
 
 class Tree(html.parser.HTMLParser):
-    """Fails where tags do not match; collects elements with their attributes."""
+    """Collects elements with their attributes, and fails if tags do not match."""
 
     VOID = ("meta", "path", "rect", "image", "use", "circle", "line")
 

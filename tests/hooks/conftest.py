@@ -1,4 +1,4 @@
-"""`family`: one test body, every model family. Shared models must come back from a test as they went into it."""
+"""The fixture `family` runs a test on every model family. Tests must not change shared models."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ def family(request: pytest.FixtureRequest) -> families.Family:
     return families.FAMILIES[request.param]
 
 
-# The hooks differ by family in adapters alone, and what is common takes long. So every day these functions run on every
-# family, and the others on three that differ in what matters (one image, tiles, M-RoPE).
+# The hooks of families differ only in their adapters, and tests of the common code take long. So `make test` runs these
+# functions on every family, and the others on three that differ most (one image, tiles, M-RoPE).
 THREE = ("llava", "llava_next", "qwen2_5_vl")
 EVERY_FAMILY = {
     *("test_batch", "test_forward", "test_positions", "test_presets", "test_second_turn"),
@@ -28,7 +28,7 @@ EVERY_FAMILY = {
 }
 
 
-@pytest.hookimpl(tryfirst=True)  # before the marks are looked at
+@pytest.hookimpl(tryfirst=True)  # before pytest reads the marks
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         family = getattr(item, "callspec", None) and item.callspec.params.get("family")
@@ -45,8 +45,8 @@ def llava(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def clean() -> Iterator[None]:
-    """No hook, option or attribute stays on a shared model, and no adapter in the registry; nothing is printed about
-    tiny configurations."""
+    """Checks that no hook, option or attribute stays on a shared model, and no adapter in the registry. Also silences
+    messages about tiny configurations."""
     logging.getLogger("transformers").setLevel(logging.ERROR)
     known = dict(ADAPTERS)
     with torch.no_grad():

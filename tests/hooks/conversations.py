@@ -1,7 +1,7 @@
 """Conversations for the tiny models: samples with no, one or several images and videos, and batches of them.
 
-A sample is written as a list of parts: a number (that many text tokens), `"image"`, `"image1"`, `"image2"` (three
-sizes, where a family knows sizes) or `"video"`.
+A sample is a list of parts: a number (of text tokens), `"image"`, `"image1"`, `"image2"` (three sizes, if images of the
+family have sizes) or `"video"`.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
 
-# Some versions read a duration for each image too, of those that are given for videos, and raise StopIteration when no
-# more are there (transformers' issue 45325). All are 1.0 here, as where none are given.
+# Some versions read a duration for each image too, from those of the videos, and raise StopIteration if there are no
+# more (transformers' issue 45325). All are 1.0 here, which is the default.
 _positions = inspect.getsource(transformers.Qwen2_5_VLModel.get_rope_index)
 IMAGES_HAVE_SECONDS = "mm_token_type_ids" in _positions and "if modality_type == 2" not in _positions
 
@@ -36,9 +36,9 @@ class Visual:
 
     Attributes:
         kind: "image" or "video".
-        pixels: what the family's processor would give.
+        pixels: the result of the family's processor.
         size: (height, width) in pixels with tiles, (t, h, w) in patches where ragged, else ().
-        count: its placeholders.
+        count: the number of its placeholders.
     """
 
     kind: str
@@ -49,7 +49,7 @@ class Visual:
 
 @dataclass
 class Sample:
-    """One row of a batch: token ids with placeholders, and the visuals that they stand for, in order."""
+    """One row of a batch: token ids with placeholders, and the visuals of the placeholders, in order."""
 
     ids: list[int] = field(default_factory=list)
     visuals: list[Visual] = field(default_factory=list)
@@ -89,7 +89,7 @@ def visual(model: PreTrainedModel, family: Family, kind: str, which: int, alone:
     if family.name == "aya_vision":  # 12 x 12 patches, four of them make a token
         return Visual(kind, torch.randn(1, 3, SIDE, SIDE, generator=make), (), 36)
     if family.name == "internvl":
-        tiles = 1 + which  # an image is cut into so many crops, every one of them SIDE // 4 // 2 squared tokens
+        tiles = 1 + which  # crops of an image, each with (SIDE // 4 // 2)^2 tokens
         return Visual(kind, torch.randn(tiles, 3, SIDE, SIDE, generator=make), (), tiles * (SIDE // 8) ** 2)
     return Visual(kind, torch.randn(1, 3, SIDE, SIDE, generator=make), (), (SIDE // PATCH) ** 2)
 

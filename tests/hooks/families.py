@@ -1,7 +1,7 @@
-"""One tiny random model per family: real architectures of transformers, no network, 16 to 64 visual tokens an image.
+"""One tiny random model per family: real architectures of transformers, no network, 16 to 64 visual tokens per image.
 
-Weights are wide (standard deviation 0.15), so that a wrong position, mask or token moves the logits by far more than
-rounding does; `test_families.py` measures that.
+The weights are wide (standard deviation 0.15), so that a wrong position, mask or token changes the logits by far more
+than rounding does.
 """
 
 from __future__ import annotations
@@ -19,24 +19,24 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 __all__ = ["END", "EOS", "IMAGE", "LAYERS", "PAD", "PATCH", "PINPOINTS", "SIDE", "START", "TILE", "VIDEO", "VOCABULARY"]
 
-# What differs between versions of transformers is looked up where it is said, not decided by a version's number.
+# Differences between versions of transformers are looked up in its code, not decided by version numbers.
 TAKES_CACHE_POSITION = "cache_position" in inspect.signature(transformers.LlamaModel.forward).parameters
 CROPS_TO_LENGTH = "max_length" in inspect.signature(transformers.DynamicCache().crop).parameters
-UNSAID = [EOS, START, END, VIDEO, IMAGE]  # what tiny models are kept from generating
+UNSAID = [EOS, START, END, VIDEO, IMAGE]  # tokens that tiny models must not generate
 
 
 @dataclass(frozen=True)
 class Family:
-    """How the models of one `model_type` get their images.
+    """The form of the images of one `model_type`.
 
     Attributes:
         name: the `model_type`.
-        model: name of the class in transformers, or of the one in `postcard.py`.
+        model: name of the class, in transformers or `postcard.py`.
         tiles: images come as several tiles with `image_sizes`.
         ragged: images come as packed patches with grids, positions are M-RoPE.
         video: videos have placeholders of their own.
         parts: the names of the core model, and of the language model in it.
-        projector: the name of the module in the core model before which the first stage is, if there is such.
+        projector: the name of the module in the core model before which the first stage runs, if any.
     """
 
     name: str
@@ -67,7 +67,7 @@ FAMILIES = {
     )
 }
 
-# No adapter of the package knows these.
+# The package has no adapters for these.
 OTHERS = {
     "aya_vision": Family("aya_vision", "AyaVisionForConditionalGeneration", video=False),
     "gemma3": Family("gemma3", "Gemma3ForConditionalGeneration", video=False),
@@ -76,7 +76,7 @@ OTHERS = {
 
 
 def core(model: PreTrainedModel) -> nn.Module:
-    """Returns the module that puts image features among text embeddings."""
+    """Returns the module that inserts image features into text embeddings."""
     return getattr(model, family_of(model).parts[0])
 
 

@@ -1,7 +1,7 @@
-"""A model written without knowledge of adapters or transformers' conventions: other names, another structure.
+"""A model that does not follow adapters or transformers' conventions: other names, another structure.
 
-An image is 25 patches of 12 values; its first token is a summary, which must stay. The core is `album`, the language
-model in it `reader`.
+An image is 25 patches of 12 values; its first token is a summary, which must be kept. The core model is `album`, its
+language model `reader`.
 """
 
 from __future__ import annotations

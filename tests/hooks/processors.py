@@ -43,7 +43,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 
 def llava_folder(folder: Path, name: str) -> Path:
-    """Saves a tiny LLaVA-1.5 or LLaVA-NeXT with the processor of transformers in a folder, as on the hub."""
+    """Saves a tiny LLaVA-1.5 or LLaVA-NeXT with its processor in a folder, in the format of the hub."""
     from transformers import CLIPImageProcessor, LlavaNextImageProcessor, LlavaNextProcessor, LlavaProcessor
 
     size = {"size": {"shortest_edge": SIDE}, "crop_size": {"height": SIDE, "width": SIDE}}
@@ -65,7 +65,7 @@ def llava_folder(folder: Path, name: str) -> Path:
 
 
 def answer(folder: Path, photos: Sequence[Path], prompt: str, length: int, **options: Any) -> str:
-    """Returns the answer of the LLaVA-1.5 in a folder with these options of apet.patch(), by its own generate()."""
+    """Returns the answer by generate() of the LLaVA-1.5 in a folder, patched with these options."""
     from transformers import AutoProcessor, LlavaForConditionalGeneration
 
     model, processor = LlavaForConditionalGeneration.from_pretrained(folder), AutoProcessor.from_pretrained(folder)
@@ -86,7 +86,7 @@ class Processor:
 
     def __init__(self, family: families.Family):
         self.family, self.tokenizer = family, tokenizer()
-        self.named: dict[str, Any] = {}  # what else it was called with
+        self.named: dict[str, Any] = {}  # its other arguments
 
     def __call__(
         self, text: Sequence[str], images: Any = (), videos: Any = (), return_tensors: str = "pt", **named: Any

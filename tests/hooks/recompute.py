@@ -1,9 +1,9 @@
-"""Computes the result of a patched model in another way: one sample, no padding, no cache, no hooks of the package.
+"""Computes the result of a patched model in another way: for one sample, without padding, cache, and the hooks.
 
-An unpatched model shows what enters its projector and its language model; `apet_kernels` compresses that; the
-shortened sequence and its positions are put together here; and the decoder layers are called one by one on the prompt
-and all that was generated after it. For the stage inside the language model the sequence stays whole: from that layer
-on the keys of dropped tokens are masked.
+The inputs of the projector and of the language model are recorded on an unpatched model, and compressed by
+`apet_kernels`. This module builds the shortened sequence and its positions, and calls the decoder layers one by one on
+the prompt and the generated tokens. For the stage inside the language model the sequence is not shortened; from that
+layer on, the keys of dropped tokens are masked.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class Expected:
 
     Attributes:
         logits: [1 + generated, V], from the last token of the prompt on.
-        source: where the rows of the shortened prompt stood in the whole one, in the layers before `llm_layer`.
+        source: positions of the shortened prompt's rows in the whole prompt, in the layers before `llm_layer`.
         deep_source: the same in the other layers.
     """
 
@@ -70,8 +70,8 @@ def expected(
     following: int | None = None,
     **options: Any,
 ) -> Expected:
-    """What `model`, which is not patched, would give if it were: for one sample and the tokens that it generated, which
-    go on at position `following`, or after all others."""
+    """Returns the results that the unpatched `model` would have if it were patched, for one sample and its generated
+    tokens. These begin at position `following`, or after all others."""
     chosen = Options(**options)
     prompt = shorten(model, family, row, chosen)
     if following is not None:
@@ -81,8 +81,8 @@ def expected(
 
 
 def budget(keep: Keep | list[Keep], visual: int, tokens: int, options: Options) -> int:
-    """How many of `tokens` of a visual's unit stay: a count, or a ratio, rounded half up and no less than is possible;
-    never more than there are."""
+    """Returns the number of kept tokens in a visual's unit of `tokens`: a count, or a ratio of them, rounded half up.
+    It is at least the smallest possible number, and at most `tokens`."""
     if isinstance(keep, list):
         keep = keep[visual]
     if keep is None:
@@ -93,7 +93,7 @@ def budget(keep: Keep | list[Keep], visual: int, tokens: int, options: Options) 
 
 
 def compress(x: Tensor, keep: int, options: Options, layout: str) -> tuple[Tensor, Tensor]:
-    """Runs the op on one unit x [N, C]. Returns rows [R, C], and the row of x that each of them stands for."""
+    """Runs the op on one unit x [N, C]. Returns rows [R, C], and the row of x that belongs to each."""
     if keep + (options.basis if layout == "append" else 0) >= len(x):
         return x, torch.arange(len(x))
     more = {"layout": layout, "select": options.select, "blend": options.blend, "refine": options.refine}
@@ -103,14 +103,14 @@ def compress(x: Tensor, keep: int, options: Options, layout: str) -> tuple[Tenso
 
 
 def units(model: PreTrainedModel, family: Family, one: Visual) -> list[Tensor]:
-    """The placeholders of one image or video that are compressed together; what is in no unit always stays."""
+    """Returns the placeholders of an image or video that are compressed together. Those in no unit are always kept."""
     every = torch.arange(one.count)
     if family.ragged:  # each temporal step
         return list(every.chunk(one.size[0]))
     if one.kind == "video":  # a frame, without the CLS of Video-LLaVA and the last newline of LLaVA-OneVision
         frames = every[: one.count // FRAMES * FRAMES].chunk(FRAMES)
         return [frame[1:] if family.name == "video_llava" else frame for frame in frames]
-    if family.tiles:  # a tile, or the image that they make together; not the newlines
+    if family.tiles:  # a tile, or the image of all tiles; without the newlines
         source = sources(model, one.size, len(one.pixels))
         if family.name == "llava_onevision":
             return [every[source >= 0]]
@@ -139,8 +139,8 @@ class Prompt:
         positions: [L], or [3, L] with M-RoPE.
         following: the position of the first generated token.
         groups: the rows of every unit, with the number of its visual.
-        deep: per early layer, what is added after it, [L, D].
-        source: [L] where each row stood in the whole prompt.
+        deep: per early layer, the features [L, D] that are added after it.
+        source: [L], the position of each row in the whole prompt.
     """
 
     embeds: Tensor
@@ -163,7 +163,7 @@ def enter(model: PreTrainedModel, family: Family, row: Sample) -> tuple[dict[str
     def projector(_: torch.nn.Module, args: tuple) -> None:
         features.append(args[0].flatten(0, 1))
 
-    if family.ragged:  # some versions give a prompt without a picture the offset of the prompt before it
+    if family.ragged:  # in some versions a prompt without a picture gets the offset of the prompt before it
         core(model).rope_deltas = None
     with ExitStack() as hooks:
         hooks.enter_context(reader(model).register_forward_pre_hook(language_model, with_kwargs=True))
@@ -181,9 +181,9 @@ def shorten(model: PreTrainedModel, family: Family, row: Sample, options: Option
     ids = torch.tensor(row.ids)
     slots = {"image": (ids == IMAGE).nonzero().flatten(), "video": (ids == VIDEO).nonzero().flatten()}
     done = {"image": 0, "video": 0, "features": 0}
-    at: list[Tensor] = []  # the rows of each unit: where they stood,
-    place: list[Tensor] = []  # where they go,
-    new: list[Tensor] = []  # what they are now,
+    at: list[Tensor] = []  # for each unit: the old positions of its rows,
+    place: list[Tensor] = []  # their new positions,
+    new: list[Tensor] = []  # their new values,
     visual: list[int] = []  # and the number of its image or video
     for v, one in enumerate(row.visuals):
         here = slots[one.kind][done[one.kind] : done[one.kind] + one.count]
@@ -206,7 +206,7 @@ def shorten(model: PreTrainedModel, family: Family, row: Sample, options: Option
     alone = outside.nonzero().flatten()
     unit = torch.cat([*(torch.full((len(rows),), u) for u, rows in enumerate(at)), torch.full((len(alone),), -1)])
     source = torch.cat([*at, alone])
-    order = torch.cat([*place, alone]).sort().indices  # as they stood, with appended basis rows last in their unit
+    order = torch.cat([*place, alone]).sort().indices  # the old order; appended basis rows are last in their unit
     source, unit, embeds = source[order], unit[order], torch.cat([*new, embeds[alone]])[order]
     deep = []
     for added in seen.get("deepstack_visual_embeds") or []:
@@ -223,7 +223,7 @@ def shorten(model: PreTrainedModel, family: Family, row: Sample, options: Option
 def language(model: PreTrainedModel, prompt: Prompt, generated: list[int], options: Options) -> tuple[Tensor, Tensor]:
     """Runs the decoder layers on the prompt and on the generated tokens.
 
-    Returns the logits [1 + len(generated), V] from the prompt's end on, and which of its rows stay [L].
+    Returns the logits [1 + len(generated), V] from the prompt's end on, and which of its rows are kept [L].
     """
     text = reader(model)
     L, extra = len(prompt.embeds), len(generated)
@@ -237,7 +237,7 @@ def language(model: PreTrainedModel, prompt: Prompt, generated: list[int], optio
             if positions.ndim == 1:  # renumbered, as after the first stage
                 positions = kept.cumsum(0) - 1
         allowed = torch.ones(L + extra, L + extra, dtype=torch.bool).tril() & kept
-        if slides(text.config, i):  # over what the layer gets to see
+        if slides(text.config, i):  # over the columns in the input of the layer
             number = kept.cumsum(0)
             allowed &= number[:, None] - number < text.config.sliding_window
         allowed |= torch.eye(L + extra, dtype=torch.bool)  # so that no row is empty; dropped rows are not read

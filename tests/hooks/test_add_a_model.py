@@ -1,4 +1,4 @@
-"""Follows docs/add-a-model.md on a class that is made up here."""
+"""Follows docs/add-a-model.md with an invented class."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class StampConfig(PretrainedConfig):
 
 
 class Collection(PreTrainedModel):
-    """The core model: `writer` continues the text, `critic` judges it."""
+    """The core model: `writer` continues the text, `critic` rates it."""
 
     config_class = StampConfig
     _supports_sdpa = True

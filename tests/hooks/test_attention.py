@@ -30,7 +30,7 @@ def test_eager(family: Family, stage: str) -> None:
 @pytest.mark.parametrize("name", [name for name in FAMILIES if name not in ("qwen2_5_vl", "qwen2_vl", "video_llava")])
 @pytest.mark.slow  # compiles
 def test_flex(name: str) -> None:
-    """Families for which transformers has flex attention; not compiled, since only the masks are in question."""
+    """Families for which transformers has flex attention. It is not compiled, since only the masks are tested."""
     family = FAMILIES[name]
     rows = conversations(family)[:3]
     model = shared(name, "sdpa")
@@ -69,7 +69,7 @@ class Call:
 
 @dataclass
 class Flash:
-    """Replaces flash-attn: the same signatures and the same results, by plain torch, and a record of every call."""
+    """Replaces flash-attn: the same signatures and results, computed by plain torch, with a record of every call."""
 
     calls: list[Call] = field(default_factory=list)
 
@@ -105,7 +105,7 @@ class Flash:
         window_size: tuple[int, int] = (-1, -1),
         deterministic: bool = False,
     ) -> Tensor:
-        """q [sum Lq, H, D], k and v [sum Lk, Hkv, D], cut at the cu_seqlens."""
+        """q [sum Lq, H, D], k and v [sum Lk, Hkv, D], split at the cu_seqlens."""
         assert causal
         assert window_size == (-1, -1)
         for cu, x, longest in ((cu_seqlens_q, q, max_seqlen_q), (cu_seqlens_k, k, max_seqlen_k)):
@@ -155,7 +155,7 @@ def by_layer(calls: list[Call], layers: int = 4) -> list[list[Call]]:
 @pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize("cached", [True, False])
 def test_flash_without_padding(family: Family, flash: Flash, stage: str, cached: bool) -> None:
-    """A lone sample: no mask, so the dense function; one sequence, never packed, whatever gaps the positions have."""
+    """A single sample has no mask, so the dense function is called, without packing, even if positions have gaps."""
     if stage == "second" and reads_positions_as_packed(family):
         pytest.skip("the early layers are the model's own, and it packs what it should not")
     options, model = STAGES[stage], shared(family.name)
@@ -173,7 +173,7 @@ def test_flash_without_padding(family: Family, flash: Flash, stage: str, cached:
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_flash_with_padding(family: Family, flash: Flash, stage: str) -> None:
-    """Rows of different lengths: packed, each sequence as long as what is left of its row in that layer."""
+    """Rows of different lengths are packed. In each layer, a sequence is as long as its row is then."""
     options, model, rows = STAGES[stage], shared(family.name), conversations(family)
     with use_attention(model, "flash_attention_2"), apet.patched(model, **options):
         said = say(model, collate(family, rows))
@@ -198,7 +198,7 @@ def test_flash_attention_3(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("stage", ["first", "both"])  # before the second alone, layers keep the padding
 def test_flash_with_padding_that_goes(family: Family, flash: Flash, stage: str) -> None:
-    """One padded row is packed again without its padding: then no mask is needed, nor the varlen function."""
+    """One padded row is packed again without its padding, so neither a mask nor the varlen function is needed."""
     options, model, row = STAGES[stage], shared(family.name), conversation(family, 3, "image", 5)
     with use_attention(model, "flash_attention_2"), apet.patched(model, **options):
         said = say(model, collate(family, [row], pad_to=len(row.ids) + 6))
@@ -216,7 +216,7 @@ def test_flash_static_cache(family: Family, flash: Flash) -> None:
 
 
 def test_no_attention_weights(family: Family) -> None:
-    """Nothing asks for attention weights: no flash kernel has any, and sdpa would fall back to eager."""
+    """Attention weights are not requested: flash kernels have none, and sdpa would fall back to eager."""
     model = shared(family.name)
     asked: list[Any] = []
 
@@ -236,7 +236,7 @@ def test_no_attention_weights(family: Family) -> None:
 @pytest.mark.parametrize("attention", ["flash_attention_2", "flash_attention_3"])
 @pytest.mark.parametrize("name", FAMILIES)
 def test_flash_on_a_gpu(name: str, attention: str) -> None:
-    """The real thing beside sdpa, both in bfloat16 on the GPU; the first stage, so that both keep the same tokens."""
+    """Real flash attention against sdpa, in bfloat16 on the GPU; in the first stage both keep the same tokens."""
     family = FAMILIES[name]
     try:
         model = build(name, attention, torch.bfloat16).cuda()

@@ -1,4 +1,4 @@
-"""`python -m benchmarks.hooks`: runs on a tiny model, and judges what it measured by the goals."""
+"""`python -m benchmarks.hooks` runs on a tiny model, and compares its results with the goals."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from benchmarks.lib.suite import Results
 
 def test_smoke(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(hooks, "peak_gflops", lambda dtype: dtype.itemsize)  # float32 is the faster one
-    monkeypatch.setattr(suite, "THREADS", 1)  # two would wait for each other where other tests keep the cores busy
+    monkeypatch.setattr(suite, "THREADS", 1)  # two would wait for each other when other tests use the cores
     monkeypatch.setattr(suite, "SMOKE_ROUNDS", 1)
     monkeypatch.setattr(sys, "argv", ["benchmarks/hooks.py", "--smoke", "--json", str(tmp_path / "rows.json")])
     before = torch.get_num_threads()
@@ -105,7 +105,7 @@ def test_sheet() -> None:
 
 
 def test_the_model_that_is_served(tmp_path: Path) -> None:
-    """As vLLM reads it: an image is 576 placeholders, every letter a token that decodes to one sign."""
+    """As vLLM reads it, an image has 576 placeholders, and every letter is a token that decodes to one character."""
     llava.save(tmp_path, llava.SMOKE)
     config = transformers.AutoConfig.from_pretrained(tmp_path)
     processor = transformers.AutoProcessor.from_pretrained(tmp_path)

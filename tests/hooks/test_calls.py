@@ -23,7 +23,7 @@ HOW: dict[str, Any] = {"max_new_tokens": 3, "do_sample": False, "suppress_tokens
 HOW |= {"return_dict_in_generate": True, "output_logits": True}
 
 
-# Qwen models keep offsets of positions on the model, where threads mix them up, patched or not.
+# Qwen models store offsets of positions on the model, where threads overwrite them, patched or not.
 @pytest.mark.parametrize("name", ["llava", "llava_next"])
 def test_threads_share_a_model(name: str) -> None:
     family, model = FAMILIES[name], build(name)
@@ -39,7 +39,7 @@ def test_threads_share_a_model(name: str) -> None:
 
     def work(i: int) -> None:
         try:
-            with torch.no_grad():  # gradient modes are each thread's own
+            with torch.no_grad():  # every thread has its own gradient mode
                 for _ in range(8):
                     logits = say(model, collate(family, [rows[i]])).logits
                     if not torch.allclose(logits, wanted[i], rtol=0, atol=TOLERANCE):
@@ -64,7 +64,7 @@ def test_threads_share_a_model(name: str) -> None:
 
 @pytest.mark.parametrize("how", ["class", "partial", "base class"])
 def test_generate_of_the_class(family: Family, how: str) -> None:
-    """Trainers and pipelines bind it themselves; the instance's is not asked."""
+    """Trainers and pipelines call `generate` of the class, not that of the instance."""
     model = shared(family.name)
     generate = {
         "class": functools.partial(type(model).generate, model),
@@ -80,7 +80,7 @@ def test_generate_of_the_class(family: Family, how: str) -> None:
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_generate_of_the_class_in_a_second_turn(family: Family, stage: str) -> None:
-    """It takes dropped tokens for new ones there: an error where that matters, else the right answer."""
+    """There it counts dropped tokens as new ones: an error if that matters, else the right answer."""
     model, row = shared(family.name), conversation(family, 3, "image", 5)
     with apet.patched(model, **STAGES[stage]):
         first = model.generate(**collate(family, [row]), **HOW)
@@ -129,7 +129,7 @@ def test_images_after_a_prefilled_text_prefix(family: Family, stage: str, kind: 
 
 
 def test_a_cache_that_another_model_has_filled(family: Family) -> None:
-    """Tokens may be missing in it, so it raises: filled before patching, or rebuilt from the tensors of another."""
+    """Such a cache, filled before patching or rebuilt from tensors, may lack tokens, so it raises an error."""
     model, row = shared(family.name), conversation(family, 3, "image", 5)
     before = model(**collate(family, [row]), use_cache=True)
     with apet.patched(model, **BOTH):
@@ -146,7 +146,7 @@ def test_a_cache_that_another_model_has_filled(family: Family) -> None:
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_compressed_cache_in_a_model_that_is_not_patched(family: Family, stage: str) -> None:
-    """The second turn after the with block has ended."""
+    """The second turn comes after the end of the with block."""
     model, row = shared(family.name), conversation(family, 3, "image", 5)
     with apet.patched(model, **STAGES[stage]):
         first = model(**collate(family, [row]), use_cache=True)
@@ -159,7 +159,7 @@ def test_a_compressed_cache_in_a_model_that_is_not_patched(family: Family, stage
 
 @pytest.mark.parametrize("then", [FIRST, {**BOTH, "llm_layer": 3}], ids=["first", "another layer"])
 def test_a_cache_of_another_llm_layer(family: Family, then: dict[str, Any]) -> None:
-    """The model is patched otherwise between two turns."""
+    """The model is patched with other options between two turns."""
     model, row = shared(family.name), conversation(family, 3, "image", 5)
     with apet.patched(model, **BOTH):
         first = model(**collate(family, [row]), use_cache=True)
@@ -174,12 +174,12 @@ def reloaded(cache: transformers.Cache) -> transformers.Cache:
 @pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize("how", ["reorder", "select", "repeat"])
 def test_rows_of_a_cache_change(family: Family, stage: str, how: str) -> None:
-    """Rows with different padding, reordered, selected or repeated: masks and positions go with them."""
+    """Rows with different padding are reordered, selected or repeated, and their masks and positions with them."""
     model, options = shared(family.name), STAGES[stage]
     rows = [conversation(family, 3, "image", 5), conversation(family, 2, "image1", 3, "image2", 4, seed=1)]
     inputs = collate(family, rows)
     mask = inputs["attention_mask"]
-    if not family.ragged:  # else the model counts padding, as an unpatched one does
+    if not family.ragged:  # a ragged one counts padding, also unpatched
         inputs["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)
     with apet.patched(model, **options):
         out = model(**inputs, use_cache=True)
@@ -193,7 +193,7 @@ def test_rows_of_a_cache_change(family: Family, stage: str, how: str) -> None:
         else:
             cache.batch_repeat_interleave(2)
             rows, mask = [row for row in rows for _ in range(2)], mask.repeat_interleave(2, 0)
-        if family.ragged:  # the model's own offsets of positions stay with the rows that it was called with
+        if family.ragged:  # the model stores offsets of positions for the rows of its last call
             getattr(model, "model", model).rope_deltas = None
         told = torch.tensor([[following(family, row)] for row in rows])
         more = {"position_ids": told.expand(3, -1, -1) if family.ragged else told}
@@ -216,7 +216,7 @@ def following(family: Family, row: Any) -> int:
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("stage", STAGES)
 def test_scored_answers(family: Family, stage: str, side: str) -> None:
-    """The loss of answers is the mean negative log-likelihood that the recompute gives their tokens."""
+    """The loss of answers is the mean negative log-likelihood of their tokens in the recompute."""
     model, options = shared(family.name), STAGES[stage]
     answers = [[21, 22, 23], [31, 32, 33]]
     rows = [conversation(family, 3, "image", 5), conversation(family, 2, "image1", 3, "image2", 4, seed=1)]

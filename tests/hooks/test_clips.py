@@ -1,7 +1,7 @@
-"""The processors of transformers with clips: each gives its model all frames of a clip, at their times.
+"""The processors of transformers with clips: each passes all frames of a clip to its model, at their times.
 
-The video processors need torchvision, which is not among the daily requirements: `make test-vllm` runs this file, too.
-Here they are told to choose frames by themselves, as checkpoints tell them; apet hands them the frames to use.
+The video processors need torchvision, which `make test` does not install; `make test-vllm` runs this file, too. The
+processors are configured to choose frames themselves, as in checkpoints, but must use the frames that apet passes.
 """
 
 from __future__ import annotations
@@ -98,7 +98,7 @@ def processor(name: str) -> Any:
 
 
 def brightness(given: dict[str, Any]) -> list[float]:
-    """Returns the mean of each frame, or of each pair of frames, that reaches the model."""
+    """Returns the mean of each frame, or pair of frames, in the input of the model."""
     pixels = given.get("pixel_values_videos", given.get("pixel_values")).float()
     if "video_grid_thw" in given:
         return pixels.view(int(given["video_grid_thw"][0][0]), -1).mean(1).tolist()

@@ -1,4 +1,4 @@
-"""A compiled decode step with a static cache: compiled once, whatever the prompt, and right."""
+"""A compiled decode step with a static cache is compiled once for all prompts, and its results are right."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ STEPS = 5
 
 
 class Graphs:
-    """A backend of torch.compile that runs graphs as they are, and counts them."""
+    """A backend of torch.compile that runs graphs unchanged, and counts them."""
 
     def __init__(self) -> None:
         self.count = 0
@@ -32,7 +32,7 @@ class Graphs:
         return self
 
 
-# Compiling takes seconds: one loop every day, and tests/hooks/test_wrappers.py compiles `generate`.
+# Compiling takes seconds, so `make test` runs one loop; tests/hooks/test_wrappers.py compiles `generate`.
 DAILY = (("qwen2_5_vl", "both"),)
 LOOPS = [
     pytest.param(name, options, id=f"{name}-{stage}", marks=() if (name, stage) in DAILY else pytest.mark.slow)
@@ -51,7 +51,7 @@ def graphs() -> Graphs:
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "options"), LOOPS)
 def test_own_loop(name: str, options: dict[str, Any], graphs: Graphs) -> None:
-    """Only the first step of the first prompt compiles: not the next ones, and not those of a longer prompt."""
+    """Only the first step of the first prompt compiles, not the next ones or those of a longer prompt."""
     family, model = FAMILIES[name], shared(name)
     step = torch.compile(model.forward, backend=graphs, dynamic=False)
     compiled = []
@@ -75,7 +75,7 @@ def test_own_loop(name: str, options: dict[str, Any], graphs: Graphs) -> None:
 
 @pytest.mark.parametrize("name", SOME)
 def test_generate(name: str, graphs: Graphs) -> None:
-    """What `generate` compiles by itself for a static cache does not depend on how many tokens it is asked for."""
+    """`generate` compiles its step for a static cache, and not again for another number of tokens."""
     family, model = FAMILIES[name], shared(name)
     row = conversation(family, 3, "image", 5)
     compilation = transformers.CompileConfig(backend=graphs, fullgraph=False, mode=None)
@@ -101,13 +101,13 @@ def test_generate(name: str, graphs: Graphs) -> None:
 
 
 def test_compiled_model() -> None:
-    """`torch.compile(model)` is patched inside."""
+    """`patch` of `torch.compile(model)` patches the model in it."""
     family = FAMILIES["llava"]
     model, row = build("llava"), conversation(family, 3, "image", 5)
     compiled = torch.compile(model)
     chosen = apet.patch(compiled, **BOTH)
     assert apet.options(model) == apet.options(compiled) == chosen
-    with torch.compiler.set_stance("force_eager"):  # only where the hooks sit is in question
+    with torch.compiler.set_stance("force_eager"):  # only the place of the hooks is tested
         said = [call(**collate(family, [row])).logits[0, -1] for call in (model, compiled)]
     want = expected(twin("llava"), family, row, [], **BOTH).logits[0]
     for logits in said:

@@ -1,4 +1,4 @@
-"""Prompts and calls of other corners: images at both ends, no text, embeddings instead of ids, cropped caches."""
+"""Unusual prompts and calls: images at both ends, no text, embeddings instead of ids, cropped caches."""
 
 from __future__ import annotations
 
@@ -47,10 +47,10 @@ def test_videos_of_several_samples(family: Family) -> None:
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_embeddings_instead_of_ids(family: Family, stage: str) -> None:
-    """The ids are known as embeddings only; the model finds its placeholders in these, and so does the patch."""
+    """The call has embeddings instead of ids; the model and the patch find the placeholders in these."""
     model, options, row = shared(family.name), STAGES[stage], conversation(family, 3, "image", 5)
     inputs = collate(family, [row])
-    if family.ragged:  # without ids the model cannot make positions; they have to be given
+    if family.ragged:  # without ids the model cannot compute positions, so the call has them
         inputs["position_ids"] = positions(family, row)
         inputs.pop("mm_token_type_ids", None)
     embeds = core(model).get_input_embeddings()(inputs.pop("input_ids"))
@@ -90,7 +90,7 @@ def test_ways_to_call(family: Family, how: str) -> None:
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_tuples(family: Family, stage: str) -> None:
-    """`return_dict=False`: the cache comes out of a tuple and goes on all the same."""
+    """With `return_dict=False` the cache is in a tuple, and can be used as usual."""
     model, options, row = shared(family.name), STAGES[stage], conversation(family, 3, "image", 5)
     cache = transformers.DynamicCache()
     with apet.patched(model, **options):
@@ -105,7 +105,7 @@ def test_tuples(family: Family, stage: str) -> None:
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_hidden_states(family: Family, stage: str) -> None:
-    """Asked for, they come in the length that each layer had."""
+    """They have the length of the sequence in each layer."""
     model, options, row = shared(family.name), STAGES[stage], conversation(family, 3, "image", 5)
     with apet.patched(model, **options):
         out = model(**collate(family, [row]), use_cache=True, output_hidden_states=True)
@@ -119,7 +119,7 @@ def test_hidden_states(family: Family, stage: str) -> None:
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_cropped_cache(family: Family, stage: str) -> None:
-    """Taking back the last tokens, as speculative decoding does, and going on otherwise."""
+    """The last tokens are removed, as in speculative decoding, and other tokens follow."""
     model, options, row = shared(family.name), STAGES[stage], conversation(family, 3, "image", 5)
     L = len(row.ids)
     with apet.patched(model, **options):
@@ -133,7 +133,7 @@ def test_cropped_cache(family: Family, stage: str) -> None:
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_turns_of_a_batch(family: Family, stage: str) -> None:
-    """Questions of different lengths after a kept cache, padded in the middle; then a third turn."""
+    """Questions of different lengths follow a cache, with padding in the middle; then comes a third turn."""
     if family.ragged and TAKES_CACHE_POSITION and stage == "second":
         pytest.skip("the early layers' positions are the model's own, and it counts padding after images")
     model, options = shared(family.name), STAGES[stage]
@@ -187,7 +187,7 @@ def test_cache_cropped_into_an_image(family: Family, stage: str) -> None:
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_padded_turn_in_a_static_cache(family: Family, stage: str) -> None:
-    """ApetError: a mask of fixed size has no place for padding behind the prompt."""
+    """It raises ApetError, since a mask of fixed size cannot describe padding after the prompt."""
     model = shared(family.name)
     rows = [conversation(family, 3, "image", 5), conversation(family, 2, "image", 1, seed=1)]
     inputs = collate(family, rows)
@@ -200,8 +200,8 @@ def test_padded_turn_in_a_static_cache(family: Family, stage: str) -> None:
 
 
 def test_assistant_that_is_patched_too(family: Family) -> None:
-    """Some versions of `generate` give the drafter its cache and all images once more in every round: that raises.
-    Where it gives them once, the answer is right."""
+    """Some versions of `generate` pass all images to the drafter again in every round, with its cache, which raises an
+    error. In the others the answer is right."""
     model, draft = shared(family.name), build(family.name, seed=1)
     row = conversation(family, 3, "image", 5)
     apet.patch(draft, **FIRST)
@@ -216,7 +216,7 @@ def test_assistant_that_is_patched_too(family: Family) -> None:
 
 
 def test_moved_after_patching(family: Family) -> None:
-    """`model.to(...)` after `patch`, as when somebody patches first and loads onto a device then."""
+    """`model.to(...)` may follow `patch`."""
     model, row = build(family.name), conversation(family, 3, "image", 5)
     apet.patch(model, **FIRST)
     model.to(torch.bfloat16)
@@ -225,7 +225,7 @@ def test_moved_after_patching(family: Family) -> None:
 
 
 def test_placeholders_that_do_not_fit(family: Family) -> None:
-    """One too few: an error that says so, as without the patch, and the next call is right."""
+    """With one placeholder too few, the error is that of an unpatched model, and the next call is right."""
     model, row = shared(family.name), conversation(family, 3, "image", 5)
     short = Sample([*row.ids[:5], *row.ids[6:]], row.visuals)
     with pytest.raises((ValueError, RuntimeError, IndexError)) as without:
@@ -238,7 +238,7 @@ def test_placeholders_that_do_not_fit(family: Family) -> None:
 
 
 def test_hidden_placeholders_raise(family: Family) -> None:
-    """A mask that hides some tokens of an image."""
+    """A mask that hides some tokens of an image raises an error."""
     model, row = shared(family.name), conversation(family, 3, "image", 5)
     inputs = collate(family, [row])
     inputs["attention_mask"][0, :8] = 0

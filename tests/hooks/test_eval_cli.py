@@ -1,6 +1,6 @@
-"""`apet eval`: the answers are the model's, none is lost or asked twice, and what is wrong is one error.
+"""`apet eval`: the answers are the model's, no question is lost or asked twice, and every fault is one error.
 
-Real photographs, and a tiny random LLaVA with the processor of transformers, saved as on the hub.
+The tests use real photographs, and a tiny random LLaVA with the processor of transformers, in the format of the hub.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ PHOTOS = ("astronaut.png", "chelsea.png", "coffee.png", "rocket.jpg", "coins.png
 
 
 def records(out: Path) -> list[dict]:
-    """Every line but the first."""
+    """Returns every line but the first."""
     return [json.loads(line) for line in out.read_text().splitlines()[1:]]
 
 
@@ -74,7 +74,7 @@ def test_answers_tokens_and_table(llava: Path, data: Path, tmp_path: Path) -> No
             assert 0 < record["prefill"] <= record["total"]
             assert record["length"] == NEW
 
-    # Three of eight right, one of them answered with a capital and a full stop.
+    # Three of eight answers are right, one of them with a capital letter and a full stop.
     plain = [done[str(i), "uncompressed"]["answer"] for i in range(8)]
     right = [[plain[0]], ["w5", plain[1]], [plain[2].title() + "."], *[["w5 w5 w5 w5 w5"]] * 5]
     write(data, [entry(i, answers=right[i]) for i in range(8)])
@@ -101,7 +101,7 @@ def test_layout_is_part_of_the_variant(llava: Path, data: Path, tmp_path: Path) 
 
 @pytest.mark.parametrize("name", ["llava_next", "qwen2_5_vl"])
 def test_visual_tokens_of_both_stages(name: str, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The mean of the layers is that of what a prefill keeps, by `apet.kept`, in layers before and after the second."""
+    """The mean over layers is that of `apet.kept` after a prefill, in layers before and after the second stage."""
     if name == "llava_next":
         folder = llava_folder(tmp_path / name, name)
     else:
@@ -122,7 +122,7 @@ def test_visual_tokens_of_both_stages(name: str, data: Path, tmp_path: Path, mon
 
 
 class _Watched:
-    """A context manager that notes what was kept when it ends."""
+    """A context manager that records the kept tokens when it ends."""
 
     def __init__(self, context, model: torch.nn.Module, notes: list):
         self.context, self.model, self.notes = context, model, notes
@@ -136,7 +136,7 @@ class _Watched:
 
 
 def test_clips(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A question about a clip, whose frames and their number are those of --frames."""
+    """A question about a clip uses as many frames as --frames."""
     build("video_llava").save_pretrained(tmp_path / "model")
     processor = Processor(FAMILIES["video_llava"])
     monkeypatch.setattr(transformers.AutoProcessor, "from_pretrained", lambda *_, **__: processor)
@@ -173,7 +173,7 @@ def test_a_budget_that_drops_nothing_is_told_once(llava: Path, data: Path, tmp_p
     assert invoke("eval", *words, "--out", tmp_path / "quiet.jsonl", "--quiet").output == ""
 
 
-# --- going on ---
+# --- continuing a run ---
 
 
 def test_goes_on_where_it_was_cut_off(llava: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -182,7 +182,7 @@ def test_goes_on_where_it_was_cut_off(llava: Path, data: Path, tmp_path: Path, m
     said("eval", *words)
     lines = out.read_bytes().splitlines(keepends=True)
     whole = records(out)
-    out.write_bytes(b"".join(lines[:6]) + lines[6][:-20])  # five records, and one cut short
+    out.write_bytes(b"".join(lines[:6]) + lines[6][:-20])  # five records, and an incomplete one
 
     said("eval", *words)
     again = records(out)
@@ -191,7 +191,7 @@ def test_goes_on_where_it_was_cut_off(llava: Path, data: Path, tmp_path: Path, m
     ]
     assert out.read_bytes().startswith(b"".join(lines[:6]))
 
-    # Another budget asks for itself alone; where nothing is left to ask, not even the model is read.
+    # For another budget only its questions are asked. If no question remains, the model is not loaded.
     said("eval", *words, "--keep", 9)
     assert [r["variant"] for r in records(out)[16:]] == ["keep=9"] * 8
     monkeypatch.delattr(transformers.PreTrainedModel, "from_pretrained")
@@ -308,7 +308,7 @@ def test_no_memory_for_one_question(llava: Path, data: Path, tmp_path: Path, mon
 def test_rejected_options(
     words: list[str], message: str, llava: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Before any weights are read, and nothing is asked."""
+    """They are rejected before any weights are read and any question is asked."""
     monkeypatch.setattr("apet.hub.reachable", lambda: False)
     monkeypatch.delattr(transformers.PreTrainedModel, "from_pretrained")
     assert message in failed("eval", "--model", llava, "--data", data, "--out", tmp_path / "out.jsonl", *words)

@@ -1,4 +1,4 @@
-"""What users do with `generate` and with forwards of their own: caches, beams, sampling, several turns."""
+"""Uses of `generate` and of direct forwards: caches, beams, sampling, several turns."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_static_cache_reused(family: Family) -> None:
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_beams(family: Family, stage: str) -> None:
-    """The score of each returned sequence is the mean log-probability that the recompute gives it, cached or not."""
+    """The score of each returned sequence is its mean log-probability in the recompute, cached or not."""
     rows = [conversation(family, 3, "image", 5), conversation(family, 6, seed=1), conversation(family, 1, "image", 2)]
     model, inputs = shared(family.name), collate(family, rows)
     options = {"num_beams": 3, "num_return_sequences": 2, "output_scores": True, "length_penalty": 1.0}
@@ -78,7 +78,7 @@ def test_sampling_several(family: Family) -> None:
 
 def go_on(model: transformers.PreTrainedModel, ids: torch.Tensor, before: Any, given: int, **more: Any) -> Any:
     """Runs a forward of new tokens [B, new] after one that filled a cache with `given` tokens."""
-    if TAKES_CACHE_POSITION:  # models with M-RoPE know where they are by this alone
+    if TAKES_CACHE_POSITION:  # models with M-RoPE compute positions from this alone
         more["cache_position"] = torch.arange(given, given + ids.shape[1])
     return model(input_ids=ids, past_key_values=before.past_key_values, use_cache=True, **more)
 
@@ -86,10 +86,10 @@ def go_on(model: transformers.PreTrainedModel, ids: torch.Tensor, before: Any, g
 @pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize("telling", ["nothing", "mask", "positions"])
 def test_own_loop(family: Family, stage: str, telling: str) -> None:
-    """A decode loop written by hand; it may tell the model nothing, the mask, or the positions of the whole prompt."""
+    """A decode loop that passes nothing, the mask, or the positions of the whole prompt to the model."""
     model, options = shared(family.name), STAGES[stage]
     rows = [conversation(family, 3, "image", 5), conversation(family, 2, "image1", 3, "image2", 4, seed=1)]
-    if telling == "nothing":  # without a mask the model cannot know of padding
+    if telling == "nothing":  # without a mask the model cannot detect padding
         rows = rows[1:]
     inputs = collate(family, rows)
     if telling == "nothing":
@@ -121,7 +121,7 @@ def test_own_loop(family: Family, stage: str, telling: str) -> None:
         with apet.patched(model, **options):
             said = loop()
     except RuntimeError:
-        with pytest.raises(RuntimeError) as raised:  # some versions make as many positions as the mask is wide
+        with pytest.raises(RuntimeError) as raised:  # some versions make as many positions as the mask has columns
             loop()
         pytest.skip(f"unpatched, this version cannot: {raised.value}")
     judge(family, rows, said, options, generated=False)
@@ -130,8 +130,9 @@ def test_own_loop(family: Family, stage: str, telling: str) -> None:
 @pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize("how", ["cached", "uncached", "loop"])
 def test_a_video_that_reaches_past_the_text_after_it(stage: str, how: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Newer versions count the text on from a video's first position, and its frames by time: so the last position is
-    not the largest. generate() then goes on after the last, and a model that is not told after the largest."""
+    """In newer versions the text's positions follow the video's first position, and frames are counted by time, so the
+    last position is not the largest. generate() continues after the last, and a call without positions after the
+    largest."""
     family, options = FAMILIES["qwen2_5_vl"], STAGES[stage]
     model = shared(family.name)
     for each in (model, twin(family.name)):
@@ -149,14 +150,14 @@ def test_a_video_that_reaches_past_the_text_after_it(stage: str, how: str, monke
 
 
 def next_position(family: Family, row: Sample) -> int:
-    """Returns the position of the first new token, as an unpatched model counts."""
+    """Returns the position of the first new token in an unpatched model."""
     with torch.no_grad():
         return shorten(twin(family.name), family, row, Options()).following
 
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_several_new_tokens_at_once(family: Family, stage: str) -> None:
-    """A cached prompt, then four tokens in one forward: as speculative decoding and later turns need it."""
+    """Four tokens in one forward follow a cached prompt, as in speculative decoding and later turns."""
     model, options = shared(family.name), STAGES[stage]
     row, tail = conversation(family, 3, "image", 5), [11, 22, 33, 44]
     with apet.patched(model, **options):
@@ -169,7 +170,7 @@ def test_several_new_tokens_at_once(family: Family, stage: str) -> None:
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_generated_placeholder_is_a_token(family: Family, stage: str) -> None:
-    """The model may say the image token; without pixels it stands for nothing."""
+    """The model may generate the image token; without pixels it is a usual token."""
     model, options = shared(family.name), STAGES[stage]
     row, tail = conversation(family, 3, "image", 5), [11, IMAGE, 33]
     with apet.patched(model, **options):
@@ -183,7 +184,7 @@ def test_generated_placeholder_is_a_token(family: Family, stage: str) -> None:
 
 
 def test_copied_cache(family: Family) -> None:
-    """One prompt, its cache copied, two continuations."""
+    """The cache of a prompt is copied, for two continuations."""
     model, row = shared(family.name), conversation(family, 3, "image", 5)
     with apet.patched(model, **BOTH):
         first = model(**collate(family, [row]), use_cache=True)
@@ -199,7 +200,7 @@ def test_copied_cache(family: Family) -> None:
 
 
 def test_two_prompts_in_turns(family: Family) -> None:
-    """Two caches of one model, stepped alternately: state belongs to the cache."""
+    """Two caches of one model are used alternately, since the state belongs to the cache."""
     model = shared(family.name)
     rows = [conversation(family, 3, "image", 5), conversation(family, 2, "image1", 3, "image2", 4, seed=1)]
     said: list[list[torch.Tensor]] = [[], []]
@@ -216,7 +217,7 @@ def test_two_prompts_in_turns(family: Family) -> None:
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_second_turn(family: Family, stage: str) -> None:
-    """The cache of a first answer kept, a text question appended, all ids passed again as chat loops do."""
+    """The cache of a first answer is reused for a second question; all ids are passed again, as in chat loops."""
     model, options = shared(family.name), STAGES[stage]
     row, question = conversation(family, 3, "image", 5), [61, 62, 63]
     how = {"max_new_tokens": 3, "do_sample": False, "suppress_tokens": UNSAID}
@@ -241,10 +242,10 @@ def test_second_turn(family: Family, stage: str) -> None:
 @pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize("draft", ["lookup", "model"])
 def test_assisted_decoding(family: Family, stage: str, draft: str) -> None:
-    """A drafter changes nothing: the same tokens, and their logits those of the recompute."""
+    """With a drafter the tokens are the same, and their logits those of the recompute."""
     model, options, row = shared(family.name), STAGES[stage], conversation(family, 3, "image", 5)
     more = {"prompt_lookup_num_tokens": 3} if draft == "lookup" else {"assistant_model": build(family.name, seed=1)}
-    more["eos_token_id"] = EOS  # transformers 4 cannot do without
+    more["eos_token_id"] = EOS  # transformers 4 needs one
     with apet.patched(model, **options):
         plain = say(model, collate(family, [row]), new=8)
         said = say(model, collate(family, [row]), new=8, **more)
@@ -254,7 +255,7 @@ def test_assisted_decoding(family: Family, stage: str, draft: str) -> None:
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_chunked_prefill(family: Family, stage: str) -> None:
-    """Rejected with images, whose units would be torn apart; right without."""
+    """It is rejected with images, whose units it would split, and right without."""
     model, row = shared(family.name), conversation(family, 3, "image", 5)
     text = collate(family, [conversation(family, 9)])
     with apet.patched(model, **STAGES[stage]), pytest.raises(ValueError, match=r"prefill_chunk_size"):

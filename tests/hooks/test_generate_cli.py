@@ -1,4 +1,4 @@
-"""`apet generate`: the answer is the patched model's, the numbers follow, and whatever is wrong is one message."""
+"""`apet generate`: the answer is the patched model's, then come the numbers, and every fault is one message."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def test_both_stages_compared_and_drawn(llava: Path, photos: list[Path], tmp_pat
 
 
 def test_chat_template(llava: Path, photos: list[Path], tmp_path: Path) -> None:
-    """Where the processor has one, the prompt goes through it, and an image stands where it says."""
+    """If the processor has one, it formats the prompt, and sets the place of the image."""
     folder = shutil.copytree(llava, tmp_path / "chat")
     template = (
         "{% for m in messages %}w9 {% for c in m.content %}{% if c.type == 'image' %}<image> {% else %}{{ c.text }} "
@@ -111,7 +111,7 @@ def test_tiles(photos: list[Path], tmp_path: Path) -> None:
 def test_other_families(
     name: str, kind: str, tokens: int, photos: list[Path], clip: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Ragged images, and a clip. Their processors want torchvision; these here do not."""
+    """Ragged images, and a clip. Their processors need torchvision, so the tests use replacements."""
     build(name).save_pretrained(tmp_path / name)
     processor = Processor(FAMILIES[name])
     monkeypatch.setattr(transformers.AutoProcessor, "from_pretrained", lambda *_, **__: processor)
@@ -123,7 +123,7 @@ def test_other_families(
 
 
 def test_a_clip_keeps_its_times(clip: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The processor is told when each frame was, and not to choose again; an animation is a clip, too."""
+    """The processor gets the time of each frame, and must not choose frames; an animation is also a clip."""
     build("video_llava").save_pretrained(tmp_path / "model")
     processor = Processor(FAMILIES["video_llava"])
     monkeypatch.setattr(transformers.AutoProcessor, "from_pretrained", lambda *_, **__: processor)
@@ -214,7 +214,7 @@ def test_all_of_it_is_no_budget_that_drops_nothing(llava: Path, photos: list[Pat
 def test_wrong_options(
     words: list[str], message: str, llava: Path, photos: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Before any weights are read."""
+    """They are rejected before any weights are read."""
     monkeypatch.delattr(transformers.PreTrainedModel, "from_pretrained")
     assert message in failed("generate", "--model", llava, "--image", photos[0], "--prompt", "w3", *words)
 
@@ -276,7 +276,7 @@ def test_folders_without_a_config(photos: list[Path], tmp_path: Path) -> None:
     ],
 )
 def test_what_the_hub_says(kind: str, message: str, photos: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Within an OSError of transformers, whose own message names another cause."""
+    """The hub's error is inside an OSError of transformers, whose message names another cause."""
 
     def cached_file(*_: object, **__: object) -> None:
         error = getattr(huggingface_hub.errors, kind)

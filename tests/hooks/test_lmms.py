@@ -1,4 +1,4 @@
-"""The models of lmms-eval with these hooks."""
+"""The models of lmms-eval with the hooks of this package."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 
 
 def test_models_of_lmms_eval(llava: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The plugin against a stand-in with lmms-eval's registry calls: options go to `patch`, the rest to its model."""
+    """The plugin with a stand-in for lmms-eval's registry: options go to `patch`, the others to its model."""
     package = tmp_path / "lmms_eval" / "models"
     package.mkdir(parents=True)
     (tmp_path / "lmms_eval" / "__init__.py").touch()

@@ -1,4 +1,4 @@
-"""Every type of model of transformers: what docs/models.md says of it is what happens."""
+"""Every type of model of transformers: the statements of docs/models.md are tested."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ DAILY = (
     *("smolvlm", "florence2", "mllama", "qwen2_audio"),
 )
 TABLE = json.loads((models_table.DOCS / "models.json").read_text())
-# Models whose decoder is not the default one of their type.
+# Models with another decoder than the default of their type.
 OTHER_DECODERS = {
     ("internvl", "qwen3_moe"): "both",
     ("llava", "gemma3_text"): "both",
@@ -40,7 +40,7 @@ def types(names: list[str]) -> list:
 
 @pytest.mark.parametrize("name", types(sorted(TABLE)))
 def test_type(name: str) -> None:
-    """The cells of the table hold; a type that is not supported raises with its reason."""
+    """The cells of the table are right; a type that is not supported raises an error with its reason."""
     said = TABLE[name]
     if said.get("reason") == models_table.UNTRIED:
         pytest.skip("the table does not have it yet")
@@ -78,7 +78,7 @@ def test_other_decoder(name: str, decoder: str) -> None:
 
 
 def test_gemma_4_with_images_that_see_themselves() -> None:
-    """Of its two masks, only that of the layers that slide is not causal."""
+    """Of its two masks, only that of the sliding layers is not causal."""
     small = tiny.config("gemma4")
     small.text_config.use_bidirectional_attention = "vision"
     model = tiny.build(transformers.Gemma4ForConditionalGeneration, small)
@@ -98,13 +98,13 @@ def test_every_kind_of_layer_stays(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["gemma3", "qwen3_vl", "llava_onevision"])
 def test_a_tiny_configuration_stays_as_it_is(name: str) -> None:
-    """`patch` makes one of whatever configuration a model has, tiny models of tests among them."""
+    """`patch` makes a tiny configuration from that of a model, which may be tiny already, as in tests."""
     small = tiny.config(name)
     assert tiny.config(small).to_dict() == small.to_dict()
 
 
 def test_a_checkpoint_differs_from_the_default() -> None:
-    """What tells one architecture from another is of the user's configuration."""
+    """The tiny model has the architecture of the user's configuration, not of the default one."""
     whole = transformers.AutoConfig.for_model("gemma3")
     whole.text_config.sliding_window, whole.text_config.layer_types = 1024, ["full_attention"] * 26
     small = tiny.config(whole)
@@ -113,7 +113,7 @@ def test_a_checkpoint_differs_from_the_default() -> None:
 
 
 def test_nested_configurations_are_shrunk_whatever_their_name() -> None:
-    """A part of a configuration is known by its model_type, and a decoder by its name."""
+    """A nested configuration is recognised by its model_type, and a decoder by its name."""
     small = tiny.config("t5gemma2")
     text, vision = tiny.config("gemma3").text_config, tiny.config("gemma3").vision_config
     assert small.decoder.hidden_size == small.encoder.text_config.hidden_size == text.hidden_size
@@ -121,7 +121,7 @@ def test_nested_configurations_are_shrunk_whatever_their_name() -> None:
 
 
 def test_a_model_that_is_not_tiny_is_not_built() -> None:
-    """Nothing is allocated for it."""
+    """No memory is allocated for it."""
     large = tiny.config("llava")
     large.text_config.vocab_size = 10**6  # rows of 64 features, in the embedding and in the head
     with pytest.raises(MemoryError, match="a tiny LlavaForConditionalGeneration has 128 million parameters"):

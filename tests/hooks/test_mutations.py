@@ -1,5 +1,5 @@
-"""What transformers might change next: `patch` or the call raises an error that says what is not as known, or the
-answers are right. `mutations/` has the changes, and what is said of them."""
+"""Possible changes of transformers: `patch` or the call raises an error that names the difference, or the answers are
+right. `mutations/` has the changes, and their errors."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 CHECKED = ("first", "both")
-WRITTEN_FOR = "5.24."  # the mutations edit its source; on others some give a model that does not run
+WRITTEN_FOR = "5.24."  # the mutations edit its source; with other versions some give a model that does not run
 OURS = Path(apet.__file__).parent
 CASES = [
     pytest.param(name, family, marks=() if family == "llava" else pytest.mark.slow)
@@ -30,9 +30,9 @@ CASES = [
     for family in one.families
 ]
 
-# With check=False a mutation may get past `patch`. What the calls do then, where it is neither right nor an error of
-# this package: "bare" is an error of torch or transformers, which does not say what is not as known; "wrong" is a wrong
-# answer. To be made shorter, never longer.
+# With check=False, `patch` may accept a mutated model. These are the calls whose result is then neither right nor an
+# error of this package: "bare" is an error of torch or transformers, which does not name the difference; "wrong" is a
+# wrong answer. The list may become shorter, not longer.
 UNCHECKED: dict[tuple[str, str, str], str] = {
     ("first_states_added_in_each_layer", "llava", "both"): "bare",  # shapes do not match
     ("first_states_added_in_each_layer", "qwen2_5_vl", "both"): "bare",

@@ -1,4 +1,4 @@
-"""Options: what they say of themselves, presets, and what raises, in one message with the value at fault."""
+"""Options: their text form, presets, and errors, which are one message with the wrong value."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
 
 @pytest.mark.parametrize(("options", "says"), BAD, ids=[str(options) for options, _ in BAD])
 def test_bad_options_raise(options: dict[str, Any], says: str) -> None:
-    """Before anything is patched, and what was in force stays."""
+    """The error comes before anything is patched, and earlier options stay."""
     model = build("llava")
     apet.patch(model, **FIRST)
     with pytest.raises(ValueError, match=says) as error:
@@ -126,7 +126,7 @@ def test_preset_deeper_than_the_model() -> None:
 
 @pytest.mark.parametrize("refine", [0, 2])
 def test_a_basis_of_all_that_is_kept(refine: int) -> None:
-    """In both stages, one of which keeps more tokens than are picked one at a time."""
+    """Both stages run with it, one of which keeps more tokens than are picked one at a time."""
     family, model = FAMILIES["llava"], shared("llava")
     options = {"keep": 24, "llm_layer": 2, "llm_keep": 9, "basis": "keep", "select": "qr", "refine": refine}
     rows = conversations(family)
@@ -140,7 +140,7 @@ def test_a_basis_of_all_that_is_kept(refine: int) -> None:
 
 
 def test_budgets_of_each_visual(family: Family) -> None:
-    """A list: in the order of the prompts, images first, then videos."""
+    """The list is in the order of the prompts, images first, then videos."""
     rows = conversations(family)
     images = [one for row in rows for one in row.visuals if one.kind == "image"]
     videos = [one for row in rows for one in row.visuals if one.kind == "video"]
@@ -191,8 +191,8 @@ def another_batch_size(family: Family, model: nn.Module, inputs: dict[str, Any])
 def a_mask_that_hides(family: Family, model: nn.Module, inputs: dict[str, Any]) -> None:
     L = inputs["input_ids"].shape[1]
     mask = torch.ones(1, 1, L, L, dtype=torch.bool).tril()
-    mask[..., L - 1, 1] = False  # the last token does not see the second
-    positions = torch.arange(L)[None]  # given, since models with M-RoPE would look for padding in the mask
+    mask[..., L - 1, 1] = False  # the last token does not attend to the second
+    positions = torch.arange(L)[None]  # passed, since models with M-RoPE would search the mask for padding
     more = {"position_ids": positions.expand(3, 1, L) if family.ragged else positions, "attention_mask": mask}
     model(**{**inputs, **more})
 
@@ -203,7 +203,7 @@ def gradients(family: Family, model: nn.Module, inputs: dict[str, Any]) -> None:
 
 
 def packed_sequences(family: Family, model: nn.Module, inputs: dict[str, Any]) -> None:
-    """Returns two prompts in one row, whose positions start again."""
+    """Returns two prompts in one row, with positions that start again."""
     L = inputs["input_ids"].shape[1]
     positions = torch.cat([torch.arange(L), torch.arange(3)])[None]
     given = {name: value for name, value in inputs.items() if name != "attention_mask"}
@@ -215,7 +215,7 @@ def packed_sequences(family: Family, model: nn.Module, inputs: dict[str, Any]) -
 
 
 def features_from_outside(family: Family, model: nn.Module, inputs: dict[str, Any]) -> None:
-    """Returns a call with features that the caller has encoded, with whole features from the model."""
+    """Returns a call with features that the caller has got from the model."""
     known = inspect.signature(model.model.get_image_features).parameters
     given = {name: inputs.pop(name) for name in list(inputs) if name in known}
     encoded = model.model.get_image_features(**given, return_dict=True)
@@ -236,7 +236,7 @@ CALLS: dict[str, tuple[Callable[..., None], str]] = {
 @pytest.mark.parametrize("stage", ["first", "second"])
 @pytest.mark.parametrize("call", CALLS)
 def test_calls_that_raise(family: Family, call: str, stage: str) -> None:
-    """In one message; and the next call is right."""
+    """The error is one message, and the next call is right."""
     run, says = CALLS[call]
     if call == "features from outside" and not takes(shared(family.name), "mm_encoder_outputs"):
         pytest.skip("this version takes no encoded features")

@@ -1,4 +1,4 @@
-"""Models that no adapter of the package knows, made usable by `apet.register_adapter`, as docs/hooks.md describes."""
+"""Models without an adapter in the package, made usable by `apet.register_adapter`, as docs/hooks.md describes."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 
 class Postcards(apet.Adapter):
-    """The details of `postcard.py` that cannot be found: the first token of an image stays."""
+    """The detail of `postcard.py` that cannot be detected: the first token of an image is always kept."""
 
     def visuals(self, core: nn.Module, inputs: Mapping[str, Any], counts: Mapping[str, int]) -> dict[str, list[Tensor]]:
         image = torch.cat([torch.tensor([-1]), apet.one_unit(PATCHES)])

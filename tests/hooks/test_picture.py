@@ -1,4 +1,4 @@
-"""`apet.picture`: the marks stand where the hooks kept and merged, and the photo is what the model saw."""
+"""`apet.picture`: the marks are at the kept and merged tokens, and the photo is the input of the model."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def inputs_of(family: Family) -> dict[str, torch.Tensor]:
 
 
 def places(model: PreTrainedModel, family: Family, kind: str, tokens: int, visual: int) -> list[tuple[int, int] | None]:
-    """Returns, for each placeholder of an image or video, its tile or frame, and its place there; None: it is never
+    """Returns, for each placeholder of an image or video, its tile or frame, and its place there; None if it is never
     compressed."""
     if family.name == "llava_next":
         tiles = (5, 3)[visual]
@@ -68,7 +68,7 @@ def test_marks_are_what_the_hooks_kept(name: str, stage: str) -> None:
 
 
 def test_merged_tokens_are_the_means_of_their_groups() -> None:
-    """What the picture says of the merging is what the op did."""
+    """The picture shows the groups that the op has merged."""
     family, model = FAMILIES["llava"], shared("llava")
     with apet.patched(model, **FIRST), calls.Recorder() as recorder:
         (panel,) = model_pictures.panels(model, inputs_of(family), PROCESSOR, 1)
@@ -94,7 +94,7 @@ def test_layouts(layout: str) -> None:
 
 
 def test_rows_of_a_batch() -> None:
-    """Images are numbered row after row; each has the marks of its own."""
+    """Images are numbered row after row, and each has its own marks."""
     family, model = FAMILIES["llava_next"], shared("llava_next")
     inputs = collate(family, conversations(family))
     with apet.patched(model, **FIRST):

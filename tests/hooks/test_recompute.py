@@ -1,4 +1,4 @@
-"""The recompute: without options it equals the unpatched model, and it notices small mistakes."""
+"""The recompute equals the unpatched model if there are no options, and it notices small mistakes."""
 
 from __future__ import annotations
 

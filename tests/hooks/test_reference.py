@@ -1,4 +1,4 @@
-"""The judge notices mistakes that a patched model may make: they are planted in the call of the decoder."""
+"""The reference (hooks/reference.py) notices mistakes of a patched model, planted in the call of the decoder."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ def model_of(name: str) -> nn.Module:
 
 
 def moved(call: dict[str, Any]) -> dict[str, Any]:
-    """Moves the tokens after the fourth by one position."""
+    """Adds one to the positions after the fourth."""
     positions = call["position_ids"].clone()
     positions[..., 4:] += 1
     return call | {"position_ids": positions}
 
 
 def counted(call: dict[str, Any]) -> dict[str, Any]:
-    """Replaces positions along time, height and width by counted ones."""
+    """Replaces positions along time, height and width by consecutive ones."""
     positions = call["position_ids"]
     return call | {"position_ids": torch.arange(positions.shape[-1]).expand_as(positions)}
 
@@ -127,7 +127,7 @@ def test_notices(mistake: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_notices_a_wrong_step(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of a token that is generated; the prompt is right."""
+    """The step of a generated token is wrong, and the prompt is right."""
     model = model_of("qwen2_5_vl")
     rows = [selfcheck.prompt(model, selfcheck.PROMPTS[0])]
     plant_in(monkeypatch, lambda call: call | {"position_ids": call["position_ids"] + 3}, prefill=False)
@@ -138,13 +138,13 @@ def test_notices_text_of_another_place(monkeypatch: pytest.MonkeyPatch) -> None:
     model = model_of("llava")
     rows = [selfcheck.prompt(model, selfcheck.PROMPTS[0])]
     plant_in(monkeypatch, rolled("inputs_embeds"))
-    with pytest.raises(ValueError, match="text tokens did not enter the decoder as they were"):
+    with pytest.raises(ValueError, match="text tokens did not enter the decoder unchanged"):
         selfcheck.judge(model, rows, STAGES["first"])
 
 
 @pytest.mark.parametrize("name", ["llava", "qwen3_vl", "gemma3", "qwen3_5"])
 def test_is_the_model_that_is_not_patched(name: str) -> None:
-    """Where no column leaves, also in a padded batch and with a cache of fixed size."""
+    """If no column is dropped, its states are those of the unpatched model, also with padding and a static cache."""
     model = model_of(name)
     rows = [selfcheck.prompt(model, parts, seed) for seed, parts in enumerate(selfcheck.PROMPTS)]
     for static in (False, True):

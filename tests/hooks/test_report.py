@@ -1,4 +1,4 @@
-"""`apet.report`: operations against formulas derived by hand, lengths and bytes, and fair times."""
+"""`apet.report`: operations against formulas derived by hand, lengths, bytes, and times."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def test_numbers(family: Family, stage: str) -> None:
 
 
 def test_encoder_and_projector() -> None:
-    """The projector runs on the kept tokens alone; exactly."""
+    """The projector runs on exactly the kept tokens."""
     model = shared("llava")
     inputs = collate(LLAVA, conversations(LLAVA)[:2])  # one image, and two
     with apet.patched(model, **FIRST):
@@ -90,7 +90,7 @@ def test_any_attention_counts_the_same(attention: str) -> None:
 
 
 def test_static_cache_and_inference_mode(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A cache of fixed size is as large either way, but the lengths in it are not."""
+    """A cache of fixed size has the same size with and without compression, but not the same lengths."""
     model = shared("llava")
     inputs = BatchFeature(collate(LLAVA, [conversation(LLAVA, 3, "image", 5)]))
     with apet.patched(model, **BOTH):
@@ -105,7 +105,7 @@ def test_static_cache_and_inference_mode(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_calls_of_the_op() -> None:
-    """Arguments that stand at their defaults, and those that do not."""
+    """Arguments with default values, and others."""
     x = torch.randn(9 + 7, 8)
     with calls.Recorder() as recorder:
         tokens, indices = apet_kernels.compress_packed(x, [9, 7], [5, 4], basis=3, layout="overwrite", blend=0.5)
@@ -124,7 +124,7 @@ def test_calls_of_the_op() -> None:
 
 
 def test_times_are_medians_taken_in_turns(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without hooks where it says so, and the model is as patched as before."""
+    """Uncompressed times are without hooks, and the model is still patched at the end."""
     model = shared("llava")
     inputs = collate(LLAVA, [conversation(LLAVA, 3, "image", 5)])
     times = iter([(5.0, 9.0), (1.0, 2.0), (6.0, 8.0), (3.0, 4.0), (4.0, 7.0), (2.0, 5.0)])
@@ -146,7 +146,7 @@ def test_times_are_medians_taken_in_turns(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_clock_goes_on_past_an_end_token() -> None:
-    """So that both answers are equally long."""
+    """Both answers must have the same length."""
     model = build("llava")
     model.generation_config.eos_token_id = list(range(64))
     inputs = collate(LLAVA, [conversation(LLAVA, 3, "image", 5)])

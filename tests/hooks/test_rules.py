@@ -1,6 +1,6 @@
 """The rules for arguments along the sequence and for masks, one by one, on small tensors.
 
-Whether they are right together on the classes of transformers is for the judge: test_models.py.
+test_models.py tests them together, on the classes of transformers.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 B, L = 2, 7
 VALID = torch.tensor([[0, 1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1, 1]]).bool()
 STAYS = torch.tensor([[0, 1, 0, 1, 0, 1, 1], [1, 1, 1, 0, 0, 1, 1]]).bool()
-COLUMNS = [[1, 3, 5, 6], [0, 1, 2, 5, 6]]  # of those that stay
+COLUMNS = [[1, 3, 5, 6], [0, 1, 2, 5, 6]]  # of the kept tokens
 
 
 def packing() -> Packing:
@@ -45,7 +45,7 @@ def rows_of(x: Tensor, b: int) -> list[Any]:
 
 @pytest.mark.parametrize("shape", [(B, L), (B, L, 3), (B, L, 4, 2)])
 def test_behind_the_batch(shape: tuple[int, ...]) -> None:
-    """Token types, inputs of each layer, ids."""
+    """Arguments with the sequence after the batch: token types, inputs of each layer, ids."""
     x = torch.arange(1.0 * B * L * 8).view(B, L, 8)[:, :, :1].expand(B, L, 8).reshape(B, L, 8)
     x = x[:, :, 0] if len(shape) == 2 else x[..., : shape[2]] if len(shape) == 3 else x.view(B, L, 4, 2)
     found = shortened(types=x)["types"]
@@ -63,7 +63,7 @@ def test_at_the_end() -> None:
 @pytest.mark.parametrize("flat", [True, False])
 @pytest.mark.parametrize("form", [list, dict, "tensor"])
 def test_features_of_visual_tokens(form: Any, flat: bool) -> None:
-    """Deepstack: of the true entries of a mask, row after row, those of tokens that stay."""
+    """Deepstack: features of the true entries of a mask, row after row; those of kept tokens are selected."""
     mask = torch.tensor([[0, 0, 1, 1, 1, 0, 0], [0, 1, 1, 1, 1, 0, 0]]).bool()
     features = torch.arange(7.0)[:, None].expand(7, 5)
     given: Any = {"list": [features, -features], "dict": {3: features}, "tensor": features}[
@@ -84,7 +84,7 @@ def test_features_of_visual_tokens(form: Any, flat: bool) -> None:
 
 
 def test_padding_holds_no_features() -> None:
-    """Rows are filled up by copies of a token; a copy of a visual token has no features."""
+    """Rows are padded by copies of a token; a copy of a visual token has no features."""
     mask = torch.tensor([[0, 1, 1, 1, 1, 0, 0], [0, 1, 1, 1, 1, 0, 0]]).bool()
     found = shortened(mask=mask, features=[torch.arange(8.0)[:, None]])
     assert len(found["features"][0]) == int(found["mask"].sum()) == 4
@@ -97,7 +97,7 @@ def test_what_is_not_known_raises(shape: tuple[int, ...]) -> None:
 
 
 def test_indices_of_tokens_raise() -> None:
-    """They would have to change with what they index."""
+    """Indices of tokens would have to change with the sequence."""
     with pytest.raises(ValueError, match="strange of shape"):
         shortened(strange=torch.zeros(B, L, 3, dtype=torch.int64))
 
@@ -155,7 +155,7 @@ def test_causal_masks_say_no_more(kind: str, form: str) -> None:
 
 
 def test_every_mask_of_a_dict_is_read() -> None:
-    """Gemma 4: of the two masks, only that of the sliding layers lets the tokens of an image see ahead."""
+    """Gemma 4: of the two masks, only that of the sliding layers lets tokens of an image attend to later ones."""
     blocks = torch.tensor([[0, 0, 1, 1, 1, 0, 0], [0, 1, 1, 1, 1, 0, 0]]).bool()
     given = {"full_attention": dense("full_attention"), "sliding_attention": dense("sliding_attention", blocks)}
     valid, more = masks.read(given, B, L, VALID.device, REACH)
@@ -172,12 +172,12 @@ def test_every_mask_of_a_dict_is_read() -> None:
 
 
 def test_after_a_prefix() -> None:
-    """Pairs with what the cache held before stay as they are."""
+    """Pairs with earlier tokens of the cache are unchanged."""
     past, more = 2, torch.zeros(B, L, 2 + L, dtype=torch.bool)
     more[:, 2, 0], more[:, 1, 5] = True, True  # column 5 is token 3
     left = masks.packed({"full_attention": more}, packing(), past)["full_attention"]
-    assert left[1].nonzero().tolist() == [[2, 0]]  # of the second row, token 3 has left
-    assert left[0].nonzero().tolist() == [[1, 4]]  # of the first, token 2; tokens 1 and 3 are columns 1 and 2 now
+    assert left[1].nonzero().tolist() == [[2, 0]]  # token 3 of the second row was dropped
+    assert left[0].nonzero().tolist() == [[1, 4]]  # token 2 of the first row; tokens 1 and 3 are columns 1 and 2 now
 
 
 @pytest.mark.parametrize(

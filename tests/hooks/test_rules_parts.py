@@ -43,7 +43,7 @@ def test_steps_of_videos() -> None:
 
 
 def test_rows_that_end_with_a_token() -> None:
-    """HunYuan-VL and HY-V4: these tokens always stay, and so do those that begin and end an image."""
+    """HunYuan-VL and HY-V4: these tokens are always kept, and so are the first and last of an image."""
     grid, side = torch.tensor([[1, 4, 4], [2, 2, 4]]), core(spatial_merge_size=2)
     rows = [[0, 0, -1, 0, 0, -1], [0, 0, -1, 1, 1, -1]]
     assert units_of("image", 12, side, image_grid_thw=grid) == rows
@@ -52,7 +52,7 @@ def test_rows_that_end_with_a_token() -> None:
 
 
 def test_pixtral_images_are_one_unit() -> None:
-    """A token stands between the rows of an image: without its size, each row would be one."""
+    """A token separates the rows of an image, so without the size of the image each row would be a unit."""
     sizes, made_of = torch.tensor([[32, 48], [16, 16]]), core(patch_size=8, image_token_id=5)
     assert units_of("image", 28, made_of, image_sizes=sizes) == [[0] * 24, [0] * 4]
     made_of.config.spatial_merge_size = 2
@@ -124,7 +124,7 @@ class Text(nn.Module):
 
 @pytest.mark.parametrize("name", ["layers", "blocks"])
 def test_parts(name: str) -> None:
-    """The decoder within a model of language within the innermost module that takes pixels."""
+    """The decoder is in a language model, which is in the innermost module that takes pixels."""
     decoder = Stack(name)
     inner = Inner(Text(decoder))
     assert parts.core(Outer(inner)) is inner
@@ -146,7 +146,7 @@ def test_parts_that_are_not_there(model: nn.Module, says: str) -> None:
 
 
 def test_two_decoders() -> None:
-    """The core model is the same for both; which of them gets the images, an adapter says."""
+    """Both have the same core model; an adapter sets which of them gets the images."""
     inner = Inner(Stack(), Stack())
     assert parts.core(Outer(inner)) is inner
     with pytest.raises(ValueError, match=r"2 decoders: part0 \(Stack\), part1 \(Stack\)"):
@@ -177,7 +177,7 @@ class Both(Stack):
 
 
 def test_where_to_look_instead() -> None:
-    """Qwen's omni models keep theirs in `thinker`; Chameleon is core model and decoder in one."""
+    """In Qwen's omni models the parts are in `thinker`; Chameleon is core model and decoder in one."""
     with pytest.raises(ValueError, match=r"apet\.patch\(model\.thinker"):
         parts.core(Thinker())
     with pytest.raises(ValueError, match="runs its decoder layers itself"):
@@ -202,5 +202,5 @@ def test_placeholders() -> None:
     ],
 )
 def test_axes(rope: dict[str, Any], rows: int) -> None:
-    """By the configuration: four rows of HunYuan-VL's positions are four axes, not those of the text and three."""
+    """The configuration decides: four rows of HunYuan-VL's positions are four axes, not text and three axes."""
     assert parts.axes(SimpleNamespace(config=SimpleNamespace(**rope))) == rows

@@ -1,4 +1,4 @@
-"""The self-check that `patch` runs where transformers, torch or the code of a model are not as tested."""
+"""The self-check that `patch` runs if transformers, torch or the code of a model differ from the tested ones."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def test_patch_raises_where_it_fails(
 
 
 def test_record(untested: None, folder: Path, calls: list[str]) -> None:
-    """One for each stage; a later patch of the same code runs no check."""
+    """A passed check is recorded for each stage, and a later patch of the same code runs no check."""
     model = build("llava")
     for options in (FIRST, FIRST, BOTH, FIRST, BOTH):
         apet.patch(model, **options)
@@ -127,7 +127,7 @@ def test_code_as_tested_is_not_checked(folder: Path, calls: list[str], monkeypat
 def test_functions_replaced_in_memory_are_checked_each_time(
     method: str, folder: Path, calls: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of a module beside those that the hooks touch, as libraries of faster kernels do."""
+    """Libraries of faster kernels replace functions in other modules than those that the hooks use."""
     attention = type(build("llava").model.language_model.layers[0].self_attn)
     right = getattr(attention, method)
     monkeypatch.setattr(attention, method, lambda self, *args, **kwargs: right(self, *args, **kwargs))

@@ -42,7 +42,7 @@ LAYOUTS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_batch(family: Family, stage: str) -> None:
-    """Samples with no, one and two images and videos, of different lengths, side by side."""
+    """A batch of samples of different lengths, with no, one and two images and videos."""
     rows = conversations(family)
     model = shared(family.name)
     with apet.patched(model, **STAGES[stage]):
@@ -53,7 +53,7 @@ def test_batch(family: Family, stage: str) -> None:
 @pytest.mark.parametrize("cached", [True, False])
 @pytest.mark.parametrize("stage", STAGES)
 def test_right_padding(family: Family, stage: str, cached: bool) -> None:
-    """As prefill outside of `generate`: what is left of each row stays on the left, its last token last."""
+    """A prefill outside of `generate`: the kept tokens of each row stay on the left, in their order."""
     rows = conversations(family)
     model = shared(family.name)
     with apet.patched(model, **STAGES[stage]):
@@ -75,7 +75,7 @@ def test_options(family: Family, options: dict[str, Any]) -> None:
 @pytest.mark.parametrize(("padded", "cached"), [(0, True), (0, False), (7, True)])
 @pytest.mark.parametrize("stage", STAGES)
 def test_single(family: Family, stage: str, padded: int, cached: bool) -> None:
-    """A lone sample, unpadded: no mask reaches the model; gaps in positions must not be read as packed sequences."""
+    """A single sample without padding has no mask; gaps in positions must not be read as packed sequences."""
     model = shared(family.name)
     for parts in ([3, "image", 5], [2, "image1", 3, "image2", 4], [2, "video", 3]):
         if parts[1] == "video" and not family.video:
@@ -88,7 +88,7 @@ def test_single(family: Family, stage: str, padded: int, cached: bool) -> None:
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_forward(family: Family, stage: str) -> None:
-    """`model(**inputs)`, with and without a cache, without a mask too; logits of the last token."""
+    """`model(**inputs)`, with and without a cache, also without a mask; logits of the last token."""
     model, row = shared(family.name), conversation(family, 3, "image", 5)
     inputs = collate(family, [row])
     bare = {name: value for name, value in inputs.items() if name != "attention_mask"}
@@ -139,7 +139,7 @@ def test_text_alone_is_bitwise_the_unpatched_model(family: Family) -> None:
 
 @pytest.mark.parametrize("options", [FIRST, BOTH, LAYOUTS["append"]], ids=["first", "both", "append"])
 def test_positions(family: Family, options: dict[str, Any]) -> None:
-    """What the language model is told: LLaVA's rows count 0, 1, 2, ..., Qwen's keep their M-RoPE positions."""
+    """LLaVA's language model gets positions 0, 1, 2, ..., and Qwen's tokens keep their M-RoPE positions."""
     model, rows = shared(family.name), conversations(family)
     told: list[tuple[Tensor, Tensor]] = []
 
@@ -163,7 +163,7 @@ def test_positions(family: Family, options: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_lengths_of_the_cache(family: Family, stage: str) -> None:
-    """Every layer holds what its stage left of the longest row, and the tokens generated since."""
+    """Every layer holds the kept tokens of the longest row after its stage, and the generated tokens."""
     rows = conversations(family)
     model, options = shared(family.name), STAGES[stage]
     with apet.patched(model, **options):
@@ -178,7 +178,7 @@ def test_lengths_of_the_cache(family: Family, stage: str) -> None:
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_bfloat16(name: str) -> None:
-    """Rounding moves logits by a percent, and with them what the second stage keeps: one sample, first stage."""
+    """One sample, first stage: rounding changes logits by a percent, and also what a second stage would keep."""
     family, dtype = FAMILIES[name], torch.bfloat16
     model, row = shared(name, dtype=dtype), conversation(family, 3, "image", 5)
     with apet.patched(model, **FIRST):

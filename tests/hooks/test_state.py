@@ -1,4 +1,4 @@
-"""Where the patch lives: on one instance, gone without a trace, copied with it, and nowhere else."""
+"""The state of the patch: it is on one instance, is copied with it, and is removed without a trace."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def test_unpatch_leaves_nothing(family: Family) -> None:
 
 
 def test_nothing_global_changes(family: Family) -> None:
-    """The classes of transformers hold what they held."""
+    """The classes of transformers do not change."""
     model = build(family.name)
     classes = {type(module) for module in model.modules()}
     before = {cls: dict(vars(cls)) for cls in classes}
@@ -77,7 +77,7 @@ def test_patched_goes_back_to_what_was_there(family: Family) -> None:
 
 
 def test_two_models(family: Family) -> None:
-    """Patched differently, run in turns."""
+    """Two models are patched differently, and run in turns."""
     rows = conversations(family)
     inputs, models = collate(family, rows), [build(family.name) for _ in range(3)]
     apet.patch(models[0], **FIRST)
@@ -99,15 +99,15 @@ def copies(model: transformers.PreTrainedModel) -> dict[str, transformers.PreTra
 
 
 def test_copies(family: Family) -> None:
-    """A copy is patched as the original was, its hooks are its own, and neither's fate is the other's."""
+    """A copy is patched like the original, with its own hooks, and each can be unpatched alone."""
     rows = conversations(family)
     inputs, model = collate(family, rows), build(family.name)
     apet.patch(model, **BOTH)
-    # Before the first call: once run, models of transformers 5 cannot be pickled, patched or not.
+    # Before the first call, since models of transformers 5 cannot be pickled after a call, patched or not.
     for other in copies(model).values():
         assert apet.options(other) == apet.options(model)
         with torch.no_grad():
-            other.lm_head.weight.zero_()  # seen if the copy's hooks still ran the original
+            other.lm_head.weight.zero_()  # shows if the copy's hooks still run the original
         assert not say(other, inputs).logits.any()
         other.lm_head.weight.data.copy_(model.lm_head.weight)
         judge(family, rows, say(other, inputs), BOTH)
@@ -129,7 +129,7 @@ def test_copy_survives_the_original(family: Family) -> None:
 
 
 def test_save_pretrained(family: Family, tmp_path) -> None:
-    """What is written is what an unpatched model writes, and it loads into one."""
+    """The saved files are those of an unpatched model, and load into one."""
     model = build(family.name)
     model.save_pretrained(tmp_path / "before")
     apet.patch(model, **BOTH)
@@ -155,7 +155,7 @@ def test_state_dict_and_parameters(family: Family) -> None:
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_features_outside_a_call_are_whole(name: str) -> None:
-    """`get_image_features` called by a user: the model's own result, and no trace in the next call."""
+    """`get_image_features` called by a user returns the model's own result, and does not change the next call."""
     family = FAMILIES[name]
     model, row = shared(name), conversation(family, 3, "image", 5)
     inputs = collate(family, [row])
@@ -183,7 +183,7 @@ def flat(features: object) -> list[torch.Tensor]:
 
 
 def test_failure_in_a_call_leaves_the_model_usable(family: Family) -> None:
-    """An exception in the middle of a forward: the next call is right."""
+    """After an exception in a forward the next call is right."""
     model, rows = shared(family.name), conversations(family)
     inputs = collate(family, rows)
 
@@ -206,7 +206,7 @@ APPEND = {"keep": 5, "basis": 4, "layout": "append"}
 
 @pytest.mark.parametrize(("stage", "options"), [*STAGES.items(), ("first", APPEND)], ids=[*STAGES, "append"])
 def test_kept(family: Family, stage: str, options: dict[str, Any]) -> None:
-    """`apet.kept` names the placeholders that the recompute keeps, after each stage, and the lengths."""
+    """`apet.kept` has the placeholders that the recompute keeps after each stage, and the lengths."""
     model, rows = shared(family.name), conversations(family)
     inputs = collate(family, rows)
     with apet.patched(model, **options):

@@ -1,7 +1,7 @@
-"""Where dropping tokens goes wrong without an error, one case for each way, held against the judge (reference.py).
+"""Models in which dropping tokens could go wrong without an error, compared with the reference (hooks/reference.py).
 
-The judge is the decoder that is not patched, one row at a time, without padding and cache, with every argument along
-the sequence gathered. That cached and recomputed answers agree would notice few of these: both are wrong alike.
+The reference runs the unpatched decoder on one row at a time, without padding and cache, with every argument along the
+sequence gathered. A comparison of cached and recomputed answers would find few of these faults, since both have them.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from apet.hooks.selfcheck import NAMES, PROMPTS, TOLERANCE, prompt
 from torch import nn
 from transformers import AutoConfig, PretrainedConfig
 
-# Other versions have fewer of these models, and `patch` makes the same comparison there before it uses a rule.
+# Other versions have fewer of these models, and with them `patch` makes the same comparison.
 pytestmark = pytest.mark.skipif(not transformers.__version__.startswith("5.24."), reason="the tiny models are of 5.24")
 FIRST = apet.Options(keep=0.4, basis=4)
 BOTH = apet.Options(keep=0.4, basis=4, llm_layer=2, llm_keep=0.5)
 
 
 def bidirectional(config: PretrainedConfig) -> None:
-    """As large Gemma 4 models are: only the mask of their sliding layers lets an image's tokens see ahead."""
+    """Large Gemma 4 models: only in the mask of sliding layers do tokens of an image attend to later ones."""
     config.text_config.use_bidirectional_attention = "vision"
     config.text_config.hidden_size_per_layer_input = 0
 
@@ -45,7 +45,7 @@ class Trap:
     change: Callable[[PretrainedConfig], None] | None = None
     decoder: str | None = None
     attention: str | None = None
-    second: str | None = None  # why there is no second stage: what `patch` or the call says
+    second: str | None = None  # the error of `patch` or the call if there is no second stage
 
 
 TRAPS = {
@@ -83,7 +83,7 @@ def build(trap: Trap) -> nn.Module:
     if trap.change is not None:
         trap.change(config)
     model = tiny.build(getattr(transformers, NAMES[trap.type]), config, trap.attention)
-    if trap.type == "llama4":  # 5.24.0 reads a field that the output of its decoder does not have
+    if trap.type == "llama4":  # 5.24.0 reads a field that its decoder's output lacks
         model.language_model.register_forward_hook(_no_image_outputs)
     return model
 
@@ -115,12 +115,12 @@ def test_both_stages(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["windows counted over what is left", "a recurrent state", "chunks"])
 def test_cache_of_fixed_size(name: str) -> None:
-    """Its parts for sliding layers are as short as the window, and a state has no length."""
+    """The cache of a sliding layer is as short as the window, and a state has no length."""
     model = build(TRAPS[name])
     assert selfcheck.judge(model, rows_of(model), BOTH, static=True) < TOLERANCE
 
 
-# ---- what is no model for this, and says so at once ------------------------------------------------------------------
+# ---- models that `patch` rejects -------------------------------------------------------------------------------------
 
 
 def attends_late(config: PretrainedConfig) -> None:
@@ -161,7 +161,7 @@ def test_no_second_stage(trap: Trap, says: str) -> None:
     ],
 )
 def test_other_models_say_why_not(name: str, says: str) -> None:
-    """On classes without weights, with the sizes that they have."""
+    """The classes have no weights, but their real sizes."""
     if name not in NAMES or not hasattr(transformers, NAMES[name]):
         pytest.skip("this version has no such model")
     cls = getattr(transformers, NAMES[name])

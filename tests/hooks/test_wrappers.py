@@ -1,4 +1,4 @@
-"""Models in the wrappers that torch and PEFT put around them, before and after `patch`; and models that are let go."""
+"""Models in wrappers of torch and PEFT, before and after `patch`, and the deletion of models."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def test_generate_follows_a_patch_after_it_has_compiled(fresh: None) -> None:
     torch.testing.assert_close(after.logits, before.logits, rtol=0, atol=TOLERANCE)
 
 
-@pytest.mark.slow  # minutes; every day the test above
+@pytest.mark.slow  # minutes; `make test` runs the test above
 @pytest.mark.parametrize("what", ["model", "forward", "language model", "layer"])
 def test_a_patch_after_the_first_compiled_call(what: str, fresh: None) -> None:
     family, model = FAMILIES["llava"], build("llava")
@@ -81,7 +81,7 @@ def test_a_patch_after_the_first_compiled_call(what: str, fresh: None) -> None:
 @pytest.mark.parametrize("order", ["wrap, then patch", "patch, then wrap"])
 @pytest.mark.parametrize("saved", [["multi_modal_projector"], None], ids=["projector saved", "adapters alone"])
 def test_peft(order: str, saved: list[str] | None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """LoRA adapters begin as zero, so the answers are those of the model without them."""
+    """New LoRA adapters are zero, so the answers are those of the model without them."""
     peft = pytest.importorskip("peft")
     family, model = FAMILIES["llava"], build("llava")
     config = peft.LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=saved)
@@ -125,7 +125,7 @@ def test_distributed_data_parallel(order: str, tmp_path: Any) -> None:
 
 
 def replica(module: nn.Module) -> nn.Module:
-    """What DataParallel makes of a module for another device: other modules, which share hooks and attributes."""
+    """Returns a replica as of DataParallel for another device: other modules, which share hooks and attributes."""
     twins = {m: m._replicate_for_data_parallel() for m in module.modules()}
     for one, other in twins.items():
         for name, child in one._modules.items():
@@ -138,12 +138,12 @@ def replica(module: nn.Module) -> nn.Module:
 
 @pytest.mark.parametrize("name", ["llava", "llava_next"])  # Qwen's have no dtype as replicas, patched or not
 def test_replicas_use_their_own_modules(name: str) -> None:
-    """As on another GPU: what the hooks call has to be the replica's, not the model that was patched."""
+    """As on another GPU: the hooks must call modules of the replica, not of the patched model."""
     family, model = FAMILIES[name], build(name)
     apet.patch(model, **BOTH)
     copied = replica(model)
     for parameter in model.parameters():
-        parameter.data = torch.full_like(parameter.data, torch.nan)  # a wrong module would answer NaN
+        parameter.data = torch.full_like(parameter.data, torch.nan)  # a wrong module would give NaN
     for buffer in model.model.language_model.rotary_emb.buffers():
         if buffer.is_floating_point():
             buffer.data = torch.full_like(buffer.data, torch.nan)
@@ -158,7 +158,7 @@ def test_data_parallel_is_patched_inside() -> None:
 
 
 def test_rotary_embeddings_of_another_device() -> None:
-    """With a model on several devices, what all layers share stays on the first; fake tensors know their devices."""
+    """In a model on several devices, tensors for all layers are on the first one. Fake tensors have devices."""
     from apet.hooks.sequence import Packing
     from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -171,7 +171,7 @@ def test_rotary_embeddings_of_another_device() -> None:
         assert packing.rows(torch.zeros(1, 8, 4, device="cuda:0")).device == there
 
 
-# ---- copies, and models let go --------------------------------------------------------------------------------------
+# ---- copies, and deleted models -------------------------------------------------------------------------------------
 
 
 def test_a_copied_projector_belongs_to_the_same_patch() -> None:
@@ -186,7 +186,7 @@ def test_a_copied_projector_belongs_to_the_same_patch() -> None:
 
 @pytest.mark.parametrize("what", ["unpatched", "patched", "patched, then unpatched", "patched twice"])
 def test_del_frees_the_model(what: str) -> None:
-    """Without the cycle collector: two models that are compared in one script need not fit at once."""
+    """It is freed without the garbage collector, so a script can load one model after another."""
     family, model = FAMILIES["llava"], build("llava")
     inputs = collate(family, [conversation(family, 3, "image", 5)])
     for _ in range({"unpatched": 0, "patched twice": 2}.get(what, 1)):
@@ -205,7 +205,7 @@ def test_del_frees_the_model(what: str) -> None:
 
 
 def test_classes_that_are_not_of_transformers() -> None:
-    """The error says what to load, or where an adapter has to look."""
+    """The error explains what to load, or what an adapter must set."""
     config = transformers.LlamaConfig(
         vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2
     )

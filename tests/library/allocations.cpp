@@ -1,8 +1,8 @@
-// Counts what is asked of the allocator during calls of apet.h, and fails if it is anything: every op, dtype, layout
-// and selection, ragged or not, with and without a pool, on every instruction set; plans, checks and error messages too.
+// Fails if a call of apet.h allocates memory: every op, dtype, layout and selection, ragged or not, with and without a
+// pool, on every instruction set; also plans, checks and error messages.
 //
-// The C library's functions are replaced by ones that count and pass on; operator new ends in them. Prints the number
-// of calls and returns 1 if they allocated, or if an allocation goes unnoticed.
+// The C library's functions, which operator new also calls, are replaced by ones that count. Prints the number of
+// calls. Returns 1 if they have allocated, or if a test allocation is not counted.
 #include <apet.h>
 
 #include <cstdint>
@@ -20,7 +20,7 @@ void* __libc_memalign(size_t, size_t);
 }
 
 namespace {
-long asked = 0;  // one thread: the pool below runs its tasks one after the other
+long asked = 0;  // not atomic, since the pool below runs its tasks one after the other
 }
 
 extern "C" {
@@ -66,7 +66,7 @@ struct Buffers {
     }
   }
 
-  // Everything that a caller does for one call; false, with a message, on an error.
+  // All steps of one call; false, with a message, on an error.
   bool call(const apet_problem& p, const apet_pool* pool) {
     apet_tensors t = {};
     t.x = x.data(), t.cu_seqlens = cu_seqlens.data(), t.cu_keep = cu_keep.data(), t.kept = kept.data();
@@ -90,7 +90,7 @@ struct Buffers {
 
 bool every_call(Buffers& buffers) {
   const apet_pool pool = {4, nullptr, one_after_the_other};
-  for (int isa = APET_ISA_GENERIC; isa <= APET_ISA_NEON_BF16; isa++) {
+  for (int isa = APET_ISA_GENERIC; isa <= APET_ISA_AMX; isa++) {
     if (apet_cpu_use_isa((apet_isa)isa) != APET_OK) continue;
     for (int op = APET_COMPRESS; op <= APET_MERGE; op++)
       for (int dtype = APET_FLOAT32; dtype <= APET_BFLOAT16; dtype++)
@@ -117,7 +117,7 @@ int main() {
   const long before = asked;
   if (!every_call(buffers)) return 1;
   const long during = asked - before;
-  // Whether any would have been seen.
+  // Checks that allocations are counted.
   const long then = asked;
   std::string* planted = new std::string(1000, 'x');
   const bool seen = asked >= then + 2;

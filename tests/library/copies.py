@@ -60,7 +60,7 @@ def copy_listed(folder: Path, *parts: str) -> Path:
     return folder / "csrc"
 
 
-# ---- every way to build, once for all processes of a test run, and until what goes in changes ------------------------
+# ---- every way to build: once for all processes of a test run, and again only if an input changes -------------------
 
 
 def built(name: str, make: Callable[[Path], None]) -> Path:
@@ -113,10 +113,10 @@ def make_installed(folder: Path) -> None:
 
 
 def make_example(folder: Path) -> None:
-    """Builds the example as its README says, with the package that was moved."""
+    """Builds the example as in its README, with the moved package."""
     (commands,) = re.findall(r"^```sh\n(.*?)^```$", (EXAMPLE / "README.md").read_text(), re.M | re.S)
     assert "/opt/apet" in commands
-    commands = commands[: commands.index("build/vendor/compress")]  # which needs tokens: see below
+    commands = commands[: commands.index("build/vendor/compress")]  # running it needs tokens
     (folder / "examples").mkdir()
     shutil.copytree(EXAMPLE, folder / "examples/vendor")
     prefix = built("installed", make_installed) / "moved"
@@ -150,7 +150,7 @@ def make_inside(folder: Path) -> None:
         target_link_libraries(engine PRIVATE apet::cpu)
         install(TARGETS engine)
         """)
-    run(CMAKE, "-S", folder, "-B", folder / "flags")  # of which only the flags are read
+    run(CMAKE, "-S", folder, "-B", folder / "flags")  # only the compiler flags of this build are read
     cmake(folder, folder / "build", "-DCMAKE_CXX_FLAGS_RELEASE=-O1 -DNDEBUG")
     run(CMAKE, "--install", folder / "build", "--prefix", folder / "prefix")
 
@@ -173,11 +173,11 @@ def make_newer(folder: Path) -> None:
 
 
 def path() -> str:
-    """Returns PATH with the cmake that is used here in front."""
+    """Returns PATH, with the folder of this environment's cmake first."""
     return f"{Path(CMAKE).parent}:/usr/bin:/bin"
 
 
-# ---- calling them ----------------------------------------------------------------------------------------------------
+# ---- calls -----------------------------------------------------------------------------------------------------------
 
 
 class Plan(ctypes.Structure):
@@ -190,7 +190,7 @@ class Plan(ctypes.Structure):
     ]
 
 
-ISAS = ("generic", "avx2", "avx512", "avx512_bf16", "best", "neon", "neon_bf16")  # by their numbers in apet.h
+ISAS = ("generic", "avx2", "avx512", "avx512_bf16", "best", "neon", "neon_bf16", "amx")  # by their numbers in apet.h
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-// An engine with a copy of apet inside: a shared library that exports these four functions and nothing of apet.
+// An engine with a vendored copy of apet: a shared library that exports these four functions, and none of apet's.
 #include <apet.h>
 
 #define ENGINE_API extern "C" __attribute__((visibility("default")))

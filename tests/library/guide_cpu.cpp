@@ -1,4 +1,4 @@
-// The snippet of docs/vendoring.md, which tests/test_library_guide.py takes out of it, for ctypes.
+// The snippet of docs/vendoring.md, extracted by tests/test_library_guide.py, for ctypes.
 #include <cstdio>
 
 #include "snippet.cpp"

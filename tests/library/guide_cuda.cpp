@@ -1,11 +1,11 @@
-// The snippet of docs/vendoring.md, which tests/test_library_guide.py takes out of it, for ctypes and the simulated GPU.
+// The snippet of docs/vendoring.md, extracted by tests/test_library_guide.py, for ctypes and the simulated GPU.
 #include <cstdio>
 #include <cstdlib>
 
 #include "snippet.cpp"
 
 namespace {
-void* workspace;  // of the last call: its launches are only queued when it returns
+void* workspace;  // of the last call, whose launches are still queued when it returns
 void* scratch(size_t bytes, cudaStream_t) {
   std::free(workspace);
   return workspace = std::aligned_alloc(64, bytes);

@@ -1,4 +1,4 @@
-// Instructions that compute lane by lane: integers, floats, comparisons, bits. In the order of the PTX manual's chapters.
+// Instructions on single lanes: integers, floats, comparisons, bits, in the order of the PTX manual's chapters.
 #include <cmath>
 #include <limits>
 
@@ -34,7 +34,7 @@ void multiply_wide(Warp& w, const Instruction& in, uint32_t active) {
   each(active, [&](int l) { d[l] = (Wide)a[l] * (Wide)b[l]; });
 }
 
-// Amounts of 32 bits; those from the width on shift everything out.
+// Shift amounts have 32 bits; those that are not below the width shift all bits out.
 template <class T, auto F>
 void shift(Warp& w, const Instruction& in, uint32_t active) {
   auto *d = w.lanes<T>(in.operands[0]), *a = w.lanes<T>(in.operands[1]);
@@ -58,7 +58,7 @@ void logic(Warp& w, const Instruction& in, uint32_t active) {
   d = (d & ~active) | (F(a, b) & active);
 }
 
-// The value that is not chosen may be undefined.
+// The value that is not selected may be undefined.
 template <class T>
 void select(Warp& w, const Instruction& in, uint32_t active) {
   auto *d = w.lanes<T>(in.operands[0]), *a = w.lanes<T>(in.operands[1]), *b = w.lanes<T>(in.operands[2]);
@@ -109,7 +109,7 @@ T remainder(T a, T b) {
   return a % b;
 }
 
-// Of two, a NaN loses; -0 is below +0.
+// Of a NaN and a number, the number is returned; -0 is below +0.
 template <class T>
 T larger(T a, T b) {
   if (std::isnan(a)) return b;
@@ -168,7 +168,7 @@ void add_integers(Opcodes& t) {
   t.insert({"bfi.b64", {"8=8844", insert_bits<uint64_t>}});
   t.insert({"popc.b32", {"4=4", population}});
   t.insert({"brev.b32", {"4=4", unary<uint32_t, reverse>}});
-  // How far the highest one is from the top; none: all ones.
+  // The distance of the highest set bit from the top; all ones if there is none.
   t.insert({"bfind.shiftamt.u32",
             {"4=4", unary<uint32_t, [](uint32_t a) { return a ? (uint32_t)__builtin_clz(a) : ~0u; }>}});
 }
@@ -191,7 +191,7 @@ void add_floats(Opcodes& t) {
   t.insert({"rcp.rn.f64", {"8=8", unary<double, [](double a) { return 1 / a; }>}});
 }
 
-// Floats: eq, lt, le, gt, ge are false for a NaN, and with a u behind (unordered) true.
+// Floats: eq, lt, le, gt, ge are false for a NaN, and with the suffix u (unordered) true.
 void add_comparisons(Opcodes& t) {
 #define COMPARE(name, width, type, f) \
   t.insert({"setp." name, {"p=" width width, compare<type, [](type a, type b) { return (f); }>}});

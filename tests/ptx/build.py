@@ -1,6 +1,6 @@
 """Compiles csrc/cuda to PTX by nvcc, and links its host code with the interpreter: a library for ctypes.
 
-Everything lies where tests/simt keeps its builds, by a hash of all that went into it. Needs nvcc and g++ on x86-64.
+Builds are stored beside those of tests/simt, named by a hash of all inputs. It needs nvcc and g++ on x86-64.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ FLAGS = ["-std=c++20", "-O2", "-march=native", "-ffp-contract=off", "-fno-math-e
 
 
 def missing() -> str | None:
-    """None where PTX can be compiled and interpreted here, else the message that says why not."""
+    """Returns None if PTX can be compiled and interpreted here, else the reason why not."""
     return simt.missing() or (None if sass.nvcc() else "there is no nvcc")
 
 
 @functools.cache
 def library() -> Path:
-    """The interpreter, with the host code of the CUDA backend."""
+    """Builds the interpreter, with the host code of the CUDA backend."""
     objects = [_interpreter(name) for name in PARTS]
     objects += [_host(HERE / "runtime.cpp"), _host(HERE / "workspace.cu"), _host(CSRC / "problem.cpp")]
     objects += [_host(CSRC / f"cuda/{name}.cu") for name in ("device", "plan", "launch")]
@@ -38,7 +38,7 @@ def library() -> Path:
 
 
 def device_code(dtype: str) -> Path:
-    """The object of a dtype's kernels: their host stubs, and their PTX for the targets."""
+    """Builds the object of a dtype's kernels: their host stubs, and their PTX for the targets."""
     archs = [target.removeprefix("sm_") for target in TARGETS]
     flags = [f"-gencode=arch=compute_{arch},code=compute_{arch}" for arch in archs]
     return _nvcc(CSRC / f"cuda/{dtype}.cu", CSRC, [*flags, "--no-compress", "-lineinfo"])
@@ -46,8 +46,8 @@ def device_code(dtype: str) -> Path:
 
 @functools.cache
 def ptx(dtype: str, target: str) -> str:
-    """The PTX of a dtype's kernels, as it lies in the object. Comments, "// FILE:LINE FILE:LINE", say of which line of
-    csrc/cuda the next instructions are, and where that is inlined."""
+    """Returns the PTX of a dtype's kernels from the object. Comments, "// FILE:LINE FILE:LINE", give the line in
+    csrc/cuda of the next instructions, and the lines at which it is inlined."""
     content = device_code(dtype).read_bytes()
     texts = re.findall(rb"\.version [^\0]*", content)
     (text,) = (t.decode() for t in texts if f"\n.target {target}\n".encode() in t)
@@ -58,7 +58,7 @@ LOC = re.compile(r"\.loc\s+(\d+) (\d+) \d+(?:, function_name .*, inlined_at (\d+
 
 
 def _with_places(text: str) -> str:
-    """Every .loc as a comment; without the names of files and functions, which -lineinfo puts at the end."""
+    """Replaces every .loc by a comment, and removes the names of files and functions, which -lineinfo appends."""
     text, _, names = text.partition("\n.file\t")
     files = {number: Path(name) for number, name in re.findall(r'(\d+) "(.*?)"', names)}
     inlined: dict[tuple[str, str], tuple[str, str]] = {}  # where a place was last inlined
@@ -79,7 +79,7 @@ def _with_places(text: str) -> str:
 
 
 def compiled(source: Path, csrc: Path, target: str) -> str:
-    """The PTX of a source that is not part of the library, as nvcc prints it."""
+    """Returns the PTX of a source that is not part of the library, as nvcc prints it."""
     arch = target.removeprefix("sm_")
     return _nvcc(source, csrc, [f"-arch=compute_{arch}"], "-ptx").read_text()
 

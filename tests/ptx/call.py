@@ -16,7 +16,7 @@ from tests.simt.call import Case, Fault, How, NoPath
 
 from . import build
 
-# Few multiprocessors: every resident CTA is 384 threads to interpret.
+# The devices have few multiprocessors, since every resident CTA has 384 threads to interpret.
 H100 = replace(call.H100, multiprocessors=4)
 A100 = replace(call.A100, multiprocessors=4)
 
@@ -36,12 +36,12 @@ def target_of(how: How) -> str:
 
 
 def text_of(case: Case, how: How) -> str:
-    """The PTX that the call executes, unless it is given another."""
+    """Returns the PTX that the call executes, unless it gets another."""
     return build.ptx(build.DTYPES[case.problem.dtype], target_of(how))
 
 
 def plan(case: Case, how: How) -> call.Plan:
-    """What the backend would do; NoPath if it cannot do it as `how` wants it."""
+    """Returns the plan of the backend. Raises NoPath if it cannot run the problem as in `how`."""
     lib, result, override, d = load(), call.Plan(), how.override, how.device
     lib.ptx_device(d.capability, d.multiprocessors, d.shared_per_block, d.shared_per_multiprocessor, d.largest_cluster)
     status = lib.apet_cuda_plan(ctypes.byref(case.problem), ctypes.byref(override), ctypes.byref(result))
@@ -52,9 +52,10 @@ def plan(case: Case, how: How) -> call.Plan:
 
 
 def run(case: Case, how: How, text: str | None = None, truncates: bool = False) -> list[str]:
-    """Runs the case by the PTX of its dtype and target, or by `text`. Returns the mangled names of what was launched.
+    """Runs the case by the PTX of its dtype and target, or by `text`. Returns the mangled names of launched kernels.
 
-    truncates: the matrix unit cuts sums off instead of rounding them (warp.cpp). Fault: what the interpreter found.
+    truncates: the matrix unit truncates sums instead of rounding them (warp.cpp). Raises Fault if the interpreter finds
+    one.
     """
     lib, planned = load(), plan(case, how)
     text = text or text_of(case, how)
@@ -84,13 +85,13 @@ def run(case: Case, how: How, text: str | None = None, truncates: bool = False) 
 
 
 def executed(text: str) -> dict[int, int]:
-    """How often the last run executed each instruction of its text, by the line."""
+    """Returns how often the last run executed each instruction of its text, by line."""
     pairs = (line.split() for line in load().ptx_executed(_key(text)).decode().splitlines())
     return {int(line): int(count) for line, count in pairs}
 
 
 def forget(text: str) -> None:
-    """Frees what was made of a text."""
+    """Frees the data of a text."""
     load().ptx_forget(_key(text))
 
 
@@ -99,7 +100,7 @@ def _key(text: str) -> bytes:
 
 
 def _add(name: str, t: Tensor, writable: bool) -> None:
-    """Every element of t, and nothing between them, has a value that may be read; an output has none yet."""
+    """Declares the elements of t, without the gaps between them. Outputs have no values yet that may be read."""
     if not t.numel():
         return
     last = sum((n - 1) * s for n, s in zip(t.shape, t.stride(), strict=True))
@@ -122,7 +123,7 @@ def _check(case: Case, status: int) -> None:
 
 
 def functions(how: How, truncates: bool = False) -> SimpleNamespace:
-    """compress, compress_varlen, score and merge in one way; score, which is never fused, by clusters instead."""
+    """Returns compress, compress_varlen, score and merge in one way; score is never fused, so it uses clusters then."""
 
     def function(name: str):
         def call_it(*args, **kwargs):

@@ -22,7 +22,7 @@ float bfloat16_to_float(uint16_t bits) {
 
 namespace {
 
-constexpr uint16_t kNaN16 = 0x7fff;  // what the hardware makes of any NaN
+constexpr uint16_t kNaN16 = 0x7fff;  // the hardware converts any NaN to this
 
 uint16_t float_to_half(float value) {
   if (value != value) return kNaN16;

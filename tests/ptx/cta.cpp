@@ -1,4 +1,4 @@
-// CTAs as a launch begins them: registers, constants, what the hardware sets, and shared memory.
+// The initial state of CTAs: registers, constants, special registers, and shared memory.
 #include "machine.h"
 
 namespace ptx {

@@ -17,7 +17,7 @@ void set_defined(Warp& w, const Operand& operand, int lane, bool is) {
   lanes = is ? lanes | 1u << lane : lanes & ~(1u << lane);
 }
 
-// N values of T from consecutive addresses to as many registers; narrow ones are extended as the type says.
+// N values of T from consecutive addresses to as many registers; narrow ones are extended by their type.
 template <class T, int N, Space space, Access access>
 void load(Warp& w, const Instruction& in, uint32_t active) {
   each(active, [&](int l) {
@@ -63,7 +63,7 @@ void store(Warp& w, const Instruction& in, uint32_t active) {
   });
 }
 
-// ---- operations that order, and read-modify-write
+// ---- acquire, release, and read-modify-write
 
 void release(Warp& w, int lane, const Place& place) {
   auto own = std::make_shared<std::vector<uint32_t>>(*w.order[lane].known);
@@ -83,7 +83,7 @@ void load_acquire(Warp& w, const Instruction& in, uint32_t active) {
   });
 }
 
-// atom has an output, the value before; red has none. The lanes of an instruction take turns.
+// atom has an output, the old value; red has none. The lanes of an instruction access memory one after the other.
 template <class T, Space space, auto F, bool kReleases = false>
 void modify(Warp& w, const Instruction& in, uint32_t active) {
   w.cta->grid->progress++;

@@ -1,20 +1,19 @@
-// An interpreter of compiled PTX: the instructions that a GPU's assembler is given, executed on the CPU and checked.
+// An interpreter of compiled PTX, the input of a GPU's assembler: executes its instructions on the CPU, with checks.
 //
 //   csrc/cuda/*.cu --nvcc--> PTX text --module.cpp--> Kernel: Instructions with operands resolved
 //   csrc/cuda/launch.cu, compiled by nvcc, linked with runtime.cpp --> grids, attributes, the bytes of Call
 //
-// A warp executes one instruction for the lanes that are at it (32 program counters); schedule.cpp draws the order of
-// warps from a seed. What PTX leaves undefined, or what is not in the tables of instructions, ends a launch with a
-// Fault:
+// A warp executes one instruction for the lanes that are at it (32 program counters). schedule.cpp draws the order of
+// warps from a seed. Undefined behaviour, or an instruction that is not in the tables, ends a launch with a Fault:
 //
-//   bounds, alignment    of every array on its own (memory.cpp)
-//   undefined values     of registers and memory; copies pass them on, every other use is a fault
+//   bounds, alignment    of every single array (memory.cpp)
+//   undefined values     of registers and memory; they may be copied, every other use is a fault
 //   data races           two accesses that are not ordered by barriers, release and acquire (order.h, memory.cpp)
 //   barriers             that threads reach at different places, or not at all; warp instructions without all lanes
 //   clusters             shared memory of a CTA that has not begun or has ended
 //   asynchronous copies  read or left before a wait
 //   dependent launches   global memory before griddepcontrol.wait
-//   no progress          deadlocks, and loops that wait for what nothing writes
+//   no progress          deadlocks, and loops that wait for a value that no thread writes
 #pragma once
 #include <cstdint>
 #include <map>
@@ -39,9 +38,9 @@ struct Warp;
 struct Instruction;
 using Execute = void (*)(Warp&, const Instruction&, uint32_t active);
 
-// What the scheduler does with an instruction.
+// The scheduler's action for an instruction.
 enum class Flow : uint8_t {
-  kPlain,       // executes, and goes on
+  kPlain,       // executes, and continues
   kBranch,      // to `target`
   kExit,        // the thread ends
   kMeet,        // all lanes of the member mask execute it together
@@ -49,7 +48,7 @@ enum class Flow : uint8_t {
   kClusterWait  // for the phase of the cluster's barrier that the lane has arrived at
 };
 
-// What an instruction does with an operand that has no defined value.
+// The effect of an operand without a defined value.
 enum class Undefined : uint8_t {
   kFault,
   kPasses,  // its outputs are undefined too
@@ -70,7 +69,7 @@ struct Instruction {
   Execute execute = nullptr;
   Flow flow = Flow::kPlain;
   Undefined undefined = Undefined::kFault;
-  bool unless = false;  // executes where the guard is false
+  bool unless = false;  // executes if the guard is false
   int8_t outputs = 0, count = 0;
   int8_t members = -1;  // kMeet: the operand that has the member mask; -1: all lanes of the warp
   Operand guard;        // number 0: none
@@ -95,10 +94,10 @@ struct Kernel {
   std::map<std::string, Operand> specials;  // %tid.x and its like
 };
 
-// Kernels of a text by name; a Fault for what is not in the tables.
+// Returns the kernels of a text by name. A Fault for instructions that are not in the tables.
 std::map<std::string, Kernel> parse(const std::string& text);
 
-// An opcode as the tables have it. signature: widths of the outputs, '=', widths of the inputs; p: predicate;
+// An opcode in the tables. signature: widths of the outputs, '=', widths of the inputs; p: predicate;
 // a, A: address of 8, of 4 bytes, or a symbol; L: label; '>' before a width: or wider.
 struct Opcode {
   std::string signature;
@@ -130,7 +129,7 @@ struct Warp {
   int pc[kLanes] = {};
   uint32_t running = kAll, parked = 0, at_barrier = 0, at_cluster = 0;  // a lane is in one of them, or has ended
   uint32_t after_wait = 0;                                              // griddepcontrol.wait
-  bool polled = false;                                                  // others go first
+  bool polled = false;                                                  // others run first
   Order order[kLanes];
   int cluster_phase[kLanes] = {};                 // that the lane has arrived for; 0: it has not arrived
   std::vector<Copy> open[kLanes];                 // not yet in a group
@@ -186,9 +185,9 @@ struct Place {
   size_t offset;
   uint8_t* bytes() const { return memory->bytes + offset; }
 };
-// Where an access of a lane falls, or a Fault.
+// Returns the array of a lane's access, or a Fault.
 Place resolve(Warp& warp, int lane, uint64_t address, size_t size, Space space, bool writes);
-// Notes an access: a Fault where it is a data race.
+// Records an access. A Fault if it is a data race.
 void note(Warp& warp, int lane, const Place& place, size_t size, Access access);
 bool defined(const Place& place, size_t size);
 void set_defined(const Place& place, size_t size, bool defined);
@@ -227,7 +226,7 @@ struct Grid {
   const Launch* launch;
   std::vector<std::unique_ptr<Cluster>> clusters;
   std::map<uint64_t, Clock> flags;  // what release operations published, by address
-  uint64_t progress = 0;            // counts what may let another thread go on
+  uint64_t progress = 0;            // counts the events for which another thread may wait
   uint32_t barrier_words[2] = {};   // of the grid's barrier; %envreg1 and 2 hold the address
   std::vector<uint64_t>* counts = nullptr;
   int warps_per_cta() const { return (int)(launch->block / kLanes); }
@@ -241,15 +240,15 @@ struct Arrays {
 };
 extern Arrays arrays;
 
-// How matrix instructions add.
+// Sets how matrix instructions add.
 enum class Matrix { kExact, kTruncates };
 extern Matrix matrix;
 
-// How often each instruction was executed.
+// Counts how often each instruction was executed.
 extern std::map<const Kernel*, std::vector<uint64_t>> executed;
 
 void run(const Launch& launch, unsigned seed);
-// A cluster of the grid, ready to run. known: what a thread that begins knows of others.
+// Returns a cluster of the grid, ready to run. known: the clock with which its threads begin.
 std::unique_ptr<Cluster> begin(Grid& grid, int index, const Clock& known);
 // Ends the phase of the cluster's barrier if all its threads have arrived.
 void complete_phase(Cluster& cluster);

@@ -1,4 +1,4 @@
-// Arrays, where addresses fall, and what every access is checked for.
+// Arrays, the array of an address, and the checks of every access.
 #include <algorithm>
 #include <cstdarg>
 #include <cstdio>

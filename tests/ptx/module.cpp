@@ -1,4 +1,4 @@
-// PTX text -> kernels. Every opcode must be in the tables with these operands; anything else is a Fault.
+// PTX text -> kernels. An opcode that is not in the tables with its operands is a Fault.
 #include <cctype>
 #include <cstdlib>
 #include <cstring>

@@ -1,7 +1,7 @@
-// What happens before what: vector clocks of all threads of a launch, and the accesses of every cell of memory.
+// The happens-before relation: vector clocks of all threads of a launch, and the accesses of every cell of memory.
 //
-// A thread knows, of every other, up to which of its intervals it is ordered after it. Barriers and release operations
-// end an interval. After a barrier all its threads know the same, so a clock is shared until someone learns more.
+// The clock of a thread holds, for every other thread, the last interval of that thread that happens before. Barriers
+// and release operations end an interval. After a barrier all its threads share a clock, until one changes.
 #pragma once
 #include <cstdint>
 #include <memory>
@@ -19,11 +19,11 @@ struct Order {
   uint32_t interval = 1;
 };
 
-// Threads that come together: each brings what it knows, and all leave with what any of them knew.
+// A barrier's threads: their clocks are joined, and all continue with the result.
 class Meeting {
  public:
   void arrive(int thread, Order& order);
-  Clock complete();  // and starts anew
+  Clock complete();  // and starts again
 
  private:
   std::vector<Clock> known_;
@@ -44,7 +44,7 @@ struct Accessors {
   Access access = Access::kNone;
 };
 
-// The last write, and all that was read, or done atomically, since.
+// The last write, and all reads and atomic accesses since.
 struct Cell {
   Accessors write, first;
   int32_t more = -1;  // index in Accesses

@@ -42,7 +42,7 @@ def replaced(old: str, new: str) -> Callable[[str], str]:
 
 
 def further(by: int) -> Callable[[str], str]:
-    """An address some bytes further on."""
+    """Moves an address by some bytes."""
 
     def change(line: str) -> str:
         return re.sub(r"\[(%\w+)(?:\+(-?\d+))?\]", lambda m: f"[{m[1]}+{int(m[2] or 0) + by}]", line, count=1)
@@ -83,13 +83,13 @@ PLANTED = (
 
 @dataclass(frozen=True)
 class Harmless:
-    """Instructions that no result depends on: those of a line where this text ends, or of what is inlined there."""
+    """Instructions that no result depends on: those of the line where this text ends, and those inlined there."""
 
     fault: str  # its name
     file: str  # in csrc/cuda
     source: str  # a pattern
     why: str
-    kernels: str = ""  # a pattern; elsewhere the fault has to be noticed
+    kernels: str = ""  # a pattern; in other kernels the fault must be noticed
 
     def holds(self, place: Place) -> bool:
         return (
@@ -143,7 +143,7 @@ SEEDS = (3, 0, 4, 5, 6, 9, 1, 2)  # of all kinds of schedules; most at random
 
 @functools.cache
 def _lines(file: str, source: str) -> set[str]:
-    """The places, FILE:LINE, where text that matches ends."""
+    """Returns the places, FILE:LINE, at which text that matches ends."""
     text = (build.CSRC / "cuda" / file).read_text()
     found = {f"{file}:{text.count(chr(10), 0, match.end()) + 1}" for match in re.finditer(source, text)}
     assert found, f"{source} is no longer in {file}"
@@ -155,7 +155,7 @@ class Place(NamedTuple):
 
     line: int
     kernel: str
-    source: tuple[str, ...]  # FILE:LINE in csrc/cuda, and where that is inlined
+    source: tuple[str, ...]  # FILE:LINE in csrc/cuda, and the lines at which it is inlined
 
     def __str__(self) -> str:
         return f"line {self.line} of the PTX, {' in '.join(self.source)}, {self.kernel}"
@@ -163,7 +163,7 @@ class Place(NamedTuple):
 
 @dataclass
 class Unchanged:
-    """Calls in one way, by the text as nvcc made it: their results, and what the first one executed."""
+    """Calls in one way, by the unchanged PTX: their results, and the instructions that the first one executed."""
 
     how: How
     text: str
@@ -172,7 +172,7 @@ class Unchanged:
 
 
 def unchanged(how: How, *cases: Case) -> Unchanged:
-    """Runs the cases. The first one is to notice every fault; what depends on more than it has is for the others."""
+    """Runs the cases. The first should notice every fault; the others have features that the first lacks."""
     text, calls, counts = call.text_of(cases[0], how), [], {}
     for case in cases:
         call.run(case, how)
@@ -191,7 +191,7 @@ def unchanged(how: How, *cases: Case) -> Unchanged:
 
 
 def executed(way: Unchanged, fault: Planted) -> list[Place]:
-    """Where the fault can be planted in what the call executes, and is not harmless."""
+    """Returns the executed instructions at which the fault can be planted and is not harmless."""
     lines = way.text.split("\n")
     harmless = [entry for entry in HARMLESS if entry.fault == fault.name]
     fits = [place for place in way.places if re.search(fault.pattern, lines[place.line - 1])]
@@ -199,7 +199,7 @@ def executed(way: Unchanged, fault: Planted) -> list[Place]:
 
 
 def plant(text: str, fault: Planted, number: int) -> str:
-    """The text with the fault in that line."""
+    """Returns the text with the fault in that line."""
     lines = text.split("\n")
     before, lines[number - 1] = lines[number - 1], fault.change(lines[number - 1])
     assert lines[number - 1] != before, f"{fault.name}: nothing changes in {before}"
@@ -211,8 +211,8 @@ def plant(text: str, fault: Planted, number: int) -> str:
 
 
 def noticed(way: Unchanged, fault: Planted, place: Place) -> str:
-    """What shows, in one of the calls and on one of a few schedules, that the text is wrong there: the interpreter's
-    message, or which result differs; "" if nothing does."""
+    """Runs the calls with the fault, on a few schedules. Returns the first error of the interpreter, or the result that
+    differs; "" if none."""
     text = plant(way.text, fault, place.line)
     try:
         for case, results in way.calls:

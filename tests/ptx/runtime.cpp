@@ -1,5 +1,5 @@
-// The CUDA runtime that launch.cu is linked with here: a device that does not exist, launches that the interpreter runs
-// at once, and what Python asks of them. The host code of the sources is nvcc's, so Call is as the kernels expect it.
+// The CUDA runtime with which launch.cu is linked here: a simulated device, launches that the interpreter runs at once,
+// and functions for Python. nvcc compiles the host code, so Call has the layout that the kernels expect.
 #include <cuda_runtime_api.h>
 
 #include <algorithm>
@@ -20,7 +20,7 @@ struct Device {
 std::vector<Device> devices;
 int current = 0;
 
-struct Host {  // a kernel as the host knows it
+struct Host {  // a kernel as registered by the host code
   std::string name;
   int shared = 48 << 10;
   bool large_clusters = false;
@@ -42,7 +42,7 @@ int resident(int threads, size_t shared) {
   return std::min(2048 / threads, (int)(d.shared_per_multiprocessor / (shared + 1024)));
 }
 
-// Reads the attributes; an error where a GPU would give one.
+// Reads the attributes. Returns the error that a GPU would give.
 cudaError_t read(const cudaLaunchConfig_t& config, const void* function, ptx::Launch& launch) {
   const Device& d = devices[current];
   const Host& host = hosts.at(function);
@@ -75,7 +75,7 @@ cudaError_t read(const cudaLaunchConfig_t& config, const void* function, ptx::La
 
 extern "C" {
 
-// ---- what nvcc's host code calls
+// ---- functions that nvcc's host code calls
 
 void** __cudaRegisterFatBinary(void*) {
   static void* handle;
@@ -184,7 +184,7 @@ void ptx_device(int capability, int multiprocessors, int shared_per_block, int s
   if (found == devices.end()) devices.push_back(device);
 }
 
-// Takes the kernels of a text for later launches. NULL, or what is wrong with the text.
+// Uses the kernels of a text for later launches. Returns NULL, or the error in the text.
 const char* ptx_load(const char* key, const char* text) {
   try {
     if (!modules.count(key)) modules[key] = ptx::parse(text);
@@ -219,14 +219,14 @@ int64_t ptx_unwritten(const char* name) {
   return 0;
 }
 
-// The mangled names of what was launched since the last call of this, a line each.
+// Returns the mangled names of the kernels launched since the last call of this function, a line each.
 const char* ptx_launches() {
   static std::string text;
   text = std::exchange(launches, "");
   return text.c_str();
 }
 
-// Of the kernels of a text: "line count" for every instruction, count 0 where it was not executed since ptx_begin.
+// Returns "line count" for every instruction of a text: how often it was executed since ptx_begin.
 const char* ptx_executed(const char* key) {
   static std::string text;
   text.clear();

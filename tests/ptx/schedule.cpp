@@ -1,10 +1,10 @@
-// Runs a launch: which CTAs are resident, which warp is next, which of its lanes, drawn from a seed.
+// Runs a launch. A seed decides which CTAs are resident, which warp is next, and which of its lanes.
 //
-//   seed 0   CTAs, warps and lanes in ascending order, each as far as it gets
+//   seed 0   CTAs, warps and lanes in ascending order, each as far as it can
 //   others   by seed % 3: warps at random, a few instructions each | whole CTAs by a drawn priority | warps by one
 //
-// A warp that has polled a flag ends its turn, and goes behind all others unless warps run at random. Lanes of a warp at
-// different instructions: the lowest goes first, so that they come together again; or, where warps run at random, any.
+// A warp that has polled a flag ends its turn, and comes after all others unless warps run at random. If lanes of a
+// warp are at different instructions, the lowest one runs first, so that they converge; any one if warps run at random.
 #include <algorithm>
 #include <climits>
 #include <cstring>
@@ -35,7 +35,7 @@ void complete_phase(Cluster& cluster) {
 
 namespace {
 
-constexpr uint64_t kPatience = 3'000'000;  // instructions of warps, without one that another thread could wait for
+constexpr uint64_t kPatience = 3'000'000;  // instructions of warps without progress that end a launch
 
 class Scheduler {
  public:
@@ -45,7 +45,7 @@ class Scheduler {
     std::iota(waiting_.rbegin(), waiting_.rend(), 0);
     if (seed_) std::shuffle(waiting_.begin(), waiting_.end(), draw_);
     resident_ = launch_.cooperative || !seed_ ? count : 1 + (int)(draw_() % (unsigned)count);
-    if (at_random()) resident_ = std::min(count, resident_ + 1);  // whose warps then mix
+    if (at_random()) resident_ = std::min(count, resident_ + 1);  // so that warps of several CTAs alternate
     known_ = std::make_shared<std::vector<uint32_t>>((size_t)launch_.grid * launch_.block);
     grid_.clusters.resize(count);
   }
@@ -74,7 +74,7 @@ class Scheduler {
       for (auto& warp : cta->warps) fresh.push_back(warp.get());
     warps_.insert(warps_.end(), fresh.begin(), fresh.end());
     if (!seed_) return;
-    if (seed_ % 3 == 1) {  // CTAs stay together: by a priority of each
+    if (seed_ % 3 == 1) {  // all warps of a CTA have its priority
       std::map<const Cta*, uint64_t> priority;
       for (Warp* w : warps_) priority.try_emplace(w->cta, draw_());
       std::stable_sort(warps_.begin(), warps_.end(),
@@ -120,7 +120,7 @@ class Scheduler {
     fault("deadlock");
   }
 
-  // Lets a warp execute, until it has to wait or the budget is used up.
+  // Lets a warp execute until it must wait or the budget is used up.
   void turn(Warp& warp, long budget) {
     warp.cta->begun = true;
     warp.polled = false;
@@ -146,7 +146,7 @@ class Scheduler {
     }
   }
 
-  // One instruction for the lanes of a group. False: the group is no more, and its lanes know where they are.
+  // Executes one instruction for the lanes of a group. False: the group has ended, and its lanes have stored counters.
   bool step(Warp& warp, uint32_t& group, int& pc) {
     const Instruction& in = launch_.kernel->code[pc];
     warp.now = &in;
@@ -168,7 +168,7 @@ class Scheduler {
       pc = active ? in.target : pc + 1;
       return true;
     }
-    // From here on lanes may part.
+    // From here on lanes may diverge.
     each(group & ~active, [&](int l) { warp.pc[l] = pc + 1; });
     each(active, [&](int l) { warp.pc[l] = in.flow == Flow::kBranch ? in.target : pc; });
     const uint32_t passed = group & ~active;

@@ -47,7 +47,7 @@ float exact_sum(const float* a, const float (*b)[8], int column, float c) {
   return (float)sum;
 }
 
-// The same by a unit that adds 8 products at a time (M. Fasi et al., "Numerical behavior of NVIDIA tensor cores",
+// The same sum by a unit that adds 8 products at a time (M. Fasi et al., "Numerical behavior of NVIDIA tensor cores",
 // PeerJ Computer Science 7:e330, 2021): all terms are aligned to the largest, bits below 2^-24 of its leading one are
 // cut off, and so is the sum.
 float truncated_sum(const float* a, const float (*b)[8], int column, float c) {

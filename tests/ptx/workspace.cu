@@ -1,4 +1,4 @@
-// What the interpreter has to know of the layout of csrc/cuda, by its own headers.
+// The memory layout of csrc/cuda for the interpreter, taken from its headers.
 #include "cuda/layout.cuh"
 #include "machine.h"
 

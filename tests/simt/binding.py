@@ -12,7 +12,7 @@ from apet_kernels import available, ops
 
 from . import build, call
 
-_keep: list[torch.library.Library] = []  # as long as the process lives
+_keep: list[torch.library.Library] = []  # keeps the registrations until the process ends
 
 
 @functools.cache
@@ -31,7 +31,7 @@ def load() -> None:
     digest = build.digest(torch.__version__, *options, *libraries, *(file.read_text() for file in files))
     path = build.make(build.FOLDER / f"libsimt_torch-{digest}.so", ["g++", *options, str(source), *libraries])
     library = torch.library.Library("apet", "FRAGMENT")
-    if not torch.version.cuda:  # else apet_kernels has defined them
+    if not torch.version.cuda:  # with CUDA, apet_kernels has defined them
         for schema in ops.CUDA_SCHEMAS:
             library.define(schema)
     torch.ops.load_library(path)
@@ -39,7 +39,7 @@ def load() -> None:
 
 
 def stand_in(device: call.Device, set_attribute: Callable[[object, str, object], None] = setattr) -> None:
-    """Loads the ops, and makes `backend="cuda"` take CPU tensors, as on this device."""
+    """Loads the ops, and makes `backend="cuda"` take CPU tensors, on this simulated device."""
     load()
     call.use_device(device)
     usable = available.why_unavailable

@@ -1,4 +1,4 @@
-"""Bugs to plant: each is a change of a copy of the CUDA sources, with where it has to show, and as what."""
+"""Bugs to plant: each is a change of a copy of the CUDA sources, with the way to run it and the expected report."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ RACE = r"WARNING: ThreadSanitizer: data race"
 OVERFLOW = r"ERROR: AddressSanitizer: heap-buffer-overflow"
 WRONG = "other bits"
 
-# When a bug is planted. Each is a build of its own: every day only some without a sanitizer.
+# When a bug is planted. Each needs a separate build, so `make test` plants only some that need no sanitizer.
 EVERY_DAY, SLOW = (), (pytest.mark.slow,)
 ALL_BUGS = (*SLOW, pytest.mark.matrix)
 
 
 class Bug:
-    """A change [pattern, replacement] of a file in csrc/cuda, where it has to show, and as what."""
+    """A change [pattern, replacement] of a file in csrc/cuda, the way to run it, and the expected report."""
 
     def __init__(
         self, name: str, file: str, change: list[tuple[str, str]], how: How, seen: str, when: tuple = ALL_BUGS
@@ -179,7 +179,7 @@ BUGS = [
         "shared memory of another CTA before that CTA runs",
         "group.cuh",
         [(r"sync\(\);  // shared memory of another CTA may be used only once that CTA runs", "")],
-        How(path="cluster", ctas_per_image=2, seed=3),  # one block runs as far as it gets
+        How(path="cluster", ctas_per_image=2, seed=3),  # one block runs as far as it can
         r"maps the shared memory of block \d+, which has not begun",
     ),
     Bug(
@@ -197,7 +197,7 @@ BUGS = [
 
 
 def plant(bug: Bug, folder: Path) -> Path:
-    """A copy of csrc in a new folder, with the bug."""
+    """Returns a copy of csrc in a new folder, with the bug."""
     csrc = folder / "csrc"
     shutil.copytree(build.CSRC, csrc)
     source = csrc / "cuda" / bug.file
@@ -210,14 +210,14 @@ def plant(bug: Bug, folder: Path) -> Path:
 
 
 def small(bug: Bug) -> Case:
-    """What shows it. An odd D: rows end where their memory does. Repeated tokens: ties."""
+    """Returns a case that shows the bug. D is odd, so rows end where their memory does. Repeated tokens give ties."""
     D = 63 if bug.sanitizer == "address" else 72
     return call.compress_case(tokens(1, 22, D, dtype=torch.float16, kind="repeated", seed=1), 8, 3)
 
 
 def both(bug: Bug, csrc: Path, case: Case) -> tuple[str, dict[str, torch.Tensor]]:
-    """Runs the case with and without the bug: leaves the results with it in the case; returns what the sanitized
-    program said, and the results without."""
+    """Runs the case with and without the bug, and leaves the results with the bug in the case. Returns the output of
+    the sanitized program, and the results without the bug."""
     call.run(case, bug.how)
     right = {name: t.clone() for name, t in case.outputs.items()}
     program = build.program("driver.cpp", build.kernels(csrc, bug.sanitizer, only="float16"), bug.sanitizer)
@@ -225,5 +225,5 @@ def both(bug: Bug, csrc: Path, case: Case) -> tuple[str, dict[str, torch.Tensor]
 
 
 def differs(case: Case, right: dict[str, torch.Tensor]) -> bool:
-    """Whether a bit of the results differs."""
+    """Returns whether a bit of the results differs."""
     return any(not bits(case.outputs[name]).equal(bits(t)) for name, t in right.items())

@@ -1,7 +1,7 @@
 """Compiles csrc/cuda for the CPU with the headers of this folder: a library for ctypes, programs for the sanitizers.
 
-Everything lies under .build/simt/, by a hash of all that went into it: what is there is right. Needs g++ on x86-64 (the
-switch between fibers is written for it) and no part of CUDA.
+Builds are stored under .build/simt/, named by a hash of all inputs, so existing ones are up to date. It needs g++ on
+x86-64 (for the switch between fibers) and no part of CUDA.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ HERE = Path(__file__).parent
 CSRC = HERE.parents[1] / "csrc"
 FOLDER = HERE.parents[1] / ".build/simt"
 
-# fma where one is written and nowhere else, as nvcc -fmad=false.
+# Only explicit fma, as with nvcc -fmad=false.
 FLAGS = ["-std=c++17", "-march=native", "-ffp-contract=off", "-fno-math-errno", "-fPIC", "-Wall", "-Wextra"]
 FLAGS += ["-Wno-unknown-pragmas"]  # unroll
 RUNTIME = ["fiber.cpp", "schedule.cpp", "sync.cpp", "launch.cpp", "collectives.cpp", "device.cpp"]
@@ -39,8 +39,8 @@ def missing() -> str | None:
 
 
 def kernels(csrc: Path = CSRC, sanitizer: str = "", only: str = "") -> list[Path]:
-    """Objects of the CUDA backend. From a changed copy of the sources, `only` one file need be compiled anew: it comes
-    first, and with that its inline functions are everybody's."""
+    """Returns objects of the CUDA backend. For a changed copy of the sources, `only` this file is compiled again. It
+    comes first, so that the linker keeps its inline functions."""
     sources = [*sorted((CSRC / "cuda").glob("*.cu")), CSRC / "problem.cpp"]
     if not only:
         return _objects(sources, sanitizer, CSRC.rglob("*.*"))
@@ -66,7 +66,7 @@ def shared(main: str) -> Path:
 
 
 def _runtime() -> list[Path]:
-    """Builds the simulated runtime, never with a sanitizer: its accesses are not the kernel's."""
+    """Builds the simulated runtime, without a sanitizer, since its accesses are not the kernel's."""
     return _objects([HERE / name for name in RUNTIME])
 
 
@@ -113,7 +113,7 @@ def make(target: Path, command: list[str]) -> Path:
 
 @functools.cache
 def compiler() -> str:
-    """Returns the compiler's version, and the meaning of -march=native here: the folder may come from another
+    """Returns the compiler's version, and its target for -march=native, since the folder may come from another
     machine."""
     query = ["g++", "-march=native", "-Q", "--help=target"]
     return subprocess.check_output(["g++", "--version"], text=True) + subprocess.check_output(query, text=True)

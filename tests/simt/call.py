@@ -40,7 +40,7 @@ from .abi import (
 
 @dataclass(frozen=True)
 class Device:
-    """The GPU that launches ask about (simt::Device). Few multiprocessors: every resident thread costs a stack."""
+    """The simulated GPU (simt::Device). It has few multiprocessors, since every resident thread needs a stack."""
 
     capability: int = 90
     multiprocessors: int = 16
@@ -56,11 +56,11 @@ RTX_5090 = Device(120, 8, 99 << 10, 100 << 10, 8)
 
 
 class NoPath(Exception):
-    """The device cannot run the problem in the way that was asked for."""
+    """The device cannot run the problem in this way."""
 
 
 class Fault(Exception):
-    """A kernel did what a GPU leaves undefined, or a launch failed."""
+    """A kernel has undefined behaviour, or a launch failed."""
 
 
 @dataclass
@@ -74,7 +74,7 @@ class Case:
 
 @dataclass(frozen=True)
 class How:
-    """Everything that must not change a bit of the result."""
+    """A way to run a case; it must not change a bit of the result."""
 
     device: Device = H100
     path: str = "best"
@@ -98,13 +98,13 @@ def load() -> ctypes.CDLL:
 
 
 def use_device(device: Device) -> None:
-    """What is planned and launched for from now on."""
+    """Sets the device of later plans and launches."""
     traits = (device.capability, device.multiprocessors, device.shared_per_block)
     load().simt_use_device(*traits, device.shared_per_multiprocessor, device.largest_cluster)
 
 
 def plan(problem: Problem, how: How) -> Plan:
-    """What the backend would do; NoPath if it cannot do it as `how` wants it."""
+    """Returns the plan of the backend. Raises NoPath if it cannot run the problem as in `how`."""
     lib, result, override = load(), Plan(), how.override
     use_device(how.device)
     status = lib.apet_cuda_plan(ctypes.byref(problem), ctypes.byref(override), ctypes.byref(result))
@@ -126,7 +126,7 @@ def start(case: Case, how: How, stream: int = 0) -> Started:
     """Queues the launches of the case on a stream."""
     lib, problem = load(), case.problem
     planned = plan(problem, how)
-    # Nothing in the workspace, and in a hundred bytes of ours around it, that a kernel could take for its own.
+    # The workspace, and 100 bytes around it, hold values that no kernel writes.
     room = torch.full((planned.workspace_bytes + 192,), 0xFF, dtype=torch.uint8)
     first = -room.data_ptr() % 64 + 64
     tensors = Tensors(**{name: t.data_ptr() for name, t in (case.inputs | case.outputs).items()})
@@ -137,13 +137,13 @@ def start(case: Case, how: How, stream: int = 0) -> Started:
         ctypes.c_void_p(stream),
     )
     if status:
-        lib.simt_run()  # what was queued before it failed
+        lib.simt_run()  # runs the launches that were queued before the failure
         _check(problem, status)
     return Started(room, slice(first, first + planned.workspace_bytes))
 
 
 def finish(*started: Started, seed: int) -> list[str]:
-    """Runs all that is queued, different streams at once. Returns the launches, a line for each."""
+    """Runs all queued launches, different streams at once. Returns a line for each launch."""
     lib = load()
     lib.simt_use_seed(seed)
     fault = lib.simt_run()
@@ -157,14 +157,14 @@ def finish(*started: Started, seed: int) -> list[str]:
 
 
 def run(case: Case, how: How) -> list[str]:
-    """Runs the case in this process. Returns its launches, a line for each."""
-    load().simt_launches()  # those of others, such as calls of the op, that did not ask for them
+    """Runs the case in this process. Returns a line for each launch."""
+    load().simt_launches()  # clears the list of launches, which may hold those of earlier calls
     return finish(start(case, how), seed=how.seed)
 
 
 def run_in_program(case: Case, how: How, program: Path, timeout: float = 300) -> str:
-    """Runs the case in a sanitized build of driver.cpp. Returns what that wrote to stderr; outputs are filled if it
-    could end."""
+    """Runs the case in a sanitized build of driver.cpp. Returns its standard error. Outputs are filled if the program
+    ends normally."""
     device = how.device
     numbers = (
         *(ctypes.sizeof(t) for t in (Problem, Override, Plan)),
@@ -179,7 +179,7 @@ def run_in_program(case: Case, how: How, program: Path, timeout: float = 300) ->
                 t = case.inputs.get(name)
                 content = b"" if t is None else reach(t)
                 size = len(content) if name in case.inputs else _bytes(case.outputs.get(name))
-                # An input tensor without elements and one that is not given are told apart by -1.
+                # A size of -1 means that the tensor is not given; 0 means that it has no elements.
                 f.write(bytes(int64(size if name in case.inputs or name in case.outputs else -1)) + content)
         done = subprocess.run([program, file, result], capture_output=True, timeout=timeout)
         if done.returncode == 0:
@@ -196,7 +196,7 @@ def _bytes(t: Tensor | None) -> int:
 
 
 def reach(t: Tensor) -> bytes:
-    """The memory from t's first element to its last."""
+    """Returns the memory from t's first element to its last."""
     if not t.numel():
         return b""
     last = sum((n - 1) * s for n, s in zip(t.shape, t.stride(), strict=True))
@@ -217,7 +217,7 @@ def _check(problem: Problem, status: int) -> None:
 
 
 def _problem(op: int, x: Tensor, options: Options | None = None, **values: object) -> Problem:
-    """values: other fields, of ragged images also those that x does not tell."""
+    """Returns a Problem. values: other fields, for ragged images also the sizes that x does not determine."""
     if options is not None:
         values |= options.arguments
         values["basis"] = BASIS_KEEP if options.basis is None else options.basis
@@ -233,7 +233,7 @@ def _problem(op: int, x: Tensor, options: Options | None = None, **values: objec
 
 
 def _readable(x: Tensor) -> Tensor:
-    """What the bindings of torch hand to the kernels: the last dimension contiguous."""
+    """Returns x with a contiguous last dimension, as the torch bindings pass it to the kernels."""
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
@@ -294,8 +294,8 @@ CASES = {"compress": compress_case, "compress_varlen": compress_varlen_case, "sc
 
 @dataclass
 class Functions:
-    """compress, compress_varlen, score and merge for CPU tensors. Every call takes the next of `ways`, since none may
-    change a bit; a way that the problem cannot go falls back to the device's own choice."""
+    """compress, compress_varlen, score and merge for CPU tensors. Every call uses the next of `ways`, since none may
+    change a bit. If a problem cannot run in this way, the device chooses another."""
 
     ways: Iterator[How] = field(default_factory=lambda: itertools.cycle(DEFAULT_WAYS))
 
@@ -316,7 +316,7 @@ class Functions:
         return function
 
 
-# Few CTAs per image: most of the time is spent on switches between CUDA threads.
+# There are few CTAs per image, because switches between CUDA threads take most of the time.
 DEFAULT_WAYS = [
     How(path="fused", ctas_per_image=2),
     How(path="cluster", ctas_per_image=2, seed=1),
@@ -329,5 +329,5 @@ DEFAULT_WAYS = [
 
 @contextmanager
 def always(how: How) -> Iterator[Functions]:
-    """The functions, every call in one way; NoPath where it is not one."""
+    """Yields the functions, with every call in this way. They raise NoPath if a call cannot run so."""
     yield Functions(itertools.repeat(how))

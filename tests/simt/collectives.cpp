@@ -1,4 +1,4 @@
-// What the lanes of a warp exchange at once: ballots, reductions, and the matrix instructions by PTX's fragment maps.
+// Exchanges among the lanes of a warp: ballots, reductions, and matrix instructions with PTX's fragment maps.
 #include <cstring>
 
 #include "include/simt_ptx.h"
@@ -82,7 +82,7 @@ namespace {
 //   a: rows g, g + 8, g, g + 8 and columns 2q, 2q, 2q + 8, 2q + 8 (and the next one each) in registers 0 to 3
 //   b: rows 2q and 2q + 8 (and the next one each) of column g in registers 0 and 1
 //   d: row g, columns 2q, 2q + 1, then row g + 8, the same columns
-// The manual leaves the order of the sum over k open; here it ascends, fma by fma.
+// The manual does not specify the order of the sum over k; here it ascends, fma by fma.
 template <float (*kWiden)(uint16_t)>
 void combine_mma(void* const* operands, uint32_t lanes) {
   whole_warp("mma", lanes);

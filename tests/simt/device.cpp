@@ -1,4 +1,4 @@
-// The host's side of CUDA's runtime API on the simulated device, and what Python asks of it.
+// The host's side of CUDA's runtime API on the simulated device, and the functions for Python.
 #include <algorithm>
 #include <cstring>
 #include <map>
@@ -98,7 +98,7 @@ cudaError_t set_attribute(const void* kernel, cudaFuncAttribute attribute, int v
 
 namespace {
 
-// What a GPU would say to it. Needs the mutex.
+// Returns the error that a GPU would give for the launch. The caller must hold the mutex.
 cudaError_t check(const void* kernel, const Launch& launch) {
   const dim3 g = launch.grid, b = launch.block;
   const size_t threads = size_t(b.x) * b.y * b.z, blocks = size_t(g.x) * g.y * g.z;
@@ -179,7 +179,7 @@ cudaError_t resident_clusters(int* count, const void* kernel, const cudaLaunchCo
 
 extern "C" {
 
-// Makes the GPU of these traits the current device: always the same one, as a machine with all of them would have it.
+// Makes the GPU with these traits the current device. The same traits always give the same device number.
 void simt_use_device(int capability, int multiprocessors, int shared_per_block, int shared_per_multiprocessor,
                      int largest_cluster) {
   std::lock_guard<std::mutex> lock(mutex);
@@ -191,10 +191,10 @@ void simt_use_device(int capability, int multiprocessors, int shared_per_block, 
 
 void simt_use_seed(unsigned seed) { simt::set_seed(seed); }
 
-// Runs all that was launched; NULL, or the message of the fault that ended it.
+// Runs all launches. Returns NULL, or the message of the fault that ended them.
 const char* simt_run() { return simt::run() ? nullptr : simt::last_fault().c_str(); }
 
-// What was launched since the last call of this, a line each.
+// Returns the launches since the last call of this function, a line each.
 const char* simt_launches() {
   static std::string text;
   std::lock_guard<std::mutex> lock(mutex);

@@ -1,5 +1,5 @@
-// One call of apet_cuda_run from a file, for builds with a sanitizer: exactly as much memory as the call may touch, and
-// no Python around it. call.py writes the file and reads the results. Prints what went wrong and returns 1.
+// Runs one call of apet_cuda_run from a file, for builds with a sanitizer, without Python. Arrays have exactly the
+// memory that the call may access. call.py writes the file and reads the results. Prints errors, and then returns 1.
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
@@ -25,14 +25,14 @@ void read(void* to, size_t bytes, FILE* file) {
   if (bytes && std::fread(to, 1, bytes, file) != bytes) stop("the case is cut off");
 }
 
-// What one pointer of apet_tensors points to; NULL if it is not given.
+// The array of one pointer of apet_tensors; NULL if it is not given.
 struct Memory {
   int64_t bytes = -1;
   char* data = nullptr;
   void read_from(FILE* file, bool output) {
     read(&bytes, sizeof bytes, file);
     if (bytes < 0) return;
-    // The alignment of a row that starts anywhere is up to the caller: here it is what torch gives.
+    // The caller decides the alignment; here it is that of torch's tensors.
     if (posix_memalign(reinterpret_cast<void**>(&data), 64, bytes ? bytes : 1)) stop("no memory");
     if (output) std::memset(data, 0xff, bytes);
     else read(data, bytes, file);

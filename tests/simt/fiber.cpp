@@ -6,7 +6,7 @@
 #include <cstdio>
 #include <cstdlib>
 
-// The sanitizers' interfaces, weak: they exist where the program is linked with one.
+// The interfaces of the sanitizers are weak: they exist only if the program is linked with one.
 extern "C" {
 __attribute__((weak)) void* __tsan_get_current_fiber();
 __attribute__((weak)) void* __tsan_create_fiber(unsigned flags);
@@ -26,8 +26,8 @@ __attribute__((weak)) void __asan_unpoison_memory_region(void const volatile* me
 void simt_switch(void** save, void* load);
 }
 
-// Pushes what a call preserves by the System V ABI, changes stacks, and pops it there. The floating-point control words
-// are the same in all fibers.
+// Pushes the registers that a call preserves by the System V ABI, changes stacks, and pops them. The floating-point
+// control words are the same in all fibers.
 asm(R"(
 .text
 .globl simt_switch
@@ -57,8 +57,8 @@ namespace {
 
 constexpr size_t kPage = 4096;
 constexpr size_t kStack = 256 << 10;  // of virtual memory; a fiber touches two or three pages of it
-// A page below each of so many stacks faults when touched. Each makes two mappings more, of the 65530 that Linux allows
-// a process, which may hold several libraries like this one; the threads of one full device would take all of them.
+// So many stacks have a guard page below them. Each needs two more mappings, of the 65530 that Linux allows a process,
+// which may load several libraries like this one. With guards for all threads of a full device there would be too few.
 constexpr int kGuarded = 2048;
 constexpr unsigned kNoOrder = 1;  // __tsan_switch_to_fiber: a switch orders nothing
 
@@ -108,8 +108,8 @@ void Fiber::arm(void (*entry)(void*), void* argument) {
   as_asan_knows_it_ = nullptr;
   entry_ = entry;
   argument_ = argument;
-  // `begin` starts as if called: six registers to pop, its own address, and one to return to, which it never does.
-  // Tops are staggered, or the same line of a thousand stacks would compete for the same few sets of the cache.
+  // `begin` starts as if called: six registers to pop, its own address, and a return address, which is never used.
+  // Tops are staggered, because the same line of a thousand stacks would be in the same few sets of the cache.
   const uintptr_t stagger = reinterpret_cast<uintptr_t>(stack_) / kStack % 61 * 64;
   void** top = reinterpret_cast<void**>(stack_ + stack_size_ - stagger);
   *--top = reinterpret_cast<void*>(+[] { __builtin_trap(); });
@@ -121,7 +121,7 @@ void Fiber::arm(void (*entry)(void*), void* argument) {
 namespace {
 // The fiber that is being entered, for `begin`. One OS thread at a time runs fibers.
 Fiber* entering;
-// The stack of the host, which AddressSanitizer tells the first fiber that is entered from it.
+// The stack of the host. AddressSanitizer reports it to the first fiber that is entered from it.
 thread_local const void* host_stack;
 thread_local size_t host_stack_size;
 }  // namespace

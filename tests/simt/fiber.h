@@ -1,7 +1,7 @@
-// One fiber for each CUDA thread: a stack and a switch of a few nanoseconds, both known to the sanitizers.
+// One fiber for each CUDA thread, with a stack and a switch of a few nanoseconds, which the sanitizers support.
 //
-// A fiber keeps its stack when it has run and is armed again for the next CUDA thread. ThreadSanitizer sees every
-// arming as a new thread, so that nothing orders two CUDA threads but what orders them on a GPU.
+// A fiber keeps its stack when it has run, and is armed again for the next CUDA thread. ThreadSanitizer sees every
+// arming as a new thread, so that two CUDA threads are ordered only by what orders them on a GPU.
 #pragma once
 #include <cstddef>
 
@@ -16,9 +16,9 @@ class Fiber {
 
   // Makes the next switch to this fiber call entry(argument), which must never return.
   void arm(void (*entry)(void*), void* argument);
-  // Leaves `from`, the fiber that runs, and goes on in this one.
+  // Leaves `from`, the running fiber, and continues in this one.
   void enter_from(Fiber& from);
-  // What the operating system runs: it has no stack of ours.
+  // The fiber of the host's thread, which uses the stack of the operating system.
   static Fiber& of_host();
 
  private:
@@ -36,18 +36,18 @@ class Fiber {
   void* as_asan_knows_it_ = nullptr;
 };
 
-// For code of the runtime: allocations and copies that a sanitizer must not take for the kernel's own.
+// Allocations and copies of the runtime, which the sanitizers must not attribute to the kernel.
 class Unseen {
  public:
   Unseen();
   ~Unseen();
 };
 
-// What came before `publish` on an object happens before what follows `observe` on it; for ThreadSanitizer.
+// For ThreadSanitizer: all before `publish` on an object happens before all after `observe` on it.
 void publish(void* object);
 void observe(void* object);
 
-// AddressSanitizer's view of memory that is there but must not be touched any more.
+// For AddressSanitizer: memory that exists but must not be accessed any more.
 void forbid(void* memory, std::size_t bytes);
 
 // Whether this program is linked with ThreadSanitizer.

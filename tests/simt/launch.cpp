@@ -1,4 +1,4 @@
-// The life of blocks and launches.
+// Starts and ends blocks and launches.
 #include <algorithm>
 #include <cstdlib>
 #include <cstring>

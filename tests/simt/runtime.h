@@ -1,4 +1,4 @@
-// What a test program asks of the runtime; simt.h says what it is.
+// The interface of the runtime for test programs; simt.h describes the runtime.
 #pragma once
 #include <string>
 
@@ -6,7 +6,7 @@
 
 namespace simt {
 
-// The GPU that launches ask about and are measured against. The defaults are an H100, with few multiprocessors.
+// The simulated GPU, whose limits launches are checked against. The defaults are an H100 with few multiprocessors.
 struct Device {
   int capability = 90;  // 10 major + minor
   int multiprocessors = 16;
@@ -22,15 +22,15 @@ struct Device {
 };
 extern Device device;
 
-// How many blocks of a launch fit on one multiprocessor.
+// The number of blocks of a launch that fit on one multiprocessor.
 int blocks_per_multiprocessor(unsigned threads, size_t shared);
 
-// Schedules are drawn from this from now on. 0: blocks, warps and lanes in ascending order, copies as late as possible.
+// Sets the seed of later schedules. 0: blocks, warps and lanes in ascending order, copies as late as possible.
 void set_seed(unsigned seed);
 
-// Appends to a stream; nothing runs before run().
+// Appends to a stream; launches run in run().
 void enqueue(void* stream, Launch launch);
-// Runs everything on all streams, those of different streams at once. False: a fault has ended it.
+// Runs the launches of all streams, those of different streams at once. False: a fault has ended them.
 bool run();
 // The message of the fault that ended the last run, or "".
 const std::string& last_fault();

@@ -1,4 +1,4 @@
-// Which CUDA thread runs next, and what ends a launch.
+// Chooses the CUDA thread that runs next, and ends launches.
 #include <cstdarg>
 #include <cstdio>
 #include <cstdlib>
@@ -21,7 +21,7 @@ namespace {
 void push(Warp& warp, bool last) {
   if (warp.queued) return;
   warp.queued = true;
-  // kNewest takes from the back, so that what is to come last goes to the front.
+  // kNewest takes from the back, so a warp that must run last is put at the front.
   if (last && runtime.policy == Policy::kNewest) runtime.ready.push_front(&warp);
   else runtime.ready.push_back(&warp);
 }
@@ -35,11 +35,11 @@ Warp* take_warp() {
   if (runtime.policy == Policy::kPriorities) {
     for (size_t j = 1; j < ready.size(); j++)
       if (ready[j]->priority > ready[i]->priority) i = j;
-    // Now and then the first becomes one of the others: what depends on who is slow shows where someone becomes slow.
+    // Sometimes the first warp gets another priority: faults that depend on a slow warp show when one becomes slow.
     if (draw(64) == 0) ready[i]->priority = draw(1 << 20);
   }
-  // Taken from one of the ends, which is cheap; the order within is only that of kOldest and kNewest, which do the
-  // same.
+  // Taking from an end is cheap. It changes the order of the others, which only kOldest and kNewest use, and these take
+  // from an end anyway.
   if (i != 0 && i != ready.size() - 1) std::swap(ready[i], ready.back()), i = ready.size() - 1;
   Warp* warp = ready[i];
   if (i == 0) ready.pop_front();
@@ -152,7 +152,7 @@ void fault(const char* message, ...) {
 
 namespace {
 
-// The running lane lets all others go first.
+// Lets all others run before the running lane.
 void step_back() {
   Lane& me = *runtime.running;
   me.warp->ready |= 1u << me.ids.lane;

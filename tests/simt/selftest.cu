@@ -75,7 +75,7 @@ cudaError_t launch(const Case& c, void (*kernel)(int*), bool overlapping, int* d
 
 extern "C" {
 
-// Runs a case on data [1024]; NULL, or what went wrong.
+// Runs a case on data [1024]. Returns NULL, or the message of the fault.
 const char* selftest(const char* name, int* data) {
   for (const Case& c : kCases) {
     if (std::strcmp(c.name, name)) continue;
@@ -104,7 +104,7 @@ void selftest_bfloat16(__nv_bfloat16* narrow, float* wide, int n, int back) {
 void simt_use_seed(unsigned seed);
 }
 
-// For the sanitizers: name of the case, seed.
+// For the sanitizers; arguments: name of the case, seed.
 int main(int, char** arguments) {
   int* data = static_cast<int*>(std::calloc(1024, sizeof(int)));
   simt_use_seed((unsigned)std::atoi(arguments[2]));

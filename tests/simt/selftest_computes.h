@@ -1,4 +1,4 @@
-// Small kernels for test_simt.py that are right: what SIMT has to compute.
+// Small right kernels for test_simt.py, whose results the simulation must compute.
 #pragma once
 #include <cooperative_groups.h>
 #include <cuda_bf16.h>
@@ -29,7 +29,7 @@ __global__ void barriers(int* out) {
       s[0] + __syncthreads_count(t % 3 == 0) + 1000 * __syncthreads_or(t == 7) + 2000 * __syncthreads_and(t < 200);
 }
 
-// One of each primitive, folded into a number for each lane.
+// One of each primitive, combined into a number for each lane.
 __global__ void warps(int* out) {
   const int t = threadIdx.x, lane = t % 32;
   int v = __shfl_sync(kAll, t, 5);
@@ -46,7 +46,7 @@ __global__ void warps(int* out) {
   out[global_thread()] = v;
 }
 
-// Every block adds into every other block of its cluster; a split barrier between.
+// Every block adds into every other block of its cluster, with a split barrier in between.
 __global__ void clusters(int* out) {
   const cg::cluster_group cluster = cg::this_cluster();
   int* mine = shared_ints();
@@ -61,7 +61,7 @@ __global__ void clusters(int* out) {
   cluster.sync();
 }
 
-// Rounds of neighbours' sums through global memory, a barrier of the grid between.
+// Rounds of neighbours' sums through global memory, with a barrier of the grid in between.
 __global__ void grids(int* data) {
   const int n = gridDim.x * blockDim.x, i = global_thread();
   data[i] = i;
@@ -73,13 +73,13 @@ __global__ void grids(int* data) {
   }
 }
 
-// As many threads as a device holds at once, all of them alive at one barrier.
+// As many threads as a device holds at once, all of them waiting at one barrier.
 __global__ void full_device(int* data) {
   atomicAdd(&data[threadIdx.x], 1);
   cg::this_grid().sync();
 }
 
-// The last block to take a ticket adds up what the others have left.
+// The last block to take a ticket adds up the results of the others.
 __global__ void tickets(int* data) {
   uint32_t* words = reinterpret_cast<uint32_t*>(data);
   const unsigned ticket_count = gridDim.x;
@@ -120,7 +120,7 @@ __device__ void copy_rows(int* data, bool wait, bool barrier) {
 }
 __global__ void copies(int* data) { copy_rows(data, true, true); }
 
-// out[16][8] = a[16][16] b[16][8] of 16-bit numbers that stand in data: a, then b transposed, both rows of 16.
+// out[16][8] = a[16][16] b[16][8] of 16-bit numbers. data holds a, then b transposed, both in rows of 16.
 template <class T>
 __device__ void multiply(int* data) {
   int* s = shared_ints();
@@ -130,7 +130,7 @@ __device__ void multiply(int* data) {
   uint32_t a[4], b[4];
   const unsigned char* rows = shared_memory();
   ldmatrix_x4(a, rows + (lane % 16) * 32 + lane / 16 * 16);
-  // Twice the two matrices of b: what the upper lanes name is not used.
+  // The two matrices of b are given twice, since the rows of the upper lanes are not used.
   ldmatrix_x4(b, rows + (16 + lane % 8) * 32 + lane / 8 % 2 * 16);
   float d[4] = {};
   const uint32_t pair[2] = {b[0], b[1]};

@@ -1,10 +1,10 @@
-// Small kernels for test_simt.py that are wrong: faults that SIMT, or a sanitizer, has to find.
+// Small wrong kernels for test_simt.py, whose faults the simulation or a sanitizer must find.
 #pragma once
 #include "selftest_computes.h"
 
 namespace {
 
-// ---- wrong, each in one way
+// ---- kernels with one fault each
 
 __global__ void skipped_barrier(int*) {
   if (threadIdx.x < 40) __syncthreads();
@@ -36,7 +36,7 @@ __global__ void spin_forever(int* data) {
   while (load_acquire(reinterpret_cast<uint32_t*>(data)) == 0) {
   }
 }
-// Waits for a block that may have to wait for this one to end.
+// Waits for a block that may not start before this one ends.
 __global__ void wait_for_next_block(int* data) {
   uint32_t* flags = reinterpret_cast<uint32_t*>(data);
   add_release(&flags[blockIdx.x], 1);
@@ -75,7 +75,7 @@ __global__ void copy_wait_too_short(int* data) { copy_rows(data, false, true); }
 __global__ void hasty_reader(int* data) { data[64 + threadIdx.x] = data[threadIdx.x]; }
 __global__ void unwritten_shared(int* out) { out[threadIdx.x] = shared_ints()[threadIdx.x]; }
 
-// ---- wrong in ways that the sanitizers have to find
+// ---- faults that the sanitizers must find
 
 __global__ void past_the_end(int* data) { data[1024 + threadIdx.x] = 1; }
 __global__ void past_shared(int* out) { out[threadIdx.x] = shared_ints()[2 * 4 * blockDim.x + threadIdx.x]; }

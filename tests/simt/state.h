@@ -1,6 +1,5 @@
-// The runtime's state, which its three parts share: who there is (schedule.cpp runs them), what they wait for
-// (sync.cpp), and the launches that they come from (launch.cpp). Compiled without sanitizers: what is done for a kernel
-// is not the kernel's own doing.
+// The runtime's state, shared by its three parts: the threads (run by schedule.cpp), what they wait for (sync.cpp), and
+// their launches (launch.cpp). It is compiled without sanitizers, which must check the kernels alone.
 #pragma once
 #include <deque>
 #include <memory>
@@ -43,7 +42,7 @@ struct Barrier {
   char order[2];  // for ThreadSanitizer, of even and odd phases
 };
 
-// Lanes of a warp at one primitive, by mask.
+// The lanes of a warp that wait at one primitive, by mask.
 struct Meeting {
   uint32_t mask, arrived = 0;
   const char* primitive = nullptr;
@@ -94,8 +93,8 @@ struct Grid {
   unsigned blocks() const { return clusters * launch.cluster; }
 };
 
-// Which warp of those that are ready: the one that has waited longest, or shortest (so that one block runs as far as it
-// gets before the next begins), any, or by priorities drawn for each.
+// The choice among the ready warps: the one that has waited longest, or shortest (so that one block runs as far as it
+// can before the next begins), any, or the one of highest priority, drawn for each.
 enum class Policy { kOldest, kNewest, kRandom, kPriorities };
 
 struct Runtime {
@@ -126,11 +125,11 @@ unsigned draw(unsigned n);
 void wake(Warp& warp, uint32_t lanes);
 void wake(Lane& lane);
 void wake(std::vector<Lane*>& lanes);
-// Leaves the running lane, which has arranged for its waking, or the host.
+// Leaves the running lane, which another lane will wake, or the host.
 void go_on(Fiber& from);
-// The running lane waits for others, who wake it; what for, for the report of a deadlock.
+// Makes the running lane wait until others wake it. `what`: for the report of a deadlock.
 void wait_in(const char* what, Place at = {});
-// "deadlock: " and who waits in what.
+// Returns "deadlock: ", and the waiting threads with what each waits for.
 std::string deadlock();
 std::string name_of(const Lane& lane);
 std::string place_of(Place place);
@@ -138,7 +137,7 @@ std::string place_of(Place place);
 // ---- sync.cpp
 
 void complete(Barrier& barrier);
-// A lane of the warp has exited: what waited for it alone goes on.
+// A lane of the warp has exited: lanes that waited only for it continue.
 void end_meetings_without(Warp& warp);
 
 }  // namespace simt

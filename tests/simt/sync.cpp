@@ -1,4 +1,4 @@
-// What CUDA threads wait for each other at, and the memory that they share.
+// Barriers and warp primitives at which CUDA threads wait, and shared memory.
 #include <cstring>
 
 #include "state.h"

@@ -1,6 +1,5 @@
-// csrc/cuda_torch_binding.cpp on CPU tensors: the same source, with a stand-in for each of the four things in it that
-// need a GPU. The kernels of a call run before it returns, since torch's CPU allocator may hand the workspace to
-// somebody else as soon as it has.
+// csrc/cuda_torch_binding.cpp on CPU tensors: the same source, with stand-ins for the four parts of it that need a GPU.
+// The kernels of a call run before it returns, since torch's CPU allocator may then reuse the workspace.
 #include <torch/csrc/stable/accelerator.h>
 
 #include <cstdint>

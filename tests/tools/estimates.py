@@ -1,9 +1,9 @@
-"""The estimates of csrc/cuda/plan.cu for the shapes of the paper and of the vision encoders of today, as a table.
+"""Prints the estimates of csrc/cuda/plan.cu for the shapes of the paper and of current vision encoders, as a table.
 
     python -m tests.tools.estimates [--markdown]
 
-Asks apet_cuda_plan, compiled with g++, for every path on devices of the size of an H100 and an A100. --markdown writes
-the table into docs/cuda.md. Needs neither a GPU nor nvcc.
+It calls apet_cuda_plan, compiled with g++, for every path on devices of the size of an H100 and an A100. --markdown
+writes the table into docs/cuda.md. It needs neither a GPU nor nvcc.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ SHAPES = {
 
 
 def cells(shape: tuple[int, int, int, int]) -> list[str]:
-    """The estimate of every column, in us, with CTAs per image and the tile of s5_merge; bold: the least of an H100."""
+    """Returns a row: estimates in us, with CTAs per image and the tile of s5_merge; bold: the least of the H100."""
     *dims, keep = shape
     case = call.compress_case(torch.empty(*dims, dtype=torch.bfloat16, device="meta"), keep)
     plans: dict[str, call.Plan] = {}

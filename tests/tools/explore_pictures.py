@@ -58,7 +58,7 @@ def screenshots(explorer: Explorer, chromium: Any) -> None:
                     tab.locator(".where").scroll_into_view_if_needed()
                 else:
                     tab.evaluate("window.scrollTo(0, 0)")
-                tab.wait_for_timeout(500)  # for the page's transitions
+                tab.wait_for_timeout(500)  # until the page's transitions have ended
                 picture = Image.open(io.BytesIO(tab.screenshot())).convert("RGB").quantize(256)
                 picture.save(DOCS / f"explore-{width}-{theme}.png", optimize=True)
                 context.close()

@@ -1,4 +1,4 @@
-"""Loads from global memory in what Triton has compiled: of how many bytes each is, and from which line of a kernel."""
+"""Finds the loads from global memory in compiled Triton kernels: the bytes of each, and its line in the kernel."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 
 
 def narrow_loads(ttir: str, assembly: str, threads: int, dtype: torch.dtype) -> list[str]:
-    """Messages about the loads of x that could be of 16 bytes and are not."""
+    """Returns messages about the loads of x that have fewer than 16 bytes although 16 are possible."""
     widths = collections.defaultdict(set)
     for place, line in placed(assembly):
         widths[place] |= load_bytes(line)
@@ -26,17 +26,17 @@ def narrow_loads(ttir: str, assembly: str, threads: int, dtype: torch.dtype) -> 
 
 
 def placed(assembly: str) -> Iterator[tuple[str, str]]:
-    """Every line of assembly with the `file:line:column` of the kernel that it comes from."""
+    """Yields every line of assembly with its `file:line:column` in the kernel."""
     place, inside = "", False
     for line in assembly.splitlines():
         inside = "begin inline asm" in line or (inside and "end inline asm" not in line)
         if not inside and (loc := re.match(r"\s*\.loc\s.*?(?://|;) (\S+)", line)):
-            place = loc[1]  # those inside count the lines of the inline assembly
+            place = loc[1]  # locations inside are lines of the inline assembly
         yield place, line
 
 
 def load_bytes(instruction: str) -> set[int]:
-    """Bytes that a thread loads from global memory with an instruction: of PTX or of AMD's."""
+    """Returns the bytes that a thread loads from global memory with an instruction of PTX or of AMD."""
     if load := re.search(r"ld\.global[\w.:]*?(?:\.v(\d))?\.[bfsu](\d+)\b", instruction):
         return {int(load[1] or 1) * int(load[2]) // 8}
     if copy := re.search(r"cp\.async\.c[ag]\.shared\.global\b.*\], (\w+)", instruction):
@@ -48,7 +48,7 @@ def load_bytes(instruction: str) -> set[int]:
 
 
 def loads_of(argument: str, ttir: str) -> Iterator[tuple[str, int]]:
-    """`file:line:column` and number of elements of every load through a pointer made from an argument."""
+    """Yields `file:line:column` and number of elements of every load through a pointer made from an argument."""
     locations = dict(re.findall(r"^(#loc\d*) = loc\((.*)\)$", ttir, re.MULTILINE))
     pointers = {f"%{argument}"}
     for line in ttir.splitlines():

@@ -1,9 +1,10 @@
 """python -m tests.tools.models_table [TYPE...]: tries the hooks on every type of model that transformers has.
 
-Each entry of transformers' mappings of image-text and multimodal models is built tiny in a process of its own, patched,
-and compared with the independent judge (python/apet/hooks/reference.py): both stages, several images, a video, a cache
-of fixed size, a padded batch. What cannot be patched has the reason that `apet.patch` raises with. The results go into
-docs/models.json, and from there into docs/models.md. With names of types only these are tried; the others stay.
+For each entry of transformers' mappings of image-text and multimodal models, a tiny model is built in its own process,
+patched, and compared with the independent reference (python/apet/hooks/reference.py): both stages, several images, a
+video, a cache of fixed size, a padded batch. If a model cannot be patched, the error of `apet.patch` is stored as the
+reason. The results are written to docs/models.json, and from there to docs/models.md. With names of types only these
+are tried; other rows do not change.
 """
 
 from __future__ import annotations
@@ -95,7 +96,7 @@ def parameters(model: Any) -> list[str]:
 
 
 def cell(measure: Callable[[], float]) -> dict[str, Any]:
-    """Returns how far a patched model is from the judge; a ValueError of the hooks tells why it is not supported."""
+    """Returns the distance of a patched model from the reference, or the hooks' ValueError with the reason."""
     try:
         difference = measure()
     except ValueError as error:
@@ -106,7 +107,7 @@ def cell(measure: Callable[[], float]) -> dict[str, Any]:
 
 
 def as_unpatched(measure: Callable[[], float]) -> dict[str, Any] | None:
-    """Returns whether the unpatched model is wrong, too, so that there is nothing to compare with."""
+    """Returns whether the unpatched model is wrong too, so that there is nothing to compare with."""
     try:
         difference = measure()
     except Exception as error:
@@ -144,7 +145,7 @@ def shortened(message: str) -> str:
 
 
 def in_a_process(name: str) -> dict[str, Any]:
-    """Runs `try_type` in a process of its own, for SECONDS at most."""
+    """Runs `try_type` in a new process, for at most SECONDS."""
     context = multiprocessing.get_context("fork")
     receiving, sending = context.Pipe(duplex=False)
 

@@ -1,10 +1,10 @@
-"""Changes the CUDA sources, one fault at a time, and tells which of the ways to run them without a GPU notices.
+"""Plants faults in the CUDA sources, one at a time, and reports which ways to run them without a GPU notice each.
 
     python -m tests.tools.mutations [--only PART-OF-A-NAME ...] [--markdown]
 
-Two ways: the simulation compiles the sources with g++ and runs them, under a sanitizer where the fault calls for one;
-the interpreter executes the PTX that nvcc makes of them. --markdown writes the table into docs/cuda.md. Exit code 1 if
-neither notices a fault. Needs nvcc, and minutes: each fault is two builds.
+There are two ways. The simulation compiles the sources with g++ and runs them, for some faults under a sanitizer. The
+interpreter executes the PTX that nvcc makes of them. --markdown writes the table into docs/cuda.md. The exit code is 1
+if neither notices a fault. It needs nvcc, and takes minutes, since each fault needs two builds.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from tests.tools.sass import GUIDE
 
 BEGIN, END = "<!-- mutations:begin -->", "<!-- mutations:end -->"
 NOT_THERE = "not compiled there"
-# Beside those that the simulation's own test plants: fragments, and what only nvcc compiles (ptx.cuh).
+# Faults in addition to those of the simulation's own test: fragments, and ptx.cuh, which only nvcc compiles.
 FRAGMENTS = [
     Bug(
         "the halves of b exchanged",
@@ -74,7 +74,7 @@ ASSEMBLY = [
 
 
 def by_simulation(bug: Bug, csrc: Path) -> str:
-    """What shows in the simulation; "" if nothing does."""
+    """Returns the error of the simulation; "" if it notices nothing."""
     if bug in ASSEMBLY:
         return NOT_THERE
     case = small(bug)
@@ -95,11 +95,11 @@ KERNELS = {
 
 
 def by_interpreter(bug: Bug, csrc: Path) -> str:
-    """What shows in the PTX, on the first of a few schedules; "" if nothing does."""
+    """Returns the interpreter's first error on a few schedules; "" if it notices nothing."""
     case, how = small(bug), replace(bug.how, device=call.H100 if bug.how.device.capability >= 90 else call.A100)
     call.run(case, how)
     right = {name: t.clone() for name, t in case.outputs.items()}
-    source = csrc / "changed.cu"  # the kernels of the path alone
+    source = csrc / "changed.cu"  # with the kernels of this path only
     needed = (f"template __global__ void apet::cuda::{kernel}(const Call);\n" for kernel in KERNELS[how.path])
     source.write_text('#include "cuda/kernels.cuh"\nusing namespace apet::cuda;\n' + "".join(needed))
     text = build.compiled(source, csrc, call.target_of(how))
@@ -116,7 +116,7 @@ def by_interpreter(bug: Bug, csrc: Path) -> str:
 
 
 def head() -> str:
-    """What made the table, and where."""
+    """Returns the command, versions and machine, for the head of the table."""
     where = machine.describe()
     nvcc = f"nvcc {sass.compiler()}"
     return f"`python -m tests.tools.mutations --markdown`, {nvcc}, {where['machine']}, commit {where['commit']}:"

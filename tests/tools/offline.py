@@ -1,13 +1,13 @@
-"""Compiles every kernel that the Triton backend can launch, for GPUs that are not there, and reads what came out.
+"""Compiles every kernel that the Triton backend can launch, without a GPU, and checks the compiled code.
 
     python -m tests.tools.offline [--smoke] [--target sm_90a ...] [--markdown]
 
-The launches are those that `launch.py` builds, here on meta tensors, and Triton compiles them as it does on a launch,
-but for a stand-in of the driver that names the GPU. Fails, with messages, where
+The launches are those that `launch.py` builds, on meta tensors. Triton compiles them as for a launch, with a stand-in
+for the driver that names the GPU. It is an error if
 
-- the shared memory of a program is more than the GPU has, or anything spills;
+- a program needs more shared memory than the GPU has, or anything spills;
 - a 16-bit s5_assign multiplies without a matrix instruction, or a float32 one in tf32;
-- rows of x are whole 16-byte words, and a load gives each thread one or more, but is done in smaller pieces.
+- rows of x are whole 16-byte words, with at least one for each thread of a load, but it loads smaller pieces.
 
 --markdown writes the table into docs/gpu.md. Needs Triton, and neither GPU nor driver; compiles from scratch.
 """
@@ -42,7 +42,7 @@ BEGIN, END = "<!-- offline:begin -->", "<!-- offline:end -->"
 
 @dataclass(frozen=True)
 class Target:
-    """A GPU, with what a multiprocessor (on AMD a compute unit) has."""
+    """A GPU, with the limits of a multiprocessor (on AMD, of a compute unit)."""
 
     backend: str
     arch: int | str
@@ -69,8 +69,8 @@ TARGETS = {
 REGISTERS = 65536  # of a multiprocessor
 SMOKE = ("sm_80", "sm_90a", "gfx942")
 
-# What vision encoders and language models have, the least and the largest, and rows that are no whole 16-byte words. Of
-# the two 16-bit dtypes, which have the same layouts, one takes them all; the most basis tokens take every second.
+# D: usual sizes of vision encoders and language models, the smallest and the largest, and rows that are not whole
+# 16-byte words. The two 16-bit dtypes have the same layouts, so only one has every D. The largest M has every second D.
 DIMS = {
     torch.float16: (64, 100, 768, 1024, 1152, 1280, 3584, 4096, 8192),
     torch.bfloat16: (100, 1024, 8192),
@@ -80,7 +80,7 @@ DIMS = {
 
 @dataclass(frozen=True)
 class Problem:
-    """A call, by what its kernels may depend on, and by what they may not (layout, select, ragged)."""
+    """A call: the values on which its kernels depend, and those on which they must not (layout, select, ragged)."""
 
     op: str
     D: int
@@ -106,7 +106,7 @@ class Problem:
 
 
 def problems(smoke: bool) -> Iterator[Problem]:
-    """The grid: every D and dtype; and every other choice on one D, which no kernel's code may know of."""
+    """Yields the grid: every D and dtype, and on one D the options on which no kernel's code may depend."""
     dims = {torch.float16: (1024,), torch.bfloat16: (100,), torch.float32: (3584,)} if smoke else DIMS
     yield from (Problem("compress", D, dtype) for dtype in dims for D in dims[dtype])
     if not smoke:
@@ -125,16 +125,16 @@ def problems(smoke: bool) -> Iterator[Problem]:
 
 
 def code(launch: Any) -> tuple:
-    """What the code of a launch may depend on: the kernel, its constants and options, and the dtypes of its tensors."""
+    """Returns all on which the code of a launch depends: kernel, constants, options, and dtypes of its tensors."""
     tensors = {name: a.dtype for name, a in launch.args.items() if isinstance(a, torch.Tensor)}
     return launch.kernel.__name__, *(tuple(d.items()) for d in (launch.constants, launch.options, tensors))
 
 
-# ---- in a process of the pool
+# ---- in a process that compiles
 
 
 class Driver:
-    """Stands in for a GPU's driver: what Triton asks before it compiles."""
+    """A stand-in for a GPU's driver, with the functions that Triton calls before it compiles."""
 
     def __init__(self, target: Target) -> None:
         from triton.backends.compiler import GPUTarget
@@ -146,21 +146,21 @@ class Driver:
         return self.target
 
     def get_current_device(self) -> str:
-        return str(self.target)  # under which a kernel keeps what it has compiled
+        return str(self.target)  # the key of a kernel's compiled binaries
 
     def get_current_stream(self, device: str) -> int:
         return 0
 
 
 def start() -> None:
-    """Triton as on a machine with a GPU, with nothing compiled before."""
+    """Makes Triton behave as on a machine with a GPU, with an empty cache."""
     os.environ.pop("TRITON_INTERPRET", None)
     os.environ["TRITON_CACHE_DIR"] = tempfile.mkdtemp(prefix="offline-", dir=os.environ["OFFLINE_CACHE"])
 
 
 @contextlib.contextmanager
 def pool(workers: int = 2) -> Iterator[concurrent.futures.ProcessPoolExecutor]:
-    """Processes that compile, whether or not this one interprets."""
+    """Yields processes that compile, also if this one interprets."""
     with tempfile.TemporaryDirectory() as cache:
         os.environ["OFFLINE_CACHE"] = cache
         context = multiprocessing.get_context("spawn")
@@ -169,7 +169,7 @@ def pool(workers: int = 2) -> Iterator[concurrent.futures.ProcessPoolExecutor]:
 
 
 def compile_launch(launch: Any, target: Target) -> tuple[Any, str]:
-    """As `launch.run()` compiles it on a GPU: a CompiledKernel, and what ptxas said."""
+    """Compiles as `launch.run()` does on a GPU. Returns a CompiledKernel, and the output of ptxas."""
     import triton
 
     triton.runtime.driver.set_active(Driver(target))
@@ -181,7 +181,7 @@ def compile_launch(launch: Any, target: Target) -> tuple[Any, str]:
 
 @dataclass
 class Compiled:
-    """What a kernel needs of a target."""
+    """The resources of a kernel on a target."""
 
     target: str
     kernel: str
@@ -249,7 +249,7 @@ def examine_launch(name: str, launch: Any, dtype: torch.dtype) -> tuple[Compiled
 
 
 def jobs(names: Iterable[str], smoke: bool) -> Iterator[tuple[str, Problem, int]]:
-    """Every piece of code once per target, by the first launch that has it."""
+    """Yields every different code once per target, by the first launch that has it."""
     for name in names:
         seen = set()
         for problem in problems(smoke):
@@ -260,7 +260,7 @@ def jobs(names: Iterable[str], smoke: bool) -> Iterator[tuple[str, Problem, int]
 
 
 def table(results: list[Compiled]) -> str:
-    """Markdown: the largest need of every kernel over D and M, by target."""
+    """Returns a markdown table of the resources of every kernel, the largest over D and M, by target."""
     import triton
 
     names = [name for name in TARGETS if any(r.target == name for r in results)]
@@ -271,8 +271,8 @@ def table(results: list[Compiled]) -> str:
     lines = [
         f"`python -m tests.tools.offline --markdown`, Triton {triton.__version__}: {len(results)} kernels compiled, "
         f"for D = {', '.join(map(str, dims))}.",
-        "Each cell: registers of a thread, KB of shared memory of a program, and how many of its warps a",
-        "multiprocessor (of its waves a compute unit) can hold at once; each the worst over D, dtype and M.",
+        "A cell holds the registers of a thread, the KB of shared memory of a program, and the number of warps",
+        "that fit on a multiprocessor at once (on AMD, of waves on a compute unit), each the worst over D, dtype, M.",
         "",
         "| kernel | x | " + " | ".join(names) + " |",
         "|---|---|" + "---|" * len(names),
@@ -293,20 +293,20 @@ def table(results: list[Compiled]) -> str:
         f"{'Nothing spills.' if not spilled else f'{spilled} of them spill.'} A 16-bit `s5_assign` multiplies by "
         + ", ".join(f"{instruction} on {' and '.join(targets)}" for instruction, targets in by_instruction.items())
         + "; a float32",
-        "one never in tf32. Rows of x that are whole 16-byte words are loaded by words, but where a tile has fewer",
+        "one never uses tf32. Rows of x that are whole 16-byte words are loaded by words, unless a tile has fewer",
         "words than threads.",
     ]
     return "\n".join(lines) + "\n"
 
 
 def compile_all(names: Iterable[str], smoke: bool) -> list[Compiled]:
-    """Every job, two at a time."""
+    """Compiles every job, two at a time."""
     with pool() as executor:
         return list(executor.map(examine, *zip(*jobs(names, smoke), strict=True)))
 
 
 def faults(results: list[Compiled]) -> list[str]:
-    """Messages about what must not be."""
+    """Returns a message for each fault."""
     return [
         f"{r.kernel} for {r.target}, D={r.D}, {str(r.dtype).removeprefix('torch.')}: {fault}"
         for r in results

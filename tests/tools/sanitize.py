@@ -2,8 +2,8 @@
 
     python -m tests.tools.sanitize [pytest arguments]
 
-Installs a sanitized build into build/sanitized/, proves that it reports an out-of-bounds read, and runs the tests on
-it. Python and torch stay as they are, so that the sanitizers' runtime has to be loaded before them.
+It installs a sanitized build into build/sanitized/, checks that it reports an out-of-bounds read, and runs the tests on
+it. Python and torch are not sanitized, so the sanitizers' runtime must be loaded before them.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "build/sanitized"
 
-# Tests of the source tree, of benchmarks, of the command line, of models and of the GPUs' kernels, which have nothing
-# for the sanitizers to see: tests/test_cuda_simt.py has its own sanitized builds.
+# Tests of the source tree, of benchmarks, of the command line, of models and of GPU kernels are left out, because they
+# do not run the CPU library's code. tests/test_cuda_simt.py has its own sanitized builds.
 NOT_THE_LIBRARY = ["test_cli*.py", "test_layering.py", "test_library_*.py", "test_packaging*.py", "test_sass.py"]
 NOT_THE_LIBRARY += ["test_threads.py", "test_arm.py", "test_alternatives.py", "test_benchmark*.py", "test_quality.py"]
 NOT_THE_LIBRARY += ["test_floors.py", "test_gpu*.py", "test_triton_*.py", "test_cuda_*.py", "test_simt.py"]
 NOT_THE_LIBRARY += ["hooks", "vllm", "test_eval.py", "explore", "test_reload.py", "test_ptx.py", "test_estimates.py"]
 BENCHMARKS = re.compile(r"^(?:from|import) benchmarks\b", re.MULTILINE)  # which are not installed
 
-# A tensor that says it has 65 tokens over memory that holds 64: the kernel has to run past the end of it.
+# A tensor of 65 tokens in memory that holds 64, so that the kernel reads past its end.
 PLANTED = """
 import numpy, torch, apet_kernels
 tokens = numpy.ones((64, 64), numpy.float32)
@@ -51,14 +51,14 @@ def main(pytest_arguments: list[str]) -> int:
     build = {**os.environ, "CMAKE_ARGS": "-DAPET_SANITIZE=address;undefined"}
     pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation"]
     subprocess.check_call([*pip, "--target", FOLDER, ROOT], env=build)
-    # The tests are copied there too: beside the sources they would import the build that is not sanitized.
+    # The tests are copied there too, because beside the sources they would import the build without sanitizers.
     shutil.copytree(ROOT / "tests", FOLDER / "tests", ignore=not_the_library)
     shutil.copy(ROOT / "pyproject.toml", FOLDER)
 
     environment = {
         **os.environ,
         "PYTHONPATH": str(FOLDER),
-        # libstdc++ too, or ASan, loaded before it, does not find the function that throws exceptions.
+        # libstdc++ is loaded first too, or ASan does not find its function that throws exceptions.
         "LD_PRELOAD": " ".join(library(name) for name in ("libasan.so", "libstdc++.so")),
         "ASAN_OPTIONS": "detect_leaks=0",  # Python itself leaks at exit
         "UBSAN_OPTIONS": "print_stacktrace=1",

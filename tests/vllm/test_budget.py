@@ -1,4 +1,4 @@
-"""What the encoder runs at once, a cap on all visual tokens of a request, and what is counted for `/metrics`."""
+"""The encoder's budget, the cap on all visual tokens of a request, and the counters for `/metrics`."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def test_the_encoder_gets_as_many_images_as_without_compression(served):
 
 @pytest.mark.parametrize("served", MODELS, indirect=True)
 def test_a_cap_on_a_request_is_shared_by_its_images(served):
-    """Equally, so that an image keeps the same tokens beside any other; within an image by units."""
+    """The cap is shared equally, so that an image keeps the same tokens beside any other; in an image, by units."""
     one, two = picture(112, 112), picture(90, 300, 1)
     ids, _, embeds, _ = served.read(prompt(served.name, one, apet_max_tokens=40))
     both, _, read, _ = served.read(prompt(served.name, one, two, apet_max_tokens=80))
@@ -50,7 +50,7 @@ def test_a_cap_that_is_too_small_raises(served):
 
 @LLAVA
 def test_tokens_are_counted_for_prometheus(served):
-    """Of an image from the caches, too; not of requests that did not ask."""
+    """Tokens of a cached image count too, those of requests without compression do not."""
 
     def counted() -> tuple[float, float]:
         names = (f"apet:visual_tokens_{when}_total" for when in ("before", "after"))

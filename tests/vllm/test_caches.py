@@ -1,4 +1,4 @@
-"""Prefix cache, encoder cache, batches: what a request gets does not depend on what went before or beside it."""
+"""Prefix cache, encoder cache, batches: the result of a request does not depend on other requests."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def without_plugin(
 
 @EVERY
 def test_all_tokens_give_what_vllm_gives(served, without_plugin):
-    """Not asked (those with M-RoPE are asked when they start), and asked to keep everything."""
+    """Without a budget (models with M-RoPE have one at their start), and with a budget of all tokens."""
     requests = plain.requests(served.name)
     assert served.ids(*requests) == without_plugin[served.name]
     served.forget()
@@ -55,12 +55,12 @@ def test_all_tokens_give_what_vllm_gives(served, without_plugin):
 
 @EVERY
 def test_an_image_with_other_budgets(served):
-    """One image again and again, the caches never emptied: every budget gives what it gives with empty caches."""
+    """One image several times, with full caches: every budget gives the result that it gives with empty caches."""
     image = picture(150, 280)
     asked = [{}, {"apet_keep": 8}, {"apet_keep": 8, "apet_layout": "overwrite", "apet_basis": 4}, {"apet_keep": 0.3}]
     requests = [prompt(served.name, image, text="what is it? " * 5, **kwargs) for kwargs in asked]
     expected = [alone(served, request) for request in requests]
-    # Of Gemma 3, whose text weighs more than its images, two budgets may give one answer.
+    # For Gemma 3, whose text has more influence than its images, two budgets may give the same answer.
     assert len({tuple(ids) for ids in expected}) >= len(asked) - (served.name == "gemma3")
     served.forget()
     for _ in range(2):
@@ -70,7 +70,7 @@ def test_an_image_with_other_budgets(served):
 
 @EVERY
 def test_an_image_under_one_name_with_other_budgets(served):
-    """The name that a client gives an image is no key by itself."""
+    """The name that a client gives an image is not the whole key."""
     image, name = picture(150, 280), {"multi_modal_uuids": {"image": ["cat"]}}
     requests = [prompt(served.name, image, **kwargs) | name for kwargs in ({}, {"apet_keep": 8}, {"apet_keep": 20})]
     expected = [alone(served, request) for request in requests]
@@ -80,7 +80,7 @@ def test_an_image_under_one_name_with_other_budgets(served):
 
 @EVERY
 def test_an_image_seen_before_is_not_encoded_again(served):
-    """Nor compressed: a hit of the encoder cache, and by other text before the image none of the prefix cache."""
+    """The encoder cache is hit, so nothing is encoded or compressed. Other text before the image misses the prefix."""
     first, second = (prompt(served.name, picture(150, 280), before=text, apet_keep=8) for text in ("one ", "two "))
     expected = alone(served, second)
     served.forget()
@@ -95,7 +95,7 @@ def test_an_image_seen_before_is_not_encoded_again(served):
 
 @EVERY
 def test_equal_budgets_are_one_in_the_caches(served):
-    """However they are written."""
+    """Equal budgets may be written in different ways."""
     image = picture(150, 280)
     served.ids(prompt(served.name, image, before="one ", apet_keep=8))
     with served.watched() as seen:
@@ -105,7 +105,7 @@ def test_equal_budgets_are_one_in_the_caches(served):
 
 @EVERY
 def test_many_requests_at_once(served):
-    """Ten requests of different sizes, numbers of images, budgets and layouts, batched as vLLM likes."""
+    """Ten requests of different sizes, numbers of images, budgets and layouts, batched by vLLM."""
     sizes = [(112, 112), (90, 300), (260, 130), (40, 60), (150, 280)]
     requests = []
     for i in range(10):
@@ -146,7 +146,7 @@ BAD = [
 @pytest.mark.parametrize("served", ["llava"], indirect=True)
 @pytest.mark.parametrize(("kwargs", "message"), BAD)
 def test_what_cannot_be_met_raises(served, kwargs, message):
-    """In a message, and the engine lives on."""
+    """The request gets an error message, and the engine continues."""
     with pytest.raises(ValueError, match=message):
         served.ids(prompt("llava", picture(112, 112), **kwargs))
     assert len(served.ids(prompt("llava", picture(112, 112), apet_keep=8))[0]) == 8

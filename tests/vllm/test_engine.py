@@ -1,4 +1,4 @@
-"""What the language model is given: as many tokens as asked for, the kernel's, at their own positions."""
+"""The input of the language model: as many tokens as requested, those of the kernel, at their own positions."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from engines import MODELS, MROPE, VIDEO, VISUAL, Served, picture, prompt, video
 EVERY = pytest.mark.parametrize("served", MODELS, indirect=True)
 SIZES = [(112, 112), (90, 300), (260, 130), (40, 60)]
 BEFORE_PROJECTOR = ("llava", "llava_next")
-ROUNDED = ("glm4v",)  # whose encoder gives an image other last bits beside other images
+ROUNDED = ("glm4v",)  # the last bits of its encoder's result depend on the other images of a batch
 
 
 def packing(served: Served, height: int, width: int) -> torch.Tensor:
     """LLaVA-NeXT: for every placeholder of an image its token's number among all tokens of its tiles, -1 for a newline;
-    told by vLLM's own packing."""
+    computed by vLLM's own packing."""
     model = served.model
     size = torch.tensor([height, width])
     tiles = 1 + math.prod(grid(height, width))
@@ -40,7 +40,7 @@ def grid(height: int, width: int) -> tuple[int, int]:
 
 
 def units(served: Served, ids: list[int], embeds: torch.Tensor) -> list[torch.Tensor]:
-    """The columns of every unit of a prompt with all tokens, told by its tokens (and the newlines that it reads)."""
+    """Returns the columns of every unit of a prompt with all tokens, found by its tokens (and newlines)."""
     marks = torch.tensor([token in VISUAL for token in ids])
     gaps = {tiny.BREAK} if served.name == "mistral3" else set()
     runs: list[list[int]] = []
@@ -59,9 +59,9 @@ def units(served: Served, ids: list[int], embeds: torch.Tensor) -> list[torch.Te
     if served.name == "llava_onevision":
         whole = [run[(embeds[run] != served.model.image_newline).any(1)] for run in whole]
         return [part for run in whole for part in run.split(tiny.TILE // 4 if ids[run[0]] == tiny.VIDEO else len(run))]
-    if served.name in ("internvl", "internvl_chat", "gemma3"):
+    if served.name in ("internvl", "internvl_chat", "gemma3", "idefics3", "smolvlm"):
         return [part for run in whole for part in run.split(tiny.TILE // 4)]
-    if served.name in ("qwen2_vl", "qwen2_5_vl"):  # the steps of a video, of 56 x 84 pixels, follow each other at once
+    if served.name in ("qwen2_vl", "qwen2_5_vl"):  # nothing separates the steps of a video, of 56 x 84 pixels
         return [part for run in whole for part in run.split(6 if ids[run[0]] == tiny.VIDEO_PAD else len(run))]
     return whole
 
@@ -78,8 +78,8 @@ def units(served: Served, ids: list[int], embeds: torch.Tensor) -> list[torch.Te
     ids=["count", "ratio", "bounds", "overwrite"],
 )
 def test_the_language_model_reads_the_whole_prompt_less_what_was_dropped(served, options, kept):
-    """For several images of different sizes among text: as many tokens as asked for, at their places, with what the
-    kernel makes of the rows that the language model reads without compression, bit for bit."""
+    """For several images of different sizes in text, the language model reads as many tokens as requested, at their
+    places. They are bit for bit the kernel's results on the rows that it reads without compression."""
     images = [picture(*size, seed) for seed, size in enumerate(SIZES)]
     assert check(served, prompt(served.name, *images, apet_keep=1.0), options, kept) >= len(SIZES)
 
@@ -87,7 +87,7 @@ def test_the_language_model_reads_the_whole_prompt_less_what_was_dropped(served,
 @pytest.mark.parametrize("served", VIDEO, indirect=True)
 @pytest.mark.parametrize("first", [False, True], ids=["last", "first"])
 def test_videos_frame_by_frame(served, first):
-    """Beside an image, before or after it."""
+    """A video with an image before or after it is compressed frame by frame."""
     request = prompt(served.name, picture(90, 300), videos=[video(8, 56, 84)], first=first, apet_keep=1.0)
     assert check(served, request, {"apet_keep": 4}, lambda n: min(4, n)) > 4
 
@@ -127,7 +127,7 @@ def check(served: Served, whole: dict[str, Any], options: dict[str, Any], kept: 
 @pytest.mark.parametrize("served", BEFORE_PROJECTOR, indirect=True)
 @pytest.mark.parametrize("options", [{}, {"apet_layout": "overwrite", "apet_basis": 4, "apet_blend": 0.5}])
 def test_the_projector_gets_what_the_kernel_gives(served, options):
-    """And the language model what the projector makes of it, for every image of a request, and newlines in place."""
+    """The language model gets the projector's output, for every image of a request, with newlines in place."""
     images = [picture(*size, seed) for seed, size in enumerate(SIZES[:3])]
     ids, seen, embeds, _ = served.read(prompt(served.name, *images, apet_keep=12, **options))
     kernel = {"basis": 10, **{name.removeprefix("apet_"): value for name, value in options.items()}}
@@ -167,7 +167,7 @@ def test_the_projector_gets_what_the_kernel_gives(served, options):
 
 @pytest.mark.parametrize("served", MROPE, indirect=True)
 def test_generation_goes_on_after_the_whole_prompt(served):
-    """Where it goes on with all tokens, whatever was dropped."""
+    """The position of the first new token is that without compression."""
     full = prompt(served.name, picture(90, 300), apet_keep=1.0)
     ids, _, _, positions = served.read(full)
     fewer = {**full, "mm_processor_kwargs": {"apet_keep": 5}}
@@ -183,7 +183,7 @@ def test_generation_goes_on_after_the_whole_prompt(served):
 
 @pytest.mark.parametrize("served", ["gemma3"], indirect=True)
 def test_kept_tokens_of_an_image_attend_to_each_other(served):
-    """The spans that vLLM's runner hands to attention: all kept tokens of an image in one."""
+    """vLLM's runner passes spans to attention: one span has all kept tokens of an image."""
     runner = served.llm.llm_engine.model_executor.driver_worker.model_runner
     spans: list[list[tuple[int, int]]] = []
 
@@ -200,7 +200,7 @@ def test_kept_tokens_of_an_image_attend_to_each_other(served):
 
 @pytest.mark.parametrize("served", ["llava", "llava_next", "internvl", "qwen2_5_vl"], indirect=True)
 def test_embeddings_given_from_outside(served):
-    """Are compressed as the encoder's are, or used as they are where their tiles are not known."""
+    """They are compressed like the encoder's, or used unchanged if their tiles are not known."""
     tiles, rows = (1, 48) if served.name == "qwen2_5_vl" else (4, tiny.TILE // 4)
     x = torch.randn(tiles, rows, tiny.TEXT["hidden_size"], generator=torch.manual_seed(0))
     given: Any = [x.flatten(0, 1)]

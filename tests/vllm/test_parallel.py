@@ -1,4 +1,4 @@
-"""Tensor parallelism: every rank compresses for itself, so all must keep the same tokens."""
+"""Tensor parallelism: every rank runs the compression, so all must keep the same tokens."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from apet.vllm import compress
 
 @pytest.mark.parametrize("served", ["llava", "qwen2_5_vl"], indirect=True)
 def test_two_ranks_keep_the_same_tokens(served, folder: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch):
-    """And answer as one does, to rounding: the sums over the ranks' parts are in another order."""
+    """Two ranks answer as one does, to within rounding, since sums over the ranks have another order."""
     done = subprocess.run(
         [sys.executable, Path(parallel.__file__), folder(served.name)],
         env=os.environ | {"VLLM_ALLOW_INSECURE_SERIALIZATION": "1"},

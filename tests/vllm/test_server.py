@@ -1,4 +1,4 @@
-"""`vllm serve` with a real photo: budgets at the start and per request, errors that clients can read."""
+"""`vllm serve` with a real photo: budgets at the start and per request, and error messages for clients."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ PHOTO = Path(skimage.__path__[0], "data", "astronaut.png")
 
 @pytest.fixture(scope="module")
 def address(folder: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """Starts a server that keeps 16 tokens of an image and trusts the options of requests; yields its address."""
+    """Starts a server that keeps 16 tokens of an image and accepts the options of requests; yields its address."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -106,7 +106,7 @@ def test_metrics_tell_tokens_before_and_after(address):
     ],
 )
 def test_a_bad_budget_is_the_clients_fault(address, kwargs, message):
-    """And the server lives on."""
+    """The client gets an error, and the server continues."""
     status, answer = chat(address, kwargs)
     assert 400 <= status < 500
     assert message in answer["error"]["message"]

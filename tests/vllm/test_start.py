@@ -1,4 +1,4 @@
-"""Options given when the engine starts, and those that it then rejects."""
+"""Options at the start of the engine, and those that it rejects."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from engines import Served, picture, prompt
 
 
 def test_a_request_goes_before_the_start(folder: Callable[[str], Path]):
-    """Reserved is for all tokens, so a request may also ask for more than the engine was started with."""
+    """A request's budget replaces that of the start, and may be larger, since memory is reserved for all tokens."""
     served = Served("llava", folder("llava"), {"apet_keep": 16, "apet_basis": 4})
     image = picture(112, 112)
     usual, fewer, more, everything, other = (

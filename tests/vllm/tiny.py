@@ -8,6 +8,8 @@ SPECIAL += ["<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|
 SPECIAL += ["<IMG_CONTEXT>", "[IMG]", "[IMG_BREAK]", "[IMG_END]", "<start_of_image>", "<end_of_image>"]
 SPECIAL += ["<image_soft_token>", "<|image|>", "<|video|>", "<|begin_of_image|>", "<|end_of_image|>"]
 SPECIAL += ["<|begin_of_video|>", "<|end_of_video|>", "\n\n", "\n\n\n", "\n\n\n\n"]
+# After the characters: SmolVLM's, around a picture and its tiles.
+LATER = ["<fake_token_around_image>", "<global-img>"]
 PAD, BOS, EOS, _, IMAGE, IMAGE_PAD, VIDEO_PAD, START, END, VIDEO = range(10)
 CONTEXT, IMG, BREAK, LAST, BOI, EOI, SOFT = range(12, 19)
 GLM_IMAGE, GLM_VIDEO, GLM_START, GLM_END, GLM_FILM, GLM_CUT = range(19, 25)
@@ -91,7 +93,7 @@ INTERN = {
     "image_seq_length": TILE // 4,
     "tie_word_embeddings": False,
 }
-# OpenGVLab's format, whose configuration is code that lies beside the weights.
+# OpenGVLab's format, whose configuration is code beside the weights.
 CHAT = """from transformers import PretrainedConfig, Qwen2Config
 
 class InternVLChatConfig(PretrainedConfig):
@@ -135,6 +137,21 @@ GEMMA = {
     "boi_token_index": BOI,
     "eoi_token_index": EOI,
     "image_token_index": SOFT,
+    "tie_word_embeddings": False,
+}
+IDEFICS = {
+    "vision_config": {
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "image_size": SIDE,
+        "patch_size": PATCH,
+    },
+    "text_config": {"model_type": "llama", **TEXT},
+    "image_token_id": IMAGE,
+    "scale_factor": 2,
+    "pad_token_id": PAD,
     "tie_word_embeddings": False,
 }
 MISTRAL = {
@@ -223,6 +240,7 @@ KINDS = {
     "llava_onevision": ("LlavaOnevision", ONEVISION),
     "internvl": ("InternVL", INTERN),
     "gemma3": ("Gemma3", GEMMA),
+    "idefics3": ("Idefics3", IDEFICS),
     "mistral3": ("Mistral3", MISTRAL),
     "glm4v": ("Glm4v", GLM),
     "qwen2_vl": ("Qwen2VL", QWEN2),
@@ -230,4 +248,5 @@ KINDS = {
     "qwen3_vl": ("Qwen3VL", QWEN3),
     "qwen3_vl_moe": ("Qwen3VLMoe", QWEN3_MOE),
     "qwen3_5": ("Qwen3_5", QWEN3_5),
+    "smolvlm": ("SmolVLM", IDEFICS),
 }

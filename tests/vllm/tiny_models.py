@@ -1,6 +1,6 @@
-"""Tiny models as they lie on the hub: random weights, a tokenizer of single characters, the model's own processor.
+"""Tiny models in the format of the hub: random weights, a tokenizer of single characters, the model's own processor.
 
-Weights are wide, so that another image token, or one at another place, moves the logits by far more than rounding does.
+The weights are wide, so that another image token, or another place of one, changes the logits far more than rounding.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
-from tiny import CHAT, INTERN_CHAT, KINDS, PATCH, PINPOINTS, SIDE, SPECIAL, TEXT, TILE
+from tiny import CHAT, INTERN_CHAT, KINDS, LATER, PATCH, PINPOINTS, SIDE, SPECIAL, TEXT, TILE
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -34,8 +34,8 @@ NAMED = {
 
 
 def tokenizer(name: str) -> PreTrainedTokenizerFast:
-    """One token a character, and what the model's processor calls special."""
-    words = SPECIAL + [chr(c) for c in range(32, 127)] + ["\n"]
+    """Returns a tokenizer with a token for each character, and the special tokens of the model's processor."""
+    words = SPECIAL + [chr(c) for c in range(32, 127)] + ["\n"] + LATER
     level = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
     level.pre_tokenizer = pre_tokenizers.Split("", "isolated")
     level.decoder = decoders.Fuse()
@@ -45,14 +45,14 @@ def tokenizer(name: str) -> PreTrainedTokenizerFast:
         bos_token="<s>",
         eos_token="</s>",
         pad_token="<pad>",
-        additional_special_tokens=SPECIAL[4:] if name == "gemma3" else SPECIAL[4:-3],
+        additional_special_tokens=(SPECIAL[4:] if name == "gemma3" else SPECIAL[4:-3]) + LATER,
         model_specific_special_tokens=NAMED.get(name, {}),
         chat_template=TEMPLATE,
     )
 
 
 def save_chat(folder: Path) -> Path:
-    """InternVL in OpenGVLab's format, which transformers has not."""
+    """Saves InternVL in OpenGVLab's format, which is not part of transformers."""
     (folder / "configuration_internvl_chat.py").write_text(CHAT)
     (folder / "config.json").write_text(json.dumps(INTERN_CHAT))
     tokenizer("internvl_chat").save_pretrained(folder)
@@ -85,7 +85,7 @@ def save_chat(folder: Path) -> Path:
 
 
 def save(name: str, folder: Path) -> Path:
-    """The whole tiny model in the folder."""
+    """Saves the whole tiny model in the folder."""
     if name == "internvl_chat":
         return save_chat(folder)
     kind, sizes = KINDS[name]
@@ -100,19 +100,19 @@ def save(name: str, folder: Path) -> Path:
             torch.nn.init.normal_(parameter, std=0.15)
     if not name.startswith(("llava", "gemma")):
         model.save_pretrained(folder)
-        if name == "qwen3_vl_moe":  # on the hub, experts are the other way round
+        if name == "qwen3_vl_moe":  # on the hub, the weights of experts are transposed
             weights = load_file(folder / "model.safetensors")
             turned = {k: v.mT.contiguous() if ".experts." in k else v for k, v in weights.items()}
             save_file(turned, folder / "model.safetensors", {"format": "pt"})
         return folder
-    # vLLM knows the names that checkpoints on the hub have: there, these have a CLIP or SigLIP model within the tower.
+    # vLLM expects the names of checkpoints on the hub, where these models have a CLIP or SigLIP model in the tower.
     weights = {k.replace("vision_tower.", "vision_tower.vision_model."): v for k, v in model.state_dict().items()}
     save_file(weights, folder / "model.safetensors")
     return folder
 
 
 def processor(name: str, config: Any) -> Any:
-    """The processor that transformers has for the model."""
+    """Returns the processor that transformers has for the model."""
     words = tokenizer(name)
     square = {"size": {"height": SIDE, "width": SIDE}}
     if name.startswith("qwen"):
@@ -138,6 +138,13 @@ def processor(name: str, config: Any) -> Any:
     if name == "gemma3":
         images = transformers.Gemma3ImageProcessor(**square)
         return transformers.Gemma3Processor(images, words, image_seq_length=TILE // 4, chat_template=TEMPLATE)
+    if name in ("idefics3", "smolvlm"):
+        sizes = {"size": {"longest_edge": 2 * SIDE}, "max_image_size": {"longest_edge": SIDE}}
+        kind = KINDS[name][0]
+        images = getattr(transformers, f"{kind}ImageProcessor")(**sizes)
+        videos = [transformers.SmolVLMVideoProcessor()] if name == "smolvlm" else []
+        kind = getattr(transformers, f"{kind}Processor")
+        return kind(images, words, *videos, image_seq_len=TILE // 4, chat_template=TEMPLATE)
     if name == "mistral3":
         images = transformers.PixtralImageProcessor(size={"longest_edge": 2 * SIDE}, patch_size=PATCH)
         return transformers.PixtralProcessor(

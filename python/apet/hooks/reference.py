@@ -1,10 +1,10 @@
-"""The judge of a patched model: what its decoder must give, computed by the decoder that is not patched.
+"""Reference results for a patched model: the states that its decoder must return, computed by the unpatched decoder.
 
-It shares nothing with the hooks. A patched tiny model generates; seen are the rows that enter its decoder, those that
-enter layer `llm_layer`, and what the decoder gives for each new token. Then, for one row at a time, without padding and
-without a cache, the decoder that is not patched is given the same rows, the tokens that were generated behind them, and
-every argument along the sequence gathered for the columns that were kept: what the model itself makes of the whole
-prompt, images and all. Masks are built again over the columns that are left, since windows and chunks count those.
+This module shares no code with the hooks. A patched tiny model generates, and the rows that enter its decoder, the rows
+that enter layer `llm_layer` and the decoder's output for each new token are recorded. Then the unpatched decoder runs
+on one prompt at a time, without padding and without a cache. Its input is the recorded rows, followed by the generated
+tokens. Its other arguments are those that the model computes for the whole prompt; those along the sequence are
+gathered for the kept columns. Masks are built again over the kept columns, since windows and chunks count these.
 """
 
 from __future__ import annotations
@@ -24,19 +24,19 @@ Row = Mapping[str, Any]  # the inputs of one prompt, not padded
 
 
 class NotSeen(Exception):
-    """The decoder was reached: nothing behind it has to run."""
+    """Raised when the decoder is reached, so that the rest of the model does not run."""
 
 
 @dataclass
 class Decoder:
-    """The module with the decoder layers, found by watching a call."""
+    """The module with the decoder layers."""
 
     module: nn.Module
     layers: nn.ModuleList
 
     @classmethod
     def of(cls, model: nn.Module, row: Row) -> Decoder:
-        """The module with a list of layers that gets embeddings as long as the prompt."""
+        """Calls the model; the decoder has a list of layers and receives embeddings as long as the prompt."""
         found: list[nn.Module] = []
 
         def listen(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -57,17 +57,17 @@ class Decoder:
 
 @dataclass
 class Said:
-    """What a model was seen to do with a batch of B prompts."""
+    """The recorded generation of a model from a batch of B prompts."""
 
-    tokens: Tensor  # [B, N]: what it generated
-    states: Tensor  # [B, N, D]: what its decoder gave for each
+    tokens: Tensor  # [B, N]: the generated tokens
+    states: Tensor  # [B, N, D]: the output of the decoder for each
     entered: list[Tensor] = field(default_factory=list)  # rows that entered the decoder, then layer `llm_layer`
 
 
 def say(
     model: nn.Module, decoder: Decoder, inputs: Row, new: int, static: bool = False, llm_layer: int | None = None
 ) -> Said:
-    """Greedy generation of `new` tokens; none of them is a special one."""
+    """Generates `new` tokens greedily, without special tokens, and records the generation."""
     states: list[Tensor] = []
     entered: list[Tensor] = []
 
@@ -101,28 +101,29 @@ def say(
     return Said(tokens[:, -new:], torch.stack(states, 1), entered)
 
 
-# ---- what it must be ------------------------------------------------------------------------------------------------
+# ---- the expected states --------------------------------------------------------------------------------------------
 
 
 @dataclass
 class Whole:
-    """What the model that is not patched calls its decoder with, for a whole prompt and the tokens after it."""
+    """The arguments with which the unpatched model calls its decoder for a whole prompt and the tokens after it."""
 
     arguments: dict[str, Any]
-    length: int  # L, all of it
-    new: int  # of these tokens after the prompt
-    windows: tuple[int, ...]  # of the layers that see only so many columns back
-    chunks: tuple[int, ...]
+    length: int  # L: tokens of the prompt and after it
+    new: int  # tokens after the prompt
+    windows: tuple[int, ...]  # sizes of sliding windows
+    chunks: tuple[int, ...]  # sizes of attention chunks
 
     @classmethod
     def of(cls, model: nn.Module, decoder: Decoder, row: Row, tokens: Tensor) -> Whole:
-        """tokens [N]: generated after the prompt."""
+        """Records the arguments for the prompt `row`, followed by the generated tokens [N]."""
         longer = dict(row)
         for name, value in row.items():
             if name == "input_ids":
                 longer[name] = torch.cat([value, tokens[None]], dim=1)
             elif isinstance(value, Tensor) and value.shape == row["input_ids"].shape:  # a mask, or types of tokens
-                follows = name == "attention_mask" or (name == "token_type_ids" and not value.any())  # a prefix's end
+                # Token types that are all 0 mark the prompt as a prefix: generated tokens have type 1.
+                follows = name == "attention_mask" or (name == "token_type_ids" and not value.any())
                 filler = value.new_full((1, len(tokens)), int(follows))
                 longer[name] = torch.cat([value, filler], dim=1)
         seen: list[dict[str, Any]] = []
@@ -144,12 +145,12 @@ class Whole:
 
     @property
     def keeps_positions(self) -> bool:
-        """Whether tokens must keep their positions, since these are not simply counted (from any number on)."""
+        """Whether tokens must keep their positions, because these are not consecutive numbers."""
         given = self.arguments.get("position_ids")
         return given is not None and bool((given.diff(dim=-1) != 1).any())
 
     def gathered(self, columns: Tensor) -> dict[str, Any]:
-        """The arguments for these columns [n] of the prompt and the tokens after it, but for the embeddings."""
+        """The arguments except the embeddings, for these columns [n] of the prompt and the tokens after it."""
         columns = torch.cat([columns, torch.arange(self.length - self.new, self.length)])
         chosen: dict[str, Any] = {}
         for name, value in self.arguments.items():
@@ -166,7 +167,7 @@ class Whole:
         return chosen
 
     def _along(self, name: str, value: Any, columns: Tensor) -> Any:
-        """A value with what runs along the sequence gathered; also what runs along the visual tokens alone."""
+        """Gathers the columns of a value along the sequence, or along the visual tokens; others are unchanged."""
         if isinstance(value, Mapping):
             return {key: self._along(name, one, columns) for key, one in value.items()}
         if isinstance(value, list | tuple):
@@ -185,7 +186,7 @@ class Whole:
         return value
 
     def _visual(self) -> Tensor | None:
-        """[L] bool: which tokens are visual, where the decoder is told."""
+        """[L] bool: which tokens are visual, if an argument of the decoder contains that."""
         for value in self.arguments.values():
             if isinstance(value, Tensor) and value.dtype == torch.bool and value.numel() == self.length:
                 return value.flatten()
@@ -204,13 +205,13 @@ class Whole:
             raise ValueError(f"the decoder is given a mask of shape {tuple(value.shape)}")
         seen = value[0, 0] if value.dtype == torch.bool else value[0, 0] == 0  # [L, L]
         ahead = seen & ~torch.ones_like(seen).tril()
-        blocks = ahead | ahead.T  # pairs of the tokens of an image, which see each other
+        blocks = ahead | ahead.T  # pairs of tokens of an image that attend to each other
         every = torch.arange(self.length)
         rule = next((rule for rule in self._rules() if torch.equal(rule(every, blocks), seen)), None)
         if rule is None:
             raise ValueError(f"the decoder is given a mask of shape {tuple(value.shape)} that no rule explains")
         blocks = blocks[columns][:, columns].clone()
-        blocks[len(columns) - self.new :] = False  # these come one by one
+        blocks[len(columns) - self.new :] = False  # generated tokens come one by one
         blocks[:, len(columns) - self.new :] = False
         made = rule(torch.arange(len(columns)), blocks)[None, None]
         if value.dtype == torch.bool:
@@ -218,7 +219,7 @@ class Whole:
         return torch.zeros(made.shape).masked_fill(~made, torch.finfo(value.dtype).min).to(value.dtype)
 
     def _rules(self) -> Iterator[Any]:
-        """What makes a mask [L, L] of columns [L] and the pairs [L, L] that see each other."""
+        """Functions that build a mask [L, L] from columns [L] and the pairs [L, L] that attend to each other."""
 
         def back(at: Tensor) -> Tensor:
             return at[:, None] - at[None]
@@ -234,9 +235,9 @@ class Whole:
 def must(
     model: nn.Module, decoder: Decoder, row: Row, said: Said, b: int, columns: Sequence[Tensor], llm_layer: int | None
 ) -> Tensor:
-    """The states [N, D] of row b, from the rows that entered the decoder and layer `llm_layer`.
+    """The expected states [N, D] of row b, computed from the rows that entered the decoder and layer `llm_layer`.
 
-    columns: of the prompt, after each stage. Raises ValueError where text did not come through as it was.
+    columns: the kept columns of the prompt after each stage. Raises ValueError if a text token has changed.
     """
     tokens = said.tokens[b]
     whole = Whole.of(model, decoder, row, tokens[:-1])
@@ -244,7 +245,7 @@ def must(
     new = len(tokens) - 1
     rows = said.entered[0][b, -len(columns[0]) :]
     if len(rows) != len(columns[0]):
-        raise ValueError(f"{len(columns[0])} tokens are said to be kept, and {len(rows)} entered the decoder")
+        raise ValueError(f"{len(columns[0])} tokens should be kept, but {len(rows)} entered the decoder")
     _check_text(row, rows, embeds, columns[0])
     x = torch.cat([rows, embeds[whole.length - new :]])[None]
     arguments = whole.gathered(columns[0])
@@ -254,21 +255,21 @@ def must(
     with _watching(decoder.layers[llm_layer]) as seen:
         decoder.module(inputs_embeds=x, **arguments, use_cache=False)
     late, batch = said.entered[1], len(said.tokens)
-    axis = 1 if late.dim() == 4 and late.shape[0] != batch else 0  # some hold several streams [S, B, L, D]
+    axis = 1 if late.dim() == 4 and late.shape[0] != batch else 0  # some models have several streams [S, B, L, D]
     late = late.select(axis, b).narrow(axis, late.shape[axis + 1] - len(columns[1]), len(columns[1]))
     tail = seen[0].select(axis, 0).narrow(axis, seen[0].shape[axis + 1] - new, new)
     late = torch.cat([late, tail], dim=axis).unsqueeze(axis)
     places = torch.cat([torch.isin(columns[0], columns[1]).nonzero().flatten(), torch.arange(-new, 0) + x.shape[1]])
-    with _given(decoder.layers[llm_layer], late):  # what the layers before it do is of no meaning
+    with _given(decoder.layers[llm_layer], late):  # replaces the output of the layers before it
         states = decoder.module(inputs_embeds=x[:, places], **whole.gathered(columns[1]), use_cache=False)[0]
     return states[0, -new - 1 :]
 
 
 def columns(row: Row, kept: Mapping[str, Sequence[tuple[int, Sequence[Tensor]]]], stages: int) -> list[Tensor]:
-    """Which columns of a prompt are left after each stage.
+    """The columns of a prompt that remain after each stage.
 
-    kept: for each modality, for each of its images or videos in the prompt, how many placeholders it has, and which of
-    them are left after each stage. Raises ValueError where a stage has dropped nothing.
+    kept: for each modality, and each of its images or videos in the prompt, the number of its placeholders, and the
+    positions that remain after each stage. Raises ValueError if a stage has dropped no token.
     """
     places = {m: visual(row, m).nonzero().flatten() for m in ("image", "video")}
     text = (~visual(row)).nonzero().flatten()
@@ -293,20 +294,23 @@ def columns(row: Row, kept: Mapping[str, Sequence[tuple[int, Sequence[Tensor]]]]
 
 
 def _check_text(row: Row, rows: Tensor, embeds: Tensor, columns: Tensor) -> None:
-    """Text enters the decoder as it was; an image does not, as others are merged into what is kept."""
+    """Checks that text tokens enter the decoder unchanged. Image tokens change: others are merged into them."""
     text = ~visual(row)[columns]
     if not torch.equal(rows[text], embeds[columns][text]):
-        raise ValueError("text tokens did not enter the decoder as they were: another column is said to be kept")
+        raise ValueError("text tokens did not enter the decoder unchanged: the kept columns are wrong")
 
 
 def visual(row: Row, modality: str | None = None) -> Tensor:
-    """[L] bool: which tokens of a tiny prompt are placeholders, of images, videos or both."""
+    """[L] bool: which tokens of a tiny prompt are placeholders of images, of videos, or of either."""
     from .tiny import IMAGE, VIDEO
 
     ids, types = row["input_ids"][0], row.get("mm_token_type_ids")
     found = {"image": ids == IMAGE, "video": ids == VIDEO}
-    if types is not None:  # some stand for the frames of a video with tokens of images
+    # Some models use the image token as placeholder for the frames of a video.
+    if types is not None:
         found = {"image": types[0] == 1, "video": types[0] == 2}
+    elif "pixel_values_videos" in row and not found["video"].any():
+        found = {"image": found["video"], "video": found["image"]}
     either: Tensor = found["image"] | found["video"]
     return either if modality is None else found[modality]
 

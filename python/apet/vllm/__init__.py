@@ -10,6 +10,7 @@ MODELS = {
     "Gemma3ForConditionalGeneration": "gemma3:Gemma3",
     "Glm4vForConditionalGeneration": "glm4v:Glm4v",
     "Glm4vMoeForConditionalGeneration": "glm4v:Glm4vMoe",
+    "Idefics3ForConditionalGeneration": "idefics3:Idefics3",
     "InternVLChatModel": "internvl:InternVL",
     "InternVLForConditionalGeneration": "internvl:InternVLHF",
     "LlavaForConditionalGeneration": "llava:Llava",
@@ -22,6 +23,7 @@ MODELS = {
     "Qwen3VLMoeForConditionalGeneration": "qwen3_vl:Qwen3VLMoe",
     "Qwen3_5ForConditionalGeneration": "qwen3_vl:Qwen3_5",
     "Qwen3_5MoeForConditionalGeneration": "qwen3_vl:Qwen3_5Moe",
+    "SmolVLMForConditionalGeneration": "idefics3:SmolVLM",
 }
 
 

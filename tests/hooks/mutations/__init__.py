@@ -1,7 +1,6 @@
 """Changes that transformers might make next, applied to the installed version.
 
-A mutation must not change what the model that is not patched computes; so the recompute of the unchanged classes says
-what is right.
+A mutation must not change the results of an unpatched model, so the recompute on unchanged classes is the reference.
 """
 
 from . import cache, calls, inputs, mask, positions  # each adds its mutations to the table

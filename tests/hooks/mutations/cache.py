@@ -118,7 +118,7 @@ def cache_of_an_encoder_and_a_decoder(c: Classes) -> None:
 
 @mutation("llava", "qwen2_5_vl")
 def cache_made_anew_by_the_language_model(c: Classes) -> None:
-    """The layers fill another cache than the one that was given; the new one is returned in the output."""
+    """The layers fill another cache than the given one; the new one is returned in the output."""
     c.edit(
         c.lm,
         (r"\n( *)(\w+) = inputs_embeds\n", rf"\n\1{CACHE} = copy.copy({CACHE})\n\1\2 = inputs_embeds\n"),

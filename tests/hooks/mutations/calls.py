@@ -1,6 +1,6 @@
 """Possible changes in how the language model and the layers are called."""
 
-# ruff: noqa: E501 - an edit is on one line, as the source that it edits
+# ruff: noqa: E501 - an edit is on one line, like the source that it edits
 from __future__ import annotations
 
 import ast
@@ -31,7 +31,7 @@ def hidden_states_given_by_keyword(c: Classes) -> None:
 
 
 def in_order(function: Any, call: str) -> str:
-    """Makes a call by keyword, with as many arguments by position as its function takes."""
+    """Changes a call by keyword to one with as many positional arguments as its function takes."""
     (expression,) = ast.parse(call.strip()).body
     given = expression.value
     assert isinstance(given, ast.Call)
@@ -59,7 +59,7 @@ def language_model_called_by_position(c: Classes) -> None:
 
 
 class Around(nn.Module):
-    """A module around a layer, as libraries for checkpointing and offloading put there."""
+    """A module around a layer, as of libraries for checkpointing and offloading."""
 
     def __init__(self, inner: nn.Module):
         super().__init__()

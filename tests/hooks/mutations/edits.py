@@ -17,7 +17,7 @@ import transformers
 from apet.hooks.calling import NAMES
 from families import FAMILIES
 
-# What this version calls the cache, in the language model and in generate().
+# The names of the cache in this version, in the language model and in generate().
 CACHE = next(n for n in NAMES["cache"] if n in inspect.signature(transformers.LlamaModel.forward).parameters)
 DECODERS = {
     "llava": ("LlamaModel", "LlamaDecoderLayer", "LlamaAttention", "LlamaRotaryEmbedding"),
@@ -52,8 +52,8 @@ class Classes:
         self.lm, self.layer, self.attention, self.rotary = (getattr(self.decoder_module, n) for n in DECODERS[name])
 
     def edit(self, owner: Any, *changes: tuple[str, str], method: str = "forward", more: dict | None = None) -> None:
-        """Replaces a function of a class or module by its edited source. changes: (regular expression, new text), each
-        of which has to be found."""
+        """Replaces a function of a class or module by its edited source. changes: (regular expression, new text); each
+        must match."""
         source = source_of(owner, method)
         for pattern, new in changes:
             source, count = re.subn(pattern, new, source)
@@ -73,12 +73,12 @@ class Classes:
         return rf"(= self\.language_model\([^\n]*?){pattern}", rf"\g<1>{new}"
 
     def rename_for_layers(self, old: str, new: str, *more: tuple[str, str]) -> None:
-        """Another name for an argument of the decoder layers, where they are called too. more: changes of a layer."""
+        """Renames an argument of the decoder layers, also in their calls. more: changes of a layer."""
         self.edit(self.layer, renamed(old, new), *more)
         self.edit(self.lm, self.layer_call(f"{old}=", f"{new}="))
 
     def rename_for_lm(self, old: str, new: str, *more: tuple[str, str]) -> None:
-        """The same for the language model."""
+        """Renames an argument of the language model, also in its calls."""
         self.edit(self.lm, renamed(old, new), *more)
         self.edit(self.core, self.lm_call(f"{old}=", f"{new}="))
 
@@ -123,10 +123,10 @@ def bare(name: str) -> tuple[str, str]:
 class Mutation:
     apply: Callable[[Classes], None]
     families: tuple[str, ...] = ("llava",)
-    # What `patch` or the call says, by stage; a stage that is not here must give the right answers.
+    # The error of `patch` or the call, by stage; a stage that is missing here must give the right answers.
     says: dict[str, str] = field(default_factory=dict)
-    inputs: dict[str, str] = field(default_factory=dict)  # what the arguments of a call are called
-    faithful: bool = True  # the model that is not patched computes what it did
+    inputs: dict[str, str] = field(default_factory=dict)  # new names of the arguments of a call
+    faithful: bool = True  # the unpatched model computes the same as before
 
 
 MUTATIONS: dict[str, Mutation] = {}
@@ -136,8 +136,8 @@ ALL = tuple(DECODERS)
 def mutation(
     *families: str, says: str | None = None, first: str | None = None, both: str | None = None, **more: Any
 ) -> Callable[[Callable[[Classes], None]], Callable[[Classes], None]]:
-    """Adds a mutation of these families. says: what an error says with the first stage and with both; first, both:
-    where they differ, or one of them is right."""
+    """Adds a mutation of these families. says: part of the error with the first stage and with both. first, both: the
+    same, if they differ or one of them is right."""
     texts = {stage: text for stage, text in (("first", first or says), ("both", both or says)) if text is not None}
 
     def add(apply: Callable[[Classes], None]) -> Callable[[Classes], None]:

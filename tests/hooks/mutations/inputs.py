@@ -1,7 +1,6 @@
-"""Possible changes in what else the language model is given, and in how it gets embeddings, pixels and its
-configuration."""
+"""Possible changes in further arguments of the language model, and in embeddings, pixels and its configuration."""
 
-# ruff: noqa: E501 - an edit is on one line, as the source that it edits
+# ruff: noqa: E501 - an edit is on one line, like the source that it edits
 from __future__ import annotations
 
 import inspect
@@ -12,7 +11,7 @@ import transformers
 
 from .edits import ALL, Classes, NotThisVersion, mutation, source_of
 
-# ---- more along the sequence
+# ---- further arguments along the sequence
 
 
 @mutation(*ALL)
@@ -49,7 +48,7 @@ def layer_argument_along_the_sequence_with_channels(c: Classes) -> None:
 
 @mutation("llava", "qwen2_5_vl", both="the hooks are not right for")
 def first_states_added_in_each_layer(c: Classes) -> None:
-    """They are also subtracted again; they are an attribute of the layers, which no argument shows."""
+    """They are also subtracted again. They are an attribute of the layers, so no argument contains them."""
     c.edit(
         c.lm,
         (r"\n( *)position_embeddings = ", r"\n\1for layer in self.layers:\n\1    layer.first = hidden_states\g<0>"),
@@ -98,7 +97,7 @@ def language_model_argument_of_the_visual_tokens(c: Classes) -> None:
 
 @mutation("llava", says="called with deep of shape")
 def language_model_argument_of_the_visual_tokens_and_no_mask(c: Classes) -> None:
-    """The language model gets a new argument [visual tokens, D], and knows the places itself."""
+    """The language model gets a new argument [visual tokens, D], and finds their places itself."""
     c.edit(
         c.core,
         (
@@ -127,7 +126,7 @@ def embeddings_scaled_in_the_language_model(c: Classes) -> None:
 
 @mutation("llava", says="without embeddings|the hooks are not right for")
 def language_model_embeds_the_text(c: Classes) -> None:
-    """The language model is given ids, and the features of the images."""
+    """The language model gets ids, and the features of the images."""
     c.edit(
         c.core,
         (
@@ -170,7 +169,7 @@ def placeholder_moved_in_the_configuration(c: Classes) -> None:
     *ALL, inputs={"pixel_values": "image_pixels"}, faithful=False, says="image_pixels|the hooks are not right for"
 )
 def pixels_renamed(c: Classes) -> None:
-    """The caller passes image_pixels. (generate() does not know that name, and leaves them out.)"""
+    """The caller passes image_pixels. (generate() does not support that name, and drops them.)"""
     for owner in (c.model, c.core):
         for name, function in list(vars(owner).items()):
             if inspect.isfunction(function) and re.search(r"\bpixel_values\b", source_of(owner, name)):

@@ -1,6 +1,6 @@
 """Possible changes of the mask."""
 
-# ruff: noqa: E501 - an edit is on one line, as the source that it edits
+# ruff: noqa: E501 - an edit is on one line, like the source that it edits
 from __future__ import annotations
 
 import functools
@@ -48,7 +48,7 @@ def layers_make_their_masks(c: Classes) -> None:
 
 @mutation("llava", "qwen3_vl")
 def core_makes_the_mask(c: Classes) -> None:
-    """The core model gives the language model a mask of four dimensions."""
+    """The core model passes a mask of four dimensions to the language model."""
     more = {"make": masking_utils.create_causal_mask}
     made = f"attention_mask = make(self.config.get_text_config(), inputs_embeds, attention_mask, {CACHE}, allow_is_causal_skip=False)"
     c.edit(c.core, (r"\n    outputs = self\.language_model", rf"\n    {made}\g<0>"), more=more)

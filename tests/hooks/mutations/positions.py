@@ -38,7 +38,7 @@ def layer_rotary_split(c: Classes) -> None:
 
 @mutation("llava", both="layers do not share one rotary embedding")
 def layer_makes_its_rotary_embeddings(c: Classes) -> None:
-    """A layer makes them from position_ids."""
+    """A layer computes them from position_ids."""
     made = c.rotary
     c.after_init(c.layer, lambda this: setattr(this, "rotary", made(this.self_attn.config)))
     c.edit(
@@ -53,7 +53,7 @@ def layer_makes_its_rotary_embeddings(c: Classes) -> None:
 
 @mutation("llava")
 def layer_makes_its_rotary_embeddings_all_the_same(c: Classes) -> None:
-    """A layer makes them from position_ids, but the argument for them still exists."""
+    """A layer computes them from position_ids, but the argument for them still exists."""
     made = c.rotary
     c.after_init(c.layer, lambda this: setattr(this, "rotary", made(this.self_attn.config)))
     c.edit(
@@ -64,11 +64,11 @@ def layer_makes_its_rotary_embeddings_all_the_same(c: Classes) -> None:
 
 @mutation("llava")
 def attention_makes_rotary_embeddings(c: Classes) -> None:
-    """The attention makes them from position_ids; layers are given both."""
+    """The attention computes them from position_ids; layers get both."""
     made = c.rotary
     c.after_init(c.attention, lambda this: setattr(this, "rotary", made(this.config)))
     positions = "kwargs['position_ids']"
-    if c.name != "llava":  # the layers get M-RoPE's positions, too
+    if c.name != "llava":  # the layers also get M-RoPE's positions
         c.edit(
             c.lm, c.layer_call(r"position_ids=\w+", "position_ids=text_position_ids, rotary_position_ids=position_ids")
         )
@@ -117,7 +117,7 @@ def rotary_in_one_tensor(c: Classes) -> None:
 
 @mutation("llava", both="was called with rotary embeddings")
 def rotary_before_the_sequence(c: Classes) -> None:
-    """They have shape [L, B, d]; with as many rows as columns no shape check would fail."""
+    """They have shape [L, B, d], which no shape check notices if there are as many rows as columns."""
     c.edit(
         c.rotary,
         (
@@ -132,7 +132,7 @@ def rotary_before_the_sequence(c: Classes) -> None:
 
 @mutation("llava", "qwen3_vl", says="no argument known for positions")
 def language_model_counts_its_positions(c: Classes) -> None:
-    """The language model is given no positions."""
+    """The language model gets no positions."""
     if c.name == "llava":
         made = "attention_mask.cumsum(1)[:, -inputs_embeds.shape[1]:] - 1 if attention_mask is not None else None"
         c.edit(c.core, c.lm_call("position_ids=position_ids, ", ""))

@@ -6,7 +6,7 @@ namespace simt {
 inline float half_to_float(uint16_t h) {
   const uint32_t sign = (uint32_t)(h & 0x8000) << 16, rest = h & 0x7fff;
   if (rest >= 0x7c00) return bits_as<float>(sign | 0x7f800000 | (rest & 0x3ff) << 13);  // inf, NaN
-  // The bits as those of a float are 2^-112 of the value; exact, subnormal ones too.
+  // The bits, shifted into a float, are 2^-112 of the value; this is exact, also for subnormal ones.
   return bits_as<float>(sign | bits_as<uint32_t>(bits_as<float>(rest << 13) * 0x1p112f));
 }
 

@@ -1,5 +1,5 @@
-// The host's side of CUDA's runtime API, answered by the simulated device (../runtime.h). Launches are queued, as on a
-// GPU: they run when something synchronises, and what their pointers point to has to live until then.
+// The host's side of CUDA's runtime API for the simulated device (../runtime.h). Launches are queued, as on a GPU: they
+// run at a synchronisation, and the memory of their pointers must exist until then.
 #pragma once
 #include <cstddef>
 #include <tuple>
@@ -82,7 +82,7 @@ cudaError_t cudaDeviceSynchronize();
 
 namespace simt {
 cudaError_t set_attribute(const void* kernel, cudaFuncAttribute attribute, int value);
-// Fails where a GPU would fail, else enqueues.
+// Returns the error that a GPU would give, else enqueues the launch.
 cudaError_t launch(const void* kernel, const cudaLaunchConfig_t& config, std::function<void()> body);
 cudaError_t resident_blocks(int* count, const void* kernel, int threads, size_t shared);
 cudaError_t resident_clusters(int* count, const void* kernel, const cudaLaunchConfig_t& config);
@@ -108,7 +108,7 @@ cudaError_t cudaOccupancyMaxActiveClusters(int* count, Kernel* kernel, const cud
   return simt::resident_clusters(count, simt::address_of(kernel), *config);
 }
 
-// Arguments are copied here and now, as a launch does.
+// Arguments are copied at once, as in a launch.
 template <class... P, class... A>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(P...), A&&... arguments) {
   std::tuple<P...> copies(std::forward<A>(arguments)...);

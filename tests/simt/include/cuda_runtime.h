@@ -1,8 +1,8 @@
 // CUDA C++ as g++ compiles it: the qualifiers, built-in variables, vector types, intrinsics and the part of the runtime
-// API that this project's kernels and launch code use. simt.h says what running them here checks.
+// API that this project's kernels and launch code use. simt.h lists the checks.
 //
-// Left out on purpose: __shared__ variables (one function hands out the dynamic shared memory), __threadfence (a fence
-// that ThreadSanitizer does not see; acquire and release say more), __activemask.
+// Not supported, so that kernels do not use them: __shared__ variables (a function returns the dynamic shared memory),
+// __threadfence (ThreadSanitizer does not support fences; use acquire and release), __activemask.
 #pragma once
 #include <algorithm>
 #include <cmath>

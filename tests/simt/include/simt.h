@@ -2,22 +2,22 @@
 //
 //   kernel.cu --g++, these headers instead of CUDA's--> one fiber for each CUDA thread, one OS thread for all of them
 //
-// A fiber runs until it has to wait: at a barrier, for the lanes of its warp, in a spin loop. Then another one runs;
-// which, and how many blocks are resident at once, is drawn from a seed, so that a schedule that shows a fault shows it
-// again. What a GPU leaves undefined ends a launch here, with a message that names the thread and the place:
+// A fiber runs until it must wait: at a barrier, for the lanes of its warp, in a spin loop. Then another one runs. A
+// seed decides which, and how many blocks are resident at once, so that a schedule with a fault can be repeated.
+// Undefined behaviour ends a launch with a message that names the thread and the place:
 //
 //   __syncthreads      that not every thread of the block reaches, or that threads reach in different lines
 //   *_sync             without the caller in its mask, or with other lanes at another primitive
-//   shuffles           from a lane that takes no part
-//   deadlocks          at barriers, in warps, spin loops and copies; blocks that cannot start before the waiting ones end
+//   shuffles           from a lane that does not take part
+//   deadlocks          at barriers, in warps, spin loops and copies; blocks that cannot start before waiting ones end
 //   async copies       that are misaligned, outside of shared memory, or never waited for
 //   cluster memory     of a block that has exited
 //   grid.sync          in a launch that is not cooperative
 //
-// Shared memory starts as NaN. Asynchronous copies land as late as they may (seed 0) or at a time drawn for each. A
-// launch that may overlap its predecessor does. AddressSanitizer and ThreadSanitizer work on kernels as on any code:
-// with the latter every CUDA thread is a thread, ordered by barriers, __syncwarp, and acquire and release alone;
-// shuffles order nothing, as on a GPU.
+// Shared memory starts as NaN. Asynchronous copies are done as late as possible (seed 0) or at a random time. A launch
+// that may overlap the one before does so. AddressSanitizer and ThreadSanitizer check kernels like any code. For
+// ThreadSanitizer, every CUDA thread is a thread. Barriers, __syncwarp, acquire and release order them; shuffles do
+// not, as on a GPU.
 //
 // Not modelled: registers, caches, time, weak memory beyond what ThreadSanitizer sees, kernels on several OS threads.
 #pragma once
@@ -33,28 +33,28 @@ struct dim3 {
   constexpr dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
 };
 
-// Of the thread that runs.
+// Those of the running thread.
 extern uint3 threadIdx, blockIdx;
 extern dim3 blockDim, gridDim;
 
 namespace simt {
 
-// What else it knows about itself.
+// Further numbers of the running thread.
 struct Thread {
   unsigned lane, cluster_rank, cluster_size;
 };
 extern Thread self;
 
-// Where a barrier stands in the source.
+// The place of a barrier in the source.
 struct Place {
   const char* file;
   int line;
 };
 
-// Ends the launch: the message (as printf) is the runtime's last_fault() from then on.
+// Ends the launch. The message (as printf) becomes the runtime's last_fault().
 [[noreturn]] void fault(const char* message, ...) __attribute__((format(printf, 1, 2)));
 
-// ---- barriers. Each returns when all threads concerned have come.
+// ---- barriers. Each returns when all its threads have arrived.
 enum class Scope { kBlock, kCluster, kGrid };
 void sync_block(Place place);
 // Also counts the threads whose flag is set.
@@ -62,8 +62,8 @@ unsigned sync_block_count(Place place, bool flag);
 void arrive(Scope scope);  // kCluster, kGrid
 void wait(Scope scope);    // for the phase that this thread has arrived at
 
-// ---- warps. Every lane of mask brings an operand; when the last one comes, combine sees those of all, and writes the
-// results into them. `ordered`: what the lanes did before is visible to all of them after.
+// ---- warps. Every lane of mask passes an operand. When the last one arrives, combine reads all operands, and writes
+// the results into them. `ordered`: memory accesses of the lanes before it are visible to all of them after it.
 using Combine = void (*)(void* const* operands, uint32_t lanes);
 void meet(const char* primitive, uint32_t mask, void* operand, Combine combine, bool ordered);
 
@@ -74,9 +74,9 @@ struct Shuffle {
 void combine_shuffle(void* const* operands, uint32_t lanes);
 
 // ---- scheduling
-// Of an atomic operation: lets others run, by the seed.
+// Called by atomic operations: may let others run, depending on the seed.
 void maybe_switch();
-// Of a poll that may be repeated until somebody else has written: lets others run.
+// Called by a read that may be repeated until another thread has written: lets others run.
 void poll(const char* what);
 
 // ---- memory
@@ -91,10 +91,10 @@ struct Copy {
   unsigned bytes;
   bool valid;  // else zeros
 };
-// Whether the caller is to carry it out at once; if not, it is kept for take_landing.
+// Whether the caller must do the copy at once; if not, it is stored for take_landing.
 bool lands_now(const Copy& copy);
 void close_group();
-// The next copy that has to land so that at most `groups` groups are still on their way; false: none.
+// Takes the next copy that must be done so that at most `groups` groups are open; false: none.
 bool take_landing(unsigned groups, Copy& copy);
 
 // ---- launches

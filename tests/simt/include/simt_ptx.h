@@ -1,7 +1,7 @@
 // The functions of csrc/cuda/ptx.cuh on the CPU, after the PTX manual (ISA 9, sections on the instructions named).
 //
-// What a thread reads and writes itself is done here, in the kernel's own code, where the sanitizers see it; what goes
-// from lane to lane is exchanged by the runtime.
+// A thread's own reads and writes are done here, in the kernel's code, where the sanitizers check them. The runtime
+// exchanges data between lanes.
 #pragma once
 #include "cuda_bf16.h"
 #include "cuda_fp16.h"
@@ -9,7 +9,7 @@
 
 namespace simt {
 
-// m8n8 matrices of 16-bit numbers: each lane brings a row of 16 bytes and takes one pair of each matrix.
+// m8n8 matrices of 16-bit numbers: each lane passes a row of 16 bytes and gets one pair of each matrix.
 struct Ldmatrix {
   uint32_t row[4], result[4];
 };
@@ -35,7 +35,7 @@ inline constexpr bool kHasClusters = true;
 
 inline unsigned char* shared_memory() { return reinterpret_cast<unsigned char*>(simt::shared_memory()); }
 
-// ld.acquire.gpu. Others go first, so that a loop around it waits.
+// ld.acquire.gpu. Others run first, so that a loop around it waits.
 inline uint32_t load_acquire(const uint32_t* flag) {
   simt::poll("a loop around load_acquire");
   return __atomic_load_n(flag, __ATOMIC_ACQUIRE);

@@ -62,7 +62,7 @@ def _words(count: int, make: torch.Generator) -> list[int]:
 
 def token(config: PretrainedConfig, name: str) -> int | None:
     """Returns the id of a special token, by the beginning of its field's name."""
-    names = (f"{name}_token_id", f"{name}_token_index", f"{name}_patch_id")
+    names = (f"{name}_token_id", f"{name}_token_index", f"{name}_patch_id", f"{name}_id")
     return next((found for n in names if (found := getattr(config, n, None)) is not None), None)
 
 
@@ -74,9 +74,10 @@ def _placeholders(
     name = config.model_type
     kind = 1 + (modality == "video")
     seen_as = "image" if AS_IMAGES.match(name) else modality
+    framed, stamped = (modality == "video" and bool(names.match(name)) for names in (FRAMED, STAMPED))
+    marks = ("vision", "image" if framed else seen_as)
     start, end = (
-        next(([found] for n in ("vision", seen_as) if (found := token(config, f"{n}_{e}")) is not None), [])
-        for e in ("start", "end")
+        next(([found] for n in marks if (found := token(config, f"{n}_{e}")) is not None), []) for e in ("start", "end")
     )
 
     def needed(what: str) -> int:
@@ -85,13 +86,11 @@ def _placeholders(
             raise ValueError(f"{type(config).__name__} has no {what}_token_id")
         return found
 
-    frames = 1
-    if modality == "video" and STAMPED.match(name):
-        frames = int(given["video_grid_thw"][0, 0])
+    frames = int(given["video_grid_thw"][0, 0]) if stamped else len(given["target_sizes_videos"]) if framed else 1
     ids: list[int] = []
     types: list[int] = []
     for _ in range(frames):
-        before = [*(_words(2, make) if frames > 1 else []), *start]
+        before = [*(_words(2, make) if stamped and frames > 1 else []), *start]
         ids += [*before, *[needed(seen_as)] * (rows // frames), *end]
         types += [*[0] * len(before), *[kind] * (rows // frames), *[0] * len(end)]
     if modality == "video" and name.startswith("glm"):
@@ -102,6 +101,8 @@ def _placeholders(
 
 # Models in which the frames of a video stand apart, each after its time stamp.
 STAMPED = re.compile(r"qwen3_vl|qwen3_5|qwen4_exp|cosmos3|cohere_compass|glm")
+# Models in which each frame of a video is marked as an image is.
+FRAMED = re.compile(r"minicpmv4_7")
 # Models in which the placeholders of images also stand for videos.
 AS_IMAGES = re.compile(r"glm|nemotron_h_omni")
 

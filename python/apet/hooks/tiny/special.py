@@ -83,7 +83,8 @@ SPECIAL: Mapping[str, Mapping[str, Any]] = {
     },
     "minicpm_ocr": _MINICPM,
     "minicpmv4_6": _MINICPM,
-    "minicpmv4_7": _MINICPM,
+    "minicpmv4_7": _MINICPM
+    | {"image_start_id": START, "image_end_id": END, "slice_start_id": 120, "slice_end_id": 121, "newline_id": 122},
     "muse_glimmer": {"out_hidden_size": 128},
     "muse_spark": {
         "out_hidden_size": 128,

@@ -1,0 +1,14 @@
+// x86-64 with AMX: bfloat16 is multiplied in tiles. The other dtypes gain nothing here and use the loops of the
+// instruction set before. With APET_TILE_TWIN the tiles are plain C++ (tiles.h).
+#define APET_ISA amx
+#define APET_TILES
+#include "loops.h"
+
+const apet::cpu::Kernels* apet::cpu::amx_kernels(apet_dtype dtype) {
+  if (dtype == APET_BFLOAT16) return amx::table<amx::Bf16Tiles>();
+#if defined(__AVX512F__)
+  return avx512_kernels(dtype);
+#else
+  return generic_kernels(dtype);
+#endif
+}

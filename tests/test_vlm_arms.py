@@ -1,0 +1,207 @@
+"""The arms of the study on a vision-language model: their rows, those that no op has, and what some of them need."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from apet_kernels import reference
+from benchmarks.vlm import arms, evaluation, features, packing
+from tests.test_vlm import made_of
+from tests.test_vlm_model import packer, some_pictures, untrained  # noqa: F401 (fixtures)
+
+pytestmark = pytest.mark.rest  # a study, and no part of the package
+
+
+def batch(pictures: int = 2, tokens: int = 256, width: int = 32) -> arms.Batch:
+    g = torch.Generator().manual_seed(1)
+    x = torch.randn(pictures, tokens, width, generator=g) + torch.randn(pictures, 1, width, generator=g)
+    return arms.Batch(x, 0, *torch.rand(2, pictures, tokens, generator=g))
+
+
+@pytest.mark.parametrize("keep", [16, 32, 128])
+@pytest.mark.parametrize("name", arms.ARMS)
+def test_every_arm_returns_as_many_rows_as_it_may(name: str, keep: int) -> None:
+    some = batch()
+    before = some.x.clone()
+    rows = arms.ARMS[name](some, keep)
+    assert (rows.shape, rows.dtype) == ((2, keep, 32), torch.float32)
+    assert rows.isfinite().all()
+    assert torch.equal(some.x, before)
+    assert not torch.equal(rows[0], rows[1])
+
+
+def test_arms_without_a_budget() -> None:
+    some = batch(pictures=3)
+    assert torch.equal(arms.WHOLE[arms.FULL](some, 256), some.x)
+    assert arms.WHOLE[arms.NONE](some, 256).shape == (3, 0, 32)
+    assert torch.equal(arms.WHOLE[arms.OTHER](some, 256), some.x[[2, 0, 1]])
+
+
+def test_which_arms_need_what() -> None:
+    some = batch(tokens=64)
+    for field, named in (("attention", arms.NEED_ATTENTION), ("relevance", arms.BY_QUESTION)):
+        without = arms.Batch(**{**vars(some), field: None})
+        assert named < set(arms.ARMS)
+        for name, arm in arms.ARMS.items():
+            if name in named:
+                with pytest.raises(ValueError, match=rf"^{field} must be \[2, 64\]"):
+                    arm(without, 16)
+            else:
+                assert torch.equal(arm(without, 16), arm(some, 16))
+
+
+def cosine(a: np.ndarray, b: np.ndarray) -> float:
+    return float(a @ b / np.linalg.norm(a) / np.linalg.norm(b))
+
+
+def merged(image: np.ndarray, kept: list[int], least: float) -> np.ndarray:
+    """Returns the mean of each kept token and of the dropped ones that resemble it most, and enough."""
+    groups = {k: [k] for k in kept}
+    for n in set(range(len(image))) - set(kept):
+        best = max(kept, key=lambda k: cosine(image[n], image[k]))
+        if cosine(image[n], image[best]) >= least:
+            groups[best].append(n)
+    return np.stack([image[groups[k]].mean(0) for k in kept])
+
+
+def test_threshold_loses_what_resembles_no_kept_token() -> None:
+    some = batch(tokens=64)
+    rows = arms.threshold(some, 20)
+    _, kept = reference.compress(some.x, 20, None, select="qr", refine=2)
+    for b, image in enumerate(some.x.double().numpy()):
+        np.testing.assert_allclose(rows[b].numpy(), merged(image, kept[b].tolist(), 0.5), atol=1e-5)
+    lost = (rows - arms.ARMS["qr refine 2"](some, 20)).abs().amax(-1) > 0.01  # [B, K]
+    assert 0 < lost.sum() < lost.numel()
+
+
+def distinct_picks(image: np.ndarray, keep: int) -> list[int]:
+    """The rule of docs/algorithm.md, "In rounds", with a factor on the value by which tokens are picked, and two medoid
+    steps; residuals are those of least squares."""
+    N = len(image)
+    factor = [1 - np.mean([cosine(a, b) for b in image]) for a in image]
+
+    def value(n: int, taken: list[int]) -> float:
+        left = image[n]
+        if taken:
+            left = left - image[taken].T @ np.linalg.lstsq(image[taken].T, image[n], rcond=None)[0]
+        return float(factor[n] * (left @ left))
+
+    taken: list[int] = []
+    for t in range(4):
+        size = (t + 1) * keep // 4 - t * keep // 4
+        at = {n: value(n, taken) for n in range(N) if n not in taken}
+        pool = sorted(at, key=lambda n: -at[n])[: 2 * size]
+        for _ in range(size):
+            taken.append(max((n for n in pool if n not in taken), key=lambda n: value(n, taken)))
+    for _ in range(2):
+        nearest = [
+            n if n in taken else min(taken, key=lambda k, n=n: np.linalg.norm(image[n] - image[k])) for n in range(N)
+        ]
+        groups = [[n for n in range(N) if nearest[n] == k] for k in taken]
+        taken = [min(g, key=lambda n, g=g: np.linalg.norm(image[n] - image[g].mean(0))) for g in groups]
+    return sorted(taken)
+
+
+def test_distinct_picks_by_the_residual_times_the_factor() -> None:
+    some = batch(tokens=64)
+    rows, plain = arms.distinct(some, 20), arms.ARMS["qr refine 2"](some, 20)
+    for b, image in enumerate(some.x.double().numpy()):
+        np.testing.assert_allclose(rows[b].numpy(), merged(image, distinct_picks(image, 20), -1), atol=1e-5)
+    assert not torch.equal(rows, plain)
+
+
+def test_distinct_takes_copies_of_one_token() -> None:
+    assert torch.equal(arms.distinct(arms.Batch(torch.ones(1, 32, 8)), 20), torch.ones(1, 20, 8))
+
+
+# ---- relevance: every question has its own tokens
+
+
+def test_relevance_is_the_mean_cosine_with_the_words_of_the_question(
+    untrained: Any,  # noqa: F811
+    packer: packing.Packer,  # noqa: F811
+) -> None:
+    split = some_pictures(2)
+    x, asked = features.to_torch(split.tokens), [picture.questions[0] for picture in split.pictures]
+    got = packing.relevance(untrained, packer, x, asked)
+    table = untrained.get_input_embeddings().weight.detach().double().numpy()
+    with torch.inference_mode():
+        visual = untrained.model.multi_modal_projector(x).double().numpy()
+    for b, one in enumerate(asked):
+        ids = packer.encode(one.text)
+        want = [np.mean([cosine(token, table[i]) for i in ids]) for token in visual[b, :20]]
+        np.testing.assert_allclose(got[b, :20].numpy(), want, atol=1e-5)
+
+
+def test_a_question_is_answered_from_its_own_tokens(
+    untrained: Any,  # noqa: F811
+    packer: packing.Packer,  # noqa: F811
+) -> None:
+    split = some_pictures(3)
+    said = evaluation.answers(untrained, packer, split, "cdpruner", 16)
+    kept = set()
+    for i, picture in enumerate(split.pictures):
+        asked = evaluation.chosen(picture.questions)
+        assert len(said[i]) == len(asked)
+        x = features.to_torch(split.tokens[i : i + 1])
+        for one, got in zip(asked, said[i], strict=True):
+            some = arms.Batch(x, relevance=packing.relevance(untrained, packer, x, [one]))
+            rows = arms.ARMS["cdpruner"](some, 16)
+            assert packing.answer(untrained, packer, rows, [[one]]) == [[got]]
+            kept.add(tuple(rows[0, :, 0].tolist()))
+    assert len(kept) > len(split.pictures)  # not one set for each picture
+
+
+# ---- attention
+
+
+def test_attention_is_computed_of_the_same_pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Encoder:
+        def encode(self, views: list[Image.Image]) -> torch.Tensor:
+            return Eye().look(np.stack([np.asarray(view) for view in views]))[0][:, 0]
+
+    class Eye:
+        def __init__(self, layers: tuple[int, ...] = ()) -> None:
+            assert layers in ((), (features.LAYER,))
+
+        def look(self, pixels: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
+            means = torch.from_numpy(pixels.mean((1, 2, 3))).float().view(-1, 1, 1, 1)
+            attention = means[..., 0] + torch.arange(features.TOKENS)
+            return means.expand(-1, 1, features.TOKENS, features.WIDTH), attention
+
+    monkeypatch.setattr(features.encoders, "load", lambda **_: Encoder())
+    monkeypatch.setattr(features.sources, "load", lambda split, photos: made_of(split))
+    monkeypatch.setattr(features, "Eye", Eye)
+    monkeypatch.setattr(features, "BATCH", 2)
+    features.extract(tmp_path, "val", 3, 0)
+    tokens = (tmp_path / "val.f16").read_bytes()
+    features.attend(tmp_path, "val", 0)
+    features.extract(tmp_path, "val", 5, 0)
+    assert features.read(tmp_path, "val").attention is None  # of three of five
+    with open(tmp_path / "val.attention.f32", "r+b") as file:
+        file.truncate(features.TOKENS * 4 + 10)  # stopped in the second
+    features.attend(tmp_path, "val", 0)
+    split = features.read(tmp_path, "val")
+    assert split.attention is not None
+    assert (split.attention.shape, split.attention.dtype) == ((5, features.TOKENS), np.float32)
+    means = [features.make(made_of("val"), 0, n)[0].pixels.mean() for n in range(5)]
+    np.testing.assert_allclose(split.attention, np.array(means)[:, None] + np.arange(features.TOKENS), rtol=1e-5)
+    assert (tmp_path / "val.f16").read_bytes()[: len(tokens)] == tokens
+    assert split.first(2).attention.shape == (2, features.TOKENS)  # type: ignore[union-attr]
+    (tmp_path / "val.attention.f32").unlink()
+    with pytest.raises(ValueError, match="seed=1: pictures from 0 on are not those of split 'val'"):
+        features.attend(tmp_path, "val", 1)
+
+
+def test_missing_attention_is_told_before_anything_is_asked(tmp_path: Path) -> None:
+    with pytest.raises(
+        FileNotFoundError, match=r"'scope' needs the class token's attention: python -m benchmarks\.vlm"
+    ):
+        evaluation.evaluate(None, None, some_pictures(1), ["default", "scope"], [16], tmp_path / "out")  # type: ignore[arg-type]
+    assert not (tmp_path / "out").exists()
