@@ -270,20 +270,26 @@ def test_editable(with_torch: Path, source: Path, isolation: bool):
 
 @pytest.mark.slow
 def test_compiles_for_arm(with_torch: Path, tmp_path: Path):
-    """Configured as setup.py does it, for another processor: libapet with every instruction set, and its binding to
-    torch, which cannot be linked, because this torch is for x86-64. tests/test_arm.py runs the library."""
+    """Configured as setup.py does it, for another processor: libapet with every instruction set, and the objects of
+    what cannot be linked, because torch and Python are for this one (whose Python.h serves). tests/test_arm.py runs
+    the library."""
     if not shutil.which(arm.COMPILER):
         pytest.skip(f"{arm.COMPILER} is not installed (Debian: g++-aarch64-linux-gnu)")
     cmake, ninja = (with_torch.with_name(name) for name in ("cmake", "ninja"))
     pybind11 = run(with_torch, "-c", "import pybind11; print(pybind11.get_cmake_dir())").strip()
-    torch = run(with_torch, "-c", "import torch; print(torch.__path__[0])").strip()
-    variables = {"APET_PYTHON": "ON", "TORCH_DIR": torch, "pybind11_DIR": pybind11, "Python_EXECUTABLE": with_torch}
+    find = "from importlib.util import find_spec; print(find_spec('torch').submodule_search_locations[0])"
+    headers = run(with_torch, "-c", "import sysconfig; print(sysconfig.get_path('include'))").strip()
+    variables = {"APET_PYTHON": "ON", "TORCH_DIR": run(with_torch, "-c", find).strip(), "pybind11_DIR": pybind11}
+    variables |= {"Python_EXECUTABLE": with_torch, "Python_INCLUDE_DIR": headers}
     variables |= {"CMAKE_MAKE_PROGRAM": ninja, "CMAKE_CXX_FLAGS": "-Werror"}
     options = [*arm.CMAKE_OPTIONS, *(f"-D{name}={value}" for name, value in variables.items())]
     run(cmake, "-S", ROOT, "-B", tmp_path, "-G", "Ninja", *options)
     (isas,) = re.findall(r'APET_BUILD_ISAS "(.*)"', (tmp_path / "generated/build_info.h").read_text())
     assert tuple(isas.split()) == arm.ISAS
-    run(cmake, "--build", tmp_path, "--target", "apet", "CMakeFiles/apet_torch.dir/csrc/torch_binding.cpp.o")
+    objects = [
+        f"CMakeFiles/{name}.cpp.o" for name in ("apet_torch.dir/csrc/torch_binding", "_host.dir/csrc/host_module")
+    ]
+    run(cmake, "--build", tmp_path, "--target", "apet", *objects)
     (library,) = tmp_path.rglob("libapet.so")
     assert "AArch64" in run("readelf", "-h", library)
     assert exported(library) == declared_for("libapet")
