@@ -77,7 +77,7 @@ test-all:  ## everything that has to pass before a change is taken: what follows
 	seconds=$$(($$(date +%s) - begin)); echo "== all passed in $$((seconds / 60)) min $$((seconds % 60)) s"
 
 test-slow: $(VENV)/installed-dev sanitize  ## tests that take too long for `make test` (with SLOW=slow whole grids, hours)
-	$(pytest) -m "$(SLOW)"
+	$(bin)/python -m pytest -q -n $(WORKERS) --dist loadgroup -m "$(SLOW)"
 
 # The newest 4.x in front of the installed 5.x, with what it needs of its own; no second torch.
 .build/transformers4: requirements/transformers4.txt | $(VENV)/installed-test

@@ -224,6 +224,7 @@ def dry_run(module: str, *options: str) -> str:
 
 @needs_triton
 @pytest.mark.slow
+@pytest.mark.matrix
 def test_dry_run_of_the_benchmark(tmp_path):
     """Every figure of one case, with interpreted kernels."""
     file = tmp_path / "gpu.json"
@@ -244,6 +245,7 @@ def test_dry_run_of_the_benchmark(tmp_path):
 
 @needs_triton
 @pytest.mark.slow
+@pytest.mark.matrix
 def test_dry_run_of_tuning():
     said = dry_run("tune", "--only", "float32")
     assert "('interpreter', 16, 4): Tiles(sweep_n=" in said.splitlines()[-1]

@@ -31,7 +31,11 @@ from tests.test_packaging_setup import COMMANDS
 from tests.tools import sass
 
 ROOT = Path(__file__).parents[1]
-
+# Its tests install into the same environments, one after another.
+pytestmark = pytest.mark.xdist_group("installs")
+ISOLATION = pytest.mark.parametrize(
+    "isolation", [pytest.param(True, id="isolated", marks=pytest.mark.matrix), pytest.param(False, id="not-isolated")]
+)
 
 CHECK_KERNELS = """
 import warnings; warnings.simplefilter("error")
@@ -142,7 +146,7 @@ def test_sdist_builds_and_tests_and_knows_its_commit(source: Path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("isolation", [True, False], ids=["isolated", "not-isolated"])
+@ISOLATION
 def test_wheel_with_torch(with_torch: Path, source: Path, tmp_path: Path, isolation: bool):
     wheel, said = build_wheel(with_torch, source, tmp_path, *([] if isolation else ["--no-build-isolation"]))
     assert "Collecting torch" not in said
@@ -256,7 +260,7 @@ def test_a_compilers_error_ends_the_build_in_its_own_words(with_torch: Path, sou
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("isolation", [True, False], ids=["isolated", "not-isolated"])
+@ISOLATION
 def test_editable(with_torch: Path, source: Path, isolation: bool):
     options = [] if isolation else ["--no-build-isolation"]
     run(with_torch, "-m", "pip", "install", "--no-deps", *options, "--editable", source)

@@ -19,9 +19,8 @@ def family(request: pytest.FixtureRequest) -> families.Family:
     return families.FAMILIES[request.param]
 
 
-# The hooks of families differ only in their adapters, and tests of the common code take long. So `make test` runs these
-# functions on every family, and the others on three that differ most (one image, tiles, M-RoPE).
-THREE = ("llava", "llava_next", "qwen2_5_vl")
+# Tests of the code that all families share take long. So `make test` runs these functions on every family, and the
+# others on `families.THREE`.
 EVERY_FAMILY = {
     *("test_batch", "test_forward", "test_positions", "test_presets", "test_second_turn"),
     *("test_generate_of_the_class", "test_unpatch_leaves_nothing", "test_report", "test_picture"),
@@ -33,7 +32,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         family = getattr(item, "callspec", None) and item.callspec.params.get("family")
         name = family.name if isinstance(family, families.Family) else family
-        if name in families.FAMILIES and name not in THREE and item.originalname not in EVERY_FAMILY:
+        if name in families.FAMILIES and name not in families.THREE and item.originalname not in EVERY_FAMILY:
             item.add_marker(pytest.mark.slow)
 
 

@@ -73,6 +73,8 @@ OTHERS = {
     "gemma3": Family("gemma3", "Gemma3ForConditionalGeneration", video=False),
     "postcard": Family("postcard", "PostcardForGeneration", video=False, parts=("album", "reader")),
 }
+# The hooks of families differ only in their adapters. These differ most (one image, tiles, M-RoPE).
+THREE = ("llava", "llava_next", "qwen2_5_vl")
 
 
 def core(model: PreTrainedModel) -> nn.Module:

@@ -10,7 +10,7 @@ import pytest
 import torch
 import transformers
 from conversations import collate
-from families import FAMILIES, TAKES_CACHE_POSITION, UNSAID, build, shared, twin
+from families import FAMILIES, TAKES_CACHE_POSITION, THREE, UNSAID, build, shared, twin
 from recompute import expected
 from running import BOTH, FIRST, TOLERANCE, Said, conversation, judge
 from torch import fx
@@ -34,12 +34,13 @@ class Graphs:
 
 # Compiling takes seconds, so `make test` runs one loop; tests/hooks/test_wrappers.py compiles `generate`.
 DAILY = (("qwen2_5_vl", "both"),)
+SLOW = {name: [pytest.mark.slow] if name in THREE else [pytest.mark.slow, pytest.mark.matrix] for name in FAMILIES}
 LOOPS = [
-    pytest.param(name, options, id=f"{name}-{stage}", marks=() if (name, stage) in DAILY else pytest.mark.slow)
+    pytest.param(name, options, id=f"{name}-{stage}", marks=() if (name, stage) in DAILY else SLOW[name])
     for name in FAMILIES
     for stage, options in (("first", FIRST), ("both", BOTH))
 ]
-SOME = [pytest.param(name, marks=pytest.mark.slow) for name in FAMILIES]
+SOME = [pytest.param(name, marks=SLOW[name]) for name in FAMILIES]
 
 
 @pytest.fixture
