@@ -229,16 +229,16 @@ FAULTS = {
         "vcvt_f16_f32((float32x4_t)((U)v & 0xffffe000))",
     ),
     "one product of a pair left out": (
-        "vector.h",
+        "elements.h",
         "(bfloat16x8_t)a, (bfloat16x8_t)b",
         "(bfloat16x8_t)((U)a & 0xffff), (bfloat16x8_t)b",
     ),
     "what follows the last feature": (
-        "vector.h",
-        "T full[N] = {};",
-        "T full[N];\n    __builtin_memset(full, 0x3f, sizeof full);",
+        "elements.h",
+        "full[i] = p[i];\n    return get(full);\n  }\n  static inline float32x2_t",
+        "full[i] = p[i];\n    for (; n < N; n++) full[n] = p[0];\n    return get(full);\n  }\n  static inline float32x2_t",
     ),
-    "too long a chain of bfdot": ("vector.h", "kChain = 64", "kChain = 2048"),
+    "too long a chain of bfdot": ("elements.h", "kChain = 64", "kChain = 2048"),
     "a panel of 3 vectors taken for 2": ("product.h", "case 3: use(Width<3>{}", "case 3: use(Width<2>{}"),
     "BF16 on every processor": ("isa.cpp", "getauxval(AT_HWCAP2) >> 14 & 1", "1"),
 }

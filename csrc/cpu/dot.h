@@ -15,7 +15,7 @@
 //
 // Included by loops.h alone, inside the namespace of its instruction set.
 #pragma once
-#include "vector.h"
+#include "elements.h"
 
 constexpr int kGroup = 4;
 constexpr int kSums = 2;
