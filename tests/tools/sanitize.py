@@ -20,7 +20,16 @@ FOLDER = ROOT / "build/sanitized"
 
 # Tests of the source tree, of benchmarks, of the command line, of models and of GPU kernels are left out, because they
 # do not run the CPU library's code. tests/test_cuda_simt.py has its own sanitized builds.
-NOT_THE_LIBRARY = ["test_cli*.py", "test_layering.py", "test_library_*.py", "test_packaging*.py", "test_sass.py"]
+NOT_THE_LIBRARY = [
+    "__pycache__",
+    "test_arm.py",
+    "test_tiles.py",
+    "test_cli*.py",
+    "test_layering.py",
+    "test_library_*.py",
+    "test_packaging*.py",
+    "test_sass.py",
+]
 NOT_THE_LIBRARY += ["test_threads.py", "test_arm.py", "test_alternatives.py", "test_benchmark*.py", "test_quality.py"]
 NOT_THE_LIBRARY += ["test_floors.py", "test_gpu*.py", "test_triton_*.py", "test_cuda_*.py", "test_simt.py"]
 NOT_THE_LIBRARY += ["hooks", "vllm", "test_eval.py", "explore", "test_reload.py", "test_ptx.py", "test_estimates.py"]
@@ -42,7 +51,8 @@ def library(name: str) -> str:
 
 def not_the_library(folder: str, names: list[str]) -> set[str]:
     """Returns the names in a folder of tests that are listed above, or that import benchmarks."""
-    tests = {name for name in names if name.startswith("test_") and BENCHMARKS.search(Path(folder, name).read_text())}
+    sources = [name for name in names if name.startswith("test_") and name.endswith(".py")]
+    tests = {name for name in sources if BENCHMARKS.search(Path(folder, name).read_text())}
     return shutil.ignore_patterns(*NOT_THE_LIBRARY)(folder, names) | tests
 
 
