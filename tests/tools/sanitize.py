@@ -20,19 +20,11 @@ FOLDER = ROOT / "build/sanitized"
 
 # Tests of the source tree, of benchmarks, of the command line, of models and of GPU kernels are left out, because they
 # do not run the CPU library's code. tests/test_cuda_simt.py has its own sanitized builds.
-NOT_THE_LIBRARY = [
-    "__pycache__",
-    "test_arm.py",
-    "test_tiles.py",
-    "test_cli*.py",
-    "test_layering.py",
-    "test_library_*.py",
-    "test_packaging*.py",
-    "test_sass.py",
-]
-NOT_THE_LIBRARY += ["test_threads.py", "test_arm.py", "test_alternatives.py", "test_benchmark*.py", "test_quality.py"]
+NOT_THE_LIBRARY = ["__pycache__", "test_cli*.py", "test_layering.py", "test_library_*.py", "test_packaging*.py"]
+NOT_THE_LIBRARY += ["test_threads.py", "test_arm.py", "test_tiles.py", "test_alternatives.py", "test_benchmark*.py"]
 NOT_THE_LIBRARY += ["test_floors.py", "test_gpu*.py", "test_triton_*.py", "test_cuda_*.py", "test_simt.py"]
 NOT_THE_LIBRARY += ["hooks", "vllm", "test_eval.py", "explore", "test_reload.py", "test_ptx.py", "test_estimates.py"]
+NOT_THE_LIBRARY += ["test_sass.py", "test_quality.py"]
 BENCHMARKS = re.compile(r"^(?:from|import) benchmarks\b", re.MULTILINE)  # which are not installed
 
 # A tensor of 65 tokens in memory that holds 64, so that the kernel reads past its end.
