@@ -6,11 +6,11 @@ its program.
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -28,25 +28,24 @@ from tests import (
     test_s5_merge,
 )
 from tests.binaries import run
-from tests.library.copies import CMAKE, SOURCES
+from tests.library.copies import CMAKE, CSRC, SOURCES
 from tests.library.copies import ISAS as NUMBERED
 from tests.simt import abi
 from tests.simt.call import CASES, NAMES, Case, reach
 
-MODULES: tuple[ModuleType, ...] = (
-    test_hostile,
-    test_invariance,
-    test_layouts,
-    test_reference_published,
-    test_rounds,
-    test_s1_basis,
-    test_s3_residual,
-    test_s4_topk,
-    test_s5_merge,
-)
 BACKEND_TESTS: dict[str, Callable[..., None]] = {
     f"{module.__name__.rpartition('.')[2]}__{name.removeprefix('test_')}": test
-    for module in MODULES
+    for module in (
+        test_hostile,
+        test_invariance,
+        test_layouts,
+        test_reference_published,
+        test_rounds,
+        test_s1_basis,
+        test_s3_residual,
+        test_s4_topk,
+        test_s5_merge,
+    )
     for name, test in vars(module).items()
     if name.startswith("test_") and "backend" in test.__code__.co_varnames[: test.__code__.co_argcount]
 }
@@ -59,6 +58,16 @@ def make(folder: Path, compiler: str, csrc: Path, *options: str) -> Path:
     flags = ["-std=c++17", "-O2", "-Wall", "-Wextra", "-Werror", "-pthread", "-DAPET_STATIC", f"-I{csrc}"]
     run(compiler, *flags, SOURCES / "calls.cpp", folder / "libapet.a", "-o", folder / "calls")
     return folder / "calls"
+
+
+def with_fault(folder: Path, name: str, old: str, new: str) -> Path:
+    """Copies csrc/ into the folder, with other text in the one place of cpu/`name` that reads `old`."""
+    source = shutil.copytree(CSRC, folder / "csrc")
+    file = source / "cpu" / name
+    text = file.read_text()
+    assert text.count(old) == 1
+    file.write_text(text.replace(old, new))
+    return source
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,6 @@ that all backends share run on it too, a point of each grid.
 from __future__ import annotations
 
 import functools
-import shutil
 from pathlib import Path
 
 import pytest
@@ -18,9 +17,9 @@ from tests.arm import COMPILER, ISAS, WITH_BF16, WITHOUT_BF16, emulated, make, m
 from tests.binaries import run
 from tests.conftest import FUNCTIONS, Backend
 from tests.data import DTYPES, offsets, tokens
-from tests.elsewhere import BACKEND_TESTS, Functions
+from tests.elsewhere import BACKEND_TESTS, Functions, with_fault
 from tests.judge import assert_same, check, check_merge
-from tests.library.copies import CSRC, built
+from tests.library.copies import built
 from tests.simt.abi import status_numbers
 from tests.simt.call import compress_case
 
@@ -255,13 +254,7 @@ def some_of_the_tests() -> None:
 @pytest.mark.matrix
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_planted_fault_is_noticed(fault: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    name, old, new = FAULTS[fault]
-    source = shutil.copytree(CSRC, tmp_path / "csrc")
-    file = source / "cpu" / name
-    text = file.read_text()
-    assert text.count(old) == 1
-    file.write_text(text.replace(old, new))
-    make(tmp_path / "build", source, "-DCMAKE_CXX_FLAGS_RELEASE=-O1")
+    make(tmp_path / "build", with_fault(tmp_path, *FAULTS[fault]), "-DCMAKE_CXX_FLAGS_RELEASE=-O1")
     changed = functools.cache(lambda model: emulated(model, tmp_path / "build"))
     monkeypatch.setitem(globals(), "processor", changed)
     with pytest.raises((AssertionError, RuntimeError)):

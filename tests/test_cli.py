@@ -131,7 +131,7 @@ def test_choices_are_those_of_the_op() -> None:
     assert get_args(arguments.Backend) == options.BACKENDS
 
 
-def test_refused_op_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rejected_op_is_one_message(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: object, **__: object) -> None:
         raise RuntimeError("keep=700 exceeds the 576 tokens\nand a stack of frames")
 

@@ -7,7 +7,6 @@ the instructions.
 from __future__ import annotations
 
 import functools
-import shutil
 from pathlib import Path
 
 import pytest
@@ -17,7 +16,7 @@ from apet_kernels import testing
 from tests import elsewhere, test_similarity
 from tests.conftest import FUNCTIONS, Backend
 from tests.data import offsets, tokens
-from tests.elsewhere import BACKEND_TESTS, Functions, Program
+from tests.elsewhere import BACKEND_TESTS, Functions, Program, with_fault
 from tests.judge import assert_same, check
 from tests.library.copies import CSRC, built, needs_sources
 
@@ -131,13 +130,7 @@ def judge_all() -> None:
 @pytest.mark.matrix
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_planted_fault_is_noticed(fault: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    name, old, new = FAULTS[fault]
-    source = shutil.copytree(CSRC, tmp_path / "csrc")
-    file = source / "cpu" / name
-    text = file.read_text()
-    assert text.count(old) == 1
-    file.write_text(text.replace(old, new))
-    make("portable", tmp_path / "build", source)
+    make("portable", tmp_path / "build", with_fault(tmp_path, *FAULTS[fault]))
     changed = Program(tmp_path / "build/calls")
     monkeypatch.setitem(globals(), "program", lambda _: changed)
     with pytest.raises(AssertionError):

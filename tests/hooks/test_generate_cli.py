@@ -317,7 +317,7 @@ def test_wrong_models(llava: Path, photos: list[Path], tmp_path: Path, monkeypat
     assert re.search(r"lacks \d+ of its weights", failed("generate", "--model", folder, *rest))
 
 
-def test_no_memory_is_a_sentence(llava: Path, photos: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_memory_is_one_message(llava: Path, photos: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
     def generate(self: PreTrainedModel, **_: object) -> None:
         raise torch.OutOfMemoryError("out of memory: tried to allocate 9 GiB\nand a long list of advice")
 
