@@ -14,7 +14,7 @@ namespace apet::cpu {
 namespace {
 
 #if defined(APET_HAVE_AMX) && !defined(APET_TILE_TWIN)
-// Linux has every process ask before it uses tiles, since they add 8 KB to the state of a thread.
+// Linux requires a process to request permission before it uses tiles, which add 8 KB to the state of a thread.
 bool tiles_permitted() {
 #if defined(__linux__)
   constexpr long kRequest = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA

@@ -73,7 +73,7 @@ const Kernels* generic_kernels(apet_dtype);
 const Kernels* avx2_kernels(apet_dtype);
 const Kernels* avx512_kernels(apet_dtype);
 const Kernels* avx512_bf16_kernels(apet_dtype);  // for dtypes other than bfloat16 it is avx512's table
-const Kernels* amx_kernels(apet_dtype);          // the same
+const Kernels* amx_kernels(apet_dtype);          // for dtypes other than bfloat16 it is avx512's table
 const Kernels* neon_kernels(apet_dtype);
 const Kernels* neon_bf16_kernels(apet_dtype);  // for dtypes other than bfloat16 it is neon's table
 

@@ -74,7 +74,7 @@ def _placeholders(
     name = config.model_type
     kind = 1 + (modality == "video")
     seen_as = "image" if AS_IMAGES.match(name) else modality
-    framed, stamped = (modality == "video" and bool(names.match(name)) for names in (FRAMED, STAMPED))
+    framed, stamped = (modality == "video" and bool(models.match(name)) for models in (FRAMED, STAMPED))
     marks = ("vision", "image" if framed else seen_as)
     start, end = (
         next(([found] for n in marks if (found := token(config, f"{n}_{e}")) is not None), []) for e in ("start", "end")
