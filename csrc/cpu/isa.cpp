@@ -18,7 +18,7 @@ namespace {
 bool tiles_permitted() {
 #if defined(__linux__)
   constexpr long kRequest = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
-  static const bool permitted = syscall(SYS_arch_prctl, kRequest, kTileData) == 0;
+  static const bool permitted = syscall(SYS_arch_prctl, kRequest, kTileData) == 0 && tiles_are_right();
   return permitted;
 #else
   return false;
@@ -43,7 +43,7 @@ bool available(apet_isa isa) {
 #endif
 #ifdef APET_HAVE_AMX
 #ifdef APET_TILE_TWIN
-    case APET_ISA_AMX: return true;
+    case APET_ISA_AMX: return tiles_are_right();
 #else
     case APET_ISA_AMX:
       return available(APET_ISA_AVX512_BF16) && __builtin_cpu_supports("amx-tile") &&

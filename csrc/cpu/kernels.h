@@ -74,6 +74,7 @@ const Kernels* avx2_kernels(apet_dtype);
 const Kernels* avx512_kernels(apet_dtype);
 const Kernels* avx512_bf16_kernels(apet_dtype);  // for dtypes other than bfloat16 it is avx512's table
 const Kernels* amx_kernels(apet_dtype);          // for dtypes other than bfloat16 it is avx512's table
+bool tiles_are_right() noexcept;  // whether a product in tiles is what it has to be, where the processor and Linux allow tiles
 const Kernels* neon_kernels(apet_dtype);
 const Kernels* neon_bf16_kernels(apet_dtype);  // for dtypes other than bfloat16 it is neon's table
 
