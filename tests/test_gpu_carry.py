@@ -60,10 +60,9 @@ needs_nvcc = pytest.mark.skipif(sass.nvcc() is None, reason="there is no nvcc")
 
 
 @needs_nvcc
+@pytest.mark.matrix
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "direct", [pytest.param(False, id="cmake", marks=pytest.mark.matrix), pytest.param(True, id="direct")]
-)
+@pytest.mark.parametrize("direct", [False, True], ids=["cmake", "direct"])
 def test_libraries_are_built_and_bind_to_torch_alone(tmp_path, monkeypatch, direct):
     """Every undefined symbol of the binding is torch's, the CUDA library's, or the system's."""
     if direct:

@@ -236,6 +236,7 @@ def test_the_cuda_library_is_found_where_it_is_installed(tmp_path: Path, shared:
 
 
 @needs_nvcc
+@pytest.mark.matrix
 @pytest.mark.slow
 def test_the_cuda_library_is_built_by_hand(tmp_path: Path):
     copy_listed(tmp_path, "cpu", "cuda")

@@ -31,8 +31,6 @@ from tests.test_packaging_setup import COMMANDS
 from tests.tools import sass
 
 ROOT = Path(__file__).parents[1]
-# Its tests install into the same environments, one after another.
-pytestmark = pytest.mark.xdist_group("installs")
 ISOLATION = pytest.mark.parametrize(
     "isolation", [pytest.param(True, id="isolated", marks=pytest.mark.matrix), pytest.param(False, id="not-isolated")]
 )

@@ -36,6 +36,7 @@ def test_a_call():
     assert apart.barriers == 2
 
 
+@pytest.mark.matrix
 @pytest.mark.slow  # compiles the library
 def test_the_benchmark(monkeypatch, capsys):
     only = ["--only", "1x576x1024 keep 64 float32", "inplace"]

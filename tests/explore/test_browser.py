@@ -252,14 +252,15 @@ def test_every_control_has_a_name(page: Page) -> None:
     assert unnamed == []
 
 
-def test_ten_tabs(chromium: Any, address: str) -> None:
+@pytest.mark.parametrize("count", [3, pytest.param(10, marks=pytest.mark.matrix)])
+def test_tabs(chromium: Any, address: str, count: int) -> None:
     """Each tab has its own settings and moves its slider before the others have their result; each shows its own."""
     with contextlib.ExitStack() as tabs:
-        pages = [tabs.enter_context(Page(chromium, address, query=f"?keep={20 + n}")) for n in range(10)]
-        assert [len(page.view()["kept"]) for page in pages] == [20 + n for n in range(10)]
+        pages = [tabs.enter_context(Page(chromium, address, query=f"?keep={20 + n}")) for n in range(count)]
+        assert [len(page.view()["kept"]) for page in pages] == [20 + n for n in range(count)]
         for base in (40, 60):
             for n, page in enumerate(pages):
                 page.keep(base + n)
             for n, page in enumerate(pages):
                 page.until("document.querySelector('h2 b')?.textContent === given[0]", f"{base + n} tokens")
-            assert [len(page.view()["kept"]) for page in pages] == [base + n for n in range(10)]
+            assert [len(page.view()["kept"]) for page in pages] == [base + n for n in range(count)]

@@ -6,9 +6,11 @@ Without vLLM these tests are not collected.
 from __future__ import annotations
 
 import os
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -18,7 +20,8 @@ if not any(Path(place, "vllm", "__init__.py").exists() for place in sys.path):
 else:
     import tiny_models
     import torch
-    from engines import MROPE, SETTINGS, Served
+    from engines import MODELS, MROPE, SETTINGS, Served
+    from xdist.scheduler import LoadScopeScheduling
 
     os.environ |= SETTINGS
     torch.set_num_threads(1)
@@ -33,6 +36,17 @@ else:
             params = item.callspec.params if hasattr(item, "callspec") else {}
             if params.get("served", FIVE[0]) not in FIVE:
                 item.add_marker(pytest.mark.slow)
+
+    class ByModel(LoadScopeScheduling):
+        """Runs all tests of a model in one process, which starts its engine once, and the others by their files."""
+
+        def _split_scope(self, nodeid: str) -> str:
+            file, _, name = nodeid.partition("::")
+            parts = re.split(r"[][-]", name)
+            return next((model for model in MODELS if model in parts), file)
+
+    def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> LoadScopeScheduling:
+        return ByModel(config, log)
 
     @pytest.fixture(scope="session")
     def folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:

@@ -92,11 +92,6 @@ def prompt(
     return {**request, "mm_processor_kwargs": kwargs} if kwargs else request
 
 
-def named(folder: Path) -> str:
-    """Returns the name of the model in a folder. pytest's temporary folders have a number after the name."""
-    return folder.name if folder.name in MODELS else folder.name.removesuffix("0")
-
-
 @dataclass
 class Seen:
     """The inputs and outputs of the parts of a model, call after call."""

@@ -1,6 +1,6 @@
 """Prints as JSON the tokens that each of two ranks kept of the images of one request, and the answer.
 
-python tests/vllm/parallel.py FOLDER
+python tests/vllm/parallel.py NAME FOLDER
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import engines
 from engines import Served, picture, prompt
 
 
@@ -45,8 +44,7 @@ def answer(served: Served) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    folder = Path(sys.argv[1])
-    name = engines.named(folder)
+    name, folder = sys.argv[1], Path(sys.argv[2])
     two = {"tensor_parallel_size": 2, "distributed_executor_backend": "mp"}
     served = Served(name, folder, {"apet_keep": 1.0}, **two)
     served.llm.collective_rpc(note)

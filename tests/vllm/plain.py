@@ -1,8 +1,8 @@
 """Prints as JSON the tokens that vLLM generates without the plugin.
 
-    VLLM_PLUGINS= python tests/vllm/plain.py FOLDER...
+    VLLM_PLUGINS= python tests/vllm/plain.py NAME FOLDER
 
-The folders have the names of the models in them.
+NAME is the model's, as in tiny_models.py.
 """
 
 from __future__ import annotations
@@ -27,10 +27,7 @@ def requests(name: str) -> list[dict[str, Any]]:
 
 
 if __name__ == "__main__":
-    told = {}
-    for folder in map(Path, sys.argv[1:]):
-        name = engines.named(folder)
-        served = engines.Served(name, folder)
-        assert type(served.model).__module__.startswith("vllm."), f"{type(served.model)} is not vLLM's own"
-        told[name] = served.ids(*requests(name))
-    print("\n" + json.dumps(told))
+    name, folder = sys.argv[1:]
+    served = engines.Served(name, Path(folder))
+    assert type(served.model).__module__.startswith("vllm."), f"{type(served.model)} is not vLLM's own"
+    print("\n" + json.dumps(served.ids(*requests(name))))

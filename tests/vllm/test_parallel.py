@@ -18,7 +18,7 @@ from apet.vllm import compress
 def test_two_ranks_keep_the_same_tokens(served, folder: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch):
     """Two ranks answer as one does, to within rounding, since sums over the ranks have another order."""
     done = subprocess.run(
-        [sys.executable, Path(parallel.__file__), folder(served.name)],
+        [sys.executable, Path(parallel.__file__), served.name, folder(served.name)],
         env=os.environ | {"VLLM_ALLOW_INSECURE_SERIALIZATION": "1"},
         capture_output=True,
         text=True,
