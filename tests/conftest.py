@@ -203,26 +203,23 @@ def mark_points(points: int, items: list[pytest.Item]) -> None:
     """Marks all but `points` points of a test's grid, per backend, with `rest`: `make test` runs some points of every
     test, and `make test-rest` the others.
 
-    The families of models that only slow tests run have the same number of points each; the others are marked `matrix`.
+    Slow tests of a backend or of a family of models have the same number of points; the others are marked `matrix`.
     """
     for (name, backend, slow), grid in grids(items).items():
-        if points and (not slow or backend.startswith(FAMILY)):
+        if points and (backend or not slow):
             for item in set(grid) - spread(name, grid, points):
                 item.add_marker(pytest.mark.matrix if slow else pytest.mark.rest)
 
 
-FAMILY = "family "
-
-
 def grids(items: list[pytest.Item]) -> dict[tuple[str, str, bool], list[pytest.Item]]:
     """The tests by function, backend, and whether they are slow (slow ones are usually deselected); slow ones also by
-    family of models."""
+    family of models, in the place of the backend."""
     found: dict[tuple[str, str, bool], list[pytest.Item]] = {}
     for item in items:
         params = item.callspec.params if hasattr(item, "callspec") else {}
         backend, family = params.get("backend"), params.get("family")
         slow = item.get_closest_marker("slow") is not None
-        group = f"{FAMILY}{getattr(family, 'name', family)}" if slow and family else ""
+        group = str(getattr(family, "name", family)) if slow and family else ""
         key = (item.nodeid.partition("[")[0], backend if isinstance(backend, str) else group, slow)
         found.setdefault(key, []).append(item)
     return found

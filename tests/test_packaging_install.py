@@ -229,6 +229,7 @@ def test_the_command_for_uv_builds_the_kernels(with_torch: Path, source: Path):
     run(with_torch, "-I", "-c", CHECK_KERNELS)
 
 
+@pytest.mark.matrix  # `make wheel` runs the same command
 @pytest.mark.slow
 def test_the_command_for_build_builds_the_kernels(with_torch: Path, source: Path, tmp_path: Path):
     run(with_torch, "-m", "build", "--no-isolation", "--outdir", tmp_path, source)

@@ -69,9 +69,10 @@ def test_faults_are_seen():
         assert re.fullmatch(r"s1_s3_sweep.py:\d+:\d+ loads x by 2 bytes, 8192 by 128 threads", narrow[0])
 
 
-@pytest.mark.slow  # a minute
+@pytest.mark.matrix
+@pytest.mark.slow  # minutes
 def test_what_most_users_run():
-    """Three sizes on three GPUs, 64 kernels; `make test-slow SLOW=slow` compiles the others."""
+    """Three sizes on three GPUs, 64 kernels."""
     results = offline.compile_all(offline.SMOKE, smoke=True)
     assert {r.target for r in results} == set(offline.SMOKE)
     assert {r.kernel for r in results} == {
