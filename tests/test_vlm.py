@@ -108,7 +108,10 @@ def test_patches_name_the_characters_that_cover_them(coffee: sources.Sources) ->
             near = [t for t in scene.things if all(
                 t.box[a] < patch[a] + scenes.PATCH and patch[a] < t.box[a] + t.box[a + 2] + 1 for a in (0, 1)
             )]  # fmt: skip
-            assert any(chr(grid[row, column]) in thing.what for thing in near)
+            colour = scene.colours.reshape(scenes.GRID, scenes.GRID)[row, column]
+            named = "" if colour == 0 else scenes.COLOURS[colour - 1]
+            assert any(chr(grid[row, column]) in thing.what and named == thing.colour for thing in near)
+        assert not scene.colours[scene.patches == 0].any()
         for thing in scene.things:
             if thing.box[3] >= 2 * scenes.PATCH:  # each letter of a large word covers a patch
                 assert set(thing.what) <= {chr(code) for code in scene.patches}

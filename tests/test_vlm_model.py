@@ -13,7 +13,7 @@ import torch
 import transformers
 from PIL import Image
 
-from benchmarks.vlm import arms, evaluation, features, llava, packing, scenes, sources, training, words
+from benchmarks.vlm import alignment, arms, evaluation, features, llava, packing, scenes, sources, training, words
 from tests.test_vlm import made_of
 
 pytestmark = pytest.mark.rest  # a study, and no part of the package
@@ -48,7 +48,9 @@ def some_pictures(count: int, seed: int = 10) -> features.Split:
     at, made = made_of("test"), []
     for number in range(count):
         scene, asked = features.make(at, seed, number)
-        made.append(features.Picture(scene.photograph, scene.region, scene.patches.tolist(), asked))
+        made.append(
+            features.Picture(scene.photograph, scene.region, scene.patches.tolist(), scene.colours.tolist(), asked)
+        )
     tokens = np.random.default_rng(seed).standard_normal((count, features.TOKENS, features.WIDTH))
     return features.Split((tokens * 0.1).astype(np.float16), made)
 
@@ -59,7 +61,8 @@ def test_packed_questions_have_the_logits_that_each_has_alone(untrained: Any, pa
     rows = features.to_torch(split.tokens)[:, :40]
     packed = packer.pack(asked, 40, answers=True)
     with torch.inference_mode():
-        logits = untrained.lm_head(packing.hidden(untrained, packed, rows))
+        projected = untrained.model.multi_modal_projector(rows)
+        logits = untrained.lm_head(packing.hidden(untrained, packed, projected))
         for i, some in enumerate(asked):
             for number, one in enumerate(some, start=1):
                 at = packed.part[i] == number
@@ -163,7 +166,44 @@ def test_training_lowers_the_loss_on_what_it_sees(monkeypatch: pytest.MonkeyPatc
     run = training.Run(training.Plan(steps=12, cool=0, warm=1, pictures=2, at_once=2, questions=8))
     losses = [run.train(split) for _ in range(12)]
     assert losses[-1]["loss"] < 0.7 * losses[0]["loss"]
-    assert losses[-1]["patches"] < 0.7 * losses[0]["patches"]
+    assert losses[-1]["characters"] < 0.7 * losses[0]["characters"]
+
+
+def test_alignment_teaches_the_projector_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It lowers every loss, leaves the decoder as it is, and ends with rows as large as the embeddings."""
+    monkeypatch.setattr(llava, "trunk", dict)
+    split = some_pictures(2)
+    run = training.Run(training.Plan(align=60, pictures=2))
+    projector, table = run.model.model.multi_modal_projector, run.model.get_input_embeddings().weight
+    before = {name: weight.clone() for name, weight in run.model.state_dict().items()}
+    first = run.reader.losses(projector(features.to_torch(split.tokens)), table, split.pictures)
+    last = run.align(split)
+    assert all(last[name] < 0.8 * loss.item() for name, loss in first.items())
+    changed = {name for name, weight in run.model.state_dict().items() if not torch.equal(weight, before[name])}
+    assert {name.partition("multi_modal_projector")[0] for name in changed} == {"model."}
+    assert len(changed) == 4
+    torch.testing.assert_close(
+        projector(features.to_torch(split.tokens)).square().mean(), table.square().mean(), rtol=1e-4, atol=0
+    )
+
+
+def test_a_token_is_read_by_the_embeddings_of_words(packer: packing.Packer, coffee: sources.Sources) -> None:
+    """Rows that are the sums of the right words' embeddings lose less than those of other pictures."""
+    reader, draw = alignment.Reader(packer, 64), torch.Generator().manual_seed(0)
+    table = torch.randn(len(packer.tokenizer), 64, generator=draw).requires_grad_()
+    split = some_pictures(4)
+    says = [
+        table[reader.characters[reader.number[torch.tensor(picture.patches)]]]
+        + table[reader.colours[torch.tensor(picture.colours)]]
+        for picture in split.pictures
+    ]
+    rows = torch.stack(says).detach().requires_grad_()
+    right, wrong = (reader.losses(of, table, split.pictures) for of in (rows, rows.roll(1, 0)))
+    assert right["characters"] < 0.2 * wrong["characters"]
+    assert right["colours"] < 0.2 * wrong["colours"]
+    right["characters"].backward()
+    assert rows.grad is not None
+    assert table.grad is None
 
 
 def test_features_that_are_missing_or_too_few_are_an_error(tmp_path: Path) -> None:

@@ -34,12 +34,13 @@ BATCH = 16
 
 @dataclass
 class Picture:
-    """The description of a picture. patches: [256] codes of characters; the other fields are those of
+    """The description of a picture. patches, colours: [256], of characters and colours; the other fields are those of
     `scenes.Scene`."""
 
     photograph: str
     region: int
     patches: list[int]
+    colours: list[int]
     questions: list[Question]
 
 
@@ -81,7 +82,7 @@ def extract(folder: Path, split: str, count: int, seed: int, photos: Path | None
             tokens.write(seen.half().numpy().tobytes())
             tokens.flush()
             for scene, asked in made:
-                picture = Picture(scene.photograph, scene.region, scene.patches.tolist(), asked)
+                picture = Picture(scene.photograph, scene.region, scene.patches.tolist(), scene.colours.tolist(), asked)
                 lines.write(json.dumps(asdict(picture), separators=(",", ":")) + "\n")
             lines.flush()
             if numbers[0] // BATCH % 16 == 0 or numbers[-1] == count - 1:
@@ -157,4 +158,4 @@ def _batches(numbers: range, size: int) -> Iterator[list[int]]:
 
 
 def _picture(line: dict[str, Any]) -> Picture:
-    return Picture(line["photograph"], line["region"], line["patches"], [Question(**q) for q in line["questions"]])
+    return Picture(**{**line, "questions": [Question(**question) for question in line["questions"]]})

@@ -86,17 +86,16 @@ class Packer:
         return ids, positions, part, target, ends
 
 
-def embed(model: Any, packed: Packed, rows: Tensor) -> Tensor:
-    """Returns the sequences' embeddings [B, L, D], with the projected rows [B, N, C] at their visual tokens."""
+def embed(model: Any, packed: Packed, projected: Tensor) -> Tensor:
+    """Returns the sequences' embeddings [B, L, D], with projected rows [B, N, D] at their visual tokens."""
     embeddings = model.get_input_embeddings()(packed.ids)
-    visual = model.model.multi_modal_projector(rows)  # [B, N, D]
-    return torch.cat([embeddings[:, :1], visual, embeddings[:, 1 + rows.shape[1] :]], 1)
+    return torch.cat([embeddings[:, :1], projected, embeddings[:, 1 + projected.shape[1] :]], 1)
 
 
-def hidden(model: Any, packed: Packed, rows: Tensor) -> Tensor:
-    """Returns the final states [B, L, D] of the decoder over visual rows [B, N, C]."""
+def hidden(model: Any, packed: Packed, projected: Tensor) -> Tensor:
+    """Returns the final states [B, L, D] of the decoder over projected rows [B, N, D]."""
     return model.model.language_model(
-        inputs_embeds=embed(model, packed, rows),
+        inputs_embeds=embed(model, packed, projected),
         attention_mask=packed.mask(),
         position_ids=packed.positions,
         use_cache=False,
@@ -122,7 +121,7 @@ def answer(model: Any, packer: Packer, rows: Tensor, asked: Sequence[Sequence[Qu
     cache = transformers.DynamicCache()
     decoder = model.model.language_model
     states = decoder(
-        inputs_embeds=embed(model, packed, rows),
+        inputs_embeds=embed(model, packed, model.model.multi_modal_projector(rows)),
         attention_mask=packed.mask(),
         position_ids=packed.positions,
         past_key_values=cache,

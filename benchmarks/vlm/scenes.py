@@ -53,7 +53,7 @@ class Scene:
 
     photograph: the name of what it was cut from, "" for a page; region: an index into `Sources.photographs`, or -1.
     things of a page: row after row, `columns` to a row. patches [GRID * GRID] uint8: the character that covers most of
-    each patch, as its code, or 0.
+    each patch, as its code, or 0; colours, likewise: 1 + the index of its colour in `COLOURS`, or 0.
     """
 
     pixels: np.ndarray
@@ -62,6 +62,7 @@ class Scene:
     things: list[Thing]
     columns: int = 0
     patches: np.ndarray = field(default_factory=lambda: np.zeros(GRID * GRID, np.uint8))
+    colours: np.ndarray = field(default_factory=lambda: np.zeros(GRID * GRID, np.uint8))
 
 
 def scene(made_of: Sources, seed: tuple[int, ...]) -> Scene:
@@ -94,7 +95,7 @@ def photograph(made_of: Sources, draw: np.random.Generator, words: bool) -> Scen
         alpha = np.pad(np.asarray(mask, np.float32) / 255, GAP)[..., None]
         window[:] = window * 0.35 * (1 - alpha) + np.array(study.PALETTE[colour], np.float32) * alpha
         made.things.append(Thing(what, colour, (x + GAP, y + GAP, mask.width, mask.height), face))
-        _label(made.patches, cover, what, spans, made.things[-1].box)
+        _label(made, cover, spans)
     made.pixels = picture.clip(0, 255).astype(np.uint8)
     return made
 
@@ -118,7 +119,7 @@ def page(made_of: Sources, draw: np.random.Generator) -> Scene:
         window = grey[y : y + mask.height, x : x + mask.width]
         window[:] = window * (1 - alpha) + ink * alpha
         made.things.append(Thing(what, "", (x, y, mask.width, mask.height), face))
-        _label(made.patches, cover, what, spans, made.things[-1].box)
+        _label(made, cover, spans)
     made.pixels = np.repeat(grey[..., None], 3, -1).astype(np.uint8)
     return made
 
@@ -179,16 +180,17 @@ def _digit(ink: study.Digits, value: int, size: int, draw: np.random.Generator) 
     return grown.point(lambda v: min(255, int(v * 1.6)))
 
 
-def _label(
-    patches: np.ndarray, cover: np.ndarray, what: str, spans: list[tuple[int, int]], box: tuple[int, int, int, int]
-) -> None:
-    """Writes each character's code into the patches of which it covers most so far. cover [GRID, GRID]: how much."""
-    x, y, _, height = box
+def _label(made: Scene, cover: np.ndarray, spans: list[tuple[int, int]]) -> None:
+    """Writes the characters of the last thing, whose columns are `spans`, and its colour into the patches of which they
+    cover most so far. cover [GRID, GRID]: how much."""
+    thing = made.things[-1]
+    x, y, _, height = thing.box
+    colour = COLOURS.index(thing.colour) + 1 if thing.colour else 0
     edges = np.arange(GRID) * PATCH
     tall = (np.minimum(edges + PATCH, y + height) - np.maximum(edges, y)).clip(0)  # [GRID]
-    grid = patches.reshape(GRID, GRID)
-    for character, (begin, end) in zip(what, spans, strict=True):
+    patches, colours = made.patches.reshape(GRID, GRID), made.colours.reshape(GRID, GRID)
+    for character, (begin, end) in zip(thing.what, spans, strict=True):
         wide = (np.minimum(edges + PATCH, x + end) - np.maximum(edges, x + begin)).clip(0)
         area = tall[:, None] * wide / min(PATCH * PATCH, height * max(end - begin, 1))
         more = (area > cover) & (area > 0.2)
-        grid[more], cover[more] = ord(character), area[more]
+        patches[more], colours[more], cover[more] = ord(character), colour, area[more]

@@ -1,9 +1,8 @@
 """Trains projector and decoder on full sets of visual tokens; the trunk stays as it is.
 
-A step takes some pictures with some of their questions. Besides the answers, the model learns to name at each visual
-token the character that covers most of its patch, or nothing (`<pad>`): this teaches it to read with far fewer
-pictures, and the model is used without it. The data of a step depend only on the seed and its number, so a run that was
-stopped continues as if it had not been.
+The projector is trained first, by itself, to say what each patch shows (alignment.py). A step of the training takes
+some pictures with some of their questions; its loss has what the projector says as a second part. The data of a step
+depend only on the seed and its number, so a run that was stopped continues as if it had not been.
 """
 
 from __future__ import annotations
@@ -21,11 +20,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.lib.machine import describe
-from benchmarks.vlm import evaluation, features, llava, packing, questions, words
+from benchmarks.vlm import alignment, evaluation, features, llava, packing, words
 from benchmarks.vlm.features import Split
 
 DECAY, CLIP, BETAS = 0.05, 1.0, (0.9, 0.98)
-PATCHES = 0.3  # weight of naming characters
+SAYS = 0.5  # weight of what projected tokens say
+PLACES = 0.3  # weight of their places, in the alignment
+ALIGN_RATE, ALIGNED_AT_ONCE = 2e-3, 16  # pictures
 MEASURED = 400  # pictures whose tokens the projector is initialised by
 MINUTES, VALIDATED = 4.0, 3  # minutes between checkpoints; every third one is validated
 
@@ -34,10 +35,12 @@ MINUTES, VALIDATED = 4.0, 3  # minutes between checkpoints; every third one is v
 class Plan:
     """rate: of AdamW, reached after `warm` steps; it falls to 0 in the last `cool` of `steps`.
 
-    pictures: how many of the training pictures are used; at_once, questions: of a step, and of each of its pictures.
+    align: steps of the projector alone, before all others. pictures: how many of the training pictures are used;
+    at_once, questions: of a step, and of each of its pictures.
     """
 
     seed: int = 0
+    align: int = 1200
     steps: int = 24000
     cool: int = 4000
     warm: int = 100
@@ -67,13 +70,34 @@ class Run:
         self.model = llava.create(plan.seed)
         self.model.model.vision_tower.requires_grad_(False)
         self.packer = packing.Packer(words.tokenizer(), self.model.config.image_token_index)
-        self.characters = torch.full((128,), self.packer.pad)  # the token of each character's code; 0 is nothing
-        for character in questions.CHARACTERS:
-            self.characters[ord(character)] = self.packer.encode(character)[0]
+        with torch.random.fork_rng():
+            torch.manual_seed(plan.seed)
+            self.reader = alignment.Reader(self.packer, self.model.config.text_config.hidden_size)
         trained = [p for p in self.model.parameters() if p.requires_grad]
         matrices, rest = [p for p in trained if p.dim() > 1], [p for p in trained if p.dim() < 2]
         groups = [{"params": matrices, "weight_decay": DECAY}, {"params": rest, "weight_decay": 0.0}]
         self.optimiser = torch.optim.AdamW(groups, plan.rate, BETAS)
+
+    def align(self, split: Split) -> dict[str, float]:
+        """Trains the projector, and the reader, on what patches show. Returns the mean losses of the last steps."""
+        projector, table = self.model.model.multi_modal_projector, self.model.get_input_embeddings().weight
+        optimiser = torch.optim.AdamW([*projector.parameters(), *self.reader.parameters()], ALIGN_RATE)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(
+            optimiser, ALIGN_RATE, total_steps=self.plan.align, pct_start=0.1
+        )
+        draw = np.random.default_rng((self.plan.seed, 2))
+        recent: list[dict[str, float]] = []
+        for _ in range(self.plan.align):
+            numbers = draw.integers(len(split.pictures), size=ALIGNED_AT_ONCE).tolist()
+            projected = projector(features.to_torch(split.tokens[numbers]))
+            says = self.reader.losses(projected, table, [split.pictures[n] for n in numbers])
+            optimiser.zero_grad()
+            (says["characters"] + says["colours"] + PLACES * says["places"]).backward()
+            optimiser.step()
+            schedule.step()
+            recent = [*recent[-99:], {name: loss.item() for name, loss in says.items()}]
+        alignment.as_large_as_words(self.model, features.to_torch(split.tokens[:MEASURED]))
+        return mean(recent)
 
     def resume(self, path: Path) -> None:
         """Continues from a checkpoint."""
@@ -94,27 +118,32 @@ class Run:
         self.model.train()
         for group in self.optimiser.param_groups:
             group["lr"] = self.plan.rate_at(self.step)
-        answers, named = self.losses(split, self.plan.numbers(self.step))
+        answers, says = self.losses(split, self.plan.numbers(self.step))
         self.optimiser.zero_grad()
-        (answers + PATCHES * named).backward()
+        (answers + SAYS * (says["characters"] + says["colours"])).backward()
         trained = [p for p in self.model.parameters() if p.requires_grad]
         torch.nn.utils.clip_grad_norm_(trained, CLIP)
         self.optimiser.step()
         self.step += 1
-        return {"loss": answers.item(), "patches": named.item()}
+        return {"loss": answers.item(), "characters": says["characters"].item(), "colours": says["colours"].item()}
 
-    def losses(self, split: Split, numbers: list[int]) -> tuple[Tensor, Tensor]:
-        """Returns the cross entropy of the answers to drawn questions about these pictures, and of the characters of
-        patches."""
+    def losses(self, split: Split, numbers: list[int]) -> tuple[Tensor, dict[str, Tensor]]:
+        """Returns the cross entropy of the answers to drawn questions about these pictures, and the losses of what the
+        projected tokens say."""
         draw = np.random.default_rng((self.plan.seed, 1, self.step))
         asked = [drawn(split.pictures[n].questions, self.plan.questions, draw) for n in numbers]
         packed = self.packer.pack(asked, features.TOKENS, answers=True)
-        states = packing.hidden(self.model, packed, features.to_torch(split.tokens[numbers]))
+        projected = self.model.model.multi_modal_projector(features.to_torch(split.tokens[numbers]))
+        states = packing.hidden(self.model, packed, projected)
         at = packed.target != packing.NOTHING
         answers = F.cross_entropy(self.model.lm_head(states[at]), packed.target[at])
-        codes = torch.tensor([split.pictures[n].patches for n in numbers])  # [B, 256]
-        named = self.model.lm_head(states[:, 1 : 1 + features.TOKENS])  # [B, 256, V]
-        return answers, F.cross_entropy(named.flatten(0, 1), self.characters[codes].flatten())
+        table = self.model.get_input_embeddings().weight
+        return answers, self.reader.losses(projected, table, [split.pictures[n] for n in numbers])
+
+
+def mean(losses: list[dict[str, float]]) -> dict[str, float]:
+    """Returns the mean of each."""
+    return {name: round(float(np.mean([one[name] for one in losses])), 4) for name in losses[0]}
 
 
 def drawn(asked: list[Any], count: int, draw: np.random.Generator) -> list[Any]:
@@ -149,12 +178,13 @@ def train(cache: Path, out: Path, plan: Plan, resume: bool) -> None:
         note(plan=asdict(plan), machine=describe())
         recent: list[dict[str, float]] = []
         begin = last = time.monotonic()
+        if not resume and plan.align:
+            note(aligned=run.align(split), **spent(begin))
         saves = 0
         while run.step < plan.steps:
             recent.append(run.train(split))
             if run.step % 20 == 0:
-                means = {name: round(float(np.mean([r[name] for r in recent])), 4) for name in recent[0]}
-                note(**means, rate=plan.rate_at(run.step - 1), **spent(begin))
+                note(**mean(recent), rate=plan.rate_at(run.step - 1), **spent(begin))
                 recent.clear()
             if time.monotonic() - last > 60 * MINUTES or run.step == plan.steps:
                 last = time.monotonic()
