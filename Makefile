@@ -5,7 +5,7 @@ locked-torch := torch==2.13.0
 TORCH ?= $(locked-torch)
 WORKERS ?= 2
 OUT ?= gpu-check
-STEPS ?= test test-rest test-transformers4 test-vllm lint wheel test-slow
+STEPS ?= environments test test-rest test-transformers4 test-vllm lint wheel test-slow
 SLOW ?= slow and not matrix
 bin := $(VENV)/bin
 # Without bytecode: Python makes that of the few modules that are imported, in half the time.
@@ -22,7 +22,7 @@ export PYTHONDONTWRITEBYTECODE :=
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-rest test-all test-slow test-transformers4 test-vllm test-vllm-all test-hub test-triton test-cuda sanitize sanitize-triton
+.PHONY: help demo environments test test-rest test-all test-slow test-transformers4 test-vllm test-vllm-all test-hub test-triton test-cuda sanitize sanitize-triton
 .PHONY: matrix matrix-torch gpu-check lock lint format bench wheel clean
 
 help:  ## this list
@@ -76,6 +76,10 @@ test-all:  ## everything that has to pass before a change is taken, one by one
 	  seconds=$$(($$(date +%s) - begin)); echo "== make $$step ($$((seconds / 60)) min $$((seconds % 60)) s so far)"; \
 	  $(MAKE) --no-print-directory $$step || exit; done; \
 	seconds=$$(($$(date +%s) - begin)); echo "== all passed in $$((seconds / 60)) min $$((seconds % 60)) s"
+
+# The largest environments beside each other: one process unpacks packages, and another compiles.
+environments:
+	@$(MAKE) --no-print-directory -j 2 $(VENV)/installed-test .build/vllm/ready
 
 test-slow: $(VENV)/installed-dev sanitize  ## tests that take too long for `make test` (with SLOW=slow whole grids, hours)
 	$(bin)/python -m pytest -q -n $(WORKERS) --dist loadfile --no-loadscope-reorder -m "$(SLOW)"

@@ -204,7 +204,9 @@ def test_isolated_without_torch_fails_with_the_commands(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("front_end", ["pip", "uv", "uv-pip", "build"])
+@pytest.mark.parametrize(
+    "front_end", ["pip", "uv-pip", *(pytest.param(n, marks=pytest.mark.matrix) for n in ("uv", "build"))]
+)
 def test_the_pure_package_is_built_by_name_alone(without_torch: Path, source: Path, tmp_path: Path, front_end: str):
     run(*front_ends(without_torch, source, tmp_path)[front_end], APET_BUILD="pure")
     if front_end == "uv-pip":
@@ -271,6 +273,7 @@ def test_editable(with_torch: Path, source: Path, isolation: bool):
 # ---- other processors (slow) -----------------------------------------------------------------------------------------
 
 
+@pytest.mark.matrix
 @pytest.mark.slow
 def test_compiles_for_arm(with_torch: Path, tmp_path: Path):
     """Configured as setup.py does it, for another processor: libapet with every instruction set, and the objects of

@@ -50,6 +50,7 @@ def test_no_data_race(tmp_path: Path):
     assert "data race" not in output, output
 
 
+@pytest.mark.matrix
 def test_the_sanitizer_sees_a_missing_order(tmp_path: Path):
     """ThreadSanitizer must report a race if every acquire and release of the team is relaxed."""
     shutil.copytree(ROOT / "csrc", tmp_path / "csrc")

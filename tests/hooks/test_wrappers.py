@@ -57,7 +57,7 @@ def test_generate_follows_a_patch_after_it_has_compiled(fresh: None) -> None:
 @pytest.mark.slow  # minutes; `make test` runs the test above
 @pytest.mark.parametrize(
     "what",
-    ["model", "layer", *(pytest.param(name, marks=pytest.mark.matrix) for name in ("forward", "language model"))],
+    ["layer", *(pytest.param(name, marks=pytest.mark.matrix) for name in ("model", "forward", "language model"))],
 )
 def test_a_patch_after_the_first_compiled_call(what: str, fresh: None) -> None:
     family, model = FAMILIES["llava"], build("llava")
