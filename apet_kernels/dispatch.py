@@ -1,7 +1,7 @@
 """The implementations of the ops, and the choice among them for each device.
 
     CPU         the compiled library, which registers its own implementations (csrc/torch_binding.cpp)
-    CUDA, ROCm  the CUDA kernels where they run, else the Triton kernels; decided on the first call on a device
+    CUDA, ROCm  the CUDA or the Triton kernels (choice.py)
     others      the CPU kernels on copies; the same for a GPU that runs neither CUDA nor Triton kernels
 
 Without the compiled library, the float64 reference computes CPU tensors. It and the copies warn once.
@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
-from . import available, ops, reference
+from . import available, choice, ops, reference
 from .options import Backend, Options
 from .registry import registered
 
@@ -61,12 +61,10 @@ def _run_on_gpu(op: str, x: Tensor, *args: Any, **kwargs: Any) -> Any:
     """The op for a CUDA or ROCm tensor."""
     if (backend := chosen_backend()) is not None:
         return forced(op, backend, x)(x, *args, **kwargs)
-    options = _options(op, *args, **kwargs)
-    if (available.why_not_cuda(x.device) or available.why_not_with("cuda", options)) is None:
-        return run_cuda(op, x, *args, **kwargs)
-    if (available.why_not_triton() or available.why_not_with("triton", options)) is None:
-        return run_triton(op, x, *args, **kwargs)
-    return _run_on_cpu(op, x, *args, **kwargs)
+    name, _ = choice.gpu_backend(x, _options(op, *args, **kwargs))
+    if name == "cpu":
+        return _run_on_cpu(op, x, *args, **kwargs)
+    return (run_cuda if name == "cuda" else run_triton)(op, x, *args, **kwargs)
 
 
 def _run_on_cpu(op: str, x: Tensor, *args: Any, **kwargs: Any) -> Any:

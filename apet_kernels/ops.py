@@ -31,13 +31,21 @@ SCHEMAS = (
     f"score(Tensor x, int? basis=10, *, {_BASIS_OPTIONS}) -> (Tensor residual, Tensor basis_indices)",
     "merge(Tensor x, Tensor indices, *, Tensor? targets=None) -> Tensor",
 )
-# csrc/cuda_torch_binding.cpp registers these: the ops again, for dispatch.py to call; the plan of `compress`; and the
-# path that apet_kernels.testing forces.
+# The figures of the estimate, the members of `Figures` in csrc/cuda/figures.cuh after the first.
+FIGURES = (
+    *("launch_us", "overlapped_launch_us", "cluster_step_us", "cooperative_step_us", "lists_us", "group_us", "fill_us"),
+    *("term_us", "elements_per_sm", "l2_per_sm", "l2_share", "l2_bytes", "memory_share"),
+    *("flops_per_sm_16", "flops_per_sm_32", "triton_flops_per_sm_16"),
+)
+# csrc/cuda_torch_binding.cpp registers these: the ops again, for dispatch.py to call; the plan of `compress`; the path
+# that apet_kernels.testing forces; and what choice.py compares.
 CUDA_SCHEMAS = (
     *(f"_cuda_{schema}" for schema in SCHEMAS),
     f"_cuda_plan(Tensor x, SymInt keep, int? basis=10, *, {_OPTIONS}) -> (str why, str path, int launches, int group, "
     "int groups, int slice, int resident, int tile, int workspace_bytes, float estimated_us)",
     "_cuda_override(Tensor like, str path, int ctas_per_image, int resident, int tile) -> ()",
+    "_cuda_estimate(Tensor like, int tokens, int keep) -> float",
+    f"_cuda_figures(Tensor like, int capability) -> ({', '.join(f'float {name}' for name in FIGURES)})",
 )
 REGISTRY = registry(__version__, __file__, (*SCHEMAS, *CUDA_SCHEMAS) if torch.version.cuda else SCHEMAS)
 

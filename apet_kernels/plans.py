@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from . import available, dispatch, host, ops
+from . import available, choice, dispatch, host, ops
 from .options import Backend, Layout, Options, Select
 from .registry import registered
 
@@ -91,21 +91,19 @@ def plan(
         available.check_options(backend, options)
         found = _plan_by(backend, x, keep, options, why="")
         return replace(found, why=f"chosen by use_backend or set_backend; {found.why}")
-    why_cuda = available.why_not_cuda(device) or available.why_not_with("cuda", options)
-    if why_cuda is None:
-        return _plan_by("cuda", x, keep, options, why="")
-    if device.type == "cuda" and (available.why_not_triton() or available.why_not_with("triton", options)) is None:
-        return _plan_by("triton", x, keep, options, why=f"; {why_cuda}")
+    name, reason = choice.gpu_backend(x, options) if device.type == "cuda" else ("cpu", "")
+    if name != "cpu":
+        return _plan_by(name, x, keep, options, reason)
     if why := available.why_not_cpu():
         return _plan_by("reference", x, keep, options, why)
     return _plan_by("cpu", x, keep, options, available.why_no_kernels(device, options) or "")
 
 
 def _plan_by(backend: Backend, x: Tensor, keep: int, options: Options, why: str) -> Plan:
-    """Returns the plan of one backend. why: the reason why a preferred backend cannot be used; empty if there is
-    none."""
+    """Returns the plan of one backend. why: the reason for this backend, or why a preferred one cannot be used; may be
+    empty."""
     if backend == "cuda":
-        return _plan_cuda(x, keep, options)
+        return _plan_cuda(x, keep, options, why)
     if backend == "triton":
         return _plan_triton(x, keep, options, why)
     if backend == "reference":
@@ -141,7 +139,7 @@ def _plan_cpu(x: Tensor, keep: int, options: Options, why_copied: str) -> Plan:
     return Plan("cpu", why, launches=1, workspace_bytes=path["workspace_bytes"], details=details)
 
 
-def _plan_cuda(x: Tensor, keep: int, options: Options) -> Plan:
+def _plan_cuda(x: Tensor, keep: int, options: Options, reason: str = "") -> Plan:
     why, path, launches, ctas, images, rows, in_shared_memory, tile, workspace_bytes, estimated_us = (
         registered._cuda_plan(x, keep, **options.arguments)
     )
@@ -154,14 +152,18 @@ def _plan_cuda(x: Tensor, keep: int, options: Options) -> Plan:
         "tile": tile,
         "estimated_us": estimated_us,
     }
-    return Plan("cuda", why, launches, workspace_bytes, details)
+    return Plan("cuda", _joined(why, reason), launches, workspace_bytes, details)
 
 
-def _plan_triton(x: Tensor, keep: int, options: Options, why_not_cuda: str) -> Plan:
+def _plan_triton(x: Tensor, keep: int, options: Options, reason: str) -> Plan:
     from .triton_kernels import configs, launch
 
     device_class = configs.device_class(x.device)
     shape = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta")
     call = launch.compress(shape, keep, **options.arguments, device_class=device_class)
-    why = f"x is on {x.device} ({device_class}){why_not_cuda}"
-    return Plan("triton", why, len(call.launches), call.workspace_bytes)
+    why = f"x is on {x.device} ({device_class})"
+    return Plan("triton", _joined(why, reason), len(call.launches), call.workspace_bytes)
+
+
+def _joined(*reasons: str) -> str:
+    return "; ".join(reason for reason in reasons if reason)

@@ -2,6 +2,7 @@
 // and workspace are from torch's allocator; the kernels run on its current stream, and nothing here synchronises.
 #include <torch/csrc/stable/accelerator.h>
 
+#include "cuda/figures.cuh"
 #include "torch_ops.h"
 
 namespace {
@@ -15,9 +16,9 @@ void check_cuda(const apet_problem& problem, const apet_cuda_plan_t& plan, apet_
   check(problem, status);
 }
 
-apet_cuda_plan_t plan_for(const apet_problem& p) {
+apet_cuda_plan_t plan_for(const apet_problem& p, const apet_cuda_override* override = &forced) {
   apet_cuda_plan_t plan = {};
-  check_cuda(p, plan, apet_cuda_plan(&p, &forced, &plan));
+  check_cuda(p, plan, apet_cuda_plan(&p, override, &plan));
   return plan;
 }
 
@@ -56,6 +57,29 @@ std::tuple<std::string, std::string, int64_t, int64_t, int64_t, int64_t, int64_t
           g.slice, g.resident,     g.tile,     (int64_t)g.workspace_bytes, g.estimated_us};
 }
 
+// Returns the estimate in us of `compress` with the default options, of one image of `tokens` tokens as in like [*, D].
+double estimate(const Tensor& like, int64_t tokens, int64_t keep) {
+  apet_problem p = problem_of(APET_COMPRESS, like, true);
+  p.ragged = 0;
+  p.images = 1;
+  p.tokens = tokens;
+  p.keep = keep;
+  set_basis(p, 10, "fps", -1, 1e-5, keep);
+  check(p, apet_check(&p));
+  const torch::stable::accelerator::DeviceGuard guard(like.get_device_index());
+  return plan_for(p, nullptr).estimated_us;
+}
+
+// Returns the figures of the estimate for a compute capability, 10 * major + minor, without the first member.
+std::tuple<double, double, double, double, double, double, double, double, double, double, double, double, double,
+           double, double, double>
+figures(const Tensor&, int64_t capability) {
+  const auto& [row, launch, overlapped, cluster, cooperative, lists, group, fill, term, elements, l2, l2_share,
+               l2_bytes, memory, flops_16, flops_32, triton_16] = apet::cuda::figures_for((int)capability);
+  return {launch,   overlapped, cluster,  cooperative, lists,  group,    fill,     term,
+          elements, l2,         l2_share, l2_bytes,    memory, flops_16, flops_32, triton_16};
+}
+
 }  // namespace
 
 APET_IMPLEMENTS(CUDA, m) {
@@ -65,4 +89,6 @@ APET_IMPLEMENTS(CUDA, m) {
   m.impl("_cuda_merge", TORCH_BOX(&merge));
   m.impl("_cuda_plan", TORCH_BOX(&plan));
   m.impl("_cuda_override", TORCH_BOX(&override_plans));
+  m.impl("_cuda_estimate", TORCH_BOX(&estimate));
+  m.impl("_cuda_figures", TORCH_BOX(&figures));
 }

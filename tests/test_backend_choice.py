@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import apet_kernels
-from apet_kernels import available, dispatch, ops
+from apet_kernels import available, choice, dispatch, ops
 from tests.data import tokens
 from tests.judge import assert_same
 
@@ -132,6 +132,7 @@ def test_ops_on_a_gpu_do_as_they_are_told(op, monkeypatch):
     monkeypatch.setattr(available, "why_unavailable", lambda name: None)
     monkeypatch.setattr(available, "_why_not_on", lambda name, device: None)
     monkeypatch.setattr(available, "why_not_cuda", lambda device: None)
+    monkeypatch.setattr(choice, "lower_estimate", lambda *of: ("cuda", ""))
     for name in ("triton", "cuda"):
         monkeypatch.setattr(dispatch, f"run_{name}", lambda op, *a, name=name, **k: ran.append((name, op)))
     dispatch._run_on_gpu(op, X)

@@ -12,8 +12,9 @@ import pytest
 import torch
 
 import apet_kernels
-from apet_kernels import available, dispatch, ops, plans, reference
+from apet_kernels import available, choice, dispatch, ops, plans, reference, testing
 from apet_kernels.options import Options
+from benchmarks.quick import figures
 from tests.data import DTYPES, tokens
 from tests.judge import assert_same
 from tests.op_calls import NAMES, WRONG_CALLS, calls, error_of, flat
@@ -107,6 +108,7 @@ def test_the_device_cannot():
 
 def test_the_whole_way_from_the_choice(monkeypatch):
     monkeypatch.setattr(available, "why_not_cuda", lambda device: None)
+    monkeypatch.setattr(choice, "lower_estimate", lambda *of: ("cuda", ""))
     x = tokens(3, 41, 24, seed=5)
     got = dispatch._run_on_gpu("compress", x, 12, 4, layout="append")
     for a, b in zip(got, reference.compress(x, 12, 4, layout="append"), strict=True):
@@ -134,3 +136,19 @@ def test_plan(layout):
             "estimated_us": expected.estimated_us,
         },
     )
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_what_the_choice_compares(dtype, monkeypatch):
+    """The estimate of an image with the default options, whatever path is forced; and the table of figures."""
+    expected = call.plan(call.compress_case(tokens(1, 300, 24, dtype=dtype), 40).problem, HOW).estimated_us
+    like = torch.empty(0, 24, dtype=dtype)
+    binding.stand_in(HOW.device, monkeypatch.setattr)
+    for way in (testing.CudaPath(), testing.CudaPath("cooperative", 3)):
+        with testing.use_cuda_path(way):
+            assert torch.ops.apet._cuda_estimate(like, 300, 40) == expected
+    for capability in (90, 80, 12):
+        row = dict(zip(ops.FIGURES, torch.ops.apet._cuda_figures(like, capability), strict=True))
+        rows = [dict(row) for _, row in figures.read((build.CSRC / "cuda/figures.cuh").read_text())]
+        expected_row = next((row for row in rows if row["capability"] == capability), rows[0])
+        assert row | {"capability": expected_row["capability"]} == expected_row

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 import apet_kernels
-from apet_kernels import available, dispatch, ops
+from apet_kernels import available, choice, dispatch, ops
+from apet_kernels.options import Options
 
 WITHOUT = "the CUDA kernels do not run on cuda:0: too old"
 TRITON_WITHOUT = "Triton does not import"
@@ -24,6 +25,7 @@ TRITON_WITHOUT = "Triton does not import"
 def fresh() -> Iterator[None]:
     """Resets the choices that are made once per process, for the test and after it."""
     cached = [available.why_not_cuda, available.why_not_cuda_library, available.why_not_triton, dispatch._warn_once]
+    cached += [choice.lower_estimate]
     for function in cached:
         function.cache_clear()
     yield
@@ -50,14 +52,82 @@ def test_every_op_comes_to_the_choice():
         assert torch._C._dispatch_has_kernel_for_dispatch_key(f"apet::{op}", "CUDA")
 
 
-@pytest.mark.parametrize("triton", [None, TRITON_WITHOUT])
 @pytest.mark.parametrize("op", ops.OPS)
-def test_cuda_kernels_before_triton(monkeypatch, taken, op, triton):
+def test_the_cuda_kernels_where_triton_does_not_import(monkeypatch, taken, op):
     monkeypatch.setattr(available, "why_not_cuda", lambda device: None)
-    monkeypatch.setattr(available, "why_not_triton", lambda: triton)
+    monkeypatch.setattr(available, "why_not_triton", lambda: TRITON_WITHOUT)
     x = torch.zeros(1, 4, 2)
     dispatch._run_on_gpu(op, x, 2, start=0)
     assert taken == [("cuda", (op, x, 2), {"start": 0})]
+
+
+@pytest.fixture
+def compared(monkeypatch: pytest.MonkeyPatch) -> dict[int, list[tuple[float, float]]]:
+    """Lets both backends run, with estimates (CUDA, Triton) by D; records the questions in `asked`."""
+    by_width: dict[int, list[tuple[float, float]]] = {}
+    monkeypatch.setattr(available, "why_not_cuda", lambda device: None)
+    monkeypatch.setattr(available, "why_not_triton", lambda: None)
+    monkeypatch.setattr(choice, "estimates", lambda device, D, dtype: by_width[D])
+    return by_width
+
+
+@pytest.mark.parametrize(
+    ("estimates", "backend"),
+    [
+        ([(30.0, 60.0), (200.0, 190.0)], "cuda"),
+        ([(30.0, 33.0), (200.0, 100.0)], "triton"),
+        ([(30.0, 30.0)], "cuda"),
+    ],
+)
+def test_the_lower_estimate(compared, taken, estimates, backend):
+    compared[8] = estimates
+    dispatch._run_on_gpu("compress", torch.zeros(1, 4, 8), 2)
+    assert [call[0] for call in taken] == [backend]
+
+
+def test_every_call_with_such_tokens_takes_one_backend(compared, taken):
+    """An image has the same bits alone, in a batch and packed, and `merge` those of `compress`: the choice depends on D
+    and the dtype alone."""
+    compared |= {8: [(30.0, 20.0)], 16: [(20.0, 30.0)]}
+    cu = torch.tensor([0, 4, 400]).int()
+    for D, backend in ((8, "triton"), (16, "cuda")):
+        taken.clear()
+        for B in (1, 64):
+            for N in (4, 400):
+                x = torch.zeros(B, N, D)
+                dispatch._run_on_gpu("compress", x, 2, 3, layout="append")
+                dispatch._run_on_gpu("score", x)
+                dispatch._run_on_gpu("merge", x, torch.zeros(B, 2).long())
+        dispatch._run_on_gpu("compress_varlen", torch.zeros(400, D), cu, cu, 4, 400, 4)
+        assert {call[0] for call in taken} == {backend}
+        assert len(taken) == 13
+
+
+def test_estimates_are_made_once(compared, taken, monkeypatch):
+    asked = []
+    monkeypatch.setattr(choice, "estimates", lambda *of: asked.append(of) or [(1.0, 2.0)])
+    for _ in range(3):
+        for dtype in (torch.float16, torch.float32):
+            dispatch._run_on_gpu("score", torch.zeros(1, 4, 8, dtype=dtype))
+    cpu = torch.device("cpu")
+    assert asked == [(cpu, 8, torch.float16), (cpu, 8, torch.float32)]
+
+
+def test_triton_where_no_cuda_path_has_room(compared, taken, monkeypatch):
+    def fail(*of: object) -> None:
+        raise RuntimeError("path best cannot run here")
+
+    monkeypatch.setattr(choice, "estimates", fail)
+    x = torch.zeros(1, 4, 8)
+    dispatch._run_on_gpu("score", x)
+    assert [call[0] for call in taken] == ["triton"]
+    assert choice.gpu_backend(x, Options())[1].endswith("do not run with D=8: path best cannot run here")
+
+
+@pytest.mark.parametrize("x", [torch.zeros(()), torch.zeros(3), torch.zeros(1, 4, 0), torch.zeros(1, 4, 8).double()])
+def test_wrong_tokens_come_to_the_check_of_the_op(compared, taken, x):
+    dispatch._run_on_gpu("score", x)
+    assert [call[0] for call in taken] == ["cuda"]
 
 
 @pytest.mark.parametrize("op", ops.OPS)
@@ -201,13 +271,14 @@ def test_plan_of_the_cuda_kernels(monkeypatch):
     figures = ("fused with 8 CTAs", "fused", 1, 8, 1, 72, 70, 0, 4096, 27.5)
     asked = []
     monkeypatch.setattr(available, "why_not_cuda", lambda device: None)
+    monkeypatch.setattr(choice, "lower_estimate", lambda *of: ("cuda", "twice as fast"))
     monkeypatch.setattr(
         torch.ops.apet, "_cuda_plan", lambda *args, **kwargs: asked.append((args, kwargs)) or figures, raising=False
     )
     x = OnGpu(torch.empty(1, 576, 1024, device="meta"))
     assert apet_kernels.plan(x, 64, layout="append", ridge=0.5) == apet_kernels.Plan(
         backend="cuda",
-        why="fused with 8 CTAs",
+        why="fused with 8 CTAs" + "; twice as fast" * (available.why_not_triton() is None),
         launches=1,
         workspace_bytes=4096,
         details={

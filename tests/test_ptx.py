@@ -202,7 +202,7 @@ def test_planted_faults(fault, unchanged, pytestconfig):
     [
         (r"fma\.rn\.f32", "fma.rz.f32", "an opcode that is not in the tables: fma.rz.f32"),
         (r"bar\.sync\s+0;", "bar.sync 0, 64;", "operands that do not fit the opcode: bar.sync 0, 64"),
-        (r"ld\.acquire\.gpu", "ld.acquire.cta", "an opcode that is not in the tables: ld.acquire.cta"),
+        (r"ld\.relaxed\.gpu", "ld.relaxed.cta", "an opcode that is not in the tables: ld.relaxed.cta"),
         (r"cvt\.f64\.f32\s+%fd\d+,", "cvt.f64.f32 %f1,", "operands that do not fit the opcode: cvt.f64.f32 %f1"),
     ],
 )

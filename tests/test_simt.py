@@ -155,7 +155,7 @@ FAULTS = {
     "mask_too_wide": rf"deadlock: .* waits in __shfl_xor_sync.* waits in __syncthreads at {AT}",
     "absent_source": r"shuffles from lane 20, which is not in the mask or has exited",
     "different_primitives": r"calls \S+ with mask 0xffffffff, but other lanes wait in \S+ with it",
-    "spin_forever": r"deadlock: thread \d+ of block \d waits in a loop around load_acquire",
+    "spin_forever": r"deadlock: thread \d+ of block \d waits in wait_acquire",
     "peer_has_not_begun": r"block \d maps the shared memory of block \d, which has not begun",
     "grid_barrier": r"grid.sync in a launch that is not cooperative",
     "misaligned_copy": r"cp.async in block 0 at a shared address that is not a multiple of 16",

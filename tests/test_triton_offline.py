@@ -56,6 +56,23 @@ def altered(kernel: str, **constants) -> tuple[list[str], list[str]]:
     return result.faults, loads.narrow_loads(compiled.asm["ttir"], compiled.asm["ptx"], 128, torch.float16)
 
 
+@pytest.mark.parametrize(
+    ("change", "fault"),
+    [
+        ({}, None),
+        ({"resident": 0}, "no program fits on a multiprocessor, with 168 registers per thread"),
+        ({"spilled": 8}, "spills 8 bytes"),
+        ({"shared": 300 << 10}, "needs 307200 bytes of shared memory of 232448"),
+        ({"matrix": ""}, "multiplies 16-bit tokens without a matrix instruction"),
+    ],
+    ids=str,
+)
+def test_what_does_not_fit(change, fault):
+    good = offline.Compiled("sm_90a", "s5_assign", 1024, torch.float16, 168, 0, 98304, 8, "wgmma.mma_async")
+    changed = dataclasses.replace(good, **change)
+    assert offline.misfits(changed, offline.TARGETS["sm_90a"], "") == ([fault] if fault else [])
+
+
 @pytest.mark.slow
 def test_faults_are_seen():
     with offline.pool(1) as executor:

@@ -87,14 +87,19 @@ def s5_assign(
         tl.store(target_key + share * all_tokens + token + r, tl.where(merges, key, -1), mask=inside)
 
 
+def divided(t: configs.Tiles, images: int, most_dropped: int, most_kept: int) -> tuple[int, int]:
+    """Returns how many tiles the dropped tokens of an image make, and how many programs share the targets of a tile."""
+    tiles = max(-(-most_dropped // t.assign_r), 1)
+    return tiles, max(1, min(MOST_SHARES, -(-most_kept // t.assign_t), ENOUGH_PROGRAMS // (images * tiles)))
+
+
 def launch(call: Call, norms: Norms, rows: Rows, most_dropped: int, most_kept: int, distance: bool = False) -> Tensor:
     """Adds the launch of s5_assign, by cosine similarity or distance; returns target_key [shares, all tokens] int64.
 
     most_dropped, most_kept: the most tokens that an image drops and keeps.
     """
     x, t = call.x, call.tiles
-    tiles = max(-(-most_dropped // t.assign_r), 1)
-    shares = max(1, min(MOST_SHARES, -(-most_kept // t.assign_t), ENOUGH_PROGRAMS // (call.images * tiles)))
+    tiles, shares = divided(t, call.images, most_dropped, most_kept)
     target_key = call.new(torch.int64, shares, call.all_tokens)
     args = {
         "x": x,

@@ -1,5 +1,5 @@
-"""Selection by the CUDA kernels and merging by Triton's: a dispatcher could combine them if Triton has the faster
-matrix instructions. benchmarks/gpu_quick.py measures it."""
+"""Selection by the CUDA kernels and merging by Triton's, which benchmarks/gpu_quick.py measures. The dispatcher does
+not combine them: docs/gpu.md, "CUDA or Triton"."""
 
 from __future__ import annotations
 

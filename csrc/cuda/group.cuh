@@ -88,9 +88,7 @@ struct CooperativeGroup {
     if (threadIdx.x == 0) {
       awaited_ += size;
       add_release(arrived_, 1);
-      // The counter may wrap, so the difference is compared.
-      while ((int32_t)(load_acquire(arrived_) - awaited_) < 0) {
-      }
+      wait_acquire(arrived_, awaited_);
     }
     __syncthreads();
   }

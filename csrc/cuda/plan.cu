@@ -51,8 +51,10 @@ double estimate_us(const apet_problem& p, const Device& device, const apet_cuda_
   const MergeKernel& merge = merge_kernel_of(p, plan);
   const double tiles = (double)(p.images * tile_rows(p, merge) * tile_columns(p, merge));
   const double waves = std::ceil(tiles / device.sms);
-  const double tile =
-      std::max(2.0 * merge.rows * merge.columns * p.dim / rate, (merge.rows + merge.columns) * row / f.l2_share);
+  const double busy_sms = std::min(tiles, (double)device.sms);
+  const double tile_bytes = (merge.rows + merge.columns) * row;
+  const double tile = std::max({2.0 * merge.rows * merge.columns * p.dim / rate, tile_bytes / f.l2_per_sm,
+                                tile_bytes * busy_sms / (device.sms * f.l2_share)});
   return us + (device.overlaps ? f.overlapped_launch_us : f.launch_us) + waves * (tile + f.fill_us) + lists +
          f.fill_us + p.images * most_tokens(p) * row / (device.sms * f.l2_share);
 }

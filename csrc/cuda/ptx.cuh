@@ -32,16 +32,19 @@ __device__ __forceinline__ uint32_t shared_address(const void* shared) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(shared));
 }
 
-// ---- flags between CTAs of one launch
+// ---- counters between CTAs of one launch
 
-__device__ __forceinline__ uint32_t load_acquire(const uint32_t* flag) {
-  uint32_t value;
-  asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(value) : "l"(flag) : "memory");
-  return value;
+__device__ __forceinline__ void add_release(uint32_t* counter, uint32_t value) {
+  asm volatile("red.release.gpu.global.add.u32 [%0], %1;" ::"l"(counter), "r"(value) : "memory");
 }
 
-__device__ __forceinline__ void add_release(uint32_t* flag, uint32_t value) {
-  asm volatile("red.release.gpu.global.add.u32 [%0], %1;" ::"l"(flag), "r"(value) : "memory");
+// Waits until the counter, which may wrap, has reached `target`. What other threads wrote before they raised it by
+// add_release is visible then. Only one fence acquires: an acquire in each poll would empty L1 each time.
+__device__ __forceinline__ void wait_acquire(const uint32_t* counter, uint32_t target) {
+  uint32_t value;
+  do asm volatile("ld.relaxed.gpu.global.u32 %0, [%1];" : "=r"(value) : "l"(counter) : "memory");
+  while ((int32_t)(value - target) < 0);
+  asm volatile("fence.acq_rel.gpu;" ::: "memory");
 }
 
 // ---- copies to shared memory that run beside the arithmetic

@@ -24,9 +24,7 @@ __global__ void __launch_bounds__(Tl::kThreads, 256 / Tl::kThreads) s5_merge(con
   const Key per_image = (Key)call.list_tickets + call.tiles + call.mean_tickets;
   const Key end = per_image * ((Key)call.images + 1);
   const auto wait_until_done = [&](int64_t s, int tickets) {
-    if (thread == 0)
-      while (load_acquire(call.tickets_done + s) < (uint32_t)tickets) {
-      }
+    if (thread == 0) wait_acquire(call.tickets_done + s, (uint32_t)tickets);
     __syncthreads();
   };
   const auto done = [&](int64_t s) {

@@ -72,15 +72,23 @@ void release(Warp& w, int lane, const Place& place) {
   flag = latest(flag, own);
 }
 
-template <Space space>
-void load_acquire(Warp& w, const Instruction& in, uint32_t active) {
+// kAcquires: orders the lane after what it reads; else a later fence does.
+template <Space space, bool kAcquires>
+void load_strong(Warp& w, const Instruction& in, uint32_t active) {
   load<uint32_t, 1, space, Access::kStrong>(w, in, active);
   w.polled = true;
   each(active, [&](int l) {
     const Place place = resolve(w, l, address_of(w, in.operands[1], l), 4, space, false);
     const auto flag = w.cta->grid->flags.find(place.memory->base + place.offset);
-    if (flag != w.cta->grid->flags.end()) w.order[l].known = latest(w.order[l].known, flag->second);
+    if (flag == w.cta->grid->flags.end()) return;
+    Clock& reached = kAcquires ? w.order[l].known : w.read[l];
+    reached = latest(reached, flag->second);
   });
+}
+
+// Acquires only: no kernel has a fence before a relaxed write.
+void fence(Warp& w, const Instruction&, uint32_t active) {
+  each(active, [&](int l) { w.order[l].known = latest(w.order[l].known, w.read[l]); });
 }
 
 // atom has an output, the old value; red has none. The lanes of an instruction access memory one after the other.
@@ -209,8 +217,9 @@ void add_memory(Opcodes& t) {
   t.insert({"ld.param.s32", {">4=a", load_parameter<int32_t, 1>, kPlain, kOwn}});
   t.insert({"ld.param.v2.u32", {"44=a", load_parameter<uint32_t, 2>, kPlain, kOwn}});
 
-  t.insert({"ld.acquire.gpu.u32", {"4=a", load_acquire<Space::kGeneric>, kPlain, kOwn}});
-  t.insert({"ld.acquire.gpu.global.u32", {"4=a", load_acquire<Space::kGlobal>, kPlain, kOwn}});
+  t.insert({"ld.acquire.gpu.u32", {"4=a", load_strong<Space::kGeneric, true>, kPlain, kOwn}});
+  t.insert({"ld.relaxed.gpu.global.u32", {"4=a", load_strong<Space::kGlobal, false>, kPlain, kOwn}});
+  t.insert({"fence.acq_rel.gpu", {"=", fence}});
   constexpr auto add = [](auto a, auto b) { return a + b; };
   constexpr auto larger = [](auto a, auto b) { return a > b ? a : b; };
   t.insert({"atom.shared.add.u32", {"4=A4", modify<uint32_t, Space::kShared, add>, kPlain, kOwn}});

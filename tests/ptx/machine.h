@@ -131,6 +131,7 @@ struct Warp {
   uint32_t after_wait = 0;                                              // griddepcontrol.wait
   bool polled = false;                                                  // others run first
   Order order[kLanes];
+  Clock read[kLanes];                             // by relaxed loads, for a fence
   int cluster_phase[kLanes] = {};                 // that the lane has arrived for; 0: it has not arrived
   std::vector<Copy> open[kLanes];                 // not yet in a group
   std::vector<std::vector<Copy>> groups[kLanes];  // oldest first

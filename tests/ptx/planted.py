@@ -63,6 +63,8 @@ PLANTED = (
     Planted("ldmatrix: r0 and r1 exchanged", MATRICES, swapped(0, 0, 1)),
     Planted("ldmatrix: r1 and r2 exchanged", MATRICES, swapped(0, 1, 2)),
     Planted("ldmatrix: a row 16 bytes further", MATRICES, further(16)),
+    Planted("polls acquire nothing", r"\bfence\.acq_rel\.gpu", deleted),
+    Planted("polls made plain", r"\bld\.relaxed\.gpu", replaced(r"\.relaxed\.gpu", "")),
     Planted("acquire made plain", r"\bld\.acquire\.gpu", replaced(r"\.acquire\.gpu", "")),
     Planted("release made relaxed", r"\bred\.release|\batom\.add\.release", replaced("release", "relaxed")),
     Planted("a release deleted", r"\bred\.release", deleted),

@@ -164,7 +164,7 @@ BUGS = [
             )
         ],
         CLUSTER,
-        r"deadlock: .* waits in a loop around load_acquire",
+        r"deadlock: .* waits in wait_acquire",
         when=EVERY_DAY,
     ),
     Bug(

@@ -93,8 +93,7 @@ __global__ void tickets(int* data) {
       add_release(&words[1], 1);
     }
   } else if (threadIdx.x == 0) {
-    while (load_acquire(&words[1]) + 1 < ticket_count) {
-    }
+    wait_acquire(&words[1], ticket_count - 1);
     unsigned sum = 0;
     for (unsigned i = 0; i + 1 < ticket_count; i++) sum += words[2 + i];
     words[2 + ticket] = sum;

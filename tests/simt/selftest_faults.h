@@ -32,16 +32,12 @@ __global__ void different_primitives(int* out) {
   if (threadIdx.x % 32 < 16) out[threadIdx.x] = __shfl_sync(kAll, 1, 0);
   else out[threadIdx.x] = (int)__ballot_sync(kAll, 1);
 }
-__global__ void spin_forever(int* data) {
-  while (load_acquire(reinterpret_cast<uint32_t*>(data)) == 0) {
-  }
-}
+__global__ void spin_forever(int* data) { wait_acquire(reinterpret_cast<uint32_t*>(data), 1); }
 // Waits for a block that may not start before this one ends.
 __global__ void wait_for_next_block(int* data) {
   uint32_t* flags = reinterpret_cast<uint32_t*>(data);
   add_release(&flags[blockIdx.x], 1);
-  while (load_acquire(&flags[(blockIdx.x + 1) % gridDim.x]) == 0) {
-  }
+  wait_acquire(&flags[(blockIdx.x + 1) % gridDim.x], 1);
 }
 __global__ void peer_has_exited(int* out) {
   const cg::cluster_group cluster = cg::this_cluster();
@@ -97,8 +93,7 @@ __global__ void plain_flag(int* data) {
     atomicAdd(&data[0], 1);  // relaxed: publishes nothing
   }
   if (blockIdx.x == 1 && threadIdx.x == 0) {
-    while (load_acquire(reinterpret_cast<uint32_t*>(data)) == 0) {
-    }
+    wait_acquire(reinterpret_cast<uint32_t*>(data), 1);
     data[2] = data[1];
   }
 }

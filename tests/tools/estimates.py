@@ -1,9 +1,10 @@
-"""Prints the estimates of csrc/cuda/plan.cu for the shapes of the paper and of current vision encoders, as a table.
+"""Prints the estimates of csrc/cuda/plan.cu and of apet_kernels/triton_kernels/estimate.py for the shapes of the paper
+and of current vision encoders, as a table.
 
     python -m tests.tools.estimates [--markdown]
 
-It calls apet_cuda_plan, compiled with g++, for every path on devices of the size of an H100 and an A100. --markdown
-writes the table into docs/cuda.md. It needs neither a GPU nor nvcc.
+It calls apet_cuda_plan, compiled with g++, for every path on devices of the size of real ones. mix: s1 to s3 by the
+CUDA kernels, s4 and s5 by Triton's. --markdown writes the table into docs/cuda.md. It needs neither a GPU nor nvcc.
 """
 
 from __future__ import annotations
@@ -11,20 +12,40 @@ from __future__ import annotations
 import argparse
 import contextlib
 import sys
+from dataclasses import dataclass
 
 import torch
 
+from apet_kernels.triton_kernels import configs, estimate
 from benchmarks.lib import machine
 from benchmarks.lib.sheet import replaced
+from benchmarks.quick import figures
 from tests.simt import build, call
 from tests.simt.call import Device, How, NoPath
 from tests.tools.sass import GUIDE
 
 BEGIN, END = "<!-- estimates:begin -->", "<!-- estimates:end -->"
-H100 = Device(90, multiprocessors=132)
-A100 = Device(80, 108, 163 << 10, 164 << 10, 0)
-COLUMNS = {"H100: fused": (H100, "fused"), "cluster": (H100, "cluster"), "cooperative": (H100, "cooperative")}
-COLUMNS |= {"A100: cooperative": (A100, "cooperative")}
+HEADER = build.CSRC / "cuda/figures.cuh"
+PATHS = ("fused", "cluster", "cooperative")
+
+
+@dataclass(frozen=True)
+class Card:
+    """A real GPU: its limits, and the name of its class in configs.py."""
+
+    device: Device
+    device_class: str
+
+
+CARDS = {
+    "H100": Card(Device(90, multiprocessors=132), "sm_90a"),
+    "B200": Card(Device(100, multiprocessors=148), "sm_100a"),
+    "A100": Card(Device(80, 108, 163 << 10, 164 << 10, 0), "sm_80"),
+    "RTX 4090": Card(Device(89, 128, 99 << 10, 100 << 10, 0), "sm_89"),
+    "RTX 5090": Card(Device(120, 170, 99 << 10, 100 << 10, 8), "sm_120a"),
+}
+COLUMNS = {f"H100: {path}": ("H100", path) for path in (*PATHS, "mix", "triton")}
+COLUMNS |= {f"{card}: {way}": (card, way) for card in CARDS if card != "H100" for way in ("cuda", "triton")}
 # B, N, D, keep
 SHAPES = {
     "LLaVA-1.5, 1 image, K 64": (1, 576, 1024, 64),
@@ -37,26 +58,63 @@ SHAPES = {
     "4096 x 3584, K 1229": (1, 4096, 3584, 1229),
     "16384 x 3584, K 4915": (1, 16384, 3584, 4915),
 }
+BASIS = 10
+
+
+def card_figures(capability: int) -> dict[str, float]:
+    """Returns the row of figures.cuh for a compute capability."""
+    rows = [row for _, row in figures.read(HEADER.read_text())]
+    return next((row for row in rows if row["capability"] == capability), rows[0])
+
+
+def triton(card: Card, shape: tuple[int, int, int, int], dtype: torch.dtype = torch.bfloat16) -> estimate.Estimate:
+    """Returns the estimate of the Triton kernels for a shape (B, N, D, K)."""
+    B, N, D, K = shape
+    tiles = configs.tiles(card.device_class, D, dtype.itemsize)
+    return estimate.estimate(
+        card_figures(card.device.capability), card.device.multiprocessors, tiles, N, D, K, BASIS, dtype.itemsize, B
+    )
+
+
+def cuda(card: Card, shape: tuple[int, int, int, int], path: str = "best") -> call.Plan:
+    """Returns the plan of the CUDA kernels. Raises NoPath if the card cannot run the path."""
+    *dims, keep = shape
+    case = call.compress_case(torch.empty(*dims, dtype=torch.bfloat16, device="meta"), keep, BASIS)
+    return call.plan(case.problem, How(card.device, path))
+
+
+def mix(card: Card, shape: tuple[int, int, int, int]) -> float:
+    """Returns the estimate of s1 to s3 by the CUDA kernels, and of the norms, s4 and s5 by Triton's."""
+    case = call.score_case(torch.empty(*shape[:3], dtype=torch.bfloat16, device="meta"), BASIS)
+    by_triton = triton(card, shape)
+    return call.plan(case.problem, How(card.device)).estimated_us + by_triton.norms_us + by_triton.merge_us
+
+
+def cell(name: str, way: str, shape: tuple[int, int, int, int]) -> tuple[float, str]:
+    """Returns the estimate in us, and in brackets the CTAs per image and the columns of the tile of s5_merge."""
+    card = CARDS[name]
+    if way == "triton":
+        return triton(card, shape).us, ""
+    if way == "mix":
+        return mix(card, shape), ""
+    plan = cuda(card, shape, "best" if way == "cuda" else way)
+    inside = f"{plan.ctas_per_image}, {plan.tile}" if plan.tile else f"{plan.ctas_per_image}"
+    return plan.estimated_us, f" ({inside})"
 
 
 def cells(shape: tuple[int, int, int, int]) -> list[str]:
-    """Returns a row: estimates in us, with CTAs per image and the tile of s5_merge; bold: the least of the H100."""
-    *dims, keep = shape
-    case = call.compress_case(torch.empty(*dims, dtype=torch.bfloat16, device="meta"), keep)
-    plans: dict[str, call.Plan] = {}
-    for column, (device, path) in COLUMNS.items():
+    """Returns a row: estimates in us; bold: the least of each card."""
+    found: dict[str, tuple[float, str]] = {}
+    for column, (name, way) in COLUMNS.items():
         with contextlib.suppress(NoPath):
-            plans[column] = call.plan(case.problem, How(device, path))
-    best = min((p.estimated_us, column) for column, p in plans.items() if COLUMNS[column][0] == H100)[1]
-    found = []
-    for column in COLUMNS:
-        if not (plan := plans.get(column)):
-            found.append("-")
-            continue
-        mark = "**" if column == best else ""
-        tile = f", {plan.tile}" if plan.tile else ""
-        found.append(f"{mark}{plan.estimated_us:.0f}{mark} ({plan.ctas_per_image}{tile})")
-    return found
+            found[column] = cell(name, way, shape)
+    least = {name: min(us for c, (us, _) in found.items() if COLUMNS[c][0] == name) for name in CARDS}
+    texts = []
+    for column, (name, _) in COLUMNS.items():
+        us, inside = found.get(column, (None, ""))
+        mark = "**" if us == least[name] else ""
+        texts.append("-" if us is None else f"{mark}{us:.0f}{mark}{inside}")
+    return texts
 
 
 def table() -> str:

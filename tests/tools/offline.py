@@ -5,7 +5,7 @@
 The launches are those that `launch.py` builds, on meta tensors. Triton compiles them as for a launch, with a stand-in
 for the driver that names the GPU. It is an error if
 
-- a program needs more shared memory than the GPU has, or anything spills;
+- a program needs more shared memory than the GPU has, or none fits on a multiprocessor, or anything spills;
 - a 16-bit s5_assign multiplies without a matrix instruction, or a float32 one in tf32;
 - rows of x are whole 16-byte words, with at least one for each thread of a load, but it loads smaller pieces.
 
@@ -195,6 +195,23 @@ class Compiled:
     faults: list[str] = field(default_factory=list)
 
 
+def misfits(result: Compiled, target: Target, assembly: str) -> list[str]:
+    """Returns a message for everything in which a compiled kernel does not fit its target."""
+    found = []
+    if result.shared > target.shared_limit:
+        found.append(f"needs {result.shared} bytes of shared memory of {target.shared_limit}")
+    if result.resident < 1:
+        found.append(f"no program fits on a multiprocessor, with {result.registers} registers per thread")
+    if result.spilled:
+        found.append(f"spills {result.spilled} bytes")
+    if result.kernel == "s5_assign":
+        if result.dtype.itemsize == 2 and not result.matrix:
+            found.append("multiplies 16-bit tokens without a matrix instruction")
+        if result.dtype.itemsize == 4 and re.search(r"\.tf32|_xf32", assembly):
+            found.append("multiplies float32 tokens in tf32")
+    return found
+
+
 def examine(name: str, problem: Problem, number: int) -> Compiled:
     """Compiles launch `number` of a problem for the target `name`."""
     return examine_launch(name, problem.launches(name)[number], problem.dtype)[0]
@@ -230,15 +247,7 @@ def examine_launch(name: str, launch: Any, dtype: torch.dtype) -> tuple[Compiled
         resident,
         found[0] if found else "",
     )
-    if shared > target.shared_limit:
-        result.faults.append(f"needs {shared} bytes of shared memory of {target.shared_limit}")
-    if spilled:
-        result.faults.append(f"spills {spilled} bytes")
-    if result.kernel == "s5_assign":
-        if dtype.itemsize == 2 and not result.matrix:
-            result.faults.append("multiplies 16-bit tokens without a matrix instruction")
-        if dtype.itemsize == 4 and re.search(r"\.tf32|_xf32", assembly):
-            result.faults.append("multiplies float32 tokens in tf32")
+    result.faults += misfits(result, target, assembly)
     if launch.constants.get("ALIGN") == 16:
         threads = warps * (64 if target.backend == "hip" else 32)
         result.faults += narrow_loads(kernel.asm["ttir"], assembly, threads, dtype)

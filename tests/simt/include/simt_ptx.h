@@ -35,16 +35,18 @@ inline constexpr bool kHasClusters = true;
 
 inline unsigned char* shared_memory() { return reinterpret_cast<unsigned char*>(simt::shared_memory()); }
 
-// ld.acquire.gpu. Others run first, so that a loop around it waits.
-inline uint32_t load_acquire(const uint32_t* flag) {
-  simt::poll("a loop around load_acquire");
-  return __atomic_load_n(flag, __ATOMIC_ACQUIRE);
+// red.release.gpu.add
+inline void add_release(uint32_t* counter, uint32_t value) {
+  simt::maybe_switch();
+  __atomic_fetch_add(counter, value, __ATOMIC_RELEASE);
 }
 
-// red.release.gpu.add
-inline void add_release(uint32_t* flag, uint32_t value) {
-  simt::maybe_switch();
-  __atomic_fetch_add(flag, value, __ATOMIC_RELEASE);
+// ld.relaxed.gpu in a loop, then fence.acq_rel.gpu. ThreadSanitizer does not support fences, so the counter is read
+// once more, with acquire.
+inline void wait_acquire(const uint32_t* counter, uint32_t target) {
+  do simt::poll("wait_acquire");
+  while ((int32_t)(__atomic_load_n(counter, __ATOMIC_RELAXED) - target) < 0);
+  (void)__atomic_load_n(counter, __ATOMIC_ACQUIRE);
 }
 
 // cp.async.cg.shared.global 16: both addresses aligned; zeros if not valid.
