@@ -38,7 +38,7 @@ struct SharedMap {
   int32_t message;    // [3 + M] words: a candidate (group.cuh)
   int32_t slots;      // [2][ctas_per_image][3 + M] words: the candidates of all CTAs; clusters only
   int32_t L;          // [M][M] float
-  int32_t inv_diag;   // [M] double
+  int32_t inv_diag;   // [M] Wide
   int32_t basis;      // [M] int
   int32_t warp_best;  // [kWarps] keys
   int32_t scan;       // [kScanWords] words, scratch of s4
