@@ -84,7 +84,8 @@ struct Call {
   int32_t* row_role;   // [all rows] row_target if the row is one; kBlended - row_blend if it is blended; else kCopied
   int32_t* target_token;   // [all rows]
   float* inv_norm;         // [all rows]
-  int32_t* target_begin;   // [all rows + images] where each target's tokens begin in `merged`: T + 1 of each image
+  int32_t* target_begin;   // [all rows + images] where each target's tokens begin in `merged`: T + 1 of each image, and
+                           // in s1_s5_cluster T + ctas_per_image
   int32_t* merged;         // [all tokens] numbers of dropped tokens, grouped by target
   Key* ticket;             // [1] the next ticket of s5_merge
   uint32_t* tickets_done;  // [images] tickets of s5_merge before those of the rows that are finished
