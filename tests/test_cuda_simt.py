@@ -6,13 +6,15 @@ run on the backend `cuda-simt`, which varies device, path, group size and schedu
 
 from __future__ import annotations
 
+import itertools
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
 from torch import Tensor
 
+from tests import judge
 from tests.data import DTYPES, tokens
 from tests.judge import assert_same
 from tests.simt import build, call
@@ -151,6 +153,53 @@ def test_what_does_not_fit_shared_memory(N, D, keep, basis, way, lacks, shift):
         assert_same(got[name], value, name)
 
 
+# ---- as compiled for GPUs whose float64 is slow
+
+
+@pytest.fixture
+def two_floats() -> Iterator[None]:
+    with call.slow_float64():
+        yield
+
+
+# B, N, D, keep, basis: rows of at most 32 chunks, which are summed in Wide, and longer ones.
+@pytest.mark.parametrize("shape", [(2, 45, 13, 16, 6), (1, 70, 264, 30, 8), (1, 40, 520, 13, 5)], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_two_floats_are_judged_as_float64_is(dtype, shape, two_floats):
+    *size, keep, basis = shape
+    for number, (layout, select) in enumerate(itertools.product(LAYOUTS, ("fps", "qr"))):
+        kind, ridge = ("clustered", "repeated", "normal")[number % 3], (1e-5, 0.0, 0.1)[number % 3]
+        x = tokens(*size, dtype=dtype, kind=kind, seed=number)
+        judge.check(call.Functions(), x, keep, basis, layout=layout, select=select, ridge=ridge)
+
+
+@pytest.mark.parametrize("M", [1, 10, 64])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_two_floats_lose_no_digit_of_float32(dtype, M):
+    """Residuals and picks are those with float64, but for the last rounding to float32 of a few."""
+    x = tokens(1, 90, 72, dtype=dtype, kind="clustered", seed=M)
+    for options in ({}, {"select": "qr", "ridge": 0.0}, {"start": 4, "ridge": 0.5}):
+        case = call.score_case(x, M, **options)
+        e_sq, picks = (t.clone() for t in results(case, How()).values())
+        with call.slow_float64():
+            found = results(case, How())
+        assert_same(found["basis_indices"], picks)
+        norm_sq = x[0].double().square().sum(1)
+        error = (found["residual"][0].double() - e_sq[0].double()).abs() / norm_sq
+        assert error.max() <= 2**-23, "more than a unit in the last place of ||x||^2"
+        assert (found["residual"] == e_sq).float().mean() > 0.8
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_two_floats_give_the_same_bits_on_every_path(dtype, two_floats):
+    shape = DTYPES.index(dtype)
+    for name, case in cases(dtype, LAYOUTS[shape], shape).items():
+        expected = {key: t.clone() for key, t in results(case(), How(path="cluster", ctas_per_image=1)).items()}
+        for how in (How(ctas_per_image=2, seed=1), How(RTX_3090, "cooperative", 3, seed=2), How(RTX_5090, seed=3)):
+            for output, value in results(case(), how).items():
+                assert_same(value, expected[output], f"{output} of {name}, {how}")
+
+
 # ---- under the sanitizers, as separate programs
 
 SANITIZED = [
@@ -165,7 +214,7 @@ def sanitized(case: Case, how: How, sanitizer: str) -> None:
     expected = {name: t.clone() for name, t in results(case, how).items()}
     for t in case.outputs.values():
         t.zero_()
-    program = build.program("driver.cpp", build.kernels(sanitizer=sanitizer), sanitizer)
+    program = build.program("driver.cpp", build.kernels(variant=sanitizer), sanitizer)
     assert call.run_in_program(case, how, program) == ""
     for name, value in expected.items():
         assert_same(case.outputs[name], value, name)

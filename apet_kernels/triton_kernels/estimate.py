@@ -54,12 +54,16 @@ def estimate(
     topk = start + PASSES * math.ceil(N / tiles.topk_chunk) * f["fill_us"] / 2
     parts, shares = s5_assign.divided(tiles, B, N - K, K)
     programs = B * parts * shares
-    busy = min(programs, sms)
     rate = f["flops_per_sm_32"] if element == 4 else f["triton_flops_per_sm_16"]
-    tile_bytes = (tiles.assign_r + tiles.assign_t) * row
-    tile = max(2 * tiles.assign_r * tiles.assign_t * D / rate, tile_bytes / f["l2_per_sm"], tile_bytes * busy * from_l2)
-    each = math.ceil(math.ceil(K / tiles.assign_t) / shares)  # tiles of a program
-    assign = start + math.ceil(programs / sms) * each * tile  # one program fits on a multiprocessor
+    each = math.ceil(math.ceil(K / tiles.assign_t) / shares)  # tiles of a program, of which a multiprocessor has one
+
+    def wave(busy: int) -> float:
+        """One program on each of so many multiprocessors."""
+        size = (tiles.assign_r + tiles.assign_t) * row
+        product = 2 * tiles.assign_r * tiles.assign_t * D / rate
+        return each * max(product, size / f["l2_per_sm"], size * busy * from_l2) if busy else 0
+
+    assign = start + programs // sms * wave(sms) + wave(programs % sms)
     # Every row of the result scans the keys of all dropped tokens, 8 bytes each.
     mean = start + B * K * (N - K) * 8 * shares * from_l2 + again(B * N * row)
     return Estimate(norms, sweeps, topk + assign + mean)

@@ -38,7 +38,7 @@ struct SharedMap {
   int32_t message;    // [3 + M] words: a candidate (group.cuh)
   int32_t slots;      // [2][ctas_per_image][3 + M] words: the candidates of all CTAs; clusters only
   int32_t L;          // [M][M] float
-  int32_t inv_diag;   // [M] double
+  int32_t inv_diag;   // [M] Wide
   int32_t basis;      // [M] int
   int32_t warp_best;  // [kWarps] keys
   int32_t scan;       // [kScanWords] words, scratch of s4
@@ -84,7 +84,8 @@ struct Call {
   int32_t* row_role;   // [all rows] row_target if the row is one; kBlended - row_blend if it is blended; else kCopied
   int32_t* target_token;   // [all rows]
   float* inv_norm;         // [all rows]
-  int32_t* target_begin;   // [all rows + images] where each target's tokens begin in `merged`: T + 1 of each image
+  int32_t* target_begin;   // [all rows + images] where each target's tokens begin in `merged`: T + 1 of each image, and
+                           // in s1_s5_cluster T + ctas_per_image
   int32_t* merged;         // [all tokens] numbers of dropped tokens, grouped by target
   Key* ticket;             // [1] the next ticket of s5_merge
   uint32_t* tickets_done;  // [images] tickets of s5_merge before those of the rows that are finished

@@ -7,12 +7,13 @@
 //     lanes of the warp    an xor-shuffle tree: 16, 8, 4, 2, 1
 //
 // There are three levels because one sum per lane would exceed the bound on e_sq at M = 1 (docs/algorithm.md,
-// "Rounding"). Rows of at most 32 chunks are summed in float64. The order of the sum therefore follows from D and the
+// "Rounding"). Rows of at most 32 chunks are summed in Wide. The order of the sum therefore follows from D and the
 // dtype alone, and not from the row's address or alignment, the rows that share the warp, or how the image is divided.
 // norm_sq is computed by the same routine with x on both sides: a copy of a basis token has bitwise ||x||^2 = x.p =
 // ||p||^2, and so distance 0.
 #pragma once
 #include "call.cuh"
+#include "wide.cuh"
 
 namespace apet::cuda {
 
@@ -59,8 +60,8 @@ __host__ __device__ constexpr int chunks_of(int64_t dim) {
 // Rows that a warp takes at once: each chunk of p is widened once for all of them.
 constexpr int kRows = 4;
 
-// For rows of at most one chunk per lane, which have so few products that float64 costs nothing. Such rows need it:
-// basis tokens come close to spanning all D dimensions, and small pivots amplify every rounding error.
+// For rows of at most one chunk per lane: basis tokens come close to spanning all D dimensions, and small pivots amplify
+// every rounding error. So few products may cost more (wide.cuh).
 template <class T, bool kSelf, bool kWhole>
 __device__ __forceinline__ void narrow_dots(const T* const (&row)[kRows], const T* p, bool p_whole, int dim,
                                             float (&sum)[kRows]) {
@@ -68,13 +69,13 @@ __device__ __forceinline__ void narrow_dots(const T* const (&row)[kRows], const 
   const bool has = k < chunks_of<T>(dim);
 #pragma unroll
   for (int r = 0; r < kRows; r++) {
-    double here = 0;
+    Wide here = 0.0f;
     if (has) {
       const Chunk<T> a = load_chunk(row[r], k, dim, kWhole), b = kSelf ? a : load_chunk(p, k, dim, p_whole);
 #pragma unroll
-      for (int i = 0; i < Chunk<T>::kSize; i++) here = fma((double)widen(a.v[i]), (double)widen(b.v[i]), here);
+      for (int i = 0; i < Chunk<T>::kSize; i++) here = multiply_add(widen(a.v[i]), widen(b.v[i]), here);
     }
-    for (int step = 16; step; step >>= 1) here += __shfl_xor_sync(kAllLanes, here, step);
+    for (int step = 16; step; step >>= 1) here = here + shuffle_xor(here, step);
     sum[r] = (float)here;
   }
 }

@@ -46,17 +46,19 @@ double estimate_us(const apet_problem& p, const Device& device, const apet_cuda_
   const double rate = p.dtype == APET_FLOAT32 ? f.flops_per_sm_32 : f.flops_per_sm_16;
   const double lists = f.fill_us + most_dropped(p) * f.group_us;
   if (plan.path == APET_CUDA_FUSED)
-    return us + rounds * (std::max(flops / (plan.ctas_per_image * rate), most_kept(p) * row / f.l2_per_sm) + lists +
-                          read(slice, f.l2_share) + 2 * f.cluster_step_us);
+    return us + rounds * (std::max(flops / (plan.ctas_per_image * rate), read(most_kept(p) * row, f.l2_share)) + lists +
+                          read(slice, f.l2_share) + f.cluster_step_us);
   const MergeKernel& merge = merge_kernel_of(p, plan);
   const double tiles = (double)(p.images * tile_rows(p, merge) * tile_columns(p, merge));
-  const double waves = std::ceil(tiles / device.sms);
-  const double busy_sms = std::min(tiles, (double)device.sms);
-  const double tile_bytes = (merge.rows + merge.columns) * row;
-  const double tile = std::max({2.0 * merge.rows * merge.columns * p.dim / rate, tile_bytes / f.l2_per_sm,
-                                tile_bytes * busy_sms / (device.sms * f.l2_share)});
-  return us + (device.overlaps ? f.overlapped_launch_us : f.launch_us) + waves * (tile + f.fill_us) + lists +
-         f.fill_us + p.images * most_tokens(p) * row / (device.sms * f.l2_share);
+  // A tile on each of `busy` SMs at once.
+  const auto wave = [&](double busy) {
+    const double bytes = (merge.rows + merge.columns) * row;
+    const double reads = std::max(bytes / f.l2_per_sm, bytes * busy / (device.sms * f.l2_share));
+    return busy > 0 ? std::max(2.0 * merge.rows * merge.columns * p.dim / rate, reads) + f.fill_us : 0;
+  };
+  return us + (device.overlaps ? f.overlapped_launch_us : f.launch_us) +
+         std::floor(tiles / device.sms) * wave(device.sms) + wave(std::fmod(tiles, device.sms)) + lists + f.fill_us +
+         p.images * most_tokens(p) * row / (device.sms * f.l2_share);
 }
 
 // Chooses the tile of s5_merge with the lower estimate; with columns != 0 that one. Returns false if the device cannot

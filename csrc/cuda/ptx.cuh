@@ -22,6 +22,12 @@ inline constexpr bool kHasClusters = true;
 inline constexpr bool kHasClusters = false;
 #endif
 
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ == 800 || __CUDA_ARCH__ == 900 || __CUDA_ARCH__ == 1000
+inline constexpr bool kFastFloat64 = true;
+#else
+inline constexpr bool kFastFloat64 = false;
+#endif
+
 // The CTA's dynamic shared memory. The kernels use no other.
 __device__ __forceinline__ unsigned char* shared_memory() {
   extern __shared__ __align__(128) unsigned char bytes[];

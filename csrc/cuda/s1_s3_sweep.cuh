@@ -9,8 +9,8 @@
 //            y_k = (dot - l.y) / sqrt(pivot)          a thread per row
 //            pick_value: dist_sq or resid_sq          -> best candidate for step k + 1
 //
-// Values that are computed once per token, not once per element, are float64: float32 rounding errors would add up over
-// the steps, and float64 costs little here. y and L are stored as float32.
+// Values that are computed once per token, not once per element, are Wide (wide.cuh): float32 rounding errors would add
+// up over the steps. y and L are stored as float32.
 //
 // Global memory is read once (and rows that are not resident M more times, from L2); 8 bytes are written per token.
 #pragma once
@@ -175,16 +175,15 @@ __device__ inline void elect_candidate(const Group& group, int words, uint32_t* 
 
 // s2 of basis token k, whose row of L is the message's y, by one warp: 1 / L_kk, or 0 if the token depends on those
 // before.
-__device__ inline double invert_pivot(const Call& call, const uint32_t* message, int k) {
+__device__ inline Wide invert_pivot(const Call& call, const uint32_t* message, int k) {
   const float p_norm_sq = __uint_as_float(message[2]);
-  double p_resid_sq = p_norm_sq;
+  Wide p_resid_sq = p_norm_sq;
   for (int j = 0; j < k; j++) {
-    const double l = __uint_as_float(message[3 + j]);
-    p_resid_sq = fma(-l, l, p_resid_sq);
+    const float l = __uint_as_float(message[3 + j]);
+    p_resid_sq = multiply_add(-l, l, p_resid_sq);
   }
-  const double pivot = p_resid_sq + call.ridge;
-  const bool dependent = !(pivot > 4 * kUnit * p_norm_sq);
-  return dependent ? 0 : 1 / sqrt(pivot);
+  const Wide pivot = p_resid_sq + Wide(call.ridge);
+  return pivot > 4 * kUnit * p_norm_sq ? inverse_root(pivot) : Wide(0.0f);
 }
 
 // Runs at most `steps` steps; returns the number of basis tokens found. Afterwards the basis, L and inv_diag are in
@@ -195,7 +194,7 @@ __device__ inline int s1_s2_steps(const Call& call, const Image& image, const Sl
   unsigned char* shared = shared_memory();
   uint32_t* message = reinterpret_cast<uint32_t*>(shared + call.map.message);
   float* L = reinterpret_cast<float*>(shared + call.map.L);
-  double* inv_diag = reinterpret_cast<double*>(shared + call.map.inv_diag);
+  Wide* inv_diag = reinterpret_cast<Wide*>(shared + call.map.inv_diag);
   int* basis = reinterpret_cast<int*>(shared + call.map.basis);
   T* shared_p_row = reinterpret_cast<T*>(shared + call.map.p_row);
   const bool fps = call.select == APET_FPS;
@@ -224,17 +223,17 @@ __device__ inline int s1_s2_steps(const Call& call, const Image& image, const Sl
     const int p = unpack((Key)message[1] << 32 | message[0]);
     const float p_norm_sq = __uint_as_float(message[2]);
     const T* p_row = slice.x_row(call, p);
-    // While the other warps copy the row, one computes the pivot: float64 is slow on some GPUs.
+    // While the other warps copy the row, one computes the pivot.
     if (thread < 32) {
-      const double inv_diag_k = invert_pivot(call, message, k);
+      const Wide inv_diag_k = invert_pivot(call, message, k);
       if (thread == 0) inv_diag[k] = inv_diag_k, basis[k] = p;
     } else if (call.basis_shared) {
       for (int c = thread - 32; c < chunks_of<T>(call.dim); c += kThreads - 32)
         reinterpret_cast<Chunk<T>*>(shared_p_row)[c] = load_chunk(p_row, c, call.dim, call.whole_in);
     }
     __syncthreads();
-    const double inv_diag_k = inv_diag[k];
-    if (!fps && k > 0 && inv_diag_k == 0) return k;  // it depends on the others
+    const Wide inv_diag_k = inv_diag[k];
+    if (!fps && k > 0 && (float)inv_diag_k == 0) return k;  // it depends on the others
     for (int j = thread; j < k; j += kThreads) L[k * call.basis + j] = __uint_as_float(message[3 + j]);
     if (call.basis_shared) p_row = shared_p_row;
     slice_dots<T, false, kAllResident>(call, slice, p_row, slice.dot);
@@ -242,18 +241,17 @@ __device__ inline int s1_s2_steps(const Call& call, const Image& image, const Sl
     best = 0;
     for (int i = thread; i < slice.tokens; i += kThreads) {
       const float dot = slice.dot[i];
-      double numerator = dot;
+      Wide numerator = dot;
       for (int j = 0; j < k; j++)
-        numerator =
-            fma(-(double)__uint_as_float(message[3 + j]), (double)slice.y[(int64_t)j * slice.tokens + i], numerator);
-      const double y = numerator * inv_diag_k;
+        numerator = multiply_add(-__uint_as_float(message[3 + j]), slice.y[(int64_t)j * slice.tokens + i], numerator);
+      const Wide y = numerator * inv_diag_k;
       slice.y[(int64_t)k * slice.tokens + i] = (float)y;
       float value = slice.pick_value[i];
       if (fps) {
         const float distance = __fadd_rn(__fsub_rn(slice.norm_sq[i], dot), __fsub_rn(p_norm_sq, dot));
         if (distance < value) value = fmaxf(distance, 0);
       } else {
-        value = (float)fma(-y, y, (double)value);
+        value = (float)multiply_add(-y, y, Wide(value));
       }
       if (slice.first + i == p) value = 0;
       slice.pick_value[i] = value;
@@ -267,23 +265,23 @@ __device__ inline int s1_s2_steps(const Call& call, const Image& image, const Sl
 template <class T>
 __device__ inline float s3_residual(const Call& call, const Slice<T>& slice, int basis_size, int i) {
   const float* L = reinterpret_cast<const float*>(shared_memory() + call.map.L);
-  const double* inv_diag = reinterpret_cast<const double*>(shared_memory() + call.map.inv_diag);
+  const Wide* inv_diag = reinterpret_cast<const Wide*>(shared_memory() + call.map.inv_diag);
   const float norm_sq = slice.norm_sq[i];
   if (!(norm_sq <= FLT_MAX)) return INFINITY;
   const int64_t stride = slice.tokens;
   float* y = slice.y + i;
-  double resid_sq = norm_sq;
-  for (int j = 0; j < basis_size; j++) resid_sq = fma(-(double)y[j * stride], (double)y[j * stride], resid_sq);
+  Wide resid_sq = norm_sq;
+  for (int j = 0; j < basis_size; j++) resid_sq = multiply_add(-y[j * stride], y[j * stride], resid_sq);
   if (call.ridge > 0) {
-    double w_sq = 0;
+    Wide w_sq = 0.0f;
     for (int j = basis_size - 1; j >= 0; j--) {
-      double w = y[j * stride];
-      for (int k = j + 1; k < basis_size; k++) w = fma(-(double)L[k * call.basis + j], (double)y[k * stride], w);
-      w *= inv_diag[j];
+      Wide w = y[j * stride];
+      for (int k = j + 1; k < basis_size; k++) w = multiply_add(-L[k * call.basis + j], y[k * stride], w);
+      w = w * inv_diag[j];
       y[j * stride] = (float)w;
-      w_sq = fma(w, w, w_sq);
+      w_sq = multiply_add(w, w, w_sq);
     }
-    resid_sq = fma(-call.ridge, w_sq, resid_sq);
+    resid_sq = multiply_add(Wide(-call.ridge), w_sq, resid_sq);
   }
   const float e_sq = (float)resid_sq;
   return e_sq > norm_sq * (call.basis * (4 * kUnit)) ? e_sq : 0;  // below this it is rounding

@@ -1,14 +1,40 @@
 // s1 to s5 of every image in one launch: a cluster per image, whose tokens stay in shared memory throughout.
 //
 // It calls the same functions as s1_s4_group and s5_merge, and saves the second launch and the second reading of the
-// dropped tokens: each CTA multiplies those of its own slice with all targets.
+// dropped tokens: each CTA multiplies those of its own slice with all targets. Then it takes a part of the rows of the
+// result. Their targets ascend with them, so the CTA makes the lists that it reads, and no barrier lies between.
 #pragma once
+#include <climits>
+
 #include "s1_s4_group.cuh"
 #include "s5_assign.cuh"
 #include "s5_lists.cuh"
 #include "s5_mean.cuh"
 
 namespace apet::cuda {
+
+// The targets among rows [row, row_end) of the image, which ascend: [begin, end). Called by all threads; `shared` is
+// scratch.
+struct Targets {
+  int begin, end;
+
+  __device__ Targets(const Call& call, const Image& image, int row, int row_end, int* shared) {
+    int first = INT_MAX, last = -1;
+    if (threadIdx.x < 32) {
+      for (int r = row + threadIdx.x; r < row_end; r += 32) {
+        const int role = __ldcg(call.row_role + image.row + r);
+        if (role >= 0) first = min(first, role), last = role;
+      }
+      for (int step = 16; step; step >>= 1) {
+        first = min(first, __shfl_xor_sync(kAllLanes, first, step));
+        last = max(last, __shfl_xor_sync(kAllLanes, last, step));
+      }
+      if (threadIdx.x == 0) shared[0] = first, shared[1] = last + 1;
+    }
+    __syncthreads();
+    begin = shared[0], end = shared[1];
+  }
+};
 
 template <class T>
 __global__ void __launch_bounds__(kThreads, 1) s1_s5_cluster(const Call call) {
@@ -34,17 +60,20 @@ __global__ void __launch_bounds__(kThreads, 1) s1_s5_cluster(const Call call) {
             s5_assign<T, ClusterTile<T>, true>(call, image, &slice, r0, r_end, t0, shared);
       }
       group.sync();  // the targets of all dropped tokens are written
-      int32_t* target_begin = call.target_begin + image.row + s;
+      const int each = (image.filled + group.size - 1) / group.size, row = min(group.cta * each, image.filled);
+      const int row_end = min(row + each, image.filled);
+      // T + 1 entries for all CTAs, and one for the end of each but the last.
+      int32_t* target_begin = call.target_begin + image.row + (int64_t)s * group.size + group.cta;
       if (image.dropped_count > 0) {
-        const int each = min((image.target_count + group.size - 1) / group.size, kListTargets);
-        for (int t0 = group.cta * each; t0 < image.target_count; t0 += group.size * each)
-          s5_lists<kThreads>(call, image, target_begin, t0, min(t0 + each, image.target_count),
+        const Targets own(call, image, row, row_end, reinterpret_cast<int*>(shared));
+        for (int t0 = own.begin; t0 < own.end; t0 += kListTargets)
+          s5_lists<kThreads>(call, image, target_begin, t0, min(t0 + kListTargets, own.end), own.end,
                              reinterpret_cast<int*>(shared));
+        __syncthreads();
       }
-      group.sync();  // the lists of all targets are written
-      const int64_t tasks = (int64_t)image.filled * blocks;
-      for (int64_t i = (int64_t)group.cta * kWarps + warp; i < tasks; i += group.size * kWarps)
-        s5_mean<T, 1>(call, image, target_begin, (int)(i / blocks), (int)(i % blocks));
+      const int64_t tasks = (int64_t)(row_end - row) * blocks;
+      for (int64_t i = warp; i < tasks; i += kWarps)
+        s5_mean<T, 1>(call, image, target_begin, row + (int)(i / blocks), (int)(i % blocks));
       __syncthreads();
     }
   }

@@ -26,11 +26,12 @@ __host__ __device__ constexpr int64_t list_parts(int64_t targets) {
   return (targets + kListTargets - 1) / kListTargets;
 }
 
-// The lists of targets [t0, t_end), at most kListTargets, by one CTA of kCtaThreads. target_begin: [T + 1] of this image.
+// The lists of targets [t0, t_end), at most kListTargets, by one CTA of kCtaThreads. target_begin: [T + 1] of this image,
+// of which it writes the entries of its targets, and with t_end == last also the end of the last list.
 // count: [kListWords] words of shared memory.
 template <int kCtaThreads>
 __device__ inline void s5_lists(const Call& call, const Image& image, int32_t* target_begin, int t0, int t_end,
-                                int* count) {
+                                int last, int* count) {
   static_assert(kListTargets % 32 == 0);
   int* lower = count + kListTargets;  // tokens of targets below t0
   int* target = lower + 1;            // [kListChunk] of a chunk's tokens; -1 behind the last token
@@ -67,13 +68,13 @@ __device__ inline void s5_lists(const Call& call, const Image& image, int32_t* t
       if (t < targets) target_begin[t0 + t] = begin;
       begin += own;
     }
-    if (lane == 31 && t_end == image.target_count) target_begin[t_end] = begin;
+    if (lane == 31 && t_end == last) target_begin[t_end] = begin;
   }
   __syncthreads();
 
-  // count[t]: where the next token of target t0 + t goes. The warp's own targets are [first, last).
+  // count[t]: where the next token of target t0 + t goes. The warp's own targets are [first, end).
   constexpr int kCtaWarps = kCtaThreads / 32;
-  const int first = t0 + targets * warp / kCtaWarps, last = t0 + targets * (warp + 1) / kCtaWarps;
+  const int first = t0 + targets * warp / kCtaWarps, end = t0 + targets * (warp + 1) / kCtaWarps;
   for (int d0 = 0; d0 < n; d0 += kListChunk) {
     __syncthreads();  // all warps have finished the chunk before
 #pragma unroll 8
@@ -84,7 +85,7 @@ __device__ inline void s5_lists(const Call& call, const Image& image, int32_t* t
     __syncthreads();
     for (int i0 = 0; i0 < min(kListChunk, n - d0); i0 += 32) {
       const int own = target[i0 + lane];
-      for (uint32_t todo = __ballot_sync(kAllLanes, own >= first && own < last); todo != 0;) {
+      for (uint32_t todo = __ballot_sync(kAllLanes, own >= first && own < end); todo != 0;) {
         const int t = __shfl_sync(kAllLanes, own, __ffs((int)todo) - 1);
         const uint32_t group = __ballot_sync(kAllLanes, own == t);
         const int at = count[t - t0];

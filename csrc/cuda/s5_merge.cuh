@@ -49,7 +49,8 @@ __global__ void __launch_bounds__(Tl::kThreads, 256 / Tl::kThreads) s5_merge(con
       wait_until_done(s, call.tiles);
       const int t0 = (int)at * kListTargets, t_end = min(t0 + kListTargets, image.target_count);
       if (image.dropped_count > 0 && t0 < t_end)
-        s5_lists<Tl::kThreads>(call, image, target_begin, t0, t_end, reinterpret_cast<int*>(shared));
+        s5_lists<Tl::kThreads>(call, image, target_begin, t0, t_end, image.target_count,
+                               reinterpret_cast<int*>(shared));
       done(s);
     } else if (is_tile) {
       at -= call.list_tickets;

@@ -30,7 +30,7 @@ void ptx_workspace(const apet_problem* problem, const apet_cuda_plan_t* plan, vo
     add("row_role", call.row_role, rows);
     add("target_token", call.target_token, rows);
     add("inv_norm", call.inv_norm, rows);
-    add("target_begin", call.target_begin, rows + images);
+    add("target_begin", call.target_begin, rows + images * (plan->path == APET_CUDA_FUSED ? ctas : 1));
     add("merged", call.merged, tokens);
     add("ticket", call.ticket, 1);
     add("tickets_done", call.tickets_done, images);

@@ -24,7 +24,11 @@ FOLDER = HERE.parents[1] / ".build/simt"
 FLAGS = ["-std=c++17", "-march=native", "-ffp-contract=off", "-fno-math-errno", "-fPIC", "-Wall", "-Wextra"]
 FLAGS += ["-Wno-unknown-pragmas"]  # unroll
 RUNTIME = ["fiber.cpp", "schedule.cpp", "sync.cpp", "launch.cpp", "collectives.cpp", "device.cpp"]
-OPTIMISED = {"": ["-O2"], "address": ["-O1", "-g"], "thread": ["-O1", "-g"]}
+SANITIZERS = ("address", "thread")
+# Ways to compile the kernels: under a sanitizer, or as for a GPU whose float64 is slow (csrc/cuda/wide.cuh).
+VARIANTS = {"": ["-O2"], "slow float64": ["-O2", "-DSIMT_SLOW_FLOAT64"]} | {
+    name: ["-O1", "-g", f"-fsanitize={name}", "-fno-omit-frame-pointer"] for name in SANITIZERS
+}
 
 
 def missing() -> str | None:
@@ -38,26 +42,26 @@ def missing() -> str | None:
     return None
 
 
-def kernels(csrc: Path = CSRC, sanitizer: str = "", only: str = "") -> list[Path]:
+def kernels(csrc: Path = CSRC, variant: str = "", only: str = "") -> list[Path]:
     """Returns objects of the CUDA backend. For a changed copy of the sources, `only` this file is compiled again. It
     comes first, so that the linker keeps its inline functions."""
     sources = [*sorted((CSRC / "cuda").glob("*.cu")), CSRC / "problem.cpp"]
     if not only:
-        return _objects(sources, sanitizer, CSRC.rglob("*.*"))
-    changed = _objects([csrc / f"cuda/{only}.cu"], sanitizer, csrc.rglob("*.*"))
-    return changed + _objects([s for s in sources if s.stem != only], sanitizer, CSRC.rglob("*.*"))
+        return _objects(sources, variant, CSRC.rglob("*.*"))
+    changed = _objects([csrc / f"cuda/{only}.cu"], variant, csrc.rglob("*.*"))
+    return changed + _objects([s for s in sources if s.stem != only], variant, CSRC.rglob("*.*"))
 
 
 @functools.cache
-def library() -> Path:
+def library(variant: str = "") -> Path:
     """Builds a shared library with libapet_cuda's C interface, and the runtime's functions for ctypes."""
-    return _link("libsimt.so", [*kernels(), *_runtime()], ["-shared", "-Wl,--no-undefined"])
+    return _link("libsimt.so", [*kernels(variant=variant), *_runtime()], ["-shared", "-Wl,--no-undefined"])
 
 
 def program(main: str, objects: list[Path], sanitizer: str = "") -> Path:
     """Builds the program of a source in this folder, with objects of the same sanitizer."""
     own = _objects([HERE / main], sanitizer, CSRC.glob("*.h"))
-    return _link(Path(main).stem, [*own, *objects, *_runtime()], _sanitize(sanitizer))
+    return _link(Path(main).stem, [*own, *objects, *_runtime()], VARIANTS[sanitizer])
 
 
 def shared(main: str) -> Path:
@@ -70,12 +74,8 @@ def _runtime() -> list[Path]:
     return _objects([HERE / name for name in RUNTIME])
 
 
-def _sanitize(sanitizer: str) -> list[str]:
-    return [f"-fsanitize={sanitizer}", "-fno-omit-frame-pointer"] if sanitizer else []
-
-
-def _objects(sources: list[Path], sanitizer: str = "", headers: Iterable[Path] = ()) -> list[Path]:
-    flags = [*FLAGS, *OPTIMISED[sanitizer], *_sanitize(sanitizer), f"-I{HERE / 'include'}"]
+def _objects(sources: list[Path], variant: str = "", headers: Iterable[Path] = ()) -> list[Path]:
+    flags = [*FLAGS, *VARIANTS[variant], f"-I{HERE / 'include'}"]
     read = [p for p in (*HERE.rglob("*.h"), *headers) if p.suffix in (".h", ".cuh")]
     common = digest(compiler(), *flags, *sorted(p.read_text() for p in read))
 

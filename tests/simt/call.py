@@ -88,9 +88,28 @@ class How:
         return Override(PATHS.index(self.path), self.ctas_per_image, self.resident, self.tile)
 
 
-@functools.cache
+_variant = ""  # of build.VARIANTS, the kernels that calls run
+
+
 def load() -> ctypes.CDLL:
-    lib = ctypes.CDLL(str(build.library()))
+    """Returns the library of the simulated device."""
+    return _load(_variant)
+
+
+@contextmanager
+def slow_float64() -> Iterator[None]:
+    """Runs the kernels as they are compiled for GPUs whose float64 is slow (csrc/cuda/wide.cuh)."""
+    global _variant
+    _variant = "slow float64"
+    try:
+        yield
+    finally:
+        _variant = ""
+
+
+@functools.cache
+def _load(variant: str) -> ctypes.CDLL:
+    lib = ctypes.CDLL(str(build.library(variant)))
     for name in ("simt_run", "simt_launches", "apet_cuda_error"):
         getattr(lib, name).restype = ctypes.c_char_p
     lib.apet_error_message.restype = ctypes.c_size_t

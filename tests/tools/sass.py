@@ -72,16 +72,18 @@ def tools() -> dict[str, str]:
 
 @dataclass(frozen=True)
 class Claim:
-    """A claim about kernels whose names match, on targets from `since` on: they contain an instruction, or none do."""
+    """A claim about kernels whose names match, on some targets: they contain an instruction, or none do."""
 
     text: str  # after "it"
     instruction: str
     kernels: str = ""
     dtypes: tuple[str, ...] = DTYPES
-    since: int = 80
+    targets: tuple[str, ...] = TARGETS
     present: bool = True
 
 
+FROM_90 = ("sm_90a", "sm_100a", "sm_103a", "sm_120a")
+SLOW_FLOAT64 = ("sm_86", "sm_89", "sm_103a", "sm_120a")
 TENSOR = ("float16", "bfloat16")
 CLUSTERS = r"ClusterGroup|s1_s5"
 CLAIMS = (
@@ -97,15 +99,18 @@ CLAIMS = (
     ),
     Claim("loads their tiles by ldmatrix", r"LDSM\.16\.M88\.4", "s5_merge|s1_s5", TENSOR),
     Claim("multiplies float32 tokens by fma, not in tf32", r"HMMA\.\S*", "", ("float32",), present=False),
-    Claim("waits at the cluster's barrier", r"UCGABAR_WAIT", CLUSTERS, since=90),
+    Claim("waits at the cluster's barrier", r"UCGABAR_WAIT", CLUSTERS, targets=FROM_90),
     Claim("waits at no cluster's barrier", r"UCGABAR_\w+", "CooperativeGroup|s5_merge", present=False),
     Claim("counts its group's arrivals in global memory", r"REDG?\.E\.ADD\.STRONG\.GPU", "CooperativeGroup"),
-    Claim("lets the next launch begin", r"PREEXIT", "s1_s4", since=90),
-    Claim("waits for the launch before it", r"ACQBULK", "s5_merge", since=90),
+    Claim("lets the next launch begin", r"PREEXIT", "s1_s4", targets=FROM_90),
+    Claim("waits for the launch before it", r"ACQBULK", "s5_merge", targets=FROM_90),
     Claim(
         "takes the best target as a 64-bit integer maximum",
         r"REDG?\.E\.MAX\.64\S*|ATOMG?\.E\.MAX\.64\S*",
         "s5_merge|s1_s5",
+    ),
+    Claim(
+        "multiplies and adds two floats in place of float64", "DFMA", "s1_s4|s1_s5", targets=SLOW_FLOAT64, present=False
     ),
     Claim("adds no floats atomically", r"(?:RED|ATOM)\w?\.\S*(?:F16|F32|BF16|F64)\S*", present=False),
 )
@@ -155,7 +160,7 @@ class Kernel:
             return found
         for claim in CLAIMS:
             if (
-                self.capability < claim.since
+                self.target not in claim.targets
                 or self.dtype not in claim.dtypes
                 or not re.search(claim.kernels, self.name)
             ):
@@ -278,7 +283,7 @@ def table(kernels: list[Kernel]) -> str:
         }
         which = groups.get(c.kernels, which)
         which += " of 16-bit tokens" if c.dtypes == TENSOR else " of float32 tokens" if c.dtypes == ("float32",) else ""
-        which += f", from sm_{c.since} on" if c.since > 80 else ""
+        which += {TARGETS: "", FROM_90: ", from sm_90 on"}.get(c.targets, f", on {', '.join(c.targets)}")
         instruction = c.instruction.replace("|", r"\|")
         lines.append(f"| {which} | {'' if c.present else 'no '}`{instruction}` | {c.text} |")
     return "\n".join(lines) + "\n"

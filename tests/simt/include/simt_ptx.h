@@ -32,6 +32,11 @@ inline void land(const Copy& copy) {
 namespace apet::cuda {
 
 inline constexpr bool kHasClusters = true;
+#ifdef SIMT_SLOW_FLOAT64
+inline constexpr bool kFastFloat64 = false;
+#else
+inline constexpr bool kFastFloat64 = true;
+#endif
 
 inline unsigned char* shared_memory() { return reinterpret_cast<unsigned char*>(simt::shared_memory()); }
 
