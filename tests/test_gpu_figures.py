@@ -88,12 +88,14 @@ def header() -> str:
 
 
 def test_figures_come_back():
-    """The figures are those from which the run was made; figures that it did not measure are unchanged."""
-    ((_, before),) = figures.read(header())
+    """The figures are those from which the run was made; figures that it did not measure are unchanged, and so are the
+    rows of other cards."""
+    (_, before), *others = figures.read(header())
     truth = {name: value * (1 + n / 10) for n, (name, value) in enumerate(before.items())}
     text, kept = figures.updated(header(), primitive_lines(truth))
-    assert kept == ["overlapped_launch_us", "group_us", "fill_us", "l2_bytes"]
-    ((comment, after),) = figures.read(text)
+    assert kept == ["overlapped_launch_us", "group_us", "fill_us", "l2_bytes", "triton_flops_per_sm_16"]
+    (comment, after), *rest = figures.read(text)
+    assert rest == others
     assert f"NVIDIA X, measured at commit abc; left as it was: {', '.join(kept)}" in comment
     expected = truth | {name: before[name] for name in (*kept, "capability")}
     assert after == pytest.approx(expected, rel=2e-3)
@@ -102,38 +104,35 @@ def test_figures_come_back():
 
 
 def test_another_card_gets_a_row_of_its_own():
-    ((comment, before),) = figures.read(header())
-    lines = primitive_lines(before)
-    lines[0]["device"]["capability"] = [10, 0]
+    there = figures.read(header())
+    lines = primitive_lines(there[0][1])
+    lines[0]["device"]["capability"] = [7, 9]
     text, _ = figures.updated(header(), lines)
-    (first, second) = figures.read(text)
-    assert first == (comment, before)
-    assert second[1]["capability"] == 100
+    *first, (_, added) = figures.read(text)
+    assert first == there
+    assert added["capability"] == 79
     assert text.count("REHEARSED") == 0
 
 
 def test_differences_that_noise_ate_are_not_figures():
-    ((_, before),) = figures.read(header())
-    lines = primitive_lines(before)
+    lines = primitive_lines(figures.read(header())[0][1])
     for line in lines:
         if "step_us" in line or "us" in line:
             line |= {name: -0.1 for name in ("step_us", "us") if name in line}
     text, kept = figures.updated(header(), lines)
     assert {"cluster_step_us", "elements_per_sm", "flops_per_sm_16"} <= set(kept)
-    ((_, after),) = figures.read(text)
-    assert min(after.values()) > 0
+    assert min(figures.read(text)[0][1].values()) > 0
 
 
 @pytest.mark.skipif(not shutil.which("g++"), reason="there is no g++")
 def test_the_header_compiles_and_finds_the_row(tmp_path):
-    ((_, before),) = figures.read(header())
-    lines = primitive_lines(before)
-    lines[0]["device"]["capability"] = [8, 0]
+    lines = primitive_lines(figures.read(header())[0][1])
+    lines[0]["device"]["capability"] = [7, 9]
     (tmp_path / "figures.cuh").write_text(figures.updated(header(), lines)[0])
     (tmp_path / "main.cpp").write_text(
         '#include "figures.cuh"\nusing namespace apet::cuda;\n'
-        "static_assert(kFigures[1].capability == 80);\n"
-        "int main() { return figures_for(80).capability == 80 && figures_for(121).capability == 90 ? 0 : 1; }\n"
+        "static_assert(kFigures[0].capability == 90);\n"
+        "int main() { return figures_for(79).capability == 79 && figures_for(121).capability == 90 ? 0 : 1; }\n"
     )
     program = tmp_path / "main"
     subprocess.run(["g++", "-std=c++17", tmp_path / "main.cpp", "-o", program], check=True)
@@ -158,7 +157,7 @@ def written(folder: Path, lines: list[report.Line]) -> Path:
 
 
 def run_lines() -> list[report.Line]:
-    ((_, before),) = figures.read(header())
+    before = figures.read(header())[0][1]
     return [{"t": 0.0, "step": "run", "item": "command", "status": "ok"}, *primitive_lines(before), *shape_lines(3)]
 
 
