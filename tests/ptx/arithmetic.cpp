@@ -185,6 +185,7 @@ void add_floats(Opcodes& t) {
   t.insert({"mul.rn.f64", {"8=88", BINARY(double, a* b)}});
   t.insert({"div.rn.f32", {"4=44", BINARY(float, a / b)}});
   t.insert({"max.f32", {"4=44", binary<float, larger<float>>}});
+  t.insert({"neg.f32", {"4=4", unary<float, [](float a) { return -a; }>}});
   t.insert({"neg.f64", {"8=8", unary<double, [](double a) { return -a; }>}});
   t.insert({"sqrt.rn.f32", {"4=4", unary<float, [](float a) { return std::sqrt(a); }>}});
   t.insert({"sqrt.rn.f64", {"8=8", unary<double, [](double a) { return std::sqrt(a); }>}});
