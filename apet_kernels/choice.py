@@ -18,6 +18,9 @@ from . import available, ops
 from .options import Backend, Options
 from .registry import registered
 
+# In the error of csrc/cuda/plan.cu where no path has room. Every other error of an estimate is raised.
+NO_PATH = "cannot run here: this device places"
+
 # N and K of the images by which the backends are compared: a small, a middle and a large one, each with equal weight.
 IMAGES = ((576, 64), (1024, 307), (4096, 1229))
 
@@ -40,6 +43,8 @@ def lower_estimate(device: torch.device, D: int, dtype: torch.dtype) -> tuple[Ba
     try:
         ratios = [triton / cuda for cuda, triton in estimates(device, D, dtype)]
     except RuntimeError as error:
+        if NO_PATH not in str(error):
+            raise
         return "triton", f"the CUDA kernels do not run with D={D}: {error}"
     ratio = math.prod(ratios) ** (1 / len(ratios))
     name: Backend = "triton" if ratio < 1 else "cuda"

@@ -102,7 +102,7 @@ def test_the_device_cannot():
     call.use_device(call.Device(80, 4, 1 << 10, 1 << 10, 0))
     x = tokens(1, 20, 7, seed=1)
     assert re.search(
-        r"cannot run here: this device places .* with 1024 bytes", error_of(dispatch.run_cuda, ("compress", x, 4), {})
+        rf"{choice.NO_PATH} .* with 1024 bytes", error_of(dispatch.run_cuda, ("compress", x, 4), {})
     )
 
 

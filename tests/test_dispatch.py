@@ -115,13 +115,23 @@ def test_estimates_are_made_once(compared, taken, monkeypatch):
 
 def test_triton_where_no_cuda_path_has_room(compared, taken, monkeypatch):
     def fail(*of: object) -> None:
-        raise RuntimeError("path best cannot run here")
+        raise RuntimeError(f"path best {choice.NO_PATH} none")
 
     monkeypatch.setattr(choice, "estimates", fail)
     x = torch.zeros(1, 4, 8)
     dispatch._run_on_gpu("score", x)
     assert [call[0] for call in taken] == ["triton"]
-    assert choice.gpu_backend(x, Options())[1].endswith("do not run with D=8: path best cannot run here")
+    assert choice.gpu_backend(x, Options())[1].endswith(f"do not run with D=8: path best {choice.NO_PATH} none")
+
+
+def test_another_error_of_the_estimates_is_raised(compared, taken, monkeypatch):
+    def fail(*of: object) -> None:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(choice, "estimates", fail)
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        dispatch._run_on_gpu("score", torch.zeros(1, 4, 8))
+    assert taken == []
 
 
 @pytest.mark.parametrize("x", [torch.zeros(()), torch.zeros(3), torch.zeros(1, 4, 0), torch.zeros(1, 4, 8).double()])

@@ -36,7 +36,7 @@ class Plan:
     """rate: of AdamW, reached after `warm` steps; it falls to 0 in the last `cool` of `steps`.
 
     align: steps of the projector alone, before all others. pictures: how many of the training pictures are used;
-    at_once, questions: of a step, and of each of its pictures.
+    at_once, questions: of a step, and of each of its pictures. dtype: of the products; weights and sums stay float32.
     """
 
     seed: int = 0
@@ -48,6 +48,16 @@ class Plan:
     pictures: int = 12000
     at_once: int = 4
     questions: int = 16
+    dtype: str = "bfloat16"
+
+    def products(self) -> torch.autocast:
+        """Returns the context in which products are computed in `dtype`.
+
+        Raises: ValueError if it is neither float32 nor bfloat16.
+        """
+        if self.dtype not in ("float32", "bfloat16"):
+            raise ValueError(f"dtype={self.dtype!r}: must be 'float32' or 'bfloat16'")
+        return torch.autocast("cpu", torch.bfloat16, enabled=self.dtype == "bfloat16")
 
     def rate_at(self, step: int) -> float:
         """Returns the learning rate of step 0, 1, ..."""
@@ -89,8 +99,9 @@ class Run:
         recent: list[dict[str, float]] = []
         for _ in range(self.plan.align):
             numbers = draw.integers(len(split.pictures), size=ALIGNED_AT_ONCE).tolist()
-            projected = projector(features.to_torch(split.tokens[numbers]))
-            says = self.reader.losses(projected, table, [split.pictures[n] for n in numbers])
+            with self.plan.products():
+                projected = projector(features.to_torch(split.tokens[numbers]))
+            says = self.reader.losses(projected.float(), table, [split.pictures[n] for n in numbers])
             optimiser.zero_grad()
             (says["characters"] + says["colours"] + PLACES * says["places"]).backward()
             optimiser.step()
@@ -133,12 +144,14 @@ class Run:
         draw = np.random.default_rng((self.plan.seed, 1, self.step))
         asked = [drawn(split.pictures[n].questions, self.plan.questions, draw) for n in numbers]
         packed = self.packer.pack(asked, features.TOKENS, answers=True)
-        projected = self.model.model.multi_modal_projector(features.to_torch(split.tokens[numbers]))
-        states = packing.hidden(self.model, packed, projected)
         at = packed.target != packing.NOTHING
-        answers = F.cross_entropy(self.model.lm_head(states[at]), packed.target[at])
+        with self.plan.products():
+            projected = self.model.model.multi_modal_projector(features.to_torch(split.tokens[numbers]))
+            states = packing.hidden(self.model, packed, projected)
+            logits = self.model.lm_head(states[at])
+        answers = F.cross_entropy(logits.float(), packed.target[at])
         table = self.model.get_input_embeddings().weight
-        return answers, self.reader.losses(projected, table, [split.pictures[n] for n in numbers])
+        return answers, self.reader.losses(projected.float(), table, [split.pictures[n] for n in numbers])
 
 
 def mean(losses: list[dict[str, float]]) -> dict[str, float]:
