@@ -132,7 +132,7 @@ test-cuda: $(VENV)/installed-test  ## the CUDA sources, run on the CPU: all of e
 	$(pytest) -m "not gpu" --interpret 0 -k simt
 
 sanitize: $(VENV)/installed-test  ## the CPU library's tests under AddressSanitizer and UBSan
-	$(bin)/python -m tests.tools.sanitize -q -n $(WORKERS)
+	$(bin)/python -m tools.sanitize -q -n $(WORKERS)
 
 # It declares Python >= 3.12, but runs on 3.11; its own requirements would install another torch.
 .build/ttsem: | $(VENV)/installed-test
@@ -140,7 +140,7 @@ sanitize: $(VENV)/installed-test  ## the CPU library's tests under AddressSaniti
 	@$(bin)/python $(pip) --no-deps --ignore-requires-python --target $@ ttsem==0.1.0
 
 sanitize-triton: .build/ttsem  ## the Triton kernels' IR on the CPU, checked for races and accesses out of bounds
-	PYTHONPATH=$(CURDIR)/.build/ttsem $(bin)/python -m tests.tools.sanitize_triton
+	PYTHONPATH=$(CURDIR)/.build/ttsem $(bin)/python -m tools.sanitize_triton
 
 lint: $(VENV)/installed-dev  ## formatting and static checks
 	$(bin)/ruff check
@@ -148,7 +148,7 @@ lint: $(VENV)/installed-dev  ## formatting and static checks
 	$(bin)/mypy
 	@# all modules: what they import from Python's library has to be in the oldest Python too
 	! $(bin)/mypy --config-file= --python-version 3.10 --follow-imports skip --ignore-missing-imports \
-	  --explicit-package-bases python/apet apet_kernels benchmarks tests/*.py tests/explore tests/hooks | grep -F 'error: Module "'
+	  --explicit-package-bases python/apet apet_kernels benchmarks tools tests/*.py tests/explore tests/hooks | grep -F 'error: Module "'
 	$(bin)/clang-format --dry-run -Werror $(cpp)
 
 format: $(VENV)/installed-dev  ## format everything

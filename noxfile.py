@@ -1,7 +1,7 @@
 """The matrix of versions: `make matrix` (minutes a session) and `make matrix-torch` (gigabytes a session).
 
 One session installs one version of one dependency, runs the tests that need it, and writes the outcome to
-docs/compatibility.json, from which docs/compatibility.md is made (tests/matrix.py). `nox --list` lists the sessions,
+docs/compatibility.json, from which docs/compatibility.md is made (tools/matrix.py). `nox --list` lists the sessions,
 and `nox -s "transformers(5.8.1)"` runs one. "newest" is the newest version in the package index.
 """
 
@@ -66,7 +66,7 @@ def in_front(session: nox.Session, name: str, *pip: object) -> Path:
 
 def record(session: nox.Session, package: str, tests: list[str], folder: Path) -> None:
     environment = {"PYTHONPATH": str(folder)}
-    session.run(sys.executable, "-m", "tests.matrix", package, *tests, env=environment)
+    session.run(sys.executable, "-m", "tools.matrix", package, *tests, env=environment)
 
 
 @nox.session(venv_backend="none", tags=["quick"])
@@ -118,7 +118,7 @@ def own_environment(session: nox.Session, package: str, torch: str, tests: list[
     (pinned,) = re.findall(r"^torch==\S+", freeze, re.M)
     session.install(*constraints, "--no-build-isolation", "--editable", f"{source}[test]", pinned)
     session.chdir(source)
-    session.run("python", "-m", "tests.matrix", package, *tests, "--docs", str(ROOT / "docs"))
+    session.run("python", "-m", "tools.matrix", package, *tests, "--docs", str(ROOT / "docs"))
 
 
 @nox.session(python=PYTHONS, tags=["torch"])

@@ -29,7 +29,7 @@ NO_INTERPRETER: str | None = None
 if importlib.util.find_spec("triton") and not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when triton is first imported
     try:
-        importlib.import_module("tests.tools.triton_interpreter").install()
+        importlib.import_module("tests.triton_interpreter").install()
     except ImportError as error:
         NO_INTERPRETER = str(error)
 

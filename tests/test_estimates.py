@@ -12,8 +12,8 @@ from benchmarks.quick import figures
 from tests.simt import build
 
 pytest.importorskip("triton")
-from tests.tools import estimates
-from tests.tools.estimates import CARDS, SHAPES, Card, cuda, mix, triton
+from tools import estimates
+from tools.estimates import CARDS, SHAPES, Card, cuda, mix, triton
 
 pytestmark = pytest.mark.skipif(build.missing() is not None, reason=str(build.missing()))
 

@@ -15,7 +15,7 @@ import torch
 
 from benchmarks import gpu_carry
 from benchmarks.quick import build
-from tests.tools import sass
+from tools import sass
 
 
 def test_libraries_of_other_sources_are_not_taken(tmp_path):

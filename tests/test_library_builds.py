@@ -41,7 +41,7 @@ from tests.library.copies import (
     path,
 )
 from tests.simt import abi
-from tests.tools import sass
+from tools import sass
 
 pytestmark = needs_sources
 

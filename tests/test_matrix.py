@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests import matrix
+from tools import matrix
 
 OUTCOME = matrix.Outcome(
     package="triton",

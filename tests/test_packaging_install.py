@@ -29,7 +29,7 @@ from tests.binaries import (
     version,
 )
 from tests.test_packaging_setup import COMMANDS
-from tests.tools import sass
+from tools import sass
 
 ROOT = Path(__file__).parents[1]
 ISOLATION = pytest.mark.parametrize(
@@ -135,7 +135,7 @@ def build_wheel(python: Path, source: Path, folder: Path, *options: str, **varia
 
 @pytest.mark.slow
 def test_sdist_builds_and_tests_and_knows_its_commit(source: Path):
-    for name in ("CMakeLists.txt", "csrc/apet.h", "tests/test_packaging.py", "LICENSE", "Makefile", "README.md"):
+    for name in ("CMakeLists.txt", "csrc/apet.h", "tests/test_packaging.py", "tools/sass.py", "LICENSE", "Makefile"):
         assert (source / name).exists(), name
     assert not list(source.rglob("*.so"))
     head = subprocess.run(["git", "-C", ROOT, "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()

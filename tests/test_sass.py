@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.lib.sheet import replaced
-from tests.tools import sass
+from tools import sass
 
 pytestmark = [
     pytest.mark.skipif(sass.missing() is not None, reason=str(sass.missing())),

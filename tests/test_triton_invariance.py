@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.tools import offline
+from tools import offline
 
 triton = pytest.importorskip("triton")
 import triton.language as tl  # noqa: E402

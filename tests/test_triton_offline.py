@@ -1,4 +1,4 @@
-"""Every kernel compiles for every GPU and fits it: tests/tools/offline.py, and tests of that tool."""
+"""Every kernel compiles for every GPU and fits it: tools/offline.py, and tests of that tool."""
 
 import dataclasses
 import re
@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from benchmarks.lib.sheet import replaced
-from tests.tools import loads, offline
+from tools import loads, offline
 
 pytest.importorskip("triton")
 
@@ -126,7 +126,7 @@ def test_both_sums_of_a_product_fit_the_registers(target, instruction):
 @pytest.mark.matrix
 @pytest.mark.slow
 def test_every_gpu_and_size():
-    """The table in docs/gpu.md is also what `python -m tests.tools.offline --markdown` writes."""
+    """The table in docs/gpu.md is also what `python -m tools.offline --markdown` writes."""
     results = offline.compile_all(offline.TARGETS, smoke=False)
     assert offline.faults(results) == []
     text = offline.GUIDE.read_text()

@@ -18,7 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.tools.sass import FLAGS, nvcc
+from tools.sass import FLAGS, nvcc
 
 ROOT = Path(__file__).parents[2]
 CSRC = ROOT / "csrc"

@@ -36,7 +36,7 @@ def install() -> None:
     from tests.simt import binding, call
 
     with contextlib.suppress(ImportError):
-        from tests.tools import triton_interpreter
+        from tests import triton_interpreter
 
         triton_interpreter.install()
     binding.stand_in(call.H100)

@@ -12,7 +12,7 @@ import transformers
 from apet.hooks import reference, selfcheck, tiny
 from apet.hooks.selfcheck import NAMES
 
-from tests.tools import models_table
+from tools import models_table
 
 pytestmark = pytest.mark.skipif(
     transformers.__version__.startswith("4."),

@@ -11,7 +11,7 @@ import subprocess
 from pathlib import Path
 
 from tests.simt import build as simt
-from tests.tools import sass
+from tools import sass
 
 HERE = Path(__file__).parent
 CSRC = simt.CSRC

@@ -1,6 +1,6 @@
 """Runs the tests of one session of noxfile.py's matrix, and stores the outcome for docs/compatibility.md.
 
-    python -m tests.matrix PACKAGE TEST... [--docs FOLDER]    in the environment of the session
+    python -m tools.matrix PACKAGE TEST... [--docs FOLDER]    in the environment of the session
 
 The outcomes are in compatibility.json of that folder, one for each package and version, and compatibility.md is made
 from them. This module imports nothing of the project, since its import may fail in a session.

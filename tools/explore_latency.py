@@ -1,6 +1,6 @@
 """Measures the time from a key press on a slider of `apet explore` to the new picture, in a headless browser.
 
-python -m tests.tools.explore_latency        with a photo and the default encoder; needs Chromium
+python -m tools.explore_latency        with a photo and the default encoder; needs Chromium
 """
 
 from __future__ import annotations

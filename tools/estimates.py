@@ -1,7 +1,7 @@
 """Prints the estimates of csrc/cuda/plan.cu and of apet_kernels/triton_kernels/estimate.py for the shapes of the paper
 and of current vision encoders, as a table.
 
-    python -m tests.tools.estimates [--markdown]
+    python -m tools.estimates [--markdown]
 
 It calls apet_cuda_plan, compiled with g++, for every path on devices of the size of real ones. mix: s1 to s3 by the
 CUDA kernels, s4 and s5 by Triton's. --markdown writes the table into docs/cuda.md. It needs neither a GPU nor nvcc.
@@ -22,7 +22,7 @@ from benchmarks.lib.sheet import replaced
 from benchmarks.quick import figures
 from tests.simt import build, call
 from tests.simt.call import Device, How, NoPath
-from tests.tools.sass import GUIDE
+from tools.sass import GUIDE
 
 BEGIN, END = "<!-- estimates:begin -->", "<!-- estimates:end -->"
 HEADER = build.CSRC / "cuda/figures.cuh"
@@ -119,7 +119,7 @@ def cells(shape: tuple[int, int, int, int]) -> list[str]:
 
 def table() -> str:
     lines = [
-        f"`python -m tests.tools.estimates --markdown`, commit {machine.commit()}:",
+        f"`python -m tools.estimates --markdown`, commit {machine.commit()}:",
         "",
         "| tokens | " + " | ".join(COLUMNS) + " |",
         "|---|" + "---|" * len(COLUMNS),
@@ -129,11 +129,11 @@ def table() -> str:
 
 
 def main(arguments: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="python -m tests.tools.estimates", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m tools.estimates", description=__doc__.splitlines()[0])
     parser.add_argument("--markdown", action="store_true", help=f"write the table into {GUIDE.name}")
     options = parser.parse_args(arguments)
     if why := build.missing():
-        print(f"python -m tests.tools.estimates: {why}", file=sys.stderr)
+        print(f"python -m tools.estimates: {why}", file=sys.stderr)
         return 2
     text = table()
     print(text)

@@ -1,9 +1,9 @@
 """Runs the tests under conditions that must not change their results: another processor, BLAS, test order, or folder.
 
-    python -m tests.conditions                    every condition, one after another
-    python -m tests.conditions order one-thread   these conditions
-    python -m tests.conditions avx2 -- -n 2 tests/test_op.py    arguments after -- are passed to pytest
-    python -m tests.conditions --list
+    python -m tools.conditions                    every condition, one after another
+    python -m tools.conditions order one-thread   these conditions
+    python -m tools.conditions avx2 -- -n 2 tests/test_op.py    arguments after -- are passed to pytest
+    python -m tools.conditions --list
 
 Each condition is an environment and arguments of pytest; --list prints the commands, to be run by hand. The exit code
 is 1 if the tests fail under any condition. Without arguments for pytest it runs the tests of `make test`, except

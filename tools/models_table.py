@@ -1,4 +1,4 @@
-"""python -m tests.tools.models_table [TYPE...]: tries the hooks on every type of model that transformers has.
+"""python -m tools.models_table [TYPE...]: tries the hooks on every type of model that transformers has.
 
 For each entry of transformers' mappings of image-text and multimodal models, a tiny model is built in its own process,
 patched, and compared with the independent reference (python/apet/hooks/reference.py): both stages, several images, a
@@ -33,7 +33,7 @@ from apet.hooks.target import Target
 
 from benchmarks.lib.sheet import replaced
 
-DOCS = Path(__file__).parents[2] / "docs"
+DOCS = Path(__file__).parents[1] / "docs"
 SECONDS = 180  # of a processor, for one type; most take less than ten
 UNTRIED = "not tried yet"
 CELLS = {

@@ -1,6 +1,6 @@
 """Runs the tests with the compiled libraries under AddressSanitizer and UndefinedBehaviorSanitizer.
 
-    python -m tests.tools.sanitize [pytest arguments]
+    python -m tools.sanitize [pytest arguments]
 
 It installs a sanitized build into build/sanitized/, checks that it reports an out-of-bounds read, and runs the tests on
 it. Python and torch are not sanitized, so the sanitizers' runtime must be loaded before them.
@@ -15,7 +15,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / "build/sanitized"
 
 # Tests of the source tree, of benchmarks, of the command line, of models and of GPU kernels are left out, because they
@@ -25,7 +25,7 @@ NOT_THE_LIBRARY += ["test_threads.py", "test_arm.py", "test_tiles.py", "test_alt
 NOT_THE_LIBRARY += ["test_floors.py", "test_gpu*.py", "test_triton_*.py", "test_cuda_*.py", "test_simt.py"]
 NOT_THE_LIBRARY += ["hooks", "vllm", "test_eval.py", "explore", "test_reload.py", "test_ptx.py", "test_estimates.py"]
 NOT_THE_LIBRARY += ["test_sass.py", "test_quality.py"]
-BENCHMARKS = re.compile(r"^(?:from|import) benchmarks\b", re.MULTILINE)  # which are not installed
+NOT_INSTALLED = re.compile(r"^(?:from|import) (?:benchmarks|tools)\b", re.MULTILINE)
 
 # A tensor of 65 tokens in memory that holds 64, so that the kernel reads past its end.
 PLANTED = """
@@ -42,9 +42,9 @@ def library(name: str) -> str:
 
 
 def not_the_library(folder: str, names: list[str]) -> set[str]:
-    """Returns the names in a folder of tests that are listed above, or that import benchmarks."""
+    """Returns the names in a folder of tests that are listed above, or that import benchmarks or tools."""
     sources = [name for name in names if name.startswith("test_") and name.endswith(".py")]
-    tests = {name for name in sources if BENCHMARKS.search(Path(folder, name).read_text())}
+    tests = {name for name in sources if NOT_INSTALLED.search(Path(folder, name).read_text())}
     return shutil.ignore_patterns(*NOT_THE_LIBRARY)(folder, names) | tests
 
 

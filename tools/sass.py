@@ -1,6 +1,6 @@
 """Compiles every CUDA kernel, without a GPU, and checks the machine code.
 
-    python -m tests.tools.sass [--smoke] [--target sm_90a ...] [--markdown]
+    python -m tools.sass [--smoke] [--target sm_90a ...] [--markdown]
 
 It is an error if a kernel
 
@@ -30,7 +30,7 @@ from pathlib import Path
 
 from benchmarks.lib.sheet import replaced
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[1]
 CSRC = ROOT / "csrc"
 GUIDE = ROOT / "docs/cuda.md"
 BEGIN, END = "<!-- sass:begin -->", "<!-- sass:end -->"
@@ -254,7 +254,7 @@ def table(kernels: list[Kernel]) -> str:
     targets = [name for name in TARGETS if any(k.target == name for k in kernels)]
     wrong = len(list(faults(kernels)))
     lines = [
-        f"`python -m tests.tools.sass --markdown`, nvcc {compiler()}: {len(kernels)} kernels compiled, {wrong} "
+        f"`python -m tools.sass --markdown`, nvcc {compiler()}: {len(kernels)} kernels compiled, {wrong} "
         "faults. The",
         "cells show registers per thread. Nothing spills or uses local memory. A dot: the target has no clusters, so "
         "the kernel is empty.",
@@ -296,7 +296,7 @@ def compile_all(jobs: Iterable[tuple[str, str]]) -> list[Kernel]:
 
 
 def main(arguments: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="python -m tests.tools.sass", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m tools.sass", description=__doc__.splitlines()[0])
     parser.add_argument("--smoke", action="store_true", help="three of the sources, on two targets")
     parser.add_argument("--target", action="append", choices=TARGETS, help="only this one; may be repeated")
     parser.add_argument("--markdown", action="store_true", help=f"write the table into {GUIDE.name}")
@@ -304,7 +304,7 @@ def main(arguments: list[str]) -> int:
     if options.markdown and (options.smoke or options.target):
         parser.error("--markdown is of all targets and dtypes")
     if why := missing():
-        print(f"python -m tests.tools.sass: {why}", file=sys.stderr)
+        print(f"python -m tools.sass: {why}", file=sys.stderr)
         return 2
     began = time.monotonic()
     kernels = compile_all(SMOKE if options.smoke else [(t, d) for t in options.target or TARGETS for d in DTYPES])

@@ -1,6 +1,6 @@
 """Draws the README's picture and the screenshots of docs/explore.md again:
 
-python -m tests.tools.explore_pictures
+python -m tools.explore_pictures
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from PIL import Image
 
 from tests import browser
 
-DOCS = Path(__file__).parents[2] / "docs"
+DOCS = Path(__file__).parents[1] / "docs"
 ASTRONAUT = Path(skimage.__path__[0], "data", "astronaut.png")
 THEMES = ("light", "dark")
 WAIT = 180_000  # milliseconds, on a machine that is busy with other things

@@ -1,6 +1,6 @@
 """Compiles every kernel that the Triton backend can launch, without a GPU, and checks the compiled code.
 
-    python -m tests.tools.offline [--smoke] [--target sm_90a ...] [--markdown]
+    python -m tools.offline [--smoke] [--target sm_90a ...] [--markdown]
 
 The launches are those that `launch.py` builds, on meta tensors. Triton compiles them as for a launch, with a stand-in
 for the driver that names the GPU. It is an error if
@@ -34,9 +34,9 @@ from typing import Any
 import torch
 
 from benchmarks.lib.sheet import replaced
-from tests.tools.loads import narrow_loads
+from tools.loads import narrow_loads
 
-GUIDE = Path(__file__).parents[2] / "docs/gpu.md"
+GUIDE = Path(__file__).parents[1] / "docs/gpu.md"
 BEGIN, END = "<!-- offline:begin -->", "<!-- offline:end -->"
 
 
@@ -278,7 +278,7 @@ def table(results: list[Compiled]) -> str:
         groups[r.kernel, "" if r.D is None else f"{8 * r.dtype.itemsize}-bit", r.target].append(r)
     dims = sorted({r.D for r in results if r.D})
     lines = [
-        f"`python -m tests.tools.offline --markdown`, Triton {triton.__version__}: {len(results)} kernels compiled, "
+        f"`python -m tools.offline --markdown`, Triton {triton.__version__}: {len(results)} kernels compiled, "
         f"for D = {', '.join(map(str, dims))}.",
         "A cell holds the registers of a thread, the KB of shared memory of a program, and the number of warps",
         "that fit on a multiprocessor at once (on AMD, of waves on a compute unit), each the worst over D, dtype, M.",
@@ -324,7 +324,7 @@ def faults(results: list[Compiled]) -> list[str]:
 
 
 def main(arguments: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="python -m tests.tools.offline", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m tools.offline", description=__doc__.splitlines()[0])
     parser.add_argument("--smoke", action="store_true", help=f"three sizes, on {', '.join(SMOKE)}")
     parser.add_argument("--target", action="append", choices=TARGETS, help="only this one; may be repeated")
     parser.add_argument("--markdown", action="store_true", help=f"write the table into {GUIDE.name}")

@@ -1,6 +1,6 @@
 """Runs the Triton kernels' own IR on the CPU, by `ttsem`, which looks for accesses out of bounds and races.
 
-    python -m tests.tools.sanitize_triton
+    python -m tools.sanitize_triton
 
 The tests run the kernels' Python code in Triton's interpreter. This program runs the output of Triton's frontend (TTIR,
 for sm_90a). It compiles and executes every launch of every op, and checks for accesses outside of the launch's tensors,
@@ -112,7 +112,7 @@ def sanitized(what: str) -> dict:
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder, "report.json")
         command = [sys.executable, "-m", "ttsem.sanitize", "--json", str(report), __file__, "--", what]
-        path = os.pathsep.join([str(Path(__file__).parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])])
+        path = os.pathsep.join([str(Path(__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])])
         subprocess.run(command, check=False, env={**os.environ, "PYTHONPATH": path})
         return json.loads(report.read_text()) if report.exists() else {"verdict": "error"}
 

@@ -1,6 +1,6 @@
 """Plants faults in the CUDA sources, one at a time, and reports which ways to run them without a GPU notice each.
 
-    python -m tests.tools.mutations [--only PART-OF-A-NAME ...] [--markdown]
+    python -m tools.mutations [--only PART-OF-A-NAME ...] [--markdown]
 
 There are two ways. The simulation compiles the sources with g++ and runs them, for some faults under a sanitizer. The
 interpreter executes the PTX that nvcc makes of them. --markdown writes the table into docs/cuda.md. The exit code is 1
@@ -21,8 +21,8 @@ from benchmarks.lib.sheet import replaced
 from tests.ptx import build, call, planted
 from tests.simt.bugs import BUGS, CLUSTER, COOPERATIVE, FUSED, WRONG, Bug, both, differs, plant, small
 from tests.simt.call import Fault
-from tests.tools import sass
-from tests.tools.sass import GUIDE
+from tools import sass
+from tools.sass import GUIDE
 
 BEGIN, END = "<!-- mutations:begin -->", "<!-- mutations:end -->"
 NOT_THERE = "not compiled there"
@@ -120,18 +120,18 @@ def head() -> str:
     """Returns the command, versions and machine, for the head of the table."""
     where = machine.describe()
     nvcc = f"nvcc {sass.compiler()}"
-    return f"`python -m tests.tools.mutations --markdown`, {nvcc}, {where['machine']}, commit {where['commit']}:"
+    return f"`python -m tools.mutations --markdown`, {nvcc}, {where['machine']}, commit {where['commit']}:"
 
 
 def main(arguments: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="python -m tests.tools.mutations", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m tools.mutations", description=__doc__.splitlines()[0])
     parser.add_argument("--only", action="append", default=[], help="part of a fault's name; may be repeated")
     parser.add_argument("--markdown", action="store_true", help=f"write the table into {GUIDE.name}")
     options = parser.parse_args(arguments)
     if options.markdown and options.only:
         parser.error("--markdown is of all faults")
     if why := build.missing():
-        print(f"python -m tests.tools.mutations: {why}", file=sys.stderr)
+        print(f"python -m tools.mutations: {why}", file=sys.stderr)
         return 2
     lines = [head(), "", "| fault in the source | file | simulation | compiled PTX |", "|---|---|---|---|"]
     missed = 0
