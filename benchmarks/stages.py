@@ -87,8 +87,8 @@ def reference_stages(case: Case, x: Tensor) -> dict[str, Callable[[object], None
     images = [reference.widen(image) for image in x]
     picks = [reference.s1_basis(image, case.basis, start=case.start, ridge=RIDGE) for image in images]
     weights = [reference.s2_solve(image, p, RIDGE) for image, p in zip(images, picks, strict=True)]
-    e2 = [reference.s3_residual(*given, case.basis) for given in zip(images, picks, weights, strict=True)]
-    cuts = [reference.s4_topk(r, p, case.keep, case.layout) for r, p in zip(e2, picks, strict=True)]
+    e_sq = [reference.s3_residual(*given, case.basis) for given in zip(images, picks, weights, strict=True)]
+    cuts = [reference.s4_topk(r, p, case.keep, case.layout) for r, p in zip(e_sq, picks, strict=True)]
 
     def each(stage: Callable[..., object], *columns: list) -> Callable[[object], None]:
         def run(_: object) -> None:
@@ -101,7 +101,7 @@ def reference_stages(case: Case, x: Tensor) -> dict[str, Callable[[object], None
         "s1_basis": each(lambda image: reference.s1_basis(image, case.basis, start=case.start, ridge=RIDGE), images),
         "s2_solve": each(lambda image, p: reference.s2_solve(image, p, RIDGE), images, picks),
         "s3_residual": each(lambda *given: reference.s3_residual(*given, case.basis), images, picks, weights),
-        "s4_topk": each(lambda r, p: reference.s4_topk(r, p, case.keep, case.layout), e2, picks),
+        "s4_topk": each(lambda r, p: reference.s4_topk(r, p, case.keep, case.layout), e_sq, picks),
         "s5_merge": each(
             lambda rows, image, cut: reference.s5_merge(rows, image, *cut), list(x.unbind()), images, cuts
         ),

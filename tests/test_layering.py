@@ -55,6 +55,12 @@ def test_one_file_per_library_binds_to_torch():
     assert {p.name for p in files} == TO_TORCH
 
 
+# Baselines, other methods and tests in Python that have quantities of the algorithm too.
+BESIDE = [
+    *(ROOT / f"benchmarks/{name}.py" for name in ("lib/alternatives", "lib/baselines", "lib/check", "lib/selection")),
+    ROOT / "benchmarks/stages.py",
+    ROOT / "tests/test_reference_published.py",
+]
 BACKENDS = {
     "reference": [ROOT / "apet_kernels/reference.py"],
     "cpu": sorted((ROOT / "csrc/cpu").iterdir()),
@@ -129,11 +135,12 @@ def test_a_kernel_has_a_file_of_its_name(backend: str):
     assert {name for name, stem in found if name != stem} == set()
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_quantities_have_one_name(backend: str):
-    """Backends do not use the former names, which had other meanings in other backends."""
+@pytest.mark.parametrize("part", [*BACKENDS, "beside"])
+def test_quantities_have_one_name(part: str):
+    """Neither backends nor what they are compared with use the former names, which had other meanings elsewhere."""
     retired = {old: new for new, names in RETIRED.items() for old in names}
-    found = {(path.name, name) for path in BACKENDS[backend] for name in names_in(path) & set(retired)}
+    paths = BACKENDS.get(part, BESIDE)
+    found = {(path.name, name) for path in paths for name in names_in(path) & set(retired)}
     assert {f"{file}: {name} is called {retired[name]}" for file, name in found} == set()
 
 

@@ -22,18 +22,18 @@ def published(x: Tensor, keep: int, basis: int, start: int, ridge: float = 1e-5)
         sampled.append(int(distances.min(0).values.argmax()))
     S = X[sampled]  # [M, D]
     W = torch.linalg.solve(S @ S.T + ridge * torch.eye(basis, dtype=X.dtype), S @ X.T)  # [M, N]
-    error = (X - W.T @ S).norm(dim=1)  # [N]
-    ranked = error.topk(keep).indices  # [K]
+    residual = (X - W.T @ S).norm(dim=1)  # [N]
+    ranked = residual.topk(keep).indices  # [K]
     return {"X": X, "sampled": torch.tensor(sampled), "ranked": ranked}
 
 
 def merged_into(X: Tensor, receivers: Tensor, dropped: Tensor) -> dict[int, Tensor]:
     """Returns, for each receiver, position -> the mean of it and of the dropped tokens most similar to it."""
     similarity = torch.cosine_similarity(X[dropped][:, None], X[receivers][None], dim=-1)  # [n, R]
-    nearest = similarity.argmax(1)
+    target = similarity.argmax(1)  # [n]
     result = {}
     for j, r in enumerate(receivers.tolist()):
-        mine = dropped[nearest == j]
+        mine = dropped[target == j]
         result[r] = (X[r] + X[mine].sum(0)) / (1 + len(mine))
     return result
 
@@ -54,8 +54,8 @@ def test_encoder_stage(backend, N, D, K, M, start, seed, blend, kind):
     p = published(x, K, M, start)
     X, low, high = p["X"], p["ranked"][K - M :].sort().values, p["ranked"][: K - M]
     rows = merged_into(X, high, not_in(N, p["ranked"]))
-    for slot, source in zip(low.tolist(), p["sampled"].tolist(), strict=True):
-        rows[slot] = blend * X[source] + (1 - blend) * X[slot]
+    for slot, sampled in zip(low.tolist(), p["sampled"].tolist(), strict=True):
+        rows[slot] = blend * X[sampled] + (1 - blend) * X[slot]
     kept = p["ranked"].sort().values
 
     got, indices = backend.compress(x[None], K, M, layout="overwrite", start=start, blend=blend)

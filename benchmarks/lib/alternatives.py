@@ -63,15 +63,15 @@ def norm(x: Tensor, keep: int, *, attention: Tensor | None = None, seed: int = 0
 def fps(x: Tensor, keep: int, *, attention: Tensor | None = None, seed: int = 0) -> tuple[Tensor, Tensor]:
     """Keeps K tokens by farthest-point sampling in Euclidean distance, from the token of largest norm."""
     _check(x, keep)
-    sq = x.float().square().sum(-1)  # [B, N]
+    norm_sq = x.float().square().sum(-1)  # [B, N]
     X = x.float()
 
     def squared_distance(p: Tensor) -> Tensor:  # p [B] -> [B, N]
         at = p[:, None]  # [B, 1]
         dot = torch.bmm(X, X.gather(1, at[..., None].expand(-1, -1, X.shape[-1])).mT).squeeze(-1)  # [B, N]
-        return (sq + sq.gather(1, at) - 2 * dot).clamp(min=0)
+        return (norm_sq + norm_sq.gather(1, at) - 2 * dot).clamp(min=0)
 
-    return _rows(x, farthest(sq.argmax(-1), keep, squared_distance).sort(-1).values)
+    return _rows(x, farthest(norm_sq.argmax(-1), keep, squared_distance).sort(-1).values)
 
 
 def divprune(x: Tensor, keep: int, *, attention: Tensor | None = None, seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -148,14 +148,15 @@ def visionzip(x: Tensor, keep: int, *, attention: Tensor | None = None, seed: in
     dominant = ranked(attention, keep - contextual)  # [B, K-C]
     if contextual == 0:
         return _rows(x, dominant)
-    rest = others(dominant, N)  # [B, N-K+C], ascending
-    slots = spaced(contextual, rest.shape[1]).to(x.device)  # [C]
-    targets = rest[:, slots]  # [B, C]
+    remaining = others(dominant, N)  # [B, N-K+C], ascending
+    slots = spaced(contextual, remaining.shape[1]).to(x.device)  # [C]
+    targets = remaining[:, slots]  # [B, C]
     X = x.float()
-    similarity = F.normalize(take(X, rest), dim=-1) @ F.normalize(take(X, targets), dim=-1).mT  # [B, N-K+C, C]
-    to = similarity.argmax(-1)  # [B, N-K+C]
-    to[:, slots] = torch.arange(contextual, device=x.device)  # a target stays with itself, whatever equals it
-    means = selection.means(take(X, rest), torch.ones_like(rest, dtype=torch.float32), to, contextual)[0]  # [B, C, D]
+    similarity = F.normalize(take(X, remaining), dim=-1) @ F.normalize(take(X, targets), dim=-1).mT  # [B, N-K+C, C]
+    target = similarity.argmax(-1)  # [B, N-K+C]
+    target[:, slots] = torch.arange(contextual, device=x.device)  # a target stays with itself, whatever equals it
+    sizes = torch.ones_like(remaining, dtype=torch.float32)  # [B, N-K+C]
+    means = selection.means(take(X, remaining), sizes, target, contextual)[0]  # [B, C, D]
     return _ascending(torch.cat([take(x, dominant), means.to(x.dtype)], 1), torch.cat([dominant, targets], 1))
 
 
@@ -214,8 +215,8 @@ def tome_groups(x: Tensor, keep: int) -> tuple[Tensor, Tensor, Tensor]:
         stay = others(merged, n)  # [B, n-r] ascending
         goal = torch.arange(n, device=x.device).repeat(B, 1)  # [B, n]
         goal.scatter_(1, merged, 2 * target.gather(1, merged // 2) + 1)
-        to = torch.searchsorted(stay, goal)  # [B, n]: the row among those that stay
-        tokens, sizes = selection.means(tokens, sizes, to, n - r)
+        row = torch.searchsorted(stay, goal)  # [B, n]: the row among those that stay
+        tokens, sizes = selection.means(tokens, sizes, row, n - r)
         indices = indices.gather(1, stay)
     return tokens.to(x.dtype), indices, sizes
 

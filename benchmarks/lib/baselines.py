@@ -40,11 +40,11 @@ def published_bytes(N: int, D: int, keep: int, basis: int, itemsize: int) -> int
 
 def _published_image(x: Tensor, keep: int, basis: int, start: int, ridge: float) -> tuple[Tensor, Tensor]:
     X = x.float()  # [N, D]
-    distance = X.new_full((len(X),), math.inf)  # [N]
+    dist_sq = X.new_full((len(X),), math.inf)  # [N]
     picks = [start]
     while len(picks) < basis:
-        distance = torch.minimum(distance, (X - X[picks[-1]]).square().sum(-1))  # [N]
-        picks.append(int(distance.argmax()))
+        dist_sq = torch.minimum(dist_sq, (X - X[picks[-1]]).square().sum(-1))  # [N]
+        picks.append(int(dist_sq.argmax()))
     S = X[picks]  # [M, D]
     W = torch.linalg.solve(S @ S.T + ridge * torch.eye(basis, device=x.device), S @ X.T)  # [M, N]
     residual = (X - W.T @ S).norm(dim=-1)  # [N]
@@ -54,10 +54,10 @@ def _published_image(x: Tensor, keep: int, basis: int, start: int, ridge: float)
     targets, lost = top[: keep - basis].sort().values, top[keep - basis :].sort().values  # [K-M], [M]
     dropped = torch.ones_like(residual, dtype=torch.bool).index_fill_(0, kept, False)  # [N]
     similarity = F.cosine_similarity(x[dropped][:, None], x[targets][None], dim=-1)  # [N-K, K-M]
-    nearest = similarity.argmax(-1)  # [N-K]
+    target = similarity.argmax(-1)  # [N-K]
 
-    total = X[targets].index_add_(0, nearest, X[dropped])  # [K-M, D]
-    count = 1 + nearest.bincount(minlength=keep - basis)  # [K-M]
+    total = X[targets].index_add_(0, target, X[dropped])  # [K-M, D]
+    count = 1 + target.bincount(minlength=keep - basis)  # [K-M]
     tokens = x.new_empty(keep, x.shape[1])
     tokens[torch.searchsorted(kept, targets)] = (total / count[:, None]).to(x.dtype)
     tokens[torch.searchsorted(kept, lost)] = x[picks]
@@ -74,34 +74,34 @@ def eager(x: Tensor, keep: int, basis: int, layout: str, start: int, ridge: floa
     B, N, D = x.shape
     T = keep - basis if layout == "overwrite" else keep
     X = x.float()  # [B, N, D]
-    sq = X.square().sum(-1)  # [B, N]
+    norm_sq = X.square().sum(-1)  # [B, N]
     image = torch.arange(B, device=x.device)[:, None]  # [B, 1]
-    far = torch.full_like(image, start) if start >= 0 else sq.argmax(-1, keepdim=True)  # [B, 1]
-    nearest = torch.full_like(sq, math.inf)  # [B, N]
+    far = torch.full_like(image, start) if start >= 0 else norm_sq.argmax(-1, keepdim=True)  # [B, 1]
+    dist_sq = torch.full_like(norm_sq, math.inf)  # [B, N]
     picks = [far]
     for _ in range(basis - 1):
         dot = torch.bmm(X, X[image, far].mT).squeeze(-1)  # [B, N]
-        nearest = torch.minimum(nearest, sq + sq[image, far] - 2 * dot)  # [B, N]
-        far = nearest.argmax(-1, keepdim=True)
+        dist_sq = torch.minimum(dist_sq, norm_sq + norm_sq[image, far] - 2 * dot)  # [B, N]
+        far = dist_sq.argmax(-1, keepdim=True)
         picks.append(far)
     p = torch.cat(picks, 1)  # [B, M]
     S = X[image, p]  # [B, M, D]
     L = torch.linalg.cholesky_ex(S @ S.mT + ridge * torch.eye(basis, device=x.device)).L  # [B, M, M]
     W = torch.cholesky_solve(S @ X.mT, L)  # [B, M, N]
-    e2 = (X - W.mT @ S).square().sum(-1)  # [B, N]
-    e2 = torch.where(e2 > 4 * basis * U * sq, e2, 0.0)
+    e_sq = (X - W.mT @ S).square().sum(-1)  # [B, N]
+    e_sq = torch.where(e_sq > 4 * basis * U * norm_sq, e_sq, 0.0)
     if layout == "inplace":
-        e2 = e2.scatter(1, p, math.inf)
+        e_sq = e_sq.scatter(1, p, math.inf)
 
-    top = e2.topk(keep).indices  # [B, K], descending
+    top = e_sq.topk(keep).indices  # [B, K], descending
     kept = top.sort(1).values  # [B, K]
     targets = top[:, :T].sort(1).values  # [B, T]
-    dropped = torch.ones_like(sq, dtype=torch.int64).scatter(1, kept, 0).topk(N - keep).indices  # [B, N-K]
+    dropped = torch.ones_like(norm_sq, dtype=torch.int64).scatter(1, kept, 0).topk(N - keep).indices  # [B, N-K]
     x_t, x_d = X[image, targets], X[image, dropped]  # [B, T, D], [B, N-K, D]
     similarity = x_d @ F.normalize(x_t, dim=-1).mT  # [B, N-K, T]; the length of x_d changes no arg-max
-    to = similarity.argmax(-1) + image * T  # [B, N-K]
-    total = x_t.flatten(0, 1).index_add(0, to.flatten(), x_d.flatten(0, 1))  # [B*T, D]
-    count = total.new_ones(B * T).index_add(0, to.flatten(), total.new_ones(B * (N - keep)))  # [B*T]
+    target = similarity.argmax(-1) + image * T  # [B, N-K]
+    total = x_t.flatten(0, 1).index_add(0, target.flatten(), x_d.flatten(0, 1))  # [B*T, D]
+    count = total.new_ones(B * T).index_add(0, target.flatten(), total.new_ones(B * (N - keep)))  # [B*T]
     means = (total / count[:, None]).view(B, T, D).to(x.dtype)
     if layout == "inplace":
         return means, kept
@@ -138,9 +138,9 @@ def tuned_compiled() -> Compress:
 def _two_steps(
     rank: Callable, merge: Callable, x: Tensor, keep: int, basis: int, layout: str, start: int, ridge: float
 ) -> tuple[Tensor, Tensor]:
-    X, sq, order, p = rank(x, keep, basis, layout, start, ridge)
+    X, norm_sq, order, p = rank(x, keep, basis, layout, start, ridge)
     with _bfloat16_products(x.dtype is torch.bfloat16):
-        return merge(X, sq, order, p, keep, layout, x.dtype)
+        return merge(X, norm_sq, order, p, keep, layout, x.dtype)
 
 
 @contextlib.contextmanager
@@ -173,16 +173,16 @@ def _s1_to_s4(
     G = math.gcd(N, 2) if B == 1 and not x.is_cuda else 1
     halves = X.view(B * G, N // G, D).mT  # [B*G, D, N/G]
     image = torch.arange(B, device=x.device)[:, None]  # [B, 1]
-    sq = torch.linalg.vector_norm(X, dim=-1, dtype=torch.float32).square()  # [B, N]
-    far = torch.full_like(image, start) if start >= 0 else sq.argmax(-1, keepdim=True)  # [B, 1]
-    nearest = torch.full_like(sq, math.inf)  # [B, N]
+    norm_sq = torch.linalg.vector_norm(X, dim=-1, dtype=torch.float32).square()  # [B, N]
+    far = torch.full_like(image, start) if start >= 0 else norm_sq.argmax(-1, keepdim=True)  # [B, 1]
+    dist_sq = torch.full_like(norm_sq, math.inf)  # [B, N]
     picks, products = [far], []
     for k in range(basis):
         dot = _product(X[image, far].expand(B * G, 1, D), halves).view(B, N)  # [B, N]
         products.append(dot)
         if k + 1 < basis:
-            nearest = torch.minimum(nearest, torch.sub(sq, dot, alpha=2) + sq.gather(1, far))  # [B, N]
-            far = nearest.argmax(-1, keepdim=True)  # [B, 1]
+            dist_sq = torch.minimum(dist_sq, torch.sub(norm_sq, dot, alpha=2) + norm_sq.gather(1, far))  # [B, N]
+            far = dist_sq.argmax(-1, keepdim=True)  # [B, 1]
             picks.append(far)
     p = torch.cat(picks, 1)  # [B, M]
     SX = torch.stack(products, 1)  # [B, M, N]
@@ -191,11 +191,11 @@ def _s1_to_s4(
     L = torch.linalg.cholesky_ex(A).L  # [B, M, M]
     y = torch.linalg.solve_triangular(L, SX, upper=False)  # [B, M, N]
     w = torch.linalg.solve_triangular(L.mT, y, upper=True)  # [B, M, N]
-    e2 = sq - y.square().sum(1) - ridge * w.square().sum(1)  # [B, N]
-    e2 = torch.where(e2 > 4 * basis * U * sq, e2, 0.0)
+    e_sq = norm_sq - y.square().sum(1) - ridge * w.square().sum(1)  # [B, N]
+    e_sq = torch.where(e_sq > 4 * basis * U * norm_sq, e_sq, 0.0)
     if layout == "inplace":
-        e2 = e2.scatter(1, p, math.inf)
-    return X, sq, e2.argsort(dim=1, descending=True, stable=True), p
+        e_sq = e_sq.scatter(1, p, math.inf)
+    return X, norm_sq, e_sq.argsort(dim=1, descending=True, stable=True), p
 
 
 def _product(a: Tensor, b: Tensor) -> Tensor:
@@ -204,7 +204,7 @@ def _product(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _s5_merge(
-    X: Tensor, sq: Tensor, order: Tensor, p: Tensor, keep: int, layout: str, dtype: torch.dtype
+    X: Tensor, norm_sq: Tensor, order: Tensor, p: Tensor, keep: int, layout: str, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
     """Computes the similarity by one batched product, and the means by one embedding_bag that reads X in place.
 
@@ -217,19 +217,19 @@ def _s5_merge(
     kept = order[:, :keep].sort(1).values  # [B, K]
     targets = order[:, :T].sort(1).values  # [B, T]
     dropped = order[:, keep:]  # [B, N-K]
-    scale = sq.gather(1, targets).clamp_min(1e-30).rsqrt()[..., None]  # [B, T, 1]
+    inv_norm = norm_sq.gather(1, targets).clamp_min(1e-30).rsqrt()[..., None]  # [B, T, 1]
     few = 6 * keep <= N  # multiplying also the kept tokens costs less than copying the dropped ones
     compared = X if few else X[image, dropped]  # [B, N or N-K, D]
-    similarity = _product(X[image, targets], compared.mT).mul_(scale)  # [B, T, N or N-K]
-    nearest = similarity.max(1).indices  # [B, N or N-K]
+    similarity = _product(X[image, targets], compared.mT).mul_(inv_norm)  # [B, T, N or N-K]
+    target = similarity.max(1).indices  # [B, N or N-K]
     if few:
-        nearest = nearest.gather(1, dropped)  # [B, N-K]
+        target = target.gather(1, dropped)  # [B, N-K]
 
     first = kept  # [B, K], the first token of each row
     if layout == "overwrite":
         lost = order[:, T:keep].sort(1).values  # [B, M]
         first = kept.scatter(1, torch.searchsorted(kept, lost), p)
-    row = torch.searchsorted(kept, targets).gather(1, nearest)  # [B, N-K]
+    row = torch.searchsorted(kept, targets).gather(1, target)  # [B, N-K]
     row = torch.cat([torch.arange(keep, device=X.device).expand(B, keep), row], 1) + image * keep  # [B, N]
     token = torch.cat([first, dropped], 1) + image * N  # [B, N]
     row, by_row = row.flatten().sort(stable=True)  # [B*N]

@@ -28,9 +28,9 @@ def judge(case: Case, name: str, x: Tensor, result: tuple[Tensor, Tensor]) -> fl
     Rows that `published` rounds in 16 bits are not judged. Raises AssertionError, which begins with the fault.
     """
     rounded = name == "published" and case.dtype is not torch.float32
-    error = 2 * torch.finfo(case.dtype).eps if rounded else None
+    similarity_error = 2 * torch.finfo(case.dtype).eps if rounded else None
     try:
-        return check(case, x.cpu(), *(t.cpu() for t in result), error)
+        return check(case, x.cpu(), *(t.cpu() for t in result), similarity_error)
     except AssertionError as wrong:
         raise AssertionError(f"{wrong} ({name}, {case})") from None
 
@@ -42,17 +42,18 @@ def checked(case: Case, name: str, call: Callable[[Tensor], tuple[Tensor, Tensor
         return judge(case, name, x, call(x))
 
 
-def check(case: Case, x: Tensor, tokens: Tensor, indices: Tensor, error: float | None = None) -> float:
+def check(case: Case, x: Tensor, tokens: Tensor, indices: Tensor, similarity_error: float | None = None) -> float:
     """Returns the share of rows that were judged.
 
-    error: that of x.t / ||t||, relative to ||x||. None: that of float32 sums in any order, and of tensor cores, which
-    truncate when they add (Fasi et al., PeerJ CS 330, 2021). Raises AssertionError, naming what is wrong and by how
-    much.
+    similarity_error: the error of x.t / ||t||, relative to ||x||. None: that of float32 sums in any order, and of
+    tensor cores, which truncate when they add (Fasi et al., PeerJ CS 330, 2021). Raises AssertionError, which names
+    what is wrong and by how much.
     """
     assert tokens.shape == (case.B, case.keep, case.D), f"tokens have shape {tuple(tokens.shape)}"
     assert tokens.dtype == x.dtype, f"tokens are {tokens.dtype}, not {x.dtype}"
-    error = max(32, case.D / 64) * U if error is None else error
-    judged = sum(_check_image(case, *image, error) for image in zip(x, tokens, indices, strict=True))
+    if similarity_error is None:
+        similarity_error = max(32, case.D / 64) * U
+    judged = sum(_check_image(case, *image, similarity_error) for image in zip(x, tokens, indices, strict=True))
     return judged / (case.B * case.keep)
 
 
@@ -72,41 +73,41 @@ def check_other(name: str, case: Case, x: Tensor, kept: Tensor, indices: Tensor)
 def _check_image(case: Case, x: Tensor, tokens: Tensor, kept: Tensor, similarity_error: float) -> int:
     """Checks x [N, D], tokens [K, D], kept [K]. Returns the number of rows judged."""
     image = reference.widen(x)
-    X, sq, _ = image
+    X, norm_sq, _ = image
     p = reference.s1_basis(image, case.basis, start=case.start, ridge=RIDGE)  # [M]
-    e2 = reference.s3_residual(image, p, reference.s2_solve(image, p, RIDGE), case.basis)  # [N]
+    e_sq = reference.s3_residual(image, p, reference.s2_solve(image, p, RIDGE), case.basis)  # [N]
     if case.layout == "inplace":
-        e2 = e2.index_fill(0, p, torch.inf)
+        e_sq = e_sq.index_fill(0, p, torch.inf)
     assert (kept.diff() > 0).all(), "indices do not ascend"
     overwritten = torch.zeros(case.keep, dtype=torch.bool)  # [K]
-    slack = 4 * case.basis * U * sq  # [N]
-    _check_cut(e2, slack, kept, "kept")
+    slack = 4 * case.basis * U * norm_sq  # [N]
+    _check_cut(e_sq, slack, kept, "kept")
     if case.layout == "overwrite":
         overwritten = (tokens[:, None] == x[p]).all(-1).any(1)  # [K]
         assert torch.equal(tokens[overwritten], x[p]), "the overwritten slots do not hold the basis in picking order"
-        _check_cut(e2, slack, kept[~overwritten], "not overwritten")
+        _check_cut(e_sq, slack, kept[~overwritten], "not overwritten")
 
     dropped = torch.ones(case.N, dtype=torch.bool).index_fill_(0, kept, False)  # [N]
     rows = (~overwritten).nonzero()[:, 0]  # [T]
     targets = X[kept[rows]]  # [T, D]
-    nearest, excused = [], torch.zeros(len(rows), dtype=torch.bool)  # of every dropped token; [T]
+    found, excused = [], torch.zeros(len(rows), dtype=torch.bool)  # of every dropped token; [T]
     for part in X[dropped].split(8192):  # [n, D]
         similarity = (part @ targets.T).div_(targets.norm(dim=-1))  # [n, T]
-        best, to = similarity.max(1)  # [n]
-        nearest.append(to)
+        best, target = similarity.max(1)  # [n]
+        found.append(target)
         near = similarity >= (best - 2 * similarity_error * part.norm(dim=-1))[:, None]  # [n, T]
         excused |= near[near.sum(1) > 1].any(0)
-    to = torch.cat(nearest)  # [N-K]
-    count = 1 + to.bincount(minlength=len(rows))[:, None]  # [T, 1]
-    mean = targets.index_add(0, to, X[dropped]) / count  # [T, D]
+    target = torch.cat(found)  # [N-K]
+    count = 1 + target.bincount(minlength=len(rows))[:, None]  # [T, 1]
+    mean = targets.index_add(0, target, X[dropped]) / count  # [T, D]
     allowed = torch.finfo(x.dtype).eps * mean.abs() + 8 * U * X.abs().amax()  # [T, D]
     wrong = ((tokens[rows].double() - mean).abs() > allowed).any(1) & ~excused  # [T]
     assert not wrong.any(), f"{int(wrong.sum())} of {int((~excused).sum())} rows are not the mean of their tokens"
     return case.keep - int(excused.sum())
 
 
-def _check_cut(e2: Tensor, slack: Tensor, chosen: Tensor, what: str) -> None:
-    """Checks that `chosen` holds the largest of e2 [N], give or take slack [N]."""
-    inside = torch.zeros(len(e2), dtype=torch.bool).index_fill_(0, chosen, True)  # [N]
-    surely_out, surely_in = (e2 + slack)[inside].min(), (e2 - slack)[~inside].max()
-    assert surely_out >= surely_in, f"{what}: a token of e2 {surely_out:.6g} is in, one of {surely_in:.6g} is out"
+def _check_cut(e_sq: Tensor, slack: Tensor, chosen: Tensor, what: str) -> None:
+    """Checks that `chosen` holds the largest of e_sq [N], give or take slack [N]."""
+    inside = torch.zeros(len(e_sq), dtype=torch.bool).index_fill_(0, chosen, True)  # [N]
+    surely_out, surely_in = (e_sq + slack)[inside].min(), (e_sq - slack)[~inside].max()
+    assert surely_out >= surely_in, f"{what}: a token of e_sq {surely_out:.6g} is in, one of {surely_in:.6g} is out"

@@ -28,13 +28,13 @@ def farthest(first: Tensor, keep: int, distance: Callable[[Tensor], Tensor], wei
     distance(p [B]) -> [B, N]. With a weight [B, N] >= 0 the token of largest weight times distance to the nearest pick
     is next. No position is picked twice, even among copies.
     """
-    picks, nearest = [first], distance(first)  # [B, N]
-    taken = torch.zeros_like(nearest, dtype=torch.bool).scatter_(1, first[:, None], True)
+    picks, min_distance = [first], distance(first)  # [B, N]
+    taken = torch.zeros_like(min_distance, dtype=torch.bool).scatter_(1, first[:, None], True)
     while len(picks) < keep:
-        far = (weight * nearest).masked_fill(taken, -math.inf).argmax(-1)  # [B]
+        far = (weight * min_distance).masked_fill(taken, -math.inf).argmax(-1)  # [B]
         picks.append(far)
         taken.scatter_(1, far[:, None], True)
-        nearest = torch.minimum(nearest, distance(far))
+        min_distance = torch.minimum(min_distance, distance(far))
     return torch.stack(picks, 1)
 
 
@@ -66,19 +66,19 @@ def pivots(kernel: Tensor, keep: int) -> Tensor:
     left when the picks explain everything, go to the lower position. Memory: [B, keep, N] beside the kernel.
     """
     diagonal = kernel.diagonal(dim1=1, dim2=2)  # [B, N]
-    left, taken = diagonal.clone(), torch.zeros_like(diagonal, dtype=torch.bool)
-    factor = kernel.new_zeros(len(kernel), keep, kernel.shape[1])  # [B, K, N], rows of the Cholesky factor's transpose
+    resid_sq, taken = diagonal.clone(), torch.zeros_like(diagonal, dtype=torch.bool)
+    y = kernel.new_zeros(len(kernel), keep, kernel.shape[1])  # [B, K, N], L^T of the Cholesky factor L
     image = torch.arange(len(kernel), device=kernel.device)
     picks = []
     for i in range(keep):
-        pick = left.masked_fill(taken, -math.inf).argmax(-1)  # [B]
+        pick = resid_sq.masked_fill(taken, -math.inf).argmax(-1)  # [B]
         picks.append(pick)
         taken.scatter_(1, pick[:, None], True)
-        known = torch.einsum("bk,bkn->bn", factor[image, :i, pick], factor[:, :i])  # [B, N]
-        pivot = left[image, pick][:, None]  # [B, 1]
-        factor[:, i] = torch.where(pivot > 0, (kernel[image, pick] - known) / pivot.sqrt(), 0)
-        left = left - factor[:, i].square()
-        left = left.masked_fill(left <= EXPLAINED * diagonal, 0)
+        known = torch.einsum("bk,bkn->bn", y[image, :i, pick], y[:, :i])  # [B, N]
+        pivot = resid_sq[image, pick][:, None]  # [B, 1]
+        y[:, i] = torch.where(pivot > 0, (kernel[image, pick] - known) / pivot.sqrt(), 0)
+        resid_sq = resid_sq - y[:, i].square()
+        resid_sq = resid_sq.masked_fill(resid_sq <= EXPLAINED * diagonal, 0)
     return torch.stack(picks, 1)
 
 
@@ -90,18 +90,18 @@ def merge(x: Tensor, kept: Tensor, least: float = -math.inf) -> Tensor:
     """
     targets, dropped = take(x.float(), kept), take(x.float(), others(kept, x.shape[1]))  # [B, K, D], [B, N-K, D]
     K = kept.shape[1]
-    similarity, to = (F.normalize(dropped, dim=-1) @ F.normalize(targets, dim=-1).mT).max(-1)  # [B, N-K]
+    similarity, target = (F.normalize(dropped, dim=-1) @ F.normalize(targets, dim=-1).mT).max(-1)  # [B, N-K]
     weight = torch.cat([torch.ones_like(targets[..., 0]), (similarity >= least).float()], 1)  # [B, N]
-    to = torch.cat([torch.arange(K, device=x.device).expand_as(kept), to], 1)  # [B, N]
-    return means(torch.cat([targets, dropped], 1), weight, to, K)[0].to(x.dtype)
+    row = torch.cat([torch.arange(K, device=x.device).expand_as(kept), target], 1)  # [B, N]
+    return means(torch.cat([targets, dropped], 1), weight, row, K)[0].to(x.dtype)
 
 
-def means(x: Tensor, sizes: Tensor, to: Tensor, rows: int) -> tuple[Tensor, Tensor]:
-    """Returns means of x [B, n, D], weighted by sizes [B, n] and grouped by to [B, n]: [B, rows, D], and sizes [B,
+def means(x: Tensor, sizes: Tensor, row: Tensor, rows: int) -> tuple[Tensor, Tensor]:
+    """Returns means of x [B, n, D], weighted by sizes [B, n] and grouped by row [B, n]: [B, rows, D], and sizes [B,
     rows]."""
     B, _, D = x.shape
-    total = x.new_zeros(B, rows, D).scatter_add_(1, to[..., None].expand_as(x), x * sizes[..., None])
-    size = sizes.new_zeros(B, rows).scatter_add_(1, to, sizes)
+    total = x.new_zeros(B, rows, D).scatter_add_(1, row[..., None].expand_as(x), x * sizes[..., None])
+    size = sizes.new_zeros(B, rows).scatter_add_(1, row, sizes)
     return total / size[..., None], size
 
 
@@ -119,8 +119,8 @@ def unit_range(score: Tensor) -> Tensor:
 
 def others(indices: Tensor, N: int) -> Tensor:
     """Returns the positions [B, N-K] that are not among indices [B, K], ascending."""
-    left = torch.ones(len(indices), N, dtype=torch.bool, device=indices.device).scatter_(1, indices, False)
-    return left.nonzero()[:, 1].view(len(indices), N - indices.shape[1])
+    free = torch.ones(len(indices), N, dtype=torch.bool, device=indices.device).scatter_(1, indices, False)
+    return free.nonzero()[:, 1].view(len(indices), N - indices.shape[1])
 
 
 def spaced(count: int, n: int) -> Tensor:
