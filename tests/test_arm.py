@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from apet_kernels.options import LAYOUTS
 from tests import test_invariance, test_similarity
 from tests.arm import COMPILER, ISAS, WITH_BF16, WITHOUT_BF16, emulated, make, missing, processor
 from tests.binaries import run
@@ -38,7 +39,6 @@ SHAPES = [
     (1, 1, 8, 1, 1),
 ]
 KINDS = ("clustered", "repeated", "hostile")
-LAYOUTS = ("inplace", "overwrite", "append")
 
 
 def on(isa: str, threads: int = 1) -> Backend:

@@ -14,6 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from apet_kernels.options import LAYOUTS
 from tests import judge
 from tests.data import DTYPES, tokens
 from tests.judge import assert_same
@@ -22,7 +23,6 @@ from tests.simt.call import A100, H100, RTX_3090, RTX_5090, Case, Device, How, N
 
 pytestmark = pytest.mark.skipif(build.missing() is not None, reason=str(build.missing()))
 
-LAYOUTS = ("inplace", "overwrite", "append")
 # B, N, D, keep, basis. The cases: rows that are not whole 16-byte words, rows that are, and several steps of s5 with a
 # last tile that is not full.
 SHAPES = [(2, 70, 45, 20, 6), (1, 133, 64, 60, 10), (3, 41, 200, 17, 5)]

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import apet_kernels
+from apet_kernels.options import LAYOUTS
 from benchmarks.lib import device as devices
 from benchmarks.lib.paths import carried
 from tests.data import DTYPES, offsets, tokens
@@ -28,7 +29,6 @@ OPS = torch.ops.apet
 DRY = not torch.cuda.is_available()
 DEVICE = "cpu" if DRY else "cuda"
 WHY_NOT = {name: apet_kernels.why_unavailable(name) for name in ("triton", "cuda")}
-LAYOUTS = ("inplace", "overwrite", "append")
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(None not in WHY_NOT.values(), reason=str(WHY_NOT))]
 needs_gpu = pytest.mark.skipif(DRY, reason="a dry run has no streams and no memory to count")
 

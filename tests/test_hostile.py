@@ -3,10 +3,10 @@
 import pytest
 import torch
 
+from apet_kernels.options import LAYOUTS
 from tests.data import DTYPES, tokens
 from tests.judge import assert_same, check
 
-LAYOUTS = ("inplace", "overwrite", "append")
 NAN, INF = float("nan"), float("inf")
 
 

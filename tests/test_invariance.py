@@ -4,10 +4,10 @@ import pytest
 import torch
 
 import apet_kernels
+from apet_kernels.options import LAYOUTS
 from tests.data import DTYPES, offsets, tokens
 from tests.judge import assert_same
 
-LAYOUTS = ("inplace", "overwrite", "append")
 # N, D, keep, basis: odd sizes, multiples of 64, more tokens or channels than one block of a matrix kernel, one token.
 SHAPES = [(70, 45, 20, 6), (192, 128, 64, 10), (300, 7, 33, 12), (53, 1100, 40, 3), (1, 8, 1, 1)]
 

@@ -3,10 +3,9 @@
 import pytest
 import torch
 
+from apet_kernels.options import LAYOUTS
 from tests.data import DTYPES, rows, tokens
 from tests.judge import assert_same, check
-
-LAYOUTS = ("inplace", "overwrite", "append")
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

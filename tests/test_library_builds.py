@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from apet_kernels import testing
+from apet_kernels.options import LAYOUTS
 from tests.binaries import RUNTIMES, declared_for, exported, needed, run, version
 from tests.data import DTYPES, tokens
 from tests.judge import assert_same
@@ -53,7 +54,7 @@ def cases() -> list[tuple[Tensor, int, dict[str, object]]]:
     everyday = [
         (tokens(3, 200, 65, dtype=dtype, kind="clustered"), 24, {"layout": layout})
         for dtype in DTYPES
-        for layout in ("inplace", "overwrite", "append")
+        for layout in LAYOUTS
     ]
     return [*everyday, (hostile, 20, {}), (hostile, 20, {"select": "qr"})]
 

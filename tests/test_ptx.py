@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from apet_kernels import reference
+from apet_kernels.options import LAYOUTS
 from tests import judge
 from tests.data import DTYPES, tokens
 from tests.ptx import build, call, planted
@@ -25,7 +26,6 @@ pytestmark = [
     pytest.mark.slow,  # nvcc takes a minute, and an interpreted call a second
 ]
 
-LAYOUTS = ("inplace", "overwrite", "append")
 # Every kernel on both targets, with and without resident rows; the seeds draw all three kinds of schedule.
 WAYS = {
     "sm_80 cooperative, tile 64": How(A100, "cooperative", 2, tile=64, seed=3),

@@ -4,9 +4,8 @@ import pytest
 import torch
 
 from apet_kernels import reference
+from apet_kernels.options import LAYOUTS
 from tests.data import DTYPES, tokens
-
-LAYOUTS = ("inplace", "overwrite", "append")
 
 
 def unit_vectors(N: int) -> torch.Tensor:

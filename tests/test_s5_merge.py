@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import apet_kernels
+from apet_kernels.options import LAYOUTS
 from tests.data import DTYPES, rows, tokens
 from tests.judge import assert_same, check_merge
 
@@ -114,7 +115,7 @@ def test_non_finite_tokens_stay_out(backend):
 
 @pytest.mark.rest_interpreted
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("layout", ["inplace", "overwrite", "append"])
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_merge_of_the_kept_indices_is_compress(backend, dtype, layout):
     x = tokens(3, 60, 33, dtype=dtype, kind="clustered", seed=4)
     got, indices = backend.compress(x, 20, 6, layout=layout)

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from apet_kernels.options import LAYOUTS
 from tools import offline
 
 triton = pytest.importorskip("triton")
@@ -52,7 +53,7 @@ def calls(D: int, dtype: torch.dtype, device_class: str) -> dict[str, list]:
     ):
         made[name] = launch.compress(other, keep, BASIS, **to)
     for select in ("fps", "qr"):
-        for layout in ("inplace", "overwrite", "append"):
+        for layout in LAYOUTS:
             options = {"select": select, "layout": layout, "start": 1, "ridge": 1.0}
             made[f"{select}, {layout}"] = launch.compress(x, 11, BASIS, **options, **to)
             made[f"{select}, {layout}, varlen"] = launch.compress_varlen(

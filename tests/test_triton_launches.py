@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 import apet_kernels
+from apet_kernels.options import LAYOUTS
 from tests.data import DTYPES, tokens
 from tests.judge import assert_same
 
@@ -20,7 +21,6 @@ on_the_cpu = pytest.mark.skipif(torch.cuda.is_available(), reason="for tensors o
 
 B, N, D, K = 3, 70, 24, 20
 CU, CU_KEEP = torch.tensor([0, 9, 9, 70], dtype=torch.int32), torch.tensor([0, 4, 4, 20], dtype=torch.int32)
-LAYOUTS = ("inplace", "overwrite", "append")
 
 
 def build(op: str, x: Tensor, M: int = 4, layout: str = "inplace", **options) -> Call:
