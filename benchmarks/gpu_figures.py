@@ -1,11 +1,12 @@
-"""Writes the results of a run of benchmarks.gpu_quick: the estimate's figures for its card, and the tables of docs/.
+"""Writes the results of a run of benchmarks.gpu_quick: the estimate's figures for its GPU model, and tables in docs/.
 
     python -m benchmarks.gpu_figures FOLDER    into csrc/cuda/figures.cuh, benchmarks/results and docs/
     python -m benchmarks.gpu_figures           docs/ again, from benchmarks/results
     python -m benchmarks.gpu_figures FOLDER --rehearsed ELSEWHERE    results of a rehearsal, into another folder
 
 A rehearsal is rejected without --rehearsed, and so is a run in which a kernel was wrong. Figures that the run did not
-measure are not changed.
+measure are not changed. Sentences outside of the tables that say what has run on a GPU are printed, to be corrected by
+hand.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ HEADER = "csrc/cuda/figures.cuh"
 RESULTS = "benchmarks/results"
 DOCUMENTS = ("README.md", "docs/gpu.md", "docs/cuda.md")
 BEGIN, END = "<!-- measured:begin -->", "<!-- measured:end -->"
+BY_HAND = re.compile(r"run on a GPU|\*\*no\*\* \|$")  # the latter: rows of the table in docs/status.md
 
 
 def runs(root: Path) -> list[list[report.Line]]:
@@ -51,6 +53,18 @@ def write_documents(root: Path) -> None:
         path.write_text(replaced(path.read_text(), BEGIN, END, body))
 
 
+def by_hand(root: Path) -> list[str]:
+    """Returns the lines of the documents outside of the markers that say what has run on a GPU, with their places."""
+    found = []
+    for path in [*(root / name for name in ("README.md", "CHANGELOG.md")), *sorted((root / "docs").glob("*.md"))]:
+        generated = False
+        for number, line in enumerate(path.read_text().splitlines() if path.exists() else [], 1):
+            generated = (generated or BEGIN in line) and END not in line
+            if BY_HAND.search(line) and not generated:
+                found.append(f"{path.relative_to(root)}:{number}: {line}")
+    return found
+
+
 def main() -> None:
     """Writes everything, or prints why it cannot and exits with 2."""
     parser = command.parser("gpu_figures", __doc__)
@@ -66,13 +80,14 @@ def main() -> None:
         if why := figures.wrong(lines):
             parser.error(f"{options.folder} holds a wrong result, so its times are not used: {why}")
         if not report.named(lines, "card", "device"):
-            parser.error(f"{options.folder} does not name the card on which it ran")
+            parser.error(f"{options.folder} does not name the GPU on which it ran")
         if options.rehearsed:
             root = options.rehearsed
             for name in (HEADER, *DOCUMENTS):
                 (root / name).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copy(ROOT / name, root / name)
         print(add(options.folder, root))
+        print("\n".join(["Check these lines by hand:", *by_hand(root)]))
     elif options.rehearsed:
         parser.error("--rehearsed needs the folder of a rehearsal")
     write_documents(root)

@@ -57,7 +57,7 @@ def test_a_row_of_the_table():
 
 
 def primitive_lines(truth: figures.Figures, sms: int = 132) -> list[report.Line]:
-    """Returns the lines that a run would write on a card with these figures."""
+    """Returns the lines that a run would write on a GPU with these figures."""
     lines: list[report.Line] = []
 
     def add(item: str, **found: Any) -> None:
@@ -89,7 +89,7 @@ def header() -> str:
 
 def test_figures_come_back():
     """The figures are those from which the run was made; figures that it did not measure are unchanged, and so are the
-    rows of other cards."""
+    rows of other models."""
     (_, before), *others = figures.read(header())
     truth = {name: value * (1 + n / 10) for n, (name, value) in enumerate(before.items())}
     text, kept = figures.updated(header(), primitive_lines(truth))
@@ -103,7 +103,7 @@ def test_figures_come_back():
     assert again == text
 
 
-def test_another_card_gets_a_row_of_its_own():
+def test_another_model_gets_a_row_of_its_own():
     there = figures.read(header())
     lines = primitive_lines(there[0][1])
     lines[0]["device"]["capability"] = [7, 9]
@@ -163,9 +163,14 @@ def run_lines() -> list[report.Line]:
 
 def test_a_run_goes_into_the_header_and_the_documents(checkout, tmp_path, monkeypatch, capsys):
     folder = written(tmp_path / "run", run_lines())
+    readme = checkout / "README.md"
+    readme.write_text(f"By hand: never run on a GPU.\n{readme.read_text()}")
     monkeypatch.setattr(sys, "argv", ["it", str(folder)])
     gpu_figures.main()
-    assert "a row for nvidia-x" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "a row for nvidia-x" in said
+    assert "README.md:1: By hand: never run on a GPU.\n" in said
+    assert "No GPU kernel has run on a GPU yet" not in said, "that sentence is between the markers, and replaced"
     assert "NVIDIA X, measured at commit abc" in (checkout / gpu_figures.HEADER).read_text()
     for name in gpu_figures.DOCUMENTS:
         text = (checkout / name).read_text()

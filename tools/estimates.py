@@ -77,7 +77,7 @@ def triton(card: Card, shape: tuple[int, int, int, int], dtype: torch.dtype = to
 
 
 def cuda(card: Card, shape: tuple[int, int, int, int], path: str = "best") -> call.Plan:
-    """Returns the plan of the CUDA kernels. Raises NoPath if the card cannot run the path."""
+    """Returns the plan of the CUDA kernels. Raises NoPath if the GPU cannot run the path."""
     *dims, keep = shape
     case = call.compress_case(torch.empty(*dims, dtype=torch.bfloat16, device="meta"), keep, BASIS)
     return call.plan(case.problem, How(card.device, path))
@@ -103,7 +103,7 @@ def cell(name: str, way: str, shape: tuple[int, int, int, int]) -> tuple[float, 
 
 
 def cells(shape: tuple[int, int, int, int]) -> list[str]:
-    """Returns a row: estimates in us; bold: the least of each card."""
+    """Returns a row: estimates in us; bold: the least of each GPU."""
     found: dict[str, tuple[float, str]] = {}
     for column, (name, way) in COLUMNS.items():
         with contextlib.suppress(NoPath):

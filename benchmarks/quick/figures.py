@@ -81,8 +81,8 @@ def middle(values: Iterable[float]) -> float | None:
 
 
 def updated(header: str, lines: list[Line]) -> tuple[str, list[str]]:
-    """Returns figures.cuh with a row for the run's card, and the members that the run has not measured: these keep the
-    value of the capability's row, or else of the first row."""
+    """Returns figures.cuh with a row for the run's GPU model, and the members that the run has not measured: these keep
+    the value of the capability's row, or else of the first row."""
     device, rows = named(lines, "card", "device")["device"], read(header)
     capability = 10 * device["capability"][0] + device["capability"][1]
     before = next((row for _, row in rows if row["capability"] == capability), rows[0][1])
@@ -114,7 +114,7 @@ def wrong(lines: list[Line]) -> str | None:
 
 
 def section(runs: list[list[Line]]) -> str:
-    """Returns the text between the markers of the documents: a table for each card."""
+    """Returns the text between the markers of the documents: a table for each GPU model."""
     parts = []
     for lines in runs:
         device = named(lines, "card", "device").get("device", {})
