@@ -13,7 +13,7 @@ next item runs in a new process. The exit code is the number of lines that are n
 machine cannot run ("not possible") is not counted. --only: the items whose "STEP: ITEM" contains one of the TEXTs.
 
 --rehearse runs all of it on a CPU, to find mistakes before the first run on a GPU: CUDA paths on the simulated GPU of
-tests/simt, Triton interpreted, times from a fake clock. --plant "STEP: ITEM=KIND" makes an item of a rehearsal raise,
+tests/simt, Triton interpreted, times from a fake clock. --inject "STEP: ITEM=KIND" makes an item of a rehearsal raise,
 crash, hang or differ.
 """
 
@@ -106,7 +106,7 @@ class Run:
     rehearse: bool
     carried: str
     only: list[str]
-    planted: dict[str, str]
+    injected: dict[str, str]
     recorder: Recorder
 
     @property
@@ -142,7 +142,7 @@ class Run:
     def process(self, name: str, done: list[str], ends: float, of_item: float) -> bool:
         """Runs one process of a step. Returns True if items may be left that another process should try."""
         options = {"out": str(self.out), "rehearse": self.rehearse, "carried": self.carried, "only": self.only}
-        options |= {"seconds": max(1.0, ends - time.monotonic()), "done": done, "planted": self.planted}
+        options |= {"seconds": max(1.0, ends - time.monotonic()), "done": done, "injected": self.injected}
         read, write = os.pipe()
         words = [sys.executable, "-m", "benchmarks.quick.worker", name, "--pipe", str(write)]
         with open(self.out / f"step-{name}.txt", "a") as printed, os.fdopen(read, "rb", buffering=0) as pipe:
@@ -211,7 +211,7 @@ class Run:
                     if "finished" in line:
                         return "", "finished"
                     running = line.get("begin", "")
-                    due = time.monotonic() + (HANG if self.planted.get(f"{name}: {running}") == "hang" else of_item)
+                    due = time.monotonic() + (HANG if self.injected.get(f"{name}: {running}") == "hang" else of_item)
                     if "end" in line:
                         item = line.pop("end")
                         done.append(item)
@@ -222,13 +222,13 @@ def died(code: int) -> str:
     return f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
 
 
-def plants(words: list[str]) -> dict[str, str]:
-    """Parses --plant into {"STEP: ITEM": KIND}. Raises ValueError for other kinds."""
+def injections(words: list[str]) -> dict[str, str]:
+    """Parses --inject into {"STEP: ITEM": KIND}. Raises ValueError for other kinds."""
     found = {}
     for word in words:
         item, _, kind = word.rpartition("=")
         if kind not in ("raise", "crash", "hang", "differ"):
-            raise ValueError(f"--plant {word}: the kind '{kind}' is none of raise, crash, hang, differ")
+            raise ValueError(f"--inject {word}: the kind '{kind}' is none of raise, crash, hang, differ")
         found[item] = kind
     return found
 
@@ -245,20 +245,20 @@ def main() -> None:
     parser.add_argument("--carried", type=Path, metavar="ARCHIVE", help="libraries of benchmarks.gpu_carry")
     parser.add_argument("--only", nargs="*", default=[], metavar="TEXT", help='items whose "STEP: ITEM" holds a TEXT')
     parser.add_argument("--rehearse", action="store_true", help="on a CPU; no figure means anything")
-    parser.add_argument("--plant", nargs="*", default=[], metavar="ITEM=KIND", help="faults, in a rehearsal")
+    parser.add_argument("--inject", nargs="*", default=[], metavar="ITEM=KIND", help="faults, in a rehearsal")
     options = parser.parse_args()
-    if options.plant and not options.rehearse:
-        parser.error("--plant needs --rehearse")
+    if options.inject and not options.rehearse:
+        parser.error("--inject needs --rehearse")
     if (options.out / "results.jsonl").exists():
         parser.error(f"{options.out} holds the results of another run: name a new folder")
     try:
-        planted = plants(options.plant)
+        injected = injections(options.inject)
     except ValueError as error:
         parser.error(str(error))
     options.out.mkdir(parents=True, exist_ok=True)
     out, carried = options.out.resolve(), str(options.carried.resolve()) if options.carried else ""
     recorder = Recorder(out)
-    run = Run(out, options.seconds, options.rehearse, carried, options.only, planted, recorder)
+    run = Run(out, options.seconds, options.rehearse, carried, options.only, injected, recorder)
     said = shlex.join(["python", "-m", "benchmarks.gpu_quick", *sys.argv[1:]])
     recorder.write(step="run", item="command", status="ok", said=said, rehearsed=options.rehearse)
     signal.signal(signal.SIGTERM, stopped)

@@ -207,7 +207,7 @@ def backend(request: pytest.FixtureRequest) -> Backend:
 globals().update(BACKEND_TESTS)
 
 
-# ---- planted faults --------------------------------------------------------------------------------------------------
+# ---- injected faults -------------------------------------------------------------------------------------------------
 
 # In a file of csrc/cpu: what stands there, and what is put in its place.
 FAULTS = {
@@ -253,7 +253,7 @@ def some_of_the_tests() -> None:
 
 @pytest.mark.matrix
 @pytest.mark.parametrize("fault", FAULTS)
-def test_a_planted_fault_is_noticed(fault: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_an_injected_fault_is_noticed(fault: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     make(tmp_path / "build", with_fault(tmp_path, *FAULTS[fault]), "-DCMAKE_CXX_FLAGS_RELEASE=-O1")
     changed = functools.cache(lambda model: emulated(model, tmp_path / "build"))
     monkeypatch.setitem(globals(), "processor", changed)

@@ -1,4 +1,4 @@
-"""benchmarks/gpu_quick.py without a GPU: rehearsals with planted faults, and the parts that rehearsals do not run."""
+"""benchmarks/gpu_quick.py without a GPU: rehearsals with injected faults, and the parts that rehearsals do not run."""
 
 from __future__ import annotations
 
@@ -67,24 +67,24 @@ def rehearse(out: Path, *options: str, **environment: str) -> subprocess.Complet
 
 @pytest.mark.slow
 @simulated
-def test_planted_faults(tmp_path):
+def test_injected_faults(tmp_path):
     """Each fault is one line, the run continues, and the exit code counts it."""
     wanted = "1x30x13 keep 17 float32 inplace"
-    planted = {"card: versions": "raise", "card: device": "crash", "card: nvidia-smi": "hang"}
+    injected = {"card: versions": "raise", "card: device": "crash", "card: nvidia-smi": "hang"}
     bits = [f"paths: {wanted} | {way}" for way in ways_rehearsed(wanted)]
-    planted[bits[-1]] = "differ"
+    injected[bits[-1]] = "differ"
     only = ["card: ", "libraries: ", "paths: " + wanted + " |"]
     done = rehearse(
         tmp_path / "out",
         *("--seconds", "3000", "--only", *only),
-        *("--plant", *(f"{item}={kind}" for item, kind in planted.items())),
+        *("--inject", *(f"{item}={kind}" for item, kind in injected.items())),
         CUDACXX="/nowhere/nvcc",
     )
     lines = report.load(tmp_path / "out")
     found = {f"{line['step']}: {line['item']}": line for line in lines}
     status = {item: line["status"] for item, line in found.items()}
     assert status["card: versions"] == "failed"
-    assert found["card: versions"]["said"] == "RuntimeError: planted"
+    assert found["card: versions"]["said"] == "RuntimeError: injected"
     assert status["card: device"] == "crashed"
     assert found["card: device"]["said"] == "killed by SIGSEGV"
     assert status["card: nvidia-smi"] == "hung"
@@ -140,8 +140,8 @@ def test_command_lines_that_make_no_sense(tmp_path, monkeypatch, capsys):
     (tmp_path / "results.jsonl").write_text("")
     for words, said in (
         (["--out", str(tmp_path)], "holds the results of another run"),
-        (["--out", str(tmp_path / "new"), "--plant", "x=raise"], "--plant needs --rehearse"),
-        (["--out", str(tmp_path / "new"), "--rehearse", "--plant", "x=burn"], "the kind 'burn' is none of raise"),
+        (["--out", str(tmp_path / "new"), "--inject", "x=raise"], "--inject needs --rehearse"),
+        (["--out", str(tmp_path / "new"), "--rehearse", "--inject", "x=burn"], "the kind 'burn' is none of raise"),
     ):
         assert ended(gpu_quick, *words, monkeypatch=monkeypatch) == 2
         assert said in capsys.readouterr().err

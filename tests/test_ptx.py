@@ -16,7 +16,7 @@ from apet_kernels import reference
 from apet_kernels.options import LAYOUTS
 from tests import judge
 from tests.data import DTYPES, tokens
-from tests.ptx import build, call, planted
+from tests.ptx import build, call, injected
 from tests.ptx.call import A100, H100
 from tests.simt import call as simt
 from tests.simt.call import Case, Fault, How
@@ -157,7 +157,7 @@ def test_a_matrix_unit_that_truncates(dtype, way):
     judge.assert_same(indices, call.functions(WAYS[way]).compress(x, 40, 4)[1], "indices")
 
 
-# ---- faults planted in the text
+# ---- faults injected into the text
 
 
 def small() -> Case:
@@ -178,21 +178,21 @@ def others() -> list[Case]:
 
 
 @pytest.fixture(scope="module")
-def unchanged() -> dict[str, planted.Unchanged]:
+def unchanged() -> dict[str, injected.Unchanged]:
     """Returns the results without a fault, for each way."""
-    return {name: planted.unchanged(how, small(), *others()) for name, how in WAYS.items()}
+    return {name: injected.unchanged(how, small(), *others()) for name, how in WAYS.items()}
 
 
-@pytest.mark.parametrize("fault", planted.PLANTED, ids=lambda fault: fault.name.replace(" ", "_"))
-def test_planted_faults(fault, unchanged, pytestconfig):
-    """Each fault is planted at the first and last instruction that a way executes, or with --interpret 0 at each."""
+@pytest.mark.parametrize("fault", injected.INJECTED, ids=lambda fault: fault.name.replace(" ", "_"))
+def test_injected_faults(fault, unchanged, pytestconfig):
+    """Each fault is injected at the first and last instruction that a way executes, or with --interpret 0 at each."""
     tried, missed = 0, []
     for name, way in unchanged.items():
-        places = planted.executed(way, fault)
+        places = injected.executed(way, fault)
         if pytestconfig.getoption("--interpret"):
             places = places[:1] + places[1:][-1:]
         tried += len(places)
-        missed += [f"{name}: {place}" for place in places if not planted.noticed(way, fault, place)]
+        missed += [f"{name}: {place}" for place in places if not injected.noticed(way, fault, place)]
     assert tried, "no instruction that is executed matches"
     assert not missed, "\n".join(missed)
 

@@ -1,4 +1,4 @@
-"""benchmarks/regress.py finds planted regressions and nothing else, and reads results as they were written."""
+"""benchmarks/regress.py finds injected regressions and nothing else, and reads results as they were written."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def worse(new: Row, old: Row | None = None) -> list[tuple[str, float]]:
     return [(what, round(times, 3)) for _, what, times in found]
 
 
-def test_planted_regressions_are_found() -> None:
+def test_injected_regressions_are_found() -> None:
     assert worse(row()) == []
     assert worse(row(kernel=3.0)) == [("kernel", 1.5)]
     halves = {"merge": 1.5, "score": 0.5, "kernel avx2": 2.5}
@@ -47,7 +47,7 @@ def test_planted_regressions_are_found() -> None:
     assert worse(lean, hungry) == []
 
 
-def test_planted_regressions_of_a_model_are_found() -> None:
+def test_injected_regressions_of_a_model_are_found() -> None:
     """The base of a model's suite is not our code. The hooks take longer against it and against the model's parts."""
 
     def prefill(apet: float, op: float) -> Row:

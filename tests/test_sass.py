@@ -66,7 +66,7 @@ def test_a_claim_that_is_broken_is_noticed(kernels, claim):
     assert any(claim.text in fault for fault in sass.faults(others))  # no kernel matches the claim
 
 
-PLANTED = """
+FAULTY = """
 #include <cuda_fp16.h>
 namespace apet::cuda {
 struct Call { float* at; int n; };
@@ -97,7 +97,7 @@ template __global__ void %s<float>(const Call);
 def test_what_is_read_is_what_is_there(tmp_path: Path, body: str, said: str):
     """A kernel with one fault is compiled, and the fault is found."""
     (tmp_path / "cuda").mkdir()
-    (tmp_path / "cuda/float32.cu").write_text(PLANTED % ("s5_merge", body, "s5_merge"))
+    (tmp_path / "cuda/float32.cu").write_text(FAULTY % ("s5_merge", body, "s5_merge"))
     (kernel,) = sass.examine("sm_90a", "float32", tmp_path)
     assert (kernel.name, kernel.threads) == ("s5_merge", 256)
     assert any(said in fault for fault in kernel.faults())
@@ -105,7 +105,7 @@ def test_what_is_read_is_what_is_there(tmp_path: Path, body: str, said: str):
 
 def test_a_body_where_there_are_no_clusters(tmp_path: Path):
     (tmp_path / "cuda").mkdir()
-    (tmp_path / "cuda/float32.cu").write_text(PLANTED % ("s1_s5_cluster", "call.at[threadIdx.x] = 1;", "s1_s5_cluster"))
+    (tmp_path / "cuda/float32.cu").write_text(FAULTY % ("s1_s5_cluster", "call.at[threadIdx.x] = 1;", "s1_s5_cluster"))
     (kernel,) = sass.examine("sm_80", "float32", tmp_path)
     assert kernel.faults() == ["has a body, on a target without clusters"]
 

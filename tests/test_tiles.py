@@ -105,7 +105,7 @@ def backend(request: pytest.FixtureRequest) -> Backend:
 globals().update(BACKEND_TESTS)
 
 
-# ---- planted faults --------------------------------------------------------------------------------------------------
+# ---- injected faults -------------------------------------------------------------------------------------------------
 
 # What stands in a file of csrc/cpu, and what is put in its place.
 FAULTS = {
@@ -129,7 +129,7 @@ def judge_all() -> None:
 
 @pytest.mark.matrix
 @pytest.mark.parametrize("fault", FAULTS)
-def test_a_planted_fault_is_noticed(fault: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_injected_fault_is_noticed(fault: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     make("portable", tmp_path / "build", with_fault(tmp_path, *FAULTS[fault]))
     changed = Program(tmp_path / "build/calls")
     monkeypatch.setitem(globals(), "program", lambda _: changed)

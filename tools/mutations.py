@@ -1,4 +1,4 @@
-"""Plants faults in the CUDA sources, one at a time, and reports which ways to run them without a GPU notice each.
+"""Injects faults into the CUDA sources, one at a time, and reports which ways to run them without a GPU notice each.
 
     python -m tools.mutations [--only PART-OF-A-NAME ...] [--markdown]
 
@@ -18,8 +18,8 @@ from pathlib import Path
 
 from benchmarks.lib import machine
 from benchmarks.lib.sheet import replaced
-from tests.ptx import build, call, planted
-from tests.simt.bugs import BUGS, CLUSTER, COOPERATIVE, FUSED, WRONG, Bug, both, differs, plant, small
+from tests.ptx import build, call, injected
+from tests.simt.bugs import BUGS, CLUSTER, COOPERATIVE, FUSED, WRONG, Bug, both, differs, inject, small
 from tests.simt.call import Fault
 from tools import sass
 from tools.sass import GUIDE
@@ -105,7 +105,7 @@ def by_interpreter(bug: Bug, csrc: Path) -> str:
     source.write_text('#include "cuda/kernels.cuh"\nusing namespace apet::cuda;\n' + "".join(needed))
     text = build.compiled(source, csrc, call.target_of(how))
     try:
-        for seed in planted.SEEDS:
+        for seed in injected.SEEDS:
             call.run(case, replace(how, seed=seed), text)
             if differs(case, right):
                 return "other results"
@@ -139,7 +139,7 @@ def main(arguments: list[str]) -> int:
         if options.only and not any(part in bug.name for part in options.only):
             continue
         with tempfile.TemporaryDirectory() as folder:
-            csrc = plant(bug, Path(folder))
+            csrc = inject(bug, Path(folder))
             seen = [way(bug, csrc) for way in (by_simulation, by_interpreter)]
         missed += not any(way and way != NOT_THERE for way in seen)
         lines.append(f"| {bug.name} | `{bug.file}` | " + " | ".join(way or "not noticed" for way in seen) + " |")

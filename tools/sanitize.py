@@ -28,7 +28,7 @@ NOT_THE_LIBRARY += ["test_sass.py", "test_quality.py"]
 NOT_INSTALLED = re.compile(r"^(?:from|import) (?:benchmarks|tools)\b", re.MULTILINE)
 
 # A tensor of 65 tokens in memory that holds 64, so that the kernel reads past its end.
-PLANTED = """
+INJECTED = """
 import numpy, torch, apet_kernels
 tokens = numpy.ones((64, 64), numpy.float32)
 x = torch.from_numpy(numpy.lib.stride_tricks.as_strided(tokens, (1, 65, 64), (0, *tokens.strides)))
@@ -65,13 +65,13 @@ def main(pytest_arguments: list[str]) -> int:
         "ASAN_OPTIONS": "detect_leaks=0",  # Python itself leaks at exit
         "UBSAN_OPTIONS": "print_stacktrace=1",
     }
-    planted = subprocess.run(
-        [sys.executable, "-c", PLANTED], env=environment, cwd=FOLDER, capture_output=True, text=True
+    injected = subprocess.run(
+        [sys.executable, "-c", INJECTED], env=environment, cwd=FOLDER, capture_output=True, text=True
     )
-    if not re.search(r"SUMMARY: AddressSanitizer: heap-buffer-overflow \S*/csrc/", planted.stderr):
-        print(f"The sanitizers missed the planted out-of-bounds read:\n{planted.stdout}{planted.stderr}")
+    if not re.search(r"SUMMARY: AddressSanitizer: heap-buffer-overflow \S*/csrc/", injected.stderr):
+        print(f"The sanitizers missed the injected out-of-bounds read:\n{injected.stdout}{injected.stderr}")
         return 1
-    print("The sanitizers report the planted out-of-bounds read; now the tests.", flush=True)
+    print("The sanitizers report the injected out-of-bounds read; now the tests.", flush=True)
     pytest = [sys.executable, "-m", "pytest", "--points", "0", "-k", "not triton and not cuda-simt", *pytest_arguments]
     return subprocess.call(pytest, env=environment, cwd=FOLDER)
 

@@ -30,17 +30,17 @@ from tests.data import tokens
 from tests.judge import assert_same, check
 
 # A store without its mask: 20 elements, two programs of 16.
-PLANTED, CASES = "planted", "cases"
+INJECTED, CASES = "injected", "cases"
 
 
 @triton.jit
-def planted(x, N: tl.constexpr):
+def injected(x, N: tl.constexpr):
     i = tl.program_id(0) * N + tl.arange(0, N)
     tl.store(x + i, i)
 
 
-def run_planted() -> None:
-    planted[(2,)](torch.zeros(20, dtype=torch.int32), 16)
+def run_injected() -> None:
+    injected[(2,)](torch.zeros(20, dtype=torch.int32), 16)
 
 
 def backend(device_class: str) -> types.SimpleNamespace:
@@ -121,9 +121,9 @@ def drive() -> int:
     if not importlib.util.find_spec("ttsem"):
         print("ttsem is not installed; `make sanitize-triton` does it")
         return 2
-    caught = sanitized(PLANTED)
+    caught = sanitized(INJECTED)
     if caught["verdict"] != "oob_write":
-        print(f"the planted fault was not reported: {caught}")
+        print(f"the injected fault was not reported: {caught}")
         return 1
     report = sanitized(CASES)
     unchecked = report.get("races_unchecked")
@@ -132,8 +132,8 @@ def drive() -> int:
 
 
 if __name__ == "__main__":
-    if sys.argv[1:] == [PLANTED]:
-        run_planted()
+    if sys.argv[1:] == [INJECTED]:
+        run_injected()
     elif sys.argv[1:] == [CASES]:
         run_cases()
     else:

@@ -37,7 +37,7 @@ class Options:
     seconds: float = 600  # the limit of the step
     only: tuple[str, ...] = ()
     done: tuple[str, ...] = ()
-    planted: dict[str, str] = field(default_factory=dict)
+    injected: dict[str, str] = field(default_factory=dict)
 
     @property
     def package(self) -> Path:

@@ -40,10 +40,10 @@ def run(step: str, options: Options, send: Any) -> None:
         send({"begin": item.name})
         started = time.perf_counter()
         try:
-            plant(options.planted.get(f"{step}: {item.name}"))
+            inject(options.injected.get(f"{step}: {item.name}"))
             found = item.run() or {}
-            if options.planted.get(f"{step}: {item.name}") == "differ":
-                found["digest"] = "planted"
+            if options.injected.get(f"{step}: {item.name}") == "differ":
+                found["digest"] = "injected"
             line = {"status": "ok", **found}
         except NotPossible as reason:
             line = {"status": "not possible", "said": str(reason)}
@@ -63,10 +63,10 @@ def wanted(step: str, options: Options) -> Iterator[Item]:
             yield item
 
 
-def plant(fault: str | None) -> None:
-    """Plants a fault, in a rehearsal, to check that the run continues."""
+def inject(fault: str | None) -> None:
+    """Injects a fault, in a rehearsal, to check that the run continues."""
     if fault == "raise":
-        raise RuntimeError("planted")
+        raise RuntimeError("injected")
     if fault == "crash":
         os.kill(os.getpid(), signal.SIGSEGV)
     if fault == "hang":

@@ -119,9 +119,9 @@ int main() {
   const long during = asked - before;
   // Checks that allocations are counted.
   const long then = asked;
-  std::string* planted = new std::string(1000, 'x');
+  std::string* injected = new std::string(1000, 'x');
   const bool seen = asked >= then + 2;
-  delete planted;
-  std::printf("%ld calls, %ld allocations%s\n", buffers.calls, during, seen ? "" : "; a planted one goes unnoticed");
+  delete injected;
+  std::printf("%ld calls, %ld allocations%s\n", buffers.calls, during, seen ? "" : "; an injected one goes unnoticed");
   return during != 0 || !seen;
 }

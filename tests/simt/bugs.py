@@ -1,4 +1,4 @@
-"""Bugs to plant: each is a change of a copy of the CUDA sources, with the way to run it and the expected report."""
+"""Faults to inject: each is a change of a copy of the CUDA sources, with the way to run it and the expected report."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ RACE = r"WARNING: ThreadSanitizer: data race"
 OVERFLOW = r"ERROR: AddressSanitizer: heap-buffer-overflow"
 WRONG = "other bits"
 
-# When a bug is planted. Each needs a separate build, so `make test` plants only some that need no sanitizer.
+# When a fault is injected. Each needs a separate build, so `make test` injects only some that need no sanitizer.
 EVERY_DAY, SLOW = (), (pytest.mark.slow,)
 ALL_BUGS = (*SLOW, pytest.mark.matrix)
 
@@ -196,7 +196,7 @@ BUGS = [
 ]
 
 
-def plant(bug: Bug, folder: Path) -> Path:
+def inject(bug: Bug, folder: Path) -> Path:
     """Returns a copy of csrc in a new folder, with the bug."""
     csrc = folder / "csrc"
     shutil.copytree(build.CSRC, csrc)
@@ -204,7 +204,7 @@ def plant(bug: Bug, folder: Path) -> Path:
     text = source.read_text()
     for pattern, replacement in bug.change:
         text, times = re.subn(pattern, replacement, text)
-        assert times, f"{pattern} is no longer in {bug.file}: plant the bug again"
+        assert times, f"{pattern} is no longer in {bug.file}: inject the bug again"
     source.write_text(text)
     return csrc
 

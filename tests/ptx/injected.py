@@ -1,4 +1,4 @@
-"""Faults planted in the PTX text, one instruction at a time."""
+"""Faults injected into the PTX text, one instruction at a time."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from . import build, call
 
 
 @dataclass(frozen=True)
-class Planted:
+class Injected:
     """A change of one line that matches `pattern`."""
 
     name: str
@@ -56,30 +56,30 @@ def deleted(line: str) -> str:
 
 A_BARRIER = "a barrier of the CTA deleted"
 MMA, MATRICES = r"\bmma\.sync", r"\bldmatrix\.sync"
-PLANTED = (
-    Planted("mma: a1 and a2 exchanged", MMA, swapped(1, 1, 2)),
-    Planted("mma: b0 and b1 exchanged", MMA, swapped(2, 0, 1)),
-    Planted("mma: d0 and d1 exchanged", MMA, swapped(0, 0, 1)),
-    Planted("ldmatrix: r0 and r1 exchanged", MATRICES, swapped(0, 0, 1)),
-    Planted("ldmatrix: r1 and r2 exchanged", MATRICES, swapped(0, 1, 2)),
-    Planted("ldmatrix: a row 16 bytes further", MATRICES, further(16)),
-    Planted("polls acquire nothing", r"\bfence\.acq_rel\.gpu", deleted),
-    Planted("polls made plain", r"\bld\.relaxed\.gpu", replaced(r"\.relaxed\.gpu", "")),
-    Planted("acquire made plain", r"\bld\.acquire\.gpu", replaced(r"\.acquire\.gpu", "")),
-    Planted("release made relaxed", r"\bred\.release|\batom\.add\.release", replaced("release", "relaxed")),
-    Planted("a release deleted", r"\bred\.release", deleted),
-    Planted("cp.async.commit_group deleted", r"\bcp\.async\.commit_group", deleted),
-    Planted("cp.async.wait_group 1 made 2", r"\bcp\.async\.wait_group\s+1", replaced(r"1;", "2;")),
-    Planted("cp.async: 16 bytes further", r"\bcp\.async\.cg", further(16)),
-    Planted("griddepcontrol.wait deleted", r"\bgriddepcontrol\.wait", deleted),
-    Planted("mapa of rank 0", r"\bmapa\.u64", replaced(r"%r\d+;", "0;")),
-    Planted("atom.max made add", r"\batom\.global\.max\.u64", replaced("max", "add")),
-    Planted("a barrier of the cluster deleted", r"\bbarrier\.cluster\.arrive", deleted),
-    Planted(A_BARRIER, r"\b(?:bar|barrier)\.sync\s", deleted),
-    Planted("a barrier of the warp deleted", r"\bbar\.warp\.sync", deleted),
-    Planted("a store 4 bytes further", r"\bst\.shared\.u32\s+\[%", further(4)),
-    Planted("a store of the result 16 bytes further", r"\bst\.global\.v4\.\w32\s+\[%", further(16)),
-    Planted("a shuffle of another lane", r"\bshfl\.sync\.bfly", replaced(r"(%r\d+\|%p\d+, %r\d+), %r\d+", r"\1, 0")),
+INJECTED = (
+    Injected("mma: a1 and a2 exchanged", MMA, swapped(1, 1, 2)),
+    Injected("mma: b0 and b1 exchanged", MMA, swapped(2, 0, 1)),
+    Injected("mma: d0 and d1 exchanged", MMA, swapped(0, 0, 1)),
+    Injected("ldmatrix: r0 and r1 exchanged", MATRICES, swapped(0, 0, 1)),
+    Injected("ldmatrix: r1 and r2 exchanged", MATRICES, swapped(0, 1, 2)),
+    Injected("ldmatrix: a row 16 bytes further", MATRICES, further(16)),
+    Injected("polls acquire nothing", r"\bfence\.acq_rel\.gpu", deleted),
+    Injected("polls made plain", r"\bld\.relaxed\.gpu", replaced(r"\.relaxed\.gpu", "")),
+    Injected("acquire made plain", r"\bld\.acquire\.gpu", replaced(r"\.acquire\.gpu", "")),
+    Injected("release made relaxed", r"\bred\.release|\batom\.add\.release", replaced("release", "relaxed")),
+    Injected("a release deleted", r"\bred\.release", deleted),
+    Injected("cp.async.commit_group deleted", r"\bcp\.async\.commit_group", deleted),
+    Injected("cp.async.wait_group 1 made 2", r"\bcp\.async\.wait_group\s+1", replaced(r"1;", "2;")),
+    Injected("cp.async: 16 bytes further", r"\bcp\.async\.cg", further(16)),
+    Injected("griddepcontrol.wait deleted", r"\bgriddepcontrol\.wait", deleted),
+    Injected("mapa of rank 0", r"\bmapa\.u64", replaced(r"%r\d+;", "0;")),
+    Injected("atom.max made add", r"\batom\.global\.max\.u64", replaced("max", "add")),
+    Injected("a barrier of the cluster deleted", r"\bbarrier\.cluster\.arrive", deleted),
+    Injected(A_BARRIER, r"\b(?:bar|barrier)\.sync\s", deleted),
+    Injected("a barrier of the warp deleted", r"\bbar\.warp\.sync", deleted),
+    Injected("a store 4 bytes further", r"\bst\.shared\.u32\s+\[%", further(4)),
+    Injected("a store of the result 16 bytes further", r"\bst\.global\.v4\.\w32\s+\[%", further(16)),
+    Injected("a shuffle of another lane", r"\bshfl\.sync\.bfly", replaced(r"(%r\d+\|%p\d+, %r\d+), %r\d+", r"\1, 0")),
 )
 
 
@@ -192,15 +192,15 @@ def unchanged(how: How, *cases: Case) -> Unchanged:
     return Unchanged(how, text, calls, places)
 
 
-def executed(way: Unchanged, fault: Planted) -> list[Place]:
-    """Returns the executed instructions at which the fault can be planted and is not harmless."""
+def executed(way: Unchanged, fault: Injected) -> list[Place]:
+    """Returns the executed instructions at which the fault can be injected and is not harmless."""
     lines = way.text.split("\n")
     harmless = [entry for entry in HARMLESS if entry.fault == fault.name]
     fits = [place for place in way.places if re.search(fault.pattern, lines[place.line - 1])]
     return [place for place in fits if not any(entry.holds(place) for entry in harmless)]
 
 
-def plant(text: str, fault: Planted, number: int) -> str:
+def inject(text: str, fault: Injected, number: int) -> str:
     """Returns the text with the fault in that line."""
     lines = text.split("\n")
     before, lines[number - 1] = lines[number - 1], fault.change(lines[number - 1])
@@ -212,10 +212,10 @@ def plant(text: str, fault: Planted, number: int) -> str:
     return "\n".join(lines)
 
 
-def noticed(way: Unchanged, fault: Planted, place: Place) -> str:
+def noticed(way: Unchanged, fault: Injected, place: Place) -> str:
     """Runs the calls with the fault, on a few schedules. Returns the first error of the interpreter, or the result that
     differs; "" if none."""
-    text = plant(way.text, fault, place.line)
+    text = inject(way.text, fault, place.line)
     try:
         for case, results in way.calls:
             for seed in (way.how.seed, *SEEDS):
