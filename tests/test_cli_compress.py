@@ -164,17 +164,17 @@ def test_goals_are_those_of_the_op(layout: str) -> None:
         if position in frame.overwritten:
             assert tokens[0, row].tolist() in x[0, frame.basis].tolist()
         else:
-            group = torch.from_numpy(frame.goal == position)  # [N]
+            group = torch.from_numpy(frame.target_position == position)  # [N]
             torch.testing.assert_close(tokens[0, row], x[0, group].mean(0))
 
 
 def test_nothing_goes_to_or_from_an_infinite_token() -> None:
     x = torch.randn(20, 8, generator=torch.Generator().manual_seed(0))
     x[3] = float("inf")
-    goals = outcome.merge_goals(x, torch.tensor([3, 5, 9]))
-    assert goals[3] == -1
-    assert set(goals[torch.arange(20) != 3].tolist()) == {5, 9}
-    assert outcome.merge_goals(x, torch.tensor([3])).tolist() == [-1] * 20
+    targets = outcome.merge_targets(x, torch.tensor([3, 5, 9]))
+    assert targets[3] == -1
+    assert set(targets[torch.arange(20) != 3].tolist()) == {5, 9}
+    assert outcome.merge_targets(x, torch.tensor([3])).tolist() == [-1] * 20
 
 
 def test_lost_patches_are_dimmed_and_kept_ones_clear() -> None:

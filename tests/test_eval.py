@@ -147,7 +147,7 @@ def test_answers_replace_failures(tmp_path: Path) -> None:
 @pytest.mark.parametrize("content", [b"notes without a line end", b"[]\n", b"\xff\n"])
 def test_another_file_is_left_as_it_is(content: bytes, tmp_path: Path) -> None:
     (tmp_path / "notes").write_bytes(content)
-    with pytest.raises(ApetError, match="holds something else than answers of apet eval"):
+    with pytest.raises(ApetError, match="is not a file of `apet eval` answers"):
         Answers(tmp_path / "notes", MADE)
     assert (tmp_path / "notes").read_bytes() == content
 

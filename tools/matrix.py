@@ -36,10 +36,10 @@ PARTS = {
     "lowest": "The oldest version of everything but torch: the command line",
 }
 HEAD = """\
-# Versions that were tried
+# Tested versions
 
-`make matrix` and `make matrix-torch` make this page; [development.md](development.md#the-matrix-of-versions) says what
-they run. Each row is one run; a version without a row was not run.
+`make matrix` and `make matrix-torch` generate this page; [development.md](development.md#the-matrix-of-versions) says
+what they run. Each row is one run; a version without a row was not run.
 """
 
 

@@ -202,7 +202,7 @@ def _lines(results: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
     yield "\n### Notes\n"
     yield from (f"{number}. {note}" for number, note in enumerate(notes, 1))
     yield "\n### Not supported\n"
-    yield "| model_type | class | `apet.patch` raises, since | transformers |"
+    yield "| model_type | class | reason of the error of `apet.patch` | transformers |"
     yield "|---|---|---|---|"
     for name, one in sorted(results.items()):
         if "cells" not in one:

@@ -30,12 +30,12 @@ class Call:
         N: its products are those with the merge targets. Medoid steps are not counted, since their number of products
         depends on the data."""
         options = Options(**self.options)
-        gone = options.basis_of(0) if options.layout == "overwrite" else 0
+        overwritten = options.basis_of(0) if options.layout == "overwrite" else 0
         macs = 0
         for n, k in zip(self.lengths, self.keeps, strict=True):
             basis = options.basis_of(k)
             known = basis if options.in_rounds and basis > FEW else 0  # targets whose products are known
-            macs += basis * n + (n - k) * max(k - gone - known, 0)
+            macs += basis * n + (n - k) * max(k - overwritten - known, 0)
         return 2 * self.x.shape[1] * macs
 
 

@@ -120,8 +120,8 @@ def _self_test(usable: list[str], step: Callable[[str], None]) -> list[Findings]
             step(f"testing {name} {isa or ''}")
             outcome = selftest.run(name, isa)
             errors = {"residual error": _number(outcome.residual), "token error": _number(outcome.tokens)}
-            said = {"backend": name, "isa": isa, "interpreted": selftest.interpreted(name), "cases": outcome.cases}
-            tests.append(said | errors | {"faults": outcome.faults})
+            entry = {"backend": name, "isa": isa, "interpreted": selftest.interpreted(name), "cases": outcome.cases}
+            tests.append(entry | errors | {"faults": outcome.faults})
     return tests
 
 
@@ -190,7 +190,7 @@ def _installed(found: Findings) -> Table:
     table.add_row("processor", escape(found["processor"]))
     if "error" not in found:
         table.add_row("GPU", escape(", ".join(found["gpu"]) or "none that torch finds"))
-        table.add_row("its instruction sets", ", ".join(found["instruction sets"]) or "none: no compiled CPU kernel")
+        table.add_row("instruction sets", ", ".join(found["instruction sets"]) or "none: no compiled CPU kernel")
         for key, value in found["build"].items():
             text = ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
             table.add_row(f"build: {key.replace('_', ' ')}", escape(text or "none"))
@@ -243,8 +243,8 @@ def _show_hooks(hooks: Findings, console: Console) -> None:
         console.print(f"[yellow]{escape(hooks['error'])}[/]")
         return
     version, tested = hooks["transformers"], hooks["tested with"]
-    said = "tested with this version" if version in tested else f"not tested with it, but with {', '.join(tested)}"
-    table = _table(f"Hooks under transformers {version} ({said})", "model_type")
+    status = "tested with this version" if version in tested else f"not tested with it, but with {', '.join(tested)}"
+    table = _table(f"Hooks under transformers {version} ({status})", "model_type")
     table.add_column("difference", justify="right")
     table.add_column("result")
     for family in hooks["families"]:

@@ -47,14 +47,14 @@ def load_config(model: str) -> tuple[Any, bool]:
     if path is None:
         raise ApetError(f"{begin}it has no config.json")
     try:
-        told = json.loads(Path(path).read_text(encoding="utf-8"))
+        config_json = json.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ApetError(f"{begin}its config.json is broken: {first_line(error)}") from error
-    kind = told.get("model_type") if isinstance(told, dict) else None
+    kind = config_json.get("model_type") if isinstance(config_json, dict) else None
     if not isinstance(kind, str):
         raise ApetError(f"{begin}its config.json names no model_type")
     if kind not in CONFIG_MAPPING:
-        raise ApetError(f"{begin}{_unknown(f'model_type {kind!r}', told)}")
+        raise ApetError(f"{begin}{_unknown(f'model_type {kind!r}', config_json)}")
     try:
         return AutoConfig.from_pretrained(model, local_files_only=local, trust_remote_code=False), local
     except Exception as error:

@@ -45,7 +45,7 @@ def picture(model: nn.Module, inputs: Mapping[str, Any], processor: Any, visual:
     drawn = panels(model, inputs, processor, visual)
     engine, seen = engine_of(model), kept(model).visuals[visual]
     options, name = engine.options, type(engine.model).__name__
-    counts, extra = [seen.tokens, *map(len, seen.left)], ""
+    counts, extra = [seen.tokens, *map(len, seen.remaining)], ""
     if options.layout == "append":  # the rows of basis tokens are not positions
         counts[1] = sum(len(panel.frame.kept) for panel in drawn)
         extra = f" + {sum(len(panel.frame.basis) for panel in drawn)} basis"
@@ -154,11 +154,11 @@ def _frame(x: Tensor, stay: Tensor, engine: Engine) -> outcome.Frame:
 
 def _spread(frame: outcome.Frame, places: np.ndarray, total: int) -> outcome.Frame:
     """Converts the frame of tokens at some places [n] of a grid to a frame of the whole grid with `total` places."""
-    survives, goal, residual = np.zeros(total, bool), np.full(total, -1), np.zeros(total)
-    survives[places], residual[places] = frame.survives, frame.residual
-    goal[places] = np.where(frame.goal >= 0, places[frame.goal], -1)
+    retained, target, residual = np.zeros(total, bool), np.full(total, -1), np.zeros(total)
+    retained[places], residual[places] = frame.retained, frame.residual
+    target[places] = np.where(frame.target_position >= 0, places[frame.target_position], -1)
     marks = (places[some] for some in (frame.kept, frame.basis, frame.overwritten))
-    return outcome.Frame(*marks, survives, goal, residual)
+    return outcome.Frame(*marks, retained, target, residual)
 
 
 def _tiles(

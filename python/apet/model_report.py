@@ -114,9 +114,9 @@ def report(model: nn.Module, inputs: Mapping[str, Any], *, max_new_tokens: int =
     """
     engine = engine_of(model)
     if not engine.adapter.brings(inputs):
-        raise ValueError(f"inputs bring no image or video, only {', '.join(inputs)}: there is nothing to compress")
+        raise ValueError(f"inputs contain no image or video, only {', '.join(inputs)}: there is nothing to compress")
     if inputs.get("past_key_values") is not None:
-        raise ValueError("inputs bring past_key_values, which the first measurement would change; leave them out")
+        raise ValueError("inputs contain past_key_values, which the first measurement would change; leave them out")
     for name, value in (("max_new_tokens", max_new_tokens), ("rounds", rounds)):
         if value < 1:
             raise ValueError(f"{name}={value} is less than 1")

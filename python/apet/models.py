@@ -166,14 +166,14 @@ def _device(name: str | None) -> Any:
     available."""
     import torch
 
-    there = torch.accelerator.current_accelerator(check_available=True)
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
     if name is None:
-        return there or torch.device("cpu")
+        return accelerator or torch.device("cpu")
     try:
         device = torch.device(name)
     except RuntimeError as error:
         raise ApetError(f"device={name!r} is no device of torch") from error
-    usable = device.type == "cpu" or (there is not None and device.type == there.type)
+    usable = device.type == "cpu" or (accelerator is not None and device.type == accelerator.type)
     if not usable or (device.index or 0) >= max(torch.accelerator.device_count(), 1):
-        raise ApetError(f"device={name!r} is not available: torch finds {there or 'no accelerator'}")
+        raise ApetError(f"device={name!r} is not available: torch finds {accelerator or 'no accelerator'}")
     return device

@@ -55,9 +55,9 @@ class Frame:
 
     kept: np.ndarray  # [K] ascending
     basis: np.ndarray  # [m] in picking order; empty if all kept tokens are basis tokens, or medoids
-    overwritten: np.ndarray  # [m] slots that hold basis tokens instead of their own (layout overwrite), else [0]
-    survives: np.ndarray  # [N] bool: the token's own features are in the result, in whichever row
-    goal: np.ndarray  # [N] position each token was merged into, its own if kept, -1 if nowhere
+    overwritten: np.ndarray  # [m] kept positions whose rows hold basis tokens instead (layout overwrite), else [0]
+    retained: np.ndarray  # [N] bool: the token's own features are in the result, in whichever row
+    target_position: np.ndarray  # [N] position that each token was merged into; its own if kept, -1 if none
     residual: np.ndarray  # [N] e^2
 
 
@@ -68,7 +68,7 @@ class Measure:
     tokens_in: int  # per image
     tokens_out: int
     residual_kept: float  # share of the sum of e^2 that the kept tokens carry
-    explained: float  # 1 - (distance^2 of every token to the row it went to) / (distance^2 to the mean token)
+    explained: float  # 1 - (distance^2 of every token to the row it was merged into) / (distance^2 to the mean token)
     milliseconds: dict[str, float] = field(default_factory=dict)  # by `times`
 
 
@@ -95,7 +95,7 @@ def measure(x: torch.Tensor, tokens: torch.Tensor, frames: list[Frame]) -> Measu
     """Measures images x [B, N, D] against their result tokens [B, R, D]; the first K rows are the kept ones of
     `frames`."""
     total = sum(float(f.residual.sum()) for f in frames)
-    kept = sum(float(f.residual[f.survives].sum()) for f in frames)
+    kept = sum(float(f.residual[f.retained].sum()) for f in frames)
     return Measure(
         tokens_in=x.shape[1],
         tokens_out=tokens.shape[1],
@@ -104,7 +104,7 @@ def measure(x: torch.Tensor, tokens: torch.Tensor, frames: list[Frame]) -> Measu
     )
 
 
-def merge_goals(x: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+def merge_targets(x: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     """Returns the target of largest cosine for every token, ties to the lower position, in float64.
 
     The op does not return this, so it is computed again for pictures; near a tie, rounding may give another target. x:
@@ -125,27 +125,32 @@ def merge_goals(x: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
 
 def frame(x: torch.Tensor, kept: torch.Tensor, residual: torch.Tensor, basis: torch.Tensor, layout: str) -> Frame:
     """Returns the outcome for every token of one image, from x [N, D], kept [K], residual [N] and basis [m]."""
-    _, given_away = reference.s4_topk(residual, basis, len(kept), layout)  # [K] bool
-    targets = kept[~given_away]
-    goal = merge_goals(x, targets)
-    goal[kept] = kept
-    survives = torch.zeros(len(x), dtype=torch.bool).index_fill_(0, targets, True)
+    _, overwritten = reference.s4_topk(residual, basis, len(kept), layout)  # [K] bool
+    targets = kept[~overwritten]
+    target_position = merge_targets(x, targets)
+    target_position[kept] = kept
+    retained = torch.zeros(len(x), dtype=torch.bool).index_fill_(0, targets, True)
     if layout != "inplace":  # the basis tokens are in rows of their own
-        survives[basis] = True
+        retained[basis] = True
     return Frame(
-        kept.numpy(), basis.numpy(), kept[given_away].numpy(), survives.numpy(), goal.numpy(), residual.double().numpy()
+        kept.numpy(),
+        basis.numpy(),
+        kept[overwritten].numpy(),
+        retained.numpy(),
+        target_position.numpy(),
+        residual.double().numpy(),
     )
 
 
 def _explained(x: torch.Tensor, rows: torch.Tensor, frames: list[Frame]) -> float:
-    """Returns 1 - (distance^2 of every token to the row it went to) / (distance^2 to its image's mean). x: [B, N,
-    D]."""
+    """Returns 1 - (distance^2 of every token to the row it was merged into) / (distance^2 to its image's mean).
+    x: [B, N, D]."""
     lost = spread = 0.0
     for image, merged, frame in zip(x.double(), rows.double(), frames, strict=True):
-        place = np.searchsorted(frame.kept, np.maximum(frame.goal, 0))  # [N] row of each goal
-        gone = torch.from_numpy(frame.goal < 0)
-        rebuilt = merged[torch.from_numpy(place)].masked_fill(gone[:, None], 0.0)  # [N, D]
-        lost += float((image - rebuilt).square().sum())
+        row = np.searchsorted(frame.kept, np.maximum(frame.target_position, 0))  # [N] the row of each target
+        dropped = torch.from_numpy(frame.target_position < 0)
+        reconstructed = merged[torch.from_numpy(row)].masked_fill(dropped[:, None], 0.0)  # [N, D]
+        lost += float((image - reconstructed).square().sum())
         spread += float((image - image.mean(0)).square().sum())
     return 1 - lost / spread if spread else 1.0
 

@@ -42,7 +42,7 @@ def photo_figure(panel: Panel, title: str, subtitle: str) -> Figure:
     frame = panel.frame
     cells = [
         (_kept, panel, f"{len(frame.kept)} tokens kept"),
-        (_merged, panel, f"{moved(frame)} merged: a colour and a dot for each token they went to"),
+        (_merged, panel, f"{moved(frame)} merged: a colour and a dot for each merge target"),
         (_residual, panel, "residual $e^2$"),
     ]
     if cols > 2.2 * rows:
@@ -66,7 +66,7 @@ _Cell = tuple[Callable[[Axes, Panel, Normalize], None], Panel, str]
 
 
 def _cell(rows: int, cols: int, long: float) -> tuple[float, float]:
-    """Returns the inches (width, height) of a panel whose longer side is `long`; slivers are widened."""
+    """Returns the inches (width, height) of a panel whose longer side is `long`; very narrow panels are widened."""
     scale = long / max(rows, cols)
     return max(cols * scale, 0.8), max(rows * scale, 0.4)
 
@@ -115,8 +115,8 @@ def _blank(axes: Axes, panel: Panel) -> None:
 
 
 def _kept(axes: Axes, panel: Panel, heat: Normalize) -> None:
-    """Draws the photo with lost patches dimmed, surviving ones clear, basis tokens outlined and numbered."""
-    clear = panel.frame.survives
+    """Draws the photo with dropped patches dimmed, retained ones clear, basis tokens outlined and numbered."""
+    clear = panel.frame.retained
     dim = 0.10 + 0.36 * (0.75 * _grey(panel.photo) + 0.25 * panel.photo)
     _image(axes, np.where(_enlarge(clear, panel), panel.photo, dim), panel)
     axes.add_collection(LineCollection(borders_of(clear, panel.grid), colors="white", linewidths=0.7, alpha=0.9))
@@ -127,18 +127,18 @@ def _merged(axes: Axes, panel: Panel, heat: Normalize) -> None:
     """Draws each group of merged tokens in its own colour, with a line from each token to the one it was merged
     into."""
     rows, cols = panel.grid
-    goal, kept = panel.frame.goal, panel.frame.kept
-    colours = group_colours(goal)  # [N, 3]
+    target, kept = panel.frame.target_position, panel.frame.kept
+    colours = group_colours(target)  # [N, 3]
     strong = np.isin(np.arange(rows * cols), kept)
-    weight = np.where(strong, 0.35, 0.62) * (goal >= 0)  # a kept patch shows more of its photo
+    weight = np.where(strong, 0.35, 0.62) * (target >= 0)  # a kept patch shows more of its photo
     share = _enlarge(weight, panel)
     tint = _enlarge(colours, panel)
     _image(axes, (1 - share) * (0.15 + 0.75 * _grey(panel.photo)) + share * tint, panel)
-    axes.add_collection(LineCollection(borders_of(goal, panel.grid), colors="white", linewidths=0.8, alpha=0.9))
-    moved = np.flatnonzero((goal >= 0) & (goal != np.arange(rows * cols)))
-    ends = np.stack([_centres(moved, cols), _centres(goal[moved], cols)], axis=1)  # [moved, 2, 2]
+    axes.add_collection(LineCollection(borders_of(target, panel.grid), colors="white", linewidths=0.8, alpha=0.9))
+    moved = np.flatnonzero((target >= 0) & (target != np.arange(rows * cols)))
+    ends = np.stack([_centres(moved, cols), _centres(target[moved], cols)], axis=1)  # [moved, 2, 2]
     axes.add_collection(LineCollection(ends, colors=colours[moved] * 0.55, linewidths=0.55, alpha=0.55))
-    taken = np.unique(goal[moved])
+    taken = np.unique(target[moved])
     x, y = _centres(taken, cols).T
     area = _points(axes, panel, 0.34) ** 2
     axes.scatter(x, y, s=area, color=colours[taken], edgecolors="white", linewidths=0.9, zorder=3)
@@ -155,7 +155,7 @@ def _residual(axes: Axes, panel: Panel, heat: Normalize) -> None:
         interpolation="nearest",
         aspect="auto",
     )
-    borders = borders_of(panel.frame.survives, panel.grid)
+    borders = borders_of(panel.frame.retained, panel.grid)
     axes.add_collection(LineCollection(borders, colors="white", linewidths=0.7, alpha=0.6))
     _outline_basis(axes, panel)
 
@@ -166,8 +166,8 @@ def _image(axes: Axes, pixels: np.ndarray, panel: Panel) -> None:
 
 
 def _outline_basis(axes: Axes, panel: Panel) -> None:
-    """Outlines basis tokens at their own places, numbered in picking order; the slots that they overwrote are
-    dotted."""
+    """Outlines basis tokens at their own places, numbered in picking order; the kept tokens whose rows
+    they took are dotted."""
     cols = panel.grid[1]
     size = min(_points(axes, panel, 0.5), 12.0)
     for order, position in enumerate(panel.frame.basis, start=1):
@@ -218,18 +218,19 @@ def _heat(panels: list[Panel]) -> Normalize:
 
 def moved(frame: Frame) -> int:
     """Returns how many tokens were merged into another one."""
-    return int(((frame.goal >= 0) & (frame.goal != np.arange(len(frame.goal)))).sum())
+    target = frame.target_position
+    return int(((target >= 0) & (target != np.arange(len(target)))).sum())
 
 
-def group_colours(goal: np.ndarray) -> np.ndarray:
-    """Returns the colour of every token's group, [N, 3]; large groups get hues far apart, tokens without a goal
+def group_colours(target_position: np.ndarray) -> np.ndarray:
+    """Returns the colour of every token's group, [N, 3]. Large groups get hues far apart; tokens without a target get
     grey."""
-    targets, counts = np.unique(goal[goal >= 0], return_counts=True)
-    table = np.full((len(goal) + 1, 3), 0.5)  # the last row is for goal -1
+    targets, counts = np.unique(target_position[target_position >= 0], return_counts=True)
+    table = np.full((len(target_position) + 1, 3), 0.5)  # the last row is for target -1
     for i, target in enumerate(targets[np.argsort(-counts, kind="stable")]):
         hue = (0.58 + i * 0.618034) % 1  # golden ratio: any run of hues is spread evenly
         table[target] = colorsys.hls_to_rgb(hue, (0.55, 0.42, 0.68)[i % 3], (0.75, 0.65, 0.85)[i % 3])
-    return table[goal]
+    return table[target_position]
 
 
 def borders_of(groups: np.ndarray, grid: tuple[int, int]) -> list[list[tuple[int, int]]]:

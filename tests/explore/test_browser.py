@@ -117,7 +117,7 @@ def test_moving_a_slider(page: Page) -> None:
 
 def test_pointing_at_a_patch(page: Page) -> None:
     view = page.view()
-    at = next(i for i, goal in enumerate(view["goal"]) if goal not in (-1, i))
+    at = next(i for i, target in enumerate(view["target"]) if target not in (-1, i))
     rows, cols = view["grid"]
     row, col = divmod(at, cols)
     picture = page.tab.locator("svg.residual")
@@ -125,12 +125,12 @@ def test_pointing_at_a_patch(page: Page) -> None:
     box = picture.bounding_box()
     place = {"x": (col + 0.5) * box["width"] / cols, "y": (row + 0.5) * box["height"] / rows}
     picture.hover(position=place)
-    goal_row, goal_col = divmod(view["goal"][at], cols)
-    words = f"Row {row + 1}, column {col + 1}: merged into row {goal_row + 1}, column {goal_col + 1}"
+    target_row, target_col = divmod(view["target"][at], cols)
+    words = f"Row {row + 1}, column {col + 1}: merged into row {target_row + 1}, column {target_col + 1}"
     page.until("document.querySelector('.where')?.textContent.startsWith(given[0])", words)
     for kind in ("kept", "merged", "rebuilt", "residual"):
         assert page.tab.locator(f"svg.{kind} .cursor .here").get_attribute("x") == str(col)
-        assert page.tab.locator(f"svg.{kind} .cursor .same").count() == view["goal"].count(view["goal"][at])
+        assert page.tab.locator(f"svg.{kind} .cursor .same").count() == view["target"].count(view["target"][at])
     picture.click(position=place)
     page.tab.mouse.move(5, 5)
     assert page.tab.locator("svg.kept .cursor .here").count() == 1  # the click keeps it there
@@ -222,7 +222,7 @@ def test_downloads(page: Page) -> None:
     with page.tab.expect_download() as waiting:
         page.tab.get_by_role("button", name="Numbers (JSON)").click()
     (numbers,) = json.loads(Path(waiting.value.path()).read_text())
-    assert numbers["merged_into"] == page.view()["goal"]
+    assert numbers["merged_into"] == page.view()["target"]
 
 
 @pytest.mark.parametrize("theme", ["light", "dark"])

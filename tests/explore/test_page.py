@@ -77,10 +77,10 @@ def test_baselines_keep_what_they_say(grid: tuple[int, int]) -> None:
             assert kept.tolist() == sorted(set(kept.tolist()))
             assert len(kept) == keep
             assert 0 <= kept[0] <= kept[-1] < n
-        goal, kept = methods.pooled(grid, keep)
+        target, kept = methods.pooled(grid, keep)
         assert 1 <= len(kept) <= keep
-        assert sorted(set(goal.tolist())) == kept.tolist()
-        assert (goal[kept] == kept).all()
+        assert sorted(set(target.tolist())) == kept.tolist()
+        assert (target[kept] == kept).all()
 
 
 def test_an_even_grid_is_even() -> None:
@@ -104,7 +104,7 @@ def test_baselines_merge_as_the_op_does(method: str) -> None:
     frame, measure = methods.compress(x, (6, 6), Settings(method, 9, 3))
     rows = apet_kernels.merge(x, torch.from_numpy(frame.kept)[None])[0]
     for row, position in zip(rows, frame.kept, strict=True):
-        torch.testing.assert_close(row, x[0, torch.from_numpy(frame.goal == position)].mean(0))
+        torch.testing.assert_close(row, x[0, torch.from_numpy(frame.target_position == position)].mean(0))
     assert 0 < measure.residual_kept < 1
     assert np.allclose(frame.residual, apet_kernels.score(x, 3)[0][0])
 

@@ -35,8 +35,8 @@ def test_the_page_holds_what_became_of_every_token(method: str, layout: str, pho
     sections = tree.of("section")
     data = json.loads(sections[0]["data-view"])
     assert data["grid"] == [6, 8]
-    for key, expected in (("goal", one.frame.goal), ("kept", one.frame.kept), ("basis", one.frame.basis)):
-        assert data[key] == expected.tolist()
+    for key, expected in (("target", "target_position"), ("kept", "kept"), ("basis", "basis")):
+        assert data[key] == getattr(one.frame, expected).tolist()
     assert np.allclose(data["residual"], one.frame.residual, rtol=1e-3)
     pictures = [a for a in tree.of("svg") if a.get("role") in ("img", "application")]
     assert len(pictures) == 8
@@ -85,8 +85,8 @@ def test_rebuilt_is_the_mean_of_each_group(photo: Path, explorer: Explorer) -> N
     one = replace(one, picture=flat.resize((8 * files.PATCH, 6 * files.PATCH), Image.NEAREST))
     size = files.SEEN
     found = embedded(view.panel(one, "rebuilt", 1.0))[size // 2 :: size, size // 2 :: size, 0].ravel()  # [N]
-    for target in np.unique(one.frame.goal):
-        group = one.frame.goal == target
+    for target in np.unique(one.frame.target_position):
+        group = one.frame.target_position == target
         assert np.abs(found[group].astype(float) - 5 * np.flatnonzero(group).mean()).max() < 12  # JPEG
 
 
@@ -109,7 +109,7 @@ def test_downloads(photo: Path, explorer: Explorer) -> None:
     assert numbers["name"] == "a <photo> & more.apet.json"
     first, second = json.loads(numbers["text"])
     frame, measure = outcome.compress(explorer.files.get(photo).tokens, 12, outcome.OpArguments(4))
-    assert first["merged_into"] == frame[0].goal.tolist()
+    assert first["merged_into"] == frame[0].target_position.tolist()
     assert (first["tokens_in"], first["tokens_out"], first["explained"]) == (48, 12, measure.explained)
     assert (second["method"], second["kept"]) == ("uniform", methods.even((6, 8), 9).tolist())
     picture = explorer.picture(str(photo), link)

@@ -135,7 +135,7 @@ def test_every_frame_at_its_time(name: str, clip: Media, monkeypatch: pytest.Mon
     with apet.patched(model, keep=3, basis=2):
         model.generate(**given, max_new_tokens=1, do_sample=False)
         (*visuals,) = apet.kept(model).visuals
-    assert sum(len(visual.left[0]) for visual in visuals) == 3 * steps + (name in ("llava_onevision",)) + 4 * (
+    assert sum(len(visual.remaining[0]) for visual in visuals) == 3 * steps + (name in ("llava_onevision",)) + 4 * (
         name == "video_llava"  # CLS of each frame
     )
 

@@ -116,7 +116,7 @@ def test_visual_tokens_of_both_stages(name: str, data: Path, tmp_path: Path, mon
     done = run.evaluate(found, tmp_path / "out.jsonl", settings, lambda *_: None)
     (visual,) = kept[0].visuals
     assert done["0", "uncompressed"]["visual tokens"] == visual.tokens > 36
-    first, second = (len(left) for left in visual.left)
+    first, second = (len(left) for left in visual.remaining)
     assert done["0", "both"]["visual tokens"] == (first + 3 * second) / 4
     assert second < first < visual.tokens
 

@@ -207,7 +207,7 @@ def test_all_of_it_is_no_budget_that_drops_nothing(llava: Path, photos: list[Pat
         (["--device", "cuda:99"], "device='cuda:99' is not available"),
         (["--out", "picture.doc"], "cannot write a picture as 'picture.doc'"),
         (["--out", "nowhere/picture.png"], "no such folder: nowhere"),
-        (["--video", __file__], "give photos (--image, once for each) or a clip (--video), one of the two"),
+        (["--video", __file__], "give either photos (--image, repeatable) or one clip (--video)"),
         (["--image", "missing.png"], "'missing.png' does not exist"),
     ],
 )

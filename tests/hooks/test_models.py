@@ -148,8 +148,8 @@ def test_a_generic_adapter_that_is_not_right_raises(monkeypatch: pytest.MonkeyPa
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     model = tiny.build(transformers.Gemma3ForConditionalGeneration, tiny.config("gemma3"))
     with monkeypatch.context() as planted:
-        right = reference.must
-        planted.setattr(reference, "must", lambda *args: right(*args) + 1)
+        right = reference.expected_states
+        planted.setattr(reference, "expected_states", lambda *args: right(*args) + 1)
         with pytest.raises(ValueError, match="the hooks are not right for model_type='gemma3'"):
             apet.patch(model, keep=0.5)
     apet.patch(model, keep=0.5)

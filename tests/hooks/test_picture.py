@@ -50,17 +50,18 @@ def test_marks_are_what_the_hooks_kept(name: str, stage: str) -> None:
     for number, (panels, visual) in enumerate(zip(found, visuals, strict=True)):
         where = places(model, family, visual.modality, visual.tokens, number)
         tiles = 1 + max(tile for tile, _ in filter(None, where))
-        assert len(panels) == tiles * len(visual.left)
+        assert len(panels) == tiles * len(visual.remaining)
         there = set(range(visual.tokens))
-        for i, left in enumerate(visual.left):
+        for i, left in enumerate(visual.remaining):
             some = panels[i * tiles : (i + 1) * tiles]
             kept = {(t, int(p)) for t, panel in enumerate(some) for p in panel.frame.kept}
             assert kept == {where[p] for p in left.tolist()} - {None}
             before = {where[p] for p in there} - {None}
             for t, panel in enumerate(some):
-                goes = {(t, int(p)) for p in np.flatnonzero(panel.frame.goal >= 0)}
+                goes = {(t, int(p)) for p in np.flatnonzero(panel.frame.target_position >= 0)}
                 assert goes == {place for place in before if place[0] == t}  # layout inplace: nothing is lost
-                assert set(panel.frame.goal[panel.frame.goal >= 0]) <= set(panel.frame.kept)
+                target = panel.frame.target_position
+                assert set(target[target >= 0]) <= set(panel.frame.kept)
                 assert len(panel.frame.basis) == 4
                 assert set(panel.frame.basis) <= set(panel.frame.kept)
                 assert panel.frame.residual.max() > 0 or len(panel.frame.kept) <= 4
@@ -75,7 +76,7 @@ def test_merged_tokens_are_the_means_of_their_groups() -> None:
     call = recorder.calls[0]
     x, rows = call.x[TILE:], call.tokens[9:]  # the second image
     for row, position in zip(rows, panel.frame.kept, strict=True):
-        mean = x[torch.from_numpy(panel.frame.goal == position)].mean(0)
+        mean = x[torch.from_numpy(panel.frame.target_position == position)].mean(0)
         torch.testing.assert_close(row, mean)
 
 
@@ -85,7 +86,7 @@ def test_layouts(layout: str) -> None:
     inputs = inputs_of(family)
     with apet.patched(model, keep=9, basis=4, layout=layout):
         panels = model_pictures.panels(model, inputs, PROCESSOR, 2)
-        left = apet.kept(model).visuals[2].left[0].tolist()
+        left = apet.kept(model).visuals[2].remaining[0].tolist()
     assert len(panels) == 4
     for t, panel in enumerate(panels):
         assert len(panel.frame.kept) == 9
@@ -104,7 +105,7 @@ def test_rows_of_a_batch() -> None:
     for panels, visual, which in zip(found, visuals, (0, 1, 2), strict=True):
         where = sources(model, SIZES[which], len(panels)).tolist()
         kept = {(t, int(p)) for t, panel in enumerate(panels) for p in panel.frame.kept}
-        assert kept == {divmod(where[p], TILE) for p in visual.left[0].tolist() if where[p] >= 0}
+        assert kept == {divmod(where[p], TILE) for p in visual.remaining[0].tolist() if where[p] >= 0}
 
 
 def scene(width: int, height: int) -> np.ndarray:
@@ -168,7 +169,7 @@ def test_figure(tmp_path: Path) -> None:
         with apet.patched(model, **options):
             figure = apet.picture(model, inputs_of(FAMILIES[name]), PROCESSOR, 1)
             before = apet.kept(model).visuals[1].tokens
-            left = [len(some) for some in apet.kept(model).visuals[1].left]
+            left = [len(some) for some in apet.kept(model).visuals[1].remaining]
         words = [text.get_text() for text in figure.texts]
         assert words[0] == f"image 2: {before} → {' → '.join(map(str, left))} tokens"
         figure.savefig(tmp_path / f"{name}.png")

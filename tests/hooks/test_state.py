@@ -230,5 +230,5 @@ def test_kept(family: Family, stage: str, options: dict[str, Any]) -> None:
                     outside = set(range(one.count)) - {i for unit in parts(family, one) for i in unit.tolist()}
                     places = [unit[:9] for unit in parts(family, one)]
                     want = [torch.cat([*places, torch.tensor(sorted(outside), dtype=torch.long)]).sort().values]
-                assert [left.tolist() for left in said.left] == [left.tolist() for left in want]
+                assert [left.tolist() for left in said.remaining] == [left.tolist() for left in want]
         assert not told

@@ -132,7 +132,7 @@ BAD = [
     ({"apet_max_tokens": 2.5}, "apet_max_tokens=2.5 is not a count"),
     ({"apet_max_tokens": 8, "apet_layout": "overwrite"}, "leaves 8 tokens to an image or video that needs at least 11"),
     ({"apet_keep": 8, "apet_budget": 8}, "apet_budget is no option of ApET; these are: apet_keep"),
-    ({"apet_keep": 8, "images_kwargs": {"apet_keep": 4}}, "stands in mm_processor_kwargs itself"),
+    ({"apet_keep": 8, "images_kwargs": {"apet_keep": 4}}, "options directly into mm_processor_kwargs"),
 ]
 
 

@@ -70,7 +70,7 @@ def compress(
     select: Annotated[Select, typer.Option(help="How the basis is picked.")] = "fps",
     start: Annotated[int, typer.Option(min=-1, help="First basis token; -1 is the one of largest norm.")] = -1,
     blend: Annotated[
-        float, typer.Option(min=0, max=1, help="With overwrite: the basis token's share of its slot.")
+        float, typer.Option(min=0, max=1, help="With overwrite: weight of the basis token in an overwritten row.")
     ] = 1.0,
     refine: Refine = 0,
     backend: Annotated[Backend | None, typer.Option(help="Default: the best one available.")] = None,
@@ -91,7 +91,7 @@ def compress(
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Compress the patch tokens of photos or clips, and draw what was kept, merged and why."""
+    """Compress the patch tokens of photos or clips, and draw the kept tokens, the merges and the residual."""
     with progress(quiet) as bar:
         step = bar.add_task("reading", total=None)
         for module in ("numpy", "PIL", "matplotlib"):

@@ -97,8 +97,8 @@ def evaluate(
     raise typer.Exit(1 if result.failed else 0)
 
 
-def _budgets(keeps: list[float], presets: list[str], all_have: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """Returns the options of `apet.patch` for each budget, by its name in the table. all_have: options added to every
+def _budgets(keeps: list[float], presets: list[str], shared: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Returns the options of `apet.patch` for each budget, by its name in the table. shared: the options of every
     budget."""
     given: list[tuple[str, dict[str, Any]]] = [(f"keep={keep}", {"keep": keep}) for keep in keeps]
     given += [(preset, {"preset": preset}) for preset in presets]
@@ -108,9 +108,9 @@ def _budgets(keeps: list[float], presets: list[str], all_have: dict[str, Any]) -
             raise ApetError(f"{name} is given twice")
         budgets[name] = options
     added = "".join(
-        f", {value}" if name in ("layout", "select") else f", {name}={value}" for name, value in all_have.items()
+        f", {value}" if name in ("layout", "select") else f", {name}={value}" for name, value in shared.items()
     )
-    return {name + added: {**options, **all_have} for name, options in budgets.items()}
+    return {name + added: {**options, **shared} for name, options in budgets.items()}
 
 
 def _print_summary(result: Summary, model: str) -> None:

@@ -16,7 +16,7 @@ from apet.hub import need
 def explore(
     file: Annotated[
         Path | None,
-        typer.Argument(metavar="[PHOTO|CLIP]", exists=True, dir_okay=False, help="A file to show at first."),
+        typer.Argument(metavar="[PHOTO|CLIP]", exists=True, dir_okay=False, help="The file to open."),
     ] = None,
     model: Annotated[
         str | None,

@@ -75,7 +75,7 @@ def generate(
 ) -> None:
     """Ask a vision-language model about photos or a clip, compressed, and show what compression saved."""
     if bool(image) == (video is not None):
-        raise ApetError("give photos (--image, once for each) or a clip (--video), one of the two")
+        raise ApetError("give either photos (--image, repeatable) or one clip (--video)")
     if (keep, llm_layer, preset) == (None, None, None):
         keep = 64
     options = {"keep": keep, "llm_layer": llm_layer, "llm_keep": llm_keep, "preset": preset, "layout": layout}
@@ -103,10 +103,10 @@ def generate(
         )
     note((f"{item.name}: {message}" for item in found for message in item.notes), quiet)
     try:
-        said = _answer(lm, processor, inputs, max_new_tokens, compare, show=not as_json)
+        results = _answer(lm, processor, inputs, max_new_tokens, compare, show=not as_json)
         with progress(quiet) as bar:
             step = bar.add_task("measuring", total=None)
-            said |= _measure(lm, inputs, max_new_tokens, show=not (as_json or quiet))
+            results |= _measure(lm, inputs, max_new_tokens, show=not (as_json or quiet))
             for number, path in enumerate(pictures):
                 from apet import model_pictures
 
@@ -116,8 +116,8 @@ def generate(
         raise ApetError(first_line(error)) from error
     if as_json:
         read = [{"file": printable(i.name), "times": i.times, "notes": i.notes} for i in found]
-        result = {"model": model, "prompt": prompt, "read": read, **said, "pictures": [*map(printable, pictures)]}
-        print(json.dumps(result, indent=2))
+        paths = [*map(printable, pictures)]
+        print(json.dumps({"model": model, "prompt": prompt, "read": read, **results, "pictures": paths}, indent=2))
     elif not quiet:
         for path in pictures:
             Console().print(f"Picture: [bold]{escape(printable(path))}[/]", soft_wrap=True)
@@ -130,13 +130,13 @@ def _answer(
     from apet import models
     from apet.model_report import engine_of, unpatched
 
-    said = {"answer": models.answer(model, processor, inputs, max_new_tokens, show)}
+    answers = {"answer": models.answer(model, processor, inputs, max_new_tokens, show)}
     if compare:
         if show:
             print("\nWithout compression:")
         with unpatched(engine_of(model)):
-            said["answer without compression"] = models.answer(model, processor, inputs, max_new_tokens, show)
-    return said
+            answers["answer without compression"] = models.answer(model, processor, inputs, max_new_tokens, show)
+    return answers
 
 
 def _measure(model: nn.Module, inputs: dict[str, Any], max_new_tokens: int, show: bool) -> dict[str, Any]:

@@ -87,7 +87,7 @@ class Answers:
         """Reads the records. A last line that was cut short is removed, so that nothing is appended to it."""
         data = self.path.read_bytes()
         if not START.startswith(data[: len(START)]):
-            raise ApetError(f"{self.path} holds something else than answers of apet eval: give another --out")
+            raise ApetError(f"{self.path} is not a file of `apet eval` answers: give another --out")
         whole = data.rfind(b"\n") + 1
         self.file.truncate(whole)
         for number, line in enumerate(data[:whole].splitlines(), 1):

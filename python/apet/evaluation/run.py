@@ -101,8 +101,8 @@ def _ask(
     for name, options in variants.items():
         try:
             with nullcontext() if options is None else hooks.patched(model, **options):
-                said = _answer(model, processor, inputs, settings.max_new_tokens)
-            records.append({"id": question.id, "variant": name, **said})
+                result = _answer(model, processor, inputs, settings.max_new_tokens)
+            records.append({"id": question.id, "variant": name, **result})
         except (ValueError, torch.OutOfMemoryError) as error:  # compression rejects it, or the image is too large
             records.append(_failed(question, name, error))
     return records

@@ -64,15 +64,15 @@ def summarise(questions: Sequence[Question], variants: Sequence[str], records: R
 
 def _row(variant: str, questions: Sequence[Question], plain: str, records: Records) -> Row:
     mine: list[Record] = [records[q.id, variant] for q in questions]
-    said = [words(record["answer"]) for record in mine]
+    answers = [words(record["answer"]) for record in mine]
     before = [words(records[q.id, plain]["answer"]) for q in questions]
     right = [[words(answer) for answer in q.answers] for q in questions]
     return Row(
         variant,
         len(questions),
-        statistics.fmean(a in given for a, given in zip(said, right, strict=True)),
-        statistics.fmean(any(f" {g} " in f" {a} " for g in given) for a, given in zip(said, right, strict=True)),
-        statistics.fmean(a == b for a, b in zip(said, before, strict=True)),
+        statistics.fmean(a in given for a, given in zip(answers, right, strict=True)),
+        statistics.fmean(any(f" {g} " in f" {a} " for g in given) for a, given in zip(answers, right, strict=True)),
+        statistics.fmean(a == b for a, b in zip(answers, before, strict=True)),
         statistics.fmean(record["visual tokens"] for record in mine),
         statistics.median(record["prefill"] for record in mine),
         statistics.median(record["total"] for record in mine),

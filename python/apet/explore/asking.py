@@ -63,7 +63,7 @@ class Asker:
                 ),
             ):
                 text = self._generate(inputs)
-                counts = [[seen.tokens, *map(len, seen.left)] for seen in apet.kept(self._model).visuals]
+                counts = [[seen.tokens, *map(len, seen.remaining)] for seen in apet.kept(self._model).visuals]
         except ValueError as error:
             raise ApetError(f"{one}: {first_line(error)}") from error
         tokens = " + ".join(" → ".join(map(str, of)) for of in counts)

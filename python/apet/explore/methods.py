@@ -31,17 +31,17 @@ def compress(x: Tensor, grid: tuple[int, int], settings: Settings) -> tuple[Fram
         return frames[0], measure
     residual = apet_kernels.score(x, min(settings.basis or DEFAULT.basis, n), select=settings.select)[0][0]  # [N]
     if settings.method == "pooling":
-        goal, kept = pooled(grid, keep)
-        rows = torch.stack([x[0, goal == k].mean(0) for k in kept])  # [K, D]
+        target, kept = pooled(grid, keep)
+        rows = torch.stack([x[0, target == k].mean(0) for k in kept])  # [K, D]
     else:
         kept = even(grid, keep) if settings.method == "uniform" else drawn(n, keep)
         rows = apet_kernels.merge(x, kept[None])[0]
-        goal = outcome.merge_goals(x[0], kept)
-        goal[kept] = kept
-    survives = np.zeros(n, bool)
-    survives[kept.numpy()] = True
+        target = outcome.merge_targets(x[0], kept)
+        target[kept] = kept
+    retained = np.zeros(n, bool)
+    retained[kept.numpy()] = True
     none = np.zeros(0, np.int64)
-    frame = Frame(kept.numpy(), none, none, survives, goal.numpy(), residual.double().numpy())
+    frame = Frame(kept.numpy(), none, none, retained, target.numpy(), residual.double().numpy())
     return frame, outcome.measure(x, rows[None], [frame])
 
 
@@ -78,9 +78,9 @@ def pooled(grid: tuple[int, int], keep: int) -> tuple[Tensor, Tensor]:
         torch.stack([(block == b).nonzero().view(-1).median() for b in range(count)])
         for block, count in ((block_row, down), (block_col, across))
     )
-    goal = middle_row[block_row][:, None] * cols + middle_col[block_col]  # [rows, cols]
+    target = middle_row[block_row][:, None] * cols + middle_col[block_col]  # [rows, cols]
     kept = middle_row[:, None] * cols + middle_col
-    return goal.view(-1), kept.view(-1)
+    return target.view(-1), kept.view(-1)
 
 
 def _spread(count: int, places: int) -> list[int]:

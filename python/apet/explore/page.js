@@ -27,23 +27,23 @@ window.apet = (() => {
   const place = (view, at) => `row ${Math.floor(at / view.grid[1]) + 1}, column ${(at % view.grid[1]) + 1}`;
 
   const describe = (view, at) => {
-    const goal = view.goal[at];
-    const group = goal < 0 ? 0 : view.goal.filter((other) => other === goal).length;
+    const target = view.target[at];
+    const group = target < 0 ? 0 : view.target.filter((other) => other === target).length;
     const order = view.basis.indexOf(at) + 1;
     const residual = view.residual[at];
     const rank = residual === null ? 1 : view.residual.filter((other) => other === null || other > residual).length + 1;
     let fate;
-    if (view.kept.includes(at) && goal === at) {
+    if (view.kept.includes(at) && target === at) {
       fate = group > 1 ? `kept, ${group - 1} more merged into it` : "kept, alone";
-    } else if (goal >= 0) {
+    } else if (target >= 0) {
       const others = group - 2;
-      fate = `merged into ${place(view, goal)}` + (others > 0 ? `, with ${others} more` : "");
+      fate = `merged into ${place(view, target)}` + (others > 0 ? `, with ${others} more` : "");
     } else {
       fate = "lost";
     }
     if (order) fate += `; basis token ${order}`;
     const size = residual === null ? "not finite" : residual.toPrecision(3);
-    return `${fate}; residual ${size}, ${rank} of ${view.goal.length}`;
+    return `${fate}; residual ${size}, ${rank} of ${view.target.length}`;
   };
 
   // Marks patch `at` in all pictures; null removes the marks.
@@ -55,16 +55,16 @@ window.apet = (() => {
     const said = [];
     for (const [number, section] of sections.entries()) {
       const view = dataOf(section);
-      if (at !== null && at >= view.goal.length) at = null;
+      if (at !== null && at >= view.target.length) at = null;
       for (const cursor of section.querySelectorAll(".cursor")) {
         cursor.replaceChildren();
         if (at === null) continue;
-        const goal = view.goal[at];
-        if (goal >= 0) {
-          view.goal.forEach((other, from) => other === goal && cursor.append(square(view, from, "same")));
+        const target = view.target[at];
+        if (target >= 0) {
+          view.target.forEach((other, from) => other === target && cursor.append(square(view, from, "same")));
           const [x1, y1] = centre(view, at);
-          const [x2, y2] = centre(view, goal);
-          cursor.append(make("line", { x1, y1, x2, y2 }), square(view, goal, "goal"));
+          const [x2, y2] = centre(view, target);
+          cursor.append(make("line", { x1, y1, x2, y2 }), square(view, target, "target"));
         }
         cursor.append(square(view, at, "here"));
       }

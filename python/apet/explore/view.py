@@ -1,4 +1,4 @@
-"""Draws as SVG what became of the tokens of a photo: for the page, the PNG, the README and the HTML report.
+"""Draws as SVG which tokens of a photo were kept, merged or dropped, for the page, the PNG, README and HTML report.
 
 Every picture counts in patches: column c, row r is the square [c, c+1] x [r, r+1] of the SVG. A document holds each
 photo once, and its pictures refer to it; so the ids of the photos of one document must differ.
@@ -114,7 +114,7 @@ def numbers(one: Shown) -> dict[str, Any]:
         "kept": frame.kept.tolist(),
         "basis_positions": frame.basis.tolist(),
         "overwritten": frame.overwritten.tolist(),
-        "merged_into": frame.goal.tolist(),
+        "merged_into": frame.target_position.tolist(),
         "residual": [float(e) if ok else None for e, ok in zip(frame.residual, finite, strict=True)],
     }
 
@@ -147,9 +147,9 @@ def _section(one: Shown, most: float, letter: str) -> str:
     frame = one.frame
     data = {
         "grid": one.grid,
-        "goal": frame.goal.tolist(),
+        "target": frame.target_position.tolist(),
         "kept": frame.kept.tolist(),
-        "survives": np.flatnonzero(frame.survives).tolist(),
+        "retained": np.flatnonzero(frame.retained).tolist(),
         "basis": frame.basis.tolist(),
         "residual": [float(f"{e:.4g}") if np.isfinite(e) else None for e in frame.residual],
     }
@@ -224,7 +224,7 @@ def _draw_photo(one: Shown, most: float) -> str:
 
 
 def _draw_clear(one: Shown, most: float) -> str:
-    clear = one.frame.survives
+    clear = one.frame.retained
     veil = _areas(clear, one.grid).get(False, "")
     return f'{_use(one)}<path class="veil" d="{veil}"/>{_edges(clear, one.grid)}'
 
@@ -235,10 +235,10 @@ def _draw_kept(one: Shown, most: float) -> str:
 
 def _draw_merged(one: Shown, most: float) -> str:
     """Draws each group of more than one token in its own colour, with a dot on the token that it was merged into."""
-    goal = one.frame.goal
-    colours = group_colours(goal)  # [N, 3]
-    targets, counts = np.unique(goal[goal >= 0], return_counts=True)
-    areas = _areas(goal, one.grid)
+    target_position = one.frame.target_position
+    colours = group_colours(target_position)  # [N, 3]
+    targets, counts = np.unique(target_position[target_position >= 0], return_counts=True)
+    areas = _areas(target_position, one.grid)
     parts = [f'<g class="grey">{_use(one)}</g>']
     dots = []
     for target in targets[counts > 1].tolist():
@@ -246,17 +246,16 @@ def _draw_merged(one: Shown, most: float) -> str:
         parts.append(f'<path class="group" fill="{colour}" d="{areas[target]}"/>')
         row, col = divmod(target, one.grid[1])
         dots.append(f'<circle cx="{col + 0.5}" cy="{row + 0.5}" r="0.3" fill="{colour}"/>')
-    return "".join(parts) + _edges(goal, one.grid) + f'<g class="dots">{"".join(dots)}</g>'
+    return "".join(parts) + _edges(target_position, one.grid) + f'<g class="dots">{"".join(dots)}</g>'
 
 
 def _draw_rebuilt(one: Shown, most: float) -> str:
-    """Draws at every place the mean of the patches that were merged into the same token, and black if a token was
-    dropped without being merged."""
+    """Draws the reconstruction: each patch is replaced by the mean of the patches that were merged into the same token;
+    it is black if its token was dropped without being merged."""
     rows, cols = one.grid
     pixels = np.asarray(one.picture.resize((cols * SEEN, rows * SEEN)), np.float32)
     patches = pixels.reshape(rows, SEEN, cols, SEEN, 3).swapaxes(1, 2).reshape(rows * cols, -1)  # [N, 3 SEEN^2]
-    goal = one.frame.goal
-    targets, group = np.unique(goal, return_inverse=True)  # [G], [N]
+    targets, group = np.unique(one.frame.target_position, return_inverse=True)  # [G], [N]
     sums = (np.arange(len(targets))[:, None] == group).astype(np.float32) @ patches  # [G, 3 SEEN^2]
     means = sums / np.bincount(group)[:, None] * (targets >= 0)[:, None]
     picture = means[group].reshape(rows, cols, SEEN, SEEN, 3).swapaxes(1, 2).reshape(rows * SEEN, cols * SEEN, 3)
@@ -270,7 +269,7 @@ def _draw_residual(one: Shown, most: float) -> str:
     file = io.BytesIO()
     Image.fromarray(pixels.repeat(HEAT_PIXELS, 0).repeat(HEAT_PIXELS, 1)).save(file, "PNG")
     uri = "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
-    return _image(uri, one.grid) + _edges(one.frame.survives, one.grid)
+    return _image(uri, one.grid) + _edges(one.frame.retained, one.grid)
 
 
 _MARKS: dict[str, Callable[[Shown, float], str]] = {

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from apet_kernels.options import Layout, Select
+
 from .adapter import Adapter, equal_units, one_unit
 from .adapters import adapter_for, register_adapter
 from .config import Basis, Options, resolve
@@ -41,8 +43,8 @@ def patch(
     keep: int | float | Sequence[int | float] | None = None,
     *,
     basis: Basis | None = None,
-    layout: str | None = None,
-    select: str | None = None,
+    layout: Layout | None = None,
+    select: Select | None = None,
     blend: float | None = None,
     refine: int | None = None,
     llm_layer: int | None = None,
@@ -125,8 +127,8 @@ def patched(
     keep: int | float | Sequence[int | float] | None = None,
     *,
     basis: Basis | None = None,
-    layout: str | None = None,
-    select: str | None = None,
+    layout: Layout | None = None,
+    select: Select | None = None,
     blend: float | None = None,
     refine: int | None = None,
     llm_layer: int | None = None,
@@ -170,12 +172,12 @@ def options(model: nn.Module) -> Options | None:
 
 @dataclass(frozen=True)
 class Visual:
-    """The tokens that are left of one image or video."""
+    """The tokens that remain of one image or video."""
 
     modality: str  # "image" or "video"
     row: int  # in the batch
     tokens: int  # its placeholders
-    left: list[Tensor]  # after each stage that dropped something: which of them are left, int64, ascending
+    remaining: list[Tensor]  # after each stage that dropped tokens: which of them remain, int64, ascending
 
 
 @dataclass(frozen=True)
@@ -221,8 +223,8 @@ def kept(model: nn.Module) -> Kept | None:
         return None
     visuals, start = [], 0
     for modality, row, tokens in trace.visuals:
-        left = [here[start : start + tokens].nonzero().view(-1).cpu() for here in trace.here]
-        visuals.append(Visual(modality, row, tokens, left))
+        remaining = [here[start : start + tokens].nonzero().view(-1).cpu() for here in trace.here]
+        visuals.append(Visual(modality, row, tokens, remaining))
         start += tokens
     return Kept(list(trace.lengths), visuals, trace)
 

@@ -69,7 +69,7 @@ def tail(prompt: Prompt, cache: Cache, mask: Any, past: int | Tensor, new: int) 
     if mask.shape[1] not in (given, int(past) + new) and not (fixed and mask.shape[1] > given):
         raise ValueError(
             f"attention_mask has {mask.shape[1]} columns, but {given} tokens were given ({int(past) + new} of them are "
-            f"in the cache or new, {prompt.dropped} were dropped): new tokens do not follow the cache they came with"
+            f"in the cache or new, {prompt.dropped} were dropped): the new tokens do not continue this cache"
         )
     after = max(int(past) + prompt.dropped - prompt.tokens, 0) + new
     end = min(mask.shape[1], given)

@@ -14,7 +14,7 @@ from transformers import Cache
 from . import caches, first_stage, generation, second_stage, state
 from .calling import versions
 from .patching import Patch
-from .state import PREFILL, Call, Forward, Prompt
+from .state import NOT_COMPILED_REASON, Call, Forward, Prompt
 
 
 class Engine(Patch):
@@ -74,7 +74,7 @@ class Engine(Patch):
             return None
         return (), arguments | {"labels": self.begin_scoring(labels)}
 
-    @torch.compiler.disable(reason=PREFILL)
+    @torch.compiler.disable(reason=NOT_COMPILED_REASON)
     def begin_scoring(self, labels: Tensor) -> Tensor:
         """Returns a copy of the labels for the model. They are shortened in place once the kept tokens are known."""
         if torch.is_grad_enabled():
@@ -104,7 +104,7 @@ class Engine(Patch):
         if unknown:
             self.target.check_no_images(module, inputs, unknown)
 
-    @torch.compiler.disable(reason=PREFILL)
+    @torch.compiler.disable(reason=NOT_COMPILED_REASON)
     def begin_call(self, core: nn.Module, inputs: Mapping[str, Any]) -> None:
         state.end(self, "core")
         scoring = state.current(self, "model")
@@ -117,13 +117,13 @@ class Engine(Patch):
         elif self.target.adapter.brings(self.target.core_arguments.bind(args, kwargs)):
             self.end_call()
 
-    @torch.compiler.disable(reason=PREFILL)
+    @torch.compiler.disable(reason=NOT_COMPILED_REASON)
     def end_call(self) -> None:
         state.end(self, "core")
 
     # ---- the projector
 
-    @torch.compiler.disable(reason=PREFILL)
+    @torch.compiler.disable(reason=NOT_COMPILED_REASON)
     def before_projector(self, module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor] | None:
         self.threads.projected = None
         call = self.installed and (state.current(self, "core") or generation.current(self))
@@ -140,7 +140,7 @@ class Engine(Patch):
         x, self.threads.projected = found
         return (x,)
 
-    @torch.compiler.disable(reason=PREFILL)
+    @torch.compiler.disable(reason=NOT_COMPILED_REASON)
     def after_projector(self, module: nn.Module, args: tuple[Tensor, ...], y: Tensor) -> Tensor:
         projected, self.threads.projected = getattr(self.threads, "projected", None), None
         return y if projected is None else first_stage.project_back(projected, y)
@@ -175,10 +175,10 @@ class Engine(Patch):
             what = "no cache" if cache is None else f"a {type(cache).__name__} that this prompt did not fill"
             raise ValueError(
                 f"{owner} was called with {what} in a step of generate(), whose prompt was compressed: apet does not "
-                f"know how this model hands its cache on ({versions()})"
+                f"know how this model passes its cache to the next step ({versions()})"
             )
 
-    @torch.compiler.disable(reason=PREFILL)
+    @torch.compiler.disable(reason=NOT_COMPILED_REASON)
     def prefilling(self, module: nn.Module) -> Call | None:
         """Returns the running call of the core model, with images or videos, that this call of the language model is
         part of."""
@@ -190,7 +190,7 @@ class Engine(Patch):
             )
         return call
 
-    @torch.compiler.disable(reason=PREFILL)
+    @torch.compiler.disable(reason=NOT_COMPILED_REASON)
     def begin_prefill(
         self, module: nn.Module, call: Call, arguments: dict[str, Any], before: Prompt | None
     ) -> dict[str, Any]:
@@ -266,7 +266,7 @@ class Engine(Patch):
         call = state.current(self, "core")
         return call and call.forward
 
-    @torch.compiler.disable(reason=PREFILL)
+    @torch.compiler.disable(reason=NOT_COMPILED_REASON)
     def forward_without_cache(self) -> Forward | None:
         return self.forward()
 
@@ -295,7 +295,7 @@ class Engine(Patch):
         elif self.installed and (not torch.compiler.is_compiling() or prompt is None or prompt.forward is not None):
             self.end_prefill(output is not None)
 
-    @torch.compiler.disable(reason=PREFILL)
+    @torch.compiler.disable(reason=NOT_COMPILED_REASON)
     def end_prefill(self, succeeded: bool) -> None:
         """Checks the result of a prefill, and stores on its cache what later steps need."""
         forward = self.forward()

@@ -16,7 +16,7 @@ from .calling import RECURRENT, MaskBuilder, attention_types
 from .config import Keep, Options
 from .locate import check_list, find
 from .sequence import Packing, counted
-from .state import PREFILL, Call, Forward, Prompt, part
+from .state import NOT_COMPILED_REASON, Call, Forward, Prompt, part
 from .target import Target
 from .units import Shorter, Tokens, group, shorten
 
@@ -25,13 +25,13 @@ GONE = -math.inf  # the value of every channel of a row that was dropped before 
 
 @dataclass
 class Projected:
-    """The rows of the projector's input [tiles, N, C] that were projected, and its shape (tiles, N)."""
+    """The rows of the projector's input [tiles, N, C] that were kept and projected, and its shape (tiles, N)."""
 
-    slots: Tensor
+    kept_rows: Tensor
     shape: tuple[int, int]
 
 
-@torch.compiler.disable(reason=PREFILL)
+@torch.compiler.disable(reason=NOT_COMPILED_REASON)
 def project_fewer(
     target: Target, core: nn.Module, inputs: Mapping[str, Any], x: Tensor
 ) -> tuple[Tensor, Projected] | None:
@@ -49,18 +49,18 @@ def project_fewer(
     shorter = shorten(x, tokens, options.keep, options)
     if shorter is None:
         return None
-    slots = shorter.tokens.where
-    return x.index_copy(0, shorter.slots, shorter.rows)[slots][None], Projected(slots, shape)
+    kept_rows = shorter.tokens.where
+    return x.index_copy(0, shorter.slots, shorter.rows)[kept_rows][None], Projected(kept_rows, shape)
 
 
 def project_back(projected: Projected, y: Tensor) -> Tensor:
     """Scatters the projector's result [1, kept, D] back to [tiles, N, D]; dropped rows are filled with `GONE`."""
     full = y.new_full((math.prod(projected.shape), y.shape[-1]), GONE)
-    full[projected.slots] = y[0]
+    full[projected.kept_rows] = y[0]
     return full.unflatten(0, projected.shape)
 
 
-@torch.compiler.disable(reason=PREFILL)
+@torch.compiler.disable(reason=NOT_COMPILED_REASON)
 def begin(
     target: Target,
     language_model: nn.Module,
@@ -112,20 +112,28 @@ def begin(
             f"visual tokens again; llm_layer={added} is the least"
         )
     if options.keep is not None:
-        find_shorter = marked if target.projector is not None else shorten
+        find_shorter = remove_dropped_rows if target.projector is not None else shorten
         shorter = find_shorter(x.flatten(0, 1), tokens, options.keep, options)
         if shorter is None:
-            target.say_nothing_dropped("keep", tokens, (modality for modality, _, _ in trace.visuals))
+            target.warn_nothing_dropped("keep", tokens, (modality for modality, _, _ in trace.visuals))
         else:
-            told = target.core_arguments.get("positions", call.inputs) is not None
-            arguments = shortened(target, forward, shorter, arguments, at, told)
+            positions_given = target.core_arguments.get("positions", call.inputs) is not None
+            arguments = shortened(target, forward, shorter, arguments, at, positions_given)
     return forward, arguments
 
 
 def shortened(
-    target: Target, forward: Forward, shorter: Shorter, arguments: dict[str, Any], at: along.Sequence, told: bool
+    target: Target,
+    forward: Forward,
+    shorter: Shorter,
+    arguments: dict[str, Any],
+    at: along.Sequence,
+    positions_given: bool,
 ) -> dict[str, Any]:
-    """Returns the arguments of the language model without the dropped tokens. told: the caller gave the positions."""
+    """Returns the arguments of the language model without the dropped tokens.
+
+    positions_given: whether the positions come from the caller of the core model.
+    """
     roles, prompt = target.language_model_arguments, forward.prompt
     x, valid, prefix = roles.get("embeds", arguments), forward.valid, forward.prefix
     past = prefix.shape[1]
@@ -139,7 +147,7 @@ def shortened(
     else:
         if positions is None:
             positions = torch.arange(past, past + at.length, device=x.device)[None]
-        positions, following = kept_positions(positions, valid, packing, target.axes, told)
+        positions, following = kept_positions(positions, valid, packing, target.axes, positions_given)
         if positions.dim() == 3 and target.text_row:
             # transformers looks for packed sequences in the row of the text, and would take gaps in it for borders
             positions = torch.cat([text[None].to(positions.dtype), positions])
@@ -203,12 +211,15 @@ def needed(tokens: Tokens, length: int, pad_left: bool) -> int | Tensor:
     return (tokens.where % length).max() + 1 if pad_left else length
 
 
-def kept_positions(positions: Tensor, valid: Tensor, packing: Packing, axes: int, told: bool) -> tuple[Tensor, Tensor]:
+def kept_positions(
+    positions: Tensor, valid: Tensor, packing: Packing, axes: int, positions_given: bool
+) -> tuple[Tensor, Tensor]:
     """Returns the positions of the tokens that stay, and the next position [B, 1]. positions: [.., B or 1, L] as given.
 
     Of M-RoPE positions only the axes [axes, B, L2] are returned, without the row of the text. The next position is
     ambiguous if a video reaches past the text after it: models continue after the largest position of the prompt, but
-    callers that give the positions themselves (`told`; newer versions of generate() do) continue after the last one.
+    callers that give the positions themselves (`positions_given`; newer versions of generate() do) continue after the
+    last one.
     """
     if positions.dim() == 3 and len(positions) not in (axes, axes + 1):
         raise ValueError(
@@ -218,7 +229,7 @@ def kept_positions(positions: Tensor, valid: Tensor, packing: Packing, axes: int
     rotary = positions[-axes:] if positions.dim() == 3 else positions[None]
     rotary = rotary.to(valid.device)
     real = torch.where(valid, rotary, -1).amax(0)  # [B, L]
-    if told:
+    if positions_given:
         last = torch.where(valid, torch.arange(valid.shape[1], device=valid.device), -1).argmax(1, keepdim=True)
         following = real.gather(1, last) + 1
     else:
@@ -227,9 +238,9 @@ def kept_positions(positions: Tensor, valid: Tensor, packing: Packing, axes: int
     return (rotary[0] if len(rotary) == 1 else rotary), following
 
 
-def marked(x: Tensor, tokens: Tokens, keep: Keep, options: Options) -> Shorter | None:
-    """Returns what `shorten` would, if the projector's hooks have compressed already: the marked rows of x [T, D]
-    leave."""
+def remove_dropped_rows(x: Tensor, tokens: Tokens, keep: Keep, options: Options) -> Shorter | None:
+    """Returns what `shorten` would, if the projector's hooks have compressed already: the rows of x [T, D] that are
+    filled with `GONE` are removed."""
     left = tokens.after(keep, options)
     expected = sum(tokens.lengths) - sum(left)
     if not expected:

@@ -27,7 +27,7 @@ def check(target: Target, given: Mapping[str, Any]) -> None:
     config = given.get("generation_config") or target.model().generation_config
     chunk = given.get("prefill_chunk_size") or getattr(config, "prefill_chunk_size", None)
     if chunk is not None:
-        raise ValueError(f"prefill_chunk_size={chunk} would tear images apart before they are compressed; leave it out")
+        raise ValueError(f"prefill_chunk_size={chunk} would split images between chunks; leave it out")
 
 
 def current(patch: Patch) -> Call | None:

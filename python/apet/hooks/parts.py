@@ -4,7 +4,7 @@ A model that the hooks can patch puts visual features at placeholder tokens of a
 - the decoder is the module with a list of layers that is called with embeddings, a mask, positions and a cache;
 - the core model is the innermost module around it that takes pixels;
 - the placeholders of a modality are a token id in the core model's configuration;
-- positions are kept if the model counts them along several axes (M-RoPE), else they are counted anew.
+- positions are kept if the model counts them along several axes (M-RoPE), else they are renumbered.
 """
 
 from __future__ import annotations
@@ -129,18 +129,18 @@ def why_not(model: nn.Module) -> str | None:
     if config is None:
         return "it has no configuration, as models of transformers have"
     if getattr(config, "is_encoder_decoder", False):
-        return "it is an encoder-decoder: its decoder attends to what the encoder saw, and holds no visual tokens"
+        return "it is an encoder-decoder: its decoder cross-attends to encoder outputs and has no visual tokens"
     if getattr(config, "canvas_length", None):
         return "it denoises blocks of tokens over the cache of a prompt, in several passes that apet does not follow"
     if getattr(config, "deepstack_layer_map", None):
         return (
-            "its visual tokens are zeros where its decoder begins, and get their features in later layers, so there is "
-            "nothing to choose by"
+            "its visual tokens are zeros where its decoder begins, and get their features in later layers, so tokens "
+            "cannot be ranked there"
         )
     if any(hasattr(module, "get_image_tokens") for module in (model, *model.children())):
         return (
-            "its images become ids of a codebook in its vocabulary: there are no features, and rows that are the mean "
-            "of several ids stand for none"
+            "its images become ids of a codebook in its vocabulary: there are no features, and a mean of several ids "
+            "corresponds to no id"
         )
     takes_images = any(map(_takes_pixels, (model, *model.children())))
     resamplers = sorted({type(m).__name__ for m in model.modules() if "QFormer" in type(m).__name__})

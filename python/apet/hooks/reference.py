@@ -36,7 +36,8 @@ class Decoder:
 
     @classmethod
     def of(cls, model: nn.Module, row: Row) -> Decoder:
-        """Calls the model; the decoder has a list of layers and receives embeddings as long as the prompt."""
+        """Calls the model to find its decoder: the module with a list of layers that receives embeddings as long as the
+        prompt."""
         found: list[nn.Module] = []
 
         def listen(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -56,7 +57,7 @@ class Decoder:
 
 
 @dataclass
-class Said:
+class Generation:
     """The recorded generation of a model from a batch of B prompts."""
 
     tokens: Tensor  # [B, N]: the generated tokens
@@ -64,9 +65,9 @@ class Said:
     entered: list[Tensor] = field(default_factory=list)  # rows that entered the decoder, then layer `llm_layer`
 
 
-def say(
+def generate(
     model: nn.Module, decoder: Decoder, inputs: Row, new: int, static: bool = False, llm_layer: int | None = None
-) -> Said:
+) -> Generation:
     """Generates `new` tokens greedily, without special tokens, and records the generation."""
     states: list[Tensor] = []
     entered: list[Tensor] = []
@@ -98,7 +99,7 @@ def say(
             suppress_tokens=[i for i in range(size) if i not in words],
             **more,
         )
-    return Said(tokens[:, -new:], torch.stack(states, 1), entered)
+    return Generation(tokens[:, -new:], torch.stack(states, 1), entered)
 
 
 # ---- the expected states --------------------------------------------------------------------------------------------
@@ -150,7 +151,7 @@ class Whole:
         return given is not None and bool((given.diff(dim=-1) != 1).any())
 
     def gathered(self, columns: Tensor) -> dict[str, Any]:
-        """The arguments except the embeddings, for these columns [n] of the prompt and the tokens after it."""
+        """Returns the arguments except the embeddings, for these columns [n] of the prompt and the tokens after it."""
         columns = torch.cat([columns, torch.arange(self.length - self.new, self.length)])
         chosen: dict[str, Any] = {}
         for name, value in self.arguments.items():
@@ -167,7 +168,7 @@ class Whole:
         return chosen
 
     def _along(self, name: str, value: Any, columns: Tensor) -> Any:
-        """Gathers the columns of a value along the sequence, or along the visual tokens; others are unchanged."""
+        """Gathers the columns of a value along the sequence, or along the visual tokens; other values are unchanged."""
         if isinstance(value, Mapping):
             return {key: self._along(name, one, columns) for key, one in value.items()}
         if isinstance(value, list | tuple):
@@ -186,7 +187,7 @@ class Whole:
         return value
 
     def _visual(self) -> Tensor | None:
-        """[L] bool: which tokens are visual, if an argument of the decoder contains that."""
+        """Returns which tokens are visual, [L] bool, if an argument of the decoder contains that."""
         for value in self.arguments.values():
             if isinstance(value, Tensor) and value.dtype == torch.bool and value.numel() == self.length:
                 return value.flatten()
@@ -219,7 +220,7 @@ class Whole:
         return torch.zeros(made.shape).masked_fill(~made, torch.finfo(value.dtype).min).to(value.dtype)
 
     def _rules(self) -> Iterator[Any]:
-        """Functions that build a mask [L, L] from columns [L] and the pairs [L, L] that attend to each other."""
+        """Yields functions that build a mask [L, L] from columns [L] and the pairs [L, L] that attend to each other."""
 
         def back(at: Tensor) -> Tensor:
             return at[:, None] - at[None]
@@ -232,18 +233,24 @@ class Whole:
             yield lambda at, blocks, c=c: ((back(at) >= 0) & (at[:, None] // c == at[None] // c)) | blocks
 
 
-def must(
-    model: nn.Module, decoder: Decoder, row: Row, said: Said, b: int, columns: Sequence[Tensor], llm_layer: int | None
+def expected_states(
+    model: nn.Module,
+    decoder: Decoder,
+    row: Row,
+    generation: Generation,
+    b: int,
+    columns: Sequence[Tensor],
+    llm_layer: int | None,
 ) -> Tensor:
-    """The expected states [N, D] of row b, computed from the rows that entered the decoder and layer `llm_layer`.
+    """Returns the expected states [N, D] of row b, from the rows that entered the decoder and layer `llm_layer`.
 
     columns: the kept columns of the prompt after each stage. Raises ValueError if a text token has changed.
     """
-    tokens = said.tokens[b]
+    tokens = generation.tokens[b]
     whole = Whole.of(model, decoder, row, tokens[:-1])
     embeds = whole.arguments["inputs_embeds"][0]  # [L, D]
     new = len(tokens) - 1
-    rows = said.entered[0][b, -len(columns[0]) :]
+    rows = generation.entered[0][b, -len(columns[0]) :]
     if len(rows) != len(columns[0]):
         raise ValueError(f"{len(columns[0])} tokens should be kept, but {len(rows)} entered the decoder")
     _check_text(row, rows, embeds, columns[0])
@@ -254,7 +261,7 @@ def must(
         return states[0, -new - 1 :]
     with _watching(decoder.layers[llm_layer]) as seen:
         decoder.module(inputs_embeds=x, **arguments, use_cache=False)
-    late, batch = said.entered[1], len(said.tokens)
+    late, batch = generation.entered[1], len(generation.tokens)
     axis = 1 if late.dim() == 4 and late.shape[0] != batch else 0  # some models have several streams [S, B, L, D]
     late = late.select(axis, b).narrow(axis, late.shape[axis + 1] - len(columns[1]), len(columns[1]))
     tail = seen[0].select(axis, 0).narrow(axis, seen[0].shape[axis + 1] - new, new)
@@ -266,7 +273,7 @@ def must(
 
 
 def columns(row: Row, kept: Mapping[str, Sequence[tuple[int, Sequence[Tensor]]]], stages: int) -> list[Tensor]:
-    """The columns of a prompt that remain after each stage.
+    """Returns the columns of a prompt that remain after each stage.
 
     kept: for each modality, and each of its images or videos in the prompt, the number of its placeholders, and the
     positions that remain after each stage. Raises ValueError if a stage has dropped no token.
@@ -301,7 +308,7 @@ def _check_text(row: Row, rows: Tensor, embeds: Tensor, columns: Tensor) -> None
 
 
 def visual(row: Row, modality: str | None = None) -> Tensor:
-    """[L] bool: which tokens of a tiny prompt are placeholders of images, of videos, or of either."""
+    """Returns which tokens of a tiny prompt are placeholders of images, of videos, or of either: [L] bool."""
     from .tiny import IMAGE, VIDEO
 
     ids, types = row["input_ids"][0], row.get("mm_token_type_ids")

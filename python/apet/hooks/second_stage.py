@@ -13,7 +13,7 @@ from . import along, masks
 from .caches import length
 from .calling import IDLE, RECURRENT, check_mask, versions
 from .sequence import counted
-from .state import PREFILL, Forward, Late, part
+from .state import NOT_COMPILED_REASON, Forward, Late, part
 from .target import Target
 from .units import shorten
 
@@ -34,7 +34,7 @@ def enter(target: Target, forward: Forward, cache: Cache | None, arguments: dict
     return arguments
 
 
-@torch.compiler.disable(reason=PREFILL)
+@torch.compiler.disable(reason=NOT_COMPILED_REASON)
 def shortened(target: Target, forward: Forward, cache: Cache | None, arguments: dict[str, Any]) -> dict[str, Any]:
     """Compresses the visual tokens in the hidden states of a prefill, [B, L, D] or [B, L, streams, D] -> [B, L2,
     ...]."""
@@ -50,7 +50,7 @@ def shortened(target: Target, forward: Forward, cache: Cache | None, arguments: 
     flat = x.flatten(2)  # the streams of a token are one vector
     shorter = shorten(flat.flatten(0, 1), tokens, options.llm_keep, options)
     if shorter is None:
-        target.say_nothing_dropped("llm_keep", tokens, (modality for modality, _, _ in forward.trace.visuals))
+        target.warn_nothing_dropped("llm_keep", tokens, (modality for modality, _, _ in forward.trace.visuals))
         return arguments
     past = prefix.shape[1]
     packing = shorter.pack(valid, forward.pad_left)

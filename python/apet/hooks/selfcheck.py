@@ -1,8 +1,9 @@
 """The self-check: runs the hooks on a tiny random model, if a model's code or the versions are not the tested ones.
 
-The tiny model has the same classes. It is patched and called: two rows, padded, then three more tokens, once with a
-cache that grows and once with one of fixed size. The states that its decoder gives must equal those of the independent
-judge (reference.py). A model without an adapter of its own is patched only if this passes.
+The tiny model has the same classes. It is patched and called with two padded rows, then for three more tokens, once
+with a cache that grows and once with one of fixed size. The states that its decoder returns must equal those of the
+reference (reference.py), which shares no code with the hooks. A model without an adapter of its own is patched only if
+the check passes.
 """
 
 from __future__ import annotations
@@ -143,7 +144,7 @@ def check(model: nn.Module, stage: str = "both", adapter: Adapter | None = None)
                 return Result(
                     name, stage, difference, f"with {kind}, what the decoder gives is off by {difference:.3g}"
                 )
-    except torch.OutOfMemoryError:  # this says nothing about the hooks
+    except torch.OutOfMemoryError:  # not a fault of the hooks
         raise
     except Exception as error:
         return Result(name, stage, worst, f"{type(error).__name__}: {error}")
@@ -151,7 +152,7 @@ def check(model: nn.Module, stage: str = "both", adapter: Adapter | None = None)
 
 
 def _takes_static(model: nn.Module, rows: Sequence[reference.Row]) -> bool:
-    """Returns whether the model agrees with the judge without a patch, with a cache of fixed size."""
+    """Returns whether the unpatched model agrees with the reference, with a cache of fixed size."""
     try:
         return unpatched(model, rows, static=True) < TOLERANCE
     except Exception:  # the model may raise any kind of error
@@ -193,12 +194,12 @@ def check_family(name: str) -> Result:
     return check(model)
 
 
-# ---- a tiny model and its judge -------------------------------------------------------------------------------------
+# ---- a tiny model and its reference ---------------------------------------------------------------------------------
 
 
 def prompt(model: nn.Module, parts: Sequence[int | str], seed: int = 0) -> reference.Row:
-    """Returns a prompt of a tiny model. Its length differs from all widths of the model, so that the judge can tell
-    which dimension is the sequence."""
+    """Returns a prompt of a tiny model. Its length differs from all widths of the model, so that the reference can
+    tell which dimension is the sequence."""
     row = tiny.sample(model, parts, seed)
     widths = {size for parameter in model.parameters() for size in parameter.shape}
     while row["input_ids"].shape[1] + NEW - 1 in widths and isinstance(parts[0], int):
@@ -216,8 +217,8 @@ def judge(
     static: bool = False,
     adapter: Adapter | None = None,
 ) -> float:
-    """Returns how far a patched tiny model is from the judge, in standard deviations of the states that its decoder
-    gives.
+    """Returns how far a patched tiny model is from the reference, in standard deviations of the states that its decoder
+    returns.
 
     It is the largest difference over the prompt of every row and the tokens after it. model: not patched before or
     after the call; rows: prompts from `prompt`, a padded batch if several; static: use a cache of fixed size; adapter:
@@ -234,8 +235,8 @@ def judge(
         engine.install()
         model.__dict__[ENGINE] = engine
         try:
-            said = reference.say(model, decoder, tiny.collate(rows), NEW, static, options.llm_layer)
-            left = kept(model)
+            generation = reference.generate(model, decoder, tiny.collate(rows), NEW, static, options.llm_layer)
+            remaining = kept(model)
         finally:
             engine.remove()
             del model.__dict__[ENGINE]
@@ -243,34 +244,34 @@ def judge(
     found = []
     for b, row in enumerate(rows):
         visuals: dict[str, list[Any]] = {}
-        for one in left.visuals if left is not None else ():
+        for one in remaining.visuals if remaining is not None else ():
             if one.row == b:
-                visuals.setdefault(one.modality, []).append((one.tokens, one.left))
+                visuals.setdefault(one.modality, []).append((one.tokens, one.remaining))
         found.append(reference.columns(row, visuals, stages))
-    return _largest(model, decoder, rows, said, found, options.llm_layer)
+    return _largest(model, decoder, rows, generation, found, options.llm_layer)
 
 
 @torch.no_grad()
 def unpatched(model: nn.Module, rows: Sequence[reference.Row], *, static: bool = False) -> float:
-    """Returns how far a model without a patch is from the judge, which then keeps all columns."""
+    """Returns how far a model without a patch is from the reference, which then keeps all columns."""
     decoder = reference.Decoder.of(model, rows[0])
-    said = reference.say(model, decoder, tiny.collate(rows), NEW, static)
+    generation = reference.generate(model, decoder, tiny.collate(rows), NEW, static)
     every = [[torch.arange(row["input_ids"].shape[1])] for row in rows]
-    return _largest(model, decoder, rows, said, every, None)
+    return _largest(model, decoder, rows, generation, every, None)
 
 
 def _largest(
     model: nn.Module,
     decoder: reference.Decoder,
     rows: Sequence[reference.Row],
-    said: reference.Said,
+    generation: reference.Generation,
     columns: Sequence[Sequence[torch.Tensor]],
     llm_layer: int | None,
 ) -> float:
     worst = 0.0
     for b, row in enumerate(rows):
-        states = reference.must(model, decoder, row, said, b, columns[b], llm_layer)
-        difference = (said.states[b] - states).abs().max() / states.std()
+        states = reference.expected_states(model, decoder, row, generation, b, columns[b], llm_layer)
+        difference = (generation.states[b] - states).abs().max() / states.std()
         worst = max(worst, float(difference.nan_to_num(nan=float("inf"))))
     return worst
 
@@ -293,7 +294,7 @@ def _write(path: Path, record: Mapping[str, Any]) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(record))
-    except OSError:  # a home that cannot be written: the check runs again next time
+    except OSError:  # the cache folder cannot be written: the check runs again next time
         pass
 
 

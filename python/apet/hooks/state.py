@@ -18,7 +18,7 @@ from .masks import More
 from .sequence import Packing
 from .units import Shorter, Tokens
 
-PREFILL = "the length of a compressed prompt depends on its data; only decoding compiles"
+NOT_COMPILED_REASON = "the length of a compressed prompt depends on its data; only decoding compiles"
 
 
 @dataclass

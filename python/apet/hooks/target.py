@@ -18,7 +18,7 @@ from .adapter import Adapter
 from .calling import IDLE, KINDS, RECURRENT, Arguments, MaskBuilder, Rotary, attention_types, implementation, versions
 from .config import Options
 from .masks import Reach
-from .state import PREFILL
+from .state import NOT_COMPILED_REASON
 from .units import Tokens
 
 
@@ -43,7 +43,7 @@ class Target:
     rotary: Rotary | None  # for the second stage
     axes: int  # the number of position axes of M-RoPE
     text_row: bool  # whether a row with the positions of the text may precede the axes
-    said: set[str] = field(default_factory=set)  # the warnings that were given already
+    warned: set[str] = field(default_factory=set)  # the options that a warning was given about
 
     @classmethod
     def find(
@@ -99,7 +99,7 @@ class Target:
             parts.takes_text_row(language_model),
         )
 
-    def say_nothing_dropped(self, name: str, tokens: Tokens, modalities: Iterable[str]) -> None:
+    def warn_nothing_dropped(self, name: str, tokens: Tokens, modalities: Iterable[str]) -> None:
         """Warns once that `keep` or `llm_keep` (whichever `name` is) drops none of these tokens, and which value would.
 
         A ratio of 1 gives no warning.
@@ -109,9 +109,9 @@ class Target:
         basis = self.options.appended
         most = max(tokens.lengths)
         least = most - basis  # the least keep that drops nothing of any unit
-        if name in self.said or least <= 1 or all(isinstance(k, float) and k == 1 for k in wanted):
+        if name in self.warned or least <= 1 or all(isinstance(k, float) and k == 1 for k in wanted):
             return
-        self.said.add(name)
+        self.warned.add(name)
         units = " or ".join(sorted({self.adapter.unit_names.get(modality, modality) for modality in modalities}))
         added = f", and layout='append' adds {basis} basis tokens" if basis else ""
         message = (
@@ -150,7 +150,7 @@ class Target:
         """Returns the decoder layers."""
         return list(parts.layers(self.language_model()) or ())
 
-    @torch.compiler.disable(reason=PREFILL)
+    @torch.compiler.disable(reason=NOT_COMPILED_REASON)
     def check_no_images(self, core: nn.Module, inputs: Mapping[str, Any], unknown: list[str]) -> None:
         """Raises ValueError for a call that has placeholders, no pixels, and arguments of unknown names that may be
         pixels."""

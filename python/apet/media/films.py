@@ -155,12 +155,12 @@ class _Decoder:
 
     def notes(self, seconds: float) -> list[str]:
         """Returns messages about what was skipped in the latest round."""
-        said = []
+        notes = []
         if self.skipped:
-            said.append(f"{self.skipped} damaged packet{'s' if self.skipped > 1 else ''} skipped")
+            notes.append(f"{self.skipped} damaged packet{'s' if self.skipped > 1 else ''} skipped")
         if self.cut is not None:
-            said.append(f"the file is cut off or damaged after {seconds:.2f} s: {first_line(self.cut)}")
-        return said
+            notes.append(f"the file is cut off or damaged after {seconds:.2f} s: {first_line(self.cut)}")
+        return notes
 
 
 def _pictures(decoder: _Decoder, wanted: set[int]) -> dict[int, Image.Image]:

@@ -101,8 +101,8 @@ def _animation(image: Any, name: str, count: int) -> Media:
                 raise
             notes.append(f"damaged after frame {len(lasts)}, the rest was skipped: {first_line(error)}")
             break
-        said = Fraction(image.info.get("duration") or 0)
-        lasts.append(said if said > UNSET else Fraction(100))
+        duration = Fraction(image.info.get("duration") or 0)
+        lasts.append(duration if duration > UNSET else Fraction(100))
     starts = [time / 1000 for time in accumulate(lasts, initial=Fraction(0))]
     chosen = choose(starts[:-1], starts[-1], count)
     frames = []

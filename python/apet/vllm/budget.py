@@ -1,7 +1,7 @@
 """Corrects the encoder's budget: vLLM counts the rows of an item after compression, but the encoder runs all of them.
 
 vLLM packs images and videos into one pass of the encoder, up to a number of embeddings for which it has measured the
-memory. It takes the number of an item's placeholders for its embeddings. Compression lowers that number, so without
+memory. It assumes one embedding per placeholder of an item. Compression lowers that number, so without
 this correction a pass would get several times as many embeddings.
 """
 

@@ -68,7 +68,7 @@ class Model(nn.Module):
     _batch: Batch | None = None
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
-        # Options are checked here too: if a processor raises an error, vLLM takes the model for a text model.
+        # Options are checked here too: if a processor raises an error, vLLM treats the model as text-only.
         at_start = options.of(vllm_config.model_config.multimodal_config.mm_processor_kwargs or {})
         if at_start:
             self.check(vllm_config)

@@ -32,13 +32,13 @@ class Wanted(Options):
         kept = [min(n, max(self.least or 1, min(self.most or n, count(self.keep, 0, n, self)))) for n in lengths]
         if self.max_tokens is None or sum(kept) + staying <= self.max_tokens:
             return kept
-        floor = self.basis + 1 if self.layout == "overwrite" and self.basis != "keep" else 1
-        needed = [min(k, floor) for k in kept]
+        minimum = self.basis + 1 if self.layout == "overwrite" and self.basis != "keep" else 1
+        needed = [min(k, minimum) for k in kept]
         spare = self.max_tokens - staying - sum(needed)
         if spare < 0:
             raise ValueError(
                 f"{PREFIX}max_tokens leaves {self.max_tokens} tokens to an image or video that needs at least "
-                f"{sum(needed) + staying}: {floor} for each of {len(kept)} units, and {staying} that always stay"
+                f"{sum(needed) + staying}: {minimum} for each of {len(kept)} units, and {staying} that always stay"
             )
         above = [k - n for k, n in zip(kept, needed, strict=True)]
         ends = [spare * sum(above[: i + 1]) // sum(above) for i in range(len(above))]
@@ -52,7 +52,7 @@ def of(kwargs: Mapping[str, object]) -> Wanted | None:
     """
     for scope, values in kwargs.items():
         if isinstance(values, Mapping) and any(str(name).startswith(PREFIX) for name in values):
-            raise ValueError(f"{PREFIX}* stands in mm_processor_kwargs itself, got {scope}={dict(values)}")
+            raise ValueError(f"put {PREFIX}* options directly into mm_processor_kwargs, got {scope}={dict(values)}")
     given = {k.removeprefix(PREFIX): v for k, v in kwargs.items() if k.startswith(PREFIX)}
     if unknown := [name for name in given if name not in NAMES]:
         known = ", ".join(PREFIX + name for name in NAMES)

@@ -82,10 +82,10 @@ class Processor(BaseMultiModalProcessor):
     def _get_mm_hashes(self, inputs: ProcessorInputs) -> Any:
         # These are the keys of the processor cache, the encoder cache and the prefix cache. vLLM makes them from the
         # request; with the options in force they also distinguish engines with different start-up options.
-        told = options.without(inputs.hf_processor_mm_kwargs)
+        kwargs = options.without(inputs.hf_processor_mm_kwargs)
         if wanted := self.info.options(inputs.hf_processor_mm_kwargs):
-            told["apet"] = repr(wanted)
-        return super()._get_mm_hashes(replace(inputs, hf_processor_mm_kwargs=told))
+            kwargs["apet"] = repr(wanted)
+        return super()._get_mm_hashes(replace(inputs, hf_processor_mm_kwargs=kwargs))
 
     def _apply_hf_processor_main(self, mm_items: MultiModalDataItems, hf_kwargs: Mapping[str, object]) -> Any:
         return super()._apply_hf_processor_main(mm_items, options.without(hf_kwargs))

@@ -35,7 +35,7 @@ ADAPTERS: dict[str, Adapter] = {
 }
 OWN = frozenset(ADAPTERS)  # the families of this package, without those that users register later
 GENERIC = Adapter()  # for models that have no adapter of their own
-# Models that only read documents: every letter counts, and a letter that is dropped is lost.
+# Models that only read documents: dropping visual tokens loses characters.
 READERS = frozenset(
     (
         "deepseek_ocr2",
