@@ -30,6 +30,7 @@ TRITON = ["3.5.1", "3.6.0", "3.7.1", "3.8.0", NEWEST]
 TORCH = ["2.10.0", "2.11.0", "2.12.1", "2.13.0", "2.14.1", NEWEST]
 
 HOOKS = [f"tests/hooks/test_{part}.py" for part in ("selfcheck", "stages", "generate")]
+WHOLE = ["--points", "0"]  # every family at every stage, not two points of each grid
 OPS = ["tests/test_op.py", "tests/test_layouts.py", "tests/test_invariance.py"]
 KERNELS = [f"tests/test_triton_{part}.py" for part in ("faults", "interpreter", "invariance", "launches", "offline")]
 EXTRAS = ["--extra", "demo", "--extra", "eval", "--extra", "heif"]  # of the programs
@@ -64,9 +65,9 @@ def in_front(session: nox.Session, name: str, *pip: object) -> Path:
     return folder
 
 
-def record(session: nox.Session, package: str, tests: list[str], folder: Path) -> None:
-    environment = {"PYTHONPATH": str(folder)}
-    session.run(sys.executable, "-m", "tools.matrix", package, *tests, env=environment)
+def record(session: nox.Session, package: str, tests: list[str], folder: Path, *pytest: str) -> None:
+    command = [sys.executable, "-m", "tools.matrix", package, *tests]
+    session.run(*command, "--", *pytest, env={"PYTHONPATH": str(folder)})
 
 
 @nox.session(venv_backend="none", tags=["quick"])
@@ -76,7 +77,7 @@ def transformers(session: nox.Session, version: str) -> None:
     own = ("transformers", "tokenizers", "huggingface-hub")
     pip = ["--constraint", lock_without(session, *own), wanted("transformers", version)]
     folder = in_front(session, f"transformers-{version}", *pip)
-    record(session, "transformers", HOOKS, folder)
+    record(session, "transformers", HOOKS, folder, *WHOLE)
     # With this version tested, `apet.patch` runs no self-check.
     session.run(sys.executable, "-m", "apet.hooks.record", env={"PYTHONPATH": str(folder)})
 
@@ -86,7 +87,7 @@ def transformers(session: nox.Session, version: str) -> None:
 def triton(session: nox.Session, version: str) -> None:
     """The Triton kernels, interpreted and compiled, with one version of Triton."""
     folder = in_front(session, f"triton-{version}", "--no-deps", wanted("triton", version))
-    record(session, "triton", KERNELS, folder)
+    record(session, "triton", KERNELS, folder, "-m", "not matrix")  # slow: they compile
 
 
 @nox.session(venv_backend="none", tags=["quick"])
@@ -103,7 +104,9 @@ def lowest(session: nox.Session) -> None:
 # ---- separate environments, with another torch -----------------------------------------------------------------------
 
 
-def own_environment(session: nox.Session, package: str, torch: str, tests: list[str], *constraints: str) -> None:
+def own_environment(
+    session: nox.Session, package: str, torch: str, tests: list[str], constraints: list[str], *pytest: str
+) -> None:
     """Builds the project in a copy of the sources (an editable build leaves its libraries there), and tests that."""
     session.install(*constraints, "--requirement", "requirements/build.in")
     session.install(*constraints, torch)
@@ -118,24 +121,24 @@ def own_environment(session: nox.Session, package: str, torch: str, tests: list[
     (pinned,) = re.findall(r"^torch==\S+", freeze, re.M)
     session.install(*constraints, "--no-build-isolation", "--editable", f"{source}[test]", pinned)
     session.chdir(source)
-    session.run("python", "-m", "tools.matrix", package, *tests, "--docs", str(ROOT / "docs"))
+    session.run("python", "-m", "tools.matrix", package, *tests, "--docs", str(ROOT / "docs"), "--", *pytest)
 
 
 @nox.session(python=PYTHONS, tags=["torch"])
 def python(session: nox.Session) -> None:
     """The ops and the hooks on one version of Python, with everything as locked."""
-    own_environment(session, "python", "torch", OPS + HOOKS, "--constraint", str(LOCK))
+    own_environment(session, "python", "torch", OPS + HOOKS, ["--constraint", str(LOCK)])
 
 
 @nox.session(tags=["torch"])
 @nox.parametrize("version", TORCH, ids=TORCH)
 def torch(session: nox.Session, version: str) -> None:
-    """The ops, built beside one version of torch."""
+    """The ops, built beside one version of torch, and the hooks on it."""
     constraints = lock_without(session, "torch", "triton", "setuptools", "cuda-.*", "nvidia-.*")
-    own_environment(session, "torch", wanted("torch", version), OPS, "--constraint", str(constraints))
+    own_environment(session, "torch", wanted("torch", version), OPS + HOOKS, ["--constraint", str(constraints)])
 
 
 @nox.session(tags=["torch"])
 def newest(session: nox.Session) -> None:
     """The ops and the hooks, with the newest version of everything."""
-    own_environment(session, "newest", "torch", OPS + HOOKS, "--upgrade")
+    own_environment(session, "newest", "torch", OPS + HOOKS, ["--upgrade"], *WHOLE)

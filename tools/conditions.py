@@ -6,8 +6,8 @@
     python -m tools.conditions --list
 
 Each condition is an environment and arguments of pytest; --list prints the commands, to be run by hand. The exit code
-is 1 if the tests fail under any condition. Without arguments for pytest it runs the tests of `make test`, except
-tests/hooks and tests/vllm, whose results depend on the code of other packages and on BLAS.
+is 1 if the tests fail under any condition. Without arguments for pytest it runs the tests of `make test`.
+docs/development.md has the outcomes.
 
 An instruction set that is "absent" is hidden from torch (ATEN_CPU_CAPABILITY), oneDNN, MKL and, by tests/conftest.py,
 from this project's kernels in the process of the tests; no setting can hide it from the processes that tests start.
@@ -25,7 +25,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-EVERYTHING = ["tests", "--ignore", "tests/hooks", "--ignore", "tests/vllm"]
+EVERYTHING = ["tests", "--ignore", "tests/vllm"]
 AWKWARD = "a folder, with spaces & ünïcode"
 
 
@@ -46,7 +46,7 @@ CONDITIONS = {
     "threads": Condition("more threads than cores", {"OMP_NUM_THREADS": "7"}),
     "order": Condition("another order", {}, ("--shuffle", "1")),
     "hashes": Condition("another order of sets, and again of tests", {"PYTHONHASHSEED": "7"}, ("--shuffle", "7")),
-    "no-amx": Condition("a processor without AMX", {"ONEDNN_MAX_CPU_ISA": "AVX512_CORE_BF16"}),
+    "no-amx": Condition("a processor without AMX", {"ONEDNN_MAX_CPU_ISA": "AVX512_CORE_BF16", "APET_TESTS_WITHOUT": "amx"}),
     "no-avx512": Condition(
         "a processor without AVX-512",
         {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2", "APET_TESTS_WITHOUT": "avx512"}

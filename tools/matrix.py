@@ -1,8 +1,8 @@
 """Runs the tests of one session of noxfile.py's matrix, and stores the outcome for docs/compatibility.md.
 
-    python -m tools.matrix PACKAGE TEST... [--docs FOLDER]    in the environment of the session
+    python -m tools.matrix PACKAGE TEST... [--docs FOLDER] [-- ARGUMENT...]    in the environment of the session
 
-The outcomes are in compatibility.json of that folder, one for each package and version, and compatibility.md is made
+Arguments after -- are passed to pytest. The outcomes are in compatibility.json of that folder, one for each package and version, and compatibility.md is made
 from them. This module imports nothing of the project, since its import may fail in a session.
 """
 
@@ -30,7 +30,7 @@ WRITTEN = ("docs/compatibility.json", "docs/compatibility.md", "python/apet/hook
 PARTS = {
     "transformers": "transformers: the hooks",
     "triton": "Triton: the kernels, interpreted, and compiled for GPUs",
-    "torch": "torch: the ops, built beside it",
+    "torch": "torch: the ops, built beside it, and the hooks",
     "python": "Python: the ops and the hooks, everything as locked",
     "newest": "The newest version of everything: the ops and the hooks",
     "lowest": "The oldest version of everything but torch: the command line",
@@ -113,13 +113,13 @@ def keep(outcome: Outcome, docs: Path) -> None:
     (docs / "compatibility.md").write_text(page(outcomes))
 
 
-def run(package: str, tests: list[str], docs: Path) -> int:
+def run(package: str, tests: list[str], docs: Path, pytest: list[str]) -> int:
     """Runs the tests, and returns pytest's exit code. The outcome is stored, unless the run did not finish."""
     begun, tested = time.monotonic(), commit(docs)
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder, "report.xml")
         command = [sys.executable, "-m", "pytest", "-q", "-n", WORKERS, "--dist", "worksteal", f"--junitxml={report}"]
-        code = subprocess.run([*command, "--continue-on-collection-errors", *tests], cwd=ROOT).returncode
+        code = subprocess.run([*command, "--continue-on-collection-errors", *pytest, *tests], cwd=ROOT).returncode
         if code not in (0, 1):  # neither passed nor failed: the run was interrupted, or did not start
             return code
         passed, failed, skipped = counts(report)
@@ -146,5 +146,7 @@ if __name__ == "__main__":
     parser.add_argument("package", choices=PARTS)
     parser.add_argument("tests", nargs="+")
     parser.add_argument("--docs", type=Path, default=ROOT / "docs")
-    given = parser.parse_args()
-    sys.exit(run(given.package, given.tests, given.docs))
+    arguments = sys.argv[1:]
+    cut = arguments.index("--") if "--" in arguments else len(arguments)
+    given = parser.parse_args(arguments[:cut])
+    sys.exit(run(given.package, given.tests, given.docs, arguments[cut + 1 :]))
