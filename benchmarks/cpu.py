@@ -33,8 +33,8 @@ def compare(case: Case, device: Device) -> Comparison:
     }
     calls = {**others, **on_each_isa("kernel", functools.partial(torch.ops.apet.compress, **case.arguments))}
     inputs = ring(functools.partial(tokens, case), device)
-    judged = {name: checked(case, name, call, inputs[0]) for name, call in calls.items()}
-    return Comparison(device, case.fields(), {**ceilings.reference_cost(case), **calls}, inputs, judged)
+    shares = {name: checked(case, name, call, inputs[0]) for name, call in calls.items()}
+    return Comparison(device, case.fields(), {**ceilings.reference_cost(case), **calls}, inputs, shares)
 
 
 def eager_baselines(case: Case) -> dict[str, Callable[[Tensor], tuple[Tensor, Tensor]]]:
@@ -79,11 +79,11 @@ def sheets(results: Results) -> list[Sheet]:
         "fit memory or the layout does not exist. x: how many times faster the kernel is, median of paired rounds. "
         "reference cost: one torch.mm [N-K, D] x [D, T] per image and M sweeps over X. "
         f"{ceilings.OF_FLOOR} noise: interquartile range over median, the worst of kernel and reference cost. "
-        "judged: rows whose values were checked (less than 100 % where rounding decides).",
+        "checked: share of rows compared with float64 (the others are those that rounding decides).",
         [
             *("shape", "dtype", "layout", *BASELINES, "kernel", COST),
             *(f"x {name}" for name in BASELINES),
-            *(f"kernel / {COST}", "of floor", "GFLOP/s", "noise", "judged", "goals"),
+            *(f"kernel / {COST}", "of floor", "GFLOP/s", "noise", "checked", "goals"),
         ],
         [_speed_line(row, results.rates) for row in rows],
     )
@@ -118,7 +118,7 @@ def _speed_line(row: Row, rates: dict[str, float]) -> list[str]:
         *(f"{row.faster[name]:.1f}" if name in row.faster else "-" for name in BASELINES),
         *(f"{row.costs:.2f}", ceilings.of_floor([Case.of(row.case)], row.ms["kernel"], rates)),
         f"{ceilings.flops(Case.of(row.case)) / row.ms['kernel'] / 1e6:.0f}",
-        *(f"{row.worst_noise:.0%}", f"{row.judged['kernel']:.0%}"),
+        *(f"{row.worst_noise:.0%}", f"{row.checked['kernel']:.0%}"),
         "; ".join(wrong) if wrong else "met" if goals(Case.of(row.case)) else "none",
     ]
 

@@ -6,7 +6,7 @@ python -m benchmarks.gpu     (options: benchmarks/lib/suite.py)
 Without a GPU it prints an error and exits with 2. With --smoke and TRITON_INTERPRET=1 it runs everything on a CPU, to
 find mistakes before the first run on a GPU.
 
-Every result, also from a graph, is judged against float64 (benchmarks/lib/check.py) before it is timed. Several calls
+Every result, also from a graph, is compared with float64 (benchmarks/lib/check.py) before it is timed. Several calls
 are timed together, each on the next input of a ring larger than the last cache; the time shown is that of one call.
 """
 
@@ -48,7 +48,7 @@ def compare(case: Case, device: Device) -> Comparison:
     """
     inputs = ring(functools.partial(tokens, case), device)
     failed: dict[str, str] = {}
-    judged: dict[str, float] = {}
+    shares: dict[str, float] = {}
     calls: dict[str, Callable[[Any], Timed]] = {}
     found = implementations(case, device)
     counts: dict[str, int] = {}  # calls in a sample, of the implementations with a right result
@@ -59,7 +59,7 @@ def compare(case: Case, device: Device) -> Comparison:
                 once = device.seconds(functools.partial(call, inputs[0]))
                 counts[name] = min(len(inputs), max(1, math.floor(BURST / once)))
                 several = functools.partial(_burst, call, itertools.cycle(inputs), counts[name])
-                judged[f"{name} host"] = share
+                shares[f"{name} host"] = share
                 calls[f"{name} host"] = _sample(device, f"{name} host", several, counts[name])
         programs: dict[str, float] = {}
         if "triton" in counts:
@@ -71,10 +71,10 @@ def compare(case: Case, device: Device) -> Comparison:
                 continue  # it waits for the host
             with _Noting(failed, f"{name} from a graph"):
                 replay = device.graphed(functools.partial(_burst, found[name], inputs, count))
-                judged[f"{name} graph"] = judge(case, name, inputs[count - 1], replay())
+                shares[f"{name} graph"] = judge(case, name, inputs[count - 1], replay())
                 calls[f"{name} graph"] = _sample(device, f"{name} graph", replay, count)
     base = next((f"{name} graph" for name in reversed(BACKENDS) if f"{name} graph" in calls), "none")
-    return Comparison(device, case.fields(), calls, [None], judged, base=base, sums={}, counts=programs, failed=failed)
+    return Comparison(device, case.fields(), calls, [None], shares, base=base, sums={}, counts=programs, failed=failed)
 
 
 class _Noting:
@@ -240,17 +240,17 @@ def _sheet(
                 *(_us(us.get(f"{name} {mode}")) for name in (*others, *kernels)),
                 *(_ratio(us.get(f"{name} {mode}"), us.get(ours), "x") for name in others),
                 *(_us(least), _ratio(least, us.get(ours), "%")),
-                *(_ratio(share.get(ours), 1.0, "%") for share in (row.noise, row.judged)),
+                *(_ratio(share.get(ours), 1.0, "%") for share in (row.noise, row.checked)),
             ]
         )
     return Sheet(
         title,
         f"{note} x: how many times faster {kernels[0] if kernels else 'nothing'} is. noise: interquartile range over "
-        "median. judged: rows whose values were checked (less than 100 % where rounding decides). - where it does not "
-        "run or fit.",
+        "median. checked: share of rows compared with float64 (the others are those that rounding decides). - where it "
+        "does not run or fit.",
         [
             *("shape", "dtype", *others, *kernels, *(f"x {name}" for name in others)),
-            *("bound", "of bound", "noise", "judged"),
+            *("bound", "of bound", "noise", "checked"),
         ],
         lines,
     )

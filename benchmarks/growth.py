@@ -109,12 +109,12 @@ def baseline_cases(case: Case) -> dict[str, Case]:
 def compare(point: Point, device: Device) -> Comparison:
     """Checks and times the kernel and the baselines."""
     case = point.case
-    inputs, calls, judged = ring(functools.partial(tokens, case), device), {}, {}
+    inputs, calls, shares = ring(functools.partial(tokens, case), device), {}, {}
     for name, its in {**baseline_cases(case), "kernel": case}.items():
         called = torch.ops.apet.compress if name == "kernel" else getattr(baselines, name)
         calls[name] = functools.partial(called, **its.arguments)
-        judged[name] = checked(its, name, calls[name], inputs[0])
-    return Comparison(device, point.fields(), {**ceilings.reference_cost(case), **calls}, inputs, judged)
+        shares[name] = checked(its, name, calls[name], inputs[0])
+    return Comparison(device, point.fields(), {**ceilings.reference_cost(case), **calls}, inputs, shares)
 
 
 def memory(point: Point) -> dict[str, int]:

@@ -134,9 +134,9 @@ def compare(case: Batch, device: Device) -> Comparison:
         calls[setting.name] = functools.partial(answer, model, setting)
         if setting.llm_keep is None:
             calls[f"attainable {setting}"] = functools.partial(attainable, model, setting.keep or TOKENS)
-    judged = {setting.name: 1.0 for setting in chosen[1:]}
+    shares = {setting.name: 1.0 for setting in chosen[1:]}
     ring = [inputs(case.batch, case.dtype)]
-    return Comparison(device, case.fields(), calls, ring, judged, base="uncompressed", sums={}, counts=counts)
+    return Comparison(device, case.fields(), calls, ring, shares, base="uncompressed", sums={}, counts=counts)
 
 
 def check(setting: Setting, prefill: Prefill) -> None:

@@ -52,15 +52,15 @@ def compare(case: Case, device: Device) -> Comparison:
     if case.keep > case.basis and broadcast <= PUBLISHED:
         of["published"], calls["published"] = published, functools.partial(baselines.published, **published.arguments)
     inputs = ring(functools.partial(tokens, case), device)
-    judged = {name: checked(of[name], name, call, inputs[0]) for name, call in calls.items()}
+    shares = {name: checked(of[name], name, call, inputs[0]) for name, call in calls.items()}
     attention = torch.rand(case.B, case.N, generator=torch.Generator().manual_seed(0))
     for name in OTHERS:
         calls[name] = functools.partial(alternatives.METHODS[name], keep=case.keep, attention=attention)
         with torch.inference_mode():
             check_other(name, case, inputs[0], *calls[name](inputs[0]))
-        judged[name] = 1.0
+        shares[name] = 1.0
     return Comparison(
-        device, case.fields(), {**ceilings.reference_cost(case), "copy": torch.clone, **calls}, inputs, judged
+        device, case.fields(), {**ceilings.reference_cost(case), "copy": torch.clone, **calls}, inputs, shares
     )
 
 
@@ -73,20 +73,20 @@ def sheets(results: Results) -> list[Sheet]:
         "take more than 4 GiB. copy: x, copied once. reference cost: one torch.mm [N-K, D] x [D, K] per image and "
         "M sweeps over X. "
         f"{ceilings.OF_FLOOR} of copy: likewise. noise: interquartile range over median, the worst of kernel and "
-        "reference cost. judged: rows of the kernel whose values were checked.",
-        ["shape", "dtype", *names, "of floor", "of copy", "noise", "judged"],
+        "reference cost. checked: share of the kernel's rows compared with float64.",
+        ["shape", "dtype", *names, "of floor", "of copy", "noise", "checked"],
         [
             [
                 *(*_named(row), *(ms(row, name) for name in names)),
                 ceilings.of_floor([Case.of(row.case)], row.ms["kernel"], results.rates),
                 *(f"{share:.0%}" for share in (row.faster["copy"], row.worst_noise)),
-                f"{row.judged['kernel']:.0%}",
+                f"{row.checked['kernel']:.0%}",
             ]
             for row in results.rows
         ],
     )
     ratios = Sheet(
-        "What the others take, in times of the kernel",
+        "Time of other methods relative to the kernel",
         "Medians of paired rounds; below 1 the other is faster.",
         ["shape", "dtype", *SAME, *OTHERS],
         [

@@ -98,12 +98,12 @@ def compare(ragged: Ragged, device: Device) -> Comparison:
         **on_each_isa("kernel", packed),
     }
     inputs = ring(lambda seed: torch.cat([tokens(case, seed + n)[0] for n, case in enumerate(images)]), device)
-    judged = {name: _checked(ragged, name, call, inputs[0]) for name, call in calls.items()}
+    shares = {name: _checked(ragged, name, call, inputs[0]) for name, call in calls.items()}
     with torch.inference_mode():
         for ours, theirs in zip(packed(inputs[0]), calls["one by one"](inputs[0]), strict=True):
             assert torch.equal(ours, theirs), f"{ragged}: packed images give other bits than alone"
     cost = {name: functools.partial(_each, ragged, name) for name in ("product", "sweeps")}
-    return Comparison(device, ragged.fields(), {**cost, **calls}, inputs, judged)
+    return Comparison(device, ragged.fields(), {**cost, **calls}, inputs, shares)
 
 
 def _options(method: Callable[..., tuple[Tensor, Tensor]], case: Case) -> dict[str, Any]:
@@ -117,7 +117,7 @@ def _each(ragged: Ragged, term: str, x: Tensor) -> None:
 
 
 def _checked(ragged: Ragged, name: str, call: Compress, x: Tensor) -> float:
-    """Returns the share of rows judged."""
+    """Returns the share of rows compared with float64."""
     with torch.inference_mode():
         rows, indices = call(x)
     shares, start = [], 0
@@ -142,17 +142,17 @@ def sheets(results: Results) -> list[Sheet]:
             "compress_packed",
             "Milliseconds, medians. kernel: one call of compress_packed; the others one call for each image. x: how "
             "many times faster the kernel is. reference cost: one torch.mm and M sweeps for each image. "
-            f"{ceilings.OF_FLOOR} noise: of kernel and reference cost. judged: rows checked.",
+            f"{ceilings.OF_FLOOR} noise: of kernel and reference cost. checked: share of rows compared with float64.",
             [
                 *("images", "dtype", *names, *(f"x {name}" for name in (*BASELINES, *OTHERS))),
-                *("of floor", "noise", "judged"),
+                *("of floor", "noise", "checked"),
             ],
             [
                 [
                     *(row.case["name"], row.case["dtype"], *(ms(row, name) for name in names)),
                     *(number(row.faster[name]) for name in (*BASELINES, *OTHERS)),
                     ceilings.of_floor(_images(row), row.ms["kernel"], results.rates),
-                    *(f"{share:.0%}" for share in (row.worst_noise, row.judged["kernel"])),
+                    *(f"{share:.0%}" for share in (row.worst_noise, row.checked["kernel"])),
                 ]
                 for row in results.rows
             ],

@@ -176,8 +176,8 @@ def compare(load: Load, device: Device) -> Comparison:
         wanted = lengths[TOKENS] - TOKENS + keep
         assert found == wanted, f"apet_keep={keep}: a prompt has {found} tokens, not {wanted}"
     calls = {name_of(keep): functools.partial(answers, device, keep, load) for keep in KEEPS}
-    judged = dict.fromkeys(calls, 1.0)
-    return Comparison(device, load.fields(), calls, [None], judged, base=name_of(TOKENS), sums={})
+    shares = dict.fromkeys(calls, 1.0)
+    return Comparison(device, load.fields(), calls, [None], shares, base=name_of(TOKENS), sums={})
 
 
 def gains(row: Row, keep: int) -> tuple[float, float]:

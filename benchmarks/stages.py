@@ -59,12 +59,12 @@ def compare(case: Case, device: Device) -> Comparison:
         inputs = [
             (x, torch.ops.apet.compress(x, **case.arguments)[1]) for x in ring(functools.partial(tokens, case), device)
         ]
-        judged = {name: check(case, name, inputs[0][0], call, halves) for name, call in whole.items()}
+        shares = {name: check(case, name, inputs[0][0], call, halves) for name, call in whole.items()}
         cost = {name: _of_x(call) for name, call in ceilings.reference_cost(case).items()}
         stages = {f"reference {name}": call for name, call in reference_stages(case, inputs[0][0]).items()}
     first = functools.partial(score, basis=1)
     calls = {**cost, **stages, "score one": first, **halves, **whole}
-    return Comparison(device, case.fields(), calls, inputs, judged)
+    return Comparison(device, case.fields(), calls, inputs, shares)
 
 
 def check(
@@ -121,10 +121,10 @@ def sheets(results: Results) -> list[Sheet]:
         f"{ceilings.OF_FLOOR} sweeps / s1-s3, product / s5: M "
         "sweeps that only read, and torch.mm, divided by the stage's time. one more: time of one more basis token, and "
         "the rate of its products with every token. s4 and one call: `compress` minus `score` and `merge`. noise: that "
-        "of kernel and reference cost. judged: rows checked.",
+        "of kernel and reference cost. checked: share of rows compared with float64.",
         [
             *("shape", "dtype", "all", "of floor", "s1-s3", "sweeps / s1-s3", "one more", "one more GFLOP/s"),
-            *("s5", "product / s5", "s5 GFLOP/s", "s4 and one call", "noise", "judged"),
+            *("s5", "product / s5", "s5 GFLOP/s", "s4 and one call", "noise", "checked"),
         ],
         [_line(row, results.rates) for row in results.rows],
     )
@@ -161,7 +161,7 @@ def _line(row: Row, rates: dict[str, float]) -> list[str]:
         *(ms(row, "score"), f"{took['sweeps'] / took['score']:.2f}", number(one_more), f"{dots / one_more / 1e6:.0f}"),
         *(ms(row, "merge"), f"{took['product'] / took['merge']:.2f}", f"{product / took['merge'] / 1e6:.0f}"),
         *(number(took["kernel"] - took["score"] - took["merge"]), "; ".join(noisy(row)) or f"{row.worst_noise:.0%}"),
-        f"{row.judged['kernel']:.0%}",
+        f"{row.checked['kernel']:.0%}",
     ]
 
 

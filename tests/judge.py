@@ -1,7 +1,7 @@
 """Checks the result of any backend image by image in float64.
 
-Selection is chaotic: one unit in the last place can change a pick and everything after it. So a backend is judged given
-its own choices. Each pick must be as good as the best to within rounding; the residuals must be those of its basis; the
+Selection is chaotic: one unit in the last place can change a pick and everything after it. So a backend is checked
+given its own choices. Each pick must be as good as the best to within rounding; the residuals must be those of its basis; the
 kept set must be exactly the one its residuals imply; the tokens must be the means that its kept set implies. If every
 choice has a margin above rounding, the choices must also be the reference's.
 """
@@ -38,17 +38,17 @@ def assert_same(a: Tensor, b: Tensor, what: str = "result") -> None:
     assert not len(differ), f"{what}: {len(differ)} of {a.numel()} elements differ, first at {differ[0].tolist()}"
 
 
-def rebuild(image: Tokens, p: Tensor, ridge: float, tolerance: float) -> tuple[Tensor, Tensor, Tensor]:
+def reconstruct(image: Tokens, p: Tensor, ridge: float, tolerance: float) -> tuple[Tensor, Tensor, Tensor]:
     """Ridge least squares by Gram-Schmidt on the augmented rows [p; sqrt(ridge) e_k], each orthogonalised twice.
 
-    Returns e_sq [N] with no threshold; resid_sq [N] = ||x||^2 - ||y||^2; and the factor [N] >= 1, the largest a_k^2, by
+    Returns e_sq [N] with no threshold; resid_sq [N] = ||x||^2 - ||y||^2; and stretch [N] >= 1, the largest a_k^2, by
     which small pivots stretch the bound 4 M u ||x||^2 (docs/algorithm.md, "Rounding").
     """
     X, norm_sq, _ = image
     m, (N, D) = len(p), X.shape
     Z = torch.cat([X, X.new_zeros(N, m)], 1)  # [N, D + m]
     rows: list[Tensor] = []
-    factor = torch.ones_like(norm_sq)
+    stretch = torch.ones_like(norm_sq)
     for k in range(m):
         v = torch.cat([X[p[k]], ridge**0.5 * torch.eye(m, dtype=X.dtype)[k]])  # [D + m]
         for q in rows * 2:
@@ -59,8 +59,8 @@ def rebuild(image: Tokens, p: Tensor, ridge: float, tolerance: float) -> tuple[T
         rows.append(v / pivot.sqrt())
         y = Z @ rows[-1]  # [N]
         Z = Z - y[:, None] * rows[-1]
-        factor = torch.maximum(factor, norm_sq[p[k]] / pivot * y**2 / norm_sq.clamp_min(1e-300))
-    return (Z[:, :D] ** 2).sum(1), (Z**2).sum(1), factor
+        stretch = torch.maximum(stretch, norm_sq[p[k]] / pivot * y**2 / norm_sq.clamp_min(1e-300))
+    return (Z[:, :D] ** 2).sum(1), (Z**2).sum(1), stretch
 
 
 def check_basis(x: Tensor, p: Tensor, basis: int, select: str, start: int, ridge: float) -> bool:
@@ -86,8 +86,8 @@ def check_basis(x: Tensor, p: Tensor, basis: int, select: str, start: int, ridge
             dist_sq = torch.minimum(dist_sq, ((X - X[p[k - 1]]) ** 2).sum(1))
             value, slack = dist_sq, PICK * (norm_sq + norm_sq[p[:k]].max())
         else:
-            _, value, factor = rebuild(image, p[:k], ridge, 4 * U)
-            slack = max(4 * basis * U, PICK) * norm_sq * factor
+            _, value, stretch = reconstruct(image, p[:k], ridge, 4 * U)
+            slack = max(4 * basis * U, PICK) * norm_sq * stretch
         open_ = finite.index_fill(0, p[:k], False)  # [N] bool
         if k == 0 and fixed:
             assert p[0] == start
@@ -123,10 +123,10 @@ def check_residual(x: Tensor, e_sq: Tensor, p: Tensor, basis: int, ridge: float)
     image = widen(x)
     _, norm_sq, finite = image
     zero = 4 * basis * U * norm_sq  # [N], what counts as 0
-    low, _, factor = rebuild(image, p, ridge, 1e-9 * U)
-    high, _, _ = rebuild(image, p, ridge, 4 * (basis + 1) * U)
+    low, _, stretch = reconstruct(image, p, ridge, 1e-9 * U)
+    high, _, _ = reconstruct(image, p, ridge, 4 * (basis + 1) * U)
     low, high = torch.minimum(low, high), torch.maximum(low, high)
-    slack = zero * factor + SUBNORMAL
+    slack = zero * stretch + SUBNORMAL
     low, high = (low - slack).clamp_min(0), high + slack
     low = low.masked_fill(low <= zero, 0)
     got = e_sq.double()
@@ -152,9 +152,9 @@ def check_kept(x: Tensor, kept: Tensor, range_: Tensor, p: Tensor, keep: int, la
 
 
 def check_merge(x: Tensor, tokens: Tensor, rows: Tensor, targets: Tensor, skip: Tensor | None = None) -> int:
-    """Checks that tokens [R, D] are x [N, D] merged into x[rows], except in `skip` [R]. Returns how many it judged.
+    """Checks that tokens [R, D] are x [N, D] merged into x[rows], except in `skip` [R]. Returns how many were checked.
 
-    A row is not judged if rounding may move a dropped token into it or out of it. The mean may be off by half a unit of
+    A row is not checked if rounding may move a dropped token into it or out of it. The mean may be off by half a unit of
     the output dtype, and by the roundings of a float32 sum.
     """
     X, norm_sq, finite = widen(x)
@@ -178,12 +178,12 @@ def check_merge(x: Tensor, tokens: Tensor, rows: Tensor, targets: Tensor, skip: 
     size = (T.abs() + member.T @ Xd.abs()) / (1 + count)
     info = torch.finfo(tokens.dtype)
     allowance = info.eps / 2 * 1.001 * mean.abs() + (count + 3) * U * size + info.smallest_normal * info.eps
-    judged = ~unsure if skip is None else ~unsure & ~skip
-    untouched = judged & (count[:, 0] == 0)
+    checked = ~unsure if skip is None else ~unsure & ~skip
+    untouched = checked & (count[:, 0] == 0)
     assert_same(tokens[untouched], x[rows[untouched]], "rows that receive nothing")
-    wrong = judged & (count[:, 0] > 0) & ~((tokens.double() - mean).abs() <= allowance).all(1)
+    wrong = checked & (count[:, 0] > 0) & ~((tokens.double() - mean).abs() <= allowance).all(1)
     assert not wrong.any(), _first("row", wrong, tokens.double(), mean - allowance, mean + allowance)
-    return int(judged.sum())
+    return int(checked.sum())
 
 
 def check(
@@ -198,7 +198,7 @@ def check(
     ridge: float = 1e-5,
     blend: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
-    """Runs compress and score on x [B, N, D], judges everything, returns (tokens, indices)."""
+    """Runs compress and score on x [B, N, D], checks everything, returns (tokens, indices)."""
     choose = {"select": select, "start": start, "ridge": ridge}
     residual, picks = backend.score(x, basis, **choose)
     tokens, indices = backend.compress(x, keep, basis, layout=layout, blend=blend, **choose)

@@ -233,7 +233,7 @@ def test_cdpruner_ranks_by_relevance_where_tokens_are_orthogonal():
     assert alternatives.cdpruner(x, 5, relevance=torch.ones(1, 12))[1].tolist() == [[0, 1, 2, 3, 4]]
 
 
-def test_spare_takes_the_token_that_least_squares_rebuilds_worst():
+def test_spare_takes_the_token_that_least_squares_reconstructs_worst():
     x, _ = made(12)
     for image, got in zip(x.double().numpy(), alternatives.spare(x, 11)[1].tolist(), strict=True):
 

@@ -72,7 +72,7 @@ def everything(backend: Backend, shape: tuple[int, ...], x: torch.Tensor) -> dic
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("isa", ISAS)
-def test_judged_in_float64(isa: str, dtype: torch.dtype):
+def test_compared_with_float64(isa: str, dtype: torch.dtype):
     """And where the order of sums is the portable code's, the bits are too."""
     for shape in SHAPES:
         for kind in KINDS:
@@ -112,7 +112,7 @@ def test_alone_batched_packed_and_on_any_number_of_threads(isa: str, dtype: torc
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_ragged_images(isa: str, dtype: torch.dtype):
-    """Of one token, all of them kept, and none; each has the bits that it has alone, which are judged."""
+    """Of one token, all of them kept, and none; each has the bits that it has alone, which are checked."""
     lengths, keeps, basis = [31, 1, 64, 7, 0, 130], [9, 1, 64, 1, 0, 40], 4
     x = tokens(sum(lengths), 37, dtype=dtype, kind="repeated", seed=2)
     cu, cu_keep = offsets(lengths), offsets(keeps)
@@ -245,9 +245,9 @@ FAULTS = {
 
 def some_of_the_tests() -> None:
     test_the_processor_chooses()
-    test_judged_in_float64("neon", torch.float32)
-    test_judged_in_float64("neon", torch.float16)
-    test_judged_in_float64("neon_bf16", torch.bfloat16)
+    test_compared_with_float64("neon", torch.float32)
+    test_compared_with_float64("neon", torch.float16)
+    test_compared_with_float64("neon_bf16", torch.bfloat16)
     test_similarities_of_bfloat16("neon_bf16", 1024)
 
 

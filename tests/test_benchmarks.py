@@ -53,7 +53,7 @@ def test_every_suite_runs_and_is_reported(name: str, tmp_path: Path, monkeypatch
         assert {"kernel", "reference cost", "product", "sweeps"} <= row.ms.keys()
         assert {n: len(spent) for n, spent in row.seconds.items()}.items() <= row.rounds.items()
         assert row.rounds["kernel"] == suite.SMOKE_ROUNDS
-        assert row.judged["kernel"] > 0.5
+        assert row.checked["kernel"] > 0.5
         assert row.ms["kernel"] == pytest.approx(1e3 * sorted(row.seconds["kernel"])[1], rel=1e-3)
 
     for page in report.PAGES:
@@ -139,8 +139,8 @@ def test_a_call_may_take_the_time_itself() -> None:
         "apet 64": lambda _: Timed({"apet 64": (prefill := next(parts)), "apet 64 op": prefill / 10}),
         "uncompressed": lambda _: Timed({"uncompressed": 1.0}),
     }
-    judged = dict.fromkeys(calls, 1.0)
-    row = Comparison(Cpu(), {}, calls, [None], judged, base="uncompressed", sums={}, counts={"64": 5.0}).run(3)
+    shares = dict.fromkeys(calls, 1.0)
+    row = Comparison(Cpu(), {}, calls, [None], shares, base="uncompressed", sums={}, counts={"64": 5.0}).run(3)
     assert list(row.ms) == ["apet 64", "apet 64 op", "uncompressed"]
     assert row.ms == pytest.approx({"apet 64": 300.0, "apet 64 op": 30.0, "uncompressed": 1000.0})
     assert row.faster == pytest.approx({"apet 64": 0.3, "apet 64 op": 0.03})

@@ -165,7 +165,7 @@ def two_floats() -> Iterator[None]:
 # B, N, D, keep, basis: rows of at most 32 chunks, which are summed in Wide, and longer ones.
 @pytest.mark.parametrize("shape", [(2, 45, 13, 16, 6), (1, 70, 264, 30, 8), (1, 40, 520, 13, 5)], ids=str)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_two_floats_are_judged_as_float64_is(dtype, shape, two_floats):
+def test_two_floats_pass_the_checks_of_float64(dtype, shape, two_floats):
     *size, keep, basis = shape
     for number, (layout, select) in enumerate(itertools.product(LAYOUTS, ("fps", "qr"))):
         kind, ridge = ("clustered", "repeated", "normal")[number % 3], (1e-5, 0.0, 0.1)[number % 3]

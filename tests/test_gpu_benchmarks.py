@@ -132,17 +132,17 @@ def test_what_is_wrong_or_broken_is_named_and_not_timed(monkeypatch):
     case, rates = Case(1, 60, 32, 20, torch.float32, "overwrite"), dataclasses.asdict(floors.DEVICES[0])
     monkeypatch.setattr(gpu, "implementations", lambda *_: {"cuda": right, "eager": wrong, "tuned": broken})
     row = gpu.compare(case, devices.DryRun()).run(3)
-    assert set(row.ms) == set(row.judged) == {"cuda host", "cuda graph"}
+    assert set(row.ms) == set(row.checked) == {"cuda host", "cuda graph"}
     assert set(row.failed) == {"eager", "tuned"}
     assert row.ours_failed == []
     assert {len(samples) for samples in row.seconds.values()} == {3}
     assert row.failed["tuned"] == "RuntimeError: out of something"
     assert row.failed["eager"].startswith("AssertionError: the overwritten slots do not hold the basis")
-    assert row.judged["cuda graph"] > 0.5
+    assert row.checked["cuda graph"] > 0.5
     results = Results("gpu", {}, rates, [row])
     host, graph = gpu.sheets(results)[1:3]
     assert [line[host.columns.index("eager")] for line in host.lines] == ["-"]
-    assert graph.lines[0][graph.columns.index("judged")] == f"{row.judged['cuda graph']:.0%}"
+    assert graph.lines[0][graph.columns.index("checked")] == f"{row.checked['cuda graph']:.0%}"
     assert len(failures(results)) == 2
 
 

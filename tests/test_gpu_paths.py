@@ -1,4 +1,4 @@
-"""Every path of the CUDA kernels, forced, with every group, residency and tile: the same bits, judged against float64.
+"""Every path of the CUDA kernels, forced, with every group, residency and tile: the same bits, compared with float64.
 
 On a GPU (`pytest -m gpu`) the sizes are real. On the simulated GPU the same tests run with tiny sizes: a part of the
 paths in `make test`, all of them in `make test-cuda`.
@@ -54,7 +54,7 @@ def test_every_path(call):
 @pytest.mark.skipif(WHY_NOT is not None, reason=str(WHY_NOT))
 @pytest.mark.parametrize("call", [call for call in paths.calls() if call.op in apet_kernels.ops.LAYOUTS], ids=str)
 def test_against_float64(call):
-    call.judged("cuda")
+    call.compared("cuda")
 
 
 @pytest.fixture
@@ -93,7 +93,7 @@ def test_every_path_simt(call, device, pytestconfig):
 @pytest.mark.parametrize("device", [H100], indirect=True)
 @pytest.mark.parametrize("layout", apet_kernels.ops.LAYOUTS)
 def test_against_float64_simt(layout, device):
-    Call(layout, torch.float16, paths.TINY[0]).judged("cpu")
+    Call(layout, torch.float16, paths.TINY[0]).compared("cpu")
 
 
 # ---- the forced path

@@ -1,4 +1,4 @@
-"""The three layouts end to end, judged in float64, and their corner counts."""
+"""The three layouts end to end, compared with float64, and their corner counts."""
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ from tests.judge import assert_same, check
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("select", ["fps", "qr"])
 @pytest.mark.parametrize("kind", ["normal", "clustered", "repeated"])
-def test_judged(backend, dtype, layout, select, kind):
+def test_compared_with_float64(backend, dtype, layout, select, kind):
     check(backend, tokens(2, 90, 40, dtype=dtype, kind=kind, seed=1), 30, layout=layout, select=select)
 
 

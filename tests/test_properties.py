@@ -1,4 +1,4 @@
-"""Random shapes, dtypes, layouts, strides and contents, all judged. They are seeded, so every run tries the same."""
+"""Random shapes, dtypes, layouts, strides and contents, compared with float64. Seeded: every run tries the same."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def problems(draw):
 
 
 @on_every_backend(problem=problems())
-def test_judged(backend, problem):
+def test_compared_with_float64(backend, problem):
     x, keep, basis, options = problem
     check(backend, x, keep, basis, **options)
 

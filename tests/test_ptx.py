@@ -57,7 +57,7 @@ def image(shape: tuple[int, ...], number: int, dtype: torch.dtype) -> Tensor:
 @pytest.mark.parametrize("select", ["fps", "qr"])
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_judged_by_float64(dtype, layout, select, shapes):
+def test_compared_with_float64(dtype, layout, select, shapes):
     """compress and score, with every dtype, layout and rule on both targets; shapes and paths in turns."""
     number = (DTYPES.index(dtype) * 3 + LAYOUTS.index(layout)) * 2 + (select == "qr")
     ways = list(WAYS.values())
@@ -76,7 +76,7 @@ LENGTHS, KEEPS = [0, 23, 0, 5, 40, 1], [0, 6, 0, 5, 9, 1]
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_ragged_images(dtype, way):
-    """Packed images, also empty ones; each is judged alone."""
+    """Packed images, also empty ones; each is checked alone."""
     layout, basis = LAYOUTS[list(WAYS).index(way) % 3], 4
     x = tokens(sum(LENGTHS), 72, dtype=dtype, kind="clustered", seed=9)
     functions = call.functions(WAYS[way])
@@ -137,7 +137,7 @@ def test_same_bits_as_the_sources(dtype, way, shapes):
             judge.assert_same(value, case.outputs[key], f"{key} of {name}")
 
 
-def test_merge_is_judged():
+def test_merge_compared_with_float64():
     """The rows have any order and repetitions, and not all are targets."""
     x = image(SHAPES[2], 2, torch.bfloat16)
     B, N, _, keep, _ = SHAPES[2]

@@ -22,7 +22,7 @@ def backend(backend):
 
 
 def keeps(backend, x, keep, **options) -> list[int]:
-    """Returns the kept positions of the one image x [1, N, D]; also judges the tokens as means."""
+    """Returns the kept positions of the one image x [1, N, D]; also checks that the tokens are means."""
     tokens_, indices = backend.compress(x, keep, **QR, **options)
     assert tokens_.shape == (1, keep, x.shape[2])
     check_merge(x[0], tokens_[0], indices[0], torch.ones(keep, dtype=torch.bool))

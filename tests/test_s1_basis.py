@@ -39,7 +39,7 @@ def test_qr_counts_what_all_picks_explain(backend):
 
 
 def test_qr_counts_the_ridge_penalty(backend):
-    # With ridge 4, (2,0) rebuilds (3,0) to 2.25, and the penalty is 2.25 as well: r = 4.5, more than the 4 of (0,2).
+    # With ridge 4, (2,0) reconstructs (3,0) to 2.25; the penalty is 2.25 as well: r = 4.5, more than the 4 of (0,2).
     assert picks(backend, rows([2, 0], [3, 0], [0, 2]), 3, ridge=4.0, select="qr", start=0) == [0, 1, 2]
 
 

@@ -6,7 +6,7 @@ import torch
 from apet_kernels import reference
 from apet_kernels.reference import U
 from tests.data import DTYPES, rows, tokens
-from tests.judge import check_residual, rebuild
+from tests.judge import check_residual, reconstruct
 
 INF = float("inf")
 
@@ -77,7 +77,7 @@ def test_bound(backend, dtype, select, kind, N, D, M):
     p = p[0][p[0] >= 0]
     check_residual(x[0], e_sq[0], p, M, 1e-5)
     if D > M:  # otherwise nothing is left but what the ridge leaves
-        assert rebuild(reference.widen(x[0]), p, 1e-5, 4 * U)[2].max() < 16, "the bound was not stretched much"
+        assert reconstruct(reference.widen(x[0]), p, 1e-5, 4 * U)[2].max() < 16, "the bound was not stretched much"
 
 
 @pytest.mark.parametrize("ridge", [0.0, 1e-5, 1.0, 100.0])
@@ -132,6 +132,6 @@ def test_the_reference_agrees_with_gram_schmidt_and_with_the_normal_equations():
     S = image.X[p]
     normal = torch.linalg.solve(S @ S.T + 1e-5 * torch.eye(10, dtype=S.dtype), S @ image.X.T)
     torch.testing.assert_close(W, normal, rtol=1e-9, atol=1e-9)
-    e_sq, r, _ = rebuild(image, p, 1e-5, 4 * U)
+    e_sq, r, _ = reconstruct(image, p, 1e-5, 4 * U)
     torch.testing.assert_close(((image.X - W.T @ S) ** 2).sum(1), e_sq, rtol=1e-9, atol=1e-12)
     torch.testing.assert_close(r - 1e-5 * (W**2).sum(0), e_sq, rtol=1e-9, atol=1e-12)

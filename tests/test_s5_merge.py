@@ -138,8 +138,8 @@ def test_merge_of_the_kept_indices_is_compress(backend, dtype, layout):
 def test_means(backend, dtype, kind, N, K, D):
     x = tokens(1, N, D, dtype=dtype, kind=kind, seed=K)
     indices = torch.randperm(N, generator=torch.Generator().manual_seed(5))[:K]
-    judged = check_merge(x[0], backend.merge(x, indices[None])[0], indices, torch.ones(K, dtype=torch.bool))
-    assert judged >= 0.7 * K or D == 1, "too few rows have a clear arg-max to say anything"
+    checked = check_merge(x[0], backend.merge(x, indices[None])[0], indices, torch.ones(K, dtype=torch.bool))
+    assert checked >= 0.7 * K or D == 1, "too few rows have a clear arg-max to say anything"
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -35,7 +35,7 @@ def doctor() -> str:
 
 @interpreted
 @pytest.mark.interpreter
-def test_interpreted_kernels_are_judged_without_bfloat16(monkeypatch):
+def test_interpreted_kernels_are_checked_without_bfloat16(monkeypatch):
     chosen = [case for case in selftest.CASES if case.name in ("float32, nothing to drop", "bfloat16, blend")]
     monkeypatch.setattr(selftest, "CASES", tuple(chosen))
     monkeypatch.setattr(

@@ -52,7 +52,7 @@ def on(kind: str, threads: int = 1) -> Backend:
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("kind", ["clustered", "repeated"])
-def test_judged_in_float64(kind: str, shape: tuple[int, ...]) -> None:
+def test_compared_with_float64(kind: str, shape: tuple[int, ...]) -> None:
     B, N, D, keep, basis = shape
     check(on("portable"), tokens(B, N, D, dtype=BF16, kind=kind, seed=N), keep, basis)
 
@@ -122,9 +122,9 @@ FAULTS = {
 }
 
 
-def judge_all() -> None:
+def compare_all() -> None:
     for shape in SHAPES:
-        test_judged_in_float64("clustered", shape)
+        test_compared_with_float64("clustered", shape)
 
 
 @pytest.mark.matrix
@@ -134,5 +134,5 @@ def test_an_injected_fault_is_noticed(fault: str, tmp_path: Path, monkeypatch: p
     changed = Program(tmp_path / "build/calls")
     monkeypatch.setitem(globals(), "program", lambda _: changed)
     with pytest.raises(AssertionError):
-        judge_all()
+        compare_all()
     changed.close()

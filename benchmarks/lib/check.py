@@ -1,11 +1,11 @@
 """Checks a result before it may be timed.
 
-A result is judged image by image against `apet_kernels.reference` in float64, given its own choices:
+A result is compared image by image with `apet_kernels.reference` in float64, given its own choices:
 
 1. Its kept set is the reference's, except for tokens whose squared residual is within 4 M u ||x||^2 of the cut
    (u = 2^-24: the rounding that any float32 implementation may make). The same holds for its overwritten slots.
 2. Given that kept set, each row is the mean of the tokens that float64 merges into it, to the rounding of the dtype.
-   A row is not judged if rounding may move a dropped token into it or out of it.
+   A row is not checked if rounding may move a dropped token into it or out of it.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ U = reference.U
 def judge(case: Case, name: str, x: Tensor, result: tuple[Tensor, Tensor]) -> float:
     """Runs `check` on the result of the implementation `name`, on whichever device it is.
 
-    Rows that `published` rounds in 16 bits are not judged. Raises AssertionError, which begins with the fault.
+    Rows that `published` rounds in 16 bits are not checked. Raises AssertionError, which begins with the fault.
     """
     rounded = name == "published" and case.dtype is not torch.float32
     similarity_error = 2 * torch.finfo(case.dtype).eps if rounded else None
@@ -36,14 +36,14 @@ def judge(case: Case, name: str, x: Tensor, result: tuple[Tensor, Tensor]) -> fl
 
 
 def checked(case: Case, name: str, call: Callable[[Tensor], tuple[Tensor, Tensor]], x: Tensor) -> float:
-    """Returns the share of rows judged, of the second of two calls: the first one warms up."""
+    """Returns the share of rows checked, of the second of two calls: the first one warms up."""
     with torch.inference_mode():
         call(x)
         return judge(case, name, x, call(x))
 
 
 def check(case: Case, x: Tensor, tokens: Tensor, indices: Tensor, similarity_error: float | None = None) -> float:
-    """Returns the share of rows that were judged.
+    """Returns the share of rows that were checked.
 
     similarity_error: the error of x.t / ||t||, relative to ||x||. None: that of float32 sums in any order, and of
     tensor cores, which truncate when they add (Fasi et al., PeerJ CS 330, 2021). Raises AssertionError, which names
@@ -53,12 +53,12 @@ def check(case: Case, x: Tensor, tokens: Tensor, indices: Tensor, similarity_err
     assert tokens.dtype == x.dtype, f"tokens are {tokens.dtype}, not {x.dtype}"
     if similarity_error is None:
         similarity_error = max(32, case.D / 64) * U
-    judged = sum(_check_image(case, *image, similarity_error) for image in zip(x, tokens, indices, strict=True))
-    return judged / (case.B * case.keep)
+    rows = sum(_check_image(case, *image, similarity_error) for image in zip(x, tokens, indices, strict=True))
+    return rows / (case.B * case.keep)
 
 
 def check_other(name: str, case: Case, x: Tensor, kept: Tensor, indices: Tensor) -> None:
-    """Checks what must hold for the result of any method; tests/test_alternatives.py judges its choice of tokens.
+    """Checks what must hold for the result of any method; tests/test_alternatives.py checks which tokens it chooses.
     Raises AssertionError."""
     assert kept.shape == (case.B, case.keep, case.D), f"{name}, {case}: tokens have shape {tuple(kept.shape)}"
     assert indices.shape == (case.B, case.keep), f"{name}, {case}: indices have shape {tuple(indices.shape)}"
@@ -71,7 +71,7 @@ def check_other(name: str, case: Case, x: Tensor, kept: Tensor, indices: Tensor)
 
 
 def _check_image(case: Case, x: Tensor, tokens: Tensor, kept: Tensor, similarity_error: float) -> int:
-    """Checks x [N, D], tokens [K, D], kept [K]. Returns the number of rows judged."""
+    """Checks x [N, D], tokens [K, D], kept [K]. Returns the number of rows checked."""
     image = reference.widen(x)
     X, norm_sq, _ = image
     p = reference.s1_basis(image, case.basis, start=case.start, ridge=RIDGE)  # [M]

@@ -44,7 +44,7 @@ class Row:
     rounds: dict[str, int]
     faster: dict[str, float]  # median over rounds of its time over that of `base`
     noise: dict[str, float]  # interquartile range over median
-    judged: dict[str, float]  # share of rows whose values were checked
+    checked: dict[str, float]  # share of rows compared with float64
     seconds: dict[str, list[float]]  # every call
     memory: dict[str, int] = field(default_factory=dict)  # bytes that a call needs at its peak, where that was measured
     base: str = "kernel"
@@ -75,7 +75,7 @@ def ours(name: str) -> bool:
 class Comparison:
     """Times calls that take one input each, `base` among them, on a ring of inputs, by the clock of a device.
 
-    `sums` names times that are the sum of several calls within a round. Calls that were not `judged` are made once to
+    `sums` names times that are the sum of several calls within a round. Calls that were not `checked` are made once to
     warm them up.
     """
 
@@ -85,14 +85,14 @@ class Comparison:
         case: dict[str, Any],
         calls: Mapping[str, Callable[[Any], object]],
         ring: Sequence[Any],
-        judged: dict[str, float],
+        checked: dict[str, float],
         *,
         base: str = "kernel",
         sums: Mapping[str, tuple[str, ...]] = COST,
         counts: dict[str, float] | None = None,
         failed: dict[str, str] | None = None,
     ) -> None:
-        self._device, self._case, self._calls, self._judged = device, case, calls, judged
+        self._device, self._case, self._calls, self._checked = device, case, calls, checked
         self._base, self._sums, self._counts, self._failed = base, sums, counts or {}, failed or {}
         self._inputs = itertools.cycle(ring)
         self._seconds: dict[str, list[float]] = {}
@@ -100,7 +100,7 @@ class Comparison:
         self._round = 0
         with torch.inference_mode():
             for name in calls:
-                if name not in judged:
+                if name not in checked:
                     calls[name](ring[0])
 
     def time_others(self) -> None:
@@ -139,7 +139,7 @@ class Comparison:
                 if base and name != self._base
             },
             noise={name: spread(spent) for name, spent in seconds.items()},
-            judged=self._judged,
+            checked=self._checked,
             seconds={name: spent for name, spent in seconds.items() if name not in self._sums},
             base=self._base,
             counts=self._counts,

@@ -68,8 +68,8 @@ class Call:
         packed = x.flatten(0, 1)[: s.N]
         return tuple(apet_kernels.compress_packed(packed, lengths, keeps, s.basis, layout="append", backend=backend))
 
-    def judged(self, device: str) -> None:
-        """Judges a layout against float64 (tests/judge.py). Raises AssertionError, which begins with the fault."""
+    def compared(self, device: str) -> None:
+        """Compares the results of a layout with float64 (tests/judge.py). Raises AssertionError, which begins with the fault."""
         functions = carried(device, "cuda")
         judge.check(functions, self.tokens(), self.shape.keep, self.shape.basis, layout=self.op)
 

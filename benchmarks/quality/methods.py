@@ -76,7 +76,7 @@ def random_basis(x: Tensor, keep: int, attention: Tensor) -> tuple[Tensor, Tenso
 
 
 def residuals(x: Tensor, basis: Tensor, ridge: float = 1e-5) -> Tensor:
-    """Returns e^2 [B, N] of the tokens [B, N, D] rebuilt from those at basis [B, M], in float64."""
+    """Returns e^2 [B, N] of the tokens [B, N, D] reconstructed from those at basis [B, M], in float64."""
     X = x.double()
     S = X.gather(1, basis[..., None].expand(-1, -1, x.shape[-1]))  # [B, M, D]
     W = torch.linalg.solve(S @ S.mT + ridge * torch.eye(basis.shape[1], dtype=X.dtype), S @ X.mT)  # [B, M, N]

@@ -60,7 +60,7 @@ def every_path(options: Options) -> Iterator[Item]:
     number = 0
     for call in paths.calls(tiny=options.rehearse):
         if call.op in ("inplace", "overwrite", "append"):
-            yield Item(f"{call} | float64", functools.partial(_judged, call, options.device))
+            yield Item(f"{call} | float64", functools.partial(_compared, call, options.device))
         for way in (testing.CudaPath(), *testing.cuda_paths()):
             number += 1
             if options.rehearse and number % 12:  # on a CPU one in twelve is enough to find mistakes in this file
@@ -68,8 +68,8 @@ def every_path(options: Options) -> Iterator[Item]:
             yield Item(f"{call} | {way}", functools.partial(_one_way, call, way, options.device))
 
 
-def _judged(call: Any, device: str) -> None:
-    call.judged(device)
+def _compared(call: Any, device: str) -> None:
+    call.compared(device)
 
 
 def _one_way(call: Any, way: Any, device: str) -> dict[str, Any]:

@@ -109,14 +109,14 @@ def _time(
     from benchmarks.lib.paths import digest
 
     ring = _ring(case, clock)
-    found: dict[str, Any] = {"case": str(case), "name": name, "judged": None}
+    found: dict[str, Any] = {"case": str(case), "name": name, "checked": None}
     with torch.inference_mode():
         result = forceable(lambda: call(ring[0]))
         forced = way is not None and way.path != "best"
         if name == "cuda":
             found |= {"group": f"{case} cuda", "digest": digest(result), "way": str(way)}
         if not forced and 2 * case.B * (case.N - case.keep) * case.targets * case.D <= JUDGED_FLOPS:
-            found["judged"] = judge(case, name, ring[0], result)
+            found["checked"] = judge(case, name, ring[0], result)
         once = clock.seconds(lambda: call(ring[0]))
         count = min(len(ring), max(1, int(BURST / once)))
         replay = clock.graphed(lambda: [call(x) for x in ring[:count]])
