@@ -8,6 +8,8 @@ from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
+from .notice import Notice
+
 if TYPE_CHECKING:
     from .hooks import (
         Adapter,
@@ -69,15 +71,6 @@ try:
     __version__ = version("apet-kernels")
 except PackageNotFoundError:  # a source tree on the path that was never installed
     __version__ = "0+unknown"
-
-
-class Notice(UserWarning):
-    """A warning that is meant for the user. The command line prints it as one line, and only the first one of each
-    `key`."""
-
-    def __init__(self, message: str, key: str | None = None):
-        super().__init__(message)
-        self.key = key or message
 
 
 class ApetError(Exception):

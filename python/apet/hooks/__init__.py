@@ -5,11 +5,10 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from apet_kernels.options import Layout, Select
 
@@ -17,7 +16,7 @@ from .adapter import Adapter, equal_units, one_unit
 from .adapters import adapter_for, register_adapter
 from .config import Basis, Options, resolve
 from .engine import Engine
-from .state import Trace
+from .results import ENGINE, Kept, Visual, kept
 from .target import Target, plain
 
 __all__ = [
@@ -34,8 +33,6 @@ __all__ = [
     "register_adapter",
     "unpatch",
 ]
-
-ENGINE = "_apet"
 
 
 def patch(
@@ -68,8 +65,9 @@ def patch(
             classes with an independent reference first (seconds, once for these versions). False: patch without.
 
     Returns:
-        The options in force. A model that is patched already is patched anew. Compiled code of this process is dropped
-        (`torch.compiler.reset`) and compiled again at its next call, since it would not notice the change.
+        The options in force. If the model was patched before, they replace those of the earlier patch. Compiled code of
+        this process is dropped (`torch.compiler.reset`) and compiled again at its next call, since it does not contain
+        the hooks.
 
     Raises:
         ValueError: an option is out of range, or the hooks do not support the model; the message says which.
@@ -103,8 +101,8 @@ def patch(
 
 
 def find(model: nn.Module, given: dict[str, Any]) -> Target:
-    """Finds the parts of a model and checks the options in `given`. All errors that `patch` raises before its
-    self-check are raised here."""
+    """Finds the parts of a model and checks the options in `given`. It raises all errors that `patch` raises before
+    its self-check."""
 
     def options(adapter: Adapter, core: nn.Module, layers: range) -> Options:
         return resolve(adapter.presets, model.config.model_type, layers, given)
@@ -113,10 +111,10 @@ def find(model: nn.Module, given: dict[str, Any]) -> Target:
 
 
 def unpatch(model: nn.Module) -> None:
-    """Removes every hook; the model is what it was. A model that is not patched is left alone.
+    """Removes every hook, so that the model behaves as before `patch`. A model that is not patched is not changed.
 
-    Compiled code is dropped as by `patch`. A cache that holds a compressed prompt raises if the model is called with it
-    again.
+    Compiled code is dropped as by `patch`. A call of the model with a cache that holds a compressed prompt then raises
+    an error.
     """
     _put(plain(model), None)
 
@@ -168,65 +166,6 @@ def options(model: nn.Module) -> Options | None:
     """Returns the options that a model is patched with; None if it is not patched."""
     engine = plain(model).__dict__.get(ENGINE)
     return engine.target.options if engine else None
-
-
-@dataclass(frozen=True)
-class Visual:
-    """The tokens that remain of one image or video."""
-
-    modality: str  # "image" or "video"
-    row: int  # in the batch
-    tokens: int  # its placeholders
-    remaining: list[Tensor]  # after each stage that dropped tokens: which of them remain, int64, ascending
-
-
-@dataclass(frozen=True)
-class Kept:
-    """The tokens that a prefill kept."""
-
-    lengths: list[int]  # of the padded sequence as given, and after each stage that dropped something
-    visuals: list[Visual]
-    trace: Trace = field(repr=False, compare=False)
-
-    def align(self, x: Tensor) -> Tensor:
-        """Puts logits or hidden states of the shortened sequence back at the places of their tokens in the prompt as
-        given.
-
-        x [B, L2, ...], of the length after the last stage -> [B, L, ...], of the length as given. Dropped tokens get
-        NaN, so that they cannot be taken for a result; padding gets 0.
-
-        Example:
-            >>> logits = apet.kept(model).align(model(**inputs).logits)
-            >>> answer = logits[:, prompt - 1 : -1]  # as for the model that is not patched
-        """
-        trace, (given, *_, last) = self.trace, [*self.lengths, self.lengths[-1]]
-        if x.dim() < 2 or x.shape[1] != last:
-            raise ValueError(f"x has shape {tuple(x.shape)}, but the last stage has left a sequence of {last} tokens")
-        if trace.origin is None or trace.remaining is None or trace.valid is None:
-            return x
-        full = x.new_zeros((x.shape[0] * given, *x.shape[2:]))
-        full[~trace.remaining.to(x.device)] = torch.nan
-        valid = trace.valid.to(x.device)
-        full[trace.origin.to(x.device)[valid]] = x[valid]
-        return full.unflatten(0, (x.shape[0], given))
-
-
-def kept(model: nn.Module) -> Kept | None:
-    """Returns what the last prefill with images or videos kept: the last one of this thread, or, if this thread has run
-    none, of any thread.
-
-    None if there was no such prefill since `patch`.
-    """
-    engine = plain(model).__dict__.get(ENGINE)
-    trace = engine and engine.trace
-    if trace is None:
-        return None
-    visuals, start = [], 0
-    for modality, row, tokens in trace.visuals:
-        remaining = [here[start : start + tokens].nonzero().view(-1).cpu() for here in trace.here]
-        visuals.append(Visual(modality, row, tokens, remaining))
-        start += tokens
-    return Kept(list(trace.lengths), visuals, trace)
 
 
 def _put(model: nn.Module, engine: Engine | None) -> None:

@@ -20,11 +20,13 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import Cache
 
+from .tiny import IMAGE, VIDEO
+
 Row = Mapping[str, Any]  # the inputs of one prompt, not padded
 
 
-class NotSeen(Exception):
-    """Raised when the decoder is reached, so that the rest of the model does not run."""
+class DecoderReached(Exception):
+    """Ends a call of a model when it reaches its decoder, so that the rest of the model does not run."""
 
 
 @dataclass
@@ -131,9 +133,9 @@ class Whole:
 
         def listen(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             seen.append(_bound(module, args, kwargs))
-            raise NotSeen
+            raise DecoderReached
 
-        with decoder.module.register_forward_pre_hook(listen, with_kwargs=True), suppress(NotSeen):
+        with decoder.module.register_forward_pre_hook(listen, with_kwargs=True), suppress(DecoderReached):
             model(**longer, use_cache=False)
         config = decoder.module.config
         sizes = [getattr(config, n, None) for n in ("sliding_window", "sliding_window_size")]
@@ -309,8 +311,6 @@ def _check_text(row: Row, rows: Tensor, embeds: Tensor, columns: Tensor) -> None
 
 def visual(row: Row, modality: str | None = None) -> Tensor:
     """Returns which tokens of a tiny prompt are placeholders of images, of videos, or of either: [L] bool."""
-    from .tiny import IMAGE, VIDEO
-
     ids, types = row["input_ids"][0], row.get("mm_token_type_ids")
     found = {"image": ids == IMAGE, "video": ids == VIDEO}
     # Some models use the image token as placeholder for the frames of a video.

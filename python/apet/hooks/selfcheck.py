@@ -28,9 +28,11 @@ from transformers.models.auto import modeling_auto
 
 from . import reference, tiny
 from .adapter import Adapter
+from .adapters import ADAPTERS, OWN, adapter_for
 from .calling import implementation
 from .config import Options
 from .engine import Engine
+from .results import ENGINE, kept
 from .sources import as_tested, code
 from .target import Target
 from .versions import TESTED, TORCH
@@ -57,11 +59,9 @@ NAMES: Mapping[str, str] = {
 def ensure(model: Any, target: Target) -> None:
     """Runs the self-check on a model's classes, unless they are as tested or have passed before with the same code.
 
-    Raises ValueError if the check fails, or if no tiny model can be made and the model has no registered adapter. With
-    a registered adapter the latter is only a warning.
+    Raises ValueError if the check fails, or if no tiny model can be made. For a model with an adapter that the user has
+    registered, the latter is only a warning.
     """
-    from .adapters import ADAPTERS
-
     name = model.config.model_type
     stage = "first" if target.options.llm_layer is None else "both"
     files, unchanged = code(classes_of(target))
@@ -78,13 +78,17 @@ def ensure(model: Any, target: Target) -> None:
     except Exception as error:  # shrinking an unknown configuration may raise any kind of error
         message = (
             f"apet has no tiny model of model_type='{name}' to check its hooks with under transformers "
-            f"{transformers.__version__} ({type(error).__name__}: {error}): see docs/hooks.md for how to check an "
-            "adapter"
+            f"{transformers.__version__} ({type(error).__name__}: {error})"
         )
-        if name in ADAPTERS:
-            _warn_once(message)
+        how = "see docs/hooks.md for how to check an adapter"
+        if name in ADAPTERS and ADAPTERS[name] is not OWN.get(name):
+            _warn_once(f"{message}: {how}")
             return
-        raise ValueError(f"{message}, and register it; or patch with check=False to use the model unchecked") from error
+        if name in OWN:
+            raise ValueError(f"{message}. {_works_with()}, or patch with check=False to use the model unchecked") from error
+        raise ValueError(
+            f"{message}: {how}, and register it; or patch with check=False to use the model unchecked"
+        ) from error
     result = check(built, stage, target.adapter)
     if result.error is not None:
         raise ValueError(result.message())
@@ -121,10 +125,16 @@ class Result:
         stages = "first stage" if self.stage == "first" else "both stages"
         return (
             f"the hooks are not right for model_type='{self.name}' with transformers {transformers.__version__} and "
-            f"torch {torch.__version__} ({stages}): {self.error}. This version of apet-kernels was tested with "
-            f"transformers {', '.join(TESTED)} and torch {', '.join(TORCH)}: install one of these, or patch with "
-            "check=False to use the model all the same"
+            f"torch {torch.__version__} ({stages}): {self.error}. {_works_with()}, or patch with check=False to use "
+            "the model all the same"
         )
+
+
+def _works_with() -> str:
+    return (
+        f"This version of apet-kernels was tested with transformers {', '.join(TESTED)} and torch {', '.join(TORCH)}: "
+        "install one of these"
+    )
 
 
 def check(model: nn.Module, stage: str = "both", adapter: Adapter | None = None) -> Result:
@@ -164,8 +174,6 @@ def options_of(model: nn.Module, stage: str, adapter: Adapter | None = None) -> 
 
     Raises ValueError, for a layer of 2, if none is possible.
     """
-    from .adapters import adapter_for
-
     adapter, chosen = adapter or adapter_for(model), STAGES[stage]
     if chosen.llm_layer is None:
         return chosen
@@ -180,18 +188,17 @@ def options_of(model: nn.Module, stage: str, adapter: Adapter | None = None) -> 
 
 def families() -> list[str]:
     """Returns each `model_type` that has an adapter in this package and that the installed transformers knows."""
-    from .adapters import OWN
-
-    return sorted(OWN & NAMES.keys())
+    return sorted(OWN.keys() & NAMES.keys())
 
 
 def check_family(name: str) -> Result:
-    """Runs the self-check of a family by its `model_type`, in both stages, on transformers' own class."""
+    """Runs the self-check of a family by its `model_type`, in both stages, on transformers' own class. Every error is
+    part of the result."""
     try:
         model = tiny.build(getattr(transformers, NAMES[name]), tiny.config(name))
-    except (AttributeError, ImportError, KeyError, ValueError) as error:
-        return Result(name, "both", error=f"transformers has no such model: {error}")
-    return check(model)
+        return check(model)
+    except Exception as error:
+        return Result(name, "both", error=f"no tiny model of it can be checked: {type(error).__name__}: {error}")
 
 
 # ---- a tiny model and its reference ---------------------------------------------------------------------------------
@@ -224,9 +231,6 @@ def judge(
     after the call; rows: prompts from `prompt`, a padded batch if several; static: use a cache of fixed size; adapter:
     by default that of its type. Raises ValueError if the model cannot be patched, or if a stage drops nothing.
     """
-    from . import ENGINE, kept
-    from .adapters import adapter_for
-
     target = Target.find(model, adapter or adapter_for(model), lambda *_: options)
     decoder = reference.Decoder.of(model, rows[0])
     engine = Engine(target)

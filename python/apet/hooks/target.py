@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-import apet
+from apet.notice import Notice
 
 from . import parts
 from .adapter import Adapter
@@ -66,7 +66,7 @@ class Target:
         config = language_model.config
         implementation(config)
         if not getattr(config, "is_causal", True) or getattr(config, "use_bidirectional_attention", None) == "all":
-            raise ValueError(f"{type(language_model).__name__} attends in both directions, so it is no decoder")
+            raise ValueError(f"{type(language_model).__name__} attends in both directions, so it is not a decoder")
         options = resolve(adapter, core, range(adapter.first_llm_layer(core), len(layers)))
         projector = None
         if adapter.projector is not None and options.keep is not None:
@@ -118,7 +118,7 @@ class Target:
             f"{name}={keep} drops nothing: it counts per {units}, and the largest has {most} tokens{added}; "
             f"{name}={least - 1} or less drops some"
         )
-        warnings.warn(apet.Notice(message, f"{name}={keep}"), stacklevel=2)
+        warnings.warn(Notice(message, f"{name}={keep}"), stacklevel=2)
 
     # ---- methods that take the running module, which may be a replica of the one that was patched
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 
 from torch import nn
 
@@ -33,7 +34,8 @@ ADAPTERS: dict[str, Adapter] = {
     "video_llama_3": VideoLlama3(),
     "video_llava": VideoLlava(),
 }
-OWN = frozenset(ADAPTERS)  # the families of this package, without those that users register later
+# The adapters of this package, without those that users register later.
+OWN: Mapping[str, Adapter] = MappingProxyType(dict(ADAPTERS))
 GENERIC = Adapter()  # for models that have no adapter of their own
 # Models that only read documents: dropping visual tokens loses characters.
 READERS = frozenset(
@@ -84,7 +86,7 @@ def adapter_for(model: nn.Module) -> Adapter:
         return ADAPTERS[model_type]
     name = f"model_type='{model_type}' ({type(model).__name__})"
     if model_type in PORTS:
-        raise ValueError(f"{name} is no class of transformers. Load the same weights as {PORTS[model_type]}")
+        raise ValueError(f"{name} is not a class of transformers. Load the same weights as {PORTS[model_type]}")
     if model_type in READERS:
         raise ValueError(
             f"{name} reads documents: there, published results put every method that drops visual tokens at or below "

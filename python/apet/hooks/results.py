@@ -1,0 +1,72 @@
+"""`kept`: what the last prefill of a patched model kept."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from .state import Trace
+from .target import plain
+
+ENGINE = "_apet"  # the attribute of a patched model that holds its engine
+
+
+@dataclass(frozen=True)
+class Visual:
+    """The tokens that remain of one image or video."""
+
+    modality: str  # "image" or "video"
+    row: int  # in the batch
+    tokens: int  # its placeholders
+    remaining: list[Tensor]  # after each stage that dropped tokens: which of them remain, int64, ascending
+
+
+@dataclass(frozen=True)
+class Kept:
+    """The tokens that a prefill kept."""
+
+    lengths: list[int]  # of the padded sequence as given, and after each stage that dropped something
+    visuals: list[Visual]
+    trace: Trace = field(repr=False, compare=False)
+
+    def align(self, x: Tensor) -> Tensor:
+        """Puts logits or hidden states of the shortened sequence back at the places of their tokens in the prompt as
+        given.
+
+        x [B, L2, ...], of the length after the last stage -> [B, L, ...], of the length as given. Dropped tokens get
+        NaN, so that they cannot be mistaken for a result; padding gets 0.
+
+        Example:
+            >>> logits = apet.kept(model).align(model(**inputs).logits)
+            >>> answer = logits[:, prompt - 1 : -1]  # as for the model that is not patched
+        """
+        trace, (given, *_, last) = self.trace, [*self.lengths, self.lengths[-1]]
+        if x.dim() < 2 or x.shape[1] != last:
+            raise ValueError(f"x has shape {tuple(x.shape)}, but the last stage has left a sequence of {last} tokens")
+        if trace.origin is None or trace.remaining is None or trace.valid is None:
+            return x
+        full = x.new_zeros((x.shape[0] * given, *x.shape[2:]))
+        full[~trace.remaining.to(x.device)] = torch.nan
+        valid = trace.valid.to(x.device)
+        full[trace.origin.to(x.device)[valid]] = x[valid]
+        return full.unflatten(0, (x.shape[0], given))
+
+
+def kept(model: nn.Module) -> Kept | None:
+    """Returns what the last prefill with images or videos kept: the last one of this thread, or, if this thread has run
+    none, of any thread.
+
+    It is None if there was no such prefill since `patch`.
+    """
+    engine = plain(model).__dict__.get(ENGINE)
+    trace = engine and engine.trace
+    if trace is None:
+        return None
+    visuals, start = [], 0
+    for modality, row, tokens in trace.visuals:
+        remaining = [stays[start : start + tokens].nonzero().view(-1).cpu() for stays in trace.stays]
+        visuals.append(Visual(modality, row, tokens, remaining))
+        start += tokens
+    return Kept(list(trace.lengths), visuals, trace)
