@@ -1,9 +1,9 @@
 """Checks the result of any backend image by image in float64.
 
 Selection is chaotic: one unit in the last place can change a pick and everything after it. So a backend is checked
-given its own choices. Each pick must be as good as the best to within rounding; the residuals must be those of its basis; the
-kept set must be exactly the one its residuals imply; the tokens must be the means that its kept set implies. If every
-choice has a margin above rounding, the choices must also be the reference's.
+given its own choices. Each pick must be as good as the best to within rounding; the residuals must be those of its
+basis; the kept set must be exactly the one its residuals imply; the tokens must be the means that its kept set implies.
+If every choice has a margin above rounding, the choices must also be the reference's.
 """
 
 from __future__ import annotations
@@ -154,8 +154,8 @@ def check_kept(x: Tensor, kept: Tensor, range_: Tensor, p: Tensor, keep: int, la
 def check_merge(x: Tensor, tokens: Tensor, rows: Tensor, targets: Tensor, skip: Tensor | None = None) -> int:
     """Checks that tokens [R, D] are x [N, D] merged into x[rows], except in `skip` [R]. Returns how many were checked.
 
-    A row is not checked if rounding may move a dropped token into it or out of it. The mean may be off by half a unit of
-    the output dtype, and by the roundings of a float32 sum.
+    A row is not checked if rounding may move a dropped token into it or out of it. The mean may be off by half a unit
+    of the output dtype, and by the roundings of a float32 sum.
     """
     X, norm_sq, finite = widen(x)
     allowed = targets & finite[rows]  # [R]

@@ -43,7 +43,7 @@ enum class Flow : uint8_t {
   kPlain,       // executes, and continues
   kBranch,      // to `target`
   kExit,        // the thread ends
-  kMeet,        // all lanes of the member mask execute it together
+  kRendezvous,  // all lanes of the member mask execute it together
   kBarrier,     // of the CTA
   kClusterWait  // for the phase of the cluster's barrier that the lane has arrived at
 };
@@ -71,7 +71,7 @@ struct Instruction {
   Undefined undefined = Undefined::kFault;
   bool unless = false;  // executes if the guard is false
   int8_t outputs = 0, count = 0;
-  int8_t members = -1;  // kMeet: the operand that has the member mask; -1: all lanes of the warp
+  int8_t members = -1;  // kRendezvous: the operand that has the member mask; -1: all lanes of the warp
   Operand guard;        // number 0: none
   Operand operands[kMostOperands];
   int target = 0;  // of a branch
@@ -205,13 +205,13 @@ struct Cta {
   Memory shared;
   int at_barrier = 0;  // threads
   const Instruction* barrier = nullptr;
-  Meeting meeting;
+  Rendezvous rendezvous;
 };
 
 struct Cluster {
   std::vector<std::unique_ptr<Cta>> ctas;
   int alive = 0, arrived = 0, phase = 0;
-  Meeting meeting;
+  Rendezvous rendezvous;
   Clock reached;
 };
 

@@ -13,12 +13,12 @@ Clock latest(const Clock& a, const Clock& b) {
   return joined;
 }
 
-void Meeting::arrive(int thread, Order& order) {
+void Rendezvous::arrive(int thread, Order& order) {
   if (std::find(known_.begin(), known_.end(), order.known) == known_.end()) known_.push_back(order.known);
   own_.emplace_back(thread, order.interval++);
 }
 
-Clock Meeting::complete() {
+Clock Rendezvous::complete() {
   Clock all;
   for (const Clock& known : known_) all = latest(all, known);
   auto reached = std::make_shared<std::vector<uint32_t>>(*all);

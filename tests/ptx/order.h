@@ -20,7 +20,7 @@ struct Order {
 };
 
 // A barrier's threads: their clocks are joined, and all continue with the result.
-class Meeting {
+class Rendezvous {
  public:
   void arrive(int thread, Order& order);
   Clock complete();  // and starts again

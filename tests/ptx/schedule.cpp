@@ -18,7 +18,7 @@ std::map<const Kernel*, std::vector<uint64_t>> executed;
 
 void complete_phase(Cluster& cluster) {
   if (!cluster.alive || cluster.arrived < cluster.alive) return;
-  const Clock reached = cluster.meeting.complete();
+  const Clock reached = cluster.rendezvous.complete();
   cluster.reached = reached;
   cluster.arrived = 0;
   cluster.phase++;
@@ -179,7 +179,7 @@ class Scheduler {
       case Flow::kExit: end(warp, active); return false;
       case Flow::kBarrier: wait_barrier(warp, in, active); return false;
       case Flow::kClusterWait: wait_cluster(warp, active); return false;
-      default: meet(warp, in, active); return false;
+      default: rendezvous(warp, in, active); return false;
     }
   }
 
@@ -196,7 +196,7 @@ class Scheduler {
     }
   }
 
-  void meet(Warp& warp, const Instruction& in, uint32_t active) {
+  void rendezvous(Warp& warp, const Instruction& in, uint32_t active) {
     const int first = __builtin_ctz(active);
     uint32_t members = kAll;
     if (in.members >= 0) {
@@ -226,13 +226,13 @@ class Scheduler {
       warp.fail(first, "divergent barrier: other threads of the block wait at line %d", cta.barrier->line);
     if (cta.alive < (int)launch_.block) warp.fail(first, "divergent barrier: a thread of the block has ended");
     cta.barrier = &in;
-    each(active, [&](int l) { cta.meeting.arrive(warp.thread(l), warp.order[l]); });
+    each(active, [&](int l) { cta.rendezvous.arrive(warp.thread(l), warp.order[l]); });
     warp.running &= ~active;
     warp.at_barrier |= active;
     cta.at_barrier += __builtin_popcount(active);
     if (cta.at_barrier < cta.alive) return;
     grid_.progress++;
-    const Clock reached = cta.meeting.complete();
+    const Clock reached = cta.rendezvous.complete();
     cta.barrier = nullptr;
     cta.at_barrier = 0;
     for (auto& w : cta.warps) {

@@ -127,9 +127,9 @@ void ballot(Warp& w, const Instruction& in, uint32_t active) {
 }
 
 void warp_barrier(Warp& w, const Instruction&, uint32_t active) {
-  Meeting meeting;
-  each(active, [&](int l) { meeting.arrive(w.thread(l), w.order[l]); });
-  const Clock reached = meeting.complete();
+  Rendezvous rendezvous;
+  each(active, [&](int l) { rendezvous.arrive(w.thread(l), w.order[l]); });
+  const Clock reached = rendezvous.complete();
   each(active, [&](int l) { w.order[l].known = reached; });
 }
 
@@ -141,7 +141,7 @@ void cluster_arrive(Warp& w, const Instruction&, uint32_t active) {
   each(active, [&](int l) {
     if (w.cluster_phase[l]) w.fail(l, "a second arrival at the cluster's barrier without a wait");
     w.cluster_phase[l] = cluster.phase + 1;
-    cluster.meeting.arrive(w.thread(l), w.order[l]);
+    cluster.rendezvous.arrive(w.thread(l), w.order[l]);
     cluster.arrived++;
   });
   complete_phase(cluster);
@@ -160,17 +160,17 @@ void trap(Warp& w, const Instruction&, uint32_t active) { w.fail(__builtin_ctz(a
 }  // namespace
 
 void add_warp(Opcodes& t) {
-  const auto meet = [&](const char* name, const char* signature, Execute execute, int members) {
-    t.insert({name, {signature, execute, Flow::kMeet, Undefined::kFault, members}});
+  const auto rendezvous = [&](const char* name, const char* signature, Execute execute, int members) {
+    t.insert({name, {signature, execute, Flow::kRendezvous, Undefined::kFault, members}});
   };
-  meet("ldmatrix.sync.aligned.m8n8.x4.shared.b16", "4444=A", load_matrices, -1);
-  meet("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32", "4444=4444444444", multiply<half_to_float>, -1);
-  meet("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32", "4444=4444444444", multiply<bfloat16_to_float>, -1);
-  meet("shfl.sync.up.b32", "4p=4444", shuffle<Shuffle::kUp>, 5);
-  meet("shfl.sync.bfly.b32", "4p=4444", shuffle<Shuffle::kButterfly>, 5);
-  meet("shfl.sync.idx.b32", "4p=4444", shuffle<Shuffle::kIndex>, 5);
-  meet("vote.sync.ballot.b32", "4=p4", ballot, 2);
-  meet("bar.warp.sync", "=4", warp_barrier, 0);
+  rendezvous("ldmatrix.sync.aligned.m8n8.x4.shared.b16", "4444=A", load_matrices, -1);
+  rendezvous("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32", "4444=4444444444", multiply<half_to_float>, -1);
+  rendezvous("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32", "4444=4444444444", multiply<bfloat16_to_float>, -1);
+  rendezvous("shfl.sync.up.b32", "4p=4444", shuffle<Shuffle::kUp>, 5);
+  rendezvous("shfl.sync.bfly.b32", "4p=4444", shuffle<Shuffle::kButterfly>, 5);
+  rendezvous("shfl.sync.idx.b32", "4p=4444", shuffle<Shuffle::kIndex>, 5);
+  rendezvous("vote.sync.ballot.b32", "4=p4", ballot, 2);
+  rendezvous("bar.warp.sync", "=4", warp_barrier, 0);
 
   for (const char* name : {"bar.sync", "barrier.sync"}) t.insert({name, {"=4", barrier_number, Flow::kBarrier}});
   t.insert({"barrier.cluster.arrive", {"=", cluster_arrive}});

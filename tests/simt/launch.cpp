@@ -23,7 +23,7 @@ void exit_thread(Lane& me) {
   if (grid.barrier.arrived) fault("divergent barrier: %s exits, others wait in grid.sync", name_of(me).c_str());
   runtime.polls_in_vain = 0;
   me.warp->live &= ~(1u << me.ids.lane);
-  end_meetings_without(*me.warp);
+  end_rendezvous_without(*me.warp);
   if (me.arrived[(int)Scope::kCluster] && me.arrival[(int)Scope::kCluster] == cluster.phase) cluster.arrived--;
   cluster.threads--;
   if (cluster.threads && cluster.arrived == cluster.threads) complete(cluster);

@@ -43,7 +43,7 @@ struct Barrier {
 };
 
 // The lanes of a warp that wait at one primitive, by mask.
-struct Meeting {
+struct RendezvousPoint {
   uint32_t mask, arrived = 0;
   const char* primitive = nullptr;
   Combine combine = nullptr;
@@ -58,7 +58,7 @@ struct Warp {
   uint32_t stepped_back = 0;  // of the ready ones: after the others
   bool queued = false;
   int64_t priority = 0;
-  std::vector<std::unique_ptr<Meeting>> meetings;
+  std::vector<std::unique_ptr<RendezvousPoint>> points;
 };
 
 struct Cluster {
@@ -138,6 +138,6 @@ std::string place_of(Place place);
 
 void complete(Barrier& barrier);
 // A lane of the warp has exited: lanes that waited only for it continue.
-void end_meetings_without(Warp& warp);
+void end_rendezvous_without(Warp& warp);
 
 }  // namespace simt

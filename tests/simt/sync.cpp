@@ -26,13 +26,13 @@ Barrier& barrier_of(Scope scope) {
 
 }  // namespace
 
-void end_meetings_without(Warp& warp) {
-  for (auto& meeting : warp.meetings) {
-    const uint32_t lanes = meeting->mask & warp.live;
-    if (!meeting->arrived || meeting->arrived != lanes) continue;
-    meeting->combine(meeting->operands, lanes);
-    meeting->arrived = 0;
-    meeting->phase++;
+void end_rendezvous_without(Warp& warp) {
+  for (auto& point : warp.points) {
+    const uint32_t lanes = point->mask & warp.live;
+    if (!point->arrived || point->arrived != lanes) continue;
+    point->combine(point->operands, lanes);
+    point->arrived = 0;
+    point->phase++;
     wake(warp, lanes);
   }
 }
@@ -91,7 +91,7 @@ void wait(Scope scope) {
   observe(&barrier.order[phase & 1]);
 }
 
-void meet(const char* primitive, uint32_t mask, void* operand, Combine combine, bool ordered) {
+void rendezvous(const char* primitive, uint32_t mask, void* operand, Combine combine, bool ordered) {
   Unseen unseen;
   Lane& me = *runtime.running;
   Warp& warp = *me.warp;
@@ -99,33 +99,33 @@ void meet(const char* primitive, uint32_t mask, void* operand, Combine combine, 
   if (!(mask & bit))
     fault("%s calls %s with mask 0x%08x, which leaves out its lane %u", name_of(me).c_str(), primitive, mask,
           me.ids.lane);
-  Meeting* meeting = nullptr;
-  for (auto& m : warp.meetings)
-    if (m->mask == mask) meeting = m.get();
-  if (!meeting) {
-    warp.meetings.push_back(std::make_unique<Meeting>());
-    meeting = warp.meetings.back().get();
-    meeting->mask = mask;
+  RendezvousPoint* point = nullptr;
+  for (auto& m : warp.points)
+    if (m->mask == mask) point = m.get();
+  if (!point) {
+    warp.points.push_back(std::make_unique<RendezvousPoint>());
+    point = warp.points.back().get();
+    point->mask = mask;
   }
-  if (meeting->arrived && meeting->primitive != primitive)
+  if (point->arrived && point->primitive != primitive)
     fault("%s calls %s with mask 0x%08x, but other lanes wait in %s with it", name_of(me).c_str(), primitive, mask,
-          meeting->primitive);
-  const unsigned phase = meeting->phase & 1;
-  meeting->primitive = primitive;
-  meeting->combine = combine;
-  meeting->operands[me.ids.lane] = operand;
-  meeting->arrived |= bit;
-  if (ordered) publish(&meeting->order[phase]);
+          point->primitive);
+  const unsigned phase = point->phase & 1;
+  point->primitive = primitive;
+  point->combine = combine;
+  point->operands[me.ids.lane] = operand;
+  point->arrived |= bit;
+  if (ordered) publish(&point->order[phase]);
   const uint32_t lanes = mask & warp.live;
-  if (meeting->arrived == lanes) {
-    combine(meeting->operands, lanes);
-    meeting->arrived = 0;
-    meeting->phase++;
+  if (point->arrived == lanes) {
+    combine(point->operands, lanes);
+    point->arrived = 0;
+    point->phase++;
     wake(warp, lanes & ~bit);
   } else {
     wait_in(primitive);
   }
-  if (ordered) observe(&meeting->order[phase]);
+  if (ordered) observe(&point->order[phase]);
 }
 
 void combine_shuffle(void* const* operands, uint32_t lanes) {

@@ -75,13 +75,15 @@ T shuffle(const char* primitive, unsigned mask, T value, int source) {
   static_assert(sizeof(T) <= 8 && std::is_trivially_copyable_v<T>);
   Shuffle operand = {0, source};
   std::memcpy(&operand.value, &value, sizeof value);
-  meet(primitive, mask, &operand, combine_shuffle, false);
+  rendezvous(primitive, mask, &operand, combine_shuffle, false);
   std::memcpy(&value, &operand.value, sizeof value);
   return value;
 }
 }  // namespace simt
 
-inline void __syncwarp(unsigned mask = ~0u) { simt::meet("__syncwarp", mask, nullptr, simt::combine_nothing, true); }
+inline void __syncwarp(unsigned mask = ~0u) {
+  simt::rendezvous("__syncwarp", mask, nullptr, simt::combine_nothing, true);
+}
 template <class T>
 T __shfl_sync(unsigned mask, T value, int source, int width = 32) {
   const int first = (int)simt::self.lane & ~(width - 1);
@@ -104,7 +106,7 @@ T __shfl_down_sync(unsigned mask, T value, unsigned delta, int width = 32) {
 }
 inline unsigned __ballot_sync(unsigned mask, int flag) {
   uint64_t operand = flag != 0;
-  simt::meet("__ballot_sync", mask, &operand, simt::combine_ballot, false);
+  simt::rendezvous("__ballot_sync", mask, &operand, simt::combine_ballot, false);
   return (unsigned)operand;
 }
 inline int __any_sync(unsigned mask, int flag) { return __ballot_sync(mask, flag) != 0; }
@@ -113,15 +115,15 @@ template <class T>
 unsigned __match_any_sync(unsigned mask, T value) {
   static_assert(std::is_integral_v<T> && sizeof(T) <= 8);
   uint64_t operand = (uint64_t)value;
-  simt::meet("__match_any_sync", mask, &operand, simt::combine_match, false);
+  simt::rendezvous("__match_any_sync", mask, &operand, simt::combine_match, false);
   return (unsigned)operand;
 }
-#define SIMT_REDUCE(name, kind)                                                             \
-  template <class T>                                                                        \
-  T name(unsigned mask, T value) {                                                          \
-    static_assert(std::is_same_v<T, unsigned> || std::is_same_v<T, int>);                   \
-    simt::meet(#name, mask, &value, simt::combine_reduce<simt::Reduction::kind, T>, false); \
-    return value;                                                                           \
+#define SIMT_REDUCE(name, kind)                                                                   \
+  template <class T>                                                                              \
+  T name(unsigned mask, T value) {                                                                \
+    static_assert(std::is_same_v<T, unsigned> || std::is_same_v<T, int>);                         \
+    simt::rendezvous(#name, mask, &value, simt::combine_reduce<simt::Reduction::kind, T>, false); \
+    return value;                                                                                 \
   }
 SIMT_REDUCE(__reduce_add_sync, kAdd)
 SIMT_REDUCE(__reduce_min_sync, kMin)

@@ -65,7 +65,7 @@ void wait(Scope scope);    // for the phase that this thread has arrived at
 // ---- warps. Every lane of mask passes an operand. When the last one arrives, combine reads all operands, and writes
 // the results into them. `ordered`: memory accesses of the lanes before it are visible to all of them after it.
 using Combine = void (*)(void* const* operands, uint32_t lanes);
-void meet(const char* primitive, uint32_t mask, void* operand, Combine combine, bool ordered);
+void rendezvous(const char* primitive, uint32_t mask, void* operand, Combine combine, bool ordered);
 
 struct Shuffle {
   uint64_t value;

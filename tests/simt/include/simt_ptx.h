@@ -78,7 +78,7 @@ inline void ldmatrix_x4(uint32_t (&r)[4], const void* row) {
   simt::check_shared("ldmatrix", row, 16);
   simt::Ldmatrix operand;
   std::memcpy(operand.row, row, 16);
-  simt::meet("ldmatrix", ~0u, &operand, simt::combine_ldmatrix_x4, false);
+  simt::rendezvous("ldmatrix", ~0u, &operand, simt::combine_ldmatrix_x4, false);
   std::memcpy(r, operand.result, 16);
 }
 
@@ -87,8 +87,8 @@ template <class T>
 void mma_16816(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
   static_assert(std::is_same_v<T, __half> || std::is_same_v<T, __nv_bfloat16>);
   simt::Mma operand = {a, b, d};
-  simt::meet("mma", ~0u, &operand, std::is_same_v<T, __half> ? simt::combine_mma_half : simt::combine_mma_bfloat16,
-             false);
+  simt::rendezvous("mma", ~0u, &operand,
+                   std::is_same_v<T, __half> ? simt::combine_mma_half : simt::combine_mma_bfloat16, false);
 }
 
 // griddepcontrol
