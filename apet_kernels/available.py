@@ -1,4 +1,4 @@
-"""Which backends are usable here: None, or the reason why one is not. Loads the compiled libraries."""
+"""Tells which backends are usable here, and why the others are not. Loads the compiled libraries."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ HOW_TO_GET_CUDA = (
 
 
 def _load(library: Path, op: str, key: str, how: str) -> str | None:
-    """Loads a compiled library, unless another copy of this package has loaded its own; None, or why it is unusable."""
+    """Loads a compiled library, unless another copy of this package has loaded its own. Returns None, or why not."""
     if has_kernel(op, key):
         return None
     if not library.exists():
@@ -39,13 +39,13 @@ def _load(library: Path, op: str, key: str, how: str) -> str | None:
 
 
 def why_not_cpu() -> str | None:
-    """None where the CPU kernels are part of this installation and, from then on, loaded; else why they are not."""
+    """Loads the CPU kernels. Returns None, or why they are not part of this installation."""
     return _load(LIBRARY, "compress", "CPU", HOW_TO_GET_KERNELS)
 
 
 @functools.cache
 def why_not_triton() -> str | None:
-    """None where Triton can be imported, else why it cannot."""
+    """Returns None if Triton can be imported, else why it cannot."""
     try:
         import triton  # noqa: F401
     except ImportError as error:
@@ -54,7 +54,7 @@ def why_not_triton() -> str | None:
 
 
 def _interpreted() -> bool:
-    """Whether Triton runs kernels on CPU tensors, by its interpreter."""
+    """Returns whether Triton runs kernels on CPU tensors, by its interpreter."""
     import triton
 
     return bool(triton.knobs.runtime.interpret)
@@ -62,7 +62,7 @@ def _interpreted() -> bool:
 
 @functools.cache
 def why_not_cuda_library() -> str | None:
-    """None where the CUDA kernels are part of this installation and, from then on, loaded; else why they are not."""
+    """Loads the CUDA kernels. Returns None, or why they are not part of this installation."""
     if not torch.version.cuda:
         return "this torch is built without CUDA"
     return _load(CUDA_LIBRARY, "_cuda_compress", "CUDA", HOW_TO_GET_CUDA)
@@ -70,7 +70,7 @@ def why_not_cuda_library() -> str | None:
 
 @functools.cache
 def why_not_cuda(device: torch.device) -> str | None:
-    """None where the CUDA kernels run on this device, else why not."""
+    """Returns None if the CUDA kernels run on this device, else why not."""
     if device.type != "cuda":
         return f"x is on {device}"
     if why := why_not_cuda_library():
@@ -84,7 +84,7 @@ def why_not_cuda(device: torch.device) -> str | None:
 
 
 def why_no_kernels(device: torch.device, options: Options) -> str | None:
-    """None where one of the backends has kernels for tensors on this device and these options, else why none has."""
+    """Returns None if a backend has kernels for tensors on this device and these options, else why none has."""
     if device.type == "cpu":
         return why_not_cpu()
     if device.type != "cuda":
@@ -95,7 +95,7 @@ def why_no_kernels(device: torch.device, options: Options) -> str | None:
 
 
 def why_unavailable(name: Backend) -> str | None:
-    """Why a backend cannot be used here.
+    """Returns why a backend cannot be used here.
 
     Args:
         name: "cpu", "triton", "cuda" or "reference".
@@ -130,7 +130,7 @@ def why_unavailable(name: Backend) -> str | None:
 
 
 def available_backends() -> tuple[Backend, ...]:
-    """The backends that can be used here, of "cpu", "triton", "cuda" and "reference", in this order.
+    """Returns the backends that can be used here, of "cpu", "triton", "cuda" and "reference", in this order.
 
     Example:
         >>> "reference" in apet_kernels.available_backends()
@@ -144,7 +144,7 @@ WITHOUT_ROUNDS: tuple[Backend, ...] = ("cuda",)
 
 
 def why_not_with(backend: Backend, options: Options) -> str | None:
-    """None where a backend has all that the options ask for, else what it lacks."""
+    """Returns None if a backend supports these options, else what it lacks."""
     if backend not in WITHOUT_ROUNDS or not (options.in_rounds or options.refine):
         return None
     asked = f"basis={options.basis}" if options.in_rounds else f"refine={options.refine}"
@@ -165,7 +165,7 @@ def check_options(backend: Backend, options: Options) -> None:
 
 
 def _why_not_on(backend: Backend, device: torch.device) -> str | None:
-    """None where a usable backend takes tensors on this device, else why not."""
+    """Returns None if a usable backend takes tensors on this device, else why not."""
     if backend == "cuda":
         return why_not_cuda(device)
     if backend == "cpu" and device.type != "cpu":

@@ -1,4 +1,4 @@
-"""Which backend takes tensors on a GPU. Where CUDA and Triton kernels both run, the one with the lower estimate.
+"""Chooses the backend for tensors on a GPU. Where CUDA and Triton kernels both run, the lower estimate decides.
 
 The choice follows from the device, D and the dtype alone. It cannot follow from B, N or K: a packed call knows only the
 largest N and K of its images, and an image must have the same bits alone, in a batch and in any packing, so all these
@@ -26,7 +26,7 @@ IMAGES = ((576, 64), (1024, 307), (4096, 1229))
 
 
 def gpu_backend(x: Tensor, options: Options) -> tuple[Backend, str]:
-    """Returns the backend for a tensor on a GPU, and the reason for it; "cpu": by copies, since none has kernels."""
+    """Returns the backend for a tensor on a GPU, and the reason for it; "cpu": none has kernels, and x is copied."""
     why_cuda = available.why_not_cuda(x.device) or available.why_not_with("cuda", options)
     why_triton = available.why_not_triton() or available.why_not_with("triton", options)
     if why_cuda is not None:
@@ -55,15 +55,15 @@ def estimates(device: torch.device, D: int, dtype: torch.dtype) -> list[tuple[fl
     """Returns the estimates in us of one image by CUDA and by Triton, for each of `IMAGES`."""
     from .triton_kernels import configs, estimate
 
-    card = torch.cuda.get_device_properties(device)
+    gpu = torch.cuda.get_device_properties(device)
     like = torch.empty(0, D, dtype=dtype, device=device)
-    figures = dict(zip(ops.FIGURES, registered._cuda_figures(like, 10 * card.major + card.minor), strict=True))
+    figures = dict(zip(ops.FIGURES, registered._cuda_figures(like, 10 * gpu.major + gpu.minor), strict=True))
     tiles = configs.tiles(configs.device_class(device), D, dtype.itemsize)
     M = Options().basis or 0
     return [
         (
             registered._cuda_estimate(like, N, K),
-            estimate.estimate(figures, card.multi_processor_count, tiles, N, D, K, M, dtype.itemsize).us,
+            estimate.estimate(figures, gpu.multi_processor_count, tiles, N, D, K, M, dtype.itemsize).us,
         )
         for N, K in IMAGES
     ]

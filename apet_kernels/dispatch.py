@@ -4,7 +4,7 @@
     CUDA, ROCm  the CUDA or the Triton kernels (choice.py)
     others      the CPU kernels on copies; the same for a GPU that runs neither CUDA nor Triton kernels
 
-Without the compiled library, the float64 reference computes CPU tensors. It and the copies warn once.
+Without the compiled library, the float64 reference computes CPU tensors. Each of these two fallbacks warns once.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from .registry import registered
 
 
 def _options(op: str, *args: Any, **kwargs: Any) -> Options:
-    """The options of a call, given the arguments after x."""
+    """Returns the options of a call, given the arguments after x."""
     place = {"compress": 1, "compress_varlen": 5, "score": 0}.get(op)
     if place is None:
         return Options()
@@ -37,7 +37,7 @@ def _options(op: str, *args: Any, **kwargs: Any) -> Options:
 
 
 def run_triton(op: str, x: Tensor, *args: Any, **kwargs: Any) -> Any:
-    """The op by the Triton kernels, for x on a GPU, or on the CPU under Triton's interpreter."""
+    """Runs the op by the Triton kernels, for x on a GPU, or on the CPU under Triton's interpreter."""
     from .triton_kernels import launch
 
     ops.check_in_op(op, x, *args, **kwargs)
@@ -47,18 +47,18 @@ def run_triton(op: str, x: Tensor, *args: Any, **kwargs: Any) -> Any:
 
 
 def run_cuda(op: str, x: Tensor, *args: Any, **kwargs: Any) -> Any:
-    """The op by the CUDA kernels, which check their arguments, for x on a GPU that runs them."""
+    """Runs the op by the CUDA kernels, which check their arguments, for x on a GPU that runs them."""
     return getattr(registered, f"_cuda_{op}").default(x, *args, **kwargs)
 
 
 def run_reference(op: str, x: Tensor, *args: Any, **kwargs: Any) -> Any:
-    """The op by the reference, for x on a device that has float64."""
+    """Runs the op by the reference, for x on a device that has float64."""
     ops.check_in_op(op, x, *args, **kwargs)
     return getattr(reference, op)(x, *args, **kwargs)
 
 
 def _run_on_gpu(op: str, x: Tensor, *args: Any, **kwargs: Any) -> Any:
-    """The op for a CUDA or ROCm tensor."""
+    """Runs the op for a CUDA or ROCm tensor."""
     if (backend := chosen_backend()) is not None:
         return forced(op, backend, x)(x, *args, **kwargs)
     name, _ = choice.gpu_backend(x, _options(op, *args, **kwargs))
@@ -68,7 +68,7 @@ def _run_on_gpu(op: str, x: Tensor, *args: Any, **kwargs: Any) -> Any:
 
 
 def _run_on_cpu(op: str, x: Tensor, *args: Any, **kwargs: Any) -> Any:
-    """The op for a tensor on a device without kernels: the CPU kernels run on a copy, and the results are copied back.
+    """Runs the op for a tensor on a device without kernels: by the CPU kernels on a copy. The results are copied back.
 
     This needs neither float64 nor a compiler on x's device, and gives the same bits as for x on the CPU.
     """
@@ -150,7 +150,7 @@ def use_backend(name: Backend | None) -> Iterator[None]:
 
 
 def chosen_backend() -> Backend | None:
-    """The backend of `use_backend` or, outside of such a block, of `set_backend`; None: the dispatcher chooses."""
+    """Returns the backend of `use_backend` or, outside of one, of `set_backend`; None: the dispatcher chooses."""
     block = _for_block.get()
     return _for_process if block is None else block[0]
 
@@ -161,7 +161,7 @@ def _check_name(name: Backend | None) -> None:
 
 
 def forced(op: str, backend: Backend, x: Tensor) -> Callable[..., Any]:
-    """The op by one backend; like the op, the returned function raises RuntimeError for wrong arguments.
+    """Returns the op by one backend. Like the op, the returned function raises RuntimeError for wrong arguments.
 
     Raises:
         ValueError: if the backend cannot run here, or not on x's device. The returned function raises it for options

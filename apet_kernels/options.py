@@ -64,7 +64,10 @@ class Options:
         bound = keep if most_kept is None else most_kept  # None: score
         if self.basis is None:
             require(self.select == "qr", lambda: f"basis=None needs select='qr', got select='{self.select}'")
-            require(bound is not None, lambda: f"basis=None is keep, which score does not have; give 1..{MAX_BASIS}")
+            require(
+                bound is not None,
+                lambda: f"basis=None means basis=keep, but score has no keep; give basis in 1..{MAX_BASIS}",
+            )
         elif not 1 <= self.basis <= MAX_BASIS:
             most = MAX_BASIS if self.select == "fps" or bound is None else max(MAX_BASIS, bound)
             require(1 <= self.basis <= most, lambda: f"basis={self.basis} is outside 1..{most}")
@@ -111,7 +114,7 @@ class Options:
         return self.basis is None or self.basis > MAX_BASIS
 
     def basis_of(self, keep: int) -> int:
-        """Returns M of an image that keeps so many tokens."""
+        """Returns M of an image that keeps `keep` tokens."""
         if self.basis is None:
             return keep
         return min(self.basis, keep) if self.in_rounds else self.basis

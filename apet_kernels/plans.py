@@ -1,4 +1,4 @@
-"""`plan`, which tells how a call of `compress` would run, and the type of its result."""
+"""`plan`, which describes how a call of `compress` would run, and the type of its result."""
 
 from __future__ import annotations
 
@@ -132,9 +132,9 @@ def _plan_cpu(x: Tensor, keep: int, options: Options, why_copied: str) -> Plan:
         "planned_us": path["planned_us"],
     }
     why = (
-        f"{where}, whose best instruction set in this build is {path['isa']}; the work, estimated at "
-        f"{path['serial_us']:.0f} us on one thread, is worth {path['teams'] * path['threads_per_team']} of "
-        f"{threads} threads"
+        f"{where}, whose best instruction set in this build is {path['isa']}; the call is estimated at "
+        f"{path['serial_us']:.0f} us on one thread; {path['teams'] * path['threads_per_team']} of {threads} threads "
+        "will be used"
     )
     return Plan("cpu", why, launches=1, workspace_bytes=path["workspace_bytes"], details=details)
 

@@ -4,13 +4,13 @@
              -s4_topk-> kept [K] -s5_merge-> tokens [K, D]
 
 `s1_rounds` picks a basis as large as K, and returns the residuals with it; `s4_medoids` replaces each kept token by the
-one in the middle of the tokens nearest to it.
+medoid of its cluster.
 
-Every backend is judged by this file, so it states the meaning and is not written for speed: the ridge least squares is
-solved by QR, the residual is the norm of a difference, distances are squared differences. docs/algorithm.md has the
-glossary of names, derives the one-sweep form of the kernels and lists the decisions made here. The functions run on any
-device that has float64, synchronise with it, and do not check arguments: `apet_kernels.ops` does. The four functions at
-the end take the arguments of the ops: `basis` and, by name, the other fields of `Options`.
+Every backend is compared with this file, so it follows the definitions and is not written for speed: the ridge least
+squares is solved by QR, the residual is the norm of a difference, distances are squared differences. docs/algorithm.md
+has the glossary of names, derives the one-sweep form of the kernels and lists the decisions made here. The functions
+run on any device that has float64, synchronise with it, and do not check arguments: `apet_kernels.ops` does. The four
+functions at the end take the arguments of the ops: `basis` and, by name, the other fields of `Options`.
 
 Sizes: B images, N tokens of D features, M basis tokens asked for and m <= M found, K tokens kept, S packed images of T
 tokens in all; `u` is the unit roundoff of float32, in which kernels accumulate.
@@ -93,7 +93,7 @@ def s1_rounds(image: Tokens, basis: int, start: int = -1, ridge: float = 1e-5) -
     resid_sq = ||x||^2 - ||y||^2, ties to the lower position. Within the pool it is the pivoted QR of `s1_basis`: each
     pick is the token of largest resid_sq, after all picks before it. A round ends early if that token is dependent.
     `start` is the first pick of the first round; if its norm is not finite, it counts as -1. Tokens of non-finite norm,
-    and those that the basis rebuilds exactly (zero vectors too), are never picked.
+    and those that the basis reconstructs exactly (zero vectors too), are never picked.
     """
     X, norm_sq, finite = image
     picks: list[int] = []
@@ -114,7 +114,7 @@ def s1_rounds(image: Tokens, basis: int, start: int = -1, ridge: float = 1e-5) -
             pivot = resid_sq[best] + ridge
             if best != first and (resid_sq[best] <= 0 or pivot <= 4 * U * norm_sq[best]):
                 break
-            q = X.new_zeros(1, X.shape[1])  # a dependent first pick explains nothing
+            q = X.new_zeros(1, X.shape[1])  # a dependent first pick reduces no residual
             if pivot > 4 * U * norm_sq[best]:
                 q = (X[best] - (Q @ X[best]) @ Q) / pivot.sqrt()
             y = X @ q.view(-1)  # [N]

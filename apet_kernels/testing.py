@@ -17,7 +17,7 @@ __all__ = ["CudaPath", "cpu_isa", "cuda_paths", "use_cpu_isa", "use_cuda_path"]
 
 
 def cpu_isa() -> list[str]:
-    """The instruction sets that the CPU kernels can use on this machine, the best one last.
+    """Returns the instruction sets that the CPU kernels can use on this machine, the best one last.
 
     Returns:
         Some of "generic", "avx2", "avx512", "avx512_bf16" and "amx", or on 64-bit ARM of "generic", "neon" and
@@ -69,15 +69,16 @@ _thread = threading.local()  # .forced: the CudaPath of this thread, as the comp
 
 
 @contextlib.contextmanager
-def use_cuda_path(way: CudaPath) -> Iterator[None]:
+def use_cuda_path(path: CudaPath) -> Iterator[None]:
     """Forces a path on the calls of the CUDA kernels in a `with` block, for this thread only; blocks may be nested.
 
-    Such a call, and `apet_kernels.plan` of one, raises RuntimeError if the device cannot run it in that way.
+    Such a call, and `apet_kernels.plan` of one, raises RuntimeError if the device cannot run it on this path.
 
     Raises:
         ValueError: if the CUDA kernels cannot be used here, or there is no such path, group or tile.
 
     Example:
+        >>> import torch
         >>> from apet_kernels import testing
         >>> if "cuda" in apet_kernels.available_backends():
         ...     with testing.use_cuda_path(testing.CudaPath("cluster", ctas_per_image=8)):
@@ -85,17 +86,17 @@ def use_cuda_path(way: CudaPath) -> Iterator[None]:
     """
     if why := available.why_unavailable("cuda"):
         raise ValueError(f"no CUDA path can be forced: {why}")
-    if way.path not in ("best", "fused", "cluster", "cooperative"):
-        raise ValueError(f"path='{way.path}' is none of best, fused, cluster, cooperative")
-    if way.tile not in (0, 64, 128):
-        raise ValueError(f"tile={way.tile} is none of 64, 128, and 0 for the one that is chosen")
-    if not 0 <= way.ctas_per_image < 2**31 or not -1 <= way.rows_in_shared_memory < 2**31:
+    if path.path not in ("best", "fused", "cluster", "cooperative"):
+        raise ValueError(f"path='{path.path}' is none of best, fused, cluster, cooperative")
+    if path.tile not in (0, 64, 128):
+        raise ValueError(f"tile={path.tile} is none of 64, 128, and 0 for the one that is chosen")
+    if not 0 <= path.ctas_per_image < 2**31 or not -1 <= path.rows_in_shared_memory < 2**31:
         raise ValueError(
-            f"ctas_per_image={way.ctas_per_image} must be at least 0 and "
-            f"rows_in_shared_memory={way.rows_in_shared_memory} at least -1"
+            f"ctas_per_image={path.ctas_per_image} must be at least 0 and "
+            f"rows_in_shared_memory={path.rows_in_shared_memory} at least -1"
         )
     before = getattr(_thread, "forced", CudaPath())
-    _force(way)
+    _force(path)
     try:
         yield
     finally:
@@ -108,7 +109,7 @@ def cuda_paths() -> list[CudaPath]:
 
     Example:
         >>> from apet_kernels import testing
-        >>> sorted({way.path for way in testing.cuda_paths()})
+        >>> sorted({path.path for path in testing.cuda_paths()})
         ['cluster', 'cooperative', 'fused']
     """
     found = [CudaPath("fused", ctas) for ctas in (2, 4, 8, 16)]
@@ -119,9 +120,9 @@ def cuda_paths() -> list[CudaPath]:
     return found
 
 
-def _force(way: CudaPath) -> None:
+def _force(forced: CudaPath) -> None:
     # The device of a tensor selects the op. The simulated GPU of this package's tests has its tensors on the CPU.
     like = torch.empty(0, device="cuda" if torch.cuda.is_available() else "cpu")
-    path, *numbers = asdict(way).values()
+    path, *numbers = asdict(forced).values()
     registered._cuda_override(like, path, *numbers)
-    _thread.forced = way
+    _thread.forced = forced

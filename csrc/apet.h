@@ -107,7 +107,8 @@ typedef struct apet_problem {
   int64_t start;      /* compress, score: position of the first basis token; -1: the one of largest norm. Ragged: in
                          each image, or its last token if it is shorter; at most total_tokens - 1 */
   double ridge;       /* compress, score: added to the diagonal of s2, so absolute; finite, >= 0; 1e-5 is the paper's */
-  double blend;       /* compress: 1. overwrite: 0..1, a slot becomes blend * basis + (1 - blend) * token */
+  double blend;       /* compress: 1. overwrite: 0..1, an overwritten row becomes blend * basis +
+                         (1 - blend) * token */
   int64_t total_tokens; /* ragged: T, rows of x, 0..2^31-1; else 0 */
   int64_t total_keep;   /* ragged: the K of all images together, 0..total_tokens */
   int64_t refine;       /* compress: medoid steps, 0..APET_MAX_REFINE; other than 0 needs APET_INPLACE and basis = keep
@@ -252,7 +253,8 @@ APET_API apet_status apet_cpu_use_isa(apet_isa isa);
 
 /* ---- CUDA: a library of its own, for the calling thread's current device ---------------------------------------- */
 
-/* How an image goes through the stages. A *group* of CTAs owns an image; its rows are divided into one slice per CTA. */
+/* How the kernels divide the stages of an image. A *group* of CTAs owns an image, whose tokens are divided into one
+ * slice per CTA. */
 typedef enum apet_cuda_path {
   APET_CUDA_BEST = 0,    /* in an override: the path with the lowest estimate */
   APET_CUDA_FUSED = 1,   /* one launch: the group is a cluster, and its slices stay in shared memory from s1 to s5 */

@@ -61,7 +61,7 @@ py::dict plan(int64_t images, int64_t tokens, int64_t dim, int64_t keep, std::op
   return d;
 }
 
-// Of each architecture in ascending order.
+// The instruction sets, those of each architecture in ascending order.
 const apet_isa kIsas[] = {APET_ISA_GENERIC, APET_ISA_AVX2, APET_ISA_AVX512,   APET_ISA_AVX512_BF16,
                           APET_ISA_AMX,     APET_ISA_NEON, APET_ISA_NEON_BF16};
 

@@ -83,7 +83,7 @@ size_t apet_error_message(const apet_problem* problem, apet_status status, char*
     case APET_BAD_DTYPE: WRITE("dtype=%d is none of float32, float16, bfloat16", (int)p.dtype); break;
     case APET_BAD_LAYOUT: WRITE("layout=%d is none of inplace, overwrite, append", (int)p.layout); break;
     case APET_BAD_SELECT: WRITE("select=%d is none of fps, qr", (int)p.select); break;
-    case APET_BAD_IMAGES: WRITE("%lld images is a negative count", ll(p.images)); break;
+    case APET_BAD_IMAGES: WRITE("images=%lld must be at least 0", ll(p.images)); break;
     case APET_BAD_DIM: WRITE("x has %lld features per token; at least 1 is needed", ll(p.dim)); break;
     case APET_BAD_TOKENS: WRITE("x has %lld tokens per image; at least 1 is needed", ll(p.tokens)); break;
     case APET_BAD_STRIDE:
@@ -108,8 +108,8 @@ size_t apet_error_message(const apet_problem* problem, apet_status status, char*
       break;
     case APET_BAD_MAX: WRITE("max_seqlen=%lld and max_keep=%lld must be at least 0", ll(p.tokens), ll(p.keep)); break;
     case APET_TOO_LARGE:
-      WRITE("%lld images of %lld tokens with %lld features (%lld tokens in all) exceed 2147483647 in one of them",
-            ll(p.images), ll(p.tokens), ll(p.dim), ll(p.total_tokens));
+      WRITE("images=%lld, tokens=%lld, dim=%lld, total_tokens=%lld: each must be at most 2147483647", ll(p.images),
+            ll(p.tokens), ll(p.dim), ll(p.total_tokens));
       break;
     case APET_NULL_POINTER: WRITE("a pointer that this call needs is null"); break;
     case APET_SMALL_WORKSPACE: WRITE("the workspace is smaller than the plan asks for, or not 64-byte aligned"); break;
@@ -117,11 +117,11 @@ size_t apet_error_message(const apet_problem* problem, apet_status status, char*
     case APET_CUDA_FAILED: WRITE("a call of the CUDA runtime failed; apet_cuda_error() has its message"); break;
     case APET_NO_CUDA_PATH: WRITE("no CUDA path can run this call on this device; the plan gives the reason"); break;
     case APET_RAGGED_NEEDS_COMPRESS:
-      WRITE("ragged images can be compressed, but op is %s", p.op == APET_SCORE ? "score" : "merge");
+      WRITE("ragged images need op=compress, got op=%s", p.op == APET_SCORE ? "score" : "merge");
       break;
     case APET_BASIS_NEEDS_QR: WRITE("basis=None needs select='qr', got select='fps'"); break;
     case APET_BASIS_NEEDS_KEEP:
-      WRITE("basis=None is keep, which score does not have; give 1..%d", APET_MAX_BASIS);
+      WRITE("basis=None means basis=keep, but score has no keep; give basis in 1..%d", APET_MAX_BASIS);
       break;
     case APET_BASIS_NEEDS_INPLACE: {
       char number[16] = "None";

@@ -11,7 +11,7 @@ inline int64_t element_size(const apet_problem& p) { return p.dtype == APET_FLOA
 // Returns whether images that keep more than a few tokens have their basis picked in rounds.
 inline bool in_rounds(const apet_problem& p) { return p.basis == APET_BASIS_KEEP || p.basis > APET_MAX_BASIS; }
 
-// Returns M of an image that keeps so many tokens.
+// Returns M of an image that keeps `keep` tokens.
 inline int64_t basis_of(const apet_problem& p, int64_t keep) {
   return in_rounds(p) && (p.basis == APET_BASIS_KEEP || keep < p.basis) ? keep : p.basis;
 }

@@ -91,7 +91,8 @@ apet_problem problem_of(apet_op op, const Tensor& x, bool ragged) {
   return p;
 }
 
-// keep: the largest basis that may be picked in rounds: the tokens that all images keep together.
+// Sets the options of the basis. keep: the largest basis that may be picked in rounds, which is the number of tokens
+// that all images keep together.
 void set_basis(apet_problem& p, std::optional<int64_t> basis, const std::string& select, int64_t start, double ridge,
                int64_t keep) {
   p.select = select_of(select);
@@ -212,7 +213,7 @@ Tensor merge(const Tensor& given, const Tensor& indices, std::optional<Tensor> t
   require_beside("indices", indices, x);
   p.keep = indices.size(1);
   check(p, apet_check(&p));
-  Tensor kept = torch::stable::contiguous(indices), may = kept;
+  Tensor kept = torch::stable::contiguous(indices), target_flags = kept;
   apet_tensors t = {};
   if (targets.has_value()) {
     require(targets->dim() == 2 && targets->scalar_type() == ScalarType::Bool && targets->size(0) == p.images &&
@@ -220,8 +221,8 @@ Tensor merge(const Tensor& given, const Tensor& indices, std::optional<Tensor> t
             "targets must be bool [", p.images, ", ", p.keep, "] as indices are, got ",
             torch::headeronly::toString(targets->scalar_type()), " with ", targets->dim(), " dimensions");
     require_beside("targets", *targets, x);
-    may = torch::stable::contiguous(*targets);
-    t.kept_targets = static_cast<const uint8_t*>(may.const_data_ptr());
+    target_flags = torch::stable::contiguous(*targets);
+    t.kept_targets = static_cast<const uint8_t*>(target_flags.const_data_ptr());
   }
   Tensor tokens = torch::stable::new_empty(x, {p.images, p.keep, p.dim});
   t.x = x.const_data_ptr();

@@ -135,7 +135,7 @@ def test_ragged_images_can_only_be_compressed(op: str):
     status = library.apet_check(ctypes.byref(problem))
     text = ctypes.create_string_buffer(256)
     library.apet_error_message(ctypes.byref(problem), status, text, ctypes.c_size_t(256))
-    assert text.value.decode() == f"ragged images can be compressed, but op is {op.lower()}"
+    assert text.value.decode() == f"ragged images need op=compress, got op={op.lower()}"
 
 
 class Pool(ctypes.Structure):

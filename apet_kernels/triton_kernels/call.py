@@ -90,9 +90,7 @@ class Rows(NamedTuple):
     """The rows of the result and the tokens that are merged into them, as s4 writes them."""
 
     kept: Tensor  # [all rows] int32: position in the image of every kept row
-    row_role: (
-        Tensor  # [all rows] int32 (device.py): TARGET, COPIED, or number of the basis token that overwrites the row
-    )
+    row_basis: Tensor  # [all rows] int32: number of the basis token that overwrites the row, or TARGET or COPIED
     dropped: Tensor  # [all tokens] int32: positions of the tokens to merge, ascending; undefined past their count
 
 

@@ -1,6 +1,6 @@
 """One fixed configuration per kernel and device class; `python -m benchmarks.tune` searches for them on a GPU.
 
-Tile sizes may depend on the channels D and the element size, but not on the number of images or tokens: another tile
+Tile sizes may depend on the features D and the element size, but not on the number of images or tokens: another tile
 could change the order of a sum, so an image could get other bits in another batch.
 """
 
@@ -12,8 +12,8 @@ import torch
 
 # The most candidates of an image that one launch writes for the next: 2 KB that every program of a step reads.
 PARTIALS = 256
-# With so few channels M basis tokens may almost span the space, which amplifies rounding errors (docs/algorithm.md):
-# sums over D are float64 there. For larger D they would cost more than they give.
+# With so few features, M basis tokens may almost span the space, which amplifies rounding errors (docs/algorithm.md):
+# sums over D are float64 there. For larger D float64 costs time and is not needed.
 NARROW = 128
 # Ampere, Ada and consumer Blackwell: mma.sync takes its operands from registers, not from shared memory as Hopper's
 # wgmma and Blackwell's tcgen05 do, and adds into the same registers, unlike AMD's mfma.
@@ -27,11 +27,11 @@ class Tiles:
     """Constexpr sizes and warps of every kernel. Sizes are powers of 2."""
 
     sweep_n: int  # tokens of a tile in s1_norms and s1_s3_sweep
-    sweep_d: int  # channels of a tile at once: sweep_n * sweep_d float32 sums, twice, in registers
+    sweep_d: int  # features of a tile at once: sweep_n * sweep_d float32 sums, twice, in registers
     sweep_warps: int
     topk_chunk: int
     topk_warps: int
-    assign_r: int  # dropped tokens x targets x channels of a tile
+    assign_r: int  # dropped tokens x targets x features of a tile
     assign_t: int
     assign_d: int
     assign_warps: int
@@ -52,7 +52,7 @@ def block_m(M: int) -> int:
 
 
 def tiles(device_class: str, D: int, element: int) -> Tiles:
-    """Returns the configuration for D channels of `element` bytes on a device class (see `device_class`)."""
+    """Returns the configuration for D features of `element` bytes on a device class (see `device_class`)."""
     if device_class == "interpreter":  # small, so that small tests cross every edge
         return Tiles(32, 64, 4, 64, 4, 16, 16, 64, 4, 1, 64, 4, 4)
     wide = power_of_2(D)
@@ -64,7 +64,7 @@ def tiles(device_class: str, D: int, element: int) -> Tiles:
         # Rows are loaded element by element, through registers.
         assign = (64, 64, 32, 8, 3)
     elif device_class.startswith(MMA_SYNC):
-        # Products stay in registers there, and two sums of each: a larger tile, or 64 channels at once, would spill.
+        # Products stay in registers there, and two sums of each: a larger tile, or 64 features at once, would spill.
         assign = (64, 128, 32, 8, 4)
     elif device_class.startswith(TCGEN05):
         # Both sums of 128 x 128 products would spill. The instruction's own size is 128 rows.

@@ -13,11 +13,11 @@ FIRST_TOKEN = tl.constexpr(2)  # added to positions in the image to give indices
 TOKENS = tl.constexpr(3)  # N
 ROW = tl.constexpr(4)  # its first row of the result
 KEEP = tl.constexpr(5)  # K
-ROW_END = tl.constexpr(6)  # first row of the next image: rows from ROW + KEEP (+ M appended) to ROW_END are blank
+ROW_END = tl.constexpr(6)  # first row of the next image: rows from ROW + KEEP (+ M appended) to ROW_END are unfilled
 DROPPED_COUNT = tl.constexpr(7)  # tokens that are not kept; written by s4
 FIELDS = tl.constexpr(8)
 
-# row_role of rows that no basis token overwrites.
+# row_basis of rows that no basis token overwrites.
 TARGET = tl.constexpr(-1)  # tokens may be merged into the row
 COPIED = tl.constexpr(-2)
 

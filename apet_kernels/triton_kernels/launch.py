@@ -76,8 +76,8 @@ def _compress(call: Call, extents: Extents, most_dropped: int, options: Options)
         s1_s3_sweep.launch(call, norms, basis, e_sq, options.select, ridge)
     rows = s4_topk.launch(call, norms.table, basis, e_sq, indices, layout, extents.appended)
     for _ in range(options.refine if extents.max_keep > 0 else 0):
-        nearest_key = s5_assign.launch(call, norms, rows, most_dropped, extents.max_keep, distance=True)
-        basis = s4_medoids.launch(call, norms.table, rows, nearest_key, extents.max_keep)
+        cluster_key = s5_assign.launch(call, norms, rows, most_dropped, extents.max_keep, distance=True)
+        basis = s4_medoids.launch(call, norms.table, rows, cluster_key, extents.max_keep)
         rows = s4_topk.launch(call, norms.table, basis, e_sq, indices, layout, extents.appended)
     target_key = s5_assign.launch(call, norms, rows, most_dropped, extents.max_keep)
     s5_mean.launch(call, norms.table, rows, target_key, basis, tokens, indices, extents, options.blend)
@@ -113,6 +113,6 @@ def merge(x: Tensor, indices: Tensor, *, targets: Tensor | None = None, device_c
         norms = s1_norms.launch(call, extents)
         rows = s4_given_rows.launch(call, norms.table, indices, targets)
         target_key = s5_assign.launch(call, norms, rows, N - 1, K)  # repeated indices leave more than N - K tokens
-        # No row is blank and none holds a basis token, so s5_mean reads neither indices nor a basis.
+        # No row is unfilled and none holds a basis token, so s5_mean reads neither indices nor a basis.
         s5_mean.launch(call, norms.table, rows, target_key, indices, tokens, indices, extents)
     return call

@@ -42,7 +42,7 @@ SWEEP_REGISTERS = 128
 
 
 @triton.jit
-def _running_extent(cu, s, limit, CHUNK: tl.constexpr):
+def running_extent(cu, s, limit, CHUNK: tl.constexpr):
     """Returns the running maxima of cu[0..s] and cu[0..s+1], clamped into [0, limit]."""
     j = tl.arange(0, CHUNK)
     lower = tl.zeros((CHUNK,), tl.int64)
@@ -86,11 +86,11 @@ def s1_norms(
     s = (tl.program_id(0) // programs).to(tl.int64)
     tile = tl.program_id(0) % programs
     if ragged != 0:
-        first_token, end = _running_extent(cu_seqlens, s, total_tokens, 128)
+        first_token, end = running_extent(cu_seqlens, s, total_tokens, 128)
         tokens = tl.minimum(end - first_token, max_tokens)
-        row, row_end = _running_extent(cu_keep, s, total_keep, 128)
+        row, row_end = running_extent(cu_keep, s, total_keep, 128)
         keep = tl.minimum(tl.minimum(row_end - row, max_keep), tokens)
-        row_end = tl.where(s == images - 1, total_keep, row_end)  # rows after the last image's are blank rows of it
+        row_end = tl.where(s == images - 1, total_keep, row_end)  # the last image takes all unfilled rows after it
         token = first_token
         base = first_token * stride_xn
     else:

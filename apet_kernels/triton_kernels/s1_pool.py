@@ -4,9 +4,9 @@
     gram  = X_pool X_pool^T - Y_pool^T Y_pool
     picks = b steps of its pivoted Cholesky factorisation, fewer if the next is dependent;  L of the round
 
-One program per image, since the steps wait for each other. An image of at most FEW basis tokens has a round for each of
-them, with a pool of two tokens, of which the larger is picked: so they are picked one at a time, and all images of a
-ragged call share the launches.
+One program per image, since each step needs the one before. An image of at most FEW basis tokens has a round for each
+of them, with a pool of two tokens, of which the one of larger residual is picked. So they are picked one at a time, and
+all images of a ragged call share the launches.
 """
 
 import triton.language as tl
@@ -16,7 +16,7 @@ from . import configs
 from .call import Call
 from .device import FLT_MAX, U, at, dot_rows, image_of, jit
 from .s1_norms import Norms
-from .s1_rounds import State, explained
+from .s1_rounds import State, y_products
 from .s4_topk import HIGHEST, cut_at
 
 FEW_PICKS = tl.constexpr(FEW)
@@ -85,8 +85,8 @@ def s1_pool(
     for c0 in range(0, tokens, CHUNK):
         inside = c0 + c < tokens
         value = tl.load(resid_sq + token + c0 + c, mask=inside, other=0.0)
-        may = (tl.load(dist_sq + token + c0 + c, mask=inside, other=0.0) > 0) & (value > 0)
-        n_rank = tl.where(may, value.to(tl.int32, bitcast=True), 0)
+        may_be_picked = (tl.load(dist_sq + token + c0 + c, mask=inside, other=0.0) > 0) & (value > 0)
+        n_rank = tl.where(may_be_picked, value.to(tl.int32, bitcast=True), 0)
         n_rank = tl.where(c0 + c == first, HIGHEST, n_rank)
         open_count += tl.sum((inside & (n_rank > 0)).to(tl.int32), 0)
         tl.store(rank + c0 + c, n_rank, mask=inside)
@@ -117,7 +117,7 @@ def s1_pool(
             m = tl.load(pool + j0 + i, mask=column_in, other=0).to(tl.int64)
             columns = at(x, base + m * stride_xn, ALIGN)
             product = dot_rows(rows, columns, row_in, column_in, width, D, BLOCK_D)
-            product -= explained(y + token, n, m, row_in, column_in, begin, all_tokens, BLOCK_K)
+            product -= y_products(y + token, n, m, row_in, column_in, begin, all_tokens, BLOCK_K)
             place = gram + (i0 + i)[:, None] * P + (j0 + i)[None, :]
             tl.store(place, product, mask=row_in[:, None] & column_in[None, :])
     tl.debug_barrier()  # other threads read the matrix
@@ -151,11 +151,11 @@ def s1_pool(
                 )
                 column -= tl.sum(l_p[:, None].to(tl.float64) * block.to(tl.float64), 0)
                 tl.store(L + (s * most + q) * most + k0 + k, l_p, mask=earlier)
-            scale = tl.where(independent, 1.0 / tl.sqrt(tl.where(independent, pivot, 1.0)), 0.0)
-            column = column * scale
+            inv_diag_q = tl.where(independent, 1.0 / tl.sqrt(tl.where(independent, pivot, 1.0)), 0.0)
+            column = column * inv_diag_q
             tl.store(pool_y + q * P + p, column.to(tl.float32), mask=p < count)
             diag -= column * column
-            tl.store(inv_diag + s * most + q, scale.to(tl.float32))
+            tl.store(inv_diag + s * most + q, inv_diag_q.to(tl.float32))
             tl.store(basis + s * M + begin + q, position)
             tl.store(dist_sq + token + position, 0.0)
             allowed = allowed & (p != best)

@@ -11,8 +11,8 @@ Programs are (image, tile of BLOCK_N tokens), as in s1_norms. Each program first
 the previous launch, so no launch waits for the host and none needs an atomic. It then reads its tile of x once, and p
 from L2. The distance is the norm of the difference and not an expansion in dot products: it is exactly 0 if a token
 repeats p, in whatever order the compiler adds, and the two additional operations are hidden by the load. Values that
-are computed once per token, not once per channel, are float64: float32 rounding errors would add up over the steps, and
-float64 costs little here.
+are computed once per token, not once per feature, are float64, because float32 rounding errors would add up over the
+steps. float64 costs little on sm_80, sm_90 and sm_100; on other GPUs it costs more (docs/cuda.md), not measured.
 
     x [N, D] --read once per step--> y[k], dist_sq, resid_sq [N]      candidates [PARTIALS] for the next launch
 """

@@ -20,7 +20,7 @@ def s4_given_rows(
     table,  # [images, FIELDS] int64, DROPPED_COUNT written
     marks,  # [all_tokens] int32, scratch
     kept,  # [images, K] int32, written: indices clamped into the image
-    row_role,  # [images, K] int32, written
+    row_basis,  # [images, K] int32, written
     dropped,  # [all_tokens] int32, written
     stride_ib: tl.int64,
     stride_ik: tl.int64,
@@ -45,7 +45,7 @@ def s4_given_rows(
         tl.store(marks + position, 1, mask=k < keep)
         tl.store(kept + row + k, position.to(tl.int32), mask=k < keep)
         flag = tl.load(targets + s * stride_tb + k * stride_tk, mask=k < flagged, other=1)
-        tl.store(row_role + row + k, tl.where(flag != 0, TARGET, COPIED), mask=k < keep)
+        tl.store(row_basis + row + k, tl.where(flag != 0, TARGET, COPIED), mask=k < keep)
     tl.debug_barrier()  # all marks are set
 
     dropped_count = 0

@@ -23,7 +23,7 @@ def s4_medoids(
     table,  # [images, FIELDS] int64
     kept,  # [all rows] int32
     dropped,  # [all_tokens] int32
-    target_key,  # [shares, all_tokens] int64: the nearest kept row of every dropped token
+    cluster_key,  # [shares, all_tokens] int64: distance and cluster, a kept row, of every dropped token
     merged,  # [all_tokens] int32, scratch: positions of dropped tokens, grouped by row within a chunk
     medoids,  # [images, max_keep] int64, written; -1 after an image's last
     stride_xn: tl.int64,
@@ -49,7 +49,7 @@ def s4_medoids(
         lowest = medoid
         for c0 in range(0, dropped_count, CHUNK):
             here, place = list_members(
-                target_key, dropped, merged, token, c0, dropped_count, r, shares, all_tokens, CHUNK
+                cluster_key, dropped, merged, token, c0, dropped_count, r, shares, all_tokens, CHUNK
             )
             for g in range(0, here):
                 n = tl.load(place + g).to(tl.int64)
@@ -65,7 +65,7 @@ def s4_medoids(
             tl.debug_barrier()  # all threads have read `merged`, which is written again
             for c0 in range(0, dropped_count, CHUNK):
                 here, place = list_members(
-                    target_key, dropped, merged, token, c0, dropped_count, r, shares, all_tokens, CHUNK
+                    cluster_key, dropped, merged, token, c0, dropped_count, r, shares, all_tokens, CHUNK
                 )
                 for g in range(0, here):
                     n = tl.load(place + g).to(tl.int64)
@@ -77,7 +77,7 @@ def s4_medoids(
     tl.store(medoids + s * max_keep + r, medoid)
 
 
-def launch(call: Call, table: Tensor, rows: Rows, target_key: Tensor, max_keep: int) -> Tensor:
+def launch(call: Call, table: Tensor, rows: Rows, cluster_key: Tensor, max_keep: int) -> Tensor:
     """Adds the launch of s4_medoids; returns the medoids [images, max_keep] int64, in the order of the rows they
     replace."""
     x, t = call.x, call.tiles
@@ -87,13 +87,13 @@ def launch(call: Call, table: Tensor, rows: Rows, target_key: Tensor, max_keep: 
         "table": table,
         "kept": rows.kept,
         "dropped": rows.dropped,
-        "target_key": target_key,
+        "cluster_key": cluster_key,
         "merged": call.new(torch.int32, call.all_tokens),
         "medoids": medoids,
         "stride_xn": x.stride(-2),
         "all_tokens": call.all_tokens,
         "max_keep": max_keep,
-        "shares": target_key.shape[0],
+        "shares": cluster_key.shape[0],
     }
     constants = {
         "D": call.dim,

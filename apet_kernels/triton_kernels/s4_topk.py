@@ -56,7 +56,7 @@ def s4_topk(
     table,  # [images, FIELDS] int64, DROPPED_COUNT written
     rank,  # [all_tokens] int32, scratch
     kept,  # [all rows] int32, written
-    row_role,  # [all rows] int32, written
+    row_basis,  # [all rows] int32, written
     dropped,  # [all_tokens] int32, written
     indices,  # [all rows] int64, written: kept, then the appended basis
     M: tl.int32,
@@ -84,9 +84,10 @@ def s4_topk(
 
     overwritten = tl.where((layout == OVERWRITE) & (keep < tokens), basis_size.to(tl.int64), 0)
     cut, ties = cut_at(rank, tokens, keep, CHUNK)
-    own_cut, own_ties = cut_at(rank, tokens, tl.maximum(keep - overwritten, 0), CHUNK)  # kept and not overwritten
+    # Kept tokens below this second cut are overwritten.
+    unreplaced, unreplaced_ties = cut_at(rank, tokens, tl.maximum(keep - overwritten, 0), CHUNK)
     equal = 0  # counts so far: tokens of the rank of either cut, kept rows, overwritten rows
-    own_equal = 0
+    unreplaced_equal = 0
     rows = 0
     slots = 0
     for c0 in range(0, tokens, CHUNK):
@@ -96,13 +97,14 @@ def s4_topk(
         tie = inside & (n_rank == cut)
         stays = inside & ((n_rank > cut) | (tie & (equal + tl.cumsum(tie.to(tl.int32), 0) <= ties)))
         equal += tl.sum(tie.to(tl.int32), 0)
-        tie = inside & (n_rank == own_cut)
-        overwrite = stays & (n_rank <= own_cut) & ~(tie & (own_equal + tl.cumsum(tie.to(tl.int32), 0) <= own_ties))
-        own_equal += tl.sum(tie.to(tl.int32), 0)
+        tie = inside & (n_rank == unreplaced)
+        above = (n_rank > unreplaced) | (tie & (unreplaced_equal + tl.cumsum(tie.to(tl.int32), 0) <= unreplaced_ties))
+        overwrite = stays & ~above
+        unreplaced_equal += tl.sum(tie.to(tl.int32), 0)
         r = rows + tl.cumsum(stays.to(tl.int32), 0) - 1
         slot = slots + tl.cumsum(overwrite.to(tl.int32), 0) - 1
         tl.store(kept + row + r, position.to(tl.int32), mask=stays)
-        tl.store(row_role + row + r, tl.where(overwrite, slot, TARGET), mask=stays)
+        tl.store(row_basis + row + r, tl.where(overwrite, slot, TARGET), mask=stays)
         tl.store(indices + row + r, first_token + position, mask=stays)
         tl.store(dropped + token + position - r - 1, position.to(tl.int32), mask=inside & ~stays)
         rows += tl.sum(stays.to(tl.int32), 0)

@@ -1,6 +1,6 @@
 """Launch M + 3: the target of every dropped token.
 
-    target_row[r] = arg max_t  x_r . x_t / ||x_t||     (scaling x_r changes no arg-max), ties to the earlier row
+    target[r] = arg max_t  x_r . x_t / ||x_t||     (scaling x_r changes no arg-max), ties to the earlier row
 
 Programs are (image, tile of BLOCK_R dropped tokens, share of the targets). A program multiplies its tile with BLOCK_T
 targets after BLOCK_T targets on the tensor cores and keeps the best of each row in registers: the [dropped, targets]
@@ -20,7 +20,8 @@ from .device import DROPPED_COUNT, FLT_MAX, TARGET, at, dot_rows, field, image_o
 from .s1_norms import Norms
 
 # Programs that fill the largest devices (132 to 304 multiprocessors). If dropped tokens make fewer tiles than this,
-# several programs share the targets of a tile. More than 8 would not shorten s5_assign, which must load its rows.
+# several programs share the targets of a tile. More than 8 would not shorten s5_assign, since each program must load
+# its dropped tokens.
 ENOUGH_PROGRAMS = 256
 MOST_SHARES = 8
 
@@ -31,9 +32,9 @@ def s5_assign(
     table,  # [images, FIELDS] int64
     norm_sq,  # [all_tokens] float32
     kept,  # [all rows] int32
-    row_role,  # [all rows] int32: only TARGET rows are compared
+    row_basis,  # [all rows] int32: only TARGET rows are compared
     dropped,  # [all_tokens] int32
-    target_key,  # [shares, all_tokens] int64, written: similarity and target row of every dropped token; -1: none
+    target_key,  # [shares, all_tokens] int64, written: similarity and target of every dropped token; -1: none
     stride_xn: tl.int64,
     all_tokens: tl.int64,
     tiles: tl.int32,  # of one image
@@ -59,14 +60,14 @@ def s5_assign(
         rows = at(x, base + n.to(tl.int64) * stride_xn, ALIGN)
         width = tl.where(dropped_count > 0, D, 0)
         similarity = tl.full((BLOCK_R,), float("-inf"), tl.float32)
-        target_row = tl.full((BLOCK_R,), -1, tl.int32)
+        target = tl.full((BLOCK_R,), -1, tl.int32)
         for t0 in range(share * BLOCK_T, keep, shares * BLOCK_T):
             t = t0 + tl.arange(0, BLOCK_T)
             is_row = t < keep
             m = tl.load(kept + row + t, mask=is_row, other=0)
             t_norm_sq = tl.load(norm_sq + token + m, mask=is_row, other=0.0)
-            role = tl.load(row_role + row + t, mask=is_row, other=-2)
-            is_target = is_row & (role == TARGET) & (t_norm_sq <= FLT_MAX)
+            t_row_basis = tl.load(row_basis + row + t, mask=is_row, other=-2)
+            is_target = is_row & (t_row_basis == TARGET) & (t_norm_sq <= FLT_MAX)
             columns = at(x, base + m.to(tl.int64) * stride_xn, ALIGN)
             product = dot_rows(rows, columns, finite, is_target, width, D, BLOCK_D)
             nonzero = t_norm_sq > 0
@@ -79,11 +80,11 @@ def s5_assign(
             here, which = tl.max(product, 1, return_indices=True, return_indices_tie_break_left=True)
             better = here > similarity  # at a tie the earlier target stays
             similarity = tl.where(better, here, similarity)
-            target_row = tl.where(better, (t0 + which).to(tl.int32), target_row)
-        merges = (target_row >= 0) & finite  # a token that is not finite is not merged
+            target = tl.where(better, (t0 + which).to(tl.int32), target)
+        merges = (target >= 0) & finite  # a token that is not finite is not merged
         bits = (similarity + 0.0).to(tl.int32, bitcast=True)  # -0 becomes +0
         order = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits).to(tl.int64) + 0x80000000  # unsigned and monotone
-        key = (order << 31) | (0x7FFFFFFF - target_row.to(tl.int64))
+        key = (order << 31) | (0x7FFFFFFF - target.to(tl.int64))
         tl.store(target_key + share * all_tokens + token + r, tl.where(merges, key, -1), mask=inside)
 
 

@@ -25,7 +25,7 @@ from .s1_norms import Extents
 
 @triton.jit
 def list_members(target_key, dropped, merged, token, c0, dropped_count, r, shares, all_tokens, CHUNK: tl.constexpr):
-    """Lists the dropped tokens with target row r among CHUNK tokens from c0 on. Returns their number, and where
+    """Lists the dropped tokens with target r among CHUNK tokens from c0 on. Returns their number, and where
     `merged` lists them, ascending."""
     c = tl.arange(0, CHUNK)
     inside = c0 + c < dropped_count
@@ -33,10 +33,10 @@ def list_members(target_key, dropped, merged, token, c0, dropped_count, r, share
     for share in range(1, shares):
         other = tl.load(target_key + share * all_tokens + token + c0 + c, mask=inside, other=-1)
         key = tl.maximum(key, other)
-    target_row = tl.where(key >= 0, 0x7FFFFFFF - (key & 0x7FFFFFFF), 0x7FFFFFFF)
-    mine = target_row == r
+    target = tl.where(key >= 0, 0x7FFFFFFF - (key & 0x7FFFFFFF), 0x7FFFFFFF)
+    mine = target == r
     here = tl.sum(mine.to(tl.int32), 0)
-    place = merged + token + c0 + tl.sum((target_row < r).to(tl.int32), 0)
+    place = merged + token + c0 + tl.sum((target < r).to(tl.int32), 0)
     if here > 0:
         n = tl.load(dropped + token + c0 + c, mask=mine, other=0)
         tl.store(place + tl.cumsum(mine.to(tl.int32), 0) - 1, n, mask=mine)
@@ -49,7 +49,7 @@ def s5_mean(
     x,
     table,  # [images, FIELDS] int64
     kept,  # [all rows] int32
-    row_role,  # [all rows] int32
+    row_basis,  # [all rows] int32
     dropped,  # [all_tokens] int32
     target_key,  # [shares, all_tokens] int64
     merged,  # [all_tokens] int32, scratch: positions of dropped tokens, grouped by row within a chunk
@@ -78,10 +78,10 @@ def s5_mean(
     filled = tl.where(tokens > 0, keep + appended, 0)
 
     if r < filled:
-        role = tl.load(row_role + row + r, mask=r < keep, other=0)
+        r_row_basis = tl.load(row_basis + row + r, mask=r < keep, other=0)
         position = tl.load(kept + row + r, mask=r < keep, other=0).to(tl.int64)
-        if (r >= keep) | (role >= 0):  # a basis token, appended or in place of a kept one
-            k = tl.where(r < keep, role, r - keep)
+        if (r >= keep) | (r_row_basis >= 0):  # a basis token, appended or in place of a kept one
+            k = tl.where(r < keep, r_row_basis, r - keep)
             p = tl.load(basis + s * M + k)
             p = tl.where(p >= 0, p, tl.maximum(tl.load(basis + s * M), 0))
             own = tl.load(at(x, base + p * stride_xn, ALIGN) + d, mask=d < D)
@@ -111,12 +111,12 @@ def s5_mean(
             own = tl.where(received > 0, mean, own)  # a row that receives no token is copied bit for bit
             tl.store(at(result, (row + r) * D, ALIGN) + d, own, mask=d < D)
 
-    # Blank rows: after this image's own, and before those of the first image.
+    # Unfilled rows: those after this image's own rows, and those before the rows of the first image.
     lead = tl.where(s == 0, row, 0)
     for i in range(r, lead + row_end - row - filled, rows_per_image):
-        blank = tl.where(i < lead, i, row + filled + i - lead)
-        tl.store(at(result, blank * D, ALIGN) + d, tl.zeros((BLOCK_D,), result.dtype.element_ty), mask=d < D)
-        tl.store(indices + blank, 0)
+        unfilled = tl.where(i < lead, i, row + filled + i - lead)
+        tl.store(at(result, unfilled * D, ALIGN) + d, tl.zeros((BLOCK_D,), result.dtype.element_ty), mask=d < D)
+        tl.store(indices + unfilled, 0)
 
 
 def launch(
@@ -130,7 +130,7 @@ def launch(
     extents: Extents,
     blend: float = 1.0,
 ) -> None:
-    """Adds the launch of s5_mean. It fills result [all rows, D], and indices [all rows] int64 of blank rows."""
+    """Adds the launch of s5_mean. It fills result [all rows, D], and indices [all rows] int64 of unfilled rows."""
     x, t = call.x, call.tiles
     rows_per_image = max(extents.max_keep + extents.appended, 1)
     args = {

@@ -5,9 +5,8 @@
 
 namespace apet::cpu {
 
-// Chunks per thread: enough that another thread can help, few enough that taking one costs nothing. Where these would
-// be longer than a quarter of a usual L2 cache there are more, up to what is cheap to count: what the cache still holds
-// of the last pass over X is then whole chunks, which are taken first (team.h).
+// Chunks per thread: enough for other threads to help, few enough that taking one is cheap. Chunks longer than
+// kChunkBytes are divided further, up to kMostChunksPerThread, so that a cache holds whole chunks of the last pass.
 constexpr int kChunksPerThread = 4;
 constexpr int kMostChunksPerThread = 64;
 constexpr int64_t kChunkBytes = 256 << 10;
@@ -40,7 +39,7 @@ void Walk::cut_stage() {
       chunks_ = panels() * columns();
       if ((stage_ == Stage::kPackPool || stage_ == Stage::kPackPicks) && image_.rounds.begin > 0) chunks_ += panels();
       break;
-    case Stage::kPoolGram: {  // of half of it, so that the first rows have more to do than the last
+    case Stage::kPoolGram: {  // only the upper triangle: the first rows are longer
       const int64_t groups = image_.rounds.pool_count / call_->kernels.dropped_group;
       chunks_ = std::clamp<int64_t>(groups, 1, threads * kChunksPerThread);
       break;
@@ -65,10 +64,10 @@ void Walk::cut_stage() {
   }
 }
 
-// An equal share per thread, in chunks of at most kChunkRows.
+// Returns the number of chunks of n rows: an equal share per thread, in chunks of at most kBlockRows rows.
 int64_t Walk::product_chunks(int64_t n) const {
   const int64_t threads = call_->threads;
-  return (n + kChunkRows * threads - 1) / (kChunkRows * threads) * threads;
+  return (n + kBlockRows * threads - 1) / (kBlockRows * threads) * threads;
 }
 
 int64_t Walk::token_chunks() const {

@@ -10,8 +10,8 @@
 //   p[0 .. P)   | sum 0 | sum 1 | sum 0 | ...  |    then added to R x P totals
 //
 // The rows of a group go block by block through all their basis tokens, out of L1. AVX-512 and NEON keep the sums of 4
-// rows x 3 basis tokens x 2 sums in their 32 registers, where loads no longer limit the products; AVX2 has 16, and 4 x 1
-// x 2.
+// rows x 3 basis tokens x 2 sums in their 32 registers, so that loads do not limit the products. AVX2 has 16 registers
+// and keeps the sums of 4 rows x 1 basis token x 2.
 //
 // Included by loops.h alone, inside the namespace of its instruction set.
 #pragma once
@@ -66,7 +66,8 @@ static inline void add_dots(const typename E::T* const* x, const typename E::T* 
   }
 }
 
-// norm[r] = x[r] . x[r] where Norms, and dot[j * kTile + r] = x[r] . p[j], of R rows and at most kTogether basis tokens.
+// Computes dot[j * kTile + r] = x[r] . p[j] of R rows and at most kTogether basis tokens, and if Norms
+// norm[r] = x[r] . x[r].
 template <class E, int R, bool Norms>
 static inline void dots(const typename E::T* const* x, const typename E::T* const* p, int count, int64_t dim,
                         double* norm, double* dot) {
@@ -103,11 +104,11 @@ struct Listed {
   int64_t operator[](int64_t i) const { return token[i]; }
 };
 
-// dots() for n <= kTile tokens from tokens[begin] on.
+// Calls dots() for n <= kTile tokens from tokens[begin] on.
 template <class E, bool Norms, class Tokens>
 static inline void tile_dots(const Input& in, Tokens tokens, int64_t begin, int64_t n, const typename E::T* const* p,
                              int count, double* norm, double* dot) {
-  constexpr int R = Norms && kRegisters < 32 ? kGroup / 2 : kGroup;  // two sums a row
+  constexpr int R = Norms && kRegisters < 32 ? kGroup / 2 : kGroup;  // with Norms a row has two sums
   const typename E::T* x[R];
   int64_t i = 0;
   for (; i + R <= n; i += R) {

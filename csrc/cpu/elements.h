@@ -1,12 +1,12 @@
-// Element policies: how rows of T are multiplied. unit() is 32 bits of a row as a factor of all lanes; kTiles:
+// Element policies: how rows of T are multiplied. unit() broadcasts 32 bits of a row to all lanes. If kTiles,
 // product_tiles.h multiplies in tiles instead.
 //
 // Included by dot.h alone, inside the namespace of its instruction set.
 #pragma once
 #include "vector.h"
 
-// Widened: each element becomes a float; one fma a product. N elements make a vector. A running sum takes kFold vectors
-// in dot.h, kChain products in product.h.
+// Widened: each element is converted to float, and a product is one fma. N elements make a vector. A running sum takes
+// kFold vectors in dot.h, kChain products in product.h.
 template <class T_>
 struct Widened {
   using T = T_;

@@ -1,4 +1,4 @@
-// One image on its way through the stages: a struct for what each stage fills. Names and shapes: docs/algorithm.md.
+// The state of one image: a struct for what each stage fills. Names and shapes: docs/algorithm.md.
 //
 // Arrays are in the workspace unless they are outputs; the structs hold pointers to them. A function that takes one of
 // these structs as const only reads its arrays.
@@ -38,7 +38,8 @@ struct Input {
 struct Scores {
   float* norm_sq;       // [N] ||x||^2
   float* pick_value;    // [N] the value that s1 maximises: dist_sq (fps) or resid_sq (qr)
-  float* resid_sq;      // [N] ||x||^2 - ||y||^2; s3 replaces it by e_sq, in place
+  float* resid_sq;      // [N] ||x||^2 - ||y||^2
+  float* e_sq;          // [N] the residual that s4 ranks by: the same memory as resid_sq, which s3 overwrites
   float* y;             // [M, N] L^-1 S x
   int32_t* steps_done;  // [N] how many basis tokens, from the first on, pick_value, resid_sq and y of a token include
   int32_t* candidates;  // [N] tokens that a step of s1 updates

@@ -1,4 +1,4 @@
-// AArch64: NEON is part of its baseline. Asked for by name, so that generic stays the portable code.
+// AArch64 with NEON (its baseline). A separate set, so that `generic` stays portable code.
 #define APET_ISA neon
 #define APET_NEON
 #include "loops.h"

@@ -12,8 +12,8 @@ namespace apet::cpu {
 
 // Tokens per tile: their dot products are buffered on the stack before pick_value, resid_sq and y are updated.
 constexpr int kTile = 64;
-// Dropped tokens per chunk of similarities: one pass over the packed targets (in L2 or L3) serves this many.
-constexpr int kChunkRows = 96;
+// Rows of a RowBlock (product.h), at most: one pass over the packed factors (in L2 or L3) serves this many tokens.
+constexpr int kBlockRows = 96;
 // Features per piece of pack() and mean(), so that threads can share wide rows too. 1 KB of bfloat16 is long enough to
 // stream.
 constexpr int kColumns = 512;
@@ -25,8 +25,8 @@ struct Kernels {
   int32_t dropped_group;  // dropped tokens that share each load of a target
   int32_t vector;         // float lanes of a vector: arrays over targets are padded to a multiple
   int32_t panel;          // factors of a packed panel
-  // The floats of Factors::packed for up to `factors` factors, and the bytes of scratch that a thread needs for a
-  // product, and for round() with a number of picks.
+  // packed_floats: the floats of Factors::packed for up to `factors` factors. scratch_bytes: the scratch that a thread
+  // needs for a product. round_scratch_bytes: what round() needs in addition, by its number of picks.
   size_t (*packed_floats)(int64_t factors, int64_t dim);
   size_t (*scratch_bytes)(int64_t dim);
   size_t (*round_scratch_bytes)(int64_t picks);
@@ -39,32 +39,37 @@ struct Kernels {
   Candidate (*sweep)(const Input&, const Basis&, Scores&, int64_t begin, int64_t end);
   // The same for candidates[begin .. end).
   Candidate (*sweep_candidates)(const Input&, const Basis&, Scores&, int64_t begin, int64_t end);
-  // s3: sweep(), then resid_sq becomes e_sq.
+  // s3: sweep(), then computes e_sq.
   void (*residual)(const Input&, const Basis&, Scores&, int64_t begin, int64_t end);
   // Packs features [d0, d1) of one panel of factors.
   void (*pack)(const Input&, const Rows&, const Factors&, int64_t panel, int64_t d0, int64_t d1);
-  // s1 in rounds. pack_y packs y of one panel of factors. The next function computes rows [begin, end) of the pool's
-  // residual Gram matrix; its factors are the pool. The last one updates tokens [begin, end) with the picks of a round,
-  // which are the factors.
+  // s1 in rounds.
+  // pack_y: packs y of one panel of factors.
   void (*pack_y)(const Factors&, Rounds&, int64_t panel);
+  // pool_gram: computes rows [begin, end) of the residual Gram matrix; the factors are the pool.
   void (*pool_gram)(const Input&, const Rows&, const Factors&, Rounds&, int64_t begin, int64_t end, void* scratch);
+  // round: updates tokens [begin, end); the factors are the picks.
   void (*round)(const Input&, const Rows&, const Factors&, Scores&, Rounds&, Centres&, int64_t begin, int64_t end,
                 void* scratch);
-  // s4, in this order: the products of tokens [begin, end), or of dropped[begin .. end), with the stale centres, which
-  // are the factors; the nearest centre of dropped[begin .. end); the means of clusters [begin, end); and the distances
-  // of merged[begin .. end) from these means.
+  // s4.
+  // add_all_products: computes the products of tokens [begin, end) with the stale centres, which are the factors.
   void (*add_all_products)(const Input&, const Rows&, const Factors&, Centres&, int64_t begin, int64_t end,
                            void* scratch);
+  // add_last_products: the same for dropped[begin .. end).
   void (*add_last_products)(const Input&, const Rows&, const Factors&, Centres&, const Merge&, int64_t begin,
                             int64_t end, void* scratch);
+  // nearest_centre: finds the nearest centre of dropped[begin .. end).
   void (*nearest_centre)(const Scores&, const Centres&, Merge&, int64_t begin, int64_t end);
+  // cluster_mean: computes features [d0, d1) of the means of clusters [begin, end).
   void (*cluster_mean)(const Input&, const Rows&, const Merge&, Centres&, int64_t begin, int64_t end, int64_t d0,
                        int64_t d1);
+  // mean_distance: computes the distances of merged[begin .. end) from these means.
   void (*mean_distance)(const Input&, const Rows&, const Merge&, Centres&, int64_t begin, int64_t end);
-  // s5: the target of dropped[begin .. end), from products with the factors, or from stored products.
+  // s5.
+  // assign, similar: find the target of dropped[begin .. end), from products with the factors, or from stored products.
   void (*assign)(const Input&, const Rows&, const Factors&, Merge&, int64_t begin, int64_t end, void* scratch);
   void (*similar)(const Centres&, Merge&, int64_t begin, int64_t end);
-  // s5: features [d0, d1) of rows [begin, end) of the result.
+  // mean: computes features [d0, d1) of rows [begin, end) of the result.
   void (*mean)(const Input&, const Rows&, const Merge&, int64_t begin, int64_t end, int64_t d0, int64_t d1);
 };
 
@@ -74,7 +79,8 @@ const Kernels* avx2_kernels(apet_dtype);
 const Kernels* avx512_kernels(apet_dtype);
 const Kernels* avx512_bf16_kernels(apet_dtype);  // for dtypes other than bfloat16 it is avx512's table
 const Kernels* amx_kernels(apet_dtype);          // for dtypes other than bfloat16 it is avx512's table
-bool tiles_are_right() noexcept;  // whether a product in tiles is what it has to be, where the processor and Linux allow tiles
+// Returns whether one AMX product is correct on this processor. Call only if the OS permits AMX.
+bool tiles_are_right() noexcept;
 const Kernels* neon_kernels(apet_dtype);
 const Kernels* neon_bf16_kernels(apet_dtype);  // for dtypes other than bfloat16 it is neon's table
 

@@ -36,8 +36,8 @@ inline Split split(const apet_problem& p, int32_t available) {
   Split best = {1, 1, serial, serial};
   for (int teams = 1; teams <= std::min<int64_t>(most, p.images); teams++) {
     const int threads = most / teams;
-    const double rounds = std::ceil((double)p.images / teams);
-    const double ns = rounds * (image / threads + (threads > 1 ? stages * kNsPerStage : 0));
+    const double waves = std::ceil((double)p.images / teams);
+    const double ns = waves * (image / threads + (threads > 1 ? stages * kNsPerStage : 0));
     if (ns < best.planned_ns) best = {teams, threads, serial, ns};
   }
   return best;

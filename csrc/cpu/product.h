@@ -8,15 +8,15 @@
 //   packed     | k = 0      |  | k = 0      |       | k = 0         |     k counts units of 32 bits:
 //   factors    | k = 1 ...  |  | k = 1 ...  |       | k = 1 ...     |     a float, or two bfloat16
 //              +------------+  +------------+       +---------------+
-//   MR rows ->   sums over k     of a chunk of 96 tokens, against all panels
+//   MR rows ->   sums over k     of a row block of 96 tokens, against all panels
 //
 // AVX-512 and NEON: 6 rows x 4 vectors = 24 sums + 4 panel vectors + 1 row value = 29 of 32 registers; AVX2: 6 x 2 = 12
-// + 2 + 1 of 16. A last panel of one vector takes twice as many rows, since six sums would wait for each other. k runs in
-// blocks of 1024 units, so that a panel's block (at most 256 KB) and the chunk's rows stay in L2.
+// + 2 + 1 of 16. A last panel of one vector takes twice as many rows, since six sums are too few to hide the latency of
+// fma. k runs in parts of 1024 units, so that a panel's part (at most 256 KB) and the rows of the block stay in L2.
 //
 // One instruction multiplies and adds a unit. Rows of other types are widened into scratch first. Sums in registers run
 // over kChain products and are then added up in `tile`: one sum over all k would be off by several times as much as
-// torch.mm where products have one sign (docs/algorithm.md, "Rounding"). Both run over k in order, so neither chunk,
+// torch.mm where products have one sign (docs/algorithm.md, "Rounding"). Both run over k in order, so neither block,
 // panel nor place in them changes a bit, and x.t = t.x.
 //
 // Included by loops.h alone, inside the namespace of its instruction set.
@@ -32,7 +32,7 @@ constexpr int MR = 4, NV = 2;
 #endif
 constexpr int NR = NV * W;
 constexpr int rows_of(int vectors) { return vectors == 1 ? 2 * MR : MR; }
-constexpr int64_t kBlockUnits = 1024;
+constexpr int64_t kPartUnits = 1024;
 // Widened rows per thread: at most this much, so that they stay in L2 too.
 constexpr int64_t kWidenedBytes = 512 << 10;
 
@@ -40,7 +40,7 @@ template <class E>
 static inline int64_t units(int64_t dim) {
   return (dim * W + E::N - 1) / E::N;  // E::N elements make W units
 }
-// The rows that share each load of a factor.
+// Rows that share each load of a factor.
 template <class E>
 constexpr int kRowGroup = E::kTiles ? 32 : MR;
 // The bytes of a row in scratch: widened, or copied, completed to whole rows of a tile (64 bytes).
@@ -49,10 +49,10 @@ static inline int64_t scratch_row_bytes(int64_t dim) {
   return E::kTiles ? (dim * 2 + 63) / 64 * 64 : dim * 4;
 }
 template <class E>
-static inline int64_t chunk_rows(int64_t dim) {
-  if (E::kInPlace) return kChunkRows;
+static inline int64_t block_rows(int64_t dim) {
+  if (E::kInPlace) return kBlockRows;
   const int64_t fit = kWidenedBytes / scratch_row_bytes<E>(dim) / kRowGroup<E> * kRowGroup<E>;
-  return fit < kRowGroup<E> ? kRowGroup<E> : smaller(fit, kChunkRows);
+  return fit < kRowGroup<E> ? kRowGroup<E> : smaller(fit, kBlockRows);
 }
 static inline int64_t padded(int64_t factors) { return (factors + W - 1) / W * W; }
 
@@ -77,7 +77,7 @@ static size_t packed_floats(int64_t factors, int64_t dim) {
 }
 template <class E>
 static size_t scratch_bytes(int64_t dim) {
-  return E::kInPlace ? 0 : (size_t)(chunk_rows<E>(dim) * scratch_row_bytes<E>(dim));
+  return E::kInPlace ? 0 : (size_t)(block_rows<E>(dim) * scratch_row_bytes<E>(dim));
 }
 
 // Packs features [d0, d1) of the rows row(t), t0 <= t < count, as one panel of `width`; d0 is a multiple of E::N.
@@ -112,7 +112,7 @@ template <class E, int Vectors>
 static inline void multiply(const char* const* rows, const float* panel, int64_t count, float* tile, bool first) {
   constexpr int R = rows_of(Vectors);
   constexpr int64_t kUnits = E::kChain * W / E::N;
-  static_assert(kBlockUnits % kUnits == 0, "a block is whole chains");
+  static_assert(kPartUnits % kUnits == 0, "a part is whole chains");
   for (int64_t k = 0; k < count;) {
     const int64_t end = smaller(count, k + kUnits);
     V acc[R][Vectors] = {};
@@ -141,13 +141,13 @@ static inline void multiply(const char* const* rows, const float* panel, int64_t
   }
 }
 
-// The rows of up to kChunkRows tokens, as units, and their products with one panel.
-struct Chunk {
+// The rows of up to kBlockRows tokens, as units, and their products with one panel.
+struct RowBlock {
   int64_t count;
-  const char* rows[kChunkRows];
-  float last[kChunkRows];  // of odd D: the last bfloat16 and a zero
-  float tile[kChunkRows * NR];
-  static_assert(kChunkRows % (2 * MR) == 0, "the tile has room for the last, incomplete rows of a chunk");
+  const char* rows[kBlockRows];
+  float last[kBlockRows];  // of odd D: the last bfloat16 and a zero
+  float tile[kBlockRows * NR];
+  static_assert(kBlockRows % (2 * MR) == 0, "the tile has room for the last, incomplete rows of a block");
 };
 
 #if defined(APET_TILES)
@@ -156,55 +156,55 @@ struct Chunk {
 
 // Collects the rows of tokens[begin .. begin + count), widened into scratch if the dtype requires it.
 template <class E, class Tokens>
-static inline void load_chunk(const Input& in, Tokens tokens, int64_t begin, int64_t count, void* scratch,
-                              Chunk& chunk) {
+static inline void load_block(const Input& in, Tokens tokens, int64_t begin, int64_t count, void* scratch,
+                              RowBlock& block) {
   using T = typename E::T;
-  chunk.count = count;
+  block.count = count;
 #if defined(APET_TILES)
-  if (E::kTiles) return copy_rows<T>(in, tokens, begin, count, static_cast<char*>(scratch), chunk);
+  if (E::kTiles) return copy_rows<T>(in, tokens, begin, count, static_cast<char*>(scratch), block);
 #endif
   for (int64_t i = 0; i < count; i++) {
     const T* x = row<T>(in, tokens[begin + i]);
-    chunk.rows[i] = reinterpret_cast<const char*>(x);
+    block.rows[i] = reinterpret_cast<const char*>(x);
     if (E::N > W && in.dim % 2) {
-      chunk.last[i] = 0;
-      __builtin_memcpy(chunk.last + i, x + in.dim - 1, sizeof(T));
+      block.last[i] = 0;
+      __builtin_memcpy(block.last + i, x + in.dim - 1, sizeof(T));
     }
     if (!E::kInPlace) {
       float* wide = static_cast<float*>(scratch) + i * in.dim;
       int64_t d = 0;
       for (; d + W <= in.dim; d += W) store(wide + d, load(x + d));
       if (d < in.dim) store_n(wide + d, load_n(x + d, in.dim - d), in.dim - d);
-      chunk.rows[i] = reinterpret_cast<const char*>(wide);
+      block.rows[i] = reinterpret_cast<const char*>(wide);
     }
   }
 }
 
 template <class E, int Vectors>
-static inline void multiply_in_vectors(const Input& in, Chunk& chunk, const float* panel) {
+static inline void multiply_in_vectors(const Input& in, RowBlock& block, const float* panel) {
   constexpr int R = rows_of(Vectors);
   const int64_t whole = in.dim / (E::N / W);  // units that are complete in a row
   const char* a[R];
-  for (int64_t k = 0; k < whole; k += kBlockUnits)
-    for (int64_t i = 0; i < chunk.count; i += R) {
-      for (int r = 0; r < R; r++) a[r] = chunk.rows[smaller(i + r, chunk.count - 1)] + 4 * k;
-      multiply<E, Vectors>(a, panel + k * Vectors * W, smaller(kBlockUnits, whole - k), chunk.tile + i * NR, k == 0);
+  for (int64_t k = 0; k < whole; k += kPartUnits)
+    for (int64_t i = 0; i < block.count; i += R) {
+      for (int r = 0; r < R; r++) a[r] = block.rows[smaller(i + r, block.count - 1)] + 4 * k;
+      multiply<E, Vectors>(a, panel + k * Vectors * W, smaller(kPartUnits, whole - k), block.tile + i * NR, k == 0);
     }
   if (units<E>(in.dim) > whole)
-    for (int64_t i = 0; i < chunk.count; i += R) {
-      for (int r = 0; r < R; r++) a[r] = reinterpret_cast<const char*>(chunk.last + smaller(i + r, chunk.count - 1));
-      multiply<E, Vectors>(a, panel + whole * Vectors * W, 1, chunk.tile + i * NR, whole == 0);
+    for (int64_t i = 0; i < block.count; i += R) {
+      for (int r = 0; r < R; r++) a[r] = reinterpret_cast<const char*>(block.last + smaller(i + r, block.count - 1));
+      multiply<E, Vectors>(a, panel + whole * Vectors * W, 1, block.tile + i * NR, whole == 0);
     }
 }
 
-// tile = the chunk x one panel of `Vectors` vectors.
+// tile = the block x one panel of `Vectors` vectors.
 template <class E, int Vectors>
-static inline void multiply_panel(const Input& in, Chunk& chunk, const float* panel) {
+static inline void multiply_panel(const Input& in, RowBlock& block, const float* panel) {
 #if defined(APET_TILES)
-  if constexpr (E::kTiles) multiply_in_tiles<E, Vectors>(in, chunk, panel);
+  if constexpr (E::kTiles) multiply_in_tiles<E, Vectors>(in, block, panel);
   else
 #endif
-    multiply_in_vectors<E, Vectors>(in, chunk, panel);
+    multiply_in_vectors<E, Vectors>(in, block, panel);
 }
 
 template <int Vectors_>

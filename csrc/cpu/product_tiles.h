@@ -1,14 +1,14 @@
-// The products of product.h in tiles of AMX: the rows of a chunk x one panel, 32 rows x 32 factors at a time.
+// The products of product.h in tiles of AMX: a row block x one panel, 32 rows x 32 factors at a time.
 //
 //              +- 16 factors -+- 16 factors -+
 //   B          | tile 6       | tile 7       |     16 units of the packed panel, as they lie there
 //              +--------------+--------------+
-//   A 16 rows  | tile 0       | tile 1       |     A: tiles 4 and 5, 16 units of rows that load_chunk() has copied
+//   A 16 rows  | tile 0       | tile 1       |     A: tiles 4 and 5, 16 units of rows that load_block() has copied
 //     16 rows  | tile 2       | tile 3       |        one after the other, zeros behind their ends
 //              +--------------+--------------+
 //
-// Sums in tiles 0 to 3 run over E::kChain products and are then added up in Chunk::tile: a chain is 16 sums of 32
-// products (tiles.h). Its part of a panel (32 KB for 32 factors) stays in L1 for all rows of the chunk.
+// Sums in tiles 0 to 3 run over E::kChain products and are then added up in RowBlock::tile: a chain is 16 sums of 32
+// products (tiles.h). Its part of a panel (32 KB for 32 factors) stays in L1 for all rows of the block.
 //
 // Included by product.h alone, inside the namespace of its instruction set.
 #pragma once
@@ -17,10 +17,10 @@
 // Copies the rows of tokens[begin .. begin + count) to scratch, and completes the last tile of rows with zeros.
 template <class T, class Tokens>
 static inline void copy_rows(const Input& in, Tokens tokens, int64_t begin, int64_t count, char* scratch,
-                             Chunk& chunk) {
+                             RowBlock& block) {
   const int64_t bytes = scratch_row_bytes<Bf16Tiles>(in.dim), used = in.dim * (int64_t)sizeof(T);
   for (int64_t i = 0; i < count; i++) {
-    chunk.rows[i] = scratch + i * bytes;
+    block.rows[i] = scratch + i * bytes;
     __builtin_memcpy(scratch + i * bytes, row<T>(in, tokens[begin + i]), used);
     __builtin_memset(scratch + i * bytes + used, 0, bytes - used);
   }
@@ -74,21 +74,21 @@ static inline void multiply_block(Tiles& tiles, const char* rows, int64_t row_by
         }
 }
 
-// Chunk::tile = the copied rows of the chunk x one panel of `Vectors` vectors.
+// RowBlock::tile = the copied rows of the block x one panel of `Vectors` vectors.
 template <class E, int Vectors>
-static inline void multiply_in_tiles(const Input& in, Chunk& chunk, const float* panel) {
+static inline void multiply_in_tiles(const Input& in, RowBlock& block, const float* panel) {
   constexpr int Width = Vectors * W, Columns = W;
   constexpr int64_t kUnits = E::kChain * W / E::N;
   static_assert(kUnits % kTilePairs == 0, "a chain is whole tiles");
   const int64_t bytes = scratch_row_bytes<E>(in.dim), count = units<E>(in.dim);
-  const int64_t row_tiles = (chunk.count + kTileRows - 1) / kTileRows;
+  const int64_t row_tiles = (block.count + kTileRows - 1) / kTileRows;
   Tiles tiles(Columns);
   for (int64_t k = 0; k < count; k += kUnits)
     for (int t = 0; t < Width; t += 2 * Columns)
       for (int64_t i = 0; i < row_tiles; i += 2) {
-        const char* rows = chunk.rows[0] + i * kTileRows * bytes + 4 * k;
+        const char* rows = block.rows[0] + i * kTileRows * bytes + 4 * k;
         const float* factors = panel + k * Width + t;
-        float* sums = chunk.tile + i * kTileRows * NR + t;
+        float* sums = block.tile + i * kTileRows * NR + t;
         const int64_t n = smaller(kUnits, count - k);
         const bool two_rows = i + 1 < row_tiles, two_columns = t + Columns < Width;
         if (two_rows && two_columns) multiply_block<2, 2, Columns>(tiles, rows, bytes, factors, Width, n, sums, k == 0);

@@ -24,12 +24,12 @@ void read_extents(const Call& call, Extent* extents) {
   const apet_problem& p = call.problem;
   const int64_t extra = appended(p), row_bytes = p.dim * element_size(p);
   char* tokens = static_cast<char*>(call.tensors.tokens);
-  const auto next = [](Span span, const int32_t* cu, int64_t s, int64_t total) {
+  const auto running_extent = [](Span span, const int32_t* cu, int64_t s, int64_t total) {
     const int64_t begin = std::clamp<int64_t>(cu[s], span.end, total);
     return Span{begin, std::clamp<int64_t>(cu[s + 1], begin, total)};
   };
-  int64_t filled = 0;  // rows before this one are
-  const auto blank_until = [&](int64_t end) {
+  int64_t filled = 0;  // all rows before this one are filled
+  const auto zero_unfilled_rows = [&](int64_t end) {
     if (end <= filled) return;
     std::memset(tokens + filled * row_bytes, 0, (end - filled) * row_bytes);
     std::fill(call.tensors.indices + filled, call.tensors.indices + end, int64_t{0});
@@ -37,15 +37,15 @@ void read_extents(const Call& call, Extent* extents) {
   };
   Span token = {0, 0}, row = {0, 0};
   for (int64_t s = 0; s < p.images; s++) {
-    token = next(token, call.tensors.cu_seqlens, s, p.total_tokens);
-    row = next(row, call.tensors.cu_keep, s, p.total_keep);
+    token = running_extent(token, call.tensors.cu_seqlens, s, p.total_tokens);
+    row = running_extent(row, call.tensors.cu_keep, s, p.total_keep);
     const int64_t n = std::min(token.end - token.begin, p.tokens), keep = std::min({row.end - row.begin, p.keep, n});
     extents[s] = {token.begin, n, row.begin + s * extra, keep};
-    blank_until(extents[s].row);
+    zero_unfilled_rows(extents[s].row);
     if (n > 0) filled += keep + extra;
-    blank_until(row.end + (s + 1) * extra);
+    zero_unfilled_rows(row.end + (s + 1) * extra);
   }
-  blank_until(p.total_keep + p.images * extra);
+  zero_unfilled_rows(p.total_keep + p.images * extra);
 }
 
 size_t workspace_bytes(const apet_problem& p, const Kernels& kernels, const Split& s) {

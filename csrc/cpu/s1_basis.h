@@ -10,8 +10,8 @@
 
 namespace apet::cpu {
 
-// Tokens that a step updates first: two groups of the sweep, so that two threads have work. Simulated, 16 cost more
-// reads on every input tried, and 4 more on random ones.
+// Tokens that a step updates first: two groups of the sweep, so that two threads have work. In simulation, 16 leaders
+// cost more reads on every input tried, and 4 did on random ones.
 constexpr int kLeaders = 8;
 // Up to this many contenders are all updated, since excluding some of them would cost another stage.
 constexpr int kFew = 32;

@@ -21,15 +21,15 @@ static void list_pool(const Input& in, const Scores& scores, int64_t start, Roun
   rounds.begin += rounds.size;
   rounds.size = (int32_t)((t + 1) * basis / kRounds - t * basis / kRounds);
   rounds.first = t == 0 && start >= 0 && finite(scores, start) ? (int32_t)start : -1;
-  int64_t open = 0;
+  int64_t open_count = 0;
   for (int32_t i = 0; i < in.tokens; i++) {
     const float value = scores.pick_value[i] > 0 ? scores.pick_value[i] : 0;
     std::memcpy(rank + i, &value, sizeof value);
     if (i == rounds.first) rank[i] = UINT32_MAX;
-    open += rank[i] > 0;
+    open_count += rank[i] > 0;
   }
   rounds.pool_count = 0;
-  const int64_t wanted = std::min(kPool * rounds.size, open);
+  const int64_t wanted = std::min(kPool * rounds.size, open_count);
   if (wanted == 0) {
     rounds.size = 0;
     return;
@@ -85,12 +85,12 @@ static void pick_round(const Input& in, Scores& scores, Rounds& rounds) {
   }
 }
 
-// s3 of a basis that was picked in rounds: resid_sq becomes the value that s4 ranks by, without the ridge penalty.
+// s3 of a basis that was picked in rounds: computes e_sq from resid_sq, without the ridge penalty.
 static void rank_by_residual(const Input& in, Scores& scores) {
   const float rounding = 4.0f * (float)in.max_basis * 0x1p-24f;
   for (int32_t i = 0; i < in.tokens; i++) {
     const float value = scores.resid_sq[i] > rounding * scores.norm_sq[i] ? scores.resid_sq[i] : 0.0f;
-    scores.resid_sq[i] = finite(scores, i) ? value : __builtin_inff();
+    scores.e_sq[i] = finite(scores, i) ? value : __builtin_inff();
   }
 }
 

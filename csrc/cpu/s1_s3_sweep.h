@@ -62,8 +62,8 @@ static inline void add_step(const Input& in, const Basis& basis, Scores& s, int3
     const int64_t t = tokens[begin + i];
     y[i] *= basis.inv_diag[k];
     y_k[t] = (float)y[i];
-    const float less = (float)(s.resid_sq[t] - y[i] * y[i]);
-    s.resid_sq[t] = s.steps_done[t] > k ? s.resid_sq[t] : less;  // a tile starts at the oldest state of its tokens
+    const float reduced = (float)(s.resid_sq[t] - y[i] * y[i]);
+    s.resid_sq[t] = s.steps_done[t] > k ? s.resid_sq[t] : reduced;  // a tile starts at the oldest state of its tokens
   }
   if (in.select == APET_FPS)
     for (int64_t i = 0; i < n; i++) {

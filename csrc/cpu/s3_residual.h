@@ -30,7 +30,7 @@ static void residual(const Input& in, const Basis& basis, Scores& s, int64_t beg
     for (int64_t i = 0; i < n; i++) {
       const float norm_sq = s.norm_sq[t + i], e_sq = (float)(s.resid_sq[t + i] - in.ridge * w_sq[i]);
       const float rounded = e_sq > rounding * norm_sq ? e_sq : 0.0f;
-      s.resid_sq[t + i] = norm_sq <= __FLT_MAX__ ? rounded : __builtin_inff();
+      s.e_sq[t + i] = norm_sq <= __FLT_MAX__ ? rounded : __builtin_inff();
     }
   }
 }

@@ -72,15 +72,16 @@ static void begin_centres(const Input& in, const Scores& scores, const Rows& row
 // Marks the clusters whose tokens differ from those of the last step, given the targets of the dropped tokens.
 static void note_regrouped(const Merge& merge, Centres& centres) {
   std::fill_n(centres.regrouped, centres.count, uint8_t{0});
-  const auto put = [&](int32_t token, int32_t c) {
+  const auto assign_cluster = [&](int32_t token, int32_t c) {
     const int32_t before = centres.cluster[token];
     if (before == c) return;
     centres.regrouped[c] = 1;
     if (before >= 0) centres.regrouped[before] = 1;
     centres.cluster[token] = c;
   };
-  for (int32_t i = 0; i < merge.dropped_count; i++) put(merge.dropped[i], centres.target_column[merge.target[i]]);
-  for (int32_t c = 0; c < centres.count; c++) put(centres.token[c], c);
+  for (int32_t i = 0; i < merge.dropped_count; i++)
+    assign_cluster(merge.dropped[i], centres.target_column[merge.target[i]]);
+  for (int32_t c = 0; c < centres.count; c++) assign_cluster(centres.token[c], c);
 }
 
 // Returns the token of row r's cluster that is nearest to its mean, ties to the lower position. In a cluster of two

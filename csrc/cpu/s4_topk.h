@@ -12,7 +12,7 @@
 
 namespace apet::cpu {
 
-// The tokens above a cut: every larger rank, and the first `ties` of those that equal it.
+// Takes every token of larger rank, and the first `ties` of those that equal it.
 struct Cut {
   uint32_t rank;
   int64_t ties;
@@ -55,13 +55,13 @@ static void choose_rows(const Input& in, const Scores& scores, const int32_t* ba
   const int64_t n = in.tokens, k = in.keep;
   if (k == 0) return;
   uint32_t* rank = reinterpret_cast<uint32_t*>(merge.merged);  // scratch
-  std::memcpy(rank, scores.resid_sq, n * sizeof(float));       // e_sq
-  const int32_t placed = std::min(basis_size, in.keep);        // basis tokens that get a row
+  std::memcpy(rank, scores.e_sq, n * sizeof(float));
+  const int32_t placed = std::min(basis_size, in.keep);  // basis tokens that get a row
   if (layout == APET_INPLACE)
     for (int32_t j = 0; j < placed; j++) rank[basis[j]] = UINT32_MAX;
   const int64_t overwritten = layout == APET_OVERWRITE ? placed : 0;  // the lowest of the kept tokens
   Cut kept = cut_at(rank, n, k);
-  Cut intact = k > overwritten ? cut_at(rank, n, k - overwritten) : Cut{UINT32_MAX, 0};
+  Cut unreplaced = k > overwritten ? cut_at(rank, n, k - overwritten) : Cut{UINT32_MAX, 0};
   int32_t r = 0, j = 0;
   for (int32_t i = 0; i < n; i++) {
     if (!kept.takes(rank[i])) {
@@ -69,7 +69,7 @@ static void choose_rows(const Input& in, const Scores& scores, const int32_t* ba
       continue;
     }
     rows.indices[r] = rows.first_token + i;
-    if (overwritten == 0 || intact.takes(rank[i])) {
+    if (overwritten == 0 || unreplaced.takes(rank[i])) {
       set_row(rows, r, i);
       if (finite(scores, i)) add_target(merge, r, i, scores.norm_sq[i]);
     } else {

@@ -6,9 +6,9 @@
 // (nested parallelism, a busy machine), that one does all the work, and threads that start late find it done.
 //
 //   slot 0 | chunks 0 1 2 3      A thread starts with the chunks of its own slot, then takes from the other slots. The
-//   slot 1 | chunks 4 5 6 7      chunks of a slot cover the same tokens at every pass, so that they stay in the cache of
-//                                one thread; passes run in alternating direction, so that what a cache still holds of
-//                                the last pass is read first.
+//   slot 1 | chunks 4 5 6 7      chunks of a slot cover the same tokens at every pass, so that one thread's cache holds
+//                                them; passes run in alternating direction, so that what a cache still holds of the
+//                                last pass is read first.
 #pragma once
 #include <atomic>
 #include <cstdint>
@@ -54,10 +54,10 @@ class Team {
     stage_.store(stage, std::memory_order_release);
   }
 
-  // Takes chunks of the slot `owner`. A slot's counter holds the stage beside the number of its chunks that are taken: a
-  // thread that is still in an earlier stage fails the exchange and takes nothing. (chunks_ has one entry for even and
-  // one for odd stages: while a thread may still read one at stage s, stage s + 1 writes the other, and when s + 2
-  // writes this one the counters have moved on.)
+  // Takes chunks of the slot `owner`. A slot's counter holds the stage beside the number of its chunks that are taken,
+  // so the exchange of a thread that is still in an earlier stage fails, and it takes nothing. (chunks_ has one entry
+  // for even and one for odd stages: while a thread may still read one at stage s, stage s + 1 writes the other, and
+  // when s + 2 writes this one the counters have moved on.)
   void take_chunks(uint32_t stage, int slot, int owner) {
     std::atomic<uint64_t>& counter = taken_[owner].count;
     uint64_t taken = counter.load(std::memory_order_acquire);

@@ -15,8 +15,9 @@ constexpr int kTilePairs = 16;  // of bfloat16 in a row of A, and rows of B
 
 #if !defined(APET_TILE_TWIN)
 
-// The registers of the calling thread. Other code, such as torch's, may use them before and after. Instructions as text:
-// the compilers' own functions take no template parameter for a register, and GCC's do not say that they read memory.
+// The registers of the calling thread. Other code, such as torch's, may use them before and after. The instructions are
+// written as text, because the compilers' intrinsics take no template parameter for a register, and GCC's do not
+// declare that they read memory.
 class Tiles {
  public:
   explicit Tiles(int columns) {

@@ -1,4 +1,4 @@
-// The vector vocabulary of one instruction set: V holds W floats, I holds W int32.
+// The vector types and operations of one instruction set: V holds W floats, I holds W int32.
 //
 // Included inside the namespace of its instruction set. Arithmetic is written with operators; sums of products use
 // fma(), so that rounding does not depend on the compiler (contraction is off). Everything is static, so that the
@@ -41,7 +41,7 @@ static inline V splat(float a) {
   return V{a, a, a, a};
 #endif
 }
-// The 32 bits at p in every lane; p need not be aligned.
+// Returns the 32 bits at p in every lane; p need not be aligned.
 static inline V splat_at(const char* p) {
   float a;
   __builtin_memcpy(&a, p, 4);
@@ -49,7 +49,7 @@ static inline V splat_at(const char* p) {
 }
 static inline V load(const float* p) { return *reinterpret_cast<const VU*>(p); }
 static inline void store(float* p, V v) { *reinterpret_cast<VU*>(p) = v; }
-// v, held in a register: GCC would rather load a value again for each of its products.
+// Forces v into a register; otherwise GCC reloads it for each product.
 static inline V in_register(V v) {
 #if defined(__AVX512F__)
   asm("" : "+v"(v));
@@ -193,7 +193,7 @@ static inline void store(BFloat16* p, V v) {  // all lanes at once: the compiler
   __builtin_memcpy(p, &half, sizeof half);
 }
 
-// The first n < W elements, zeros after them, and back. Nothing past p[n - 1] is touched.
+// Load and store the first n < W elements; a load fills up with zeros. Nothing past p[n - 1] is touched.
 template <class T>
 static inline V load_n(const T* p, int64_t n) {
   T full[W] = {};

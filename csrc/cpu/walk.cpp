@@ -1,4 +1,4 @@
-// The order of the stages.
+// The order of the stages of an image.
 //
 //   norms ---> sweep ---> leaders -> contenders ---> residual ---> pack ---> assign ---> mean      compress
 //                         \_ for each basis token _/
@@ -120,7 +120,7 @@ Stage Walk::next_image() {
     rows.count = p.op == APET_SCORE ? 0 : (int32_t)(e.keep + extra);
     rows.first_token = e.token;
     rows.indices = p.op == APET_COMPRESS ? call_->tensors.indices + e.row : nullptr;
-    if (p.op == APET_SCORE) image_.scores.resid_sq = call_->tensors.residual + index_ * p.tokens;
+    if (p.op == APET_SCORE) image_.scores.resid_sq = image_.scores.e_sq = call_->tensors.residual + index_ * p.tokens;
     else rows.out = static_cast<char*>(call_->tensors.tokens) + e.row * p.dim * element;
   } while (image_.input.tokens == 0 || (rows.count == 0 && p.op != APET_SCORE));  // ragged only
   image_.scores.has_norms = false;

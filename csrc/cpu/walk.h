@@ -1,4 +1,4 @@
-// One team's walk through its images, stage by stage.
+// The sequence of stages that one team of threads runs for each of its images.
 #pragma once
 #include <atomic>
 
@@ -44,7 +44,7 @@ enum class Stage {
   kDone,
 };
 
-// A Program of Team.
+// The program of a Team (team.h).
 class Walk {
  public:
   Walk(Call* call, Carver& carver);
@@ -56,7 +56,7 @@ class Walk {
   // Opens the first stage, or the one after a stage whose chunks are all done. False: no image is left.
   bool advance();
 
-  // One chunk of the stage, with the scratch memory of `slot`.
+  // Runs one chunk of the stage, with the scratch memory of `slot`.
   void run(int64_t chunk, int slot);
 
  private:

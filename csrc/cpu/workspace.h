@@ -24,7 +24,7 @@ class Carver {
   size_t used_ = 0;
 };
 
-// Returns whether an image that keeps so many tokens has its basis picked in rounds.
+// Returns whether an image that keeps `keep` tokens has its basis picked in rounds.
 inline bool picks_in_rounds(const apet_problem& p, int64_t keep) {
   return p.op == APET_COMPRESS && in_rounds(p) && basis_of(p, keep) > kFewPicks;
 }
@@ -74,7 +74,7 @@ inline void take_arrays(const apet_problem& p, const Kernels& kernels, Carver& c
   Scores& scores = image.scores;
   scores.norm_sq = carver.take<float>(n);
   scores.pick_value = carver.take<float>(n);
-  scores.resid_sq = p.op == APET_SCORE ? nullptr : carver.take<float>(n);
+  scores.resid_sq = scores.e_sq = p.op == APET_SCORE ? nullptr : carver.take<float>(n);
   scores.y = carver.take<float>(!picks ? 0 : n * (in_rounds(p) ? std::min<int64_t>(kFewPicks, p.keep) : p.basis));
   scores.steps_done = carver.take<int32_t>(n);
   scores.candidates = carver.take<int32_t>(picks ? n : 0);

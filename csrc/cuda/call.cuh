@@ -73,8 +73,8 @@ struct Call {
   int32_t mean_tickets;         // s5_merge: tickets of an image that compute rows of the result
   // the workspace
   Image* table;  // [images]
-  int32_t*
-      slice_begin;     // [images][ctas_per_image + 1] where each slice's tokens start in `dropped`; s1_s5_cluster only
+  // [images][ctas_per_image + 1] where each slice's tokens start in `dropped`; s1_s5_cluster only
+  int32_t* slice_begin;
   float* norm_sq;      // [all tokens]
   float* state;        // [all tokens][3 + M], unless state_shared
   uint32_t* rank;      // [all tokens]
@@ -114,8 +114,8 @@ __device__ __forceinline__ Key warp_largest(Key key) {
   return key;
 }
 
-// Running maxima of cu[0..s] and cu[0..s + 1], clamped into [0, limit]: images never overlap, whatever cu holds. All
-// lanes of a warp must call it, and get the same result.
+// Returns the running maxima of cu[0..s] and cu[0..s + 1], clamped into [0, limit]: images never overlap, whatever cu
+// holds. All lanes of a warp must call it, and get the same result.
 __device__ inline void running_extent(const int32_t* cu, int s, int64_t limit, int64_t& begin, int64_t& end) {
   int32_t lower = 0, upper = 0;
   for (int64_t j = threadIdx.x % 32; j <= (int64_t)s + 1; j += 32) {
@@ -131,7 +131,7 @@ __device__ inline void running_extent(const int32_t* cu, int s, int64_t limit, i
   end = min((int64_t)upper, limit);
 }
 
-// Image s of the call, without what s4 counts.
+// Returns image s of the call, without the counts that s4 writes.
 __device__ inline Image find_image(const Call& call, int s) {
   Image image = {};
   if (call.ragged) {

@@ -20,10 +20,10 @@ struct Device {
   int merge_ctas[2];                    // CTAs of each of Kernels::s5_merge; 0: none
 };
 
-// The current device, queried once per process, device and dtype.
+// Returns the current device, queried once per process, device and dtype.
 apet_status current_device(apet_dtype dtype, const Device*& device);
 
-// Whether a call of the runtime succeeded. If not, apet_cuda_error() has the message.
+// Returns whether a call of the runtime succeeded. If not, apet_cuda_error() has the message.
 bool succeeded(cudaError_t result);
 #define APET_TRY(call) \
   if (!succeeded(call)) return APET_CUDA_FAILED

@@ -30,7 +30,7 @@ __device__ __forceinline__ void narrow(float& out, float v) { out = v; }
 __device__ __forceinline__ void narrow(__half& out, float v) { out = __float2half_rn(v); }
 __device__ __forceinline__ void narrow(__nv_bfloat16& out, float v) { out = __float2bfloat16_rn(v); }
 
-// Chunk k of a row of dim elements, zeros past its end. whole: the row consists of whole aligned chunks.
+// Loads chunk k of a row of dim elements; zeros past its end. whole: the row consists of whole aligned chunks.
 template <class T>
 __device__ __forceinline__ Chunk<T> load_chunk(const T* row, int64_t k, int dim, bool whole) {
   if (whole) return reinterpret_cast<const Chunk<T>*>(row)[k];
@@ -60,8 +60,8 @@ __host__ __device__ constexpr int chunks_of(int64_t dim) {
 // Rows that a warp takes at once: each chunk of p is widened once for all of them.
 constexpr int kRows = 4;
 
-// For rows of at most one chunk per lane: basis tokens come close to spanning all D dimensions, and small pivots amplify
-// every rounding error. So few products may cost more (wide.cuh).
+// For rows of at most one chunk per lane: basis tokens may almost span so few features, and small pivots amplify every
+// rounding error. So the few products are summed in Wide, which costs more (wide.cuh).
 template <class T, bool kSelf, bool kWhole>
 __device__ __forceinline__ void narrow_dots(const T* const (&row)[kRows], const T* p, bool p_whole, int dim,
                                             float (&sum)[kRows]) {
@@ -80,7 +80,7 @@ __device__ __forceinline__ void narrow_dots(const T* const (&row)[kRows], const 
   }
 }
 
-// sum[r] = row[r] . p, in every lane; kSelf: row[r] . row[r].
+// Computes sum[r] = row[r] . p, in every lane; kSelf: row[r] . row[r].
 template <class T, bool kSelf, bool kWhole>
 __device__ __forceinline__ void dots(const T* const (&row)[kRows], const T* p, bool p_whole, int dim,
                                      float (&sum)[kRows]) {

@@ -8,7 +8,8 @@
 // next row of L), and after one barrier reads those of all CTAs. There are two sets of slots, used in turns. A CTA that
 // is one step ahead writes the other set; it cannot be two steps ahead, because that takes another barrier.
 //
-// The keys of a set lie side by side, before all else, since every CTA reads all of them and of one CTA the rest:
+// The keys of a set lie side by side at the front: every CTA reads all keys, but the other words of the winning CTA
+// only.
 //
 //   slots   [2][size] keys, [2][size] (norm_sq, y)
 #pragma once
@@ -18,9 +19,9 @@
 
 namespace apet::cuda {
 
-// Words of an image's slots: whole keys.
+// Returns the words of an image's slots, a multiple of a key.
 __host__ __device__ constexpr int64_t slot_words(int size, int words) { return round_up(2 * (int64_t)size * words, 2); }
-// Where word i of a CTA's message of `words` lies in the slots.
+// Returns where word i of a CTA's message of `words` lies in the slots.
 __device__ __forceinline__ int64_t slot_word(int turn, int size, int cta, int words, int i) {
   const int slot = turn * size + cta;
   return i < 2 ? 2 * slot + i : 4 * size + (int64_t)slot * (words - 2) + i - 2;
@@ -49,7 +50,8 @@ struct ClusterGroup {
 #endif
   }
 
-  // Called by all threads of the CTA: its message, which every CTA of the group can read after the next sync().
+  // Called by all threads of the CTA: publishes its message, which every CTA of the group can read after the next
+  // sync().
   __device__ void publish(const uint32_t* message, int words) {
     turn_ ^= 1;
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900

@@ -1,15 +1,15 @@
-// Enqueues the launches of a planned call. Neither looks at data nor waits for the device.
+// Enqueues the launches of a planned call. Reads no data and does not wait for the device.
 #include "device.cuh"
 #include "layout.cuh"
 
 namespace apet::cuda {
 namespace {
 
-// Whether an address and all strides are multiples of 16 bytes.
+// Returns whether an address and all strides are multiples of 16 bytes.
 bool aligned(const void* pointer, std::initializer_list<int64_t> strides, int64_t element_bytes) {
-  bool is = (uintptr_t)pointer % 16 == 0;
-  for (int64_t stride : strides) is = is && stride * element_bytes % 16 == 0;
-  return is;
+  bool all_aligned = (uintptr_t)pointer % 16 == 0;
+  for (int64_t stride : strides) all_aligned = all_aligned && stride * element_bytes % 16 == 0;
+  return all_aligned;
 }
 
 // Makes the argument of the kernels, except for the workspace.
@@ -55,7 +55,7 @@ Call make_call(const apet_problem& p, const apet_tensors& tensors, const apet_cu
   return call;
 }
 
-// Fills rows that no image fills.
+// Zeroes the result of an empty call.
 apet_status zero_result(const apet_problem& p, const apet_tensors& tensors, cudaStream_t stream) {
   const int64_t rows = all_rows(p);
   if (rows == 0) return APET_OK;

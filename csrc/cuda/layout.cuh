@@ -62,7 +62,7 @@ inline SharedMap shared_map(const apet_problem& p, const apet_cuda_plan_t& plan)
   map.s5 = take(plan.path == APET_CUDA_FUSED ? kernels_for(p.dtype).s1_s5_shared_bytes : 0);
   map.resident = take(plan.resident * row_pitch(row_bytes(p)));
   map.total = take(0);
-  const bool fused = plan.path == APET_CUDA_FUSED;  // whose s5 reads the resident rows
+  const bool fused = plan.path == APET_CUDA_FUSED;  // its s5 reads the resident rows
   map.ranks = fused ? map.s5 : map.resident;
   map.rank_words = (fused ? map.resident - map.s5 : map.total - map.resident) / 4;
   return map;

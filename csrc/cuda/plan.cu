@@ -13,13 +13,14 @@ namespace {
 // The cluster sizes that are considered.
 constexpr int kClusterSizes[] = {4, 8, 16};
 
-// CTAs of a cooperative launch, of all images in flight. It starts only when all of them are free at once, so a kernel of
-// another stream on a single SM would hold it up: some SMs are left to others, unless the caller says how many it takes.
+// The CTAs of a cooperative launch, of all images in flight. It starts only when all of them fit at once, so a kernel
+// of another stream on a single SM would delay it. So a sixteenth of the CTAs is left free, unless the caller sets
+// ctas_per_image.
 int64_t cooperative_ctas(const Device& device, const apet_cuda_override& override) {
   return device.cooperative_ctas - (override.ctas_per_image > 0 ? 0 : device.cooperative_ctas / 16);
 }
 
-// What plans are compared by. For the same reason a cooperative launch has to be faster by a tenth.
+// The cost by which plans are compared: cooperative launches are penalised by 10 %, because they wait for free SMs.
 double cost(const apet_cuda_plan_t& plan) { return plan.estimated_us * (plan.path == APET_CUDA_COOPERATIVE ? 1.1 : 1); }
 
 double estimate_us(const apet_problem& p, const Device& device, const apet_cuda_plan_t& plan) {
@@ -31,7 +32,7 @@ double estimate_us(const apet_problem& p, const Device& device, const apet_cuda_
     return std::max(bytes / f.l2_per_sm, bytes * busy_ctas / (device.sms * share));
   };
   const double sweep = (double)plan.slice * p.dim / f.elements_per_sm;
-  // Rows that no CTA holds are read again in every step: what L2 does not hold of them, from memory.
+  // Rows that are not in shared memory are read again in every step, from memory as far as they exceed L2.
   const double outside = (plan.slice - plan.resident) * row;
   const double beyond_l2 = std::max(0.0, 1 - f.l2_bytes / std::max(1.0, outside * busy_ctas));
   const double reread = std::max(read(outside, f.l2_share), read(outside * beyond_l2, f.memory_share));

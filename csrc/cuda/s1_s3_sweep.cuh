@@ -22,7 +22,7 @@ namespace apet::cuda {
 constexpr uint32_t kInfinite = 0x7f800000u + 1;  // the rank of e_sq = inf: tokens whose norm is not finite
 constexpr uint32_t kHighest = 0xffffffffu;       // the rank of tokens that stay whatever their e_sq is
 
-// The tokens of a slice if an image of n tokens is divided into `slices` of them.
+// Returns the tokens of a slice if an image of n tokens is divided into `slices` of them.
 __device__ __forceinline__ int slice_tokens(int n, int slices) { return (int)(((int64_t)n + slices - 1) / slices); }
 
 // A CTA's part of an image.
@@ -100,8 +100,8 @@ __device__ inline void load_resident_rows(const Call& call, const Slice<T>& slic
   copy_async_wait<0>();
 }
 
-// out[i] = x_i . p for the tokens of the slice, p_row being p's row; kSelf: ||x_i||^2. kAllResident: the plan says that
-// every row of every slice is.
+// Computes out[i] = x_i . p for the tokens of the slice, p_row being p's row; kSelf: ||x_i||^2. kAllResident: the plan
+// keeps every row of every slice in shared memory.
 template <class T, bool kSelf, bool kAllResident>
 __device__ __forceinline__ void slice_dots(const Call& call, const Slice<T>& slice, const T* p_row, float* out) {
   const int lane = threadIdx.x % 32;
@@ -173,8 +173,8 @@ __device__ inline void elect_candidate(const Group& group, int words, uint32_t* 
   __syncthreads();
 }
 
-// s2 of basis token k, whose row of L is the message's y, by one warp: 1 / L_kk, or 0 if the token depends on those
-// before.
+// s2 of basis token k, whose row of L is the message's y, by one warp: returns 1 / L_kk, or 0 if the token depends on
+// the earlier ones.
 __device__ inline Wide invert_pivot(const Call& call, const uint32_t* message, int k) {
   const float p_norm_sq = __uint_as_float(message[2]);
   Wide p_resid_sq = p_norm_sq;
@@ -233,7 +233,7 @@ __device__ inline int s1_s2_steps(const Call& call, const Image& image, const Sl
     }
     __syncthreads();
     const Wide inv_diag_k = inv_diag[k];
-    if (!fps && k > 0 && (float)inv_diag_k == 0) return k;  // it depends on the others
+    if (!fps && k > 0 && (float)inv_diag_k == 0) return k;  // p depends on the others
     for (int j = thread; j < k; j += kThreads) L[k * call.basis + j] = __uint_as_float(message[3 + j]);
     if (call.basis_shared) p_row = shared_p_row;
     slice_dots<T, false, kAllResident>(call, slice, p_row, slice.dot);
@@ -261,7 +261,7 @@ __device__ inline int s1_s2_steps(const Call& call, const Image& image, const Sl
   return steps;
 }
 
-// e_sq = ||x||^2 - ||y||^2 - ridge ||w||^2 of the slice's token i, w = L^-T y (which overwrites y).
+// Returns e_sq = ||x||^2 - ||y||^2 - ridge ||w||^2 of the slice's token i, w = L^-T y (which overwrites y).
 template <class T>
 __device__ inline float s3_residual(const Call& call, const Slice<T>& slice, int basis_size, int i) {
   const float* L = reinterpret_cast<const float*>(shared_memory() + call.map.L);

@@ -1,8 +1,9 @@
 // s1 to s5 of every image in one launch: a cluster per image, whose tokens stay in shared memory throughout.
 //
 // It calls the same functions as s1_s4_group and s5_merge, and saves the second launch and the second reading of the
-// dropped tokens: each CTA multiplies those of its own slice with all targets. Then it takes a part of the rows of the
-// result. Their targets ascend with them, so the CTA makes the lists that it reads, and no barrier lies between.
+// dropped tokens: each CTA multiplies those of its own slice with all targets. Then it computes a part of the rows of
+// the result. Targets ascend with rows, so a CTA builds exactly the lists of its own rows and needs no barrier of the
+// cluster before reading them.
 #pragma once
 #include <climits>
 

@@ -39,8 +39,8 @@ struct Ranks {
   __device__ uint32_t operator[](int64_t i) const { return shared ? shared[i] : __ldcg(global + i); }
 };
 
-// Counts flags of all threads of the CTA, in order. There are two sets of sums, used in turns, so that one barrier
-// serves: a thread writes a set only after a barrier that follows all reads of it.
+// Counts flags of all threads of the CTA, in order. There are two sets of sums, used in turns, so that one barrier is
+// enough: a thread writes a set only after a barrier that follows all reads of it.
 struct Counter {
   Key* sums;  // [2][kWarps], of four flags each, 16 bits a flag
   int turn = 0;
@@ -75,7 +75,7 @@ struct Counter {
   }
 };
 
-// The cuts that select wanted[c] of n ranks. They share a histogram until their digits differ.
+// Finds the cuts that select wanted[c] of n ranks. They share a histogram until their digits differ.
 template <int kCuts>
 __device__ inline void find_cuts(const Ranks& rank, int n, const int (&wanted)[kCuts], int* scan, Cut (&cut)[kCuts]) {
   int* histogram = scan;            // [kCuts][256]
@@ -144,37 +144,38 @@ __device__ inline void write_image(const Call& call, const Image& image, int s, 
   call.table[s].dropped_count = target_count > 0 ? dropped_count : 0;
 }
 
-// The lists of image s, whose basis is in shared memory. slices > 0: also slice_begin of that many slices.
+// Makes the lists of image s, whose basis is in shared memory. slices > 0: also slice_begin of that many slices.
 __device__ inline void s4_topk(const Call& call, const Image& image, int s, int basis_size, int slices) {
   int* scan = reinterpret_cast<int*>(shared_memory() + call.map.scan);
   const int* basis = reinterpret_cast<const int*>(shared_memory() + call.map.basis);
   const Ranks rank(call, image);
   const int n = image.tokens;
   const int overwritten = call.layout == APET_OVERWRITE && image.keep < n ? min(basis_size, image.keep) : 0;
-  Cut kept, own;  // own: of tokens that are not overwritten
+  Cut kept, unreplaced;  // unreplaced: of tokens that are not overwritten
   if (overwritten > 0) {
     Cut cut[2];
     find_cuts<2>(rank, n, {image.keep, image.keep - overwritten}, scan, cut);
-    kept = cut[0], own = cut[1];
+    kept = cut[0], unreplaced = cut[1];
   } else {
     Cut cut[1];
     find_cuts<1>(rank, n, {image.keep}, scan, cut);
-    kept = own = cut[0];
+    kept = unreplaced = cut[0];
   }
   Counter counter{reinterpret_cast<Key*>(scan)};
   const int slice = slices > 0 ? slice_tokens(n, slices) : 0;
   int32_t* slice_begin = slices > 0 ? call.slice_begin + (int64_t)s * (slices + 1) : nullptr;
-  int kept_ties = 0, own_ties = 0, rows = 0, targets = 0, dropped = 0, replaced = 0;  // counts so far
+  int kept_ties = 0, unreplaced_ties = 0, rows = 0, targets = 0, dropped = 0, replaced = 0;  // counts so far
   for (int64_t i0 = 0; i0 < n; i0 += kThreads) {
     const int64_t i = i0 + threadIdx.x;
     const bool inside = i < n;
     const uint32_t i_rank = inside ? rank[i] : 0;
     const bool finite = i_rank != kInfinite;
-    const bool tie[2] = {inside && i_rank == kept.rank, inside && i_rank == own.rank};
+    const bool tie[2] = {inside && i_rank == kept.rank, inside && i_rank == unreplaced.rank};
     int ties_before[2], ties_here[2];
     counter.count(tie, ties_before, ties_here);
     const bool stays = inside && (i_rank > kept.rank || (tie[0] && kept_ties + ties_before[0] < kept.ties));
-    const bool overwrite = stays && i_rank <= own.rank && !(tie[1] && own_ties + ties_before[1] < own.ties);
+    const bool overwrite =
+        stays && i_rank <= unreplaced.rank && !(tie[1] && unreplaced_ties + ties_before[1] < unreplaced.ties);
     const bool flag[4] = {stays, stays && !overwrite && finite, inside && !stays && finite, overwrite};
     int before[4], here[4];
     counter.count(flag, before, here);
@@ -187,7 +188,7 @@ __device__ inline void s4_topk(const Call& call, const Image& image, int s, int 
     }
     if (flag[2]) call.dropped[image.token + dropped + before[2]] = (int)i;
     if (inside && slices > 0 && i % slice == 0) slice_begin[i / slice] = dropped + before[2];
-    kept_ties += ties_here[0], own_ties += ties_here[1];
+    kept_ties += ties_here[0], unreplaced_ties += ties_here[1];
     rows += here[0], targets += here[1], dropped += here[2], replaced += here[3];
   }
   for (int q = threadIdx.x; q <= slices && slices > 0; q += kThreads)
@@ -203,7 +204,7 @@ __device__ inline void s4_topk(const Call& call, const Image& image, int s, int 
   write_image(call, image, s, targets, dropped);
 }
 
-// The same lists for the op `merge`: rows given by the caller, in any order, repeated or out of range.
+// Makes the same lists for the op `merge`: rows given by the caller, in any order, repeated or out of range.
 __device__ inline void s4_given_rows(const Call& call, const Image& image, int s, int slices) {
   Counter counter{reinterpret_cast<Key*>(shared_memory() + call.map.scan)};
   uint32_t* rank = call.rank + image.token;

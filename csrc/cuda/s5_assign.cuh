@@ -35,7 +35,7 @@ struct Tile {
   }
 };
 using SmallTile = Tile<2, 2, 2, 4>;  // 64 x 64: enough tiles for a small image
-// 96 x 128 reads six tenths of the bytes from L2 per product; its two sums per product use up the registers. float32,
+// 96 x 128 reads six tenths of the bytes from L2 per product; its two sums per product fill the registers. float32,
 // which is limited by arithmetic, uses 64 x 128.
 template <class T>
 using LargeTile = Tile<2, 4, sizeof(T) == 2 ? 3 : 2, 4>;

@@ -1,33 +1,34 @@
-// s5, between its halves: the dropped tokens grouped by target, ascending within a group, so that s5_mean reads no
-// others.
+// s5, between assignment and means: groups the dropped tokens by target, ascending within a group, so that s5_mean
+// reads no others.
 //
-// A counting sort. A CTA takes some of the targets; it counts their tokens, and those of all lower targets, which lie
-// before them. Then it reads the targets again, kListChunk at a time, and each warp puts those of its own targets in
-// place:
+// This is a counting sort. A CTA takes some of the targets; it counts their tokens, and those of all lower targets,
+// which lie before them. Then it reads the targets again, kListChunk at a time, and each warp writes the lists of its
+// own targets:
 //
 //   target_key [dropped_count] --count--> count [targets] --prefix--> target_begin
 //                              --chunk--> target --32 at a time--> merged
 //
-// The counts come from atomics, the places from ballots of a warp that has the target to itself. So no order of threads
-// changes a list.
+// Counts use atomics; list positions use warp ballots, and each target belongs to one warp. So the order of threads
+// does not affect a list.
 #pragma once
 #include "call.cuh"
 
 namespace apet::cuda {
 
-// Of a CTA at a time, at most: one part for most images, and several CTAs for thousands of targets.
+// Targets of a CTA at a time, at most: one part for most images, and several CTAs for thousands of targets.
 constexpr int kListTargets = 512;
-// Dropped tokens that a CTA reads at once: 8 or 16 loads in flight a thread, in 8 KB, less than the tiles before took.
+// Dropped tokens that a CTA reads at once: 8 or 16 loads in flight per thread, in 8 KB, less than the buffers of
+// s5_assign.
 constexpr int kListChunk = 2048;
 constexpr int kListWords = kListTargets + 1 + kListChunk;  // of shared memory
 
-// How many parts of kListTargets the targets of an image make.
+// Returns how many parts of kListTargets the targets of an image make.
 __host__ __device__ constexpr int64_t list_parts(int64_t targets) {
   return (targets + kListTargets - 1) / kListTargets;
 }
 
-// The lists of targets [t0, t_end), at most kListTargets, by one CTA of kCtaThreads. target_begin: [T + 1] of this image,
-// of which it writes the entries of its targets, and with t_end == last also the end of the last list.
+// Makes the lists of targets [t0, t_end), at most kListTargets, by one CTA of kCtaThreads. target_begin: [T + 1] of
+// this image, of which it writes the entries of its targets, and with t_end == last also the end of the last list.
 // count: [kListWords] words of shared memory.
 template <int kCtaThreads>
 __device__ inline void s5_lists(const Call& call, const Image& image, int32_t* target_begin, int t0, int t_end,

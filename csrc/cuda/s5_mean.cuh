@@ -2,8 +2,8 @@
 //
 //   tokens[r] = (x_r + sum of the dropped tokens whose target is r) / (1 + their count)    float32, ascending position
 //
-// A task is kChunks * 32 chunks of a row, computed by one warp. It reads the row's own list (s5_lists.cuh), 32 tokens at
-// a time, and adds those: several loads in flight, one addition after the other.
+// A task is kChunks * 32 chunks of a row, computed by one warp. It reads the row's own list (s5_lists.cuh), 32 tokens
+// at a time, and adds those one after the other, with several loads in flight.
 //
 //   merged [target_begin[t], target_begin[t + 1])     x [the row's own token and the listed ones] --once--> tokens
 #pragma once
@@ -17,7 +17,7 @@ __host__ __device__ constexpr int mean_blocks(int dim) {
   return (chunks_of<T>(dim) + 32 * kChunks - 1) / (32 * kChunks);
 }
 
-// Column block `block` of the image's row `row`, by one warp. target_begin: [T + 1] of this image.
+// Computes column block `block` of the image's row `row`, by one warp. target_begin: [T + 1] of this image.
 template <class T, int kChunks>
 __device__ inline void s5_mean(const Call& call, const Image& image, const int32_t* target_begin, int row, int block) {
   constexpr int kSize = Chunk<T>::kSize;

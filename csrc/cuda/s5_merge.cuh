@@ -2,10 +2,10 @@
 //
 // CTAs draw tickets, image by image:
 //
-//   ticket   tiles of 0 | lists of 0, tiles of 1, rows of 0 | lists of 1, tiles of 2, rows of 1 | ... | rows of the last
+//   ticket  tiles of 0 | lists of 0, tiles of 1, rows of 0 | lists of 1, tiles of 2, rows of 1 | ... | rows of the last
 //
-// Lists wait for all tiles of their image, rows for all lists. Those have lower tickets, so they are finished or being
-// worked on: the launch ends with any number of CTAs, and mostly without waiting.
+// Lists wait for all tiles of their image, rows for all its lists. What a ticket waits for has lower tickets, which are
+// finished or running, so any number of CTAs completes the launch.
 #pragma once
 #include "s5_assign.cuh"
 #include "s5_lists.cuh"
