@@ -1,7 +1,7 @@
-"""AMX: the products in tiles, on their twin in plain C++ and, where the processor has tiles, on those.
+"""AMX: the products in tiles, in their emulation in plain C++ and, where the processor has AMX, in its instructions.
 
-The twin is built in two ways: for any processor, and with AVX-512 around the tiles, so that it has to give the bits of
-the instructions.
+The emulation (APET_TILE_TWIN) is built in two ways: for any processor, and with AVX-512 around the tiles. The latter
+must give the bits of the instructions.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def make(kind: str, folder: Path, csrc: Path = CSRC) -> None:
 
 @functools.cache
 def program(kind: str) -> Program:
-    """A process with the twin of this kind; it ends with this process."""
+    """Starts a process with the emulation of this kind; it ends with this process."""
     return Program(built(f"tiles-{kind}", functools.partial(make, kind)) / "calls")
 
 
@@ -94,7 +94,7 @@ def test_the_twin_has_the_bits_of_the_instructions(shape: tuple[int, ...]) -> No
         assert_same(got, same)
 
 
-# ---- the tests of all backends, on the twin --------------------------------------------------------------------------
+# ---- the tests of all backends, on the emulation ---------------------------------------------------------------------
 
 
 @pytest.fixture(params=["amx"])
@@ -107,7 +107,7 @@ globals().update(BACKEND_TESTS)
 
 # ---- injected faults -------------------------------------------------------------------------------------------------
 
-# What stands in a file of csrc/cpu, and what is put in its place.
+# By name: a file of csrc/cpu, a text in it, and the text that replaces it.
 FAULTS = {
     "zeros behind the panel left out": ("product_tiles.h", "__builtin_memset(last, 0,", "__builtin_memset(last, 255,"),
     "zeros behind a row left out": ("product_tiles.h", "used, 0, bytes - used", "used, 255, bytes - used"),

@@ -81,7 +81,7 @@ def draw(docs: Path) -> None:
 
 def _verdict(results: Path) -> str:
     """Returns the default against each other method, and whether it is the best variant of ApET."""
-    lines = ["## In short", "", markdown(_wins(results)), "", "### The best variant of ApET", ""]
+    lines = ["## Summary", "", markdown(_wins(results)), "", "### The best variant of ApET", ""]
     for budget in methods.VARIANT_BUDGETS:
         names = ["apet", "apet overwrite", "apet append", "apet unmerged", *methods.VARIANTS]
         chosen = best(results, budget, names)

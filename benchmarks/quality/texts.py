@@ -50,7 +50,7 @@ KEPT = """## What is kept
 
 576 tokens of a photograph (layer 8, 336 x 336 pixels), at 50, 25, 12.5, 6 and 3 %, drawn as `apet compress --out` does.
 """
-AGREEMENT = """## Does float32 keep what float64 keeps?
+AGREEMENT = """## Kept tokens in float32 against float64
 
 The table compares `apet_kernels.compress` (basis 10) with the float64 reference from the same rounded tokens: the share
 of images whose kept sets are equal, of tokens in common, and of images whose basis tokens are equal.
