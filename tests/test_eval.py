@@ -60,13 +60,13 @@ def without(key: str) -> dict:
         (GOOD, "line 2: the id '7' is that of line 1, too"),
         ({**GOOD, "id": "7"}, "line 2: the id '7' is that of line 1, too"),
         ({**GOOD, "id": 8, "answers": []}, "line 2: answers is empty"),
-        ({**GOOD, "id": 8, "answers": ["dog", " "]}, "line 2: ' ' among the answers is no text"),
-        ({**GOOD, "id": 8, "answers": [3]}, "line 2: 3 among the answers is no text"),
+        ({**GOOD, "id": 8, "answers": ["dog", " "]}, "line 2: ' ' among the answers is empty or not text"),
+        ({**GOOD, "id": 8, "answers": [3]}, "line 2: 3 among the answers is empty or not text"),
         ({**GOOD, "id": 8, "answers": "dog"}, "line 2: answers='dog' is of the wrong kind"),
         ({**GOOD, "id": True}, "line 2: id=True is of the wrong kind"),
         ({**GOOD, "id": 8, "image": ""}, "line 2: image is empty"),
         ({**GOOD, "id": 8, "group": "a"}, "line 2: the key 'group' is none of id, image, video, question"),
-        ([GOOD], r"line 2: \[.*\] is no JSON object"),
+        ([GOOD], r"line 2: \[.*\] is not a JSON object"),
     ],
 )
 def test_lines_that_are_rejected(second: object, message: str, tmp_path: Path) -> None:
@@ -81,8 +81,8 @@ def test_files_that_are_rejected(tmp_path: Path) -> None:
         questions.read(tmp_path)
     for content, message in (
         (b"\n", "holds no question"),
-        (b"{", "line 1: this is no JSON"),
-        (b'{"id": "\xff"}', "line 1: this is no JSON"),
+        (b"{", "line 1: this is not JSON"),
+        (b'{"id": "\xff"}', "line 1: this is not JSON"),
     ):
         path.write_bytes(content)
         with pytest.raises(ApetError, match=message):

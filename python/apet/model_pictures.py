@@ -27,7 +27,7 @@ Unit = tuple[int, int]  # the number of an image or video in the call, and of a 
 
 
 def picture(model: nn.Module, inputs: Mapping[str, Any], processor: Any, visual: int = 0) -> Figure:
-    """Draws what a patched model keeps of an image or video: the kept tokens, the merges and the residual that decided.
+    """Draws what a patched model keeps of an image or video: the kept tokens, the merges and the residual.
 
     Args:
         model: a model that `apet.patch` has patched.
@@ -116,8 +116,8 @@ def _placeholder_units(engine: Engine, inputs: Mapping[str, Any]) -> list[Tensor
 def _frames(
     engine: Engine, units: Sequence[Tensor], calls: Sequence[Call], visual: int
 ) -> Iterator[tuple[str, Unit, np.ndarray, outcome.Frame]]:
-    """Yields the result of every call for the units of an image: the stage, the unit, the places of its tokens among
-    the rows of `units` [rows] of the image, and the outcome for each token."""
+    """Yields the result of every call for the units of an image: the stage, the unit, the positions of its tokens
+    among the rows of `units` [rows] of the image, and the outcome for each token."""
     options = engine.options
     owners = [(v, n) for v, of in enumerate(units) for n in of[of >= 0].unique().tolist()]
     places = {(v, n): (units[v] == n).nonzero().view(-1).numpy() for v, n in owners}

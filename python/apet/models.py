@@ -89,7 +89,7 @@ def question(
                 "do_sample_frames": False,
             }
         inputs = dict(processor(text=[text], return_tensors="pt", **given))
-    except Exception as error:  # every processor has its own ways to fail
+    except Exception as error:  # processors raise many kinds of errors
         raise ApetError(f"the processor of this model cannot take such a prompt: {first_line(error)}") from error
     inputs.pop("video_metadata", None)
     if clip is not None:
@@ -172,7 +172,7 @@ def _device(name: str | None) -> Any:
     try:
         device = torch.device(name)
     except RuntimeError as error:
-        raise ApetError(f"device={name!r} is no device of torch") from error
+        raise ApetError(f"device={name!r} is not a device of torch") from error
     usable = device.type == "cpu" or (accelerator is not None and device.type == accelerator.type)
     if not usable or (device.index or 0) >= max(torch.accelerator.device_count(), 1):
         raise ApetError(f"device={name!r} is not available: torch finds {accelerator or 'no accelerator'}")

@@ -1,4 +1,4 @@
-"""Draws the picture of a compressed photo or clip: kept tokens, merge targets, and the residual that decided.
+"""Draws the picture of a compressed photo or clip: kept tokens, merge targets and the residual.
 
 It uses matplotlib's figure objects, not pyplot, so that no global state changes and no display is needed.
 """

@@ -170,7 +170,7 @@ def test_two_settings_and_the_link_to_them(page: Page, chromium: Any, address: s
 
 def test_a_link_with_values_that_are_none(chromium: Any, address: str) -> None:
     with Page(chromium, address, query="?keep=many&basis=7&frame=9") as page:
-        page.tab.get_by_text("keep='many' in the address is no number").wait_for()
+        page.tab.get_by_text("keep='many' in the address is not a number").wait_for()
         assert (len(page.view()["kept"]), len(page.view()["basis"])) == (64, 7)
 
 

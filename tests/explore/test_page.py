@@ -43,12 +43,12 @@ def test_an_address_holds_the_settings(link: Link) -> None:
 @pytest.mark.parametrize(
     ("query", "message"),
     [
-        ({"keep": "0"}, "keep='0' in the address is no number from 1"),
+        ({"keep": "0"}, "keep='0' in the address is not a number from 1"),
         ({"keep": "-5"}, "keep='-5'"),
         ({"keep": "1e3"}, "keep='1e3'"),
         ({"keep": "9" * 30}, "keep='999"),
         ({"keep": "٣"}, "keep='٣'"),
-        ({"basis": "65"}, "basis='65' in the address is no number in 0..64"),
+        ({"basis": "65"}, "basis='65' in the address is not a number in 0..64"),
         ({"b_layout": "<b>"}, "b_layout='<b>' in the address is none of inplace, overwrite, append"),
         ({"select": ""}, "select='' in the address is none of fps, qr"),
         ({"method": "magic"}, "method='magic' in the address is none of apet, uniform"),

@@ -219,7 +219,7 @@ def test_what_does_not_fit_the_folder(llava: Path, data: Path, tmp_path: Path) -
     for damage, message in (
         (b"nonsense\n", "line 2: this line is damaged"),
         (b"[]\n", "line 2: this line is damaged"),
-        (b"{}\n", "line 2: this is no answer of a run"),
+        (b"{}\n", "line 2: this is not an answer of a run"),
         (rest[0], "line 3: question '0' was answered before with uncompressed"),
     ):
         out.write_bytes(header + damage + b"".join(rest))
@@ -300,7 +300,7 @@ def test_no_memory_for_one_question(llava: Path, data: Path, tmp_path: Path, mon
         (["--layout", "outside"], "'outside' is not one of 'inplace', 'overwrite', 'append'"),
         (["--max-new-tokens", "0"], "Invalid value for '--max-new-tokens'"),
         (["--dtype", "int8"], "'int8' is not one of 'auto', "),
-        (["--device", "abacus"], "device='abacus' is no device of torch"),
+        (["--device", "abacus"], "device='abacus' is not a device of torch"),
         (["--data", "nowhere"], "'nowhere' does not exist"),
         (["--model", "nowhere"], "cannot load model 'nowhere'"),
     ],

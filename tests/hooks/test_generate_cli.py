@@ -203,7 +203,7 @@ def test_all_of_it_is_no_budget_that_drops_nothing(llava: Path, photos: list[Pat
         (["--max-new-tokens", "0"], "Invalid value for '--max-new-tokens'"),
         (["--frames", "0"], "Invalid value for '--frames'"),
         (["--dtype", "float8"], "'float8' is not one of 'auto', 'float32'"),
-        (["--device", "toaster"], "device='toaster' is no device of torch"),
+        (["--device", "toaster"], "device='toaster' is not a device of torch"),
         (["--device", "cuda:99"], "device='cuda:99' is not available"),
         (["--out", "picture.doc"], "cannot write a picture as 'picture.doc'"),
         (["--out", "nowhere/picture.png"], "no such folder: nowhere"),

@@ -121,7 +121,7 @@ BAD = [
     ({"apet_keep": 8, "apet_basis": 65}, "apet_basis=65 is outside 1..64"),
     ({"apet_keep": 8, "apet_basis": 2.5}, "apet_basis=2.5 is not a whole number"),
     ({"apet_keep": 8, "apet_layout": "overwrite"}, "apet_layout='overwrite' needs keep > basis"),
-    ({"apet_keep": 8, "apet_layout": "append"}, "apet_layout='append' is of no model"),
+    ({"apet_keep": 8, "apet_layout": "append"}, "apet_layout='append' is not supported"),
     ({"apet_keep": 8, "apet_layout": 3}, "apet_layout=3 is not a name"),
     ({"apet_keep": 8, "apet_blend": 2}, "apet_blend=2 is outside 0..1"),
     ({"apet_keep": 8, "apet_blend": "x"}, "apet_blend='x' is not a number"),
@@ -131,7 +131,7 @@ BAD = [
     ({"apet_keep": 0.5, "apet_least": 9, "apet_most": 8}, "apet_least=9 exceeds apet_most=8"),
     ({"apet_max_tokens": 2.5}, "apet_max_tokens=2.5 is not a count"),
     ({"apet_max_tokens": 8, "apet_layout": "overwrite"}, "leaves 8 tokens to an image or video that needs at least 11"),
-    ({"apet_keep": 8, "apet_budget": 8}, "apet_budget is no option of ApET; these are: apet_keep"),
+    ({"apet_keep": 8, "apet_budget": 8}, "apet_budget is not an option of ApET; these are: apet_keep"),
     ({"apet_keep": 8, "images_kwargs": {"apet_keep": 4}}, "options directly into mm_processor_kwargs"),
 ]
 

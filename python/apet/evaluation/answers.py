@@ -96,7 +96,7 @@ class Answers:
             if number == 1:
                 made_with = record[HEADER]
             elif "id" not in record or "variant" not in record:
-                raise ApetError(f"{where}: this is no answer of a run")
+                raise ApetError(f"{where}: this is not an answer of a run")
             else:
                 self._note(record, where)
         if self.records:

@@ -71,9 +71,9 @@ def _record(line: bytes, where: str) -> dict[str, Any]:
     try:
         record = json.loads(line)
     except ValueError as error:  # no JSON, or no UTF-8
-        raise ApetError(f"{where}: this is no JSON: {error}") from error
+        raise ApetError(f"{where}: this is not JSON: {error}") from error
     if not isinstance(record, dict):
-        raise ApetError(f"{where}: {record!r} is no JSON object")
+        raise ApetError(f"{where}: {record!r} is not a JSON object")
     for key in NEEDED:
         if key not in record:
             raise ApetError(f"{where}: the key {key!r} is missing")
@@ -88,5 +88,5 @@ def _record(line: bytes, where: str) -> dict[str, Any]:
             raise ApetError(f"{where}: {key} is empty")
     for answer in record["answers"]:
         if not isinstance(answer, str) or not answer.strip():
-            raise ApetError(f"{where}: {answer!r} among the answers is no text")
+            raise ApetError(f"{where}: {answer!r} among the answers is empty or not text")
     return record

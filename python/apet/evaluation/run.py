@@ -89,7 +89,7 @@ def _ask(
     """Asks one question with every variant; the image or clip is read once. A failure is returned as a record, too."""
     try:
         if isinstance(question.source, Path) and question.source.exists() and not question.source.is_file():
-            raise ApetError(f"cannot read {question.source}: it is no file")
+            raise ApetError(f"cannot read {question.source}: it is not a file")
         item = media.read(question.source, settings.frames)
         if item.is_clip != question.is_clip:
             raise ApetError(f"{item.name} is a {'clip, not a photo' if item.is_clip else 'photo, not a clip'}")

@@ -30,7 +30,7 @@ class Asker:
     def __init__(self, model: str, frames: int, max_new_tokens: int, dtype: str, device: str | None) -> None:
         self.name, self._frames, self._length = model, frames, max_new_tokens
         self._model, self._processor = models.load(model, [{"keep": Settings().keep}], dtype, device)
-        self._one = threading.Lock()  # held while the model is patched or answers
+        self._one = threading.Lock()  # held while the model is patched or generates
 
     def ask(self, path: Path, prompt: str, settings: Sequence[Settings]) -> Iterator[Answer]:
         """Yields the answer with all tokens, then that of each setting. The model sees all frames of a clip.

@@ -104,6 +104,6 @@ def _count(name: str, text: str, least: int, most: int | None, messages: list[st
     ):
         return int(text)
     messages.append(
-        f"{name}={text!r} in the address is no number {f'from {least}' if most is None else f'in {least}..{most}'}"
+        f"{name}={text!r} in the address is not a number {f'from {least}' if most is None else f'in {least}..{most}'}"
     )
     return None

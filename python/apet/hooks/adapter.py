@@ -19,19 +19,20 @@ class Adapter:
     """Describes a model that puts visual features at placeholder tokens and passes `inputs_embeds` to a decoder.
 
     This class fits any such model: it finds every detail in the model itself (parts.py, grids.py). A subclass overrides
-    only the details that cannot be found, so the adapter of a family is short; the engine does all the work.
+    only the details that cannot be found. The hooks themselves are in the engine.
     """
 
     positions: ClassVar[str | None] = None
-    """"renumber": 0, 1, 2, ... over what is left of a row; "keep": every token keeps its position (M-RoPE)."""
+    """What happens to positions if tokens are dropped. "renumber": they are 0, 1, 2, ... over the remaining tokens of a
+    row; "keep": every token keeps its position (M-RoPE)."""
     projector: ClassVar[str | None] = None
-    """The module to compress before, by its name in the core model; None: compress where the decoder begins."""
+    """The name, in the core model, of the module whose input is compressed; None: the decoder's input is compressed."""
     unit_names: ClassVar[Mapping[str, str] | None] = None
-    """What a unit of each modality is called in messages."""
+    """The name of a unit of each modality, for messages."""
     tokens: ClassVar[Mapping[str, str] | None] = None
-    """Where the configuration keeps the placeholder of each modality, as in {"image": "image_token_id"}."""
+    """The field of the configuration with the placeholder id of each modality, as in {"image": "image_token_id"}."""
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
-    """Options by the name of a preset."""
+    """The options of each preset, by its name."""
 
     def fitted(self, core: nn.Module) -> Adapter:
         """Returns a copy of this adapter for one core model, with every field that was left open filled in from that
@@ -74,8 +75,8 @@ class Adapter:
 
     def apart(self, inputs: Mapping[str, Any], modality: str, lengths: list[int]) -> list[int]:
         """Returns the numbers of placeholders of the images or videos in contiguous runs of these lengths. Default:
-        a run is split where several images stand side by side, if the pixels of the call have one entry for each
-        image."""
+        a run is split into several images, if the pixels of the call have one entry for each of them and these are
+        equally large."""
         return grids.apart(inputs, modality, lengths)
 
     def run(self, core: nn.Module, tokens: int) -> Units:
@@ -84,6 +85,5 @@ class Adapter:
 
     def features(self, core: nn.Module, inputs: Mapping[str, Any], x: Tensor) -> list[Units]:
         """Only with `projector`: returns the units of every image over x, the projector's input [tiles, N, C],
-        flattened to [tiles * N]; -1 marks a token that the model will throw away. Default: x[i] is image i, and one
-        unit."""
+        flattened to [tiles * N]; -1 marks a token that the model discards. Default: x[i] is image i, and one unit."""
         return [one_unit(x.shape[1])] * x.shape[0]

@@ -6,8 +6,8 @@ An argument is one of
   tokens (of an indexer), and so are numbers that count up by one, as positions do;
 - a mask [B, L] or [B, L, 1] bool of visual tokens, and features [N, ...] of its N true entries, row after row
   (deepstack), in lists or by layer: the entries of the tokens that stay are kept in both;
-- anything that has no dimension of either length: it is left alone.
-Any other argument that has such a length raises an error, since tokens would have to leave it, too.
+- anything that has no dimension of either length: it is not changed.
+Any other argument with such a length raises an error, since tokens would have to be removed from it, too.
 """
 
 from __future__ import annotations
@@ -114,8 +114,8 @@ def _gathered(owner: str, name: str, x: Tensor, at: Sequence, packing: Packing) 
 
 
 def _counts(x: Tensor) -> bool:
-    """Returns whether x [B, L, ...] may count tokens, so that its values would have to change, too: indices of other
-    tokens [B, L, k] do, and so do positions [B, L], which go up by one except in padding."""
+    """Returns whether the values of x [B, L, ...] may refer to tokens, so that they would have to change, too: indices
+    of other tokens [B, L, k], or positions [B, L], which increase by one except in padding."""
     if x.dtype not in (torch.int32, torch.int64):
         return False
     steps = x.diff(dim=1)

@@ -1,4 +1,4 @@
-"""Stores the state of a prompt on its KV cache, and keeps it right when other code changes that cache."""
+"""Stores the state of a prompt on its KV cache, and updates it when other code changes that cache."""
 
 from __future__ import annotations
 
@@ -23,7 +23,8 @@ def prompt_of(cache: Cache | None) -> Prompt | None:
 
 
 def remember(cache: Cache, prompt: Prompt) -> None:
-    """Stores the prompt on its cache. Methods that change the rows or length of a compressed one then update it, too.
+    """Stores the prompt on its cache. If it is compressed, the methods that change the cache's rows or length
+    then update the prompt, too.
 
     The wrapped methods are attributes of the instance, and partials of functions of this module, so that a deep copy or
     a pickle of the cache gets its own.
@@ -103,8 +104,8 @@ def count_cache(cache: Cache | None) -> None:
 
 
 def length(cache: Cache, layer: int) -> int | Tensor:
-    """Returns how many tokens the cache of a layer holds. A layer that keeps a recurrent state counts none: then the
-    cache of the next layer that does."""
+    """Returns how many tokens the cache of a layer holds. A layer with only a recurrent state counts none; then the
+    length is that of the next layer that counts them."""
     held = (i for i in range(layer, len(cache.layers)) if holds_tokens(cache, i))
     return cache.get_seq_length(next(held, layer))
 

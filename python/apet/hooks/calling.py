@@ -1,4 +1,4 @@
-"""The names that transformers gives to arguments and functions: the one place that knows them, and checks them.
+"""The names that transformers gives to arguments and functions. No other module contains them.
 
 The hooks read and replace arguments of three modules: the core model, its language model, and the decoder layers.
 transformers renames these arguments now and then (`past_key_values` became `cache` in 5.24). So each argument has a
@@ -117,8 +117,8 @@ class Arguments:
             value = call[others[0]]
         if not isinstance(value, Cache) or isinstance(value, transformers.EncoderDecoderCache):
             raise ValueError(
-                f"{self.owner} was called with a cache of type {type(value).__name__}, which is no cache of a decoder "
-                f"that apet knows ({versions()})"
+                f"{self.owner} was called with a cache of type {type(value).__name__}, which is not a cache of a "
+                f"decoder that apet knows ({versions()})"
             )
         return value
 
@@ -309,7 +309,7 @@ def check_mask(what: str, mask: Any) -> None:
 
 
 class _OneLayer:
-    """A cache that shows only one of its layers, for versions of the mask functions that cannot be told the layer."""
+    """A cache that shows only one of its layers, for versions of the mask functions that do not take a layer."""
 
     def __init__(self, cache: Cache, layer: int, sliding: bool):
         self.cache, self.layer = cache, layer

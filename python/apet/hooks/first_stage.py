@@ -149,7 +149,7 @@ def shortened(
             positions = torch.arange(past, past + at.length, device=x.device)[None]
         positions, following = kept_positions(positions, valid, packing, target.axes, positions_given)
         if positions.dim() == 3 and target.text_row:
-            # transformers looks for packed sequences in the row of the text, and would take gaps in it for borders
+            # transformers detects packed sequences by gaps in the row of the text, so this row must have none
             positions = torch.cat([text[None].to(positions.dtype), positions])
     given = roles.get("mask", arguments)
     x = shorter.placed(packing, x)

@@ -63,16 +63,16 @@ def placeholders(adapter: Adapter, core: nn.Module, modality: str, inputs: Mappi
             f"'{modality}'; an adapter's `tokens` says what it is called (docs/add-a-model.md)"
         )
     if inputs.get("input_ids") is not None:
-        there = inputs["input_ids"] == token
+        is_placeholder = inputs["input_ids"] == token
     else:  # as the model does, compare with the embedding of the placeholder
         given = inputs["inputs_embeds"]
-        there = (given == core.get_input_embeddings()(torch.tensor(token, device=given.device))).all(-1)
-    if there.shape != x.shape[:2]:
+        is_placeholder = (given == core.get_input_embeddings()(torch.tensor(token, device=given.device))).all(-1)
+    if is_placeholder.shape != x.shape[:2]:
         raise ValueError(
-            f"the core model was called with {tuple(there.shape)} tokens, but calls its language model with "
+            f"the core model was called with {tuple(is_placeholder.shape)} tokens, but calls its language model with "
             f"{tuple(x.shape[:2])}: apet does not know where its images are then"
         )
-    return there.flatten().nonzero().view(-1).to(x.device)
+    return is_placeholder.flatten().nonzero().view(-1).to(x.device)
 
 
 def contiguous_lengths(flat: Tensor) -> list[int]:

@@ -3,7 +3,7 @@
 Over the tokens that are no padding, the mask of one kind of layers is causal attention (within a window or a chunk, if
 the layers have one), perhaps with additional pairs: in Gemma the tokens of an image see each other both ways. The
 additional pairs are kept and gathered in both dimensions. The causal part is built again by transformers' own functions
-over the remaining columns, because windows and chunks count those in later steps, too.
+over the remaining columns, because in later steps windows and chunks are counted over these, too.
 """
 
 from __future__ import annotations

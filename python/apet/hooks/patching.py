@@ -19,7 +19,7 @@ MODULES = ("model", "core", "language_model", "projector")  # the fields of a ta
 
 
 class Patch:
-    """The patch of one model; the subclass `Engine` has the hooks. It is no nn.Module, so it is not in state_dict().
+    """The patch of one model; the subclass `Engine` has the hooks. It is not an nn.Module, so state_dict() lacks it.
 
     The hooks are bound methods of the patch, which holds the model weakly. So a deep copy or a pickle of the model
     carries a patch of its own, a deep copy of a part of the model shares this one, and `del model` frees both. The

@@ -1,4 +1,4 @@
-"""python -m apet.hooks.record: adds the installed transformers to tested.json. For maintainers, once the tests passed.
+"""python -m apet.hooks.record: adds the installed transformers to tested.json, after its tests have passed.
 
 `make matrix` runs it for each version for which the tests of the hooks have passed.
 """

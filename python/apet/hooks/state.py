@@ -25,8 +25,8 @@ NOT_COMPILED_REASON = "the length of a compressed prompt depends on its data; on
 class Part:
     """The state of a prompt in some of the layers: those before `llm_layer`, or those from it on."""
 
-    # [B, length] bool; if `fixed` [B, capacity], True after the prompt: a cache of fixed size gets masks of fixed size,
-    # so that a decode step is compiled only once.
+    # [B, length] bool; if `fixed`, [B, capacity] and True after the prompt: with a cache of fixed size the masks have a
+    # fixed size, too, so that a decode step is compiled only once.
     mask: Tensor
     offset: Tensor  # [B, 1]: position of a token after the prompt, less its column in the cache
     fixed: bool
@@ -184,25 +184,25 @@ class Trace:
     visuals: list[tuple[str, int, int]]  # modality, row, number of placeholders
     flat: Tensor  # [N]: these placeholders, one image or video after another, in [B * L]
     lengths: list[int]  # of the sequence, padding included: as given, and after each stage that dropped something
-    here: list[Tensor] = field(default_factory=list)  # after each such stage: which placeholders are left, [N] bool
-    origin: Tensor | None = None  # [B, L now]: the places of the tokens in [B * L]; None: nothing was dropped yet
+    stays: list[Tensor] = field(default_factory=list)  # after each such stage: which placeholders remain, [N] bool
+    origin: Tensor | None = None  # [B, L now]: the positions of the tokens in [B * L]; None: nothing was dropped yet
     valid: Tensor | None = None  # [B, L now] bool: False where a row repeats a token as padding
     remaining: Tensor | None = None  # [B * L] bool
 
     def stage(self, shorter: Shorter, packing: Packing) -> None:
         """Records a stage that dropped tokens."""
-        away = shorter.gone.clone()  # [B * L now]
-        away[shorter.slots] = True
-        away[shorter.sources] = False
-        away, origin = away.to(self.flat.device), packing.origin().to(self.flat.device)
+        dropped = shorter.gone.clone()  # [B * L now]
+        dropped[shorter.slots] = True
+        dropped[shorter.sources] = False
+        dropped, origin = dropped.to(self.flat.device), packing.origin().to(self.flat.device)
         if self.origin is None or self.remaining is None:
-            self.remaining, self.origin = ~away, origin
+            self.remaining, self.origin = ~dropped, origin
         else:
-            self.remaining = self.remaining.index_fill(0, self.origin.flatten()[away], False)
+            self.remaining = self.remaining.index_fill(0, self.origin.flatten()[dropped], False)
             self.origin = self.origin.flatten()[origin]
         self.valid = packing.valid.to(self.flat.device)
         self.lengths.append(packing.index.shape[1])
-        self.here.append(self.remaining[self.flat])
+        self.stays.append(self.remaining[self.flat])
 
     def shorten_labels(self, labels: Tensor) -> None:
         """Shortens labels [B, L] in place to [B, L2], the tokens that are left after all stages; -100 in padding."""

@@ -31,8 +31,7 @@ class Tokens:
         return [min(k, n) for k, n in zip(wanted, self.lengths, strict=True)]
 
     def without(self, gone: Tensor, left: list[int]) -> Tokens:
-        """Returns the tokens that are left once the rows of gone [T] bool have left; left: their number by unit, from
-        `after`."""
+        """Returns the tokens that remain without the rows of gone [T] bool. left: their number by unit (`after`)."""
         return Tokens(self.where[~gone[self.where]], left, self.visuals)
 
     def to(self, device: torch.device) -> Tokens:
@@ -79,8 +78,8 @@ def group(units: Sequence[Tensor], flat: Tensor, visuals: Sequence[int]) -> Toke
     order = number.argsort(stable=True)[int((number < 0).sum()) :]
     lengths = number[number >= 0].bincount(minlength=starts[-1]).tolist()
     of_unit = [v for v, size in zip(visuals, sizes, strict=True) for _ in range(size)]
-    there = [(n, v) for n, v in zip(lengths, of_unit, strict=True) if n]
-    return Tokens(flat[order.to(flat.device)], [n for n, _ in there], [v for _, v in there])
+    filled = [(n, v) for n, v in zip(lengths, of_unit, strict=True) if n]
+    return Tokens(flat[order.to(flat.device)], [n for n, _ in filled], [v for _, v in filled])
 
 
 def shorten(x: Tensor, tokens: Tokens, keep: Keep, options: Options) -> Shorter | None:

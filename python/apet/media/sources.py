@@ -82,7 +82,7 @@ def _open(path: Path) -> BinaryIO:
         path.stat()  # raises the error that describes the problem
     except OSError as error:
         raise ApetError(f"cannot read {path}: {error.strerror or error}") from error
-    raise ApetError(f"cannot read {path}: it is no file")
+    raise ApetError(f"cannot read {path}: it is not a file")
 
 
 def _all(pipe: BinaryIO, name: str) -> bytes:

@@ -56,7 +56,7 @@ def of(kwargs: Mapping[str, object]) -> Wanted | None:
     given = {k.removeprefix(PREFIX): v for k, v in kwargs.items() if k.startswith(PREFIX)}
     if unknown := [name for name in given if name not in NAMES]:
         known = ", ".join(PREFIX + name for name in NAMES)
-        raise ValueError(f"{PREFIX}{unknown[0]} is no option of ApET; these are: {known}")
+        raise ValueError(f"{PREFIX}{unknown[0]} is not an option of ApET; these are: {known}")
     given = {name: value for name, value in given.items() if value is not None}
     if "max_tokens" in given:
         given.setdefault("keep", 1.0)
@@ -84,13 +84,13 @@ def _check(given: Mapping[str, Any], bounds: Mapping[str, Any]) -> None:
             raise ValueError(f"{PREFIX}{name}={value!r} is not a {'number' if kind is float else 'name'}")
     if given.get("layout") == "append":
         raise ValueError(
-            f"{PREFIX}layout='append' is of no model that the vLLM plugin serves; take inplace or overwrite"
+            f"{PREFIX}layout='append' is not supported by the vLLM plugin; use inplace or overwrite"
         )
     for name, value in bounds.items():
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise ValueError(f"{PREFIX}{name}={value!r} is not a count (an int from 1)")
         if name != "max_tokens" and not isinstance(keep, float):
-            raise ValueError(f"{PREFIX}{name}={value} bounds a ratio, but {PREFIX}keep={keep!r} is none")
+            raise ValueError(f"{PREFIX}{name}={value} bounds a ratio, but {PREFIX}keep={keep!r} is not a ratio")
     if bounds.get("least", 1) > bounds.get("most", math.inf):
         raise ValueError(f"{PREFIX}least={bounds['least']} exceeds {PREFIX}most={bounds['most']}")
     basis = given.get("basis", Options.basis)

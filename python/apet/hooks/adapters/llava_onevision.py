@@ -1,8 +1,8 @@
 """LLaVA-OneVision (`llava_onevision`).
 
 Modifications:
-- the language model gets a sequence shortened by compressing the features of each image, after the model has put its
-  tiles together and scaled them down, and of each frame of a video; newline tokens stay; positions renumbered;
+- the language model gets a sequence shortened by compressing the features of each image, after the model has joined its
+  tiles and scaled them down, and of each frame of a video; newline tokens stay; positions renumbered;
 - with `llm_layer`, its layers from there on get a sequence shortened again, renumbered again.
 """
 

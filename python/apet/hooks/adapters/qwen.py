@@ -2,9 +2,9 @@
 
 Modifications:
 - the language model gets a sequence shortened by compressing the merged visual embeddings of each image and of each
-  temporal step of a video; every token keeps its M-RoPE position, and decoding goes on after the largest one;
+  temporal step of a video; every token keeps its M-RoPE position, and decoding continues after the largest one;
 - of the deepstack features of Qwen3-VL, which the first decoder layers add at visual tokens, those of the kept tokens
-  stay, as they are (a merged token keeps its own); so `llm_layer` lies behind these layers;
+  stay, as they are (a merged token keeps its own); so `llm_layer` must be after these layers;
 - with `llm_layer`, its layers from there on get a sequence shortened again, positions kept.
 """
 

@@ -3,7 +3,7 @@
 Modifications:
 - the language model gets a sequence shortened by compressing the projected features of each image and of each frame
   of a video; the CLS token that opens a frame stays; positions renumbered;
-- `layout="append"` puts the basis tokens behind the kept ones of their frame, as the released code does.
+- `layout="append"` puts the basis tokens after the kept ones of their frame, as the released code does.
 """
 
 from __future__ import annotations

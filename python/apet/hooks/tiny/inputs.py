@@ -144,7 +144,7 @@ def _count(found: Any) -> int:
         found = pooled
     elif hasattr(found, "last_hidden_state"):
         found = found.last_hidden_state
-    if isinstance(found, tuple) and isinstance(found[0], list | tuple):  # features of later layers beside them
+    if isinstance(found, tuple) and isinstance(found[0], list | tuple):  # features of later layers follow
         found = found[0]
     if isinstance(found, Tensor):
         return found.numel() // found.shape[-1]
