@@ -48,7 +48,7 @@ def test_a_plan_as_it_travels():
     )
     assert made.lengths == [3, 3]
     assert made.order.tolist() == [0, 1, 4, 2, 5, 6]
-    assert made.leaves.nonzero()[:, 0].tolist() == [4, 6]
+    assert made.removed.nonzero()[:, 0].tolist() == [4, 6]
     assert (made.gone, made.rows) == (2, 6)
     medoids = wanted(keep=2, basis="keep", select="qr", refine=2)
     assert (medoids.kernel["basis"], medoids.kernel["refine"]) == (None, 2)

@@ -166,8 +166,8 @@ def _image(axes: Axes, pixels: np.ndarray, panel: Panel) -> None:
 
 
 def _outline_basis(axes: Axes, panel: Panel) -> None:
-    """Outlines basis tokens at their own places, numbered in picking order; the kept tokens whose rows
-    they took are dotted."""
+    """Outlines basis tokens at their own positions, numbered in picking order; the kept tokens whose rows they took are
+    dotted."""
     cols = panel.grid[1]
     size = min(_points(axes, panel, 0.5), 12.0)
     for order, position in enumerate(panel.frame.basis, start=1):

@@ -223,7 +223,7 @@ class Engine(Patch):
             "positions": prompt.early.positions(past, new, tail),
         }
         if position is not None:
-            replaced["cache_position"] = torch.arange(new, device=position.device) + past
+            replaced["cache_position"] = torch.arange(new, device=position.device) + state.on(past, position.device)
         return roles.replace(arguments, **replaced)
 
     def mask_given(self, mask: Any) -> Any:

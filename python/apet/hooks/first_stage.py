@@ -56,7 +56,7 @@ def project_fewer(
 def project_back(projected: Projected, y: Tensor) -> Tensor:
     """Scatters the projector's result [1, kept, D] back to [tiles, N, D]; dropped rows are filled with `GONE`."""
     full = y.new_full((math.prod(projected.shape), y.shape[-1]), GONE)
-    full[projected.kept_rows] = y[0]
+    full[projected.kept_rows.to(y.device)] = y[0]  # a projector may be on another device than its input
     return full.unflatten(0, projected.shape)
 
 

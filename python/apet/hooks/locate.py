@@ -66,7 +66,8 @@ def placeholders(adapter: Adapter, core: nn.Module, modality: str, inputs: Mappi
         is_placeholder = inputs["input_ids"] == token
     else:  # as the model does, compare with the embedding of the placeholder
         given = inputs["inputs_embeds"]
-        is_placeholder = (given == core.get_input_embeddings()(torch.tensor(token, device=given.device))).all(-1)
+        embedded = core.get_input_embeddings()(torch.tensor(token, device=given.device))
+        is_placeholder = (given == embedded.to(given.device)).all(-1)
     if is_placeholder.shape != x.shape[:2]:
         raise ValueError(
             f"the core model was called with {tuple(is_placeholder.shape)} tokens, but calls its language model with "

@@ -108,6 +108,7 @@ def packed(more: More, packing: Packing, past: int) -> More:
     valid = torch.cat([torch.ones_like(columns[:, :past], dtype=torch.bool), packing.valid], dim=1)
     found = {}
     for kind, pairs in more.items():
+        pairs = pairs.to(packing.index.device)
         rows = pairs.gather(1, packing.index[:, :, None].expand(-1, -1, pairs.shape[2]))  # [B, L2, past + L]
         pairs = rows.gather(2, columns[:, None, :].expand(-1, rows.shape[1], -1))
         found[kind] = pairs & valid[:, None, :] & packing.valid[:, :, None]

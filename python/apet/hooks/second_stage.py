@@ -13,7 +13,7 @@ from . import along, masks
 from .caches import length
 from .calling import IDLE, RECURRENT, check_mask, versions
 from .sequence import counted
-from .state import NOT_COMPILED_REASON, Forward, Late, part
+from .state import NOT_COMPILED_REASON, Forward, Late, on, part
 from .target import Target
 from .units import shorten
 
@@ -28,9 +28,9 @@ def enter(target: Target, forward: Forward, cache: Cache | None, arguments: dict
     part = forward.prompt.late
     if part is not None:
         x = roles.get("hidden", arguments)  # [B, L, D]
-        new, past = x.shape[1], length(cache, layer)
-        positions = part.positions(past, new, forward.tail)
-        forward.late = Late(part.columns(past, new, forward.tail), past, positions, x)
+        new, past = x.shape[1], on(length(cache, layer), x.device)
+        columns, positions = part.columns(past, new, forward.tail), part.positions(past, new, forward.tail)
+        forward.late = Late(columns.to(x.device), past, positions.to(x.device), x)
     return arguments
 
 
@@ -69,6 +69,9 @@ def shortened(target: Target, forward: Forward, cache: Cache | None, arguments: 
 def arguments(target: Target, forward: Forward, index: int, call: dict[str, Any]) -> dict[str, Any]:
     """Returns the arguments for decoder layer `index` >= `llm_layer`, in place of `call`."""
     late, roles = forward.late, target.layer_arguments[index]
+    x = roles.get("hidden", call)
+    if isinstance(x, Tensor):
+        late.follow(x)
     if late.packing is not None:
         batch, whole = forward.valid.shape
         call = along.shorten(roles, call, along.Sequence(batch, whole, sum(forward.tokens.lengths)), late.packing)
@@ -117,7 +120,7 @@ def new_tokens(late: Late) -> Tensor | None:
 def rotary_of(target: Target, forward: Forward, kind: str, owner: str, given: Any) -> Any:
     """Returns the rotary embedding of layers of a kind for the remaining tokens; None: they keep the one they are
     given."""
-    late, decoder = forward.late, forward.language_model
+    late = forward.late
     if given is None:  # this layer uses no rotary embedding
         return None
     if target.rotary is None:
@@ -131,13 +134,26 @@ def rotary_of(target: Target, forward: Forward, kind: str, owner: str, given: An
     if target.adapter.positions == "renumber":
         if late.packing is not None:
             check_rotary_values(target, forward, kind, given)
-        made = target.rotary.make(decoder, late.x, late.positions, kind)
+        made = rotary_like(target, forward, kind, late.positions, given)
     elif late.packing is not None:
-        made = _like(given, [late.packing.along(t, -2).to(late.x.device) for t in parts_of(given)])
+        made = _like(given, [late.packing.along(t, -2) for t in parts_of(given)])
     else:
         made = None
     late.rotary[shared] = made
     return made
+
+
+def rotary_like(target: Target, forward: Forward, kind: str, positions: Tensor, given: Any) -> Any:
+    """Returns the rotary embedding of layers of a kind for positions [B, L], in the number type of the given one and on
+    the device of the hidden states.
+
+    Under autocast the hidden states may have another type than the embeddings that the model makes it with. In a model
+    on several devices, `rotary_emb` may return it on a device of its own.
+    """
+    late = forward.late
+    x, dtype = late.x, next(parts_of(given)).dtype
+    made = target.rotary.make(forward.language_model, x.to(dtype) if dtype.is_floating_point else x, positions, kind)
+    return _like(made, [part.to(x.device) for part in parts_of(made)])
 
 
 def parts_of(rotary: Any) -> Iterator[Tensor]:
@@ -176,7 +192,7 @@ def check_rotary_values(target: Target, forward: Forward, kind: str, rotary: Any
     valid = forward.valid.to(device)
     columns = torch.arange(late.past, late.past + valid.shape[1], device=device)[None]
     for counts in (late.before, columns):
-        made = target.rotary.make(forward.language_model, late.x, counts, kind)
+        made = rotary_like(target, forward, kind, counts, rotary)
         if all(
             torch.equal(one.to(device).expand(len(valid), -1, -1)[valid], ours.expand(len(valid), -1, -1)[valid])
             for one, ours in zip(parts_of(rotary), parts_of(made), strict=True)

@@ -19,6 +19,10 @@ class Packing:
     source: Tensor  # [B, L2]: as index, but for appended basis rows the column of their token
     moved: Tensor  # [B, L]: the new column of each old column; meaningless for a column that was dropped
 
+    def to(self, device: torch.device) -> Packing:
+        """Returns the same packing on another device."""
+        return Packing(*(t.to(device) for t in (self.index, self.valid, self.source, self.moved)))
+
     def rows(self, x: Tensor) -> Tensor:
         """Returns the rows of x [B, L, D] that stay, as [B, L2, D]."""
         x = x.to(self.index.device)

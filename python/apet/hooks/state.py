@@ -18,7 +18,7 @@ from .masks import More
 from .sequence import Packing
 from .units import Shorter, Tokens
 
-NOT_COMPILED_REASON = "the length of a compressed prompt depends on its data; only decoding compiles"
+NOT_COMPILED_REASON = "the length of a compressed prompt depends on its data; only decoding is compiled"
 
 
 @dataclass
@@ -37,7 +37,8 @@ class Part:
         tail [B, n] bool: which of the tokens after the prompt are no padding; None: all.
         """
         if self.fixed:
-            return self.mask & (torch.arange(self.mask.shape[1], device=self.mask.device) < past + new)
+            columns = torch.arange(self.mask.shape[1], device=self.mask.device)
+            return self.mask & (columns < on(past, self.mask.device) + new)
         mask = self.mask[:, : int(past)]  # speculative decoding may take back text that was part of the prompt
         if tail is None:
             return torch.nn.functional.pad(mask, (0, int(past) + new - mask.shape[1]), value=True)
@@ -45,7 +46,7 @@ class Part:
 
     def positions(self, past: int | Tensor, new: int, tail: Tensor | None) -> Tensor:
         """Returns the positions of the `new` tokens [B, new]; arguments as in `columns`."""
-        positions = self.offset + past + torch.arange(new, device=self.offset.device)
+        positions = self.offset + on(past, self.offset.device) + torch.arange(new, device=self.offset.device)
         return positions if tail is None else positions - (~tail).cumsum(1)[:, -new:].to(positions.device)
 
     def rows(self, index: Tensor) -> Part:
@@ -66,6 +67,11 @@ def part(cache: Cache | None, mask: Tensor, following: Tensor, flash: bool) -> P
     if fixed:
         mask = torch.nn.functional.pad(mask, (0, max(sizes) - length), value=True)
     return Part(mask, following - length, fixed)
+
+
+def on(length: int | Tensor, device: torch.device) -> int | Tensor:
+    """Returns a length on this device. A cache of fixed size counts tokens in a tensor, on the device of its layer."""
+    return length.to(device) if isinstance(length, Tensor) else length
 
 
 def layer_slides(layer: Any) -> bool:
@@ -105,6 +111,18 @@ class Late:
     built: dict[str, Any] = field(default_factory=dict)  # masks, by the kind of layers
     rotary: dict[str, Any] = field(default_factory=dict)  # rotary embeddings, by the kind of layers, or "" for all
     given: dict[str, Any] = field(default_factory=dict)  # the rotary embeddings that the model gives, likewise
+
+    def follow(self, x: Tensor) -> None:
+        """Moves everything to the device of x, the hidden states of a layer: in a model on several devices, the layers
+        from here on are on another one."""
+        device = x.device
+        if device == self.x.device:
+            return
+        self.x, self.mask, self.positions = x, self.mask.to(device), self.positions.to(device)
+        self.past = on(self.past, device)
+        self.packing = self.packing and self.packing.to(device)
+        self.before = None if self.before is None else self.before.to(device)
+        self.built, self.rotary, self.given = {}, {}, {}
 
 
 @dataclass

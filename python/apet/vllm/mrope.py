@@ -102,8 +102,8 @@ class MRope(Model):
             length = place.length
             if made is not None:
                 columns = embedded.nonzero()[:, 0] + place.offset
-                stay = (~made.leaves).nonzero()[:, 0]
-                times[columns] = stay.diff(append=torch.tensor([len(made.leaves)]))
+                stay = (~made.removed).nonzero()[:, 0]
+                times[columns] = stay.diff(append=torch.tensor([len(made.removed)]))
                 units = made.units[stay]
                 unknown.append(columns)
                 first.append(columns[torch.searchsorted(units, units)])

@@ -54,13 +54,13 @@ class Plan:
         return len(self.units) - self.gone
 
     @property
-    def leaves(self) -> Tensor:
+    def removed(self) -> Tensor:
         """[N] bool: the placeholders that are removed, the last ones of each unit. (The encoder's output decides which
         rows go.)"""
         ends = [torch.arange(n) >= k for n, k in zip(self.lengths, self.kept, strict=True)]
-        leaves = torch.zeros(len(self.units), dtype=torch.bool)
-        leaves[self.order] = torch.cat(ends) if ends else leaves[:0]
-        return leaves
+        removed = torch.zeros(len(self.units), dtype=torch.bool)
+        removed[self.order] = torch.cat(ends) if ends else removed[:0]
+        return removed
 
     def pack(self) -> Tensor:
         """Packs the plan into one int64 tensor. It has integers only, because vLLM casts floats to the model's

@@ -111,7 +111,7 @@ class Processor(BaseMultiModalProcessor):
                 return details
             item[plan.FIELD] = MultiModalFieldElem(made.pack(), MultiModalBatchedField(keep_on_cpu=True))
             left = ~embedded
-            left[embedded] = ~made.leaves
+            left[embedded] = ~made.removed
             embedded = embedded[left]
             return Shortened(ids[left].tolist(), lambda _: embedded, len(made.units))
 
