@@ -1,4 +1,4 @@
-// The ops on CUDA tensors, as torch.ops.apet._cuda_*: apet_kernels/dispatch.py decides which calls come here. Outputs
+// The ops on CUDA tensors, as torch.ops.apet._cuda_*: apet_kernels/dispatch.py chooses the calls that run here. Outputs
 // and workspace are from torch's allocator; the kernels run on its current stream, and nothing here synchronises.
 #include <torch/csrc/stable/accelerator.h>
 
@@ -35,8 +35,8 @@ void run(const apet_problem& p, const apet_tensors& tensors, const Tensor& x) {
 
 constexpr const char* kPaths[] = {"best", "fused", "cluster", "cooperative"};  // in the order of apet_cuda_path
 
-// Forces a path on the later calls of this thread; `like` is any tensor on a GPU, so that torch's dispatcher comes
-// here.
+// Forces a path on the later calls of this thread. The first argument is any tensor on a GPU: its device selects this
+// implementation.
 void override_plans(const Tensor&, std::string path, int64_t ctas_per_image, int64_t resident, int64_t tile) {
   for (int i = 0; i < 4; i++) {
     if (path != kPaths[i]) continue;

@@ -43,7 +43,7 @@ def estimate(
     from_l2 = 1 / (sms * f["l2_share"])
 
     def again(size: float) -> float:
-        """Reads an array again: what L2 does not hold of it, from memory."""
+        """Returns the time to read an array again: from L2, and from memory as far as it exceeds L2."""
         return max(size * from_l2, max(0.0, size - f["l2_bytes"]) * from_memory)
 
     norms = start + max(B * N * row * from_memory, sweep)
@@ -58,7 +58,7 @@ def estimate(
     each = math.ceil(math.ceil(K / tiles.assign_t) / shares)  # tiles of a program, of which a multiprocessor has one
 
     def wave(busy: int) -> float:
-        """One program on each of so many multiprocessors."""
+        """Returns the time of one program on each of `busy` multiprocessors."""
         size = (tiles.assign_r + tiles.assign_t) * row
         product = 2 * tiles.assign_r * tiles.assign_t * D / rate
         return each * max(product, size / f["l2_per_sm"], size * busy * from_l2) if busy else 0

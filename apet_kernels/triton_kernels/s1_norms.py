@@ -1,4 +1,4 @@
-"""Launch 1: squared norms, and the first basis candidate of every program.
+"""Launch 1: computes squared norms, and the first basis candidate of every program.
 
     norm_sq[n] = ||x_n||^2        first basis token = arg max_n norm_sq[n], or `start`
 

@@ -1,4 +1,4 @@
-"""First launch of each round: the pool of candidates, its residual Gram matrix, and the picks from it.
+"""First launch of each round: lists the pool of candidates, computes its residual Gram matrix, and picks from it.
 
     pool  = the 2 b unpicked tokens of largest resid_sq, ascending              b = (t + 1) M // 4 - t M // 4
     gram  = X_pool X_pool^T - Y_pool^T Y_pool

@@ -1,4 +1,4 @@
-"""Launches 2 to M + 1: one step of basis, solve and residual, in one sweep over the tokens.
+"""Launches 2 to M + 1: each computes a step of basis, solve and residual, in one sweep over the tokens.
 
 With the newest basis token p (S gains the row p, A = S S^T + ridge I = L L^T the row l, docs/algorithm.md):
 

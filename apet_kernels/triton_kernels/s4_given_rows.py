@@ -1,8 +1,8 @@
-"""In place of launches 2 to M + 2, for rows that the caller has chosen (the op `merge`): the tokens to merge.
+"""In place of launches 2 to M + 2, for rows that the caller has chosen (the op `merge`): lists the tokens to merge.
 
     dropped = the positions that indices [K] do not hold, ascending
 
-One program per image: mark the listed positions, then compact the others.
+One program per image marks the listed positions, then compacts the others.
 """
 
 import torch

@@ -1,4 +1,4 @@
-"""A medoid step, after s5_assign by distance: the token of each cluster that is nearest to the cluster's mean.
+"""A medoid step, after s5_assign by distance: finds the token of each cluster that is nearest to the cluster's mean.
 
     cluster_mean = (x_r + sum of the tokens nearest to r) / (1 + their count)       as s5_mean adds them
     medoid[r]    = arg min of ||x_n - cluster_mean||^2 in the cluster, ties to the lower position

@@ -1,4 +1,4 @@
-"""Launch M + 2: which tokens stay, exactly K of them, in ascending position.
+"""Launch M + 2: chooses the tokens that stay, exactly K of them, in ascending position.
 
     kept = the K largest e_sq, ties to the lower position; "inplace": the basis first, then the largest of the others
 

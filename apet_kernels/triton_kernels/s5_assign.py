@@ -1,4 +1,4 @@
-"""Launch M + 3: the target of every dropped token.
+"""Launch M + 3: finds the target of every dropped token.
 
     target[r] = arg max_t  x_r . x_t / ||x_t||     (scaling x_r changes no arg-max), ties to the earlier row
 

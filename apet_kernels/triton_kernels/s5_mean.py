@@ -1,4 +1,4 @@
-"""Launch M + 4: the rows of the result.
+"""Launch M + 4: computes the rows of the result.
 
     tokens[r] = (x_r + sum of the dropped tokens whose target is r) / (1 + their count)   in float32, ascending position
 
