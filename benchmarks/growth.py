@@ -40,7 +40,7 @@ from benchmarks.lib.sheet import Sheet
 from benchmarks.lib.suite import Results, Suite
 
 SHARE = 0.1
-PAGE = 4096  # bytes by which memory grows; a call that fits into free memory of the process grows it by none
+PAGE = 4096  # the resolution of memory in bytes: a call that fits into memory which its process has already shows 0
 EAGER = 10**11  # operations of the product up to which `eager` is run
 PUBLISHED = 5 * 2**28  # bytes of the broadcast up to which `published` is run
 BASELINES = ("eager", "published")

@@ -70,8 +70,9 @@ def compare(case: Case, device: Device) -> Comparison:
 def check(
     case: Case, name: str, x: Tensor, compress: Callable[[Pair], Pair], halves: dict[str, Callable[[Pair], object]]
 ) -> float:
-    """Judges `compress`, and by it its halves on the same instruction set: the tokens that the residuals of `score`
-    rank highest are the kept ones, and `merge` of these gives the same rows. Raises AssertionError."""
+    """Checks `compress` against float64, and `score` and `merge` of the same instruction set against `compress`: the
+    tokens that the residuals of `score` rank highest are the kept ones, and `merge` of these gives the same rows.
+    Returns the share of rows checked. Raises AssertionError."""
     isa = name.removeprefix("kernel")
     rows, kept = compress((x, torch.empty(0)))
     residual, basis = halves[f"score{isa}"]((x, kept))

@@ -14,7 +14,7 @@ COMPILER, EMULATOR = "aarch64-linux-gnu-g++", "qemu-aarch64"
 ROOT = Path("/usr/aarch64-linux-gnu")  # of the cross compiler's package for the C library, which the emulator loads
 CMAKE_OPTIONS = ["-DCMAKE_SYSTEM_NAME=Linux", "-DCMAKE_SYSTEM_PROCESSOR=aarch64", f"-DCMAKE_CXX_COMPILER={COMPILER}"]
 ISAS = ("generic", "neon", "neon_bf16")
-# What the emulator calls a processor with FEAT_BF16, and one without.
+# The emulator's names for a processor with FEAT_BF16 and for one without.
 WITH_BF16, WITHOUT_BF16 = "max", "cortex-a72"
 
 

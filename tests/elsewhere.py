@@ -61,7 +61,7 @@ def make(folder: Path, compiler: str, csrc: Path, *options: str) -> Path:
 
 
 def with_fault(folder: Path, name: str, old: str, new: str) -> Path:
-    """Copies csrc/ into the folder, with other text in the one place of cpu/`name` that reads `old`."""
+    """Copies csrc/ into the folder, and replaces the only occurrence of `old` in cpu/`name`. Returns the copy."""
     source = shutil.copytree(CSRC, folder / "csrc")
     file = source / "cpu" / name
     text = file.read_text()
@@ -72,7 +72,7 @@ def with_fault(folder: Path, name: str, old: str, new: str) -> Path:
 
 @dataclass(frozen=True)
 class Answer:
-    """What a call returned: status, and of its plan the instruction set and the threads."""
+    """The result of a call: its status, and the instruction set and threads of its plan."""
 
     status: int
     isa: str

@@ -32,7 +32,7 @@ FUNCTIONS = [f for f in PUBLIC if inspect.isfunction(f)] + [testing.cpu_isa, tes
 
 @pytest.mark.parametrize("op", ops.OPS)
 def test_a_function_takes_what_its_op_takes(op):
-    """The same arguments in the same order, with the same defaults, and a backend."""
+    """A function has the arguments of its op in the same order, with the same defaults, and `backend`."""
     signature = inspect.signature(getattr(apet_kernels, op))
     (*mine, backend) = signature.parameters.values()
     assert (backend.name, backend.default) == ("backend", None)

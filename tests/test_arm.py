@@ -58,7 +58,7 @@ def image(shape: tuple[int, ...], dtype: torch.dtype, kind: str) -> torch.Tensor
 
 
 def everything(backend: Backend, shape: tuple[int, ...], x: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Judges compress, score and merge of x against float64; returns their results."""
+    """Compares compress, score and merge of x with float64; returns their results."""
     _, N, _, keep, basis = shape
     layout = test_invariance.layout_for(N, keep, basis)
     got, indices = check(backend, x, keep, basis, layout=layout, select=("fps", "qr")[N % 2])
@@ -73,7 +73,7 @@ def everything(backend: Backend, shape: tuple[int, ...], x: torch.Tensor) -> dic
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("isa", ISAS)
 def test_compared_with_float64(isa: str, dtype: torch.dtype):
-    """And where the order of sums is the portable code's, the bits are too."""
+    """Where the order of sums is that of the portable code, the bits must be equal too."""
     for shape in SHAPES:
         for kind in KINDS:
             x = image(shape, dtype, kind)
@@ -112,7 +112,7 @@ def test_alone_batched_packed_and_on_any_number_of_threads(isa: str, dtype: torc
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_ragged_images(isa: str, dtype: torch.dtype):
-    """Of one token, all of them kept, and none; each has the bits that it has alone, which are checked."""
+    """Images of one token, with all tokens kept, and with none; each has the checked bits that it has alone."""
     lengths, keeps, basis = [31, 1, 64, 7, 0, 130], [9, 1, 64, 1, 0, 40], 4
     x = tokens(sum(lengths), 37, dtype=dtype, kind="repeated", seed=2)
     cu, cu_keep = offsets(lengths), offsets(keeps)
@@ -129,8 +129,8 @@ def test_ragged_images(isa: str, dtype: torch.dtype):
 
 @pytest.mark.parametrize("isa", ISAS)
 def test_every_float16_is_widened_and_rounded_right(isa: str):
-    """By means of two tokens: half of each finite number, of which those of the smallest are ties; and the middle of
-    each number and the next, all ties."""
+    """Merges two tokens: every finite number with 0, then every finite number with the next one. So the results are the
+    halves of all numbers, and the middles of neighbours, which are all ties."""
     every = torch.arange(2**16, dtype=torch.int32).to(torch.int16).view(torch.float16)
     every = every[every.isfinite()]
     for other in (torch.zeros_like(every), every.roll(1)):
@@ -177,7 +177,7 @@ def test_the_processor_chooses():
 
 
 def test_without_bf16_it_runs():
-    """A processor that stops at an instruction it does not have."""
+    """The emulated processor stops at an instruction that it does not have."""
     x = tokens(2, 60, 37, dtype=torch.bfloat16, seed=1)
     case = compress_case(x, 20)
     assert processor(WITHOUT_BF16).call(case, "best").status == 0
@@ -186,7 +186,7 @@ def test_without_bf16_it_runs():
 
 
 def test_code_of_one_instruction_set_stays_in_its_file():
-    """As on x86-64 (tests/test_packaging_bindings.py)."""
+    """The same test as for x86-64 in tests/test_packaging_bindings.py."""
     objects = built("arm", make) / "CMakeFiles/apet.dir/cpu"
     for file in sorted(objects.glob("*.o")):
         code = run(COMPILER.replace("g++", "objdump"), "-d", file)
@@ -209,7 +209,7 @@ globals().update(BACKEND_TESTS)
 
 # ---- injected faults -------------------------------------------------------------------------------------------------
 
-# In a file of csrc/cpu: what stands there, and what is put in its place.
+# By name: a file of csrc/cpu, a text in it, and the text that replaces it.
 FAULTS = {
     "operands of an fma exchanged": (
         "vector.h",

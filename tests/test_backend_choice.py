@@ -126,7 +126,7 @@ def test_tensors_that_it_does_not_take(monkeypatch):
 
 
 @pytest.mark.parametrize("op", ops.OPS)
-def test_ops_on_a_gpu_do_as_they_are_told(op, monkeypatch):
+def test_ops_on_a_gpu_use_the_chosen_backend(op, monkeypatch):
     """The op itself uses the chosen backend for GPU tensors, also in compiled code, by torch's dispatcher."""
     ran = []
     monkeypatch.setattr(available, "why_unavailable", lambda name: None)

@@ -38,11 +38,12 @@ def test_what_varies() -> None:
 
 def test_the_cost_model_by_hand() -> None:
     case = Case(2, 100, 10, 20, torch.float32, "inplace", basis=3)
-    # 4000 bytes an image: once from memory, three times from the cache; 20 rows, and 44 bytes a token, likewise.
+    # An image has 4000 bytes, read once from memory and three times from the cache, where 20 rows and 44 bytes a token
+    # are read and written too.
     moved = 2 * (4000 / 50 + (3 * 4000 + 800 + 4400) / 100)
     product = 2 * 2 * (80 * 20 + 3 * 100) * 10
     assert growth.predicted_ms(case, RATES) == pytest.approx((10e3 + moved + product / 200) / 1e6)
-    # The cache is that of the machine that measured. This one does not hold half of an image.
+    # The cache size is that of the machine that measured. This cache is smaller than two images.
     uncached = 2 * (4000 + 3 * 4000 + 800 + 4400) / 50
     small = RATES | {"cache MiB": 7999 / 2**20}
     assert growth.predicted_ms(case, small) == pytest.approx((10e3 + uncached + product / 200) / 1e6)

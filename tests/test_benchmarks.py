@@ -20,7 +20,7 @@ from benchmarks.lib.device import Cpu
 from benchmarks.lib.suite import Results
 from tests.rates import RATES
 
-SUITES = {one.name: one for one in report.SUITES_OF_OPS if one.name != "gpu"}  # that one: test_gpu_benchmarks.py
+SUITES = {one.name: one for one in report.SUITES_OF_OPS if one.name != "gpu"}  # test_gpu_benchmarks.py tests that one
 PAGE = report.DOCS / "benchmarks.md"
 # The smoke cases of a suite that run here. The CPU's other layouts, and growth in bfloat16, take too long.
 ONLY = {"cpu": ["inplace"], "growth": ["float32"]}
@@ -29,7 +29,7 @@ ONLY = {"cpu": ["inplace"], "growth": ["float32"]}
 @pytest.mark.parametrize(
     "name",
     [
-        # The CPU's compiles its baseline by torch.compile, in half a minute; growth starts a process for every memory.
+        # `cpu` compiles a baseline for half a minute; `growth` starts a process for every measurement of memory.
         pytest.param(name, marks={"cpu": [pytest.mark.slow], "growth": [pytest.mark.rest]}.get(name, ()))
         for name in SUITES
     ],

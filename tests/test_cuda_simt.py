@@ -73,7 +73,7 @@ def drawn(seed: int) -> How:
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_nothing_but_the_problem_decides_a_bit(dtype, layout, pytestconfig):
+def test_the_problem_alone_determines_the_bits(dtype, layout, pytestconfig):
     """Device, path, group size, resident rows, tile and schedule are drawn at random; more with --interpret 0."""
     number = DTYPES.index(dtype) * 3 + LAYOUTS.index(layout)
     everyday = pytestconfig.getoption("--interpret")

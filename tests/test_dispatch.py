@@ -63,7 +63,7 @@ def test_the_cuda_kernels_where_triton_does_not_import(monkeypatch, taken, op):
 
 @pytest.fixture
 def compared(monkeypatch: pytest.MonkeyPatch) -> dict[int, list[tuple[float, float]]]:
-    """Lets both backends run, with estimates (CUDA, Triton) by D; records the questions in `asked`."""
+    """Lets both backends run. Returns the estimates (CUDA, Triton) by D, for the test to fill."""
     by_width: dict[int, list[tuple[float, float]]] = {}
     monkeypatch.setattr(available, "why_not_cuda", lambda device: None)
     monkeypatch.setattr(available, "why_not_triton", lambda: None)

@@ -104,7 +104,7 @@ def call(request: pytest.FixtureRequest) -> tuple[Callable[[int], tuple[Tensor, 
 
 
 def test_the_dispatcher(gpu_backend):
-    """It uses the backend for a GPU tensor without a warning, bit for bit as if the call named it."""
+    """The ops use the backend for a GPU tensor without a warning, with the bits of a call that names it."""
     if DRY:
         pytest.skip("a dry run has CPU tensors, which the dispatcher gives to the CPU kernel")
     (x,) = batch(0)
@@ -260,7 +260,7 @@ def test_alone_in_a_batch_packed_or_apart(gpu_backend, dtype, channels):
 
 @pytest.mark.parametrize("dtype", DTYPES if not DRY else [torch.float32])
 def test_ragged_images(gpu_backend, dtype):
-    """Each has the bits that it has alone: images of one token, with all tokens kept, and the largest."""
+    """Each image has the bits that it has alone: one of one token, one with all tokens kept, and the largest."""
     lengths = [1369, 1, 576, 64, 4096, 7] if not DRY else [9, 1, 5]
     keeps = [137, 1, 64, 64, 400, 5] if not DRY else [4, 1, 5]
     x = features(sum(lengths), D, dtype=dtype, seed=3)

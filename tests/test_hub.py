@@ -61,7 +61,7 @@ def test_compiled_beside_the_installed_package(tmp_path: Path) -> None:
 
 
 def test_triton_for_any_torch(tmp_path: Path) -> None:
-    """The build without an architecture. It is interpreted here, as if it were for CPUs, which needs no GPU."""
+    """The build that names no architecture. Its kernels are interpreted here, so no GPU is needed."""
     folder = assemble(tmp_path / "hub")
     assert sorted(path.name for path in (folder / "build").iterdir()) == ["torch-cuda", "torch-rocm"]
     metadata = json.loads((folder / "build/torch-cuda/metadata.json").read_text())

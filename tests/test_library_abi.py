@@ -195,10 +195,11 @@ def test_two_versions_side_by_side():
 
 
 def test_uses_nothing_that_allocates_waits_or_throws():
-    """The list of all functions that libapet uses of other libraries, besides the caller's pool."""
+    """Lists all functions of other libraries that libapet calls, besides those of the caller's pool."""
     allowed = {"memcpy", "memmove", "memset", "snprintf", "sched_yield", "__cxa_guard_acquire", "__cxa_guard_release"}
     allowed |= {"syscall"}  # once: asks Linux for the permission to use AMX's tiles
-    hardened = {"__memcpy_chk", "__memset_chk", "__snprintf_chk", "__stack_chk_fail"}  # of compilers that do so unasked
+    # Some compilers call these by default.
+    hardened = {"__memcpy_chk", "__memset_chk", "__snprintf_chk", "__stack_chk_fail"}
     library = Path(installed().library._name)
     assert {"memcpy", "snprintf"} < undefined(library) <= allowed | hardened
     assert needed(library) <= RUNTIMES
@@ -226,7 +227,7 @@ def test_allocates_nothing(tmp_path: Path, copy: str):
 
 
 def test_cuda_neither_allocates_nor_waits():
-    """The list of all functions of the CUDA runtime; kernels call the last two, for the launches before and after."""
+    """Lists all functions of the CUDA runtime that are called; the last two are called by kernels."""
     text = "\n".join(re.sub(r"//.*", "", path.read_text()) for path in sorted((CSRC / "cuda").glob("*.cu*")))
     assert set(re.findall(r"\b(cuda[A-Z]\w+)\(", text)) == {
         *("cudaGetDevice", "cudaDeviceGetAttribute", "cudaFuncSetAttribute", "cudaGetErrorString", "cudaGetLastError"),

@@ -35,7 +35,7 @@ def test_frames_are_those_on_screen_in_the_middles_of_equal_spans() -> None:
     )
 
 
-def test_a_frame_that_stays_is_taken_again_at_the_middles_of_its_stay() -> None:
+def test_frames_are_chosen_evenly_in_time() -> None:
     """One picture for 0.9 seconds, then ten in the last tenth: frames are chosen evenly in time, not by number."""
     starts = seconds(0, *(9 + i / 10 for i in range(10)))
     assert frames.choose(starts, Fraction(10), 5) == [(0, 0.0), (0, 3.0), (0, 5.0), (0, 7.0), (1, 9.0)]

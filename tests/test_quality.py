@@ -79,7 +79,7 @@ def test_the_colour_is_where_the_place_question_says():
 
 
 @pytest.mark.slow
-def test_a_reader_learns_ignores_padding_and_does_not_mind_the_order_of_tokens():
+def test_a_reader_learns_and_ignores_padding_and_the_order_of_tokens():
     """The argument is a place, and the token there holds the answer."""
     g = torch.Generator().manual_seed(0)
     where, answer = torch.randint(0, 2, (320, 2), generator=g), torch.randint(0, 3, (320, 2), generator=g)
@@ -226,11 +226,11 @@ def test_the_whole_study_on_a_few_pictures(tmp_path, monkeypatch):
     drawn = re.findall(r"\]\((quality-\w+\.png)\)", page)
     assert len(drawn) == 3
     assert all(Image.open(docs / name).width > 300 for name in drawn)
-    counts_again_from_the_bits(page, tmp_path / "results")
-    are_the_encoders_and_go_on_where_they_stopped(tmp_path / "folder")
+    check_a_figure_of_the_page(page, tmp_path / "results")
+    check_stored_features(tmp_path / "folder")
 
 
-def counts_again_from_the_bits(page: str, results: Path) -> None:
+def check_a_figure_of_the_page(page: str, results: Path) -> None:
     """Computes a figure of the page from the raw results in another way."""
     row = next(line for line in page.split("Layer 8: retained accuracy")[1].splitlines() if line.startswith("| tome |"))
     shown = float(row.split("|")[3].split("[")[0])  # at 16 tokens
@@ -239,7 +239,7 @@ def counts_again_from_the_bits(page: str, results: Path) -> None:
     assert shown == pytest.approx(100 * right / full, abs=0.051)
 
 
-def are_the_encoders_and_go_on_where_they_stopped(folder: Path) -> None:
+def check_stored_features(folder: Path) -> None:
     """Checks that the stored features are those of apet's encoder, also for scenes that an earlier call left out."""
     eye, split = features.Eye(features.LAYERS), features.read(folder, "test")
     before = split.tokens.copy()

@@ -30,7 +30,7 @@ def keeps(backend, x, keep, **options) -> list[int]:
 
 
 def step_by_step(backend, x, keep, steps, **options) -> None:
-    """Judges each medoid step given the backend's own result of the step before."""
+    """Checks each medoid step, given the backend's own result of the step before."""
     before = keeps(backend, x, keep, **options)
     for step in range(1, steps + 1):
         after = keeps(backend, x, keep, refine=step, **options)
@@ -227,7 +227,7 @@ def test_medoids_of_another_basis(backend, select):
         assert places & set(after)
 
 
-# ---- promises
+# ---- guarantees
 
 
 @pytest.mark.rest_interpreted

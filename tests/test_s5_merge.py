@@ -18,7 +18,7 @@ def merge(backend, x, indices, targets=None):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_by_hand(backend, dtype):
-    # (9,1) and (4,1) lean to (2,0), though (0,8) is longer and their dot product with it may be larger.
+    # (9,1) and (4,1) have a smaller angle with (2,0), though their dot product with the longer (0,8) may be larger.
     x = rows([2, 0], [9, 1], [0, 8], [4, 1], [1, 2], dtype=dtype)
     expected = rows([5, 2 / 3], [0.5, 5], dtype=dtype)[0]
     torch.testing.assert_close(merge(backend, x, [0, 2]), expected)

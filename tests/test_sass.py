@@ -94,7 +94,7 @@ template __global__ void %s<float>(const Call);
     ],
     ids=["local memory", "static shared memory", "atomic float", "narrow store"],
 )
-def test_what_is_read_is_what_is_there(tmp_path: Path, body: str, said: str):
+def test_a_fault_in_machine_code_is_found(tmp_path: Path, body: str, said: str):
     """A kernel with one fault is compiled, and the fault is found."""
     (tmp_path / "cuda").mkdir()
     (tmp_path / "cuda/float32.cu").write_text(FAULTY % ("s5_merge", body, "s5_merge"))

@@ -16,7 +16,8 @@ from apet_kernels.reference import U
 from tests.data import DTYPES
 
 TARGETS, CLOSE, CANDIDATES = 64, 128, 8192
-# Of ||x||: what the best target leads by, at least. torch.mm is off by 2 u; one float32 sum over 1024 products by 8.
+# The least lead of the best target, relative to ||x||. The error of torch.mm is 2 u, that of one float32 sum over 1024
+# products is 8 u.
 LEAD = 10 * U
 
 

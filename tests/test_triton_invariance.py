@@ -168,7 +168,7 @@ def sums_over_channels(target: str, D: int, dtype: torch.dtype, Ms: tuple[int, .
 
 @pytest.mark.slow
 @pytest.mark.parametrize("target", TARGETS)
-def test_sums_over_channels_do_not_know_the_basis(compiler, target):
+def test_sums_over_channels_do_not_depend_on_the_basis(compiler, target):
     """The layout of x.p and ||x - p||^2 sets the order of their sums. M sets the size of other tensors there."""
     one, *others = compiler.submit(sums_over_channels, target, 1024, torch.float16, (1, 2, 10, 64)).result()
     assert len(one) == 2

@@ -135,7 +135,7 @@ def test_workspace(B, N, D, M, K, dtype):
 @on_the_cpu
 @pytest.mark.interpreter
 @pytest.mark.parametrize("layout", [*(pytest.param(one, marks=pytest.mark.slow) for one in LAYOUTS[:-1]), LAYOUTS[-1]])
-def test_how_many_programs_share_the_work_decides_nothing(monkeypatch, layout):
+def test_the_number_of_programs_does_not_change_the_bits(monkeypatch, layout):
     """A program of s1 takes one tile or many; a program of s5_assign compares all targets or a part of them."""
     x = tokens(2, 150, 70, kind="repeated")
     x[:, 7] = 0  # as similar to every target
@@ -157,7 +157,7 @@ def test_how_many_programs_share_the_work_decides_nothing(monkeypatch, layout):
 @on_the_cpu
 @pytest.mark.interpreter
 @pytest.mark.parametrize("D", [8, 64, 100])
-def test_rows_lie_where_kernels_are_told(D):
+def test_rows_have_the_alignment_that_kernels_assume(D):
     """x and the result, and rows that consist of whole 16-byte words, start at a multiple of 16 bytes."""
     storage = torch.empty(3 * 40 * (D + 3) + 1, dtype=torch.float16)
     for x in (

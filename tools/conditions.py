@@ -46,7 +46,9 @@ CONDITIONS = {
     "threads": Condition("more threads than cores", {"OMP_NUM_THREADS": "7"}),
     "order": Condition("another order", {}, ("--shuffle", "1")),
     "hashes": Condition("another order of sets, and again of tests", {"PYTHONHASHSEED": "7"}, ("--shuffle", "7")),
-    "no-amx": Condition("a processor without AMX", {"ONEDNN_MAX_CPU_ISA": "AVX512_CORE_BF16", "APET_TESTS_WITHOUT": "amx"}),
+    "no-amx": Condition(
+        "a processor without AMX", {"ONEDNN_MAX_CPU_ISA": "AVX512_CORE_BF16", "APET_TESTS_WITHOUT": "amx"}
+    ),
     "no-avx512": Condition(
         "a processor without AVX-512",
         {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2", "APET_TESTS_WITHOUT": "avx512"}

@@ -2,8 +2,9 @@
 
     python -m tools.matrix PACKAGE TEST... [--docs FOLDER] [-- ARGUMENT...]    in the environment of the session
 
-Arguments after -- are passed to pytest. The outcomes are in compatibility.json of that folder, one for each package and version, and compatibility.md is made
-from them. This module imports nothing of the project, since its import may fail in a session.
+Arguments after -- are passed to pytest. The outcomes are in compatibility.json of that folder, one for each package and
+version, and compatibility.md is made from them. This module imports nothing of the project, since its import may fail
+in a session.
 """
 
 from __future__ import annotations

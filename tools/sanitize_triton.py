@@ -4,8 +4,8 @@
 
 The tests run the kernels' Python code in Triton's interpreter. This program runs the output of Triton's frontend (TTIR,
 for sm_90a). It compiles and executes every launch of every op, and checks for accesses outside of the launch's tensors,
-for programs that access the same element, and for operations without a defined result. The results are checked as in the
-tests. First it checks that a dropped mask is reported.
+for programs that access the same element, and for operations without a defined result. The results are checked as in
+the tests. First it checks that a dropped mask is reported.
 """
 
 from __future__ import annotations

@@ -69,7 +69,8 @@ class Call:
         return tuple(apet_kernels.compress_packed(packed, lengths, keeps, s.basis, layout="append", backend=backend))
 
     def compared(self, device: str) -> None:
-        """Compares the results of a layout with float64 (tests/judge.py). Raises AssertionError, which begins with the fault."""
+        """Compares the results of a layout with float64 (tests/judge.py). Raises AssertionError, which begins with the
+        fault."""
         functions = carried(device, "cuda")
         judge.check(functions, self.tokens(), self.shape.keep, self.shape.basis, layout=self.op)
 

