@@ -15,6 +15,7 @@ from apet.cli import output
 from PIL import Image
 
 import apet_kernels
+from apet_kernels.options import LAYOUTS
 from tests.command import failed, invoke, said
 from tests.photos import (
     ASTRONAUT,
@@ -52,7 +53,7 @@ def test_numbers(tmp_path: Path) -> None:
     assert set(found[0]["milliseconds"]) == {"encode", "score", "select", "merge", "compress"}
 
 
-@pytest.mark.parametrize("layout", ["inplace", "overwrite", "append"])
+@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("select", ["fps", "qr"])
 def test_layouts(tmp_path: Path, layout: str, select: str) -> None:
     options = ("--layout", layout, "--select", select, "--basis", 5, "--start", 3, "--backend", "reference")
@@ -154,7 +155,7 @@ def test_percent(share: float, text: str) -> None:
 # --- the content of the picture ---
 
 
-@pytest.mark.parametrize("layout", ["inplace", "overwrite", "append"])
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_goals_are_those_of_the_op(layout: str) -> None:
     x = torch.randn(1, 80, 32, generator=torch.Generator().manual_seed(0))  # [1, N, D]
     (frame,), _ = outcome.compress(x, 24, outcome.OpArguments(layout=layout))

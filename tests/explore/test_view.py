@@ -20,12 +20,13 @@ from apet.explore.explorer import Explorer
 from apet.explore.settings import METHODS, Link, Settings
 from PIL import Image
 
+from apet_kernels.options import LAYOUTS
 from tests.command import failed, said
 from tests.explore.tiles import SMALL, Tiles, Tree, scene, shown
 
 
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("layout", ["inplace", "overwrite", "append"])
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_the_page_holds_what_became_of_every_token(method: str, layout: str, photo: Path, explorer: Explorer) -> None:
     settings = replace(SMALL, method=method, layout=layout)
     one, second = shown(explorer, photo, settings, Settings(keep=20))
