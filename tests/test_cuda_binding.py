@@ -101,9 +101,7 @@ def test_the_device_cannot():
     """A GPU that is too small for any path raises with the message of the plan."""
     call.use_device(call.Device(80, 4, 1 << 10, 1 << 10, 0))
     x = tokens(1, 20, 7, seed=1)
-    assert re.search(
-        rf"{choice.NO_PATH} .* with 1024 bytes", error_of(dispatch.run_cuda, ("compress", x, 4), {})
-    )
+    assert re.search(rf"{choice.NO_PATH} .* with 1024 bytes", error_of(dispatch.run_cuda, ("compress", x, 4), {}))
 
 
 def test_the_whole_way_from_the_choice(monkeypatch):

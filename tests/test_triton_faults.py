@@ -210,9 +210,7 @@ def test_a_promise_that_does_not_hold():
 
 def imported(change: str) -> str:
     """Returns the error in a new process whose Triton interpreter has this change."""
-    script = (
-        f"from triton.runtime import interpreter\n{change}\nimport tests.triton_interpreter as it\nit.install()"
-    )
+    script = f"from triton.runtime import interpreter\n{change}\nimport tests.triton_interpreter as it\nit.install()"
     root = str(Path(__file__).parents[1])
     path = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
     done = subprocess.run(

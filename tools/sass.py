@@ -254,8 +254,7 @@ def table(kernels: list[Kernel]) -> str:
     targets = [name for name in TARGETS if any(k.target == name for k in kernels)]
     wrong = len(list(faults(kernels)))
     lines = [
-        f"`python -m tools.sass --markdown`, nvcc {compiler()}: {len(kernels)} kernels compiled, {wrong} "
-        "faults. The",
+        f"`python -m tools.sass --markdown`, nvcc {compiler()}: {len(kernels)} kernels compiled, {wrong} faults. The",
         "cells show registers per thread. Nothing spills or uses local memory. A dot: the target has no clusters, so "
         "the kernel is empty.",
         "",
