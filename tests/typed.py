@@ -33,5 +33,6 @@ apet_kernels.compress_varlen(x[0], cu, [4, 5], 9, 11, 5)  # type: ignore[call-ov
 
 patch: Callable[..., object] = apet.patch
 apet.patch(torch.nn.Identity(), keep="many")  # type: ignore[arg-type]
+apet.patch(torch.nn.Identity(), layout="sideways")  # type: ignore[arg-type]
 apet.ptch  # type: ignore[attr-defined]  # noqa: B018
 apet_kernels.compres  # type: ignore[attr-defined]  # noqa: B018

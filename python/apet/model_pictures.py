@@ -43,7 +43,9 @@ def picture(model: nn.Module, inputs: Mapping[str, Any], processor: Any, visual:
             of its tokens in the image are not known (models that crop or scale projected features).
     """
     drawn = panels(model, inputs, processor, visual)
-    engine, seen = engine_of(model), kept(model).visuals[visual]
+    engine, found = engine_of(model), kept(model)
+    assert found is not None  # the panels are those of a prefill
+    seen = found.visuals[visual]
     options, name = engine.options, type(engine.model).__name__
     counts, extra = [seen.tokens, *map(len, seen.remaining)], ""
     if options.layout == "append":  # the rows of basis tokens are not positions
@@ -61,14 +63,15 @@ def panels(model: nn.Module, inputs: Mapping[str, Any], processor: Any, visual: 
     Arguments and errors are those of `picture`."""
     engine = engine_of(model)
     calls, projected = _prefill(engine, inputs)
-    if not 0 <= visual < len(engine.trace.visuals):
-        raise ValueError(f"visual={visual} is none of the {len(engine.trace.visuals)} images and videos of the inputs")
+    visuals = _visuals(engine)
+    if not 0 <= visual < len(visuals):
+        raise ValueError(f"visual={visual} is none of the {len(visuals)} images and videos of the inputs")
     if projected is None:
         units, per_tile = _placeholder_units(engine, inputs), None
     else:
         units, per_tile = engine.adapter.features(engine.core, inputs, projected), projected.shape[1]
     tiles = _tiles(engine, inputs, units, per_tile, processor, visual)
-    modality = engine.trace.visuals[visual][0]
+    modality = visuals[visual][0]
     drawn = []
     for stage, (_, number), places, frame in _frames(engine, units, calls, visual):
         first = int((units[visual] == number).nonzero()[0])
@@ -103,9 +106,16 @@ def _prefill(engine: Engine, inputs: Mapping[str, Any]) -> tuple[list[Call], Ten
     return recorder.calls, projected[0] if projected else None
 
 
+def _visuals(engine: Engine) -> list[tuple[str, int, int]]:
+    """Returns modality, row and number of placeholders of every image and video of the last prefill."""
+    trace = engine.trace
+    assert trace is not None  # such a prefill has run
+    return trace.visuals
+
+
 def _placeholder_units(engine: Engine, inputs: Mapping[str, Any]) -> list[Tensor]:
     """Returns the unit of each placeholder of every image and video; -1: none."""
-    visuals = engine.trace.visuals
+    visuals = _visuals(engine)
     counts: dict[str, int] = {}
     for modality, _, tokens in visuals:
         counts[modality] = counts.get(modality, 0) + tokens
@@ -154,11 +164,11 @@ def _frame(x: Tensor, stay: Tensor, engine: Engine) -> outcome.Frame:
 
 def _spread(frame: outcome.Frame, places: np.ndarray, total: int) -> outcome.Frame:
     """Converts the frame of tokens at some places [n] of a grid to a frame of the whole grid with `total` places."""
-    retained, target, residual = np.zeros(total, bool), np.full(total, -1), np.zeros(total)
+    retained: np.ndarray = np.zeros(total, bool)
+    target, residual = np.full(total, -1), np.zeros(total)
     retained[places], residual[places] = frame.retained, frame.residual
     target[places] = np.where(frame.target_position >= 0, places[frame.target_position], -1)
-    marks = (places[some] for some in (frame.kept, frame.basis, frame.overwritten))
-    return outcome.Frame(*marks, retained, target, residual)
+    return outcome.Frame(places[frame.kept], places[frame.basis], places[frame.overwritten], retained, target, residual)
 
 
 def _tiles(
@@ -171,9 +181,10 @@ def _tiles(
 ) -> list[tuple[np.ndarray, tuple[int, int]]]:
     """Returns the tiles or frames of an image or video, [rows * PATCH, columns * PATCH, 3] in 0..1, each with its rows
     and columns of tokens."""
-    modality = engine.trace.visuals[visual][0]
-    of_kind = [units[v] for v, (m, _, _) in enumerate(engine.trace.visuals) if m == modality]
-    number = visual - next(v for v, (m, _, _) in enumerate(engine.trace.visuals) if m == modality)
+    visuals = _visuals(engine)
+    modality = visuals[visual][0]
+    of_kind = [units[v] for v, (m, _, _) in enumerate(visuals) if m == modality]
+    number = visual - next(v for v, (m, _, _) in enumerate(visuals) if m == modality)
     name = "pixel_values_videos" if modality == "video" else "pixel_values"
     pixels = inputs.get(name)
     if pixels is None:
@@ -219,4 +230,6 @@ def _photo(view: Tensor, grid: tuple[int, int], processor: Any) -> np.ndarray:
     mean, std = (torch.tensor(values)[:, None, None] for values in (images.image_mean, images.image_std))
     pixels = ((view * std + mean).clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy()
     rows, columns = grid
-    return np.asarray(Image.fromarray(pixels).resize((columns * PATCH, rows * PATCH), Image.BICUBIC), np.float32) / 255
+    resized = Image.fromarray(pixels).resize((columns * PATCH, rows * PATCH), Image.Resampling.BICUBIC)
+    photo: np.ndarray = np.asarray(resized, np.float32) / 255
+    return photo

@@ -21,8 +21,9 @@ from transformers.generation.streamers import BaseStreamer
 
 import apet_kernels  # noqa: F401, registers the op
 from apet.calls import Recorder
-from apet.hooks import ENGINE, Options
+from apet.hooks import Options
 from apet.hooks.engine import Engine
+from apet.hooks.results import ENGINE
 from apet.hooks.target import plain
 
 GREEDY = {"do_sample": False, "num_beams": 1, "use_cache": True, "temperature": None, "top_p": None, "top_k": None}
@@ -129,13 +130,16 @@ def report(model: nn.Module, inputs: Mapping[str, Any], *, max_new_tokens: int =
             seconds[False].append(clock(model, inputs, max_new_tokens))
         seconds[True].append(clock(model, inputs, max_new_tokens))
     prefill, total = (
-        tuple(statistics.median(times[which] for times in seconds[side]) for side in (False, True)) for which in (0, 1)
+        (statistics.median(t[which] for t in seconds[False]), statistics.median(t[which] for t in seconds[True]))
+        for which in (0, 1)
     )
+    trace = engine.trace
+    assert trace is not None  # the inputs have images or videos
     return Report(
         type(engine.model).__name__,
         engine.options,
         len(inputs["input_ids"]),
-        sum(tokens for _, _, tokens in engine.trace.visuals),
+        sum(tokens for _, _, tokens in trace.visuals),
         max_new_tokens,
         without,
         compressed,
@@ -146,7 +150,7 @@ def report(model: nn.Module, inputs: Mapping[str, Any], *, max_new_tokens: int =
 
 def engine_of(model: nn.Module) -> Engine:
     """Returns the engine of a patched model. Raises ValueError if the model is not patched."""
-    engine = vars(plain(model)).get(ENGINE)
+    engine: Engine | None = vars(plain(model)).get(ENGINE)
     if engine is None:
         raise ValueError(f"this {type(model).__name__} is not patched: call apet.patch(model, keep=...) first")
     return engine
@@ -165,7 +169,8 @@ def unpatched(engine: Engine) -> Iterator[None]:
 def count(engine: Engine, inputs: Mapping[str, Any]) -> Prefill:
     """Counts FLOPs, lengths and cache size of one prefill of the model as it is, patched or not."""
     sdpa = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops}
-    counter, at_decoder = FlopCounterMode(display=False, custom_mapping=sdpa), []
+    counter = FlopCounterMode(display=False, custom_mapping=sdpa)
+    at_decoder: list[int] = []
     seen = engine.language_model.register_forward_pre_hook(lambda *_: at_decoder.append(counter.get_total_flops()))
     with seen, _torch_attention(engine.model), Recorder() as recorder, counter:
         out = engine.model.generate(**inputs, **GREEDY, max_new_tokens=1, return_dict_in_generate=True)
@@ -189,7 +194,7 @@ def clock(model: nn.Module, inputs: Mapping[str, Any], new_tokens: int) -> tuple
     return streamer.times[1] - begin, streamer.times[-1] - begin
 
 
-class Clock(BaseStreamer):
+class Clock(BaseStreamer):  # type: ignore[misc]  # the checker does not read transformers
     """Records the time at which the prompt and each token have arrived on the CPU."""
 
     def __init__(self) -> None:
@@ -206,7 +211,8 @@ def _attention_flops(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> in
     """Counts FLOPs of attention for CPUs, which torch's counter lacks; shapes [B, H, L, d], [B, .., S, d], [B, .., S,
     d2]."""
     batch, heads, length, d = query
-    return 2 * batch * heads * length * key[2] * (d + value[3])
+    flops: int = 2 * batch * heads * length * key[2] * (d + value[3])
+    return flops
 
 
 @contextmanager

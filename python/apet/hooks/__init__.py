@@ -164,7 +164,7 @@ def patched(
 
 def options(model: nn.Module) -> Options | None:
     """Returns the options that a model is patched with; None if it is not patched."""
-    engine = plain(model).__dict__.get(ENGINE)
+    engine: Engine | None = plain(model).__dict__.get(ENGINE)
     return engine.target.options if engine else None
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 from torch import Tensor, nn
 
@@ -41,7 +41,7 @@ class Adapter:
         fitted.positions = self.positions or parts.positions(core)
         fitted.tokens = self.tokens or parts.tokens(core)
         fitted.unit_names = self.unit_names or grids.unit_names(core)
-        return fitted
+        return cast(Adapter, fitted)
 
     def core(self, model: nn.Module) -> nn.Module:
         """Returns the module whose forward takes token ids and pixels and calls the decoder."""

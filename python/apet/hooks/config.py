@@ -6,7 +6,7 @@ import math
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from apet_kernels import options as kernel
 from apet_kernels.options import Layout, Select
@@ -59,9 +59,8 @@ def resolve(
     if preset is not None and preset not in presets:
         known = ", ".join(presets) or "none"
         raise ValueError(f"preset='{preset}' is not known for {model_type}; its presets are: {known}")
-    options = replace(Options(), **(presets[preset] if preset else {}) | given)
-    for name in ("keep", "llm_keep"):
-        options = replace(options, **{name: _checked(name, getattr(options, name))})
+    options = replace(Options(), **{**(presets[preset] if preset else {}), **given})
+    options = replace(options, keep=_checked("keep", options.keep), llm_keep=_checked("llm_keep", options.llm_keep))
     _check(options, layers)
     return options
 
@@ -92,7 +91,7 @@ def _one(name: str, keep: Any) -> int | float:
     whole = isinstance(keep, int) and not isinstance(keep, bool) and keep >= 1
     if not whole and not (isinstance(keep, float) and 0 < keep <= 1):
         raise ValueError(f"{name}={keep!r} is neither a count (an int from 1) nor a ratio (a float in (0, 1])")
-    return keep
+    return cast("int | float", keep)
 
 
 def _check(options: Options, layers: range) -> None:

@@ -51,7 +51,8 @@ class Kept:
         full[~trace.remaining.to(x.device)] = torch.nan
         valid = trace.valid.to(x.device)
         full[trace.origin.to(x.device)[valid]] = x[valid]
-        return full.unflatten(0, (x.shape[0], given))
+        aligned: Tensor = full.unflatten(0, (x.shape[0], given))
+        return aligned
 
 
 def kept(model: nn.Module) -> Kept | None:

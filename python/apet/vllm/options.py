@@ -83,9 +83,7 @@ def _check(given: Mapping[str, Any], bounds: Mapping[str, Any]) -> None:
         if value is not None and not isinstance(value, (kind, int) if kind is float else kind):
             raise ValueError(f"{PREFIX}{name}={value!r} is not a {'number' if kind is float else 'name'}")
     if given.get("layout") == "append":
-        raise ValueError(
-            f"{PREFIX}layout='append' is not supported by the vLLM plugin; use inplace or overwrite"
-        )
+        raise ValueError(f"{PREFIX}layout='append' is not supported by the vLLM plugin; use inplace or overwrite")
     for name, value in bounds.items():
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise ValueError(f"{PREFIX}{name}={value!r} is not a count (an int from 1)")
