@@ -221,7 +221,7 @@ def test_wrong_options(
 
 def test_wrong_files(llava: Path, photos: list[Path], clip: Path) -> None:
     words = ("--model", llava, "--prompt", "w3")
-    assert "give photos" in failed("generate", *words)
+    assert "give either photos" in failed("generate", *words)
     assert "is a clip: give it as --video" in failed("generate", *words, "--image", clip)
     assert "is a photo: give it as --image" in failed("generate", *words, "--video", photos[0])
     assert "this model takes no clips" in failed("generate", *words, "--video", clip)
