@@ -7,7 +7,8 @@ An argument is one of
 - a mask [B, L] or [B, L, 1] bool of visual tokens, and features [N, ...] of its N true entries, row after row
   (deepstack), in lists or by layer: the entries of the tokens that stay are kept in both;
 - anything that has no dimension of either length: it is not changed.
-Any other argument with such a length raises an error, since tokens would have to be removed from it, too.
+Any other argument with such a length raises an error, since tokens would have to be removed from it, too. So does an
+attribute of a module along the sequence that the model has set in the same call.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .calling import NAMES, PACKED, Arguments, tensors, versions
 from .sequence import Packing
@@ -58,6 +59,27 @@ def added_layers(roles: Arguments, call: Mapping[str, Any], at: Sequence) -> int
         if name not in masks and _features_of(value, masks, at):
             last = max(last, 1 + max(value) if isinstance(value, Mapping) else len(tuple(tensors(value))))
     return last
+
+
+def attributes(module: nn.Module) -> dict[int, Tensor]:
+    """Returns the tensors that a module and its parts have as attributes, by their ids. Parameters and buffers are no
+    such attributes."""
+    return {id(t): t for part in module.modules() for t in vars(part).values() if isinstance(t, Tensor)}
+
+
+def check_attributes(module: nn.Module, before: Mapping[int, Tensor], at: Sequence) -> None:
+    """Raises ValueError for an attribute [B or 1, L, ...] of a module that the model has set in this call: it holds
+    tokens that the module's arguments no longer have. before: the attributes when the call began."""
+    for part in module.modules():
+        for name, value in vars(part).items():
+            if not isinstance(value, Tensor) or id(value) in before or value.dim() < 2:
+                continue
+            if value.shape[1] == at.length and value.shape[0] in (at.batch, 1):
+                raise ValueError(
+                    f"{type(part).__name__} got an attribute {name} of shape {tuple(value.shape)} in this call, one of "
+                    "which is the number of tokens. apet does not know this attribute, so it cannot drop tokens from "
+                    f"it ({versions()})"
+                )
 
 
 def _others(roles: Arguments, call: Mapping[str, Any]) -> Iterable[tuple[str, Any]]:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Cache
 
-from . import caches, first_stage, generation, second_stage, state
+from . import along, caches, first_stage, generation, second_stage, state
 from .calling import versions
 from .patching import Patch
 from .state import NOT_COMPILED_REASON, Call, Forward, Prompt
@@ -51,11 +51,11 @@ class Engine(Patch):
         """Runs `model.generate` of this instance, and makes its arguments available to the hooks that run during
         encoding."""
         model = self.target.model()
-        given = dict(zip(("inputs", "generation_config"), args, strict=False)) | kwargs
+        generate = self.generate_before or functools.partial(type(model).generate, model)
+        given = generation.named(generate, args, kwargs)
         generation.check(self.target, given)
         cache = next((v for v in given.values() if isinstance(v, Cache)), None)
         caches.count_prompt(cache)
-        generate = self.generate_before or functools.partial(type(model).generate, model)
         try:
             with state.running(generation.call_of(self, given)):
                 return generate(*args, **kwargs)
@@ -108,7 +108,8 @@ class Engine(Patch):
     def begin_call(self, core: nn.Module, inputs: Mapping[str, Any]) -> None:
         state.end(self, "core")
         scoring = state.current(self, "model")
-        state.begin(Call(weakref.ref(self), "core", inputs, core=core, labels=scoring and scoring.labels))
+        labels, attributes = scoring and scoring.labels, along.attributes(core)
+        state.begin(Call(weakref.ref(self), "core", inputs, core=core, labels=labels, attributes=attributes))
 
     def after_core(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
         if not torch.compiler.is_compiling():
@@ -164,12 +165,15 @@ class Engine(Patch):
             return (), self.begin_prefill(module, call, arguments, prompt)
         if prompt is None or not prompt.compressed:
             if not torch.compiler.is_compiling():
-                self.check_no_prompt(roles.owner, cache)
+                self.check_no_prompt(roles.owner, cache, prompt)
             return None
         return (), self.go_on(module, prompt, cache, arguments)
 
-    def check_no_prompt(self, owner: str, cache: Cache | None) -> None:
-        """Raises ValueError if a step of generate() comes without the cache of its compressed prompt."""
+    def check_no_prompt(self, owner: str, cache: Cache | None, prompt: Prompt | None) -> None:
+        """Raises ValueError if a step of generate() comes without the cache of its compressed prompt, or if a call of
+        generate() with images or videos begins without a call of the core model."""
+        if prompt is None:
+            generation.check_core_runs(self, owner)
         running = state.current(self, "generate")
         if running is not None and running.compressed:
             what = "no cache" if cache is None else f"a {type(cache).__name__} that this prompt did not fill"
@@ -186,7 +190,7 @@ class Engine(Patch):
         if call is not None and call.forward is not None:
             raise ValueError(
                 f"{type(call.core).__name__} calls its language model more than once in a forward: apet does not know "
-                f"which of these has the images ({versions()})"
+                f"which of these has the images, and does not support a prefill in several calls ({versions()})"
             )
         return call
 
@@ -285,7 +289,7 @@ class Engine(Patch):
             arguments = second_stage.enter(self.target, forward, cache, arguments)
         if forward.late is None:
             return None
-        return (), second_stage.arguments(self.target, forward, index, arguments)
+        return (), second_stage.arguments(self.target, forward, index, module, arguments)
 
     def after_language_model(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
         roles = self.target.language_model_arguments

@@ -82,7 +82,9 @@ def begin(
     cache = roles.cache(arguments)
     past = 0 if cache is None else int(cache.get_seq_length())
     trace, tokens = find(target, call, generation, x)
-    forward = Forward(language_model, Prompt(batch), cache=cache, trace=trace, labels=call.labels)
+    forward = Forward(
+        language_model, Prompt(batch), cache=cache, trace=trace, labels=call.labels, attributes=call.attributes
+    )
     if not tokens.lengths:
         return forward, arguments
     if past and before is None:
@@ -136,6 +138,7 @@ def shortened(
     """
     roles, prompt = target.language_model_arguments, forward.prompt
     x, valid, prefix = roles.get("embeds", arguments), forward.valid, forward.prefix
+    along.check_attributes(forward.language_model, forward.attributes, at)
     past = prefix.shape[1]
     packing = shorter.pack(valid, forward.pad_left)
     everything = torch.cat([prefix, packing.valid], dim=1)  # [B, past + L2]

@@ -5,12 +5,13 @@ from __future__ import annotations
 import inspect
 import sys
 import weakref
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from transformers import Cache
 
 from . import state
+from .calling import versions
 from .patching import Patch
 from .state import Call
 from .target import Target
@@ -24,7 +25,7 @@ def check(target: Target, given: Mapping[str, Any]) -> None:
         if unknown:
             target.check_no_images(target.core(), prompts, unknown)
         return
-    config = given.get("generation_config") or target.model().generation_config
+    config = given.get("generation_config") or getattr(target.model(), "generation_config", None)
     chunk = given.get("prefill_chunk_size") or getattr(config, "prefill_chunk_size", None)
     if chunk is not None:
         raise ValueError(f"prefill_chunk_size={chunk} would split images between chunks; leave it out")
@@ -42,10 +43,23 @@ def of_the_class(patch: Patch) -> Call | None:
     frame = sys._getframe()
     while frame is not None and code is not None:
         if frame.f_code is code and frame.f_locals.get("self") is model:
-            values = frame.f_locals
-            return call_of(patch, {"inputs": values.get("inputs")} | (values.get("kwargs") or {}))
+            taken, _, rest, values = inspect.getargvalues(frame)
+            return call_of(patch, {name: values.get(name) for name in taken} | values.get(rest or "", {}))
         frame = frame.f_back
     return None
+
+
+def check_core_runs(patch: Patch, owner: str) -> None:
+    """Raises ValueError if generate() was called with images or videos, and has called the language model (a class
+    `owner`) without a call of the core model, which has the placeholders."""
+    call = current(patch)
+    if call is not None and patch.adapter.brings(call.inputs):
+        model, core = type(patch.model).__name__, type(patch.core).__name__
+        raise ValueError(
+            f"{model}.generate was called with images and calls {owner} without a forward of {core}, so apet does not "
+            f"know where the images are, and would drop nothing: call {core}.forward in a loop, or load a port that "
+            f"transformers has ({versions()})"
+        )
 
 
 def check_kept_cache(patch: Patch, cache: Cache) -> None:
@@ -59,6 +73,14 @@ def check_kept_cache(patch: Patch, cache: Cache) -> None:
                 f"{name}.generate(model, ...) was called with a cache that holds a compressed prompt, and counts "
                 "its tokens wrongly; call model.generate(...)"
             )
+
+
+def named(generate: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the arguments of a call of generate() by name. Functions that do not name them are taken for wrappers of
+    transformers' generate()."""
+    parameters = inspect.signature(generate).parameters.values()
+    names = [p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    return dict(zip(names or ("inputs", "generation_config"), args, strict=False)) | dict(kwargs)
 
 
 def call_of(patch: Patch, given: Mapping[str, Any]) -> Call:

@@ -71,7 +71,8 @@ def placeholders(adapter: Adapter, core: nn.Module, modality: str, inputs: Mappi
     if is_placeholder.shape != x.shape[:2]:
         raise ValueError(
             f"the core model was called with {tuple(is_placeholder.shape)} tokens, but calls its language model with "
-            f"{tuple(x.shape[:2])}: apet does not know where its images are then"
+            f"{tuple(x.shape[:2])}: apet does not know where its images are then, and does not support a prefill in "
+            "several calls"
         )
     return is_placeholder.flatten().nonzero().view(-1).to(x.device)
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import Cache
 
 from . import along, masks
@@ -66,7 +66,9 @@ def shortened(target: Target, forward: Forward, cache: Cache | None, arguments: 
     return roles.replace(arguments, hidden=x)
 
 
-def arguments(target: Target, forward: Forward, index: int, call: dict[str, Any]) -> dict[str, Any]:
+def arguments(
+    target: Target, forward: Forward, index: int, layer: nn.Module, call: dict[str, Any]
+) -> dict[str, Any]:
     """Returns the arguments for decoder layer `index` >= `llm_layer`, in place of `call`."""
     late, roles = forward.late, target.layer_arguments[index]
     x = roles.get("hidden", call)
@@ -74,7 +76,9 @@ def arguments(target: Target, forward: Forward, index: int, call: dict[str, Any]
         late.follow(x)
     if late.packing is not None:
         batch, whole = forward.valid.shape
-        call = along.shorten(roles, call, along.Sequence(batch, whole, sum(forward.tokens.lengths)), late.packing)
+        at = along.Sequence(batch, whole, sum(forward.tokens.lengths))
+        check_attributes(layer, forward, at)
+        call = along.shorten(roles, call, at, late.packing)
     kind = target.kind(forward.language_model, index)
     given = roles.get("mask", call)
     check_mask(f"{roles.owner} was called with", given)
@@ -89,6 +93,11 @@ def arguments(target: Target, forward: Forward, index: int, call: dict[str, Any]
     if roles.get("cache_position", call) is not None:
         replaced["cache_position"] = torch.arange(late.x.shape[1], device=late.x.device) + late.past
     return roles.replace(call, **replaced)
+
+
+@torch.compiler.disable(reason=NOT_COMPILED_REASON)
+def check_attributes(layer: nn.Module, forward: Forward, at: along.Sequence) -> None:
+    along.check_attributes(layer, forward.attributes, at)
 
 
 def mask_of(target: Target, forward: Forward, index: int, kind: str, given: Any, cache: Cache | None) -> Any:

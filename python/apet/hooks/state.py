@@ -141,6 +141,7 @@ class Forward:
     cache: Cache | None = None  # the cache that its layers write to
     trace: Trace | None = None
     labels: Tensor | None = None  # the labels given to the model, which are shortened with the sequence
+    attributes: Mapping[int, Tensor] = field(default_factory=dict)  # as of the call
 
 
 @dataclass
@@ -154,6 +155,7 @@ class Call:
     compressed: bool = False  # of "generate": whether its prefill has dropped tokens
     core: nn.Module | None = None
     labels: Tensor | None = None
+    attributes: Mapping[int, Tensor] = field(default_factory=dict)  # of the core model's parts when the call began
     forward: Forward | None = None  # the forward of the language model, once it runs
 
 
