@@ -35,7 +35,7 @@ def use_cpu_isa(name: str | None) -> None:
     """Pins the CPU kernels of this process to one instruction set, as on a machine that has no better one.
 
     Args:
-        name: one of `cpu_isa()`; None goes back to the best.
+        name: one of `cpu_isa()`; None: the best one.
 
     Raises:
         ValueError: if it is not usable here.
