@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from contextlib import nullcontext
 from typing import Any
 
 import apet
 import pytest
 import torch
+from apet.hooks import selfcheck
 from conversations import collate
-from families import FAMILIES, Family, reader, shared, twin
+from families import FAMILIES, THREE, Family, build, reader, shared, twin
 from recompute import Options, expected, shorten
 from running import (
     BOTH,
@@ -176,16 +179,69 @@ def test_lengths_of_the_cache(family: Family, stage: str) -> None:
     assert deep < first or "llm_layer" not in options
 
 
-@pytest.mark.parametrize("name", FAMILIES)
-def test_bfloat16(name: str) -> None:
+# Number type -> what rounding may change logits by.
+ROUNDING = {torch.bfloat16: 0.1, torch.float16: 0.02}
+
+# The type of the weights, and that of products under autocast.
+TYPES = [*((dtype, None) for dtype in ROUNDING), (torch.float32, torch.bfloat16), (torch.bfloat16, torch.bfloat16)]
+
+
+def in_types(names: Iterable[str], types: Iterable[Any]) -> list[Any]:
+    """Returns pairs of a family and a number type; `make test` runs all families in bfloat16, and some in all types."""
+    return [
+        pytest.param(name, kind, marks=() if name in THREE or kind in (torch.bfloat16, TYPES[2]) else pytest.mark.slow)
+        for name in names
+        for kind in types
+    ]
+
+
+@pytest.mark.parametrize(("name", "dtype"), in_types(FAMILIES, ROUNDING), ids=str)
+def test_number_types(name: str, dtype: torch.dtype) -> None:
     """One sample, first stage: rounding changes logits by a percent, and also what a second stage would keep."""
-    family, dtype = FAMILIES[name], torch.bfloat16
+    family = FAMILIES[name]
     model, row = shared(name, dtype=dtype), conversation(family, 3, "image", 5)
     with apet.patched(model, **FIRST):
         said = say(model, collate(family, [row], dtype=dtype))
     assert said.logits.dtype in (dtype, torch.float32)
-    judge(family, [row], said, FIRST, dtype, tolerance=0.1)
+    judge(family, [row], said, FIRST, dtype, tolerance=ROUNDING[dtype])
     with apet.patched(model, **SECOND):  # the same prefill twice, so the same tokens; then the cache against none
         cached = say(model, collate(family, [row], dtype=dtype))
         again = say(model, collate(family, [row], dtype=dtype), new=1)
     assert torch.equal(cached.logits[:, :1], again.logits)
+
+
+@pytest.mark.parametrize("stage", selfcheck.STAGES)
+@pytest.mark.parametrize(("name", "types"), in_types(FAMILIES, TYPES), ids=str)
+def test_number_types_against_the_reference(name: str, types: tuple[torch.dtype, torch.dtype | None], stage: str) -> None:
+    """Both stages, of a padded batch. The reference is given the rows that were kept, so it does not depend on what
+    rounding made the stages keep."""
+    (dtype, cast), model = types, build(name)
+    rows = [selfcheck.prompt(model, parts, seed) for seed, parts in enumerate(selfcheck.PROMPTS)]
+    rows = [{n: v.to(dtype) if v.is_floating_point() else v for n, v in row.items()} for row in rows]
+    model.to(dtype)
+    with torch.autocast("cpu", cast) if cast is not None else nullcontext():
+        found = selfcheck.judge(model, rows, selfcheck.STAGES[stage])
+    assert found < ROUNDING[torch.bfloat16 if torch.bfloat16 in types else torch.float16]
+
+
+@pytest.mark.parametrize("name", ["llava", "qwen2_5_vl"])
+def test_hidden_states_of_another_type_than_the_embeddings(name: str) -> None:
+    """Some models add up hidden states in float32. Their rotary embeddings are of the type of the embeddings."""
+    model = build(name, dtype=torch.bfloat16)
+    reader(model).layers[0].register_forward_hook(lambda _, args, output: output.float())
+    rows = [selfcheck.prompt(model, parts, seed) for seed, parts in enumerate(selfcheck.PROMPTS)]
+    with torch.autocast("cpu", torch.bfloat16):
+        assert selfcheck.judge(model, rows, selfcheck.STAGES["both"]) < ROUNDING[torch.bfloat16]
+
+
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("name", THREE)
+def test_float64_raises(name: str, stage: str) -> None:
+    """There are no kernels for it."""
+    model, inputs = build(name, dtype=torch.float64), collate(FAMILIES[name], conversations(FAMILIES[name])[:1])
+    inputs = {key: v.double() if v.is_floating_point() else v for key, v in inputs.items()}
+    with (
+        apet.patched(model, **STAGES[stage]),
+        pytest.raises(ValueError, match=r"visual tokens in torch\.float64, .* torch\.float16 or torch\.bfloat16"),
+    ):
+        say(model, inputs)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 import apet_kernels
+from apet_kernels.ops import DTYPES
 
 from .config import Keep, Options, count
 from .sequence import Packing, pack
@@ -88,6 +89,11 @@ def shorten(x: Tensor, tokens: Tokens, keep: Keep, options: Options) -> Shorter 
     active = [k < n for k, n in zip(left, tokens.lengths, strict=True)]
     if not any(active):
         return None
+    if x.dtype not in DTYPES:
+        raise ValueError(
+            f"the model has visual tokens in {x.dtype}, but they can be compressed in {', '.join(map(str, DTYPES[:-1]))} "
+            f"or {DTYPES[-1]} only: convert the model, e.g. model.float()"
+        )
     lengths, rows_left = ([n for n, a in zip(ns, active, strict=True) if a] for ns in (tokens.lengths, left))
     where = tokens.where
     if not all(active):
