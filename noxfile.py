@@ -7,10 +7,12 @@ and `nox -s "transformers(5.8.1)"` runs one. "newest" is the newest version in t
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import subprocess
 import sys
+from ast import literal_eval
 from pathlib import Path
 
 import nox
@@ -90,32 +92,48 @@ def triton(session: nox.Session, version: str) -> None:
     record(session, "triton", KERNELS, folder, "-m", "not matrix")  # slow: they compile
 
 
+def lowest_versions(session: nox.Session, requirements: str | None) -> list[str]:
+    """Returns the oldest version of each of these requirements, or of the extras of the programs in pyproject.toml."""
+    command = [sys.executable, "-m", "uv", "pip", "compile", "--quiet", "--resolution", "lowest-direct"]
+    command += ["--python", sys.executable, *(["-"] if requirements else [*EXTRAS, "pyproject.toml"])]
+    done = subprocess.run(command, cwd=ROOT, input=requirements, stdout=subprocess.PIPE, text=True, check=True)
+    return re.findall(r"^(?!torch=|triton=|nvidia-|cuda-)\w\S+==\S+", done.stdout, re.M)
+
+
 @nox.session(venv_backend="none", tags=["quick"])
 def lowest(session: nox.Session) -> None:
-    """The command line, with the oldest allowed version of every requirement in pyproject.toml but torch."""
-    command = [sys.executable, "-m", "uv", "pip", "compile", "--quiet", "--resolution", "lowest-direct"]
-    command += ["--python", sys.executable, *EXTRAS, "pyproject.toml"]
-    resolved = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True).stdout
-    path = Path(session.create_tmp(), "lowest.txt")
-    path.write_text("\n".join(re.findall(r"^(?!torch=|triton=|nvidia-|cuda-)\w\S+==\S+", resolved, re.M)))
-    record(session, "lowest", PROGRAMS, in_front(session, "lowest", "--no-deps", "--requirement", path))
+    """The build and the command line, with the oldest version of every requirement in pyproject.toml but torch."""
+    text = (ROOT / "pyproject.toml").read_text()
+    (required,) = re.findall(r"^requires = (\[.*\])$", text, re.M)
+    build = in_front(session, "lowest-build", "--no-deps", *lowest_versions(session, "\n".join(literal_eval(required))))
+    path = os.pathsep.join([str(build / "bin"), os.environ["PATH"]])
+    command = [sys.executable, "-m", "build", "--no-isolation", "--wheel", "--outdir", str(FOLDER / "lowest-wheel")]
+    session.run(*command, str(copied("lowest")), env={"PYTHONPATH": str(build), "PATH": path})
+    folder = in_front(session, "lowest", "--no-deps", *lowest_versions(session, None))
+    record(session, "lowest", PROGRAMS, folder)
 
 
 # ---- separate environments, with another torch -----------------------------------------------------------------------
 
 
+def copied(name: str) -> Path:
+    """Returns a new copy of the sources: a build leaves files beside them."""
+    source = FOLDER / f"source-{name}"
+    shutil.rmtree(source, ignore_errors=True)
+    for file in subprocess.check_output(["git", "-C", ROOT, "ls-files"], text=True).splitlines():
+        if (ROOT / file).is_file():
+            (source / file).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / file, source / file)
+    return source
+
+
 def own_environment(
     session: nox.Session, package: str, torch: str, tests: list[str], constraints: list[str], *pytest: str
 ) -> None:
-    """Builds the project in a copy of the sources (an editable build leaves its libraries there), and tests that."""
+    """Builds the project in a copy of the sources, editable, and tests that."""
     session.install(*constraints, "--requirement", "requirements/build.in")
     session.install(*constraints, torch)
-    source = FOLDER / f"source-{session.name}"
-    shutil.rmtree(source, ignore_errors=True)
-    for name in subprocess.check_output(["git", "-C", ROOT, "ls-files"], text=True).splitlines():
-        if (ROOT / name).is_file():
-            (source / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(ROOT / name, source / name)
+    source = copied(session.name)
     # Any version that this torch allows, but no other torch.
     freeze = session.run("python", "-m", "pip", "freeze", silent=True)
     (pinned,) = re.findall(r"^torch==\S+", freeze, re.M)

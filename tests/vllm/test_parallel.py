@@ -14,7 +14,7 @@ import pytest
 from apet.vllm import compress
 
 
-@pytest.mark.parametrize("served", ["llava", "qwen2_5_vl"], indirect=True)
+@pytest.mark.parametrize("served", [pytest.param("llava", marks=pytest.mark.slow), "qwen2_5_vl"], indirect=True)
 def test_two_ranks_keep_the_same_tokens(served, folder: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch):
     """Two ranks answer as one does, to within rounding, since sums over the ranks have another order."""
     done = subprocess.run(
