@@ -182,7 +182,6 @@ def test_other_schemas(tmp_path):
     assert str(folder / "ops.py") in line
 
 
-@pytest.mark.slow  # starts Python and torch several times
 def test_ops_of_something_else():
     """A release without this registry, or another library with the same namespace."""
     said = run(

@@ -172,19 +172,23 @@ def reloaded(cache: transformers.Cache) -> transformers.Cache:
 
 
 @pytest.mark.parametrize("stage", STAGES)
-@pytest.mark.parametrize("how", ["reorder", "select", "repeat"])
+@pytest.mark.parametrize("how", ["reorder", "select", "repeat", "reorder, fixed"])
 def test_rows_of_a_cache_change(family: Family, stage: str, how: str) -> None:
-    """Rows with different padding are reordered, selected or repeated, and their masks and positions with them."""
+    """Rows with different padding are reordered, selected or repeated, and their masks and positions with them. A cache
+    of fixed size can only be reordered."""
     model, options = shared(family.name), STAGES[stage]
     rows = [conversation(family, 3, "image", 5), conversation(family, 2, "image1", 3, "image2", 4, seed=1)]
     inputs = collate(family, rows)
     mask = inputs["attention_mask"]
     if not family.ragged:  # a ragged one counts padding, also unpatched
         inputs["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)
+    given = {}
+    if how.endswith("fixed"):
+        given["past_key_values"] = transformers.StaticCache(config=model.config.get_text_config(), max_cache_len=400)
     with apet.patched(model, **options):
-        out = model(**inputs, use_cache=True)
+        out = model(**inputs, **given, use_cache=True)
         cache = out.past_key_values
-        if how == "reorder":
+        if how.startswith("reorder"):
             cache.reorder_cache(torch.tensor([1, 0]))
             rows, mask = rows[::-1], mask.flip(0)
         elif how == "select":

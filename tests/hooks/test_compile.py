@@ -32,7 +32,7 @@ class Graphs:
         return self
 
 
-# Compiling takes seconds, so `make test` runs one loop; tests/hooks/test_wrappers.py compiles `generate`.
+# Compiling takes seconds, so `make test` runs one loop; it compiles `generate` in tests/hooks/test_wrappers.py.
 DAILY = (("qwen2_5_vl", "both"),)
 SLOW = {name: [pytest.mark.slow] if name in THREE else [pytest.mark.slow, pytest.mark.matrix] for name in FAMILIES}
 LOOPS = [
@@ -49,7 +49,6 @@ def graphs() -> Graphs:
     return Graphs()
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("name", "options"), LOOPS)
 def test_own_loop(name: str, options: dict[str, Any], graphs: Graphs) -> None:
     """Only the first step of the first prompt compiles, not the next ones or those of a longer prompt."""

@@ -41,12 +41,12 @@ def test_static_cache_reused(family: Family) -> None:
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_beams(family: Family, stage: str) -> None:
-    """The score of each returned sequence is its mean log-probability in the recompute, cached or not."""
+    """The score of each returned sequence is its mean log-probability in the recompute, for every cache and none."""
     rows = [conversation(family, 3, "image", 5), conversation(family, 6, seed=1), conversation(family, 1, "image", 2)]
     model, inputs = shared(family.name), collate(family, rows)
     options = {"num_beams": 3, "num_return_sequences": 2, "output_scores": True, "length_penalty": 1.0}
-    both = []
-    for cached in (True, False):
+    found = []
+    for cache in ({}, {"cache_implementation": "static"}, {"use_cache": False}):
         with apet.patched(model, **STAGES[stage]):
             out = model.generate(
                 **inputs,
@@ -54,16 +54,16 @@ def test_beams(family: Family, stage: str) -> None:
                 max_new_tokens=4,
                 do_sample=False,
                 return_dict_in_generate=True,
-                use_cache=cached,
                 suppress_tokens=UNSAID,
+                **cache,
             )
-        both.append(out.sequences)
+        found.append(out.sequences)
         for i, (sequence, score) in enumerate(zip(out.sequences, out.sequences_scores, strict=True)):
             tokens = sequence[inputs["input_ids"].shape[1] :].tolist()
             logits = expected(twin(family.name), family, rows[i // 2], tokens[:-1], **STAGES[stage]).logits
             each = logits.double().log_softmax(-1).gather(1, torch.tensor(tokens)[:, None])
             assert abs(each.mean() - score) < TOLERANCE
-    assert torch.equal(*both)
+    assert all(torch.equal(found[0], one) for one in found)
 
 
 def test_sampling_several(family: Family) -> None:

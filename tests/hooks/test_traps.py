@@ -21,7 +21,10 @@ from torch import nn
 from transformers import AutoConfig, PretrainedConfig
 
 # Other versions have fewer of these models, and with them `patch` makes the same comparison.
-pytestmark = pytest.mark.skipif(not transformers.__version__.startswith("5.24."), reason="the tiny models are of 5.24")
+WRITTEN_FOR = "5.24."
+pytestmark = pytest.mark.skipif(
+    not transformers.__version__.startswith(WRITTEN_FOR), reason=f"the tiny models are of {WRITTEN_FOR}*"
+)
 FIRST = apet.Options(keep=0.4, basis=4)
 BOTH = apet.Options(keep=0.4, basis=4, llm_layer=2, llm_keep=0.5)
 

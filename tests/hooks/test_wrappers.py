@@ -15,7 +15,7 @@ import transformers
 from conversations import collate
 from families import FAMILIES, Family, build, twin
 from recompute import expected
-from running import BOTH, FIRST, TOLERANCE, conversation, judge, say
+from running import BOTH, TOLERANCE, conversation, judge, say
 from torch import nn
 
 
@@ -41,7 +41,6 @@ def eager_compilation() -> dict[str, Any]:
     return {"cache_implementation": "static", "compile_config": compilation}
 
 
-@pytest.mark.slow
 def test_generate_follows_a_patch_after_it_has_compiled(fresh: None) -> None:
     """transformers keeps its compiled decode step on the model."""
     family, model = FAMILIES["llava"], build("llava")
@@ -154,10 +153,65 @@ def test_replicas_use_their_own_modules(name: str) -> None:
     torch.testing.assert_close(out.logits[0, -1], last_logits(family, BOTH), rtol=0, atol=TOLERANCE)
 
 
-def test_data_parallel_is_patched_inside() -> None:
-    model = build("llava")
-    chosen = apet.patch(nn.DataParallel(model), **FIRST)
-    assert apet.options(model) == chosen
+@pytest.mark.parametrize("order", ["wrap, then patch", "patch, then wrap"])
+def test_data_parallel(order: str) -> None:
+    """On a CPU the wrapper calls the model itself; `test_replicas_use_their_own_modules` is about devices."""
+    family, model = FAMILIES["llava"], build("llava")
+    if order.startswith("patch"):
+        apet.patch(model, **BOTH)
+    wrapped = nn.DataParallel(model)
+    if order.startswith("wrap"):
+        apet.patch(wrapped, **BOTH)
+    assert apet.options(wrapped) == apet.options(model) == apet.Options(**BOTH)
+    inputs = collate(family, [conversation(family, 3, "image", 5)])
+    out = wrapped(**inputs)
+    torch.testing.assert_close(out.logits[0, -1], last_logits(family, BOTH), rtol=0, atol=TOLERANCE)
+    apet.unpatch(wrapped)
+    assert wrapped(**inputs).logits.shape[1] == inputs["input_ids"].shape[1]
+
+
+def sharded(model: nn.Module, kind: str) -> nn.Module:
+    """Shards a model, and each of its decoder layers as a unit of its own, as its users do."""
+    from torch.distributed import fsdp
+    from torch.distributed.device_mesh import init_device_mesh
+
+    layers = model.model.language_model.layers
+    if kind == "fully_shard":
+        mesh = init_device_mesh("cpu", (1,))
+        for layer in layers:
+            fsdp.fully_shard(layer, mesh=mesh)
+        return fsdp.fully_shard(model, mesh=mesh)
+    each = fsdp.wrap.ModuleWrapPolicy({type(layers[0])})
+    return fsdp.FullyShardedDataParallel(
+        model, auto_wrap_policy=each, use_orig_params=True, device_id=torch.device("cpu")
+    )
+
+
+@pytest.mark.filterwarnings("ignore:FSDP is switching to use `NO_SHARD`")  # of one process
+@pytest.mark.parametrize("order", ["wrap, then patch", "patch, then wrap"])
+@pytest.mark.parametrize("kind", ["FullyShardedDataParallel", "fully_shard"])
+def test_fully_sharded_data_parallel(kind: str, order: str, tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`fully_shard` changes the classes of the modules, and the other one wraps them. The self-check runs, too: it
+    builds models of the classes of transformers."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr("apet.hooks.sources.digests", dict)
+    family, model = FAMILIES["llava"], build("llava")
+    inputs = collate(family, [conversation(family, 3, "image", 5)])
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/group", rank=0, world_size=1)
+    try:
+        if order.startswith("patch"):
+            apet.patch(model, **BOTH)
+        wrapped = sharded(model, kind)
+        if order.startswith("wrap"):
+            apet.patch(wrapped, **BOTH)
+        assert apet.options(wrapped) == apet.options(model) == apet.Options(**BOTH)
+        for _ in range(2):  # the first call gathers the parameters, and shards them again
+            out = wrapped(**inputs)
+            torch.testing.assert_close(out.logits[0, -1], last_logits(family, BOTH), rtol=0, atol=TOLERANCE)
+        apet.unpatch(wrapped)
+        assert wrapped(**inputs).logits.shape[1] == inputs["input_ids"].shape[1]
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 def test_rotary_embeddings_of_another_device() -> None:
@@ -207,21 +261,26 @@ def test_del_frees_the_model(what: str) -> None:
         gc.enable()
 
 
-def test_classes_that_are_not_of_transformers() -> None:
-    """The error explains what to load, or what an adapter must set."""
+@pytest.mark.parametrize(
+    ("name", "port"),
+    [("llava_llama", "LlavaForConditionalGeneration"), ("internvl_chat", "InternVLForConditionalGeneration")],
+)
+def test_classes_that_are_not_of_transformers(name: str, port: str) -> None:
+    """The error explains what to load, or what an adapter must set. (test_own_model.py has a complete such class.)"""
     config = transformers.LlamaConfig(
         vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2
     )
     model = transformers.LlamaForCausalLM(config)
-    type(model.config).model_type, before = "llava_llama", type(model.config).model_type
+    if name == "internvl_chat":  # a shell around a whole causal model
+        shell = nn.Module()
+        shell.language_model, shell.config = model, model.config
+        model = shell
+    type(model.config).model_type, before = name, type(model.config).model_type
     try:
-        with pytest.raises(ValueError, match="LlavaForConditionalGeneration"):
+        with pytest.raises(ValueError, match=port):
             apet.patch(model, keep=4)
-        apet.register_adapter("llava_llama", apet.Adapter())
+        apet.register_adapter(name, apet.Adapter())
         with pytest.raises(ValueError, match="LlamaForCausalLM takes no images: its forward has no pixel_values"):
             apet.patch(model, keep=4)
     finally:
         type(model.config).model_type = before
-        from apet.hooks.adapters import ADAPTERS
-
-        ADAPTERS.pop("llava_llama", None)
