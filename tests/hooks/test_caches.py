@@ -42,7 +42,9 @@ def test_offloaded_cache(family: Family, stage: str, kind: str, monkeypatch: pyt
 
     def offload(layer: Any) -> None:
         layer.away = layer.keys, layer.values
-        layer.keys, layer.values = (t.to("meta") for t in layer.away)
+        counts_keys = getattr(layer, "is_compileable", False) and not hasattr(layer, "cumulative_length")
+        if not counts_keys:  # transformers 4 reads the length of a static cache from its keys
+            layer.keys, layer.values = (t.to("meta") for t in layer.away)
         away.append(layer)
 
     def prefetch(layer: Any) -> None:
