@@ -172,8 +172,6 @@ class Engine(Patch):
     def check_no_prompt(self, owner: str, cache: Cache | None, prompt: Prompt | None) -> None:
         """Raises ValueError if a step of generate() comes without the cache of its compressed prompt, or if a call of
         generate() with images or videos begins without a call of the core model."""
-        if prompt is None:
-            generation.check_core_runs(self, owner)
         running = state.current(self, "generate")
         if running is not None and running.compressed:
             what = "no cache" if cache is None else f"a {type(cache).__name__} that this prompt did not fill"
@@ -181,6 +179,8 @@ class Engine(Patch):
                 f"{owner} was called with {what} in a step of generate(), whose prompt was compressed: apet does not "
                 f"know how this model passes its cache to the next step ({versions()})"
             )
+        if prompt is None:
+            generation.check_core_runs(self, owner)
 
     @torch.compiler.disable(reason=NOT_COMPILED_REASON)
     def prefilling(self, module: nn.Module) -> Call | None:

@@ -138,7 +138,6 @@ def shortened(
     """
     roles, prompt = target.language_model_arguments, forward.prompt
     x, valid, prefix = roles.get("embeds", arguments), forward.valid, forward.prefix
-    along.check_attributes(forward.language_model, forward.attributes, at)
     past = prefix.shape[1]
     packing = shorter.pack(valid, forward.pad_left)
     everything = torch.cat([prefix, packing.valid], dim=1)  # [B, past + L2]
@@ -161,6 +160,7 @@ def shortened(
     if roles.get("cache_position", arguments) is not None:
         replaced["cache_position"] = torch.arange(past, everything.shape[1], device=x.device)
     arguments = roles.replace(along.shorten(roles, arguments, at, packing), **replaced)
+    along.check_attributes(forward.language_model, forward.attributes, at)
     forward.trace.stage(shorter, packing)
     forward.tokens, forward.valid = shorter.tokens.moved(packing), packing.valid
     prompt.early = part(forward.cache, everything, following, target.flash(forward.language_model))

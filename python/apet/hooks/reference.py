@@ -41,21 +41,39 @@ class Decoder:
         """Calls the model to find its decoder: the module with a list of layers that receives embeddings as long as the
         prompt."""
         found: list[nn.Module] = []
+        others: list[str] = []  # calls of decoders with other numbers of tokens
+        batch, length = row["input_ids"].shape
 
         def listen(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             embeds = _bound(module, args, kwargs).get("inputs_embeds")
-            if isinstance(embeds, Tensor) and embeds.shape[:2] == row["input_ids"].shape:
+            if isinstance(embeds, Tensor) and embeds.shape[:2] == (batch, length):
                 found.append(module)
+            elif isinstance(embeds, Tensor) and hasattr(module, "embed_tokens"):  # no encoder of images
+                others.append(f"{type(module).__name__} with {embeds.shape[1]}")
 
         holders = [m for m in model.modules() if any(isinstance(c, nn.ModuleList) for c in m.children())]
         with ExitStack() as hooks:
             for holder in holders:
                 hooks.enter_context(holder.register_forward_pre_hook(listen, with_kwargs=True))
-            model(**row, use_cache=False)
+            try:
+                model(**row, use_cache=False)
+            except Exception as error:  # a prefill in several calls may need the cache
+                if found or not others:
+                    raise
+                raise _several(model, others, length) from error
+        if not found and others:
+            raise _several(model, others, length)
         if not found:
             raise ValueError(f"{type(model).__name__} calls no module with decoder layers with embeddings")
         lists = {name: c for name, c in found[0].named_children() if isinstance(c, nn.ModuleList) and len(c)}
         return cls(found[0], lists.get("layers") or next(iter(lists.values())))
+
+
+def _several(model: nn.Module, calls: Sequence[str], length: int) -> ValueError:
+    return ValueError(
+        f"{type(model).__name__} calls {', then '.join(calls)} of the {length} tokens of a prompt, where one call with "
+        "all of them is known"
+    )
 
 
 @dataclass
@@ -100,6 +118,11 @@ def generate(
             do_sample=False,
             suppress_tokens=[i for i in range(size) if i not in words],
             **more,
+        )
+    if len(states) != new:
+        raise ValueError(
+            f"{type(model).__name__} called {type(decoder.module).__name__} {len(states)} times to generate {new} "
+            "tokens, where one call for each is known"
         )
     return Generation(tokens[:, -new:], torch.stack(states, 1), entered)
 

@@ -144,7 +144,7 @@ def layers_renamed(c: Classes) -> None:
     c.edit(c.lm, (r"self\.layers", "self.layers_"))
 
 
-@mutation("llava", "qwen2_5_vl", says="but calls its language model with|the hooks are not right for")
+@mutation("llava", "qwen2_5_vl", says=r"called \w+ 8 times to generate 4 tokens, where one call for each is known")
 def language_model_called_twice(c: Classes) -> None:
     """The first call only measures something."""
     c.edit(
@@ -156,7 +156,7 @@ def language_model_called_twice(c: Classes) -> None:
     )
 
 
-@mutation("llava", says="but calls its language model with|the hooks are not right for")
+@mutation("llava", says=r"calls LlamaModel with \d+, then .* of the \d+ tokens of a prompt, where one call")
 def prefill_in_two_calls(c: Classes) -> None:
     """The language model is called for the images first, and then for the rest of the prompt."""
     c.edit(

@@ -46,7 +46,7 @@ def layer_argument_along_the_sequence_with_channels(c: Classes) -> None:
     )
 
 
-@mutation("llava", "qwen2_5_vl", both="the hooks are not right for")
+@mutation("llava", "qwen2_5_vl", both=r"DecoderLayer got an attribute first of shape \(.*\) in this call")
 def first_states_added_in_each_layer(c: Classes) -> None:
     """They are also subtracted again. They are an attribute of the layers, so no argument contains them."""
     c.edit(
@@ -54,6 +54,13 @@ def first_states_added_in_each_layer(c: Classes) -> None:
         (r"\n( *)position_embeddings = ", r"\n\1for layer in self.layers:\n\1    layer.first = hidden_states\g<0>"),
     )
     c.edit(c.layer, (r"\n    return hidden_states", r"\n    hidden_states = hidden_states + 0 * self.first\g<0>"))
+
+
+@mutation("llava", "qwen2_5_vl", says=r"Model got an attribute first of shape \(.*\) in this call")
+def embeddings_added_in_the_language_model(c: Classes) -> None:
+    """They are also subtracted again. They are an attribute of the language model, so no argument contains them."""
+    c.edit(c.core, (r"\n( *)outputs = self\.language_model", r"\n\1self.language_model.first = inputs_embeds\g<0>"))
+    c.edit(c.lm, (r"\n( *)hidden_states = inputs_embeds", r"\g<0> + 0 * self.first"))
 
 
 @mutation(*ALL)
@@ -124,7 +131,7 @@ def embeddings_scaled_in_the_language_model(c: Classes) -> None:
     c.edit(c.lm, (r"\n( *)hidden_states = inputs_embeds", r"\g<0> * 2"))
 
 
-@mutation("llava", says="without embeddings|the hooks are not right for")
+@mutation("llava", says="without embeddings|calls no module with decoder layers with embeddings")
 def language_model_embeds_the_text(c: Classes) -> None:
     """The language model gets ids, and the features of the images."""
     c.edit(
@@ -150,7 +157,7 @@ def embeddings_renamed(c: Classes) -> None:
     c.rename_for_lm("inputs_embeds", "embeddings")
 
 
-@mutation("llava", says="has none of image_token_id|has no image_token_id|the hooks are not right for")
+@mutation("llava", says="has image_token_id=-1")
 def placeholder_moved_in_the_configuration(c: Classes) -> None:
     config = c.model.config_class
 
@@ -165,9 +172,7 @@ def placeholder_moved_in_the_configuration(c: Classes) -> None:
                 c.edit(owner, (r"config\.image_token_id", "config.placeholder"), method=name)
 
 
-@mutation(
-    *ALL, inputs={"pixel_values": "image_pixels"}, faithful=False, says="image_pixels|the hooks are not right for"
-)
+@mutation(*ALL, inputs={"pixel_values": "image_pixels"}, faithful=False, says="image_pixels")
 def pixels_renamed(c: Classes) -> None:
     """The caller passes image_pixels. (generate() does not support that name, and drops them.)"""
     for owner in (c.model, c.core):

@@ -84,6 +84,8 @@ def _placeholders(
         found = token(config, what)
         if found is None:
             raise ValueError(f"{type(config).__name__} has no {what}_token_id")
+        if found < 0:
+            raise ValueError(f"{type(config).__name__} has {what}_token_id={found}, which is not the id of a token")
         return found
 
     frames = int(given["video_grid_thw"][0, 0]) if stamped else len(given["target_sizes_videos"]) if framed else 1
@@ -135,7 +137,10 @@ def _visual(model: nn.Module, modality: str, make: torch.Generator, *, alone: bo
             errors.append(f"{type(error).__name__}: {error}")
             continue
         return given, _count(found) // (2 if several else 1)
-    raise ValueError(f"apet does not know the {modality}s of {type(core).__name__}: {'; '.join(errors)[:1000]}")
+    taken = f"{features.__name__} takes ({', '.join(parameters)})"
+    raise ValueError(
+        f"apet does not know the {modality}s of {type(core).__name__}: {'; '.join([taken, *errors])[:1000]}"
+    )
 
 
 def _count(found: Any) -> int:
