@@ -9,7 +9,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from apet import diagnose, selftest
-from apet.hooks import selfcheck
+from apet.hooks import selfcheck, state, tiny
 
 import apet_kernels
 from apet_kernels import testing
@@ -97,7 +97,7 @@ def test_doctor_finds_a_planted_fault(
         apet_kernels, "why_unavailable", lambda name: None if name == "reference" else "there is no GPU"
     )
     monkeypatch.setattr(apet_kernels, function, lambda *a, **k: fault(*right(*a, **k)))
-    monkeypatch.setattr(diagnose, "_check_hooks", lambda _: {"error": "not checked here"})
+    monkeypatch.setattr(diagnose, "_check_hooks", lambda _: {"transformers": None, "error": "not checked here"})
     result = invoke("doctor", "--quiet")  # it still prints every fault
     assert result.exit_code == 1
     assert "wrong" in result.stdout
@@ -126,3 +126,79 @@ def test_doctor_of_a_broken_installation(monkeypatch: pytest.MonkeyPatch) -> Non
     found = json.loads(said("doctor", "--json", code=1))
     assert not found["right"]
     assert "apet_kernels cannot be imported" in found["error"]
+
+
+# ---- the hooks -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def hooks_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leaves out the tests of backends."""
+    monkeypatch.setattr(apet_kernels, "why_unavailable", lambda name: "not tested here")
+    monkeypatch.setattr(diagnose, "_plans", list)
+
+
+def words(text: str) -> str:
+    return " ".join(text.split())
+
+
+@pytest.mark.parametrize("fault", [ValueError, TypeError, ZeroDivisionError])
+def test_doctor_counts_a_family_that_cannot_be_built(
+    fault: type[Exception], hooks_alone: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    right = tiny.config
+
+    def broken(name: str) -> object:
+        if name == "llava_next":
+            raise fault("a planted fault")
+        return right(name)
+
+    monkeypatch.setattr(tiny, "config", broken)
+    monkeypatch.setattr(selfcheck, "families", lambda: ["llava", "llava_next"])
+    result = invoke("doctor", "--quiet")
+    assert result.exit_code == 1
+    assert "a planted fault" in words(result.stdout)
+    assert "The hooks are wrong for 1 families of models." in words(result.stdout)
+    families = json.loads(said("doctor", "--json", code=1))["hooks"]["families"]
+    assert [(family["model_type"], family["error"] is None) for family in families] == [
+        ("llava", True),
+        ("llava_next", False),
+    ]
+    assert f"{fault.__name__}: a planted fault" in families[1]["error"]
+
+
+def test_doctor_counts_a_family_whose_hooks_are_wrong(hooks_alone: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    right = state.Part.positions
+    monkeypatch.setattr(state.Part, "positions", lambda *args: right(*args) + 1)
+    monkeypatch.setattr(selfcheck, "families", lambda: ["llava"])
+    result = invoke("doctor", "--quiet")
+    assert result.exit_code == 1
+    assert "what the decoder gives is off by" in words(result.stdout)
+
+
+@pytest.mark.parametrize("module", ["transformers", "apet.hooks.selfcheck"])
+def test_doctor_counts_hooks_that_cannot_be_imported(
+    module: str, hooks_alone: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, module, None)
+    if module != "transformers":
+        monkeypatch.delattr(sys.modules["apet.hooks"], "selfcheck")
+    result = invoke("doctor", "--quiet")
+    assert result.exit_code == 1
+    assert "the hooks (apet.patch) cannot be used with transformers" in words(result.stdout)
+
+
+def test_doctor_without_transformers(hooks_alone: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers is optional."""
+    version = diagnose._version
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    monkeypatch.setattr(diagnose, "_version", lambda name: None if name == "transformers" else version(name))
+    text = words(said("doctor"))
+    assert "the hooks (apet.patch) cannot be used: " in text
+
+
+def test_doctor_counts_a_transformers_without_any_family(hooks_alone: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(selfcheck, "NAMES", {})
+    result = invoke("doctor", "--quiet")
+    assert result.exit_code == 1
+    assert "has none of the families of models that the hooks know" in words(result.stdout)

@@ -38,7 +38,8 @@ Findings = dict[str, Any]  # what --json prints
 def find(step: Callable[[str], None]) -> Findings:
     """Collects all findings and runs the tests. step: called with a description of what is done next.
 
-    The key "right" is False if the kernels cannot be imported, or if a test of a backend or a hook fails.
+    The key "right" is False if the kernels cannot be imported, if a test of a backend or a hook fails, or if the hooks
+    cannot be used with the installed transformers.
     """
     found: Findings = {
         "apet-kernels": apet.__version__,
@@ -62,8 +63,10 @@ def find(step: Callable[[str], None]) -> Findings:
         "hooks": _check_hooks(step),
     }
     wrong = [test for test in found["self-test"] if test["faults"]]
-    wrong_hooks = [family for family in found["hooks"].get("families", []) if family["error"] is not None]
-    return found | {"right": not wrong and not wrong_hooks}
+    hooks = found["hooks"]
+    broken = "error" in hooks and hooks["transformers"] is not None
+    wrong_hooks = [family for family in hooks.get("families", []) if family["error"] is not None]
+    return found | {"right": not wrong and not broken and not wrong_hooks}
 
 
 def _version(name: str) -> str | None:
@@ -131,14 +134,23 @@ def _number(value: float) -> float | None:
 
 
 def _check_hooks(step: Callable[[str], None]) -> Findings:
-    """Runs the hooks' self-check for every family of models."""
+    """Runs the hooks' self-check for every family of models. The key "error" says why it cannot be run, and
+    "transformers" has the installed version, or None."""
+    version = _version("transformers")
     try:
         import transformers
 
         from apet.hooks import selfcheck
         from apet.hooks.versions import TESTED
-    except ImportError as error:
-        return {"error": f"the hooks (apet.patch) cannot be used: {error}"}
+    except Exception as error:  # an incompatible version may raise any kind of error
+        with_version = "" if version is None else f" with transformers {version}"
+        why = f"{type(error).__name__}: {error}"
+        return {"transformers": version, "error": f"the hooks (apet.patch) cannot be used{with_version}: {why}"}
+    if not selfcheck.families():
+        return {
+            "transformers": transformers.__version__,
+            "error": f"transformers {transformers.__version__} has none of the families of models that the hooks know",
+        }
     families = []
     for name in selfcheck.families():
         step(f"checking the hooks: {name}")
@@ -240,7 +252,8 @@ def _show_self_test(tests: list[Findings], console: Console) -> None:
 
 def _show_hooks(hooks: Findings, console: Console) -> None:
     if "error" in hooks:
-        console.print(f"[yellow]{escape(hooks['error'])}[/]")
+        style = "yellow" if hooks["transformers"] is None else "bold red"
+        console.print(f"[{style}]{escape(hooks['error'])}[/]")
         return
     version, tested = hooks["transformers"], hooks["tested with"]
     status = "tested with this version" if version in tested else f"not tested with it, but with {', '.join(tested)}"
