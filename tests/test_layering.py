@@ -26,6 +26,74 @@ def imported(path: Path) -> set[str]:
     return names
 
 
+PYTHON = ROOT / "python"
+
+
+def modules(package: str) -> dict[str, Path]:
+    """Returns the file of every module of a package in `python`, by its name."""
+    names = {path: path.relative_to(PYTHON).with_suffix("").parts for path in (PYTHON / package).rglob("*.py")}
+    return {".".join(parts[:-1] if parts[-1] == "__init__" else parts): path for path, parts in names.items()}
+
+
+def imports(name: str, known: dict[str, Path]) -> set[str]:
+    """Returns the modules among `known` that a module imports, anywhere in its file. The packages around an imported
+    module, which Python runs before it, do not count."""
+    found = set()
+    package = name if known[name].name == "__init__.py" else name.rpartition(".")[0]
+    for node in ast.walk(ast.parse(known[name].read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            around = package.split(".")[: len(package.split(".")) + 1 - node.level] if node.level else []
+            base = ".".join([*around, *([node.module] if node.module else [])])
+            found |= {f"{base}.{a.name}" if f"{base}.{a.name}" in known else base for a in node.names}
+    return found & {*known}
+
+
+def cycle(graph: dict[str, set[str]], start: str) -> list[str]:
+    """Returns modules that import each other in turn, beginning and ending with `start`; [] if there are none."""
+    paths, seen = [[start]], set()
+    while paths:
+        path = paths.pop()
+        for name in graph[path[-1]]:
+            if name == start:
+                return [*path, start]
+            if name not in seen:
+                seen.add(name)
+                paths.append([*path, name])
+    return []
+
+
+def test_the_hooks_have_no_cycle_of_imports():
+    """Late imports count, and so do those for type checkers and those of modules outside of the hooks."""
+    known = modules("apet")
+    graph = {name: imports(name, known) for name in known}
+    hooks = [name for name in known if name.startswith("apet.hooks")]
+    assert "apet.hooks.selfcheck" in graph["apet.hooks"]
+    assert {"apet.hooks.adapters", "apet.hooks.results"} <= graph["apet.hooks.selfcheck"]
+    assert {"apet.hooks.parts", "apet.hooks.adapter"} <= graph["apet.hooks.adapters"]
+    assert {name: found for name in hooks if (found := cycle(graph, name))} == {}
+
+
+def test_a_cycle_is_found(tmp_path, monkeypatch):
+    monkeypatch.setitem(globals(), "PYTHON", tmp_path)
+    (tmp_path / "one/two").mkdir(parents=True)
+    for name, text in {
+        "__init__": "",
+        "a": "from . import b",
+        "b": "def late():\n    from .two import c",
+        "two/__init__": "",
+        "two/c": "from ..a import name",
+        "d": "import one.a",
+    }.items():
+        (tmp_path / f"one/{name}.py").write_text(text)
+    known = modules("one")
+    graph = {name: imports(name, known) for name in known}
+    assert graph["one.two.c"] == {"one.a"}
+    assert cycle(graph, "one.a") == ["one.a", "one.b", "one.two.c", "one.a"]
+    assert cycle(graph, "one.d") == []
+
+
 def included(path: Path) -> list[str]:
     return re.findall(r"^\s*#\s*include\s*[<\"]([^>\"]+)", path.read_text(), re.MULTILINE)
 

@@ -15,6 +15,7 @@ import transformers
 from apet.hooks import find, selfcheck, sources, state, tiny, versions
 from families import FAMILIES, Family, build
 from running import BOTH, FIRST
+from torch.torch_version import TorchVersion
 
 
 @pytest.fixture(autouse=True)
@@ -123,6 +124,26 @@ def test_code_as_tested_is_not_checked(folder: Path, calls: list[str], monkeypat
     assert calls == ["llava"]
 
 
+def test_an_untested_torch_is_checked(folder: Path, calls: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once, although the code of transformers is as tested."""
+    model = build("llava")
+    files, _ = selfcheck.code(selfcheck.classes_of(find(model, FIRST)))
+    monkeypatch.setattr(sources, "digests", lambda: {transformers.__version__: files})
+    monkeypatch.setattr(torch, "__version__", TorchVersion("2.99.1+cpu"))
+    selfcheck._versions.cache_clear()
+    try:
+        for _ in range(2):
+            apet.patch(model, **FIRST)
+    finally:
+        selfcheck._versions.cache_clear()
+    assert calls == ["llava"]
+    (record,) = folder.iterdir()
+    assert "2.99.1+cpu" in json.loads(record.read_text())["key"]
+    monkeypatch.setattr(torch, "__version__", TorchVersion(f"{versions.TORCH[-1]}.7+cu999"))
+    apet.patch(build("llava"), **BOTH)  # another patch release of a tested minor version
+    assert calls == ["llava"]
+
+
 @pytest.mark.parametrize("method", ["forward", "__init__"])
 def test_functions_replaced_in_memory_are_checked_each_time(
     method: str, folder: Path, calls: list[str], monkeypatch: pytest.MonkeyPatch
@@ -138,11 +159,32 @@ def test_functions_replaced_in_memory_are_checked_each_time(
     assert not folder.exists()
 
 
-def test_family_without_a_tiny_model(untested: None, calls: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("stage", [FIRST, BOTH], ids=["first", "both"])
+def test_family_without_a_tiny_model(
+    stage: dict[str, Any], untested: None, calls: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A family of this package is not patched without its check."""
     model = build("llava")
     monkeypatch.setattr(tiny, "config", lambda *_: 1 // 0)
+    with pytest.raises(ValueError, match="no tiny model of model_type='llava'") as error:
+        apet.patch(model, **stage)
+    for word in ("ZeroDivisionError", transformers.__version__, versions.TESTED[0], "check=False"):
+        assert word in str(error.value)
+    assert apet.options(model) is None
+    apet.patch(model, **stage, check=False)
+    assert apet.options(model) is not None
+    assert calls == []
+
+
+@pytest.mark.parametrize("name", ["llava", "aya_vision"])
+def test_adapter_of_a_user_without_a_tiny_model(
+    name: str, untested: None, calls: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = build(name)
+    apet.register_adapter(name, apet.Adapter())
+    monkeypatch.setattr(tiny, "config", lambda *_: 1 // 0)
     monkeypatch.setattr(selfcheck, "_WARNED", set())
-    with pytest.warns(UserWarning, match="no tiny model of model_type='llava'"):
+    with pytest.warns(UserWarning, match=f"no tiny model of model_type='{name}'"):
         apet.patch(model, **FIRST)
     with warnings.catch_warnings():  # once
         warnings.simplefilter("error")

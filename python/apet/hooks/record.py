@@ -21,12 +21,18 @@ DECODERS = ("llama", "mistral", "qwen2", "qwen3")
 
 def files() -> dict[str, str]:
     """Returns the files of transformers that the hooks rely on for the families that have an adapter, with their
-    digests."""
+    digests. Raises SystemExit if the self-check of one of these models fails, since a recorded version is not checked
+    any more."""
     found: dict[str, str] = {}
+    if not selfcheck.families():
+        raise SystemExit(f"transformers {transformers.__version__} has none of the families that have an adapter")
     for name in selfcheck.families():
         cls = getattr(transformers, selfcheck.NAMES[name])
-        decoder = transformers.AutoConfig.for_model(name).get_text_config().model_type
-        takes_any = decoder in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+        result = selfcheck.check_family(name)
+        if result.error is not None:
+            raise SystemExit(result.message())
+        usual = transformers.AutoConfig.for_model(name).get_text_config().model_type
+        takes_any = usual in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
         for decoder in DECODERS if takes_any else (None,):
             model = tiny.build(cls, tiny.config(name, decoder))
             target = Target.find(model, adapter_for(model), lambda *_: selfcheck.STAGES["first"])
@@ -34,6 +40,11 @@ def files() -> dict[str, str]:
             if not unchanged:
                 raise SystemExit(f"functions of {cls.__name__} are not those of transformers' files")
             found |= digest
+            if decoder in (None, usual):
+                continue
+            result = selfcheck.check(model)
+            if result.error is not None:
+                raise SystemExit(f"{name} with the decoder {decoder}: {result.message()}")
     return dict(sorted(found.items()))
 
 

@@ -85,7 +85,9 @@ def ensure(model: Any, target: Target) -> None:
             _warn_once(f"{message}: {how}")
             return
         if name in OWN:
-            raise ValueError(f"{message}. {_works_with()}, or patch with check=False to use the model unchecked") from error
+            raise ValueError(
+                f"{message}. {_works_with()}, or patch with check=False to use the model unchecked"
+            ) from error
         raise ValueError(
             f"{message}: {how}, and register it; or patch with check=False to use the model unchecked"
         ) from error
