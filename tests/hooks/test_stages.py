@@ -212,7 +212,9 @@ def test_number_types(name: str, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("stage", selfcheck.STAGES)
 @pytest.mark.parametrize(("name", "types"), in_types(FAMILIES, TYPES), ids=str)
-def test_number_types_against_the_reference(name: str, types: tuple[torch.dtype, torch.dtype | None], stage: str) -> None:
+def test_number_types_against_the_reference(
+    name: str, types: tuple[torch.dtype, torch.dtype | None], stage: str
+) -> None:
     """Both stages, of a padded batch. The reference is given the rows that were kept, so it does not depend on what
     rounding made the stages keep."""
     (dtype, cast), model = types, build(name)

@@ -66,9 +66,7 @@ def shortened(target: Target, forward: Forward, cache: Cache | None, arguments: 
     return roles.replace(arguments, hidden=x)
 
 
-def arguments(
-    target: Target, forward: Forward, index: int, layer: nn.Module, call: dict[str, Any]
-) -> dict[str, Any]:
+def arguments(target: Target, forward: Forward, index: int, layer: nn.Module, call: dict[str, Any]) -> dict[str, Any]:
     """Returns the arguments for decoder layer `index` >= `llm_layer`, in place of `call`."""
     late, roles = forward.late, target.layer_arguments[index]
     x = roles.get("hidden", call)

@@ -90,9 +90,10 @@ def shorten(x: Tensor, tokens: Tokens, keep: Keep, options: Options) -> Shorter 
     if not any(active):
         return None
     if x.dtype not in DTYPES:
+        known = f"{', '.join(map(str, DTYPES[:-1]))} or {DTYPES[-1]}"
         raise ValueError(
-            f"the model has visual tokens in {x.dtype}, but they can be compressed in {', '.join(map(str, DTYPES[:-1]))} "
-            f"or {DTYPES[-1]} only: convert the model, e.g. model.float()"
+            f"the model has visual tokens in {x.dtype}, but they can be compressed in {known} only: convert the model, "
+            "e.g. model.float()"
         )
     lengths, rows_left = ([n for n, a in zip(ns, active, strict=True) if a] for ns in (tokens.lengths, left))
     where = tokens.where
