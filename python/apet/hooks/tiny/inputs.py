@@ -137,10 +137,8 @@ def _visual(model: nn.Module, modality: str, make: torch.Generator, *, alone: bo
             errors.append(f"{type(error).__name__}: {error}")
             continue
         return given, _count(found) // (2 if several else 1)
-    taken = f"{features.__name__} takes ({', '.join(parameters)})"
-    raise ValueError(
-        f"apet does not know the {modality}s of {type(core).__name__}: {'; '.join([taken, *errors])[:1000]}"
-    )
+    why = "; ".join(errors)[:1000] or f"{features.__name__} takes ({', '.join(parameters)})"
+    raise ValueError(f"apet does not know the {modality}s of {type(core).__name__}: {why}")
 
 
 def _count(found: Any) -> int:
