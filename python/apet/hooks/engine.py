@@ -100,6 +100,7 @@ class Engine(Patch):
         if not torch.compiler.is_compiling():
             state.end(self, "core")  # left by a call that raised an error, if hooks could not clean up
             self.threads.mask = self.target.core_arguments.get("mask", inputs)
+            self.threads.text = True
         unknown = self.target.core_arguments.unknown(inputs)
         if unknown:
             self.target.check_no_images(module, inputs, unknown)
@@ -113,7 +114,7 @@ class Engine(Patch):
 
     def after_core(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
         if not torch.compiler.is_compiling():
-            self.threads.mask = None
+            self.threads.mask, self.threads.text = None, False
             state.end(self, "core")
         elif self.target.adapter.brings(self.target.core_arguments.bind(args, kwargs)):
             self.end_call()
@@ -179,7 +180,7 @@ class Engine(Patch):
                 f"{owner} was called with {what} in a step of generate(), whose prompt was compressed: apet does not "
                 f"know how this model passes its cache to the next step ({versions()})"
             )
-        if prompt is None:
+        if prompt is None and not getattr(self.threads, "text", False):
             generation.check_core_runs(self, owner)
 
     @torch.compiler.disable(reason=NOT_COMPILED_REASON)

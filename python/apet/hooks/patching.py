@@ -33,7 +33,7 @@ class Patch:
         self.installed = False
         self.latest: Trace | None = None  # of the last prefill with visual tokens, in any thread
         # trace: of the last such prefill in this thread; projected: passed from the hook before the projector to the
-        # one after it; mask: given to the core model
+        # one after it; mask: given to the core model; text: whether the core model runs without images or videos
         self.threads = threading.local()
 
     def hooks(self) -> list[Any]:
