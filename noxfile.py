@@ -63,7 +63,8 @@ def in_front(session: nox.Session, name: str, *pip: object) -> Path:
     """Returns a new folder with these packages and their requirements."""
     folder = FOLDER / name
     shutil.rmtree(folder, ignore_errors=True)
-    session.run(sys.executable, "-m", "pip", "install", "-q", "--no-warn-conflicts", "--target", folder, *map(str, pip))
+    install = [sys.executable, "-m", "pip", "install", "-q", "--no-compile", "--no-warn-conflicts"]
+    session.run(*install, "--target", folder, *map(str, pip))
     return folder
 
 
