@@ -176,7 +176,7 @@ def test_family_without_a_tiny_model(
     assert calls == []
 
 
-@pytest.mark.parametrize("name", ["llava", "aya_vision"])
+@pytest.mark.parametrize("name", ["llava", "gemma3"])
 def test_adapter_of_a_user_without_a_tiny_model(
     name: str, untested: None, calls: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
