@@ -18,6 +18,7 @@ from running import STAGES, TOLERANCE, conversation
 from torch import Tensor, nn
 from transformers import Cache, StaticCache
 
+FOUR = transformers.__version__.startswith("4.")
 # Torch sets nothing up for devices of this type.
 FIRST_DEVICE, SECOND_DEVICE = torch.device("cpu", 1), torch.device("cpu", 2)
 
@@ -66,7 +67,13 @@ def answers(model: nn.Module, prefill: dict[str, Tensor], step: dict[str, Tensor
 @pytest.mark.parametrize("name", ["llava", "qwen3_vl", "gemma3", pytest.param("qwen2_5_vl", marks=pytest.mark.slow)])
 def test_prefill_and_a_step(name: str, static: bool, stage: str, border: int) -> None:
     """`llm_layer` is 2. The decoder layers before the border are on the first device."""
+    if FOUR and name == "qwen3_vl":
+        pytest.skip("transformers 4: its vision tower adds positions on the CPU")
     model = build(name, "eager")
+    if FOUR and name == "gemma3" and stage in ("both", "second"):
+        with pytest.raises(ValueError, match="do not share one rotary embedding"):
+            apet.patch(model, **STAGES[stage])
+        return
 
     def cache() -> Cache:
         config = model.config.get_text_config()

@@ -25,7 +25,7 @@ def file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_records_the_files_of_every_model(file: Path) -> None:
     record.main()
     known = json.loads(file.read_text())
-    assert list(known) == sorted(["4.57.6", transformers.__version__], key=lambda v: [*map(int, v.split("."))])
+    assert list(known) == sorted({"4.57.6", transformers.__version__}, key=lambda v: [*map(int, v.split("."))])
     found = known[transformers.__version__]
     assert {"models/llama/modeling_llama.py", "models/qwen2/modeling_qwen2.py"} <= {*found}
     recorded = versions.digests().get(transformers.__version__)
