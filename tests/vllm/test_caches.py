@@ -126,7 +126,7 @@ BAD = [
     ({"apet_keep": 8, "apet_blend": 2}, "apet_blend=2 is outside 0..1"),
     ({"apet_keep": 8, "apet_blend": "x"}, "apet_blend='x' is not a number"),
     ({"apet_keep": 8, "apet_select": "best"}, "apet_select='best' is none of fps, qr"),
-    ({"apet_keep": 8, "apet_least": 4}, "apet_least=4 bounds a ratio, but apet_keep=8 is none"),
+    ({"apet_keep": 8, "apet_least": 4}, "apet_least=4 bounds a ratio, but apet_keep=8 is not a ratio"),
     ({"apet_keep": 0.5, "apet_most": 0}, "apet_most=0 is not a count"),
     ({"apet_keep": 0.5, "apet_least": 9, "apet_most": 8}, "apet_least=9 exceeds apet_most=8"),
     ({"apet_max_tokens": 2.5}, "apet_max_tokens=2.5 is not a count"),
