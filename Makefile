@@ -23,7 +23,7 @@ export PYTHONDONTWRITEBYTECODE :=
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .PHONY: help demo environments test test-rest test-all test-slow test-transformers4 test-vllm test-vllm-all test-hub test-triton test-cuda sanitize sanitize-triton
-.PHONY: matrix matrix-torch gpu-check lock lint format bench wheel clean
+.PHONY: matrix matrix-quick matrix-torch gpu-check lock lint format bench wheel clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "make %-19s %s\n", $$1, $$2 }' Makefile
@@ -159,10 +159,12 @@ format: $(VENV)/installed-dev  ## format everything
 	$(bin)/clang-format -i $(cpp)
 
 # docs/development.md lists the versions; docs/compatibility.md has the outcomes of these runs only.
-matrix: $(VENV)/installed-dev  ## the oldest and newest transformers and Triton, and those between: docs/compatibility.md
+matrix: matrix-quick matrix-torch  ## the oldest, newest and other versions of every upstream: docs/compatibility.md
+
+matrix-quick: $(VENV)/installed-dev  ## of transformers and Triton: minutes for each
 	$(bin)/nox --tags quick
 
-matrix-torch: $(VENV)/installed-dev  ## other versions of torch and Python, everything newest: gigabytes for each
+matrix-torch: $(VENV)/installed-dev  ## of torch and Python, and everything newest: gigabytes for each
 	$(bin)/nox --tags torch
 
 # Versions are resolved for every Python from 3.10 on, with the uv of the previous lock. The other environments start

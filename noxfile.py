@@ -1,4 +1,4 @@
-"""The matrix of versions: `make matrix` (minutes a session) and `make matrix-torch` (gigabytes a session).
+"""The matrix of versions: `make matrix-quick` (minutes a session) and `make matrix-torch` (gigabytes a session).
 
 One session installs one version of one dependency, runs the tests that need it, and writes the outcome to
 docs/compatibility.json, from which docs/compatibility.md is made (tools/matrix.py). `nox --list` lists the sessions,

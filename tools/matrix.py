@@ -39,8 +39,8 @@ PARTS = {
 HEAD = """\
 # Tested versions
 
-`make matrix` and `make matrix-torch` generate this page; [development.md](development.md#the-matrix-of-versions) says
-what they run. Each row is one run; a version without a row was not run.
+`make matrix` generates this page; [development.md](development.md#the-matrix-of-versions) says what it runs. Each row
+is one run; a version without a row was not run.
 """
 
 
