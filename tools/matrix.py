@@ -34,7 +34,7 @@ PARTS = {
     "torch": "torch: the ops, built beside it, and the hooks",
     "python": "Python: the ops and the hooks, everything as locked",
     "newest": "The newest version of everything: the ops and the hooks",
-    "lowest": "The oldest version of everything but torch: the command line",
+    "lowest": "The oldest version of everything but torch: a build, and the command line",
 }
 HEAD = """\
 # Tested versions
