@@ -293,6 +293,20 @@ def test_the_projector_begins_with_standardised_channels() -> None:
     assert 0.8 < hidden.std((0, 1)).mean() < 1.2
 
 
+def test_products_in_bfloat16_are_near_those_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The losses of the same step, and an error for another type."""
+    monkeypatch.setattr(llava, "trunk", dict)
+    split = some_pictures(2)
+    losses = {}
+    for dtype in ("float32", "bfloat16"):
+        plan = training.Plan(steps=1, cool=0, pictures=2, at_once=2, questions=4, dtype=dtype)
+        losses[dtype] = training.Run(plan).train(split)["loss"]
+    assert losses["float32"] != losses["bfloat16"]
+    assert abs(losses["float32"] - losses["bfloat16"]) < 0.02 * losses["float32"]
+    with pytest.raises(ValueError, match="dtype='float16': must be 'float32' or 'bfloat16'"):
+        training.Plan(dtype="float16").products()
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(not (llava.STORED / llava.WEIGHTS).exists(), reason="no trained model is stored")
 @pytest.mark.parametrize(("name", "options"), [
