@@ -5,7 +5,7 @@
     python -m benchmarks.gpu_figures FOLDER --rehearsed ELSEWHERE    results of a rehearsal, into another folder
 
 A rehearsal is rejected without --rehearsed, and so is a run in which a kernel was wrong. Figures that the run did not
-measure are not changed. Sentences outside of the tables that say what has run on a GPU are printed, to be corrected by
+measure are not changed. Lines outside of the tables that say what has run on a GPU are printed, to be corrected by
 hand.
 """
 

@@ -170,7 +170,7 @@ def test_a_run_goes_into_the_header_and_the_documents(checkout, tmp_path, monkey
     said = capsys.readouterr().out
     assert "a row for nvidia-x" in said
     assert "README.md:1: By hand: never run on a GPU.\n" in said
-    assert "No GPU kernel has run on a GPU yet" not in said, "that sentence is between the markers, and replaced"
+    assert "No GPU kernel has run on a GPU yet" not in said, "that line is between the markers, and replaced"
     assert "NVIDIA X, measured at commit abc" in (checkout / gpu_figures.HEADER).read_text()
     for name in gpu_figures.DOCUMENTS:
         text = (checkout / name).read_text()
