@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Cache
 
-from . import along, caches, first_stage, generation, second_stage, state
+from . import along, caches, first_stage, generation, locate, second_stage, state
 from .calling import versions
 from .patching import Patch
 from .state import NOT_COMPILED_REASON, Call, Forward, Prompt
@@ -94,12 +94,13 @@ class Engine(Patch):
         if not self.installed:
             return
         inputs = self.target.core_arguments.bind(args, kwargs)
+        if not torch.compiler.is_compiling():
+            self.threads.mask = self.target.core_arguments.get("mask", inputs)
         if self.target.adapter.brings(inputs):
             self.begin_call(module, inputs)
             return
         if not torch.compiler.is_compiling():
             state.end(self, "core")  # left by a call that raised an error, if hooks could not clean up
-            self.threads.mask = self.target.core_arguments.get("mask", inputs)
             self.threads.text = True
         unknown = self.target.core_arguments.unknown(inputs)
         if unknown:
@@ -113,15 +114,18 @@ class Engine(Patch):
         state.begin(Call(weakref.ref(self), "core", inputs, core=core, labels=labels, attributes=attributes))
 
     def after_core(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
-        if not torch.compiler.is_compiling():
+        compiling = torch.compiler.is_compiling()
+        if not compiling:
             self.threads.mask, self.threads.text = None, False
-            state.end(self, "core")
-        elif self.target.adapter.brings(self.target.core_arguments.bind(args, kwargs)):
-            self.end_call()
+        if not compiling or self.target.adapter.brings(self.target.core_arguments.bind(args, kwargs)):
+            self.end_call(output is not None)
 
     @torch.compiler.disable(reason=NOT_COMPILED_REASON)
-    def end_call(self) -> None:
+    def end_call(self, succeeded: bool) -> None:
+        call = state.current(self, "core")
         state.end(self, "core")
+        if succeeded and call is not None:
+            locate.check_all(call)
 
     # ---- the projector
 
@@ -162,13 +166,14 @@ class Engine(Patch):
             prompt = None
         embeds = roles.get("embeds", arguments)
         several = embeds is None or embeds.shape[1] > 1  # a compiled step of one token is no prefill
-        if (several or not torch.compiler.is_compiling()) and (call := self.prefilling(module)) is not None:
+        call = self.prefilling() if several or not torch.compiler.is_compiling() else None
+        if call is not None and self.takes_images(call, embeds, cache):
             return (), self.begin_prefill(module, call, arguments, prompt)
         if prompt is None or not prompt.compressed:
-            if not torch.compiler.is_compiling():
+            if call is None and not torch.compiler.is_compiling():
                 self.check_no_prompt(roles.owner, cache, prompt)
             return None
-        return (), self.go_on(module, prompt, cache, arguments)
+        return (), self.go_on(module, prompt, cache, arguments, call is not None)
 
     def check_no_prompt(self, owner: str, cache: Cache | None, prompt: Prompt | None) -> None:
         """Raises ValueError if a step of generate() comes without the cache of its compressed prompt, or if a call of
@@ -184,16 +189,14 @@ class Engine(Patch):
             generation.check_core_runs(self, owner)
 
     @torch.compiler.disable(reason=NOT_COMPILED_REASON)
-    def prefilling(self, module: nn.Module) -> Call | None:
+    def prefilling(self) -> Call | None:
         """Returns the running call of the core model, with images or videos, that this call of the language model is
         part of."""
-        call = state.current(self, "core")
-        if call is not None and call.forward is not None:
-            raise ValueError(
-                f"{type(call.core).__name__} calls its language model more than once in a forward: apet does not know "
-                f"which of these has the images, and does not support a prefill in several calls ({versions()})"
-            )
-        return call
+        return state.current(self, "core")
+
+    @torch.compiler.disable(reason=NOT_COMPILED_REASON)
+    def takes_images(self, call: Call, embeds: Any, cache: Cache | None) -> bool:
+        return locate.takes_images(self.target, call, embeds, cache)
 
     @torch.compiler.disable(reason=NOT_COMPILED_REASON)
     def begin_prefill(
@@ -204,8 +207,11 @@ class Engine(Patch):
         call.forward = forward.prompt.forward = forward
         return arguments
 
-    def go_on(self, module: nn.Module, prompt: Prompt, cache: Cache, arguments: dict[str, Any]) -> dict[str, Any]:
-        """Returns the arguments of a call that adds tokens after a compressed prompt."""
+    def go_on(
+        self, module: nn.Module, prompt: Prompt, cache: Cache, arguments: dict[str, Any], prefill: bool
+    ) -> dict[str, Any]:
+        """Returns the arguments of a call that adds tokens after a compressed prompt, or after a compressed part of it,
+        in a prefill in several calls."""
         roles = self.target.language_model_arguments
         batch, new = roles.get("embeds", arguments).shape[:2]
         caches.check(prompt, cache, batch)
@@ -222,7 +228,8 @@ class Engine(Patch):
         position = roles.get("cache_position", arguments)
         if new > 1 and not torch.compiler.is_compiling():
             caches.check_position(prompt, past, position)
-            generation.check_kept_cache(self, cache)
+            if not prefill:
+                generation.check_kept_cache(self, cache)
         replaced = {
             "mask": prompt.early.columns(past, new, tail).long(),
             "positions": prompt.early.positions(past, new, tail),
@@ -294,19 +301,28 @@ class Engine(Patch):
 
     def after_language_model(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
         roles = self.target.language_model_arguments
-        prompt = caches.prompt_of(roles.cache(roles.bind(args, kwargs)))
+        cache = roles.cache(roles.bind(args, kwargs))
+        prompt = caches.prompt_of(cache)
+        if self.installed and cache is not None and not torch.compiler.is_compiling():
+            self.count_held(cache)
         if prompt is not None and prompt.forward is not None and prompt.forward.tokens is None:  # not a prefill
             prompt.forward = None
         elif self.installed and (not torch.compiler.is_compiling() or prompt is None or prompt.forward is not None):
             self.end_prefill(output is not None)
 
+    def count_held(self, cache: Cache) -> None:
+        """Stores the number of tokens in the cache between two calls of a prefill in several calls."""
+        call = state.current(self, "core")
+        if call is not None:
+            call.held = int(cache.get_seq_length())
+
     @torch.compiler.disable(reason=NOT_COMPILED_REASON)
     def end_prefill(self, succeeded: bool) -> None:
         """Checks the result of a prefill, and stores on its cache what later steps need."""
-        forward = self.forward()
+        call, forward = state.current(self, "core"), self.forward()
         if forward is None:
             return
-        forward.prompt.forward = None
+        call.forward = forward.prompt.forward = None
         if not succeeded:
             return
         running = state.current(self, "generate")
@@ -317,6 +333,8 @@ class Engine(Patch):
                 caches.check_lengths(forward, self.target.options.llm_layer)
             caches.remember(forward.cache, forward.prompt)
         if forward.tokens is not None:
+            start, length = call.columns - forward.trace.lengths[0], locate.length_of(call.inputs)
+            forward.trace.within(start, length, self.target.core_arguments.get("mask", call.inputs))
             self.latest = self.threads.trace = forward.trace
             if forward.labels is not None:
                 forward.trace.shorten_labels(forward.labels)

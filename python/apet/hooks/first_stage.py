@@ -76,12 +76,10 @@ def begin(
     """
     roles, options = target.language_model_arguments, target.options
     x = roles.get("embeds", arguments)  # [B, L, D]
-    if not isinstance(x, Tensor) or x.dim() != 3:
-        raise ValueError(f"{roles.owner} was called without embeddings [B, L, D], so apet cannot find its images")
     batch, length = x.shape[:2]
     cache = roles.cache(arguments)
     past = 0 if cache is None else int(cache.get_seq_length())
-    trace, tokens = find(target, call, generation, x)
+    trace, tokens = find(target, call, generation, x, call.columns - length)
     forward = Forward(
         language_model, Prompt(batch), cache=cache, trace=trace, labels=call.labels, attributes=call.attributes
     )

@@ -7,8 +7,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import Cache
 
 from .adapter import Adapter
+from .calling import versions
 from .config import Keep
 from .parts import of
 from .state import Call, Trace, brings_pixels
@@ -16,18 +18,22 @@ from .target import Target
 from .units import Tokens, group
 
 
-def find(target: Target, call: Call, generation: Call | None, x: Tensor) -> tuple[Trace, Tokens]:
+def find(target: Target, call: Call, generation: Call | None, x: Tensor, start: int = 0) -> tuple[Trace, Tokens]:
     """Returns the visual tokens of a call among the rows of its embeddings x [B, L, D], flattened to [B * L, D].
 
-    generation: the call of generate() that this call is part of, if that has encoded the images.
+    generation: the call of generate() that this call is part of, if that has encoded the images; start: the first
+    column of x in the prompt.
     """
     adapter, options, core, inputs = target.adapter, target.options, call.core, call.inputs
     batch, length = x.shape[:2]
-    flats = {m: placeholders(adapter, core, m, inputs, x) for m in sorted(adapter.brings(inputs))}
-    if set(flats) == {"video"} and not len(flats["video"]):  # GLM's frames stand at placeholders of images
-        flats = {"video": placeholders(adapter, core, "image", inputs, x)}
-    elif len(flats) > 1 and len({adapter.tokens[m] for m in flats}) < len(flats):
-        raise ValueError(f"{' and '.join(flats)} stand at the same placeholders, so apet cannot tell them apart")
+    found_at = placeholders(adapter, core, inputs)
+    rows = next(map(len, found_at.values()))
+    if rows != batch:
+        raise ValueError(f"the core model was called with {rows} rows, but calls its language model with {batch}")
+    flats = {
+        modality: where[:, start : start + length].flatten().nonzero().view(-1).to(x.device)
+        for modality, where in found_at.items()
+    }
     repeats = 1
     if not brings_pixels(inputs):  # generate() has encoded the images before this forward
         if generation is None or not brings_pixels(generation.inputs):
@@ -53,8 +59,75 @@ def find(target: Target, call: Call, generation: Call | None, x: Tensor) -> tupl
     return Trace(visuals, flat, [length]), group(units, flat, numbers)
 
 
-def placeholders(adapter: Adapter, core: nn.Module, modality: str, inputs: Mapping[str, Any], x: Tensor) -> Tensor:
-    """Returns the rows of x [B, L, D], flattened, that hold the features of a modality, ascending."""
+def takes_images(target: Target, call: Call, embeds: Any, cache: Cache | None) -> bool:
+    """Returns whether a call of the language model with embeds [B, n, D] has the images and videos of the core model's
+    call, and counts its columns.
+
+    A core model may call its language model for one part of the prompt after another, with the same cache. One of these
+    parts must have all images; those before and after it are text. Raises: ValueError for anything else.
+    """
+    if not isinstance(embeds, Tensor) or embeds.dim() != 3:
+        raise ValueError(
+            f"{target.language_model_arguments.owner} was called without embeddings [B, L, D], so apet cannot find its "
+            "images"
+        )
+    start, length = call.columns, length_of(call.inputs)
+    call.columns = end = start + embeds.shape[1]
+    if start == 0 and end == length:
+        return True
+    called = (
+        f"{type(call.core).__name__} calls its language model with columns {start} to {end - 1} of a prompt of "
+        f"{length} tokens"
+    )
+    if end > length:
+        raise ValueError(
+            f"{called}: apet does not know where its images are then; it knows one call with all tokens, or one after "
+            f"another with a part of them ({versions()})"
+        )
+    held = None if cache is None else int(cache.get_seq_length())
+    if held is None or (start and held != call.held):
+        raise ValueError(
+            f"{called}, and with {'no cache' if held is None else f'a cache of {held} tokens after {call.held}'}: apet "
+            f"does not know how the parts of this prefill follow each other ({versions()})"
+        )
+    visual = torch.stack([*placeholders(target.adapter, call.core, call.inputs).values()]).any(0)
+    here, everywhere = int(visual[:, start:end].sum()), int(visual.sum())
+    if 0 < here < everywhere:
+        raise ValueError(
+            f"{called}, {here} of its {everywhere} placeholders of images and videos: of a prefill in several calls, "
+            "one call must have all of them"
+        )
+    return here > 0
+
+
+def check_all(call: Call) -> None:
+    """Raises ValueError if a core model has called its language model with a part of the prompt only."""
+    length = length_of(call.inputs)
+    if 0 < call.columns < length:
+        raise ValueError(
+            f"{type(call.core).__name__} has called its language model with {call.columns} of the {length} tokens of a "
+            f"prompt: apet does not know what became of the others ({versions()})"
+        )
+
+
+def length_of(inputs: Mapping[str, Any]) -> int:
+    """Returns the length L of the prompt that a core model was called with."""
+    ids = inputs.get("input_ids")
+    length: int = (inputs["inputs_embeds"] if ids is None else ids).shape[1]
+    return length
+
+
+def placeholders(adapter: Adapter, core: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Returns which tokens of a prompt [B, L] hold the features of each modality that the call brings, [B, L] bool."""
+    found = {m: _placeholders(adapter, core, m, inputs) for m in sorted(adapter.brings(inputs))}
+    if set(found) == {"video"} and not found["video"].any():  # GLM's frames stand at placeholders of images
+        return {"video": _placeholders(adapter, core, "image", inputs)}
+    if len(found) > 1 and len({adapter.tokens[m] for m in found}) < len(found):
+        raise ValueError(f"{' and '.join(found)} stand at the same placeholders, so apet cannot tell them apart")
+    return found
+
+
+def _placeholders(adapter: Adapter, core: nn.Module, modality: str, inputs: Mapping[str, Any]) -> Tensor:
     name = adapter.tokens.get(modality)
     token = None if name is None else of(core, name)
     if token is None:
@@ -63,18 +136,12 @@ def placeholders(adapter: Adapter, core: nn.Module, modality: str, inputs: Mappi
             f"'{modality}'; an adapter's `tokens` says what it is called (docs/add-a-model.md)"
         )
     if inputs.get("input_ids") is not None:
-        is_placeholder = inputs["input_ids"] == token
+        found: Tensor = inputs["input_ids"] == token
     else:  # as the model does, compare with the embedding of the placeholder
         given = inputs["inputs_embeds"]
         embedded = core.get_input_embeddings()(torch.tensor(token, device=given.device))
-        is_placeholder = (given == embedded.to(given.device)).all(-1)
-    if is_placeholder.shape != x.shape[:2]:
-        raise ValueError(
-            f"the core model was called with {tuple(is_placeholder.shape)} tokens, but calls its language model with "
-            f"{tuple(x.shape[:2])}: apet does not know where its images are then, and does not support a prefill in "
-            "several calls"
-        )
-    return is_placeholder.flatten().nonzero().view(-1).to(x.device)
+        found = (given == embedded.to(given.device)).all(-1)
+    return found
 
 
 def contiguous_lengths(flat: Tensor) -> list[int]:

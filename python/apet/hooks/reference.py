@@ -1,18 +1,18 @@
 """Reference results for a patched model: the states that its decoder must return, computed by the unpatched decoder.
 
-This module shares no code with the hooks. A patched tiny model generates, and the rows that enter its decoder, the rows
-that enter layer `llm_layer` and the decoder's output for each new token are recorded. Then the unpatched decoder runs
-on one prompt at a time, without padding and without a cache. Its input is the recorded rows, followed by the generated
-tokens. Its other arguments are those that the model computes for the whole prompt; those along the sequence are
-gathered for the kept columns. Masks are built again over the kept columns, since windows and chunks count these.
+This module shares no code with the hooks. A patched tiny model generates, and recording.py records the rows that enter
+its decoder, the rows that enter layer `llm_layer` and the decoder's output for each new token. Then the unpatched
+decoder runs on one prompt at a time, without padding and without a cache. Its input is the recorded rows, followed by
+the generated tokens. Its other arguments are those that the model computes for the whole prompt; those along the
+sequence are gathered for the kept columns. Masks are built again over the kept columns, since windows and chunks count
+these.
 """
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass, field
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,114 +20,12 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import Cache
 
+from .recording import Decoder, Generation, Row, bound, hidden
 from .tiny import IMAGE, VIDEO
-
-Row = Mapping[str, Any]  # the inputs of one prompt, not padded
 
 
 class DecoderReached(Exception):
     """Ends a call of a model when it reaches its decoder, so that the rest of the model does not run."""
-
-
-@dataclass
-class Decoder:
-    """The module with the decoder layers."""
-
-    module: nn.Module
-    layers: nn.ModuleList
-
-    @classmethod
-    def of(cls, model: nn.Module, row: Row) -> Decoder:
-        """Calls the model to find its decoder: the module with a list of layers that receives embeddings as long as the
-        prompt."""
-        found: list[nn.Module] = []
-        others: list[str] = []  # calls of decoders with other numbers of tokens
-        batch, length = row["input_ids"].shape
-
-        def listen(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            embeds = _bound(module, args, kwargs).get("inputs_embeds")
-            if isinstance(embeds, Tensor) and embeds.shape[:2] == (batch, length):
-                found.append(module)
-            elif isinstance(embeds, Tensor) and hasattr(module, "embed_tokens"):  # no encoder of images
-                others.append(f"{type(module).__name__} with {embeds.shape[1]}")
-
-        holders = [m for m in model.modules() if any(isinstance(c, nn.ModuleList) for c in m.children())]
-        with ExitStack() as hooks:
-            for holder in holders:
-                hooks.enter_context(holder.register_forward_pre_hook(listen, with_kwargs=True))
-            try:
-                model(**row, use_cache=False)
-            except Exception as error:  # a prefill in several calls may need the cache
-                if found or not others:
-                    raise
-                raise _several(model, others, length) from error
-        if not found and others:
-            raise _several(model, others, length)
-        if not found:
-            raise ValueError(f"{type(model).__name__} calls no module with decoder layers with embeddings")
-        lists = {name: c for name, c in found[0].named_children() if isinstance(c, nn.ModuleList) and len(c)}
-        return cls(found[0], lists.get("layers") or next(iter(lists.values())))
-
-
-def _several(model: nn.Module, calls: Sequence[str], length: int) -> ValueError:
-    return ValueError(
-        f"{type(model).__name__} calls {', then '.join(calls)} of the {length} tokens of a prompt, where one call with "
-        "all of them is known"
-    )
-
-
-@dataclass
-class Generation:
-    """The recorded generation of a model from a batch of B prompts."""
-
-    tokens: Tensor  # [B, N]: the generated tokens
-    states: Tensor  # [B, N, D]: the output of the decoder for each
-    entered: list[Tensor] = field(default_factory=list)  # rows that entered the decoder, then layer `llm_layer`
-
-
-def generate(
-    model: nn.Module, decoder: Decoder, inputs: Row, new: int, static: bool = False, llm_layer: int | None = None
-) -> Generation:
-    """Generates `new` tokens greedily, without special tokens, and records the generation."""
-    states: list[Tensor] = []
-    entered: list[Tensor] = []
-
-    def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if not states:
-            entered.append(_bound(module, args, kwargs)["inputs_embeds"])
-
-    def inside(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if not states:
-            entered.append(_hidden(args, kwargs))
-
-    def after(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        states.append(output[0][:, -1])
-
-    words = set(range(3, 99))
-    size = model.config.get_text_config().vocab_size
-    more = {"cache_implementation": "static", "disable_compile": True} if static else {}
-    with ExitStack() as hooks:
-        hooks.enter_context(decoder.module.register_forward_pre_hook(before, with_kwargs=True))
-        hooks.enter_context(decoder.module.register_forward_hook(after, with_kwargs=True))
-        if llm_layer is not None:
-            hooks.enter_context(decoder.layers[llm_layer].register_forward_pre_hook(inside, with_kwargs=True))
-        tokens = model.generate(
-            **inputs,
-            max_new_tokens=new,
-            min_new_tokens=new,
-            do_sample=False,
-            suppress_tokens=[i for i in range(size) if i not in words],
-            **more,
-        )
-    if len(states) != new:
-        raise ValueError(
-            f"{type(model).__name__} called {type(decoder.module).__name__} {len(states)} times to generate {new} "
-            "tokens, where one call for each is known"
-        )
-    return Generation(tokens[:, -new:], torch.stack(states, 1), entered)
-
-
-# ---- the expected states --------------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -155,19 +53,24 @@ class Whole:
         seen: list[dict[str, Any]] = []
 
         def listen(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            seen.append(_bound(module, args, kwargs))
-            raise DecoderReached
+            seen.append(bound(module, args, kwargs))
+            if len(seen) == decoder.calls:
+                raise DecoderReached
 
         with decoder.module.register_forward_pre_hook(listen, with_kwargs=True), suppress(DecoderReached):
-            model(**longer, use_cache=False)
+            if decoder.calls == 1:
+                model(**longer, use_cache=False)
+            else:
+                model.generate(**longer, max_new_tokens=1, do_sample=False)
+        arguments = {name: _joined(name, [call.get(name) for call in seen], seen) for name in seen[0]}
         config = decoder.module.config
         sizes = [getattr(config, n, None) for n in ("sliding_window", "sliding_window_size")]
         chunk = getattr(config, "attention_chunk_size", None)
         windows = tuple(size for size in sizes if isinstance(size, int))
         length = longer["input_ids"].shape[1]
-        if length == seen[0]["inputs_embeds"].shape[-1]:
+        if length == arguments["inputs_embeds"].shape[-1]:
             raise ValueError(f"a prompt of {length} tokens is as long as its embeddings are wide: take another length")
-        return cls(seen[0], length, len(tokens), windows, (chunk,) if isinstance(chunk, int) else ())
+        return cls(arguments, length, len(tokens), windows, (chunk,) if isinstance(chunk, int) else ())
 
     @property
     def keeps_positions(self) -> bool:
@@ -256,6 +159,25 @@ class Whole:
             yield lambda at, blocks, w=w: ((back(at) >= 0) & (back(at) < w)) | blocks
         for c in self.chunks:
             yield lambda at, blocks, c=c: ((back(at) >= 0) & (at[:, None] // c == at[None] // c)) | blocks
+
+
+def _joined(name: str, values: Sequence[Any], calls: Sequence[Mapping[str, Any]]) -> Any:
+    """Returns an argument of the decoder for a whole prompt, from its values in the calls that prefill it in parts."""
+    first, last = values[0], values[-1]
+    if len(values) == 1 or isinstance(last, Cache):
+        return last
+    if all(isinstance(value, Tensor) for value in values):
+        counts = [call["inputs_embeds"].shape[1] for call in calls]
+        if name == "attention_mask" and last.dim() == 2 and last.shape[1] == sum(counts):
+            return last
+        for d in range(first.dim()):
+            if [value.shape[d] for value in values] == counts:
+                return torch.cat([*values], dim=d)
+        if all(value.shape == first.shape and torch.equal(value, first) for value in values):
+            return first
+    elif not any(isinstance(value, Tensor) for value in values) and all(value == first for value in values):
+        return first
+    raise ValueError(f"the decoder is given other values of {name} in the {len(values)} calls of one prefill")
 
 
 def expected_states(
@@ -348,7 +270,7 @@ def visual(row: Row, modality: str | None = None) -> Tensor:
 @contextmanager
 def _watching(layer: nn.Module) -> Iterator[list[Tensor]]:
     seen: list[Tensor] = []
-    with layer.register_forward_pre_hook(lambda _, a, k: seen.append(_hidden(a, k)), with_kwargs=True):
+    with layer.register_forward_pre_hook(lambda _, a, k: seen.append(hidden(a, k)), with_kwargs=True):
         yield seen
 
 
@@ -357,12 +279,3 @@ def _given(layer: nn.Module, rows: Tensor) -> RemovableHandle:
         return ((rows, *args[1:]), kwargs) if args else ((), kwargs | {"hidden_states": rows})
 
     return layer.register_forward_pre_hook(give, with_kwargs=True)
-
-
-def _hidden(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
-    rows: Tensor = args[0] if args else kwargs["hidden_states"]
-    return rows
-
-
-def _bound(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    return dict(zip(inspect.signature(module.forward).parameters, args, strict=False)) | dict(kwargs)

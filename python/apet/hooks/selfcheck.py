@@ -26,7 +26,7 @@ import transformers
 from torch import nn
 from transformers.models.auto import modeling_auto
 
-from . import reference, tiny
+from . import recording, reference, tiny
 from .adapter import Adapter
 from .adapters import ADAPTERS, OWN, adapter_for
 from .calling import implementation
@@ -44,7 +44,7 @@ STAGES = {
     "both": Options(keep=0.4, basis=4, llm_layer=2, llm_keep=0.5),
 }
 NEW = 4  # tokens that are generated
-PROMPTS = ((3, "image", 5), (1, "image", 2))  # two rows of different lengths
+PROMPTS = ((3, "image", 5), (1, "image", 4))  # two rows of different lengths
 NAMES: Mapping[str, str] = {
     name: cls
     for mapping in (
@@ -163,7 +163,7 @@ def check(model: nn.Module, stage: str = "both", adapter: Adapter | None = None)
     return Result(name, stage, worst)
 
 
-def _takes_static(model: nn.Module, rows: Sequence[reference.Row]) -> bool:
+def _takes_static(model: nn.Module, rows: Sequence[recording.Row]) -> bool:
     """Returns whether the unpatched model agrees with the reference, with a cache of fixed size."""
     try:
         return unpatched(model, rows, static=True) < TOLERANCE
@@ -206,7 +206,7 @@ def check_family(name: str) -> Result:
 # ---- a tiny model and its reference ---------------------------------------------------------------------------------
 
 
-def prompt(model: nn.Module, parts: Sequence[int | str], seed: int = 0) -> reference.Row:
+def prompt(model: nn.Module, parts: Sequence[int | str], seed: int = 0) -> recording.Row:
     """Returns a prompt of a tiny model. Its length differs from all widths of the model, so that the reference can
     tell which dimension is the sequence."""
     row = tiny.sample(model, parts, seed)
@@ -220,7 +220,7 @@ def prompt(model: nn.Module, parts: Sequence[int | str], seed: int = 0) -> refer
 @torch.no_grad()
 def judge(
     model: nn.Module,
-    rows: Sequence[reference.Row],
+    rows: Sequence[recording.Row],
     options: Options,
     *,
     static: bool = False,
@@ -234,14 +234,14 @@ def judge(
     by default that of its type. Raises ValueError if the model cannot be patched, or if a stage drops nothing.
     """
     target = Target.find(model, adapter or adapter_for(model), lambda *_: options)
-    decoder = reference.Decoder.of(model, rows[0])
+    decoder = recording.Decoder.of(model, rows[0])
     engine = Engine(target)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         engine.install()
         model.__dict__[ENGINE] = engine
         try:
-            generation = reference.generate(model, decoder, tiny.collate(rows), NEW, static, options.llm_layer)
+            generation = recording.generate(model, decoder, tiny.collate(rows), NEW, static, options.llm_layer)
             remaining = kept(model)
         finally:
             engine.remove()
@@ -258,19 +258,19 @@ def judge(
 
 
 @torch.no_grad()
-def unpatched(model: nn.Module, rows: Sequence[reference.Row], *, static: bool = False) -> float:
+def unpatched(model: nn.Module, rows: Sequence[recording.Row], *, static: bool = False) -> float:
     """Returns how far a model without a patch is from the reference, which then keeps all columns."""
-    decoder = reference.Decoder.of(model, rows[0])
-    generation = reference.generate(model, decoder, tiny.collate(rows), NEW, static)
+    decoder = recording.Decoder.of(model, rows[0])
+    generation = recording.generate(model, decoder, tiny.collate(rows), NEW, static)
     every = [[torch.arange(row["input_ids"].shape[1])] for row in rows]
     return _largest(model, decoder, rows, generation, every, None)
 
 
 def _largest(
     model: nn.Module,
-    decoder: reference.Decoder,
-    rows: Sequence[reference.Row],
-    generation: reference.Generation,
+    decoder: recording.Decoder,
+    rows: Sequence[recording.Row],
+    generation: recording.Generation,
     columns: Sequence[Sequence[torch.Tensor]],
     llm_layer: int | None,
 ) -> float:

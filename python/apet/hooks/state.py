@@ -156,7 +156,9 @@ class Call:
     core: nn.Module | None = None
     labels: Tensor | None = None
     attributes: Mapping[int, Tensor] = field(default_factory=dict)  # of the core model's parts when the call began
-    forward: Forward | None = None  # the forward of the language model, once it runs
+    forward: Forward | None = None  # of "core": the running prefill of the language model that has the images
+    columns: int = 0  # of "core": the columns of the prompt that calls of the language model have had so far
+    held: int = 0  # of "core": the tokens in the cache after the last of these calls
 
 
 # The calls that run in this thread, the innermost last. Each thread has its own list.
@@ -223,6 +225,29 @@ class Trace:
         self.valid = packing.valid.to(self.flat.device)
         self.lengths.append(packing.index.shape[1])
         self.stays.append(self.remaining[self.flat])
+
+    def within(self, start: int, length: int, mask: Any) -> None:
+        """Changes the record of a part of a prompt, from column `start` on, to one of the whole prompt [B, length].
+
+        mask: the attention mask of the prompt, if it was given.
+        """
+        part, device = self.lengths[0], self.flat.device
+        if part == length:
+            return
+        self.lengths = [length - part + n for n in self.lengths]
+        self.flat = self.flat // part * length + self.flat % part + start
+        if self.origin is None or self.remaining is None or self.valid is None:
+            return
+        columns = torch.arange(len(self.origin) * length, device=device).view(-1, length)  # [B, length]
+        origin = self.origin // part * length + self.origin % part + start
+        columns = torch.cat([columns[:, :start], origin, columns[:, start + part :]], 1)
+        real = torch.ones(len(columns), length, dtype=torch.bool, device=device)
+        if isinstance(mask, Tensor) and mask.dim() == 2:
+            real = mask[:, -length:].to(device, torch.bool)
+        self.valid = torch.cat([real[:, :start], self.valid, real[:, start + part :]], 1)
+        remaining = torch.ones(len(columns), length, dtype=torch.bool, device=device)
+        remaining[:, start : start + part] = self.remaining.view(-1, part)
+        self.origin, self.remaining = columns, remaining.flatten()
 
     def shorten_labels(self, labels: Tensor) -> None:
         """Shortens labels [B, L] in place to [B, L2], the tokens that are left after all stages; -100 in padding."""

@@ -4,11 +4,14 @@
 from __future__ import annotations
 
 import ast
+import functools
 import inspect
+import itertools
 import re
 from typing import Any
 
 import torch
+import transformers
 from torch import nn
 
 from .edits import ALL, CACHE, Classes, mutation, renamed, source_of
@@ -156,17 +159,71 @@ def language_model_called_twice(c: Classes) -> None:
     )
 
 
-@mutation("llava", says=r"calls LlamaModel with \d+, then .* of the \d+ tokens of a prompt, where one call")
-def prefill_in_two_calls(c: Classes) -> None:
-    """The language model is called for the images first, and then for the rest of the prompt."""
-    c.edit(
-        c.core,
-        (
-            r"\n( *)outputs = self\.language_model\([^\n]*",
-            rf"\n\1cut = inputs_embeds.shape[1] - (3 if inputs_embeds.shape[1] > 3 else 0)"
-            rf"\n\1if cut < inputs_embeds.shape[1]:"
-            rf"\n\1    self.language_model(attention_mask=attention_mask[:, :cut], position_ids=position_ids if position_ids is None else position_ids[:, :cut], {CACHE}={CACHE}, inputs_embeds=inputs_embeds[:, :cut])"
-            rf"\n\1    position_ids, inputs_embeds = position_ids if position_ids is None else position_ids[:, cut:], inputs_embeds[:, cut:]"
-            r"\g<0>",
-        ),
-    )
+def in_parts(language_model: nn.Module, *, ends: Any, inputs_embeds: torch.Tensor, **given: Any) -> Any:
+    """Calls the language model for the columns up to each end, and then for the rest. ends: a function of the length."""
+    length, mask, positions = inputs_embeds.shape[1], given.get("attention_mask"), given.get("position_ids")
+    cuts, states = [0, *(ends(length) if length > 1 else ()), length], []
+    for start, end in itertools.pairwise(cuts):
+        if positions is not None:
+            given["position_ids"] = positions[..., start:end]
+        if mask is not None:
+            given["attention_mask"] = mask[:, : end - length or None] if mask.dim() == 2 else mask[:, :, start:end]
+        output = language_model(inputs_embeds=inputs_embeds[:, start:end], **given)
+        states.append(output.last_hidden_state)
+    output.last_hidden_state = torch.cat(states, 1)
+    return output
+
+
+def split(c: Classes, ends: Any) -> None:
+    more = {"in_parts": functools.partial(in_parts, ends=ends)}
+    c.edit(c.core, (r"self\.language_model\(", "in_parts(self.language_model, "), more=more)
+
+
+@mutation("llava", "qwen2_5_vl")
+def prefill_of_the_images_and_then_of_the_rest(c: Classes) -> None:
+    split(c, lambda length: [length - 3])
+
+
+@mutation("llava", "qwen2_5_vl")
+def prefill_of_the_first_token_and_then_of_the_rest(c: Classes) -> None:
+    split(c, lambda length: [1])
+
+
+@mutation("llava", "qwen2_5_vl")
+def prefill_in_four_calls(c: Classes) -> None:
+    split(c, lambda length: [1, length - 3, length - 1])
+
+
+@mutation("llava", "qwen2_5_vl", says=r"of its \d+ placeholders .* one call must have all of them")
+def prefill_in_two_halves(c: Classes) -> None:
+    """The end of the first half lies within an image."""
+    split(c, lambda length: [length // 2])
+
+
+@mutation(
+    "llava", says=r"columns 3 to \d+ of a prompt of \d+ tokens, and with a cache of 0 tokens after 3", faithful=False
+)
+def prefill_in_two_calls_with_other_caches(c: Classes) -> None:
+    """Each call gets a new cache, so the second one does not see what the first one has read."""
+
+    def apart(
+        language_model: nn.Module, *, inputs_embeds: torch.Tensor, attention_mask: Any, position_ids: Any, **given: Any
+    ) -> Any:
+        cuts = [0, 3, inputs_embeds.shape[1]] if inputs_embeds.shape[1] > 1 else [0, 1]
+        for start, end in itertools.pairwise(cuts):
+            given[CACHE] = transformers.DynamicCache()
+            output = language_model(inputs_embeds=inputs_embeds[:, start:end], **given)
+        return output
+
+    c.edit(c.core, (r"self\.language_model\(", "apart(self.language_model, "), more={"apart": apart})
+
+
+@mutation("llava", says=r"with \d+ of the \d+ tokens of a prompt", faithful=False)
+def prefill_without_the_end(c: Classes) -> None:
+    def cut(
+        language_model: nn.Module, *, inputs_embeds: torch.Tensor, attention_mask: Any, position_ids: Any, **given: Any
+    ) -> Any:
+        inputs_embeds = inputs_embeds[:, :-1] if inputs_embeds.shape[1] > 1 else inputs_embeds
+        return language_model(inputs_embeds=inputs_embeds, **given)
+
+    c.edit(c.core, (r"self\.language_model\(", "cut(self.language_model, "), more={"cut": cut})
