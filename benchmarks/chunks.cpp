@@ -76,11 +76,11 @@ char* aligned(std::vector<char>& bytes) { return reinterpret_cast<char*>(((uintp
 std::vector<Times> walk_once(const apet_problem& p, const apet_tensors& tensors, int threads, int64_t cost) {
   const auto since = [cost](int64_t begin) { return std::max<int64_t>(computed() - begin - cost, 0); };
   Call call{p, tensors, *kernels_for(p.dtype, isa_in_use()), nullptr, threads};
-  Carver count(nullptr);
+  Arena count(nullptr);
   Walk(&call, count);
   std::vector<char> workspace(count.used() + 64);
-  Carver carver(aligned(workspace));
-  Walk walk(&call, carver);
+  Arena arena(aligned(workspace));
+  Walk walk(&call, arena);
   std::vector<Times> found;
   for (bool open = true; open;) {
     const int64_t begin = computed();

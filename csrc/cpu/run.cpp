@@ -51,13 +51,13 @@ void read_extents(const Call& call, Extent* extents) {
 size_t workspace_bytes(const apet_problem& p, const Kernels& kernels, const Split& s) {
   const apet_tensors none = {};
   Call call{p, none, kernels, nullptr, s.threads};
-  Carver carver(nullptr);
-  carver.take<Walk>(s.teams);
-  carver.take<Team<Walk>>(s.teams);
-  carver.take<Team<Walk>::Counter>(s.teams * s.threads);
-  carver.take<Extent>(p.ragged ? p.images : 0);
-  for (int t = 0; t < s.teams; t++) Walk(&call, carver);
-  return carver.used();
+  Arena arena(nullptr);
+  arena.take<Walk>(s.teams);
+  arena.take<Team<Walk>>(s.teams);
+  arena.take<Team<Walk>::Counter>(s.teams * s.threads);
+  arena.take<Extent>(p.ragged ? p.images : 0);
+  for (int t = 0; t < s.teams; t++) Walk(&call, arena);
+  return arena.used();
 }
 
 struct Region {
@@ -99,18 +99,18 @@ apet_status apet_cpu_run(const apet_problem* problem, const apet_tensors* tensor
   if (!workspace || (uintptr_t)workspace % 64 || bytes < workspace_bytes(p, kernels, s)) return APET_SMALL_WORKSPACE;
 
   Call call{p, *tensors, kernels, nullptr, s.threads};
-  Carver carver(workspace);
-  Walk* walks = carver.take<Walk>(s.teams);
-  Team<Walk>* teams = carver.take<Team<Walk>>(s.teams);
-  auto* counters = carver.take<Team<Walk>::Counter>(s.teams * s.threads);
-  Extent* extents = carver.take<Extent>(p.ragged ? p.images : 0);
+  Arena arena(workspace);
+  Walk* walks = arena.take<Walk>(s.teams);
+  Team<Walk>* teams = arena.take<Team<Walk>>(s.teams);
+  auto* counters = arena.take<Team<Walk>::Counter>(s.teams * s.threads);
+  Extent* extents = arena.take<Extent>(p.ragged ? p.images : 0);
   if (p.ragged) {
     read_extents(call, extents);
     call.extents = extents;
   }
   int working = 0;  // teams that have an image
   for (int t = 0; t < s.teams; t++) {
-    Walk* walk = new (walks + working) Walk(&call, carver);
+    Walk* walk = new (walks + working) Walk(&call, arena);
     if (!walk->advance()) break;
     new (teams + working) Team<Walk>(walk, s.threads, counters + working * s.threads);
     working++;

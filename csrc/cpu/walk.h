@@ -47,7 +47,7 @@ enum class Stage {
 // The program of a Team (team.h).
 class Walk {
  public:
-  Walk(Call* call, Carver& carver);
+  Walk(Call* call, Arena& arena);
 
   Stage stage() const { return stage_; }
   int64_t chunks() const { return chunks_; }

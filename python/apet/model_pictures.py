@@ -69,7 +69,7 @@ def panels(model: nn.Module, inputs: Mapping[str, Any], processor: Any, visual: 
     if projected is None:
         units, per_tile = _placeholder_units(engine, inputs), None
     else:
-        units, per_tile = engine.adapter.features(engine.core, inputs, projected), projected.shape[1]
+        units, per_tile = engine.adapter.units_before_projector(engine.core, inputs, projected), projected.shape[1]
     tiles = _tiles(engine, inputs, units, per_tile, processor, visual)
     modality = visuals[visual][0]
     drawn = []
@@ -119,8 +119,10 @@ def _placeholder_units(engine: Engine, inputs: Mapping[str, Any]) -> list[Tensor
     counts: dict[str, int] = {}
     for modality, _, tokens in visuals:
         counts[modality] = counts.get(modality, 0) + tokens
-    known = {m: iter(u) for m, u in engine.adapter.visuals(engine.core, inputs, counts).items()}
-    return [next(known[m]) if m in known else engine.adapter.run(engine.core, tokens) for m, _, tokens in visuals]
+    known = {m: iter(u) for m, u in engine.adapter.units(engine.core, inputs, counts).items()}
+    return [
+        next(known[m]) if m in known else engine.adapter.units_of_run(engine.core, tokens) for m, _, tokens in visuals
+    ]
 
 
 def _frames(

@@ -114,7 +114,7 @@ def report(model: nn.Module, inputs: Mapping[str, Any], *, max_new_tokens: int =
         ValueError: the model is not patched, or the inputs hold nothing to compress or a cache.
     """
     engine = engine_of(model)
-    if not engine.adapter.brings(inputs):
+    if not engine.adapter.modalities(inputs):
         raise ValueError(f"inputs contain no image or video, only {', '.join(inputs)}: there is nothing to compress")
     if inputs.get("past_key_values") is not None:
         raise ValueError("inputs contain past_key_values, which the first measurement would change; leave them out")

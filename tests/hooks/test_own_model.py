@@ -22,7 +22,7 @@ from transformers import DynamicCache, LlamaForCausalLM, PretrainedConfig, PreTr
 class Postcards(apet.Adapter):
     """The detail of `postcard.py` that cannot be detected: the first token of an image is always kept."""
 
-    def visuals(self, core: nn.Module, inputs: Mapping[str, Any], counts: Mapping[str, int]) -> dict[str, list[Tensor]]:
+    def units(self, core: nn.Module, inputs: Mapping[str, Any], counts: Mapping[str, int]) -> dict[str, list[Tensor]]:
         image = torch.cat([torch.tensor([-1]), apet.one_unit(PATCHES)])
         return {"image": [image] * (counts["image"] // len(image))}
 

@@ -22,7 +22,7 @@ def core(**config: Any) -> Any:
 
 
 def units_of(modality: str, count: int, made_of: Any, **inputs: Any) -> list[list[int]] | None:
-    found = grids.visuals(made_of, inputs, {modality: count}).get(modality)
+    found = grids.units(made_of, inputs, {modality: count}).get(modality)
     return None if found is None else [units.tolist() for units in found]
 
 
@@ -75,8 +75,8 @@ def test_pixtral_images_are_one_unit() -> None:
 def test_images_side_by_side(lengths: list[int], pixels: tuple[int, ...], want: list[int]) -> None:
     grid = torch.ones(2, 3)  # then an entry is a patch
     packed = {"pixel_values": torch.zeros(pixels), "image_grid_thw": grid}
-    assert grids.apart(packed, "image", lengths) == lengths
-    assert grids.apart({"pixel_values": torch.zeros(pixels), "input_ids": None}, "image", lengths) == want
+    assert grids.split_runs(packed, "image", lengths) == lengths
+    assert grids.split_runs({"pixel_values": torch.zeros(pixels), "input_ids": None}, "image", lengths) == want
 
 
 # ---- parts ----------------------------------------------------------------------------------------------------------

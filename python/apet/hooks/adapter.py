@@ -56,34 +56,34 @@ class Adapter:
         (deepstack)."""
         return max(1, parts.deepstack(core))
 
-    def brings(self, inputs: Mapping[str, Any]) -> set[str]:
+    def modalities(self, inputs: Mapping[str, Any]) -> set[str]:
         """Returns the modalities present in a forward call. They are determined from its arguments, not from
         placeholder ids in the text, because a model may generate the placeholder token."""
         pixels = {n for n in inputs if is_pixels(n) and inputs[n] is not None and len(inputs[n])}
         encoded = {m for m, output in (inputs.get("mm_encoder_outputs") or {}).items() if output is not None}
         return (encoded & parts.PLACEHOLDERS.keys()) | {modality_of(name) for name in pixels}
 
-    def visuals(self, core: nn.Module, inputs: Mapping[str, Any], counts: Mapping[str, int]) -> dict[str, list[Units]]:
+    def units(self, core: nn.Module, inputs: Mapping[str, Any], counts: Mapping[str, int]) -> dict[str, list[Units]]:
         """Returns the units of every image and video of a call, by modality, in the order of their placeholders.
 
         inputs: the arguments of the model (pixel values, sizes, grids); counts: the number of placeholders of each
         modality in the call. If a modality is left out of the result, every contiguous run of its placeholders is one
-        image or video, with the units that `run` gives. Default: the units that follow from grids and sizes among the
-        inputs, if these agree with the number of placeholders.
+        image or video, with the units that `units_of_run` gives. Default: the units that follow from grids and sizes
+        among the inputs, if these agree with the number of placeholders.
         """
-        return grids.visuals(core, inputs, counts)
+        return grids.units(core, inputs, counts)
 
-    def apart(self, inputs: Mapping[str, Any], modality: str, lengths: list[int]) -> list[int]:
+    def split_runs(self, inputs: Mapping[str, Any], modality: str, lengths: list[int]) -> list[int]:
         """Returns the numbers of placeholders of the images or videos in contiguous runs of these lengths. Default:
         a run is split into several images, if the pixels of the call have one entry for each of them and these are
         equally large."""
-        return grids.apart(inputs, modality, lengths)
+        return grids.split_runs(inputs, modality, lengths)
 
-    def run(self, core: nn.Module, tokens: int) -> Units:
+    def units_of_run(self, core: nn.Module, tokens: int) -> Units:
         """Returns the units of a contiguous run of `tokens` placeholders. Default: the run is one unit."""
         return one_unit(tokens)
 
-    def features(self, core: nn.Module, inputs: Mapping[str, Any], x: Tensor) -> list[Units]:
+    def units_before_projector(self, core: nn.Module, inputs: Mapping[str, Any], x: Tensor) -> list[Units]:
         """Only with `projector`: returns the units of every image over x, the projector's input [tiles, N, C],
         flattened to [tiles * N]; -1 marks a token that the model discards. Default: x[i] is image i, and one unit."""
         return [one_unit(x.shape[1])] * x.shape[0]

@@ -70,7 +70,7 @@ class Engine(Patch):
         arguments = self.target.model_arguments.bind(args, kwargs)
         caches.count_cache(self.target.model_arguments.cache(arguments))
         labels = arguments.get("labels")
-        if labels is None or not self.target.adapter.brings(arguments):
+        if labels is None or not self.target.adapter.modalities(arguments):
             return None
         return (), arguments | {"labels": self.begin_scoring(labels)}
 
@@ -96,7 +96,7 @@ class Engine(Patch):
         inputs = self.target.core_arguments.bind(args, kwargs)
         if not torch.compiler.is_compiling():
             self.threads.mask = self.target.core_arguments.get("mask", inputs)
-        if self.target.adapter.brings(inputs):
+        if self.target.adapter.modalities(inputs):
             self.begin_call(module, inputs)
             return
         if not torch.compiler.is_compiling():
@@ -117,7 +117,7 @@ class Engine(Patch):
         compiling = torch.compiler.is_compiling()
         if not compiling:
             self.threads.mask, self.threads.text = None, False
-        if not compiling or self.target.adapter.brings(self.target.core_arguments.bind(args, kwargs)):
+        if not compiling or self.target.adapter.modalities(self.target.core_arguments.bind(args, kwargs)):
             self.end_call(output is not None)
 
     @torch.compiler.disable(reason=NOT_COMPILED_REASON)
@@ -202,7 +202,7 @@ class Engine(Patch):
     def begin_prefill(
         self, module: nn.Module, call: Call, arguments: dict[str, Any], before: Prompt | None
     ) -> dict[str, Any]:
-        running = None if state.brings_pixels(call.inputs) else generation.current(self)
+        running = None if state.has_pixels(call.inputs) else generation.current(self)
         forward, arguments = first_stage.begin(self.target, module, call, running, arguments, before)
         call.forward = forward.prompt.forward = forward
         return arguments

@@ -37,7 +37,7 @@ def project_fewer(
 ) -> tuple[Tensor, Projected] | None:
     """Compresses the projector's input [tiles, N, C] to [1, kept, C]. Returns None if nothing is dropped."""
     options = target.options
-    units = target.adapter.features(core, inputs, x)
+    units = target.adapter.units_before_projector(core, inputs, x)
     check_list("keep", options.keep, len(units))
     if sum(len(u) for u in units) != x.shape[0] * x.shape[1]:
         raise ValueError(

@@ -19,7 +19,7 @@ from .target import Target
 
 def check(target: Target, given: Mapping[str, Any]) -> None:
     """Raises ValueError for arguments with which generate() would treat images wrongly."""
-    if not target.adapter.brings(given):
+    if not target.adapter.modalities(given):
         prompts = {"input_ids": next((p for p in map(given.get, ("inputs", "input_ids")) if p is not None), None)}
         unknown = target.core_arguments.unknown(given)
         if unknown:
@@ -53,7 +53,7 @@ def check_core_runs(patch: Patch, owner: str) -> None:
     """Raises ValueError if generate() was called with images or videos, and has called the language model (a class
     `owner`) without a call of the core model, which has the placeholders."""
     call = current(patch)
-    if call is not None and patch.adapter.brings(call.inputs):
+    if call is not None and patch.adapter.modalities(call.inputs):
         model, core = type(patch.model).__name__, type(patch.core).__name__
         raise ValueError(
             f"{model}.generate was called with images and calls {owner} without a forward of {core}, so apet does not "

@@ -27,7 +27,7 @@ def equal_units(units: int, tokens: int) -> Units:
     return torch.arange(units).repeat_interleave(tokens)
 
 
-def visuals(core: nn.Module, inputs: Mapping[str, Any], counts: Mapping[str, int]) -> dict[str, list[Units]]:
+def units(core: nn.Module, inputs: Mapping[str, Any], counts: Mapping[str, int]) -> dict[str, list[Units]]:
     """Returns the units of the images and videos of a call, for each modality whose sizes agree with its placeholders.
     counts: the number of placeholders by modality."""
     found = {m: of_patches(core, inputs.get(f"{m}_grid_thw"), n) for m, n in counts.items()}
@@ -36,7 +36,7 @@ def visuals(core: nn.Module, inputs: Mapping[str, Any], counts: Mapping[str, int
     return {m: units for m, units in found.items() if units is not None}
 
 
-def apart(inputs: Mapping[str, Any], modality: str, lengths: list[int]) -> list[int]:
+def split_runs(inputs: Mapping[str, Any], modality: str, lengths: list[int]) -> list[int]:
     """Splits runs of placeholders into images, if images of equal size [n, channels, height, width] stand side by
     side."""
     pixels = [x for name, x in inputs.items() if is_pixels(name) and modality_of(name) == modality]

@@ -13,7 +13,7 @@ from .adapter import Adapter
 from .calling import versions
 from .config import Keep
 from .parts import of
-from .state import Call, Trace, brings_pixels
+from .state import Call, Trace, has_pixels
 from .target import Target
 from .units import Tokens, group
 
@@ -35,11 +35,11 @@ def find(target: Target, call: Call, generation: Call | None, x: Tensor, start: 
         for modality, where in found_at.items()
     }
     repeats = 1
-    if not brings_pixels(inputs):  # generate() has encoded the images before this forward
-        if generation is None or not brings_pixels(generation.inputs):
+    if not has_pixels(inputs):  # generate() has encoded the images before this forward
+        if generation is None or not has_pixels(generation.inputs):
             raise ValueError("mm_encoder_outputs were encoded outside of this call; give the pixel values instead")
         inputs, repeats = generation.inputs, batch // generation.rows
-    known = adapter.visuals(core, inputs, {m: len(flat) // repeats for m, flat in flats.items()})
+    known = adapter.units(core, inputs, {m: len(flat) // repeats for m, flat in flats.items()})
     visuals, units, numbers, before = [], [], [], 0
     for modality, flat in flats.items():
         columns = flat.cpu()
@@ -47,7 +47,7 @@ def find(target: Target, call: Call, generation: Call | None, x: Tensor, start: 
         found = known.get(modality)
         if found is None:
             lengths = contiguous_lengths(columns[columns // length % repeats == 0])
-            found = [adapter.run(core, n) for n in adapter.apart(inputs, modality, lengths)]
+            found = [adapter.units_of_run(core, n) for n in adapter.split_runs(inputs, modality, lengths)]
         for row, number in by_row([len(u) for u in found], per_row, repeats, modality):
             visuals.append((modality, row, len(found[number])))
             units.append(found[number])
@@ -119,7 +119,7 @@ def length_of(inputs: Mapping[str, Any]) -> int:
 
 def placeholders(adapter: Adapter, core: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Tensor]:
     """Returns which tokens of a prompt [B, L] hold the features of each modality that the call brings, [B, L] bool."""
-    found = {m: _placeholders(adapter, core, m, inputs) for m in sorted(adapter.brings(inputs))}
+    found = {m: _placeholders(adapter, core, m, inputs) for m in sorted(adapter.modalities(inputs))}
     if set(found) == {"video"} and not found["video"].any():  # GLM's frames stand at placeholders of images
         return {"video": _placeholders(adapter, core, "image", inputs)}
     if len(found) > 1 and len({adapter.tokens[m] for m in found}) < len(found):

@@ -194,7 +194,7 @@ def current(engine: Any, of: str) -> Call | None:
     return next((c for c in reversed(_CALLS.get()) if c.engine() is engine and c.of == of), None)
 
 
-def brings_pixels(inputs: Mapping[str, Any]) -> bool:
+def has_pixels(inputs: Mapping[str, Any]) -> bool:
     """Returns whether the arguments hold images or videos as pixels, not encoded."""
     return any(is_pixels(name) and value is not None for name, value in inputs.items())
 

@@ -21,10 +21,10 @@ class InternVL(Adapter):
 
     unit_names: ClassVar = {"image": "tile"}
 
-    def apart(self, inputs: Mapping[str, Any], modality: str, lengths: list[int]) -> list[int]:
+    def split_runs(self, inputs: Mapping[str, Any], modality: str, lengths: list[int]) -> list[int]:
         return lengths  # its pixels are those of tiles
 
-    def run(self, core: nn.Module, tokens: int) -> Units:
+    def units_of_run(self, core: nn.Module, tokens: int) -> Units:
         vision = core.config.vision_config
         rows, columns = (size // patch for size, patch in zip(vision.image_size, vision.patch_size, strict=True))
         per_tile = int(rows * columns * core.config.downsample_ratio**2)

@@ -31,6 +31,6 @@ class Llava(Adapter):
         for first, second in ((288, 96), (192, 64), (96, 32))
     }
 
-    def features(self, core: nn.Module, inputs: Mapping[str, Any], x: Tensor) -> list[Units]:
+    def units_before_projector(self, core: nn.Module, inputs: Mapping[str, Any], x: Tensor) -> list[Units]:
         packed = of_pixels(core, inputs.get("image_sizes"), x.shape[0] * x.shape[1])
-        return super().features(core, inputs, x) if packed is None else packed
+        return super().units_before_projector(core, inputs, x) if packed is None else packed

@@ -26,7 +26,7 @@ class LlavaNext(Tiled):
     projector = "multi_modal_projector"
     presets: ClassVar = {name: Llava.presets[name] for name in ("paper-128", "paper-64")}
 
-    def features(self, core: nn.Module, inputs: Mapping[str, Any], x: Tensor) -> list[Units]:
+    def units_before_projector(self, core: nn.Module, inputs: Mapping[str, Any], x: Tensor) -> list[Units]:
         units = []
         for count, tokens in zip(tiles(core, inputs), packed(core, inputs, x.shape[1]), strict=True):
             used = tokens[tokens >= 0]

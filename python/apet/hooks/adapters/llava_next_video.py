@@ -20,8 +20,8 @@ from .tiled import Tiled
 class LlavaNextVideo(Tiled):
     """A tile is a unit, and so is each frame of a video."""
 
-    def visuals(self, core: nn.Module, inputs: Mapping[str, Any], counts: Mapping[str, int]) -> dict[str, list[Units]]:
-        found = super().visuals(core, inputs, counts) if "image" in counts else {}
+    def units(self, core: nn.Module, inputs: Mapping[str, Any], counts: Mapping[str, int]) -> dict[str, list[Units]]:
+        found = super().units(core, inputs, counts) if "image" in counts else {}
         if "video" in counts:
             videos, frames = inputs["pixel_values_videos"].shape[:2]
             found["video"] = [equal_units(frames, counts["video"] // (videos * frames))] * videos

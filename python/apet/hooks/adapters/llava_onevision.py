@@ -22,7 +22,7 @@ class LlavaOnevision(Adapter):
 
     unit_names: ClassVar = {"image": "image", "video": "frame"}
 
-    def visuals(self, core: nn.Module, inputs: Mapping[str, Any], counts: Mapping[str, int]) -> dict[str, list[Units]]:
+    def units(self, core: nn.Module, inputs: Mapping[str, Any], counts: Mapping[str, int]) -> dict[str, list[Units]]:
         found = {}
         if "image" in counts:
             found["image"] = [units.long() for units in _packed(core, inputs)]

@@ -20,7 +20,7 @@ class Molmo2(Adapter):
 
     unit_names: ClassVar = {"image": "view", "video": "frame"}
 
-    def visuals(self, core: nn.Module, inputs: Mapping[str, Any], counts: Mapping[str, int]) -> dict[str, list[Units]]:
+    def units(self, core: nn.Module, inputs: Mapping[str, Any], counts: Mapping[str, int]) -> dict[str, list[Units]]:
         grids = inputs.get("image_grids")  # [images, 4]: rows and columns of the whole, and of the crops
         if grids is None or "image" not in counts:
             return {}

@@ -18,7 +18,7 @@ class PerceptionLM(Adapter):
 
     unit_names: ClassVar = {"image": "tile", "video": "frame"}
 
-    def visuals(self, core: nn.Module, inputs: Mapping[str, Any], counts: Mapping[str, int]) -> dict[str, list[Units]]:
+    def units(self, core: nn.Module, inputs: Mapping[str, Any], counts: Mapping[str, int]) -> dict[str, list[Units]]:
         found = {}
         for modality, name in (("image", "pixel_values"), ("video", "pixel_values_videos")):
             if modality in counts:

@@ -17,7 +17,7 @@ class Tiled(Adapter):
 
     unit_names: ClassVar = {"image": "tile", "video": "frame"}
 
-    def visuals(self, core: nn.Module, inputs: Mapping[str, Any], counts: Mapping[str, int]) -> dict[str, list[Units]]:
+    def units(self, core: nn.Module, inputs: Mapping[str, Any], counts: Mapping[str, int]) -> dict[str, list[Units]]:
         per_tile = (core.config.vision_config.image_size // core.config.vision_config.patch_size) ** 2
         return {"image": [tokens.div(per_tile, rounding_mode="floor") for tokens in packed(core, inputs, per_tile)]}
 

@@ -19,7 +19,7 @@ class VideoLlama3(Adapter):
 
     unit_names: ClassVar = {"image": "image", "video": "frame"}
 
-    def visuals(self, core: nn.Module, inputs: Mapping[str, Any], counts: Mapping[str, int]) -> dict[str, list[Units]]:
+    def units(self, core: nn.Module, inputs: Mapping[str, Any], counts: Mapping[str, int]) -> dict[str, list[Units]]:
         found = {}
         for modality in counts:
             grids, sides = inputs.get(f"{modality}_grid_thw"), inputs.get(f"{modality}_merge_sizes")

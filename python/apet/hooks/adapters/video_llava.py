@@ -23,7 +23,7 @@ class VideoLlava(Adapter):
     unit_names: ClassVar = {"image": "image", "video": "frame"}
     presets: ClassVar = {"paper-32": {"keep": 22, "basis": 10, "layout": "append"}}
 
-    def visuals(self, core: nn.Module, inputs: Mapping[str, Any], counts: Mapping[str, int]) -> dict[str, list[Units]]:
+    def units(self, core: nn.Module, inputs: Mapping[str, Any], counts: Mapping[str, int]) -> dict[str, list[Units]]:
         found = {}
         if "image" in counts:
             images = _pixels(inputs).shape[0]
