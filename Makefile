@@ -7,6 +7,7 @@ WORKERS ?= 2
 OUT ?= gpu-check
 STEPS ?= environments test test-rest test-transformers4 test-vllm lint wheel test-slow
 SLOW ?= slow and not matrix
+DISK ?= 10
 bin := $(VENV)/bin
 # --no-compile: Python compiles the few modules it imports; pip would compile all, in twice the time.
 pip := -m pip --disable-pip-version-check install --quiet --no-compile --no-build-isolation
@@ -72,6 +73,8 @@ test-rest: $(VENV)/installed-test  ## the rest of each test's parameter grid
 	$(pytest) -m "rest and not slow"
 
 test-all:  ## everything that has to pass before a change is taken, one by one
+	@free=$$(df -Pk . | awk 'END { print int($$4 / 1e6) }'); if [ $$free -lt $(DISK) ]; then \
+	  echo "error: make test-all needs $(DISK) GB of free disk space, and there are $$free (DISK=... is another limit)"; exit 1; fi
 	@begin=$$(date +%s); for step in $(STEPS); do \
 	  seconds=$$(($$(date +%s) - begin)); echo "== make $$step ($$((seconds / 60)) min $$((seconds % 60)) s so far)"; \
 	  $(MAKE) --no-print-directory $$step || exit; done; \

@@ -162,10 +162,13 @@ def language_model_called_twice(c: Classes) -> None:
 def in_parts(language_model: nn.Module, *, ends: Any, inputs_embeds: torch.Tensor, **given: Any) -> Any:
     """Calls the language model for the columns up to each end, and then for the rest. ends: a function of the length."""
     length, mask, positions = inputs_embeds.shape[1], given.get("attention_mask"), given.get("position_ids")
+    columns = given.get("cache_position")  # of earlier versions
     cuts, states = [0, *(ends(length) if length > 1 else ()), length], []
     for start, end in itertools.pairwise(cuts):
         if positions is not None:
             given["position_ids"] = positions[..., start:end]
+        if columns is not None:
+            given["cache_position"] = columns[start:end]
         if mask is not None:
             given["attention_mask"] = mask[:, : end - length or None] if mask.dim() == 2 else mask[:, :, start:end]
         output = language_model(inputs_embeds=inputs_embeds[:, start:end], **given)
