@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from .options import BACKENDS, Backend, Options
+from .options import BACKENDS, Backend
 from .registry import has_kernel, registered
 
 # The binding of the compiled library; absent from a pure wheel (APET_BUILD=pure).
@@ -83,14 +83,13 @@ def why_not_cuda(device: torch.device) -> str | None:
     return None
 
 
-def why_no_kernels(device: torch.device, options: Options) -> str | None:
-    """Returns None if a backend has kernels for tensors on this device and these options, else why none has."""
+def why_no_kernels(device: torch.device) -> str | None:
+    """Returns None if a backend has kernels for tensors on this device, else why none has."""
     if device.type == "cpu":
         return why_not_cpu()
     if device.type != "cuda":
         return f"there are no kernels for {device.type}"
-    why_cuda = why_not_cuda(device) or why_not_with("cuda", options)
-    why_triton = why_not_triton() or why_not_with("triton", options)
+    why_cuda, why_triton = why_not_cuda(device), why_not_triton()
     return None if why_cuda is None or why_triton is None else f"{why_cuda}; {why_triton}"
 
 
@@ -139,29 +138,10 @@ def available_backends() -> tuple[Backend, ...]:
     return tuple(name for name in BACKENDS if why_unavailable(name) is None)
 
 
-# The backends whose kernels neither pick a basis in rounds nor have medoid steps.
-WITHOUT_ROUNDS: tuple[Backend, ...] = ("cuda",)
-
-
-def why_not_with(backend: Backend, options: Options) -> str | None:
-    """Returns None if a backend supports these options, else what it lacks."""
-    if backend not in WITHOUT_ROUNDS or not (options.in_rounds or options.refine):
-        return None
-    asked = f"basis={options.basis}" if options.in_rounds else f"refine={options.refine}"
-    lacks = "picks no basis in rounds" if options.in_rounds else "has no medoid steps"
-    return f"the {backend} backend {lacks} yet ({asked}); the backends cpu, triton and reference do"
-
-
 def check_usable(backend: Backend, device: torch.device) -> None:
     """Raises ValueError if the backend cannot run here, or takes no tensors on this device."""
     if why := why_unavailable(backend) or _why_not_on(backend, device):
         raise ValueError(f"backend='{backend}' cannot run here: {why}")
-
-
-def check_options(backend: Backend, options: Options) -> None:
-    """Raises ValueError if the backend lacks something that the options ask for."""
-    if why := why_not_with(backend, options):
-        raise ValueError(f"backend='{backend}' cannot run this: {why}")
 
 
 def _why_not_on(backend: Backend, device: torch.device) -> str | None:

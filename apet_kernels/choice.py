@@ -25,10 +25,9 @@ NO_PATH = "cannot run here: this device places"
 IMAGES = ((576, 64), (1024, 307), (4096, 1229))
 
 
-def gpu_backend(x: Tensor, options: Options) -> tuple[Backend, str]:
+def gpu_backend(x: Tensor) -> tuple[Backend, str]:
     """Returns the backend for a tensor on a GPU, and the reason for it; "cpu": none has kernels, and x is copied."""
-    why_cuda = available.why_not_cuda(x.device) or available.why_not_with("cuda", options)
-    why_triton = available.why_not_triton() or available.why_not_with("triton", options)
+    why_cuda, why_triton = available.why_not_cuda(x.device), available.why_not_triton()
     if why_cuda is not None:
         return ("cpu" if why_triton else "triton"), "; ".join(why for why in (why_cuda, why_triton) if why)
     # A wrong x is left to the check of the op.

@@ -21,17 +21,8 @@ from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
 from . import available, choice, ops, reference
-from .options import Backend, Options
+from .options import Backend
 from .registry import registered
-
-
-def _options(op: str, *args: Any, **kwargs: Any) -> Options:
-    """Returns the options of a call, given the arguments after x."""
-    place = {"compress": 1, "compress_varlen": 5, "score": 0}.get(op)
-    if place is None:
-        return Options()
-    return Options(args[place] if len(args) > place else kwargs.get("basis", 10), refine=kwargs.get("refine", 0))
-
 
 # ---- implementations
 
@@ -61,7 +52,7 @@ def _run_on_gpu(op: str, x: Tensor, *args: Any, **kwargs: Any) -> Any:
     """Runs the op for a CUDA or ROCm tensor."""
     if (backend := chosen_backend()) is not None:
         return forced(op, backend, x)(x, *args, **kwargs)
-    name, _ = choice.gpu_backend(x, _options(op, *args, **kwargs))
+    name, _ = choice.gpu_backend(x)
     if name == "cpu":
         return _run_on_cpu(op, x, *args, **kwargs)
     return (run_cuda if name == "cuda" else run_triton)(op, x, *args, **kwargs)
@@ -73,7 +64,7 @@ def _run_on_cpu(op: str, x: Tensor, *args: Any, **kwargs: Any) -> Any:
     This needs neither float64 nor a compiler on x's device, and gives the same bits as for x on the CPU.
     """
     ops.check_in_op(op, x, *args, **kwargs)
-    _warn_once(x.device.type, available.why_no_kernels(x.device, _options(op, *args, **kwargs)))
+    _warn_once(x.device.type, available.why_no_kernels(x.device))
     if x.device.type == "cpu":
         return getattr(reference, op)(x, *args, **kwargs)
     x_cpu, args, kwargs = tree_map_only(Tensor, Tensor.cpu, (x, args, kwargs))
@@ -164,8 +155,7 @@ def forced(op: str, backend: Backend, x: Tensor) -> Callable[..., Any]:
     """Returns the op by one backend. Like the op, the returned function raises RuntimeError for wrong arguments.
 
     Raises:
-        ValueError: if the backend cannot run here, or not on x's device. The returned function raises it for options
-            that the backend lacks.
+        ValueError: if the backend cannot run here, or not on x's device.
     """
     available.check_usable(backend, x.device)
     if backend == "cpu":
@@ -174,7 +164,6 @@ def forced(op: str, backend: Backend, x: Tensor) -> Callable[..., Any]:
 
     def without_grad(x: Tensor, *args: Any, **kwargs: Any) -> Any:
         ops.check_grad(*(a for a in (x, *args, *kwargs.values()) if isinstance(a, Tensor)))
-        available.check_options(backend, _options(op, *args, **kwargs))
         return run(op, x, *args, **kwargs)
 
     return without_grad

@@ -88,15 +88,14 @@ def plan(
     backend = dispatch.chosen_backend()
     if backend is not None:
         available.check_usable(backend, device)
-        available.check_options(backend, options)
         found = _plan_by(backend, x, keep, options, why="")
         return replace(found, why=f"chosen by use_backend or set_backend; {found.why}")
-    name, reason = choice.gpu_backend(x, options) if device.type == "cuda" else ("cpu", "")
+    name, reason = choice.gpu_backend(x) if device.type == "cuda" else ("cpu", "")
     if name != "cpu":
         return _plan_by(name, x, keep, options, reason)
     if why := available.why_not_cpu():
         return _plan_by("reference", x, keep, options, why)
-    return _plan_by("cpu", x, keep, options, available.why_no_kernels(device, options) or "")
+    return _plan_by("cpu", x, keep, options, available.why_no_kernels(device) or "")
 
 
 def _plan_by(backend: Backend, x: Tensor, keep: int, options: Options, why: str) -> Plan:

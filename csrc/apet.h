@@ -254,7 +254,8 @@ APET_API apet_status apet_cpu_use_isa(apet_isa isa);
 /* ---- CUDA: a library of its own, for the calling thread's current device ---------------------------------------- */
 
 /* How the kernels divide the stages of an image. A *group* of CTAs owns an image, whose tokens are divided into one
- * slice per CTA. */
+ * slice per CTA. A basis of more than 16 tokens in rounds and medoid steps are not fused; medoid steps are a launch more,
+ * before s5. */
 typedef enum apet_cuda_path {
   APET_CUDA_BEST = 0,    /* in an override: the path with the lowest estimate */
   APET_CUDA_FUSED = 1,   /* one launch: the group is a cluster, and its slices stay in shared memory from s1 to s5 */
@@ -273,7 +274,7 @@ typedef struct apet_cuda_override {
 /* How a call would run. Pass it to apet_cuda_run unchanged. */
 typedef struct apet_cuda_plan_t {
   apet_cuda_path path;
-  int32_t launches;            /* score, and an empty call, have fewer than the path */
+  int32_t launches;            /* score, and an empty call, have fewer than the path; medoid steps are one more */
   int32_t ctas_per_image;      /* CTAs that share an image */
   int32_t images_in_flight;    /* images that are worked on at once */
   int32_t slice;               /* rows of the longest image that a CTA owns */
@@ -282,7 +283,7 @@ typedef struct apet_cuda_plan_t {
   int32_t basis_shared;        /* 1: the basis token of a step is copied to shared memory, 0: its row is too long */
   int32_t tile;                /* s5 as its own launch: columns of a tile, else 0 */
   int32_t first_shared_bytes;  /* shared memory of a CTA of the first launch */
-  int32_t second_shared_bytes; /* shared memory of a CTA of the second launch; 0 if there is none */
+  int32_t second_shared_bytes; /* shared memory of a CTA of s5 as its own launch, else 0 */
   size_t workspace_bytes;      /* device memory that apet_cuda_run needs, 64-byte aligned; a multiple of 64 */
   double estimated_us;         /* computed, not measured: docs/cuda.md */
   char why[256];               /* message: why this path, and why no better one */

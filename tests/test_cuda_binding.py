@@ -25,8 +25,6 @@ pytestmark = [
     pytest.mark.skipif(available.why_not_cpu() is not None, reason="built without torch's headers"),
 ]
 HOW = call.How()
-ROUNDS = [name for name in NAMES if name.endswith("rounds")]  # the CUDA kernels do not have these
-OTHERS = [name for name in NAMES if name not in ROUNDS]
 
 
 @pytest.fixture(autouse=True)
@@ -37,7 +35,7 @@ def device() -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("name", OTHERS)
+@pytest.mark.parametrize("name", NAMES)
 def test_every_argument_arrives(name, dtype):
     """The results are bit for bit those of the C interface."""
     op, args, options = calls(dtype)[name]
@@ -56,19 +54,13 @@ def apart(t: torch.Tensor) -> torch.Tensor:
     return room[(*[slice(1, None, 2)] * (t.dim() - 1), last)].copy_(t)
 
 
-@pytest.mark.parametrize("name", OTHERS)
+@pytest.mark.parametrize("name", NAMES)
 def test_tensors_of_any_form(name):
     op, args, options = calls()[name]
     expected = flat(dispatch.run_cuda(op.__name__, *args, **options))
     moved = [apart(a) if isinstance(a, torch.Tensor) else a for a in args]
     for got, wanted in zip(flat(dispatch.run_cuda(op.__name__, *moved, **options)), expected, strict=True):
         assert_same(got, wanted)
-
-
-@pytest.mark.parametrize("name", ROUNDS)
-def test_what_is_not_there_says_so(name):
-    op, args, options = calls()[name]
-    assert "pick no basis in rounds" in error_of(dispatch.run_cuda, (op.__name__, *args), options)
 
 
 @pytest.mark.parametrize(("name", "args", "options", "words"), WRONG_CALLS, ids=[f"{r[0]}-{r[3]}" for r in WRONG_CALLS])

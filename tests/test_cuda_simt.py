@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from apet_kernels.options import LAYOUTS
-from tests import judge
+from tests import judge, rule
 from tests.data import DTYPES, tokens
 from tests.judge import assert_same
 from tests.simt import build, call
@@ -31,7 +31,8 @@ LARGE_TILE = 96 << 10  # bytes of shared memory that s5_merge needs for tiles of
 
 
 def cases(dtype: torch.dtype, layout: str, shape: int) -> dict[str, Callable[[], Case]]:
-    """Returns every op once; layouts and picking vary with the shape."""
+    """Returns every op once, and compress also in rounds and with medoid steps; layouts and picking vary with the
+    shape."""
     B, N, D, keep, basis = SHAPES[shape % 3]
     x = tokens(B, N, D, dtype=dtype, kind=("clustered", "repeated", "normal")[shape % 3], seed=shape)
     packed = x.reshape(-1, D)
@@ -42,11 +43,16 @@ def cases(dtype: torch.dtype, layout: str, shape: int) -> dict[str, Callable[[],
     sizes = (int(keeps.sum()), int(lengths.max()), int(keeps.max()), basis)
     blend = 0.5 if layout == "overwrite" else 1.0
     rows = torch.randint(N, (B, keep), generator=torch.Generator().manual_seed(shape))
+    rounds = {"select": "qr", "start": choose["start"], "refine": shape % 3}
+    sizes_of_rounds = (*sizes[:3], None)
     return {
         "compress": lambda: call.compress_case(x, keep, basis, layout=layout, blend=blend, **choose),
         "compress_varlen": lambda: call.compress_varlen_case(packed, cu, cu_keep, *sizes, layout=layout, **choose),
         "score": lambda: call.score_case(x, basis, **choose),
         "merge": lambda: call.merge_case(x, rows, targets=rows % 3 > 0),
+        "compress rounds": lambda: call.compress_case(x, keep, None, **rounds),
+        "compress_varlen rounds": lambda: call.compress_varlen_case(packed, cu, cu_keep, *sizes_of_rounds, **rounds),
+        "compress medoids": lambda: call.compress_case(x, keep, keep, **choose, refine=1),
     }
 
 
@@ -106,6 +112,14 @@ def test_launches(device, path, launches):
     assert ("cooperative" in lines[0]) == (path == "cooperative" or device is A100)
     # The second kernel may overlap the end of the first on architectures that allow it.
     assert [("overlapping" in line) for line in lines[1:]] == [device is H100] * (launches - 1)
+    for keep, basis, refine in ((20, None, 0), (20, None, 3), (12, 12, 3)):
+        case = call.compress_case(tokens(2, 60, 32), keep, basis, select="qr", refine=refine)
+        how = How(device, "best" if path == "fused" else path)
+        lines = call.run(case, how)
+        assert len(lines) == call.plan(case.problem, how).launches == 2 + (refine > 0)
+        if path == "fused":
+            with pytest.raises(NoPath, match="path fused"):
+                call.plan(case.problem, How(device, path))
     score = call.score_case(tokens(2, 60, 32), 5)
     assert len(call.run(score, How(device))) == call.plan(score.problem, How(device)).launches == 1
 
@@ -173,6 +187,15 @@ def test_two_floats_pass_the_checks_of_float64(dtype, shape, two_floats):
         judge.check(call.Functions(), x, keep, basis, layout=layout, select=select, ridge=ridge)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_two_floats_pick_the_same_in_rounds(dtype, two_floats):
+    x = tokens(1, 150, 130, dtype=dtype, seed=5)
+    expected, sure = rule.kept(x[0], 64)
+    assert sure
+    got = call.Functions().compress(x, 64, None, select="qr")[1]
+    assert got[0].tolist() == expected
+
+
 @pytest.mark.parametrize("M", [1, 10, 64])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_two_floats_lose_no_digit_of_float32(dtype, M):
@@ -222,7 +245,9 @@ def sanitized(case: Case, how: How, sanitizer: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("op", ["compress", "compress_varlen", "score", "merge"])
+@pytest.mark.parametrize(
+    "op", ["compress", "compress_varlen", "score", "merge", "compress rounds", "compress_varlen rounds"]
+)
 def test_address_sanitizer(op, dtype):
     number = DTYPES.index(dtype)
     for n, how in enumerate(SANITIZED):
@@ -230,7 +255,7 @@ def test_address_sanitizer(op, dtype):
         try:
             sanitized(case(), how, "address")
         except NoPath:
-            assert op == "score"  # which is never fused
+            assert op == "score" or "rounds" in op  # which are never fused
             assert how.path == "fused"
 
 
@@ -255,11 +280,12 @@ def test_offsets_that_are_wrong_stay_in_bounds(cu, layout):
     ("op", "dtype"),
     [
         ("compress", torch.float16),
+        ("rounds", torch.float16),
         *(
             pytest.param(op, dtype, marks=pytest.mark.matrix)
-            for op in ("compress", "compress_varlen", "merge")
+            for op in ("compress", "compress_varlen", "merge", "rounds")
             for dtype in DTYPES
-            if (op, dtype) != ("compress", torch.float16)
+            if op not in ("compress", "rounds") or dtype != torch.float16
         ),
     ],
 )
@@ -272,5 +298,8 @@ def test_thread_sanitizer(op, dtype, how):
         "compress": lambda: call.compress_case(x, 6, 2, layout="append"),
         "compress_varlen": lambda: call.compress_varlen_case(x[0], cu, cu_keep, 7, 12, 5, 2),
         "merge": lambda: call.merge_case(x, rows),
+        "rounds": lambda: call.compress_case(tokens(1, 22, 72, dtype=dtype, seed=3), 17, None, select="qr", refine=1),
     }[op]
+    if op == "rounds" and how.path == "fused":
+        pytest.skip("a basis in rounds is never fused")
     sanitized(case(), how, "thread")

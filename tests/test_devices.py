@@ -15,7 +15,6 @@ from torch.utils._pytree import tree_map_only
 
 import apet_kernels
 from apet_kernels import available, dispatch
-from apet_kernels.options import Options
 from tests.data import tokens
 from tests.judge import assert_same
 from tests.op_calls import CU, CU_KEEP, WRONG_CALLS, calls, error_of, flat
@@ -120,14 +119,14 @@ def test_a_gpu_without_kernels(monkeypatch):
     monkeypatch.setattr(available, "why_not_cuda", lambda device: "the CUDA kernels do not run here")
     monkeypatch.setattr(available, "why_not_triton", lambda: "Triton does not import")
     why = "the CUDA kernels do not run here; Triton does not import"
-    assert available.why_no_kernels(torch.device("cuda", 0), Options()) == why
+    assert available.why_no_kernels(torch.device("cuda", 0)) == why
     x = tokens(1, 6, 4)
     with WithoutFloat64("mps"), pytest.warns(UserWarning, match="on copies"):
         got = dispatch._run_on_gpu("compress", there("mps", x), 3, 2)
     for one, wanted in zip(got, torch.ops.apet.compress(x, 3, 2), strict=True):
         assert_same(one.inner, wanted)
     monkeypatch.setattr(available, "why_not_triton", lambda: None)
-    assert available.why_no_kernels(torch.device("cuda", 0), Options()) is None
+    assert available.why_no_kernels(torch.device("cuda", 0)) is None
 
 
 def test_the_reference_is_asked_for_where_there_is_no_float64():

@@ -15,7 +15,6 @@ from torch import Tensor
 
 import apet_kernels
 from apet_kernels import available, choice, dispatch, ops
-from apet_kernels.options import Options
 
 WITHOUT = "the CUDA kernels do not run on cuda:0: too old"
 TRITON_WITHOUT = "Triton does not import"
@@ -121,7 +120,7 @@ def test_triton_where_no_cuda_path_has_room(compared, taken, monkeypatch):
     x = torch.zeros(1, 4, 8)
     dispatch._run_on_gpu("score", x)
     assert [call[0] for call in taken] == ["triton"]
-    assert choice.gpu_backend(x, Options())[1].endswith(f"do not run with D=8: path best {choice.NO_PATH} none")
+    assert choice.gpu_backend(x)[1].endswith(f"do not run with D=8: path best {choice.NO_PATH} none")
 
 
 def test_another_error_of_the_estimates_is_raised(compared, taken, monkeypatch):

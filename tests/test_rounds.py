@@ -3,22 +3,12 @@
 import pytest
 import torch
 
-import apet_kernels
-from apet_kernels import available
 from tests import rule
 from tests.data import DTYPES, offsets, tokens
 from tests.judge import assert_same, check_merge
 
 NAN, INF = float("nan"), float("inf")
 QR = {"select": "qr", "basis": None}
-
-
-@pytest.fixture
-def backend(backend):
-    """The backends that implement rounds; `test_backends_without_it` tests the others."""
-    if backend.name in available.WITHOUT_ROUNDS or backend.name == "cuda-simt":
-        pytest.skip(f"{backend.name} does not pick in rounds yet")
-    return backend
 
 
 def keeps(backend, x, keep, **options) -> list[int]:
@@ -269,18 +259,3 @@ def test_wrong_offsets_stay_in_bounds(backend):
         offsets = [torch.tensor(n, dtype=torch.int32) for n in (cu, cu_keep)]
         _, indices = backend.compress_varlen(x, *offsets, 30, 40, 30, **QR, refine=1)
         assert ((indices >= 0) & (indices < 40)).all()
-
-
-# ---- arguments
-
-
-@pytest.mark.parametrize("name", ["triton", "cuda"])
-def test_backends_without_it(name):
-    """They raise an error that names the option, and the backends that have it."""
-    if name not in available.WITHOUT_ROUNDS or name not in apet_kernels.available_backends():
-        pytest.skip(f"{name} has it, or cannot be used here")
-    x = tokens(1, 40, 8)
-    with pytest.raises(ValueError, match=rf"{name}.*rounds.*basis=None.*cpu, triton and reference"):
-        apet_kernels.compress(x, 20, **QR, backend=name)
-    with pytest.raises(ValueError, match=rf"{name}.*medoid.*refine=2"):
-        apet_kernels.compress(x, 20, 20, refine=2, backend=name)

@@ -44,9 +44,18 @@ def test_every_kernel_is_there(kernels):
             re.sub(r"<.*>", "", kernel.name) if "s5_merge" in kernel.name else kernel.name
         )
     assert set(map(frozenset, names.values())) == {
-        frozenset({"s1_s4_group<ClusterGroup>", "s1_s4_group<CooperativeGroup>", "s1_s5_cluster", "s5_merge"})
+        frozenset(
+            {
+                *(
+                    f"{name}<{group}>"
+                    for name in ("s1_s4_group", "s1_s4_rounds", "s4_medoids")
+                    for group in ("ClusterGroup", "CooperativeGroup")
+                ),
+                *("s1_s5_cluster", "s5_merge"),
+            }
+        )
     }
-    assert len(kernels) == 5 * len(sass.SMOKE)
+    assert len(kernels) == 9 * len(sass.SMOKE)
 
 
 @pytest.mark.parametrize("claim", sass.CLAIMS, ids=lambda claim: claim.text)

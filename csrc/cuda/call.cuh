@@ -15,6 +15,12 @@ constexpr int kWarps = kThreads / 32;
 constexpr unsigned kAllLanes = 0xffffffffu;
 constexpr float kUnit = 0x1p-24f;  // u: float32's unit roundoff
 
+// Constants of a basis that is picked in rounds. They belong to the algorithm: other values give other tokens
+// (docs/algorithm.md).
+constexpr int kRounds = 4;
+constexpr int kPool = 2;       // candidates for each pick of a round
+constexpr int kFewPicks = 16;  // up to this many basis tokens are picked one at a time
+
 // A value and a position in one integer: the maximum is the larger value, then the lower position. 0: none.
 using Key = unsigned long long;
 
@@ -28,11 +34,12 @@ struct Image {
   int32_t tokens;         // N
   int32_t keep;           // K
   int32_t filled;         // rows that it fills: K and the appended ones
+  int32_t basis;          // M
   int32_t dropped_count;  // tokens to merge, written by s4
   int32_t target_count;   // rows that they may be merged into, written by s4
 };
 
-// Offsets into the dynamic shared memory of a CTA of s1_s4_group and s1_s5_cluster, in bytes.
+// Offsets into the dynamic shared memory of a CTA of s1_s4_group, s1_s4_rounds and s1_s5_cluster, in bytes.
 struct SharedMap {
   int32_t work;       // the image and the slice that the CTA works on (Work)
   int32_t message;    // [3 + M] words: a candidate (group.cuh)
@@ -44,7 +51,8 @@ struct SharedMap {
   int32_t scan;       // [kScanWords] words, scratch of s4
   int32_t state;      // norm_sq, pick_value, dot [slice], y [M][slice] float, if state_shared
   int32_t p_row;      // the row of x of the newest basis token, if basis_shared
-  int32_t s5;         // s1_s5_cluster only: buffers of s5_assign, and the counts of s5_lists
+  int32_t s5;         // not in s1_s4_group: buffers of product.cuh, and the counts of s5_lists
+  int32_t rounds;     // s1_s4_rounds only: the arrays of the rounds (Rounds)
   int32_t ranks;      // [rank_words] the ranks that s4 reads, in memory that s1 to s3 do not need any more
   int32_t rank_words;
   int32_t resident;  // [resident] rows of x, `pitch` bytes apart
@@ -58,7 +66,10 @@ struct Call {
   apet_op op;
   apet_layout layout;
   apet_select select;
-  int32_t images, tokens, dim, keep, basis, ragged, appended;
+  int32_t images, tokens, dim, keep, ragged, appended;
+  int32_t basis;         // M, or with rounds the most basis tokens that an image picks one at a time
+  int32_t rounds_basis;  // M of an image is its keep, or this if less; 0: M is `basis`
+  int32_t refine;
   int64_t start;
   int64_t stride_xb, stride_xn, total_tokens, total_keep;
   double ridge;
@@ -71,6 +82,7 @@ struct Call {
   int32_t tiles, tile_columns;  // s5_merge: tiles of an image at most, and how many of them lie side by side
   int32_t list_tickets;         // s5_merge: tickets of an image that group its dropped tokens
   int32_t mean_tickets;         // s5_merge: tickets of an image that compute rows of the result
+  int32_t most;                 // s1_s4_rounds: the most picks of a round; 0: no image has rounds
   // the workspace
   Image* table;  // [images]
   // [images][ctas_per_image + 1] where each slice's tokens start in `dropped`; s1_s5_cluster only
@@ -85,17 +97,35 @@ struct Call {
   int32_t* target_token;   // [all rows]
   float* inv_norm;         // [all rows]
   int32_t* target_begin;   // [all rows + images] where each target's tokens begin in `merged`: T + 1 of each image, and
-                           // in s1_s5_cluster T + ctas_per_image
+                           // in s1_s5_cluster and medoid steps T + ctas_per_image
   int32_t* merged;         // [all tokens] numbers of dropped tokens, grouped by target
   Key* ticket;             // [1] the next ticket of s5_merge
   uint32_t* tickets_done;  // [images] tickets of s5_merge before those of the rows that are finished
   uint32_t* slots;         // [images_in_flight][2][ctas_per_image][3 + M], cooperative launches only
   uint32_t* arrived;       // [images_in_flight] arrivals at the group's barriers, cooperative launches only
+  // of s1_s4_rounds. groups: of the launch. Empty if no image has rounds:
+  float* y;           // [all tokens][y_width(most)] rows of y, by round
+  int32_t* pool;      // [groups][kPool most] candidates, ascending
+  float* gram;        // [groups][kPool most][kPool most] residual Gram matrix of the pool
+  float* pool_y;      // [groups][most][kPool most]
+  Key* diag;          // [groups][kPool most] Wide: the diagonal of gram, after the picks so far
+  float* L;           // [groups][most][most] columns of this round's L, below the diagonal
+  Key* inv_diag;      // [groups][most] Wide
+  int32_t* picks;     // [groups][kRounds most] basis tokens, in the order they are picked
+  int32_t* progress;  // [groups][2] tokens of the pool, and picks among it
+  // Empty without medoid steps:
+  float* cluster_mean;  // [groups][min(ctas_per_image, K)][D] the mean that a CTA works with
+  int32_t* medoid;      // [all rows] the medoid of each target's cluster
 };
 constexpr int32_t kCopied = -1, kBlended = -2;
 
 __host__ __device__ constexpr int message_words(int basis) { return 3 + basis; }
+// Returns the most picks of a round of an image with M basis tokens.
+__host__ __device__ constexpr int most_picks(int basis) { return basis / kRounds + (basis % kRounds > 0); }
 __host__ __device__ constexpr int64_t round_up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
+// The picks of a round have so many columns in a row of y: whole 16-byte words, filled up by zeros.
+__host__ __device__ constexpr int round_columns(int most) { return (int)round_up(most, 4); }
+__host__ __device__ constexpr int64_t y_width(int most) { return (int64_t)kRounds * round_columns(most); }
 // Bytes of a row in shared memory: zeros pad it to whole 32-byte steps of s5, and an odd number of 16-byte words places
 // the rows of a matrix instruction in different banks.
 __host__ __device__ constexpr int64_t row_pitch(int64_t row_bytes) { return round_up(row_bytes, 32) + 16; }
@@ -153,6 +183,7 @@ __device__ inline Image find_image(const Call& call, int s) {
     image.row_end = image.row + call.keep + call.appended;
   }
   image.filled = image.tokens > 0 ? image.keep + call.appended : 0;
+  image.basis = call.rounds_basis > 0 ? min(call.rounds_basis, image.keep) : call.basis;
   return image;
 }
 

@@ -49,10 +49,23 @@ apet_status query_device(int index, const Kernels& kernels, Device& device) {
     if (status != APET_OK) return status;
     status = query_clusters(kernels.s1_s5_cluster, device.shared_bytes, device.s1_s5_clusters);
     if (status != APET_OK) return status;
+    status = query_clusters(kernels.rounds_cluster, device.shared_bytes, device.rounds_clusters);
+    if (status != APET_OK) return status;
+    int clusters_of_medoids[kMaxCluster + 1];
+    status = query_clusters(kernels.medoids_cluster, device.shared_bytes, clusters_of_medoids);
+    if (status != APET_OK) return status;
+    for (int size = 1; size <= kMaxCluster; size++)
+      device.rounds_clusters[size] = std::min(device.rounds_clusters[size], clusters_of_medoids[size]);
   }
   if (cooperative) {
     status = query_ctas(kernels.s1_s4_cooperative, kThreads, device.shared_bytes, device.sms, device.cooperative_ctas);
     if (status != APET_OK) return status;
+    status = query_ctas(kernels.rounds_cooperative, kThreads, device.shared_bytes, device.sms, device.rounds_ctas);
+    if (status != APET_OK) return status;
+    int ctas_of_medoids;
+    status = query_ctas(kernels.medoids_cooperative, kThreads, device.shared_bytes, device.sms, ctas_of_medoids);
+    if (status != APET_OK) return status;
+    device.rounds_ctas = std::min(device.rounds_ctas, ctas_of_medoids);
   }
   for (int i = 0; i < 2; i++) {
     const MergeKernel& merge = kernels.s5_merge[i];

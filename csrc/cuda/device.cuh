@@ -4,20 +4,20 @@
 
 namespace apet::cuda {
 
-constexpr int kMaxCluster = 16;
-
 // How many CTAs and clusters of the kernels of one dtype a device runs at once, if each CTA has all of the shared
 // memory that it may have.
 struct Device {
   bool known;
   int capability;  // 10 * major + minor
   int sms;
-  int shared_bytes;                     // the most shared memory of a CTA
-  bool overlaps;                        // programmatic dependent launch
-  int s1_s4_clusters[kMaxCluster + 1];  // clusters of each size; 0: none
-  int s1_s5_clusters[kMaxCluster + 1];  // clusters of each size; 0: none
-  int cooperative_ctas;                 // CTAs of a cooperative launch of s1_s4_group; 0: none
-  int merge_ctas[2];                    // CTAs of each of Kernels::s5_merge; 0: none
+  int shared_bytes;                      // the most shared memory of a CTA
+  bool overlaps;                         // programmatic dependent launch
+  int s1_s4_clusters[kMaxCluster + 1];   // clusters of each size; 0: none
+  int s1_s5_clusters[kMaxCluster + 1];   // clusters of each size; 0: none
+  int rounds_clusters[kMaxCluster + 1];  // clusters of s1_s4_rounds and s4_medoids; 0: none
+  int cooperative_ctas;                  // CTAs of a cooperative launch of s1_s4_group; 0: none
+  int rounds_ctas;                       // CTAs of a cooperative launch of these; 0: none
+  int merge_ctas[2];                     // CTAs of each of Kernels::s5_merge; 0: none
 };
 
 // Returns the current device, queried once per process, device and dtype.

@@ -4,14 +4,21 @@
 //   fused         s1_s5_cluster
 //   cluster       s1_s4_group<T, ClusterGroup>          s5_merge
 //   cooperative   s1_s4_group<T, CooperativeGroup>      s5_merge
+//
+// A basis in rounds takes s1_s4_rounds in place of s1_s4_group, and medoid steps take a launch of s4_medoids between the
+// two. Neither is fused.
 #pragma once
 #include <algorithm>
 
 #include "s1_s4_group.cuh"
+#include "s1_s4_rounds.cuh"
 #include "s1_s5_cluster.cuh"
+#include "s4_medoids.cuh"
 #include "s5_merge.cuh"
 
 namespace apet::cuda {
+
+constexpr int kMaxCluster = 16;
 
 using Kernel = void (*)(const Call);
 
@@ -26,7 +33,9 @@ struct MergeKernel {
 
 struct Kernels {
   Kernel s1_s4_cluster, s1_s4_cooperative, s1_s5_cluster;
+  Kernel rounds_cluster, rounds_cooperative, medoids_cluster, medoids_cooperative;
   int s1_s5_shared_bytes;   // what s1_s5_cluster needs for s5
+  int group_shared_bytes;   // what s1_s4_rounds and s4_medoids need for products and lists
   MergeKernel s5_merge[2];  // with the small tile, with the large one
 };
 
@@ -46,7 +55,12 @@ constexpr Kernels kernels_of() {
   return {s1_s4_group<T, ClusterGroup>,
           s1_s4_group<T, CooperativeGroup>,
           s1_s5_cluster<T>,
+          s1_s4_rounds<T, ClusterGroup>,
+          s1_s4_rounds<T, CooperativeGroup>,
+          s4_medoids<T, ClusterGroup>,
+          s4_medoids<T, CooperativeGroup>,
           s5_shared_bytes<ClusterTile<T>>(true),
+          s5_shared_bytes<GroupTile>(false),
           {merge_kernel<T, SmallTile, 2>(), merge_kernel<T, LargeTile<T>, 4>()}};
 }
 

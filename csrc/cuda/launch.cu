@@ -24,6 +24,11 @@ Call make_call(const apet_problem& p, const apet_tensors& tensors, const apet_cu
   call.dim = (int32_t)p.dim;
   call.keep = (int32_t)most_kept(p);
   call.basis = basis_of(p);
+  if (p.op == APET_COMPRESS) {
+    call.rounds_basis = !apet::in_rounds(p) ? 0 : p.basis == APET_BASIS_KEEP ? INT_MAX : p.basis;
+    call.refine = (int32_t)p.refine;
+    call.most = most_of_round(p);
+  }
   call.ragged = p.ragged;
   call.appended = (int32_t)appended(p);
   call.start = p.op == APET_MERGE ? -1 : p.start;
@@ -43,7 +48,7 @@ Call make_call(const apet_problem& p, const apet_tensors& tensors, const apet_cu
   call.basis_shared = plan.basis_shared;
   call.pitch = (int32_t)std::min<int64_t>(row_pitch(row_bytes(p)), INT_MAX);
   call.map = shared_map(p, plan);
-  if (plan.launches == 2) {
+  if (plan.second_shared_bytes > 0) {
     const MergeKernel& merge = merge_kernel_of(p, plan);
     const int64_t block = 32 * merge.chunks * (16 / element_size(p)), blocks = (p.dim + block - 1) / block;
     const int64_t tasks = merge.threads / 32;
@@ -64,29 +69,43 @@ apet_status zero_result(const apet_problem& p, const apet_tensors& tensors, cuda
   return APET_OK;
 }
 
-// Launches s1_s4_group or s1_s5_cluster.
-apet_status launch_first(const apet_problem& p, const apet_cuda_plan_t& plan, const Call& call, cudaStream_t stream) {
-  const Kernels& kernels = kernels_for(p.dtype);
-  Kernel kernel = plan.path == APET_CUDA_FUSED ? kernels.s1_s5_cluster : kernels.s1_s4_cluster;
+// Launches a kernel of groups, as the plan places them.
+apet_status launch_groups(const apet_problem& p, const apet_cuda_plan_t& plan, Kernel kernel, const Call& call,
+                          cudaStream_t stream) {
   cudaLaunchAttribute attribute = cluster_attribute(plan.ctas_per_image);
-  // Not all clusters must run at once: there is one per image, up to the largest grid.
-  int64_t groups = std::min<int64_t>(p.images, INT_MAX / kMaxCluster);
   if (plan.path == APET_CUDA_COOPERATIVE) {
-    kernel = kernels.s1_s4_cooperative;
     attribute = {};
     attribute.id = cudaLaunchAttributeCooperative;
     attribute.val.cooperative = 1;
-    groups = plan.images_in_flight;
   }
   const cudaLaunchConfig_t config =
-      launch_config((unsigned)(groups * plan.ctas_per_image), kThreads, plan.first_shared_bytes, stream, &attribute);
+      launch_config((unsigned)(groups_of(p, plan) * plan.ctas_per_image), kThreads, call.map.total, stream, &attribute);
   APET_TRY(cudaLaunchKernelEx(&config, kernel, call));
   return APET_OK;
 }
 
-// Launches s5_merge, which may start while the first launch ends.
-apet_status launch_second(const apet_problem& p, const Device& device, const apet_cuda_plan_t& plan, const Call& call,
-                          cudaStream_t stream) {
+// Launches s1_s4_group, s1_s4_rounds or s1_s5_cluster.
+apet_status launch_first(const apet_problem& p, const apet_cuda_plan_t& plan, const Call& call, cudaStream_t stream) {
+  const Kernels& kernels = kernels_for(p.dtype);
+  const bool cooperative = plan.path == APET_CUDA_COOPERATIVE;
+  const Kernel kernel = plan.path == APET_CUDA_FUSED ? kernels.s1_s5_cluster
+                        : has_rounds(p) ? (cooperative ? kernels.rounds_cooperative : kernels.rounds_cluster)
+                        : cooperative   ? kernels.s1_s4_cooperative
+                                        : kernels.s1_s4_cluster;
+  return launch_groups(p, plan, kernel, call, stream);
+}
+
+apet_status launch_medoids(const apet_problem& p, const apet_cuda_plan_t& plan, Call call, cudaStream_t stream) {
+  const Kernels& kernels = kernels_for(p.dtype);
+  call.map = medoids_map(p);
+  return launch_groups(p, plan,
+                       plan.path == APET_CUDA_COOPERATIVE ? kernels.medoids_cooperative : kernels.medoids_cluster, call,
+                       stream);
+}
+
+// Launches s5_merge, which may start while the launch before it ends.
+apet_status launch_merge(const apet_problem& p, const Device& device, const apet_cuda_plan_t& plan, const Call& call,
+                         cudaStream_t stream) {
   const MergeKernel& merge = merge_kernel_of(p, plan);
   const int ctas = device.merge_ctas[&merge - kernels_for(p.dtype).s5_merge];
   const double tickets = ((double)call.list_tickets + call.tiles + call.mean_tickets) * (p.images + 1.0);
@@ -120,6 +139,7 @@ apet_status apet_cuda_run(const apet_problem* problem, const apet_tensors* tenso
   if (!workspace || (uintptr_t)workspace % 64) return APET_SMALL_WORKSPACE;
   if (lay_out_workspace(p, *plan, workspace, call) > bytes) return APET_SMALL_WORKSPACE;
   status = launch_first(p, *plan, call, stream);
-  if (status != APET_OK || plan->launches == 1) return status;
-  return launch_second(p, *device, *plan, call, stream);
+  if (status == APET_OK && refines(p)) status = launch_medoids(p, *plan, call, stream);
+  if (status != APET_OK || plan->second_shared_bytes == 0) return status;
+  return launch_merge(p, *device, *plan, call, stream);
 }

@@ -10,7 +10,6 @@ namespace apet::cuda {
 
 // ---- sizes
 
-inline int basis_of(const apet_problem& p) { return p.op == APET_MERGE ? 0 : p.basis; }
 // The largest N, K and dropped_count of an image, none larger than those of all images together.
 inline int64_t most_tokens(const apet_problem& p) { return p.ragged ? std::min(p.tokens, p.total_tokens) : p.tokens; }
 inline int64_t most_kept(const apet_problem& p) {
@@ -20,6 +19,19 @@ inline int64_t most_kept(const apet_problem& p) {
 inline int64_t most_dropped(const apet_problem& p) {
   return p.ragged ? most_tokens(p) : p.op == APET_MERGE ? p.tokens - 1 : p.tokens - p.keep;
 }
+// The largest M of an image, and the most basis tokens that an image picks one at a time.
+inline int most_basis(const apet_problem& p) { return p.op == APET_MERGE ? 0 : (int)apet::basis_of(p, most_kept(p)); }
+inline int basis_of(const apet_problem& p) {
+  const int most = most_basis(p);
+  return p.op == APET_COMPRESS && apet::in_rounds(p) ? std::min(most, kFewPicks) : most;
+}
+// The most picks of a round; 0: no image has rounds, and s1_s4_rounds is not launched.
+inline int most_of_round(const apet_problem& p) {
+  return p.op == APET_COMPRESS && apet::in_rounds(p) && most_basis(p) > kFewPicks ? most_picks(most_basis(p)) : 0;
+}
+inline bool has_rounds(const apet_problem& p) { return most_of_round(p) > 0; }
+// Whether s4_medoids is launched.
+inline bool refines(const apet_problem& p) { return p.op == APET_COMPRESS && p.refine > 0; }
 inline bool empty(const apet_problem& p) {
   return p.images == 0 || most_tokens(p) == 0 || (p.op != APET_SCORE && all_rows(p) == 0);
 }
@@ -35,19 +47,30 @@ inline int64_t tile_columns(const apet_problem& p, const MergeKernel& merge) {
   return (most_kept(p) + merge.columns - 1) / merge.columns;
 }
 inline int64_t row_bytes(const apet_problem& p) { return p.dim * element_size(p); }
+// The groups of the launches before s5_merge. Not all clusters must run at once: there is one per image, up to the largest grid.
+inline int64_t groups_of(const apet_problem& p, const apet_cuda_plan_t& plan) {
+  return plan.path == APET_CUDA_COOPERATIVE ? plan.images_in_flight
+                                            : std::min<int64_t>(p.images, INT_MAX / kMaxCluster);
+}
 
-// ---- the shared memory of a CTA of the first launch
+// ---- the shared memory of a CTA of a launch before s5_merge
 
-// Lays out shared memory for the plan's path, ctas_per_image, slice, resident, state_shared and basis_shared. An offset
-// beyond 32 bits becomes INT_MAX.
-inline SharedMap shared_map(const apet_problem& p, const apet_cuda_plan_t& plan) {
-  SharedMap map = {};
+// Gives out offsets. One beyond 32 bits becomes INT_MAX.
+struct Offsets {
   int64_t used = 0;
-  const auto take = [&](int64_t bytes) {
+
+  int32_t take(int64_t bytes) {
     const int64_t at = used;
     used += round_up(bytes, 16);
     return (int32_t)std::min<int64_t>(at, INT_MAX);
-  };
+  }
+};
+
+// Lays out shared memory for the plan's path, ctas_per_image, slice, resident, state_shared and basis_shared.
+inline SharedMap shared_map(const apet_problem& p, const apet_cuda_plan_t& plan) {
+  SharedMap map = {};
+  Offsets offsets;
+  const auto take = [&](int64_t bytes) { return offsets.take(bytes); };
   const int64_t m = basis_of(p), message_bytes = message_words((int)m) * 4;
   map.work = take(kWorkBytes);
   map.message = take(message_bytes);
@@ -59,12 +82,28 @@ inline SharedMap shared_map(const apet_problem& p, const apet_cuda_plan_t& plan)
   map.scan = take(kScanWords * 4);
   map.state = take(plan.state_shared ? plan.slice * (3 + m) * 4 : 0);
   map.p_row = take(plan.basis_shared ? row_pitch(row_bytes(p)) : 0);
-  map.s5 = take(plan.path == APET_CUDA_FUSED ? kernels_for(p.dtype).s1_s5_shared_bytes : 0);
+  const Kernels& kernels = kernels_for(p.dtype);
+  const bool fused = plan.path == APET_CUDA_FUSED, rounds = has_rounds(p);
+  map.s5 = take(fused ? kernels.s1_s5_shared_bytes : rounds ? kernels.group_shared_bytes : 0);
+  map.rounds = take(rounds ? kRoundsBytes : 0);
   map.resident = take(plan.resident * row_pitch(row_bytes(p)));
   map.total = take(0);
-  const bool fused = plan.path == APET_CUDA_FUSED;  // its s5 reads the resident rows
-  map.ranks = fused ? map.s5 : map.resident;
-  map.rank_words = (fused ? map.resident - map.s5 : map.total - map.resident) / 4;
+  const bool in_s5 = fused || rounds;  // the resident rows are read again, or there are none
+  map.ranks = in_s5 ? map.s5 : map.resident;
+  map.rank_words = (in_s5 ? map.rounds - map.s5 : map.total - map.resident) / 4;
+  return map;
+}
+
+// Lays out shared memory for s4_medoids.
+inline SharedMap medoids_map(const apet_problem& p) {
+  SharedMap map = {};
+  Offsets offsets;
+  map.work = offsets.take(kWorkBytes);
+  map.warp_best = offsets.take(kWarps * 8);
+  map.scan = offsets.take(kScanWords * 4);
+  map.s5 = map.ranks = offsets.take(kernels_for(p.dtype).group_shared_bytes);
+  map.total = offsets.take(0);
+  map.rank_words = (map.total - map.s5) / 4;
   return map;
 }
 
@@ -76,12 +115,13 @@ inline bool divide_image(const apet_problem& p, int shared_bytes, int most_resid
   if (plan.slice > INT_MAX / 2) return false;  // kernels count rows in 32 bits
   plan.resident = plan.state_shared = plan.basis_shared = 0;
   const auto fits = [&] { return shared_map(p, plan).total <= shared_bytes; };
-  if (!fits()) return false;
+  if (!fits() || (refines(p) && medoids_map(p).total > shared_bytes)) return false;
   plan.basis_shared = 1;
   plan.basis_shared = fits();
   plan.state_shared = 1;
   plan.state_shared = fits();
-  if (plan.basis_shared) {
+  // s1_s4_rounds copies tiles of rows, and its sweeps are of few basis tokens: it keeps no row.
+  if (plan.basis_shared && !has_rounds(p)) {
     int64_t rows = (shared_bytes - shared_map(p, plan).total) / row_pitch(row_bytes(p));
     if (most_resident >= 0) rows = std::min<int64_t>(rows, most_resident);
     // The rows that a warp takes at once are all resident, or none.
@@ -102,7 +142,7 @@ inline size_t lay_out_workspace(const apet_problem& p, const apet_cuda_plan_t& p
     used += (size_t)round_up(count * (int64_t)sizeof(Item), 64);
   };
   const int64_t tokens = all_tokens(p), rows = all_rows(p), m = basis_of(p);
-  const int64_t in_flight = plan.images_in_flight, ctas = plan.ctas_per_image;
+  const int64_t in_flight = plan.images_in_flight, ctas = plan.ctas_per_image, groups = groups_of(p, plan);
   const bool merges = p.op != APET_SCORE, cooperative = plan.path == APET_CUDA_COOPERATIVE;
   take(call.table, merges ? p.images : 0);
   take(call.slice_begin, plan.path == APET_CUDA_FUSED ? p.images * (ctas + 1) : 0);
@@ -115,12 +155,24 @@ inline size_t lay_out_workspace(const apet_problem& p, const apet_cuda_plan_t& p
   take(call.row_role, rows);
   take(call.target_token, rows);
   take(call.inv_norm, rows);
-  take(call.target_begin, merges ? rows + p.images * (plan.path == APET_CUDA_FUSED ? ctas : 1) : 0);
+  take(call.target_begin, merges ? rows + p.images * (plan.path == APET_CUDA_FUSED || refines(p) ? ctas : 1) : 0);
   take(call.merged, merges ? tokens : 0);
   take(call.ticket, merges ? 1 : 0);
   take(call.tickets_done, merges ? p.images : 0);
   take(call.slots, cooperative ? in_flight * slot_words((int)ctas, message_words((int)m)) : 0);
   take(call.arrived, cooperative ? in_flight : 0);
+  const int64_t most = most_of_round(p), pool = kPool * most;
+  take(call.y, tokens * y_width((int)most));
+  take(call.pool, groups * pool);
+  take(call.gram, groups * pool * pool);
+  take(call.pool_y, groups * most * pool);
+  take(call.diag, groups * pool);
+  take(call.L, groups * most * most);
+  take(call.inv_diag, groups * most);
+  take(call.picks, groups * kRounds * most);
+  take(call.progress, most > 0 ? 2 * groups : 0);
+  take(call.cluster_mean, refines(p) ? groups * std::min(ctas, most_kept(p)) * p.dim : 0);
+  take(call.medoid, refines(p) ? rows : 0);
   return used;
 }
 

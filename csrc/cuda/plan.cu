@@ -13,15 +13,55 @@ namespace {
 // The cluster sizes that are considered.
 constexpr int kClusterSizes[] = {4, 8, 16};
 
+// Whether the call launches s1_s4_rounds or s4_medoids.
+bool in_tiles(const apet_problem& p) { return has_rounds(p) || refines(p); }
+
 // The CTAs of a cooperative launch, of all images in flight. It starts only when all of them fit at once, so a kernel
 // of another stream on a single SM would delay it. So a sixteenth of the CTAs is left free, unless the caller sets
 // ctas_per_image.
-int64_t cooperative_ctas(const Device& device, const apet_cuda_override& override) {
-  return device.cooperative_ctas - (override.ctas_per_image > 0 ? 0 : device.cooperative_ctas / 16);
+int64_t cooperative_ctas(const apet_problem& p, const Device& device, const apet_cuda_override& override) {
+  const int ctas = in_tiles(p) ? std::min(device.cooperative_ctas, device.rounds_ctas) : device.cooperative_ctas;
+  return ctas - (override.ctas_per_image > 0 ? 0 : ctas / 16);
 }
 
 // The cost by which plans are compared: cooperative launches are penalised by 10 %, because they wait for free SMs.
 double cost(const apet_cuda_plan_t& plan) { return plan.estimated_us * (plan.path == APET_CUDA_COOPERATIVE ? 1.1 : 1); }
+
+// A pick of a round takes so long beside its terms: two barriers of the CTA, a maximum and a root. Assumed.
+constexpr double kPickUs = 0.7;
+
+// The rounds and the medoid steps of an image, less its norms and s4. read(bytes): the time of a CTA to read from L2.
+template <class Read>
+double rounds_us(const apet_problem& p, const apet_cuda_plan_t& plan, const Figures& f, double exchange, Read read) {
+  using Tl = GroupTile;
+  const double rate = p.dtype == APET_FLOAT32 ? f.flops_per_sm_32 : f.flops_per_sm_16, ctas = plan.ctas_per_image;
+  const auto tile = [&](double dim, double bytes, double flops) {
+    return std::max(2.0 * Tl::kRows * Tl::kColumns * dim / flops, read((Tl::kRows + Tl::kColumns) * bytes));
+  };
+  const auto tiles = [](double rows, double columns) {
+    return std::ceil(rows / Tl::kRows) * std::ceil(columns / Tl::kColumns);
+  };
+  const double product = f.fill_us + tile((double)p.dim, (double)row_bytes(p), rate);
+  double us = 0;
+  if (const double most = most_of_round(p); most > 0) {
+    const double pool = kPool * most, earlier = (kRounds - 1) / 2.0 * most;
+    const double residual = product + f.fill_us + tile(earlier, 4 * earlier, f.flops_per_sm_32);
+    const double gram = std::ceil(tiles(pool, pool) / ctas) * residual;
+    // A pick reads y of the picks before it, of the whole pool.
+    const double terms = most / 2 * std::max(std::ceil(pool / kThreads) * f.term_us, 4 * pool / f.l2_per_sm);
+    // A warp takes kRows tokens through the triangle of L, 32 picks at a time.
+    const double triangle = std::ceil(most / 32) * (most / 2 + 16) * f.term_us;
+    const double update =
+        tiles(plan.slice, most) * residual + std::ceil(plan.slice / (kWarps * kRows * 1.0)) * triangle;
+    us += kRounds * (f.lists_us + gram + most * (kPickUs + terms) + update + 4 * exchange);
+  }
+  if (!refines(p)) return us;
+  const double kept = (double)std::max<int64_t>(most_kept(p), 1), members = 1 + most_dropped(p) / kept;
+  const double nearest = std::ceil(tiles((double)most_dropped(p), kept) / ctas) * product;
+  const double means = std::ceil(kept / ctas) * 2 * (f.fill_us + members * row_bytes(p) / f.l2_per_sm);
+  const double lists = f.fill_us + most_dropped(p) * f.group_us;
+  return us + f.launch_us + p.refine * (nearest + lists + means + f.lists_us + 3 * exchange);
+}
 
 double estimate_us(const apet_problem& p, const Device& device, const apet_cuda_plan_t& plan) {
   const Figures& f = figures_for(device.capability);
@@ -40,8 +80,10 @@ double estimate_us(const apet_problem& p, const Device& device, const apet_cuda_
   const double step = std::max(sweep, reread) + exchange;
   // A thread takes a row through at most M / 2 terms in each of M steps, and as many again for the residual.
   const double algebra = std::ceil((double)plan.slice / kThreads) * basis_of(p) * basis_of(p) * f.term_us;
-  double us = f.launch_us +
-              rounds * (f.fill_us + read(slice, f.memory_share) + sweep + basis_of(p) * step + algebra + f.lists_us);
+  const double steps = has_rounds(p) ? 0 : basis_of(p) * step + algebra;
+  double us = f.launch_us + rounds * (f.fill_us + read(slice, f.memory_share) + sweep + steps + f.lists_us);
+  if (in_tiles(p))
+    us += rounds * rounds_us(p, plan, f, exchange, [&](double bytes) { return read(bytes, f.l2_share); });
   if (p.op == APET_SCORE) return us;
   const double flops = 2.0 * most_dropped(p) * most_kept(p) * p.dim;
   const double rate = p.dtype == APET_FLOAT32 ? f.flops_per_sm_32 : f.flops_per_sm_16;
@@ -78,6 +120,8 @@ bool choose_tile(const apet_problem& p, const Device& device, int columns, apet_
   return best.launches > 0;
 }
 
+bool may_be_fused(const apet_problem& p) { return p.op != APET_SCORE && !in_tiles(p); }
+
 // Returns whether the device can run `path` with that many CTAs per image; if it can, completes the plan.
 bool try_path(const apet_problem& p, const Device& device, const apet_cuda_override& override, apet_cuda_path path,
               int ctas_per_image, apet_cuda_plan_t& plan) {
@@ -85,15 +129,18 @@ bool try_path(const apet_problem& p, const Device& device, const apet_cuda_overr
   plan.ctas_per_image = ctas_per_image;
   const bool cooperative = path == APET_CUDA_COOPERATIVE, fused = path == APET_CUDA_FUSED;
   if (ctas_per_image < 1 || (!cooperative && ctas_per_image > kMaxCluster)) return false;
-  const int64_t room = cooperative ? cooperative_ctas(device, override) / ctas_per_image
+  const int64_t room = cooperative ? cooperative_ctas(p, device, override) / ctas_per_image
                        : fused     ? device.s1_s5_clusters[ctas_per_image]
-                                   : device.s1_s4_clusters[ctas_per_image];
+                       : in_tiles(p)
+                           ? std::min(device.s1_s4_clusters[ctas_per_image], device.rounds_clusters[ctas_per_image])
+                           : device.s1_s4_clusters[ctas_per_image];
   plan.images_in_flight = (int32_t)std::min(p.images, room);
-  if (plan.images_in_flight == 0 || (fused && p.op == APET_SCORE)) return false;
+  if (plan.images_in_flight == 0 || (fused && !may_be_fused(p))) return false;
   if (!divide_image(p, device.shared_bytes, override.resident, plan)) return false;
-  plan.launches = p.op == APET_SCORE || fused ? 1 : 2;
+  const bool merges = p.op != APET_SCORE && !fused;
+  plan.launches = 1 + refines(p) + merges;
   plan.tile = plan.second_shared_bytes = 0;
-  if (plan.launches == 2) return choose_tile(p, device, override.tile, plan);
+  if (merges) return choose_tile(p, device, override.tile, plan);
   plan.estimated_us = estimate_us(p, device, plan);
   return true;
 }
@@ -113,7 +160,7 @@ void explain(const apet_problem& p, const Device& device, bool overridden, const
   const bool clusters = device.s1_s4_clusters[kClusterSizes[0]] > 0;
   if (!clusters) append("; %s: this device places none", "clusters", 0);
   for (const apet_cuda_path path : {APET_CUDA_FUSED, APET_CUDA_CLUSTER, APET_CUDA_COOPERATIVE}) {
-    if (path == plan.path || (path == APET_CUDA_FUSED && p.op == APET_SCORE)) continue;
+    if (path == plan.path || (path == APET_CUDA_FUSED && !may_be_fused(p))) continue;
     if (path != APET_CUDA_COOPERATIVE && !clusters) continue;
     if (us[path] > 0) append("; %s: %.1f us", kPaths[path], us[path]);
     else if (path == APET_CUDA_FUSED) append("; %s: a CTA's tokens do not fit its shared memory", kPaths[path], 0);
@@ -139,12 +186,6 @@ apet_status apet_cuda_plan(const apet_problem* problem, const apet_cuda_override
     std::snprintf(plan->why, sizeof plan->why, "there are no tokens, or no rows to fill");
     return APET_OK;
   }
-  if (apet::in_rounds(p) || p.refine > 0) {
-    std::snprintf(plan->why, sizeof plan->why,
-                  "the CUDA kernels pick no basis in rounds and have no medoid steps (basis=None, refine=%d)",
-                  (int)p.refine);
-    return APET_NO_CUDA_PATH;
-  }
   const Device* device;
   if (const apet_status failed = current_device(p.dtype, device); failed != APET_OK) return failed;
   apet_cuda_plan_t best = {}, next = {};
@@ -159,8 +200,9 @@ apet_status apet_cuda_plan(const apet_problem* problem, const apet_cuda_override
   for (const apet_cuda_path path : {APET_CUDA_FUSED, APET_CUDA_CLUSTER})
     for (const int size : kClusterSizes) consider(path, size);
   // 1, 2, 4, ... images in flight share all CTAs, but an image has no more CTAs than there are rows for one warp each.
-  const int64_t most = (most_tokens(p) + kRows - 1) / kRows;
-  const int64_t ctas = cooperative_ctas(*device, wanted);
+  const int64_t rows = has_rounds(p) ? GroupTile::kFragM * 16 : kRows;
+  const int64_t most = (most_tokens(p) + rows - 1) / rows;
+  const int64_t ctas = cooperative_ctas(p, *device, wanted);
   for (int64_t in_flight = 1; in_flight < 2 * p.images && in_flight <= ctas; in_flight *= 2)
     consider(APET_CUDA_COOPERATIVE, std::min(most, ctas / in_flight));
   if (best.launches == 0) {

@@ -261,9 +261,15 @@ __device__ inline int s1_s2_steps(const Call& call, const Image& image, const Sl
   return steps;
 }
 
+// Returns e_sq, or 0 if it is no more than the rounding of M steps.
+__device__ __forceinline__ float above_rounding(float e_sq, float norm_sq, int basis) {
+  return e_sq > norm_sq * (basis * (4 * kUnit)) ? e_sq : 0;
+}
+
 // Returns e_sq = ||x||^2 - ||y||^2 - ridge ||w||^2 of the slice's token i, w = L^-T y (which overwrites y).
 template <class T>
-__device__ inline float s3_residual(const Call& call, const Slice<T>& slice, int basis_size, int i) {
+__device__ inline float s3_residual(const Call& call, const Image& image, const Slice<T>& slice, int basis_size,
+                                    int i) {
   const float* L = reinterpret_cast<const float*>(shared_memory() + call.map.L);
   const Wide* inv_diag = reinterpret_cast<const Wide*>(shared_memory() + call.map.inv_diag);
   const float norm_sq = slice.norm_sq[i];
@@ -283,8 +289,7 @@ __device__ inline float s3_residual(const Call& call, const Slice<T>& slice, int
     }
     resid_sq = multiply_add(Wide(-call.ridge), w_sq, resid_sq);
   }
-  const float e_sq = (float)resid_sq;
-  return e_sq > norm_sq * (call.basis * (4 * kUnit)) ? e_sq : 0;  // below this it is rounding
+  return above_rounding((float)resid_sq, norm_sq, image.basis);
 }
 
 // s1 to s3 of an image; returns the number of basis tokens. Writes norm_sq and, for s4, rank (for the op `score`, the
@@ -297,10 +302,10 @@ __device__ inline int s1_s3_sweep(const Call& call, const Image& image, const Sl
       scores || (call.op == APET_COMPRESS && (call.appended > 0 || (image.keep > 0 && image.keep < image.tokens)));
   load_resident_rows(call, slice);
   __syncthreads();
-  const int basis_size = s1_s2_steps<T, kAllResident>(call, image, slice, group, needs_basis ? call.basis : 0);
+  const int basis_size = s1_s2_steps<T, kAllResident>(call, image, slice, group, needs_basis ? image.basis : 0);
   const int* basis = reinterpret_cast<const int*>(shared_memory() + call.map.basis);
   for (int i = threadIdx.x; i < slice.tokens; i += kThreads) {
-    const float e_sq = s3_residual(call, slice, basis_size, i);
+    const float e_sq = s3_residual(call, image, slice, basis_size, i);
     const int64_t token = image.token + slice.first + i;
     if (scores) call.tensors.residual[token] = e_sq;
     else call.rank[token] = __float_as_uint(e_sq) + 1;

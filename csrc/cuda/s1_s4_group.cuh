@@ -20,10 +20,15 @@ __device__ inline void zero_unfilled_rows(const Call& call, const Image& image, 
   }
 }
 
-// Zeroes the values that s5 raises or counts.
-__device__ inline void clear_s5(const Call& call, const Image& image, int s, int cta, int ctas) {
+// Zeroes the keys that s5_assign raises.
+__device__ inline void clear_keys(const Call& call, const Image& image, int cta, int ctas) {
   for (int64_t i = (int64_t)cta * kThreads + threadIdx.x; i < image.tokens; i += ctas * kThreads)
     call.target_key[image.token + i] = 0;
+}
+
+// Zeroes the values that s5 raises or counts.
+__device__ inline void clear_s5(const Call& call, const Image& image, int s, int cta, int ctas) {
+  clear_keys(call, image, cta, ctas);
   if (cta == 0 && threadIdx.x == 0) {
     call.tickets_done[s] = 0;
     if (s == 0) *call.ticket = 0;

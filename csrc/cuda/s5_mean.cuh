@@ -17,11 +17,45 @@ __host__ __device__ constexpr int mean_blocks(int dim) {
   return (chunks_of<T>(dim) + 32 * kChunks - 1) / (32 * kChunks);
 }
 
+// Adds to sum the `received` tokens that `merged` lists from `begin` on, in chunks chunk0, chunk0 + 32, ... of their
+// rows, by one warp.
+template <class T, int kChunks>
+__device__ __forceinline__ void add_listed(const Call& call, const Image& image, int begin, int received, int chunk0,
+                                           float (&sum)[kChunks][Chunk<T>::kSize]) {
+  constexpr int kFlight = kChunks < 4 ? 4 : 2;  // rows in flight: 8 loads of 16 bytes per lane, or as registers allow
+  const int lane = threadIdx.x % 32, chunks = chunks_of<T>(call.dim);
+  const T* x = static_cast<const T*>(call.tensors.x) + image.base;
+  for (int q0 = 0; q0 < received; q0 += 32) {
+    const int listed = min(received - q0, 32);
+    const int number = __ldcg(call.merged + image.token + begin + q0 + min(lane, listed - 1));
+    const int position = __ldcg(call.dropped + image.token + number);
+    for (int q = 0; q < listed; q += kFlight) {
+      Chunk<T> added[kFlight][kChunks];
+#pragma unroll
+      for (int f = 0; f < kFlight; f++) {  // past the end of the list its last token again, which is not added
+        const T* from = x + __shfl_sync(kAllLanes, position, min(q + f, listed - 1)) * call.stride_xn;
+#pragma unroll
+        for (int c = 0; c < kChunks; c++)
+          if (chunk0 + c * 32 < chunks) added[f][c] = load_chunk(from, chunk0 + c * 32, call.dim, call.whole_in);
+      }
+#pragma unroll
+      for (int f = 0; f < kFlight; f++)
+        if (q + f < listed) {
+#pragma unroll
+          for (int c = 0; c < kChunks; c++)
+            if (chunk0 + c * 32 < chunks) {
+#pragma unroll
+              for (int i = 0; i < Chunk<T>::kSize; i++) sum[c][i] = __fadd_rn(sum[c][i], widen(added[f][c].v[i]));
+            }
+        }
+    }
+  }
+}
+
 // Computes column block `block` of the image's row `row`, by one warp. target_begin: [T + 1] of this image.
 template <class T, int kChunks>
 __device__ inline void s5_mean(const Call& call, const Image& image, const int32_t* target_begin, int row, int block) {
   constexpr int kSize = Chunk<T>::kSize;
-  constexpr int kFlight = kChunks < 4 ? 4 : 2;  // rows in flight: 8 loads of 16 bytes per lane, or as registers allow
   const int lane = threadIdx.x % 32, chunks = chunks_of<T>(call.dim);
   const int chunk0 = block * 32 * kChunks + lane;
   const T* x = static_cast<const T*>(call.tensors.x) + image.base;
@@ -53,31 +87,7 @@ __device__ inline void s5_mean(const Call& call, const Image& image, const int32
     const bool some = image.dropped_count > 0;  // else there are no lists
     const int begin = some ? __ldcg(target_begin + role) : 0;
     const int received = some ? __ldcg(target_begin + role + 1) - begin : 0;
-    for (int q0 = 0; q0 < received; q0 += 32) {
-      const int listed = min(received - q0, 32);
-      const int number = __ldcg(call.merged + image.token + begin + q0 + min(lane, listed - 1));
-      const int position = __ldcg(call.dropped + image.token + number);
-      for (int q = 0; q < listed; q += kFlight) {
-        Chunk<T> added[kFlight][kChunks];
-#pragma unroll
-        for (int f = 0; f < kFlight; f++) {  // past the end of the list its last token again, which is not added
-          const T* from = x + __shfl_sync(kAllLanes, position, min(q + f, listed - 1)) * call.stride_xn;
-#pragma unroll
-          for (int c = 0; c < kChunks; c++)
-            if (chunk0 + c * 32 < chunks) added[f][c] = load_chunk(from, chunk0 + c * 32, call.dim, call.whole_in);
-        }
-#pragma unroll
-        for (int f = 0; f < kFlight; f++)
-          if (q + f < listed) {
-#pragma unroll
-            for (int c = 0; c < kChunks; c++)
-              if (chunk0 + c * 32 < chunks) {
-#pragma unroll
-                for (int i = 0; i < kSize; i++) sum[c][i] = __fadd_rn(sum[c][i], widen(added[f][c].v[i]));
-              }
-          }
-      }
-    }
+    add_listed<T, kChunks>(call, image, begin, received, chunk0, sum);
     if (received > 0) {  // a row that receives no token is copied bit for bit
 #pragma unroll
       for (int c = 0; c < kChunks; c++)

@@ -63,6 +63,13 @@ __device__ __forceinline__ TwoFloat shuffle_xor(TwoFloat a, int step) {
 }
 __device__ __forceinline__ double shuffle_xor(double a, int step) { return __shfl_xor_sync(kAllLanes, a, step); }
 
+// Loads what another SM has written.
+__device__ __forceinline__ TwoFloat load_l2(const TwoFloat* at) {
+  const float2 both = __ldcg(reinterpret_cast<const float2*>(at));
+  return {both.x, both.y};
+}
+__device__ __forceinline__ double load_l2(const double* at) { return __ldcg(at); }
+
 using Wide = std::conditional_t<kFastFloat64, double, TwoFloat>;
 static_assert(sizeof(Wide) == 8);
 

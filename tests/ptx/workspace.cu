@@ -30,10 +30,25 @@ void ptx_workspace(const apet_problem* problem, const apet_cuda_plan_t* plan, vo
     add("row_role", call.row_role, rows);
     add("target_token", call.target_token, rows);
     add("inv_norm", call.inv_norm, rows);
-    add("target_begin", call.target_begin, rows + images * (plan->path == APET_CUDA_FUSED ? ctas : 1));
+    add("target_begin", call.target_begin, rows + images * (plan->path == APET_CUDA_FUSED || refines(p) ? ctas : 1));
     add("merged", call.merged, tokens);
     add("ticket", call.ticket, 1);
     add("tickets_done", call.tickets_done, images);
+  }
+  if (refines(p)) {
+    add("cluster_mean", call.cluster_mean, groups_of(p, *plan) * std::min(ctas, most_kept(p)) * p.dim);
+    add("medoid", call.medoid, rows);
+  }
+  if (const int64_t most = most_of_round(p), pool = kPool * most, all = groups_of(p, *plan); most > 0) {
+    add("y", call.y, tokens * y_width((int)most));
+    add("pool", call.pool, all * pool);
+    add("gram", call.gram, all * pool * pool);
+    add("pool_y", call.pool_y, all * most * pool);
+    add("diag", call.diag, all * pool);
+    add("L", call.L, all * most * most);
+    add("inv_diag", call.inv_diag, all * most);
+    add("picks", call.picks, all * kRounds * most);
+    add("progress", call.progress, 2 * all);
   }
   if (cooperative) {
     add("slots", call.slots, groups * slot_words((int)ctas, message_words(basis_of(p))));
