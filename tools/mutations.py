@@ -19,7 +19,7 @@ from pathlib import Path
 from benchmarks.lib import machine
 from benchmarks.lib.sheet import replaced
 from tests.ptx import build, call, injected
-from tests.simt.bugs import BUGS, CLUSTER, COOPERATIVE, FUSED, WRONG, Bug, both, differs, inject, small
+from tests.simt.bugs import BUGS, CLUSTER, COOPERATIVE, FUSED, IN_ROUNDS, WRONG, Bug, both, differs, inject, small
 from tests.simt.call import Fault
 from tools import sass
 from tools.sass import GUIDE
@@ -30,26 +30,24 @@ NOT_THERE = "not compiled there"
 FRAGMENTS = [
     Bug(
         "the halves of b exchanged",
-        "s5_assign.cuh",
+        "product.cuh",
         [(r"(fb\[j / 2\]\[j % 2 \* 2\]), (fb\[j / 2\]\[j % 2 \* 2 \+ 1\])", r"\2, \1")],
         CLUSTER,
         WRONG,
     ),
-    Bug(
-        "rows of a from the wrong half", "s5_assign.cuh", [(r"lane / 16 \* 16;", "lane / 8 % 2 * 16;")], CLUSTER, WRONG
-    ),
-    Bug("rows of b from the wrong half", "s5_assign.cuh", [(r"lane / 8 % 2 \* 16", "lane / 16 * 16")], FUSED, WRONG),
-    Bug("columns of a product exchanged", "s5_assign.cuh", [(r"\* 2 \+ c;", "* 2 + 1 - c;")], CLUSTER, WRONG),
+    Bug("rows of a from the wrong half", "product.cuh", [(r"lane / 16 \* 16;", "lane / 8 % 2 * 16;")], CLUSTER, WRONG),
+    Bug("rows of b from the wrong half", "product.cuh", [(r"lane / 8 % 2 \* 16", "lane / 16 * 16")], FUSED, WRONG),
+    Bug("columns of a product exchanged", "product.cuh", [(r"\* 2 \+ c;", "* 2 + 1 - c;")], CLUSTER, WRONG),
     Bug(
         "rows of a product off by one",
-        "s5_assign.cuh",
-        [(r"half \* 8 \+ lane / 4;", "half * 8 + (lane / 4 + 1) % 8;")],
+        "product.cuh",
+        [(r"half \* 8 \+ threadIdx\.x % 32 / 4;", "half * 8 + (threadIdx.x % 32 / 4 + 1) % 8;")],
         FUSED,
         WRONG,
     ),
     Bug(
         "a step too few",
-        "s5_assign.cuh",
+        "product.cuh",
         [(r"const int steps = \(slabs \+ (.*?);", r"const int steps = -1 + (slabs + \1;")],
         CLUSTER,
         WRONG,
@@ -95,13 +93,21 @@ KERNELS = {
 }
 
 
+def kernels_of(bug: Bug) -> list[str]:
+    """Returns the kernels that the bug's case launches."""
+    if bug.file not in IN_ROUNDS:
+        return KERNELS[bug.how.path]
+    group = {"cluster": "ClusterGroup", "cooperative": "CooperativeGroup"}[bug.how.path]
+    return [f"{name}<__half, {group}>" for name in ("s1_s4_rounds", "s4_medoids")] + [MERGE]
+
+
 def by_interpreter(bug: Bug, csrc: Path) -> str:
     """Returns the interpreter's first error on a few schedules; "" if it notices nothing."""
     case, how = small(bug), replace(bug.how, device=call.H100 if bug.how.device.capability >= 90 else call.A100)
     call.run(case, how)
     right = {name: t.clone() for name, t in case.outputs.items()}
     source = csrc / "changed.cu"  # with the kernels of this path only
-    needed = (f"template __global__ void apet::cuda::{kernel}(const Call);\n" for kernel in KERNELS[how.path])
+    needed = (f"template __global__ void apet::cuda::{kernel}(const Call);\n" for kernel in kernels_of(bug))
     source.write_text('#include "cuda/kernels.cuh"\nusing namespace apet::cuda;\n' + "".join(needed))
     text = build.compiled(source, csrc, call.target_of(how))
     try:

@@ -86,18 +86,19 @@ FROM_90 = ("sm_90a", "sm_100a", "sm_103a", "sm_120a")
 SLOW_FLOAT64 = ("sm_86", "sm_89", "sm_103a", "sm_120a")
 TENSOR = ("float16", "bfloat16")
 CLUSTERS = r"ClusterGroup|s1_s5"
+TILES = "s1_s4_rounds|s4_medoids|s5_merge|s1_s5"
 CLAIMS = (
     Claim("reads rows of tokens by 16 bytes", r"LDG\.E\.128\S*"),
-    Claim("writes results by 16 bytes", r"STG\.E\.128\S*"),
+    Claim("writes results by 16 bytes", r"STG\.E\.128\S*", "s1_s4|s1_s5|s5_merge"),
     Claim("copies to shared memory asynchronously, by 16 bytes", r"LDGSTS\.E\.BYPASS\.128\S*"),
-    Claim("reads its resident rows by 16 bytes", r"LDS\.128", "s1_s4|s1_s5"),
+    Claim("reads its resident rows by 16 bytes", r"LDS\.128", "s1_s4_group|s1_s5"),
     Claim(
         "multiplies 16-bit tokens on the matrix units, with float32 sums",
         r"HMMA\.16816\.F32(?:\.BF16)?",
-        "s5_merge|s1_s5",
+        TILES,
         TENSOR,
     ),
-    Claim("loads their tiles by ldmatrix", r"LDSM\.16\.M88\.4", "s5_merge|s1_s5", TENSOR),
+    Claim("loads their tiles by ldmatrix", r"LDSM\.16\.M88\.4", TILES, TENSOR),
     Claim("multiplies float32 tokens by fma, not in tf32", r"HMMA\.\S*", "", ("float32",), present=False),
     Claim("waits at the cluster's barrier", r"UCGABAR_WAIT", CLUSTERS, targets=FROM_90),
     Claim("waits at no cluster's barrier", r"UCGABAR_\w+", "CooperativeGroup|s5_merge", present=False),
@@ -107,7 +108,7 @@ CLAIMS = (
     Claim(
         "takes the best target as a 64-bit integer maximum",
         r"REDG?\.E\.MAX\.64\S*|ATOMG?\.E\.MAX\.64\S*",
-        "s5_merge|s1_s5",
+        "s4_medoids|s5_merge|s1_s5",
     ),
     Claim(
         "multiplies and adds two floats in place of float64", "DFMA", "s1_s4|s1_s5", targets=SLOW_FLOAT64, present=False
@@ -276,9 +277,9 @@ def table(kernels: list[Kernel]) -> str:
     for c in CLAIMS:
         which = ", ".join(sorted({k.name.partition("<")[0] for k in kernels if re.search(c.kernels, k.name)}))
         groups = {
-            CLUSTERS: "s1_s4_group<ClusterGroup>, s1_s5_cluster",
-            "CooperativeGroup": "s1_s4_group<CooperativeGroup>",
-            "CooperativeGroup|s5_merge": "s1_s4_group<CooperativeGroup>, s5_merge",
+            CLUSTERS: "those of `ClusterGroup`, s1_s5_cluster",
+            "CooperativeGroup": "those of `CooperativeGroup`",
+            "CooperativeGroup|s5_merge": "those of `CooperativeGroup`, s5_merge",
         }
         which = groups.get(c.kernels, which)
         which += " of 16-bit tokens" if c.dtypes == TENSOR else " of float32 tokens" if c.dtypes == ("float32",) else ""

@@ -133,7 +133,7 @@ BUGS = [
     ),
     Bug(
         "a copy is waited for one step too late",
-        "s5_assign.cuh",
+        "product.cuh",
         [(r"copy_async_wait<kBuffers - 2>", "copy_async_wait<kBuffers - 1>")],
         CLUSTER,
         WRONG,
@@ -193,7 +193,69 @@ BUGS = [
         WRONG,
         when=SLOW,
     ),
+    Bug(
+        "picks are read before they are made",
+        "s1_rounds.cuh",
+        [(r"group\.sync\(\);  // the picks are made", "")],
+        COOPERATIVE,
+        RACE,
+        when=SLOW,
+    ),
+    Bug(
+        "y is computed before all products are there",
+        "s1_rounds.cuh",
+        [(r"__syncthreads\(\);  // z of the slice is written", "")],
+        CLUSTER,
+        RACE,
+    ),
+    Bug(
+        "the diagonal is changed before all have read it",
+        "s1_pool.cuh",
+        [(r"__syncthreads\(\);  // all threads have read the diagonal and the best of the warps", "")],
+        CLUSTER,
+        RACE,
+    ),
+    Bug(
+        "medoids are listed before all are found",
+        "s4_medoids.cuh",
+        [(r"group\.sync\(\);  // all medoids are written, and all keys and lists are read", "")],
+        COOPERATIVE,
+        RACE,
+    ),
+    Bug(
+        "one candidate too few",
+        "s1_rounds.cuh",
+        [(r"kPool \* wanted\)", "kPool * wanted - 1)")],
+        CLUSTER,
+        WRONG,
+        when=EVERY_DAY,
+    ),
+    Bug(
+        "candidates that tie to the higher position",
+        "s1_pool.cuh",
+        [(r"pack\(value, i\)", "pack(value, count - 1 - i)"), (r"p = unpack\(best\)", "p = count - 1 - unpack(best)")],
+        COOPERATIVE,
+        WRONG,
+        when=SLOW,
+    ),
+    Bug("the diagonal of L counts twice", "s1_rounds.cuh", [(r"lane > q", "lane >= q")], CLUSTER, WRONG),
+    Bug(
+        "the pool keeps what earlier rounds explain",
+        "s1_rounds.cuh",
+        [(r"pool_gram<T>\(call, image, rounds, count, column,", "pool_gram<T>(call, image, rounds, count, 0,")],
+        CLUSTER,
+        WRONG,
+    ),
+    Bug(
+        "the higher of two members",
+        "s4_medoids.cuh",
+        [(r"min\(target, listed\(0\)\)", "max(target, listed(0))")],
+        COOPERATIVE,
+        WRONG,
+        when=SLOW,
+    ),
 ]
+IN_ROUNDS = ("s1_pool.cuh", "s1_rounds.cuh", "s4_medoids.cuh")
 
 
 def inject(bug: Bug, folder: Path) -> Path:
@@ -210,9 +272,27 @@ def inject(bug: Bug, folder: Path) -> Path:
 
 
 def small(bug: Bug) -> Case:
-    """Returns a case that shows the bug. D is odd, so rows end where their memory does. Repeated tokens give ties."""
+    """Returns a case that shows the bug. An odd D has rows that end where their memory does. Repeated tokens give
+    ties."""
     D = 63 if bug.sanitizer == "address" else 72
+    if bug.file == "s4_medoids.cuh":
+        x = tokens(1, 40, D, dtype=torch.float16, kind="clustered", seed=1)
+        return call.compress_case(x, 20, None, select="qr", refine=1)
+    if bug.file in IN_ROUNDS:
+        return call.compress_case(almost_on_an_axis(D), 20, None, select="qr")
     return call.compress_case(tokens(1, 22, D, dtype=torch.float16, kind="repeated", seed=1), 8, 3)
+
+
+def almost_on_an_axis(D: int) -> torch.Tensor:
+    """Returns tokens [1, 40, D]. Of the ten longest nine lie almost on an axis, and two of these are equal. A round of
+    five picks among ten candidates takes the tenth second. It explains a part of every second one of the others."""
+    x = tokens(1, 40, D, dtype=torch.float16, seed=1) / 64
+    x[0, :9, 0] += torch.linspace(10, 9.2, 9)
+    x[0, 9, 1] += 9
+    x[0, range(10, 40), range(2, 32)] += torch.linspace(5, 1, 30)
+    x[0, 10::2, 1] += 5
+    x[0, 1] = x[0, 0]
+    return x
 
 
 def both(bug: Bug, csrc: Path, case: Case) -> tuple[str, dict[str, torch.Tensor]]:
