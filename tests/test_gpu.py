@@ -90,6 +90,7 @@ def packed(x: Tensor, lengths: Tensor, keeps: Tensor, **options: Any) -> Any:
 CALLS: dict[str, tuple[Callable[[int], tuple[Tensor, ...]], Callable[..., Any]]] = {
     **{name: (batch, lambda x, name=name: OPS.compress(x, KEEP, BASIS, layout=name)) for name in LAYOUTS},
     "qr": (batch, lambda x: OPS.compress(x, KEEP, BASIS, select="qr", start=2)),
+    "rounds": (batch, lambda x: OPS.compress(x, KEEP, None, select="qr", refine=1)),
     "varlen": (ragged, packed),
     "varlen append": (ragged, lambda *inputs: packed(*inputs, layout="append")),
     "score": (batch, lambda x: OPS.score(x, BASIS)),

@@ -137,6 +137,25 @@ def test_same_bits_as_the_sources(dtype, way, shapes):
             judge.assert_same(value, case.outputs[key], f"{key} of {name}")
 
 
+@pytest.mark.parametrize("way", [name for name, how in WAYS.items() if how.path != "fused"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rounds_and_medoids(dtype, way):
+    """In three launches, with the bits of the simulation, whose picks and medoids the shared tests check: in a call of
+    two images, of which one keeps so few tokens that it has no rounds, and alone."""
+    x = tokens(70, 72, dtype=dtype, kind="clustered", seed=DTYPES.index(dtype))
+    cu, cu_keep = torch.tensor([0, 30, 70], dtype=torch.int32), torch.tensor([0, 9, 29], dtype=torch.int32)
+    options = {"select": "qr", "refine": 1}
+    for case in (
+        simt.compress_varlen_case(x, cu, cu_keep, 29, 40, 20, None, **options),
+        simt.compress_case(x[None, 30:], 20, None, **options),
+    ):
+        assert len(call.run(case, WAYS[way])) == 3
+        got = {name: t.clone() for name, t in case.outputs.items()}
+        simt.run(case, How(path="cluster", ctas_per_image=2))
+        for name, value in got.items():
+            judge.assert_same(value, case.outputs[name], name)
+
+
 def test_merge_compared_with_float64():
     """The rows have any order and repetitions, and not all are targets."""
     x = image(SHAPES[2], 2, torch.bfloat16)

@@ -1,5 +1,5 @@
-"""The calls for which every CUDA path must return the same bits: every op and layout, each dtype, and rows with and
-without whole 16-byte words. tests/test_gpu_paths.py and benchmarks/gpu_quick.py force the paths of
+"""The calls for which every CUDA path must return the same bits: every op and layout, a basis in rounds, each dtype,
+and rows with and without whole 16-byte words. tests/test_gpu_paths.py and benchmarks/gpu_quick.py force the paths of
 `testing.cuda_paths`."""
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from apet_kernels import ops, testing
 from tests import judge
 from tests.data import tokens
 
-OPS = ("inplace", "overwrite", "append", "varlen", "score", "merge")
+OPS = ("inplace", "overwrite", "append", "varlen", "score", "merge", "rounds")
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ TINY = (Shape(2, 37, 40, 14, 4), Shape(1, 30, 13, 17, 5))
 class Call:
     """One op, or `compress` in one layout, on tokens of one dtype."""
 
-    op: str  # one of OPS
+    op: str  # one of OPS; "rounds": of a basis as large as keep, and with medoid steps
     dtype: torch.dtype
     shape: Shape
 
@@ -58,6 +58,8 @@ class Call:
         s, x = self.shape, self.tokens().to(device)
         if self.op in ops.LAYOUTS:
             return tuple(apet_kernels.compress(x, s.keep, s.basis, layout=self.op, backend=backend))
+        if self.op == "rounds":
+            return tuple(apet_kernels.compress(x, s.keep, None, select="qr", refine=2, backend=backend))
         if self.op == "score":
             return tuple(apet_kernels.score(x, s.basis, backend=backend))
         if self.op == "merge":

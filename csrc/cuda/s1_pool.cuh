@@ -12,8 +12,9 @@
 
 namespace apet::cuda {
 
-// The tile of s1_s4_rounds, for its 12 warps: 96 x 64. It fits the shared memory of every device, beside the rest.
-using GroupTile = Tile<3, 4, 2, 2>;
+// The tile of s1_s4_rounds and s4_medoids, for their 12 warps: 48 x 64. Slices and pools are small, and with 96 rows these
+// kernels, which hold products of tokens and of y at once, would spill on sm_120.
+using GroupTile = Tile<3, 4, 1, 2>;
 
 // The arrays of a group for the rounds of one image, and their sizes. In shared memory, as Work is.
 struct Rounds {
