@@ -117,7 +117,7 @@ def s1_pool(
             m = tl.load(pool + j0 + i, mask=column_in, other=0).to(tl.int64)
             columns = at(x, base + m * stride_xn, ALIGN)
             product = dot_rows(rows, columns, row_in, column_in, width, D, BLOCK_D)
-            product -= y_products(y + token, n, m, row_in, column_in, begin, all_tokens, BLOCK_K)
+            product -= y_products(y + token, n, m, row_in, begin, all_tokens, BLOCK_K)
             place = gram + (i0 + i)[:, None] * P + (j0 + i)[None, :]
             tl.store(place, product, mask=row_in[:, None] & column_in[None, :])
     tl.debug_barrier()  # other threads read the matrix
@@ -202,4 +202,5 @@ def launch(call: Call, norms: Norms, state: State, number: int, start: int, ridg
         "BLOCK_P": configs.block_m(P),
         "CHUNK": tiles.topk_chunk,
     }
-    call.add(s1_pool, call.images, args, constants, tiles.topk_warps)
+    # float32 rows that are not whole 16-byte words are copied by elements: the addresses of a second tile would spill.
+    call.add(s1_pool, call.images, args, constants, tiles.topk_warps, 1 if call.align == 4 else 2)

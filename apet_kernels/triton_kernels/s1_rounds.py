@@ -63,15 +63,18 @@ def new_state(call: Call, basis: int | None, max_keep: int, ragged: bool) -> Sta
 
 
 @triton.jit
-def y_products(y, n, m, n_in, m_in, begin, all_tokens, BLOCK_K: tl.constexpr):
-    """Returns Y_n^T Y_m [A, B] float32 over the rows of y before `begin`, for tokens n [A] and m [B] of an image."""
+def y_products(y, n, m, n_in, begin, all_tokens, BLOCK_K: tl.constexpr):
+    """Returns Y_n^T Y_m [A, B] float32 over the rows of y before `begin`, for tokens n [A] and m [B] of an image.
+
+    Every m is a token, also of columns that are not used: a mask of m would take registers that s1_rounds lacks.
+    """
     k = tl.arange(0, BLOCK_K)
     product = tl.zeros((n.shape[0], m.shape[0]), tl.float32)
     for k0 in range(0, begin, BLOCK_K):
         at_k = y + (k0 + k).to(tl.int64) * all_tokens
         earlier = k0 + k < begin
         a = tl.load(at_k[None, :] + n[:, None], mask=n_in[:, None] & earlier[None, :], other=0.0)
-        b = tl.load(at_k[None, :] + m[:, None], mask=m_in[:, None] & earlier[None, :], other=0.0)
+        b = tl.load(at_k[None, :] + m[:, None], mask=earlier[None, :], other=0.0)
         product = tl.dot(a, b.T, product, input_precision="ieee")
     return product
 
@@ -119,7 +122,7 @@ def s1_rounds(
             p = tl.load(basis + s * M + begin + t0 + t, mask=is_pick, other=0)
             columns = at(x, base + p * stride_xn, ALIGN)
             product = dot_rows(rows, columns, inside, is_pick, width, D, BLOCK_D)
-            product -= y_products(y + token, n, p, inside, is_pick, begin, all_tokens, BLOCK_K)
+            product -= y_products(y + token, n, p, inside, begin, all_tokens, BLOCK_K)
             z = y + (begin + t0 + t).to(tl.int64)[None, :] * all_tokens + own[:, None]
             tl.store(z, product, mask=inside[:, None] & is_pick[None, :])
         tl.debug_barrier()  # other threads read z
