@@ -265,6 +265,16 @@ def test_after_a_fault_of_the_device_the_process_ends(tmp_path, monkeypatch):
     assert sent[-1]["end"] == "third"
 
 
+@needs_triton
+def test_the_work_of_a_product(monkeypatch):
+    """The operations of one multiprocessor, by the kernel's tiles: 28 dropped tokens make two of 16, 12 targets one."""
+    options = Options(out="", rehearse=True)
+    found = primitives._triton_s5_alone(options, 4096, 3584, 1229)
+    assert found == {"flops_per_sm": 2 * 16 * 16 * 24, "us": 10.0}
+    monkeypatch.setattr(primitives, "_sms", lambda options: 1)
+    assert primitives._triton_s5_alone(options, 4096, 3584, 1229)["flops_per_sm"] == 2 * 2 * 16 * 16 * 24
+
+
 def test_the_profiler(monkeypatch):
     """It returns the time of each kernel by name, per call, or an error if it records no kernel."""
     events: list[SimpleNamespace] = []

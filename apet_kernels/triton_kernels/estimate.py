@@ -24,6 +24,12 @@ class Estimate:
         return self.norms_us + self.sweeps_us + self.merge_us
 
 
+def assign_work(tiles: configs.Tiles, B: int, N: int, K: int) -> tuple[int, int, int]:
+    """Returns the programs of s5_assign, how many share the targets of a tile, and the tiles of targets of each."""
+    parts, shares = s5_assign.divided(tiles, B, N - K, K)
+    return B * parts * shares, shares, math.ceil(math.ceil(K / tiles.assign_t) / shares)
+
+
 def estimate(
     figures: dict[str, float], sms: int, tiles: configs.Tiles, N: int, D: int, K: int, M: int, element: int, B: int = 1
 ) -> Estimate:
@@ -52,10 +58,8 @@ def estimate(
     sweeps = M * (start + max(again(B * N * row), 2 * sweep)) + algebra
     # A pass of s4 waits for L2 once per chunk, half as long as for memory.
     topk = start + PASSES * math.ceil(N / tiles.topk_chunk) * f["fill_us"] / 2
-    parts, shares = s5_assign.divided(tiles, B, N - K, K)
-    programs = B * parts * shares
+    programs, shares, each = assign_work(tiles, B, N, K)  # a multiprocessor has one program at a time
     rate = f["flops_per_sm_32"] if element == 4 else f["triton_flops_per_sm_16"]
-    each = math.ceil(math.ceil(K / tiles.assign_t) / shares)  # tiles of a program, of which a multiprocessor has one
 
     def wave(busy: int) -> float:
         """Returns the time of one program on each of `busy` multiprocessors."""

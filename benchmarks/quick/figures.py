@@ -71,6 +71,8 @@ def measured(lines: list[Line]) -> Figures:
     for dtype, key in (("bfloat16", "flops_per_sm_16"), ("float32", "flops_per_sm_32")):
         products = [x for x in lines if x["item"].startswith("s5 ") and x["status"] == "ok" and dtype in x["item"]]
         found[key] = max((x["flops"] / x["us"] / sms for x in products if x["us"] > 0), default=None)
+    products = [x for x in lines if x["item"].startswith("triton s5 ") and x["status"] == "ok" and x["us"] > 0]
+    found["triton_flops_per_sm_16"] = max((x["flops_per_sm"] / x["us"] for x in products), default=None)
     return {name: value for name, value in found.items() if value is not None and value > 0}
 
 

@@ -29,10 +29,18 @@ def primitives(options: Options) -> Iterator[Item]:
     clock = prepare(options)
     yield Item("rates", functools.partial(_rates, clock))
     yield Item("L2", functools.partial(_cache_rate, clock, options))
-    if "cuda" not in usable(options):
+    have = usable(options)
+    if "cuda" in have:
+        yield from _of_cuda(clock, options)
+    else:
         yield Item("steps", raise_unusable)
-        return
-    sms = 16 if options.rehearse else _sms()
+    if "triton" in have:
+        for N, D, keep in ((4096, 3584, 1229), (16384, 3584, 4915)):
+            yield Item(f"triton s5 {N}x{D} keep {keep}", functools.partial(_triton_s5_alone, options, N, D, keep))
+
+
+def _of_cuda(clock: Device, options: Options) -> Iterator[Item]:
+    sms = _sms(options)
     for path, ctas in (("cluster", 4), ("cluster", 8), ("cluster", 16), ("cooperative", 16), ("cooperative", sms)):
         yield Item(f"step {path} {ctas}", functools.partial(_step, clock, options, path, ctas))
     for path in ("cluster", "cooperative"):
@@ -53,9 +61,11 @@ def primitives(options: Options) -> Iterator[Item]:
             )
 
 
-def _sms() -> int:
+def _sms(options: Options) -> int:
     import torch
 
+    if options.rehearse:
+        return 16
     return torch.cuda.get_device_properties(torch.cuda.current_device()).multi_processor_count
 
 
@@ -135,7 +145,7 @@ def _kernels_us(options: Options, call: Callable[[], Any]) -> dict[str, float]:
     """Returns the microseconds of every kernel of a call, by torch's profiler."""
     if options.rehearse:
         call()
-        return {"s1_s4_group": 20.0, "s5_merge": 10.0}
+        return {"s1_s4_group": 20.0, "s5_merge": 10.0, "s5_assign": 10.0}
     import torch
     from torch.profiler import ProfilerActivity, profile
 
@@ -147,7 +157,7 @@ def _kernels_us(options: Options, call: Callable[[], Any]) -> dict[str, float]:
         torch.cuda.synchronize()
     us: dict[str, float] = {}
     for event in found.key_averages():
-        if name := re.search(r"s1_s4_group|s1_s5_cluster|s5_merge", event.key):
+        if name := re.search(r"s1_s4_group|s1_s5_cluster|s5_merge|s5_assign", event.key):
             us[name[0]] = us.get(name[0], 0.0) + event.device_time_total / ROUNDS
     if not us:
         raise NotPossible("torch's profiler sees no kernel here")
@@ -184,3 +194,23 @@ def _s5_alone(options: Options, N: int, D: int, keep: int, dtype: str, tile: int
     with testing.use_cuda_path(testing.CudaPath("cooperative", 4 if options.rehearse else 0, tile=tile)):
         us = forceable(lambda: _kernels_us(options, lambda: apet_kernels.compress(x, keep, 4, backend="cuda")))
     return {"flops": 2 * (N - keep) * keep * D, "us": us["s5_merge"], "dtype": dtype, "tile": tile}
+
+
+def _triton_s5_alone(options: Options, N: int, D: int, keep: int) -> dict[str, Any]:
+    """Measures s5_assign of 16-bit tokens, with the operations of the multiprocessor that has most of its programs."""
+    import torch
+
+    import apet_kernels
+    from apet_kernels.triton_kernels import configs
+    from apet_kernels.triton_kernels.estimate import assign_work
+    from tests.data import tokens
+
+    if options.rehearse:
+        N, D, keep = 40, 24, 12
+    dtype = torch.float16 if options.rehearse else torch.bfloat16
+    x = tokens(1, N, D, kind="clustered", seed=N).to(dtype).to(options.device)
+    us = _kernels_us(options, lambda: apet_kernels.compress(x, keep, 4, backend="triton"))
+    tiles = configs.tiles(configs.device_class(x.device), D, x.element_size())
+    programs, _, each = assign_work(tiles, 1, N, keep)
+    flops = 2 * tiles.assign_r * tiles.assign_t * D * each * -(-programs // _sms(options))
+    return {"flops_per_sm": flops, "us": us["s5_assign"]}
