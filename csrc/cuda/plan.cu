@@ -57,10 +57,10 @@ double rounds_us(const apet_problem& p, const apet_cuda_plan_t& plan, const Figu
   }
   if (!refines(p)) return us;
   const double kept = (double)std::max<int64_t>(most_kept(p), 1), members = 1 + most_dropped(p) / kept;
-  const double nearest = std::ceil(tiles((double)most_dropped(p), kept) / ctas) * product;
+  const double clusters = std::ceil(tiles((double)most_dropped(p), kept) / ctas) * product;
   const double means = std::ceil(kept / ctas) * 2 * (f.fill_us + members * row_bytes(p) / f.l2_per_sm);
   const double lists = f.fill_us + most_dropped(p) * f.group_us;
-  return us + f.launch_us + p.refine * (nearest + lists + means + f.lists_us + 3 * exchange);
+  return us + f.launch_us + p.refine * (clusters + lists + means + f.lists_us + 3 * exchange);
 }
 
 double estimate_us(const apet_problem& p, const Device& device, const apet_cuda_plan_t& plan) {
