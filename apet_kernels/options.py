@@ -16,6 +16,7 @@ Backend = Literal["cpu", "triton", "cuda", "reference"]
 LAYOUTS: tuple[Layout, ...] = get_args(Layout)
 SELECTS: tuple[Select, ...] = get_args(Select)
 BACKENDS: tuple[Backend, ...] = get_args(Backend)
+DEFAULT_BASIS = 10  # as in the paper
 MAX_BASIS = 64  # basis tokens that are picked one at a time; more than that are picked in rounds
 MAX_REFINE = 8
 # These belong to the algorithm and are not for tuning: other values give other tokens (docs/algorithm.md, "In rounds").
@@ -43,7 +44,7 @@ class Options:
         ValueError: basis=65 is outside 1..64
     """
 
-    basis: int | None = 10  # M basis tokens: 1..64, or with select="qr" 1..keep and None
+    basis: int | None = DEFAULT_BASIS  # M basis tokens: 1..64, or with select="qr" 1..keep and None
     layout: Layout = "inplace"
     select: Select = "fps"
     start: int = -1  # the first basis token; -1: the one of largest norm

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import statistics
-import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 
@@ -12,16 +11,20 @@ import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 from torch import Tensor
 
+from benchmarks.lib.device import Cpu
+
 CALLS = 200  # in one measurement, since one call is near the clock's resolution
 Op = Callable[[Tensor], object]
 
 
 def microseconds(op: Op, x: Tensor) -> float:
     """Returns the microseconds per call."""
-    begin = time.perf_counter()
-    for _ in range(CALLS):
-        op(x)
-    return (time.perf_counter() - begin) / CALLS * 1e6
+
+    def calls() -> None:
+        for _ in range(CALLS):
+            op(x)
+
+    return Cpu().seconds(calls) / CALLS * 1e6
 
 
 @pytest.mark.parametrize("mode", [torch.inference_mode, torch.no_grad], ids=lambda mode: mode.__name__)

@@ -24,7 +24,6 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -35,6 +34,7 @@ from torch import Tensor
 import apet_kernels
 from benchmarks.lib import command
 from benchmarks.lib.cases import Case, tokens
+from benchmarks.lib.device import Cpu
 from benchmarks.lib.machine import describe
 from benchmarks.lib.sheet import Sheet, document, show
 
@@ -125,11 +125,8 @@ def measured_ms(case: Case, x: Tensor, threads: int, rounds: int) -> float | Non
     if threads > len(os.sched_getaffinity(0)):
         return None
     torch.set_num_threads(threads)
-    took = []
-    for _ in range(rounds + 1):
-        begin = time.perf_counter()
-        torch.ops.apet.compress(x, **case.arguments)
-        took.append(time.perf_counter() - begin)
+    clock = Cpu()
+    took = [clock.seconds(lambda: torch.ops.apet.compress(x, **case.arguments)) for _ in range(rounds + 1)]
     return 1e3 * min(took[1:])
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 import apet
 import pytest
 import torch
+from apet.cli.compress import compress as command
 
 import apet_kernels
 from apet_kernels import available, dispatch, host, ops, testing
@@ -52,6 +53,10 @@ def test_the_options_are_those_of_the_op():
     for function in (apet_kernels.compress, apet_kernels.compress_packed, apet_kernels.plan):
         parameters = inspect.signature(function).parameters
         assert {name: p.default for name, p in parameters.items() if name in options} == options
+    parameters = inspect.signature(command).parameters  # it has no ridge
+    found = {name: p.default for name, p in parameters.items() if name in options}
+    assert {**options, **found} == options
+    assert len(found) == len(options) - 1
 
 
 def test_types_of_the_choices():

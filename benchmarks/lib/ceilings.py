@@ -31,7 +31,6 @@ The kernel may beat the reference cost, since it skips reads, and torch.mm may n
 from __future__ import annotations
 
 import statistics
-import time
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
@@ -39,6 +38,7 @@ from torch import Tensor
 
 import apet_kernels  # noqa: F401, registers the op
 from benchmarks.lib.cases import Case
+from benchmarks.lib.device import Cpu
 from benchmarks.lib.machine import last_level_cache
 
 OF_FLOOR = (
@@ -177,9 +177,5 @@ def _seconds(call: Callable[[], object]) -> float:
 
 def _five(call: Callable[[], object]) -> list[float]:
     """Returns the seconds of five calls, after a first one that warms up."""
-    seconds = []
-    for _ in range(6):
-        begin = time.perf_counter()
-        call()
-        seconds.append(time.perf_counter() - begin)
-    return seconds[1:]
+    clock = Cpu()
+    return [clock.seconds(call) for _ in range(6)][1:]

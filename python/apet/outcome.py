@@ -12,7 +12,7 @@ from torch.utils.benchmark import Timer
 
 import apet_kernels
 from apet_kernels import reference
-from apet_kernels.options import MAX_BASIS
+from apet_kernels.options import DEFAULT_BASIS, MAX_BASIS, Options
 
 TIMING_SECONDS = 0.25  # for each of four calls
 
@@ -21,13 +21,13 @@ TIMING_SECONDS = 0.25  # for each of four calls
 class OpArguments:
     """The arguments of `apet_kernels.compress` that the command passes on."""
 
-    basis: int | Literal["keep"] = 10  # "keep": as many as are kept
-    layout: str = "inplace"
-    select: str = "fps"
-    start: int = -1
-    blend: float = 1.0
+    basis: int | Literal["keep"] = DEFAULT_BASIS  # "keep": as many as are kept
+    layout: str = Options.layout
+    select: str = Options.select
+    start: int = Options.start
+    blend: float = Options.blend
     backend: str | None = None
-    refine: int = 0
+    refine: int = Options.refine
 
 
 class Described(Protocol):

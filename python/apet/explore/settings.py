@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Literal
 from urllib.parse import urlencode
 
-from apet_kernels.options import LAYOUTS, MAX_BASIS, MAX_REFINE, SELECTS
+from apet_kernels.options import DEFAULT_BASIS, LAYOUTS, MAX_BASIS, MAX_REFINE, SELECTS, Options
 
 METHODS = {
     "apet": "ApET",
@@ -28,10 +28,10 @@ class Settings:
 
     method: str = "apet"
     keep: int = 64
-    basis: int = 10
-    layout: str = "inplace"
-    select: str = "fps"
-    refine: int = 0
+    basis: int = DEFAULT_BASIS
+    layout: str = Options.layout
+    select: str = Options.select
+    refine: int = Options.refine
 
     @property
     def own_basis(self) -> int | Literal["keep"]:

@@ -25,14 +25,14 @@ class Options:
     """
 
     keep: Keep | None = None
-    basis: Basis = 10
-    layout: Layout = "inplace"
-    select: Select = "fps"
-    blend: float = 1.0
+    basis: Basis = kernel.DEFAULT_BASIS
+    layout: Layout = kernel.Options.layout
+    select: Select = kernel.Options.select
+    blend: float = kernel.Options.blend
     llm_layer: int | None = None
     llm_keep: Keep | None = None
     preset: str | None = None
-    refine: int = 0
+    refine: int = kernel.Options.refine
 
     @property
     def kernel(self) -> dict[str, Any]:
