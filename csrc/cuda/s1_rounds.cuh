@@ -18,12 +18,13 @@ __device__ inline void substitute(const Call& call, const Image& image, const Sl
                                   int size, int column) {
   const int lane = threadIdx.x % 32;
   for (int i0 = threadIdx.x / 32 * kRows; i0 < slice.tokens; i0 += kWarps * kRows) {
-    float* y[kRows];  // past the end of the slice its last token again, which is not written
-    Wide sum_sq[kRows];
+    // change: of resid_sq. Past the end of the slice its last token is taken again, and not written.
+    float* y[kRows];
+    Wide change[kRows];
 #pragma unroll
     for (int r = 0; r < kRows; r++) {
       y[r] = rounds.y + (slice.first + min(i0 + r, slice.tokens - 1)) * y_width(rounds.most) + column;
-      sum_sq[r] = 0.0f;
+      change[r] = 0.0f;
     }
     for (int j0 = 0; j0 < rounds.columns; j0 += 32) {
       const int j = j0 + lane;
@@ -53,16 +54,16 @@ __device__ inline void substitute(const Call& call, const Image& image, const Sl
 #pragma unroll
       for (int r = 0; r < kRows; r++) {
         const Wide y_j = value[r] * inv_diag;
-        sum_sq[r] = multiply_add(y_j, y_j, sum_sq[r]);
+        change[r] = multiply_add(-y_j, y_j, change[r]);
         if (i0 + r < slice.tokens && j < rounds.columns) y[r][j] = (float)y_j;
       }
     }
 #pragma unroll
     for (int r = 0; r < kRows; r++) {
-      for (int step = 16; step; step >>= 1) sum_sq[r] = sum_sq[r] + shuffle_xor(sum_sq[r], step);
+      for (int step = 16; step; step >>= 1) change[r] = change[r] + shuffle_xor(change[r], step);
       const int i = i0 + r;
       if (lane == r && i < slice.tokens) {
-        const float resid_sq = (float)(Wide(slice.pick_value[i]) + -sum_sq[r]);
+        const float resid_sq = (float)(Wide(slice.pick_value[i]) + change[r]);
         uint32_t* rank = call.rank + image.token + slice.first + i;
         slice.pick_value[i] = resid_sq;
         *rank = __ldcg(rank) > 0 && resid_sq > 0 ? __float_as_uint(resid_sq) : 0;
