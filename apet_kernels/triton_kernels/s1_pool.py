@@ -146,10 +146,12 @@ def s1_pool(
             for k0 in range(0, q, BLOCK_K):
                 earlier = k0 + k < q
                 l_p = tl.load(pool_y + (k0 + k) * P + best, mask=earlier, other=0.0)
-                block = tl.load(
-                    pool_y + (k0 + k)[:, None] * P + p[None, :], mask=earlier[:, None] & (p < count)[None, :], other=0.0
-                )
-                column -= tl.sum(l_p[:, None].to(tl.float64) * block.to(tl.float64), 0)
+                total = tl.zeros((BLOCK_P,), tl.float64)
+                for j in tl.static_range(BLOCK_K):  # not tl.sum, whose order depends on BLOCK_P, so on the other images
+                    used = k0 + j < q
+                    l_j = tl.load(pool_y + (k0 + j) * P + best, mask=used, other=0.0).to(tl.float64)
+                    total += l_j * tl.load(pool_y + (k0 + j) * P + p, mask=used & (p < count), other=0.0).to(tl.float64)
+                column -= total
                 tl.store(L + (s * most + q) * most + k0 + k, l_p, mask=earlier)
             inv_diag_q = tl.where(independent, 1.0 / tl.sqrt(tl.where(independent, pivot, 1.0)), 0.0)
             column = column * inv_diag_q
