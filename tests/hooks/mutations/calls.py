@@ -163,6 +163,8 @@ def in_parts(language_model: nn.Module, *, ends: Any, inputs_embeds: torch.Tenso
     """Calls the language model for the columns up to each end, and then for the rest. ends: a function of the length."""
     length, mask, positions = inputs_embeds.shape[1], given.get("attention_mask"), given.get("position_ids")
     columns = given.get("cache_position")  # of earlier versions
+    if length > 1 and given.get(CACHE) is None and given.get("use_cache"):  # earlier versions begin without a cache
+        given[CACHE] = transformers.DynamicCache()
     cuts, states = [0, *(ends(length) if length > 1 else ()), length], []
     for start, end in itertools.pairwise(cuts):
         if positions is not None:
