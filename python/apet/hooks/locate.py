@@ -86,9 +86,10 @@ def takes_images(target: Target, call: Call, embeds: Any, cache: Cache | None) -
         )
     held = None if cache is None else int(cache.get_seq_length())
     if held is None or (start and held != call.held):
+        given = "no cache" if held is None else f"a cache of {held} tokens, not the {call.held} of the parts before"
         raise ValueError(
-            f"{called}, and with {'no cache' if held is None else f'a cache of {held} tokens after {call.held}'}: apet "
-            f"does not know how the parts of this prefill follow each other ({versions()})"
+            f"{called}, and with {given}: apet does not know how the parts of this prefill follow each other "
+            f"({versions()})"
         )
     visual = torch.stack([*placeholders(target.adapter, call.core, call.inputs).values()]).any(0)
     here, everywhere = int(visual[:, start:end].sum()), int(visual.sum())

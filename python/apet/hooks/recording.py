@@ -125,9 +125,11 @@ def generate(
 
 
 def hidden(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
+    """Returns the hidden states that a layer is called with."""
     rows: Tensor = args[0] if args else kwargs["hidden_states"]
     return rows
 
 
 def bound(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the arguments of a call by name."""
     return dict(zip(inspect.signature(module.forward).parameters, args, strict=False)) | dict(kwargs)

@@ -44,7 +44,8 @@ STAGES = {
     "both": Options(keep=0.4, basis=4, llm_layer=2, llm_keep=0.5),
 }
 NEW = 4  # tokens that are generated
-PROMPTS = ((3, "image", 5), (1, "image", 4))  # two rows of different lengths
+# Two rows of different lengths. Both end with a few text tokens: a prefill in several calls may be cut there.
+PROMPTS = ((3, "image", 5), (1, "image", 4))
 NAMES: Mapping[str, str] = {
     name: cls
     for mapping in (

@@ -206,7 +206,9 @@ def prefill_in_two_halves(c: Classes) -> None:
 
 
 @mutation(
-    "llava", says=r"columns 3 to \d+ of a prompt of \d+ tokens, and with a cache of 0 tokens after 3", faithful=False
+    "llava",
+    says=r"columns 3 to \d+ of a prompt of \d+ tokens, and with a cache of 0 tokens, not the 3 of the parts before",
+    faithful=False,
 )
 def prefill_in_two_calls_with_other_caches(c: Classes) -> None:
     """Each call gets a new cache, so the second one does not see what the first one has read."""
