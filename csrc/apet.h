@@ -13,8 +13,8 @@
  *             the device memory of apet_cuda_run, which the stream still uses.
  *   errors    No function throws, prints, aborts or reads errno: each returns a status, and apet_error_message gives
  *             its text. On a status other than APET_OK nothing has been written, unless the function says so.
- *   threads   Any function may be called from several threads at once, except apet_cpu_use_isa (see there). Concurrent
- *             calls need outputs and workspaces of their own; they may share inputs.
+ *   threads   Any function may be called from several threads at once. Concurrent calls need outputs and workspaces of
+ *             their own; they may share inputs.
  *   units     Strides count elements, sizes of memory bytes. Positions of tokens count from 0.
  *   overlap   Outputs and workspace must not overlap each other or an input.
  *
@@ -246,30 +246,17 @@ APET_API int apet_cpu_has_isa(apet_isa isa);
 /* "generic", "avx2", "avx512", "avx512_bf16", "best", "neon", "neon_bf16", "amx", or "unknown": literals. */
 APET_API const char* apet_isa_name(apet_isa isa);
 
-/* Makes every later call of the process use one instruction set; APET_ISA_BEST restores the default. For tests and
- * benchmarks. No other thread may be between apet_cpu_plan and the end of apet_cpu_run, because workspace sizes differ.
- * Returns APET_NO_ISA if the instruction set is missing. */
-APET_API apet_status apet_cpu_use_isa(apet_isa isa);
-
 /* ---- CUDA: a library of its own, for the calling thread's current device ---------------------------------------- */
 
 /* How the kernels divide the stages of an image. A *group* of CTAs owns an image, whose tokens are divided into one
  * slice per CTA. A basis of more than 16 tokens in rounds and medoid steps are not fused; medoid steps are a launch more,
  * before s5. */
 typedef enum apet_cuda_path {
-  APET_CUDA_BEST = 0,    /* in an override: the path with the lowest estimate */
+  APET_CUDA_BEST = 0,    /* no plan has it: apet_testing.h */
   APET_CUDA_FUSED = 1,   /* one launch: the group is a cluster, and its slices stay in shared memory from s1 to s5 */
   APET_CUDA_CLUSTER = 2, /* two launches: s1-s4 in clusters, then s5 */
   APET_CUDA_COOPERATIVE = 3, /* two launches: s1-s4 in groups of a cooperative launch, then s5 */
 } apet_cuda_path;
-
-/* Replaces parts of the plan's choice, for tests and measurements: every path gives the same bits. */
-typedef struct apet_cuda_override {
-  apet_cuda_path path;
-  int32_t ctas_per_image; /* 0: the library chooses */
-  int32_t resident;       /* rows of a slice that stay in shared memory, at most; -1: as many as fit */
-  int32_t tile;           /* s5 as its own launch: 64 or 128 columns of a tile; 0: the library chooses */
-} apet_cuda_override;
 
 /* How a call would run. Pass it to apet_cuda_run unchanged. */
 typedef struct apet_cuda_plan_t {
@@ -291,11 +278,10 @@ typedef struct apet_cuda_plan_t {
 
 /* Plans a call on the current device. The first plan of a process, device and dtype queries shared memory, occupancy
  * and clusters, which loads the kernels: plan once before a stream is captured. Enqueues nothing. A plan may be kept
- * for later calls of the same problem on the same device. override may be NULL. Always writes *plan.
- * APET_NO_CUDA_PATH: no path, or not the one of the override, can run on this device; plan->why gives the reason.
+ * for later calls of the same problem on the same device. Always writes *plan.
+ * APET_NO_CUDA_PATH: no path can run on this device; plan->why gives the reason.
  * APET_CUDA_FAILED: no device, no driver, or no kernel for it; apet_cuda_error() has the runtime's message. */
-APET_API apet_status apet_cuda_plan(const apet_problem* problem, const apet_cuda_override* override,
-                                    apet_cuda_plan_t* plan);
+APET_API apet_status apet_cuda_plan(const apet_problem* problem, apet_cuda_plan_t* plan);
 
 /* Enqueues a call on `stream` (a cudaStream_t; NULL: the default stream) of the current device, and returns. plan: from
  * apet_cuda_plan, for the same problem and device. Never synchronises; safe under stream capture: a graph replays it

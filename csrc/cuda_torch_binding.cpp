@@ -2,13 +2,15 @@
 // and workspace are from torch's allocator; the kernels run on its current stream, and nothing here synchronises.
 #include <torch/csrc/stable/accelerator.h>
 
+#include "apet_testing.h"
 #include "cuda/figures.cuh"
 #include "torch_ops.h"
 
 namespace {
 
 // The path that apet_kernels.testing forces on the calls of this thread; by default none.
-thread_local apet_cuda_override forced = {APET_CUDA_BEST, 0, -1, 0};
+constexpr apet_cuda_override kNone = {APET_CUDA_BEST, 0, -1, 0};
+thread_local apet_cuda_override forced = kNone;
 
 void check_cuda(const apet_problem& problem, const apet_cuda_plan_t& plan, apet_status status) {
   require(status != APET_CUDA_FAILED, "a call of the CUDA runtime failed: ", apet_cuda_error());
@@ -16,9 +18,9 @@ void check_cuda(const apet_problem& problem, const apet_cuda_plan_t& plan, apet_
   check(problem, status);
 }
 
-apet_cuda_plan_t plan_for(const apet_problem& p, const apet_cuda_override* override = &forced) {
+apet_cuda_plan_t plan_for(const apet_problem& p, const apet_cuda_override& override = forced) {
   apet_cuda_plan_t plan = {};
-  check_cuda(p, plan, apet_cuda_plan(&p, override, &plan));
+  check_cuda(p, plan, apet_cuda_plan_with(&p, &override, &plan));
   return plan;
 }
 
@@ -67,7 +69,7 @@ double estimate(const Tensor& like, int64_t tokens, int64_t keep) {
   set_basis(p, 10, "fps", -1, 1e-5, keep);
   check(p, apet_check(&p));
   const torch::stable::accelerator::DeviceGuard guard(like.get_device_index());
-  return plan_for(p, nullptr).estimated_us;
+  return plan_for(p, kNone).estimated_us;
 }
 
 // Returns the figures of the estimate for a compute capability, 10 * major + minor, without the first member.

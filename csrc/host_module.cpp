@@ -6,7 +6,7 @@
 #include <optional>
 #include <string>
 
-#include "apet.h"
+#include "apet_testing.h"
 #include "build_info.h"
 
 namespace py = pybind11;

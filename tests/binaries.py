@@ -1,4 +1,4 @@
-"""The symbols that compiled libraries export and need, and those that csrc/apet.h declares for them."""
+"""The symbols that compiled libraries export and need, and those that the headers in csrc/ declare for them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-HEADER = Path(__file__).parents[1] / "csrc/apet.h"
+HEADER, TESTING = (Path(__file__).parents[1] / "csrc" / name for name in ("apet.h", "apet_testing.h"))
 PACKAGE = Path(util.find_spec("apet_kernels").origin).parent
 LIBRARY = PACKAGE / "libapet.so"
 RUNTIMES = {
@@ -75,9 +75,10 @@ def needed(library: Path) -> set[str]:
     return set(re.findall(r"\(NEEDED\).*\[([\w-]+)", run("readelf", "-d", library)))
 
 
-def declared() -> set[str]:
-    """Returns the functions that apet.h declares."""
-    return set(re.findall(r"^APET_API [^;]*?\b(apet_\w+)\(", HEADER.read_text(), re.M))
+def declared(*headers: Path) -> set[str]:
+    """Returns the functions that these headers declare, by default both."""
+    text = "\n".join(header.read_text() for header in headers or (HEADER, TESTING))
+    return set(re.findall(r"^APET_API [^;]*?\b(apet_\w+)\(", text, re.M))
 
 
 def declared_for(library: str) -> set[str]:
@@ -98,7 +99,7 @@ def used_of_torch(binding: Path) -> set[str]:
     shims = [include / "stable/c/shim.h", include / "inductor/aoti_torch/c/shim.h"]
     declared = set(re.findall(r"\b((?:aoti_)?torch_\w+)\(", "\n".join(shim.read_text() for shim in shims)))
     assert len(declared) > 100
-    ours = set(re.findall(r"\b(apet_\w+)\(", HEADER.read_text()))
+    ours = declared()
     symbols = [line.split()[-1] for line in run("nm", "-D", "--undefined-only", binding).splitlines()]
     others = {name for name in symbols if not OF_THE_RUNTIMES.search(name)}
     assert others - declared - ours == set()

@@ -130,7 +130,8 @@ def test_what_is_installed():
     full, abi = version(), ".".join(version().split(".")[:2])
     files = {str(p.relative_to(prefix)) for p in prefix.rglob("*") if not p.is_dir()}
     package = {f"lib/cmake/apet/apet-{name}.cmake" for name in ("config", "config-version", "cpu", "cpu-release")}
-    assert files == {"include/apet.h", "lib/libapet.so", f"lib/libapet.so.{abi}", f"lib/libapet.so.{full}"} | package
+    headers = {"include/apet.h", "include/apet_testing.h"}
+    assert files == headers | {"lib/libapet.so", f"lib/libapet.so.{abi}", f"lib/libapet.so.{full}"} | package
     for name in package:
         assert str(FOLDER) not in (prefix / name).read_text(), f"{name} knows where it was built"
 
@@ -196,7 +197,7 @@ int main(void) {
   apet_status status;
   p.images = 1, p.tokens = 64, p.dim = 32, p.keep = 8, p.basis = 10, p.start = -1, p.blend = 1;
   p.stride_xn = 32, p.stride_xd = 1;
-  status = apet_cuda_plan(&p, NULL, &plan);
+  status = apet_cuda_plan(&p, &plan);
   printf("%s %d %s\\n", apet_version(), (int)status, status == APET_OK ? plan.why : apet_cuda_error());
   return !(status == APET_OK || status == APET_CUDA_FAILED);
 }

@@ -12,7 +12,7 @@
 #include <thread>
 #include <vector>
 
-#include "apet.h"
+#include "apet_testing.h"
 
 namespace {
 

@@ -1,6 +1,7 @@
 // Chooses the instruction set: the best one that the build has and the processor supports, or the one that is pinned.
 #include <atomic>
 
+#include "../apet_testing.h"
 #include "kernels.h"
 #if defined(APET_HAVE_AMX) && defined(__linux__)
 #include <sys/syscall.h>

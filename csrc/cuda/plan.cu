@@ -3,6 +3,7 @@
 #include <cmath>
 #include <cstdio>
 
+#include "../apet_testing.h"
 #include "device.cuh"
 #include "figures.cuh"
 #include "layout.cuh"
@@ -174,13 +175,19 @@ void explain(const apet_problem& p, const Device& device, bool overridden, const
 
 using namespace apet::cuda;
 
-apet_status apet_cuda_plan(const apet_problem* problem, const apet_cuda_override* override, apet_cuda_plan_t* plan) {
-  if (!plan) return APET_NULL_POINTER;
+apet_status apet_cuda_plan(const apet_problem* problem, apet_cuda_plan_t* plan) {
+  const apet_cuda_override none = {APET_CUDA_BEST, 0, -1, 0};
+  return apet_cuda_plan_with(problem, &none, plan);
+}
+
+apet_status apet_cuda_plan_with(const apet_problem* problem, const apet_cuda_override* override,
+                                apet_cuda_plan_t* plan) {
+  if (!plan || !override) return APET_NULL_POINTER;
   *plan = {};
   const apet_status status = apet_check(problem);
   if (status != APET_OK) return status;
   const apet_problem& p = *problem;
-  const apet_cuda_override wanted = override ? *override : apet_cuda_override{APET_CUDA_BEST, 0, -1, 0};
+  const apet_cuda_override& wanted = *override;
   if (empty(p)) {
     plan->path = APET_CUDA_COOPERATIVE;
     std::snprintf(plan->why, sizeof plan->why, "there are no tokens, or no rows to fill");

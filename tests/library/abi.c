@@ -64,12 +64,6 @@ MEMBER(apet_cpu_plan_t, threads_per_image, 8, 4);
 MEMBER(apet_cpu_plan_t, workspace_bytes, 16, 8);
 MEMBER(apet_cpu_plan_t, estimated_ns, 24, 16);
 
-SIZE(apet_cuda_override, 16);
-MEMBER(apet_cuda_override, path, 0, 4);
-MEMBER(apet_cuda_override, ctas_per_image, 4, 4);
-MEMBER(apet_cuda_override, resident, 8, 4);
-MEMBER(apet_cuda_override, tile, 12, 4);
-
 SIZE(apet_cuda_plan_t, 320);
 MEMBER(apet_cuda_plan_t, path, 0, 4);
 MEMBER(apet_cuda_plan_t, launches, 4, 4);
@@ -167,8 +161,7 @@ apet_status apet_cpu_run(const apet_problem* problem, const apet_tensors* tensor
                          void* workspace, size_t workspace_bytes);
 int apet_cpu_has_isa(apet_isa isa);
 const char* apet_isa_name(apet_isa isa);
-apet_status apet_cpu_use_isa(apet_isa isa);
-apet_status apet_cuda_plan(const apet_problem* problem, const apet_cuda_override* override, apet_cuda_plan_t* plan);
+apet_status apet_cuda_plan(const apet_problem* problem, apet_cuda_plan_t* plan);
 apet_status apet_cuda_run(const apet_problem* problem, const apet_tensors* tensors, const apet_cuda_plan_t* plan,
                           void* workspace, size_t workspace_bytes, void* stream);
 const char* apet_cuda_error(void);

@@ -3,7 +3,7 @@
 //
 // The C library's functions, which operator new also calls, are replaced by ones that count. Prints the number of
 // calls. Returns 1 if they have allocated, or if a test allocation is not counted.
-#include <apet.h>
+#include <apet_testing.h>
 
 #include <cstdint>
 #include <cstdio>

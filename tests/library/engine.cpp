@@ -1,5 +1,5 @@
 // An engine with a vendored copy of apet: a shared library that exports these four functions, and none of apet's.
-#include <apet.h>
+#include <apet_testing.h>
 
 #define ENGINE_API extern "C" __attribute__((visibility("default")))
 

@@ -44,7 +44,7 @@ def plan(case: Case, how: How) -> call.Plan:
     """Returns the plan of the backend. Raises NoPath if it cannot run the problem as in `how`."""
     lib, result, override, d = load(), call.Plan(), how.override, how.device
     lib.ptx_device(d.capability, d.multiprocessors, d.shared_per_block, d.shared_per_multiprocessor, d.largest_cluster)
-    status = lib.apet_cuda_plan(ctypes.byref(case.problem), ctypes.byref(override), ctypes.byref(result))
+    status = lib.apet_cuda_plan_with(ctypes.byref(case.problem), ctypes.byref(override), ctypes.byref(result))
     if status == call.status_numbers()[call.NO_PATH]:
         raise NoPath(result.why.decode())
     _check(case, status)

@@ -126,7 +126,7 @@ def plan(problem: Problem, how: How) -> Plan:
     """Returns the plan of the backend. Raises NoPath if it cannot run the problem as in `how`."""
     lib, result, override = load(), Plan(), how.override
     use_device(how.device)
-    status = lib.apet_cuda_plan(ctypes.byref(problem), ctypes.byref(override), ctypes.byref(result))
+    status = lib.apet_cuda_plan_with(ctypes.byref(problem), ctypes.byref(override), ctypes.byref(result))
     if status == status_numbers()[NO_PATH]:
         raise NoPath(result.why.decode())
     _check(problem, status)

@@ -5,7 +5,7 @@
 #include <cstdlib>
 #include <cstring>
 
-#include "apet.h"
+#include "apet_testing.h"
 
 extern "C" {
 void simt_use_device(int capability, int multiprocessors, int shared_per_block, int shared_per_multiprocessor,
@@ -78,7 +78,7 @@ int main(int count, char** arguments) {
   tensors.indices = reinterpret_cast<int64_t*>(memory[6].data);
   tensors.residual = reinterpret_cast<float*>(memory[7].data);
   tensors.basis_indices = reinterpret_cast<int64_t*>(memory[8].data);
-  check(problem, apet_cuda_plan(&problem, &override, &plan));
+  check(problem, apet_cuda_plan_with(&problem, &override, &plan));
   void* workspace;
   if (posix_memalign(&workspace, 64, plan.workspace_bytes ? plan.workspace_bytes : 1)) stop("no memory");
   std::memset(workspace, 0xff, plan.workspace_bytes);

@@ -4,6 +4,7 @@
 
 #include <cstdint>
 
+#include "apet_testing.h"
 #include "torch_ops.h"
 
 extern "C" const char* simt_run();
@@ -23,7 +24,7 @@ struct Guard {
 
 apet_status plan_guarded(const apet_problem* problem, const apet_cuda_override* override, apet_cuda_plan_t* plan) {
   require(guards == 1, "planned for another device than that of x");
-  return apet_cuda_plan(problem, override, plan);
+  return apet_cuda_plan_with(problem, override, plan);
 }
 
 apet_status run_at_once(const apet_problem* problem, const apet_tensors* tensors, const apet_cuda_plan_t* plan,
@@ -49,6 +50,6 @@ using SimulatedGuard = Guard;
 
 #define CUDA CPU
 #define DeviceGuard SimulatedGuard
-#define apet_cuda_plan plan_guarded
+#define apet_cuda_plan_with plan_guarded
 #define apet_cuda_run run_at_once
 #include "cuda_torch_binding.cpp"
