@@ -110,8 +110,12 @@ def test_patches_name_the_characters_that_cover_them(coffee: sources.Sources) ->
             )]  # fmt: skip
             colour = scene.colours.reshape(scenes.GRID, scenes.GRID)[row, column]
             named = "" if colour == 0 else scenes.COLOURS[colour - 1]
-            assert any(chr(grid[row, column]) in thing.what and named == thing.colour for thing in near)
+            letter = scene.letters.reshape(scenes.GRID, scenes.GRID)[row, column]
+            assert any(
+                thing.what[letter - 1 :][:1] == chr(grid[row, column]) and named == thing.colour for thing in near
+            )
         assert not scene.colours[scene.patches == 0].any()
+        assert np.array_equal(scene.letters == 0, scene.patches == 0)
         for thing in scene.things:
             if thing.box[3] >= 2 * scenes.PATCH:  # each letter of a large word covers a patch
                 assert set(thing.what) <= {chr(code) for code in scene.patches}

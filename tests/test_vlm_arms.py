@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 from apet_kernels import reference
 from benchmarks.vlm import arms, evaluation, features, packing
-from tests.test_vlm import made_of
 from tests.test_vlm_model import packer, some_pictures, untrained  # noqa: F401 (fixtures)
 
 pytestmark = pytest.mark.rest  # a study, and no part of the package
@@ -128,7 +125,7 @@ def test_relevance_is_the_mean_cosine_with_the_words_of_the_question(
     packer: packing.Packer,  # noqa: F811
 ) -> None:
     split = some_pictures(2)
-    x, asked = features.to_torch(split.tokens), [picture.questions[0] for picture in split.pictures]
+    x, asked = features.to_torch(split.states)[:, 1:], [picture.questions[0] for picture in split.pictures]
     got = packing.relevance(untrained, packer, x, asked)
     table = untrained.get_input_embeddings().weight.detach().double().numpy()
     with torch.inference_mode():
@@ -144,64 +141,16 @@ def test_a_question_is_answered_from_its_own_tokens(
     packer: packing.Packer,  # noqa: F811
 ) -> None:
     split = some_pictures(3)
-    said = evaluation.answers(untrained, packer, split, "cdpruner", 16)
+    seen = evaluation.look(untrained, split)
+    said = evaluation.answers(untrained, packer, seen, "cdpruner", 16)
     kept = set()
     for i, picture in enumerate(split.pictures):
         asked = evaluation.chosen(picture.questions)
         assert len(said[i]) == len(asked)
-        x = features.to_torch(split.tokens[i : i + 1])
+        x = seen.tokens[i : i + 1]
         for one, got in zip(asked, said[i], strict=True):
             some = arms.Batch(x, relevance=packing.relevance(untrained, packer, x, [one]))
             rows = arms.ARMS["cdpruner"](some, 16)
             assert packing.answer(untrained, packer, rows, [[one]]) == [[got]]
             kept.add(tuple(rows[0, :, 0].tolist()))
     assert len(kept) > len(split.pictures)  # not one set for each picture
-
-
-# ---- attention
-
-
-def test_attention_is_computed_of_the_same_pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    class Encoder:
-        def encode(self, views: list[Image.Image]) -> torch.Tensor:
-            return Eye().look(np.stack([np.asarray(view) for view in views]))[0][:, 0]
-
-    class Eye:
-        def __init__(self, layers: tuple[int, ...] = ()) -> None:
-            assert layers in ((), (features.LAYER,))
-
-        def look(self, pixels: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
-            means = torch.from_numpy(pixels.mean((1, 2, 3))).float().view(-1, 1, 1, 1)
-            attention = means[..., 0] + torch.arange(features.TOKENS)
-            return means.expand(-1, 1, features.TOKENS, features.WIDTH), attention
-
-    monkeypatch.setattr(features.encoders, "load", lambda **_: Encoder())
-    monkeypatch.setattr(features.sources, "load", lambda split, photos: made_of(split))
-    monkeypatch.setattr(features, "Eye", Eye)
-    monkeypatch.setattr(features, "BATCH", 2)
-    features.extract(tmp_path, "val", 3, 0)
-    tokens = (tmp_path / "val.f16").read_bytes()
-    features.attend(tmp_path, "val", 0)
-    features.extract(tmp_path, "val", 5, 0)
-    assert features.read(tmp_path, "val").attention is None  # of three of five
-    with open(tmp_path / "val.attention.f32", "r+b") as file:
-        file.truncate(features.TOKENS * 4 + 10)  # stopped in the second
-    features.attend(tmp_path, "val", 0)
-    split = features.read(tmp_path, "val")
-    assert split.attention is not None
-    assert (split.attention.shape, split.attention.dtype) == ((5, features.TOKENS), np.float32)
-    means = [features.make(made_of("val"), 0, n)[0].pixels.mean() for n in range(5)]
-    np.testing.assert_allclose(split.attention, np.array(means)[:, None] + np.arange(features.TOKENS), rtol=1e-5)
-    assert (tmp_path / "val.f16").read_bytes()[: len(tokens)] == tokens
-    assert split.first(2).attention.shape == (2, features.TOKENS)  # type: ignore[union-attr]
-    (tmp_path / "val.attention.f32").unlink()
-    with pytest.raises(ValueError, match="seed=1: pictures from 0 on are not those of split 'val'"):
-        features.attend(tmp_path, "val", 1)
-
-
-def test_missing_attention_is_told_before_anything_is_asked(tmp_path: Path) -> None:
-    with pytest.raises(
-        FileNotFoundError, match=r"'scope' needs the class token's attention: python -m benchmarks\.vlm"
-    ):
-        evaluation.evaluate(None, None, some_pictures(1), ["default", "scope"], [16], tmp_path / "out")  # type: ignore[arg-type]
-    assert not (tmp_path / "out").exists()

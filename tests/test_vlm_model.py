@@ -29,9 +29,9 @@ def untrained() -> Any:
     """Returns the model with random weights, also in the tower."""
     torch.manual_seed(0)
     model = transformers.LlavaForConditionalGeneration(llava.config(words.tokenizer())).eval()
-    for parameter in model.parameters():  # so that answers depend on what is seen
+    for name, parameter in model.named_parameters():  # so that answers depend on what is seen
         if parameter.dim() > 1:
-            parameter.data.normal_(std=0.08)
+            parameter.data.normal_(std=0.04 if name.startswith(llava.TOWER) else 0.1)
     return model
 
 
@@ -44,21 +44,17 @@ def packer(untrained: Any) -> packing.Packer:
 
 
 def some_pictures(count: int, seed: int = 10) -> features.Split:
-    """Returns pictures with random tokens."""
-    at, made = made_of("test"), []
-    for number in range(count):
-        scene, asked = features.make(at, seed, number)
-        made.append(
-            features.Picture(scene.photograph, scene.region, scene.patches.tolist(), scene.colours.tolist(), asked)
-        )
-    tokens = np.random.default_rng(seed).standard_normal((count, features.TOKENS, features.WIDTH))
-    return features.Split((tokens * 0.1).astype(np.float16), made)
+    """Returns pictures with random states."""
+    at = made_of("test")
+    made = [features.Picture.of(*features.make(at, seed, number)) for number in range(count)]
+    states = np.random.default_rng(seed).standard_normal((count, features.STATES, features.WIDTH))
+    return features.Split((states * 0.1).astype(np.float16), made)
 
 
 def test_packed_questions_have_the_logits_that_each_has_alone(untrained: Any, packer: packing.Packer) -> None:
     split = some_pictures(3)
     asked = [picture.questions[: 3 + 2 * i] for i, picture in enumerate(split.pictures)]
-    rows = features.to_torch(split.tokens)[:, :40]
+    rows = features.to_torch(split.states)[:, 1:41]
     packed = packer.pack(asked, 40, answers=True)
     with torch.inference_mode():
         projected = untrained.model.multi_modal_projector(rows)
@@ -90,7 +86,7 @@ def test_the_patched_model_answers_as_the_arms_do(
     picture = Image.fromarray(scene.pixels)
     pixels = processor(images=picture, text=llava.prompt(asked[0].text), return_tensors="pt")["pixel_values"]
     with torch.inference_mode():
-        seen = untrained.model.vision_tower(pixels, output_hidden_states=True).hidden_states[features.LAYER][:, 1:]
+        seen = untrained.model.vision_tower(pixels, output_hidden_states=True).hidden_states[llava.LAYERS][:, 1:]
         rows = seen if options is None else arms.apet(arms.Batch(seen), keep, **options)
         packed = packing.answer(untrained, packer, rows, [asked])[0]
         if options is not None:
@@ -113,8 +109,11 @@ def test_stored_and_assembled_models_load(untrained: Any, tmp_path: Path, monkey
         llava.load(tmp_path / "stored")
     llava.save(untrained, tmp_path / "stored")
     stored = llava.load(tmp_path / "stored")
+    layers = {int(name.split(".")[4]) for name in tower if ".layer." in name}
+    assert layers == set(range(llava.LAYERS))
     for name, weight in untrained.state_dict().items():
-        wanted = weight if name.startswith(llava.TOWER) else weight.half().float()
+        trunk = name.startswith(llava.TOWER) and not (".layer." in name and int(name.split(".")[4]) >= features.LAYER)
+        wanted = weight if trunk else weight.half().float()
         assert torch.equal(stored.state_dict()[name], wanted), name
     llava.assemble(tmp_path / "whole", tmp_path / "stored")
     whole = transformers.LlavaForConditionalGeneration.from_pretrained(tmp_path / "whole")
@@ -169,22 +168,37 @@ def test_training_lowers_the_loss_on_what_it_sees(monkeypatch: pytest.MonkeyPatc
     assert losses[-1]["characters"] < 0.7 * losses[0]["characters"]
 
 
-def test_alignment_teaches_the_projector_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It lowers every loss, leaves the decoder as it is, and ends with rows as large as the embeddings."""
+def test_alignment_teaches_what_is_before_the_decoder(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It lowers every loss, leaves trunk and decoder as they are, and ends with rows as large as the embeddings."""
     monkeypatch.setattr(llava, "trunk", dict)
     split = some_pictures(2)
     run = training.Run(training.Plan(align=60, pictures=2))
-    projector, table = run.model.model.multi_modal_projector, run.model.get_input_embeddings().weight
+    table = run.model.get_input_embeddings().weight
     before = {name: weight.clone() for name, weight in run.model.state_dict().items()}
-    first = run.reader.losses(projector(features.to_torch(split.tokens)), table, split.pictures)
+    first = run.reader.losses(run.project(split, [0, 1]), table, split.pictures)
     last = run.align(split)
     assert all(last[name] < 0.8 * loss.item() for name, loss in first.items())
     changed = {name for name, weight in run.model.state_dict().items() if not torch.equal(weight, before[name])}
-    assert {name.partition("multi_modal_projector")[0] for name in changed} == {"model."}
-    assert len(changed) == 4
-    torch.testing.assert_close(
-        projector(features.to_torch(split.tokens)).square().mean(), table.square().mean(), rtol=1e-4, atol=0
-    )
+    tower = {name for name in changed if name.startswith(llava.TOWER)}
+    assert {int(name.split(".")[4]) for name in tower} == {features.LAYER, features.LAYER + 1}
+    assert {name.partition("multi_modal_projector")[0] for name in changed - tower} == {"model."}
+    assert len(changed - tower) == 4
+    torch.testing.assert_close(run.project(split, [0, 1]).square().mean(), table.square().mean(), rtol=1e-4, atol=0)
+
+
+def test_training_continues_from_a_checkpoint(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """With the losses of a run that was not stopped: tower, reader and optimiser are restored."""
+    monkeypatch.setattr(llava, "trunk", dict)
+    split, plan = some_pictures(2), training.Plan(steps=6, cool=0, warm=1, pictures=2, at_once=2, questions=4)
+    run = training.Run(plan)
+    for _ in range(2):
+        run.train(split)
+    run.checkpoint(tmp_path / "saved.pt")
+    going = [run.train(split) for _ in range(2)]
+    other = training.Run(dataclasses.replace(plan, seed=0))
+    other.resume(tmp_path / "saved.pt")
+    assert other.step == 2
+    assert [other.train(split) for _ in range(2)] == going
 
 
 def test_a_token_is_read_by_the_embeddings_of_words(packer: packing.Packer, coffee: sources.Sources) -> None:
@@ -217,9 +231,11 @@ def test_a_stopped_extraction_continues(tmp_path: Path, monkeypatch: pytest.Monk
     """Whatever the files were cut to; the result has the bytes of one that was not stopped."""
 
     class Encoder:
-        def encode(self, views: list[Image.Image]) -> torch.Tensor:
+        layer = features.LAYER + 1
+
+        def states(self, views: list[Image.Image]) -> torch.Tensor:
             means = torch.tensor([float(np.asarray(view).mean()) for view in views])
-            return means.view(-1, 1, 1).expand(-1, features.TOKENS, features.WIDTH)
+            return means.view(-1, 1, 1).expand(-1, features.STATES, features.WIDTH)
 
     monkeypatch.setattr(features.encoders, "load", lambda **_: Encoder())
     monkeypatch.setattr(features.sources, "load", lambda split, photos: made_of(split))
@@ -232,8 +248,27 @@ def test_a_stopped_extraction_continues(tmp_path: Path, monkeypatch: pytest.Monk
     for name in ("val.f16", "val.jsonl"):
         assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "stopped" / name).read_bytes()
     split = features.read(tmp_path / "stopped", "val")
-    assert split.tokens.shape == (5, features.TOKENS, features.WIDTH)
+    assert split.states.shape == (5, features.STATES, features.WIDTH)
     assert split.pictures[3].questions == features.make(made_of("val"), 0, 3)[1]
+
+
+def test_the_tower_sees_what_the_whole_model_sees(untrained: Any, coffee: sources.Sources) -> None:
+    """From the stored states: the tokens of all layers, and the attention of the class token in the last one."""
+    scene, asked = features.make(coffee, 12, 0)
+    picture, processor = Image.fromarray(scene.pixels), llava.processor()
+    pixels = processor(images=picture, text=llava.prompt(""), return_tensors="pt")["pixel_values"]
+    tower = untrained.model.vision_tower
+    tower.set_attn_implementation("eager")  # the only one that returns weights
+    try:
+        with torch.inference_mode():
+            whole = tower(pixels, output_hidden_states=True, output_attentions=True)
+    finally:
+        tower.set_attn_implementation("sdpa")
+    states = whole.hidden_states[features.LAYER].float().numpy()
+    seen = evaluation.look(untrained, features.Split(states, [features.Picture.of(scene, asked)]))
+    torch.testing.assert_close(seen.tokens, whole.hidden_states[llava.LAYERS][:, 1:], rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(seen.attention, whole.attentions[-1][:, :, 0, 1:].mean(1), rtol=1e-3, atol=1e-5)
+    assert seen.attention.sum() < 1  # the rest is to itself
 
 
 # ---- answers and counting
@@ -255,7 +290,7 @@ def test_evaluation_writes_answers_that_count_again(untrained: Any, packer: pack
     found = evaluation.Answers(tmp_path)
     assert len(found.asked) == sum(len(evaluation.chosen(p.questions)) for p in split.pictures)
     assert len(list(tmp_path.iterdir())) == 1 + len(arms.WHOLE) + 2
-    said = evaluation.answers(untrained, packer, split, "default", 16)
+    said = evaluation.answers(untrained, packer, evaluation.look(untrained, split), "default", 16)
     right = [one.answer == given for picture, some in zip(split.pictures, said, strict=True)
              for one, given in zip(evaluation.chosen(picture.questions), some, strict=True)]  # fmt: skip
     assert found.right("default", 16).tolist() == right

@@ -28,7 +28,7 @@ COUNTS = {"train": training.Plan.pictures, "val": 160, "test": 640}
 def main(arguments: list[str] | None = None) -> None:
     """Runs one step."""
     parser = command.parser("vlm", __doc__)
-    parser.add_argument("--cache", type=Path, default=ROOT / ".build/vlm/main", help="features, 196 KiB a picture")
+    parser.add_argument("--cache", type=Path, default=ROOT / ".build/vlm/main", help="features, 197 KB a picture")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of torch")
     steps = parser.add_subparsers(dest="step", required=True)
     step = steps.add_parser("features", help="make and encode pictures; continues an earlier call")
@@ -66,8 +66,6 @@ def run(given: argparse.Namespace) -> None:
     if given.step == "features":
         for split in given.split:
             features.extract(given.cache, split, given.count or COUNTS[split], given.seed, given.photos)
-            if split in features.ATTENDED:
-                features.attend(given.cache, split, given.seed, given.photos)
     elif given.step == "train":
         plan = training.Plan(**{field.name: getattr(given, field.name) for field in fields(training.Plan)})
         training.train(given.cache, given.out or ROOT / f".build/vlm/{given.seed}", plan, given.resume)

@@ -1,8 +1,9 @@
-"""Aligns the projector with the embeddings of words: by itself before the decoder is trained, and then beside it.
+"""Aligns tower and projector with the embeddings of words: before the decoder is trained, and then beside it.
 
-A projected token should say what its patch shows, a character and a colour, in the embeddings of the words for them.
-The decoder then finds "the red digit" by the embedding of "red". Without this it answers at random for thousands of
-steps: it cannot learn where to look before it reads what is there, nor the other way round.
+A projected token should say what its patch shows, a character and a colour, in the embeddings of the words for them,
+and which letter of its word the character is. The decoder then finds "the red digit" by the embedding of "red". Without
+this it answers at random for thousands of steps: it cannot learn where to look before it reads what is there, nor the
+other way round.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.vlm import questions, scenes
+from benchmarks.vlm import questions, scenes, sources
 from benchmarks.vlm.features import Picture
 from benchmarks.vlm.packing import Packer
 
@@ -25,7 +26,7 @@ class Reader(nn.Module):
     """Reads projected tokens [B, N, D], N = GRID * GRID. Its own parameters serve the training alone.
 
     A character or a colour is read as the model would: by the cosine with the embeddings of the words, and of `<pad>`
-    for none. Rows and columns of the grid have no words; a linear layer reads them.
+    for none. The number of a letter, rows and columns of the grid have no words; linear layers read them.
     """
 
     characters: Tensor  # [V'] ids of <pad> and of all characters
@@ -35,6 +36,7 @@ class Reader(nn.Module):
     def __init__(self, packer: Packer, width: int) -> None:
         super().__init__()
         self.place = nn.Linear(width, 2 * scenes.GRID)
+        self.letter = nn.Linear(width, 1 + sources.LONGEST)
         for name, of in (("characters", questions.CHARACTERS), ("colours", scenes.COLOURS)):
             self.register_buffer(name, torch.tensor([packer.pad, *(packer.encode(word)[0] for word in of)]))
         number = torch.zeros(128, dtype=torch.long)
@@ -42,8 +44,8 @@ class Reader(nn.Module):
         self.register_buffer("number", number)
 
     def losses(self, projected: Tensor, table: Tensor, pictures: Sequence[Picture]) -> dict[str, Tensor]:
-        """Returns the cross entropies of characters, colours and places. table [V, D]: the embeddings, which are not
-        changed by them."""
+        """Returns the cross entropies of characters, numbers of letters, colours and places. table [V, D]: the
+        embeddings, which are not changed by them."""
         rows = F.rms_norm(projected.flatten(0, 1), projected.shape[-1:])  # [B * N, D]
         sharp = SHARPNESS * projected.shape[-1] ** -0.5  # rows have the norm sqrt(D)
 
@@ -51,11 +53,13 @@ class Reader(nn.Module):
             return sharp * rows @ F.normalize(table[words].detach(), dim=-1).T
 
         there = self.number[torch.tensor([picture.patches for picture in pictures])]
+        letters = torch.tensor([picture.letters for picture in pictures])
         coloured = torch.tensor([picture.colours for picture in pictures])
         at = torch.arange(scenes.GRID**2).repeat(len(pictures))
         row, column = self.place(rows).split(scenes.GRID, -1)
         return {
             "characters": F.cross_entropy(read(self.characters), there.flatten()),
+            "letters": F.cross_entropy(self.letter(rows), letters.flatten()),
             "colours": F.cross_entropy(read(self.colours), coloured.flatten()),
             "places": F.cross_entropy(row, at // scenes.GRID) + F.cross_entropy(column, at % scenes.GRID),
         }

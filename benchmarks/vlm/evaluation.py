@@ -12,17 +12,18 @@ import itertools
 import json
 import time
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from benchmarks.quality.counting import RESAMPLES, Interval
-from benchmarks.vlm import features, packing
-from benchmarks.vlm.arms import ARMS, BUDGETS, BY_QUESTION, FULL, NEED_ATTENTION, WHOLE, Batch
-from benchmarks.vlm.features import Split
+from benchmarks.vlm import features, llava, packing
+from benchmarks.vlm.arms import ARMS, BUDGETS, BY_QUESTION, FULL, WHOLE, Batch
+from benchmarks.vlm.features import Picture, Split
 from benchmarks.vlm.questions import KINDS, Question
 
 AT_ONCE = 16  # pictures
@@ -37,16 +38,34 @@ def chosen(asked: Sequence[Question], count: int = EACH) -> list[Question]:
     return [one for one in turns if one is not None][:count]
 
 
-def answers(model: Any, packer: packing.Packer, split: Split, name: str, keep: int) -> list[list[str]]:
-    """Returns the model's answers to the chosen questions about every picture of a split, with the tokens of an arm."""
+@dataclass
+class Seen:
+    """What the model's tower makes of the pictures of a split: tokens [n, 256, C], and the class token's attention to
+    them, [n, 256]."""
+
+    tokens: Tensor
+    attention: Tensor
+    pictures: list[Picture]
+
+
+@torch.inference_mode()
+def look(model: Any, split: Split) -> Seen:
+    """Runs the trained layers of the tower. Tokens are float32."""
+    model.eval()
+    parts = [features.to_torch(split.states[i : i + AT_ONCE]) for i in range(0, len(split.pictures), AT_ONCE)]
+    tokens, attention = (torch.cat([of(model, some) for some in parts]) for of in (llava.see, llava.attention))
+    return Seen(tokens, attention, split.pictures)
+
+
+def answers(model: Any, packer: packing.Packer, seen: Seen, name: str, keep: int) -> list[list[str]]:
+    """Returns the model's answers to the chosen questions about every picture, with the tokens of an arm."""
     model.eval()
     arm = (WHOLE | ARMS)[name]
     given = []
-    for first in range(0, len(split.pictures), AT_ONCE):
+    for first in range(0, len(seen.pictures), AT_ONCE):
         part = slice(first, first + AT_ONCE)
-        asked = [chosen(picture.questions) for picture in split.pictures[part]]
-        attention = None if split.attention is None else features.to_torch(split.attention[part])
-        batch = Batch(features.to_torch(split.tokens[part]), first, attention)
+        asked = [chosen(picture.questions) for picture in seen.pictures[part]]
+        batch = Batch(seen.tokens[part], first, seen.attention[part])
         if name in BY_QUESTION:
             batch = one_by_one(model, packer, batch, asked)
             single = [[one] for some in asked for one in some]
@@ -61,14 +80,14 @@ def one_by_one(model: Any, packer: packing.Packer, batch: Batch, asked: Sequence
     """Returns every picture once for each of its questions, with the relevance of its tokens to that question."""
     times = torch.tensor([len(some) for some in asked])
     x = batch.x.repeat_interleave(times, 0)
-    attention = None if batch.attention is None else batch.attention.repeat_interleave(times, 0)
-    return Batch(x, batch.first, attention, packing.relevance(model, packer, x, list(itertools.chain(*asked))))
+    # No method has both attention and a question.
+    return Batch(x, batch.first, relevance=packing.relevance(model, packer, x, list(itertools.chain(*asked))))
 
 
 def accuracy(model: Any, packer: packing.Packer, split: Split) -> dict[str, float]:
     """Returns percent right with all tokens, by kind of question, and "all", the mean of the kinds."""
     asked = [one for picture in split.pictures for one in chosen(picture.questions)]
-    given = itertools.chain.from_iterable(answers(model, packer, split, FULL, features.TOKENS))
+    given = itertools.chain.from_iterable(answers(model, packer, look(model, split), FULL, features.TOKENS))
     right = np.array([one.answer == said for one, said in zip(asked, given, strict=True)])
     return by_kind(asked, right)
 
@@ -83,13 +102,7 @@ def by_kind(asked: Sequence[Question], right: np.ndarray) -> dict[str, float]:
 def evaluate(
     model: Any, packer: packing.Packer, split: Split, names: Sequence[str], budgets: Sequence[int], out: Path
 ) -> None:
-    """Writes the questions, and the answers of every arm at every budget that are not there yet, into `out`.
-
-    Raises: FileNotFoundError, with the command to run, if an arm needs attention that was not computed.
-    """
-    lacking = [name for name in names if name in NEED_ATTENTION and split.attention is None]
-    if lacking:
-        raise FileNotFoundError(f"{lacking[0]!r} needs the class token's attention: python -m benchmarks.vlm features")
+    """Writes the questions, and the answers of every arm at every budget that are not there yet, into `out`."""
     out.mkdir(parents=True, exist_ok=True)
     _write(
         out / QUESTIONS,
@@ -99,13 +112,14 @@ def evaluate(
             for one in chosen(picture.questions)
         ],
     )
+    seen = look(model, split)
     work = [(name, features.TOKENS) for name in WHOLE]
     work += [(name, keep) for keep in budgets for name in names]
     for name, keep in work:
         path = path_of(out, name, keep)
         if not path.exists():
             begin = time.perf_counter()
-            given = answers(model, packer, split, name, keep)
+            given = answers(model, packer, seen, name, keep)
             _write(path, list(itertools.chain.from_iterable(given)))
             print(f"{name}, {keep} tokens: {time.perf_counter() - begin:.0f} s", flush=True)
 

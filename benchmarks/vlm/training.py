@@ -1,6 +1,6 @@
-"""Trains projector and decoder on full sets of visual tokens; the trunk stays as it is.
+"""Trains the tower's last layers, projector and decoder on full sets of visual tokens; the trunk below stays as it is.
 
-The projector is trained first, by itself, to say what each patch shows (alignment.py). A step of the training takes
+Tower and projector are trained first, to say what each patch shows (alignment.py). A step of the training takes
 some pictures with some of their questions; its loss has what the projector says as a second part. The data of a step
 depend only on the seed and its number, so a run that was stopped continues as if it had not been.
 """
@@ -27,6 +27,7 @@ DECAY, CLIP, BETAS = 0.05, 1.0, (0.9, 0.98)
 SAYS = 0.5  # weight of what projected tokens say
 PLACES = 0.3  # weight of their places, in the alignment
 ALIGN_RATE, ALIGNED_AT_ONCE = 2e-3, 16  # pictures
+TOWER_RATE = 0.15  # of the other rates: the tower's layers were trained before
 MEASURED = 400  # pictures whose tokens the projector is initialised by
 MINUTES, VALIDATED = 4.0, 3  # minutes between checkpoints; every third one is validated
 
@@ -80,64 +81,82 @@ class Run:
         self.plan, self.step = plan, 0
         self.model = llava.create(plan.seed)
         self.model.model.vision_tower.requires_grad_(False)
+        tower = llava.trained(self.model).requires_grad_(True)
         self.packer = packing.Packer(words.tokenizer(), self.model.config.image_token_index)
         with torch.random.fork_rng():
             torch.manual_seed(plan.seed)
             self.reader = alignment.Reader(self.packer, self.model.config.text_config.hidden_size)
-        trained = [p for p in self.model.parameters() if p.requires_grad]
-        matrices, rest = [p for p in trained if p.dim() > 1], [p for p in trained if p.dim() < 2]
-        groups = [{"params": matrices, "weight_decay": DECAY}, {"params": rest, "weight_decay": 0.0}]
+        rest = [p for name, p in self.model.named_parameters() if not name.startswith(llava.TOWER)]
+        groups = [
+            {"params": [p for p in part if (p.dim() > 1) == decays], "scale": scale, "weight_decay": DECAY * decays}
+            for part, scale in ((rest, 1.0), (list(tower.parameters()), TOWER_RATE))
+            for decays in (True, False)
+        ]
         self.optimiser = torch.optim.AdamW(groups, plan.rate, BETAS)
 
+    @torch.no_grad()
+    def standardise(self, split: Split) -> None:
+        """Initialises the projector for the tokens of these pictures."""
+        llava.standardise(self.model, llava.see(self.model, features.to_torch(split.states[:MEASURED])))
+
     def align(self, split: Split) -> dict[str, float]:
-        """Trains the projector, and the reader, on what patches show. Returns the mean losses of the last steps."""
-        projector, table = self.model.model.multi_modal_projector, self.model.get_input_embeddings().weight
-        optimiser = torch.optim.AdamW([*projector.parameters(), *self.reader.parameters()], ALIGN_RATE)
-        schedule = torch.optim.lr_scheduler.OneCycleLR(
-            optimiser, ALIGN_RATE, total_steps=self.plan.align, pct_start=0.1
-        )
+        """Trains tower, projector and reader on what patches show. Returns the mean losses of the last steps."""
+        table, tower = self.model.get_input_embeddings().weight, list(llava.trained(self.model).parameters())
+        heads = [*self.model.model.multi_modal_projector.parameters(), *self.reader.parameters()]
+        rates = [ALIGN_RATE, ALIGN_RATE * TOWER_RATE]
+        optimiser = torch.optim.AdamW([{"params": heads}, {"params": tower}], weight_decay=DECAY)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, rates, total_steps=self.plan.align, pct_start=0.1)
         draw = np.random.default_rng((self.plan.seed, 2))
         recent: list[dict[str, float]] = []
         for _ in range(self.plan.align):
             numbers = draw.integers(len(split.pictures), size=ALIGNED_AT_ONCE).tolist()
             with self.plan.products():
-                projected = projector(features.to_torch(split.tokens[numbers]))
+                projected = self.project(split, numbers)
             says = self.reader.losses(projected.float(), table, [split.pictures[n] for n in numbers])
             optimiser.zero_grad()
-            (says["characters"] + says["colours"] + PLACES * says["places"]).backward()
+            (says["characters"] + says["letters"] + says["colours"] + PLACES * says["places"]).backward()
+            torch.nn.utils.clip_grad_norm_(tower, CLIP)
             optimiser.step()
             schedule.step()
             recent = [*recent[-99:], {name: loss.item() for name, loss in says.items()}]
-        alignment.as_large_as_words(self.model, features.to_torch(split.tokens[:MEASURED]))
+        with torch.no_grad():
+            tokens = llava.see(self.model, features.to_torch(split.states[:MEASURED]))
+        alignment.as_large_as_words(self.model, tokens)
         return mean(recent)
+
+    def project(self, split: Split, numbers: list[int]) -> Tensor:
+        """Returns the projected tokens [B, 256, D] of pictures."""
+        tokens = llava.see(self.model, features.to_torch(split.states[numbers]))
+        return self.model.model.multi_modal_projector(tokens)
 
     def resume(self, path: Path) -> None:
         """Continues from a checkpoint."""
         stored = torch.load(path, weights_only=True)
         self.step = stored["step"]
-        self.model.load_state_dict(stored["weights"], strict=False)
+        self.model.load_state_dict(stored["weights"])
+        self.reader.load_state_dict(stored["reader"])
         self.optimiser.load_state_dict(stored["optimiser"])
 
     def checkpoint(self, path: Path) -> None:
         """Writes everything that `resume` needs; a file of that name is complete."""
-        weights = {name: w for name, w in self.model.state_dict().items() if not name.startswith(llava.TOWER)}
         part = path.with_suffix(".part")
-        torch.save({"step": self.step, "weights": weights, "optimiser": self.optimiser.state_dict()}, part)
+        stored = {"step": self.step, "weights": self.model.state_dict(), "reader": self.reader.state_dict()}
+        torch.save({**stored, "optimiser": self.optimiser.state_dict()}, part)
         part.rename(path)
 
     def train(self, split: Split) -> dict[str, float]:
         """Makes one step. Returns: losses."""
         self.model.train()
         for group in self.optimiser.param_groups:
-            group["lr"] = self.plan.rate_at(self.step)
+            group["lr"] = group["scale"] * self.plan.rate_at(self.step)
         answers, says = self.losses(split, self.plan.numbers(self.step))
         self.optimiser.zero_grad()
-        (answers + SAYS * (says["characters"] + says["colours"])).backward()
+        (answers + SAYS * (says["characters"] + says["letters"] + says["colours"])).backward()
         trained = [p for p in self.model.parameters() if p.requires_grad]
         torch.nn.utils.clip_grad_norm_(trained, CLIP)
         self.optimiser.step()
         self.step += 1
-        return {"loss": answers.item(), "characters": says["characters"].item(), "colours": says["colours"].item()}
+        return {"loss": answers.item(), **{name: says[name].item() for name in ("characters", "letters", "colours")}}
 
     def losses(self, split: Split, numbers: list[int]) -> tuple[Tensor, dict[str, Tensor]]:
         """Returns the cross entropy of the answers to drawn questions about these pictures, and the losses of what the
@@ -147,7 +166,7 @@ class Run:
         packed = self.packer.pack(asked, features.TOKENS, answers=True)
         at = packed.target != packing.NOTHING
         with self.plan.products():
-            projected = self.model.model.multi_modal_projector(features.to_torch(split.tokens[numbers]))
+            projected = self.project(split, numbers)
             states = packing.hidden(self.model, packed, projected)
             logits = self.model.lm_head(states[at])
         answers = F.cross_entropy(logits.float(), packed.target[at])
@@ -182,7 +201,7 @@ def train(cache: Path, out: Path, plan: Plan, resume: bool) -> None:
     if resume:
         run.resume(saved)
     else:
-        llava.standardise(run.model, features.to_torch(split.tokens[:MEASURED]))
+        run.standardise(split)
     with open(out / "log.jsonl", "a" if resume else "w", encoding="utf-8") as log:
 
         def note(**line: Any) -> None:

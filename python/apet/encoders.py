@@ -89,18 +89,23 @@ class Encoder:
 
         Returns: [B, rows * cols, D] float32, rows of the grid one after another; class and register tokens left out.
         """
+        width, height = views[0].size
+        return self.states(views)[:, -(width // self.patch) * (height // self.patch) :]
+
+    def states(self, views: list[Image.Image]) -> torch.Tensor:
+        """Computes all tokens of views of one size: class and register tokens [B, any, D] float32, then those of
+        `encode`."""
         import numpy as np
         import torch
 
         pixels = torch.from_numpy(np.stack([np.asarray(v, np.float32) for v in views])) / 255  # [B, H, W, 3]
         pixels = (pixels - torch.tensor(self.mean)) / torch.tensor(self.std)
         pixels = pixels.permute(0, 3, 1, 2).contiguous()  # [B, 3, H, W]
-        count = (pixels.shape[2] // self.patch) * (pixels.shape[3] // self.patch)
         tokens = []
         with torch.no_grad():
             for some in pixels.split(8):  # the outputs of all layers are in memory for this many images at once
                 states = self.model(pixel_values=some, output_hidden_states=True, **self.options).hidden_states
-                tokens.append(states[self.layer][:, -count:].float())  # class and register tokens come first
+                tokens.append(states[self.layer].float())
         return torch.cat(tokens)
 
 
