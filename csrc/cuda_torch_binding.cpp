@@ -29,7 +29,7 @@ void run(const apet_problem& p, const apet_tensors& tensors, const Tensor& x) {
   const apet_cuda_plan_t plan = plan_for(p);
   // Freed as soon as this returns, which is before the kernels run: torch's allocator hands it out again on this stream
   // only, behind them. It aligns to 512 bytes.
-  Tensor workspace = torch::stable::new_empty(x, {(int64_t)plan.workspace_bytes}, ScalarType::Byte);
+  Tensor workspace = empty_beside(x, {(int64_t)plan.workspace_bytes}, aoti_torch_dtype_uint8());
   void* stream = nullptr;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(x.get_device_index(), &stream));
   check_cuda(p, plan, apet_cuda_run(&p, &tensors, &plan, workspace.mutable_data_ptr(), plan.workspace_bytes, stream));

@@ -8,6 +8,8 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
+#include <algorithm>
+#include <initializer_list>
 #include <optional>
 #include <sstream>
 #include <stdexcept>
@@ -56,6 +58,27 @@ void check(const apet_problem& problem, apet_status status) {
   char text[256];
   apet_error_message(&problem, status, text, sizeof text);
   require(false, text);
+}
+
+// Returns an uninitialised contiguous tensor on the device of x. torch::stable::new_empty would go through the
+// dispatcher, which takes longer than the allocation.
+Tensor empty_beside(const Tensor& x, std::initializer_list<int64_t> sizes, int32_t dtype) {
+  int64_t strides[3] = {1, 1, 1};
+  const int64_t dims = (int64_t)sizes.size();
+  for (int64_t d = dims - 1; d > 0; d--) strides[d - 1] = strides[d] * std::max<int64_t>(sizes.begin()[d], 1);
+  int32_t device = 0;
+  AtenTensorHandle made = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(x.get(), &device));
+  TORCH_ERROR_CODE_CHECK(
+      aoti_torch_empty_strided(dims, sizes.begin(), strides, dtype, device, x.get_device_index(), &made));
+  return Tensor(made);
+}
+
+// Returns the number that torch's C functions know the dtype of x by.
+int32_t dtype_of(const Tensor& x) {
+  int32_t dtype = 0;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(x.get(), &dtype));
+  return dtype;
 }
 
 // Returns the tensor that the kernels read: x itself, or a copy if its last dimension is not contiguous.
@@ -127,8 +150,8 @@ std::tuple<Tensor, Tensor> compress(const Tensor& given, int64_t keep, std::opti
   const Tensor x = readable(given);
   const apet_problem p = compress_problem(x, keep, basis, layout, select, start, ridge, blend, refine);
   const int64_t rows = keep + apet::appended(p);
-  Tensor tokens = torch::stable::new_empty(x, {p.images, rows, p.dim});
-  Tensor indices = torch::stable::new_empty(x, {p.images, rows}, ScalarType::Long);
+  Tensor tokens = empty_beside(x, {p.images, rows, p.dim}, dtype_of(x));
+  Tensor indices = empty_beside(x, {p.images, rows}, aoti_torch_dtype_int64());
   apet_tensors t = {};
   t.x = x.const_data_ptr();
   t.tokens = tokens.mutable_data_ptr();
@@ -179,8 +202,8 @@ std::tuple<Tensor, Tensor> compress_varlen(const Tensor& given, const Tensor& cu
   p.keep = max_keep < total_keep ? max_keep : total_keep;
   check(p, apet_check(&p));
   const int64_t rows = apet::all_rows(p);
-  Tensor tokens = torch::stable::new_empty(x, {rows, p.dim});
-  Tensor indices = torch::stable::new_empty(x, {rows}, ScalarType::Long);
+  Tensor tokens = empty_beside(x, {rows, p.dim}, dtype_of(x));
+  Tensor indices = empty_beside(x, {rows}, aoti_torch_dtype_int64());
   t.x = x.const_data_ptr();
   t.tokens = tokens.mutable_data_ptr();
   t.indices = static_cast<int64_t*>(indices.mutable_data_ptr());
@@ -194,8 +217,8 @@ std::tuple<Tensor, Tensor> score(const Tensor& given, std::optional<int64_t> bas
   apet_problem p = problem_of(APET_SCORE, x, false);
   set_basis(p, basis, select, start, ridge, 0);
   check(p, apet_check(&p));
-  Tensor residual = torch::stable::new_empty(x, {p.images, p.tokens}, ScalarType::Float);
-  Tensor basis_indices = torch::stable::new_empty(x, {p.images, p.basis}, ScalarType::Long);
+  Tensor residual = empty_beside(x, {p.images, p.tokens}, aoti_torch_dtype_float32());
+  Tensor basis_indices = empty_beside(x, {p.images, p.basis}, aoti_torch_dtype_int64());
   apet_tensors t = {};
   t.x = x.const_data_ptr();
   t.residual = static_cast<float*>(residual.mutable_data_ptr());
@@ -224,7 +247,7 @@ Tensor merge(const Tensor& given, const Tensor& indices, std::optional<Tensor> t
     target_flags = torch::stable::contiguous(*targets);
     t.kept_targets = static_cast<const uint8_t*>(target_flags.const_data_ptr());
   }
-  Tensor tokens = torch::stable::new_empty(x, {p.images, p.keep, p.dim});
+  Tensor tokens = empty_beside(x, {p.images, p.keep, p.dim}, dtype_of(x));
   t.x = x.const_data_ptr();
   t.kept = static_cast<const int64_t*>(kept.const_data_ptr());
   t.tokens = tokens.mutable_data_ptr();

@@ -97,10 +97,9 @@ def used_of_torch(binding: Path) -> set[str]:
     """Returns the symbols of torch that a binding uses; fails if one is not declared by torch's C shims."""
     include = Path(util.find_spec("torch").origin).parent / "include/torch/csrc"
     shims = [include / "stable/c/shim.h", include / "inductor/aoti_torch/c/shim.h"]
-    declared = set(re.findall(r"\b((?:aoti_)?torch_\w+)\(", "\n".join(shim.read_text() for shim in shims)))
-    assert len(declared) > 100
-    ours = declared()
+    of_torch = set(re.findall(r"\b((?:aoti_)?torch_\w+)\(", "\n".join(shim.read_text() for shim in shims)))
+    assert len(of_torch) > 100
     symbols = [line.split()[-1] for line in run("nm", "-D", "--undefined-only", binding).splitlines()]
     others = {name for name in symbols if not OF_THE_RUNTIMES.search(name)}
-    assert others - declared - ours == set()
-    return others & declared
+    assert others - of_torch - declared() == set()
+    return others & of_torch

@@ -72,22 +72,23 @@ IN_TORCH_2_10 = {
     "torch/csrc/stable/accelerator.h": ["stable::accelerator::DeviceGuard"],
     "torch/csrc/stable/device.h": ["stable::Device", ".index", ".is_cpu", ".is_cuda"],
     "torch/csrc/stable/library.h": ["STABLE_TORCH_LIBRARY_IMPL", "TORCH_BOX", ".impl"],
-    "torch/csrc/stable/ops.h": [
-        *("stable::contiguous", "stable::get_num_threads", "stable::new_empty", "stable::parallel_for"),
-    ],
+    "torch/csrc/stable/ops.h": ["stable::contiguous", "stable::get_num_threads", "stable::parallel_for"],
     "torch/csrc/stable/tensor.h": [
-        *("stable::Tensor", ".const_data_ptr", ".device", ".dim", ".get_device_index", ".mutable_data_ptr"),
+        *("stable::Tensor", ".const_data_ptr", ".device", ".dim", ".get", ".get_device_index", ".mutable_data_ptr"),
         *(".scalar_type", ".size", ".stride"),
     ],
     "torch/headeronly/core/ScalarType.h": [
         *("headeronly::ScalarType", "headeronly::toString", "ScalarType::BFloat16", "ScalarType::Bool"),
-        *("ScalarType::Byte", "ScalarType::Float", "ScalarType::Half", "ScalarType::Int", "ScalarType::Long"),
+        *("ScalarType::Float", "ScalarType::Half", "ScalarType::Int", "ScalarType::Long"),
     ],
     # Both are included by stable/tensor.h.
     "torch/headeronly/util/shim_utils.h": ["TORCH_ERROR_CODE_CHECK"],
-    "torch/csrc/inductor/aoti_torch/c/shim.h": ["aoti_torch_get_current_cuda_stream"],
+    "torch/csrc/inductor/aoti_torch/c/shim.h": [
+        *("aoti_torch_empty_strided", "aoti_torch_get_current_cuda_stream", "aoti_torch_get_device_type"),
+        *("aoti_torch_dtype_float32", "aoti_torch_dtype_int64", "aoti_torch_dtype_uint8", "aoti_torch_get_dtype"),
+    ],
 }
-OF_CPLUSPLUS = {".has_value", ".str"}
+OF_CPLUSPLUS = {".begin", ".has_value", ".str"}
 
 
 def test_bindings_use_nothing_newer_than_the_oldest_torch():
