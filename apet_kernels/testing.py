@@ -20,8 +20,8 @@ def cpu_isa() -> list[str]:
     """Returns the instruction sets that the CPU kernels can use on this machine, the best one last.
 
     Returns:
-        Some of "generic", "avx2", "avx512", "avx512_bf16" and "amx", or on 64-bit ARM of "generic", "neon" and
-        "neon_bf16"; empty without the compiled library.
+        Some of "generic", "avx2", "avx512", "avx512_bf16", "amx" and "amx_fp16", or on 64-bit ARM of "generic", "neon"
+        and "neon_bf16"; empty without the compiled library.
 
     Example:
         >>> from apet_kernels import testing

@@ -203,6 +203,7 @@ typedef enum apet_isa {
   APET_ISA_NEON = 5,        /* AArch64: ARMv8-A with NEON, its baseline */
   APET_ISA_NEON_BF16 = 6,   /* and FEAT_BF16: products of bfloat16 tokens */
   APET_ISA_AMX = 7,         /* x86-64 with AVX512_BF16 and AMX-BF16: products of bfloat16 tokens, in tiles */
+  APET_ISA_AMX_FP16 = 8,    /* and AMX-FP16: products of float16 tokens, too */
 } apet_isa;
 
 /* One share of a call's work, given to apet_pool.run. */
@@ -243,7 +244,8 @@ APET_API apet_status apet_cpu_run(const apet_problem* problem, const apet_tensor
 /* 1 if this build and this processor have an instruction set, else 0. */
 APET_API int apet_cpu_has_isa(apet_isa isa);
 
-/* "generic", "avx2", "avx512", "avx512_bf16", "best", "neon", "neon_bf16", "amx", or "unknown": literals. */
+/* "generic", "avx2", "avx512", "avx512_bf16", "best", "neon", "neon_bf16", "amx", "amx_fp16", or "unknown":
+ * literals. */
 APET_API const char* apet_isa_name(apet_isa isa);
 
 /* ---- CUDA: a library of its own, for the calling thread's current device ---------------------------------------- */

@@ -62,8 +62,8 @@ py::dict plan(int64_t images, int64_t tokens, int64_t dim, int64_t keep, std::op
 }
 
 // The instruction sets, those of each architecture in ascending order.
-const apet_isa kIsas[] = {APET_ISA_GENERIC, APET_ISA_AVX2, APET_ISA_AVX512,   APET_ISA_AVX512_BF16,
-                          APET_ISA_AMX,     APET_ISA_NEON, APET_ISA_NEON_BF16};
+const apet_isa kIsas[] = {APET_ISA_GENERIC, APET_ISA_AVX2,     APET_ISA_AVX512, APET_ISA_AVX512_BF16,
+                          APET_ISA_AMX,     APET_ISA_AMX_FP16, APET_ISA_NEON,   APET_ISA_NEON_BF16};
 
 py::list cpu_isa() {
   py::list names;

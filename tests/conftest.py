@@ -37,7 +37,7 @@ if importlib.util.find_spec("triton") and not torch.cuda.is_available():
 # those after it. It is no option of pytest, since `backend_ids` is called before pytest parses its options. It has no
 # effect on child processes of the tests.
 WITHOUT = "APET_TESTS_WITHOUT"
-ISAS = ("avx2", "avx512", "avx512_bf16", "amx")
+ISAS = ("avx2", "avx512", "avx512_bf16", "amx", "amx_fp16")
 
 
 def without(isa: str) -> None:

@@ -236,7 +236,7 @@ def test_backends():
 def test_instruction_sets():
     names = testing.cpu_isa()
     assert names[0] == "generic"
-    x86, arm = {"avx2", "avx512", "avx512_bf16", "amx"}, {"neon", "neon_bf16"}
+    x86, arm = {"avx2", "avx512", "avx512_bf16", "amx", "amx_fp16"}, {"neon", "neon_bf16"}
     here = {"x86_64": x86, "aarch64": arm}.get(platform.machine(), set())
     assert set(names[1:]) <= here
     for absent in {"sse9", *x86, *arm} - here:

@@ -137,7 +137,7 @@ def test_libraries_find_each_other_wherever_they_lie():
         assert set(re.findall(r"\((?:RUNPATH|RPATH)\).*\[(.*)\]", dynamic)) == {"$ORIGIN"}, library.name
 
 
-@pytest.mark.parametrize("instruction_set", ["avx2", "avx512", "avx512_bf16", "amx"])
+@pytest.mark.parametrize("instruction_set", ["avx2", "avx512", "avx512_bf16", "amx", "amx_fp16"])
 def test_code_of_one_instruction_set_stays_in_its_file(instruction_set: str):
     """Of equal inline functions in several files the linker keeps one. The AVX-512 copy would then run, and crash, on
     every processor. So these files must not define a symbol that another file may define."""

@@ -21,7 +21,8 @@ from tests.judge import assert_same, check
 from tests.library.copies import CSRC, built, needs_sources
 
 pytestmark = [pytest.mark.slow, needs_sources]
-BF16 = torch.bfloat16
+IN_TILES = {"amx": torch.bfloat16, "amx_fp16": torch.float16}  # what each instruction set multiplies in tiles
+in_tiles = pytest.mark.parametrize("isa", IN_TILES)
 
 # B, N, D, keep, basis: less than a tile of everything; one channel; whole tiles; one row more than two tiles of rows,
 # an odd D, several panels; several chains, the last with an incomplete tile; several chunks of rows.
@@ -45,61 +46,85 @@ def program(kind: str) -> Program:
     return Program(built(f"tiles-{kind}", functools.partial(make, kind)) / "calls")
 
 
-def on(kind: str, threads: int = 1) -> Backend:
-    functions = Functions(program(kind), "amx", threads)
-    return Backend("cpu-amx", *(getattr(functions, name) for name in FUNCTIONS))
+def on(kind: str, isa: str, threads: int = 1) -> Backend:
+    functions = Functions(program(kind), isa, threads)
+    return Backend(f"cpu-{isa}", *(getattr(functions, name) for name in FUNCTIONS))
 
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("kind", ["clustered", "repeated"])
-def test_compared_with_float64(kind: str, shape: tuple[int, ...]) -> None:
+@in_tiles
+def test_compared_with_float64(isa: str, kind: str, shape: tuple[int, ...]) -> None:
     B, N, D, keep, basis = shape
-    check(on("portable"), tokens(B, N, D, dtype=BF16, kind=kind, seed=N), keep, basis)
+    check(on("portable", isa), tokens(B, N, D, dtype=IN_TILES[isa], kind=kind, seed=N), keep, basis)
 
 
-def test_alone_batched_packed_and_on_any_number_of_threads() -> None:
+@in_tiles
+def test_alone_batched_packed_and_on_any_number_of_threads(isa: str) -> None:
     B, N, D, keep, basis = 3, 190, 77, 64, 6
-    x = tokens(B, N, D, dtype=BF16, kind="clustered", seed=1)
-    together, indices = on("portable").compress(x, keep, basis)
+    x = tokens(B, N, D, dtype=IN_TILES[isa], kind="clustered", seed=1)
+    together, indices = on("portable", isa).compress(x, keep, basis)
     for b in range(B):
-        got = on("portable").compress(x[b : b + 1].clone(), keep, basis)
+        got = on("portable", isa).compress(x[b : b + 1].clone(), keep, basis)
         assert_same(got[0][0], together[b], f"image {b} alone")
         assert_same(got[1][0], indices[b], f"indices of image {b} alone")
     for threads in (1, 2, 4):
-        got = on("portable", threads).compress_varlen(
+        got = on("portable", isa, threads).compress_varlen(
             x.flatten(0, 1), offsets([N] * B), offsets([keep] * B), B * keep, N, keep, basis
         )
         assert_same(got[0].view(B, keep, D), together, f"packed, {threads} threads")
 
 
 @pytest.mark.parametrize("D", [1024, 3584])
-def test_similarities(D: int) -> None:
-    test_similarity.test_no_more_wrong_targets_than_torch(on("portable"), BF16, D)
+@in_tiles
+def test_similarities(isa: str, D: int) -> None:
+    test_similarity.test_no_more_wrong_targets_than_torch(on("portable", isa), IN_TILES[isa], D)
+
+
+def test_subnormal_float16_is_no_zero() -> None:
+    """TDPFP16PS takes subnormal inputs as they are: tokens of 2^-24 k have the targets of tokens of k."""
+    x = tokens(1, 80, 48, dtype=torch.float16, kind="clustered", seed=3).mul(8).round()
+    small = (x.double() * 2**-24).half()
+    assert torch.equal(small.double() * 2**24, x.double())
+    kept = torch.arange(0, 80, 5)[None]
+    merged, of_small = (on("portable", "amx_fp16").merge(of, kept) for of in (x, small))
+    torch.testing.assert_close(of_small.double() * 2**24, merged.double(), rtol=0, atol=1)
+
+
+@pytest.mark.parametrize("isa", ["amx", "amx_fp16"])
+def test_other_dtypes_have_the_bits_of_the_set_before(isa: str) -> None:
+    before = {"amx": "generic", "amx_fp16": "amx"}[isa]
+    for dtype in {torch.float32, torch.float16, torch.bfloat16} - {IN_TILES[isa]}:
+        x = tokens(2, 98, 45, dtype=dtype, kind="clustered", seed=2)
+        for got, same in zip(*(on("portable", one).compress(x, 33, 5) for one in (isa, before)), strict=True):
+            assert_same(got, same)
 
 
 @pytest.mark.matrix  # on a machine with AMX, by hand
-@pytest.mark.skipif("amx" not in testing.cpu_isa(), reason="this processor has no tiles, or may not use them")
+@in_tiles
 @pytest.mark.parametrize("shape", [*SHAPES, (2, 576, 1024, 64, 10), (1, 1280, 3584, 384, 10)])
-def test_the_twin_has_the_bits_of_the_instructions(shape: tuple[int, ...]) -> None:
+def test_the_twin_has_the_bits_of_the_instructions(shape: tuple[int, ...], isa: str) -> None:
     from apet_kernels import compress
 
+    if isa not in testing.cpu_isa():
+        pytest.skip(f"this processor has no {isa}, or may not use it")
     B, N, D, keep, basis = shape
-    x = tokens(B, N, D, dtype=BF16, kind="clustered", seed=N)
-    testing.use_cpu_isa("amx")
+    x = tokens(B, N, D, dtype=IN_TILES[isa], kind="clustered", seed=N)
+    testing.use_cpu_isa(isa)
     try:
         expected = compress(x, keep, basis, backend="cpu")
     finally:
         testing.use_cpu_isa(None)
-    for got, same in zip(on("avx512").compress(x, keep, basis), expected, strict=True):
+    for got, same in zip(on("avx512", isa).compress(x, keep, basis), expected, strict=True):
         assert_same(got, same)
 
 
 # ---- the tests of all backends, on the emulation ---------------------------------------------------------------------
 
 
-@pytest.fixture(params=["amx"])
+@pytest.fixture(params=list(IN_TILES))
 def backend(request: pytest.FixtureRequest) -> Backend:
-    return on("portable", threads=0)  # as many as torch has
+    return on("portable", request.param, threads=0)  # as many as torch has
 
 
 globals().update(BACKEND_TESTS)
@@ -119,12 +144,14 @@ FAULTS = {
     "columns of the second tile are the first's": ("product_tiles.h", "b + Columns, 4 * width", "b, 4 * width"),
     "the sum of a chain replaces the ones before": ("product_tiles.h", "load(sum) + more", "more"),
     "odd products left out": ("tiles.h", "flush(even[n] + odd[n])", "even[n]"),
+    "float16 without its sign": ("tiles.h", "| beyond | sign", "| beyond"),
 }
 
 
 def compare_all() -> None:
     for shape in SHAPES:
-        test_compared_with_float64("clustered", shape)
+        for isa in IN_TILES:
+            test_compared_with_float64(isa, "clustered", shape)
 
 
 @pytest.mark.matrix

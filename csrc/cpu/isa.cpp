@@ -4,6 +4,7 @@
 #include "../apet_testing.h"
 #include "kernels.h"
 #if defined(APET_HAVE_AMX) && defined(__linux__)
+#include <cpuid.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 #endif
@@ -19,12 +20,20 @@ namespace {
 bool tiles_permitted() {
 #if defined(__linux__)
   constexpr long kRequest = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
-  static const bool permitted = syscall(SYS_arch_prctl, kRequest, kTileData) == 0 && tiles_are_right();
+  static const bool permitted = syscall(SYS_arch_prctl, kRequest, kTileData) == 0 && amx_is_right();
   return permitted;
 #else
   return false;
 #endif
 }
+
+#if defined(APET_HAVE_AMX_FP16)
+bool has_amx_fp16() {  // __builtin_cpu_supports("amx-fp16") needs GCC 13
+  unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
+  static const bool has = __get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx) && (eax >> 21 & 1) && amx_fp16_is_right();
+  return has;
+}
+#endif
 #endif
 
 bool available(apet_isa isa) {
@@ -44,11 +53,15 @@ bool available(apet_isa isa) {
 #endif
 #ifdef APET_HAVE_AMX
 #ifdef APET_TILE_TWIN
-    case APET_ISA_AMX: return tiles_are_right();
+    case APET_ISA_AMX: return amx_is_right();
+    case APET_ISA_AMX_FP16: return amx_fp16_is_right();
 #else
     case APET_ISA_AMX:
       return available(APET_ISA_AVX512_BF16) && __builtin_cpu_supports("amx-tile") &&
              __builtin_cpu_supports("amx-bf16") && tiles_permitted();
+#ifdef APET_HAVE_AMX_FP16
+    case APET_ISA_AMX_FP16: return available(APET_ISA_AMX) && has_amx_fp16();
+#endif
 #endif
 #endif
 #ifdef APET_HAVE_NEON
@@ -65,7 +78,7 @@ bool available(apet_isa isa) {
   }
 }
 
-constexpr apet_isa kBestFirst[] = {APET_ISA_NEON_BF16,   APET_ISA_NEON,   APET_ISA_AMX,
+constexpr apet_isa kBestFirst[] = {APET_ISA_NEON_BF16,   APET_ISA_NEON,   APET_ISA_AMX_FP16, APET_ISA_AMX,
                                    APET_ISA_AVX512_BF16, APET_ISA_AVX512, APET_ISA_AVX2};
 
 apet_isa best() {
@@ -100,6 +113,9 @@ const Kernels* kernels_for(apet_dtype dtype, apet_isa isa) {
 #ifdef APET_HAVE_AMX
     case APET_ISA_AMX: return amx_kernels(dtype);
 #endif
+#ifdef APET_HAVE_AMX_FP16
+    case APET_ISA_AMX_FP16: return amx_fp16_kernels(dtype);
+#endif
 #ifdef APET_HAVE_NEON
     case APET_ISA_NEON: return neon_kernels(dtype);
 #endif
@@ -123,6 +139,7 @@ const char* apet_isa_name(apet_isa isa) {
     case APET_ISA_AVX512: return "avx512";
     case APET_ISA_AVX512_BF16: return "avx512_bf16";
     case APET_ISA_AMX: return "amx";
+    case APET_ISA_AMX_FP16: return "amx_fp16";
     case APET_ISA_NEON: return "neon";
     case APET_ISA_NEON_BF16: return "neon_bf16";
     case APET_ISA_BEST: return "best";

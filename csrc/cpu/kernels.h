@@ -79,8 +79,10 @@ const Kernels* avx2_kernels(apet_dtype);
 const Kernels* avx512_kernels(apet_dtype);
 const Kernels* avx512_bf16_kernels(apet_dtype);  // for dtypes other than bfloat16 it is avx512's table
 const Kernels* amx_kernels(apet_dtype);          // for dtypes other than bfloat16 it is avx512's table
-// Returns whether one AMX product is correct on this processor. Call only if the OS permits AMX.
-bool tiles_are_right() noexcept;
+const Kernels* amx_fp16_kernels(apet_dtype);     // for dtypes other than float16 it is amx's table
+// Return whether one product in tiles is correct on this processor. Call only if it and the OS permit AMX.
+bool amx_is_right() noexcept;
+bool amx_fp16_is_right() noexcept;
 const Kernels* neon_kernels(apet_dtype);
 const Kernels* neon_bf16_kernels(apet_dtype);  // for dtypes other than bfloat16 it is neon's table
 

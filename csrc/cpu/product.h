@@ -38,7 +38,7 @@ constexpr int64_t kWidenedBytes = 512 << 10;
 
 template <class E>
 static inline int64_t units(int64_t dim) {
-  return (dim * W + E::N - 1) / E::N;  // E::N elements make W units
+  return (dim * W + E::Packed::N - 1) / E::Packed::N;  // so many elements make W units
 }
 // Rows that share each load of a factor.
 template <class E>
@@ -80,18 +80,21 @@ static size_t scratch_bytes(int64_t dim) {
   return E::kInPlace ? 0 : (size_t)(block_rows<E>(dim) * scratch_row_bytes<E>(dim));
 }
 
-// Packs features [d0, d1) of the rows row(t), t0 <= t < count, as one panel of `width`; d0 is a multiple of E::N.
+// Packs features [d0, d1) of the rows row(t), t0 <= t < count, as one panel of `width`; d0 is a multiple of
+// E::Packed::N.
 template <class E, bool Negated, class RowOf>
 static inline void pack_panel(RowOf row_of, int64_t t0, int64_t count, int64_t width, int64_t d0, int64_t d1,
                               float* out) {
-  constexpr int64_t kPerUnit = E::N / W;
+  using Packed = typename E::Packed;
+  constexpr int64_t kPerUnit = Packed::N / W;
   for (int64_t v = 0; v < width; v += W) {
     const typename E::T* t[W];
     for (int i = 0; i < W; i++) t[i] = t0 + v + i < count ? row_of(t0 + v + i) : nullptr;
-    for (int64_t d = d0; d < d1; d += E::N) {
-      const int64_t n = smaller(E::N, d1 - d), k = d / kPerUnit;
+    for (int64_t d = d0; d < d1; d += Packed::N) {
+      const int64_t n = smaller(Packed::N, d1 - d), k = d / kPerUnit;
       V block[W];
-      for (int i = 0; i < W; i++) block[i] = !t[i] ? V{} : n == E::N ? E::get(t[i] + d) : E::get_n(t[i] + d, n);
+      for (int i = 0; i < W; i++)
+        block[i] = !t[i] ? V{} : n == Packed::N ? Packed::get(t[i] + d) : Packed::get_n(t[i] + d, n);
       transpose(block);
       for (int64_t i = 0; i < (n + kPerUnit - 1) / kPerUnit; i++)
         store(out + (k + i) * width + v, Negated ? -block[i] : block[i]);
@@ -99,7 +102,7 @@ static inline void pack_panel(RowOf row_of, int64_t t0, int64_t count, int64_t w
   }
 }
 
-// Packs features [d0, d1) of one panel; d0 is a multiple of kColumns, and so of E::N.
+// Packs features [d0, d1) of one panel; d0 is a multiple of kColumns, and so of E::Packed::N.
 template <class E>
 static void pack(const Input& in, const Rows& rows, const Factors& factors, int64_t panel, int64_t d0, int64_t d1) {
   const int64_t t0 = panel * NR, width = smaller(NR, padded(factors.count) - t0);
@@ -111,7 +114,7 @@ static void pack(const Input& in, const Rows& rows, const Factors& factors, int6
 template <class E, int Vectors>
 static inline void multiply(const char* const* rows, const float* panel, int64_t count, float* tile, bool first) {
   constexpr int R = rows_of(Vectors);
-  constexpr int64_t kUnits = E::kChain * W / E::N;
+  constexpr int64_t kUnits = E::kChain * W / E::Packed::N;
   static_assert(kPartUnits % kUnits == 0, "a part is whole chains");
   for (int64_t k = 0; k < count;) {
     const int64_t end = smaller(count, k + kUnits);
@@ -161,12 +164,12 @@ static inline void load_block(const Input& in, Tokens tokens, int64_t begin, int
   using T = typename E::T;
   block.count = count;
 #if defined(APET_TILES)
-  if (E::kTiles) return copy_rows<T>(in, tokens, begin, count, static_cast<char*>(scratch), block);
+  if (E::kTiles) return copy_rows<E>(in, tokens, begin, count, static_cast<char*>(scratch), block);
 #endif
   for (int64_t i = 0; i < count; i++) {
     const T* x = row<T>(in, tokens[begin + i]);
     block.rows[i] = reinterpret_cast<const char*>(x);
-    if (E::N > W && in.dim % 2) {
+    if (E::Packed::N > W && in.dim % 2) {
       block.last[i] = 0;
       __builtin_memcpy(block.last + i, x + in.dim - 1, sizeof(T));
     }
@@ -183,7 +186,7 @@ static inline void load_block(const Input& in, Tokens tokens, int64_t begin, int
 template <class E, int Vectors>
 static inline void multiply_in_vectors(const Input& in, RowBlock& block, const float* panel) {
   constexpr int R = rows_of(Vectors);
-  const int64_t whole = in.dim / (E::N / W);  // units that are complete in a row
+  const int64_t whole = in.dim / (E::Packed::N / W);  // units that are complete in a row
   const char* a[R];
   for (int64_t k = 0; k < whole; k += kPartUnits)
     for (int64_t i = 0; i < block.count; i += R) {

@@ -15,10 +15,11 @@
 #include "tiles.h"
 
 // Copies the rows of tokens[begin .. begin + count) to scratch, and completes the last tile of rows with zeros.
-template <class T, class Tokens>
+template <class E, class Tokens>
 static inline void copy_rows(const Input& in, Tokens tokens, int64_t begin, int64_t count, char* scratch,
                              RowBlock& block) {
-  const int64_t bytes = scratch_row_bytes<Bf16Tiles>(in.dim), used = in.dim * (int64_t)sizeof(T);
+  using T = typename E::T;
+  const int64_t bytes = scratch_row_bytes<E>(in.dim), used = in.dim * (int64_t)sizeof(T);
   for (int64_t i = 0; i < count; i++) {
     block.rows[i] = scratch + i * bytes;
     __builtin_memcpy(scratch + i * bytes, row<T>(in, tokens[begin + i]), used);
@@ -29,7 +30,7 @@ static inline void copy_rows(const Input& in, Tokens tokens, int64_t begin, int6
 }
 
 // sums [RowTiles 16, ColumnTiles Columns] (+)= rows x factors over `count` units.
-template <int RowTiles, int ColumnTiles, int Columns>
+template <class T, int RowTiles, int ColumnTiles, int Columns>
 static inline void multiply_block(Tiles& tiles, const char* rows, int64_t row_bytes, const float* panel,
                                   int64_t panel_width, int64_t count, float* sums, bool first) {
   tiles.zero<0>();
@@ -48,15 +49,15 @@ static inline void multiply_block(Tiles& tiles, const char* rows, int64_t row_by
     }
     tiles.load<4>(rows + 4 * k, row_bytes);
     tiles.load<6>(b, 4 * width);
-    tiles.multiply<0, 4, 6>();
+    tiles.multiply<T, 0, 4, 6>();
     if (ColumnTiles > 1) {
       tiles.load<7>(b + Columns, 4 * width);
-      tiles.multiply<1, 4, 7>();
+      tiles.multiply<T, 1, 4, 7>();
     }
     if (RowTiles > 1) {
       tiles.load<5>(rows + kTileRows * row_bytes + 4 * k, row_bytes);
-      tiles.multiply<2, 5, 6>();
-      if (ColumnTiles > 1) tiles.multiply<3, 5, 7>();
+      tiles.multiply<T, 2, 5, 6>();
+      if (ColumnTiles > 1) tiles.multiply<T, 3, 5, 7>();
     }
   }
   float added[2][2][kTileRows * Columns];
@@ -78,7 +79,8 @@ static inline void multiply_block(Tiles& tiles, const char* rows, int64_t row_by
 template <class E, int Vectors>
 static inline void multiply_in_tiles(const Input& in, RowBlock& block, const float* panel) {
   constexpr int Width = Vectors * W, Columns = W;
-  constexpr int64_t kUnits = E::kChain * W / E::N;
+  using T = typename E::T;
+  constexpr int64_t kUnits = E::kChain * W / E::Packed::N;
   static_assert(kUnits % kTilePairs == 0, "a chain is whole tiles");
   const int64_t bytes = scratch_row_bytes<E>(in.dim), count = units<E>(in.dim);
   const int64_t row_tiles = (block.count + kTileRows - 1) / kTileRows;
@@ -91,9 +93,10 @@ static inline void multiply_in_tiles(const Input& in, RowBlock& block, const flo
         float* sums = block.tile + i * kTileRows * NR + t;
         const int64_t n = smaller(kUnits, count - k);
         const bool two_rows = i + 1 < row_tiles, two_columns = t + Columns < Width;
-        if (two_rows && two_columns) multiply_block<2, 2, Columns>(tiles, rows, bytes, factors, Width, n, sums, k == 0);
-        else if (two_rows) multiply_block<2, 1, Columns>(tiles, rows, bytes, factors, Width, n, sums, k == 0);
-        else if (two_columns) multiply_block<1, 2, Columns>(tiles, rows, bytes, factors, Width, n, sums, k == 0);
-        else multiply_block<1, 1, Columns>(tiles, rows, bytes, factors, Width, n, sums, k == 0);
+        if (two_rows && two_columns)
+          multiply_block<T, 2, 2, Columns>(tiles, rows, bytes, factors, Width, n, sums, k == 0);
+        else if (two_rows) multiply_block<T, 2, 1, Columns>(tiles, rows, bytes, factors, Width, n, sums, k == 0);
+        else if (two_columns) multiply_block<T, 1, 2, Columns>(tiles, rows, bytes, factors, Width, n, sums, k == 0);
+        else multiply_block<T, 1, 1, Columns>(tiles, rows, bytes, factors, Width, n, sums, k == 0);
       }
 }

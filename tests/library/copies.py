@@ -190,7 +190,17 @@ class Plan(ctypes.Structure):
     ]
 
 
-ISAS = ("generic", "avx2", "avx512", "avx512_bf16", "best", "neon", "neon_bf16", "amx")  # by their numbers in apet.h
+ISAS = (
+    "generic",
+    "avx2",
+    "avx512",
+    "avx512_bf16",
+    "best",
+    "neon",
+    "neon_bf16",
+    "amx",
+    "amx_fp16",
+)  # by their numbers in apet.h
 
 
 @dataclass(frozen=True)
