@@ -57,7 +57,7 @@ class CudaPath:
     path: Literal["best", "fused", "cluster", "cooperative"] = "best"  # best: the one with the lowest estimated time
     ctas_per_image: int = 0  # 0: the library chooses
     rows_in_shared_memory: int = -1  # at most, in each CTA; -1: as many as fit
-    tile: int = 0  # columns of a tile of s5 as its own launch: 64 or 128; 0: the library chooses
+    tile: int = 0  # columns of a tile of s5 as its own launch: 64, 128 or 256; 0: the library chooses
 
     def __str__(self) -> str:
         parts = [self.path, str(self.ctas_per_image or "any")]
@@ -65,6 +65,7 @@ class CudaPath:
         return " ".join(parts + ([f"tile {self.tile}"] if self.tile else []))
 
 
+_TILES = (64, 128, 256)
 _thread = threading.local()  # .forced: the CudaPath of this thread, as the compiled library has it
 
 
@@ -88,8 +89,8 @@ def use_cuda_path(path: CudaPath) -> Iterator[None]:
         raise ValueError(f"no CUDA path can be forced: {why}")
     if path.path not in ("best", "fused", "cluster", "cooperative"):
         raise ValueError(f"path='{path.path}' is none of best, fused, cluster, cooperative")
-    if path.tile not in (0, 64, 128):
-        raise ValueError(f"tile={path.tile} is none of 64, 128, and 0 for the one that is chosen")
+    if path.tile not in (0, *_TILES):
+        raise ValueError(f"tile={path.tile} is none of 64, 128, 256, and 0 for the one that is chosen")
     if not 0 <= path.ctas_per_image < 2**31 or not -1 <= path.rows_in_shared_memory < 2**31:
         raise ValueError(
             f"ctas_per_image={path.ctas_per_image} must be at least 0 and "
@@ -105,7 +106,7 @@ def use_cuda_path(path: CudaPath) -> Iterator[None]:
 
 def cuda_paths() -> list[CudaPath]:
     """Returns every path with small, middle and large groups, with all rows in shared memory, some and none, and with
-    both tiles. A device can run only some of them.
+    every tile. A device can run only some of them, and only 16-bit tokens have the tile of 256 columns.
 
     Example:
         >>> from apet_kernels import testing
@@ -114,7 +115,7 @@ def cuda_paths() -> list[CudaPath]:
     """
     found = [CudaPath("fused", ctas) for ctas in (2, 4, 8, 16)]
     for resident in (-1, 4, 0):
-        for tile in (64, 128):
+        for tile in _TILES:
             found += [CudaPath("cluster", ctas, resident, tile) for ctas in (1, 4, 8, 16)]
             found += [CudaPath("cooperative", ctas, resident, tile) for ctas in (1, 16, 0)]
     return found

@@ -20,7 +20,7 @@ typedef struct apet_cuda_override {
   apet_cuda_path path;    /* APET_CUDA_BEST: the one with the lowest estimate */
   int32_t ctas_per_image; /* 0: the library chooses */
   int32_t resident;       /* rows of a slice that stay in shared memory, at most; -1: as many as fit */
-  int32_t tile;           /* s5 as its own launch: 64 or 128 columns of a tile; 0: the library chooses */
+  int32_t tile;           /* s5 as its own launch: 64, 128 or 256 columns of a tile; 0: the library chooses */
 } apet_cuda_override;
 
 /* apet_cuda_plan with these parts replaced. APET_NO_CUDA_PATH: what is asked for cannot run on this device. */

@@ -27,7 +27,7 @@ pytestmark = pytest.mark.skipif(build.missing() is not None, reason=str(build.mi
 # last tile that is not full.
 SHAPES = [(2, 70, 45, 20, 6), (1, 133, 64, 60, 10), (3, 41, 200, 17, 5)]
 SMALL_SHARED = Device(90, 8, 64 << 10, 100 << 10, 8)
-LARGE_TILE = 96 << 10  # bytes of shared memory that s5_merge needs for tiles of 128 columns
+TILES = {0: 0, 64: 0, 128: 96 << 10, 256: 207 << 10}  # columns: bytes of shared memory that s5_merge needs, at least
 
 
 def cases(dtype: torch.dtype, layout: str, shape: int) -> dict[str, Callable[[], Case]]:
@@ -72,7 +72,7 @@ def drawn(seed: int) -> How:
         path,
         make.randint(1, most),
         make.choice([-1, -1, 0, 4, 8]),
-        make.choice([0, 64, 128] if device.shared_per_block > LARGE_TILE else [0, 64]),
+        make.choice([tile for tile, shared_bytes in TILES.items() if device.shared_per_block > shared_bytes]),
         make.randint(0, 999),
     )
 

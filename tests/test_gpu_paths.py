@@ -117,7 +117,7 @@ class TestForcing:
         for resident in (0, 8):
             with testing.use_cuda_path(testing.CudaPath("cluster", 2, rows_in_shared_memory=resident)):
                 assert self.plan().details["rows_in_shared_memory"] == resident
-        for tile in (64, 128):
+        for tile in (64, 128, 256):
             with testing.use_cuda_path(testing.CudaPath("cluster", tile=tile)):
                 assert self.plan().details["tile"] == tile
 
@@ -133,7 +133,7 @@ class TestForcing:
         ("way", "words"),
         [
             (testing.CudaPath("flat"), "path='flat' is none of best, fused, cluster, cooperative"),
-            (testing.CudaPath(tile=96), "tile=96 is none of 64, 128"),
+            (testing.CudaPath(tile=96), "tile=96 is none of 64, 128, 256"),
             (testing.CudaPath(ctas_per_image=-1), "ctas_per_image=-1 must be at least 0"),
         ],
         ids=str,

@@ -54,7 +54,7 @@ def _of_cuda(clock: Device, options: Options) -> Iterator[Item]:
         *((1024, 3584, 307, "bfloat16"), (4096, 3584, 1229, "bfloat16"), (16384, 3584, 4915, "bfloat16")),
         (4096, 1024, 1024, "float32"),
     ):
-        for tile in (64, 128):
+        for tile in (64, 128, 256)[: 2 if dtype == "float32" else 3]:
             yield Item(
                 f"s5 {N}x{D} keep {keep} {dtype} tile {tile}",
                 functools.partial(_s5_alone, options, N, D, keep, dtype, tile),

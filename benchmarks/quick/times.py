@@ -39,7 +39,7 @@ def times(options: Options) -> Iterator[Item]:
         if "cuda" in have:
             yield Item(f"{case} | plan", functools.partial(_plan, case, options))
             ways = [testing.CudaPath(), *(testing.CudaPath("fused", ctas) for ctas in (4, 8, 16))]
-            for tile in (64, 128):
+            for tile in (64, 128, 256):
                 ways += [testing.CudaPath("cluster", ctas, tile=tile) for ctas in (4, 8, 16)]
                 ways += [testing.CudaPath("cooperative", tile=tile)]
             for way in ways:

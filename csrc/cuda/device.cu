@@ -67,9 +67,9 @@ apet_status query_device(int index, const Kernels& kernels, Device& device) {
     if (status != APET_OK) return status;
     device.rounds_ctas = std::min(device.rounds_ctas, ctas_of_medoids);
   }
-  for (int i = 0; i < 2; i++) {
+  for (int i = 0; i < kMergeTiles; i++) {
     const MergeKernel& merge = kernels.s5_merge[i];
-    if (merge.shared_bytes > device.shared_bytes) continue;
+    if (!merge.kernel || merge.shared_bytes > device.shared_bytes) continue;
     status = query_ctas(merge.kernel, merge.threads, merge.shared_bytes, device.sms, device.merge_ctas[i]);
     if (status != APET_OK) return status;
   }

@@ -17,7 +17,7 @@ struct Device {
   int rounds_clusters[kMaxCluster + 1];  // clusters of s1_s4_rounds and s4_medoids; 0: none
   int cooperative_ctas;                  // CTAs of a cooperative launch of s1_s4_group; 0: none
   int rounds_ctas;                       // CTAs of a cooperative launch of these; 0: none
-  int merge_ctas[2];                     // CTAs of each of Kernels::s5_merge; 0: none
+  int merge_ctas[kMergeTiles];           // CTAs of each of Kernels::s5_merge; 0: none
 };
 
 // Returns the current device, queried once per process, device and dtype.

@@ -24,19 +24,21 @@ using Kernel = void (*)(const Call);
 
 // s5_merge with one of its tiles.
 struct MergeKernel {
-  Kernel kernel;
+  Kernel kernel;      // null: this dtype does not have the tile
   int rows, columns;  // of a tile
   int threads;        // of a CTA
   int shared_bytes;   // of a CTA
   int chunks;         // kChunks
 };
 
+constexpr int kMergeTiles = 3;
+
 struct Kernels {
   Kernel s1_s4_cluster, s1_s4_cooperative, s1_s5_cluster;
   Kernel rounds_cluster, rounds_cooperative, medoids_cluster, medoids_cooperative;
-  int s1_s5_shared_bytes;   // what s1_s5_cluster needs for s5
-  int group_shared_bytes;   // what s1_s4_rounds and s4_medoids need for products and lists
-  MergeKernel s5_merge[2];  // with the small tile, with the large one
+  int s1_s5_shared_bytes;             // what s1_s5_cluster needs for s5
+  int group_shared_bytes;             // what s1_s4_rounds and s4_medoids need for products and lists
+  MergeKernel s5_merge[kMergeTiles];  // with the small tile, the large one, the largest one
 };
 
 template <class Tl>
@@ -51,6 +53,12 @@ constexpr MergeKernel merge_kernel() {
 }
 
 template <class T>
+constexpr MergeKernel largest_merge_kernel() {
+  if constexpr (sizeof(T) == 2) return merge_kernel<T, LargestTile, 4>();
+  else return {};
+}
+
+template <class T>
 constexpr Kernels kernels_of() {
   return {s1_s4_group<T, ClusterGroup>,
           s1_s4_group<T, CooperativeGroup>,
@@ -61,7 +69,7 @@ constexpr Kernels kernels_of() {
           s4_medoids<T, CooperativeGroup>,
           s5_shared_bytes<ClusterTile<T>>(true),
           s5_shared_bytes<GroupTile>(false),
-          {merge_kernel<T, SmallTile, 2>(), merge_kernel<T, LargeTile<T>, 4>()}};
+          {merge_kernel<T, SmallTile, 2>(), merge_kernel<T, LargeTile<T>, 4>(), largest_merge_kernel<T>()}};
 }
 
 extern const Kernels kFloat32, kFloat16, kBFloat16;

@@ -37,8 +37,10 @@ inline bool empty(const apet_problem& p) {
 }
 // The planned s5_merge, and the most rows and columns of tiles that an image has.
 inline const MergeKernel& merge_kernel_of(const apet_problem& p, const apet_cuda_plan_t& plan) {
-  const MergeKernel(&merge)[2] = kernels_for(p.dtype).s5_merge;
-  return merge[plan.tile == merge[1].columns];
+  const auto& merge = kernels_for(p.dtype).s5_merge;
+  for (const MergeKernel& tile : merge)
+    if (tile.kernel && tile.columns == plan.tile) return tile;
+  return merge[0];
 }
 inline int64_t tile_rows(const apet_problem& p, const MergeKernel& merge) {
   return (most_dropped(p) + merge.rows - 1) / merge.rows;

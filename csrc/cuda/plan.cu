@@ -108,9 +108,9 @@ double estimate_us(const apet_problem& p, const Device& device, const apet_cuda_
 // Chooses the tile of s5_merge with the lower estimate; with columns != 0 that one. Returns false if the device cannot
 // run it.
 bool choose_tile(const apet_problem& p, const Device& device, int columns, apet_cuda_plan_t& plan) {
-  const MergeKernel(&merge)[2] = kernels_for(p.dtype).s5_merge;
+  const auto& merge = kernels_for(p.dtype).s5_merge;
   apet_cuda_plan_t best = {};
-  for (int i = 0; i < 2; i++) {
+  for (int i = 0; i < kMergeTiles; i++) {
     if (device.merge_ctas[i] == 0 || (columns && columns != merge[i].columns)) continue;
     plan.tile = merge[i].columns;
     plan.second_shared_bytes = merge[i].shared_bytes;

@@ -2,7 +2,7 @@
 // tf32).
 //
 //                 columns (kColumns)                    a warp computes kFragM x kFragN matrix instructions of 16 x 8;
-//               +-------+-------+                       steps of 128 bytes of a row, three in flight in shared memory
+//               +-------+-------+                       steps of kStepBytes of a row, kBuffers in flight in shared memory
 //     rows      | warp  | warp  |
 //     (kRows)   +-------+-------+  -> products, in registers
 //               | warp  | warp  |
@@ -10,6 +10,10 @@
 //
 // A product is summed in float32 over the ascending elements of the rows, in chains (kChain), in the hardware's order
 // inside a matrix instruction of 16 elements. Tile sizes therefore do not change a bit of it.
+//
+// Each product has two sums in registers: that of its chain, and that of the chains before. For a tile that is too large
+// for so many, kPasses > 1: a step is a whole chain, and a warp multiplies one part of its columns after the other, so
+// that only one part has sums of its chain. In return the rows are read from shared memory in each pass.
 #pragma once
 #include <type_traits>
 
@@ -17,15 +21,17 @@
 
 namespace apet::cuda {
 
-constexpr int kStepBytes = 128;                // bytes of a row per step
-constexpr int kBufferPitch = kStepBytes + 16;  // 9 words of 16 bytes: 8 rows of a matrix are in different banks
-constexpr int kBuffers = 3;
 constexpr int kChain = 128;  // products of a chain; its sum is then added to the total
 
-// kWarpsM x kWarpsN warps, each with 16 kFragM rows x 8 kFragN columns.
-template <int kWarpsM_, int kWarpsN_, int kFragM_, int kFragN_>
+// kWarpsM x kWarpsN warps, each with 16 kFragM rows x 8 kFragN columns, which it takes in kPasses passes.
+template <int kWarpsM_, int kWarpsN_, int kFragM_, int kFragN_, int kPasses_ = 1>
 struct Tile {
-  static constexpr int kWarpsM = kWarpsM_, kWarpsN = kWarpsN_, kFragM = kFragM_, kFragN = kFragN_;
+  static constexpr int kWarpsM = kWarpsM_, kWarpsN = kWarpsN_, kFragM = kFragM_, kFragN = kFragN_, kPasses = kPasses_;
+  static constexpr int kPassN = kFragN / kPasses;              // matrix instructions of a pass across the columns
+  static constexpr int kStepBytes = kPasses == 1 ? 128 : 256;  // bytes of a row per step
+  // 9 or 17 words of 16 bytes: 8 rows of a matrix are in different banks.
+  static constexpr int kBufferPitch = kStepBytes + 16;
+  static constexpr int kBuffers = kPasses == 1 ? 3 : 2;
   static constexpr int kRows = kWarpsM * kFragM * 16, kColumns = kWarpsN * kFragN * 8;
   static constexpr int kThreads = kWarpsM * kWarpsN * 32;
   template <bool kResident>
@@ -38,36 +44,36 @@ struct Tile {
 };
 
 // Adds to acc the products over 32 bytes of D. a(i), b(j): the addresses that this lane loads from, in shared memory.
-template <class T, class Tl, class RowA, class RowB>
-__device__ __forceinline__ void multiply(float (&acc)[Tl::kFragM][Tl::kFragN][4], RowA a, RowB b) {
+template <class T, int kFragM, int kFragN, class RowA, class RowB>
+__device__ __forceinline__ void multiply(float (&acc)[kFragM][kFragN][4], RowA a, RowB b) {
   if constexpr (sizeof(T) == 2) {
-    uint32_t fa[Tl::kFragM][4], fb[Tl::kFragN / 2][4];
+    uint32_t fa[kFragM][4], fb[kFragN / 2][4];
 #pragma unroll
-    for (int i = 0; i < Tl::kFragM; i++) ldmatrix_x4(fa[i], a(i));
+    for (int i = 0; i < kFragM; i++) ldmatrix_x4(fa[i], a(i));
 #pragma unroll
-    for (int j = 0; j < Tl::kFragN / 2; j++) ldmatrix_x4(fb[j], b(j));
+    for (int j = 0; j < kFragN / 2; j++) ldmatrix_x4(fb[j], b(j));
 #pragma unroll
-    for (int i = 0; i < Tl::kFragM; i++)
+    for (int i = 0; i < kFragM; i++)
 #pragma unroll
-      for (int j = 0; j < Tl::kFragN; j++) {
+      for (int j = 0; j < kFragN; j++) {
         const uint32_t pair[2] = {fb[j / 2][j % 2 * 2], fb[j / 2][j % 2 * 2 + 1]};
         mma_16816<T>(acc[i][j], fa[i], pair);
       }
   } else {
 #pragma unroll
     for (int half = 0; half < 2; half++) {
-      Chunk<T> fa[Tl::kFragM * 2];
+      Chunk<T> fa[kFragM * 2];
 #pragma unroll
-      for (int i = 0; i < Tl::kFragM * 2; i++) fa[i] = *reinterpret_cast<const Chunk<T>*>(a(i) + 16 * half);
+      for (int i = 0; i < kFragM * 2; i++) fa[i] = *reinterpret_cast<const Chunk<T>*>(a(i) + 16 * half);
 #pragma unroll
-      for (int j = 0; j < Tl::kFragN; j++) {
+      for (int j = 0; j < kFragN; j++) {
         Chunk<T> fb[2];
 #pragma unroll
         for (int c = 0; c < 2; c++) fb[c] = *reinterpret_cast<const Chunk<T>*>(b(j * 2 + c) + 16 * half);
 #pragma unroll
         for (int k = 0; k < 4; k++)
 #pragma unroll
-          for (int i = 0; i < Tl::kFragM; i++)
+          for (int i = 0; i < kFragM; i++)
 #pragma unroll
             for (int c = 0; c < 4; c++) acc[i][j][c] = __fmaf_rn(fa[i * 2 + c / 2].v[k], fb[c % 2].v[k], acc[i][j][c]);
       }
@@ -99,6 +105,9 @@ __device__ __forceinline__ bool multiply_rows(const Matrix<T>& from, const int* 
                                               float (&sum)[Tl::kFragM][Tl::kFragN][4]) {
   constexpr bool kResident = !std::is_same_v<Resident, Copied>;
   constexpr int kBufferRows = (kResident ? 0 : Tl::kRows) + Tl::kColumns;  // rows of a buffer: rows, then columns
+  constexpr int kStepBytes = Tl::kStepBytes, kBufferPitch = Tl::kBufferPitch, kBuffers = Tl::kBuffers;
+  constexpr int kChainSteps = kChain * (int)sizeof(T) / kStepBytes;
+  static_assert(Tl::kPasses == 1 || kChainSteps == 1);
   const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32;
   __syncthreads();  // both lists are written, and all threads have finished with what was in the buffers
   const int chunks = chunks_of<T>(from.dim);
@@ -140,25 +149,25 @@ __device__ __forceinline__ bool multiply_rows(const Matrix<T>& from, const int* 
   const auto row_a = [&](int i) { return kResident ? a[i] : a[0] + i * (kMatrix ? 16 : 8) * kBufferPitch; };
   const auto row_b = [&](int j) { return b + (kMatrix ? j * 16 : j / 2 * 8 + j % 2) * kBufferPitch; };
 
-  float acc[Tl::kFragM][Tl::kFragN][4] = {};  // the sum of the current chain; sum: of the chains before it
+  // The sum of the current chain, of the columns of a pass; sum: of the chains before it, of all columns.
+  float acc[Tl::kFragM][Tl::kPassN][4] = {};
 #pragma unroll
   for (int i = 0; i < Tl::kFragM; i++)
 #pragma unroll
     for (int j = 0; j < Tl::kFragN; j++)
 #pragma unroll
       for (int c = 0; c < 4; c++) sum[i][j][c] = 0;
-  const auto end_chain = [&] {
+  const auto end_chain = [&](int first) {  // of the columns from `first` on
 #pragma unroll
     for (int i = 0; i < Tl::kFragM; i++)
 #pragma unroll
-      for (int j = 0; j < Tl::kFragN; j++)
+      for (int j = 0; j < Tl::kPassN; j++)
 #pragma unroll
         for (int c = 0; c < 4; c++) {
-          sum[i][j][c] = __fadd_rn(sum[i][j][c], acc[i][j][c]);
+          sum[i][first + j][c] = __fadd_rn(sum[i][first + j][c], acc[i][j][c]);
           acc[i][j][c] = 0;
         }
   };
-  constexpr int kChainSteps = kChain * (int)sizeof(T) / kStepBytes;
   const bool busy = warp_row < rows && warp_column < columns;
   for (int step = 0; step < kBuffers - 1; step++) load(step);
   for (int step = 0; step < steps; step++) {
@@ -167,18 +176,21 @@ __device__ __forceinline__ bool multiply_rows(const Matrix<T>& from, const int* 
     load(step + kBuffers - 1);
     const int buffer = step % kBuffers * kBufferRows * kBufferPitch;
     if (busy) {
+#pragma unroll
+      for (int first = 0; first < Tl::kFragN; first += Tl::kPassN) {
 #pragma unroll(kMatrix ? 2 : 1)  // more of them spill on some targets
-      for (int k = 0; k < kStepBytes; k += 32)
-        // Copied rows end in zeros, which change no sum; what lies behind a resident row may be anything.
-        if (!kResident || step * (kStepBytes / 32) + k / 32 < slabs)
-          multiply<T, Tl>(
-              acc, [&](int i) { return row_a(i) + (kResident ? step * kStepBytes : buffer) + k; },
-              [&](int j) { return row_b(j) + buffer + k; });
-      if (step % kChainSteps == kChainSteps - 1) end_chain();
+        for (int k = 0; k < kStepBytes; k += 32)
+          // Copied rows end in zeros, which change no sum; what lies behind a resident row may be anything.
+          if (!kResident || step * (kStepBytes / 32) + k / 32 < slabs)
+            multiply<T>(
+                acc, [&](int i) { return row_a(i) + (kResident ? step * kStepBytes : buffer) + k; },
+                [&](int j) { return row_b((kMatrix ? first / 2 : first * 2) + j) + buffer + k; });
+        if (step % kChainSteps == kChainSteps - 1) end_chain(first);
+      }
     }
   }
   copy_async_wait<0>();
-  if (busy) end_chain();
+  if (busy && kChainSteps > 1) end_chain(0);
   return busy;
 }
 

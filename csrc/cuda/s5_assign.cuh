@@ -13,9 +13,12 @@ namespace apet::cuda {
 
 using SmallTile = Tile<2, 2, 2, 4>;  // 64 x 64: enough tiles for a small image
 // 96 x 128 reads six tenths of the bytes from L2 per product; its two sums per product fill the registers. float32,
-// which is limited by arithmetic, uses 64 x 128.
+// which is limited by arithmetic, uses 64 x 128, and has no larger tile.
 template <class T>
 using LargeTile = Tile<2, 4, sizeof(T) == 2 ? 3 : 2, 4>;
+// 128 x 256 reads two thirds of the bytes of 96 x 128. A warp takes its 64 columns in two passes, so a thread has 64 sums
+// of chains beside the 128 others. Two chains of all rows are in flight, in 204 KB of shared memory.
+using LargestTile = Tile<2, 4, 4, 8, 2>;
 // The tile of s1_s5_cluster, for its 12 warps: 96 x 128 (float32, for lack of registers: 96 x 64).
 template <class T>
 using ClusterTile = Tile<3, 4, 2, sizeof(T) == 2 ? 4 : 2>;

@@ -30,7 +30,7 @@ __device__ __forceinline__ void add_listed(const Call& call, const Image& image,
     const int number = __ldcg(call.merged + image.token + begin + q0 + min(lane, listed - 1));
     const int position = __ldcg(call.dropped + image.token + number);
     for (int q = 0; q < listed; q += kFlight) {
-      Chunk<T> added[kFlight][kChunks];
+      Chunk<T> added[kFlight][kChunks] = {};
 #pragma unroll
       for (int f = 0; f < kFlight; f++) {  // past the end of the list its last token again, which is not added
         const T* from = x + __shfl_sync(kAllLanes, position, min(q + f, listed - 1)) * call.stride_xn;
@@ -62,7 +62,8 @@ __device__ inline void s5_mean(const Call& call, const Image& image, const int32
   T* out = static_cast<T*>(call.tensors.tokens) + (image.row + row) * call.dim;
   const int token = __ldcg(call.row_token + image.row + row), role = __ldcg(call.row_role + image.row + row);
   const T* own_row = x + token * call.stride_xn;
-  Chunk<T> own[kChunks];
+  // Zeros where there is no chunk, here and in add_listed: what is not set would keep its registers during the tiles.
+  Chunk<T> own[kChunks] = {};
 #pragma unroll
   for (int c = 0; c < kChunks; c++)
     if (chunk0 + c * 32 < chunks) own[c] = load_chunk(own_row, chunk0 + c * 32, call.dim, call.whole_in);
