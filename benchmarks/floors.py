@@ -229,10 +229,10 @@ def sheets(cases: list[Case]) -> list[Sheet]:
     times = [
         Sheet(
             f"Times, computed: {name}",
-            "Times are in microseconds. floor: the bound that no implementation can beat, and the resource that sets it. graph, "
-            "host: the M + 4 launches of the Triton backend, replayed from a graph, or launched one by one. published: "
-            "the published formulation, launched one by one since it waits for the host; - if its broadcast similarity "
-            "does not fit in memory.",
+            "Times are in microseconds. floor: the bound that no implementation can beat, and the resource that sets "
+            "it. graph, host: the M + 4 launches of the Triton backend, replayed from a graph, or launched one by one. "
+            "published: the published formulation, launched one by one since it waits for the host; - if its broadcast "
+            "similarity does not fit in memory.",
             ["shape", *(f"{device.name} {what}" for device in DEVICES for what in _WHAT)],
             [[case.shape, *(text for device in DEVICES for text in _times(case, device))] for case in chosen],
         )

@@ -20,11 +20,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.lib.machine import describe
-from benchmarks.vlm import alignment, evaluation, features, llava, packing, words
+from benchmarks.vlm import alignment, evaluation, features, guidance, llava, packing, words
 from benchmarks.vlm.features import Split
 
 DECAY, CLIP, BETAS = 0.05, 1.0, (0.9, 0.98)
 SAYS = 0.5  # weight of what projected tokens say
+LOOKS = 0.3  # weight of where attention goes
 PLACES = 0.3  # weight of their places, in the alignment
 ALIGN_RATE, ALIGNED_AT_ONCE = 2e-3, 16  # pictures
 TOWER_RATE = 0.15  # of the other rates: the tower's layers were trained before
@@ -82,6 +83,7 @@ class Run:
         self.model = llava.create(plan.seed)
         self.model.model.vision_tower.requires_grad_(False)
         tower = llava.trained(self.model).requires_grad_(True)
+        self.guide = guidance.Guide()
         self.packer = packing.Packer(words.tokenizer(), self.model.config.image_token_index)
         with torch.random.fork_rng():
             torch.manual_seed(plan.seed)
@@ -149,29 +151,34 @@ class Run:
         self.model.train()
         for group in self.optimiser.param_groups:
             group["lr"] = group["scale"] * self.plan.rate_at(self.step)
-        answers, says = self.losses(split, self.plan.numbers(self.step))
+        answers, looks, says = self.losses(split, self.plan.numbers(self.step))
         self.optimiser.zero_grad()
-        (answers + SAYS * (says["characters"] + says["letters"] + says["colours"])).backward()
+        (answers + LOOKS * looks + SAYS * (says["characters"] + says["letters"] + says["colours"])).backward()
         trained = [p for p in self.model.parameters() if p.requires_grad]
         torch.nn.utils.clip_grad_norm_(trained, CLIP)
         self.optimiser.step()
         self.step += 1
-        return {"loss": answers.item(), **{name: says[name].item() for name in ("characters", "letters", "colours")}}
+        return {
+            "loss": answers.item(),
+            "looks": looks.item(),
+            **{name: says[name].item() for name in ("characters", "letters", "colours")},
+        }
 
-    def losses(self, split: Split, numbers: list[int]) -> tuple[Tensor, dict[str, Tensor]]:
-        """Returns the cross entropy of the answers to drawn questions about these pictures, and the losses of what the
-        projected tokens say."""
-        draw = np.random.default_rng((self.plan.seed, 1, self.step))
-        asked = [drawn(split.pictures[n].questions, self.plan.questions, draw) for n in numbers]
+    def losses(self, split: Split, numbers: list[int]) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """Returns the cross entropy of the answers to drawn questions about these pictures, the loss of where attention
+        goes, and the losses of what the projected tokens say."""
+        draw, pictures = np.random.default_rng((self.plan.seed, 1, self.step)), [split.pictures[n] for n in numbers]
+        asked = [drawn(picture.questions, self.plan.questions, draw) for picture in pictures]
         packed = self.packer.pack(asked, features.TOKENS, answers=True)
-        at = packed.target != packing.NOTHING
-        with self.plan.products():
+        at, looks = packed.target != packing.NOTHING, guidance.looks(packed, asked, pictures)
+        with self.plan.products(), self.guide.on(self.model.model.language_model, looks):
             projected = self.project(split, numbers)
             states = packing.hidden(self.model, packed, projected)
             logits = self.model.lm_head(states[at])
         answers = F.cross_entropy(logits.float(), packed.target[at])
         table = self.model.get_input_embeddings().weight
-        return answers, self.reader.losses(projected.float(), table, [split.pictures[n] for n in numbers])
+        attended = answers.new_zeros(()) if self.guide.loss is None else self.guide.loss
+        return answers, attended, self.reader.losses(projected.float(), table, pictures)
 
 
 def mean(losses: list[dict[str, float]]) -> dict[str, float]:
