@@ -45,19 +45,31 @@ IMAGE = {
     "idefics3": "<image>",
     "smolvlm": "<image>",
     "mistral3": "[IMG]",
-    "glm4v": "<|begin_of_image|><|image|><|end_of_image|>",
+    "gemma4": "<image_soft_token>",
+    "llama4": "<|image|>",
+    "minicpmv4_6": "<|image_pad|>",
+    **dict.fromkeys(("glm4v", "glm4v_moe"), "<|begin_of_image|><|image|><|end_of_image|>"),
     **dict.fromkeys((name for name in tiny.KINDS if name.startswith("qwen")), tiny.QWEN_IMAGE),
 }
 VIDEO = {
     "llava_onevision": "<video>",
     "internvl": "<video>",
-    "glm4v": "<|begin_of_video|><|video|><|end_of_video|>",
+    "gemma4": "<|video|>",
+    "minicpmv4_6": "<|video_pad|>",
+    **dict.fromkeys(("glm4v", "glm4v_moe"), "<|begin_of_video|><|video|><|end_of_video|>"),
     **dict.fromkeys((name for name in tiny.KINDS if name.startswith("qwen")), tiny.QWEN_VIDEO),
 }
-# The tokens at the positions of visual rows.
-VISUAL = {tiny.IMAGE, tiny.IMAGE_PAD, tiny.VIDEO_PAD, tiny.VIDEO, tiny.CONTEXT, tiny.IMG, tiny.SOFT, tiny.GLM_IMAGE}
 MODELS = tuple(IMAGE)
-MROPE = tuple(name for name in MODELS if name == "glm4v" or name.startswith("qwen"))  # need a budget at their start
+MROPE = tuple(name for name in MODELS if name.startswith(("glm4v", "qwen")))  # need a budget at their start
+BFLOAT16 = ("qwen3_5", "qwen3_5_moe", "minicpmv4_6")  # vLLM's linear attention for CPUs takes nothing else
+
+
+def visual(name: str) -> set[int]:
+    """Returns the tokens at the positions of visual rows."""
+    if name == "llama4":  # another of its tokens precedes each image
+        return {tiny.TILE_TOKEN}
+    images = {tiny.IMAGE, tiny.IMAGE_PAD, tiny.CONTEXT, tiny.IMG, tiny.SOFT, tiny.GLM_IMAGE}
+    return images | {tiny.VIDEO_PAD, tiny.VIDEO, tiny.GLM_VIDEO}
 
 
 def picture(height: int, width: int, seed: int = 0) -> Image.Image:
@@ -113,8 +125,10 @@ class Served:
 
         limits = {"image": 4, "video": 1} if name in VIDEO else {"image": 4}
         self.name = name
-        if name == "qwen3_5":  # vLLM's linear attention for CPUs takes nothing else
+        if name in BFLOAT16:
             more = {"dtype": "bfloat16", **more}
+        if name == "gemma4":  # its encoder asks for free memory, which torch does not tell of a CPU
+            torch.accelerator.get_memory_info = lambda: (2**30, 2**30)
         more = {"trust_remote_code": name == "internvl_chat", **more}
         self.llm = LLM(str(folder), limit_mm_per_prompt=limits, mm_processor_kwargs=at_start, **{**ENGINE, **more})
         self.alive.append(self.llm)
