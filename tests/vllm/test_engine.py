@@ -116,7 +116,8 @@ def check(served: Served, whole: dict[str, Any], options: dict[str, Any], kept: 
         torch.testing.assert_close(read, expected[stays], rtol=1e-4, atol=1e-5)
     else:
         assert torch.equal(read, expected[stays])
-    assert torch.equal(where, positions[:, stays] if served.name in MROPE else torch.arange(len(fewer))[None])
+    renumbered = torch.arange(len(fewer)).expand_as(where)
+    assert torch.equal(where, positions[:, stays] if served.name in MROPE else renumbered)
     if served.name in ("qwen3_vl", "qwen3_vl_moe"):
         whole_, fewer_ = (torch.cat(s.deepstack, dim=1) for s in (seen, compressed))
         assert whole_.any()
@@ -181,7 +182,7 @@ def test_generation_goes_on_after_the_whole_prompt(served):
     assert torch.equal(generated, torch.arange(following, following + 3).expand(3, 3))
 
 
-@pytest.mark.parametrize("served", ["gemma3"], indirect=True)
+@pytest.mark.parametrize("served", ["gemma3", "gemma4"], indirect=True)
 def test_kept_tokens_of_an_image_attend_to_each_other(served):
     """vLLM's runner passes spans to attention: one span has all kept tokens of an image."""
     runner = served.llm.llm_engine.model_executor.driver_worker.model_runner
@@ -192,7 +193,7 @@ def test_kept_tokens_of_an_image_attend_to_each_other(served):
             spans.append([span for f in request.mm_features for span in f.mm_position.extract_embeds_range()])
 
     with served.model.register_forward_pre_hook(note):
-        (output,) = served.outputs(prompt("gemma3", *(picture(*size) for size in SIZES[:2]), apet_keep=5), tokens=1)
+        (output,) = served.outputs(prompt(served.name, *(picture(*size) for size in SIZES[:2]), apet_keep=5), tokens=1)
     first, second = (column for column, token in enumerate(output.prompt_token_ids) if token == tiny.BOI)
     assert runner.is_mm_prefix_lm
     assert spans[0] == [(first + 1, first + 5), (second + 1, second + 5)]

@@ -13,7 +13,21 @@ from typing import Any
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
-from tiny import CHARACTERS, CHAT, INTERN_CHAT, KINDS, LATER, PATCH, PINPOINTS, SIDE, SOFT_TOKENS, SPECIAL, TEXT, TILE
+from tiny import (
+    CHARACTERS,
+    CHAT,
+    INTERN_CHAT,
+    KIMI_MEDIA,
+    KINDS,
+    LATER,
+    PATCH,
+    PINPOINTS,
+    SIDE,
+    SOFT_TOKENS,
+    SPECIAL,
+    TEXT,
+    TILE,
+)
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -108,11 +122,13 @@ def save(name: str, folder: Path) -> Path:
         return save_chat(folder)
     kind, sizes = KINDS[name]
     config = getattr(transformers, f"{kind}Config")(**copy.deepcopy(sizes))
-    config.architectures = [f"{kind}ForConditionalGeneration"]
+    config.architectures = [f"{kind.replace('Kimi_', 'Kimi')}ForConditionalGeneration"]
     config.save_pretrained(folder)
     processor(name, config).save_pretrained(folder)
+    if name == "kimi_k25":  # vLLM has its own processor, which reads this
+        (folder / "preprocessor_config.json").write_text(json.dumps({"media_proc_cfg": KIMI_MEDIA}))
     torch.manual_seed(0)
-    model = getattr(transformers, config.architectures[0])._from_config(config)
+    model = getattr(transformers, f"{kind}ForConditionalGeneration")._from_config(config)
     for parameter in model.parameters():
         if parameter.dim() > 1:
             torch.nn.init.normal_(parameter, std=0.15)
@@ -157,6 +173,8 @@ def processor(name: str, config: Any) -> Any:
         images = transformers.Gemma4ImageProcessor(max_soft_tokens=SOFT_TOKENS)
         videos, audio = transformers.Gemma4VideoProcessor(), transformers.Gemma4AudioFeatureExtractor()
         return transformers.Gemma4Processor(audio, images, words, videos, chat_template=TEMPLATE)
+    if name == "kimi_k25":
+        return words
     if name == "llama4":
         images = transformers.Llama4ImageProcessor(**square, max_patches=4)
         return transformers.Llama4Processor(images, words, patch_size=PATCH, chat_template=TEMPLATE)

@@ -14,6 +14,7 @@ MODELS = {
     "Idefics3ForConditionalGeneration": "idefics3:Idefics3",
     "InternVLChatModel": "internvl:InternVL",
     "InternVLForConditionalGeneration": "internvl:InternVLHF",
+    "KimiK25ForConditionalGeneration": "kimi_k25:KimiK25",
     "Llama4ForConditionalGeneration": "llama4:Llama4",
     "LlavaForConditionalGeneration": "llava:Llava",
     "LlavaNextForConditionalGeneration": "llava_next:LlavaNext",
