@@ -28,7 +28,6 @@ import importlib.util
 import io
 import itertools
 import json
-import os
 import statistics
 import tempfile
 import time
@@ -173,7 +172,8 @@ class Fleet(Cpu):
     def __init__(self, setup: Setup, smoke: bool) -> None:
         super().__init__()
         self.setup, self._smoke = setup, smoke
-        self._stack, self._media, self._servers = contextlib.ExitStack(), "", {}
+        self._stack, self._media = contextlib.ExitStack(), ""
+        self._servers: dict[str, Server] = {}
         self.files = {"image": pictures(), "video": videos()}
 
     def servers(self, media: str) -> dict[str, Server]:
@@ -238,8 +238,6 @@ def find(setup: Setup, smoke: bool) -> Device:
     """Returns the servers, not yet started. Raises RuntimeError if there is no vLLM."""
     if importlib.util.find_spec("vllm") is None:
         raise RuntimeError(NO_VLLM)
-    if not any(setup.models):
-        os.environ["HF_HUB_OFFLINE"] = "1"
     return Fleet(setup, smoke)
 
 

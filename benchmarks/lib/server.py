@@ -54,7 +54,9 @@ class Server:
         request = urllib.request.Request(
             f"{self.address}/v1/chat/completions", told, {"Content-Type": "application/json"}
         )
-        begin, times, used, usage = time.perf_counter(), [], None, {}
+        times: list[float] = []
+        usage: dict[str, int] = {}
+        begin, used = time.perf_counter(), None
         with (
             concurrent.futures.ThreadPoolExecutor(1) as aside,  # reading metrics must not delay the next tokens
             urllib.request.urlopen(request, timeout=3600) as events,
@@ -94,6 +96,8 @@ def start(model: str, options: Sequence[str], plugins: Sequence[str]) -> Iterato
         serve = [str(Path(sys.executable).parent / "vllm"), "serve", model, *given, "--port", str(port), *options]
         offer(Path(folder))
         settings = {"VLLM_NO_USAGE_STATS": "1", "VLLM_PLUGINS": ",".join(plugins), "PYTHONPATH": folder}
+        if Path(model).exists():
+            settings |= {"HF_HUB_OFFLINE": "1"}
         if not torch.cuda.is_available():
             # By default vLLM reserves a core for the server, which would be half of two.
             settings |= {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": str(os.cpu_count())}
