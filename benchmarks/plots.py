@@ -1,7 +1,8 @@
-"""Draws the pictures of docs/benchmarks.md."""
+"""Draws the pictures of docs/benchmarks.md and docs/engines.md."""
 
 from __future__ import annotations
 
+from fractions import Fraction
 from pathlib import Path
 
 import matplotlib
@@ -11,7 +12,7 @@ from matplotlib import pyplot
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from benchmarks import growth, kept
+from benchmarks import growth, kept, serving
 from benchmarks.lib.cases import Case
 from benchmarks.lib.suite import Results
 
@@ -89,6 +90,42 @@ def draw_growth(results: Results, path: Path) -> None:
             )
     axes[0][0].set_ylabel("milliseconds")
     axes[1][0].set_ylabel("MiB beyond the input")
+    _finish(figure, axes.flat, path)
+
+
+def draw_serving(results: Results, path: Path) -> None:
+    """Draws requests per second above, times to the first token below, against all tokens: a column for each medium and
+    length of text, a colour for each number of clients."""
+    columns = list(dict.fromkeys((row.case["media"], row.case["text"]) for row in results.rows))
+    loads = list(dict.fromkeys(row.case["concurrency"] for row in results.rows))
+    figure, axes = pyplot.subplots(2, len(columns), figsize=(4 * len(columns), 6), squeeze=False, sharey="row")
+    for number, column in enumerate(columns):
+        for row in (row for row in results.rows if (row.case["media"], row.case["text"]) == column):
+            for method, style in (
+                ("apet", {"marker": "o"}),
+                ("random", {"linestyle": ":"}),
+                ("evs", {"linestyle": "--"}),
+            ):
+                found = {b: serving.gains(row, name) for b, name in serving.measured(row, method).items() if b != "all"}
+                clients = row.case["concurrency"]
+                for place, gain in zip(axes[:, number], range(2), strict=True) if found else ():
+                    place.plot(
+                        [float(Fraction(budget)) for budget in found],
+                        [gains[gain] for gains in found.values()],
+                        label=f"{method}, {clients} clients",
+                        **(SIZE | style | {"color": f"C{loads.index(clients)}"}),
+                    )
+        for place in axes[:, number]:
+            place.axhline(1, color="grey", linewidth=0.8)
+            place.set(xscale="log")
+            place.minorticks_off()
+            budgets = {b for row in results.rows for b in serving.measured(row, "apet") if b != "all"}
+            place.set_xticks([float(Fraction(b)) for b in budgets], list(budgets), fontsize=7)
+            place.grid(alpha=0.3)
+        axes[0][number].set_title(f"{column[0]}, {column[1]} text", fontsize=9)
+        axes[1][number].set_xlabel("share of the visual tokens kept")
+    axes[0][0].set_ylabel("requests/s, times those of all tokens")
+    axes[1][0].set_ylabel("first token, times sooner")
     _finish(figure, axes.flat, path)
 
 

@@ -73,6 +73,29 @@ def growth_conclusions(results: Results) -> list[str]:
     return lines
 
 
+def serving_conclusions(results: Results) -> list[str]:
+    """Returns the gains of each budget, also against the same number of rows chosen in other ways."""
+    lines = []
+    for media in dict.fromkeys(row.case["media"] for row in results.rows):
+        rows = [row for row in results.rows if row.case["media"] == media]
+        for budget in dict.fromkeys(b for row in rows for b in serving.measured(row, "apet") if b != "all"):
+            ours = f"apet {budget}"
+            faster, sooner = zip(*(serving.gains(row, ours) for row in rows if ours in row.ms), strict=True)
+            line = (
+                f"{media}, {budget} kept: {min(faster):.2f} to {max(faster):.2f} times the requests/s of all tokens, "
+                f"first tokens {min(sooner):.2f} to {max(sooner):.2f} times sooner"
+            )
+            for other, what in (("random", "with random rows"), ("evs", "with EVS")):
+                theirs = f"{other} {budget}"
+                found = [
+                    serving.gains(row, ours)[0] / serving.gains(row, theirs)[0] for row in rows if theirs in row.ms
+                ]
+                if found:
+                    line += f"; {min(found):.2f} to {max(found):.2f} times the requests/s {what}"
+            lines.append(f"{line}.")
+    return lines
+
+
 SECTIONS = (
     Section("kept", kept.SUITE, plots.draw_kept, kept_conclusions),
     Section("growth", growth.SUITE, plots.draw_growth, growth_conclusions),
@@ -81,7 +104,7 @@ SECTIONS = (
     Section("cpu-overwrite", cpu.SUITE),
     Section("cpu-inplace", cpu.SUITE),
     Section("hooks", hooks.SUITE),
-    Section("serving", serving.SUITE, page="engines.md"),
+    Section("serving", serving.SUITE, plots.draw_serving, serving_conclusions, page="engines.md"),
     Section("gpu", gpu.SUITE, page="gpu.md"),
 )
 PAGES = tuple(dict.fromkeys(section.page for section in SECTIONS))

@@ -34,8 +34,10 @@ class Size:
 
 REAL = Size.of(vision=(1024, 4096, 24, 16), text=(2048, 5632, 16, 32, 4))
 SMOKE = Size.of(vision=(64, 96, 2, 2), text=(128, 192, 4, 4, 2))
-SPECIAL = ("<pad>", "<s>", "</s>", "<image>")
+SPECIAL = ("<pad>", "<s>", "</s>", "<image>", "<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>")
 BYTES = sorted(pre_tokenizers.ByteLevel.alphabet())  # the text tokens of the model that `save` writes; "!" to "~" first
+ENDS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+VOCABULARY = 512
 LETTERS = range(len(SPECIAL), len(SPECIAL) + 94)  # their ids
 TEMPLATE = "{% for message in messages %}{{ message['role'] }}: {{ message['content'] }}\n{% endfor %}assistant:"
 
@@ -50,28 +52,31 @@ def config(size: Size, vocabulary: int, image: int, **more: Any) -> Any:
     )
 
 
-def save(folder: Path, size: Size) -> None:
-    """Writes config and processor for a server with dummy weights. Each byte of text is a token."""
-    pad, bos, eos, image = range(len(SPECIAL))
+def tokenizer() -> transformers.PreTrainedTokenizerFast:
+    """Returns a tokenizer to which each byte of text is a token."""
+    pad, bos, eos, *more = SPECIAL
     ids = {word: number for number, word in enumerate([*SPECIAL, *BYTES])}
     tokens = Tokenizer(models.BPE(ids, merges=[]))
     tokens.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokens.decoder = decoders.ByteLevel()
-    tokenizer = transformers.PreTrainedTokenizerFast(
+    return transformers.PreTrainedTokenizerFast(
         tokenizer_object=tokens,
-        pad_token=SPECIAL[pad],
-        bos_token=SPECIAL[bos],
-        eos_token=SPECIAL[eos],
-        additional_special_tokens=[SPECIAL[image]],
+        pad_token=pad,
+        bos_token=bos,
+        eos_token=eos,
+        additional_special_tokens=more,
         chat_template=TEMPLATE,
     )
+
+
+def save(folder: Path, size: Size) -> None:
+    """Writes config and processor for a server with dummy weights."""
     side = PICTURE["image_size"]
     images = transformers.CLIPImageProcessor(size={"shortest_edge": side}, crop_size={"height": side, "width": side})
-    ends = {"pad_token_id": pad, "bos_token_id": bos, "eos_token_id": eos}
-    config(size, 512, image, **ends).save_pretrained(folder)
+    config(size, VOCABULARY, SPECIAL.index("<image>"), **ENDS).save_pretrained(folder)
     transformers.LlavaProcessor(
         images,
-        tokenizer,
+        tokenizer(),
         patch_size=PICTURE["patch_size"],
         vision_feature_select_strategy="default",
         num_additional_image_tokens=1,

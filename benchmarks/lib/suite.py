@@ -1,18 +1,21 @@
 """The shared parts of the suites: the command line, the file of results, and a head that describes the machine.
 
-    python -m benchmarks.SUITE [--smoke] [--rounds N] [--only TEXT ...] [--json FILE]
+    python -m benchmarks.SUITE [--smoke] [--rounds N] [--only TEXT ...] [--minutes M] [--json FILE]
 
---only keeps the cases whose name, such as "1x576x1024 keep 64 float32 overwrite", holds every TEXT given. Results are
-written after every case, one to a line, with every call; `python -m benchmarks.report` makes docs/benchmarks.md from
-them, `python -m benchmarks.regress` compares two.
+--only keeps the cases whose name, such as "1x576x1024 keep 64 float32 overwrite", holds every TEXT given; after
+--minutes no further case begins. Results are written after every case, one to a line, with every call;
+`python -m benchmarks.report` makes docs/benchmarks.md from them, `python -m benchmarks.regress` compares two.
 """
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import dataclasses
 import json
+import math
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -62,13 +65,25 @@ class Suite:
         return dataclasses.replace(self.compare(case, device).run(rounds), memory=self.memory(case))
 
     def main(self) -> None:
-        """Measures, shows and writes. Exits with 1 if code of this project failed, with 2 if there is no device."""
+        """Measures, shows and writes what the command line says."""
+        parser = self.parser()
+        self.run(parser, parser.parse_args())
+
+    def parser(self) -> argparse.ArgumentParser:
+        """Returns the parser of the command line."""
         parser = command.parser(self.name, self.about)
         parser.add_argument("--smoke", action="store_true", help=f"tiny cases and {SMOKE_ROUNDS} rounds")
         parser.add_argument("--rounds", type=int, default=self.rounds, help=f"calls of each ({self.rounds})")
         command.add_only(parser)
+        parser.add_argument(
+            "--minutes", type=float, default=math.inf, metavar="M", help="begin no further case after this time"
+        )
         parser.add_argument("--json", type=Path, metavar="FILE", help="write everything measured")
-        options = parser.parse_args()
+        return parser
+
+    def run(self, parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
+        """Measures, shows and writes. Exits with 1 if code of this project failed, with 2 if there is no device."""
+        begin = time.monotonic()
         device = command.device(parser, self.device, options.smoke)
         console = Console(width=None if sys.stdout.isatty() else 220)
         with contextlib.closing(device):
@@ -78,12 +93,18 @@ class Suite:
             rates = self.rates(device)
             results = Results(self.name, {**device.describe(), **describe(), **self.head(rates)}, rates, [])
             for number, case in enumerate(cases, 1):
-                with console.status(f"{number} of {len(cases)}: {case}"):
-                    rounds = SMOKE_ROUNDS if options.smoke else options.rounds
-                    results.rows.append(self.measure(case, device, rounds))
-                device.release()
+                late = time.monotonic() - begin > 60 * options.minutes
+                if late:
+                    results.head["left out"] = f"{len(cases) - number + 1} of {len(cases)} cases, for lack of time"
+                else:
+                    with console.status(f"{number} of {len(cases)}: {case}"):
+                        rounds = SMOKE_ROUNDS if options.smoke else options.rounds
+                        results.rows.append(self.measure(case, device, rounds))
+                    device.release()
                 if options.json:  # after every case, so that an interrupted run leaves its results
                     save(results, options.json)
+                if late:
+                    break
         show(console, results.head, self.sheets(results))
         for line in failures(results):
             console.print(f"failed: {line}", highlight=False, markup=False)

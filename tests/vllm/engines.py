@@ -45,19 +45,33 @@ IMAGE = {
     "idefics3": "<image>",
     "smolvlm": "<image>",
     "mistral3": "[IMG]",
-    "glm4v": "<|begin_of_image|><|image|><|end_of_image|>",
+    "gemma4": "<image_soft_token>",
+    "kimi_k25": "<|media_pad|>",
+    "llama4": "<|image|>",
+    "minicpmv4_6": "<|image_pad|>",
+    **dict.fromkeys(("glm4v", "glm4v_moe"), "<|begin_of_image|><|image|><|end_of_image|>"),
     **dict.fromkeys((name for name in tiny.KINDS if name.startswith("qwen")), tiny.QWEN_IMAGE),
 }
 VIDEO = {
     "llava_onevision": "<video>",
     "internvl": "<video>",
-    "glm4v": "<|begin_of_video|><|video|><|end_of_video|>",
+    "gemma4": "<|video|>",
+    "minicpmv4_6": "<|video_pad|>",
+    **dict.fromkeys(("glm4v", "glm4v_moe"), "<|begin_of_video|><|video|><|end_of_video|>"),
     **dict.fromkeys((name for name in tiny.KINDS if name.startswith("qwen")), tiny.QWEN_VIDEO),
 }
-# The tokens at the positions of visual rows.
-VISUAL = {tiny.IMAGE, tiny.IMAGE_PAD, tiny.VIDEO_PAD, tiny.VIDEO, tiny.CONTEXT, tiny.IMG, tiny.SOFT, tiny.GLM_IMAGE}
 MODELS = tuple(IMAGE)
-MROPE = tuple(name for name in MODELS if name == "glm4v" or name.startswith("qwen"))  # need a budget at their start
+MROPE = tuple(name for name in MODELS if name.startswith(("glm4v", "qwen")))  # need a budget at their start
+PART_OF_TOWER = {"gemma4": "encoder", "minicpmv4_6": "post_layernorm"}  # where vLLM calls parts of it only
+BFLOAT16 = ("qwen3_5", "qwen3_5_moe", "minicpmv4_6")  # vLLM's linear attention for CPUs takes nothing else
+
+
+def visual(name: str) -> set[int]:
+    """Returns the tokens at the positions of visual rows."""
+    if name == "llama4":  # another of its tokens precedes each image
+        return {tiny.TILE_TOKEN}
+    images = {tiny.IMAGE, tiny.IMAGE_PAD, tiny.CONTEXT, tiny.IMG, tiny.SOFT, tiny.GLM_IMAGE, tiny.MEDIA}
+    return images | {tiny.VIDEO_PAD, tiny.VIDEO, tiny.GLM_VIDEO}
 
 
 def picture(height: int, width: int, seed: int = 0) -> Image.Image:
@@ -86,6 +100,8 @@ def prompt(
     parts = ["".join(f"{IMAGE[name]} and " for _ in images), "".join(f"{VIDEO[name]} " for _ in videos)]
     shown = before + "".join(parts[::-1] if first else parts)
     data = {"image": list(images)} if images else {}
+    if name == "kimi_k25":  # as vLLM's chat makes them of images
+        data = {"vision_chunk": [{"type": "image", "image": image, "uuid": None} for image in images]} if images else {}
     if videos:
         data["video"] = list(videos)
     request = {"prompt": shown + text, "multi_modal_data": data}
@@ -111,13 +127,20 @@ class Served:
     def __init__(self, name: str, folder: Path, at_start: dict[str, Any] | None = None, **more: Any):
         from vllm import LLM
 
-        limits = {"image": 4, "video": 1} if name in VIDEO else {"image": 4}
+        limits = {"vision_chunk" if name == "kimi_k25" else "image": 4, **({"video": 1} if name in VIDEO else {})}
         self.name = name
-        if name == "qwen3_5":  # vLLM's linear attention for CPUs takes nothing else
+        if name in BFLOAT16:
             more = {"dtype": "bfloat16", **more}
+        if name == "gemma4":  # its encoder asks for free memory, which torch does not tell of a CPU
+            torch.accelerator.get_memory_info = lambda: (2**30, 2**30)
         more = {"trust_remote_code": name == "internvl_chat", **more}
         self.llm = LLM(str(folder), limit_mm_per_prompt=limits, mm_processor_kwargs=at_start, **{**ENGINE, **more})
         self.alive.append(self.llm)
+        if (
+            name == "llama4"
+        ):  # vLLM's linear layers for CPUs refuse the patches of a single tile, which are not contiguous
+            linear = self.model.vision_model.patch_embedding.linear
+            linear.register_forward_pre_hook(lambda _, args: (args[0].contiguous(), *args[1:]))
 
     @property
     def model(self) -> nn.Module:
@@ -148,8 +171,10 @@ class Served:
     def watched(self) -> Iterator[Seen]:
         """Records inputs and outputs of the parts of the model; several requests are in the order of the batch."""
         seen, model = Seen(), self.model
-        names, places = ("visual", "vision_tower", "vision_model"), (model, getattr(model, "model", None))
+        names, places = ("visual", "vision_tower", "vision_model", "vpm"), (model, getattr(model, "model", None))
         tower = next(getattr(place, name) for place in places for name in names if hasattr(place, name))
+        if part := PART_OF_TOWER.get(self.name):
+            tower = getattr(tower, part)
 
         def reader(_: nn.Module, args: Any, kwargs: Any) -> None:
             seen.embeds.append(kwargs["inputs_embeds"].clone())
@@ -158,6 +183,7 @@ class Served:
                 seen.deepstack.append(torch.stack([level[: len(kwargs["inputs_embeds"])] for level in levels]))
 
         def note_tower(_: nn.Module, args: Any, out: Any) -> None:
+            out = getattr(out, "last_hidden_state", out)
             seen.tower.append(out.clone() if isinstance(out, Tensor) else torch.cat([x.flatten(0, -2) for x in out]))
 
         hooks = [

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import tiny
 import torch
-from engines import ENGINE, MODELS, VISUAL, picture, prompt
+from engines import ENGINE, MODELS, picture, prompt, visual
 from prometheus_client import REGISTRY
 
 LLAVA = pytest.mark.parametrize("served", ["llava"], indirect=True)
@@ -29,7 +29,7 @@ def test_a_cap_on_a_request_is_shared_by_its_images(served):
     one, two = picture(112, 112), picture(90, 300, 1)
     ids, _, embeds, _ = served.read(prompt(served.name, one, apet_max_tokens=40))
     both, _, read, _ = served.read(prompt(served.name, one, two, apet_max_tokens=80))
-    rows = {*VISUAL, tiny.BREAK, tiny.LAST}
+    rows = {*visual(served.name), tiny.BREAK, tiny.LAST}
     alone, together = (sum(token in rows for token in prompt_) for prompt_ in (ids, both))
     whole = [sum(token in rows for token in served.read(prompt(served.name, i, apet_keep=1.0))[0]) for i in (one, two)]
     assert alone == min(40, whole[0])

@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 import tiny
 import torch
-from engines import MODELS, MROPE, VIDEO, VISUAL, Served, picture, prompt, video
+from engines import MODELS, MROPE, VIDEO, Served, picture, prompt, video, visual
 
 EVERY = pytest.mark.parametrize("served", MODELS, indirect=True)
 SIZES = [(112, 112), (90, 300), (260, 130), (40, 60)]
 BEFORE_PROJECTOR = ("llava", "llava_next")
-ROUNDED = ("glm4v",)  # the last bits of its encoder's result depend on the other images of a batch
+ROUNDED = ("glm4v", "glm4v_moe")  # the last bits of its encoder's result depend on the other images of a batch
 
 
 def packing(served: Served, height: int, width: int) -> torch.Tensor:
@@ -41,7 +41,7 @@ def grid(height: int, width: int) -> tuple[int, int]:
 
 def units(served: Served, ids: list[int], embeds: torch.Tensor) -> list[torch.Tensor]:
     """Returns the columns of every unit of a prompt with all tokens, found by its tokens (and newlines)."""
-    marks = torch.tensor([token in VISUAL for token in ids])
+    marks = torch.tensor([token in visual(served.name) for token in ids])
     gaps = {tiny.BREAK} if served.name == "mistral3" else set()
     runs: list[list[int]] = []
     for column in range(len(ids)):
@@ -59,7 +59,7 @@ def units(served: Served, ids: list[int], embeds: torch.Tensor) -> list[torch.Te
     if served.name == "llava_onevision":
         whole = [run[(embeds[run] != served.model.image_newline).any(1)] for run in whole]
         return [part for run in whole for part in run.split(tiny.TILE // 4 if ids[run[0]] == tiny.VIDEO else len(run))]
-    if served.name in ("internvl", "internvl_chat", "gemma3", "idefics3", "smolvlm"):
+    if served.name in ("internvl", "internvl_chat", "gemma3", "idefics3", "smolvlm", "llama4"):
         return [part for run in whole for part in run.split(tiny.TILE // 4)]
     if served.name in ("qwen2_vl", "qwen2_5_vl"):  # nothing separates the steps of a video, of 56 x 84 pixels
         return [part for run in whole for part in run.split(6 if ids[run[0]] == tiny.VIDEO_PAD else len(run))]
@@ -116,7 +116,8 @@ def check(served: Served, whole: dict[str, Any], options: dict[str, Any], kept: 
         torch.testing.assert_close(read, expected[stays], rtol=1e-4, atol=1e-5)
     else:
         assert torch.equal(read, expected[stays])
-    assert torch.equal(where, positions[:, stays] if served.name in MROPE else torch.arange(len(fewer))[None])
+    renumbered = torch.arange(len(fewer)).expand_as(where)
+    assert torch.equal(where, positions[:, stays] if served.name in MROPE else renumbered)
     if served.name in ("qwen3_vl", "qwen3_vl_moe"):
         whole_, fewer_ = (torch.cat(s.deepstack, dim=1) for s in (seen, compressed))
         assert whole_.any()
@@ -181,7 +182,7 @@ def test_generation_goes_on_after_the_whole_prompt(served):
     assert torch.equal(generated, torch.arange(following, following + 3).expand(3, 3))
 
 
-@pytest.mark.parametrize("served", ["gemma3"], indirect=True)
+@pytest.mark.parametrize("served", ["gemma3", "gemma4"], indirect=True)
 def test_kept_tokens_of_an_image_attend_to_each_other(served):
     """vLLM's runner passes spans to attention: one span has all kept tokens of an image."""
     runner = served.llm.llm_engine.model_executor.driver_worker.model_runner
@@ -192,7 +193,7 @@ def test_kept_tokens_of_an_image_attend_to_each_other(served):
             spans.append([span for f in request.mm_features for span in f.mm_position.extract_embeds_range()])
 
     with served.model.register_forward_pre_hook(note):
-        (output,) = served.outputs(prompt("gemma3", *(picture(*size) for size in SIZES[:2]), apet_keep=5), tokens=1)
+        (output,) = served.outputs(prompt(served.name, *(picture(*size) for size in SIZES[:2]), apet_keep=5), tokens=1)
     first, second = (column for column, token in enumerate(output.prompt_token_ids) if token == tiny.BOI)
     assert runner.is_mm_prefix_lm
     assert spans[0] == [(first + 1, first + 5), (second + 1, second + 5)]
@@ -211,4 +212,4 @@ def test_embeddings_given_from_outside(served):
     if served.name == "llava":
         x = x.view(1, -1, x.shape[-1])
     expected = x.flatten(0, 1) if served.name == "llava_next" else torch.ops.apet.compress(x, 6)[0].flatten(0, 1)
-    assert torch.equal(embeds[torch.tensor([token in VISUAL for token in ids])], expected)
+    assert torch.equal(embeds[torch.tensor([token in visual(served.name) for token in ids])], expected)

@@ -13,7 +13,21 @@ from typing import Any
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
-from tiny import CHAT, INTERN_CHAT, KINDS, LATER, PATCH, PINPOINTS, SIDE, SPECIAL, TEXT, TILE
+from tiny import (
+    CHARACTERS,
+    CHAT,
+    INTERN_CHAT,
+    KIMI_MEDIA,
+    KINDS,
+    LATER,
+    PATCH,
+    PINPOINTS,
+    SIDE,
+    SOFT_TOKENS,
+    SPECIAL,
+    TEXT,
+    TILE,
+)
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -30,12 +44,30 @@ NAMED = {
         "eoi_token": "<end_of_image>",
         "image_token": "<image_soft_token>",
     },
+    "gemma4": {
+        "boi_token": "<start_of_image>",
+        "eoi_token": "<end_of_image>",
+        "image_token": "<image_soft_token>",
+        "audio_token": "<IMG_CONTEXT>",
+        "boa_token": "<img>",
+        "eoa_token": "</img>",
+    },
+    "minicpmv4_6": {
+        "image_token": "<|image_pad|>",
+        "video_token": "<|video_pad|>",
+        "image_start_token": "<img>",
+        "image_end_token": "</img>",
+        "slice_start_token": "<|vision_start|>",
+        "slice_end_token": "<|vision_end|>",
+        "image_id_start_token": "<|begin_of_image|>",
+        "image_id_end_token": "<|end_of_image|>",
+    },
 }
 
 
 def tokenizer(name: str) -> PreTrainedTokenizerFast:
     """Returns a tokenizer with a token for each character, and the special tokens of the model's processor."""
-    words = SPECIAL + [chr(c) for c in range(32, 127)] + ["\n"] + LATER
+    words = SPECIAL + CHARACTERS + LATER
     level = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
     level.pre_tokenizer = pre_tokenizers.Split("", "isolated")
     level.decoder = decoders.Fuse()
@@ -90,15 +122,17 @@ def save(name: str, folder: Path) -> Path:
         return save_chat(folder)
     kind, sizes = KINDS[name]
     config = getattr(transformers, f"{kind}Config")(**copy.deepcopy(sizes))
-    config.architectures = [f"{kind}ForConditionalGeneration"]
+    config.architectures = [f"{kind.replace('Kimi_', 'Kimi')}ForConditionalGeneration"]
     config.save_pretrained(folder)
     processor(name, config).save_pretrained(folder)
+    if name == "kimi_k25":  # vLLM has its own processor, which reads this
+        (folder / "preprocessor_config.json").write_text(json.dumps({"media_proc_cfg": KIMI_MEDIA}))
     torch.manual_seed(0)
-    model = getattr(transformers, config.architectures[0])._from_config(config)
+    model = getattr(transformers, f"{kind}ForConditionalGeneration")._from_config(config)
     for parameter in model.parameters():
         if parameter.dim() > 1:
             torch.nn.init.normal_(parameter, std=0.15)
-    if not name.startswith(("llava", "gemma")):
+    if not name.startswith(("llava", "gemma3")):
         model.save_pretrained(folder)
         if name == "qwen3_vl_moe":  # on the hub, the weights of experts are transposed
             weights = load_file(folder / "model.safetensors")
@@ -126,11 +160,24 @@ def processor(name: str, config: Any) -> Any:
         size = {"shortest_edge": 28 * 28, "longest_edge": 64 * 28 * 28}
         videos = transformers.Qwen3VLVideoProcessor(**sizes, size=size, cap_pixels_per_frame=False)
         return transformers.Qwen3VLProcessor(images, words, videos, chat_template=TEMPLATE)
-    if name == "glm4v":
+    if name.startswith("glm4v"):
         sizes = {"patch_size": PATCH, "merge_size": 2, "temporal_patch_size": 2}
         sizes |= {"size": {"shortest_edge": 28 * 28, "longest_edge": 64 * 28 * 28}}
         images, videos = transformers.Glm4vImageProcessor(**sizes), transformers.Glm4vVideoProcessor(**sizes)
         return transformers.Glm4vProcessor(images, words, videos, chat_template=TEMPLATE)
+    if name == "minicpmv4_6":
+        sizes = {"scale_resolution": 2 * SIDE, "patch_size": PATCH, "max_slice_nums": 4}
+        images, videos = (getattr(transformers, f"MiniCPMV4_6{kind}Processor") for kind in ("Image", "Video"))
+        return transformers.MiniCPMV4_6Processor(images(**sizes), videos(**sizes), words, chat_template=TEMPLATE)
+    if name == "gemma4":
+        images = transformers.Gemma4ImageProcessor(max_soft_tokens=SOFT_TOKENS)
+        videos, audio = transformers.Gemma4VideoProcessor(), transformers.Gemma4AudioFeatureExtractor()
+        return transformers.Gemma4Processor(audio, images, words, videos, chat_template=TEMPLATE)
+    if name == "kimi_k25":
+        return words
+    if name == "llama4":
+        images = transformers.Llama4ImageProcessor(**square, max_patches=4)
+        return transformers.Llama4Processor(images, words, patch_size=PATCH, chat_template=TEMPLATE)
     if name == "internvl":
         images = transformers.GotOcr2ImageProcessor(**square, crop_to_patches=True, max_patches=4)
         videos = transformers.InternVLVideoProcessor(**square)

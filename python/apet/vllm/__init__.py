@@ -8,14 +8,18 @@ from __future__ import annotations
 # Models are registered by name: vLLM inspects them in a separate process, and imports only the one that it serves.
 MODELS = {
     "Gemma3ForConditionalGeneration": "gemma3:Gemma3",
+    "Gemma4ForConditionalGeneration": "gemma4:Gemma4",
     "Glm4vForConditionalGeneration": "glm4v:Glm4v",
     "Glm4vMoeForConditionalGeneration": "glm4v:Glm4vMoe",
     "Idefics3ForConditionalGeneration": "idefics3:Idefics3",
     "InternVLChatModel": "internvl:InternVL",
     "InternVLForConditionalGeneration": "internvl:InternVLHF",
+    "KimiK25ForConditionalGeneration": "kimi_k25:KimiK25",
+    "Llama4ForConditionalGeneration": "llama4:Llama4",
     "LlavaForConditionalGeneration": "llava:Llava",
     "LlavaNextForConditionalGeneration": "llava_next:LlavaNext",
     "LlavaOnevisionForConditionalGeneration": "llava_onevision:LlavaOnevision",
+    "MiniCPMV4_6ForConditionalGeneration": "minicpmv4_6:MiniCPMV4_6",
     "Mistral3ForConditionalGeneration": "mistral3:Mistral3",
     "Qwen2VLForConditionalGeneration": "qwen2_vl:Qwen2VL",
     "Qwen2_5_VLForConditionalGeneration": "qwen2_vl:Qwen2_5_VL",

@@ -28,6 +28,7 @@ from vllm.multimodal.processing import (
 from . import metrics, options, plan
 
 M = TypeVar("M", bound=type[nn.Module])
+VISUAL = ("image", "video", "vision_chunk")  # modalities that are compressed; audio stays as it is
 
 
 class Context(InputProcessingContext):
@@ -67,7 +68,7 @@ class Processor(BaseMultiModalProcessor):
 
     def apply(self, inputs: ProcessorInputs, timing_ctx: Any) -> Any:
         kwargs = inputs.hf_processor_mm_kwargs
-        items = sum(inputs.mm_data_items.get_all_counts().values())
+        items = sum(n for modality, n in inputs.mm_data_items.get_all_counts().items() if modality in VISUAL)
         shared = {**kwargs, **options.share(self.info.options(kwargs), items)}
         return super().apply(replace(inputs, hf_processor_mm_kwargs=shared), timing_ctx)
 
@@ -115,7 +116,10 @@ class Processor(BaseMultiModalProcessor):
             embedded = embedded[left]
             return Shortened(ids[left].tolist(), lambda _: embedded, len(made.units))
 
-        return [replace(update, replacement=lambda n, u=update: shorten(u, n)) for update in updates]
+        return [
+            replace(update, replacement=lambda n, u=update: shorten(u, n)) if update.modality in VISUAL else update
+            for update in updates
+        ]
 
     def _apply_prompt_updates(self, token_ids: list[int], mm_prompt_updates: Any) -> Any:
         for modality, items in mm_prompt_updates.items():
