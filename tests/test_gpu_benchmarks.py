@@ -19,7 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import apet_kernels
 from apet_kernels import reference
 from benchmarks import floors, gpu, tune
-from benchmarks.lib import baselines
+from benchmarks.lib import baselines, check
 from benchmarks.lib import device as devices
 from benchmarks.lib.cases import BASIS, RIDGE, Case, gpu_cases
 from benchmarks.lib.suite import Results, failures, load
@@ -144,6 +144,30 @@ def test_what_is_wrong_or_broken_is_named_and_not_timed(monkeypatch):
     assert [line[host.columns.index("eager")] for line in host.lines] == ["-"]
     assert graph.lines[0][graph.columns.index("checked")] == f"{row.checked['cuda graph']:.0%}"
     assert len(failures(results)) == 2
+
+
+def test_large_products_are_checked_where_the_result_is(monkeypatch):
+    """A GPU multiplies in float64 what would take the CPU minutes."""
+    where: list[str] = []
+    monkeypatch.setattr(check, "check", lambda case, *tensors: where.extend(t.device.type for t in tensors[:-1]) or 1.0)
+    large = Case(1, 16384, 3584, 4915, torch.bfloat16, "inplace")
+    result = torch.empty(1, 4915, 3584, device="meta"), torch.empty(1, 4915, device="meta")
+    check.judge(large, "cuda", torch.empty(1, 16384, 3584, device="meta"), result)
+    assert where == ["meta"] * 3
+    with pytest.raises(NotImplementedError, match="Cannot copy out of meta tensor"):  # a small one is copied to the CPU
+        check.judge(Case(1, 576, 1024, 64, torch.bfloat16, "inplace"), "cuda", torch.empty(1, device="meta"), result)
+
+
+@pytest.mark.parametrize("layout", ["overwrite", "inplace"])
+def test_the_check_stays_where_the_result_is(layout):
+    """If it made a tensor on the default device, which is another one here, the operations on it would fail."""
+    case = Case(2, 60, 32, 20, torch.float32, layout)
+    x = torch.randn(2, 60, 32, generator=torch.Generator().manual_seed(1))
+    rows, indices = reference.compress(x, **case.arguments)
+    with torch.device("meta"):
+        assert check.check(case, x, rows, indices) > 0.5
+        with pytest.raises(AssertionError, match=r"rows are not the mean of their tokens|do not hold the basis"):
+            check.check(case, x, rows + 1, indices)
 
 
 def test_a_backend_that_is_wrong_is_a_failure(monkeypatch):
