@@ -124,8 +124,8 @@ def _step(clock: Device, options: Options, path: str, ctas: int) -> dict[str, An
 
 
 def _picks(clock: Device, options: Options, path: str, ctas: int) -> dict[str, Any]:
-    """Measures a pick of a round: t(M) = rounds + M * pick + M^2 * term. With each of these M, which are picked in rounds,
-    a round makes as many tiles of products."""
+    """Measures a pick of a round: t(M) = rounds + M * pick + M^2 * term. A round makes as many tiles of products with
+    each of these M."""
     import torch
 
     from apet_kernels import testing
