@@ -158,6 +158,17 @@ def torch(session: nox.Session, version: str) -> None:
 
 
 @nox.session(tags=["torch"])
+def rehearsal(session: nox.Session) -> None:
+    """`benchmarks.gpu_quick --rehearse` as on a machine that is there for minutes: with older torch and Triton, a NumPy
+    that this Triton's interpreter can use, and without pytest, hypothesis and transformers. It needs nvcc and g++."""
+    session.install("torch==2.11.0", "triton==3.6.0", "numpy<2.4", "--requirement", "requirements/build.in")
+    out = Path(session.create_tmp(), "out").resolve()
+    shutil.rmtree(out, ignore_errors=True)
+    session.chdir(copied(session.name))  # without the libraries of another torch
+    session.run("python", "-m", "benchmarks.gpu_quick", "--rehearse", "--seconds", "20000", "--out", str(out))
+
+
+@nox.session(tags=["torch"])
 def newest(session: nox.Session) -> None:
     """The ops and the hooks, with the newest version of everything."""
     own_environment(session, "newest", "torch", OPS + HOOKS, ["--upgrade"], *WHOLE)

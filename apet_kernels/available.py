@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from .ops import DTYPES
 from .options import BACKENDS, Backend
 from .registry import has_kernel, registered
 
@@ -19,6 +20,8 @@ HOW_TO_GET_KERNELS = (
     "`pip install --force-reinstall --no-deps .`, or with uv "
     "`uv pip install --reinstall --no-deps --no-build-isolation .`"
 )
+# Parts of CUDA's errors that say nothing about the device: another call may succeed.
+TRANSIENT = ("out of memory", "captur", "forked subprocess")
 HOW_TO_GET_CUDA = (
     "install nvcc 12 or later, then apet-kernels again from its source: "
     "`APET_CUDA_ARCHS=default pip install --force-reinstall --no-deps .`"
@@ -33,7 +36,7 @@ def _load(library: Path, op: str, key: str, how: str) -> str | None:
         return f"{library.name} is not part of this installation; {how}"
     try:
         torch.ops.load_library(library)
-    except OSError as error:
+    except (OSError, RuntimeError) as error:  # the dynamic loader's, and of a registration that torch refuses
         return f"{library.name} does not load ({error}); {how}"
     return None
 
@@ -70,15 +73,22 @@ def why_not_cuda_library() -> str | None:
 
 @functools.cache
 def why_not_cuda(device: torch.device) -> str | None:
-    """Returns None if the CUDA kernels run on this device, else why not."""
+    """Returns None if the CUDA kernels run on this device, else why not.
+
+    It plans a call of each dtype, which loads all kernels and starts CUDA on the device. So one call, of any dtype,
+    before a capture is enough. Raises RuntimeError for an error that may be gone the next time, as in a capture: a
+    process that kept it as an answer would take the other backend, with other bits, until it ends.
+    """
     if device.type != "cuda":
         return f"x is on {device}"
     if why := why_not_cuda_library():
         return why
-    x = torch.empty(1, 2, 1, device=device)
     try:
-        registered._cuda_plan(x, 1)
+        for dtype in DTYPES:
+            registered._cuda_plan(torch.empty(1, 2, 1, dtype=dtype, device=device), 1)
     except RuntimeError as error:
+        if any(part in str(error) for part in TRANSIENT):
+            raise RuntimeError(f"{device} could not be asked whether it runs the CUDA kernels: {error}") from error
         return f"the CUDA kernels do not run on {device}: {error}"
     return None
 
@@ -93,8 +103,35 @@ def why_no_kernels(device: torch.device) -> str | None:
     return None if why_cuda is None or why_triton is None else f"{why_cuda}; {why_triton}"
 
 
+def why_missing(name: Backend) -> str | None:
+    """Returns why no tensor can use a backend here, or None if that cannot be said without starting CUDA: a process
+    that has started it can fork no workers that use the GPU.
+
+    Raises:
+        ValueError: if there is no backend of this name.
+    """
+    if name == "cpu":
+        return why_not_cpu()
+    if name == "reference":
+        return None
+    if name not in BACKENDS:
+        raise ValueError(f"backend='{name}' is none of {', '.join(BACKENDS)}")
+    if why := why_not_triton() if name == "triton" else why_not_cuda_library():
+        return why
+    if torch.cuda.device_count():  # asks the driver's management library, where is_available() asks CUDA
+        return None
+    if name == "cuda":
+        return "torch finds no GPU"
+    return (
+        None if _interpreted() else "torch finds no GPU, and TRITON_INTERPRET=1 was not set before Triton was imported"
+    )
+
+
 def why_unavailable(name: Backend) -> str | None:
     """Returns why a backend cannot be used here.
+
+    For "triton" and "cuda" it asks the current GPU, which starts CUDA in this process. So it has to be called after a
+    fork, not before it.
 
     Args:
         name: "cpu", "triton", "cuda" or "reference".
@@ -109,27 +146,22 @@ def why_unavailable(name: Backend) -> str | None:
         >>> apet_kernels.why_unavailable("reference") is None
         True
     """
-    if name == "cpu":
-        return why_not_cpu()
-    if name == "triton":
-        if why := why_not_triton():
-            return why
-        if torch.cuda.is_available() or _interpreted():
-            return None
-        return "torch finds no GPU, and TRITON_INTERPRET=1 was not set before Triton was imported"
-    if name == "cuda":
-        if why := why_not_cuda_library():
-            return why
-        if not torch.cuda.is_available():
-            return "torch finds no GPU"
-        return why_not_cuda(torch.device("cuda", torch.cuda.current_device()))
-    if name == "reference":
+    if why := why_missing(name):
+        return why
+    if name in ("cpu", "reference") or (name == "triton" and _interpreted()):
         return None
-    raise ValueError(f"backend='{name}' is none of {', '.join(BACKENDS)}")
+    if not torch.cuda.is_available():
+        return "torch finds no GPU that CUDA can use"
+    try:
+        return why_not_cuda(torch.device("cuda", torch.cuda.current_device())) if name == "cuda" else None
+    except RuntimeError as error:
+        return str(error)
 
 
 def available_backends() -> tuple[Backend, ...]:
     """Returns the backends that can be used here, of "cpu", "triton", "cuda" and "reference", in this order.
+
+    It asks the current GPU, as `why_unavailable` does, so it has to be called after a fork, not before it.
 
     Example:
         >>> "reference" in apet_kernels.available_backends()
@@ -140,7 +172,7 @@ def available_backends() -> tuple[Backend, ...]:
 
 def check_usable(backend: Backend, device: torch.device) -> None:
     """Raises ValueError if the backend cannot run here, or takes no tensors on this device."""
-    if why := why_unavailable(backend) or _why_not_on(backend, device):
+    if why := why_missing(backend) or _why_not_on(backend, device):
         raise ValueError(f"backend='{backend}' cannot run here: {why}")
 
 

@@ -105,8 +105,10 @@ def set_backend(name: Backend | None) -> None:
     Args:
         name: "cpu", "triton", "cuda" or "reference"; None: the dispatcher chooses again.
 
+    It does not start CUDA, so it may be called before a fork.
+
     Raises:
-        ValueError: if there is no such backend, or it cannot be used here; the message says why.
+        ValueError: if there is no such backend, it is not installed, or there is no GPU; the message says why.
 
     Example:
         >>> apet_kernels.set_backend("reference")
@@ -147,7 +149,9 @@ def chosen_backend() -> Backend | None:
 
 
 def _check_name(name: Backend | None) -> None:
-    if name is not None and (why := available.why_unavailable(name)):
+    # Only what is known without starting CUDA: a parent may set a backend for the workers that it forks. Every call
+    # asks the rest (available.check_usable).
+    if name is not None and (why := available.why_missing(name)):
         raise ValueError(f"backend='{name}' cannot run here: {why}")
 
 

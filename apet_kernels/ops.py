@@ -35,7 +35,7 @@ SCHEMAS = (
 FIGURES = (
     *("launch_us", "overlapped_launch_us", "cluster_step_us", "cooperative_step_us", "lists_us", "group_us", "fill_us"),
     *("term_us", "elements_per_sm", "l2_per_sm", "l2_share", "l2_bytes", "memory_share"),
-    *("flops_per_sm_16", "flops_per_sm_32", "triton_flops_per_sm_16"),
+    *("flops_per_sm_16", "flops_per_sm_32", "triton_flops_per_sm_16", "pick_us"),
 )
 # csrc/cuda_torch_binding.cpp registers these: the ops again, for dispatch.py to call; the plan of `compress`; the path
 # that apet_kernels.testing forces; and what choice.py compares.

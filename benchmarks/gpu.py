@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 import apet_kernels
+from apet_kernels import dispatch
 from benchmarks import floors
 from benchmarks.lib import baselines
 from benchmarks.lib import device as devices
@@ -95,9 +96,14 @@ class _Noting:
 
 def implementations(case: Case, device: Device) -> dict[str, Compress]:
     """Returns the backends first, then the baselines: the capture of a baseline may fail and disturb the calls after
-    it."""
+    it. (So each case has a process of its own, below.)
+
+    The backends are called as the op calls them: `backend=` of apet_kernels.compress asks first whether they can be
+    used.
+    """
+    runs = {"triton": dispatch.run_triton, "cuda": dispatch.run_cuda}
     usable = [name for name in BACKENDS if name in apet_kernels.available_backends()]
-    calls = {name: functools.partial(apet_kernels.compress, **case.arguments, backend=name) for name in usable}
+    calls = {name: functools.partial(runs[name], "compress", **case.arguments) for name in usable}
     functions: dict[str, Callable] = {"tuned": baselines.tuned, "eager": baselines.eager}
     if floors.published_memory(case) < 0.75 * device.memory_bytes:
         functions["published"] = baselines.published
@@ -277,6 +283,7 @@ SUITE = Suite(
     device=devices.gpu,
     rates=lambda device: dataclasses.asdict(ceilings.measure(device)),
     head=lambda rates: {},
+    apart=True,
 )
 
 if __name__ == "__main__":

@@ -55,17 +55,21 @@ START = 60  # the most seconds until the first item of a process begins: imports
 MOST_PROCESSES = 12  # of one step
 TEARDOWN = 20  # seconds that a process may take to end, once all items are done
 PATIENCE = 30  # factor on all limits in a rehearsal, which may share a slow processor
+SYNC = 0.1  # seconds for which lines may wait until they are written to the disk: `paths` has hundreds a second
 HANG = 10  # seconds after which a rehearsal kills an item that it makes hang
 
 
 @dataclass
 class Recorder:
-    """Writes lines to results.jsonl, log.txt and the terminal. Each is on the disk before the next item begins."""
+    """Writes lines to results.jsonl, log.txt and the terminal at once, and to the disk within SYNC seconds."""
 
     out: Path
     began: float = field(default_factory=time.monotonic)
     lines: list[dict[str, Any]] = field(default_factory=list)
     digests: dict[str, tuple[str, str]] = field(default_factory=dict)  # group -> the first digest, and its item
+
+    synced: float = 0.0  # when all lines were on the disk
+    waiting: bool = False  # whether there are lines that are not
 
     def __post_init__(self) -> None:
         self._results, self._log = ((self.out / name).open("w") for name in ("results.jsonl", "log.txt"))
@@ -77,9 +81,19 @@ class Recorder:
         self._put(self._results, json.dumps(line))
         self.say(report.readable(line))
 
+        if time.monotonic() - self.synced > SYNC:
+            self.sync()
+
     def say(self, text: str) -> None:
         self._put(self._log, text)
         print(text, flush=True)
+
+    def sync(self) -> None:
+        """Writes to the disk what is not there yet."""
+        if self.waiting:
+            for file in (self._results, self._log):
+                os.fsync(file.fileno())
+        self.synced, self.waiting = time.monotonic(), False
 
     def judge(self, line: dict[str, Any]) -> None:
         """Checks that all results of one group have the same bits."""
@@ -90,11 +104,10 @@ class Recorder:
         if digest != line["digest"]:
             line |= {"status": "differs", "said": f"its bits are not those of {item}"}
 
-    @staticmethod
-    def _put(file: IO[str], text: str) -> None:
+    def _put(self, file: IO[str], text: str) -> None:
         file.write(text + "\n")
         file.flush()
-        os.fsync(file.fileno())
+        self.waiting = True
 
 
 @dataclass
@@ -200,7 +213,8 @@ class Run:
                 now = time.monotonic()
                 if now >= min(due, ends):
                     return running, "item" if due < ends else "step"
-                if not selector.select(min(due, ends) - now):
+                if not selector.select(min(due, ends, now + SYNC) - now):
+                    self.recorder.sync()
                     continue
                 found = os.read(pipe.fileno(), 1 << 16)
                 if not found:
@@ -271,6 +285,7 @@ def main() -> None:
                 break
     except KeyboardInterrupt:
         recorder.write(step="run", item="the rest", status="not run", said="the run was stopped")
+    recorder.sync()
     block = report.block(recorder.lines)
     (out / "summary.txt").write_text("\n".join(block) + "\n")
     print(*block, sep="\n", flush=True)

@@ -2,7 +2,9 @@
 
     compute-sanitizer --tool racecheck python -m benchmarks.sanitized
 
-It runs the self-test of `apet doctor`, then ragged images and given rows. It exits with 1 if a result is wrong.
+It runs the self-test of `apet doctor`; then, forced on each path and tile (PATHS), ragged images, given rows, and a
+basis in rounds with a medoid step. It prints each part before it runs, so that a run that is cut off shows how far it
+came, and exits with 1 if a result is wrong.
 """
 
 from __future__ import annotations
@@ -13,9 +15,17 @@ import torch
 from apet import selftest
 
 import apet_kernels
-from apet_kernels import ops
+from apet_kernels import choice, ops, testing
+from apet_kernels.testing import CudaPath
 
 LENGTHS, KEEPS, D = [33, 1, 70, 12], [9, 1, 30, 12], 40
+# Every kernel with every tile. A device without clusters runs the last three, and float32 has no tile of 256 columns.
+TILES = (64, 128, 256)
+PATHS = (
+    CudaPath("fused", 4),
+    *(CudaPath("cluster", 4, tile=tile) for tile in TILES),
+    *(CudaPath("cooperative", 4, tile=tile) for tile in TILES),
+)
 
 
 def ragged_and_given(dtype: torch.dtype) -> list[str]:
@@ -38,14 +48,41 @@ def ragged_and_given(dtype: torch.dtype) -> list[str]:
     return faults
 
 
+def rounds_and_medoids(dtype: torch.dtype) -> list[str]:
+    """Runs compress with a basis in rounds, of more than 16 tokens, and a medoid step. Returns a message for each
+    fault."""
+    x = torch.randn(2, 61, D, generator=torch.Generator().manual_seed(2)).to(dtype)
+    options = {"basis": None, "select": "qr", "refine": 1}
+    _, at = apet_kernels.compress(x.cuda(), 24, **options, backend="cuda")
+    _, wanted = apet_kernels.compress(x, 24, **options, backend="reference")
+    same = torch.equal(at.cpu(), wanted)
+    return [] if same else [f"compress of {dtype} in rounds, with a medoid step, keeps other tokens than the reference"]
+
+
+def forced(way: CudaPath, dtype: torch.dtype) -> list[str]:
+    """Runs all calls on one path. Returns a message for each fault; none where the device cannot run the path."""
+    faults = []
+    with testing.use_cuda_path(way):
+        for part in (ragged_and_given, rounds_and_medoids):
+            try:
+                faults += [f"{way}: {fault}" for fault in part(dtype)]
+            except RuntimeError as error:
+                if choice.NO_PATH not in str(error):
+                    raise
+    return faults
+
+
 def main() -> None:
     """Runs everything and prints the faults."""
     if why := apet_kernels.why_unavailable("cuda"):
         print(f"the CUDA kernels cannot run here: {why}", file=sys.stderr)
         sys.exit(2)
+    print("self-test", flush=True)
     faults = selftest.run("cuda").faults
-    for dtype in ops.DTYPES:
-        faults += ragged_and_given(dtype)
+    for way in PATHS:
+        for dtype in ops.DTYPES:
+            print(way, dtype, flush=True)
+            faults += forced(way, dtype)
     print(*faults, f"{len(faults)} faults", sep="\n")
     sys.exit(1 if faults else 0)
 

@@ -74,12 +74,12 @@ double estimate(const Tensor& like, int64_t tokens, int64_t keep) {
 
 // Returns the figures of the estimate for a compute capability, 10 * major + minor, without the first member.
 std::tuple<double, double, double, double, double, double, double, double, double, double, double, double, double,
-           double, double, double>
+           double, double, double, double>
 figures(const Tensor&, int64_t capability) {
   const auto& [row, launch, overlapped, cluster, cooperative, lists, group, fill, term, elements, l2, l2_share,
-               l2_bytes, memory, flops_16, flops_32, triton_16] = apet::cuda::figures_for((int)capability);
-  return {launch,   overlapped, cluster,  cooperative, lists,  group,    fill,     term,
-          elements, l2,         l2_share, l2_bytes,    memory, flops_16, flops_32, triton_16};
+               l2_bytes, memory, flops_16, flops_32, triton_16, pick] = apet::cuda::figures_for((int)capability);
+  return {launch, overlapped, cluster,  cooperative, lists,    group,    fill,      term, elements,
+          l2,     l2_share,   l2_bytes, memory,      flops_16, flops_32, triton_16, pick};
 }
 
 }  // namespace

@@ -111,14 +111,37 @@ def test_threads_and_tasks():
 def test_what_cannot_be_used(choose, monkeypatch):
     with pytest.raises(ValueError, match=r"^backend='abacus' is none of cpu, triton, cuda, reference$"):
         choose("abacus")
-    monkeypatch.setattr(available, "why_unavailable", lambda name: "torch finds no GPU")
+    monkeypatch.setattr(available, "why_missing", lambda name: "torch finds no GPU")
     with pytest.raises(ValueError, match=r"^backend='cuda' cannot run here: torch finds no GPU$"):
         choose("cuda")
     assert dispatch.chosen_backend() is None
 
 
+@pytest.mark.parametrize("name", ["triton", "cuda"])
+def test_choosing_starts_no_cuda(name, monkeypatch):
+    """A parent may choose before it forks workers, which must be the first to start CUDA."""
+
+    def fail(*_: object) -> None:
+        raise AssertionError("CUDA was started")
+
+    for function in ("is_available", "current_device", "init", "_lazy_init", "get_device_properties"):
+        monkeypatch.setattr(torch.cuda, function, fail)
+    monkeypatch.setattr(torch, "empty", fail)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(available, "why_not_cuda_library", lambda: None)
+    monkeypatch.setattr(available, "why_not_triton", lambda: None)
+    with apet_kernels.use_backend(name):
+        assert dispatch.chosen_backend() == name
+    apet_kernels.set_backend(name)
+    assert dispatch.chosen_backend() == name
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    monkeypatch.setattr(available, "_interpreted", lambda: False)
+    with pytest.raises(ValueError, match=f"backend='{name}' cannot run here: torch finds no GPU"):
+        apet_kernels.set_backend(name)
+
+
 def test_tensors_that_it_does_not_take(monkeypatch):
-    monkeypatch.setattr(available, "why_unavailable", lambda name: None)
+    monkeypatch.setattr(available, "why_missing", lambda name: None)
     apet_kernels.set_backend("cuda")
     for call in (lambda: apet_kernels.score(X, 3), lambda: apet_kernels.plan(X, 5, 3)):
         with pytest.raises(ValueError, match="backend='cuda' cannot run here: x is on cpu"):
@@ -129,7 +152,7 @@ def test_tensors_that_it_does_not_take(monkeypatch):
 def test_ops_on_a_gpu_use_the_chosen_backend(op, monkeypatch):
     """The op itself uses the chosen backend for GPU tensors, also in compiled code, by torch's dispatcher."""
     ran = []
-    monkeypatch.setattr(available, "why_unavailable", lambda name: None)
+    monkeypatch.setattr(available, "why_missing", lambda name: None)
     monkeypatch.setattr(available, "_why_not_on", lambda name, device: None)
     monkeypatch.setattr(available, "why_not_cuda", lambda device: None)
     monkeypatch.setattr(choice, "lower_estimate", lambda *of: ("cuda", ""))

@@ -137,8 +137,7 @@ def test_what_the_choice_compares(dtype, monkeypatch):
     for way in (testing.CudaPath(), testing.CudaPath("cooperative", 3)):
         with testing.use_cuda_path(way):
             assert torch.ops.apet._cuda_estimate(like, 300, 40) == expected
-    for capability in (90, 80, 12):
+    for capability in (90, 80, 12, 103, 121):
         row = dict(zip(ops.FIGURES, torch.ops.apet._cuda_figures(like, capability), strict=True))
-        rows = [dict(row) for _, row in figures.read((build.CSRC / "cuda/figures.cuh").read_text())]
-        expected_row = next((row for row in rows if row["capability"] == capability), rows[0])
+        expected_row = figures.row_of(figures.read((build.CSRC / "cuda/figures.cuh").read_text()), capability)
         assert row | {"capability": expected_row["capability"]} == expected_row

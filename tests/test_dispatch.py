@@ -163,7 +163,7 @@ def cuda(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> SimpleNamespace:
     seen = SimpleNamespace(loaded=[], planned=[], error=None)
 
     def plan(x: torch.Tensor, keep: int) -> None:
-        seen.planned.append(tuple(x.shape))
+        seen.planned.append((tuple(x.shape), x.dtype))
         if seen.error:
             raise RuntimeError(seen.error)
 
@@ -172,7 +172,7 @@ def cuda(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> SimpleNamespace:
     monkeypatch.setattr(available, "CUDA_LIBRARY", library)
     monkeypatch.setattr(torch.ops, "load_library", seen.loaded.append)
     monkeypatch.setattr(torch.ops.apet, "_cuda_plan", plan, raising=False)
-    monkeypatch.setattr(torch, "empty", lambda *shape, device=None: empty(*shape, device="meta"))
+    monkeypatch.setattr(torch, "empty", lambda *shape, device=None, **kw: empty(*shape, device="meta", **kw))
     return seen
 
 
@@ -181,7 +181,7 @@ def test_a_device_is_asked_once(cuda):
         assert available.why_not_cuda(cuda_device(0)) is None
         assert available.why_not_cuda(cuda_device(1)) is None
     assert cuda.loaded == [available.CUDA_LIBRARY]
-    assert cuda.planned == [(1, 2, 1)] * 2
+    assert cuda.planned == [((1, 2, 1), dtype) for dtype in ops.DTYPES] * 2, "each dtype has its own kernels"
 
 
 def test_a_device_that_fails(cuda):
@@ -189,6 +189,30 @@ def test_a_device_that_fails(cuda):
     for _ in range(2):
         assert available.why_not_cuda(cuda_device(1)) == f"the CUDA kernels do not run on cuda:1: {cuda.error}"
     assert len(cuda.planned) == 1
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        "a call of the CUDA runtime failed: operation not permitted when stream is capturing",
+        "a call of the CUDA runtime failed: operation failed due to a previous error during capture",
+        "CUDA out of memory. Tried to allocate 2.00 MiB",
+        "Cannot re-initialize CUDA in forked subprocess",
+    ],
+)
+def test_an_error_that_may_be_gone_the_next_time(cuda, error, monkeypatch):
+    """It is raised, and no answer for ever: a call would silently take the other backend, with other bits."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    cuda.error = error
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match=f"^cuda:1 could not be asked .*: {error}$"):
+            available.why_not_cuda(cuda_device(1))
+    assert str(apet_kernels.why_unavailable("cuda")).endswith(error), "a query gives the reason"
+    cuda.error = None
+    assert available.why_not_cuda(cuda_device(1)) is None
+    assert apet_kernels.why_unavailable("cuda") is None
 
 
 def test_a_tensor_elsewhere(cuda):
@@ -210,9 +234,12 @@ def test_an_installation_without_the_kernels(cuda):
     assert not cuda.loaded
 
 
-def test_a_library_that_does_not_load(cuda, monkeypatch):
+@pytest.mark.parametrize("error", [OSError, RuntimeError])
+def test_a_library_that_does_not_load(cuda, monkeypatch, error):
+    """RuntimeError: torch raises it where the library registers an op that it refuses."""
+
     def fail(path: Path) -> None:
-        raise OSError("undefined symbol: aoti_torch_get_current_cuda_stream")
+        raise error("undefined symbol: aoti_torch_get_current_cuda_stream")
 
     monkeypatch.setattr(torch.ops, "load_library", fail)
     why = available.why_not_cuda(cuda_device())
@@ -222,6 +249,8 @@ def test_a_library_that_does_not_load(cuda, monkeypatch):
 
 def test_backends_ask_the_current_device(cuda, monkeypatch):
     assert apet_kernels.why_unavailable("cuda") == "torch finds no GPU"
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    assert apet_kernels.why_unavailable("cuda") == "torch finds no GPU that CUDA can use"
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 2)
     assert apet_kernels.why_unavailable("cuda") is None
@@ -235,7 +264,7 @@ def test_backends_ask_the_current_device(cuda, monkeypatch):
 
 @pytest.mark.parametrize("op", ops.OPS)
 def test_forced(monkeypatch, taken, op):
-    monkeypatch.setattr(available, "why_unavailable", lambda name: None)
+    monkeypatch.setattr(available, "why_missing", lambda name: None)
     monkeypatch.setattr(available, "why_not_cuda", lambda device: None)
     x, lengths = torch.zeros(1, 4, 2), torch.tensor([0, 4], dtype=torch.int32)
     args = {
@@ -257,7 +286,7 @@ def test_forced_where_it_cannot_run(monkeypatch, taken):
     x = torch.zeros(1, 4, 2)
     with pytest.raises(ValueError, match="backend='cuda' cannot run here: this torch is built without CUDA"):
         apet_kernels.compress(x, 2, backend="cuda")
-    monkeypatch.setattr(available, "why_unavailable", lambda name: None)
+    monkeypatch.setattr(available, "why_missing", lambda name: None)
     with pytest.raises(ValueError, match="backend='cuda' cannot run here: x is on cpu"):
         apet_kernels.compress(x, 2, backend="cuda")
     assert not taken

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import os
 import subprocess
 import sys
@@ -17,12 +18,12 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import apet_kernels
-from apet_kernels import reference
+from apet_kernels import available, dispatch, reference
 from benchmarks import floors, gpu, tune
-from benchmarks.lib import baselines
+from benchmarks.lib import baselines, check, suite
 from benchmarks.lib import device as devices
 from benchmarks.lib.cases import BASIS, RIDGE, Case, gpu_cases
-from benchmarks.lib.suite import Results, failures, load
+from benchmarks.lib.suite import Results, failures, load, save
 
 ROOT = Path(__file__).parents[1]
 needs_triton = pytest.mark.skipif("triton" not in apet_kernels.available_backends(), reason="Triton is not installed")
@@ -146,6 +147,30 @@ def test_what_is_wrong_or_broken_is_named_and_not_timed(monkeypatch):
     assert len(failures(results)) == 2
 
 
+def test_large_products_are_checked_where_the_result_is(monkeypatch):
+    """A GPU multiplies in float64 what would take the CPU minutes."""
+    where: list[str] = []
+    monkeypatch.setattr(check, "check", lambda case, *tensors: where.extend(t.device.type for t in tensors[:-1]) or 1.0)
+    large = Case(1, 16384, 3584, 4915, torch.bfloat16, "inplace")
+    result = torch.empty(1, 4915, 3584, device="meta"), torch.empty(1, 4915, device="meta")
+    check.judge(large, "cuda", torch.empty(1, 16384, 3584, device="meta"), result)
+    assert where == ["meta"] * 3
+    with pytest.raises(NotImplementedError, match="Cannot copy out of meta tensor"):  # a small one is copied to the CPU
+        check.judge(Case(1, 576, 1024, 64, torch.bfloat16, "inplace"), "cuda", torch.empty(1, device="meta"), result)
+
+
+@pytest.mark.parametrize("layout", ["overwrite", "inplace"])
+def test_the_check_stays_where_the_result_is(layout):
+    """If it made a tensor on the default device, which is another one here, the operations on it would fail."""
+    case = Case(2, 60, 32, 20, torch.float32, layout)
+    x = torch.randn(2, 60, 32, generator=torch.Generator().manual_seed(1))
+    rows, indices = reference.compress(x, **case.arguments)
+    with torch.device("meta"):
+        assert check.check(case, x, rows, indices) > 0.5
+        with pytest.raises(AssertionError, match=r"rows are not the mean of their tokens|do not hold the basis"):
+            check.check(case, x, rows + 1, indices)
+
+
 def test_a_backend_that_is_wrong_is_a_failure(monkeypatch):
     case = Case(1, 60, 32, 20, torch.float32, "overwrite")
     monkeypatch.setattr(gpu, "implementations", lambda *_: {"cuda": wrong, "eager": right})
@@ -156,6 +181,53 @@ def test_a_backend_that_is_wrong_is_a_failure(monkeypatch):
     row = gpu.compare(case, devices.DryRun()).run(3)
     assert row.ms == {}
     assert set(row.failed) == {"cuda", "eager"}
+
+
+def test_the_backends_are_timed_as_the_op_calls_them(monkeypatch):
+    """Not by `backend=`, which asks before every call whether the backend is usable."""
+    called = []
+    monkeypatch.setattr(apet_kernels, "available_backends", lambda: ("cpu", "triton", "cuda"))
+    for name in ("triton", "cuda"):
+        run = functools.partial(lambda name, op, x, **options: called.append((name, op, options)), name)
+        monkeypatch.setattr(dispatch, f"run_{name}", run)
+    monkeypatch.setattr(available, "check_usable", lambda *of: pytest.fail("it asks"))
+    case = Case(1, 60, 32, 20, torch.float32, "overwrite")
+    found = gpu.implementations(case, devices.DryRun())
+    assert list(found)[:2] == ["triton", "cuda"], "before the baselines, whose capture may fail"
+    for name in ("triton", "cuda"):
+        found[name](torch.zeros(1, 60, 32))
+    assert called == [(name, "compress", case.arguments) for name in ("triton", "cuda")]
+
+
+def test_each_case_has_a_process_of_its_own(monkeypatch, tmp_path, capsys):
+    """A capture that fails in one case does not disturb the next; a process that dies is a failure of ours."""
+    cases = [Case(1, 60, 32, 20, torch.float32, "overwrite"), Case(1, 50, 32, 20, torch.float32, "overwrite")]
+    rates = dataclasses.asdict(floors.DEVICES[0])
+    started: list[list[str]] = []
+
+    def run(words: list[str], **_: object) -> SimpleNamespace:
+        started.append(words)
+        if str(cases[0]) in words:
+            monkeypatch.setattr(gpu, "implementations", lambda *_: {"cuda": right})
+            row = gpu.compare(cases[0], devices.DryRun()).run(3)
+            save(Results("gpu", {}, rates, [row]), Path(words[words.index("--json") + 1]))
+        return SimpleNamespace(returncode=-11, stderr="Fatal Python error\nSegmentation fault\n")
+
+    monkeypatch.setattr(suite, "describe", dict)  # it runs git
+    monkeypatch.setattr(suite.subprocess, "run", run)
+    wanted = {"cases": lambda smoke: cases, "device": lambda smoke: devices.DryRun(), "rates": lambda device: rates}
+    alone = dataclasses.replace(gpu.SUITE, **wanted, compare=lambda *_: pytest.fail("it is measured here"))
+    monkeypatch.setattr(sys, "argv", ["it", "--smoke", "--json", str(tmp_path / "all.json")])
+    with pytest.raises(SystemExit) as exit_:
+        alone.main()
+    assert exit_.value.code == 1
+    first, second = load(tmp_path / "all.json").rows
+    assert "cuda graph" in first.ms
+    assert first.ours_failed == []
+    assert second.ours_failed == ["apet process: it ended with -11: Segmentation fault"]
+    assert [words[words.index("--only") + 1 :] for words in started] == [[str(case)] for case in cases]
+    assert all({"--here", "--smoke"} <= set(words) for words in started)
+    assert "Segmentation fault" in capsys.readouterr().out
 
 
 @dataclass(frozen=True)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -103,14 +106,9 @@ def test_injected_faults(tmp_path):
 
 
 def ways_rehearsed(wanted: str) -> list[str]:
-    """Returns the paths of one call that a rehearsal runs, one in twelve (proofs.every_path)."""
-    found, number = [], 0
-    for each in paths.calls(tiny=True):
-        for way in (testing.CudaPath(), *testing.cuda_paths()):
-            number += 1
-            if str(each) == wanted and number % 12 == 0:
-                found.append(str(way))
-    return found
+    """Returns the paths of one call that a rehearsal runs (proofs.every_path)."""
+    every = itertools.product((testing.CudaPath(), *testing.cuda_paths()), paths.calls(tiny=True))
+    return [str(way) for way, each in list(every)[:: proofs.REHEARSED] if str(each) == wanted]
 
 
 @simulated
@@ -172,7 +170,46 @@ def test_time_that_is_over(tmp_path):
     assert list(gpu_quick.LIMITS) == list(steps.STEPS)
 
 
+def test_lines_are_on_the_disk_soon(tmp_path, monkeypatch):
+    """Not one by one, which takes a disk longer than the items of `paths` take a GPU; but none waits for the next."""
+    synced: list[int] = []
+    monkeypatch.setattr(gpu_quick.os, "fsync", synced.append)
+    recorder = gpu_quick.Recorder(tmp_path)
+    monkeypatch.setattr(gpu_quick, "SYNC", 60.0)
+    for n in range(50):
+        recorder.write(step="card", item=str(n), status="ok")
+    assert len(synced) == 2, "both files, with the first line"
+    assert len((tmp_path / "results.jsonl").read_text().splitlines()) == 50
+    monkeypatch.setattr(gpu_quick, "SYNC", 0.0)
+    read, write = os.pipe()
+    os.write(write, b'{"begin": "long"}\n')
+    run = gpu_quick.Run(tmp_path, 9, True, "", [], {}, recorder)
+    with os.fdopen(read, "rb", buffering=0) as pipe:
+        assert run.follow("card", pipe, [], time.monotonic() + 0.2, 9.0) == ("long", "step")
+    os.close(write)
+    assert len(synced) == 4, "while an item runs, once"
+
+
 # ---- parts
+
+
+def test_a_run_that_is_cut_off_has_some_ways_of_every_call(tmp_path, monkeypatch):
+    """The two shapes, the three dtypes and all ops come in turns, and tokens are made once, not for every way."""
+    monkeypatch.setattr(proofs, "prepare", lambda options: None)
+    monkeypatch.setattr(proofs, "usable", lambda options: ["cuda"])
+    names = [item.name for item in proofs.every_path(Options(out=str(tmp_path)))]
+    calls = [str(each) for each in paths.calls()]
+    ways = [name.split(" | ") for name in names if not name.endswith("float64")]
+    assert len(ways) == len(calls) * (1 + len(testing.cuda_paths()))
+    assert [each for each, _ in ways[: len(calls)]] == calls
+    assert {way for _, way in ways[: len(calls)]} == {"best any"}, "by which all others are judged"
+    assert {each for each, _ in ways[: 2 * len(calls)]} == set(calls)
+    one = paths.calls()[0]
+    assert one.tokens() is one.tokens() is dataclasses.replace(one, op="score").tokens()
+    options = Options(out=str(tmp_path), rehearse=True)
+    rehearsed = [item.name.split(" | ") for item in proofs.every_path(options) if not item.name.endswith("float64")]
+    assert {each for each, _ in rehearsed} == {str(each) for each in paths.calls(tiny=True)}
+    assert {way for _, way in rehearsed} == {way for _, way in ways}
 
 
 @simulated
@@ -190,8 +227,8 @@ def compute_sanitizer(folder: Path, monkeypatch: pytest.MonkeyPatch, said: str, 
     """Makes a program with the name compute-sanitizer that records its arguments."""
     program = folder / "compute-sanitizer"
     program.write_text(
-        f"#!/bin/sh\necho $PYTORCH_NO_CUDA_MEMORY_CACHING $* >> {folder}/calls\nsleep {seconds}\n"
-        f"echo '{said}'\nexit {code}\n"
+        f"#!/bin/sh\necho $PYTORCH_NO_CUDA_MEMORY_CACHING $* >> {folder}/calls\n"
+        f"echo '{said}'\nsleep {seconds}\nexit {code}\n"
     )
     program.chmod(0o755)
     monkeypatch.setenv("PATH", f"{folder}{os.pathsep}{os.environ['PATH']}")
@@ -219,6 +256,19 @@ def test_sanitizers(tmp_path, monkeypatch, said, code, outcome):
     assert (tmp_path / "calls").read_text() == f"1 --tool memcheck {program}\n"
 
 
+def test_a_sanitizer_that_does_not_end(tmp_path, monkeypatch):
+    """It shows nothing, so it is not right, and the line tells how far it came."""
+    from benchmarks.quick import worker
+
+    compute_sanitizer(tmp_path, monkeypatch, "self-test\ncluster 4 tile 64 torch.float16", 0, seconds=60)
+    monkeypatch.setattr(proofs, "SHORTEST", 0.5)
+    sent: list[dict[str, Any]] = []
+    worker.run("sanitizers", Options(out=str(tmp_path), seconds=1, only=("memcheck",)), sent.append)
+    assert sent[-1]["status"] == "not run"
+    assert sent[-1]["status"] not in report.RIGHT
+    assert sent[-1]["said"] == "it did not end in 0 s; then it ran: cluster 4 tile 64 torch.float16"
+
+
 def test_sanitizers_that_are_not_there(tmp_path, monkeypatch):
     monkeypatch.setattr(proofs.shutil, "which", lambda name: None)
     for item in proofs.sanitizers(Options(out=str(tmp_path))):
@@ -228,19 +278,32 @@ def test_sanitizers_that_are_not_there(tmp_path, monkeypatch):
 
 @simulated
 def test_what_the_sanitizers_run(monkeypatch):
-    """It finds no fault on the simulated GPU, and reports wrong results."""
+    """It finds no fault on the simulated GPU, and reports wrong results, on every path."""
     binding.stand_in(call.H100, monkeypatch.setattr)
     monkeypatch.setattr(torch.Tensor, "cuda", lambda t: t)
-    for dtype in apet_kernels.ops.DTYPES:
-        assert sanitized.ragged_and_given(dtype) == []
-    right = dispatch.run_cuda
+    right, ran = dispatch.run_cuda, []
+
+    def noted(name: str, x: torch.Tensor, *args: Any, **kwargs: Any) -> object:
+        plan = apet_kernels.plan(x, *args, **kwargs) if name == "compress" else None
+        ran.append((name, plan and (plan.details["path"], plan.details["tile"]), kwargs.get("refine")))
+        return right(name, x, *args, **kwargs)
+
+    monkeypatch.setattr(dispatch, "run_cuda", noted)
+    with apet_kernels.use_backend("cuda"):
+        for n, way in enumerate(sanitized.PATHS, 1):  # every way, one dtype each: 16-bit tokens for the largest tile
+            assert sanitized.forced(way, apet_kernels.ops.DTYPES[n % 3]) == []
+    assert {name for name, *_ in ran} == {"compress", "compress_varlen", "merge"}
+    in_rounds = {(path, tile) for path in ("cluster", "cooperative") for tile in sanitized.TILES}
+    assert {plan for _, plan, refine in ran if refine} == in_rounds
 
     def wrong(name: str, *args: object, **kwargs: object) -> object:
         return torch.utils._pytree.tree_map(lambda t: t + 1, right(name, *args, **kwargs))
 
     monkeypatch.setattr(dispatch, "run_cuda", wrong)
-    faults = sanitized.ragged_and_given(torch.float16)
-    assert [fault.split()[0] for fault in faults] == ["compress_varlen"] * 3 + ["merge"] * 2
+    faults = sanitized.forced(sanitized.PATHS[1], torch.float16)
+    found = [fault.split(": ") for fault in faults]
+    assert {way for way, _ in found} == {"cluster 4 tile 64"}
+    assert [said.split()[0] for _, said in found] == [*["compress_varlen"] * 3, *["merge"] * 2, "compress"]
 
 
 def test_after_a_fault_of_the_device_the_process_ends(tmp_path, monkeypatch):

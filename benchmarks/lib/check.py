@@ -20,17 +20,22 @@ from benchmarks.lib.alternatives import MERGING
 from benchmarks.lib.cases import RIDGE, Case
 
 U = reference.U
+# Larger products take a CPU too long in float64, so a GPU makes those of its own result: in float64, by other kernels.
+ON_CPU_FLOPS = 3e10
 
 
 def judge(case: Case, name: str, x: Tensor, result: tuple[Tensor, Tensor]) -> float:
-    """Runs `check` on the result of the implementation `name`, on whichever device it is.
+    """Runs `check` on the result of the implementation `name`, which may be on a GPU: on the CPU, or there if the
+    products are large.
 
     Rows that `published` rounds in 16 bits are not checked. Raises AssertionError, which begins with the fault.
     """
     rounded = name == "published" and case.dtype is not torch.float32
     similarity_error = 2 * torch.finfo(case.dtype).eps if rounded else None
+    flops = 2 * case.B * (case.N - case.keep) * case.targets * case.D
+    device = x.device if flops > ON_CPU_FLOPS else torch.device("cpu")
     try:
-        return check(case, x.cpu(), *(t.cpu() for t in result), similarity_error)
+        return check(case, x.to(device), *(t.to(device) for t in result), similarity_error)
     except AssertionError as wrong:
         raise AssertionError(f"{wrong} ({name}, {case})") from None
 
@@ -79,7 +84,7 @@ def _check_image(case: Case, x: Tensor, tokens: Tensor, kept: Tensor, similarity
     if case.layout == "inplace":
         e_sq = e_sq.index_fill(0, p, torch.inf)
     assert (kept.diff() > 0).all(), "indices do not ascend"
-    overwritten = torch.zeros(case.keep, dtype=torch.bool)  # [K]
+    overwritten = torch.zeros(case.keep, dtype=torch.bool, device=x.device)  # [K]
     slack = 4 * case.basis * U * norm_sq  # [N]
     _check_cut(e_sq, slack, kept, "kept")
     if case.layout == "overwrite":
@@ -87,10 +92,10 @@ def _check_image(case: Case, x: Tensor, tokens: Tensor, kept: Tensor, similarity
         assert torch.equal(tokens[overwritten], x[p]), "the overwritten slots do not hold the basis in picking order"
         _check_cut(e_sq, slack, kept[~overwritten], "not overwritten")
 
-    dropped = torch.ones(case.N, dtype=torch.bool).index_fill_(0, kept, False)  # [N]
+    dropped = torch.ones(case.N, dtype=torch.bool, device=x.device).index_fill_(0, kept, False)  # [N]
     rows = (~overwritten).nonzero()[:, 0]  # [T]
     targets = X[kept[rows]]  # [T, D]
-    found, excused = [], torch.zeros(len(rows), dtype=torch.bool)  # of every dropped token; [T]
+    found, excused = [], torch.zeros_like(rows, dtype=torch.bool)  # of every dropped token; [T]
     for part in X[dropped].split(8192):  # [n, D]
         similarity = (part @ targets.T).div_(targets.norm(dim=-1))  # [n, T]
         best, target = similarity.max(1)  # [n]
@@ -108,6 +113,6 @@ def _check_image(case: Case, x: Tensor, tokens: Tensor, kept: Tensor, similarity
 
 def _check_cut(e_sq: Tensor, slack: Tensor, chosen: Tensor, what: str) -> None:
     """Checks that `chosen` holds the largest of e_sq [N], give or take slack [N]."""
-    inside = torch.zeros(len(e_sq), dtype=torch.bool).index_fill_(0, chosen, True)  # [N]
+    inside = torch.zeros_like(e_sq, dtype=torch.bool).index_fill_(0, chosen, True)  # [N]
     surely_out, surely_in = (e_sq + slack)[inside].min(), (e_sq - slack)[~inside].max()
     assert surely_out >= surely_in, f"{what}: a token of e_sq {surely_out:.6g} is in, one of {surely_in:.6g} is out"

@@ -4,6 +4,7 @@ and rows with and without whole 16-byte words. tests/test_gpu_paths.py and bench
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -36,6 +37,11 @@ REAL = (Shape(3, 576, 1024, 64, 10), Shape(2, 300, 131, 100, 12))
 TINY = (Shape(2, 37, 40, 14, 4), Shape(1, 30, 13, 17, 5))
 
 
+@functools.lru_cache(maxsize=2 * len(ops.DTYPES))  # all that calls() needs: each is in hundreds of calls
+def _tokens(shape: Shape, dtype: torch.dtype) -> Tensor:
+    return tokens(shape.B, shape.N, shape.D, dtype=dtype, kind="clustered", seed=shape.N)
+
+
 @dataclass(frozen=True)
 class Call:
     """One op, or `compress` in one layout, on tokens of one dtype."""
@@ -49,9 +55,8 @@ class Call:
         return f"{s.B}x{s.N}x{s.D} keep {s.keep} {str(self.dtype).removeprefix('torch.')} {self.op}"
 
     def tokens(self) -> Tensor:
-        """Returns x [B, N, D] on the CPU."""
-        s = self.shape
-        return tokens(s.B, s.N, s.D, dtype=self.dtype, kind="clustered", seed=s.N)
+        """Returns x [B, N, D] on the CPU. It is shared and must not be changed."""
+        return _tokens(self.shape, self.dtype)
 
     def run(self, device: str, backend: str = "cuda") -> tuple[Tensor, ...]:
         """Runs the call by one backend on a device; returns the results."""

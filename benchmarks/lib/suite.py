@@ -14,7 +14,9 @@ import contextlib
 import dataclasses
 import json
 import math
+import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -59,10 +61,25 @@ class Suite:
     device: Callable[[bool], Device] = devices.cpu  # given --smoke; raises RuntimeError where there is none
     rates: Callable[[Device], dict[str, Any]] = lambda device: ceilings.measure()
     head: Callable[[dict[str, Any]], dict[str, str]] = lambda rates: {"ceilings": said(rates)}
+    apart: bool = False  # each case in a process of its own: a capture that fails may disturb what comes after it
 
     def measure(self, case: Any, device: Device, rounds: int) -> Row:
         """Measures time and, if the suite has it, memory."""
         return dataclasses.replace(self.compare(case, device).run(rounds), memory=self.memory(case))
+
+    def measure_apart(self, case: Any, device: Device, rounds: int, smoke: bool) -> Row:
+        """Measures in another process. If that leaves no row, the row has the last line of its errors."""
+        with tempfile.TemporaryDirectory() as folder:
+            file = Path(folder, "results.json")
+            words = [sys.executable, "-m", f"benchmarks.{self.name}", "--here", *(["--smoke"] if smoke else [])]
+            words += ["--rounds", str(rounds), "--json", str(file), "--only", str(case)]
+            done = subprocess.run(words, capture_output=True, text=True, check=False)
+            found = [row for row in load(file).rows if row.case == case.fields()] if file.exists() else []
+        if found:
+            return found[0]
+        last = (done.stderr.strip().splitlines() or ["it printed nothing"])[-1]
+        failed = {"apet process": f"it ended with {done.returncode}: {last}"}
+        return Comparison(device, case.fields(), {}, [], {}, base="none", sums={}, failed=failed).row()
 
     def main(self) -> None:
         """Measures, shows and writes what the command line says."""
@@ -79,6 +96,8 @@ class Suite:
             "--minutes", type=float, default=math.inf, metavar="M", help="begin no further case after this time"
         )
         parser.add_argument("--json", type=Path, metavar="FILE", help="write everything measured")
+        if self.apart:
+            parser.add_argument("--here", action="store_true", help="all cases in this process")
         return parser
 
     def run(self, parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
@@ -99,7 +118,11 @@ class Suite:
                 else:
                     with console.status(f"{number} of {len(cases)}: {case}"):
                         rounds = SMOKE_ROUNDS if options.smoke else options.rounds
-                        results.rows.append(self.measure(case, device, rounds))
+                        if self.apart and not options.here:
+                            row = self.measure_apart(case, device, rounds, options.smoke)
+                        else:
+                            row = self.measure(case, device, rounds)
+                        results.rows.append(row)
                     device.release()
                 if options.json:  # after every case, so that an interrupted run leaves its results
                     save(results, options.json)

@@ -14,6 +14,12 @@ ROW = re.compile(r"((?:    //.*\n)+)    \{(.*)\},\n")
 Figures = dict[str, float]  # by the names of the members of `Figures`
 
 
+def row_of(rows: list[tuple[str, Figures]], capability: int) -> Figures:
+    """Returns the row that `figures_for` of figures.cuh takes for a capability."""
+    same = [row for _, row in rows if row["capability"] // 10 == capability // 10 and row["capability"] <= capability]
+    return max(same, key=lambda row: row["capability"], default=rows[0][1])
+
+
 def parabola(x: list[float], y: list[float]) -> tuple[float, float, float]:
     """Returns a, b and c of the least-squares fit y = a + b x + c x^2."""
     import numpy as np
@@ -60,6 +66,8 @@ def measured(lines: list[Line]) -> Figures:
     found["term_us"] = middle(line["term_us"] for line in steps or [item(f"step cooperative {sms}")] if line)
     found["cooperative_step_us"] = item(f"step cooperative {sms}").get("step_us")
     found["lists_us"] = item("s4 576").get("us")
+    found["pick_us"] = (item("picks cluster 8") or item(f"picks cooperative {sms}")).get("pick_us")
+    found["l2_bytes"] = device.get("l2")
     for name, key, width in (
         ("sweep {} 4 resident", "elements_per_sm", 1),
         ("sweep {} 4 L2", "l2_per_sm", 2),
@@ -84,10 +92,10 @@ def middle(values: Iterable[float]) -> float | None:
 
 def updated(header: str, lines: list[Line]) -> tuple[str, list[str]]:
     """Returns figures.cuh with a row for the run's GPU model, and the members that the run has not measured: these keep
-    the value of the capability's row, or else of the first row."""
+    the value of the row that applied to it before."""
     device, rows = named(lines, "card", "device")["device"], read(header)
     capability = 10 * device["capability"][0] + device["capability"][1]
-    before = next((row for _, row in rows if row["capability"] == capability), rows[0][1])
+    before = row_of(rows, capability)
     found = measured(lines)
     kept = [name for name in before if name not in found and name != "capability"]
     comment = (

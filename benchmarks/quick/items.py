@@ -19,6 +19,10 @@ class NotPossible(Exception):
     """The machine cannot run the item, for a reason that is not a fault of this project."""
 
 
+class NotRun(Exception):
+    """The item did not end in its time, so it shows nothing."""
+
+
 @dataclass(frozen=True)
 class Item:
     """A part of a step, with its own line in the results."""

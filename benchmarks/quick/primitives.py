@@ -43,6 +43,9 @@ def _of_cuda(clock: Device, options: Options) -> Iterator[Item]:
     sms = _sms(options)
     for path, ctas in (("cluster", 4), ("cluster", 8), ("cluster", 16), ("cooperative", 16), ("cooperative", sms)):
         yield Item(f"step {path} {ctas}", functools.partial(_step, clock, options, path, ctas))
+    for path, ctas in (("cluster", 8), ("cooperative", sms)):
+        yield Item(f"picks {path} {ctas}", functools.partial(_picks, clock, options, path, ctas))
+        yield Item(f"rounds {path} {ctas}", functools.partial(_rounds, clock, options, path, ctas))
     for path in ("cluster", "cooperative"):
         for resident in (-1, 0):
             what = "resident" if resident else "L2"
@@ -91,10 +94,9 @@ def _cache_rate(clock: Device, options: Options) -> dict[str, Any]:
     return {"l2_bytes_per_s": passes * x.nbytes / median(clock, replay)}
 
 
-def _score_us(clock: Device, way: Any, x: Tensor, basis: int) -> float:
-    """Returns the microseconds of `score`, from a graph of ten."""
-    import apet_kernels
-    from apet_kernels import testing
+def _us(clock: Device, way: Any, op: str, x: Tensor, *args: Any, **arguments: Any) -> float:
+    """Returns the microseconds of an op on a path, from a graph of ten."""
+    from apet_kernels import dispatch, testing
 
     count = 10 if x.is_cuda else 1
 
@@ -102,7 +104,7 @@ def _score_us(clock: Device, way: Any, x: Tensor, basis: int) -> float:
 
         def calls() -> None:
             for _ in range(count):
-                apet_kernels.score(x, basis, backend="cuda")
+                dispatch.run_cuda(op, x, *args, **arguments)
 
         return 1e6 / count * median(clock, clock.graphed(calls))
 
@@ -116,9 +118,49 @@ def _step(clock: Device, options: Options, path: str, ctas: int) -> dict[str, An
     basis = (4, 6, 8) if options.rehearse else (4, 16, 32, 48, 64)
     x = tokens(1, 24 if options.rehearse else 4 * max(ctas, 32), 8, kind="normal", seed=ctas).to(options.device)
     way = testing.CudaPath(path, ctas)  # type: ignore[arg-type]
-    us = [forceable(lambda m=m: _score_us(clock, way, x, m)) for m in basis]
+    us = [forceable(lambda m=m: _us(clock, way, "score", x, m)) for m in basis]
     launch, step, term = parabola([float(m) for m in basis], us)
     return {"basis": basis, "us": us, "launch_us": launch, "step_us": step, "term_us": term}
+
+
+def _picks(clock: Device, options: Options, path: str, ctas: int) -> dict[str, Any]:
+    """Measures a pick of a round: t(M) = rounds + M * pick + M^2 * term. A round makes as many tiles of products with
+    each of these M."""
+    import torch
+
+    from apet_kernels import testing
+    from benchmarks.quick.figures import parabola
+    from tests.data import tokens
+
+    basis = (66, 70, 74) if options.rehearse else (68, 88, 108, 128)
+    N, dtype = (80, torch.float16) if options.rehearse else (1024, torch.bfloat16)
+    x = tokens(1, N, 2 * max(basis), dtype=dtype, kind="normal", seed=ctas).to(options.device)
+    way = testing.CudaPath(path, ctas)  # type: ignore[arg-type]
+    us = [forceable(lambda m=m: _us(clock, way, "score", x, m, select="qr")) for m in basis]
+    rounds, pick, _ = parabola([float(m) for m in basis], us)
+    return {"basis": basis, "us": us, "rounds_us": rounds, "pick_us": pick}
+
+
+def _rounds(clock: Device, options: Options, path: str, ctas: int) -> dict[str, Any]:
+    """Measures a basis in rounds and a medoid step, beside their estimates."""
+    import torch
+
+    import apet_kernels
+    from apet_kernels import testing
+    from tests.data import tokens
+
+    N, D, keep = (40, 24, 20) if options.rehearse else (576, 1024, 64)
+    dtype = torch.float16 if options.rehearse else torch.bfloat16
+    x = tokens(1, N, D, dtype=dtype, kind="clustered", seed=N).to(options.device)
+    way = testing.CudaPath(path, ctas)  # type: ignore[arg-type]
+    found: dict[str, Any] = {}
+    for refine in (0, 2):
+        arguments = {"basis": None, "select": "qr", "refine": refine}
+        us = forceable(lambda arguments=arguments: _us(clock, way, "compress", x, keep, **arguments))
+        with testing.use_cuda_path(way), apet_kernels.use_backend("cuda"):
+            estimated = apet_kernels.plan(x, keep, **arguments).details["estimated_us"]
+        found |= {f"refine_{refine}_us": us, f"refine_{refine}_estimated_us": estimated}
+    return found
 
 
 def _sweep(clock: Device, options: Options, path: str, ctas: int, resident: int) -> dict[str, Any]:
@@ -134,7 +176,7 @@ def _sweep(clock: Device, options: Options, path: str, ctas: int, resident: int)
 
     def step_us(rows: int) -> float:
         x = tokens(1, rows * ctas, D, dtype=dtype, kind="normal", seed=1).to(options.device)
-        few, many = (forceable(lambda m=m: _score_us(clock, way, x, m)) for m in basis)
+        few, many = (forceable(lambda m=m: _us(clock, way, "score", x, m)) for m in basis)
         return (many - few) / (basis[1] - basis[0])
 
     small, large = step_us(rows // 4), step_us(rows)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import itertools
 import os
 import re
 import shutil
@@ -13,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from benchmarks.quick.items import Item, NotPossible, Options, no_cuda_gpu, prepare, raise_unusable, usable
+from benchmarks.quick.items import Item, NotPossible, NotRun, Options, no_cuda_gpu, prepare, raise_unusable, usable
 
 if TYPE_CHECKING:  # imported where it is needed: the first steps must run even if torch is broken
     from torch import Tensor
@@ -22,6 +23,8 @@ if TYPE_CHECKING:  # imported where it is needed: the first steps must run even 
 
 ROOT = Path(__file__).parents[2]
 SANITIZERS = ("memcheck", "racecheck", "synccheck", "initcheck")
+REHEARSED = 11  # a rehearsal runs one in so many of the ways of all calls
+SHORTEST = 20.0  # seconds that every sanitizer has
 
 
 # ---- self-tests and paths: every path gives the same bits
@@ -51,21 +54,21 @@ def selftests(options: Options) -> Iterator[Item]:
 
 def every_path(options: Options) -> Iterator[Item]:
     prepare(options)
-    from apet_kernels import testing
+    from apet_kernels import ops, testing
     from benchmarks.lib import paths
 
     if "cuda" not in usable(options):
         yield Item("any", raise_unusable)
         return
-    number = 0
-    for call in paths.calls(tiny=options.rehearse):
-        if call.op in ("inplace", "overwrite", "append"):
+    calls = paths.calls(tiny=options.rehearse)
+    for call in calls:
+        if call.op in ops.LAYOUTS:
             yield Item(f"{call} | float64", functools.partial(_compared, call, options.device))
-        for way in (testing.CudaPath(), *testing.cuda_paths()):
-            number += 1
-            if options.rehearse and number % 12:  # on a CPU one in twelve is enough to find mistakes in this file
-                continue
-            yield Item(f"{call} | {way}", functools.partial(_one_way, call, way, options.device))
+    # Way by way, so that a run that is cut off has compared some ways of every call, not all ways of some.
+    every = itertools.product((testing.CudaPath(), *testing.cuda_paths()), calls)
+    # On a CPU a part is enough to find mistakes in this file; a prime step reaches every call and every way.
+    for way, call in itertools.islice(every, 0, None, REHEARSED if options.rehearse else 1):
+        yield Item(f"{call} | {way}", functools.partial(_one_way, call, way, options.device))
 
 
 def _compared(call: Any, device: str) -> None:
@@ -101,11 +104,12 @@ def _sanitize(options: Options, tool: str) -> dict[str, Any]:
     command = [program, "--tool", tool, "--error-exitcode", "99", sys.executable, "-m", "benchmarks.sanitized"]
     try:
         done = subprocess.run(
-            command, env=environment, capture_output=True, text=True, check=False, timeout=max(options.seconds / 3, 20)
+            command, env=environment, capture_output=True, check=False, timeout=max(options.seconds / 3, SHORTEST)
         )
     except subprocess.TimeoutExpired as late:
-        raise NotPossible(f"it did not end in {late.timeout:.0f} s") from None
-    said = done.stdout + done.stderr
+        reached = (late.stdout or b"").decode().strip().splitlines()[-1:]
+        raise NotRun(f"it did not end in {late.timeout:.0f} s; then it ran: {''.join(reached) or 'nothing'}") from None
+    said = (done.stdout + done.stderr).decode()
     summary = re.findall(r"^=+ (\w+ SUMMARY: .*)", said, re.MULTILINE)
     if not summary or "Device not supported" in said:
         raise NotPossible(f"compute-sanitizer ended with {done.returncode} and no summary: {said.strip()[-300:]}")
@@ -121,7 +125,7 @@ def _sanitized_on_the_simulated_gpu(options: Options) -> None:
     from benchmarks import sanitized
 
     torch.Tensor.cuda = lambda t: t  # type: ignore[method-assign]
-    faults = sanitized.ragged_and_given(torch.float16)
+    faults = [fault for way in sanitized.PATHS[1::2] for fault in sanitized.forced(way, torch.float16)]
     assert not faults, "; ".join(faults)
 
 

@@ -3,7 +3,8 @@
     python -m benchmarks.quick.worker STEP --pipe FD --options JSON
 
 benchmarks/gpu_quick.py starts it and kills it if an item hangs; if it dies, another process runs the remaining items.
-It writes "begin" before an item, then "end" with "ok", "failed" or "not possible", and "finished" after the last item.
+It writes "begin" before an item, then "end" with "ok", "failed", "not possible" or "not run", and "finished" after the
+last item.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from benchmarks.quick import items, steps
-from benchmarks.quick.items import Item, NotPossible, Options
+from benchmarks.quick.items import Item, NotPossible, NotRun, Options
 
 
 def main() -> None:
@@ -47,6 +48,8 @@ def run(step: str, options: Options, send: Any) -> None:
             line = {"status": "ok", **found}
         except NotPossible as reason:
             line = {"status": "not possible", "said": str(reason)}
+        except NotRun as reason:
+            line = {"status": "not run", "said": str(reason)}
         except Exception as error:
             traceback.print_exc()  # goes to the step's own file
             line = {"status": "failed", "said": f"{type(error).__name__}: {first_line(error)}"}

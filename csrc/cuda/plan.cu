@@ -28,9 +28,6 @@ int64_t cooperative_ctas(const apet_problem& p, const Device& device, const apet
 // The cost by which plans are compared: cooperative launches are penalised by 10 %, because they wait for free SMs.
 double cost(const apet_cuda_plan_t& plan) { return plan.estimated_us * (plan.path == APET_CUDA_COOPERATIVE ? 1.1 : 1); }
 
-// A pick of a round takes so long beside its terms: two barriers of the CTA, a maximum and a root. Assumed.
-constexpr double kPickUs = 0.7;
-
 // The rounds and the medoid steps of an image, less its norms and s4. read(bytes): the time of a CTA to read from L2.
 template <class Read>
 double rounds_us(const apet_problem& p, const apet_cuda_plan_t& plan, const Figures& f, double exchange, Read read) {
@@ -54,7 +51,7 @@ double rounds_us(const apet_problem& p, const apet_cuda_plan_t& plan, const Figu
     const double triangle = std::ceil(most / 32) * (most / 2 + 16) * f.term_us;
     const double update =
         tiles(plan.slice, most) * residual + std::ceil(plan.slice / (kWarps * kRows * 1.0)) * triangle;
-    us += kRounds * (f.lists_us + gram + most * (kPickUs + terms) + update + 4 * exchange);
+    us += kRounds * (f.lists_us + gram + most * (f.pick_us + terms) + update + 4 * exchange);
   }
   if (!refines(p)) return us;
   const double kept = (double)std::max<int64_t>(most_kept(p), 1), members = 1 + most_dropped(p) / kept;

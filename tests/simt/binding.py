@@ -42,6 +42,7 @@ def stand_in(device: call.Device, set_attribute: Callable[[object, str, object],
     """Loads the ops, and makes `backend="cuda"` take CPU tensors, on this simulated device."""
     load()
     call.use_device(device)
-    usable = available.why_unavailable
-    set_attribute(available, "why_unavailable", lambda name: None if name == "cuda" else usable(name))
+    for query in ("why_missing", "why_unavailable"):
+        usable = getattr(available, query)
+        set_attribute(available, query, lambda name, usable=usable: None if name == "cuda" else usable(name))
     set_attribute(available, "why_not_cuda", lambda device: None)
