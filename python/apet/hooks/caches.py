@@ -132,7 +132,7 @@ def check_lengths(forward: Forward, llm_layer: int | None) -> None:
         if held != expected:
             raise ValueError(
                 f"layer {i} of the cache ({type(layer).__name__}) holds {held} tokens after a prefill of {expected}: "
-                f"apet does not know how this model fills its cache ({versions()})"
+                f"the way in which this model fills its cache is not supported ({versions()})"
             )
 
 

@@ -65,8 +65,8 @@ class Arguments:
         if missing:
             known = "; ".join(f"{role}: {' or '.join(NAMES[role])}" for role in missing)
             raise ValueError(
-                f"{owner}.forward{signature} has no argument known for {known}. apet does not know how this class is "
-                f"called, and cannot patch it ({versions()})"
+                f"{owner}.forward{signature} has no argument known for {known}. Without it the class is not supported "
+                f"({versions()})"
             )
         return cls(owner, parameters, names, forwards)
 
@@ -74,8 +74,8 @@ class Arguments:
         """Returns all arguments of a call by keyword."""
         if len(args) > len(self.parameters):
             raise ValueError(
-                f"{self.owner} is called with {len(args)} arguments by position, of which apet knows "
-                f"{len(self.parameters)} by name; pass them by keyword ({versions()})"
+                f"{self.owner} is called with {len(args)} arguments by position, of which "
+                f"{len(self.parameters)} have names; pass them by keyword ({versions()})"
             )
         return dict(zip(self.parameters, args, strict=False)) | dict(kwargs)
 
@@ -98,7 +98,7 @@ class Arguments:
             name = self.name(role, call)
             if name is None:
                 raise ValueError(
-                    f"{self.owner} was called without {' or '.join(NAMES[role])}, which apet has to replace after "
+                    f"{self.owner} was called without {' or '.join(NAMES[role])}, which has to be replaced after "
                     f"tokens were dropped; it was called with {', '.join(call)} ({versions()})"
                 )
             call = call | {name: value}
@@ -117,8 +117,8 @@ class Arguments:
             value = call[others[0]]
         if not isinstance(value, Cache) or isinstance(value, transformers.EncoderDecoderCache):
             raise ValueError(
-                f"{self.owner} was called with a cache of type {type(value).__name__}, which is not a cache of a "
-                f"decoder that apet knows ({versions()})"
+                f"{self.owner} was called with a cache of type {type(value).__name__}, which is not supported as "
+                f"the cache of a decoder ({versions()})"
             )
         return value
 
@@ -200,8 +200,8 @@ class Rotary:
         parameters = list(inspect.signature(rotary.forward).parameters)
         if parameters[:2] != ["x", "position_ids"] or parameters[2:] not in ([], ["layer_type"]):
             raise ValueError(
-                f"{cannot}: {type(rotary).__name__}.forward takes ({', '.join(parameters)}), where apet knows "
-                f"(x, position_ids) and (x, position_ids, layer_type) ({versions()})"
+                f"{cannot}: {type(rotary).__name__}.forward takes ({', '.join(parameters)}), expected "
+                f"(x, position_ids) or (x, position_ids, layer_type) ({versions()})"
             )
         return cls(len(parameters) == 3)
 
@@ -250,7 +250,7 @@ class MaskBuilder:
             known = {"config", "attention_mask", *NAMES["embeds"], *NAMES["cache"], "cache_position"}
             given = {"config", "attention_mask", "or_mask_function"}
             if None in names.values() or not given <= {*parameters} or needed - known:
-                raise ValueError(f"{name}{inspect.signature(function)} is not called as apet knows it ({versions()})")
+                raise ValueError(f"{name}{inspect.signature(function)} is not supported ({versions()})")
             functions[kind] = function
             shapes[name] = (names["embeds"], names["cache"], "layer_idx" in parameters, "cache_position" in needed)
         if len({*shapes.values()}) > 1:
@@ -305,7 +305,7 @@ def _pairs(more: Tensor, past: int) -> Callable[..., Tensor]:
 def check_mask(what: str, mask: Any) -> None:
     """Raises ValueError if `mask` cannot be the mask of one decoder layer."""
     if mask is not None and not isinstance(mask, Tensor | BlockMask):
-        raise ValueError(f"{what} a mask of type {type(mask).__name__}, which apet does not know ({versions()})")
+        raise ValueError(f"{what} a mask of type {type(mask).__name__}, which is not supported ({versions()})")
 
 
 class _OneLayer:
@@ -328,7 +328,7 @@ def implementation(config: Any) -> str:
     found = getattr(config, "_attn_implementation", None)
     if not isinstance(found, str):
         raise ValueError(
-            f"{type(config).__name__} has no _attn_implementation, by which apet knows the attention of a decoder "
+            f"{type(config).__name__} has no _attn_implementation, which names the attention of a decoder "
             f"({versions()})"
         )
     return found

@@ -137,7 +137,7 @@ class Engine(Patch):
             return None
         if len(args) != 1:
             raise ValueError(
-                f"{type(module).__name__} was called with {len(args)} arguments by position, where apet knows one: the "
+                f"{type(module).__name__} was called with {len(args)} arguments by position, expected one: the "
                 f"features to project ({versions()})"
             )
         found = first_stage.project_fewer(self.target, call.core or self.target.core(), call.inputs, args[0])
@@ -182,8 +182,8 @@ class Engine(Patch):
         if running is not None and running.compressed:
             what = "no cache" if cache is None else f"a {type(cache).__name__} that this prompt did not fill"
             raise ValueError(
-                f"{owner} was called with {what} in a step of generate(), whose prompt was compressed: apet does not "
-                f"know how this model passes its cache to the next step ({versions()})"
+                f"{owner} was called with {what} in a step of generate(), whose prompt was compressed: the way in "
+                f"which this model passes its cache to the next step is not supported ({versions()})"
             )
         if prompt is None and not getattr(self.threads, "text", False):
             generation.check_core_runs(self, owner)
@@ -267,9 +267,9 @@ class Engine(Patch):
             past = int(cache.get_seq_length())
             if past > 0:
                 raise ValueError(
-                    f"the cache holds {past} tokens that this patched model did not put there: it was filled before "
-                    "patching, by another model, or made from another cache. Tokens may be missing in it, so apet "
-                    "cannot go on from it; start without a cache"
+                    f"the cache holds {past} tokens that were not written by this patched model: it was filled before "
+                    "patching, by another model, or made from another cache. Tokens may be missing in it, so it cannot "
+                    "be continued; start without a cache"
                 )
             caches.remember(cache, Prompt(len(x)))
 

@@ -87,7 +87,7 @@ def begin(
         return forward, arguments
     if past and before is None:
         raise ValueError(
-            f"the cache holds {past} tokens that this patched model did not put there, so images cannot follow them"
+            f"the cache holds {past} tokens that were not written by this patched model, so images cannot follow them"
         )
     if before is not None and before.compressed and past:
         raise ValueError(
@@ -224,8 +224,8 @@ def kept_positions(
     """
     if positions.dim() == 3 and len(positions) not in (axes, axes + 1):
         raise ValueError(
-            f"position_ids of shape {tuple(positions.shape)} have {len(positions)} rows: apet knows {axes} (M-RoPE) "
-            f"and {axes + 1} (the positions of the text before them)"
+            f"position_ids of shape {tuple(positions.shape)} have {len(positions)} rows, expected {axes} (M-RoPE) "
+            f"or {axes + 1} (the positions of the text before them)"
         )
     rotary = positions[-axes:] if positions.dim() == 3 else positions[None]
     rotary = rotary.to(valid.device)

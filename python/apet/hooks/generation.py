@@ -56,8 +56,8 @@ def check_core_runs(patch: Patch, owner: str) -> None:
     if call is not None and patch.adapter.modalities(call.inputs):
         model, core = type(patch.model).__name__, type(patch.core).__name__
         raise ValueError(
-            f"{model}.generate was called with images and calls {owner} without a forward of {core}, so apet does not "
-            f"know where the images are, and would drop nothing: call {core}.forward in a loop, or load a port that "
+            f"{model}.generate was called with images and calls {owner} without a forward of {core}, so the images "
+            f"cannot be found, and nothing would be dropped: call {core}.forward in a loop, or load a port that "
             f"transformers has ({versions()})"
         )
 

@@ -68,8 +68,8 @@ def takes_images(target: Target, call: Call, embeds: Any, cache: Cache | None) -
     """
     if not isinstance(embeds, Tensor) or embeds.dim() != 3:
         raise ValueError(
-            f"{target.language_model_arguments.owner} was called without embeddings [B, L, D], so apet cannot find its "
-            "images"
+            f"{target.language_model_arguments.owner} was called without embeddings [B, L, D], so its images cannot "
+            "be found"
         )
     start, length = call.columns, length_of(call.inputs)
     call.columns = end = start + embeds.shape[1]
@@ -81,16 +81,13 @@ def takes_images(target: Target, call: Call, embeds: Any, cache: Cache | None) -
     )
     if end > length:
         raise ValueError(
-            f"{called}: apet does not know where its images are then; it knows one call with all tokens, or one after "
-            f"another with a part of them ({versions()})"
+            f"{called}, so its images cannot be found; expected one call with all tokens, or one after another with a "
+            f"part of them ({versions()})"
         )
     held = None if cache is None else int(cache.get_seq_length())
     if held is None or (start and held != call.held):
         given = "no cache" if held is None else f"a cache of {held} tokens, not the {call.held} of the parts before"
-        raise ValueError(
-            f"{called}, and with {given}: apet does not know how the parts of this prefill follow each other "
-            f"({versions()})"
-        )
+        raise ValueError(f"{called}, and with {given}: a prefill in such parts is not supported ({versions()})")
     visual = torch.stack([*placeholders(target.adapter, call.core, call.inputs).values()]).any(0)
     here, everywhere = int(visual[:, start:end].sum()), int(visual.sum())
     if 0 < here < everywhere:
@@ -107,7 +104,7 @@ def check_all(call: Call) -> None:
     if 0 < call.columns < length:
         raise ValueError(
             f"{type(call.core).__name__} has called its language model with {call.columns} of the {length} tokens of a "
-            f"prompt: apet does not know what became of the others ({versions()})"
+            f"prompt, expected all ({versions()})"
         )
 
 
@@ -124,7 +121,7 @@ def placeholders(adapter: Adapter, core: nn.Module, inputs: Mapping[str, Any]) -
     if set(found) == {"video"} and not found["video"].any():  # GLM's frames stand at placeholders of images
         return {"video": _placeholders(adapter, core, "image", inputs)}
     if len(found) > 1 and len({adapter.tokens[m] for m in found}) < len(found):
-        raise ValueError(f"{' and '.join(found)} stand at the same placeholders, so apet cannot tell them apart")
+        raise ValueError(f"{' and '.join(found)} stand at the same placeholders, so they cannot be told apart")
     return found
 
 

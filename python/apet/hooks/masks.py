@@ -85,7 +85,7 @@ def _read(
         return mask[:, :total].to(device, torch.bool), None
     if mask.shape[1] != 1 and not torch.equal(mask, mask[:, :1].expand_as(mask)):
         raise ValueError(
-            f"an attention mask of shape {tuple(mask.shape)} differs between heads, which apet cannot keep"
+            f"an attention mask of shape {tuple(mask.shape)} differs between heads, which is not supported"
         )
     seen = mask[:, 0, :, :total].to(device)
     seen = (seen if seen.dtype == torch.bool else seen == 0).expand(batch, -1, -1)  # [B, length, total]

@@ -60,8 +60,8 @@ class Decoder:
         if sum(counts) != length:
             raise ValueError(
                 f"{type(model).__name__} calls {type(decoders[0]).__name__} with {', then '.join(map(str, counts))} of "
-                f"the {length} tokens of a prompt, where one call with all of them is known, or one after another with "
-                "a part of them"
+                f"the {length} tokens of a prompt, expected one call with all of them, or one after another with a "
+                "part of them"
             )
         return cls(decoders[0], _layers(decoders[0]), len(counts))
 
@@ -118,7 +118,7 @@ def generate(
     if len(states) != decoder.calls - 1 + new:
         raise ValueError(
             f"{type(model).__name__} called {type(decoder.module).__name__} {len(states)} times to generate {new} "
-            "tokens, where one call for each is known"
+            "tokens, expected one call for each"
         )
     entered = [torch.cat(parts, dim=-2) for parts in (rows, late) if parts]
     return Generation(tokens[:, -new:], torch.stack(states[-new:], 1), entered)

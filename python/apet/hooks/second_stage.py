@@ -183,7 +183,7 @@ def check_rotary_arguments(owner: str, rotary: Any, batch: int, length: int, axe
     if not known or len(given) > 2:
         shapes = ", ".join(str(tuple(t.shape)) if isinstance(t, Tensor) else type(t).__name__ for t in given)
         raise ValueError(
-            f"{owner} was called with rotary embeddings {shapes}, where apet knows a cosine and a sine of "
+            f"{owner} was called with rotary embeddings {shapes}, expected a cosine and a sine of "
             f"[{batch}, {length}, d] ({versions()})"
         )
 

@@ -159,8 +159,8 @@ class Target:
         if isinstance(ids, Tensor) and any(token is not None and bool((ids == token).any()) for token in tokens):
             raise ValueError(
                 f"{type(core).__name__} was called with placeholders of images or videos and with "
-                f"{', '.join(unknown)}, but with no pixel_values: apet does not know what these are, and would "
-                f"compress nothing ({versions()})"
+                f"{', '.join(unknown)}, but with no pixel_values: these arguments are not supported, and nothing "
+                f"would be compressed ({versions()})"
             )
 
 

@@ -90,7 +90,7 @@ def adapter_for(model: nn.Module) -> Adapter:
     if model_type in READERS:
         raise ValueError(
             f"{name} reads documents: there, published results put every method that drops visual tokens at or below "
-            f"dropping them at random (docs/hooks.md). To do it all the same, call "
+            f"dropping them at random (docs/hooks.md). To patch it anyway, call "
             f"apet.register_adapter('{model_type}', apet.Adapter()) first"
         )
     reason = parts.why_not(model)
