@@ -1,7 +1,7 @@
 """AMX: the products in tiles, in their emulation in plain C++ and, where the processor has AMX, in its instructions.
 
-The emulation (APET_TILE_TWIN) is built in two ways: for any processor, and with AVX-512 around the tiles. The latter
-must give the bits of the instructions.
+The emulation (APET_TILE_EMULATION) is built in two ways: for any processor, and with AVX-512 around the tiles. The
+latter must give the bits of the instructions.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ SHAPES = [
 
 
 def make(kind: str, folder: Path, csrc: Path = CSRC) -> None:
-    elsewhere.make(folder, "g++", csrc, f"-DAPET_TILE_TWIN={kind}")
+    elsewhere.make(folder, "g++", csrc, f"-DAPET_TILE_EMULATION={kind}")
 
 
 @functools.cache
@@ -103,7 +103,7 @@ def test_other_dtypes_have_the_bits_of_the_set_before(isa: str) -> None:
 @pytest.mark.matrix  # on a machine with AMX, by hand
 @in_tiles
 @pytest.mark.parametrize("shape", [*SHAPES, (2, 576, 1024, 64, 10), (1, 1280, 3584, 384, 10)])
-def test_the_twin_has_the_bits_of_the_instructions(shape: tuple[int, ...], isa: str) -> None:
+def test_the_emulation_has_the_bits_of_the_instructions(shape: tuple[int, ...], isa: str) -> None:
     from apet_kernels import compress
 
     if isa not in testing.cpu_isa():
