@@ -13,12 +13,14 @@ from .adapter import Adapter
 from .calling import versions
 from .config import Keep
 from .parts import of
-from .state import Call, Trace, has_pixels
+from .state import RunningCall, Trace, has_pixels
 from .target import Target
-from .units import Tokens, group
+from .units import VisualTokens, group
 
 
-def find(target: Target, call: Call, generation: Call | None, x: Tensor, start: int = 0) -> tuple[Trace, Tokens]:
+def find(
+    target: Target, call: RunningCall, generation: RunningCall | None, x: Tensor, start: int = 0
+) -> tuple[Trace, VisualTokens]:
     """Returns the visual tokens of a call among the rows of its embeddings x [B, L, D], flattened to [B * L, D].
 
     generation: the call of generate() that this call is part of, if that has encoded the images; start: the first
@@ -59,7 +61,7 @@ def find(target: Target, call: Call, generation: Call | None, x: Tensor, start: 
     return Trace(visuals, flat, [length]), group(units, flat, numbers)
 
 
-def takes_images(target: Target, call: Call, embeds: Any, cache: Cache | None) -> bool:
+def takes_images(target: Target, call: RunningCall, embeds: Any, cache: Cache | None) -> bool:
     """Returns whether a call of the language model with embeds [B, n, D] has the images and videos of the core model's
     call, and counts its columns.
 
@@ -98,7 +100,7 @@ def takes_images(target: Target, call: Call, embeds: Any, cache: Cache | None) -
     return here > 0
 
 
-def check_all(call: Call) -> None:
+def check_all(call: RunningCall) -> None:
     """Raises ValueError if a core model has called its language model with a part of the prompt only."""
     length = length_of(call.inputs)
     if 0 < call.columns < length:

@@ -29,9 +29,9 @@ from transformers.models.auto import modeling_auto
 from . import recording, reference, tiny
 from .adapter import Adapter
 from .adapters import ADAPTERS, OWN, adapter_for
-from .calling import implementation
 from .config import Options
 from .engine import Engine
+from .mask_functions import implementation
 from .results import ENGINE, kept
 from .sources import as_tested, code
 from .target import Target
