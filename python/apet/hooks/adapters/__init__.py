@@ -66,10 +66,10 @@ def register_adapter(model_type: str | Sequence[str], adapter: Adapter) -> None:
 
     Args:
         model_type: `model.config.model_type`, or several.
-        adapter: describes these models; see docs/hooks.md.
+        adapter: describes these models; see docs/add-a-model.md.
 
     Example:
-        >>> apet.register_adapter("postcards", Postcards())
+        >>> apet.register_adapter("stamps", Stamps())
     """
     for name in [model_type] if isinstance(model_type, str) else model_type:
         ADAPTERS[name] = adapter
