@@ -144,7 +144,7 @@ FAULTS = {
     "columns of the second tile are the first's": ("product_tiles.h", "b + Columns, 4 * width", "b, 4 * width"),
     "the sum of a chain replaces the ones before": ("product_tiles.h", "load(sum) + more", "more"),
     "odd products left out": ("tiles.h", "flush(even[n] + odd[n])", "even[n]"),
-    "float16 without its sign": ("tiles.h", "| beyond | sign", "| beyond"),
+    "float16 without its sign": ("tiles.h", "| beyond | sign", "| beyond | (sign & 0)"),
 }
 
 
@@ -160,6 +160,8 @@ def test_an_injected_fault_is_noticed(fault: str, tmp_path: Path, monkeypatch: p
     make("portable", tmp_path / "build", with_fault(tmp_path, *FAULTS[fault]))
     changed = Program(tmp_path / "build/calls")
     monkeypatch.setitem(globals(), "program", lambda _: changed)
-    with pytest.raises(AssertionError):
+    with pytest.raises((AssertionError, RuntimeError)) as noticed:
         compare_all()
+    # The library tests a product itself. If that is wrong, it is without the instruction set: APET_NO_ISA.
+    assert noticed.type is AssertionError or str(noticed.value) == "status 21"
     changed.close()
