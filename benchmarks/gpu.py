@@ -180,8 +180,8 @@ def sheets(results: Results) -> list[Sheet]:
     )
     graph = _sheet(
         "Replayed from a graph",
-        "Microseconds, medians. bound: computed, the M + 4 launches of the Triton backend; floor: computed, one launch "
-        "that reads the tokens once, which no implementation can beat.",
+        "Microseconds, medians. bound: computed, the M + 4 launches of the Triton backend; floor: computed, the time "
+        "that no implementation can beat.",
         rows,
         BASELINES[1:],
         lambda case: floors.graphed(floors.triton(case), rates),

@@ -115,7 +115,11 @@ def test_patches_name_the_characters_that_cover_them(coffee: sources.Sources) ->
                 thing.what[letter - 1 :][:1] == chr(grid[row, column]) and named == thing.colour for thing in near
             )
         assert not scene.colours[scene.patches == 0].any()
-        assert np.array_equal(scene.letters == 0, scene.patches == 0)
+        for grid in (scene.letters, scene.owners):
+            assert np.array_equal(grid == 0, scene.patches == 0)
+        for patch in np.flatnonzero(scene.owners):
+            thing = scene.things[scene.owners[patch] - 1]
+            assert thing.what[scene.letters[patch] - 1] == chr(scene.patches[patch])
         for thing in scene.things:
             if thing.box[3] >= 2 * scenes.PATCH:  # each letter of a large word covers a patch
                 assert set(thing.what) <= {chr(code) for code in scene.patches}

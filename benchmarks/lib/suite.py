@@ -102,7 +102,7 @@ def said(rates: dict[str, float]) -> str:
     return (
         f"torch.mm of 2048^3 {products}, the fastest product {rates['peak GFLOP/s']:.0f} GFLOP/s; "
         f"copying 256 MiB {rates['copy GB/s']:.0f} GB/s, reading them {rates['read GB/s']:.0f} GB/s, "
-        f"reading 4 MiB again {rates['cached GB/s']:.0f} GB/s; an empty call {rates['call us']:.1f} us"
+        f"reading 4 MiB again {rates['cached GB/s']:.0f} GB/s; a call with 16 tokens {rates['call us']:.1f} us"
     )
 
 

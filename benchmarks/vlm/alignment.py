@@ -1,9 +1,11 @@
-"""Aligns tower and projector with the embeddings of words: before the decoder is trained, and then beside it.
+"""Trains tower and projector to say what patches show: before the decoder is trained, and then beside it.
 
-A projected token should say what its patch shows, a character and a colour, in the embeddings of the words for them,
-and which letter of its word the character is. The decoder then finds "the red digit" by the embedding of "red". Without
-this it answers at random for thousands of steps: it cannot learn where to look before it reads what is there, nor the
-other way round.
+A projected token should say which character and which colour its patch shows, and which letter of its word the
+character is, so that a linear layer can read it. Without this the decoder answers at random for thousands of steps: it
+cannot learn where to look before it reads what is there, nor the other way round.
+
+What tokens say must not be said in the embeddings of words: attention would find the word "red" of the question before
+any red patch, since nothing resembles a word as much as it does itself.
 """
 
 from __future__ import annotations
@@ -17,52 +19,40 @@ from torch import Tensor, nn
 
 from benchmarks.vlm import questions, scenes, sources
 from benchmarks.vlm.features import Picture
-from benchmarks.vlm.packing import Packer
-
-SHARPNESS = 40.0  # logits by cosine
 
 
 class Reader(nn.Module):
-    """Reads projected tokens [B, N, D], N = GRID * GRID. Its own parameters serve the training alone.
+    """Reads projected tokens [B, N, D], N = GRID * GRID, by linear layers, which serve the training alone."""
 
-    A character or a colour is read as the model would: by the cosine with the embeddings of the words, and of `<pad>`
-    for none. The number of a letter, rows and columns of the grid have no words; linear layers read them.
-    """
+    number: Tensor  # [128]: 1 + the index into CHARACTERS of a character's code, 0 for none
 
-    characters: Tensor  # [V'] ids of <pad> and of all characters
-    colours: Tensor
-    number: Tensor  # [128]: the index into `characters` of a character's code, 0 for none
-
-    def __init__(self, packer: Packer, width: int) -> None:
+    def __init__(self, width: int) -> None:
         super().__init__()
-        self.place = nn.Linear(width, 2 * scenes.GRID)
-        self.letter = nn.Linear(width, 1 + sources.LONGEST)
-        for name, of in (("characters", questions.CHARACTERS), ("colours", scenes.COLOURS)):
-            self.register_buffer(name, torch.tensor([packer.pad, *(packer.encode(word)[0] for word in of)]))
+        sizes = {
+            "characters": 1 + len(questions.CHARACTERS),
+            "letters": 1 + sources.LONGEST,
+            "colours": 1 + len(scenes.COLOURS),
+            "rows": scenes.GRID,
+            "columns": scenes.GRID,
+        }
+        self.read = nn.ModuleDict({name: nn.Linear(width, size) for name, size in sizes.items()})
         number = torch.zeros(128, dtype=torch.long)
-        number[[ord(character) for character in questions.CHARACTERS]] = torch.arange(1, len(self.characters))
+        number[[ord(character) for character in questions.CHARACTERS]] = torch.arange(1, sizes["characters"])
         self.register_buffer("number", number)
 
-    def losses(self, projected: Tensor, table: Tensor, pictures: Sequence[Picture]) -> dict[str, Tensor]:
-        """Returns the cross entropies of characters, numbers of letters, colours and places. table [V, D]: the
-        embeddings, which are not changed by them."""
+    def losses(self, projected: Tensor, pictures: Sequence[Picture]) -> dict[str, Tensor]:
+        """Returns the cross entropies of characters, numbers of letters, colours and places."""
         rows = F.rms_norm(projected.flatten(0, 1), projected.shape[-1:])  # [B * N, D]
-        sharp = SHARPNESS * projected.shape[-1] ** -0.5  # rows have the norm sqrt(D)
-
-        def read(words: Tensor) -> Tensor:
-            return sharp * rows @ F.normalize(table[words].detach(), dim=-1).T
-
-        there = self.number[torch.tensor([picture.patches for picture in pictures])]
-        letters = torch.tensor([picture.letters for picture in pictures])
-        coloured = torch.tensor([picture.colours for picture in pictures])
         at = torch.arange(scenes.GRID**2).repeat(len(pictures))
-        row, column = self.place(rows).split(scenes.GRID, -1)
-        return {
-            "characters": F.cross_entropy(read(self.characters), there.flatten()),
-            "letters": F.cross_entropy(self.letter(rows), letters.flatten()),
-            "colours": F.cross_entropy(read(self.colours), coloured.flatten()),
-            "places": F.cross_entropy(row, at // scenes.GRID) + F.cross_entropy(column, at % scenes.GRID),
+        right = {
+            "characters": self.number[torch.tensor([picture.patches for picture in pictures])].flatten(),
+            "letters": torch.tensor([picture.letters for picture in pictures]).flatten(),
+            "colours": torch.tensor([picture.colours for picture in pictures]).flatten(),
+            "rows": at // scenes.GRID,
+            "columns": at % scenes.GRID,
         }
+        losses = {name: F.cross_entropy(self.read[name](rows), labels) for name, labels in right.items()}
+        return {**losses, "places": losses.pop("rows") + losses.pop("columns")}
 
 
 @torch.no_grad()

@@ -38,14 +38,15 @@ class Picture:
     region: int
     patches: list[int]  # [256]
     letters: list[int]  # [256]
+    owners: list[int]  # [256]
     colours: list[int]  # [256]
     questions: list[Question]
 
     @classmethod
     def of(cls, scene: scenes.Scene, asked: list[Question]) -> Picture:
         """Returns the description of a scene with these questions."""
-        labels = (scene.patches.tolist(), scene.letters.tolist(), scene.colours.tolist())
-        return cls(scene.photograph, scene.region, *labels, asked)
+        labels = (scene.patches, scene.letters, scene.owners, scene.colours)
+        return cls(scene.photograph, scene.region, *(grid.tolist() for grid in labels), asked)
 
 
 @dataclass
@@ -132,4 +133,5 @@ def _batches(numbers: range, size: int) -> Iterator[list[int]]:
 
 
 def _picture(line: dict[str, Any]) -> Picture:
-    return Picture(**{**line, "questions": [Question(**question) for question in line["questions"]]})
+    asked = [Question(**{**one, "about": tuple(one["about"])}) for one in line["questions"]]
+    return Picture(**{**line, "questions": asked})

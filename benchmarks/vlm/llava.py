@@ -59,8 +59,24 @@ def create(seed: int) -> Any:
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         made = transformers.LlavaForConditionalGeneration(config(words.tokenizer()))
+        begin(made)
     made.load_state_dict(trunk(), strict=False)
     return made
+
+
+@torch.no_grad()
+def begin(model: Any) -> None:
+    """Initialises the decoder so that a token stays what it is until a layer has learned something.
+
+    Embeddings have mean square 1 and layers add nothing yet. With the usual initialisation layers add random vectors
+    ten times as large as the embeddings of a decoder as narrow as this one, and attention cannot find words by them.
+    """
+    decoder = model.model.language_model
+    decoder.embed_tokens.weight.normal_()
+    for layer in decoder.layers:
+        layer.self_attn.o_proj.weight.zero_()
+        layer.mlp.down_proj.weight.zero_()
+    decoder.norm.weight.fill_(DECODER["hidden_size"] ** -0.5)  # logits of the tied embeddings begin with variance 1
 
 
 @torch.no_grad()

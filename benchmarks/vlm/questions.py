@@ -30,6 +30,7 @@ class Question:
     text: str
     answer: str
     height: int = 0  # of the words that have to be read, in pixels; 0: there are none
+    about: tuple[int, ...] = ()  # the things that must be looked at for the answer; (): the whole picture
 
 
 def ask(scene: Scene, made_of: Sources, seed: tuple[int, ...]) -> list[Question]:
@@ -44,17 +45,18 @@ def about_photograph(scene: Scene, made_of: Sources, draw: np.random.Generator) 
     """Returns questions about digits, words, and the photograph."""
     digits = [thing for thing in scene.things if thing.is_digit]
     words = [thing for thing in scene.things if not thing.is_digit]
+    number = scene.things.index
     asked = [Question("brightest", "which quarter is brightest", QUARTERS[brightest(scene.pixels)])]
     asked.append(Question("count", "how many digits are there", str(len(digits))))
     for thing in digits:
-        asked.append(Question("digit", f"which digit is {thing.colour}", thing.what))
+        asked.append(Question("digit", f"which digit is {thing.colour}", thing.what, 0, (number(thing),)))
     for thing in words:
-        asked.append(Question("read", f"which word is {thing.colour}", thing.what, thing.box[3]))
+        asked.append(Question("read", f"which word is {thing.colour}", thing.what, thing.box[3], (number(thing),)))
     for thing in scene.things:
-        height = 0 if thing.is_digit else thing.box[3]
-        asked.append(Question("colour", f"what colour is {named(thing)}", thing.colour, height))
-        asked.append(Question("place", f"where is the {thing.colour} {sort(thing)}", cell(thing)))
-        asked.append(Question("place", f"where is {named(thing)}", cell(thing), height))
+        height, about = 0 if thing.is_digit else thing.box[3], (number(thing),)
+        asked.append(Question("colour", f"what colour is {named(thing)}", thing.colour, height, about))
+        asked.append(Question("place", f"where is the {thing.colour} {sort(thing)}", cell(thing), 0, about))
+        asked.append(Question("place", f"where is {named(thing)}", cell(thing), height, about))
     asked += [existence(scene, made_of, draw) for _ in range(4)]
     if len(scene.things) > 1:
         asked += [question for _ in range(4) if (question := relation(scene, draw)) is not None]
@@ -67,14 +69,14 @@ def about_page(scene: Scene, made_of: Sources, draw: np.random.Generator) -> lis
     for i, thing in enumerate(scene.things):
         row, column = divmod(i, columns)
         place = f"row {row + 1} column {column + 1}"
-        asked.append(Question("read", f"which word is in {place}", thing.what, thing.box[3]))
-        asked.append(Question("place", f"which place has the word {thing.what}", place, thing.box[3]))
+        asked.append(Question("read", f"which word is in {place}", thing.what, thing.box[3], (i,)))
+        asked.append(Question("place", f"which place has the word {thing.what}", place, thing.box[3], (i,)))
         for side, (down, along) in SIDES.items():
             other = i + down * columns + along
             if 0 <= column + along < columns and 0 <= other < len(scene.things):
                 answer = scene.things[other]
                 height = min(thing.box[3], answer.box[3])
-                asked.append(Question("beside", f"which word is {side} {thing.what}", answer.what, height))
+                asked.append(Question("beside", f"which word is {side} {thing.what}", answer.what, height, (other,)))
     asked += [existence(scene, made_of, draw) for _ in range(3)]
     asked.append(Question("count", "how many words are there", str(len(scene.things))))
     return asked
@@ -92,20 +94,24 @@ def existence(scene: Scene, made_of: Sources, draw: np.random.Generator) -> Ques
         absent = one.what
         while absent in present:
             absent = word(made_of, draw)
-        return Question("exists", f"is there the word {one.what if yes else absent}", answer, one.box[3])
+        about = (scene.things.index(one),) if yes else ()
+        return Question("exists", f"is there the word {one.what if yes else absent}", answer, one.box[3], about)
     if digits and (len(digits) == len(COLOURS) or draw.random() < 0.5):
         there = [int(thing.what) for thing in digits]
         value = draw.choice(there if yes else [v for v in range(10) if v not in there])
-        return Question("exists", f"is there a {value}", answer)
+        about = tuple(i for i, thing in enumerate(scene.things) if thing.what == str(value))
+        return Question("exists", f"is there a {value}", answer, 0, about)
     of = digits or words
     there_colours = [thing.colour for thing in of]
     colour = draw.choice(there_colours if yes else [c for c in COLOURS if c not in there_colours])
-    return Question("exists", f"is there a {colour} {sort(of[0])}", answer)
+    about = tuple(i for i, thing in enumerate(scene.things) if thing in of and thing.colour == colour)
+    return Question("exists", f"is there a {colour} {sort(of[0])}", answer, 0, about)
 
 
 def relation(scene: Scene, draw: np.random.Generator) -> Question | None:
     """Asks whether one of two things is left of the other, or above; None if they are level."""
-    one, other = (scene.things[i] for i in draw.permutation(len(scene.things))[:2])
+    two = draw.permutation(len(scene.things))[:2].tolist()
+    one, other = (scene.things[i] for i in two)
     axis = int(draw.integers(2))  # 0: x
     first, second = one.middle[axis], other.middle[axis]
     if abs(first - second) < APART:
@@ -115,7 +121,7 @@ def relation(scene: Scene, draw: np.random.Generator) -> Question | None:
     side, right = (before, first < second) if draw.random() < 0.5 else (after, first > second)
     spelled = [t.box[3] for t, name in zip((one, other), names, strict=True) if t.what in name and not t.is_digit]
     text = f"is {names[0]} {side} {names[1]}"
-    return Question("relation", text, "yes" if right else "no", min(spelled, default=0))
+    return Question("relation", text, "yes" if right else "no", min(spelled, default=0), tuple(two))
 
 
 def brightest(pixels: np.ndarray) -> int:

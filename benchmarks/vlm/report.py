@@ -34,7 +34,8 @@ questions that it must look at the picture for.
   things, *read* a word, and the word *beside* another one.
 - **Training** packs {at_once} questions about a picture behind one set of its tokens, hidden from each other. A second
   loss names the character that covers each patch, its colour, and which letter of its word it is; before all others
-  there are steps with this loss alone. The model is used without it.
+  there are steps with this loss alone. A third one is on two heads of the decoder's third layer: where an answer is
+  about some things, they should attend to the patches of these. The model is used without both.
 - **Answers** are greedy, and right if every character is. Intervals are paired and resample photographs, each with
   all its regions and questions; a page is a source by itself.
 """

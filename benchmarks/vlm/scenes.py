@@ -60,6 +60,8 @@ class Scene:
     patches: np.ndarray = field(default_factory=lambda: np.zeros(GRID * GRID, np.uint8))
     # likewise: which letter of its word this character is, from 1 on, or 0
     letters: np.ndarray = field(default_factory=lambda: np.zeros(GRID * GRID, np.uint8))
+    # likewise: 1 + the index of its thing in `things`, or 0
+    owners: np.ndarray = field(default_factory=lambda: np.zeros(GRID * GRID, np.uint8))
     # likewise: 1 + the index of its colour in `COLOURS`, or 0
     colours: np.ndarray = field(default_factory=lambda: np.zeros(GRID * GRID, np.uint8))
 
@@ -180,17 +182,19 @@ def _digit(ink: study.Digits, value: int, size: int, draw: np.random.Generator) 
 
 
 def _label(made: Scene, cover: np.ndarray, spans: list[tuple[int, int]]) -> None:
-    """Writes the characters of the last thing, whose columns are `spans`, their numbers, and its colour into the
-    patches of which they cover most so far. cover [GRID, GRID]: how much."""
+    """Writes the characters of the last thing, whose columns are `spans`, their numbers, its own and its colour into
+    the patches of which they cover most so far. cover [GRID, GRID]: how much."""
     thing = made.things[-1]
     x, y, _, height = thing.box
     colour = COLOURS.index(thing.colour) + 1 if thing.colour else 0
     edges = np.arange(GRID) * PATCH
     tall = (np.minimum(edges + PATCH, y + height) - np.maximum(edges, y)).clip(0)  # [GRID]
-    labels = [grid.reshape(GRID, GRID) for grid in (made.patches, made.letters, made.colours)]
+    labels = [grid.reshape(GRID, GRID) for grid in (made.patches, made.letters, made.owners, made.colours)]
     for number, (character, (begin, end)) in enumerate(zip(thing.what, spans, strict=True), start=1):
         wide = (np.minimum(edges + PATCH, x + end) - np.maximum(edges, x + begin)).clip(0)
         area = tall[:, None] * wide / min(PATCH * PATCH, height * max(end - begin, 1))
         more = (area > cover) & (area > 0.2)
-        for grid, label in zip((*labels, cover), (ord(character), number, colour, area[more]), strict=True):
+        for grid, label in zip(
+            (*labels, cover), (ord(character), number, len(made.things), colour, area[more]), strict=True
+        ):
             grid[more] = label

@@ -20,12 +20,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.lib.machine import describe
-from benchmarks.vlm import alignment, evaluation, features, llava, packing, words
+from benchmarks.vlm import alignment, evaluation, features, guidance, llava, packing, words
 from benchmarks.vlm.features import Split
 
 DECAY, CLIP, BETAS = 0.05, 1.0, (0.9, 0.98)
 SAYS = 0.5  # weight of what projected tokens say
-PLACES = 0.3  # weight of their places, in the alignment
+LOOKS = 1.0  # weight of where attention goes
+PLACES = 0.3  # of it, the weight of their places
 ALIGN_RATE, ALIGNED_AT_ONCE = 2e-3, 16  # pictures
 TOWER_RATE = 0.15  # of the other rates: the tower's layers were trained before
 MEASURED = 400  # pictures whose tokens the projector is initialised by
@@ -44,7 +45,7 @@ class Plan:
     rate: float = 1e-3  # of AdamW
     pictures: int = 12000  # how many of the training pictures are used
     at_once: int = 4  # pictures of a step
-    questions: int = 16  # of each picture of a step
+    questions: int = 32  # of each picture of a step
     # Of the products: float32, or bfloat16, which is faster where the processor multiplies it. Weights stay float32.
     dtype: str = "float32"
 
@@ -78,10 +79,11 @@ class Run:
         self.model = llava.create(plan.seed)
         self.model.model.vision_tower.requires_grad_(False)
         tower = llava.trained(self.model).requires_grad_(True)
+        self.guide = guidance.Guide()
         self.packer = packing.Packer(words.tokenizer(), self.model.config.image_token_index)
         with torch.random.fork_rng():
             torch.manual_seed(plan.seed)
-            self.reader = alignment.Reader(self.packer, self.model.config.text_config.hidden_size)
+            self.reader = alignment.Reader(self.model.config.text_config.hidden_size)
         rest = [p for name, p in self.model.named_parameters() if not name.startswith(llava.TOWER)]
         groups = [
             {"params": [p for p in part if (p.dim() > 1) == decays], "scale": scale, "weight_decay": DECAY * decays}
@@ -97,7 +99,7 @@ class Run:
 
     def align(self, split: Split) -> dict[str, float]:
         """Trains tower, projector and reader on what patches show. Returns the mean losses of the last steps."""
-        table, tower = self.model.get_input_embeddings().weight, list(llava.trained(self.model).parameters())
+        tower = list(llava.trained(self.model).parameters())
         heads = [*self.model.model.multi_modal_projector.parameters(), *self.reader.parameters()]
         rates = [ALIGN_RATE, ALIGN_RATE * TOWER_RATE]
         optimiser = torch.optim.AdamW([{"params": heads}, {"params": tower}], weight_decay=DECAY)
@@ -108,9 +110,9 @@ class Run:
             numbers = draw.integers(len(split.pictures), size=ALIGNED_AT_ONCE).tolist()
             with self.plan.products():
                 projected = self.project(split, numbers)
-            says = self.reader.losses(projected.float(), table, [split.pictures[n] for n in numbers])
+            says = self.reader.losses(projected.float(), [split.pictures[n] for n in numbers])
             optimiser.zero_grad()
-            (says["characters"] + says["letters"] + says["colours"] + PLACES * says["places"]).backward()
+            said(says).backward()
             torch.nn.utils.clip_grad_norm_(tower, CLIP)
             optimiser.step()
             schedule.step()
@@ -145,29 +147,34 @@ class Run:
         self.model.train()
         for group in self.optimiser.param_groups:
             group["lr"] = group["scale"] * self.plan.rate_at(self.step)
-        answers, says = self.losses(split, self.plan.numbers(self.step))
+        answers, looks, says = self.losses(split, self.plan.numbers(self.step))
         self.optimiser.zero_grad()
-        (answers + SAYS * (says["characters"] + says["letters"] + says["colours"])).backward()
+        (answers + LOOKS * looks + SAYS * said(says)).backward()
         trained = [p for p in self.model.parameters() if p.requires_grad]
         torch.nn.utils.clip_grad_norm_(trained, CLIP)
         self.optimiser.step()
         self.step += 1
-        return {"loss": answers.item(), **{name: says[name].item() for name in ("characters", "letters", "colours")}}
+        return {name: loss.item() for name, loss in {"loss": answers, "looks": looks, **says}.items()}
 
-    def losses(self, split: Split, numbers: list[int]) -> tuple[Tensor, dict[str, Tensor]]:
-        """Returns the cross entropy of the answers to drawn questions about these pictures, and the losses of what the
-        projected tokens say."""
-        draw = np.random.default_rng((self.plan.seed, 1, self.step))
-        asked = [drawn(split.pictures[n].questions, self.plan.questions, draw) for n in numbers]
+    def losses(self, split: Split, numbers: list[int]) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """Returns the cross entropy of the answers to drawn questions about these pictures, the loss of where attention
+        goes, and the losses of what the projected tokens say."""
+        draw, pictures = np.random.default_rng((self.plan.seed, 1, self.step)), [split.pictures[n] for n in numbers]
+        asked = [drawn(picture.questions, self.plan.questions, draw) for picture in pictures]
         packed = self.packer.pack(asked, features.TOKENS, answers=True)
-        at = packed.target != packing.NOTHING
-        with self.plan.products():
+        at, looks = packed.target != packing.NOTHING, guidance.looks(packed, asked, pictures)
+        with self.plan.products(), self.guide.on(self.model.model.language_model, looks):
             projected = self.project(split, numbers)
             states = packing.hidden(self.model, packed, projected)
             logits = self.model.lm_head(states[at])
         answers = F.cross_entropy(logits.float(), packed.target[at])
-        table = self.model.get_input_embeddings().weight
-        return answers, self.reader.losses(projected.float(), table, [split.pictures[n] for n in numbers])
+        attended = answers.new_zeros(()) if self.guide.loss is None else self.guide.loss
+        return answers, attended, self.reader.losses(projected.float(), pictures)
+
+
+def said(losses: dict[str, Tensor]) -> Tensor:
+    """Returns the loss of what projected tokens say."""
+    return losses["characters"] + losses["letters"] + losses["colours"] + PLACES * losses["places"]
 
 
 def mean(losses: list[dict[str, float]]) -> dict[str, float]:
