@@ -41,9 +41,10 @@ FIGURES = (
 # that apet_kernels.testing forces; and what choice.py compares.
 CUDA_SCHEMAS = (
     *(f"_cuda_{schema}" for schema in SCHEMAS),
-    f"_cuda_plan(Tensor x, SymInt keep, int? basis=10, *, {_OPTIONS}) -> (str why, str path, int launches, int group, "
-    "int groups, int slice, int resident, int tile, int workspace_bytes, float estimated_us)",
-    "_cuda_override(Tensor like, str path, int ctas_per_image, int resident, int tile) -> ()",
+    f"_cuda_plan(Tensor x, SymInt keep, int? basis=10, *, {_OPTIONS}) -> (str why, str path, int launches, "
+    "int ctas_per_image, int images_in_flight, int rows_per_cta, int rows_in_shared_memory, int tile, "
+    "int workspace_bytes, float estimated_us)",
+    "_cuda_override(Tensor like, str path, int ctas_per_image, int rows_in_shared_memory, int tile) -> ()",
     "_cuda_estimate(Tensor like, int tokens, int keep) -> float",
     f"_cuda_figures(Tensor like, int capability) -> ({', '.join(f'float {name}' for name in FIGURES)})",
 )

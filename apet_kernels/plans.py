@@ -113,7 +113,7 @@ def _plan_by(backend: Backend, x: Tensor, keep: int, options: Options, why: str)
 def _plan_cpu(x: Tensor, keep: int, options: Options, why_copied: str) -> Plan:
     B, N, D = x.shape
     threads = torch.get_num_threads()
-    path = host.module().plan(
+    details = host.module().plan(
         images=B,
         tokens=N,
         dim=D,
@@ -123,19 +123,13 @@ def _plan_cpu(x: Tensor, keep: int, options: Options, why_copied: str) -> Plan:
         **options.arguments,
     )
     where = f"x is copied to the CPU ({why_copied})" if why_copied else "x is on the CPU"
-    details = {
-        "isa": path["isa"],
-        "images_in_flight": path["teams"],
-        "threads_per_image": path["threads_per_team"],
-        "serial_us": path["serial_us"],
-        "planned_us": path["planned_us"],
-    }
+    used = details["images_in_flight"] * details["threads_per_image"]
     why = (
-        f"{where}, whose best instruction set in this build is {path['isa']}; the call is estimated at "
-        f"{path['serial_us']:.0f} us on one thread; {path['teams'] * path['threads_per_team']} of {threads} threads "
-        "will be used"
+        f"{where}, whose best instruction set in this build is {details['isa']}; the call is estimated at "
+        f"{details['serial_us']:.0f} us on one thread; {used} of {threads} threads will be used"
     )
-    return Plan("cpu", why, launches=1, workspace_bytes=path["workspace_bytes"], details=details)
+    workspace_bytes = details.pop("workspace_bytes")
+    return Plan("cpu", why, launches=1, workspace_bytes=workspace_bytes, details=details)
 
 
 def _plan_cuda(x: Tensor, keep: int, options: Options, reason: str = "") -> Plan:

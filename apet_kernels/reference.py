@@ -49,7 +49,7 @@ def widen(x: Tensor) -> Tokens:
     return Tokens(X.masked_fill(~finite[:, None], 0), norm_sq.masked_fill(~finite, 0), finite)
 
 
-def s1_basis(image: Tokens, basis: int, select: str = "fps", start: int = -1, ridge: float = 1e-5) -> Tensor:
+def s1_basis(image: Tokens, basis: int, select: str = "fps", start: int = -1, ridge: float = Options.ridge) -> Tensor:
     """Returns the positions of the basis tokens in the order they are picked: [m] int64, m <= basis.
 
     The first is token `start`, or, if start=-1 or that token's norm is not finite, the one of largest norm; if that
@@ -85,7 +85,7 @@ def s1_basis(image: Tokens, basis: int, select: str = "fps", start: int = -1, ri
     return torch.tensor(picks, device=X.device)
 
 
-def s1_rounds(image: Tokens, basis: int, start: int = -1, ridge: float = 1e-5) -> tuple[Tensor, Tensor]:
+def s1_rounds(image: Tokens, basis: int, start: int = -1, ridge: float = Options.ridge) -> tuple[Tensor, Tensor]:
     """Picks the basis by column-pivoted QR in rounds. Returns its positions [m] int64, m <= basis, and resid_sq [N]
     float64.
 
@@ -125,7 +125,7 @@ def s1_rounds(image: Tokens, basis: int, start: int = -1, ridge: float = 1e-5) -
     return torch.tensor(picks, dtype=torch.int64, device=X.device), resid_sq
 
 
-def s2_solve(image: Tokens, p: Tensor, ridge: float = 1e-5) -> Tensor:
+def s2_solve(image: Tokens, p: Tensor, ridge: float = Options.ridge) -> Tensor:
     """Returns W [m, N] float64 that minimises ||x - S^T w||^2 + ridge ||w||^2 for every token x, S = X[p] [m, D].
 
     With Q R = [S^T; sqrt(ridge) I] the minimum is R w = Q_top^T x. A basis token that the earlier ones reconstruct to
@@ -304,6 +304,13 @@ def compress(
     """Compresses x [B, N, D] to tokens [B, R, D] in x's dtype (or out_dtype) and their positions [B, R] int64.
 
     R = keep, or keep + basis if layout="append". Everything is computed in float64 and rounded once at the end.
+
+    Example:
+        >>> import torch
+        >>> x = torch.randn(2, 576, 64)
+        >>> exact, indices = apet_kernels.reference.compress(x, keep=64, out_dtype=torch.float64)
+        >>> exact.dtype, indices.shape
+        (torch.float64, torch.Size([2, 64]))
     """
     chosen = Options(basis, **options)
     x = x.to(out_dtype or x.dtype)

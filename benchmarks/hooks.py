@@ -23,7 +23,7 @@ import apet
 import torch
 import transformers
 from apet.hooks.engine import Engine
-from apet.model_report import Prefill, clock, count, engine_of, unpatched
+from apet.model_report import Prefill, clock, count_prefill, engine_of, unpatched
 from torch import Tensor, nn
 
 import apet_kernels
@@ -128,7 +128,7 @@ def compare(case: Batch, device: Device) -> Comparison:
     calls: dict[str, Callable[[dict[str, Tensor]], object]] = {}
     for setting in chosen:
         with torch.no_grad(), running(model, setting):
-            prefill = count(engine_of(model), inputs(1, case.dtype))
+            prefill = count_prefill(engine_of(model), inputs(1, case.dtype))
         check(setting, prefill)
         counts[str(setting)] = prefill.flops / 1e9
         calls[setting.name] = functools.partial(answer, model, setting)

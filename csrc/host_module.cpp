@@ -53,8 +53,8 @@ py::dict plan(int64_t images, int64_t tokens, int64_t dim, int64_t keep, std::op
   check(p, apet_cpu_plan(&p, threads, &plan));
   py::dict d;
   d["isa"] = apet_isa_name(plan.isa);
-  d["teams"] = plan.images_in_flight;
-  d["threads_per_team"] = plan.threads_per_image;
+  d["images_in_flight"] = plan.images_in_flight;
+  d["threads_per_image"] = plan.threads_per_image;
   d["workspace_bytes"] = plan.workspace_bytes;
   d["serial_us"] = plan.estimated_ns[0] / 1e3;
   d["planned_us"] = plan.estimated_ns[1] / 1e3;

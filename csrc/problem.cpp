@@ -71,6 +71,7 @@ apet_status apet_check(const apet_problem* p) {
   return APET_OK;
 }
 
+// The messages for the arguments of an op are those of apet_kernels/ops.py and options.py, word for word.
 size_t apet_error_message(const apet_problem* problem, apet_status status, char* text, size_t capacity) {
   static const apet_problem kNone = {};
   const apet_problem& p = problem ? *problem : kNone;

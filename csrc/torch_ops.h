@@ -227,6 +227,7 @@ std::tuple<Tensor, Tensor> score(const Tensor& given, std::optional<int64_t> bas
   return {residual, basis_indices};
 }
 
+// Runs s5 for the rows that the caller chose. targets: which of them other tokens are merged into; none: all.
 Tensor merge(const Tensor& given, const Tensor& indices, std::optional<Tensor> targets) {
   const Tensor x = readable(given);
   apet_problem p = problem_of(APET_MERGE, x, false);

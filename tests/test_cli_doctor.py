@@ -173,7 +173,7 @@ def test_doctor_counts_a_family_whose_hooks_are_wrong(hooks_alone: None, monkeyp
     monkeypatch.setattr(selfcheck, "families", lambda: ["llava"])
     result = invoke("doctor", "--quiet")
     assert result.exit_code == 1
-    assert "what the decoder gives is off by" in words(result.stdout)
+    assert "the decoder's output differs from the reference by" in words(result.stdout)
 
 
 @pytest.mark.parametrize("module", ["transformers", "apet.hooks.selfcheck"])

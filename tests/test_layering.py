@@ -163,7 +163,7 @@ RETIRED = {
     "inv_diag": ["inv_pivot", "inverse", "inv"],
     "inv_norm": ["target_scale"],
     "target": ["to"],
-    "appended": ["extra_rows"],
+    "appended": ["extra", "extra_rows"],
     "row_blend": ["source"],
 }
 

@@ -1,7 +1,7 @@
 """AMX: the products in tiles, in their emulation in plain C++ and, where the processor has AMX, in its instructions.
 
-The emulation (APET_TILE_TWIN) is built in two ways: for any processor, and with AVX-512 around the tiles. The latter
-must give the bits of the instructions.
+The emulation (APET_TILE_EMULATION) is built in two ways: for any processor, and with AVX-512 around the tiles. The
+latter must give the bits of the instructions.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ SHAPES = [
 
 
 def make(kind: str, folder: Path, csrc: Path = CSRC) -> None:
-    elsewhere.make(folder, "g++", csrc, f"-DAPET_TILE_TWIN={kind}")
+    elsewhere.make(folder, "g++", csrc, f"-DAPET_TILE_EMULATION={kind}")
 
 
 @functools.cache
@@ -103,7 +103,7 @@ def test_other_dtypes_have_the_bits_of_the_set_before(isa: str) -> None:
 @pytest.mark.matrix  # on a machine with AMX, by hand
 @in_tiles
 @pytest.mark.parametrize("shape", [*SHAPES, (2, 576, 1024, 64, 10), (1, 1280, 3584, 384, 10)])
-def test_the_twin_has_the_bits_of_the_instructions(shape: tuple[int, ...], isa: str) -> None:
+def test_the_emulation_has_the_bits_of_the_instructions(shape: tuple[int, ...], isa: str) -> None:
     from apet_kernels import compress
 
     if isa not in testing.cpu_isa():
@@ -144,7 +144,7 @@ FAULTS = {
     "columns of the second tile are the first's": ("product_tiles.h", "b + Columns, 4 * width", "b, 4 * width"),
     "the sum of a chain replaces the ones before": ("product_tiles.h", "load(sum) + more", "more"),
     "odd products left out": ("tiles.h", "flush(even[n] + odd[n])", "even[n]"),
-    "float16 without its sign": ("tiles.h", "| beyond | sign", "| beyond"),
+    "float16 without its sign": ("tiles.h", "| beyond | sign", "| beyond | (sign & 0)"),
 }
 
 
@@ -160,6 +160,8 @@ def test_an_injected_fault_is_noticed(fault: str, tmp_path: Path, monkeypatch: p
     make("portable", tmp_path / "build", with_fault(tmp_path, *FAULTS[fault]))
     changed = Program(tmp_path / "build/calls")
     monkeypatch.setitem(globals(), "program", lambda _: changed)
-    with pytest.raises(AssertionError):
+    with pytest.raises((AssertionError, RuntimeError)) as noticed:
         compare_all()
+    # The library tests a product itself. If that is wrong, it is without the instruction set: APET_NO_ISA.
+    assert noticed.type is AssertionError or str(noticed.value) == "status 21"
     changed.close()

@@ -141,7 +141,7 @@ def shortened(message: str) -> str:
     """Returns a message of the hooks without the name of the model and without the advice."""
     message = re.sub(r"^model_type='.*?' \(.*?\) (cannot be patched: )?", "", message)
     message = re.sub(r" \(transformers [^()]*\)", "", message)
-    return re.sub(r"\. (An adapter's|To do it all the same|If it has).*$", "", message)
+    return re.sub(r"\. (An adapter's|To patch it anyway|If it has).*$", "", message)
 
 
 def in_a_process(name: str) -> dict[str, Any]:

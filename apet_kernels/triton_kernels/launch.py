@@ -83,23 +83,15 @@ def _compress(call: Call, extents: Extents, most_dropped: int, options: Options)
     s5_mean.launch(call, norms.table, rows, target_key, basis, tokens, indices, extents, options.blend)
 
 
-def score(
-    x: Tensor,
-    basis: int = 10,
-    *,
-    select: str = "fps",
-    start: int = -1,
-    ridge: float = 1e-5,
-    device_class: str | None = None,
-) -> Call:
+def score(x: Tensor, basis: int = 10, *, device_class: str | None = None, **options: Any) -> Call:
     """Returns the launches of the op `score`; its arguments are already checked."""
-    B, N, _ = x.shape
+    (B, N, _), chosen = x.shape, Options(basis, **options)
     e_sq = torch.empty(B, N, dtype=torch.float32, device=x.device)
     basis_indices = torch.empty(B, basis, dtype=torch.int64, device=x.device)
     call = Call(x, B, N, (e_sq, basis_indices), device_class)
     if B > 0:
-        norms = s1_norms.launch(call, Extents(N, 0), start)
-        s1_s3_sweep.launch(call, norms, basis_indices, e_sq, select, ridge)
+        norms = s1_norms.launch(call, Extents(N, 0), chosen.start)
+        s1_s3_sweep.launch(call, norms, basis_indices, e_sq, chosen.select, chosen.ridge)
     return call
 
 

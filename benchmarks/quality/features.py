@@ -47,17 +47,13 @@ class Eye:
 
 @dataclass
 class Split:
-    """The features and questions of the scenes of a split.
+    """The features and questions of the n scenes of a split."""
 
-    tokens [n, layers, N, D] and attention [n, layers, N] float16 on disk; questions [q, 4] of scene, kind, argument,
-    answer; source [n], an index into `names`.
-    """
-
-    tokens: np.ndarray
-    attention: np.ndarray
-    questions: np.ndarray
-    source: np.ndarray
-    names: list[str]
+    tokens: np.ndarray  # [n, layers, N, D] float16, on disk
+    attention: np.ndarray  # [n, layers, N] float16, on disk
+    questions: np.ndarray  # [q, 4]: scene, kind, argument, answer
+    source: np.ndarray  # [n]: an index into `names`
+    names: list[str]  # of the photographs and clips
 
     def layer(self, layer: int) -> tuple[Tensor, Tensor]:
         """Returns tokens [n, N, D] and attention [n, N] of one layer, float16 and float32."""

@@ -24,11 +24,11 @@ OFFSETS = torch.tensor([0, *KINDS.values()]).cumsum(0)  # [kinds + 1]: where the
 
 @dataclass
 class Asked:
-    """Questions of n pictures, Q each, padded: kind, argument, answer [n, Q] int64; answer -1 if there is none."""
+    """Questions of n pictures, Q each, padded."""
 
-    kind: Tensor
-    argument: Tensor
-    answer: Tensor
+    kind: Tensor  # [n, Q] int64
+    argument: Tensor  # [n, Q] int64
+    answer: Tensor  # [n, Q] int64; -1: padding
 
     def of(self, pictures: Tensor) -> Asked:
         """Returns the questions of some pictures [b]."""

@@ -60,19 +60,19 @@ class Source:
 
 @dataclass
 class Digits:
-    """Handwritten digits. images: [n, 8, 8] in 0..1; labels: [n] in 0..9."""
+    """Handwritten digits."""
 
-    images: np.ndarray
-    labels: np.ndarray
+    images: np.ndarray  # [n, 8, 8] in 0..1
+    labels: np.ndarray  # [n] in 0..9
 
 
 @dataclass
 class Scene:
-    """One picture and all questions that can be asked about it. questions: [q, 3] of kind, argument, answer."""
+    """One picture and all questions that can be asked about it."""
 
     pixels: np.ndarray  # [SIDE, SIDE, 3] uint8
-    source: int
-    questions: np.ndarray
+    source: int  # the photograph or clip, an index
+    questions: np.ndarray  # [q, 3]: kind, argument, answer
 
 
 def source(path: Path) -> Source:

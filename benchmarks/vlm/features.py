@@ -32,15 +32,14 @@ BATCH = 16
 
 @dataclass
 class Picture:
-    """The description of a picture. patches, letters, owners, colours: [256]; the fields are those of
-    `scenes.Scene`."""
+    """The description of a picture. All but `questions` are fields of `scenes.Scene`."""
 
     photograph: str
     region: int
-    patches: list[int]
-    letters: list[int]
-    owners: list[int]
-    colours: list[int]
+    patches: list[int]  # [256]
+    letters: list[int]  # [256]
+    owners: list[int]  # [256]
+    colours: list[int]  # [256]
     questions: list[Question]
 
     @classmethod
@@ -52,10 +51,10 @@ class Picture:
 
 @dataclass
 class Split:
-    """states [n, 257, 384] float16, in a file, and the descriptions of the n pictures."""
+    """The n pictures of a split, as the frozen layers of the tower see them."""
 
-    states: np.ndarray
-    pictures: list[Picture]
+    states: np.ndarray  # [n, 257, 384] float16, in a file
+    pictures: list[Picture]  # their descriptions
 
     def first(self, count: int) -> Split:
         """Returns the first `count` pictures. Raises: ValueError if there are fewer."""

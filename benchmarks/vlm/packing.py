@@ -25,17 +25,13 @@ LONGEST = 9  # tokens of an answer, its end among them
 
 @dataclass
 class Packed:
-    """Sequences [B, L] that begin with <s> and N visual tokens, padded on the right.
+    """Sequences [B, L] that begin with <s> and N visual tokens, padded on the right."""
 
-    ids; positions; part: 0 in the prefix, 1, 2, ... in the questions, -1 in padding; target: the id that follows, where
-    it belongs to an answer, or NOTHING. ends: for each picture the places of its questions' last tokens.
-    """
-
-    ids: Tensor
-    positions: Tensor
-    part: Tensor
-    target: Tensor
-    ends: list[list[int]]
+    ids: Tensor  # [B, L]
+    positions: Tensor  # [B, L]
+    part: Tensor  # [B, L]: 0 in the prefix, 1, 2, ... in the questions, -1 in padding
+    target: Tensor  # [B, L]: the id that follows, where it belongs to an answer, or NOTHING
+    ends: list[list[int]]  # for each picture, the places of its questions' last tokens
 
     def mask(self) -> Tensor:
         """Returns [B, 1, L, L] bool: what each token sees."""

@@ -24,14 +24,13 @@ SIDES = {"left of": (0, -1), "right of": (0, 1), "above": (-1, 0), "below": (1, 
 
 @dataclass(frozen=True)
 class Question:
-    """kind: one of `KINDS`; height: of the words that have to be read, in pixels, or 0; about: the indices of the
-    things that must be looked at for the answer, if it is not the whole picture."""
+    """A question about a picture, and its answer."""
 
-    kind: str
+    kind: str  # one of `KINDS`
     text: str
     answer: str
-    height: int = 0
-    about: tuple[int, ...] = ()
+    height: int = 0  # of the words that have to be read, in pixels; 0: there are none
+    about: tuple[int, ...] = ()  # the things that must be looked at for the answer; (): the whole picture
 
 
 def ask(scene: Scene, made_of: Sources, seed: tuple[int, ...]) -> list[Question]:

@@ -28,11 +28,11 @@ SHARES = {"digits": 0.4, "words": 0.3, "page": 0.3}  # of the pictures
 
 @dataclass
 class Thing:
-    """Something pasted. what: a digit or a word; colour "" on pages; box: x, y, width, height in pixels."""
+    """Something pasted."""
 
-    what: str
-    colour: str
-    box: tuple[int, int, int, int]
+    what: str  # a digit or a word
+    colour: str  # "" on pages
+    box: tuple[int, int, int, int]  # x, y, width, height in pixels
     typeface: str = ""  # of a word
 
     @property
@@ -49,22 +49,20 @@ class Thing:
 
 @dataclass
 class Scene:
-    """A picture [SIDE, SIDE, 3] uint8 and what is in it.
+    """A picture and what is in it."""
 
-    photograph: the name of what it was cut from, "" for a page; region: an index into `Sources.photographs`, or -1.
-    things of a page: row after row, `columns` to a row. patches [GRID * GRID] uint8: the character that covers most of
-    each patch, as its code, or 0; letters, likewise: which one of its word it is, from 1 on, or 0; owners: 1 + the
-    index of its thing; colours: 1 + the index of its colour in `COLOURS`, or 0.
-    """
-
-    pixels: np.ndarray
-    photograph: str
-    region: int
-    things: list[Thing]
-    columns: int = 0
+    pixels: np.ndarray  # [SIDE, SIDE, 3] uint8
+    photograph: str  # the name of what it was cut from; "": it is a page
+    region: int  # an index into `Sources.photographs`, or -1
+    things: list[Thing]  # of a page: row after row
+    columns: int = 0  # things in a row of a page
+    # [GRID * GRID] uint8, for each patch: the code of the character that covers most of it, or 0
     patches: np.ndarray = field(default_factory=lambda: np.zeros(GRID * GRID, np.uint8))
+    # likewise: which letter of its word this character is, from 1 on, or 0
     letters: np.ndarray = field(default_factory=lambda: np.zeros(GRID * GRID, np.uint8))
+    # likewise: 1 + the index of its thing in `things`, or 0
     owners: np.ndarray = field(default_factory=lambda: np.zeros(GRID * GRID, np.uint8))
+    # likewise: 1 + the index of its colour in `COLOURS`, or 0
     colours: np.ndarray = field(default_factory=lambda: np.zeros(GRID * GRID, np.uint8))
 
 

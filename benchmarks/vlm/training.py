@@ -35,22 +35,18 @@ MINUTES, VALIDATED = 4.0, 3  # minutes between checkpoints; every third one is v
 
 @dataclass
 class Plan:
-    """rate: of AdamW, reached after `warm` steps; it falls to 0 in the last `cool` of `steps`.
-
-    align: steps of the projector alone, before all others. pictures: how many of the training pictures are used;
-    at_once, questions: of a step, and of each of its pictures. dtype: of the products, float32 or bfloat16, which is
-    faster where the processor multiplies it; weights stay float32.
-    """
+    """How the model is trained."""
 
     seed: int = 0
-    align: int = 1200
+    align: int = 1200  # steps of the projector alone, before all others
     steps: int = 24000
-    cool: int = 4000
-    warm: int = 100
-    rate: float = 1e-3
-    pictures: int = 12000
-    at_once: int = 4
-    questions: int = 32
+    cool: int = 4000  # the last steps, in which the rate falls to 0
+    warm: int = 100  # the first steps, in which it rises
+    rate: float = 1e-3  # of AdamW
+    pictures: int = 12000  # how many of the training pictures are used
+    at_once: int = 4  # pictures of a step
+    questions: int = 32  # of each picture of a step
+    # Of the products: float32, or bfloat16, which is faster where the processor multiplies it. Weights stay float32.
     dtype: str = "float32"
 
     def products(self) -> torch.autocast:

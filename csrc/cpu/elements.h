@@ -71,7 +71,7 @@ struct Bf16Pairs : Pairs<BFloat16> {
   static inline V mad(V a, V b, V c) { return (V)vbfdotq_f32((float32x4_t)c, (bfloat16x8_t)a, (bfloat16x8_t)b); }
 };
 #elif defined(APET_TILES)
-// The same in plain C++, for the twin of the tiles (tiles.h).
+// The same in plain C++, for the emulation of the tiles (tiles.h).
 struct Bf16Pairs : Pairs<BFloat16> {
   static constexpr int kFold = 16;
   static inline V mad(V a, V b, V c) {

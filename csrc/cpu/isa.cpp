@@ -15,7 +15,7 @@
 namespace apet::cpu {
 namespace {
 
-#if defined(APET_HAVE_AMX) && !defined(APET_TILE_TWIN)
+#if defined(APET_HAVE_AMX) && !defined(APET_TILE_EMULATION)
 // Linux requires a process to request permission before it uses tiles, which add 8 KB to the state of a thread.
 bool tiles_permitted() {
 #if defined(__linux__)
@@ -52,7 +52,7 @@ bool available(apet_isa isa) {
     case APET_ISA_AVX512_BF16: return available(APET_ISA_AVX512) && __builtin_cpu_supports("avx512bf16");
 #endif
 #ifdef APET_HAVE_AMX
-#ifdef APET_TILE_TWIN
+#ifdef APET_TILE_EMULATION
     case APET_ISA_AMX: return amx_is_right();
     case APET_ISA_AMX_FP16: return amx_fp16_is_right();
 #else

@@ -1,5 +1,5 @@
 // x86-64 with AMX: bfloat16 is multiplied in tiles. The other dtypes gain nothing here and use the loops of the
-// instruction set before. With APET_TILE_TWIN the tiles are plain C++ (tiles.h).
+// instruction set before. With APET_TILE_EMULATION the tiles are plain C++ (tiles.h).
 #define APET_ISA amx
 #define APET_TILES
 #include "loops.h"

@@ -56,8 +56,8 @@ static inline int64_t block_rows(int64_t dim) {
 }
 static inline int64_t padded(int64_t factors) { return (factors + W - 1) / W * W; }
 
-// Returns the place of the panel of factors t0, t0 + 1, ... The result is not written before the means, so its memory
-// holds whole panels from its first cache line on, as far as they fit; the others are in the workspace.
+// Returns where the panel that starts at factor t0 is stored. Panels fill the result first, from its first cache line
+// on (only mean() writes its rows); panels that do not fit are in the workspace, in Factors::packed.
 template <class E>
 static inline float* panel_at(const Input& in, const Rows& rows, const Factors& factors, int64_t t0) {
   const int64_t n = units<E>(in.dim), before = -(uintptr_t)rows.out % 64;

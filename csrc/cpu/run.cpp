@@ -22,7 +22,7 @@ struct Span {
 // cu[0..s + 1], both clamped into [0, total]. So spans ascend, never overlap and stay inside.
 void read_extents(const Call& call, Extent* extents) {
   const apet_problem& p = call.problem;
-  const int64_t extra = appended(p), row_bytes = p.dim * element_size(p);
+  const int64_t appended_rows = appended(p), row_bytes = p.dim * element_size(p);
   char* tokens = static_cast<char*>(call.tensors.tokens);
   const auto running_extent = [](Span span, const int32_t* cu, int64_t s, int64_t total) {
     const int64_t begin = std::clamp<int64_t>(cu[s], span.end, total);
@@ -40,12 +40,12 @@ void read_extents(const Call& call, Extent* extents) {
     token = running_extent(token, call.tensors.cu_seqlens, s, p.total_tokens);
     row = running_extent(row, call.tensors.cu_keep, s, p.total_keep);
     const int64_t n = std::min(token.end - token.begin, p.tokens), keep = std::min({row.end - row.begin, p.keep, n});
-    extents[s] = {token.begin, n, row.begin + s * extra, keep};
+    extents[s] = {token.begin, n, row.begin + s * appended_rows, keep};
     zero_unfilled_rows(extents[s].row);
-    if (n > 0) filled += keep + extra;
-    zero_unfilled_rows(row.end + (s + 1) * extra);
+    if (n > 0) filled += keep + appended_rows;
+    zero_unfilled_rows(row.end + (s + 1) * appended_rows);
   }
-  zero_unfilled_rows(p.total_keep + p.images * extra);
+  zero_unfilled_rows(p.total_keep + p.images * appended_rows);
 }
 
 size_t workspace_bytes(const apet_problem& p, const Kernels& kernels, const Split& s) {

@@ -38,9 +38,10 @@ static Cut cut_at(const uint32_t* rank, int64_t n, int64_t k) {
   return {prefix, wanted};
 }
 
-static void set_row(Rows& rows, int64_t r, int32_t token, int32_t blend = -1) {
+// The row starts from `token`; blend_token: the token that it is blended with, or -1.
+static void set_row(Rows& rows, int64_t r, int32_t token, int32_t blend_token = -1) {
   rows.row_token[r] = token;
-  rows.row_blend[r] = blend;
+  rows.row_blend[r] = blend_token;
 }
 
 static void add_target(Merge& merge, int32_t row, int32_t token, float norm_sq) {

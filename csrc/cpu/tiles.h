@@ -4,8 +4,8 @@
 //
 // Every sum over the 32 products is made of two sums of 16, of the even and of the odd products, each in order and from
 // zero; the total of both is added to C. Subnormal results count as zero, and so do subnormal inputs in bfloat16. This
-// is the documented meaning of TDPBF16PS and TDPFP16PS; with APET_TILE_TWIN it is plain C++ that any processor runs,
-// for tests.
+// is the documented meaning of TDPBF16PS and TDPFP16PS; with APET_TILE_EMULATION it is plain C++ that any processor
+// runs, for tests.
 //
 // Included by product_tiles.h alone, inside the namespace of its instruction set.
 #pragma once
@@ -14,7 +14,7 @@ constexpr int kTileRows = 16;
 constexpr int kTileBytes = 64;  // of a row
 constexpr int kTilePairs = 16;  // of elements in a row of A, and rows of B
 
-#if !defined(APET_TILE_TWIN)
+#if !defined(APET_TILE_EMULATION)
 
 // The registers of the calling thread. Other code, such as torch's, may use them before and after. The instructions are
 // written as text, because the compilers' intrinsics take no template parameter for a register, and GCC's do not

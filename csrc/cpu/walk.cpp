@@ -100,12 +100,12 @@ Stage Walk::next(Stage done) {
 // Starts the next image of the call that has tokens and rows.
 Stage Walk::next_image() {
   const apet_problem& p = call_->problem;
-  const int64_t element = element_size(p), extra = appended(p);
+  const int64_t element = element_size(p), appended_rows = appended(p);
   Rows& rows = image_.rows;
   do {
     index_ = call_->next_image.fetch_add(1, std::memory_order_relaxed);
     if (index_ >= p.images) return Stage::kDone;
-    const Extent e = p.ragged ? call_->extents[index_] : Extent{0, p.tokens, index_ * (p.keep + extra), p.keep};
+    const Extent e = p.ragged ? call_->extents[index_] : Extent{0, p.tokens, index_ * (p.keep + appended_rows), p.keep};
     const int64_t offset = p.ragged ? e.token * p.stride_xn : index_ * p.stride_xb;
     Input& in = image_.input;
     in.x = static_cast<const char*>(call_->tensors.x) + offset * element;
@@ -117,7 +117,7 @@ Stage Walk::next_image() {
     in.select = p.select;
     in.blend = (float)p.blend;
     in.ridge = p.ridge;
-    rows.count = p.op == APET_SCORE ? 0 : (int32_t)(e.keep + extra);
+    rows.count = p.op == APET_SCORE ? 0 : (int32_t)(e.keep + appended_rows);
     rows.first_token = e.token;
     rows.indices = p.op == APET_COMPRESS ? call_->tensors.indices + e.row : nullptr;
     if (p.op == APET_SCORE) image_.scores.resid_sq = image_.scores.e_sq = call_->tensors.residual + index_ * p.tokens;

@@ -49,7 +49,8 @@ inline int64_t tile_columns(const apet_problem& p, const MergeKernel& merge) {
   return (most_kept(p) + merge.columns - 1) / merge.columns;
 }
 inline int64_t row_bytes(const apet_problem& p) { return p.dim * element_size(p); }
-// The groups of the launches before s5_merge. Not all clusters must run at once: there is one per image, up to the largest grid.
+// The groups of the launches before s5_merge. Not all clusters must run at once: there is one per image, up to the
+// largest grid.
 inline int64_t groups_of(const apet_problem& p, const apet_cuda_plan_t& plan) {
   return plan.path == APET_CUDA_COOPERATIVE ? plan.images_in_flight
                                             : std::min<int64_t>(p.images, INT_MAX / kMaxCluster);

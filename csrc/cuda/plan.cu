@@ -61,6 +61,7 @@ double rounds_us(const apet_problem& p, const apet_cuda_plan_t& plan, const Figu
   return us + f.launch_us + p.refine * (clusters + lists + means + f.lists_us + 3 * exchange);
 }
 
+// Returns the estimated time of a call by this plan, with the formulas of docs/cuda.md ("Choice of the path").
 double estimate_us(const apet_problem& p, const Device& device, const apet_cuda_plan_t& plan) {
   const Figures& f = figures_for(device.capability);
   const double row = (double)row_bytes(p), slice = plan.slice * row;

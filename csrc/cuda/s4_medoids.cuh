@@ -1,5 +1,5 @@
-// s4 with medoid steps, as a launch of its own after s1_s4_group or s1_s4_rounds: a step replaces every merge target by the
-// token of its cluster that is nearest to the cluster's mean. By a group of CTAs per image:
+// s4 with medoid steps, as a launch of its own after s1_s4_group or s1_s4_rounds: a step replaces every merge target by
+// the token of its cluster that is nearest to the cluster's mean. By a group of CTAs per image:
 //
 //   target_key   = the target that a dropped token is nearest to         tiles of s5_assign, by all CTAs of the group
 //   merged       = the tokens of each cluster                            s5_lists, by each CTA for its own targets
@@ -18,7 +18,8 @@
 
 namespace apet::cuda {
 
-// Writes the mean of x[own] and the `count` tokens listed from `begin` on, by all warps of the CTA.
+// Writes the mean [D] of token `own` and of the `count` tokens that `merged` lists from `begin` on; all warps of the
+// CTA share the columns.
 template <class T>
 __device__ inline void cluster_mean(const Call& call, const Image& image, int own, int begin, int count, float* mean) {
   constexpr int kSize = Chunk<T>::kSize;

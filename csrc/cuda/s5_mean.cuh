@@ -11,7 +11,7 @@
 
 namespace apet::cuda {
 
-// Column blocks of a row: an image has filled * mean_blocks tasks.
+// Returns the number of column blocks of a row, each one warp's task; an image has filled * mean_blocks tasks.
 template <class T, int kChunks>
 __host__ __device__ constexpr int mean_blocks(int dim) {
   return (chunks_of<T>(dim) + 32 * kChunks - 1) / (32 * kChunks);

@@ -13,7 +13,7 @@ from apet_kernels.options import FEW, Options
 
 
 @dataclass(frozen=True)
-class Call:
+class RecordedCall:
     """One call of `torch.ops.apet.compress_varlen`."""
 
     x: Tensor  # [T, D], the images one after another
@@ -45,7 +45,7 @@ class Recorder(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.calls: list[Call] = []
+        self.calls: list[RecordedCall] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -58,5 +58,5 @@ class Recorder(TorchDispatchMode):
             x = given.pop("x")
             for name in ("total_keep", "max_seqlen", "max_keep"):
                 del given[name]
-            self.calls.append(Call(x, lengths, keeps, *result, given))
+            self.calls.append(RecordedCall(x, lengths, keeps, *result, given))
         return result

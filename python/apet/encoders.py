@@ -204,7 +204,11 @@ def _tower(transformers: ModuleType, model: str, layer: int | None) -> Encoder:
 
 
 def _preprocessor(transformers: ModuleType, model: str, local: bool) -> dict[str, Any]:
-    """Returns the image part of a model's preprocessor_config.json or processor_config.json, {} if it has neither."""
+    """Returns the image part of a model's preprocessor_config.json or processor_config.json, {} if it has neither.
+
+    AutoImageProcessor would fill in what the file leaves out from its class, and rejects classes that the installed
+    transformers lacks; here the encoder's own values stay.
+    """
     for name in ("preprocessor_config.json", "processor_config.json"):
         try:
             path = transformers.utils.cached_file(model, name, local_files_only=local)

@@ -15,15 +15,15 @@ from PIL import Image
 from torch import Tensor, nn
 
 from apet import outcome
-from apet.calls import Call, Recorder
+from apet.calls import RecordedCall, Recorder
 from apet.hooks import kept
 from apet.hooks.engine import Engine
-from apet.hooks.units import Tokens
+from apet.hooks.units import VisualTokens
 from apet.model_report import GREEDY, engine_of
 from apet.pictures import PATCH, Panel, clip_figure, photo_figure
 
 FIRST = "after the encoder"
-Unit = tuple[int, int]  # the number of an image or video in the call, and of a unit within it
+UnitKey = tuple[int, int]  # the number of an image or video in the call, and of a unit within it
 
 
 def picture(model: nn.Module, inputs: Mapping[str, Any], processor: Any, visual: int = 0) -> Figure:
@@ -41,6 +41,10 @@ def picture(model: nn.Module, inputs: Mapping[str, Any], processor: Any, visual:
     Raises:
         ValueError: the model is not patched, there is no such image, none of its tokens was dropped, or the positions
             of its tokens in the image are not known (models that crop or scale projected features).
+
+    Example:
+        >>> apet.patch(model, keep=64)
+        >>> apet.picture(model, inputs, processor).savefig("picture.png")
     """
     drawn = panels(model, inputs, processor, visual)
     engine, found = engine_of(model), kept(model)
@@ -92,7 +96,7 @@ def panels(model: nn.Module, inputs: Mapping[str, Any], processor: Any, visual: 
     return [panel for _, panel in drawn]
 
 
-def _prefill(engine: Engine, inputs: Mapping[str, Any]) -> tuple[list[Call], Tensor | None]:
+def _prefill(engine: Engine, inputs: Mapping[str, Any]) -> tuple[list[RecordedCall], Tensor | None]:
     """Runs a prefill. Returns its calls of the op, and the projector's input [tiles, N, C] if that is compressed."""
     projected: list[Tensor] = []
     with Recorder() as recorder, ExitStack() as hooks:
@@ -126,8 +130,8 @@ def _placeholder_units(engine: Engine, inputs: Mapping[str, Any]) -> list[Tensor
 
 
 def _frames(
-    engine: Engine, units: Sequence[Tensor], calls: Sequence[Call], visual: int
-) -> Iterator[tuple[str, Unit, np.ndarray, outcome.Frame]]:
+    engine: Engine, units: Sequence[Tensor], calls: Sequence[RecordedCall], visual: int
+) -> Iterator[tuple[str, UnitKey, np.ndarray, outcome.Frame]]:
     """Yields the result of every call for the units of an image: the stage, the unit, the positions of its tokens
     among the rows of `units` [rows] of the image, and the outcome for each token."""
     options = engine.options
@@ -138,8 +142,8 @@ def _frames(
         if keep is None:
             continue
         lengths = [len(places[unit]) for unit in owners]
-        left = Tokens(torch.empty(0), lengths, [v for v, _ in owners]).after(keep, options)
-        active = [unit for unit, k, n in zip(owners, left, lengths, strict=True) if k < n]
+        remaining = VisualTokens(torch.empty(0), lengths, [v for v, _ in owners]).after(keep, options)
+        active = [unit for unit, k, n in zip(owners, remaining, lengths, strict=True) if k < n]
         if not active:
             continue
         for unit, (x, stay) in zip(active, _images(next(waiting)), strict=True):
@@ -148,7 +152,7 @@ def _frames(
             places[unit] = places[unit][stay.numpy()]
 
 
-def _images(call: Call) -> Iterator[tuple[Tensor, Tensor]]:
+def _images(call: RecordedCall) -> Iterator[tuple[Tensor, Tensor]]:
     """Yields the tokens [n, D] of every image of a call, and the positions [k] of those that were kept."""
     extra = call.options["basis"] if call.options["layout"] == "append" else 0  # never None with "append"
     start = row = 0

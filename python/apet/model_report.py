@@ -105,13 +105,20 @@ def report(model: nn.Module, inputs: Mapping[str, Any], *, max_new_tokens: int =
 
     FLOPs are counted in one prefill each, by torch's counter: 2 m n k for every matrix product and convolution; 4 B H
     L^2 d for attention in every layer (scores and weighted sum of L tokens, the masked half included; d per head); and
-    `Call.flops` for the compression. So a decoder layer with P weights in matrices takes 2 B L P + 4 B H L^2 d. Norms,
-    activations and other work that grows only linearly with L are not counted. In that prefill other attention
+    `RecordedCall.flops` for the compression. So a decoder layer with P weights in matrices takes 2 B L P + 4 B H L^2 d.
+    Norms, activations and other work that grows only linearly with L are not counted. In that prefill other attention
     implementations are replaced by sdpa, which the counter knows. The cache is the one that generate() makes; a static
     cache has the same size with and without compression.
 
+    Returns:
+        The measurements with and without compression; they print as a table.
+
     Raises:
         ValueError: the model is not patched, or the inputs hold nothing to compress or a cache.
+
+    Example:
+        >>> apet.patch(model, keep=64)
+        >>> print(apet.report(model, inputs))
     """
     engine = engine_of(model)
     if not engine.adapter.modalities(inputs):
@@ -122,8 +129,8 @@ def report(model: nn.Module, inputs: Mapping[str, Any], *, max_new_tokens: int =
         if value < 1:
             raise ValueError(f"{name}={value} is less than 1")
     with unpatched(engine):
-        without = count(engine, inputs)
-    compressed = count(engine, inputs)
+        without = count_prefill(engine, inputs)
+    compressed = count_prefill(engine, inputs)
     seconds: dict[bool, list[tuple[float, float]]] = {False: [], True: []}
     for _ in range(rounds):
         with unpatched(engine):
@@ -166,7 +173,7 @@ def unpatched(engine: Engine) -> Iterator[None]:
         engine.install()
 
 
-def count(engine: Engine, inputs: Mapping[str, Any]) -> Prefill:
+def count_prefill(engine: Engine, inputs: Mapping[str, Any]) -> Prefill:
     """Counts FLOPs, lengths and cache size of one prefill of the model as it is, patched or not."""
     sdpa = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops}
     counter = FlopCounterMode(display=False, custom_mapping=sdpa)

@@ -15,7 +15,7 @@ from urllib.parse import unquote
 import numpy as np
 import pytest
 from apet import encoders, outcome
-from apet.explore import files, methods, report, view
+from apet.explore import files, methods, report, svg, view
 from apet.explore.explorer import Explorer
 from apet.explore.settings import METHODS, Link, Settings
 from PIL import Image
@@ -52,7 +52,7 @@ def test_a_path_covers_the_patches_of_its_group_and_no_other() -> None:
     groups = np.random.default_rng(0).integers(-1, 2, 48)
     groups[5:11] = 1  # a run that continues in the next row
     covered = np.full((6, 8), 9)
-    for group, path in view._areas(groups, (6, 8)).items():
+    for group, path in svg._areas(groups, (6, 8)).items():
         for col, row, wide, back in re.findall(r"M(\d+) (\d+)h(\d+)v1h-(\d+)z", path):
             assert wide == back
             assert int(col) + int(wide) <= 8
@@ -73,7 +73,7 @@ def test_the_heat_map_is_the_residual(photo: Path, explorer: Explorer) -> None:
     one = replace(one, frame=replace(one.frame, residual=residual))
     top = view.heat_of([one])
     assert top == np.nanmax(residual)
-    heat = embedded(view.panel(one, "residual", top))[:: view.HEAT_PIXELS, :: view.HEAT_PIXELS].astype(float)
+    heat = embedded(svg.panel(one, "residual", top))[:: svg.HEAT_PIXELS, :: svg.HEAT_PIXELS].astype(float)
     light = (heat @ [0.299, 0.587, 0.114]).ravel()  # the map of colours grows lighter
     order = np.argsort(np.nan_to_num(residual, nan=top), kind="stable")
     assert (np.diff(light[order]) >= -1.0).all()
@@ -85,7 +85,7 @@ def test_rebuilt_is_the_mean_of_each_group(photo: Path, explorer: Explorer) -> N
     flat = Image.fromarray(np.arange(48, dtype=np.uint8).reshape(6, 8) * 5).convert("RGB")
     one = replace(one, picture=flat.resize((8 * files.PATCH, 6 * files.PATCH), Image.NEAREST))
     size = files.SEEN
-    found = embedded(view.panel(one, "rebuilt", 1.0))[size // 2 :: size, size // 2 :: size, 0].ravel()  # [N]
+    found = embedded(svg.panel(one, "rebuilt", 1.0))[size // 2 :: size, size // 2 :: size, 0].ravel()  # [N]
     for target in np.unique(one.frame.target_position):
         group = one.frame.target_position == target
         assert np.abs(found[group].astype(float) - 5 * np.flatnonzero(group).mean()).max() < 12  # JPEG

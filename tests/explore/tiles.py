@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from apet.explore import view
+from apet.explore import svg
 from apet.explore.explorer import Explorer
 from apet.explore.settings import Link, Settings
 from PIL import Image
@@ -46,7 +46,7 @@ def scene(seed: int = 0) -> Image.Image:
     return Image.fromarray(noise).resize((160, 120), Image.BICUBIC)
 
 
-def shown(explorer: Explorer, path: Path, *settings: Settings) -> list[view.Shown]:
+def shown(explorer: Explorer, path: Path, *settings: Settings) -> list[svg.Shown]:
     return explorer.shown(path, Link(*settings))
 
 

@@ -32,19 +32,12 @@ SIZES = [(60, 90), (96, 40), (80, 84)]  # pixels: two tiles and four, all of the
 
 @dataclass(frozen=True)
 class Visual:
-    """One image or video.
+    """One image or video."""
 
-    Attributes:
-        kind: "image" or "video".
-        pixels: the result of the family's processor.
-        size: (height, width) in pixels with tiles, (t, h, w) in patches where ragged, else ().
-        count: the number of its placeholders.
-    """
-
-    kind: str
-    pixels: Tensor
-    size: tuple[int, ...]
-    count: int
+    kind: str  # "image" or "video"
+    pixels: Tensor  # the result of the family's processor
+    size: tuple[int, ...]  # (height, width) in pixels with tiles, (t, h, w) in patches where ragged, else ()
+    count: int  # its placeholders
 
 
 @dataclass

@@ -27,25 +27,15 @@ UNSAID = [EOS, START, END, VIDEO, IMAGE]  # tokens that tiny models must not gen
 
 @dataclass(frozen=True)
 class Family:
-    """The form of the images of one `model_type`.
+    """The form of the images of one `model_type`."""
 
-    Attributes:
-        name: the `model_type`.
-        model: name of the class, in transformers or `postcard.py`.
-        tiles: images come as several tiles with `image_sizes`.
-        ragged: images come as packed patches with grids, positions are M-RoPE.
-        video: videos have placeholders of their own.
-        parts: the names of the core model, and of the language model in it.
-        projector: the name of the module in the core model before which the first stage runs, if any.
-    """
-
-    name: str
-    model: str
-    tiles: bool = False
-    ragged: bool = False
-    video: bool = True
-    parts: tuple[str, str] = ("model", "language_model")
-    projector: str | None = None
+    name: str  # the `model_type`
+    model: str  # the name of the class, in transformers or `postcard.py`
+    tiles: bool = False  # images come as several tiles with `image_sizes`
+    ragged: bool = False  # images come as packed patches with grids, positions are M-RoPE
+    video: bool = True  # videos have placeholders of their own
+    parts: tuple[str, str] = ("model", "language_model")  # the names of the core model, and of the decoder in it
+    projector: str | None = None  # the name of the module in the core model before which the first stage runs, if any
 
     def __str__(self) -> str:
         return self.name

@@ -40,17 +40,11 @@ class Options:
 
 @dataclass(frozen=True)
 class Expected:
-    """The expected values for one sample.
+    """The expected values for one sample."""
 
-    Attributes:
-        logits: [1 + generated, V], from the last token of the prompt on.
-        source: positions of the shortened prompt's rows in the whole prompt, in the layers before `llm_layer`.
-        deep_source: the same in the other layers.
-    """
-
-    logits: Tensor
-    source: Tensor
-    deep_source: Tensor
+    logits: Tensor  # [1 + generated, V], from the last token of the prompt on
+    source: Tensor  # positions of the shortened prompt's rows in the whole prompt, in the layers before `llm_layer`
+    deep_source: Tensor  # the same in the other layers
 
     @property
     def length(self) -> int:
@@ -132,23 +126,14 @@ def cells(model: PreTrainedModel, family: Family, one: Visual) -> tuple[Tensor, 
 
 @dataclass
 class Prompt:
-    """A prompt as it enters the decoder layers.
+    """A prompt as it enters the decoder layers."""
 
-    Attributes:
-        embeds: [L, D].
-        positions: [L], or [3, L] with M-RoPE.
-        following: the position of the first generated token.
-        groups: the rows of every unit, with the number of its visual.
-        deep: per early layer, the features [L, D] that are added after it.
-        source: [L], the position of each row in the whole prompt.
-    """
-
-    embeds: Tensor
-    positions: Tensor
-    following: int
-    groups: list[tuple[Tensor, int]]
-    deep: list[Tensor]
-    source: Tensor
+    embeds: Tensor  # [L, D]
+    positions: Tensor  # [L], or [3, L] with M-RoPE
+    following: int  # the position of the first generated token
+    groups: list[tuple[Tensor, int]]  # the rows of every unit, with the number of its visual
+    deep: list[Tensor]  # for each early layer, the features [L, D] that are added after it
+    source: Tensor  # [L], the position of each row in the whole prompt
 
 
 def enter(model: PreTrainedModel, family: Family, row: Sample) -> tuple[dict[str, Any], Tensor | None]:

@@ -133,14 +133,14 @@ def test_a_cache_that_another_model_has_filled(family: Family) -> None:
     model, row = shared(family.name), conversation(family, 3, "image", 5)
     before = model(**collate(family, [row]), use_cache=True)
     with apet.patched(model, **BOTH):
-        with pytest.raises(ValueError, match="this patched model did not put there"):
+        with pytest.raises(ValueError, match="were not written by this patched model"):
             go_on(model, torch.tensor([[11]]), before, len(row.ids))
         first = model(**collate(family, [row]), use_cache=True)
         rebuilt = transformers.DynamicCache()
         for i, layer in enumerate(first.past_key_values.layers):
             rebuilt.update(layer.keys, layer.values, i)
         first.past_key_values = rebuilt
-        with pytest.raises(ValueError, match="this patched model did not put there"):
+        with pytest.raises(ValueError, match="were not written by this patched model"):
             go_on(model, torch.tensor([[11]]), first, len(row.ids))
 
 

@@ -131,7 +131,7 @@ def test_a_model_that_is_not_tiny_is_not_built() -> None:
 def test_images_of_a_type_that_is_not_known() -> None:
     model = tiny.build(transformers.LlavaForConditionalGeneration, tiny.config("llava"))
     model.model.get_image_features = lambda **_: torch.zeros(3, 4) @ torch.zeros(5, 4)
-    with pytest.raises(ValueError, match="apet does not know the images of LlavaModel: RuntimeError"):
+    with pytest.raises(ValueError, match="the images of LlavaModel are not supported: RuntimeError"):
         tiny.sample(model, [2, "image"])
 
 
@@ -150,7 +150,7 @@ def test_a_generic_adapter_that_is_not_right_raises(monkeypatch: pytest.MonkeyPa
     with monkeypatch.context() as planted:
         right = reference.expected_states
         planted.setattr(reference, "expected_states", lambda *args: right(*args) + 1)
-        with pytest.raises(ValueError, match="the hooks are not right for model_type='gemma3'"):
+        with pytest.raises(ValueError, match="the self-check failed for model_type='gemma3'"):
             apet.patch(model, keep=0.5)
     apet.patch(model, keep=0.5)
     assert apet.options(model) is not None

@@ -48,7 +48,9 @@ def test_a_failed_check_records_nothing(decoder: str, file: Path, monkeypatch: p
             return check(model)
 
     monkeypatch.setattr(selfcheck, "check", planted)
-    with pytest.raises(SystemExit, match=r"the hooks are not right for model_type='llava'.*is off by"):
+    with pytest.raises(
+        SystemExit, match=r"the self-check failed for model_type='llava'.*differs from the reference by"
+    ):
         record.main()
     assert file.read_text() == before
 

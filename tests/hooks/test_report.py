@@ -84,7 +84,7 @@ def test_any_attention_counts_the_same(attention: str) -> None:
     for name in ("sdpa", attention):
         model = build("llava", name)
         apet.patch(model, **BOTH)
-        counts.append(model_report.count(vars(model)[apet.hooks.ENGINE], inputs))
+        counts.append(model_report.count_prefill(vars(model)[apet.hooks.ENGINE], inputs))
         assert {m.config._attn_implementation for m in model.modules() if hasattr(m, "config")} == {name}
     assert counts[0] == counts[1]
 

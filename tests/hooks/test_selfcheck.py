@@ -68,7 +68,7 @@ def test_fails_with_an_error_in_the_hooks(name: str, plant: Any, monkeypatch: py
     plant(monkeypatch)
     result = selfcheck.check(build(name), "both")
     assert result.error is not None
-    assert "with a cache that grows, what the decoder gives is off by" in result.error
+    assert "with a cache that grows, the decoder's output differs from the reference by" in result.error
     assert transformers.__version__ in result.message()
     assert versions.TESTED[0] in result.message()
     assert "check=False" in result.message()
@@ -80,7 +80,7 @@ def test_patch_raises_where_it_fails(
     model = build("llava")
     with monkeypatch.context() as planted:
         positions_off_by_one(planted)
-        with pytest.raises(ValueError, match=r"the hooks are not right for model_type='llava' with transformers"):
+        with pytest.raises(ValueError, match=r"the self-check failed for model_type='llava' with transformers"):
             apet.patch(model, **FIRST)
         assert apet.options(model) is None
         assert not families.hooks_of(model, "apet")

@@ -181,7 +181,7 @@ def _compress(job: Job, encoder: Encoder, arguments: OpArguments) -> tuple[dict[
 
 def _entry(job: Job, frame: Frame, result: dict[str, Any], number: int, encoder: Encoder) -> Entry:
     """Makes the report's entry of a photo or clip, with a thumbnail of its first frame."""
-    from apet.explore import report, view
+    from apet.explore import files, report, svg
     from apet.explore.settings import Settings
     from apet.outcome import Measure
 
@@ -189,8 +189,8 @@ def _entry(job: Job, frame: Frame, result: dict[str, Any], number: int, encoder:
     measure = Measure(**{name: result[name] for name in ("tokens_in", "tokens_out", "residual_kept", "explained")})
     basis = 0 if result["basis"] == "keep" else result["basis"]
     settings = Settings("apet", job.keep, basis, result["layout"], result["select"], result["refine"])
-    shown = view.Shown(
-        f"file-{number + 1}", printable(job.name), view.data_uri(photo), photo, job.grid, settings, frame, measure
+    shown = svg.Shown(
+        f"file-{number + 1}", printable(job.name), files.data_uri(photo), photo, job.grid, settings, frame, measure
     )
     return report.Entry(shown, job.source, job.picture, result)
 

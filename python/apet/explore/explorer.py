@@ -13,7 +13,7 @@ from apet.explore import methods, view
 from apet.explore.asking import Asker
 from apet.explore.files import Encoded, Files
 from apet.explore.settings import Link, Settings
-from apet.explore.view import Shown
+from apet.explore.svg import Shown
 from apet.hub import first_line
 
 EMPTY = "Drop a photo or a short clip to see which of its tokens are kept. It does not leave this machine."

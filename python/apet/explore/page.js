@@ -1,4 +1,4 @@
-// What follows the pointer and the arrow keys, and what the browser saves. The pictures come from view.py.
+// What follows the pointer and the arrow keys, and what the browser saves. The pictures come from svg.py.
 window.apet = (() => {
   const SVG = "http://www.w3.org/2000/svg";
 

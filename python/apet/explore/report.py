@@ -11,8 +11,8 @@ from typing import Any
 from urllib.parse import quote
 
 from apet import ApetError, media
-from apet.explore import view
-from apet.explore.view import Shown
+from apet.explore import svg, view
+from apet.explore.svg import Shown
 
 PIXELS = 14  # to an edge of a patch in a thumbnail
 COLUMNS = (("tokens_in", "in", "d"), ("tokens_out", "out", "d"), ("residual_kept", "residual kept", ".1%"))
@@ -78,7 +78,7 @@ def _cells(one: Entry) -> str:
 
 def _card(one: Entry, folder: Path) -> str:
     shown, frames = one.shown, one.numbers["images"]
-    pictures = "".join(view.panel(shown, kind, 1.0) for kind in ("clear", "rebuilt"))
+    pictures = "".join(svg.panel(shown, kind, 1.0) for kind in ("clear", "rebuilt"))
     clip = f", each of {frames} frames; the first is shown" if frames > 1 else ""
     links = f'<a href="{_address(one.picture, folder)}">picture</a>'
     if media.is_address(one.source):
@@ -87,7 +87,7 @@ def _card(one: Entry, folder: Path) -> str:
         links += f' · <a href="{_address(Path(one.source), folder)}">original</a>'
     return (
         f'<article id="{shown.id}"><h2>{escape(shown.name)}</h2><p class="faint">{view.heading(shown)}{clip} · '
-        f'{links}</p>{view.photo(shown)}<div class="pair">{pictures}</div></article>'
+        f'{links}</p>{svg.photo(shown)}<div class="pair">{pictures}</div></article>'
     )
 
 

@@ -115,6 +115,14 @@ def unpatch(model: nn.Module) -> None:
 
     Compiled code is dropped as by `patch`. A call of the model with a cache that holds a compressed prompt then raises
     an error.
+
+    Args:
+        model: the model, or the model within a wrapper, as in `patch`.
+
+    Example:
+        >>> apet.unpatch(model)
+        >>> apet.options(model) is None
+        True
     """
     _put(plain(model), None)
 
@@ -136,6 +144,15 @@ def patched(
 ) -> Iterator[Options]:
     """Applies `patch` for the length of a with block, then restores the previous state: not patched, or the earlier
     patch.
+
+    Args:
+        model, keep, basis, layout, select, blend, refine, llm_layer, llm_keep, preset, check: as in `patch`.
+
+    Yields:
+        The options in force.
+
+    Raises:
+        ValueError: as `patch` does.
 
     Example:
         >>> with apet.patched(model, keep=0.25):
@@ -163,7 +180,15 @@ def patched(
 
 
 def options(model: nn.Module) -> Options | None:
-    """Returns the options that a model is patched with; None if it is not patched."""
+    """Returns the options that a model is patched with; None if it is not patched.
+
+    Args:
+        model: the model, or the model within a wrapper, as in `patch`.
+
+    Example:
+        >>> apet.options(model).keep
+        64
+    """
     engine: Engine | None = plain(model).__dict__.get(ENGINE)
     return engine.target.options if engine else None
 

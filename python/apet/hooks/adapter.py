@@ -20,6 +20,16 @@ class Adapter:
 
     This class fits any such model: it finds every detail in the model itself (parts.py, grids.py). A subclass overrides
     only the details that cannot be found. The hooks themselves are in the engine.
+
+    Example:
+        >>> class Stamps(apet.Adapter):  # an image is a token that stays, and two units of 16 tokens
+        ...     tokens = {"image": "stamp_id"}
+        ...
+        ...     def language_model(self, core):
+        ...         return core.writer
+        ...
+        ...     def units_of_run(self, core, tokens):
+        ...         return torch.cat([torch.tensor([-1]), apet.equal_units(2, 16)])
     """
 
     positions: ClassVar[str | None] = None

@@ -77,8 +77,8 @@ def check_attributes(module: nn.Module, before: Mapping[int, Tensor], at: Sequen
             if value.shape[1] == at.length and value.shape[0] in (at.batch, 1):
                 raise ValueError(
                     f"{type(part).__name__} got an attribute {name} of shape {tuple(value.shape)} in this call, one of "
-                    "which is the number of tokens. apet does not know this attribute, so it cannot drop tokens from "
-                    f"it ({versions()})"
+                    "which is the number of tokens. This attribute is not supported: tokens cannot be dropped from it "
+                    f"({versions()})"
                 )
 
 
@@ -129,8 +129,8 @@ def _gathered(owner: str, name: str, x: Tensor, at: Sequence, packing: Packing) 
     found = "tokens" if at.length in x.shape else "visual tokens" if at.visual == rows else None
     if found is not None and rows:
         raise ValueError(
-            f"{owner} was called with {name} of shape {tuple(x.shape)}, one of which is the number of {found}. apet "
-            f"does not know this argument, so it cannot drop tokens from it ({versions()})"
+            f"{owner} was called with {name} of shape {tuple(x.shape)}, one of which is the number of {found}. This "
+            f"argument is not supported: tokens cannot be dropped from it ({versions()})"
         )
     return x
 

@@ -52,7 +52,7 @@ def check(prompt: Prompt, cache: Cache, batch: int) -> None:
     if cache.is_compileable:  # such a cache cannot be cropped, and reading its length waits for the device
         return
     past = int(cache.get_seq_length())
-    if past < prompt.tokens - prompt.dropped and past < int(prompt.least):
+    if past < prompt.length - prompt.dropped and past < int(prompt.least):
         raise ValueError(f"the cache was cropped to {past} tokens, into its compressed images; start without it")
 
 
@@ -72,7 +72,7 @@ def tail(prompt: Prompt, cache: Cache, mask: Any, past: int | Tensor, new: int) 
             f"attention_mask has {mask.shape[1]} columns, but {given} tokens were given ({int(past) + new} of them are "
             f"in the cache or new, {prompt.dropped} were dropped): the new tokens do not continue this cache"
         )
-    after = max(int(past) + prompt.dropped - prompt.tokens, 0) + new
+    after = max(int(past) + prompt.dropped - prompt.length, 0) + new
     end = min(mask.shape[1], given)
     behind = mask[:, end - after : end].bool()
     if fixed and not behind.all():
@@ -122,7 +122,7 @@ def _given(cache: Cache, layer_idx: int = 0) -> int | Tensor:
 def check_lengths(forward: Forward, llm_layer: int | None) -> None:
     """Raises ValueError if the cache of a layer does not hold as many tokens as the layer was given."""
     prompt, cache = forward.prompt, forward.cache
-    before = prompt.tokens - prompt.dropped
+    before = prompt.length - prompt.dropped
     after = forward.late.mask.shape[1] if forward.late is not None else before
     border = len(cache.layers) if llm_layer is None else llm_layer
     for i, layer in enumerate(cache.layers):
@@ -132,7 +132,7 @@ def check_lengths(forward: Forward, llm_layer: int | None) -> None:
         if held != expected:
             raise ValueError(
                 f"layer {i} of the cache ({type(layer).__name__}) holds {held} tokens after a prefill of {expected}: "
-                f"apet does not know how this model fills its cache ({versions()})"
+                f"the way in which this model fills its cache is not supported ({versions()})"
             )
 
 

@@ -17,21 +17,19 @@ Basis = int | Literal["keep"]  # "keep": as many as are kept, `basis=None` of ap
 
 @dataclass(frozen=True)
 class Options:
-    """The options of `apet.patch`, as docs/hooks.md lists them.
+    """The options of `apet.patch`, as docs/hooks.md lists them. The fields without a comment are options of
+    `apet_kernels.compress`."""
 
-    keep, llm_keep: the budget of each unit: a count (int), a ratio (float in (0, 1]), or a tuple with one of these for
-    every image or video of a call; None: there is no such stage. basis="keep" is `basis=None` of
-    `apet_kernels.compress`; the other fields are options of that function.
-    """
-
+    # The budget of each unit: a count (int), a ratio (float in (0, 1]), or a tuple with one of these for every image or
+    # video of a call. None: there is no first stage.
     keep: Keep | None = None
-    basis: Basis = kernel.DEFAULT_BASIS
+    basis: Basis = kernel.DEFAULT_BASIS  # "keep": `basis=None` of `apet_kernels.compress`
     layout: Layout = kernel.Options.layout
     select: Select = kernel.Options.select
     blend: float = kernel.Options.blend
-    llm_layer: int | None = None
-    llm_keep: Keep | None = None
-    preset: str | None = None
+    llm_layer: int | None = None  # the first decoder layer after the second stage; None: there is none
+    llm_keep: Keep | None = None  # the budget of the second stage, like `keep`
+    preset: str | None = None  # the name of the preset that the other options override
     refine: int = kernel.Options.refine
 
     @property
@@ -95,6 +93,7 @@ def _one(name: str, keep: Any) -> int | float:
 
 
 def _check(options: Options, layers: range) -> None:
+    """Raises ValueError for options that contradict each other, or that are out of range for every call."""
     if options.keep is None and options.llm_layer is None:
         raise ValueError("nothing to do: give keep=, llm_layer= with llm_keep=, or preset=")
     if (options.llm_layer is None) != (options.llm_keep is None):

@@ -14,7 +14,7 @@ from transformers import Cache
 from . import along, caches, first_stage, generation, locate, second_stage, state
 from .calling import versions
 from .patching import Patch
-from .state import NOT_COMPILED_REASON, Call, Forward, Prompt
+from .state import NOT_COMPILED_REASON, Forward, Prompt, RunningCall
 
 
 class Engine(Patch):
@@ -83,7 +83,7 @@ class Engine(Patch):
                 "and unpatch the model to train it"
             )
         labels = labels.clone()
-        state.begin(Call(weakref.ref(self), "model", {}, labels=labels))
+        state.begin(RunningCall(weakref.ref(self), "model", {}, labels=labels))
         return labels
 
     def after_model(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
@@ -111,7 +111,7 @@ class Engine(Patch):
         state.end(self, "core")
         scoring = state.current(self, "model")
         labels, attributes = scoring and scoring.labels, along.attributes(core)
-        state.begin(Call(weakref.ref(self), "core", inputs, core=core, labels=labels, attributes=attributes))
+        state.begin(RunningCall(weakref.ref(self), "core", inputs, core=core, labels=labels, attributes=attributes))
 
     def after_core(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
         compiling = torch.compiler.is_compiling()
@@ -137,7 +137,7 @@ class Engine(Patch):
             return None
         if len(args) != 1:
             raise ValueError(
-                f"{type(module).__name__} was called with {len(args)} arguments by position, where apet knows one: the "
+                f"{type(module).__name__} was called with {len(args)} arguments by position, expected one: the "
                 f"features to project ({versions()})"
             )
         found = first_stage.project_fewer(self.target, call.core or self.target.core(), call.inputs, args[0])
@@ -154,6 +154,8 @@ class Engine(Patch):
     # ---- the language model
 
     def before_language_model(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[tuple, dict] | None:
+        """Shortens the arguments in a prefill with images; in later steps, replaces mask and positions by those of the
+        shortened prompt."""
         if not self.installed:
             return None
         roles = self.target.language_model_arguments
@@ -182,25 +184,25 @@ class Engine(Patch):
         if running is not None and running.compressed:
             what = "no cache" if cache is None else f"a {type(cache).__name__} that this prompt did not fill"
             raise ValueError(
-                f"{owner} was called with {what} in a step of generate(), whose prompt was compressed: apet does not "
-                f"know how this model passes its cache to the next step ({versions()})"
+                f"{owner} was called with {what} in a step of generate(), whose prompt was compressed: the way in "
+                f"which this model passes its cache to the next step is not supported ({versions()})"
             )
         if prompt is None and not getattr(self.threads, "text", False):
             generation.check_core_runs(self, owner)
 
     @torch.compiler.disable(reason=NOT_COMPILED_REASON)
-    def prefilling(self) -> Call | None:
+    def prefilling(self) -> RunningCall | None:
         """Returns the running call of the core model, with images or videos, that this call of the language model is
         part of."""
         return state.current(self, "core")
 
     @torch.compiler.disable(reason=NOT_COMPILED_REASON)
-    def takes_images(self, call: Call, embeds: Any, cache: Cache | None) -> bool:
+    def takes_images(self, call: RunningCall, embeds: Any, cache: Cache | None) -> bool:
         return locate.takes_images(self.target, call, embeds, cache)
 
     @torch.compiler.disable(reason=NOT_COMPILED_REASON)
     def begin_prefill(
-        self, module: nn.Module, call: Call, arguments: dict[str, Any], before: Prompt | None
+        self, module: nn.Module, call: RunningCall, arguments: dict[str, Any], before: Prompt | None
     ) -> dict[str, Any]:
         running = None if state.has_pixels(call.inputs) else generation.current(self)
         forward, arguments = first_stage.begin(self.target, module, call, running, arguments, before)
@@ -259,7 +261,7 @@ class Engine(Patch):
     @torch.compiler.disable(reason="marks a cache that is new to this model")
     def mark(self, cache: Cache, x: Tensor) -> None:
         """Stores on a cache what is known of its tokens."""
-        forward, prompt = self.forward(), caches.prompt_of(cache)
+        forward, prompt = self.running_forward(), caches.prompt_of(cache)
         if forward is not None:
             forward.cache = cache
             caches.remember(cache, forward.prompt)
@@ -267,20 +269,20 @@ class Engine(Patch):
             past = int(cache.get_seq_length())
             if past > 0:
                 raise ValueError(
-                    f"the cache holds {past} tokens that this patched model did not put there: it was filled before "
-                    "patching, by another model, or made from another cache. Tokens may be missing in it, so apet "
-                    "cannot go on from it; start without a cache"
+                    f"the cache holds {past} tokens that were not written by this patched model: it was filled before "
+                    "patching, by another model, or made from another cache. Tokens may be missing in it, so it cannot "
+                    "be continued; start without a cache"
                 )
             caches.remember(cache, Prompt(len(x)))
 
-    def forward(self) -> Forward | None:
+    def running_forward(self) -> Forward | None:
         """Returns the prefill with visual tokens that runs in this thread, or None."""
         call = state.current(self, "core")
         return call and call.forward
 
     @torch.compiler.disable(reason=NOT_COMPILED_REASON)
-    def forward_without_cache(self) -> Forward | None:
-        return self.forward()
+    def running_forward_without_cache(self) -> Forward | None:
+        return self.running_forward()
 
     def before_layer(self, index: int, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
         """Changes the arguments of a layer from `llm_layer` on."""
@@ -290,7 +292,7 @@ class Engine(Patch):
         arguments = roles.bind(args, kwargs)
         cache = roles.cache(arguments)
         prompt = caches.prompt_of(cache)
-        forward = prompt.forward if prompt is not None else self.forward_without_cache()
+        forward = prompt.forward if prompt is not None else self.running_forward_without_cache()
         if forward is None:
             return None
         if index == self.target.options.llm_layer:
@@ -305,7 +307,7 @@ class Engine(Patch):
         prompt = caches.prompt_of(cache)
         if self.installed and cache is not None and not torch.compiler.is_compiling():
             self.count_held(cache)
-        if prompt is not None and prompt.forward is not None and prompt.forward.tokens is None:  # not a prefill
+        if prompt is not None and prompt.forward is not None and prompt.forward.visual is None:  # not a prefill
             prompt.forward = None
         elif self.installed and (not torch.compiler.is_compiling() or prompt is None or prompt.forward is not None):
             self.end_prefill(output is not None)
@@ -319,7 +321,7 @@ class Engine(Patch):
     @torch.compiler.disable(reason=NOT_COMPILED_REASON)
     def end_prefill(self, succeeded: bool) -> None:
         """Checks the result of a prefill, and stores on its cache what later steps need."""
-        call, forward = state.current(self, "core"), self.forward()
+        call, forward = state.current(self, "core"), self.running_forward()
         if forward is None:
             return
         call.forward = forward.prompt.forward = None
@@ -332,7 +334,7 @@ class Engine(Patch):
             if forward.prompt.compressed:
                 caches.check_lengths(forward, self.target.options.llm_layer)
             caches.remember(forward.cache, forward.prompt)
-        if forward.tokens is not None:
+        if forward.visual is not None:
             start, length = call.columns - forward.trace.lengths[0], locate.length_of(call.inputs)
             forward.trace.within(start, length, self.target.core_arguments.get("mask", call.inputs))
             self.latest = self.threads.trace = forward.trace

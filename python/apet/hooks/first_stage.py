@@ -12,13 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from . import along, masks
-from .calling import RECURRENT, MaskBuilder, attention_types
 from .config import Keep, Options
 from .locate import check_list, find
+from .mask_functions import RECURRENT, MaskBuilder, attention_types
 from .sequence import Packing, counted
-from .state import NOT_COMPILED_REASON, Call, Forward, Prompt, part
+from .state import NOT_COMPILED_REASON, Forward, Prompt, RunningCall, part
 from .target import Target
-from .units import Shorter, Tokens, group, shorten
+from .units import Shorter, VisualTokens, group, shorten
 
 GONE = -math.inf  # the value of every channel of a row that was dropped before the projector
 
@@ -64,8 +64,8 @@ def project_back(projected: Projected, y: Tensor) -> Tensor:
 def begin(
     target: Target,
     language_model: nn.Module,
-    call: Call,
-    generation: Call | None,
+    call: RunningCall,
+    generation: RunningCall | None,
     arguments: dict[str, Any],
     before: Prompt | None,
 ) -> tuple[Forward, dict[str, Any]]:
@@ -87,7 +87,7 @@ def begin(
         return forward, arguments
     if past and before is None:
         raise ValueError(
-            f"the cache holds {past} tokens that this patched model did not put there, so images cannot follow them"
+            f"the cache holds {past} tokens that were not written by this patched model, so images cannot follow them"
         )
     if before is not None and before.compressed and past:
         raise ValueError(
@@ -103,7 +103,7 @@ def begin(
         raise ValueError("attention_mask hides placeholders of images or videos, which cannot be compressed then")
     forward.pad_left = bool(valid[:, -1].all())
     forward.prompt = Prompt(batch, past + length, least=past + needed(tokens, length, forward.pad_left))
-    forward.tokens, forward.valid, forward.prefix, forward.more = tokens, valid, prefix, more
+    forward.visual, forward.valid, forward.prefix, forward.more = tokens, valid, prefix, more
     at = along.Sequence(batch, length, sum(tokens.lengths))
     added = along.added_layers(roles, arguments, at)
     if options.llm_layer is not None and options.llm_layer < added:
@@ -160,10 +160,10 @@ def shortened(
     arguments = roles.replace(along.shorten(roles, arguments, at, packing), **replaced)
     along.check_attributes(forward.language_model, forward.attributes, at)
     forward.trace.stage(shorter, packing)
-    forward.tokens, forward.valid = shorter.tokens.moved(packing), packing.valid
+    forward.visual, forward.valid = shorter.tokens.moved(packing), packing.valid
     prompt.early = part(forward.cache, everything, following, target.flash(forward.language_model))
     prompt.dropped = at.length - packing.valid.shape[1]
-    prompt.least = past + needed(forward.tokens, packing.valid.shape[1], forward.pad_left)
+    prompt.least = past + needed(forward.visual, packing.valid.shape[1], forward.pad_left)
     return arguments
 
 
@@ -206,7 +206,7 @@ def check_one_sequence(positions: Tensor, axes: int) -> None:
         raise ValueError("position_ids start again within a row: packed sequences with images cannot be compressed")
 
 
-def needed(tokens: Tokens, length: int, pad_left: bool) -> int | Tensor:
+def needed(tokens: VisualTokens, length: int, pad_left: bool) -> int | Tensor:
     """Returns the number of columns of a prompt [B, length] up to its last visual token; all, if padding follows the
     text."""
     return (tokens.where % length).max() + 1 if pad_left else length
@@ -224,8 +224,8 @@ def kept_positions(
     """
     if positions.dim() == 3 and len(positions) not in (axes, axes + 1):
         raise ValueError(
-            f"position_ids of shape {tuple(positions.shape)} have {len(positions)} rows: apet knows {axes} (M-RoPE) "
-            f"and {axes + 1} (the positions of the text before them)"
+            f"position_ids of shape {tuple(positions.shape)} have {len(positions)} rows, expected {axes} (M-RoPE) "
+            f"or {axes + 1} (the positions of the text before them)"
         )
     rotary = positions[-axes:] if positions.dim() == 3 else positions[None]
     rotary = rotary.to(valid.device)
@@ -239,11 +239,11 @@ def kept_positions(
     return (rotary[0] if len(rotary) == 1 else rotary), following
 
 
-def remove_dropped_rows(x: Tensor, tokens: Tokens, keep: Keep, options: Options) -> Shorter | None:
+def remove_dropped_rows(x: Tensor, tokens: VisualTokens, keep: Keep, options: Options) -> Shorter | None:
     """Returns what `shorten` would, if the projector's hooks have compressed already: the rows of x [T, D] that are
     filled with `GONE` are removed."""
-    left = tokens.after(keep, options)
-    expected = sum(tokens.lengths) - sum(left)
+    remaining_counts = tokens.after(keep, options)
+    expected = sum(tokens.lengths) - sum(remaining_counts)
     if not expected:
         return None
     gone = torch.zeros(len(x), dtype=torch.bool, device=x.device)
@@ -255,4 +255,4 @@ def remove_dropped_rows(x: Tensor, tokens: Tokens, keep: Keep, options: Options)
             "outside of this call, or by a model patched otherwise"
         )
     none = tokens.where[:0]
-    return Shorter(gone, none, none, x[none], tokens.without(gone, left))
+    return Shorter(gone, none, none, x[none], tokens.without(gone, remaining_counts))

@@ -13,7 +13,7 @@ from transformers import Cache
 from . import state
 from .calling import versions
 from .patching import Patch
-from .state import Call
+from .state import RunningCall
 from .target import Target
 
 
@@ -31,12 +31,12 @@ def check(target: Target, given: Mapping[str, Any]) -> None:
         raise ValueError(f"prefill_chunk_size={chunk} would split images between chunks; leave it out")
 
 
-def current(patch: Patch) -> Call | None:
+def current(patch: Patch) -> RunningCall | None:
     """Returns the call of generate() that runs in this thread: through this instance, or directly through its class."""
     return state.current(patch, "generate") or of_the_class(patch)
 
 
-def of_the_class(patch: Patch) -> Call | None:
+def of_the_class(patch: Patch) -> RunningCall | None:
     """Finds a running `type(model).generate(model, ...)` on the stack; no hook sees such a call."""
     model = patch.target.model()
     code = getattr(inspect.unwrap(getattr(type(model), "generate", None) or type), "__code__", None)
@@ -56,8 +56,8 @@ def check_core_runs(patch: Patch, owner: str) -> None:
     if call is not None and patch.adapter.modalities(call.inputs):
         model, core = type(patch.model).__name__, type(patch.core).__name__
         raise ValueError(
-            f"{model}.generate was called with images and calls {owner} without a forward of {core}, so apet does not "
-            f"know where the images are, and would drop nothing: call {core}.forward in a loop, or load a port that "
+            f"{model}.generate was called with images and calls {owner} without a forward of {core}, so the images "
+            f"cannot be found, and nothing would be dropped: call {core}.forward in a loop, or load a port that "
             f"transformers has ({versions()})"
         )
 
@@ -83,7 +83,7 @@ def named(generate: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[s
     return dict(zip(names or ("inputs", "generation_config"), args, strict=False)) | dict(kwargs)
 
 
-def call_of(patch: Patch, given: Mapping[str, Any]) -> Call:
+def call_of(patch: Patch, given: Mapping[str, Any]) -> RunningCall:
     """Returns the record of a call of generate() with these arguments."""
     prompts = next((p for p in map(given.get, ("inputs", "input_ids", "inputs_embeds")) if p is not None), ())
-    return Call(weakref.ref(patch), "generate", given, rows=len(prompts))
+    return RunningCall(weakref.ref(patch), "generate", given, rows=len(prompts))

@@ -18,12 +18,35 @@ Units = Tensor
 
 
 def one_unit(tokens: int) -> Units:
-    """Returns the units of an image whose `tokens` placeholders are compressed together."""
+    """Returns the units of an image whose `tokens` placeholders are compressed together.
+
+    Args:
+        tokens: the number of its placeholders.
+
+    Returns:
+        [tokens] int64 on the CPU, all 0.
+
+    Example:
+        >>> apet.one_unit(3)
+        tensor([0, 0, 0])
+    """
     return torch.zeros(tokens, dtype=torch.int64)
 
 
 def equal_units(units: int, tokens: int) -> Units:
-    """Returns the units of a video: so many units, one after another, of `tokens` placeholders each."""
+    """Returns the units of a video: so many units, one after another, of `tokens` placeholders each.
+
+    Args:
+        units: the number of its units.
+        tokens: the number of placeholders of each.
+
+    Returns:
+        [units * tokens] int64 on the CPU, ascending from 0.
+
+    Example:
+        >>> apet.equal_units(2, 3)
+        tensor([0, 0, 0, 1, 1, 1])
+    """
     return torch.arange(units).repeat_interleave(tokens)
 
 

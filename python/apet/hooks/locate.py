@@ -13,12 +13,14 @@ from .adapter import Adapter
 from .calling import versions
 from .config import Keep
 from .parts import of
-from .state import Call, Trace, has_pixels
+from .state import RunningCall, Trace, has_pixels
 from .target import Target
-from .units import Tokens, group
+from .units import VisualTokens, group
 
 
-def find(target: Target, call: Call, generation: Call | None, x: Tensor, start: int = 0) -> tuple[Trace, Tokens]:
+def find(
+    target: Target, call: RunningCall, generation: RunningCall | None, x: Tensor, start: int = 0
+) -> tuple[Trace, VisualTokens]:
     """Returns the visual tokens of a call among the rows of its embeddings x [B, L, D], flattened to [B * L, D].
 
     generation: the call of generate() that this call is part of, if that has encoded the images; start: the first
@@ -59,7 +61,7 @@ def find(target: Target, call: Call, generation: Call | None, x: Tensor, start: 
     return Trace(visuals, flat, [length]), group(units, flat, numbers)
 
 
-def takes_images(target: Target, call: Call, embeds: Any, cache: Cache | None) -> bool:
+def takes_images(target: Target, call: RunningCall, embeds: Any, cache: Cache | None) -> bool:
     """Returns whether a call of the language model with embeds [B, n, D] has the images and videos of the core model's
     call, and counts its columns.
 
@@ -68,8 +70,8 @@ def takes_images(target: Target, call: Call, embeds: Any, cache: Cache | None) -
     """
     if not isinstance(embeds, Tensor) or embeds.dim() != 3:
         raise ValueError(
-            f"{target.language_model_arguments.owner} was called without embeddings [B, L, D], so apet cannot find its "
-            "images"
+            f"{target.language_model_arguments.owner} was called without embeddings [B, L, D], so its images cannot "
+            "be found"
         )
     start, length = call.columns, length_of(call.inputs)
     call.columns = end = start + embeds.shape[1]
@@ -81,16 +83,13 @@ def takes_images(target: Target, call: Call, embeds: Any, cache: Cache | None) -
     )
     if end > length:
         raise ValueError(
-            f"{called}: apet does not know where its images are then; it knows one call with all tokens, or one after "
-            f"another with a part of them ({versions()})"
+            f"{called}, so its images cannot be found; expected one call with all tokens, or one after another with a "
+            f"part of them ({versions()})"
         )
     held = None if cache is None else int(cache.get_seq_length())
     if held is None or (start and held != call.held):
         given = "no cache" if held is None else f"a cache of {held} tokens, not the {call.held} of the parts before"
-        raise ValueError(
-            f"{called}, and with {given}: apet does not know how the parts of this prefill follow each other "
-            f"({versions()})"
-        )
+        raise ValueError(f"{called}, and with {given}: a prefill in such parts is not supported ({versions()})")
     visual = torch.stack([*placeholders(target.adapter, call.core, call.inputs).values()]).any(0)
     here, everywhere = int(visual[:, start:end].sum()), int(visual.sum())
     if 0 < here < everywhere:
@@ -101,13 +100,13 @@ def takes_images(target: Target, call: Call, embeds: Any, cache: Cache | None) -
     return here > 0
 
 
-def check_all(call: Call) -> None:
+def check_all(call: RunningCall) -> None:
     """Raises ValueError if a core model has called its language model with a part of the prompt only."""
     length = length_of(call.inputs)
     if 0 < call.columns < length:
         raise ValueError(
             f"{type(call.core).__name__} has called its language model with {call.columns} of the {length} tokens of a "
-            f"prompt: apet does not know what became of the others ({versions()})"
+            f"prompt, expected all ({versions()})"
         )
 
 
@@ -124,7 +123,7 @@ def placeholders(adapter: Adapter, core: nn.Module, inputs: Mapping[str, Any]) -
     if set(found) == {"video"} and not found["video"].any():  # GLM's frames stand at placeholders of images
         return {"video": _placeholders(adapter, core, "image", inputs)}
     if len(found) > 1 and len({adapter.tokens[m] for m in found}) < len(found):
-        raise ValueError(f"{' and '.join(found)} stand at the same placeholders, so apet cannot tell them apart")
+        raise ValueError(f"{' and '.join(found)} stand at the same placeholders, so they cannot be told apart")
     return found
 
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import create_mask
 
-from .calling import KINDS, RECURRENT
+from .mask_functions import KINDS, RECURRENT
 from .sequence import Packing
 
 LIMITED = ("sliding_attention", "chunked_attention")  # kinds of layers whose caches do not hold every column
@@ -73,6 +73,7 @@ def read(mask: Any, batch: int, length: int, device: torch.device, reach: Reach,
 def _read(
     mask: Any, kind: str, batch: int, length: int, device: torch.device, reach: Reach, past: int
 ) -> tuple[Tensor, Tensor | None]:
+    """Returns what `read` does, for the mask of one kind of layers; None instead of no pairs."""
     total = past + length
     if not isinstance(mask, Tensor):
         mask = create_mask(mask.mask_mod, batch, None, length, total, device=device)
@@ -85,7 +86,7 @@ def _read(
         return mask[:, :total].to(device, torch.bool), None
     if mask.shape[1] != 1 and not torch.equal(mask, mask[:, :1].expand_as(mask)):
         raise ValueError(
-            f"an attention mask of shape {tuple(mask.shape)} differs between heads, which apet cannot keep"
+            f"an attention mask of shape {tuple(mask.shape)} differs between heads, which is not supported"
         )
     seen = mask[:, 0, :, :total].to(device)
     seen = (seen if seen.dtype == torch.bool else seen == 0).expand(batch, -1, -1)  # [B, length, total]

@@ -60,8 +60,8 @@ class Decoder:
         if sum(counts) != length:
             raise ValueError(
                 f"{type(model).__name__} calls {type(decoders[0]).__name__} with {', then '.join(map(str, counts))} of "
-                f"the {length} tokens of a prompt, where one call with all of them is known, or one after another with "
-                "a part of them"
+                f"the {length} tokens of a prompt, expected one call with all of them, or one after another with a "
+                "part of them"
             )
         return cls(decoders[0], _layers(decoders[0]), len(counts))
 
@@ -86,27 +86,27 @@ def generate(
     """Generates `new` tokens greedily, without special tokens, and records the generation."""
     states: list[Tensor] = []
     rows: list[Tensor] = []  # of each call of the prefill
-    late: list[Tensor] = []
+    at_llm_layer: list[Tensor] = []
 
-    def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def before_decoder(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if len(states) < decoder.calls:
             rows.append(bound(module, args, kwargs)["inputs_embeds"])
 
-    def inside(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def before_llm_layer(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if len(states) < decoder.calls:
-            late.append(hidden(args, kwargs))
+            at_llm_layer.append(hidden(args, kwargs))
 
-    def after(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+    def after_decoder(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         states.append(output[0][:, -1])
 
-    words = set(range(3, 99))
+    words = set(range(3, 99))  # ids of ordinary tokens in a tiny model's vocabulary
     size = model.config.get_text_config().vocab_size
     more = {"cache_implementation": "static", "disable_compile": True} if static else {}
     with ExitStack() as hooks:
-        hooks.enter_context(decoder.module.register_forward_pre_hook(before, with_kwargs=True))
-        hooks.enter_context(decoder.module.register_forward_hook(after, with_kwargs=True))
+        hooks.enter_context(decoder.module.register_forward_pre_hook(before_decoder, with_kwargs=True))
+        hooks.enter_context(decoder.module.register_forward_hook(after_decoder, with_kwargs=True))
         if llm_layer is not None:
-            hooks.enter_context(decoder.layers[llm_layer].register_forward_pre_hook(inside, with_kwargs=True))
+            hooks.enter_context(decoder.layers[llm_layer].register_forward_pre_hook(before_llm_layer, with_kwargs=True))
         tokens = model.generate(
             **inputs,
             max_new_tokens=new,
@@ -118,9 +118,9 @@ def generate(
     if len(states) != decoder.calls - 1 + new:
         raise ValueError(
             f"{type(model).__name__} called {type(decoder.module).__name__} {len(states)} times to generate {new} "
-            "tokens, where one call for each is known"
+            "tokens, expected one call for each"
         )
-    entered = [torch.cat(parts, dim=-2) for parts in (rows, late) if parts]
+    entered = [torch.cat(parts, dim=-2) for parts in (rows, at_llm_layer) if parts]
     return Generation(tokens[:, -new:], torch.stack(states[-new:], 1), entered)
 
 

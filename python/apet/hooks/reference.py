@@ -229,19 +229,19 @@ def columns(row: Row, kept: Mapping[str, Sequence[tuple[int, Sequence[Tensor]]]]
     text = (~visual(row)).nonzero().flatten()
     found = []
     for stage in range(stages):
-        left = [text]
+        remaining = [text]
         for modality, visuals in kept.items():
             start = 0
             for tokens, after in visuals:
                 if len(after) != stages:
                     raise ValueError(f"{len(after)} stages dropped tokens of an {modality}, where {stages} should have")
-                left.append(places[modality][start + after[stage]])
+                remaining.append(places[modality][start + after[stage]])
                 start += tokens
             if start != len(places[modality]):
                 raise ValueError(
                     f"{start} placeholders of modality '{modality}' were found, of {len(places[modality])}"
                 )
-        found.append(torch.cat(left).sort().values)
+        found.append(torch.cat(remaining).sort().values)
         if len(found[-1]) >= (len(found[-2]) if stage else row["input_ids"].shape[1]):
             raise ValueError(f"stage {stage + 1} dropped no token")
     return found

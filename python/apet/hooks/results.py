@@ -35,8 +35,15 @@ class Kept:
         """Puts logits or hidden states of the shortened sequence back at the places of their tokens in the prompt as
         given.
 
-        x [B, L2, ...], of the length after the last stage -> [B, L, ...], of the length as given. Dropped tokens get
-        NaN, so that they cannot be mistaken for a result; padding gets 0.
+        Args:
+            x: [B, L2, ...] of a floating-point dtype, with the length after the last stage.
+
+        Returns:
+            [B, L, ...] in x's dtype, with the length as given. Dropped tokens get NaN, so that they cannot be mistaken
+            for a result; padding gets 0. If nothing was dropped, x itself.
+
+        Raises:
+            ValueError: x does not have that length.
 
         Example:
             >>> logits = apet.kept(model).align(model(**inputs).logits)
@@ -59,7 +66,14 @@ def kept(model: nn.Module) -> Kept | None:
     """Returns what the last prefill with images or videos kept: the last one of this thread, or, if this thread has run
     none, of any thread.
 
-    It is None if there was no such prefill since `patch`.
+    Args:
+        model: a model that `apet.patch` has patched.
+
+    Returns:
+        The lengths and the remaining tokens; None if there was no such prefill since `patch`.
+
+    Example:
+        >>> apet.kept(model).visuals[0].remaining[-1]  # the placeholders of the first image that the last stage kept
     """
     engine = plain(model).__dict__.get(ENGINE)
     trace = engine and engine.trace

@@ -11,7 +11,8 @@ from transformers import Cache
 
 from . import along, masks
 from .caches import length
-from .calling import IDLE, RECURRENT, check_mask, versions
+from .calling import versions
+from .mask_functions import IDLE, RECURRENT, check_mask
 from .sequence import counted
 from .state import NOT_COMPILED_REASON, Forward, Late, on, part
 from .target import Target
@@ -23,7 +24,7 @@ def enter(target: Target, forward: Forward, cache: Cache | None, arguments: dict
     arguments."""
     layer = target.options.llm_layer
     roles = target.layer_arguments[layer]
-    if forward.tokens is not None:
+    if forward.visual is not None:
         return shortened(target, forward, cache, arguments)
     part = forward.prompt.late
     if part is not None:
@@ -46,7 +47,7 @@ def shortened(target: Target, forward: Forward, cache: Cache | None, arguments: 
             f"{roles.owner} was called with hidden states of shape {tuple(getattr(x, 'shape', ()))}, where "
             f"{tuple(forward.valid.shape)} tokens were expected: apet cannot shorten them"
         )
-    tokens, valid, prefix = (t.to(x.device) for t in (forward.tokens, forward.valid, forward.prefix))
+    tokens, valid, prefix = (t.to(x.device) for t in (forward.visual, forward.valid, forward.prefix))
     flat = x.flatten(2)  # the streams of a token are one vector
     shorter = shorten(flat.flatten(0, 1), tokens, options.llm_keep, options)
     if shorter is None:
@@ -74,7 +75,7 @@ def arguments(target: Target, forward: Forward, index: int, layer: nn.Module, ca
         late.follow(x)
     if late.packing is not None:
         batch, whole = forward.valid.shape
-        at = along.Sequence(batch, whole, sum(forward.tokens.lengths))
+        at = along.Sequence(batch, whole, sum(forward.visual.lengths))
         check_attributes(layer, forward, at)
         call = along.shorten(roles, call, at, late.packing)
     kind = target.kind(forward.language_model, index)
@@ -183,7 +184,7 @@ def check_rotary_arguments(owner: str, rotary: Any, batch: int, length: int, axe
     if not known or len(given) > 2:
         shapes = ", ".join(str(tuple(t.shape)) if isinstance(t, Tensor) else type(t).__name__ for t in given)
         raise ValueError(
-            f"{owner} was called with rotary embeddings {shapes}, where apet knows a cosine and a sine of "
+            f"{owner} was called with rotary embeddings {shapes}, expected a cosine and a sine of "
             f"[{batch}, {length}, d] ({versions()})"
         )
 

@@ -29,9 +29,9 @@ from transformers.models.auto import modeling_auto
 from . import recording, reference, tiny
 from .adapter import Adapter
 from .adapters import ADAPTERS, OWN, adapter_for
-from .calling import implementation
 from .config import Options
 from .engine import Engine
+from .mask_functions import implementation
 from .results import ENGINE, kept
 from .sources import as_tested, code
 from .target import Target
@@ -127,9 +127,9 @@ class Result:
     def message(self) -> str:
         stages = "first stage" if self.stage == "first" else "both stages"
         return (
-            f"the hooks are not right for model_type='{self.name}' with transformers {transformers.__version__} and "
-            f"torch {torch.__version__} ({stages}): {self.error}. {_works_with()}, or patch with check=False to use "
-            "the model all the same"
+            f"the self-check failed for model_type='{self.name}' with transformers {transformers.__version__} and "
+            f"torch {torch.__version__} ({stages}): {self.error}. {_works_with()}, or patch with check=False to patch "
+            "it anyway"
         )
 
 
@@ -155,7 +155,10 @@ def check(model: nn.Module, stage: str = "both", adapter: Adapter | None = None)
             worst = max(worst, difference)
             if not difference < TOLERANCE:
                 return Result(
-                    name, stage, difference, f"with {kind}, what the decoder gives is off by {difference:.3g}"
+                    name,
+                    stage,
+                    difference,
+                    f"with {kind}, the decoder's output differs from the reference by {difference:.3g}",
                 )
     except torch.OutOfMemoryError:  # not a fault of the hooks
         raise

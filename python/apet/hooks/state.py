@@ -16,7 +16,7 @@ from transformers import Cache
 from .calling import is_pixels
 from .masks import More
 from .sequence import Packing
-from .units import Shorter, Tokens
+from .units import Shorter, VisualTokens
 
 NOT_COMPILED_REASON = "the length of a compressed prompt depends on its data; only decoding is compiled"
 
@@ -84,7 +84,7 @@ class Prompt:
     """The state of a prompt. It is stored on every cache that a patched model fills, even if no tokens were dropped."""
 
     batch: int  # rows
-    tokens: int = 0  # its length as given, padding included; 0: it has no visual tokens
+    length: int = 0  # its length as given, padding included; 0: it has no visual tokens
     early: Part | None = None  # layers before llm_layer; None: nothing was dropped there
     late: Part | None = None  # layers from llm_layer on; None: nothing was dropped there
     llm_layer: int | None = None  # the first of the late layers
@@ -131,7 +131,7 @@ class Forward:
 
     language_model: nn.Module
     prompt: Prompt
-    tokens: Tokens | None = None  # in a prefill: the visual tokens, as positions in [B * L]
+    visual: VisualTokens | None = None  # in a prefill: the visual tokens, as positions in [B * L]
     valid: Tensor | None = None  # in a prefill: [B, L] bool, which tokens are no padding
     prefix: Tensor | None = None  # in a prefill: [B, past] bool, the same for the tokens that the cache held before
     more: More = field(default_factory=dict)  # in a prefill: the pairs seen beyond causal attention
@@ -145,7 +145,7 @@ class Forward:
 
 
 @dataclass
-class Call:
+class RunningCall:
     """A running call of a patched model."""
 
     engine: weakref.ref[Any]
@@ -162,11 +162,11 @@ class Call:
 
 
 # The calls that run in this thread, the innermost last. Each thread has its own list.
-_CALLS: ContextVar[tuple[Call, ...]] = ContextVar("apet_calls", default=())
+_CALLS: ContextVar[tuple[RunningCall, ...]] = ContextVar("apet_calls", default=())
 
 
 @contextmanager
-def running(call: Call) -> Iterator[Call]:
+def running(call: RunningCall) -> Iterator[RunningCall]:
     """Makes `current` find this call for the length of a with block."""
     token = _CALLS.set((*_CALLS.get(), call))
     try:
@@ -175,7 +175,7 @@ def running(call: Call) -> Iterator[Call]:
         _CALLS.reset(token)
 
 
-def begin(call: Call) -> None:
+def begin(call: RunningCall) -> None:
     """Makes `current` find this call until `end`."""
     _CALLS.set((*_CALLS.get(), call))
 
@@ -189,7 +189,7 @@ def end(engine: Any, of: str) -> None:
             return
 
 
-def current(engine: Any, of: str) -> Call | None:
+def current(engine: Any, of: str) -> RunningCall | None:
     """Returns an engine's innermost running call of this kind, or None."""
     return next((c for c in reversed(_CALLS.get()) if c.engine() is engine and c.of == of), None)
 
@@ -250,7 +250,7 @@ class Trace:
         self.origin, self.remaining = columns, remaining.flatten()
 
     def shorten_labels(self, labels: Tensor) -> None:
-        """Shortens labels [B, L] in place to [B, L2], the tokens that are left after all stages; -100 in padding."""
+        """Shortens labels [B, L] in place to [B, L2], the tokens that remain after all stages; -100 in padding."""
         if self.origin is None or self.remaining is None:
             return
         given, device = labels.flatten(), labels.device

@@ -15,11 +15,12 @@ from apet.notice import Notice
 
 from . import parts
 from .adapter import Adapter
-from .calling import IDLE, KINDS, RECURRENT, Arguments, MaskBuilder, Rotary, attention_types, implementation, versions
+from .calling import Arguments, Rotary, versions
 from .config import Options
+from .mask_functions import IDLE, KINDS, RECURRENT, MaskBuilder, attention_types, implementation
 from .masks import Reach
 from .state import NOT_COMPILED_REASON
-from .units import Tokens
+from .units import VisualTokens
 
 
 @dataclass(frozen=True)
@@ -99,7 +100,7 @@ class Target:
             parts.takes_text_row(language_model),
         )
 
-    def warn_nothing_dropped(self, name: str, tokens: Tokens, modalities: Iterable[str]) -> None:
+    def warn_nothing_dropped(self, name: str, tokens: VisualTokens, modalities: Iterable[str]) -> None:
         """Warns once that `keep` or `llm_keep` (whichever `name` is) drops none of these tokens, and which value would.
 
         A ratio of 1 gives no warning.
@@ -159,8 +160,8 @@ class Target:
         if isinstance(ids, Tensor) and any(token is not None and bool((ids == token).any()) for token in tokens):
             raise ValueError(
                 f"{type(core).__name__} was called with placeholders of images or videos and with "
-                f"{', '.join(unknown)}, but with no pixel_values: apet does not know what these are, and would "
-                f"compress nothing ({versions()})"
+                f"{', '.join(unknown)}, but with no pixel_values: these arguments are not supported, and nothing "
+                f"would be compressed ({versions()})"
             )
 
 

@@ -17,7 +17,7 @@ from .sequence import Packing, pack
 
 
 @dataclass
-class Tokens:
+class VisualTokens:
     """The tokens among the rows of some x [T, D] that can be compressed, by unit."""
 
     where: Tensor  # [N]: their rows, unit after unit, ascending within a unit
@@ -25,34 +25,35 @@ class Tokens:
     visuals: list[int]  # the image or video that each unit belongs to, as a number within the call
 
     def after(self, keep: Keep, options: Options) -> list[int]:
-        """Returns the number of rows that each unit has left; a unit that would not get shorter keeps all of its
+        """Returns the number of rows that remain of each unit; a unit that would not get shorter keeps all of its
         tokens."""
         extra = options.appended
         wanted = (count(keep, v, n, options) + extra for v, n in zip(self.visuals, self.lengths, strict=True))
         return [min(k, n) for k, n in zip(wanted, self.lengths, strict=True)]
 
-    def without(self, gone: Tensor, left: list[int]) -> Tokens:
-        """Returns the tokens that remain without the rows of gone [T] bool. left: their number by unit (`after`)."""
-        return Tokens(self.where[~gone[self.where]], left, self.visuals)
+    def without(self, gone: Tensor, remaining_counts: list[int]) -> VisualTokens:
+        """Returns the tokens that remain without the rows of gone [T] bool. remaining_counts: their number by unit, as
+        `after` returns it."""
+        return VisualTokens(self.where[~gone[self.where]], remaining_counts, self.visuals)
 
-    def to(self, device: torch.device) -> Tokens:
+    def to(self, device: torch.device) -> VisualTokens:
         """Returns the same tokens on another device, if the layers from here on are there."""
-        return Tokens(self.where.to(device), self.lengths, self.visuals)
+        return VisualTokens(self.where.to(device), self.lengths, self.visuals)
 
-    def moved(self, packing: Packing) -> Tokens:
+    def moved(self, packing: Packing) -> VisualTokens:
         """Returns the positions of the same tokens after [B, L] was shortened to [B, L2]."""
-        return Tokens(packing.flat(self.where), self.lengths, self.visuals)
+        return VisualTokens(packing.flat(self.where), self.lengths, self.visuals)
 
 
 @dataclass
 class Shorter:
-    """The result of compressing some `Tokens` of x [T, D]."""
+    """The result of compressing some `VisualTokens` of x [T, D]."""
 
     gone: Tensor  # [T] bool: the rows of x that are dropped
     slots: Tensor  # [R]: the rows of x that are replaced by `rows`
     sources: Tensor  # [R]: the row of x that each of `rows` was made from
     rows: Tensor  # [R, D]: the compressed tokens
-    tokens: Tokens  # the tokens that are left
+    tokens: VisualTokens  # the tokens that remain
 
     def pack(self, valid: Tensor, pad_left: bool) -> Packing:
         """Returns the packing that closes the gaps in a batch of valid [B, L] tokens, T = B * L."""
@@ -67,7 +68,7 @@ class Shorter:
         return packed
 
 
-def group(units: Sequence[Tensor], flat: Tensor, visuals: Sequence[int]) -> Tokens:
+def group(units: Sequence[Tensor], flat: Tensor, visuals: Sequence[int]) -> VisualTokens:
     """Groups the tokens of images and videos by unit.
 
     units: for each image or video, the number of the unit of each of its tokens, or -1 (left out), on the CPU; flat
@@ -80,13 +81,13 @@ def group(units: Sequence[Tensor], flat: Tensor, visuals: Sequence[int]) -> Toke
     lengths = number[number >= 0].bincount(minlength=starts[-1]).tolist()
     of_unit = [v for v, size in zip(visuals, sizes, strict=True) for _ in range(size)]
     filled = [(n, v) for n, v in zip(lengths, of_unit, strict=True) if n]
-    return Tokens(flat[order.to(flat.device)], [n for n, _ in filled], [v for _, v in filled])
+    return VisualTokens(flat[order.to(flat.device)], [n for n, _ in filled], [v for _, v in filled])
 
 
-def shorten(x: Tensor, tokens: Tokens, keep: Keep, options: Options) -> Shorter | None:
+def shorten(x: Tensor, tokens: VisualTokens, keep: Keep, options: Options) -> Shorter | None:
     """Compresses the tokens of x [T, D], all units in one call. Returns None if no unit gets shorter."""
-    left = tokens.after(keep, options)
-    active = [k < n for k, n in zip(left, tokens.lengths, strict=True)]
+    remaining_counts = tokens.after(keep, options)
+    active = [k < n for k, n in zip(remaining_counts, tokens.lengths, strict=True)]
     if not any(active):
         return None
     if x.dtype not in DTYPES:
@@ -95,18 +96,18 @@ def shorten(x: Tensor, tokens: Tokens, keep: Keep, options: Options) -> Shorter 
             f"the model has visual tokens in {x.dtype}, but they can be compressed in {known} only: convert the model, "
             "e.g. model.float()"
         )
-    lengths, rows_left = ([n for n, a in zip(ns, active, strict=True) if a] for ns in (tokens.lengths, left))
+    lengths, counts = ([n for n, a in zip(ns, active, strict=True) if a] for ns in (tokens.lengths, remaining_counts))
     where = tokens.where
     if not all(active):
         where = where[torch.tensor(active).repeat_interleave(torch.tensor(tokens.lengths)).to(x.device)]
     extra = options.appended
-    kept = [k - extra for k in rows_left]
+    kept = [k - extra for k in counts]
     rows, indices = apet_kernels.compress_packed(x[where], lengths, kept, **options.kernel)
     slots = sources = where[indices]
     if extra:  # there are more rows than kept positions, so they take the first places of the unit
-        places = [torch.arange(k) + end - n for k, n, end in zip(rows_left, lengths, accumulate(lengths), strict=True)]
+        places = [torch.arange(k) + end - n for k, n, end in zip(counts, lengths, accumulate(lengths), strict=True)]
         slots = where[torch.cat(places).to(x.device)]
     gone = torch.zeros(len(x), dtype=torch.bool, device=x.device)
     gone[where] = True
     gone[slots] = False
-    return Shorter(gone, slots, sources, rows, tokens.without(gone, left))
+    return Shorter(gone, slots, sources, rows, tokens.without(gone, remaining_counts))

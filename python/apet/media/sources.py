@@ -125,6 +125,7 @@ def _request(address: str) -> urllib.request.Request:
 
 
 def _download(address: str) -> BinaryIO:
+    """Returns the data at an http or https address. Raises ApetError if it is too large, too slow or incomplete."""
     name, scheme = shown(address), address.partition(":")[0].lower()
     if scheme not in ("http", "https"):
         raise ApetError(f"cannot read {name}: of addresses only http and https are read")

@@ -147,7 +147,7 @@ def layers_renamed(c: Classes) -> None:
     c.edit(c.lm, (r"self\.layers", "self.layers_"))
 
 
-@mutation("llava", "qwen2_5_vl", says=r"called \w+ 8 times to generate 4 tokens, where one call for each is known")
+@mutation("llava", "qwen2_5_vl", says=r"called \w+ 8 times to generate 4 tokens, expected one call for each")
 def language_model_called_twice(c: Classes) -> None:
     """The first call only measures something."""
     c.edit(

@@ -54,7 +54,7 @@ def core_makes_the_mask(c: Classes) -> None:
     c.edit(c.core, (r"\n    outputs = self\.language_model", rf"\n    {made}\g<0>"), more=more)
 
 
-@mutation("llava", "qwen3_vl", both=r"create_causal_mask\(config, heads, .* is not called as apet knows it")
+@mutation("llava", "qwen3_vl", both=r"create_causal_mask\(config, heads, .* is not supported")
 def masks_made_by_a_function_of_other_arguments(c: Classes) -> None:
     name = "create_causal_mask"
     c.edit(

@@ -76,13 +76,13 @@ def attention_makes_rotary_embeddings(c: Classes) -> None:
     c.edit(c.attention, (r"cos, sin = position_embeddings", f"cos, sin = self.rotary(hidden_states, {positions})"))
 
 
-@mutation("llava", "qwen2_5_vl", both=r"takes \(x, position_ids, length\), where apet knows")
+@mutation("llava", "qwen2_5_vl", both=r"takes \(x, position_ids, length\), expected")
 def rotary_called_with_another_argument(c: Classes) -> None:
     c.edit(c.rotary, ("@dynamic_rope_update\n", ""), (r"\(self, x, position_ids\)", "(self, x, position_ids, length)"))
     c.edit(c.lm, (r"(self\.rotary_emb\([^\n]*)\)\n", r"\1, length=1)\n"))
 
 
-@mutation("llava", "qwen2_5_vl", both=r"takes \(x, positions\), where apet knows")
+@mutation("llava", "qwen2_5_vl", both=r"takes \(x, positions\), expected")
 def rotary_argument_renamed(c: Classes) -> None:
     c.edit(c.rotary, ("@dynamic_rope_update\n", ""), renamed("position_ids", "positions"))
     c.edit(

@@ -66,10 +66,10 @@ def register_adapter(model_type: str | Sequence[str], adapter: Adapter) -> None:
 
     Args:
         model_type: `model.config.model_type`, or several.
-        adapter: describes these models; see docs/hooks.md.
+        adapter: describes these models; see docs/add-a-model.md.
 
     Example:
-        >>> apet.register_adapter("postcards", Postcards())
+        >>> apet.register_adapter("stamps", Stamps())
     """
     for name in [model_type] if isinstance(model_type, str) else model_type:
         ADAPTERS[name] = adapter
@@ -90,7 +90,7 @@ def adapter_for(model: nn.Module) -> Adapter:
     if model_type in READERS:
         raise ValueError(
             f"{name} reads documents: there, published results put every method that drops visual tokens at or below "
-            f"dropping them at random (docs/hooks.md). To do it all the same, call "
+            f"dropping them at random (docs/hooks.md). To patch it anyway, call "
             f"apet.register_adapter('{model_type}', apet.Adapter()) first"
         )
     reason = parts.why_not(model)

@@ -138,7 +138,7 @@ def _visual(model: nn.Module, modality: str, make: torch.Generator, *, alone: bo
             continue
         return given, _count(found) // (2 if several else 1)
     why = "; ".join(errors)[:1000] or f"{features.__name__} takes ({', '.join(parameters)})"
-    raise ValueError(f"apet does not know the {modality}s of {type(core).__name__}: {why}")
+    raise ValueError(f"the {modality}s of {type(core).__name__} are not supported: {why}")
 
 
 def _count(found: Any) -> int:
