@@ -62,7 +62,7 @@ REPRODUCE = """## How to reproduce
 ```sh
 pip install scikit-learn     # beside apet-kernels[dev]
 python -m benchmarks.vlm features                                  # 2.5 GB in .build/vlm/main
-python -m benchmarks.vlm train --seed 0                            # --resume goes on from the last checkpoint
+python -m benchmarks.vlm train --seed 0 --dtype bfloat16           # --resume goes on from the last checkpoint
 cp -r .build/vlm/0/model benchmarks/vlm/
 python -m benchmarks.vlm evaluate && python -m benchmarks.vlm write
 python -m benchmarks.vlm assemble --out .build/vlm/llava           # with the trunk, for `apet generate`
