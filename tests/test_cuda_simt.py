@@ -18,7 +18,7 @@ from apet_kernels.options import LAYOUTS
 from tests import judge, rule
 from tests.data import DTYPES, tokens
 from tests.judge import assert_same
-from tests.simt import build, call
+from tests.simt import bugs, build, call
 from tests.simt.call import A100, H100, RTX_3090, RTX_5090, Case, Device, How, NoPath
 
 pytestmark = pytest.mark.skipif(build.missing() is not None, reason=str(build.missing()))
@@ -165,6 +165,27 @@ def test_what_does_not_fit_shared_memory(N, D, keep, basis, way, lacks, shift):
     got, expected = results(case, way), results(roomy, wide)
     for name, value in expected.items():
         assert_same(got[name], value, name)
+
+
+@pytest.mark.parametrize("picks", [32, pytest.param(5, marks=pytest.mark.slow)])
+def test_updates_of_gram_change_no_bit(tmp_path, picks):
+    """Rounds of 35 picks have one update, by any group; with updates after every 5 picks the bits are the same."""
+    case = call.compress_case(tokens(1, 160, 72, dtype=torch.float16, kind="clustered", seed=6), 140, None, select="qr")
+    expected = {name: t.clone() for name, t in results(case, How(path="cluster", ctas_per_image=1)).items()}
+    ways = How(path="cluster", ctas_per_image=4, seed=1), How(A100, "cooperative", 3, seed=2)
+    program = None
+    if picks != 32:
+        more = bugs.Bug("", "s1_pool.cuh", [(r"kGramPicks = 32", f"kGramPicks = {picks}")], ways[0], "")
+        program = build.program("driver.cpp", build.kernels(bugs.inject(more, tmp_path), only="float16"))
+    for how in ways:
+        for t in case.outputs.values():
+            t.zero_()
+        if program:
+            assert call.run_in_program(case, how, program) == ""
+        else:
+            call.run(case, how)
+        for name, value in expected.items():
+            assert_same(case.outputs[name], value, f"{name}, {how}")
 
 
 # ---- as compiled for GPUs whose float64 is slow

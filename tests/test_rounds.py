@@ -46,6 +46,7 @@ def step_by_step(backend, x, keep, steps, **options) -> None:
         (150, 130, 33, "clustered", 4),
         (300, 96, 67, "normal", 6),
         (120, 1030, 40, "normal", 8),
+        (300, 200, 140, "normal", 1),
     ],
 )
 def test_picks_are_those_of_a_second_implementation(backend, dtype, N, D, keep, kind, seed):

@@ -106,7 +106,7 @@ struct Call {
   // of s1_s4_rounds. groups: of the launch. Empty if no image has rounds:
   float* y;           // [all tokens][y_width(most)] rows of y, by round
   int32_t* pool;      // [groups][kPool most] candidates, ascending
-  float* gram;        // [groups][kPool most][kPool most] residual Gram matrix of the pool
+  Key* gram;          // [groups][kPool most][kPool most] Wide: residual Gram matrix of the pool
   float* pool_y;      // [groups][most][kPool most]
   Key* diag;          // [groups][kPool most] Wide: the diagonal of gram, after the picks so far
   float* L;           // [groups][most][most] columns of this round's L, below the diagonal

@@ -45,13 +45,20 @@ double rounds_us(const apet_problem& p, const apet_cuda_plan_t& plan, const Figu
     const double pool = kPool * most, earlier = (kRounds - 1) / 2.0 * most;
     const double residual = product + f.fill_us + tile(earlier, 4 * earlier, f.flops_per_sm_32);
     const double gram = std::ceil(tiles(pool, pool) / ctas) * residual;
-    // A pick reads y of the picks before it, of the whole pool.
-    const double terms = most / 2 * std::max(std::ceil(pool / kThreads) * f.term_us, 4 * pool / f.l2_per_sm);
+    // A pick reads gram, and y of the picks since its update, of the whole pool.
+    const double terms = std::min<double>(most, kGramPicks) / 2 *
+                             std::max(std::ceil(pool / kThreads) * f.term_us, 4 * pool / f.l2_per_sm) +
+                         8 * pool / f.l2_per_sm;
+    // In an update of gram a warp takes kRows rows of 32 columns at once through kGramPicks terms.
+    const double turns = std::ceil(std::ceil(pool / kRows) * std::ceil(pool / 32) / (ctas * kWarps));
+    const double subtract = 2 * exchange + turns * (read(kWarps * 32 * (5.0 * kGramPicks + 16 * kRows)) + f.fill_us +
+                                                    kGramPicks * kRows * f.term_us);
     // A warp takes kRows tokens through the triangle of L, 32 picks at a time.
     const double triangle = std::ceil(most / 32) * (most / 2 + 16) * f.term_us;
     const double update =
         tiles(plan.slice, most) * residual + std::ceil(plan.slice / (kWarps * kRows * 1.0)) * triangle;
-    us += kRounds * (f.lists_us + gram + most * (f.pick_us + terms) + update + 4 * exchange);
+    us += kRounds * (f.lists_us + gram + most * (f.pick_us + terms) + std::floor((most - 1) / kGramPicks) * subtract +
+                     update + 4 * exchange);
   }
   if (!refines(p)) return us;
   const double kept = (double)std::max<int64_t>(most_kept(p), 1), members = 1 + most_dropped(p) / kept;

@@ -3,6 +3,7 @@
 //   pool  = the 2 b unpicked tokens of largest resid_sq, ascending       one CTA: the radix selection of s4
 //   gram  = X_pool X_pool^T - Y_pool^T Y_pool                            the group: tiles of product.cuh
 //   picks = b steps of its pivoted Cholesky factorisation                one CTA: a thread per candidate
+//   gram -= products of the last 32 picks, if more follow                the group
 //
 // Between the steps rank holds what the pool is selected by: the bits of resid_sq, or 0 for a token that must not be
 // picked. Such a token is never a candidate again, since resid_sq only falls.
@@ -21,7 +22,7 @@ struct Rounds {
   int most;           // picks of a round of the call, at most: lengths of rows
   int columns;        // of y, of a round of this image
   int32_t* pool;      // [kPool most]
-  float* gram;        // [kPool most][kPool most]
+  Wide* gram;         // [kPool most][kPool most]
   float* pool_y;      // [most][kPool most]
   Wide* diag;         // [kPool most]
   float* L;           // [most][most] by column: row q has the entries of column q
@@ -34,7 +35,7 @@ struct Rounds {
       : most(call.most),
         columns(round_columns(most_picks(image.basis))),
         pool(call.pool + group * kPool * most),
-        gram(call.gram + group * kPool * most * kPool * most),
+        gram(reinterpret_cast<Wide*>(call.gram) + group * kPool * most * kPool * most),
         pool_y(call.pool_y + group * most * kPool * most),
         diag(reinterpret_cast<Wide*>(call.diag) + group * kPool * most),
         L(call.L + group * most * most),
@@ -44,6 +45,10 @@ struct Rounds {
         y(call.y + image.token * y_width(most)) {}
 };
 constexpr int kRoundsBytes = 96;
+
+// A pick reads the picks before it since gram was last updated, so at most as many. An entry of gram has the same sum in
+// the same order, whatever their number.
+constexpr int kGramPicks = 32;
 
 // Returns the position of the token that is picked first, or -1.
 __device__ __forceinline__ int first_pick(const Call& call, const Image& image, float norm_sq_of_start) {
@@ -118,17 +123,19 @@ __device__ inline void pool_gram(const Call& call, const Image& image, const Rou
   }
 }
 
-// Makes at most `wanted` picks among the pool of `count` candidates, and gives them rank 0: pivoted Cholesky
-// factorisation of gram. It ends at a candidate that depends on the picks, except for `first`, which is picked first if
-// it is a position. begin: picks of the rounds before. One CTA.
-__device__ inline void pick_round(const Call& call, const Image& image, const Rounds& rounds, int count, int begin,
-                                  int wanted, int first) {
+// Makes picks [made, end) of a round among the pool of `count` candidates, and gives them rank 0: pivoted Cholesky
+// factorisation of gram, from which the products of the picks before `made` are subtracted. It ends at a candidate that
+// depends on the picks, except for `first`, which is picked first if it is a position. begin: picks of the rounds
+// before. One CTA.
+__device__ inline void make_picks(const Call& call, const Image& image, const Rounds& rounds, int count, int begin,
+                                  int made, int end, int first) {
   Key* warp_best = reinterpret_cast<Key*>(shared_memory() + call.map.warp_best);
   const int thread = threadIdx.x;
   const int64_t width = (int64_t)kPool * rounds.most;
-  for (int i = thread; i < count; i += kThreads) rounds.diag[i] = __ldcg(rounds.gram + i * width + i);
-  int k = 0;
-  for (; k < wanted; k++) {
+  if (made == 0)
+    for (int i = thread; i < count; i += kThreads) rounds.diag[i] = load_l2(rounds.gram + i * width + i);
+  int k = made;
+  for (; k < end; k++) {
     Key best = 0;
     for (int i = thread; i < count; i += kThreads) {
       const bool is_first = k == 0 && __ldcg(rounds.pool + i) == first;
@@ -149,9 +156,9 @@ __device__ inline void pick_round(const Call& call, const Image& image, const Ro
     __syncthreads();  // all threads have read the diagonal and the best of the warps
     for (int j = thread; j < k; j += kThreads) rounds.L[(int64_t)j * rounds.most + k] = rounds.pool_y[j * width + p];
     for (int i = thread; i < count; i += kThreads) {
-      Wide numerator = __ldcg(rounds.gram + p * width + i);
+      Wide numerator = load_l2(rounds.gram + p * width + i);
 #pragma unroll 4
-      for (int j = 0; j < k; j++)
+      for (int j = made; j < k; j++)
         numerator = multiply_add(-rounds.pool_y[j * width + p], rounds.pool_y[j * width + i], numerator);
       const Wide y = numerator * inv_diag;
       rounds.pool_y[k * width + i] = (float)y;
@@ -164,6 +171,35 @@ __device__ inline void pick_round(const Call& call, const Image& image, const Ro
     }
   }
   if (thread == 0) rounds.progress[1] = k;
+}
+
+// Subtracts from gram the products of picks [made, made + kGramPicks) of the round, by all CTAs of the group. A warp takes
+// kRows rows of 32 columns at once.
+__device__ inline void update_gram(const Rounds& rounds, int count, int made, int cta, int ctas) {
+  const int64_t width = (int64_t)kPool * rounds.most;
+  const float* pool_y = rounds.pool_y + made * width;
+  const int across = (count + 31) / 32, parts = (count + kRows - 1) / kRows * across;
+  for (int part = cta * kWarps + threadIdx.x / 32; part < parts; part += ctas * kWarps) {
+    const int p0 = part / across * kRows, i = part % across * 32 + threadIdx.x % 32;
+    if (i >= count) continue;
+    // Past the last row it is taken again, and not written.
+    int p[kRows];
+    Wide value[kRows];
+#pragma unroll
+    for (int r = 0; r < kRows; r++) {
+      p[r] = min(p0 + r, count - 1);
+      value[r] = load_l2(rounds.gram + p[r] * width + i);
+    }
+#pragma unroll 4
+    for (int j = 0; j < kGramPicks; j++) {
+      const float y = __ldcg(pool_y + j * width + i);
+#pragma unroll
+      for (int r = 0; r < kRows; r++) value[r] = multiply_add(-__ldcg(pool_y + j * width + p[r]), y, value[r]);
+    }
+#pragma unroll
+    for (int r = 0; r < kRows; r++)
+      if (p0 + r < count) rounds.gram[p[r] * width + i] = value[r];
+  }
 }
 
 }  // namespace apet::cuda

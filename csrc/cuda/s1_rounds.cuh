@@ -115,13 +115,20 @@ __device__ inline void s1_rounds(const Call& call, const Image& image, const Sli
     if (count == 0) break;
     pool_gram<T>(call, image, rounds, count, column, group.cta, group.size);
     group.sync();  // its residual Gram matrix is written
-    if (group.cta == 0) {
-      const int64_t start = min(max(call.start, (int64_t)0), (int64_t)image.tokens - 1);
-      const float norm_sq = __ldcg(call.norm_sq + image.token + start);
-      pick_round(call, image, rounds, count, begin, wanted, t == 0 ? first_pick(call, image, norm_sq) : -1);
+    int size = 0;
+    while (true) {
+      const int end = min(size + kGramPicks, wanted);
+      if (group.cta == 0) {
+        const int64_t start = min(max(call.start, (int64_t)0), (int64_t)image.tokens - 1);
+        const float norm_sq = __ldcg(call.norm_sq + image.token + start);
+        make_picks(call, image, rounds, count, begin, size, end, t == 0 ? first_pick(call, image, norm_sq) : -1);
+      }
+      group.sync();  // the picks are made
+      size = __ldcg(rounds.progress + 1);
+      if (size < end || end == wanted) break;
+      update_gram(rounds, count, size - kGramPicks, group.cta, group.size);
+      group.sync();  // the products of the picks are subtracted from gram
     }
-    group.sync();  // the picks are made
-    const int size = __ldcg(rounds.progress + 1);
     if (size == 0) break;  // the pool of another round would be the same
     update_slice(call, image, slice, rounds, begin, size, column);
     begin += size;
