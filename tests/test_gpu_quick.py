@@ -22,7 +22,7 @@ from benchmarks import gpu_figures, gpu_quick, sanitized
 from benchmarks.lib import mix, paths
 from benchmarks.lib.cases import Case
 from benchmarks.lib.check import judge
-from benchmarks.quick import items, primitives, proofs, report, steps
+from benchmarks.quick import items, primitives, proofs, rehearsal, report, steps
 from benchmarks.quick.items import Item, NotPossible, Options
 from tests.command import ended
 from tests.data import tokens
@@ -326,6 +326,18 @@ def test_after_a_fault_of_the_device_the_process_ends(tmp_path, monkeypatch):
     assert [line["status"] for line in sent if "end" in line] == ["ok", "failed"]
     worker.run("card", Options(out=str(tmp_path), done=("first", "second")), sent.append)
     assert sent[-1]["end"] == "third"
+
+
+@simulated
+def test_picks_are_of_rounds(monkeypatch):
+    """All that differs between the calls is the number of picks."""
+    binding.stand_in(call.H100, monkeypatch.setattr)
+    right, asked = dispatch.run_cuda, []
+    noted = lambda op, x, *args, **options: asked.append((op, *args)) or right(op, x, *args, **options)  # noqa: E731
+    monkeypatch.setattr(dispatch, "run_cuda", noted)
+    found = primitives._picks(rehearsal.FakeClock(), Options(out="", rehearse=True), "cluster", 8)
+    assert list(dict.fromkeys(asked)) == [("compress", 74, m) for m in found["basis"]]
+    assert min(found["basis"]) > apet_kernels.ops.MAX_BASIS, "so they are picked in rounds"
 
 
 @needs_triton

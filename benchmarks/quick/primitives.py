@@ -124,8 +124,8 @@ def _step(clock: Device, options: Options, path: str, ctas: int) -> dict[str, An
 
 
 def _picks(clock: Device, options: Options, path: str, ctas: int) -> dict[str, Any]:
-    """Measures a pick of a round: t(M) = rounds + M * pick + M^2 * term. A round makes as many tiles of products with
-    each of these M."""
+    """Measures a pick of a round: t(M) = others + M * pick + M^2 * term, of a compress that keeps the same number for
+    each M. These M are picked in rounds, which make as many tiles of products for each."""
     import torch
 
     from apet_kernels import testing
@@ -136,9 +136,8 @@ def _picks(clock: Device, options: Options, path: str, ctas: int) -> dict[str, A
     N, dtype = (80, torch.float16) if options.rehearse else (1024, torch.bfloat16)
     x = tokens(1, N, 2 * max(basis), dtype=dtype, kind="normal", seed=ctas).to(options.device)
     way = testing.CudaPath(path, ctas)  # type: ignore[arg-type]
-    us = [forceable(lambda m=m: _us(clock, way, "score", x, m, select="qr")) for m in basis]
-    rounds, pick, _ = parabola([float(m) for m in basis], us)
-    return {"basis": basis, "us": us, "rounds_us": rounds, "pick_us": pick}
+    us = [forceable(lambda m=m: _us(clock, way, "compress", x, max(basis), m, select="qr")) for m in basis]
+    return {"basis": basis, "us": us, "pick_us": parabola([float(m) for m in basis], us)[1]}
 
 
 def _rounds(clock: Device, options: Options, path: str, ctas: int) -> dict[str, Any]:
