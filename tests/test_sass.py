@@ -110,7 +110,7 @@ def polled(block: sass.Block) -> list[sass.Block]:
 
 # By the first words of a claim: what breaks it, of each block.
 BROKEN = {
-    "loads the rows": lambda block: cut(block, r"HMMA\S*", 8, ("BRA",)),
+    "loads rows": lambda block: cut(block, r"HMMA\S*", 8, ("BRA",)),
     "has no loop": shorter,
     "has eight keys": lambda block: cut(block, r"LDG\.E\.STRONG\.GPU", 4, ("ATOMS.POPC.INC.32",)),
     "has eight 16-byte": lambda block: apart(block, r"LDG\.E\.128\S*", "LDG.E.U16"),
