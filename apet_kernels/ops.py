@@ -33,8 +33,8 @@ SCHEMAS = (
 )
 # The figures of the estimate, the members of `Figures` in csrc/cuda/figures.cuh after the first.
 FIGURES = (
-    *("launch_us", "overlapped_launch_us", "cluster_step_us", "cooperative_step_us", "lists_us", "group_us", "fill_us"),
-    *("term_us", "elements_per_sm", "l2_per_sm", "l2_share", "l2_bytes", "memory_share"),
+    *("launch_us", "overlapped_launch_us", "cluster_step_us", "cooperative_step_us", "lists_us", "s4_token_us"),
+    *("group_us", "fill_us", "term_us", "elements_per_sm", "l2_per_sm", "l2_share", "l2_bytes", "memory_share"),
     *("flops_per_sm_16", "flops_per_sm_32", "triton_flops_per_sm_16", "pick_us"),
 )
 # csrc/cuda_torch_binding.cpp registers these: the ops again, for dispatch.py to call; the plan of `compress`; the path
@@ -42,9 +42,10 @@ FIGURES = (
 CUDA_SCHEMAS = (
     *(f"_cuda_{schema}" for schema in SCHEMAS),
     f"_cuda_plan(Tensor x, SymInt keep, int? basis=10, *, {_OPTIONS}) -> (str why, str path, int launches, "
-    "int ctas_per_image, int images_in_flight, int rows_per_cta, int rows_in_shared_memory, int tile, "
+    "int ctas_per_image, int images_in_flight, int rows_per_cta, int rows_in_shared_memory, int tile, int tile_rows, "
     "int workspace_bytes, float estimated_us)",
-    "_cuda_override(Tensor like, str path, int ctas_per_image, int rows_in_shared_memory, int tile) -> ()",
+    "_cuda_override(Tensor like, str path, int ctas_per_image, int rows_in_shared_memory, int tile, int tile_rows) "
+    "-> ()",
     "_cuda_estimate(Tensor like, int tokens, int keep) -> float",
     f"_cuda_figures(Tensor like, int capability) -> ({', '.join(f'float {name}' for name in FIGURES)})",
 )

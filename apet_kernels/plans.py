@@ -34,7 +34,8 @@ class Plan:
     workspace_bytes: int  # beyond the results
     # "cpu": isa; images_in_flight, threads_per_image; serial_us (estimated, on one thread), planned_us (estimated).
     # "cuda": path (fused, cluster or cooperative: docs/cuda.md), images_in_flight, ctas_per_image, rows_per_cta and of
-    # these rows_in_shared_memory, tile (of s5 as its own launch, else 0), estimated_us. Empty for the others.
+    # these rows_in_shared_memory, tile and tile_rows (columns and rows of a tile of s5 as its own launch, else 0),
+    # estimated_us. Empty for the others.
     details: Mapping[str, str | int | float] = field(default_factory=dict)
 
     def __getitem__(self, name: str) -> str | int | float:
@@ -133,7 +134,7 @@ def _plan_cpu(x: Tensor, keep: int, options: Options, why_copied: str) -> Plan:
 
 
 def _plan_cuda(x: Tensor, keep: int, options: Options, reason: str = "") -> Plan:
-    why, path, launches, ctas, images, rows, in_shared_memory, tile, workspace_bytes, estimated_us = (
+    why, path, launches, ctas, images, rows, in_shared_memory, tile, tile_rows, workspace_bytes, estimated_us = (
         registered._cuda_plan(x, keep, **options.arguments)
     )
     details = {
@@ -143,6 +144,7 @@ def _plan_cuda(x: Tensor, keep: int, options: Options, reason: str = "") -> Plan
         "rows_per_cta": rows,
         "rows_in_shared_memory": in_shared_memory,
         "tile": tile,
+        "tile_rows": tile_rows,
         "estimated_us": estimated_us,
     }
     return Plan("cuda", _joined(why, reason), launches, workspace_bytes, details)

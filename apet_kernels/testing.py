@@ -58,14 +58,16 @@ class CudaPath:
     ctas_per_image: int = 0  # 0: the library chooses
     rows_in_shared_memory: int = -1  # at most, in each CTA; -1: as many as fit
     tile: int = 0  # columns of a tile of s5 as its own launch: 64, 128 or 256; 0: the library chooses
+    tile_rows: int = 0  # rows of that tile: 64 or 128 with 64 columns; 0: the library chooses
 
     def __str__(self) -> str:
         parts = [self.path, str(self.ctas_per_image or "any")]
         parts += [f"resident {self.rows_in_shared_memory}"] if self.rows_in_shared_memory >= 0 else []
-        return " ".join(parts + ([f"tile {self.tile}"] if self.tile else []))
+        tile = f"{self.tile_rows} x {self.tile}" if self.tile_rows else str(self.tile)
+        return " ".join(parts + ([f"tile {tile}"] if self.tile else []))
 
 
-_TILES = (64, 128, 256)
+_TILES = {64: (64, 128), 128: (0,), 256: (0,)}  # columns, and the rows of tiles that have so many
 _thread = threading.local()  # .forced: the CudaPath of this thread, as the compiled library has it
 
 
@@ -91,6 +93,8 @@ def use_cuda_path(path: CudaPath) -> Iterator[None]:
         raise ValueError(f"path='{path.path}' is none of best, fused, cluster, cooperative")
     if path.tile not in (0, *_TILES):
         raise ValueError(f"tile={path.tile} is none of 64, 128, 256, and 0 for the one that is chosen")
+    if path.tile_rows not in (0, *_TILES.get(path.tile, ())):
+        raise ValueError(f"tile_rows={path.tile_rows} is none of 64, 128 with tile=64, and 0 for any")
     if not 0 <= path.ctas_per_image < 2**31 or not -1 <= path.rows_in_shared_memory < 2**31:
         raise ValueError(
             f"ctas_per_image={path.ctas_per_image} must be at least 0 and "
@@ -106,7 +110,7 @@ def use_cuda_path(path: CudaPath) -> Iterator[None]:
 
 def cuda_paths() -> list[CudaPath]:
     """Returns every path with small, middle and large groups, with all rows in shared memory, some and none, and with
-    every tile. A device can run only some of them, and only 16-bit tokens have the tile of 256 columns.
+    every tile. A device can run only some of them, and only 16-bit tokens have the tiles of 128 x 64 and 128 x 256.
 
     Example:
         >>> from apet_kernels import testing
@@ -115,9 +119,9 @@ def cuda_paths() -> list[CudaPath]:
     """
     found = [CudaPath("fused", ctas) for ctas in (2, 4, 8, 16)]
     for resident in (-1, 4, 0):
-        for tile in _TILES:
-            found += [CudaPath("cluster", ctas, resident, tile) for ctas in (1, 4, 8, 16)]
-            found += [CudaPath("cooperative", ctas, resident, tile) for ctas in (1, 16, 0)]
+        for tile in ((columns, rows) for columns, has in _TILES.items() for rows in has):
+            found += [CudaPath("cluster", ctas, resident, *tile) for ctas in (1, 4, 8, 16)]
+            found += [CudaPath("cooperative", ctas, resident, *tile) for ctas in (1, 16, 0)]
     return found
 
 

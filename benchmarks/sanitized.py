@@ -19,12 +19,12 @@ from apet_kernels import choice, ops, testing
 from apet_kernels.testing import CudaPath
 
 LENGTHS, KEEPS, D = [33, 1, 70, 12], [9, 1, 30, 12], 40
-# Every kernel with every tile. A device without clusters runs the last three, and float32 has no tile of 256 columns.
-TILES = (64, 128, 256)
+# Every kernel with every tile, by columns and rows. A device without clusters runs the last four, and float32 has no
+# tiles of 128 x 64 and 128 x 256.
+TILES = ((64, 64), (64, 128), (128, 0), (256, 0))
 PATHS = (
     CudaPath("fused", 4),
-    *(CudaPath("cluster", 4, tile=tile) for tile in TILES),
-    *(CudaPath("cooperative", 4, tile=tile) for tile in TILES),
+    *(CudaPath(path, 4, tile=tile, tile_rows=rows) for path in ("cluster", "cooperative") for tile, rows in TILES),
 )
 
 

@@ -273,6 +273,7 @@ typedef struct apet_cuda_plan_t {
   int32_t tile;                /* s5 as its own launch: columns of a tile, else 0 */
   int32_t first_shared_bytes;  /* shared memory of a CTA of the first launch */
   int32_t second_shared_bytes; /* shared memory of a CTA of s5 as its own launch, else 0 */
+  int32_t tile_rows;           /* s5 as its own launch: rows of a tile, else 0 */
   size_t workspace_bytes;      /* device memory that apet_cuda_run needs, 64-byte aligned; a multiple of 64 */
   double estimated_us;         /* computed, not measured: docs/cuda.md */
   char why[256];               /* message: why this path, and why no better one */

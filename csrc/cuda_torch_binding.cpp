@@ -9,7 +9,7 @@
 namespace {
 
 // The path that apet_kernels.testing forces on the calls of this thread; by default none.
-constexpr apet_cuda_override kNone = {APET_CUDA_BEST, 0, -1, 0};
+constexpr apet_cuda_override kNone = {APET_CUDA_BEST, 0, -1, 0, 0};
 thread_local apet_cuda_override forced = kNone;
 
 void check_cuda(const apet_problem& problem, const apet_cuda_plan_t& plan, apet_status status) {
@@ -39,24 +39,25 @@ constexpr const char* kPaths[] = {"best", "fused", "cluster", "cooperative"};  /
 
 // Forces a path on the later calls of this thread. The first argument is any tensor on a GPU: its device selects this
 // implementation.
-void override_plans(const Tensor&, std::string path, int64_t ctas_per_image, int64_t resident, int64_t tile) {
+void override_plans(const Tensor&, std::string path, int64_t ctas_per_image, int64_t resident, int64_t tile,
+                    int64_t tile_rows) {
   for (int i = 0; i < 4; i++) {
     if (path != kPaths[i]) continue;
-    forced = {(apet_cuda_path)i, (int32_t)ctas_per_image, (int32_t)resident, (int32_t)tile};
+    forced = {(apet_cuda_path)i, (int32_t)ctas_per_image, (int32_t)resident, (int32_t)tile, (int32_t)tile_rows};
     return;
   }
   require(false, "path='", path, "' is none of best, fused, cluster, cooperative");
 }
 
 // Returns how compress would run, for apet_kernels.plan, in the order of the schema in apet_kernels/ops.py.
-std::tuple<std::string, std::string, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, double> plan(
-    const Tensor& x, int64_t keep, std::optional<int64_t> basis, std::string layout, std::string select, int64_t start,
-    double ridge, double blend, int64_t refine) {
+std::tuple<std::string, std::string, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, double>
+plan(const Tensor& x, int64_t keep, std::optional<int64_t> basis, std::string layout, std::string select, int64_t start,
+     double ridge, double blend, int64_t refine) {
   const apet_problem p = compress_problem(readable(x), keep, basis, layout, select, start, ridge, blend, refine);
   const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
   const apet_cuda_plan_t g = plan_for(p);
-  return {g.why,   kPaths[g.path], g.launches, g.ctas_per_image,           g.images_in_flight,
-          g.slice, g.resident,     g.tile,     (int64_t)g.workspace_bytes, g.estimated_us};
+  return {g.why,      kPaths[g.path], g.launches,  g.ctas_per_image,           g.images_in_flight, g.slice,
+          g.resident, g.tile,         g.tile_rows, (int64_t)g.workspace_bytes, g.estimated_us};
 }
 
 // Returns the estimate in us of `compress` with the default options, of one image of `tokens` tokens as in like [*, D].
@@ -74,12 +75,13 @@ double estimate(const Tensor& like, int64_t tokens, int64_t keep) {
 
 // Returns the figures of the estimate for a compute capability, 10 * major + minor, without the first member.
 std::tuple<double, double, double, double, double, double, double, double, double, double, double, double, double,
-           double, double, double, double>
+           double, double, double, double, double>
 figures(const Tensor&, int64_t capability) {
-  const auto& [row, launch, overlapped, cluster, cooperative, lists, group, fill, term, elements, l2, l2_share,
-               l2_bytes, memory, flops_16, flops_32, triton_16, pick] = apet::cuda::figures_for((int)capability);
-  return {launch, overlapped, cluster,  cooperative, lists,    group,    fill,      term, elements,
-          l2,     l2_share,   l2_bytes, memory,      flops_16, flops_32, triton_16, pick};
+  const auto& [row, launch, overlapped, cluster, cooperative, lists, s4_token, group, fill, term, elements, l2,
+               l2_share, l2_bytes, memory, flops_16, flops_32, triton_16, pick] =
+      apet::cuda::figures_for((int)capability);
+  return {launch,   overlapped, cluster,  cooperative, lists,  s4_token, group,    fill,      term,
+          elements, l2,         l2_share, l2_bytes,    memory, flops_16, flops_32, triton_16, pick};
 }
 
 }  // namespace

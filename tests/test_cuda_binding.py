@@ -123,6 +123,7 @@ def test_plan(layout):
             "rows_per_cta": expected.slice,
             "rows_in_shared_memory": expected.resident,
             "tile": expected.tile,
+            "tile_rows": expected.tile_rows,
             "estimated_us": expected.estimated_us,
         },
     )

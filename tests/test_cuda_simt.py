@@ -27,7 +27,8 @@ pytestmark = pytest.mark.skipif(build.missing() is not None, reason=str(build.mi
 # last tile that is not full.
 SHAPES = [(2, 70, 45, 20, 6), (1, 133, 64, 60, 10), (3, 41, 200, 17, 5)]
 SMALL_SHARED = Device(90, 8, 64 << 10, 100 << 10, 8)
-TILES = {0: 0, 64: 0, 128: 96 << 10, 256: 207 << 10}  # columns: bytes of shared memory that s5_merge needs, at least
+# (columns, rows) of a tile: bytes of shared memory that s5_merge needs, at least
+TILES = {(0, 0): 0, (64, 64): 0, (64, 128): 83 << 10, (128, 0): 96 << 10, (256, 0): 207 << 10}
 
 
 def cases(dtype: torch.dtype, layout: str, shape: int) -> dict[str, Callable[[], Case]]:
@@ -67,14 +68,9 @@ def drawn(seed: int) -> How:
     device = make.choice([H100, SMALL_SHARED, A100, RTX_3090, RTX_5090])
     path = make.choice(["fused", "cluster", "cooperative"] if device.largest_cluster else ["cooperative"])
     most = device.multiprocessors if path == "cooperative" else device.largest_cluster
-    return How(
-        device,
-        path,
-        make.randint(1, most),
-        make.choice([-1, -1, 0, 4, 8]),
-        make.choice([tile for tile, shared_bytes in TILES.items() if device.shared_per_block > shared_bytes]),
-        make.randint(0, 999),
-    )
+    ctas, resident = make.randint(1, most), make.choice([-1, -1, 0, 4, 8])
+    tile, rows = make.choice([tile for tile, needs in TILES.items() if device.shared_per_block > needs])
+    return How(device, path, ctas, resident, tile, make.randint(0, 999), rows)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -122,6 +118,35 @@ def test_launches(device, path, launches):
                 call.plan(case.problem, How(device, path))
     score = call.score_case(tokens(2, 60, 32), 5)
     assert len(call.run(score, How(device))) == call.plan(score.problem, How(device)).launches == 1
+
+
+@pytest.fixture
+def refuse() -> Iterator[Callable[[int, int], None]]:
+    """Returns a function that makes the driver refuse overlapping launches, or clusters of more than 8."""
+    yield call.load().simt_refuse
+    call.load().simt_refuse(0, 0)
+
+
+def test_a_driver_that_refuses_overlapping_launches(refuse):
+    """The launch is repeated as an ordinary one, and later calls do not ask again."""
+    case, how = call.compress_case(tokens(2, 60, 32, dtype=torch.float16), 12, 5), How(Device(90, 15), "cluster", 2)
+    expected = {name: t.clone() for name, t in results(case, how).items()}
+    for refused in (1, 0):
+        refuse(refused, 0)
+        assert ["overlapping" in line for line in call.run(case, how)] == [False, False]
+        for name, value in expected.items():
+            assert_same(case.outputs[name], value, name)
+    assert "overlapping" in call.run(case, How(Device(90, 14), "cluster", 2))[1]
+
+
+def test_a_driver_that_refuses_large_clusters(refuse):
+    """It has those of up to 8 CTAs."""
+    refuse(0, 1)
+    problem, device = call.compress_case(tokens(2, 60, 32), 12, 5).problem, Device(90, 13)
+    for path in ("cluster", "fused"):
+        assert call.plan(problem, How(device, path, 8)).ctas_per_image == 8
+        with pytest.raises(NoPath, match="with 9 CTAs an image"):
+            call.plan(problem, How(device, path, 9))
 
 
 def test_two_streams_at_once():

@@ -306,7 +306,7 @@ class OnGpu:
 
 
 def test_plan_of_the_cuda_kernels(monkeypatch):
-    figures = ("fused with 8 CTAs", "fused", 1, 8, 1, 72, 70, 0, 4096, 27.5)
+    figures = ("fused with 8 CTAs", "fused", 1, 8, 1, 72, 70, 0, 0, 4096, 27.5)
     asked = []
     monkeypatch.setattr(available, "why_not_cuda", lambda device: None)
     monkeypatch.setattr(choice, "lower_estimate", lambda *of: ("cuda", "twice as fast"))
@@ -326,6 +326,7 @@ def test_plan_of_the_cuda_kernels(monkeypatch):
             "rows_per_cta": 72,
             "rows_in_shared_memory": 70,
             "tile": 0,
+            "tile_rows": 0,
             "estimated_us": 27.5,
         },
     )

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import re
+from typing import Any
 
 import pytest
 import torch
 
 from apet_kernels import ops
 from benchmarks.quick import figures
-from tests.simt import build
+from tests.simt import build, call
+from tests.simt.call import How
 
 pytest.importorskip("triton")
 from tools import estimates
@@ -28,9 +30,15 @@ def test_the_plan_is_the_least_estimate_of_the_table(name):
     assert sum("**" in text for column, text in cells.items() if column.startswith("H100")) == 1
 
 
-def test_the_document_has_a_line_for_every_shape():
-    text = estimates.GUIDE.read_text().partition(estimates.BEGIN)[2].partition(estimates.END)[0]
-    assert re.findall(r"^\| (\S.*?) \| ", text, re.M) == ["tokens", *SHAPES]
+def test_the_document_is_up_to_date():
+    """`python -m tools.estimates --markdown` would change nothing but the commit."""
+
+    def written(begin: str, end: str) -> list[str]:
+        return estimates.GUIDE.read_text().partition(begin)[2].partition(end)[0].strip().splitlines()
+
+    assert written(estimates.BEGIN, estimates.END)[1:] == estimates.table().strip().splitlines()[1:]
+    assert written(estimates.TERMS_BEGIN, estimates.TERMS_END) == estimates.terms_table().strip().splitlines()
+    assert written(estimates.ROUNDS_BEGIN, estimates.ROUNDS_END) == estimates.rounds_table().strip().splitlines()
 
 
 def test_the_figures_have_one_list_of_names():
@@ -57,6 +65,47 @@ def test_a_faster_card_is_estimated_to_be_faster():
         assert way(CARDS["H100"]) < 0.7 * way(few)
     # A matrix instruction that is faster shortens only what does not wait for L2.
     assert triton(CARDS["H100"], shape, torch.bfloat16).us < triton(CARDS["H100"], shape, torch.float32).us / 3
+
+
+@pytest.mark.parametrize("path", [*estimates.PATHS, "best"])
+@pytest.mark.parametrize("name", SHAPES)
+def test_the_terms_add_up(name, path):
+    """To the estimate of the plan; and each is of its own: none is negative, and s4 grows with N alone."""
+    problem, how = estimates.problem(SHAPES[name]), How(CARDS["H100"].device, path)
+    try:
+        terms = call.terms(problem, how)
+    except call.NoPath:
+        assert path == "fused"
+        assert SHAPES[name][2] == 3584
+        return
+    assert sum(terms.values()) == pytest.approx(call.plan(problem, how).estimated_us, rel=1e-12)
+    assert min(terms.values()) >= 0
+    B, N, D, keep = SHAPES[name]
+    more = call.terms(estimates.problem((B, N, D, keep // 2)), how)
+    assert more["topk"] == terms["topk"]
+    assert terms["rounds"] == 0
+
+
+def test_what_the_terms_depend_on():
+    H100, A100 = (CARDS[card].device for card in ("H100", "A100"))
+
+    def terms(shape: tuple[int, int, int, int], **how: Any) -> dict[str, float]:
+        return call.terms(estimates.problem(shape), How(**({"device": H100} | how)))
+
+    small = (1, 576, 1024, 64)
+    cluster, cooperative = terms(small, path="cluster"), terms(small, path="cooperative")
+    assert cooperative["launches"] > cluster["launches"]
+    # The exchange of a cooperative launch grows with the group.
+    few = terms(small, path="cooperative", ctas_per_image=4)
+    assert cluster["exchanges"] < few["exchanges"] < cooperative["exchanges"]
+    # Four warps of an SM do not reach the rate that eight reach.
+    large = (1, 576, 1024, 288)
+    slow = terms(large, device=A100, path="cooperative", tile=64, tile_rows=64)["products"]
+    assert slow > terms(large, device=A100, path="cooperative", tile=64, tile_rows=128)["products"] / 2
+    # In `fused`, more CTAs have fewer products each, but no warp has less than its 32 x 32.
+    fused = [terms(small, path="fused", ctas_per_image=n)["products"] for n in (8, 16)]
+    assert fused[0] == fused[1]
+    assert terms((1, 16384, 3584, 4915), path="cooperative")["topk"] > 15
 
 
 @pytest.mark.parametrize("name", SHAPES)

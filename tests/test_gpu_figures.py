@@ -71,7 +71,8 @@ def primitive_lines(truth: figures.Figures, sms: int = 132) -> list[report.Line]
     for n in (4, 8, 16):
         add(f"step cluster {n}", step_us=truth["cluster_step_us"] * (1 + (n - 8) / 100), term_us=truth["term_us"])
     add(f"step cooperative {sms}", step_us=truth["cooperative_step_us"], term_us=1.0)
-    add("s4 576", us=truth["lists_us"])
+    for N in (576, 16384):
+        add(f"s4 {N}", us=truth["lists_us"] + N * truth["s4_token_us"])
     add("picks cluster 8", pick_us=truth["pick_us"])
     for item, key, width in (
         ("sweep cluster 4 resident", "elements_per_sm", 1),

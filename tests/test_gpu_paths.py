@@ -117,9 +117,11 @@ class TestForcing:
         for resident in (0, 8):
             with testing.use_cuda_path(testing.CudaPath("cluster", 2, rows_in_shared_memory=resident)):
                 assert self.plan().details["rows_in_shared_memory"] == resident
-        for tile in (64, 128, 256):
-            with testing.use_cuda_path(testing.CudaPath("cluster", tile=tile)):
-                assert self.plan().details["tile"] == tile
+        for tile, rows in ((64, 64), (64, 128), (128, 96), (256, 128)):
+            wanted = rows if tile == 64 else 0
+            with testing.use_cuda_path(testing.CudaPath("cluster", tile=tile, tile_rows=wanted)):
+                plan = self.plan()
+                assert (plan.details["tile"], plan.details["tile_rows"]) == (tile, rows)
 
     def test_blocks_nest_and_end(self, device):
         before = self.plan()
@@ -134,6 +136,7 @@ class TestForcing:
         [
             (testing.CudaPath("flat"), "path='flat' is none of best, fused, cluster, cooperative"),
             (testing.CudaPath(tile=96), "tile=96 is none of 64, 128, 256"),
+            (testing.CudaPath(tile=128, tile_rows=64), "tile_rows=64 is none of 64, 128 with tile=64"),
             (testing.CudaPath(ctas_per_image=-1), "ctas_per_image=-1 must be at least 0"),
         ],
         ids=str,

@@ -266,7 +266,7 @@ def test_a_sanitizer_that_does_not_end(tmp_path, monkeypatch):
     worker.run("sanitizers", Options(out=str(tmp_path), seconds=1, only=("memcheck",)), sent.append)
     assert sent[-1]["status"] == "not run"
     assert sent[-1]["status"] not in report.RIGHT
-    assert sent[-1]["said"] == "it did not end in 0 s; then it ran: cluster 4 tile 64 torch.float16"
+    assert sent[-1]["said"] == "it did not end in 0 s; then it ran: cluster 4 tile 64 x 64 torch.float16"
 
 
 def test_sanitizers_that_are_not_there(tmp_path, monkeypatch):
@@ -285,13 +285,16 @@ def test_what_the_sanitizers_run(monkeypatch):
 
     def noted(name: str, x: torch.Tensor, *args: Any, **kwargs: Any) -> object:
         plan = apet_kernels.plan(x, *args, **kwargs) if name == "compress" else None
-        ran.append((name, plan and (plan.details["path"], plan.details["tile"]), kwargs.get("refine")))
+        tile = plan and (plan.details["tile"], plan.details["tile_rows"] if plan.details["tile"] == 64 else 0)
+        ran.append((name, plan and (plan.details["path"], tile), kwargs.get("refine")))
         return right(name, x, *args, **kwargs)
 
     monkeypatch.setattr(dispatch, "run_cuda", noted)
     with apet_kernels.use_backend("cuda"):
-        for n, way in enumerate(sanitized.PATHS, 1):  # every way, one dtype each: 16-bit tokens for the largest tile
-            assert sanitized.forced(way, apet_kernels.ops.DTYPES[n % 3]) == []
+        for n, way in enumerate(sanitized.PATHS):  # every way, one dtype each
+            narrow = way.tile == 256 or way.tile_rows == 128
+            dtype = (torch.float16, torch.bfloat16)[n % 2] if narrow else apet_kernels.ops.DTYPES[n % 3]
+            assert sanitized.forced(way, dtype) == []
     assert {name for name, *_ in ran} == {"compress", "compress_varlen", "merge"}
     in_rounds = {(path, tile) for path in ("cluster", "cooperative") for tile in sanitized.TILES}
     assert {plan for _, plan, refine in ran if refine} == in_rounds
@@ -302,7 +305,7 @@ def test_what_the_sanitizers_run(monkeypatch):
     monkeypatch.setattr(dispatch, "run_cuda", wrong)
     faults = sanitized.forced(sanitized.PATHS[1], torch.float16)
     found = [fault.split(": ") for fault in faults]
-    assert {way for way, _ in found} == {"cluster 4 tile 64"}
+    assert {way for way, _ in found} == {"cluster 4 tile 64 x 64"}
     assert [said.split()[0] for _, said in found] == [*["compress_varlen"] * 3, *["merge"] * 2, "compress"]
 
 

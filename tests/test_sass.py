@@ -55,7 +55,7 @@ def test_every_kernel_is_there(kernels):
             }
         )
     }
-    tiles = {"float32": 2, "float16": 3, "bfloat16": 3}  # of s5_merge
+    tiles = {"float32": 2, "float16": 4, "bfloat16": 4}  # of s5_merge
     assert len(kernels) == sum(7 + tiles[dtype] for _, dtype in sass.SMOKE)
 
 
@@ -74,6 +74,80 @@ def test_a_claim_that_is_broken_is_noticed(kernels, claim):
         assert any(claim.text in fault for fault in broken.faults())
     others = [k for k in kernels if not re.search(claim.kernels, k.name)]
     assert any(claim.text in fault for fault in sass.faults(others))  # no kernel matches the claim
+
+
+def cut(block: sass.Block, pattern: str, most: int, then: tuple[str, ...] = ()) -> list[sass.Block]:
+    """Ends a block after `most` instructions that match, and `then`, if it has more of them."""
+    places = [i for i, name in enumerate(block.names) if re.fullmatch(pattern, name)]
+    if len(places) <= most:
+        return [block]
+    at = places[most]
+    return [sass.Block((*block.names[:at], *then), False), sass.Block(block.names[at:], False)]
+
+
+def apart(block: sass.Block, pattern: str, then: str) -> list[sass.Block]:
+    """Puts `then` behind each instruction that matches."""
+    pairs = ((name, then) if re.fullmatch(pattern, name) else (name,) for name in block.names)
+    return [sass.Block(tuple(name for pair in pairs for name in pair), block.repeats)]
+
+
+def renamed(block: sass.Block, old: str, new: str) -> list[sass.Block]:
+    return [sass.Block(tuple(new if re.fullmatch(old, name) else name for name in block.names), block.repeats)]
+
+
+def shorter(block: sass.Block) -> list[sass.Block]:
+    """Leaves eight of the matrix instructions of a loop."""
+    last = [i for i, name in enumerate(block.names) if name.startswith("HMMA")][8:]
+    names = tuple(name for i, name in enumerate(block.names) if i not in last)
+    return [sass.Block(names, block.repeats)]
+
+
+def polled(block: sass.Block) -> list[sass.Block]:
+    """Empties L1 in every poll of a loop."""
+    at = 1 + block.names.index("LDG.E.STRONG.GPU") if block.repeats and "LDG.E.STRONG.GPU" in block.names else 0
+    return [sass.Block((*block.names[:at], "CCTL.IVALL", *block.names[at:]), True)] if at else [block]
+
+
+# By the first words of a claim: what breaks it, of each block.
+BROKEN = {
+    "loads rows": lambda block: cut(block, r"HMMA\S*", 8, ("BRA",)),
+    "has no loop": shorter,
+    "has eight keys": lambda block: cut(block, r"LDG\.E\.STRONG\.GPU", 4, ("ATOMS.POPC.INC.32",)),
+    "has eight 16-byte": lambda block: apart(block, r"LDG\.E\.128\S*", "LDG.E.U16"),
+    "polls": polled,
+    "counts ranks": lambda block: renamed(block, "LDS", "LDG.E.STRONG.GPU"),
+}
+
+
+@pytest.mark.parametrize("claim", sass.LOOP_CLAIMS, ids=lambda claim: claim.text.replace(" ", "_"))
+def test_a_loop_that_is_broken_is_noticed(kernels, claim):
+    able = [k for k in kernels if re.search(claim.kernels, k.name) and k.dtype in claim.dtypes and not k.empty]
+    assert able
+    (change,) = (change for words, change in BROKEN.items() if claim.text.startswith(words))
+    for kernel in able:
+        blocks = tuple(part for block in kernel.blocks for part in change(block))
+        broken = dataclasses.replace(kernel, blocks=blocks)
+        assert any(claim.text in fault for fault in broken.faults())
+        assert not any(claim.text in fault for fault in kernel.faults())
+
+
+def test_blocks_of_a_listing():
+    """A block ends before a label and after a jump; a jump to its own label makes it a loop."""
+    listing = """
+        /*0000*/                   LDC R1, c[0x0][0x28] ;
+.L_x_1:
+        /*0010*/                   LDG.E.STRONG.GPU R0, desc[UR4][R2.64] ;
+        /*0020*/              @!P0 BRA `(.L_x_1) ;
+        /*0030*/               @P1 BRA `(.L_x_2) ;
+        /*0040*/                   FADD R0, R0, R0 ;
+.L_x_2:
+        /*0050*/                   EXIT ;
+    """
+    blocks = sass.blocks_of(listing)
+    assert [block.repeats for block in blocks] == [False, True, False, False, False]
+    assert blocks[1].names == ("LDG.E.STRONG.GPU", "BRA")
+    kernel = sass.Kernel("sm_90a", "float32", "k", 32, 8, 0, 0, 0, collections.Counter(), blocks)
+    assert kernel.stream("LD|FADD") == "| LDC | [ LDG.E.STRONG.GPU ] | | FADD | "
 
 
 FAULTY = """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 
 import pytest
@@ -73,3 +74,39 @@ def test_the_plan_on_a_gpu_is_shown(monkeypatch):
     text = doctor()
     assert "\nGPU bfloat16 triton 14 2\n" in text
     assert "GPU bfloat16: keep=64." in text
+
+
+@pytest.mark.parametrize("wrong", [False, True])
+def test_a_replayed_call_is_compared(monkeypatch, wrong):
+    """On a GPU each case is also captured and replayed. Here replaying runs the captured call on the CPU."""
+    calls = []
+
+    class Graph:
+        def replay(self) -> None:
+            _, into = calls[-1]
+            into.copy_(calls[-1][0]() + wrong)
+
+    def compress(case: selftest.Case, x: torch.Tensor, backend: str) -> tuple[torch.Tensor, torch.Tensor]:
+        def result() -> tuple[torch.Tensor, torch.Tensor]:
+            return apet_kernels.compress(x, case.keep, case.basis, **case.options, backend="cpu")
+
+        tokens, kept = result()
+        calls.append((lambda: result()[0], tokens))
+        return tokens, kept
+
+    monkeypatch.setattr(selftest, "CASES", selftest.CASES[:1])
+    monkeypatch.setattr(selftest, "_compress", compress)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph, raising=False)
+    monkeypatch.setattr(torch.cuda, "graph", lambda graph: contextlib.nullcontext())
+    to = torch.Tensor.to
+    monkeypatch.setattr(torch.Tensor, "to", lambda x, *a, **k: x if a[:1] == ("cuda",) else to(x, *a, **k))
+    right = {name: getattr(apet_kernels, name) for name in ("score", "compress")}
+    for name, function in right.items():
+        monkeypatch.setattr(
+            apet_kernels,
+            name,
+            lambda *args, _function=function, **options: _function(*args, **options | {"backend": "cpu"}),
+        )
+    outcome = selftest.run("cuda")
+    assert [("replayed from a graph" in fault) for fault in outcome.faults] == [True] * wrong

@@ -4,7 +4,8 @@ and of current vision encoders, as a table.
     python -m tools.estimates [--markdown]
 
 It calls apet_cuda_plan, compiled with g++, for every path on devices of the size of real ones. mix: s1 to s3 by the
-CUDA kernels, s4 and s5 by Triton's. --markdown writes the table into docs/cuda.md. It needs neither a GPU nor nvcc.
+CUDA kernels, s4 and s5 by Triton's. --markdown writes the table into docs/cuda.md, and tables of the terms of those
+estimates that have a target, and of a basis in rounds. It needs neither a GPU nor nvcc.
 """
 
 from __future__ import annotations
@@ -25,6 +26,8 @@ from tests.simt.call import Device, How, NoPath
 from tools.sass import GUIDE
 
 BEGIN, END = "<!-- estimates:begin -->", "<!-- estimates:end -->"
+ROUNDS_BEGIN, ROUNDS_END = "<!-- rounds:begin -->", "<!-- rounds:end -->"
+TERMS_BEGIN, TERMS_END = "<!-- terms:begin -->", "<!-- terms:end -->"
 HEADER = build.CSRC / "cuda/figures.cuh"
 PATHS = ("fused", "cluster", "cooperative")
 
@@ -59,6 +62,34 @@ SHAPES = {
     "16384 x 3584, K 4915": (1, 16384, 3584, 4915),
 }
 BASIS = 10
+# The shapes with a target for an H100, and that target in us.
+TARGETS = {
+    "LLaVA-1.5, 1 image, K 64": 30,
+    "LLaVA-1.5, 64 images, K 64": 150,
+    "4096 x 3584, K 1229": 170,
+    "16384 x 3584, K 4915": 1100,
+}
+# With a basis in rounds.
+ROUNDS = {
+    "576 x 1024, K 64": (1, 576, 1024, 64),
+    "576 x 1024, K 288": (1, 576, 1024, 288),
+    "64 images of 576 x 1024, K 64": (64, 576, 1024, 64),
+    "1024 x 3584, K 307": (1, 1024, 3584, 307),
+    "4096 x 3584, K 1229": (1, 4096, 3584, 1229),
+}
+# The terms of an estimate (apet_cuda_terms), as the table names them.
+TERMS = {
+    "launches": "launches",
+    "barriers": "barriers beside the exchanges",
+    "memory": "X from memory",
+    "sweeps": "norms, and ten sweeps",
+    "exchanges": "ten exchanges",
+    "algebra": "terms of `y`",
+    "topk": "s4",
+    "products": "tiles of s5",
+    "lists": "lists",
+    "means": "means",
+}
 
 
 def card_figures(capability: int) -> dict[str, float]:
@@ -76,11 +107,15 @@ def triton(card: Card, shape: tuple[int, int, int, int], dtype: torch.dtype = to
     )
 
 
+def problem(shape: tuple[int, int, int, int], dtype: torch.dtype = torch.bfloat16) -> call.Problem:
+    """Returns the call of `compress` of a shape (B, N, D, K)."""
+    *dims, keep = shape
+    return call.compress_case(torch.empty(*dims, dtype=dtype, device="meta"), keep, BASIS).problem
+
+
 def cuda(card: Card, shape: tuple[int, int, int, int], path: str = "best") -> call.Plan:
     """Returns the plan of the CUDA kernels. Raises NoPath if the GPU cannot run the path."""
-    *dims, keep = shape
-    case = call.compress_case(torch.empty(*dims, dtype=torch.bfloat16, device="meta"), keep, BASIS)
-    return call.plan(case.problem, How(card.device, path))
+    return call.plan(problem(shape), How(card.device, path))
 
 
 def mix(card: Card, shape: tuple[int, int, int, int]) -> float:
@@ -91,14 +126,14 @@ def mix(card: Card, shape: tuple[int, int, int, int]) -> float:
 
 
 def cell(name: str, way: str, shape: tuple[int, int, int, int]) -> tuple[float, str]:
-    """Returns the estimate in us, and in brackets the CTAs per image and the columns of the tile of s5_merge."""
+    """Returns the estimate in us, and in brackets the CTAs per image and the tile of s5_merge."""
     card = CARDS[name]
     if way == "triton":
         return triton(card, shape).us, ""
     if way == "mix":
         return mix(card, shape), ""
     plan = cuda(card, shape, "best" if way == "cuda" else way)
-    inside = f"{plan.ctas_per_image}, {plan.tile}" if plan.tile else f"{plan.ctas_per_image}"
+    inside = f"{plan.ctas_per_image}, {plan.tile_rows} x {plan.tile}" if plan.tile else f"{plan.ctas_per_image}"
     return plan.estimated_us, f" ({inside})"
 
 
@@ -128,6 +163,35 @@ def table() -> str:
     return "\n".join(lines) + "\n"
 
 
+def terms_table() -> str:
+    """Returns what the estimates of the shapes with a target consist of, in us."""
+    device = CARDS["H100"].device
+    plans = {name: cuda(CARDS["H100"], SHAPES[name]) for name in TARGETS}
+    terms = {name: call.terms(problem(SHAPES[name]), How(device)) for name in TARGETS}
+    rows = {"path": [f"`{call.PATHS[plan.path]}`, {plan.ctas_per_image} CTAs" for plan in plans.values()]}
+    rows |= {text: [f"{terms[name][key]:.1f}" for name in TARGETS] for key, text in TERMS.items()}
+    rows |= {"sum": [f"**{sum(of.values()):.1f}**" for of in terms.values()], "target": [*map(str, TARGETS.values())]}
+    lines = ["| | " + " | ".join(TARGETS) + " |", "|---|" + "---|" * len(TARGETS)]
+    return "\n".join(lines + [f"| {text} | " + " | ".join(cells) + " |" for text, cells in rows.items()]) + "\n"
+
+
+def rounds_table() -> str:
+    """Returns estimates in us of `select="qr", basis=None`, without and with two medoid steps."""
+    columns = [(card, refine) for card in ("H100", "A100", "RTX 5090") for refine in (0, 2)]
+    heads = [f"{card}: `refine=2`, 3 launches" if refine else f"{card}: 2 launches" for card, refine in columns]
+    lines = ["| tokens, bfloat16 | " + " | ".join(heads) + " |", "|---|" + "---|" * len(columns)]
+    for name, (*dims, keep) in ROUNDS.items():
+        texts = []
+        for card, refine in columns:
+            x = torch.empty(*dims, dtype=torch.bfloat16, device="meta")
+            of = call.compress_case(x, keep, None, select="qr", refine=refine).problem
+            plan = call.plan(of, How(CARDS[card].device))
+            way = f" (`{call.PATHS[plan.path]}`, {plan.ctas_per_image} CTAs)" if not refine else ""
+            texts.append(f"{plan.estimated_us:.0f}{way}")
+        lines.append(f"| {name} | " + " | ".join(texts) + " |")
+    return "\n".join(lines) + "\n"
+
+
 def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m tools.estimates", description=__doc__.splitlines()[0])
     parser.add_argument("--markdown", action="store_true", help=f"write the table into {GUIDE.name}")
@@ -135,10 +199,13 @@ def main(arguments: list[str]) -> int:
     if why := build.missing():
         print(f"python -m tools.estimates: {why}", file=sys.stderr)
         return 2
-    text = table()
-    print(text)
+    parts = {(BEGIN, END): table(), (TERMS_BEGIN, TERMS_END): terms_table(), (ROUNDS_BEGIN, ROUNDS_END): rounds_table()}
+    print(*parts.values(), sep="\n")
     if options.markdown:
-        GUIDE.write_text(replaced(GUIDE.read_text(), BEGIN, END, text))
+        guide = GUIDE.read_text()
+        for (begin, end), text in parts.items():
+            guide = replaced(guide, begin, end, text)
+        GUIDE.write_text(guide)
     return 0
 
 

@@ -117,7 +117,73 @@ CLAIMS = (
 )
 
 
+@dataclass(frozen=True)
+class LoopClaim:
+    """A claim about the order of instructions in kernels whose names match: their stream has a pattern, or has not."""
+
+    text: str  # after "it"
+    keep: str  # the instructions in the stream
+    pattern: str
+    kernels: str
+    dtypes: tuple[str, ...] = DTYPES
+    present: bool = True
+
+
+# Read on these targets; others schedule otherwise.
+LOOP_TARGETS = ("sm_80", "sm_90a")
+LOADED = r"LDG\.E\.STRONG\.GPU "
+LOOP_CLAIMS = (
+    LoopClaim(
+        "loads rows ahead of its matrix instructions: six times before the first, and not among the last twelve",
+        r"LDSM|HMMA",
+        r"\[ (?:LDSM\S* ){6,}(?:HMMA\S* ){2}(?:(?:LDSM|HMMA)\S* )*(?:HMMA\S* ){12}\]",
+        "s5_merge",
+        TENSOR,
+    ),
+    LoopClaim(
+        "has no loop of less than sixteen matrix instructions, those of two slabs",
+        r"LDSM|HMMA",
+        r"\[ (?:LDSM\S* )*(?:HMMA\S* (?:LDSM\S* )*){1,15}\]",
+        "s5_merge",
+        TENSOR,
+        present=False,
+    ),
+    LoopClaim(
+        "has eight keys in registers before it counts the first",
+        r"LDG|ATOMS",
+        rf"(?:{LOADED}){{8}}(?:\| )*(?:ATOMS\.POPC\.INC\.32 (?:\| )*){{8}}",
+        "s4_medoids|s5_merge|s1_s5",
+    ),
+    LoopClaim(
+        "has eight 16-byte words of a target's tokens in flight before it adds the first",
+        r"LDG|FADD",
+        r"(?:LDG\.E\.128\S* (?:\| )*){8}FADD",
+        "s5_merge|s1_s5",
+    ),
+    LoopClaim(
+        "polls by a load alone, and empties L1 once after it",
+        r"LDG|CCTL",
+        rf"\[ {LOADED}\] (?:\| )*CCTL\.IVALL",
+        "CooperativeGroup|s5_merge",
+    ),
+    LoopClaim(
+        "counts ranks from shared memory, and reads L2 only in the branch for those that do not fit",
+        r"LDS$|LDG|ATOMS",
+        rf"LDS \| {LOADED}\| (?:\| )*ATOMS\.POPC\.INC\.32 ",
+        "s1_s4|s1_s5",
+    ),
+)
+
+
 # ---- compiling and reading
+
+
+@dataclass(frozen=True)
+class Block:
+    """Instructions that run one after the other: none but the last jumps, and no jump leads to any but the first."""
+
+    names: tuple[str, ...]
+    repeats: bool  # the last jumps to the first
 
 
 @dataclass
@@ -133,6 +199,7 @@ class Kernel:
     stack: int  # bytes of local memory
     static_shared: int  # bytes
     instructions: collections.Counter[str]
+    blocks: tuple[Block, ...]
 
     @property
     def capability(self) -> int:
@@ -169,7 +236,24 @@ class Kernel:
             count = self.count(claim.instruction)
             if bool(count) != claim.present:
                 found.append(f"does not hold the claim that it {claim.text}: {count} {claim.instruction}")
+        for loop in LOOP_CLAIMS:
+            if self.target not in LOOP_TARGETS or self.dtype not in loop.dtypes:
+                continue
+            if re.search(loop.kernels, self.name) and bool(self.finds(loop)) != loop.present:
+                found.append(f"does not hold the claim that it {loop.text}")
         return found
+
+    def finds(self, claim: LoopClaim) -> bool:
+        return re.search(claim.pattern, self.stream(claim.keep)) is not None
+
+    def stream(self, keep: str) -> str:
+        """Returns the instructions whose names begin with a pattern, a | between blocks, and [ ] around a block that
+        repeats itself."""
+        parts = []
+        for block in self.blocks:
+            names = " ".join(name for name in block.names if re.match(keep, name))
+            parts.append(f"[ {names} ]" if block.repeats else names)
+        return " ".join(("| " + " | ".join(parts)).split()) + " "
 
 
 def examine(target: str, dtype: str, csrc: Path = CSRC, flags: Iterable[str] = ()) -> list[Kernel]:
@@ -192,7 +276,8 @@ def examine(target: str, dtype: str, csrc: Path = CSRC, flags: Iterable[str] = (
     threads = {symbol: int(value, 16) for symbol, between, value in bounds if ".nv.info." not in between}
     kernels = []
     for symbol, report in re.findall(r"Compiling entry function '(\w+)'(.*?)(?=Compiling entry|\Z)", said, re.DOTALL):
-        instructions = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?\w+\s+)?([A-Z][\w.]*)", bodies[symbol])
+        blocks = blocks_of(bodies[symbol])
+        instructions = [name for block in blocks for name in block.names]
         assert instructions, f"nvdisasm shows no instruction of {symbol}"
         number = functools.partial(_number, report)
         kernels.append(
@@ -206,9 +291,26 @@ def examine(target: str, dtype: str, csrc: Path = CSRC, flags: Iterable[str] = (
                 number(r"(\d+) bytes stack frame"),
                 number(r"(\d+) bytes smem", 0),
                 collections.Counter(instructions),
+                blocks,
             )
         )
     return kernels
+
+
+def blocks_of(body: str) -> tuple[Block, ...]:
+    """Returns the blocks of a kernel's body, as nvdisasm writes it."""
+    blocks: list[Block] = []
+    label, names = "", []
+    for line in body.splitlines():
+        if mark := re.match(r"\s*(\.L_\w+):", line):
+            blocks += [Block(tuple(names), False)] if names else []
+            label, names = mark[1], []
+        elif found := re.search(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?\w+\s+)?([A-Z][\w.]*)([^;]*)", line):
+            names.append(found[1])
+            if re.match(r"BRA|BRX|JMP|JMX|CALL|RET|EXIT", found[1]):
+                blocks.append(Block(tuple(names), bool(label) and f"`({label})" in found[2]))
+                label, names = "", []
+    return (*blocks, Block(tuple(names), False)) if names else tuple(blocks)
 
 
 def _number(report: str, pattern: str, otherwise: int | None = None) -> int:

@@ -12,6 +12,7 @@ BEGIN, END = "    // figures:begin\n", "    // figures:end\n"
 FIELD = re.compile(r"^  (?:int|double) (\w+);", re.MULTILINE)
 ROW = re.compile(r"((?:    //.*\n)+)    \{(.*)\},\n")
 Figures = dict[str, float]  # by the names of the members of `Figures`
+S4_TOKENS = (576, 16384)  # the images from which both figures of s4 follow
 
 
 def row_of(rows: list[tuple[str, Figures]], capability: int) -> Figures:
@@ -65,7 +66,10 @@ def measured(lines: list[Line]) -> Figures:
     found["cluster_step_us"] = middle(line["step_us"] for line in steps)
     found["term_us"] = middle(line["term_us"] for line in steps or [item(f"step cooperative {sms}")] if line)
     found["cooperative_step_us"] = item(f"step cooperative {sms}").get("step_us")
-    found["lists_us"] = item("s4 576").get("us")
+    few, many = (item(f"s4 {N}").get("us") for N in S4_TOKENS)
+    if few and many:
+        found["s4_token_us"] = (many - few) / (S4_TOKENS[1] - S4_TOKENS[0])
+        found["lists_us"] = few - S4_TOKENS[0] * found["s4_token_us"]
     found["pick_us"] = (item("picks cluster 8") or item(f"picks cooperative {sms}")).get("pick_us")
     found["l2_bytes"] = device.get("l2")
     for name, key, width in (

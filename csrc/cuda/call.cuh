@@ -82,6 +82,7 @@ struct Call {
   int32_t tiles, tile_columns;  // s5_merge: tiles of an image at most, and how many of them lie side by side
   int32_t list_tickets;         // s5_merge: tickets of an image that group its dropped tokens
   int32_t mean_tickets;         // s5_merge: tickets of an image that compute rows of the result
+  int32_t mean_tasks;           // s5_merge: tasks of s5_mean in such a ticket
   int32_t most;                 // s1_s4_rounds: the most picks of a round; 0: no image has rounds
   // the workspace
   Image* table;  // [images]

@@ -1,4 +1,5 @@
 // Queries the current device, and keeps the answers and the last error.
+#include <atomic>
 #include <mutex>
 
 #include "device.cuh"
@@ -7,18 +8,24 @@ namespace apet::cuda {
 namespace {
 
 constexpr int kMaxDevices = 64;
+constexpr int kPortableCluster = 8;  // every device with clusters has this size
 thread_local cudaError_t last_error = cudaSuccess;
+
+// Returns whether a call succeeded that may fail: what it asks for is then left out.
+bool supported(cudaError_t result) {
+  if (result != cudaSuccess) (void)cudaGetLastError();  // it must not appear again in a later call
+  return result == cudaSuccess;
+}
 
 // Queries how many clusters of each size run at once.
 apet_status query_clusters(Kernel kernel, int shared_bytes, int (&clusters)[kMaxCluster + 1]) {
   APET_TRY(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes));
-  APET_TRY(cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1));
-  for (int size = 1; size <= kMaxCluster; size++) {
+  const bool beyond = supported(cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1));
+  for (int size = 1; size <= (beyond ? kMaxCluster : kPortableCluster); size++) {
     cudaLaunchAttribute attribute = cluster_attribute(size);
     const cudaLaunchConfig_t config = launch_config(size, kThreads, shared_bytes, nullptr, &attribute);
     // An error for a size that the device or its partition cannot place means that there are no such clusters.
-    if (cudaOccupancyMaxActiveClusters(&clusters[size], kernel, &config) != cudaSuccess)
-      clusters[size] = 0, (void)cudaGetLastError();
+    if (!supported(cudaOccupancyMaxActiveClusters(&clusters[size], kernel, &config))) clusters[size] = 0;
   }
   return APET_OK;
 }
@@ -42,7 +49,7 @@ apet_status query_device(int index, const Kernels& kernels, Device& device) {
   APET_TRY(cudaDeviceGetAttribute(&clusters, cudaDevAttrClusterLaunch, index));
   APET_TRY(cudaDeviceGetAttribute(&cooperative, cudaDevAttrCooperativeLaunch, index));
   device.capability = 10 * major + minor;
-  device.overlaps = major >= 9;
+  *device.overlaps = major >= 9;
   apet_status status = APET_OK;
   if (clusters) {
     status = query_clusters(kernels.s1_s4_cluster, device.shared_bytes, device.s1_s4_clusters);
@@ -51,7 +58,7 @@ apet_status query_device(int index, const Kernels& kernels, Device& device) {
     if (status != APET_OK) return status;
     status = query_clusters(kernels.rounds_cluster, device.shared_bytes, device.rounds_clusters);
     if (status != APET_OK) return status;
-    int clusters_of_medoids[kMaxCluster + 1];
+    int clusters_of_medoids[kMaxCluster + 1] = {};
     status = query_clusters(kernels.medoids_cluster, device.shared_bytes, clusters_of_medoids);
     if (status != APET_OK) return status;
     for (int size = 1; size <= kMaxCluster; size++)
@@ -88,6 +95,7 @@ bool succeeded(cudaError_t result) {
 
 apet_status current_device(apet_dtype dtype, const Device*& device) {
   static Device devices[kMaxDevices][3];
+  static std::atomic<bool> overlaps[kMaxDevices][3];
   static std::mutex mutex;
   int index;
   APET_TRY(cudaGetDevice(&index));
@@ -97,6 +105,7 @@ apet_status current_device(apet_dtype dtype, const Device*& device) {
   device = &entry;
   if (entry.known) return APET_OK;
   entry = {};
+  entry.overlaps = &overlaps[index][dtype];
   return query_device(index, kernels_for(dtype), entry);
 }
 

@@ -1,5 +1,7 @@
 // The limits of the current device, and calls of the CUDA runtime that may fail.
 #pragma once
+#include <atomic>
+
 #include "kernels.cuh"
 
 namespace apet::cuda {
@@ -11,7 +13,7 @@ struct Device {
   int capability;  // 10 * major + minor
   int sms;
   int shared_bytes;                      // the most shared memory of a CTA
-  bool overlaps;                         // programmatic dependent launch
+  std::atomic<bool>* overlaps;           // programmatic dependent launch, until one is refused
   int s1_s4_clusters[kMaxCluster + 1];   // clusters of each size; 0: none
   int s1_s5_clusters[kMaxCluster + 1];   // clusters of each size; 0: none
   int rounds_clusters[kMaxCluster + 1];  // clusters of s1_s4_rounds and s4_medoids; 0: none
@@ -27,6 +29,11 @@ apet_status current_device(apet_dtype dtype, const Device*& device);
 bool succeeded(cudaError_t result);
 #define APET_TRY(call) \
   if (!succeeded(call)) return APET_CUDA_FAILED
+
+// Returns the CTAs of one of Kernels::s5_merge that run at once.
+inline int merge_ctas(const apet_problem& p, const Device& device, const MergeKernel& merge) {
+  return device.merge_ctas[&merge - kernels_for(p.dtype).s5_merge];
+}
 
 inline cudaLaunchConfig_t launch_config(unsigned grid, int threads, int shared_bytes, cudaStream_t stream,
                                         cudaLaunchAttribute* attribute) {

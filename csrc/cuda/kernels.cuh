@@ -31,14 +31,14 @@ struct MergeKernel {
   int chunks;         // kChunks
 };
 
-constexpr int kMergeTiles = 3;
+constexpr int kMergeTiles = 4;
 
 struct Kernels {
   Kernel s1_s4_cluster, s1_s4_cooperative, s1_s5_cluster;
   Kernel rounds_cluster, rounds_cooperative, medoids_cluster, medoids_cooperative;
   int s1_s5_shared_bytes;             // what s1_s5_cluster needs for s5
   int group_shared_bytes;             // what s1_s4_rounds and s4_medoids need for products and lists
-  MergeKernel s5_merge[kMergeTiles];  // with the small tile, the large one, the largest one
+  MergeKernel s5_merge[kMergeTiles];  // with the small tile, the tall, the large and the largest one
 };
 
 template <class Tl>
@@ -52,9 +52,10 @@ constexpr MergeKernel merge_kernel() {
   return {s5_merge<T, Tl, kChunks>, Tl::kRows, Tl::kColumns, Tl::kThreads, 16 + s5_shared_bytes<Tl>(false), kChunks};
 }
 
-template <class T>
-constexpr MergeKernel largest_merge_kernel() {
-  if constexpr (sizeof(T) == 2) return merge_kernel<T, LargestTile, 4>();
+// The tiles that only 16-bit tokens have.
+template <class T, class Tl, int kChunks>
+constexpr MergeKernel merge_kernel_16() {
+  if constexpr (sizeof(T) == 2) return merge_kernel<T, Tl, kChunks>();
   else return {};
 }
 
@@ -69,7 +70,8 @@ constexpr Kernels kernels_of() {
           s4_medoids<T, CooperativeGroup>,
           s5_shared_bytes<ClusterTile<T>>(true),
           s5_shared_bytes<GroupTile>(false),
-          {merge_kernel<T, SmallTile, 2>(), merge_kernel<T, LargeTile<T>, 4>(), largest_merge_kernel<T>()}};
+          {merge_kernel<T, SmallTile, 2>(), merge_kernel_16<T, TallTile, 4>(), merge_kernel<T, LargeTile<T>, 4>(),
+           merge_kernel_16<T, LargestTile, 4>()}};
 }
 
 extern const Kernels kFloat32, kFloat16, kBFloat16;

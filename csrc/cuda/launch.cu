@@ -13,7 +13,7 @@ bool aligned(const void* pointer, std::initializer_list<int64_t> strides, int64_
 }
 
 // Makes the argument of the kernels, except for the workspace.
-Call make_call(const apet_problem& p, const apet_tensors& tensors, const apet_cuda_plan_t& plan) {
+Call make_call(const apet_problem& p, const Device& device, const apet_tensors& tensors, const apet_cuda_plan_t& plan) {
   Call call = {};
   call.tensors = tensors;
   call.op = p.op;
@@ -50,12 +50,12 @@ Call make_call(const apet_problem& p, const apet_tensors& tensors, const apet_cu
   call.map = shared_map(p, plan);
   if (plan.second_shared_bytes > 0) {
     const MergeKernel& merge = merge_kernel_of(p, plan);
-    const int64_t block = 32 * merge.chunks * (16 / element_size(p)), blocks = (p.dim + block - 1) / block;
-    const int64_t tasks = merge.threads / 32;
+    const int64_t warps = merge.threads / 32, tasks = warps * means_of_ticket(p, merge, merge_ctas(p, device, merge));
     call.tiles = (int32_t)(tile_rows(p, merge) * tile_columns(p, merge));
     call.tile_columns = (int32_t)tile_columns(p, merge);
     call.list_tickets = (int32_t)list_parts(most_kept(p));
-    call.mean_tickets = (int32_t)(((most_kept(p) + call.appended) * blocks + tasks - 1) / tasks);
+    call.mean_tasks = (int32_t)tasks;
+    call.mean_tickets = (int32_t)((mean_tasks(p, merge) + tasks - 1) / tasks);
   }
   return call;
 }
@@ -103,18 +103,24 @@ apet_status launch_medoids(const apet_problem& p, const apet_cuda_plan_t& plan, 
                        stream);
 }
 
-// Launches s5_merge, which may start while the launch before it ends.
+// Launches s5_merge, which may start while the launch before it ends. Where a driver or a capture refuses that, it is
+// an ordinary launch, then and later.
 apet_status launch_merge(const apet_problem& p, const Device& device, const apet_cuda_plan_t& plan, const Call& call,
                          cudaStream_t stream) {
   const MergeKernel& merge = merge_kernel_of(p, plan);
-  const int ctas = device.merge_ctas[&merge - kernels_for(p.dtype).s5_merge];
+  const int ctas = merge_ctas(p, device, merge);
   const double tickets = ((double)call.list_tickets + call.tiles + call.mean_tickets) * (p.images + 1.0);
   cudaLaunchAttribute attribute = {};
   attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
   attribute.val.programmaticStreamSerializationAllowed = 1;
-  const cudaLaunchConfig_t config = launch_config((unsigned)std::min<double>(tickets, ctas), merge.threads,
-                                                  merge.shared_bytes, stream, device.overlaps ? &attribute : nullptr);
-  APET_TRY(cudaLaunchKernelEx(&config, merge.kernel, call));
+  const unsigned grid = (unsigned)std::min<double>(tickets, ctas);
+  const auto launched = [&](cudaLaunchAttribute* with) {
+    const cudaLaunchConfig_t config = launch_config(grid, merge.threads, merge.shared_bytes, stream, with);
+    return succeeded(cudaLaunchKernelEx(&config, merge.kernel, call));
+  };
+  if (*device.overlaps && launched(&attribute)) return APET_OK;
+  if (!launched(nullptr)) return APET_CUDA_FAILED;
+  *device.overlaps = false;
   return APET_OK;
 }
 
@@ -135,7 +141,7 @@ apet_status apet_cuda_run(const apet_problem* problem, const apet_tensors* tenso
   const Device* device;
   status = current_device(p.dtype, device);
   if (status != APET_OK) return status;
-  Call call = make_call(p, *tensors, *plan);
+  Call call = make_call(p, *device, *tensors, *plan);
   if (!workspace || (uintptr_t)workspace % 64) return APET_SMALL_WORKSPACE;
   if (lay_out_workspace(p, *plan, workspace, call) > bytes) return APET_SMALL_WORKSPACE;
   status = launch_first(p, *plan, call, stream);

@@ -39,7 +39,7 @@ inline bool empty(const apet_problem& p) {
 inline const MergeKernel& merge_kernel_of(const apet_problem& p, const apet_cuda_plan_t& plan) {
   const auto& merge = kernels_for(p.dtype).s5_merge;
   for (const MergeKernel& tile : merge)
-    if (tile.kernel && tile.columns == plan.tile) return tile;
+    if (tile.kernel && tile.columns == plan.tile && tile.rows == plan.tile_rows) return tile;
   return merge[0];
 }
 inline int64_t tile_rows(const apet_problem& p, const MergeKernel& merge) {
@@ -47,6 +47,18 @@ inline int64_t tile_rows(const apet_problem& p, const MergeKernel& merge) {
 }
 inline int64_t tile_columns(const apet_problem& p, const MergeKernel& merge) {
   return (most_kept(p) + merge.columns - 1) / merge.columns;
+}
+// Tasks of s5_mean of an image.
+inline int64_t mean_tasks(const apet_problem& p, const MergeKernel& merge) {
+  const int64_t block = 32 * merge.chunks * (16 / element_size(p));
+  return (most_kept(p) + appended(p)) * ((p.dim + block - 1) / block);
+}
+// Tasks that a warp of s5_merge takes with one ticket, if `ctas` CTAs run: few of many, since a ticket costs three reads
+// of L2, and one if there are no more than warps.
+constexpr int kMeansOfTicket = 4;
+inline int64_t means_of_ticket(const apet_problem& p, const MergeKernel& merge, int64_t ctas) {
+  const double each = (double)p.images * mean_tasks(p, merge) / (ctas * (merge.threads / 32));
+  return std::clamp<int64_t>((int64_t)std::min<double>(each, kMeansOfTicket), 1, kMeansOfTicket);
 }
 inline int64_t row_bytes(const apet_problem& p) { return p.dim * element_size(p); }
 // The groups of the launches before s5_merge. Not all clusters must run at once: there is one per image, up to the

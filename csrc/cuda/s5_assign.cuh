@@ -12,6 +12,9 @@
 namespace apet::cuda {
 
 using SmallTile = Tile<2, 2, 2, 4>;  // 64 x 64: enough tiles for a small image
+// 128 x 64 reads three quarters of the bytes of 64 x 64 per product, and has the 8 warps that an SM needs even where its
+// shared memory has room for one CTA only. For few targets, which fill no more columns. 16-bit tokens only.
+using TallTile = Tile<4, 2, 2, 4>;
 // 96 x 128 reads six tenths of the bytes from L2 per product; its two sums per product fill the registers. float32,
 // which is limited by arithmetic, uses 64 x 128, and has no larger tile.
 template <class T>

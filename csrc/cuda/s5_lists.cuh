@@ -44,11 +44,18 @@ __device__ inline void s5_lists(const Call& call, const Image& image, int32_t* t
   for (int t = thread; t <= kListTargets; t += kCtaThreads) count[t] = 0;
   __syncthreads();
   int below = 0;
-#pragma unroll 4
-  for (int d = thread; d < n; d += kCtaThreads) {
-    const int t = unpack(__ldcg(key + d));
-    if (t >= t0 && t < t_end) atomicAdd(&count[t - t0], 1);
-    else below += t < t0;
+  // Every key is in a register before the first is counted: behind an atomic, a load would wait for its turn.
+  constexpr int kFlight = 8;
+  for (int d0 = thread; d0 < n; d0 += kFlight * kCtaThreads) {
+    int t[kFlight];
+#pragma unroll
+    for (int f = 0; f < kFlight; f++) t[f] = unpack(__ldcg(key + min(d0 + f * kCtaThreads, n - 1)));
+#pragma unroll
+    for (int f = 0; f < kFlight; f++) {
+      if (d0 + f * kCtaThreads >= n) break;  // the last key again
+      if (t[f] >= t0 && t[f] < t_end) atomicAdd(&count[t[f] - t0], 1);
+      else below += t[f] < t0;
+    }
   }
   for (int step = 16; step; step >>= 1) below += __shfl_xor_sync(kAllLanes, below, step);
   if (lane == 0) atomicAdd(lower, below);

@@ -16,7 +16,6 @@ namespace apet::cuda {
 // Two small CTAs, or one large one, have the registers of an SM: with a third the products spill.
 template <class T, class Tl, int kChunks>
 __global__ void __launch_bounds__(Tl::kThreads, 256 / Tl::kThreads) s5_merge(const Call call) {
-  constexpr int kTasks = Tl::kThreads / 32;  // tasks of s5_mean per ticket: one per warp
   unsigned char* shared = shared_memory();
   Key* shared_ticket = reinterpret_cast<Key*>(shared);
   shared += 16;
@@ -60,8 +59,11 @@ __global__ void __launch_bounds__(Tl::kThreads, 256 / Tl::kThreads) s5_merge(con
       done(s);
     } else {
       wait_until_done(s, call.tiles + call.list_tickets);
-      const int64_t task = (at - call.list_tickets - call.tiles) * kTasks + warp, row = task / blocks;
-      if (row < image.filled) s5_mean<T, kChunks>(call, image, target_begin, (int)row, (int)(task % blocks));
+      const int64_t first = (at - call.list_tickets - call.tiles) * call.mean_tasks;
+      for (int i = warp; i < call.mean_tasks; i += Tl::kThreads / 32) {
+        const int64_t task = first + i, row = task / blocks;
+        if (row < image.filled) s5_mean<T, kChunks>(call, image, target_begin, (int)row, (int)(task % blocks));
+      }
     }
   }
 }

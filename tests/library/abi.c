@@ -76,6 +76,7 @@ MEMBER(apet_cuda_plan_t, basis_shared, 28, 4);
 MEMBER(apet_cuda_plan_t, tile, 32, 4);
 MEMBER(apet_cuda_plan_t, first_shared_bytes, 36, 4);
 MEMBER(apet_cuda_plan_t, second_shared_bytes, 40, 4);
+MEMBER(apet_cuda_plan_t, tile_rows, 44, 4);
 MEMBER(apet_cuda_plan_t, workspace_bytes, 48, 8);
 MEMBER(apet_cuda_plan_t, estimated_us, 56, 8);
 MEMBER(apet_cuda_plan_t, why, 64, 256);

@@ -35,7 +35,7 @@ class Problem(ctypes.Structure):
 class Override(ctypes.Structure):
     """apet_cuda_override."""
 
-    _fields_ = [(name, int32) for name in ("path", "ctas_per_image", "resident", "tile")]
+    _fields_ = [(name, int32) for name in ("path", "ctas_per_image", "resident", "tile", "tile_rows")]
 
 
 class Plan(ctypes.Structure):
@@ -47,9 +47,22 @@ class Plan(ctypes.Structure):
             for name in ("path", "launches", "ctas_per_image", "images_in_flight", "slice", "resident", "state_shared")
         ),
         *((name, int32) for name in ("basis_shared", "tile", "first_shared_bytes", "second_shared_bytes")),
+        ("tile_rows", int32),
         ("workspace_bytes", ctypes.c_size_t),
         ("estimated_us", ctypes.c_double),
         ("why", ctypes.c_char * 256),
+    ]
+
+
+class Terms(ctypes.Structure):
+    """apet_cuda_terms."""
+
+    _fields_ = [
+        (f"{name}_us", ctypes.c_double)
+        for name in (
+            *("launches", "barriers", "memory", "sweeps", "exchanges", "algebra", "topk", "rounds", "products"),
+            *("lists", "means"),
+        )
     ]
 
 

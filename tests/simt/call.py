@@ -33,6 +33,7 @@ from .abi import (
     Plan,
     Problem,
     Tensors,
+    Terms,
     int64,
     status_numbers,
 )
@@ -82,10 +83,11 @@ class How:
     resident: int = -1  # -1: as many as fit
     tile: int = 0  # 0: chosen
     seed: int = 0
+    tile_rows: int = 0  # 0: chosen
 
     @property
     def override(self) -> Override:
-        return Override(PATHS.index(self.path), self.ctas_per_image, self.resident, self.tile)
+        return Override(PATHS.index(self.path), self.ctas_per_image, self.resident, self.tile, self.tile_rows)
 
 
 _variant = ""  # of build.VARIANTS, the kernels that calls run
@@ -131,6 +133,13 @@ def plan(problem: Problem, how: How) -> Plan:
         raise NoPath(result.why.decode())
     _check(problem, status)
     return result
+
+
+def terms(problem: Problem, how: How) -> dict[str, float]:
+    """Returns what the estimate of the plan is the sum of, in us."""
+    planned, result = plan(problem, how), Terms()
+    _check(problem, load().apet_cuda_terms_of(*(ctypes.byref(s) for s in (problem, planned, result))))
+    return {name.removesuffix("_us"): getattr(result, name) for name, _ in Terms._fields_}
 
 
 @dataclass

@@ -22,6 +22,7 @@ int current = 0;
 std::map<std::pair<int, const void*>, KernelAttributes> attributes;  // by device and kernel
 std::vector<std::string> launches;                                   // since they were last counted
 cudaError_t last_error = cudaSuccess;
+bool refuses_overlaps = false, refuses_large_clusters = false;  // as some drivers do
 
 cudaError_t keep(cudaError_t error) {
   if (error != cudaSuccess) last_error = error;
@@ -92,6 +93,8 @@ cudaError_t set_attribute(const void* kernel, cudaFuncAttribute attribute, int v
     if (value < 0 || value > device.shared_per_block) return keep(cudaErrorInvalidValue);
     a.shared = value;
   }
+  if (attribute == cudaFuncAttributeNonPortableClusterSizeAllowed && refuses_large_clusters)
+    return keep(cudaErrorNotSupported);
   if (attribute == cudaFuncAttributeNonPortableClusterSizeAllowed) a.large_clusters = value != 0;
   return cudaSuccess;
 }
@@ -128,7 +131,7 @@ cudaError_t read(const cudaLaunchConfig_t& config, Launch& launch) {
         launch.cluster = value.clusterDim.x;
         break;
       case cudaLaunchAttributeProgrammaticStreamSerialization:
-        if (device.capability < 90) return cudaErrorNotSupported;
+        if (device.capability < 90 || refuses_overlaps) return cudaErrorNotSupported;
         launch.overlaps = value.programmaticStreamSerializationAllowed;
         break;
       default: return cudaErrorInvalidValue;
@@ -187,6 +190,12 @@ void simt_use_device(int capability, int multiprocessors, int shared_per_block, 
   const auto found = std::find(devices.begin(), devices.end(), simt::device);
   current = (int)(found - devices.begin());
   if (found == devices.end()) devices.push_back(simt::device);
+}
+
+// Makes the driver refuse overlapping launches, or clusters of more than 8.
+void simt_refuse(int overlaps, int large_clusters) {
+  std::lock_guard<std::mutex> lock(mutex);
+  refuses_overlaps = overlaps, refuses_large_clusters = large_clusters;
 }
 
 void simt_use_seed(unsigned seed) { simt::set_seed(seed); }
