@@ -260,7 +260,7 @@ def test_a_sanitizer_that_does_not_end(tmp_path, monkeypatch):
     """It shows nothing, so it is not right, and the line tells how far it came."""
     from benchmarks.quick import worker
 
-    compute_sanitizer(tmp_path, monkeypatch, "self-test\ncluster 4 tile 64 torch.float16", 0, seconds=60)
+    compute_sanitizer(tmp_path, monkeypatch, "self-test\ncluster 4 tile 64 x 64 torch.float16", 0, seconds=60)
     monkeypatch.setattr(proofs, "SHORTEST", 0.5)
     sent: list[dict[str, Any]] = []
     worker.run("sanitizers", Options(out=str(tmp_path), seconds=1, only=("memcheck",)), sent.append)
