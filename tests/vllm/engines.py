@@ -46,9 +46,6 @@ IMAGE = {
     "smolvlm": "<image>",
     "mistral3": "[IMG]",
     "gemma4": "<image_soft_token>",
-    "kimi_k25": "<|media_pad|>",
-    "llama4": "<|image|>",
-    "minicpmv4_6": "<|image_pad|>",
     **dict.fromkeys(("glm4v", "glm4v_moe"), "<|begin_of_image|><|image|><|end_of_image|>"),
     **dict.fromkeys((name for name in tiny.KINDS if name.startswith("qwen")), tiny.QWEN_IMAGE),
 }
@@ -56,21 +53,18 @@ VIDEO = {
     "llava_onevision": "<video>",
     "internvl": "<video>",
     "gemma4": "<|video|>",
-    "minicpmv4_6": "<|video_pad|>",
     **dict.fromkeys(("glm4v", "glm4v_moe"), "<|begin_of_video|><|video|><|end_of_video|>"),
     **dict.fromkeys((name for name in tiny.KINDS if name.startswith("qwen")), tiny.QWEN_VIDEO),
 }
 MODELS = tuple(IMAGE)
 MROPE = tuple(name for name in MODELS if name.startswith(("glm4v", "qwen")))  # need a budget at their start
-PART_OF_TOWER = {"gemma4": "encoder", "minicpmv4_6": "post_layernorm"}  # where vLLM calls parts of it only
-BFLOAT16 = ("qwen3_5", "qwen3_5_moe", "minicpmv4_6")  # vLLM's linear attention for CPUs takes nothing else
+PART_OF_TOWER = {"gemma4": "encoder"}  # where vLLM calls parts of it only
+BFLOAT16 = ("qwen3_5",)  # vLLM's linear attention for CPUs takes nothing else
 
 
 def visual(name: str) -> set[int]:
     """Returns the tokens at the positions of visual rows."""
-    if name == "llama4":  # another of its tokens precedes each image
-        return {tiny.TILE_TOKEN}
-    images = {tiny.IMAGE, tiny.IMAGE_PAD, tiny.CONTEXT, tiny.IMG, tiny.SOFT, tiny.GLM_IMAGE, tiny.MEDIA}
+    images = {tiny.IMAGE, tiny.IMAGE_PAD, tiny.CONTEXT, tiny.IMG, tiny.SOFT, tiny.GLM_IMAGE}
     return images | {tiny.VIDEO_PAD, tiny.VIDEO, tiny.GLM_VIDEO}
 
 
@@ -100,8 +94,6 @@ def prompt(
     parts = ["".join(f"{IMAGE[name]} and " for _ in images), "".join(f"{VIDEO[name]} " for _ in videos)]
     shown = before + "".join(parts[::-1] if first else parts)
     data = {"image": list(images)} if images else {}
-    if name == "kimi_k25":  # as vLLM's chat makes them of images
-        data = {"vision_chunk": [{"type": "image", "image": image, "uuid": None} for image in images]} if images else {}
     if videos:
         data["video"] = list(videos)
     request = {"prompt": shown + text, "multi_modal_data": data}
@@ -127,7 +119,7 @@ class Served:
     def __init__(self, name: str, folder: Path, at_start: dict[str, Any] | None = None, **more: Any):
         from vllm import LLM
 
-        limits = {"vision_chunk" if name == "kimi_k25" else "image": 4, **({"video": 1} if name in VIDEO else {})}
+        limits = {"image": 4, **({"video": 1} if name in VIDEO else {})}
         self.name = name
         if name in BFLOAT16:
             more = {"dtype": "bfloat16", **more}
@@ -136,11 +128,6 @@ class Served:
         more = {"trust_remote_code": name == "internvl_chat", **more}
         self.llm = LLM(str(folder), limit_mm_per_prompt=limits, mm_processor_kwargs=at_start, **{**ENGINE, **more})
         self.alive.append(self.llm)
-        if (
-            name == "llama4"
-        ):  # vLLM's linear layers for CPUs refuse the patches of a single tile, which are not contiguous
-            linear = self.model.vision_model.patch_embedding.linear
-            linear.register_forward_pre_hook(lambda _, args: (args[0].contiguous(), *args[1:]))
 
     @property
     def model(self) -> nn.Module:

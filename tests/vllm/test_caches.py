@@ -53,8 +53,8 @@ def test_an_image_with_other_budgets(served):
     asked = [{}, {"apet_keep": 8}, {"apet_keep": 8, "apet_layout": "overwrite", "apet_basis": 4}, {"apet_keep": 0.3}]
     requests = [prompt(served.name, image, text="what is it? " * 5, **kwargs) for kwargs in asked]
     expected = [alone(served, request) for request in requests]
-    # For Gemma 3, whose text has more influence than its images, two budgets may give the same answer.
-    assert len({tuple(ids) for ids in expected}) >= len(asked) - (served.name == "gemma3")
+    # Where the text has more influence than the image, some budgets may give the same answer.
+    assert len({tuple(ids) for ids in expected}) >= len(asked) - {"gemma3": 1, "glm4v_moe": 1}.get(served.name, 0)
     served.forget()
     for _ in range(2):
         assert [served.ids(request)[0] for request in requests] == expected

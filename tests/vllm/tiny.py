@@ -8,21 +8,11 @@ SPECIAL += ["<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|
 SPECIAL += ["<IMG_CONTEXT>", "[IMG]", "[IMG_BREAK]", "[IMG_END]", "<start_of_image>", "<end_of_image>"]
 SPECIAL += ["<image_soft_token>", "<|image|>", "<|video|>", "<|begin_of_image|>", "<|end_of_image|>"]
 SPECIAL += ["<|begin_of_video|>", "<|end_of_video|>", "\n\n", "\n\n\n", "\n\n\n\n"]
-# After the characters: SmolVLM's, around a picture and its tiles; Kimi's; Llama 4's.
-LATER = ["<fake_token_around_image>", "<global-img>"]
-LATER += [
-    "<|media_pad|>",
-    "<|patch|>",
-    "<|image_start|>",
-    "<|image_end|>",
-    "<|tile_x_separator|>",
-    "<|tile_y_separator|>",
-]
+LATER = ["<fake_token_around_image>", "<global-img>"]  # SmolVLM's, around a picture and its tiles, after the characters
 PAD, BOS, EOS, _, IMAGE, IMAGE_PAD, VIDEO_PAD, START, END, VIDEO = range(10)
 CONTEXT, IMG, BREAK, LAST, BOI, EOI, SOFT = range(12, 19)
 GLM_IMAGE, GLM_VIDEO, GLM_START, GLM_END, GLM_FILM, GLM_CUT = range(19, 25)
 CHARACTERS = [chr(code) for code in range(32, 127)] + ["\n"]
-MEDIA, TILE_TOKEN = (len(SPECIAL + CHARACTERS) + LATER.index(word) for word in ("<|media_pad|>", "<|patch|>"))
 VOCABULARY = 256
 SIDE, PATCH = 112, 14  # pixels of a LLaVA image or tile, and of a patch
 TILE = (SIDE // PATCH) ** 2  # 64 tokens
@@ -244,10 +234,6 @@ QWEN3_5 = {
     "vision_config": {**QWEN3["vision_config"], "deepstack_visual_indexes": []},
     "text_config": {**QWEN3["text_config"], **LINEAR},
 }
-QWEN3_5_MOE = {
-    **QWEN3_5,
-    "text_config": {**QWEN3_5["text_config"], **EXPERTS, "shared_expert_intermediate_size": 64},
-}
 ROUTED = {
     "use_qk_norm": False,
     "n_routed_experts": 4,
@@ -256,22 +242,6 @@ ROUTED = {
     "head_dim": 32,
 }
 GLM_MOE = {**GLM, "text_config": {**GLM["text_config"], **ROUTED}}
-MINICPM = {
-    "vision_config": {
-        "hidden_size": 64,
-        "intermediate_size": 96,
-        "num_hidden_layers": 3,
-        "num_attention_heads": 2,
-        "image_size": 2 * SIDE,
-        "patch_size": PATCH,
-    },
-    "text_config": {"model_type": "qwen3_5_text", **QWEN3_5["text_config"]},
-    "insert_layer_id": 0,
-    "image_size": 2 * SIDE,
-    "image_token_id": IMAGE_PAD,
-    "video_token_id": VIDEO_PAD,
-    "tie_word_embeddings": False,
-}
 SOFT_TOKENS = 70  # the least that Gemma 4 has of an image
 GEMMA4 = {
     "vision_config": {
@@ -294,56 +264,6 @@ GEMMA4 = {
     "video_token_id": GLM_VIDEO,
     "tie_word_embeddings": False,
 }
-LLAMA4 = {
-    "vision_config": {
-        "hidden_size": 64,
-        "intermediate_size": 256,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "image_size": SIDE,
-        "patch_size": PATCH,
-        "projector_input_dim": 64,
-        "projector_output_dim": 64,
-        "vision_output_dim": 64,
-    },
-    "text_config": {**TEXT, "head_dim": 32, "intermediate_size_mlp": 192}
-    | {"num_local_experts": 2, "interleave_moe_layer_step": 2, "attention_chunk_size": 1024},
-    "boi_token_index": TILE_TOKEN + 1,
-    "eoi_token_index": TILE_TOKEN + 2,
-    "image_token_index": TILE_TOKEN,
-    "tie_word_embeddings": False,
-}
-KIMI = {
-    "vision_config": {
-        "hidden_size": 64,
-        "intermediate_size": 96,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "patch_size": PATCH,
-        "pos_emb_height": 16,
-        "pos_emb_width": 16,
-    },
-    # vLLM's kernel for CPUs is compiled for the ranks of the real model only.
-    "text_config": {"model_type": "deepseek_v3", **TEXT, "num_key_value_heads": 4, "q_lora_rank": 64}
-    | {"kv_lora_rank": 512, "qk_nope_head_dim": 32, "qk_rope_head_dim": 64, "v_head_dim": 32}
-    | {"n_routed_experts": 4, "n_group": 1, "topk_group": 1, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
-    | {"first_k_dense_replace": 2},
-    "projection_hidden_size": 64,
-    "image_token_id": MEDIA,
-    "tie_word_embeddings": False,
-}
-KIMI_MEDIA = {
-    "patch_size": PATCH,
-    "merge_kernel_size": 2,
-    "temporal_merge_kernel_size": 4,
-    "in_patch_limit": 256,
-    "in_patch_limit_each_frame": 256,
-    "in_patch_limit_video": None,
-    "patch_limit_on_one_side": 64,
-    "fixed_output_tokens": None,
-    "image_mean": [0.5, 0.5, 0.5],
-    "image_std": [0.5, 0.5, 0.5],
-}
 KINDS = {
     "llava": ("Llava", LLAVA),
     "llava_next": ("LlavaNext", {**LLAVA, "image_grid_pinpoints": PINPOINTS}),
@@ -353,9 +273,6 @@ KINDS = {
     "idefics3": ("Idefics3", IDEFICS),
     "mistral3": ("Mistral3", MISTRAL),
     "gemma4": ("Gemma4", GEMMA4),
-    "kimi_k25": ("Kimi_K25", KIMI),
-    "llama4": ("Llama4", LLAMA4),
-    "minicpmv4_6": ("MiniCPMV4_6", MINICPM),
     "glm4v": ("Glm4v", GLM),
     "glm4v_moe": ("Glm4vMoe", GLM_MOE),
     "qwen2_vl": ("Qwen2VL", QWEN2),
@@ -363,6 +280,5 @@ KINDS = {
     "qwen3_vl": ("Qwen3VL", QWEN3),
     "qwen3_vl_moe": ("Qwen3VLMoe", QWEN3_MOE),
     "qwen3_5": ("Qwen3_5", QWEN3_5),
-    "qwen3_5_moe": ("Qwen3_5Moe", QWEN3_5_MOE),
     "smolvlm": ("SmolVLM", IDEFICS),
 }

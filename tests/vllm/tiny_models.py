@@ -17,7 +17,6 @@ from tiny import (
     CHARACTERS,
     CHAT,
     INTERN_CHAT,
-    KIMI_MEDIA,
     KINDS,
     LATER,
     PATCH,
@@ -51,16 +50,6 @@ NAMED = {
         "audio_token": "<IMG_CONTEXT>",
         "boa_token": "<img>",
         "eoa_token": "</img>",
-    },
-    "minicpmv4_6": {
-        "image_token": "<|image_pad|>",
-        "video_token": "<|video_pad|>",
-        "image_start_token": "<img>",
-        "image_end_token": "</img>",
-        "slice_start_token": "<|vision_start|>",
-        "slice_end_token": "<|vision_end|>",
-        "image_id_start_token": "<|begin_of_image|>",
-        "image_id_end_token": "<|end_of_image|>",
     },
 }
 
@@ -122,11 +111,9 @@ def save(name: str, folder: Path) -> Path:
         return save_chat(folder)
     kind, sizes = KINDS[name]
     config = getattr(transformers, f"{kind}Config")(**copy.deepcopy(sizes))
-    config.architectures = [f"{kind.replace('Kimi_', 'Kimi')}ForConditionalGeneration"]
+    config.architectures = [f"{kind}ForConditionalGeneration"]
     config.save_pretrained(folder)
     processor(name, config).save_pretrained(folder)
-    if name == "kimi_k25":  # vLLM has its own processor, which reads this
-        (folder / "preprocessor_config.json").write_text(json.dumps({"media_proc_cfg": KIMI_MEDIA}))
     torch.manual_seed(0)
     model = getattr(transformers, f"{kind}ForConditionalGeneration")._from_config(config)
     for parameter in model.parameters():
@@ -165,19 +152,10 @@ def processor(name: str, config: Any) -> Any:
         sizes |= {"size": {"shortest_edge": 28 * 28, "longest_edge": 64 * 28 * 28}}
         images, videos = transformers.Glm4vImageProcessor(**sizes), transformers.Glm4vVideoProcessor(**sizes)
         return transformers.Glm4vProcessor(images, words, videos, chat_template=TEMPLATE)
-    if name == "minicpmv4_6":
-        sizes = {"scale_resolution": 2 * SIDE, "patch_size": PATCH, "max_slice_nums": 4}
-        images, videos = (getattr(transformers, f"MiniCPMV4_6{kind}Processor") for kind in ("Image", "Video"))
-        return transformers.MiniCPMV4_6Processor(images(**sizes), videos(**sizes), words, chat_template=TEMPLATE)
     if name == "gemma4":
         images = transformers.Gemma4ImageProcessor(max_soft_tokens=SOFT_TOKENS)
         videos, audio = transformers.Gemma4VideoProcessor(), transformers.Gemma4AudioFeatureExtractor()
         return transformers.Gemma4Processor(audio, images, words, videos, chat_template=TEMPLATE)
-    if name == "kimi_k25":
-        return words
-    if name == "llama4":
-        images = transformers.Llama4ImageProcessor(**square, max_patches=4)
-        return transformers.Llama4Processor(images, words, patch_size=PATCH, chat_template=TEMPLATE)
     if name == "internvl":
         images = transformers.GotOcr2ImageProcessor(**square, crop_to_patches=True, max_patches=4)
         videos = transformers.InternVLVideoProcessor(**square)

@@ -28,7 +28,7 @@ from vllm.multimodal.processing import (
 from . import metrics, options, plan
 
 M = TypeVar("M", bound=type[nn.Module])
-VISUAL = ("image", "video", "vision_chunk")  # modalities that are compressed; audio stays as it is
+VISUAL = ("image", "video")  # modalities that are compressed; audio stays as it is
 
 
 class Context(InputProcessingContext):
