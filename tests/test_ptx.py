@@ -211,18 +211,55 @@ def unchanged() -> dict[str, injected.Unchanged]:
     return {name: injected.unchanged(how, small(how), *others()) for name, how in WAYS.items()}
 
 
+def in_rounds() -> list[Case]:
+    """Returns a case with rounds of 35 picks, so with updates of gram, and one with many dropped tokens and with more
+    images than a cooperative launch has groups; the first of them keeps all of its tokens."""
+    x = tokens(1, 150, 136, dtype=torch.float16, seed=4)
+    lengths, keeps = [20, 60, 60, 30], [20, 30, 30, 12]
+    cu, cu_keep = (torch.tensor([0, *n]).cumsum(0).int() for n in (lengths, keeps))
+    packed = tokens(sum(lengths), 136, dtype=torch.float16, seed=5)
+    sizes, options = (sum(keeps), max(lengths), max(keeps), None), {"select": "qr", "refine": 2}
+    return [
+        simt.compress_case(x, 140, None, **options),
+        simt.compress_varlen_case(packed, cu, cu_keep, *sizes, **options),
+    ]
+
+
+@pytest.fixture(scope="module")
+def rounds_unchanged() -> dict[str, injected.Unchanged]:
+    """Returns the results of rounds and medoid steps without a fault, for each way and kernel."""
+    found = {}
+    for name in ("sm_80 cooperative, tile 64", "sm_90a cluster"):
+        way = injected.unchanged(WAYS[name], *in_rounds())
+        for kernel in ("s1_s4_rounds", "s4_medoids"):
+            found[f"{name}, {kernel}"] = injected.of_kernel(way, kernel)
+    return found
+
+
+def missed(fault: injected.Injected, ways: dict[str, injected.Unchanged], everywhere: bool) -> list[str]:
+    """Injects a fault at the first and last instruction that a way executes, or at each. Returns the places where it is
+    not noticed."""
+    tried, found = 0, []
+    for name, way in ways.items():
+        places = injected.executed(way, fault)
+        if not everywhere:
+            places = places[:1] + places[1:][-1:]
+        tried += len(places)
+        found += [f"{name}: {place}" for place in places if not injected.noticed(way, fault, place)]
+    assert tried, "no instruction that is executed matches"
+    return found
+
+
 @pytest.mark.parametrize("fault", injected.INJECTED, ids=lambda fault: fault.name.replace(" ", "_"))
 def test_injected_faults(fault, unchanged, pytestconfig):
     """Each fault is injected at the first and last instruction that a way executes, or with --interpret 0 at each."""
-    tried, missed = 0, []
-    for name, way in unchanged.items():
-        places = injected.executed(way, fault)
-        if pytestconfig.getoption("--interpret"):
-            places = places[:1] + places[1:][-1:]
-        tried += len(places)
-        missed += [f"{name}: {place}" for place in places if not injected.noticed(way, fault, place)]
-    assert tried, "no instruction that is executed matches"
-    assert not missed, "\n".join(missed)
+    assert missed(fault, unchanged, not pytestconfig.getoption("--interpret")) == []
+
+
+@pytest.mark.parametrize("fault", injected.IN_ROUNDS, ids=lambda fault: fault.name.replace(" ", "_"))
+def test_injected_faults_in_rounds_and_medoids(fault, rounds_unchanged):
+    """Likewise for s1_s4_rounds and s4_medoids."""
+    assert missed(fault, rounds_unchanged, everywhere=False) == []
 
 
 @pytest.mark.parametrize(

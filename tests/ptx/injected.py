@@ -81,6 +81,23 @@ INJECTED = (
     Injected("a store of the result 16 bytes further", r"\bst\.global\.v4\.\w32\s+\[%", further(16)),
     Injected("a shuffle of another lane", r"\bshfl\.sync\.bfly", replaced(r"(%r\d+\|%p\d+, %r\d+), %r\d+", r"\1, 0")),
 )
+# Faults of s1_s4_rounds and s4_medoids: the last five are of what only these compute.
+IN_ROUNDS = (
+    *(
+        fault
+        for fault in INJECTED
+        if re.match("mma: [ab]|ldmatrix: r0|ldmatrix: a row|cp.async|atom|a barrier of the C|release made", fault.name)
+    ),
+    Injected(
+        "a product and its addition dropped",
+        r"\bfma\.rn\.f(?:32|64)\s+%\w+, %\w+, %\w+, %\w+;",
+        replaced(r"fma\.rn\.(f\d\d)(\s+%\w+), %\w+, %\w+, (%\w+);", r"mov.\1\2, \3;"),
+    ),
+    Injected("a smaller key preferred", r"(?<!\.)\bmax\.u64", replaced("max", "min")),
+    Injected("an entry of gram 8 bytes further", r"\bld\.global\.cg\.f64", further(8)),
+    Injected("a number of y 4 bytes further", r"\bst\.(?:global\.)?f32\s+\[%rd", further(4)),
+    Injected("a shuffle from lane 1", r"\bshfl\.sync\.idx", replaced(r"(%r\d+\|%p\d+, %r\d+), %?\w+", r"\1, 1")),
+)
 
 
 @dataclass(frozen=True)
@@ -126,6 +143,32 @@ HARMLESS = (
         r"__syncthreads\(\);  // s4 has finished",
         "as launched, a cluster takes one image",
         kernels="ClusterGroup",
+    ),
+    Harmless(
+        A_BARRIER,
+        "s1_s4_rounds.cuh",
+        r"__syncthreads\(\);  // s4 has finished",
+        "likewise",
+        kernels="ClusterGroup",
+    ),
+    Harmless(
+        A_BARRIER,
+        "s4_medoids.cuh",
+        r"__syncthreads\(\);  // all threads have finished with the image before",
+        "likewise",
+        kernels="ClusterGroup",
+    ),
+    Harmless(
+        A_BARRIER,
+        "s4_medoids.cuh",
+        r"group\.sync\(\);  // the lists are written, and all keys are 0",
+        "the next step, and the next image, begin with a barrier",
+    ),
+    Harmless(
+        "a shuffle from lane 1",
+        "s1_rounds.cuh",
+        r"__shfl_sync\(kAllLanes, \(float\)\(value\[r\] \* inv_diag\), q\), value\[r\]\);",
+        "the last of them is of the last pick, which no lane multiplies",
     ),
     Harmless(
         A_BARRIER,
@@ -190,6 +233,11 @@ def unchanged(how: How, *cases: Case) -> Unchanged:
         elif counts.get(number):
             places.append(Place(number, kernel, source))
     return Unchanged(how, text, calls, places)
+
+
+def of_kernel(way: Unchanged, name: str) -> Unchanged:
+    """Returns the same calls, with the instructions of one kernel only."""
+    return replace(way, places=[place for place in way.places if name in place.kernel])
 
 
 def executed(way: Unchanged, fault: Injected) -> list[Place]:
