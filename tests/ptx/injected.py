@@ -171,6 +171,18 @@ HARMLESS = (
         "the last of them is of the last pick, which no lane multiplies",
     ),
     Harmless(
+        "a shuffle from lane 1",
+        "s5_mean.cuh",
+        r"__shfl_sync\(kAllLanes, position, min\(q \+ f, listed - 1\)\)",
+        "the last of eight rows in flight lies past the end of the lists of these calls, and is not added",
+    ),
+    Harmless(
+        "a shuffle of another lane",
+        "s5_lists.cuh",
+        r"below \+= __shfl_xor_sync\(kAllLanes, below, step\);",
+        "these calls have one block of targets, and no key is below its first",
+    ),
+    Harmless(
         A_BARRIER,
         "s1_s5_cluster.cuh",
         r"\(int\)\(i % blocks\)\);\s*__syncthreads\(\);",

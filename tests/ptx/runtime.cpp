@@ -31,6 +31,7 @@ std::map<std::string, ptx::Kernel>* module = nullptr;
 unsigned seed = 0;
 std::string failure, launches;
 cudaError_t last_error = cudaSuccess;
+bool broken = false;  // a kernel has failed; as on a GPU, all later launches fail
 
 cudaError_t keep(cudaError_t error) {
   if (error != cudaSuccess) last_error = error;
@@ -153,6 +154,7 @@ cudaError_t cudaMemsetAsync(void* at, int value, size_t bytes, cudaStream_t) {
 }
 
 cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t* config, const void* function, void** arguments) {
+  if (broken) return keep(cudaErrorLaunchFailure);
   ptx::Launch launch;
   if (const cudaError_t error = read(*config, function, launch)) return keep(error);
   const std::string& name = hosts.at(function).name;
@@ -169,6 +171,7 @@ cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t* config, const void* fu
     ptx::run(launch, seed);
   } catch (const ptx::Fault& fault) {
     failure = fault.message;
+    broken = true;
     return keep(cudaErrorLaunchFailure);
   }
   return cudaSuccess;
@@ -206,6 +209,7 @@ void ptx_forget(const char* key) {
 void ptx_begin(unsigned schedule, int truncates) {
   ptx::arrays = {};
   ptx::executed.clear();
+  broken = false;
   seed = schedule;
   ptx::matrix = truncates ? ptx::Matrix::kTruncates : ptx::Matrix::kExact;
 }
