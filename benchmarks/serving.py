@@ -353,8 +353,8 @@ def sheets(results: Results) -> list[Sheet]:
         for row in (row for row in results.rows if row.case["media"] == media):
             lines.append(_line(row, "all, " + row.base, row.base, [None] * len(others)))
             for budget, name in measured(row, "apet").items():
-                rivals = [measured(row, other).get(budget) for other in others]
-                lines.append(_line(row, budget, name, rivals))
+                baselines = [measured(row, other).get(budget) for other in others]
+                lines.append(_line(row, budget, name, baselines))
         columns = ["text", "concurrency", "kept", "prompt", "requests/s", "first token s", "slowest s"]
         columns += ["token ms", "KV MiB", "faster", "sooner"]
         columns += [f"{other} {gain}" for other in others for gain in ("faster", "sooner")]
@@ -372,13 +372,13 @@ def sheets(results: Results) -> list[Sheet]:
     return found
 
 
-def _line(row: Row, kept: str, name: str, rivals: list[str | None]) -> list[str]:
+def _line(row: Row, kept: str, name: str, baselines: list[str | None]) -> list[str]:
     """Returns a line of a table: one method and budget, and the gains of the others."""
 
     def told(value: float | None, digits: int, scale: float = 1.0) -> str:
         return "-" if value is None else f"{value * scale:.{digits}f}"
 
-    ratios = [(None, None) if rival is None else gains(row, rival) for rival in [name, *rivals]]
+    ratios = [(None, None) if baseline is None else gains(row, baseline) for baseline in [name, *baselines]]
     return [
         *(row.case["text"], str(row.case["concurrency"]), kept, told(row.counts.get(f"{name} prompt"), 0)),
         *(f"{1e3 / row.ms[name]:.3f}", told(row.ms[f"{name} first token"], 2, 1e-3)),
