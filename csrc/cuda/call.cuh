@@ -58,7 +58,7 @@ struct SharedMap {
   int32_t resident;  // [resident] rows of x, `pitch` bytes apart
   int32_t total;
 };
-constexpr int kScanWords = 2 * 256 + 4;
+constexpr int kScanWords = 2 * 256 + 2 * 3 + 1;
 
 struct Call {
   apet_tensors tensors;
@@ -96,7 +96,7 @@ struct Call {
   int32_t* row_token;  // [all rows]
   int32_t* row_role;   // [all rows] row_target if the row is one; kBlended - row_blend if it is blended; else kCopied
   int32_t* target_token;   // [all rows]
-  float* inv_norm;         // [all rows]
+  float* target_norm_sq;   // [all rows]
   int32_t* target_begin;   // [all rows + images] where each target's tokens begin in `merged`: T + 1 of each image, and
                            // in s1_s5_cluster and medoid steps T + ctas_per_image
   int32_t* merged;         // [all tokens] numbers of dropped tokens, grouped by target

@@ -169,7 +169,7 @@ inline size_t lay_out_workspace(const apet_problem& p, const apet_cuda_plan_t& p
   take(call.row_token, rows);
   take(call.row_role, rows);
   take(call.target_token, rows);
-  take(call.inv_norm, rows);
+  take(call.target_norm_sq, rows);
   take(call.target_begin, merges ? rows + p.images * (plan.path == APET_CUDA_FUSED || refines(p) ? ctas : 1) : 0);
   take(call.merged, merges ? tokens : 0);
   take(call.ticket, merges ? 1 : 0);

@@ -60,22 +60,20 @@ __device__ inline void list_pool(const Call& call, const Image& image, const Rou
   int* scan = reinterpret_cast<int*>(shared_memory() + call.map.scan);
   const Ranks rank(call, image);
   Cut cut[1];
-  find_cuts<1>(rank, image.tokens, {wanted}, scan, cut);
-  Counter counter{reinterpret_cast<Key*>(scan)};
-  int ties = 0, count = 0;  // so far
-  for (int64_t i0 = 0; i0 < image.tokens; i0 += kThreads) {
-    const int64_t i = i0 + threadIdx.x;
-    const uint32_t i_rank = i < image.tokens ? rank[i] : 0;
-    const bool tie[1] = {i_rank > 0 && i_rank == cut[0].rank};
-    int before[1], here[1];
-    counter.count(tie, before, here);
-    const bool taken[1] = {i_rank > cut[0].rank || (tie[0] && ties + before[0] < cut[0].ties)};
-    ties += here[0];
-    counter.count(taken, before, here);
-    if (taken[0]) rounds.pool[count + before[0]] = (int)i;
-    count += here[0];
+  find_cuts<1>(rank, {wanted}, scan, cut);
+  const auto taken_of = [&](int i) {
+    const uint32_t i_rank = rank[i];
+    return Flags<1>{i_rank > 0 && cut[0].selects(i_rank, i)};
+  };
+  int lower[1], number[1];
+  count_lower(rank.own, scan, lower, taken_of);
+  for (int k = 0; k < rank.own.count; k += 32) {
+    const int own = k + threadIdx.x % 32, i = rank.own.begin + own;
+    const Flags<1> taken = own < rank.own.count ? taken_of(i) : Flags<1>{};
+    number_flags(taken, lower, number);
+    if (taken.is[0]) rounds.pool[number[0]] = i;
   }
-  if (threadIdx.x == 0) rounds.progress[0] = count;
+  if (threadIdx.x == kThreads - 1) rounds.progress[0] = lower[0];  // of all warps
 }
 
 // Computes a tile of x_i.x_j - y_i.y_j, y of the first `earlier` columns, for tokens row_of(r), r < rows, and

@@ -41,7 +41,8 @@ __device__ inline void s5_assign(const Call& call, const Image& image, const Sli
                                  unsigned char* shared) {
   int* dropped = reinterpret_cast<int*>(shared + Tl::template kBufferBytes<kResident>);  // positions; -1: none
   int* target_token = dropped + Tl::kRows;                                               // positions; -1: none
-  float* target_norm = reinterpret_cast<float*>(target_token + Tl::kColumns);            // inv_norm, or norm_sq
+  float* target_norm =
+      reinterpret_cast<float*>(target_token + Tl::kColumns);  // 1 / ||t||, 0 for a zero vector; or ||t||^2
   const int thread = threadIdx.x, lane = thread % 32;
   const float* norm_sq = call.norm_sq + image.token;
 
@@ -50,9 +51,9 @@ __device__ inline void s5_assign(const Call& call, const Image& image, const Sli
     dropped[r] = r0 + r < r_end ? __ldcg(call.dropped + image.token + r0 + r) : -1;
   for (int t = thread; t < Tl::kColumns; t += Tl::kThreads) {
     const bool there = t0 + t < image.target_count;
-    const int position = there ? __ldcg(call.target_token + image.row + t0 + t) : -1;
-    target_token[t] = position;
-    target_norm[t] = !there ? 0 : kNearest ? __ldcg(norm_sq + position) : __ldcg(call.inv_norm + image.row + t0 + t);
+    const float t_norm_sq = there ? __ldcg(call.target_norm_sq + image.row + t0 + t) : 0;
+    target_token[t] = there ? __ldcg(call.target_token + image.row + t0 + t) : -1;
+    target_norm[t] = kNearest || t_norm_sq == 0 ? t_norm_sq : __fdiv_rn(1, __fsqrt_rn(t_norm_sq));
   }
   const Matrix<T> x = {static_cast<const T*>(call.tensors.x) + image.base, call.stride_xn, call.dim,
                        (bool)call.whole_in};

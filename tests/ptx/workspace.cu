@@ -29,7 +29,7 @@ void ptx_workspace(const apet_problem* problem, const apet_cuda_plan_t* plan, vo
     add("row_token", call.row_token, rows);
     add("row_role", call.row_role, rows);
     add("target_token", call.target_token, rows);
-    add("inv_norm", call.inv_norm, rows);
+    add("target_norm_sq", call.target_norm_sq, rows);
     add("target_begin", call.target_begin, rows + images * (plan->path == APET_CUDA_FUSED || refines(p) ? ctas : 1));
     add("merged", call.merged, tokens);
     add("ticket", call.ticket, 1);
