@@ -258,7 +258,7 @@ def test_spare_keeps_what_the_op_picks_one_at_a_time(keep):
 def test_pivots_go_on_in_order_when_all_is_explained():
     """Tokens in a plane: two picks explain the rest, copies of them among it."""
     plane = torch.tensor([[0.0, 1], [3, 0], [3, 0], [1, 1], [2, 2]], dtype=torch.float64)
-    assert selection.pivots((plane @ plane.T)[None], 5).tolist() == [[1, 4, 0, 2, 3]]
+    assert selection.pivots((plane @ plane.T)[None], 5).picks.tolist() == [[1, 4, 0, 2, 3]]
 
 
 @pytest.mark.parametrize("rank", [1, 4, 8])

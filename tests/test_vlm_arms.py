@@ -27,6 +27,9 @@ def test_every_arm_returns_as_many_rows_as_it_may(name: str, keep: int) -> None:
     some = batch()
     before = some.x.clone()
     rows = arms.ARMS[name](some, keep)
+    if isinstance(rows, list):
+        assert sum(len(own) for own in rows) == 2 * keep
+        rows = torch.cat(rows).view(2, keep, -1)
     assert (rows.shape, rows.dtype) == ((2, keep, 32), torch.float32)
     assert rows.isfinite().all()
     assert torch.equal(some.x, before)
@@ -50,7 +53,8 @@ def test_which_arms_need_what() -> None:
                 with pytest.raises(ValueError, match=rf"^{field} must be \[2, 64\]"):
                     arm(without, 16)
             else:
-                assert torch.equal(arm(without, 16), arm(some, 16))
+                got, want = arm(without, 16), arm(some, 16)
+                assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
 
 
 def cosine(a: np.ndarray, b: np.ndarray) -> float:
@@ -77,11 +81,10 @@ def test_threshold_loses_what_resembles_no_kept_token() -> None:
     assert 0 < lost.sum() < lost.numel()
 
 
-def distinct_picks(image: np.ndarray, keep: int) -> list[int]:
+def weighted_picks(image: np.ndarray, factor: list[float], keep: int) -> list[int]:
     """The rule of docs/algorithm.md, "In rounds", with a factor on the value by which tokens are picked, and two medoid
     steps; residuals are those of least squares."""
     N = len(image)
-    factor = [1 - np.mean([cosine(a, b) for b in image]) for a in image]
 
     def value(n: int, taken: list[int]) -> float:
         left = image[n]
@@ -109,8 +112,46 @@ def test_distinct_picks_by_the_residual_times_the_factor() -> None:
     some = batch(tokens=64)
     rows, plain = arms.distinct(some, 20), arms.ARMS["qr refine 2"](some, 20)
     for b, image in enumerate(some.x.double().numpy()):
-        np.testing.assert_allclose(rows[b].numpy(), merged(image, distinct_picks(image, 20), -1), atol=1e-5)
+        factor = [1 - np.mean([cosine(a, b) for b in image]) for a in image]
+        np.testing.assert_allclose(rows[b].numpy(), merged(image, weighted_picks(image, factor, 20), -1), atol=1e-5)
     assert not torch.equal(rows, plain)
+
+
+@pytest.mark.parametrize("weight", [0.5, 1.0])
+def test_relevance_is_a_factor_from_1_down(weight: float) -> None:
+    some = batch(tokens=64)
+    rows = arms.relevant(some, 20, weight)
+    for b, image in enumerate(some.x.double().numpy()):
+        low, high = some.relevance[b].min().item(), some.relevance[b].max().item()
+        factor = [1 - weight * (high - r) / (high - low) for r in some.relevance[b].tolist()]
+        np.testing.assert_allclose(rows[b].numpy(), merged(image, weighted_picks(image, factor, 20), -1), atol=1e-5)
+    assert torch.equal(arms.relevant(some, 20, 0.0), arms.ARMS["qr refine 2"](some, 20))
+
+
+def test_pictures_share_tokens_by_what_the_tokens_before_cannot_rebuild() -> None:
+    g = torch.Generator().manual_seed(2)
+    x = torch.randn(3, 64, 32, generator=g)
+    x[1] = x[1, :1]  # one token rebuilds all
+    x[2] *= 0.8
+    left = []
+    for image in x.double().numpy():
+        basis, rest = np.zeros((0, 32)), image.copy()
+        for _ in range(24):
+            left.append((rest**2).sum(1).max())
+            pick = (rest**2).sum(1).argmax()
+            basis = np.linalg.qr(np.vstack([basis, image[pick : pick + 1]]).T)[0].T
+            rest = image - image @ basis.T @ basis
+    least, values = 2, np.array(left).reshape(3, 24)
+    values[:, :least] = np.inf
+    taken = np.argsort(-values, axis=None, kind="stable")[: 3 * 8] // 24
+    want = np.bincount(taken, minlength=3).tolist()
+    got = arms.shares(x, 8)
+    assert got == want
+    assert sum(got) == 24
+    assert got[1] == least < got[2] < got[0]
+    rows = arms.shared(arms.Batch(x), 8)
+    assert [len(own) for own in rows] == got
+    assert torch.equal(rows[0], arms.ARMS["qr refine 2"](arms.Batch(x[:1]), got[0])[0])
 
 
 def test_distinct_takes_copies_of_one_token() -> None:

@@ -13,7 +13,21 @@ import torch
 import transformers
 from PIL import Image
 
-from benchmarks.vlm import alignment, arms, evaluation, features, llava, packing, scenes, sources, training, words
+import apet_kernels
+from benchmarks.lib import selection
+from benchmarks.vlm import (
+    alignment,
+    arms,
+    evaluation,
+    features,
+    guard,
+    llava,
+    packing,
+    scenes,
+    sources,
+    training,
+    words,
+)
 from tests.test_vlm import made_of
 
 pytestmark = pytest.mark.rest  # a study, and no part of the package
@@ -293,7 +307,7 @@ def test_evaluation_writes_answers_that_count_again(untrained: Any, packer: pack
     evaluation.evaluate(untrained, packer, split, ["default", "random"], [16], tmp_path)
     found = evaluation.Answers(tmp_path)
     assert len(found.asked) == sum(len(evaluation.chosen(p.questions)) for p in split.pictures)
-    assert len(list(tmp_path.iterdir())) == 1 + len(arms.WHOLE) + 2
+    assert len(list(tmp_path.iterdir())) == 2 + len(arms.WHOLE) + 2
     said = evaluation.answers(untrained, packer, evaluation.look(untrained, split), "default", 16)
     right = [one.answer == given for picture, some in zip(split.pictures, said, strict=True)
              for one, given in zip(evaluation.chosen(picture.questions), some, strict=True)]  # fmt: skip
@@ -319,6 +333,51 @@ def test_intervals_resample_photographs(tmp_path: Path) -> None:
     assert 8 < many.high - many.low < 12
     assert not found.interval(right.astype(float) - right).beyond
     assert evaluation.by_kind(found.asked, right) == {"count": 50.0, "read": 50.0, "all": 50.0}
+
+
+def test_signals_are_judged_by_the_roc_curve(tmp_path: Path) -> None:
+    g = torch.Generator().manual_seed(3)
+    signal, right = torch.randn(60, generator=g).numpy().round(1), torch.rand(240, generator=g).numpy() < 0.6
+    lines = [
+        {
+            "picture": q % 60,
+            "photograph": f"{q % 12}",
+            "region": 0,
+            "kind": "read",
+            "text": "",
+            "answer": "A",
+            "height": 9,
+        }
+        for q in range(240)
+    ]
+    evaluation._write(tmp_path / evaluation.QUESTIONS, lines)
+    found = evaluation.Answers(tmp_path)
+    among = np.arange(240) % 7 > 0
+    got = found.foretold(signal, right, among)
+    lost = [signal[q % 60] for q in range(240) if among[q] and not right[q]]
+    kept = [signal[q % 60] for q in range(240) if among[q] and right[q]]
+    want = np.mean([(a > b) + (a == b) / 2 for a in lost for b in kept])
+    assert got.value == pytest.approx(100 * want)
+    assert got.low < got.value < got.high
+    whether = np.arange(60) % 4 > 0
+    perfect = found.foretold(-whether.astype(float), whether[np.arange(240) % 60], among)
+    assert tuple(perfect) == pytest.approx((100, 100, 100))
+
+
+def test_signals_are_larger_where_more_is_lost() -> None:
+    g = torch.Generator().manual_seed(4)
+    few = torch.randn(1, 8, 128, generator=g)[:, torch.arange(256) % 8] + 0.1 * torch.randn(1, 256, 128, generator=g)
+    many = torch.randn(1, 256, 128, generator=g)
+    found = guard.signals(torch.cat([few, many]), (64, 16))
+    assert set(found) == {"next pivot", "residual", "distance", "spread"}
+    for name, values in found.items():
+        assert values.shape == (2, 2)
+        assert (values[1] > values[0]).all(), name
+        assert name == "spread" or (values[:, 1] > values[:, 0]).all(), name
+    rows = selection.take(many, apet_kernels.compress(many, 16, select="qr", basis=None, refine=2).indices)[0].double()
+    rebuilt = np.linalg.lstsq(rows.T.numpy(), many[0].T.double().numpy(), rcond=None)[0].T @ rows.numpy()
+    want = ((many[0].double().numpy() - rebuilt) ** 2).sum() / (many[0].double() ** 2).sum().item()
+    assert found["residual"][1, 1].item() == pytest.approx(want)
 
 
 def test_the_projector_begins_with_standardised_channels() -> None:

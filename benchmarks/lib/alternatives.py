@@ -125,7 +125,7 @@ def spare(x: Tensor, keep: int, *, attention: Tensor | None = None, seed: int = 
     """
     _check(x, keep)
     X = x.double()
-    return _rows(x, selection.pivots(X @ X.mT, keep).sort(-1).values)
+    return _rows(x, selection.pivots(X @ X.mT, keep).picks.sort(-1).values)
 
 
 def fastv(x: Tensor, keep: int, *, attention: Tensor | None = None, seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -135,14 +135,14 @@ def fastv(x: Tensor, keep: int, *, attention: Tensor | None = None, seed: int = 
     "CLS attention" baseline.
     """
     _check(x, keep)
-    return _rows(x, ranked(_given("attention", attention, x), keep))
+    return _rows(x, ranked(given("attention", attention, x), keep))
 
 
 def visionzip(x: Tensor, keep: int, *, attention: Tensor | None = None, seed: int = 0) -> tuple[Tensor, Tensor]:
     """VisionZip (Yang et al., CVPR 2025, arXiv 2412.04467): dominant tokens by attention, and contextual ones: evenly
     spaced among the rest, each the mean of itself and of the remaining tokens that resemble it most (cosine)."""
     _check(x, keep)
-    attention = _given("attention", attention, x)
+    attention = given("attention", attention, x)
     N = x.shape[1]
     contextual = min(max(round(keep * CONTEXTUAL), 1), keep - 1, N - keep) if keep > 1 else 0
     dominant = ranked(attention, keep - contextual)  # [B, K-C]
@@ -168,7 +168,7 @@ def scope(x: Tensor, keep: int, *, attention: Tensor | None = None, seed: int = 
     """
     _check(x, keep)
     unit = F.normalize(x.float(), dim=-1)
-    return _rows(x, selection.covering(unit @ unit.mT, keep, _given("attention", attention, x)).sort(-1).values)
+    return _rows(x, selection.covering(unit @ unit.mT, keep, given("attention", attention, x)).sort(-1).values)
 
 
 def cdpruner(
@@ -182,9 +182,9 @@ def cdpruner(
     N].
     """
     _check(x, keep)
-    weight = selection.unit_range(_given("relevance", relevance, x))[..., None].double()  # [B, N, 1]
+    weight = selection.unit_range(given("relevance", relevance, x))[..., None].double()  # [B, N, 1]
     X = F.normalize(x.double(), dim=-1) * weight
-    return _rows(x, selection.pivots(X @ X.mT, keep).sort(-1).values)
+    return _rows(x, selection.pivots(X @ X.mT, keep).picks.sort(-1).values)
 
 
 def tome(x: Tensor, keep: int, *, attention: Tensor | None = None, seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -263,7 +263,7 @@ def _ascending(tokens: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
     return take(tokens, order), indices
 
 
-def _given(name: str, value: Tensor | None, x: Tensor) -> Tensor:
+def given(name: str, value: Tensor | None, x: Tensor) -> Tensor:
     if value is None or value.shape != x.shape[:2]:
         shape = None if value is None else list(value.shape)
         raise ValueError(f"{name} must be [{x.shape[0]}, {x.shape[1]}], as x has images and tokens, got {shape}")

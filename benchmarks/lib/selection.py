@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -57,9 +58,16 @@ def covering(similarity: Tensor, keep: int, weight: Tensor) -> Tensor:
     return torch.stack(picks, 1)
 
 
-def pivots(kernel: Tensor, keep: int) -> Tensor:
-    """Pivoted Cholesky of kernel [B, N, N] float64, positive semidefinite: returns positions [B, keep] in the order
-    they are picked.
+class Pivots(NamedTuple):
+    """picks [B, K]: positions in the order they are picked; left [B, K] float64: the diagonal entry of each when it
+    was picked, which never rises."""
+
+    picks: Tensor
+    left: Tensor
+
+
+def pivots(kernel: Tensor, keep: int) -> Pivots:
+    """Pivoted Cholesky of kernel [B, N, N] float64, positive semidefinite.
 
     The next pick is the token with the largest diagonal entry left: the one that multiplies the determinant of the
     picks' kernel by most, and for kernel = X X^T the one that the picks before it rebuild worst. Ties, and all that is
@@ -69,17 +77,18 @@ def pivots(kernel: Tensor, keep: int) -> Tensor:
     resid_sq, taken = diagonal.clone(), torch.zeros_like(diagonal, dtype=torch.bool)
     y = kernel.new_zeros(len(kernel), keep, kernel.shape[1])  # [B, K, N], L^T of the Cholesky factor L
     image = torch.arange(len(kernel), device=kernel.device)
-    picks = []
+    picks, left = [], []
     for i in range(keep):
         pick = resid_sq.masked_fill(taken, -math.inf).argmax(-1)  # [B]
         picks.append(pick)
         taken.scatter_(1, pick[:, None], True)
         known = torch.einsum("bk,bkn->bn", y[image, :i, pick], y[:, :i])  # [B, N]
         pivot = resid_sq[image, pick][:, None]  # [B, 1]
+        left.append(pivot)
         y[:, i] = torch.where(pivot > 0, (kernel[image, pick] - known) / pivot.sqrt(), 0)
         resid_sq = resid_sq - y[:, i].square()
         resid_sq = resid_sq.masked_fill(resid_sq <= EXPLAINED * diagonal, 0)
-    return torch.stack(picks, 1)
+    return Pivots(torch.stack(picks, 1), torch.cat(left, 1))
 
 
 def merge(x: Tensor, kept: Tensor, least: float = -math.inf) -> Tensor:

@@ -2,8 +2,9 @@
 
 - "default", and "qr" with a basis of K picked in rounds and `refine` medoid steps, are options of the op. The same rule
   picked one at a time is "spare + merge".
-- Two variants of "qr refine 2" are written here, and no part of the op: "threshold 0.5" merges a dropped token only
-  into one that resembles it, and "distinct" prefers tokens that differ from the rest of their picture.
+- Variants of "qr refine 2" are written here, and no part of the op: "threshold 0.5" merges a dropped token only into
+  one that resembles it; "distinct" prefers tokens that differ from the rest of their picture, and "relevance" those
+  that resemble the question; in "shared" pictures share their tokens.
 - The others are methods of benchmarks/lib/alternatives.py. "+ merge": dropped tokens are merged into the kept ones, as
   ApET does. CDPruner's relevance is that of `packing.relevance`, so every question gets tokens of its own.
 """
@@ -34,12 +35,14 @@ class Batch:
     relevance: Tensor | None = None
 
 
-Arm = Callable[[Batch, int], Tensor]  # pictures, keep -> rows [B, keep or any, C]
+# pictures, keep -> rows [B, keep or any, C], or a tensor [any, C] of each picture
+Arm = Callable[[Batch, int], Tensor | list[Tensor]]
 FULL, NONE, OTHER = "full", "no picture", "another picture"
 BUDGETS = (128, 64, 32, 16)
 IN_ROUNDS: dict[str, Any] = {"select": "qr", "basis": None}
 REFINE = 2
 LEAST = 0.5  # cosine
+LEAST_SHARE = 4  # a picture gets at least this part of the mean
 
 
 def apet(batch: Batch, keep: int, **options: Any) -> Tensor:
@@ -53,17 +56,46 @@ def threshold(batch: Batch, keep: int) -> Tensor:
     return selection.merge(batch.x, kept, least=LEAST)
 
 
-def distinct(batch: Batch, keep: int) -> Tensor:
-    """Like "qr refine 2", but picks by the residual times 1 - the token's mean cosine with its picture's tokens.
+def weighted(x: Tensor, factor: Tensor, keep: int) -> Tensor:
+    """Like "qr refine 2", but picks by the residual times factor [B, N] >= 0.
 
     Tokens scaled by the root of that factor have residuals scaled by the factor, and span the same, so the op picks
     from scaled tokens. Its ridge stays 1e-5 and weighs more there, still nothing beside tokens of norm 1.
     """
-    factor = (1 - selection.mean_cosine(batch.x.double())).clamp(min=0)  # [B, 256]
-    picked = apet_kernels.compress((batch.x * factor.sqrt()[..., None]).float(), keep, **IN_ROUNDS).indices
-    pictures = zip(batch.x, picked, strict=True)
-    kept = torch.stack([reference.s4_medoids(reference.widen(x), at, REFINE) for x, at in pictures])
-    return apet_kernels.merge(batch.x, kept)
+    picked = apet_kernels.compress((x * factor.sqrt()[..., None]).float(), keep, **IN_ROUNDS).indices
+    kept = torch.stack([reference.s4_medoids(reference.widen(x), at, REFINE) for x, at in zip(x, picked, strict=True)])
+    return apet_kernels.merge(x, kept)
+
+
+def distinct(batch: Batch, keep: int) -> Tensor:
+    """Prefers tokens that differ from the rest: the factor is 1 - the mean cosine with the picture's tokens."""
+    return weighted(batch.x, (1 - selection.mean_cosine(batch.x.double())).clamp(min=0), keep)
+
+
+def relevant(batch: Batch, keep: int, weight: float) -> Tensor:
+    """Prefers tokens that resemble the question: the factor falls from 1 for the most relevant token of the picture to
+    1 - weight for the least."""
+    relevance = selection.unit_range(alternatives.given("relevance", batch.relevance, batch.x))
+    return weighted(batch.x, 1 - weight * (1 - relevance).double(), keep)
+
+
+def shared(batch: Batch, keep: int) -> list[Tensor]:
+    """Like "qr refine 2", but the pictures of a batch share their B keep tokens: see `shares`."""
+    pictures = zip(batch.x, shares(batch.x, keep), strict=True)
+    return [apet(Batch(x[None]), of_it, **IN_ROUNDS, refine=REFINE)[0] for x, of_it in pictures]
+
+
+def shares(x: Tensor, keep: int) -> list[int]:
+    """Returns how many tokens each picture gets of B keep.
+
+    The pivots of the rule, one at a time, fall from token to token: each is what the ones before it cannot rebuild. The
+    largest of all pictures' are taken, ties in the order of the pictures, but at least keep / LEAST_SHARE of each.
+    """
+    X = x.double()
+    left = selection.pivots(X @ X.mT, x.shape[1]).left  # [B, N]
+    left[:, : max(keep // LEAST_SHARE, 1)] = torch.inf
+    taken = left.flatten().sort(descending=True, stable=True).indices[: len(x) * keep] // x.shape[1]
+    return torch.bincount(taken, minlength=len(x)).tolist()
 
 
 def other(batch: Batch, keep: int, name: str, merge: bool) -> Tensor:
@@ -82,11 +114,15 @@ ARMS: dict[str, Arm] = {
     "qr refine 0": functools.partial(apet, **IN_ROUNDS),
     "qr refine 2 threshold 0.5": threshold,
     "qr refine 2 distinct": distinct,
+    "qr refine 2 shared": shared,
+    "qr refine 2 relevance 0.5": functools.partial(relevant, weight=0.5),
+    "qr refine 2 relevance 1": functools.partial(relevant, weight=1.0),
     **{arm: functools.partial(other, name=name, merge=merge) for arm, (name, merge) in OTHERS.items()},
 }
 FIRST = ("default", "qr refine 2", "random", "uniform")
 NEED_ATTENTION = {arm for arm, (name, _) in OTHERS.items() if name in alternatives.NEED_ATTENTION}
 BY_QUESTION = {arm for arm, (name, _) in OTHERS.items() if name in alternatives.NEED_RELEVANCE}
+BY_QUESTION |= {arm for arm in ARMS if "relevance" in arm}
 # Baselines without a budget: all tokens, and checks of whether the picture is needed at all.
 WHOLE: dict[str, Arm] = {
     FULL: lambda batch, keep: batch.x,

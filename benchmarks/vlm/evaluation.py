@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.quality.counting import RESAMPLES, Interval
-from benchmarks.vlm import features, llava, packing
+from benchmarks.vlm import features, guard, llava, packing
 from benchmarks.vlm.arms import ARMS, BUDGETS, BY_QUESTION, FULL, WHOLE, Batch
 from benchmarks.vlm.features import Picture, Split
 from benchmarks.vlm.questions import KINDS, Question
@@ -29,6 +29,7 @@ from benchmarks.vlm.questions import KINDS, Question
 AT_ONCE = 16  # pictures
 EACH = 8  # questions about a picture at most
 QUESTIONS = "questions.jsonl.gz"
+SIGNALS = "signals.jsonl.gz"
 
 
 def chosen(asked: Sequence[Question], count: int = EACH) -> list[Question]:
@@ -72,7 +73,12 @@ def answers(model: Any, packer: packing.Packer, seen: Seen, name: str, keep: int
             said = itertools.chain.from_iterable(packing.answer(model, packer, arm(batch, keep), single))
             given += [list(itertools.islice(said, len(some))) for some in asked]
         else:
-            given += packing.answer(model, packer, arm(batch, keep), asked)
+            rows = arm(batch, keep)
+            if isinstance(rows, Tensor):
+                given += packing.answer(model, packer, rows, asked)
+            else:  # as many rows of each picture as it needs
+                for own, some in zip(rows, asked, strict=True):
+                    given += packing.answer(model, packer, own[None], [some])
     return given
 
 
@@ -102,7 +108,7 @@ def by_kind(asked: Sequence[Question], right: np.ndarray) -> dict[str, float]:
 def evaluate(
     model: Any, packer: packing.Packer, split: Split, names: Sequence[str], budgets: Sequence[int], out: Path
 ) -> None:
-    """Writes the questions, and the answers of every arm at every budget that are not there yet, into `out`."""
+    """Writes into `out` what is not there yet: questions, signals of pictures, answers of every arm at every budget."""
     out.mkdir(parents=True, exist_ok=True)
     _write(
         out / QUESTIONS,
@@ -113,6 +119,12 @@ def evaluate(
         ],
     )
     seen = look(model, split)
+    if not (out / SIGNALS).exists():
+        found = guard.signals(seen.tokens, BUDGETS)
+        _write(
+            out / SIGNALS,
+            [{name: values[i].tolist() for name, values in found.items()} for i in range(len(seen.pictures))],
+        )
     work = [(name, features.TOKENS) for name in WHOLE]
     work += [(name, keep) for keep in budgets for name in names]
     for name, keep in work:
@@ -131,6 +143,7 @@ class Answers:
         self.folder = folder
         lines = _read(folder / QUESTIONS)
         self.asked = [Question(**{k: line[k] for k in ("kind", "text", "answer", "height")}) for line in lines]
+        self.picture = np.array([line["picture"] for line in lines])  # [q]
         names = [line["photograph"] or f"page {line['picture']}" for line in lines]
         self.sources, self.source = np.unique(names, return_inverse=True)  # source [q]: an index
         draw = np.random.default_rng(0)
@@ -161,6 +174,22 @@ class Answers:
         drawn = 100 * (self.weights @ sums) / np.maximum(self.weights @ sizes, 1)
         low, high = np.quantile(drawn, (0.025, 0.975))
         return Interval(100 * float(sums.sum() / sizes.sum()), float(low), float(high))
+
+    def signals(self, keep: int) -> dict[str, np.ndarray]:
+        """Returns the signals of guard.py for a budget, [pictures] each."""
+        lines = _read(self.folder / SIGNALS)
+        return {name: np.array([line[name][BUDGETS.index(keep)] for line in lines]) for name in lines[0]}
+
+    def foretold(self, signal: np.ndarray, right: np.ndarray, among: np.ndarray) -> Interval:
+        """Returns how well a signal [pictures] foretells that an answer `among` [q] is not right, as percent of the
+        area under the ROC curve, with the interval of `interval`."""
+
+        def counts(which: np.ndarray) -> np.ndarray:  # [resamples + 1, pictures]: of all, and of each resample
+            weights = np.vstack([np.ones(len(self.sources)), self.weights])[:, self.source[which]]
+            return np.stack([np.bincount(self.picture[which], row, len(signal)) for row in weights])
+
+        area = 100 * guard.area(signal, counts(among & ~right), counts(among & right))
+        return Interval(float(area[0]), *map(float, np.nanquantile(area[1:], (0.025, 0.975))))
 
 
 def path_of(folder: Path, name: str, keep: int) -> Path:

@@ -10,10 +10,11 @@ import numpy as np
 
 from benchmarks.lib.sheet import Sheet, markdown
 from benchmarks.quality.counting import Interval
-from benchmarks.vlm import arms, evaluation, features, llava, scenes, sources, training
+from benchmarks.vlm import arms, evaluation, features, guard, llava, scenes, sources, training
 from benchmarks.vlm.evaluation import Answers
 from benchmarks.vlm.questions import KINDS
 
+BY_KIND = 64  # tokens kept, of the table by kind
 HEIGHTS = (range(1, 10), range(10, 16), range(16, 24), range(24, 200))  # pixels of a word's capitals
 INTRODUCTION = """# A small vision-language model, and what compression costs it
 
@@ -45,7 +46,9 @@ COMPARED = """## What is compared
   tokens that is picked in rounds, and so many medoid steps.
 - **Variants that are no part of the op**, of `qr refine 2`: `threshold 0.5` merges a dropped token only where its
   cosine with its target is at least 0.5; `distinct` picks by the residual times 1 - the token's mean cosine with all
-  of its picture.
+  of its picture; in `shared`, {batch} pictures share their tokens: the largest pivots of all are taken, and at least a
+  quarter of the mean of each picture; `relevance` picks by the residual times a factor from 1 for the token that
+  resembles the question most down to 0.5 or 0 for the one that does least, with the cosines of `cdpruner`.
 - **Other methods**, our own short versions ([benchmarks/lib/alternatives.py](../benchmarks/lib/alternatives.py) says
   what is simplified): `random`, `uniform`, `norm`, `fps`, `divprune`, `cen-prune`, `tome`, `lrcp`, `spare`; `fastv`,
   `visionzip` and `scope` get the class token's attention in the tower's last layer. `cdpruner` gets the mean cosine of
@@ -86,15 +89,21 @@ def write(results: Path, model: Path, docs: Path) -> None:
         photographs=len({part.name for part in test}),
         at_once=training.Plan.questions,
     )
-    parts = [introduction, COMPARED]
+    parts = [introduction, COMPARED.format(batch=evaluation.AT_ONCE)]
     if (model / "log.jsonl").exists():
         parts.append(f"{markdown(curve(model / 'log.jsonl'))}\n")
     if (results / evaluation.QUESTIONS).exists():
         found = Answers(results)
-        parts += [f"{markdown(sheet)}\n" for sheet in (whole(found), budgets(found), ahead(found), reading(found))]
+        parts += [f"{markdown(sheet)}\n" for sheet in sheets(found)]
     else:
         parts.append(NO_ANSWERS)
     (docs / "vlm.md").write_text("\n".join([*parts, REPRODUCE]))
+
+
+def sheets(found: Answers) -> list[Sheet]:
+    """Returns the tables of the answers."""
+    there = [whole(found), budgets(found), ahead(found), by_kind(found), reading(found)]
+    return [*there, foretold(found)] if (guard.ARM, arms.BUDGETS[0]) in found.stored() else there
 
 
 def whole(found: Answers) -> Sheet:
@@ -147,6 +156,37 @@ def ahead(found: Answers) -> Sheet:
     lines = [line for line in table(found, cell) if line[0] != "default"]
     note = "Percentage points, paired. Bold: 0 lies outside of the 95 % interval."
     return Sheet("Ahead of the default", note, ["tokens kept", *map(str, arms.BUDGETS)], lines)
+
+
+def by_kind(found: Answers) -> Sheet:
+    """Returns the table of accuracy of every arm by kind of question, at one budget."""
+    names = [(arms.FULL, features.TOKENS), *((name, keep) for name, keep in found.stored() if keep == BY_KIND)]
+    lines = []
+    for name, keep in names:
+        right = found.right(name, keep)
+        lines.append([name, *(f"{found.interval(right, found.where(kind)).value:.0f}" for kind in KINDS)])
+    return Sheet(f"By kind of question, with {BY_KIND} tokens", "Percent right.", ["", *KINDS], lines)
+
+
+def foretold(found: Answers) -> Sheet:
+    """Returns the table of how well each signal foretells losses."""
+    full, kinds = found.right(arms.FULL, features.TOKENS), found.where("read") | found.where("beside")
+    lines = []
+    for name in found.signals(arms.BUDGETS[0]):
+        for said_of, some in (("all", np.ones(len(full), bool)), ("read, beside", kinds)):
+            cells = []
+            for keep in arms.BUDGETS:
+                among = full & some
+                right = found.right(guard.ARM, keep)
+                there = (among & right).any() and (among & ~right).any()
+                cells.append(said(found.foretold(found.signals(keep)[name], right, among)) if there else "")
+            lines.append([name, said_of, *cells])
+    note = (
+        "Area under the ROC curve, in percent: how often a signal of the picture (benchmarks/vlm/guard.py) is larger"
+        f" for a question that `{guard.ARM}` loses than for one that it keeps, among those that are answered right with all"
+        " tokens. 50 is chance."
+    )
+    return Sheet("Can a loss be foretold?", note, ["signal", "questions", *map(str, arms.BUDGETS)], lines)
 
 
 def reading(found: Answers) -> Sheet:
