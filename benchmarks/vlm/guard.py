@@ -64,8 +64,8 @@ def _distance(X: Tensor, keep: int) -> Tensor:
 
 
 def area(signal: np.ndarray, lost: np.ndarray, kept: np.ndarray) -> np.ndarray:
-    """Returns the area under the ROC curve of a signal [p], for counts [..., p] of lost and of kept answers; NaN without
-    one of both."""
+    """Returns the area under the ROC curve of a signal [p], for counts [..., p] of lost and of kept answers; NaN if
+    there are none of one kind."""
     order = np.argsort(signal, kind="stable")
     start = np.unique(signal[order], return_index=True)[1]
     lost, kept = (np.add.reduceat(counts[..., order], start, axis=-1) for counts in (lost, kept))

@@ -183,8 +183,8 @@ def foretold(found: Answers) -> Sheet:
             lines.append([name, said_of, *cells])
     note = (
         "Area under the ROC curve, in percent: how often a signal of the picture (benchmarks/vlm/guard.py) is larger"
-        f" for a question that `{guard.ARM}` loses than for one that it keeps, among those that are answered right with all"
-        " tokens. 50 is chance."
+        f" for a question that `{guard.ARM}` loses than for one that it keeps, among those that are answered right with"
+        " all tokens. 50 is chance."
     )
     return Sheet("Can a loss be foretold?", note, ["signal", "questions", *map(str, arms.BUDGETS)], lines)
 
