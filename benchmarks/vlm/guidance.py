@@ -1,4 +1,4 @@
-"""Guides attention in training: where an answer is about some things, a layer should attend to their patches.
+"""Guides attention in training: where an answer is about some things, two heads should attend to their patches.
 
 Without it, training stays at chance for thousands of steps: the decoder cannot learn what to do with the tokens that it
 attends to before it attends to the right ones, nor the other way round. The trained model has no trace of it.
@@ -19,59 +19,86 @@ from benchmarks.vlm.packing import NOTHING, Packed
 from benchmarks.vlm.questions import Question
 
 LAYER, HEADS = 2, 2  # the layer of the decoder, and how many of its heads
+BEFORE = 1  # the layer that should attend to a word whose neighbour is asked for
 SPELLED = ("read", "beside")  # answered by a word, letter after letter
 
 
 class Guide:
-    """An attention function of transformers that also computes the loss of `LAYER`.
+    """An attention function of transformers that also computes the loss of guided layers.
 
-    looks [B, L, N] bool: which of the N visual tokens, from position 1 on, each position should attend to; positions
-    without any are free. loss: minus the log of their share of the attention, the mean over heads and positions.
+    looks: for each guided layer [B, L, HEADS, N] bool, which of the N visual tokens, from position 1 on, each head
+    should attend to at each position; without any it is free. loss: for each layer, minus the log of their share of the
+    attention, the mean over heads and positions; the sum of the layers.
     """
 
     NAME = "guided"
 
     def __init__(self) -> None:
-        self.looks: Tensor | None = None
-        self.loss: Tensor | None = None
+        self.looks: dict[int, Tensor] = {}
+        self.losses: list[Tensor] = []
+
+    @property
+    def loss(self) -> Tensor | None:
+        """The loss of the last forward; None if no head had anything to attend to."""
+        return torch.stack(self.losses).sum() if self.losses else None
 
     def __call__(
         self, module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
     ) -> tuple[Tensor, None]:
         """Computes attention as sdpa does; query, key, value [B, heads, L, d]."""
-        if self.looks is not None and self.looks.any() and module.layer_idx == LAYER and attention_mask is not None:
-            image, at = self.looks.any(-1).nonzero(as_tuple=True)  # [P]
-            looks = self.looks[image, at]  # [P, N]
-            scores = torch.einsum("phd,phkd->phk", query[image, :HEADS, at], key[image, :HEADS]).float()
-            scores = scores * options["scaling"]  # [P, heads, L]
-            seen = scores.masked_fill(~attention_mask[image, :, at], -torch.inf).logsumexp(-1)
-            wanted = scores[..., 1 : 1 + looks.shape[-1]].masked_fill(~looks[:, None], -torch.inf).logsumexp(-1)
-            self.loss = (seen - wanted).mean()
+        looks = self.looks.get(module.layer_idx)
+        if looks is not None and looks.any() and attention_mask is not None:
+            missed = []
+            for b, wanted in enumerate(looks):
+                at = wanted.flatten(1).any(-1).nonzero().flatten()  # [P]
+                shown = wanted[at].transpose(0, 1)  # [HEADS, P, N]
+                scores = (query[b, :HEADS, at] @ key[b, :HEADS].mT).float() * options["scaling"]  # [HEADS, P, L]
+                all_seen = scores.masked_fill(~attention_mask[b, :, at], -torch.inf).logsumexp(-1)
+                right = scores[..., 1 : 1 + shown.shape[-1]].masked_fill(~shown, -torch.inf).logsumexp(-1)
+                missed.append((all_seen - right)[shown.any(-1)])
+            self.losses.append(torch.cat(missed).mean())
         return transformers.AttentionInterface()["sdpa"](module, query, key, value, attention_mask, **options)
 
     @contextlib.contextmanager
-    def on(self, decoder: Any, looks: Tensor) -> Iterator[None]:
-        """Uses the guide in a forward of this decoder; `loss` is there afterwards, if `looks` has any."""
+    def on(self, decoder: Any, looks: dict[int, Tensor]) -> Iterator[None]:
+        """Uses the guide in a forward of this decoder; `loss` is that of this forward afterwards."""
         transformers.AttentionInterface.register(self.NAME, self)
-        before, self.looks, self.loss = decoder.config._attn_implementation, looks, None
+        before, self.looks, self.losses = decoder.config._attn_implementation, looks, []
         decoder.config._attn_implementation = self.NAME
         try:
             yield
         finally:
-            decoder.config._attn_implementation, self.looks = before, None
+            decoder.config._attn_implementation, self.looks = before, {}
 
 
-def looks(packed: Packed, asked: Sequence[Sequence[Question]], pictures: Sequence[Picture]) -> Tensor:
-    """Returns [B, L, 256] bool: the patches that each position should attend to, whose next token belongs to an answer.
+def looks(packed: Packed, asked: Sequence[Sequence[Question]], pictures: Sequence[Picture]) -> dict[int, Tensor]:
+    """Returns for each guided layer [B, L, HEADS, 256] bool: the patches that each head should attend to at a position
+    whose next token belongs to an answer.
 
-    A letter of a word is looked for where it is written, any other answer at the things that the question is about.
+    A letter of a word is looked for where it is written, any other answer at the things that the question is about;
+    where these are two things to compare, each head looks for one. For the word beside another one, the layer before
+    looks for that one.
     """
-    found = torch.zeros(*packed.ids.shape, TOKENS, dtype=torch.bool)
+    found, before = (torch.zeros(*packed.ids.shape, HEADS, TOKENS, dtype=torch.bool) for _ in range(2))
     for b, (some, picture) in enumerate(zip(asked, pictures, strict=True)):
         owners, letters = torch.tensor(picture.owners), torch.tensor(picture.letters)
         for number, one in enumerate(some, start=1):
-            shown = torch.isin(owners, torch.tensor([1 + i for i in one.about], dtype=torch.long))
+            shown = torch.isin(owners, torch.tensor([1 + i for i in one.about], dtype=torch.long)).repeat(HEADS, 1)
+            if one.kind == "relation":
+                shown = owners == 1 + torch.tensor(one.about)[:, None]
+            beside = owners == owner_of(picture, one.text.split()[-1]) if one.kind == "beside" else None
             answer = ((packed.part[b] == number) & (packed.target[b] != NOTHING)).nonzero().flatten().tolist()
             for letter, at in enumerate(answer[:-1], start=1):  # not where the answer ends
                 found[b, at] = shown & (letters == letter) if one.kind in SPELLED else shown
-    return found
+                if beside is not None:
+                    before[b, at] = beside
+    return {BEFORE: before, LAYER: found}
+
+
+def owner_of(picture: Picture, word: str) -> int:
+    """Returns which thing of the picture, from 1 on, is this word as far as patches show its letters; -1 if none is."""
+    spelled: dict[int, bool] = {}
+    for owner, letter, code in zip(picture.owners, picture.letters, picture.patches, strict=True):
+        if letter > 0:
+            spelled[owner] = spelled.get(owner, True) and word[letter - 1 : letter] == chr(code)
+    return next((owner for owner, fits in spelled.items() if fits), -1)

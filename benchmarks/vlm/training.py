@@ -216,6 +216,7 @@ def train(cache: Path, out: Path, plan: Plan, resume: bool) -> None:
         begin = last = time.monotonic()
         if not resume and plan.align:
             note(aligned=run.align(split), **spent(begin))
+            run.checkpoint(saved)
         saves = 0
         while run.step < plan.steps:
             recent.append(run.train(split))

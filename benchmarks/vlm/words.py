@@ -1,14 +1,19 @@
-"""The tokenizer: a token for every word of questions and answers, and one for every letter of words in capitals."""
+"""The tokenizer: a token for every word of questions and answers, and, for words in capitals, one for every letter at
+every place of a word.
+
+So a letter's token says which letter comes next. Otherwise a decoder has to count the letters that it has written,
+which a small one needs thousands of steps to learn.
+"""
 
 from __future__ import annotations
 
 import transformers
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
 from benchmarks.vlm import questions, sources
 
 PAD, BEGIN, END, UNKNOWN, IMAGE = SPECIAL = ("<pad>", "<s>", "</s>", "<unk>", "<image>")
-INNER = "##"  # before a letter that is not a word's first
+INNER = "##"  # before a letter that is not a word's first, with its number: ##2A
 # A question follows its picture, and an answer its question; a conversation may continue after </s>.
 TEMPLATE = (
     "<s>{% for message in messages %}{% if message['content'] is string %}{{ message['content'] }}{% else %}"
@@ -19,17 +24,23 @@ TEMPLATE = (
 
 def tokenizer() -> transformers.PreTrainedTokenizerFast:
     """Returns the tokenizer, made anew; it is the same every time."""
-    known = dict.fromkeys([*SPECIAL, *questions.vocabulary(), *(INNER + letter for letter in sources.LETTERS)])
-    words = Tokenizer(
-        models.WordPiece(
-            {word: number for number, word in enumerate(known)},
-            unk_token=UNKNOWN,
-            continuing_subword_prefix=INNER,
-            max_input_chars_per_word=100,
-        )
+    numbers = range(2, sources.LONGEST + 1)
+    inner = [f"{INNER}{number}{letter}" for number in numbers for letter in sources.LETTERS]
+    known = dict.fromkeys([*SPECIAL, *questions.vocabulary(), *inner])
+    words = Tokenizer(models.WordLevel({word: number for number, word in enumerate(known)}, unk_token=UNKNOWN))
+    # The last letters first: a number would end the run of capitals before the letters after it.
+    words.normalizer = normalizers.Sequence(
+        [
+            normalizers.Replace(Regex(rf"(?<=\b[A-Z]{{{number - 1}}})(?=[A-Z])"), f"{INNER}{number}")
+            for number in reversed(numbers)
+        ]
     )
-    words.pre_tokenizer = pre_tokenizers.Whitespace()
-    words.decoder = decoders.WordPiece(prefix=INNER, cleanup=False)
+    words.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Split(Regex(rf"{INNER}\d[A-Z]"), "isolated")]
+    )
+    words.decoder = decoders.Sequence(
+        [decoders.WordPiece(prefix=INNER, cleanup=False), decoders.Replace(Regex(r"\d(?=[A-Z])"), "")]
+    )
     return transformers.PreTrainedTokenizerFast(
         tokenizer_object=words,
         pad_token=PAD,
