@@ -89,7 +89,9 @@ def test_packed_questions_have_the_logits_that_each_has_alone(untrained: Any, pa
                 torch.testing.assert_close(logits[i, at], alone[0, 41:], rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("options", [None, {}, {"select": "qr", "basis": None, "refine": 2}])
+@pytest.mark.parametrize(
+    "options", [None, {}, {"select": "qr", "basis": None, "refine": 2}, {"llm_layer": 2, "llm_keep": 8}]
+)
 def test_the_patched_model_answers_as_the_arms_do(
     untrained: Any, packer: packing.Packer, coffee: sources.Sources, options: dict[str, Any] | None
 ) -> None:
@@ -101,8 +103,14 @@ def test_the_patched_model_answers_as_the_arms_do(
     pixels = processor(images=picture, text=llava.prompt(asked[0].text), return_tensors="pt")["pixel_values"]
     with torch.inference_mode():
         seen = untrained.model.vision_tower(pixels, output_hidden_states=True).hidden_states[llava.LAYERS][:, 1:]
-        rows = seen if options is None else arms.apet(arms.Batch(seen), keep, **options)
-        packed = packing.answer(untrained, packer, rows, [asked])[0]
+        rule = {name: value for name, value in (options or {}).items() if not name.startswith("llm_")}
+        rows = seen if options is None else arms.apet(arms.Batch(seen), keep, **rule)
+        later = (
+            packing.Second(2, lambda states: arms.apet(arms.Batch(states), 8))
+            if "llm_layer" in (options or {})
+            else None
+        )
+        packed = packing.answer(untrained, packer, rows, [asked], later)[0]
         if options is not None:
             apet.patch(untrained, keep=keep, **{k: "keep" if v is None else v for k, v in options.items()})
         try:
@@ -313,6 +321,26 @@ def test_evaluation_writes_answers_that_count_again(untrained: Any, packer: pack
              for one, given in zip(evaluation.chosen(picture.questions), some, strict=True)]  # fmt: skip
     assert found.right("default", 16).tolist() == right
     assert found.stored() == [("default", 16), ("random", 16)]
+
+
+def test_two_stages_keep_half_as_many_more_and_half_as_many(
+    untrained: Any, packer: packing.Packer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept: list[tuple[int, int]] = []
+    uniform = arms.STAGED["uniform in two stages"]
+
+    def recorded(batch: arms.Batch, keep: int) -> torch.Tensor:
+        kept.append((batch.x.shape[1], keep))
+        rows = uniform(batch, keep)
+        assert isinstance(rows, torch.Tensor)
+        return rows
+
+    monkeypatch.setitem(arms.STAGED, "uniform in two stages", recorded)
+    split = some_pictures(2)
+    seen = evaluation.look(untrained, split)
+    staged = evaluation.answers(untrained, packer, seen, "uniform in two stages", 16)
+    assert kept == [(256, 24), (24, 8)]
+    assert [len(some) for some in staged] == [len(evaluation.chosen(p.questions)) for p in split.pictures]
 
 
 def test_intervals_resample_photographs(tmp_path: Path) -> None:

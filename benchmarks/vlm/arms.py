@@ -119,6 +119,10 @@ ARMS: dict[str, Arm] = {
     "qr refine 2 relevance 1": functools.partial(relevant, weight=1.0),
     **{arm: functools.partial(other, name=name, merge=merge) for arm, (name, merge) in OTHERS.items()},
 }
+# The paper's schedule: one and a half times as many tokens in the first half of the decoder's layers, half as many in
+# the second, compressed by the same method.
+STAGED = {f"{arm} in two stages": ARMS[arm] for arm in ("default", "qr refine 2", "qr refine 0", "random", "uniform")}
+HALVES = (1.5, 0.5)
 FIRST = ("default", "qr refine 2", "random", "uniform")
 NEED_ATTENTION = {arm for arm, (name, _) in OTHERS.items() if name in alternatives.NEED_ATTENTION}
 BY_QUESTION = {arm for arm, (name, _) in OTHERS.items() if name in alternatives.NEED_RELEVANCE}

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from benchmarks.quality.counting import RESAMPLES, Interval
 from benchmarks.vlm import features, guard, llava, packing
-from benchmarks.vlm.arms import ARMS, BUDGETS, BY_QUESTION, FULL, WHOLE, Batch
+from benchmarks.vlm.arms import ARMS, BUDGETS, BY_QUESTION, FULL, HALVES, STAGED, WHOLE, Arm, Batch
 from benchmarks.vlm.features import Picture, Split
 from benchmarks.vlm.questions import KINDS, Question
 
@@ -61,7 +61,7 @@ def look(model: Any, split: Split) -> Seen:
 def answers(model: Any, packer: packing.Packer, seen: Seen, name: str, keep: int) -> list[list[str]]:
     """Returns the model's answers to the chosen questions about every picture, with the tokens of an arm."""
     model.eval()
-    arm = (WHOLE | ARMS)[name]
+    arm = (WHOLE | ARMS | STAGED)[name]
     given = []
     for first in range(0, len(seen.pictures), AT_ONCE):
         part = slice(first, first + AT_ONCE)
@@ -72,6 +72,8 @@ def answers(model: Any, packer: packing.Packer, seen: Seen, name: str, keep: int
             single = [[one] for some in asked for one in some]
             said = itertools.chain.from_iterable(packing.answer(model, packer, arm(batch, keep), single))
             given += [list(itertools.islice(said, len(some))) for some in asked]
+        elif name in STAGED:
+            given += in_two_stages(model, packer, arm, batch, keep, asked)
         else:
             rows = arm(batch, keep)
             if isinstance(rows, Tensor):
@@ -80,6 +82,20 @@ def answers(model: Any, packer: packing.Packer, seen: Seen, name: str, keep: int
                 for own, some in zip(rows, asked, strict=True):
                     given += packing.answer(model, packer, own[None], [some])
     return given
+
+
+def in_two_stages(
+    model: Any, packer: packing.Packer, arm: Arm, batch: Batch, keep: int, asked: Sequence[Sequence[Question]]
+) -> list[list[str]]:
+    """Returns the answers with more tokens in the first half of the decoder's layers, and fewer in the second."""
+
+    def compress(x: Tensor, part: float) -> Tensor:
+        rows = arm(Batch(x, batch.first), round(part * keep))
+        assert isinstance(rows, Tensor)
+        return rows
+
+    second = packing.Second(llava.DECODER["num_hidden_layers"] // 2, lambda states: compress(states, HALVES[1]))
+    return packing.answer(model, packer, compress(batch.x, HALVES[0]), asked, second)
 
 
 def one_by_one(model: Any, packer: packing.Packer, batch: Batch, asked: Sequence[Sequence[Question]]) -> Batch:
@@ -157,7 +173,7 @@ class Answers:
 
     def stored(self) -> list[tuple[str, int]]:
         """Returns names and budgets of the arms with stored answers, in the order of `ARMS`, larger budgets first."""
-        names = itertools.product(ARMS, sorted({*BUDGETS}, reverse=True))
+        names = itertools.product([*ARMS, *STAGED], sorted({*BUDGETS}, reverse=True))
         return [(name, keep) for name, keep in names if path_of(self.folder, name, keep).exists()]
 
     def where(self, kind: str | None = None, heights: range | None = None) -> np.ndarray:

@@ -8,7 +8,7 @@ of the sequence <s> picture question alone. A forward over 256 visual tokens the
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,9 +35,14 @@ class Packed:
 
     def mask(self) -> Tensor:
         """Returns [B, 1, L, L] bool: what each token sees."""
-        length = self.part.shape[1]
-        same = (self.part[:, None] == 0) | (self.part[:, None] == self.part[..., None])  # [B, L, L]
-        return (same & torch.ones(length, length, dtype=torch.bool).tril())[:, None]
+        return sees(self.part)
+
+
+def sees(part: Tensor) -> Tensor:
+    """Returns [B, 1, L, L] bool: what each token sees, from the parts [B, L] of `Packed`."""
+    length = part.shape[1]
+    same = (part[:, None] == 0) | (part[:, None] == part[..., None])  # [B, L, L]
+    return (same & torch.ones(length, length, dtype=torch.bool).tril())[:, None]
 
 
 class Packer:
@@ -107,41 +112,78 @@ def relevance(model: Any, packer: Packer, rows: Tensor, asked: Sequence[Question
     return (visual @ questions[..., None]).squeeze(-1)
 
 
+@dataclass
+class Second:
+    """A second compression: after `layer` layers, `reduce` turns the visual tokens' states [B, N, D] into fewer."""
+
+    layer: int
+    reduce: Callable[[Tensor], Tensor]
+
+
 @torch.inference_mode()
-def answer(model: Any, packer: Packer, rows: Tensor, asked: Sequence[Sequence[Question]]) -> list[list[str]]:
+def answer(
+    model: Any, packer: Packer, rows: Tensor, asked: Sequence[Sequence[Question]], second: Second | None = None
+) -> list[list[str]]:
     """Returns the greedy answer to each question about each picture, whose visual rows are [B, N, C].
 
     All questions take a step at once: their tokens are appended to the cache, where each sees the prefix and its own.
     """
     packed = packer.pack(asked, rows.shape[1], answers=False)
-    cache = transformers.DynamicCache()
-    decoder = model.model.language_model
-    states = decoder(
-        inputs_embeds=embed(model, packed, model.model.multi_modal_projector(rows)),
-        attention_mask=packed.mask(),
-        position_ids=packed.positions,
-        past_key_values=cache,
-        use_cache=True,
-    )[0]
+    decoder, cache = model.model.language_model, transformers.DynamicCache()
     most = max(len(some) for some in asked)
     ends = torch.tensor([some + [0] * (most - len(some)) for some in packed.ends])  # [B, Q]
     numbers = torch.arange(1, most + 1).expand(len(ends), -1)  # [B, Q]
-    part, positions = packed.part, packed.positions.gather(1, ends)
+    states = embed(model, packed, model.model.multi_modal_projector(rows))
+    part, positions = packed.part, packed.positions
+    stages = []  # layers, and the parts and newest positions of what they have seen
+    for layers in _layers(decoder, second):
+        if layers.start > 0 and second is not None:
+            states, part, positions, ends = _shortened(states, part, positions, ends, rows.shape[1], second)
+        states = _run(decoder, layers, states, positions, sees(part), cache)
+        stages.append((layers, part, positions.gather(1, ends)))
     states = states.gather(1, ends[..., None].expand(-1, -1, states.shape[-1]))  # [B, Q, D]
-    given = [model.lm_head(states).argmax(-1)]  # of [B, Q]
+    given = [model.lm_head(decoder.norm(states)).argmax(-1)]  # of [B, Q]
     while len(given) < LONGEST and not all((torch.stack(given) == packer.end).any(0).flatten()):
-        part, positions = torch.cat([part, numbers], 1), positions + 1
-        sees = (part[:, None] == 0) | (part[:, None] == numbers[..., None])  # [B, Q, L]
-        states = decoder(
-            inputs_embeds=model.get_input_embeddings()(given[-1]),
-            attention_mask=sees[:, None],
-            position_ids=positions,
-            past_key_values=cache,
-            use_cache=True,
-        )[0]
-        given.append(model.lm_head(states).argmax(-1))
+        states = model.get_input_embeddings()(given[-1])
+        stages = [(layers, torch.cat([part, numbers], 1), newest + 1) for layers, part, newest in stages]
+        for layers, part, newest in stages:
+            own = (part[:, None] == 0) | (part[:, None] == numbers[..., None])  # [B, Q, L]
+            states = _run(decoder, layers, states, newest, own[:, None], cache)
+        given.append(model.lm_head(decoder.norm(states)).argmax(-1))
     ids = torch.stack(given, -1).tolist()  # [B, Q, steps]
     return [[_text(packer, ids[i][j]) for j in range(len(some))] for i, some in enumerate(asked)]
+
+
+def _layers(decoder: Any, second: Second | None) -> list[range]:
+    """Returns the layers before and after the second compression, or all."""
+    count = len(decoder.layers)
+    return [range(count)] if second is None else [range(second.layer), range(second.layer, count)]
+
+
+def _run(decoder: Any, layers: range, states: Tensor, positions: Tensor, mask: Tensor, cache: Any) -> Tensor:
+    """Runs some layers of a Llama decoder over states [B, L, D] at positions [B, L], and appends to the cache."""
+    rotary = decoder.rotary_emb(states, positions)
+    for layer in layers:
+        states = decoder.layers[layer](
+            states,
+            attention_mask=mask,
+            position_ids=positions,
+            position_embeddings=rotary,
+            past_key_values=cache,
+            use_cache=True,
+        )
+    return states
+
+
+def _shortened(
+    states: Tensor, part: Tensor, positions: Tensor, ends: Tensor, visual: int, second: Second
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Returns states, parts, positions and ends of questions after the second compression of `visual` tokens."""
+    fewer = second.reduce(states[:, 1 : 1 + visual])
+    lost = visual - fewer.shape[1]
+    states = torch.cat([states[:, :1], fewer, states[:, 1 + visual :]], 1)
+    positions = torch.cat([positions[:, : 1 + visual - lost], (positions[:, 1 + visual :] - lost).clamp(min=0)], 1)
+    return states, part[:, lost:], positions, (ends - lost).clamp(min=0)
 
 
 def _text(packer: Packer, ids: list[int]) -> str:

@@ -36,7 +36,10 @@ questions that it must look at the picture for.
 - **Training** packs {at_once} questions about a picture behind one set of its tokens, hidden from each other. A second
   loss names the character that covers each patch, its colour, and which letter of its word it is; before all others
   there are steps with this loss alone. A third one is on two heads of the decoder's third layer: where an answer is
-  about some things, they should attend to the patches of these. The model is used without both.
+  about some things, they should attend to the patches of these (one each where two are compared), and for the word
+  beside another one, heads of the layer before to that one. The model is used without both.
+- **Tokens of text** are words, and letters of words in capitals, each with its place in the word (`C ##2A ##3T`).
+  Otherwise the decoder would have to count the letters that it has written.
 - **Answers** are greedy, and right if every character is. Intervals are paired and resample photographs, each with
   all its regions and questions; a page is a source by itself.
 """
@@ -54,6 +57,8 @@ COMPARED = """## What is compared
   `visionzip` and `scope` get the class token's attention in the tower's last layer. `cdpruner` gets the mean cosine of
   each projected token with the embedded tokens of the question, so each question has tokens of its own; the paper
   takes it from CLIP's text encoder.
+- **`in two stages`**: one and a half times as many tokens in the first half of the decoder's layers, and half as many
+  in the second, which the same method keeps of their hidden states: the paper's schedule, with the same mean.
 - **`+ merge`** gives a method that only drops tokens ApET's merging. `spare + merge` is the qr rule with a basis of K
   picked one at a time.
 """
