@@ -156,11 +156,10 @@ def answer_of(scene: scenes.Scene, text: str) -> str:
         axis = 0 if "of" in match[2] else 1
         return yes((one[axis] < other[axis]) == (match[2] in ("left of", "above")))
     place = {(i // scene.columns, i % scene.columns): t.what for i, t in enumerate(scene.things)}
-    if match := re.fullmatch(r"which word is in row (\d) column (\d)", text):
-        return place[int(match[1]) - 1, int(match[2]) - 1]
+    if match := re.fullmatch(r"which word is in row (\d) of (\d) column (\d) of (\d)", text):
+        assert (int(match[2]), int(match[4])) == (max(row for row, _ in place) + 1, scene.columns)
+        return place[int(match[1]) - 1, int(match[3]) - 1]
     (at,) = [at for at, what in place.items() if what in text.split()]
-    if re.fullmatch(r"which place has the word \w+", text):
-        return f"row {at[0] + 1} column {at[1] + 1}"
     match = re.fullmatch(r"which word is (left of|right of|above|below) \w+", text)
     assert match, text
     down, along = {"left of": (0, -1), "right of": (0, 1), "above": (-1, 0), "below": (1, 0)}[match[1]]

@@ -419,6 +419,18 @@ def test_the_projector_begins_with_standardised_channels() -> None:
     assert 0.8 < hidden.std((0, 1)).mean() < 1.2
 
 
+def test_embeddings_of_letters_begin_as_sums_of_letter_and_place() -> None:
+    ids = words.letters()
+    tokens = words.tokenizer().convert_ids_to_tokens(ids.flatten().tolist())
+    assert tokens[:2] + tokens[26:28] + tokens[-1:] == ["A", "B", "##2A", "##2B", "##6Z"]
+    table = llava.create(seed=0).get_input_embeddings().weight[ids]  # [places, 26, D]
+    torch.testing.assert_close(table[1] - table[0], (table[1, :1] - table[0, :1]).expand(26, -1), rtol=0, atol=1e-5)
+    torch.testing.assert_close(
+        table[:, 3] - table[:, 5], (table[:1, 3] - table[:1, 5]).expand(6, -1), rtol=0, atol=1e-5
+    )
+    assert 0.9 < table.square().mean() < 1.1
+
+
 def test_products_in_bfloat16_are_near_those_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
     """The losses of the same step, and an error for another type."""
     monkeypatch.setattr(llava, "trunk", dict)

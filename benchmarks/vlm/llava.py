@@ -59,20 +59,25 @@ def create(seed: int) -> Any:
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         made = transformers.LlavaForConditionalGeneration(config(words.tokenizer()))
-        begin(made)
+        begin(made, words.letters())
     made.load_state_dict(trunk(), strict=False)
     return made
 
 
 @torch.no_grad()
-def begin(model: Any) -> None:
+def begin(model: Any, letters: Tensor) -> None:
     """Initialises the decoder so that a token stays what it is until a layer has learned something.
 
     Embeddings have mean square 1 and layers add nothing yet. With the usual initialisation layers add random vectors
     ten times as large as the embeddings of a decoder as narrow as this one, and attention cannot find words by them.
+
+    letters [places, 26]: the tokens of letters at each place of a word. Such an embedding is the sum of the letter's
+    and the place's, so that what is learned of a place is learned for all letters, and the other way round.
     """
     decoder = model.model.language_model
-    decoder.embed_tokens.weight.normal_()
+    table = decoder.embed_tokens.weight.normal_()
+    places = torch.randn(len(letters), 1, table.shape[1])
+    table[letters] = (table[letters[0]] + places) * 0.5**0.5
     for layer in decoder.layers:
         layer.self_attn.o_proj.weight.zero_()
         layer.mlp.down_proj.weight.zero_()

@@ -66,11 +66,12 @@ def about_photograph(scene: Scene, made_of: Sources, draw: np.random.Generator) 
 def about_page(scene: Scene, made_of: Sources, draw: np.random.Generator) -> list[Question]:
     """Returns questions about the words of a page: by place, by their neighbours, and whether one is there."""
     asked, columns = [], scene.columns
+    rows = len(scene.things) // columns
     for i, thing in enumerate(scene.things):
         row, column = divmod(i, columns)
-        place = f"row {row + 1} column {column + 1}"
+        place = f"row {row + 1} of {rows} column {column + 1} of {columns}"
         asked.append(Question("read", f"which word is in {place}", thing.what, thing.box[3], (i,)))
-        asked.append(Question("place", f"which place has the word {thing.what}", place, thing.box[3], (i,)))
+        asked.append(Question("place", f"where is {named(thing)}", cell(thing), thing.box[3], (i,)))
         for side, (down, along) in SIDES.items():
             other = i + down * columns + along
             if 0 <= column + along < columns and 0 <= other < len(scene.things):
@@ -150,5 +151,5 @@ def sort(thing: Thing) -> str:
 def vocabulary() -> list[str]:
     """Returns every word of questions and answers except those that are spelled, in a fixed order."""
     plain = "which digit is what colour where the word how many digits words are there quarter brightest in row column"
-    more = "place has a left right top bottom of above below yes no"
+    more = "a left right top bottom of above below yes no"
     return [*plain.split(), *more.split(), *COLOURS, *CHARACTERS]

@@ -38,7 +38,7 @@ class Plan:
     """How the model is trained."""
 
     seed: int = 0
-    align: int = 1200  # steps of the projector alone, before all others
+    align: int = 800  # steps of the projector alone, before all others
     steps: int = 24000
     cool: int = 4000  # the last steps, in which the rate falls to 0
     warm: int = 100  # the first steps, in which it rises

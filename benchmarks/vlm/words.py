@@ -7,8 +7,10 @@ which a small one needs thousands of steps to learn.
 
 from __future__ import annotations
 
+import torch
 import transformers
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
+from torch import Tensor
 
 from benchmarks.vlm import questions, sources
 
@@ -20,6 +22,14 @@ TEMPLATE = (
     "{% for part in message['content'] %}{% if part['type'] == 'image' %}<image>{% else %}{{ part['text'] }}{% endif %}"
     "{% endfor %}{% endif %}{% if message['role'] == 'assistant' %}</s>{% endif %}{% endfor %}"
 )
+
+
+def letters() -> Tensor:
+    """Returns the ids of letters, [places, 26]: as a word's first letter, as its second, and so on."""
+    known = tokenizer().get_vocab()
+    ids = [[known[letter] for letter in sources.LETTERS]]
+    ids += [[known[f"{INNER}{place}{letter}"] for letter in sources.LETTERS] for place in range(2, sources.LONGEST + 1)]
+    return torch.tensor(ids)
 
 
 def tokenizer() -> transformers.PreTrainedTokenizerFast:
