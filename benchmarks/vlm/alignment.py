@@ -1,4 +1,4 @@
-"""Trains tower and projector to say what patches show: before the decoder is trained, and then beside it.
+"""What tower and projector are trained to say about patches, before the decoder is trained.
 
 A projected token should say which character and which colour its patch shows, and which letter of its word the
 character is, so that a linear layer can read it. Without this the decoder answers at random for thousands of steps: it

@@ -1,8 +1,9 @@
 """Trains the tower's last layers, projector and decoder on full sets of visual tokens; the trunk below stays as it is.
 
-Tower and projector are trained first, to say what each patch shows (alignment.py). A step of the training takes
-some pictures with some of their questions; its loss has what the projector says as a second part. The data of a step
-depend only on the seed and its number, so a run that was stopped continues as if it had not been.
+Tower and projector are trained first, to say what each patch shows (alignment.py), and stay as they are from then on:
+with the decoder's loss, on a few pictures a step, they would forget half of the letters. Then the decoder is trained. A
+step takes some pictures with some of their questions. The data of a step depend only on the seed and its number, so a
+run that was stopped continues as if it had not been.
 """
 
 from __future__ import annotations
@@ -24,9 +25,8 @@ from benchmarks.vlm import alignment, evaluation, features, guidance, llava, pac
 from benchmarks.vlm.features import Split
 
 DECAY, CLIP, BETAS = 0.05, 1.0, (0.9, 0.98)
-SAYS = 0.5  # weight of what projected tokens say
 LOOKS = 1.0  # weight of where attention goes
-PLACES = 0.3  # of it, the weight of their places
+PLACES = 0.3  # of what projected tokens say, the weight of their places
 ALIGN_RATE, ALIGNED_AT_ONCE = 2e-3, 16  # pictures
 TOWER_RATE = 0.15  # of the other rates: the tower's layers were trained before
 MEASURED = 400  # pictures whose tokens the projector is initialised by
@@ -38,7 +38,7 @@ class Plan:
     """How the model is trained."""
 
     seed: int = 0
-    align: int = 800  # steps of the projector alone, before all others
+    align: int = 2400  # steps of tower and projector, before those of the decoder
     steps: int = 24000
     cool: int = 4000  # the last steps, in which the rate falls to 0
     warm: int = 100  # the first steps, in which it rises
@@ -76,18 +76,15 @@ class Run:
 
     def __init__(self, plan: Plan) -> None:
         self.plan, self.step = plan, 0
-        self.model = llava.create(plan.seed)
-        self.model.model.vision_tower.requires_grad_(False)
-        tower = llava.trained(self.model).requires_grad_(True)
+        self.model = llava.create(plan.seed).requires_grad_(False)
+        self.decoder = self.model.model.language_model.requires_grad_(True)
         self.guide = guidance.Guide()
         self.packer = packing.Packer(words.tokenizer(), self.model.config.image_token_index)
-        with torch.random.fork_rng():
-            torch.manual_seed(plan.seed)
-            self.reader = alignment.Reader(self.model.config.text_config.hidden_size)
-        rest = [p for name, p in self.model.named_parameters() if not name.startswith(llava.TOWER)]
         groups = [
-            {"params": [p for p in part if (p.dim() > 1) == decays], "scale": scale, "weight_decay": DECAY * decays}
-            for part, scale in ((rest, 1.0), (list(tower.parameters()), TOWER_RATE))
+            {
+                "params": [p for p in self.decoder.parameters() if (p.dim() > 1) == decays],
+                "weight_decay": DECAY * decays,
+            }
             for decays in (True, False)
         ]
         self.optimiser = torch.optim.AdamW(groups, plan.rate, BETAS)
@@ -98,9 +95,13 @@ class Run:
         llava.standardise(self.model, llava.see(self.model, features.to_torch(split.states[:MEASURED])))
 
     def align(self, split: Split) -> dict[str, float]:
-        """Trains tower, projector and reader on what patches show. Returns the mean losses of the last steps."""
-        tower = list(llava.trained(self.model).parameters())
-        heads = [*self.model.model.multi_modal_projector.parameters(), *self.reader.parameters()]
+        """Trains tower and projector on what patches show. Returns the mean losses of the last steps."""
+        with torch.random.fork_rng():
+            torch.manual_seed(self.plan.seed)
+            reader = alignment.Reader(self.model.config.text_config.hidden_size)
+        projector = self.model.model.multi_modal_projector.requires_grad_(True)
+        layers = llava.trained(self.model).requires_grad_(True)
+        tower, heads = list(layers.parameters()), [*projector.parameters(), *reader.parameters()]
         rates = [ALIGN_RATE, ALIGN_RATE * TOWER_RATE]
         optimiser = torch.optim.AdamW([{"params": heads}, {"params": tower}], weight_decay=DECAY)
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, rates, total_steps=self.plan.align, pct_start=0.1)
@@ -110,13 +111,15 @@ class Run:
             numbers = draw.integers(len(split.pictures), size=ALIGNED_AT_ONCE).tolist()
             with self.plan.products():
                 projected = self.project(split, numbers)
-            says = self.reader.losses(projected.float(), [split.pictures[n] for n in numbers])
+            says = reader.losses(projected.float(), [split.pictures[n] for n in numbers])
             optimiser.zero_grad()
             said(says).backward()
             torch.nn.utils.clip_grad_norm_(tower, CLIP)
             optimiser.step()
             schedule.step()
             recent = [*recent[-99:], {name: loss.item() for name, loss in says.items()}]
+        projector.requires_grad_(False)
+        layers.requires_grad_(False)
         with torch.no_grad():
             tokens = llava.see(self.model, features.to_torch(split.states[:MEASURED]))
         alignment.as_large_as_words(self.model, tokens)
@@ -132,44 +135,40 @@ class Run:
         stored = torch.load(path, weights_only=True)
         self.step = stored["step"]
         self.model.load_state_dict(stored["weights"])
-        self.reader.load_state_dict(stored["reader"])
         self.optimiser.load_state_dict(stored["optimiser"])
 
     def checkpoint(self, path: Path) -> None:
         """Writes everything that `resume` needs; a file of that name is complete."""
         part = path.with_suffix(".part")
-        stored = {"step": self.step, "weights": self.model.state_dict(), "reader": self.reader.state_dict()}
-        torch.save({**stored, "optimiser": self.optimiser.state_dict()}, part)
+        stored = {"step": self.step, "weights": self.model.state_dict(), "optimiser": self.optimiser.state_dict()}
+        torch.save(stored, part)
         part.rename(path)
 
     def train(self, split: Split) -> dict[str, float]:
         """Makes one step. Returns: losses."""
         self.model.train()
         for group in self.optimiser.param_groups:
-            group["lr"] = group["scale"] * self.plan.rate_at(self.step)
-        answers, looks, says = self.losses(split, self.plan.numbers(self.step))
+            group["lr"] = self.plan.rate_at(self.step)
+        answers, looks = self.losses(split, self.plan.numbers(self.step))
         self.optimiser.zero_grad()
-        (answers + LOOKS * looks + SAYS * said(says)).backward()
-        trained = [p for p in self.model.parameters() if p.requires_grad]
-        torch.nn.utils.clip_grad_norm_(trained, CLIP)
+        (answers + LOOKS * looks).backward()
+        torch.nn.utils.clip_grad_norm_(self.decoder.parameters(), CLIP)
         self.optimiser.step()
         self.step += 1
-        return {name: loss.item() for name, loss in {"loss": answers, "looks": looks, **says}.items()}
+        return {"loss": answers.item(), "looks": looks.item()}
 
-    def losses(self, split: Split, numbers: list[int]) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        """Returns the cross entropy of the answers to drawn questions about these pictures, the loss of where attention
-        goes, and the losses of what the projected tokens say."""
+    def losses(self, split: Split, numbers: list[int]) -> tuple[Tensor, Tensor]:
+        """Returns the cross entropy of the answers to drawn questions about these pictures, and the loss of where
+        attention goes."""
         draw, pictures = np.random.default_rng((self.plan.seed, 1, self.step)), [split.pictures[n] for n in numbers]
         asked = [drawn(picture.questions, self.plan.questions, draw) for picture in pictures]
         packed = self.packer.pack(asked, features.TOKENS, answers=True)
         at, looks = packed.target != packing.NOTHING, guidance.looks(packed, asked, pictures)
-        with self.plan.products(), self.guide.on(self.model.model.language_model, looks):
-            projected = self.project(split, numbers)
-            states = packing.hidden(self.model, packed, projected)
+        with self.plan.products(), self.guide.on(self.decoder, looks):
+            states = packing.hidden(self.model, packed, self.project(split, numbers))
             logits = self.model.lm_head(states[at])
         answers = F.cross_entropy(logits.float(), packed.target[at])
-        attended = answers.new_zeros(()) if self.guide.loss is None else self.guide.loss
-        return answers, attended, self.reader.losses(projected.float(), pictures)
+        return answers, answers.new_zeros(()) if self.guide.loss is None else self.guide.loss
 
 
 def said(losses: dict[str, Tensor]) -> Tensor:
