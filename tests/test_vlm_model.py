@@ -23,6 +23,7 @@ from benchmarks.vlm import (
     guard,
     llava,
     packing,
+    report,
     scenes,
     sources,
     training,
@@ -365,6 +366,32 @@ def test_intervals_resample_photographs(tmp_path: Path) -> None:
     assert 8 < many.high - many.low < 12
     assert not found.interval(right.astype(float) - right).beyond
     assert evaluation.by_kind(found.asked, right) == {"count": 50.0, "read": 50.0, "all": 50.0}
+
+
+@pytest.mark.parametrize(
+    ("share", "chosen"),
+    [
+        ({"qr refine 2": 0.8, "qr refine 0": 0.6}, "becomes `qr refine 2`"),
+        ({"qr refine 2": 0.6, "qr refine 0": 0.8}, "becomes `qr refine 0`"),
+        ({"qr refine 2": 0.8, "qr refine 0": 0.6, "tome": 0.95}, "stays as it is"),
+        ({"qr refine 2": 0.8, "qr refine 0": 0.6, "scope": 0.95}, "becomes `qr refine 2`"),
+        ({"default": 0.8}, "stays as it is"),
+    ],
+)
+def test_the_default_is_decided_by_the_rule(tmp_path: Path, share: dict[str, float], chosen: str) -> None:
+    """The shares of right answers decide. Attention gives `scope` an advantage, so it does not count."""
+    lines = [
+        {"picture": q, "photograph": f"{q % 60}", "region": 0, "kind": "read", "text": "", "answer": "A", "height": 9}
+        for q in range(600)
+    ]
+    evaluation._write(tmp_path / evaluation.QUESTIONS, lines)
+    names = ["default", "qr refine 2", "qr refine 0", *arms.OTHERS]
+    for number, (name, keep) in enumerate((name, keep) for name in names for keep in arms.BUDGETS):
+        right = np.random.default_rng(number).random(600) < share.get(name, 0.5)
+        evaluation._write(evaluation.path_of(tmp_path, name, keep), ["A" if is_right else "B" for is_right in right])
+    assert f"**So the default {chosen}" in report.decision(evaluation.Answers(tmp_path))
+    evaluation.path_of(tmp_path, "tome", 16).unlink()
+    assert report.decision(evaluation.Answers(tmp_path)) == "Not decided: not measured with each budget: tome.\n"
 
 
 def test_signals_are_judged_by_the_roc_curve(tmp_path: Path) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -63,6 +63,13 @@ COMPARED = """## What is compared
 - **`+ merge`** gives a method that only drops tokens ApET's merging. `spare + merge` is the qr rule with a basis of K
   picked one at a time.
 """
+RULE = """## The rule for the default
+
+Written down before there were results. The default becomes `qr refine 2` if it is ahead of today's default at 64 and at
+32 tokens, and behind no other method without attention and without the question in the mean of all budgets; `qr refine
+0` if that holds for it and `qr refine 2` is ahead of it neither at 32 nor at 16 tokens; otherwise it stays as it is.
+Ahead and behind: beyond the 95 % interval.
+"""
 NO_ANSWERS = """**No trained model is stored yet**, so there are no results. Pictures, training and evaluation are
 tested; the training has to be run.
 """
@@ -95,11 +102,13 @@ def write(results: Path, model: Path, docs: Path) -> None:
         photographs=len({part.name for part in test}),
         at_once=training.Plan.questions,
     )
-    parts = [introduction, COMPARED.format(batch=evaluation.AT_ONCE)]
+    answered = (results / evaluation.QUESTIONS).exists()
+    parts = [introduction, COMPARED.format(batch=evaluation.AT_ONCE), RULE]
+    if answered:
+        parts.append(decision(found := Answers(results)))
     if (model / "log.jsonl").exists():
         parts.append(f"{markdown(curve(model / 'log.jsonl'))}\n")
-    if (results / evaluation.QUESTIONS).exists():
-        found = Answers(results)
+    if answered:
         parts += [f"{markdown(sheet)}\n" for sheet in sheets(found)]
     else:
         parts.append(NO_ANSWERS)
@@ -110,6 +119,38 @@ def sheets(found: Answers) -> list[Sheet]:
     """Returns the tables of the answers."""
     there = [whole(found), budgets(found), ahead(found), by_kind(found), reading(found)]
     return [*there, foretold(found)] if (guard.ARM, arms.BUDGETS[0]) in found.stored() else there
+
+
+def decision(found: Answers) -> str:
+    """Applies `RULE`. Returns what follows from it, with the figures that decide."""
+    plain = [name for name, _ in found.stored() if name in arms.OTHERS]
+    others = [name for name in dict.fromkeys(plain) if name not in arms.NEED_ATTENTION | arms.BY_QUESTION]
+    missing = {"default", "qr refine 2", "qr refine 0", *arms.OTHERS} - arms.NEED_ATTENTION - arms.BY_QUESTION
+    missing -= {name for name in missing if all((name, keep) in found.stored() for keep in arms.BUDGETS)}
+    if missing:
+        return f"Not decided: not measured with each budget: {', '.join(sorted(missing))}.\n"
+
+    def ahead_of(name: str, other: str, budgets: Sequence[int]) -> Interval:
+        gains = [found.right(name, keep).astype(float) - found.right(other, keep) for keep in budgets]
+        return found.interval(np.mean(gains, 0))
+
+    lines, fit = [], {}
+    for name in ("qr refine 2", "qr refine 0"):
+        gains = {keep: ahead_of(name, "default", [keep]) for keep in (64, 32)}
+        behind = [other for other in others if ahead_of(name, other, arms.BUDGETS).high < 0]
+        fit[name] = all(gain.low > 0 for gain in gains.values()) and not behind
+        figures = " and ".join(f"{said(gain)} at {keep}" for keep, gain in gains.items())
+        lines.append(
+            f"- `{name}` is ahead of the default by {figures} tokens, and in the mean of the budgets behind "
+            f"{', '.join(f'`{other}`' for other in behind) or 'no other method without attention'}."
+        )
+    more = {keep: ahead_of("qr refine 2", "qr refine 0", [keep]) for keep in (32, 16)}
+    figures = " and ".join(f"{said(gain)} at {keep}" for keep, gain in more.items())
+    lines.append(f"- `qr refine 2` is ahead of `qr refine 0` by {figures} tokens.")
+    refines = any(gain.low > 0 for gain in more.values())
+    chosen = next((name for name in ("qr refine 2", "qr refine 0") if fit[name] and (name[-1] == "0" or refines)), None)
+    end = f"**So the default becomes `{chosen}`.**" if chosen else "**So the default stays as it is.**"
+    return "\n".join([*lines, "", end]) + "\n"
 
 
 def whole(found: Answers) -> Sheet:
