@@ -91,10 +91,6 @@ def apart(block: sass.Block, pattern: str, then: str) -> list[sass.Block]:
     return [sass.Block(tuple(name for pair in pairs for name in pair), block.repeats)]
 
 
-def renamed(block: sass.Block, old: str, new: str) -> list[sass.Block]:
-    return [sass.Block(tuple(new if re.fullmatch(old, name) else name for name in block.names), block.repeats)]
-
-
 def shorter(block: sass.Block) -> list[sass.Block]:
     """Leaves eight of the matrix instructions of a loop."""
     last = [i for i, name in enumerate(block.names) if name.startswith("HMMA")][8:]
@@ -115,7 +111,7 @@ BROKEN = {
     "has eight keys": lambda block: cut(block, r"LDG\.E\.STRONG\.GPU", 4, ("ATOMS.POPC.INC.32",)),
     "has eight 16-byte": lambda block: apart(block, r"LDG\.E\.128\S*", "LDG.E.U16"),
     "polls": polled,
-    "counts ranks": lambda block: renamed(block, "LDS", "LDG.E.STRONG.GPU"),
+    "has four ranks": lambda block: apart(block, r"LD\.E", "ATOMS.POPC.INC.32"),
 }
 
 

@@ -167,9 +167,9 @@ LOOP_CLAIMS = (
         "CooperativeGroup|s5_merge",
     ),
     LoopClaim(
-        "counts ranks from shared memory, and reads L2 only in the branch for those that do not fit",
-        r"LDS$|LDG|ATOMS",
-        rf"LDS \| {LOADED}\| (?:\| )*ATOMS\.POPC\.INC\.32 ",
+        "has four ranks in registers before it counts the first",
+        r"LD\.E$|LDS|LDG|ATOMS",
+        r"(?:LD\.E (?:\| )*){4}(?:ATOMS\.POPC\.INC\.32 )",
         "s1_s4|s1_s5",
     ),
 )

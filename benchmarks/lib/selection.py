@@ -59,11 +59,11 @@ def covering(similarity: Tensor, keep: int, weight: Tensor) -> Tensor:
 
 
 class Pivots(NamedTuple):
-    """picks [B, K]: positions in the order they are picked; left [B, K] float64: the diagonal entry of each when it
-    was picked, which never rises."""
+    """picks [B, K]: positions in the order they are picked; resid_sq [B, K] float64: the diagonal entry of each when
+    it was picked, which never rises."""
 
     picks: Tensor
-    left: Tensor
+    resid_sq: Tensor
 
 
 def pivots(kernel: Tensor, keep: int) -> Pivots:
@@ -77,18 +77,18 @@ def pivots(kernel: Tensor, keep: int) -> Pivots:
     resid_sq, taken = diagonal.clone(), torch.zeros_like(diagonal, dtype=torch.bool)
     y = kernel.new_zeros(len(kernel), keep, kernel.shape[1])  # [B, K, N], L^T of the Cholesky factor L
     image = torch.arange(len(kernel), device=kernel.device)
-    picks, left = [], []
+    picks, picked = [], []
     for i in range(keep):
         pick = resid_sq.masked_fill(taken, -math.inf).argmax(-1)  # [B]
         picks.append(pick)
         taken.scatter_(1, pick[:, None], True)
         known = torch.einsum("bk,bkn->bn", y[image, :i, pick], y[:, :i])  # [B, N]
         pivot = resid_sq[image, pick][:, None]  # [B, 1]
-        left.append(pivot)
+        picked.append(pivot)
         y[:, i] = torch.where(pivot > 0, (kernel[image, pick] - known) / pivot.sqrt(), 0)
         resid_sq = resid_sq - y[:, i].square()
         resid_sq = resid_sq.masked_fill(resid_sq <= EXPLAINED * diagonal, 0)
-    return Pivots(torch.stack(picks, 1), torch.cat(left, 1))
+    return Pivots(torch.stack(picks, 1), torch.cat(picked, 1))
 
 
 def merge(x: Tensor, kept: Tensor, least: float = -math.inf) -> Tensor:

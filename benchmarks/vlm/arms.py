@@ -92,9 +92,9 @@ def shares(x: Tensor, keep: int) -> list[int]:
     largest of all pictures' are taken, ties in the order of the pictures, but at least keep / LEAST_SHARE of each.
     """
     X = x.double()
-    left = selection.pivots(X @ X.mT, x.shape[1]).left  # [B, N]
-    left[:, : max(keep // LEAST_SHARE, 1)] = torch.inf
-    taken = left.flatten().sort(descending=True, stable=True).indices[: len(x) * keep] // x.shape[1]
+    resid_sq = selection.pivots(X @ X.mT, x.shape[1]).resid_sq  # [B, N]
+    resid_sq[:, : max(keep // LEAST_SHARE, 1)] = torch.inf
+    taken = resid_sq.flatten().sort(descending=True, stable=True).indices[: len(x) * keep] // x.shape[1]
     return torch.bincount(taken, minlength=len(x)).tolist()
 
 

@@ -32,11 +32,11 @@ def signals(x: Tensor, budgets: Sequence[int]) -> dict[str, Tensor]:
     X = x.double()
     kernel = X @ X.mT
     energy = kernel.diagonal(dim1=1, dim2=2).mean(-1)  # [B]
-    left = selection.pivots(kernel, max(budgets) + 1).left  # [B, K + 1]
+    resid_sq = selection.pivots(kernel, max(budgets) + 1).resid_sq  # [B, K + 1]
     spread = 1 - selection.mean_cosine(X).mean(-1)  # [B]
     found: dict[str, list[Tensor]] = {"next pivot": [], "residual": [], "distance": [], "spread": []}
     for keep in budgets:
-        found["next pivot"].append(left[:, keep] / energy)
+        found["next pivot"].append(resid_sq[:, keep] / energy)
         found["residual"].append(_residual(X, keep) / energy)
         found["distance"].append(_distance(X, keep))
         found["spread"].append(spread)

@@ -115,6 +115,7 @@ __device__ inline int find_tie(const Ranks& rank, uint32_t wanted, int before, i
 // Finds the cuts that select wanted[c] of n ranks. They share a histogram until their digits differ.
 template <int kCuts>
 __device__ inline void find_cuts(const Ranks& rank, const int (&wanted)[kCuts], int* scan, Cut (&cut)[kCuts]) {
+  constexpr int kAtOnce = 4;   // ranks in registers: a load cannot pass the count before it
   int* histogram = scan;       // [kCuts][256]
   int* found = scan + kFound;  // [kCuts][3] the digit, how many of that digit are still wanted, and how many there are
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
@@ -125,13 +126,17 @@ __device__ inline void find_cuts(const Ranks& rank, const int (&wanted)[kCuts], 
   for (int shift = 24; shift >= 0; shift -= 8) {
     for (int d = threadIdx.x; d < kCuts * 256; d += kThreads) histogram[d] = 0;
     __syncthreads();
-#pragma unroll 4
-    for (int k = lane; k < rank.own.count; k += 32) {
-      const uint32_t own = rank[rank.own.begin + k], digit = own >> shift & 255;
+    for (int k = lane; k < rank.own.count; k += 32 * kAtOnce) {
+      uint32_t own[kAtOnce];
 #pragma unroll
-      for (int c = 0; c < kCuts; c++)
-        if ((shift == 24 || own >> (shift + 8) == prefix[c]) && (c == 0 || prefix[c] != prefix[0]))
-          atomicAdd(&histogram[c * 256 + digit], 1);
+      for (int b = 0; b < kAtOnce; b++) own[b] = k + 32 * b < rank.own.count ? rank[rank.own.begin + k + 32 * b] : 0;
+#pragma unroll
+      for (int b = 0; b < kAtOnce; b++)
+#pragma unroll
+        for (int c = 0; c < kCuts; c++)
+          if (k + 32 * b < rank.own.count && (shift == 24 || own[b] >> (shift + 8) == prefix[c]) &&
+              (c == 0 || prefix[c] != prefix[0]))
+            atomicAdd(&histogram[c * 256 + (own[b] >> shift & 255)], 1);
     }
     __syncthreads();
 #pragma unroll
