@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -226,7 +227,7 @@ BUGS = [
         "gram is read before it is updated",
         "s1_rounds.cuh",
         [(r"group\.sync\(\);  // the products of the picks are subtracted from gram", "")],
-        COOPERATIVE,
+        replace(COOPERATIVE, seed=3),  # with others, CTA 1 leaves the barrier before when CTA 0 has read gram already
         RACE,
     ),
     Bug(
