@@ -1,0 +1,157 @@
+"""Answers to the test questions, the figures from them, and the rule for the default."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import apet_kernels
+from benchmarks.lib import selection
+from benchmarks.vlm import arms, evaluation, guard, packing, report
+from tests.test_vlm_model import packer, some_pictures, untrained  # noqa: F401 (fixtures)
+
+pytestmark = pytest.mark.rest  # a study, and no part of the package
+
+
+def test_every_kind_is_asked_in_turn() -> None:
+    split = some_pictures(30)
+    for picture in split.pictures:
+        some = evaluation.chosen(picture.questions)
+        there = {one.kind for one in picture.questions}
+        assert len(some) == min(evaluation.EACH, len(picture.questions))
+        assert len({one.kind for one in some}) == min(len(there), len(some))
+        assert set(some) <= set(picture.questions)
+
+
+def test_evaluation_writes_answers_that_count_again(
+    untrained: Any,  # noqa: F811
+    packer: packing.Packer,  # noqa: F811
+    tmp_path: Path,
+) -> None:
+    split = some_pictures(4)
+    evaluation.evaluate(untrained, packer, split, ["default", "random"], [16], tmp_path)
+    found = evaluation.Answers(tmp_path)
+    assert len(found.asked) == sum(len(evaluation.chosen(p.questions)) for p in split.pictures)
+    assert len(list(tmp_path.iterdir())) == 2 + len(arms.WHOLE) + 2
+    said = evaluation.answers(untrained, packer, evaluation.look(untrained, split), "default", 16)
+    right = [one.answer == given for picture, some in zip(split.pictures, said, strict=True)
+             for one, given in zip(evaluation.chosen(picture.questions), some, strict=True)]  # fmt: skip
+    assert found.right("default", 16).tolist() == right
+    assert found.stored() == [("default", 16), ("random", 16)]
+
+
+def test_two_stages_keep_half_as_many_more_and_half_as_many(
+    untrained: Any,  # noqa: F811
+    packer: packing.Packer,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    kept: list[tuple[int, int]] = []
+    uniform = arms.STAGED["uniform in two stages"]
+
+    def recorded(batch: arms.Batch, keep: int) -> torch.Tensor:
+        kept.append((batch.x.shape[1], keep))
+        rows = uniform(batch, keep)
+        assert isinstance(rows, torch.Tensor)
+        return rows
+
+    monkeypatch.setitem(arms.STAGED, "uniform in two stages", recorded)
+    split = some_pictures(2)
+    seen = evaluation.look(untrained, split)
+    staged = evaluation.answers(untrained, packer, seen, "uniform in two stages", 16)
+    assert kept == [(256, 24), (24, 8)]
+    assert [len(some) for some in staged] == [len(evaluation.chosen(p.questions)) for p in split.pictures]
+
+
+def test_intervals_resample_photographs(tmp_path: Path) -> None:
+    """Four photographs, each all right or all wrong, are four observations, however many questions there are."""
+    lines: list[dict[str, Any]] = [
+        {"picture": i, "photograph": f"{i % 4}", "region": 0, "kind": "read", "text": "", "answer": "A", "height": 9}
+        for i in range(400)
+    ]
+    lines += [{**lines[0], "picture": 400 + i, "photograph": "", "kind": "count"} for i in range(400)]
+    evaluation._write(tmp_path / evaluation.QUESTIONS, lines)
+    evaluation._write(tmp_path / "some-arm.16.jsonl.gz", ["A" if i % 4 < 2 else "B" for i in range(800)])
+    found = evaluation.Answers(tmp_path)
+    right = found.right("some arm", 16)
+    few = found.interval(right, found.where("read"))
+    many = found.interval(right, found.where("count"))
+    assert few.value == many.value == 50
+    assert few.high - few.low > 60
+    assert 8 < many.high - many.low < 12
+    assert not found.interval(right.astype(float) - right).beyond
+    assert evaluation.by_kind(found.asked, right) == {"count": 50.0, "read": 50.0, "all": 50.0}
+
+
+@pytest.mark.parametrize(
+    ("share", "chosen"),
+    [
+        ({"qr refine 2": 0.8, "qr refine 0": 0.6}, "becomes `qr refine 2`"),
+        ({"qr refine 2": 0.6, "qr refine 0": 0.8}, "becomes `qr refine 0`"),
+        ({"qr refine 2": 0.8, "qr refine 0": 0.6, "tome": 0.95}, "stays as it is"),
+        ({"qr refine 2": 0.8, "qr refine 0": 0.6, "scope": 0.95}, "becomes `qr refine 2`"),
+        ({"default": 0.8}, "stays as it is"),
+    ],
+)
+def test_the_default_is_decided_by_the_rule(tmp_path: Path, share: dict[str, float], chosen: str) -> None:
+    """The shares of right answers decide. Attention gives `scope` an advantage, so it does not count."""
+    lines = [
+        {"picture": q, "photograph": f"{q % 60}", "region": 0, "kind": "read", "text": "", "answer": "A", "height": 9}
+        for q in range(600)
+    ]
+    evaluation._write(tmp_path / evaluation.QUESTIONS, lines)
+    names = ["default", "qr refine 2", "qr refine 0", *arms.OTHERS]
+    for number, (name, keep) in enumerate((name, keep) for name in names for keep in arms.BUDGETS):
+        right = np.random.default_rng(number).random(600) < share.get(name, 0.5)
+        evaluation._write(evaluation.path_of(tmp_path, name, keep), ["A" if is_right else "B" for is_right in right])
+    assert f"**So the default {chosen}" in report.decision(evaluation.Answers(tmp_path))
+    evaluation.path_of(tmp_path, "tome", 16).unlink()
+    assert report.decision(evaluation.Answers(tmp_path)) == "Not decided: not measured with each budget: tome.\n"
+
+
+def test_signals_are_judged_by_the_roc_curve(tmp_path: Path) -> None:
+    g = torch.Generator().manual_seed(3)
+    signal, right = torch.randn(60, generator=g).numpy().round(1), torch.rand(240, generator=g).numpy() < 0.6
+    lines = [
+        {
+            "picture": q % 60,
+            "photograph": f"{q % 12}",
+            "region": 0,
+            "kind": "read",
+            "text": "",
+            "answer": "A",
+            "height": 9,
+        }
+        for q in range(240)
+    ]
+    evaluation._write(tmp_path / evaluation.QUESTIONS, lines)
+    found = evaluation.Answers(tmp_path)
+    among = np.arange(240) % 7 > 0
+    got = found.foretold(signal, right, among)
+    lost = [signal[q % 60] for q in range(240) if among[q] and not right[q]]
+    kept = [signal[q % 60] for q in range(240) if among[q] and right[q]]
+    want = np.mean([(a > b) + (a == b) / 2 for a in lost for b in kept])
+    assert got.value == pytest.approx(100 * want)
+    assert got.low < got.value < got.high
+    whether = np.arange(60) % 4 > 0
+    perfect = found.foretold(-whether.astype(float), whether[np.arange(240) % 60], among)
+    assert tuple(perfect) == pytest.approx((100, 100, 100))
+
+
+def test_signals_are_larger_where_more_is_lost() -> None:
+    g = torch.Generator().manual_seed(4)
+    few = torch.randn(1, 8, 128, generator=g)[:, torch.arange(256) % 8] + 0.1 * torch.randn(1, 256, 128, generator=g)
+    many = torch.randn(1, 256, 128, generator=g)
+    found = guard.signals(torch.cat([few, many]), (64, 16))
+    assert set(found) == {"next pivot", "residual", "distance", "spread"}
+    for name, values in found.items():
+        assert values.shape == (2, 2)
+        assert (values[1] > values[0]).all(), name
+        assert name == "spread" or (values[:, 1] > values[:, 0]).all(), name
+    rows = selection.take(many, apet_kernels.compress(many, 16, select="qr", basis=None, refine=2).indices)[0].double()
+    rebuilt = np.linalg.lstsq(rows.T.numpy(), many[0].T.double().numpy(), rcond=None)[0].T @ rows.numpy()
+    want = ((many[0].double().numpy() - rebuilt) ** 2).sum() / (many[0].double() ** 2).sum().item()
+    assert found["residual"][1, 1].item() == pytest.approx(want)
