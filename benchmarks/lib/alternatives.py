@@ -264,6 +264,7 @@ def _ascending(tokens: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def given(name: str, value: Tensor | None, x: Tensor) -> Tensor:
+    """Returns the value. Raises: ValueError, with its name, if it is not there or not [B, N] for x [B, N, D]."""
     if value is None or value.shape != x.shape[:2]:
         shape = None if value is None else list(value.shape)
         raise ValueError(f"{name} must be [{x.shape[0]}, {x.shape[1]}], as x has images and tokens, got {shape}")

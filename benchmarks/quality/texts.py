@@ -82,8 +82,8 @@ schedule was not looked up.
 | SCOPE (arXiv 2510.24214) | SCOPE, by attention | | | | 96.0 | |
 | LRCP (arXiv 2605.15621) | LRCP | | | | 94.7 | |
 
-So others are ahead of ApET's published figures by 1 to 3 points at 64 tokens. `apet eval` measures a model of yours
-([evaluation.md](evaluation.md)).
+In the one table that has both, EvoCut is 0.8 points ahead of ApET at 64 tokens; other sources report up to 97.0 there,
+on other benchmarks. `apet eval` measures a model of yours ([evaluation.md](evaluation.md)).
 """
 REPRODUCE = """## How to reproduce
 

@@ -123,7 +123,6 @@ ARMS: dict[str, Arm] = {
 # the second, compressed by the same method.
 STAGED = {f"{arm} in two stages": ARMS[arm] for arm in ("default", "qr refine 2", "qr refine 0", "random", "uniform")}
 HALVES = (1.5, 0.5)
-FIRST = ("default", "qr refine 2", "random", "uniform")
 NEED_ATTENTION = {arm for arm, (name, _) in OTHERS.items() if name in alternatives.NEED_ATTENTION}
 BY_QUESTION = {arm for arm, (name, _) in OTHERS.items() if name in alternatives.NEED_RELEVANCE}
 BY_QUESTION |= {arm for arm in ARMS if "relevance" in arm}

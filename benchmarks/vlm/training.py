@@ -1,9 +1,9 @@
 """Trains the tower's last layers, projector and decoder on full sets of visual tokens; the trunk below stays as it is.
 
 Tower and projector are trained first, to say what each patch shows (alignment.py), and stay as they are from then on:
-with the decoder's loss, on a few pictures a step, they would forget half of the letters. Then the decoder is trained. A
-step takes some pictures with some of their questions. The data of a step depend only on the seed and its number, so a
-run that was stopped continues as if it had not been.
+with the decoder's loss, on a few pictures a step, they would forget a third of the letters. Then the decoder is
+trained. A step takes some pictures with some of their questions. The data of a step depend only on the seed and its
+number, so a run that was stopped continues as if it had not been.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ struct Device {
   int capability;  // 10 * major + minor
   int sms;
   int shared_bytes;                      // the most shared memory of a CTA
-  std::atomic<bool>* overlaps;           // programmatic dependent launch, until one is refused
+  std::atomic<bool>* overlaps;           // programmatic dependent launch, until one fails
   int s1_s4_clusters[kMaxCluster + 1];   // clusters of each size; 0: none
   int s1_s5_clusters[kMaxCluster + 1];   // clusters of each size; 0: none
   int rounds_clusters[kMaxCluster + 1];  // clusters of s1_s4_rounds and s4_medoids; 0: none

@@ -103,8 +103,8 @@ apet_status launch_medoids(const apet_problem& p, const apet_cuda_plan_t& plan, 
                        stream);
 }
 
-// Launches s5_merge, which may start while the launch before it ends. Where a driver or a capture refuses that, it is
-// an ordinary launch, then and later.
+// Launches s5_merge, which may start while the launch before it ends. Where a driver or a capture does not allow that, it
+// is an ordinary launch, then and later.
 apet_status launch_merge(const apet_problem& p, const Device& device, const apet_cuda_plan_t& plan, const Call& call,
                          cudaStream_t stream) {
   const MergeKernel& merge = merge_kernel_of(p, plan);
