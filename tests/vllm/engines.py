@@ -46,6 +46,8 @@ IMAGE = {
     "smolvlm": "<image>",
     "mistral3": "[IMG]",
     "gemma4": "<image_soft_token>",
+    "llama4": "<|image|>",
+    "minicpmv4_6": "<|image_pad|>",
     **dict.fromkeys(("glm4v", "glm4v_moe"), "<|begin_of_image|><|image|><|end_of_image|>"),
     **dict.fromkeys((name for name in tiny.KINDS if name.startswith("qwen")), tiny.QWEN_IMAGE),
 }
@@ -53,17 +55,24 @@ VIDEO = {
     "llava_onevision": "<video>",
     "internvl": "<video>",
     "gemma4": "<|video|>",
+    "minicpmv4_6": "<|video_pad|>",
     **dict.fromkeys(("glm4v", "glm4v_moe"), "<|begin_of_video|><|video|><|end_of_video|>"),
     **dict.fromkeys((name for name in tiny.KINDS if name.startswith("qwen")), tiny.QWEN_VIDEO),
 }
 MODELS = tuple(IMAGE)
 MROPE = tuple(name for name in MODELS if name.startswith(("glm4v", "qwen")))  # need a budget at their start
-PART_OF_TOWER = {"gemma4": "encoder"}  # where vLLM calls parts of it only
-BFLOAT16 = ("qwen3_5",)  # vLLM's linear attention for CPUs takes nothing else
+# Where hooks of the whole tower are not called: vLLM calls parts of it only, or, of Llama 4's, `forward`.
+PART_OF_TOWER = {"gemma4": "encoder", "llama4": "patch_embedding", "minicpmv4_6": "post_layernorm"}
+BFLOAT16 = ("qwen3_5", "qwen3_5_moe", "minicpmv4_6")  # vLLM's linear attention for CPUs takes nothing else
+# In bfloat16, vLLM's logits of a request alone and in a batch differ by up to two roundings, also without the plugin.
+# Two tokens count as equally probable if the logarithms of their probabilities differ by no more than this.
+TIES = 0.07
 
 
 def visual(name: str) -> set[int]:
     """Returns the tokens at the positions of visual rows."""
+    if name == "llama4":  # another of its tokens precedes each image
+        return {tiny.TILE_TOKEN}
     images = {tiny.IMAGE, tiny.IMAGE_PAD, tiny.CONTEXT, tiny.IMG, tiny.SOFT, tiny.GLM_IMAGE}
     return images | {tiny.VIDEO_PAD, tiny.VIDEO, tiny.GLM_VIDEO}
 
@@ -118,7 +127,10 @@ class Served:
 
     def __init__(self, name: str, folder: Path, at_start: dict[str, Any] | None = None, **more: Any):
         from vllm import LLM
+        from vllm.distributed import parallel_state
 
+        if self.alive and parallel_state._EP is None:  # vLLM makes it only if a process's first model has experts
+            parallel_state._EP = parallel_state.init_model_parallel_group([[0]], 0, "gloo", group_name="ep")
         limits = {"image": 4, **({"video": 1} if name in VIDEO else {})}
         self.name = name
         if name in BFLOAT16:
@@ -128,6 +140,10 @@ class Served:
         more = {"trust_remote_code": name == "internvl_chat", **more}
         self.llm = LLM(str(folder), limit_mm_per_prompt=limits, mm_processor_kwargs=at_start, **{**ENGINE, **more})
         self.alive.append(self.llm)
+        if name == "llama4":
+            # vLLM's linear layers for CPUs reject the patches of a single tile, which are not contiguous.
+            linear = self.model.vision_model.patch_embedding.linear
+            linear.register_forward_pre_hook(lambda _, args: (args[0].contiguous(), *args[1:]))
 
     @property
     def model(self) -> nn.Module:
@@ -143,12 +159,25 @@ class Served:
         """Returns vLLM's outputs for all requests, given at once."""
         from vllm import SamplingParams
 
-        greedy = SamplingParams(max_tokens=tokens, temperature=0, ignore_eos=True)
+        greedy = SamplingParams(max_tokens=tokens, temperature=0, ignore_eos=True, logprobs=2)
         return self.llm.generate(list(requests), greedy, use_tqdm=False)
 
     def ids(self, *requests: dict[str, Any]) -> list[list[int]]:
         """Returns the generated tokens of every request."""
         return [list(output.outputs[0].token_ids) for output in self.outputs(*requests)]
+
+    def same(self, one: Any, other: Any) -> bool:
+        """Returns whether two outputs have the same tokens; in bfloat16, up to a place where either output's token was
+        as probable in the other one."""
+        one, other = one.outputs[0], other.outputs[0]
+        for a, b, of_one, of_other in zip(one.token_ids, other.token_ids, one.logprobs, other.logprobs, strict=True):
+            if a != b:
+                tied = all(
+                    token in of and max(seen.logprob for seen in of.values()) - of[token].logprob <= TIES
+                    for token, of in ((b, of_one), (a, of_other))
+                )
+                return tied and self.name in BFLOAT16
+        return True
 
     def lengths(self, *requests: dict[str, Any]) -> list[int]:
         """Returns the number of prompt tokens of every request."""

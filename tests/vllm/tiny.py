@@ -8,11 +8,14 @@ SPECIAL += ["<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|
 SPECIAL += ["<IMG_CONTEXT>", "[IMG]", "[IMG_BREAK]", "[IMG_END]", "<start_of_image>", "<end_of_image>"]
 SPECIAL += ["<image_soft_token>", "<|image|>", "<|video|>", "<|begin_of_image|>", "<|end_of_image|>"]
 SPECIAL += ["<|begin_of_video|>", "<|end_of_video|>", "\n\n", "\n\n\n", "\n\n\n\n"]
-LATER = ["<fake_token_around_image>", "<global-img>"]  # SmolVLM's, around a picture and its tiles, after the characters
+# After the characters: SmolVLM's, around a picture and its tiles; Llama 4's.
+LATER = ["<fake_token_around_image>", "<global-img>"]
+LATER += ["<|patch|>", "<|image_start|>", "<|image_end|>", "<|tile_x_separator|>", "<|tile_y_separator|>"]
 PAD, BOS, EOS, _, IMAGE, IMAGE_PAD, VIDEO_PAD, START, END, VIDEO = range(10)
 CONTEXT, IMG, BREAK, LAST, BOI, EOI, SOFT = range(12, 19)
 GLM_IMAGE, GLM_VIDEO, GLM_START, GLM_END, GLM_FILM, GLM_CUT = range(19, 25)
 CHARACTERS = [chr(code) for code in range(32, 127)] + ["\n"]
+TILE_TOKEN = len(SPECIAL + CHARACTERS) + LATER.index("<|patch|>")
 VOCABULARY = 256
 SIDE, PATCH = 112, 14  # pixels of a LLaVA image or tile, and of a patch
 TILE = (SIDE // PATCH) ** 2  # 64 tokens
@@ -234,6 +237,10 @@ QWEN3_5 = {
     "vision_config": {**QWEN3["vision_config"], "deepstack_visual_indexes": []},
     "text_config": {**QWEN3["text_config"], **LINEAR},
 }
+QWEN3_5_MOE = {
+    **QWEN3_5,
+    "text_config": {**QWEN3_5["text_config"], **EXPERTS, "shared_expert_intermediate_size": 64},
+}
 ROUTED = {
     "use_qk_norm": False,
     "n_routed_experts": 4,
@@ -242,6 +249,22 @@ ROUTED = {
     "head_dim": 32,
 }
 GLM_MOE = {**GLM, "text_config": {**GLM["text_config"], **ROUTED}}
+MINICPM = {
+    "vision_config": {
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 2,
+        "image_size": 2 * SIDE,
+        "patch_size": PATCH,
+    },
+    "text_config": {"model_type": "qwen3_5_text", **QWEN3_5["text_config"]},
+    "insert_layer_id": 0,
+    "image_size": 2 * SIDE,
+    "image_token_id": IMAGE_PAD,
+    "video_token_id": VIDEO_PAD,
+    "tie_word_embeddings": False,
+}
 SOFT_TOKENS = 70  # the least that Gemma 4 has of an image
 GEMMA4 = {
     "vision_config": {
@@ -264,6 +287,25 @@ GEMMA4 = {
     "video_token_id": GLM_VIDEO,
     "tie_word_embeddings": False,
 }
+LLAMA4 = {
+    "vision_config": {
+        "hidden_size": 64,
+        "intermediate_size": 256,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "image_size": SIDE,
+        "patch_size": PATCH,
+        "projector_input_dim": 64,
+        "projector_output_dim": 64,
+        "vision_output_dim": 64,
+    },
+    "text_config": {**TEXT, "head_dim": 32, "intermediate_size_mlp": 192}
+    | {"num_local_experts": 2, "interleave_moe_layer_step": 2, "attention_chunk_size": 1024},
+    "boi_token_index": TILE_TOKEN + 1,
+    "eoi_token_index": TILE_TOKEN + 2,
+    "image_token_index": TILE_TOKEN,
+    "tie_word_embeddings": False,
+}
 KINDS = {
     "llava": ("Llava", LLAVA),
     "llava_next": ("LlavaNext", {**LLAVA, "image_grid_pinpoints": PINPOINTS}),
@@ -273,6 +315,8 @@ KINDS = {
     "idefics3": ("Idefics3", IDEFICS),
     "mistral3": ("Mistral3", MISTRAL),
     "gemma4": ("Gemma4", GEMMA4),
+    "llama4": ("Llama4", LLAMA4),
+    "minicpmv4_6": ("MiniCPMV4_6", MINICPM),
     "glm4v": ("Glm4v", GLM),
     "glm4v_moe": ("Glm4vMoe", GLM_MOE),
     "qwen2_vl": ("Qwen2VL", QWEN2),
@@ -280,5 +324,6 @@ KINDS = {
     "qwen3_vl": ("Qwen3VL", QWEN3),
     "qwen3_vl_moe": ("Qwen3VLMoe", QWEN3_MOE),
     "qwen3_5": ("Qwen3_5", QWEN3_5),
+    "qwen3_5_moe": ("Qwen3_5Moe", QWEN3_5_MOE),
     "smolvlm": ("SmolVLM", IDEFICS),
 }

@@ -51,6 +51,16 @@ NAMED = {
         "boa_token": "<img>",
         "eoa_token": "</img>",
     },
+    "minicpmv4_6": {
+        "image_token": "<|image_pad|>",
+        "video_token": "<|video_pad|>",
+        "image_start_token": "<img>",
+        "image_end_token": "</img>",
+        "slice_start_token": "<|vision_start|>",
+        "slice_end_token": "<|vision_end|>",
+        "image_id_start_token": "<|begin_of_image|>",
+        "image_id_end_token": "<|end_of_image|>",
+    },
 }
 
 
@@ -152,6 +162,13 @@ def processor(name: str, config: Any) -> Any:
         sizes |= {"size": {"shortest_edge": 28 * 28, "longest_edge": 64 * 28 * 28}}
         images, videos = transformers.Glm4vImageProcessor(**sizes), transformers.Glm4vVideoProcessor(**sizes)
         return transformers.Glm4vProcessor(images, words, videos, chat_template=TEMPLATE)
+    if name == "minicpmv4_6":
+        sizes = {"scale_resolution": 2 * SIDE, "patch_size": PATCH, "max_slice_nums": 4}
+        images, videos = (getattr(transformers, f"MiniCPMV4_6{kind}Processor") for kind in ("Image", "Video"))
+        return transformers.MiniCPMV4_6Processor(images(**sizes), videos(**sizes), words, chat_template=TEMPLATE)
+    if name == "llama4":
+        images = transformers.Llama4ImageProcessor(**square, max_patches=4)
+        return transformers.Llama4Processor(images, words, patch_size=PATCH, chat_template=TEMPLATE)
     if name == "gemma4":
         images = transformers.Gemma4ImageProcessor(max_soft_tokens=SOFT_TOKENS)
         videos, audio = transformers.Gemma4VideoProcessor(), transformers.Gemma4AudioFeatureExtractor()
