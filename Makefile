@@ -13,6 +13,7 @@ bin := $(VENV)/bin
 pip := -m pip --disable-pip-version-check install --quiet --no-compile --no-build-isolation
 install := $(bin)/python $(pip) --constraint $(VENV)/constraints.txt
 vllm-install := .build/vllm/bin/python $(pip) --constraint requirements/vllm.txt
+sglang-install := .build/sglang/bin/python $(pip) --constraint requirements/sglang.txt
 pytest := $(bin)/python -m pytest -q -n $(WORKERS) --dist worksteal
 native := setup.py pyproject.toml CMakeLists.txt $(shell find csrc -type f)
 cpp := $$(find csrc tests examples -name "*.h" -o -name "*.cpp" -o -name "*.cu" -o -name "*.cuh")
@@ -23,7 +24,7 @@ export PYTHONDONTWRITEBYTECODE :=
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo environments test test-rest test-all test-slow test-transformers4 test-vllm test-vllm-all test-hub test-triton test-cuda sanitize sanitize-triton
+.PHONY: help demo environments test test-rest test-all test-slow test-transformers4 test-vllm test-vllm-all test-sglang test-hub test-triton test-cuda sanitize sanitize-triton
 .PHONY: matrix matrix-quick matrix-torch gpu-check lock lint format bench wheel clean
 
 help:  ## this list
@@ -114,6 +115,22 @@ test-transformers4: .build/transformers4  ## the tests of the Hugging Face hooks
 test-vllm-all: FAMILIES = -m "slow or not slow"
 test-vllm-all: test-vllm  ## the same on every family that the plugin has
 
+# SGLang brings its own torch. Its packages are made for GPUs; the tests run on the CPU.
+.build/sglang/ready: requirements/sglang.txt
+	@echo "Setting up .build/sglang (five minutes, 10 GB) ..."
+	@rm -rf .build/sglang
+	@$(PYTHON) -m venv .build/sglang
+	@$(sglang-install) --requirement requirements/build.in
+	@$(sglang-install) sglang pytest
+	@touch $@
+
+test-sglang: .build/sglang/ready $(VENV)/installed-dev  ## the SGLang plugin from an sdist, in the real engine
+	@rm -rf .build/sglang/dist
+	@$(bin)/python -m build --no-isolation --sdist --outdir .build/sglang/dist >.build/sglang/sdist.log || { cat .build/sglang/sdist.log; false; }
+	@.build/sglang/bin/python -m pip uninstall --quiet --yes apet-kernels
+	@$(sglang-install) --no-deps .build/sglang/dist/*.tar.gz
+	.build/sglang/bin/pytest -q -o pythonpath= --confcutdir tests/sglang tests/sglang
+
 test-vllm: .build/vllm/ready $(VENV)/installed-dev  ## the vLLM plugin from an sdist, in the real engine; clips with torchvision
 	@rm -rf .build/vllm/dist
 	@$(bin)/python -m build --no-isolation --sdist --outdir .build/vllm/dist >.build/vllm/sdist.log || { cat .build/vllm/sdist.log; false; }
@@ -183,6 +200,8 @@ lock: $(VENV)/installed-dev  ## renew the locked versions, in requirements/
 	cp requirements/dev.txt requirements/vllm.txt
 	$(compile) --python-version 3.11 --override requirements/vllm-overrides.txt --output-file requirements/vllm.txt \
 	  requirements/vllm.in requirements/build.in pyproject.toml
+	$(compile) --upgrade --prerelease allow --python-version 3.11 --output-file requirements/sglang.txt \
+	  requirements/sglang.in requirements/build.in
 
 gpu-check:  ## on a machine with a GPU, with the torch of PYTHON: tests and times of every path, in minutes
 	$(PYTHON) -m benchmarks.gpu_quick --out $(OUT)

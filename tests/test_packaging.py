@@ -143,14 +143,14 @@ def test_the_lock_has_what_pyproject_asks_for(python: str, lock: str):
         "dev": ("demo", "models", "eval", "heif", "triton", "test", "explore", "dev"),
     }
     for requirement in map(Requirement, metadata.requires("apet-kernels")):
-        if requirement.name in ("apet-kernels", "vllm"):  # the extras of an extra; another environment
+        if requirement.name in ("apet-kernels", "vllm", "sglang"):  # extras of an extra; other environments
             continue
         for extra in extras[lock]:
             if requirement.marker is None or requirement.marker.evaluate({**environment, "extra": extra}):
                 assert versions[canonicalize_name(requirement.name)] in requirement.specifier, requirement
 
 
-@pytest.mark.parametrize("name", ["transformers4", "vllm"])
+@pytest.mark.parametrize("name", ["transformers4", "vllm", "sglang"])
 def test_the_other_locks_have_what_their_environments_ask_for(name: str):
     versions = locked(f"{name}.txt", "3.11")
     assert len(versions) > 10

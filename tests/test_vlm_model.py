@@ -195,10 +195,10 @@ def test_alignment_teaches_what_is_before_the_decoder(monkeypatch: pytest.Monkey
     """It lowers every loss, leaves trunk and decoder as they are, and ends with rows as large as the embeddings."""
     monkeypatch.setattr(llava, "trunk", dict)
     split = some_pictures(2)
-    first = training.Run(training.Plan(align=2, pictures=2)).align(split)
-    run = training.Run(training.Plan(align=60, pictures=2))
+    first = training.Run(training.Plan(pictures=2)).align(split, [0, 1], 2)
+    run = training.Run(training.Plan(pictures=2))
     before = {name: weight.clone() for name, weight in run.model.state_dict().items()}
-    last = run.align(split)
+    last = run.align(split, [0, 1], 60)
     assert all(last[name] < 0.8 * loss for name, loss in first.items())
     changed = {name for name, weight in run.model.state_dict().items() if not torch.equal(weight, before[name])}
     tower = {name for name in changed if name.startswith(llava.TOWER)}

@@ -28,9 +28,9 @@ def register() -> None:
 
 def draw_at_random() -> None:
     """Makes the plugin draw rows for requests with RANDOM basis tokens."""
-    from apet.vllm import compress
+    from apet.engines import batch
 
-    choose = compress.compress
+    choose = batch.compress
     if hasattr(choose, "__wrapped__"):
         return
 
@@ -45,7 +45,7 @@ def draw_at_random() -> None:
         return x[indices], indices
 
     choose_or_draw.__wrapped__ = choose  # type: ignore[attr-defined]
-    compress.compress = choose_or_draw
+    batch.compress = choose_or_draw
 
 
 def tell_cpu_runner() -> None:

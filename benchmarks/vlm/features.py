@@ -42,6 +42,11 @@ class Picture:
     colours: list[int]  # [256]
     questions: list[Question]
 
+    @property
+    def has_words(self) -> bool:
+        """Whether a letter covers most of some patch."""
+        return any(chr(code) in sources.LETTERS for code in self.patches)
+
     @classmethod
     def of(cls, scene: scenes.Scene, asked: list[Question]) -> Picture:
         """Returns the description of a scene with these questions."""

@@ -28,7 +28,7 @@ DECAY, CLIP, BETAS = 0.05, 1.0, (0.9, 0.98)
 LOOKS = 1.0  # weight of where attention goes
 PLACES = 0.3  # of what projected tokens say, the weight of their places
 ALIGN_RATE, ALIGNED_AT_ONCE = 2e-3, 16  # pictures
-TOWER_RATE = 0.15  # of the other rates: the tower's layers were trained before
+TOWER_RATES = (0.15, 0.3)  # of the other rates, in both stages: the tower's layers were trained before
 MEASURED = 400  # pictures whose tokens the projector is initialised by
 MINUTES, VALIDATED = 4.0, 3  # minutes between checkpoints; every third one is validated
 
@@ -39,6 +39,7 @@ class Plan:
 
     seed: int = 0
     align: int = 2400  # steps of tower and projector, before those of the decoder
+    spell: int = 3000  # more of them, on pictures with words: to number letters takes longest
     steps: int = 24000
     cool: int = 4000  # the last steps, in which the rate falls to 0
     warm: int = 100  # the first steps, in which it rises
@@ -94,24 +95,25 @@ class Run:
         """Initialises the projector for the tokens of these pictures."""
         llava.standardise(self.model, llava.see(self.model, features.to_torch(split.states[:MEASURED])))
 
-    def align(self, split: Split) -> dict[str, float]:
-        """Trains tower and projector on what patches show. Returns the mean losses of the last steps."""
+    def align(self, split: Split, numbers: list[int], steps: int, stage: int = 0) -> dict[str, float]:
+        """Trains tower and projector on what patches of these pictures show, for some steps. Every stage, 0 or 1, draws
+        other pictures. Returns the mean losses of the last steps."""
         with torch.random.fork_rng():
             torch.manual_seed(self.plan.seed)
             reader = alignment.Reader(self.model.config.text_config.hidden_size)
         projector = self.model.model.multi_modal_projector.requires_grad_(True)
         layers = llava.trained(self.model).requires_grad_(True)
         tower, heads = list(layers.parameters()), [*projector.parameters(), *reader.parameters()]
-        rates = [ALIGN_RATE, ALIGN_RATE * TOWER_RATE]
+        rates = [ALIGN_RATE, ALIGN_RATE * TOWER_RATES[stage]]
         optimiser = torch.optim.AdamW([{"params": heads}, {"params": tower}], weight_decay=DECAY)
-        schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, rates, total_steps=self.plan.align, pct_start=0.1)
-        draw = np.random.default_rng((self.plan.seed, 2))
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, rates, total_steps=steps, pct_start=0.1)
+        draw = np.random.default_rng((self.plan.seed, 2 + stage))
         recent: list[dict[str, float]] = []
-        for _ in range(self.plan.align):
-            numbers = draw.integers(len(split.pictures), size=ALIGNED_AT_ONCE).tolist()
+        for _ in range(steps):
+            some = [numbers[i] for i in draw.integers(len(numbers), size=ALIGNED_AT_ONCE)]
             with self.plan.products():
-                projected = self.project(split, numbers)
-            says = reader.losses(projected.float(), [split.pictures[n] for n in numbers])
+                projected = self.project(split, some)
+            says = reader.losses(projected.float(), [split.pictures[n] for n in some])
             optimiser.zero_grad()
             said(says).backward()
             torch.nn.utils.clip_grad_norm_(tower, CLIP)
@@ -213,9 +215,12 @@ def train(cache: Path, out: Path, plan: Plan, resume: bool) -> None:
         note(plan=asdict(plan), machine=describe())
         recent: list[dict[str, float]] = []
         begin = last = time.monotonic()
-        if not resume and plan.align:
-            note(aligned=run.align(split), **spent(begin))
-            run.checkpoint(saved)
+        if not resume:
+            spelled = [n for n, picture in enumerate(split.pictures) if picture.has_words]
+            for stage, (steps, numbers) in enumerate(((plan.align, range(plan.pictures)), (plan.spell, spelled))):
+                if steps:
+                    note(aligned=run.align(split, list(numbers), steps, stage), **spent(begin))
+                    run.checkpoint(saved)
         saves = 0
         while run.step < plan.steps:
             recent.append(run.train(split))

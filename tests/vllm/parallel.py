@@ -15,16 +15,16 @@ from engines import Served, picture, prompt
 
 def note(worker: Any) -> None:
     """Runs in every rank: records which rows the kernel kept."""
-    from apet.vllm import compress
+    from apet.engines import batch
 
-    kernel, worker.kept = compress.apet_kernels.compress_packed, []
+    kernel, worker.kept = batch.apet_kernels.compress_packed, []
 
     def noting(*args: Any, **kwargs: Any) -> Any:
         tokens, indices = kernel(*args, **kwargs)
         worker.kept.append(indices.tolist())
         return tokens, indices
 
-    compress.apet_kernels.compress_packed = noting
+    batch.apet_kernels.compress_packed = noting
 
 
 def kept(worker: Any) -> list[list[int]]:

@@ -19,12 +19,12 @@ ROOT = Path(__file__).parents[2]
 def test_rows_drawn_at_random(served: Served, monkeypatch: pytest.MonkeyPatch):
     """With the benchmark's plugin, requests of a certain basis get rows of the image, unmerged, in order; others get
     what the kernel gives."""
-    from apet.vllm import compress
+    from apet.engines import batch
 
     spec = importlib.util.spec_from_file_location("apet_serving", ROOT / "benchmarks" / "lib" / "serving_plugin.py")
     plugin = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(plugin)
-    monkeypatch.setattr(compress, "compress", compress.compress)  # undone at the end
+    monkeypatch.setattr(batch, "compress", batch.compress)  # undone at the end
     plugin.draw_at_random()
     image = picture(112, 112)
     taken = {}

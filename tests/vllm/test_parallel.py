@@ -11,7 +11,7 @@ from pathlib import Path
 
 import parallel
 import pytest
-from apet.vllm import compress
+from apet.engines import batch
 
 
 @pytest.mark.parametrize("served", [pytest.param("llava", marks=pytest.mark.slow), "qwen2_5_vl"], indirect=True)
@@ -27,14 +27,14 @@ def test_two_ranks_keep_the_same_tokens(served, folder: Callable[[str], Path], m
     assert done.returncode == 0, done.stderr[-3000:]
     two = json.loads(next(line for line in done.stdout.splitlines()[::-1] if line.startswith("{")))
 
-    kept, kernel = [], compress.apet_kernels.compress_packed
+    kept, kernel = [], batch.apet_kernels.compress_packed
 
     def noting(*args, **kwargs):
         tokens, indices = kernel(*args, **kwargs)
         kept.append(indices.tolist())
         return tokens, indices
 
-    monkeypatch.setattr(compress.apet_kernels, "compress_packed", noting)
+    monkeypatch.setattr(batch.apet_kernels, "compress_packed", noting)
     one = parallel.answer(served)
 
     assert two["kept"] == [kept, kept]

@@ -12,7 +12,7 @@ from typing import Any
 
 from vllm.v1.core.sched.scheduler import Scheduler
 
-from . import plan
+from ..engines import plan
 
 
 def count_whole_items() -> None:

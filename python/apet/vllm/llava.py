@@ -11,7 +11,8 @@ from vllm.multimodal import MULTIMODAL_REGISTRY
 from vllm.multimodal.inputs import MultiModalKwargsItem
 from vllm.multimodal.processing import BaseMultiModalProcessor, BaseProcessingInfo, InputProcessingContext
 
-from . import options, processing
+from ..engines import options
+from . import processing
 from .compress import Model
 
 

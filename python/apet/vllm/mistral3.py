@@ -15,7 +15,8 @@ from vllm.model_executor.models import mistral3
 from vllm.multimodal.inputs import MultiModalKwargsItem
 from vllm.multimodal.processing import PromptUpdateDetails
 
-from . import plan, processing
+from ..engines import plan
+from . import processing
 from .compress import Model
 
 

@@ -22,7 +22,8 @@ from vllm.multimodal.inputs import MultiModalFeatureSpec, MultiModalKwargsItem, 
 from vllm.platforms import current_platform
 from vllm.utils.gpu_sync_debug import gpu_sync_allowed
 
-from . import options, plan, processing
+from ..engines import options, plan
+from . import processing
 from .compress import Model
 
 DIGITS = 2  # of a row or column number, base 256: every dtype of embeddings holds such whole numbers exactly

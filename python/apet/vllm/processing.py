@@ -25,7 +25,8 @@ from vllm.multimodal.processing import (
     PromptUpdateDetails,
 )
 
-from . import metrics, options, plan
+from ..engines import options, plan
+from . import metrics
 
 M = TypeVar("M", bound=type[nn.Module])
 VISUAL = ("image", "video")  # modalities that are compressed; audio stays as it is

@@ -1,4 +1,4 @@
-"""The plan of an image or a video: made in vLLM's input processing, and passed to the model with the pixels."""
+"""The plan of an image or a video: made where the prompt is, and passed to the model with the pixels."""
 
 from __future__ import annotations
 

@@ -1,10 +1,10 @@
-"""The parts of the vLLM plugin that need no vLLM: budgets of units, and encoded plans. More tests: tests/vllm."""
+"""What the plugins for inference engines share: budgets of units, and encoded plans. More: tests/vllm, tests/sglang."""
 
 from __future__ import annotations
 
 import pytest
 import torch
-from apet.vllm import options, plan
+from apet.engines import options, plan
 
 
 def wanted(**kwargs: object) -> options.Wanted:

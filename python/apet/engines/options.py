@@ -1,4 +1,4 @@
-"""The options of the plugin, read from `mm_processor_kwargs`."""
+"""The options of a request, read from its `mm_processor_kwargs`."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def of(kwargs: Mapping[str, object]) -> Wanted | None:
     bounds = {name: given.pop(name) for name in BOUNDS if name in given}
     _check(given, bounds)
     try:
-        options = resolve({}, "vLLM", range(0), given)
+        options = resolve({}, "the engine", range(0), given)
     except ValueError as error:  # its message begins with the option's name
         raise ValueError(f"{PREFIX}{error}") from None
     return Wanted(**{field.name: getattr(options, field.name) for field in fields(options)}, **bounds)
@@ -83,7 +83,7 @@ def _check(given: Mapping[str, Any], bounds: Mapping[str, Any]) -> None:
         if value is not None and not isinstance(value, (kind, int) if kind is float else kind):
             raise ValueError(f"{PREFIX}{name}={value!r} is not a {'number' if kind is float else 'name'}")
     if given.get("layout") == "append":
-        raise ValueError(f"{PREFIX}layout='append' is not supported by the vLLM plugin; use inplace or overwrite")
+        raise ValueError(f"{PREFIX}layout='append' is not supported in inference engines; use inplace or overwrite")
     for name, value in bounds.items():
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise ValueError(f"{PREFIX}{name}={value!r} is not a count (an int from 1)")

@@ -1,0 +1,130 @@
+"""In SGLang's tokenizer process: shortens the prompt's placeholders, and attaches plans to the items that lose tokens.
+
+How many rows stay is known before the encoder runs, which ones is not. So placeholders are removed from the end of each
+unit; `model` corrects the positions (M-RoPE) of the others when it knows which rows they stand for.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+from collections.abc import Awaitable, Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..engines import options, plan
+
+POSITIONS = "apet_positions"  # an item's data: the positions [3, N] of all its tokens
+CONFIG = "apet"  # the key of `--mm-process-config` that holds options of the start-up
+MODELS = {
+    "Qwen2VLForConditionalGeneration",
+    "Qwen2_5_VLForConditionalGeneration",
+    "Qwen3VLForConditionalGeneration",
+    "Qwen3VLMoeForConditionalGeneration",
+}
+
+
+def serve(processor: Any, hf_config: Any, *_: Any, **__: Any) -> Any:
+    """Lets a processor of SGLang, for a model with this configuration, shorten the prompts that it makes."""
+    from sglang.srt.runtime_context import get_mm
+
+    at_start = (get_mm().mm_process_config or {}).get(CONFIG, {})
+    supported = not MODELS.isdisjoint(hf_config.architectures)
+    if options.of(at_start) is not None and not supported:
+        raise ValueError(_unsupported(hf_config))
+    process = processor.process_mm_data_async
+    processor.process_mm_data_async = functools.partial(_process, process, at_start, supported, hf_config)
+    return processor
+
+
+def _unsupported(hf_config: Any) -> str:
+    return f"ApET does not support {hf_config.architectures[0]} in SGLang; it supports {', '.join(sorted(MODELS))}"
+
+
+async def _process(
+    process: Callable[..., Awaitable[Any]],
+    at_start: dict[str, Any],
+    supported: bool,
+    hf_config: Any,
+    *args: Any,
+    request_obj: Any,
+    **kwargs: Any,
+) -> Any:
+    """Processes a request, with the options of the start-up and its own, which override them."""
+    wanted = options.of({**at_start, **(getattr(request_obj, "mm_processor_kwargs", None) or {})})
+    if wanted is not None and not supported:
+        raise ValueError(_unsupported(hf_config))
+    output = await process(*args, request_obj=request_obj, **kwargs)
+    if output is not None and wanted is not None:
+        shorten(output, wanted, request_obj)
+    return output
+
+
+def shorten(output: Any, wanted: options.Wanted, request: Any = None) -> None:
+    """Removes from a `MultimodalProcessorOutput` the placeholders of images' rows that go, and attaches the plans.
+
+    Raises: ValueError for embeddings from outside, which SGLang does not pass through the model.
+    """
+    items = [item for item in output.mm_items if item.is_image()]
+    limit = options.share(wanted, len(items))
+    wanted = replace(wanted, max_tokens=limit.get(f"{options.PREFIX}max_tokens", wanted.max_tokens))
+    removed = torch.zeros(len(output.input_ids), dtype=torch.bool)
+    hashes = getattr(request, "mm_hashes", None)  # SGLang sets these once more, after the plugin
+    hashes = hashes if hashes and len(hashes) == len(output.mm_items) else None
+    for number, item in enumerate(output.mm_items):
+        if item not in items:
+            continue
+        made = plan.make(wanted, units(item))
+        if not made.gone:
+            continue
+        if item.precomputed_embeddings is not None:
+            raise ValueError("apet_keep is not supported for precomputed embeddings in SGLang")
+        at = places(item)
+        if hashes is not None:
+            item.set_hash(int(hashes[number], 16))
+        item.set_pad_value()
+        item.set_hash(_hash(item.hash, made))
+        if hashes is not None:
+            hashes[number] = f"{item.hash:x}"
+        item.model_specific_data[plan.FIELD] = made.pack()
+        if output.mrope_positions is not None:
+            item.model_specific_data[POSITIONS] = output.mrope_positions[:, at].clone()
+        removed[at[made.removed]] = True
+    if removed.any():
+        _remove(output, removed)
+
+
+def units(item: Any) -> Tensor:
+    """Returns the number of each row's unit, [N]: an image is a unit."""
+    lengths = [end + 1 - start for start, end in item.offsets]  # several if SGLang bundles images
+    return torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))
+
+
+def places(item: Any) -> Tensor:
+    """Returns the places of an item's tokens in the prompt, [N]."""
+    return torch.cat([torch.arange(start, end + 1) for start, end in item.offsets])
+
+
+def _hash(content: int, made: plan.Plan) -> int:
+    """Returns the hash of an item with a plan, so that caches distinguish its budgets and options."""
+    digest = hashlib.blake2b(made.pack().numpy().tobytes(), key=content.to_bytes(8, "big"), digest_size=8)
+    return int.from_bytes(digest.digest(), "big")
+
+
+def _remove(output: Any, removed: Tensor) -> None:
+    """Removes these tokens [L] from the prompt."""
+    left = ~removed
+    before = torch.cat([torch.zeros(1, dtype=torch.long), left.cumsum(0)])  # tokens left before each place
+    for item in output.mm_items:
+        item.offsets = [(int(before[start]), int(before[end + 1]) - 1) for start, end in item.offsets]
+        item.set_pad_value()
+    output.input_ids = torch.tensor(output.input_ids)[left].tolist()
+    output.padded_input_ids = type(output).build_padded_input_ids(output.input_ids, output.mm_items)
+    if output.token_type_ids is not None:
+        output.token_type_ids = torch.as_tensor(output.token_type_ids).flatten()[left].tolist()
+    if output.mrope_positions is not None:
+        output.mrope_positions = output.mrope_positions[:, left]
+        output.mrope_position_delta = output.mrope_position_delta + int(removed.sum())
