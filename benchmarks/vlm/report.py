@@ -34,11 +34,12 @@ questions that it must look at the picture for.
   *count* (to six digits, eight words), the *brightest* quarter, whether something *exists*, the *relation* of two
   things, *read* a word, and the word *beside* another one.
 - **Training:** first the tower's layers and the projector, to say of each patch which character covers it, its
-  colour, which letter of its word it is, and its place, read by linear layers; then the decoder, on {at_once} questions
-  about a picture packed behind one set of its tokens and hidden from each other. A second loss is on two heads of the
-  decoder's third layer: where an answer is about some things, they should attend to the patches of these (one each
-  where two are compared), and for the word beside another one, heads of the layer before to that one. The model is
-  used without linear layers and without these losses.
+  colour, which letter of its word it is, and its place, read by linear layers: on all pictures, then once more on
+  those with words, since to number the letters takes longest. From then on they stay as they are, and the decoder is
+  trained, on {at_once} questions about a picture packed behind one set of its tokens and hidden from each other. A
+  second loss is on two heads of the decoder's third layer: where an answer is about some things, they should attend to
+  the patches of these (one each where two are compared), and for the word beside another one, heads of the layer before
+  to that one. The model is used without linear layers and without these losses.
 - **Tokens of text** are words, and letters of words in capitals, each with its place in the word (`C ##2A ##3T`).
   Otherwise the decoder would have to count the letters that it has written.
 - **Answers** are greedy, and right if every character is. Intervals are paired and resample photographs, each with

@@ -40,8 +40,8 @@ class Plan:
     seed: int = 0
     align: int = 2400  # steps of tower and projector, before those of the decoder
     spell: int = 3000  # more of them, on pictures with words: to number letters takes longest
-    steps: int = 24000
-    cool: int = 4000  # the last steps, in which the rate falls to 0
+    steps: int = 6000
+    cool: int = 1800  # the last steps, in which the rate falls to 0
     warm: int = 100  # the first steps, in which it rises
     rate: float = 1e-3  # of AdamW
     pictures: int = 12000  # how many of the training pictures are used

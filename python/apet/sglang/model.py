@@ -61,7 +61,8 @@ def _encode(encode: Callable[[list[Any]], Any], levels: int, items: list[Any]) -
         rows = rows.reshape(-1, rows.shape[-1])
         if len(rows) != sum(counts):
             raise RuntimeError(f"the encoder gave {len(rows)} rows for {sum(counts)} placeholders")
-        rows = list(rows.split(counts))
+        rows = rows.split(counts)
+    rows = list(rows)
     chosen = [n for n, made in enumerate(plans) if made is not None]
     if not chosen:
         return rows
