@@ -221,7 +221,7 @@ def test_the_whole_study_on_a_few_pictures(tmp_path, monkeypatch):
             main([step, *(f"--{kind}={tmp_path / kind}" for kind in ("folder", "results", "docs"))])
     counting.answers.cache_clear()
     page = (docs / "quality.md").read_text()
-    assert page.split("\n\n")[1].startswith("**This is not a VLM result.**")
+    assert "\n## The study of readers\n\n**This is not a VLM result.**" in page
     assert all(f"| {name} |" in page for name in (*methods.MAIN, *methods.VARIANTS))
     drawn = re.findall(r"\]\((quality-\w+\.png)\)", page)
     assert len(drawn) == 3

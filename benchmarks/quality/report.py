@@ -14,7 +14,18 @@ import apet_kernels
 from benchmarks.lib.sheet import Sheet, markdown
 from benchmarks.quality import features, intrinsic, methods, scenes
 from benchmarks.quality.counting import Interval, answers, best
-from benchmarks.quality.texts import AGREEMENT, INTRINSIC, INTRODUCTION, KEPT, PUBLISHED, REPRODUCE, TASK, VARIANTS
+from benchmarks.quality.texts import (
+    AGREEMENT,
+    BEGIN,
+    END,
+    INTRINSIC,
+    INTRODUCTION,
+    KEPT,
+    PUBLISHED,
+    REPRODUCE,
+    TASK,
+    VARIANTS,
+)
 
 MIDDLE = 8  # the layer whose tables are shown in full
 SHOWN = ("apet", "apet overwrite", "tome", "divprune", "visionzip", "fastv", "fps", "norm", "uniform", "random")
@@ -32,7 +43,7 @@ def write(results: Path, docs: Path) -> None:
     filmed = np.isin(source, intrinsic.CLIPS)
     differences = sum(len(methods.VARIANTS) + 3 for _ in methods.VARIANT_BUDGETS) * len(features.LAYERS)
     parts = [
-        INTRODUCTION.format(**numbers),
+        INTRODUCTION.format(**numbers, vlm=_of_model(docs / "quality.md")),
         _verdict(results),
         "![retained accuracy against tokens kept](quality-task.png)",
         TASK.format(**numbers),
@@ -78,6 +89,13 @@ def draw(docs: Path) -> None:
 
 
 # ---- the summary
+
+
+def _of_model(page: Path) -> str:
+    """Returns the section that `benchmarks.vlm write` wrote into the page, between its markers."""
+    _, _, rest = (page.read_text() if page.exists() else "").partition(BEGIN)
+    section, closed, _ = rest.partition(END)
+    return f"{BEGIN}{section if closed else chr(10)}{END}"
 
 
 def _verdict(results: Path) -> str:

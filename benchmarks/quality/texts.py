@@ -1,6 +1,13 @@
 """The text of docs/quality.md between its tables."""
 
+BEGIN, END = "<!-- vlm:begin -->", "<!-- vlm:end -->"  # of the section that `benchmarks.vlm write` writes
 INTRODUCTION = """# What compression costs in accuracy
+
+## A trained vision-language model
+
+{vlm}
+
+## The study of readers
 
 **This is not a VLM result.** No language model answers anything here: a small network, trained for minutes on full
 sets of tokens of a small vision transformer, answers five kinds of synthetic questions about {test} pictures cut from
