@@ -201,8 +201,8 @@ def whole(found: Answers) -> Sheet:
         cells = [said(found.interval(right, found.where(kind))) for kind in KINDS]
         lines.append([name, *cells, said(found.interval(right))])
     note = (
-        f"{len(found.asked)} questions; percent right. Guesses: brightest 25, exists and relation 50. Another picture: the tokens of one"
-        " of the other test pictures."
+        f"{len(found.asked)} questions; percent right. Guesses: brightest 25, exists and relation 50. Another picture:"
+        " the tokens of one of the other test pictures."
     )
     return Sheet("Does it see?", note, ["tokens", *KINDS, "all"], lines)
 
