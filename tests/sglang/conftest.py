@@ -5,6 +5,7 @@ Without SGLang these tests are not collected.
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import json
 import os
@@ -30,17 +31,16 @@ else:
     @pytest.fixture(scope="session")
     def folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
         """Returns the folder of the tiny model of that name."""
-        made: dict[str, Path] = {}
 
-        def find(name: str) -> Path:
-            if name not in made:
-                made[name] = tiny_models.save(name, tmp_path_factory.mktemp(name))
-                config = json.loads((made[name] / "config.json").read_text())
-                config["vision_config"] |= {"in_chans": 3}  # as on the hub; SGLang reads it
-                (made[name] / "config.json").write_text(json.dumps(config))
-            return made[name]
+        @functools.cache
+        def make(name: str) -> Path:
+            made = tiny_models.save(name, tmp_path_factory.mktemp(name))
+            config = json.loads((made / "config.json").read_text())
+            config["vision_config"] |= {"in_chans": 3}  # as on the hub; SGLang reads it
+            (made / "config.json").write_text(json.dumps(config))
+            return made
 
-        return find
+        return make
 
     @pytest.fixture(scope="module", params=FAMILIES)
     def served(request: pytest.FixtureRequest, folder: Callable[[str], Path]) -> Iterator[Any]:

@@ -5,6 +5,7 @@ Without vLLM these tests are not collected.
 
 from __future__ import annotations
 
+import functools
 import os
 import re
 import sys
@@ -51,14 +52,7 @@ else:
     @pytest.fixture(scope="session")
     def folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
         """Returns the folder of the tiny model of that name."""
-        made: dict[str, Path] = {}
-
-        def find(name: str) -> Path:
-            if name not in made:
-                made[name] = tiny_models.save(name, tmp_path_factory.mktemp(name))
-            return made[name]
-
-        return find
+        return functools.cache(lambda name: tiny_models.save(name, tmp_path_factory.mktemp(name)))
 
     @pytest.fixture(scope="session")
     def serve(folder: Callable[[str], Path]) -> Callable[[str], Served]:
