@@ -155,6 +155,8 @@ def test_an_encoder_with_another_number_of_rows_raises() -> None:
     request.shorten(made, wanted(keep=3))
     with pytest.raises(RuntimeError, match="the encoder gave 8 rows for 9 placeholders"):
         model._encode(lambda items: torch.zeros(8, 4), 0, made.mm_items)
+    with pytest.raises(RuntimeError, match=r"the encoder gave \[3, 6\] rows for \[6, 3\] placeholders"):
+        model._encode(lambda items: [torch.zeros(3, 4), torch.zeros(6, 4)], 0, made.mm_items)
     with pytest.raises(RuntimeError, match="does not work with SGLang's own pruning"):
         model._encode(lambda items: {}, 0, made.mm_items)
 

@@ -95,7 +95,7 @@ def _of_model(page: Path) -> str:
     """Returns the section that `benchmarks.vlm write` wrote into the page, between its markers."""
     _, _, rest = (page.read_text() if page.exists() else "").partition(BEGIN)
     section, closed, _ = rest.partition(END)
-    return f"{BEGIN}{section if closed else chr(10)}{END}"
+    return BEGIN + (section if closed else "\n") + END
 
 
 def _verdict(results: Path) -> str:

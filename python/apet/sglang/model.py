@@ -1,8 +1,8 @@
 """In SGLang's scheduler process: compresses the rows of items that have a plan, before SGLang caches and places them.
 
-The rows of all items that SGLang encodes together are compressed in one call of the kernel. The tokens that stay keep
-their M-RoPE positions, which are corrected here. (Drafts of speculative decoding get uncorrected ones: they may be
-accepted less often.)
+The rows of all items that SGLang encodes together are compressed in one call of the kernel, if their options are the
+same. The tokens that stay keep their M-RoPE positions, which are corrected here. (Drafts of speculative decoding get
+uncorrected ones: they may be accepted less often.)
 """
 
 from __future__ import annotations
@@ -62,7 +62,9 @@ def _encode(encode: Callable[[list[Any]], Any], levels: int, items: list[Any]) -
         if len(rows) != sum(counts):
             raise RuntimeError(f"the encoder gave {len(rows)} rows for {sum(counts)} placeholders")
         rows = rows.split(counts)
-    rows = list(rows)
+    rows = [of_item.reshape(-1, of_item.shape[-1]) for of_item in rows]
+    if [len(of_item) for of_item in rows] != counts:
+        raise RuntimeError(f"the encoder gave {[len(of_item) for of_item in rows]} rows for {counts} placeholders")
     chosen = [n for n, made in enumerate(plans) if made is not None]
     if not chosen:
         return rows

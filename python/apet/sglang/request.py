@@ -68,14 +68,13 @@ def shorten(output: Any, wanted: options.Wanted, request: Any = None) -> None:
 
     Raises: ValueError for embeddings from outside, which SGLang does not pass through the model.
     """
-    items = [item for item in output.mm_items if item.is_image()]
-    limit = options.share(wanted, len(items))
+    limit = options.share(wanted, sum(item.is_image() for item in output.mm_items))
     wanted = replace(wanted, max_tokens=limit.get(f"{options.PREFIX}max_tokens", wanted.max_tokens))
     removed = torch.zeros(len(output.input_ids), dtype=torch.bool)
     hashes = getattr(request, "mm_hashes", None)  # SGLang sets these once more, after the plugin
     hashes = hashes if hashes and len(hashes) == len(output.mm_items) else None
     for number, item in enumerate(output.mm_items):
-        if item not in items:
+        if not item.is_image():
             continue
         made = plan.make(wanted, units(item))
         if not made.gone:
