@@ -15,20 +15,20 @@ from torch import Tensor
 from .options import LAYOUTS as LAYOUTS  # three names that users of 0.1 import from here
 from .options import MAX_BASIS as MAX_BASIS
 from .options import SELECTS as SELECTS
-from .options import Options, check_keep, require
+from .options import Options, Select, check_keep, require
 from .registry import registered, registry
 from .version import __version__
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 OPS = ("compress", "compress_varlen", "score", "merge")
 
-_BASIS_OPTIONS = 'str select="fps", int start=-1, float ridge=1e-5'
-_OPTIONS = f'str layout="inplace", {_BASIS_OPTIONS}, float blend=1.0, int refine=0'
+_OPTIONS = 'str layout="inplace", str select="qr", int start=-1, float ridge=1e-5, float blend=1.0, int refine=0'
 SCHEMAS = (
-    f"compress(Tensor x, SymInt keep, int? basis=10, *, {_OPTIONS}) -> (Tensor tokens, Tensor indices)",
+    f"compress(Tensor x, SymInt keep, int? basis=None, *, {_OPTIONS}) -> (Tensor tokens, Tensor indices)",
     "compress_varlen(Tensor x, Tensor cu_seqlens, Tensor cu_keep, SymInt total_keep, SymInt max_seqlen, "
-    f"SymInt max_keep, int? basis=10, *, {_OPTIONS}) -> (Tensor tokens, Tensor indices)",
-    f"score(Tensor x, int? basis=10, *, {_BASIS_OPTIONS}) -> (Tensor residual, Tensor basis_indices)",
+    f"SymInt max_keep, int? basis=None, *, {_OPTIONS}) -> (Tensor tokens, Tensor indices)",
+    'score(Tensor x, int? basis=10, *, str select="fps", int start=-1, float ridge=1e-5) -> '
+    "(Tensor residual, Tensor basis_indices)",
     "merge(Tensor x, Tensor indices, *, Tensor? targets=None) -> Tensor",
 )
 # The figures of the estimate, the members of `Figures` in csrc/cuda/figures.cuh after the first.
@@ -41,7 +41,7 @@ FIGURES = (
 # that apet_kernels.testing forces; and what choice.py compares.
 CUDA_SCHEMAS = (
     *(f"_cuda_{schema}" for schema in SCHEMAS),
-    f"_cuda_plan(Tensor x, SymInt keep, int? basis=10, *, {_OPTIONS}) -> (str why, str path, int launches, "
+    f"_cuda_plan(Tensor x, SymInt keep, int? basis=None, *, {_OPTIONS}) -> (str why, str path, int launches, "
     "int ctas_per_image, int images_in_flight, int rows_per_cta, int rows_in_shared_memory, int tile, int tile_rows, "
     "int workspace_bytes, float estimated_us)",
     "_cuda_override(Tensor like, str path, int ctas_per_image, int rows_in_shared_memory, int tile, int tile_rows) "
@@ -92,7 +92,7 @@ def _name(dtype: torch.dtype) -> str:
     return special.get(dtype, str(dtype).removeprefix("torch.").capitalize())
 
 
-def check_compress(x: Tensor, keep: int, basis: int | None = 10, **options: Any) -> None:
+def check_compress(x: Tensor, keep: int, basis: int | None = None, **options: Any) -> None:
     """Raises ValueError for what `compress` rejects. options: the other fields of `Options`."""
     _check_tokens(x, 3)
     Options(basis, **options).check(x.shape[1], keep)
@@ -105,7 +105,7 @@ def check_compress_varlen(
     total_keep: int,
     max_seqlen: int,
     max_keep: int,
-    basis: int | None = 10,
+    basis: int | None = None,
     **options: Any,
 ) -> None:
     """Raises ValueError for what `compress_varlen` rejects without looking at the values of the cu tensors."""
@@ -125,10 +125,10 @@ def check_compress_varlen(
         require(holds, lambda: f"total_keep={total_keep} is outside 0..{x.shape[0]}, the tokens of x")
 
 
-def check_score(x: Tensor, basis: int | None = 10, **options: Any) -> None:
-    """Raises ValueError for what `score` rejects. options: select, start and ridge, as in `Options`."""
+def check_score(x: Tensor, basis: int | None = 10, *, select: Select = "fps", **options: Any) -> None:
+    """Raises ValueError for what `score` rejects. options: start and ridge, as in `Options`."""
     _check_tokens(x, 3)
-    Options(basis, **options).check(x.shape[1])
+    Options(basis, select=select, **options).check(x.shape[1])
 
 
 def check_merge(x: Tensor, indices: Tensor, *, targets: Tensor | None = None) -> None:
@@ -180,7 +180,7 @@ def check_in_op(op: str, *args: Any, **kwargs: Any) -> None:
 # ---- fakes: the shapes of the results, which never depend on the data
 
 
-def _fake_compress(x: Tensor, keep: int, basis: int | None = 10, **options: Any) -> tuple[Tensor, Tensor]:
+def _fake_compress(x: Tensor, keep: int, basis: int | None = None, **options: Any) -> tuple[Tensor, Tensor]:
     check_in_op("compress", x, keep, basis, **options)
     B, _, D = x.shape
     R = Options(basis, **options).rows(keep)
@@ -194,7 +194,7 @@ def _fake_compress_varlen(
     total_keep: int,
     max_seqlen: int,
     max_keep: int,
-    basis: int | None = 10,
+    basis: int | None = None,
     **options: Any,
 ) -> tuple[Tensor, Tensor]:
     check_in_op("compress_varlen", x, cu_seqlens, cu_keep, total_keep, max_seqlen, max_keep, basis, **options)

@@ -16,7 +16,8 @@ Backend = Literal["cpu", "triton", "cuda", "reference"]
 LAYOUTS: tuple[Layout, ...] = get_args(Layout)
 SELECTS: tuple[Select, ...] = get_args(Select)
 BACKENDS: tuple[Backend, ...] = get_args(Backend)
-DEFAULT_BASIS = 10  # as in the paper
+# The rule of the paper, as options; also the defaults of `score`, which has no `keep` to pick as many basis tokens as.
+PAPER: dict[str, Any] = {"basis": 10, "select": "fps"}
 MAX_BASIS = 64  # basis tokens that are picked one at a time; more than that are picked in rounds
 MAX_REFINE = 8
 # These belong to the algorithm and are not for tuning: other values give other tokens (docs/algorithm.md, "In rounds").
@@ -32,7 +33,8 @@ def require(holds: bool, message: Callable[[], str]) -> None:
 
 @dataclass(frozen=True)
 class Options:
-    """The arguments of `compress` other than the tokens and `keep`. `score` uses basis, select, start and ridge.
+    """The arguments of `compress` other than the tokens and `keep`. `score` uses basis, select, start and ridge, with
+    defaults of its own for the first two.
 
     Up to 64 basis tokens are picked one at a time, more in rounds. `basis=None` stands for `keep`, also picked in
     rounds.
@@ -44,9 +46,9 @@ class Options:
         ValueError: basis=65 is outside 1..64
     """
 
-    basis: int | None = DEFAULT_BASIS  # M basis tokens: 1..64, or with select="qr" 1..keep and None
+    basis: int | None = None  # M basis tokens: 1..64, or with select="qr" 1..keep and None
     layout: Layout = "inplace"
-    select: Select = "fps"
+    select: Select = "qr"
     start: int = -1  # the first basis token; -1: the one of largest norm
     ridge: float = 1e-5  # added to the diagonal of the Gram matrix of the basis
     blend: float = 1.0  # "overwrite" only: blend * basis + (1 - blend) * token
@@ -63,11 +65,12 @@ class Options:
         """
         require(self.select in SELECTS, lambda: f"select='{self.select}' is none of {', '.join(SELECTS)}")
         bound = keep if most_kept is None else most_kept  # None: score
+        give = f"give basis in 1..{MAX_BASIS}"
         if self.basis is None:
-            require(self.select == "qr", lambda: f"basis=None needs select='qr', got select='{self.select}'")
+            require(self.select == "qr", lambda: f"basis=None needs select='qr', got select='{self.select}'; {give}")
             require(
                 bound is not None,
-                lambda: f"basis=None means basis=keep, but score has no keep; give basis in 1..{MAX_BASIS}",
+                lambda: f"basis=None means basis=keep, but score has no keep; {give}",
             )
         elif not 1 <= self.basis <= MAX_BASIS:
             most = MAX_BASIS if self.select == "fps" or bound is None else max(MAX_BASIS, bound)
@@ -75,7 +78,7 @@ class Options:
         require(self.layout in LAYOUTS, lambda: f"layout='{self.layout}' is none of {', '.join(LAYOUTS)}")
         require(
             not self.in_rounds or self.layout == "inplace",
-            lambda: f"basis={self.basis} needs layout='inplace', got layout='{self.layout}'",
+            lambda: f"basis={self.basis} needs layout='inplace', got layout='{self.layout}'; {give}",
         )
         require(
             self.start in (-1, 0) or 0 < self.start < tokens,

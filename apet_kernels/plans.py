@@ -53,10 +53,10 @@ class Plan:
 def plan(
     x: Tensor,
     keep: int,
-    basis: int | None = 10,
+    basis: int | None = None,
     *,
     layout: Layout = "inplace",
-    select: Select = "fps",
+    select: Select = "qr",
     start: int = -1,
     ridge: float = 1e-5,
     blend: float = 1.0,

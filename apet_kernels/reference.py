@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .options import FEW, POOL, ROUNDS, Options
+from .options import FEW, POOL, ROUNDS, Options, Select
 
 U = 2.0**-24
 FLT_MAX = torch.finfo(torch.float32).max
@@ -268,11 +268,16 @@ def _compress(x: Tensor, keep: int, options: Options) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def score(
-    x: Tensor, basis: int = 10, *, out_dtype: torch.dtype = torch.float32, **options: Any
+    x: Tensor,
+    basis: int = 10,
+    *,
+    select: Select = "fps",
+    out_dtype: torch.dtype = torch.float32,
+    **options: Any,
 ) -> tuple[Tensor, Tensor]:
     """Runs s1 to s3 on x [B, N, D]: squared residuals [B, N] in out_dtype, basis positions [B, M] int64 padded with
     -1."""
-    chosen = Options(basis, **options)
+    chosen = Options(basis, select=select, **options)
     B, N, _ = x.shape
     residual = x.new_empty(B, N, dtype=out_dtype)
     picks = torch.full((B, basis), -1, dtype=torch.int64, device=x.device)
@@ -299,7 +304,7 @@ def merge(x: Tensor, indices: Tensor, *, targets: Tensor | None = None, out_dtyp
 
 @torch.no_grad()
 def compress(
-    x: Tensor, keep: int, basis: int | None = 10, *, out_dtype: torch.dtype | None = None, **options: Any
+    x: Tensor, keep: int, basis: int | None = None, *, out_dtype: torch.dtype | None = None, **options: Any
 ) -> tuple[Tensor, Tensor]:
     """Compresses x [B, N, D] to tokens [B, R, D] in x's dtype (or out_dtype) and their positions [B, R] int64.
 
@@ -330,7 +335,7 @@ def compress_varlen(
     total_keep: int,
     max_seqlen: int,
     max_keep: int,
-    basis: int | None = 10,
+    basis: int | None = None,
     *,
     out_dtype: torch.dtype | None = None,
     **options: Any,

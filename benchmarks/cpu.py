@@ -31,7 +31,7 @@ def compare(case: Case, device: Device) -> Comparison:
         "compiled": functools.partial(baselines.compiled(), **case.arguments),
         "tuned compiled": functools.partial(baselines.tuned_compiled(), **case.arguments),
     }
-    calls = {**others, **on_each_isa("kernel", functools.partial(torch.ops.apet.compress, **case.arguments))}
+    calls = {**others, **on_each_isa("kernel", functools.partial(torch.ops.apet.compress, **case.op_arguments))}
     inputs = ring(functools.partial(tokens, case), device)
     shares = {name: checked(case, name, call, inputs[0]) for name, call in calls.items()}
     return Comparison(device, case.fields(), {**ceilings.reference_cost(case), **calls}, inputs, shares)

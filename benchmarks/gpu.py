@@ -103,7 +103,7 @@ def implementations(case: Case, device: Device) -> dict[str, Compress]:
     """
     runs = {"triton": dispatch.run_triton, "cuda": dispatch.run_cuda}
     usable = [name for name in BACKENDS if name in apet_kernels.available_backends()]
-    calls = {name: functools.partial(runs[name], "compress", **case.arguments) for name in usable}
+    calls = {name: functools.partial(runs[name], "compress", **case.op_arguments) for name in usable}
     functions: dict[str, Callable] = {"tuned": baselines.tuned, "eager": baselines.eager}
     if floors.published_memory(case) < 0.75 * device.memory_bytes:
         functions["published"] = baselines.published
@@ -123,7 +123,7 @@ def launches(case: Case, x: Tensor) -> list[Any]:
     """Returns the launches of the Triton backend, not yet run."""
     from apet_kernels.triton_kernels import launch
 
-    return launch.compress(x, **case.arguments).launches
+    return launch.compress(x, **case.op_arguments).launches
 
 
 def kernel_name(launched: Any) -> str:

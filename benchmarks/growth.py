@@ -111,8 +111,10 @@ def compare(point: Point, device: Device) -> Comparison:
     case = point.case
     inputs, calls, shares = ring(functools.partial(tokens, case), device), {}, {}
     for name, its in {**baseline_cases(case), "kernel": case}.items():
-        called = torch.ops.apet.compress if name == "kernel" else getattr(baselines, name)
-        calls[name] = functools.partial(called, **its.arguments)
+        if name == "kernel":
+            calls[name] = functools.partial(torch.ops.apet.compress, **its.op_arguments)
+        else:
+            calls[name] = functools.partial(getattr(baselines, name), **its.arguments)
         shares[name] = checked(its, name, calls[name], inputs[0])
     return Comparison(device, point.fields(), {**ceilings.reference_cost(case), **calls}, inputs, shares)
 

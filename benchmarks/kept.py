@@ -47,7 +47,7 @@ def compare(case: Case, device: Device) -> Comparison:
     published = dataclasses.replace(case, layout="overwrite")
     of = dict.fromkeys(("eager", "tuned", "kernel"), case)
     calls = {name: functools.partial(getattr(baselines, name), **case.arguments) for name in ("eager", "tuned")}
-    calls["kernel"] = functools.partial(torch.ops.apet.compress, **case.arguments)
+    calls["kernel"] = functools.partial(torch.ops.apet.compress, **case.op_arguments)
     broadcast = baselines.published_bytes(case.N, case.D, case.keep, case.basis, case.itemsize)
     if case.keep > case.basis and broadcast <= PUBLISHED:
         of["published"], calls["published"] = published, functools.partial(baselines.published, **published.arguments)

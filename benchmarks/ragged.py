@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 import apet_kernels
+from apet_kernels.options import PAPER
 from benchmarks.lib import alternatives, baselines, ceilings
 from benchmarks.lib.cases import Case, tokens
 from benchmarks.lib.check import check_other, judge
@@ -88,10 +89,10 @@ def compare(ragged: Ragged, device: Device) -> Comparison:
         return torch.cat([rows[0] for rows, _, _ in found]), torch.cat([where[0] + at for _, where, at in found])
 
     def packed(x: Tensor) -> tuple[Tensor, Tensor]:
-        return apet_kernels.compress_packed(x, lengths, keeps)
+        return apet_kernels.compress_packed(x, lengths, keeps, **PAPER)
 
     calls: dict[str, Compress] = {
-        "one by one": functools.partial(alone, torch.ops.apet.compress),
+        "one by one": functools.partial(alone, torch.ops.apet.compress, select=PAPER["select"]),
         "eager": functools.partial(alone, baselines.eager),
         "tuned": functools.partial(alone, baselines.tuned),
         **{name: functools.partial(alone, alternatives.METHODS[name]) for name in OTHERS},

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from apet_kernels import reference
 from benchmarks.lib import ceilings
-from benchmarks.lib.cases import RIDGE, Case, tokens
+from benchmarks.lib.cases import RIDGE, SELECT, Case, tokens
 from benchmarks.lib.check import judge
 from benchmarks.lib.compare import Comparison, Row, on_each_isa, ring
 from benchmarks.lib.device import Device
@@ -42,7 +42,7 @@ def cases(smoke: bool) -> list[Case]:
 
 def compare(case: Case, device: Device) -> Comparison:
     """Checks and times everything; "kernel" is `compress`."""
-    options = {"start": case.start, "ridge": RIDGE}
+    options = {"select": SELECT, "start": case.start, "ridge": RIDGE}
 
     def score(pair: Pair, basis: int = case.basis) -> Pair:
         return torch.ops.apet.score(pair[0], basis, **options)
@@ -51,13 +51,14 @@ def compare(case: Case, device: Device) -> Comparison:
         return torch.ops.apet.merge(*pair)
 
     def compress(pair: Pair) -> Pair:
-        return torch.ops.apet.compress(pair[0], **case.arguments)
+        return torch.ops.apet.compress(pair[0], **case.op_arguments)
 
     halves = {**on_each_isa("score", score), **on_each_isa("merge", merge)}
     whole = on_each_isa("kernel", compress)
     with torch.inference_mode():
         inputs = [
-            (x, torch.ops.apet.compress(x, **case.arguments)[1]) for x in ring(functools.partial(tokens, case), device)
+            (x, torch.ops.apet.compress(x, **case.op_arguments)[1])
+            for x in ring(functools.partial(tokens, case), device)
         ]
         shares = {name: check(case, name, inputs[0][0], call, halves) for name, call in whole.items()}
         cost = {name: _of_x(call) for name, call in ceilings.reference_cost(case).items()}

@@ -126,7 +126,7 @@ def measured_ms(case: Case, x: Tensor, threads: int, rounds: int) -> float | Non
         return None
     torch.set_num_threads(threads)
     clock = Cpu()
-    took = [clock.seconds(lambda: torch.ops.apet.compress(x, **case.arguments)) for _ in range(rounds + 1)]
+    took = [clock.seconds(lambda: torch.ops.apet.compress(x, **case.op_arguments)) for _ in range(rounds + 1)]
     return 1e3 * min(took[1:])
 
 

@@ -136,7 +136,7 @@ def using(tiles: Any) -> Any:
 def judge_all(cases: list[Case], inputs: list[list[Tensor]]) -> None:
     """Raises AssertionError if a result is not the reference's."""
     for case, xs in zip(cases, inputs, strict=True):
-        judge(case, "triton", xs[0], apet_kernels.compress(xs[0], **case.arguments, backend="triton"))
+        judge(case, "triton", xs[0], apet_kernels.compress(xs[0], **case.op_arguments, backend="triton"))
 
 
 def _time(group: Group, case: Case, inputs: list[Tensor], device: Device) -> float:

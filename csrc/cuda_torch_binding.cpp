@@ -60,7 +60,7 @@ plan(const Tensor& x, int64_t keep, std::optional<int64_t> basis, std::string la
           g.resident, g.tile,         g.tile_rows, (int64_t)g.workspace_bytes, g.estimated_us};
 }
 
-// Returns the estimate in us of `compress` with the default options, of one image of `tokens` tokens as in like [*, D].
+// Returns the estimate in us of `compress` by the paper's rule, of one image of `tokens` tokens as in like [*, D].
 double estimate(const Tensor& like, int64_t tokens, int64_t keep) {
   apet_problem p = problem_of(APET_COMPRESS, like, true);
   p.ragged = 0;

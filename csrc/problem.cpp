@@ -120,14 +120,17 @@ size_t apet_error_message(const apet_problem* problem, apet_status status, char*
     case APET_RAGGED_NEEDS_COMPRESS:
       WRITE("ragged images need op=compress, got op=%s", p.op == APET_SCORE ? "score" : "merge");
       break;
-    case APET_BASIS_NEEDS_QR: WRITE("basis=None needs select='qr', got select='fps'"); break;
+    case APET_BASIS_NEEDS_QR:
+      WRITE("basis=None needs select='qr', got select='fps'; give basis in 1..%d", APET_MAX_BASIS);
+      break;
     case APET_BASIS_NEEDS_KEEP:
       WRITE("basis=None means basis=keep, but score has no keep; give basis in 1..%d", APET_MAX_BASIS);
       break;
     case APET_BASIS_NEEDS_INPLACE: {
       char number[16] = "None";
       if (p.basis != APET_BASIS_KEEP) std::snprintf(number, sizeof number, "%d", (int)p.basis);
-      WRITE("basis=%s needs layout='inplace', got layout='%s'", number, name(p.layout));
+      WRITE("basis=%s needs layout='inplace', got layout='%s'; give basis in 1..%d", number, name(p.layout),
+            APET_MAX_BASIS);
       break;
     }
     case APET_BAD_REFINE: WRITE("refine=%lld is outside 0..%d", ll(p.refine), APET_MAX_REFINE); break;

@@ -21,6 +21,7 @@ import torch.utils._pytree as pytree
 
 import apet_kernels
 from apet_kernels import reference, testing
+from apet_kernels.options import PAPER
 from tests.simt import build as simt_build
 from tests.simt import call as simt_call
 
@@ -66,7 +67,8 @@ hypothesis.settings.load_profile("apet")
 
 @dataclass(frozen=True)
 class Backend:
-    """The four functions of one backend, with its arguments filled in."""
+    """The four functions of one backend, with its arguments filled in. Tests that name neither basis nor select get the
+    paper's rule (PAPER), from `compress` as from `score`."""
 
     name: str
     compress: Callable
@@ -79,8 +81,24 @@ class Backend:
         """Whether this processor runs the kernels of a GPU, in about 10 ms per program or launch."""
         return interpreted(self.name)
 
+    @classmethod
+    def of(cls, name: str, compress: Callable, compress_varlen: Callable, score: Callable, merge: Callable) -> Backend:
+        return cls(name, by_the_paper(compress, 3), by_the_paper(compress_varlen, 7), score, merge)
+
     def __repr__(self) -> str:
         return self.name
+
+
+def by_the_paper(function: Callable, positional: int) -> Callable:
+    """Returns the function with the options in PAPER as defaults. positional: how many arguments end with `basis`."""
+
+    def run(*args, **kwargs):
+        given = PAPER | kwargs
+        if len(args) >= positional:
+            del given["basis"]
+        return function(*args, **given)
+
+    return run
 
 
 def interpreted(name: str) -> bool:
@@ -240,19 +258,19 @@ def backend(request: pytest.FixtureRequest) -> Iterator[Backend]:
     name, _, isa = request.param.partition("-")
     if request.param == "cuda-simt":
         functions = simt_call.Functions()  # so every test starts with the same schedules
-        yield Backend(request.param, *(getattr(functions, f) for f in FUNCTIONS))
+        yield Backend.of(request.param, *(getattr(functions, f) for f in FUNCTIONS))
     elif name == "reference":
-        yield Backend(name, *(getattr(reference, f) for f in FUNCTIONS))
+        yield Backend.of(name, *(getattr(reference, f) for f in FUNCTIONS))
     elif name == "cpu":
         testing.use_cpu_isa(isa)
         try:
-            yield Backend(
+            yield Backend.of(
                 request.param, *(functools.partial(getattr(apet_kernels, f), backend=name) for f in FUNCTIONS)
             )
         finally:
             testing.use_cpu_isa(None)
     else:
-        yield Backend(name, *(on_gpu(getattr(apet_kernels, f), name) for f in FUNCTIONS))
+        yield Backend.of(name, *(on_gpu(getattr(apet_kernels, f), name) for f in FUNCTIONS))
 
 
 def on_gpu(function: Callable, backend: str) -> Callable:

@@ -56,6 +56,8 @@ def test_the_options_are_those_of_the_op():
         assert {name: p.default for name, p in parameters.items() if name in options} == options
     parameters = inspect.signature(command).parameters  # it has no ridge
     found = {name: p.default for name, p in parameters.items() if name in options}
+    assert found["basis"] == "keep"
+    found["basis"] = None
     assert {**options, **found} == options
     assert len(found) == len(options) - 1
 

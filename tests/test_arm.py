@@ -43,7 +43,7 @@ KINDS = ("clustered", "repeated", "hostile")
 
 def on(isa: str, threads: int = 1) -> Backend:
     functions = Functions(processor(WITH_BF16), isa, threads)
-    return Backend(f"cpu-{isa}", *(getattr(functions, name) for name in FUNCTIONS))
+    return Backend.of(f"cpu-{isa}", *(getattr(functions, name) for name in FUNCTIONS))
 
 
 def image(shape: tuple[int, ...], dtype: torch.dtype, kind: str) -> torch.Tensor:

@@ -202,7 +202,7 @@ def test_stages_are_checked() -> None:
     x = tokens(CASE, 0)
 
     def whole(pair: stages.Pair) -> stages.Pair:
-        return torch.ops.apet.compress(pair[0], **CASE.arguments)
+        return torch.ops.apet.compress(pair[0], **CASE.op_arguments)
 
     def score(pair: stages.Pair) -> stages.Pair:
         return torch.ops.apet.score(pair[0])
@@ -245,8 +245,8 @@ def test_packed_images_are_checked(monkeypatch: pytest.MonkeyPatch) -> None:
     (small,) = ragged.cases(smoke=True)
     real = ragged.apet_kernels.compress_packed
 
-    def wrong(x: torch.Tensor, *given: object) -> tuple[torch.Tensor, torch.Tensor]:
-        rows, at = real(x, *given)
+    def wrong(x: torch.Tensor, *given: object, **options: object) -> tuple[torch.Tensor, torch.Tensor]:
+        rows, at = real(x, *given, **options)
         return rows.index_fill(0, torch.tensor([20]), 7.0), at
 
     monkeypatch.setattr(ragged.apet_kernels, "compress_packed", wrong)

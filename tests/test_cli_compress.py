@@ -94,8 +94,8 @@ def test_default_name_is_in_the_current_folder(tmp_path: Path, monkeypatch: pyte
 
 def test_clip_gives_contact_sheet(tmp_path: Path) -> None:
     out = tmp_path / "sheet.png"
-    words = ("compress", BIKES, *SMALL, "--frames", 5, "--keep", 9, "--layout", "append", "--out", out, "--json")
-    (found,) = json.loads(said(*words))
+    words = ("--frames", 5, "--keep", 9, "--basis", 10, "--layout", "append", "--out", out, "--json")
+    (found,) = json.loads(said("compress", BIKES, *SMALL, *words))
     assert found["images"] == len(found["times"]) == 5
     assert np.ptp(np.diff(found["times"])) <= 0.09  # within two frames of this clip's 25 a second
     assert found["tokens_out"] == 9 + 10
@@ -158,8 +158,8 @@ def test_percent(share: float, text: str) -> None:
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_goals_are_those_of_the_op(layout: str) -> None:
     x = torch.randn(1, 80, 32, generator=torch.Generator().manual_seed(0))  # [1, N, D]
-    (frame,), _ = outcome.compress(x, 24, outcome.OpArguments(layout=layout))
-    tokens, indices = apet_kernels.compress(x, 24, layout=layout)  # [1, R, D], [1, R]
+    (frame,), _ = outcome.compress(x, 24, outcome.OpArguments(10, layout))
+    tokens, indices = apet_kernels.compress(x, 24, 10, layout=layout)  # [1, R, D], [1, R]
     assert frame.kept.tolist() == indices[0, :24].tolist()
     for row, position in enumerate(frame.kept):
         if position in frame.overwritten:

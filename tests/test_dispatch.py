@@ -314,7 +314,7 @@ def test_plan_of_the_cuda_kernels(monkeypatch):
         torch.ops.apet, "_cuda_plan", lambda *args, **kwargs: asked.append((args, kwargs)) or figures, raising=False
     )
     x = OnGpu(torch.empty(1, 576, 1024, device="meta"))
-    assert apet_kernels.plan(x, 64, layout="append", ridge=0.5) == apet_kernels.Plan(
+    assert apet_kernels.plan(x, 64, 10, layout="append", select="fps", ridge=0.5) == apet_kernels.Plan(
         backend="cuda",
         why="fused with 8 CTAs" + "; twice as fast" * (available.why_not_triton() is None),
         launches=1,

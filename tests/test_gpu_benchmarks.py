@@ -117,7 +117,7 @@ def test_a_dry_run_needs_the_interpreter(monkeypatch):
 
 
 def right(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    return reference.compress(x, 20, BASIS, layout="overwrite", start=0, ridge=RIDGE)
+    return reference.compress(x, 20, BASIS, layout="overwrite", select="fps", start=0, ridge=RIDGE)
 
 
 def wrong(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -164,7 +164,7 @@ def test_the_check_stays_where_the_result_is(layout):
     """If it made a tensor on the default device, which is another one here, the operations on it would fail."""
     case = Case(2, 60, 32, 20, torch.float32, layout)
     x = torch.randn(2, 60, 32, generator=torch.Generator().manual_seed(1))
-    rows, indices = reference.compress(x, **case.arguments)
+    rows, indices = reference.compress(x, **case.op_arguments)
     with torch.device("meta"):
         assert check.check(case, x, rows, indices) > 0.5
         with pytest.raises(AssertionError, match=r"rows are not the mean of their tokens|do not hold the basis"):
@@ -196,7 +196,7 @@ def test_the_backends_are_timed_as_the_op_calls_them(monkeypatch):
     assert list(found)[:2] == ["triton", "cuda"], "before the baselines, whose capture may fail"
     for name in ("triton", "cuda"):
         found[name](torch.zeros(1, 60, 32))
-    assert called == [(name, "compress", case.arguments) for name in ("triton", "cuda")]
+    assert called == [(name, "compress", case.op_arguments) for name in ("triton", "cuda")]
 
 
 def test_each_case_has_a_process_of_its_own(monkeypatch, tmp_path, capsys):

@@ -106,7 +106,7 @@ class TestForcing:
 
     def plan(self) -> apet_kernels.Plan:
         with apet_kernels.use_backend("cuda"):
-            return apet_kernels.plan(self.x, 20)
+            return apet_kernels.plan(self.x, 20, 10)
 
     def test_every_choice_arrives(self, device):
         for path, launches in (("fused", 1), ("cluster", 2), ("cooperative", 2)):

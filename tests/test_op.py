@@ -29,18 +29,19 @@ def test_opcheck(name, dtype):
 
 
 def test_schemas():
-    options = 'str select="fps", int start=-1, float ridge=1.0000000000000001e-05'
-    layout = f'str layout="inplace", {options}, float blend=1., int refine=0'
+    options = "int start=-1, float ridge=1.0000000000000001e-05"
+    layout = f'str layout="inplace", str select="qr", {options}, float blend=1., int refine=0'
     pair = "(Tensor tokens, Tensor indices)"
     assert str(OPS.compress.default._schema) == (
-        f"apet::compress(Tensor x, SymInt keep, int? basis=10, *, {layout}) -> {pair}"
+        f"apet::compress(Tensor x, SymInt keep, int? basis=None, *, {layout}) -> {pair}"
     )
     assert str(OPS.compress_varlen.default._schema) == (
         "apet::compress_varlen(Tensor x, Tensor cu_seqlens, Tensor cu_keep, SymInt total_keep, SymInt max_seqlen, "
-        f"SymInt max_keep, int? basis=10, *, {layout}) -> {pair}"
+        f"SymInt max_keep, int? basis=None, *, {layout}) -> {pair}"
     )
     assert str(OPS.score.default._schema) == (
-        f"apet::score(Tensor x, int? basis=10, *, {options}) -> (Tensor residual, Tensor basis_indices)"
+        f'apet::score(Tensor x, int? basis=10, *, str select="fps", {options}) -> '
+        "(Tensor residual, Tensor basis_indices)"
     )
     assert str(OPS.merge.default._schema) == "apet::merge(Tensor x, Tensor indices, *, Tensor? targets=None) -> Tensor"
 

@@ -182,8 +182,8 @@ def test_agreement_tells_equal_sets_from_different_ones(monkeypatch):
     assert agreement.compare(x, 20) == {"images": 3, "same": 1.0, "common": 1.0, "same_basis": 1.0}
     real = agreement.apet_kernels.compress
 
-    def wrong(x, keep, backend=None):
-        tokens, kept = real(x, keep)
+    def wrong(x, keep, backend=None, **rule):
+        tokens, kept = real(x, keep, **rule)
         return tokens, torch.cat([kept[:2], (kept[2:] + 1) % 64]) if backend else kept
 
     monkeypatch.setattr(agreement.apet_kernels, "compress", wrong)

@@ -1,8 +1,10 @@
-"""A basis as large as K, picked in rounds, and medoid steps: `select="qr", basis=None, refine=...`."""
+"""The default rule, a basis as large as K that is picked in rounds, and medoid steps."""
 
 import pytest
 import torch
 
+import apet_kernels
+from apet_kernels import reference
 from tests import rule
 from tests.data import DTYPES, offsets, tokens
 from tests.judge import assert_same, check_merge
@@ -216,6 +218,22 @@ def test_medoids_of_another_basis(backend, select):
     after = backend.compress(x, 20, 20, select=select, refine=1)[1][0].tolist()
     for places in rule.medoid_step(x[0], before):
         assert places & set(after)
+
+
+# ---- the default
+
+
+@pytest.mark.parametrize("name", apet_kernels.available_backends())
+def test_the_default_rule(name):
+    """`compress` picks a basis of all kept tokens in rounds, without medoid steps; `score` has the paper's basis."""
+    x = tokens(2, 90, 24, seed=7)
+    usual = apet_kernels.compress(x, 40, backend=name)
+    for got, wanted in zip(usual, apet_kernels.compress(x, 40, None, select="qr", refine=0, backend=name), strict=True):
+        assert_same(got, wanted)
+    packed = apet_kernels.compress_packed(x.flatten(0, 1), [90, 90], [40, 40], backend=name)
+    assert_same(packed.tokens, usual.tokens.flatten(0, 1))
+    for got, wanted in zip(apet_kernels.score(x, backend=name), reference.score(x, 10, select="fps"), strict=True):
+        torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-3)
 
 
 # ---- guarantees

@@ -100,7 +100,7 @@ def test_a_prompt_that_loses_nothing_stays_as_it_is() -> None:
 def test_hashes_tell_budgets_options_and_pictures_apart() -> None:
     found = set()
     for content in (5, 6):
-        for given in ({"keep": 4}, {"keep": 3}, {"keep": 4, "basis": 4}, {"keep": 4, "select": "qr"}):
+        for given in ({"keep": 4}, {"keep": 3}, {"keep": 4, "basis": 4}, {"keep": 4, "basis": 4, "select": "fps"}):
             made = output([6])
             made.mm_items[0].hash = content
             request.shorten(made, wanted(**given))

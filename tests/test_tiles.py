@@ -48,7 +48,7 @@ def program(kind: str) -> Program:
 
 def on(kind: str, isa: str, threads: int = 1) -> Backend:
     functions = Functions(program(kind), isa, threads)
-    return Backend(f"cpu-{isa}", *(getattr(functions, name) for name in FUNCTIONS))
+    return Backend.of(f"cpu-{isa}", *(getattr(functions, name) for name in FUNCTIONS))
 
 
 @pytest.mark.parametrize("shape", SHAPES)

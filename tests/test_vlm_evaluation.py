@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import apet_kernels
+from apet_kernels.options import Options
 from benchmarks.lib import selection
 from benchmarks.vlm import arms, evaluation, guard, packing, report
 from tests.test_vlm_model import packer, some_pictures, untrained  # noqa: F401 (fixtures)
@@ -33,15 +34,15 @@ def test_evaluation_writes_answers_that_count_again(
     tmp_path: Path,
 ) -> None:
     split = some_pictures(4)
-    evaluation.evaluate(untrained, packer, split, ["default", "random"], [16], tmp_path)
+    evaluation.evaluate(untrained, packer, split, ["paper", "random"], [16], tmp_path)
     found = evaluation.Answers(tmp_path)
     assert len(found.asked) == sum(len(evaluation.chosen(p.questions)) for p in split.pictures)
     assert len(list(tmp_path.iterdir())) == 2 + len(arms.WHOLE) + 2
-    said = evaluation.answers(untrained, packer, evaluation.look(untrained, split), "default", 16)
+    said = evaluation.answers(untrained, packer, evaluation.look(untrained, split), "paper", 16)
     right = [one.answer == given for picture, some in zip(split.pictures, said, strict=True)
              for one, given in zip(evaluation.chosen(picture.questions), some, strict=True)]  # fmt: skip
-    assert found.right("default", 16).tolist() == right
-    assert found.stored() == [("default", 16), ("random", 16)]
+    assert found.right("paper", 16).tolist() == right
+    assert found.stored() == [("paper", 16), ("random", 16)]
 
 
 def test_two_stages_keep_half_as_many_more_and_half_as_many(
@@ -89,11 +90,11 @@ def test_intervals_resample_photographs(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("share", "chosen"),
     [
-        ({"qr refine 2": 0.8, "qr refine 0": 0.6}, "becomes `qr refine 2`"),
-        ({"qr refine 2": 0.6, "qr refine 0": 0.8}, "becomes `qr refine 0`"),
-        ({"qr refine 2": 0.8, "qr refine 0": 0.6, "tome": 0.95}, "stays as it is"),
-        ({"qr refine 2": 0.8, "qr refine 0": 0.6, "scope": 0.95}, "becomes `qr refine 2`"),
-        ({"default": 0.8}, "stays as it is"),
+        ({"qr refine 2": 0.8, "qr refine 0": 0.6}, "qr refine 2"),
+        ({"qr refine 2": 0.6, "qr refine 0": 0.8}, "qr refine 0"),
+        ({"qr refine 2": 0.8, "qr refine 0": 0.6, "tome": 0.95}, "paper"),
+        ({"qr refine 2": 0.8, "qr refine 0": 0.6, "scope": 0.95}, "qr refine 2"),
+        ({"paper": 0.8}, "paper"),
     ],
 )
 def test_the_default_is_decided_by_the_rule(tmp_path: Path, share: dict[str, float], chosen: str) -> None:
@@ -103,13 +104,21 @@ def test_the_default_is_decided_by_the_rule(tmp_path: Path, share: dict[str, flo
         for q in range(600)
     ]
     evaluation._write(tmp_path / evaluation.QUESTIONS, lines)
-    names = ["default", "qr refine 2", "qr refine 0", *arms.OTHERS]
+    names = ["paper", "qr refine 2", "qr refine 0", *arms.OTHERS]
     for number, (name, keep) in enumerate((name, keep) for name in names for keep in arms.BUDGETS):
         right = np.random.default_rng(number).random(600) < share.get(name, 0.5)
         evaluation._write(evaluation.path_of(tmp_path, name, keep), ["A" if is_right else "B" for is_right in right])
-    assert f"**So the default {chosen}" in report.decision(evaluation.Answers(tmp_path))
+    assert f"**So `{chosen}` is the default.**" in report.decision(evaluation.Answers(tmp_path))
     evaluation.path_of(tmp_path, "tome", 16).unlink()
     assert report.decision(evaluation.Answers(tmp_path)) == "Not decided: not measured with each budget: tome.\n"
+
+
+@pytest.mark.slow
+def test_the_default_of_the_op_is_the_one_that_was_decided() -> None:
+    stored = evaluation.Answers(Path(__file__).parents[1] / "benchmarks/results/vlm")
+    assert f"**So `{arms.DEFAULT}` is the default.**" in report.decision(stored)
+    assert arms.ARMS[arms.DEFAULT].keywords == arms.IN_ROUNDS
+    assert Options() == Options(**arms.IN_ROUNDS)
 
 
 def test_signals_are_judged_by_the_roc_curve(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ import torch
 import transformers
 from PIL import Image
 
+from apet_kernels.options import PAPER
 from benchmarks.vlm import (
     alignment,
     arms,
@@ -338,7 +339,7 @@ def test_products_in_bfloat16_are_near_those_in_float32(monkeypatch: pytest.Monk
 @pytest.mark.slow
 @pytest.mark.skipif(not (llava.STORED / llava.WEIGHTS).exists(), reason="no trained model is stored")
 @pytest.mark.parametrize(("name", "options"), [
-    (arms.FULL, None), ("default", {}), ("qr refine 2", {"select": "qr", "basis": "keep", "refine": 2}),
+    (arms.FULL, None), (arms.DEFAULT, {}), ("paper", PAPER), ("qr refine 2", {"refine": 2}),
 ])  # fmt: skip
 def test_the_stored_model_gives_the_stored_answers(name: str, options: dict[str, Any] | None) -> None:
     """A hundred test questions from pixels, through `apet.patch`; rounding differs between machines."""

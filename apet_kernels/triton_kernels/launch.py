@@ -12,13 +12,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..options import MAX_BASIS, Options
+from ..options import MAX_BASIS, Options, Select
 from . import s1_norms, s1_pool, s1_rounds, s1_s3_sweep, s4_given_rows, s4_medoids, s4_topk, s5_assign, s5_mean
 from .call import Call
 from .s1_norms import Extents
 
 
-def compress(x: Tensor, keep: int, basis: int | None = 10, *, device_class: str | None = None, **options: Any) -> Call:
+def compress(
+    x: Tensor, keep: int, basis: int | None = None, *, device_class: str | None = None, **options: Any
+) -> Call:
     """Returns the launches of the op `compress`; its arguments are already checked."""
     B, N, D = x.shape
     chosen = Options(basis, **options)
@@ -39,7 +41,7 @@ def compress_varlen(
     total_keep: int,
     max_seqlen: int,
     max_keep: int,
-    basis: int | None = 10,
+    basis: int | None = None,
     *,
     device_class: str | None = None,
     **options: Any,
@@ -83,9 +85,11 @@ def _compress(call: Call, extents: Extents, most_dropped: int, options: Options)
     s5_mean.launch(call, norms.table, rows, target_key, basis, tokens, indices, extents, options.blend)
 
 
-def score(x: Tensor, basis: int = 10, *, device_class: str | None = None, **options: Any) -> Call:
+def score(
+    x: Tensor, basis: int = 10, *, select: Select = "fps", device_class: str | None = None, **options: Any
+) -> Call:
     """Returns the launches of the op `score`; its arguments are already checked."""
-    (B, N, _), chosen = x.shape, Options(basis, **options)
+    (B, N, _), chosen = x.shape, Options(basis, select=select, **options)
     e_sq = torch.empty(B, N, dtype=torch.float32, device=x.device)
     basis_indices = torch.empty(B, basis, dtype=torch.int64, device=x.device)
     call = Call(x, B, N, (e_sq, basis_indices), device_class)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 BASIS = 10  # M, the paper's
+SELECT = "fps"  # the paper's
 RIDGE = 1e-5  # the paper's
 Layout = Literal["overwrite", "inplace"]
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -63,8 +64,13 @@ class Case:
 
     @property
     def arguments(self) -> dict[str, Any]:
-        """The arguments of the op and of any implementation of it, without the tokens."""
+        """The arguments of a baseline, without the tokens."""
         return {"keep": self.keep, "basis": self.basis, "layout": self.layout, "start": self.start, "ridge": RIDGE}
+
+    @property
+    def op_arguments(self) -> dict[str, Any]:
+        """The arguments of the op, without the tokens: the paper's rule, which the baselines compute."""
+        return {**self.arguments, "select": SELECT}
 
     @property
     def itemsize(self) -> int:

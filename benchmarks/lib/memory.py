@@ -22,12 +22,12 @@ import torch
 
 import apet_kernels
 from benchmarks.lib import baselines
-from benchmarks.lib.cases import Case, tokens
+from benchmarks.lib.cases import SELECT, Case, tokens
 from benchmarks.lib.compare import THREADS
 
 PANEL = 81  # 64 targets that share a load, a vector of 16, and one for the alignment
 CALLS: dict[str, Callable] = {
-    "kernel": torch.ops.apet.compress,
+    "kernel": functools.partial(torch.ops.apet.compress, select=SELECT),
     "eager": baselines.eager,
     "published": baselines.published,
 }
@@ -47,7 +47,7 @@ def workspace_bound(case: Case) -> int:
 def planned_workspace(case: Case) -> int:
     """Returns the bytes of workspace that the kernel plans."""
     x = torch.empty(case.B, case.N, case.D, dtype=case.dtype)
-    return apet_kernels.plan(x, **case.arguments).workspace_bytes
+    return apet_kernels.plan(x, **case.op_arguments).workspace_bytes
 
 
 def measured_growth(case: Case, name: str = "kernel") -> int:

@@ -8,6 +8,7 @@ import dataclasses
 from torch import Tensor
 
 from apet_kernels import dispatch
+from benchmarks.lib.cases import SELECT
 
 
 def compress(x: Tensor, keep: int, basis: int, layout: str, start: int, ridge: float) -> tuple[Tensor, ...]:
@@ -15,8 +16,8 @@ def compress(x: Tensor, keep: int, basis: int, layout: str, start: int, ridge: f
     Triton without the sweeps."""
     from apet_kernels.triton_kernels import launch
 
-    call = launch.compress(x, keep, basis, layout=layout, start=start, ridge=ridge)
-    e_sq, picks = dispatch.run_cuda("score", x, basis, start=start, ridge=ridge)  # [B, N], [B, M]
+    call = launch.compress(x, keep, basis, layout=layout, start=start, ridge=ridge, select=SELECT)
+    e_sq, picks = dispatch.run_cuda("score", x, basis, start=start, ridge=ridge, select=SELECT)  # [B, N], [B, M]
     found = {"e_sq": e_sq.flatten(), "basis": picks}
     for launched in call.launches:
         if launched.kernel.fn.__name__ != "s1_s3_sweep":

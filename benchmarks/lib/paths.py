@@ -62,9 +62,9 @@ class Call:
         """Runs the call by one backend on a device; returns the results."""
         s, x = self.shape, self.tokens().to(device)
         if self.op in ops.LAYOUTS:
-            return tuple(apet_kernels.compress(x, s.keep, s.basis, layout=self.op, backend=backend))
+            return tuple(apet_kernels.compress(x, s.keep, s.basis, select="fps", layout=self.op, backend=backend))
         if self.op == "rounds":
-            return tuple(apet_kernels.compress(x, s.keep, None, select="qr", refine=2, backend=backend))
+            return tuple(apet_kernels.compress(x, s.keep, refine=2, backend=backend))
         if self.op == "score":
             return tuple(apet_kernels.score(x, s.basis, backend=backend))
         if self.op == "merge":
@@ -73,7 +73,11 @@ class Call:
         lengths = [s.N // 3, 1, s.N - s.N // 3 - 1]
         keeps = [s.keep // 3, 1, s.keep // 2]
         packed = x.flatten(0, 1)[: s.N]
-        return tuple(apet_kernels.compress_packed(packed, lengths, keeps, s.basis, layout="append", backend=backend))
+        return tuple(
+            apet_kernels.compress_packed(
+                packed, lengths, keeps, s.basis, select="fps", layout="append", backend=backend
+            )
+        )
 
     def compared(self, device: str) -> None:
         """Compares the results of a layout with float64 (tests/judge.py). Raises AssertionError, which begins with the

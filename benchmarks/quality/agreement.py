@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 import apet_kernels
+from apet_kernels.options import PAPER
 from benchmarks.quality import features
 
 KEEPS = (128, 32)
@@ -45,8 +46,8 @@ def study(folder: Path, results: Path, head: dict[str, Any]) -> None:
 
 def compare(x: Tensor, keep: int) -> dict[str, float]:
     """Returns the number of images in x [n, N, D], and the shares of them."""
-    mine = apet_kernels.compress(x, keep)[1]
-    judge = apet_kernels.compress(x, keep, backend="reference")[1]
+    mine = apet_kernels.compress(x, keep, **PAPER)[1]
+    judge = apet_kernels.compress(x, keep, **PAPER, backend="reference")[1]
     basis = apet_kernels.score(x)[1], apet_kernels.score(x, backend="reference")[1]
     common = (mine[:, :, None] == judge[:, None]).any(-1).float().mean(1)  # [n]
     return {

@@ -27,7 +27,9 @@ SEED = 7  # of random tokens and random bases
 
 
 def apet(x: Tensor, keep: int, attention: Tensor, basis: int = BASIS, **options: Any) -> tuple[Tensor, Tensor]:
-    """Runs the op. With layout="append" the kept and the appended rows are `keep` together."""
+    """Runs the op, by the paper's rule unless `options` say otherwise. With layout="append" the kept and the appended
+    rows are `keep` together."""
+    options = {"select": "fps"} | options
     layout = options.get("layout", "inplace")
     if layout != "inplace":
         basis = min(basis, keep // 2)
@@ -40,21 +42,21 @@ def everything(x: Tensor, keep: int, attention: Tensor) -> tuple[Tensor, Tensor]
 
 
 def selected(x: Tensor, keep: int) -> tuple[Tensor, Tensor]:
-    """Returns the tokens that the default keeps: positions [B, keep], ascending, and which are basis tokens [B,
+    """Returns the tokens that the paper's rule keeps: positions [B, keep], ascending, and which are basis tokens [B,
     keep]."""
-    _, kept = apet_kernels.compress(x, keep, BASIS)
+    _, kept = apet_kernels.compress(x, keep, BASIS, select="fps")
     _, picks = apet_kernels.score(x, BASIS)  # [B, M]
     return kept, (kept[..., None] == picks[:, None]).any(-1)
 
 
 def unmerged(x: Tensor, keep: int, attention: Tensor) -> tuple[Tensor, Tensor]:
-    """Keeps the default's tokens unchanged: dropped tokens are lost."""
+    """Keeps the same tokens unchanged: dropped tokens are lost."""
     kept, _ = selected(x, keep)
     return x.gather(1, kept[..., None].expand(-1, -1, x.shape[-1])), kept
 
 
 def merged_past_basis(x: Tensor, keep: int, attention: Tensor) -> tuple[Tensor, Tensor]:
-    """Keeps the default's tokens; dropped tokens are merged only into those that are not basis, as in the released
+    """Keeps the same tokens; dropped tokens are merged only into those that are not basis, as in the released
     code."""
     kept, is_basis = selected(x, keep)
     if keep <= BASIS:
@@ -69,7 +71,7 @@ def residual_alone(x: Tensor, keep: int, attention: Tensor) -> tuple[Tensor, Ten
 
 
 def random_basis(x: Tensor, keep: int, attention: Tensor) -> tuple[Tensor, Tensor]:
-    """Like the default, but with a random basis."""
+    """Like the paper's rule, but with a random basis."""
     basis = alternatives.random(x, min(BASIS, keep), seed=SEED)[1]  # [B, M]
     kept = selection.ranked(residuals(x, basis).scatter(1, basis, torch.inf), keep)
     return apet_kernels.merge(x, kept), kept

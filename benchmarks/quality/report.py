@@ -11,6 +11,7 @@ from apet import encoders, outcome, pictures
 from matplotlib.figure import Figure
 
 import apet_kernels
+from apet_kernels.options import PAPER
 from benchmarks.lib.sheet import Sheet, markdown
 from benchmarks.quality import features, intrinsic, methods, scenes
 from benchmarks.quality.counting import Interval, answers, best
@@ -81,7 +82,7 @@ def draw(docs: Path) -> None:
     residual, basis = apet_kernels.score(x)
     panels = []
     for keep in (288, 144, 72, 36, 17):
-        kept = apet_kernels.compress(x, keep)[1]
+        kept = apet_kernels.compress(x, keep, **PAPER)[1]
         frame = outcome.frame(x[0], kept[0], residual[0], basis[0], "inplace")
         panels.append(pictures.Panel(view, frame, encoder.grid(*square.size), f"{keep} of 576 tokens"))
     figure = pictures.clip_figure(panels, "What is kept, and where the rest goes", "DINOv2-S/14, layer 8")
@@ -99,13 +100,13 @@ def _of_model(page: Path) -> str:
 
 
 def _verdict(results: Path) -> str:
-    """Returns the default against each other method, and whether it is the best variant of ApET."""
+    """Returns the paper's rule against each other method, and whether it is the best variant of ApET."""
     lines = ["## Summary", "", markdown(_wins(results)), "", "### The best variant of ApET", ""]
     for budget in methods.VARIANT_BUDGETS:
         names = ["apet", "apet overwrite", "apet append", "apet unmerged", *methods.VARIANTS]
         chosen = best(results, budget, names)
         if chosen == methods.DEFAULT:
-            lines.append(f"- Of all variants of ApET the default is the best on validation at {budget} tokens.")
+            lines.append(f"- Of all variants of ApET the paper's rule is the best on validation at {budget} tokens.")
             continue
         gains = "; ".join(
             f"layer {layer} {_signed(answers(results, layer, 'test').ahead(budget, chosen, methods.DEFAULT))}"
@@ -117,23 +118,24 @@ def _verdict(results: Path) -> str:
         )
         lines.append(
             f"- Of all variants of ApET, `{chosen}` is the best on validation at {budget} tokens. On test it is ahead "
-            f"of the default by (points, 95 % over pictures) {gains}; with whole photographs resampled: {blocks}."
+            f"of the paper's rule by (points, 95 % over pictures) {gains}; with whole photographs resampled: {blocks}."
         )
         if _standing(results, budget, chosen) == "better":
             lines.append(
-                f"- So the default is not the best at {budget} tokens, and `{chosen}` is proposed, to be confirmed "
-                "on a VLM (`apet eval`); a larger basis costs in proportion, a step of the sweep for each basis token."
+                f"- So the paper's rule is not the best at {budget} tokens, and `{chosen}` is proposed, to be "
+                "confirmed on a VLM (`apet eval`); a larger basis costs in proportion, a step of the sweep for each "
+                "basis token."
             )
     return "\n".join(lines)
 
 
 def _wins(results: Path) -> Sheet:
-    """Returns a row for each other method: whether the default wins at each budget."""
+    """Returns a row for each other method: whether the paper's rule wins at each budget."""
     retained = [
         [answers(results, layer, "test").retained(budget, methods.DEFAULT).value for layer in features.LAYERS]
         for budget in methods.BUDGETS
     ]
-    lines = [["*the default retains, %*", *(", ".join(f"{share:.1f}" for share in shares) for shares in retained)]]
+    lines = [["*the paper's rule retains, %*", *(", ".join(f"{share:.1f}" for share in shares) for shares in retained)]]
     outcome = {"worse": "win", "even": "tie", "better": "**loss**"}
     for name in methods.MAIN:
         if name != methods.DEFAULT:
@@ -141,7 +143,7 @@ def _wins(results: Path) -> Sheet:
     columns = [[line[1 + at] for line in lines[1:]] for at in range(len(methods.BUDGETS))]
     lines.append(["*wins, ties, losses*", *(", ".join(str(c.count(o)) for o in outcome.values()) for c in columns)])
     return Sheet(
-        "The default against each other method",
+        "The paper's rule against each other method",
         f"Tokens kept of {methods.FULL}; retained accuracy in layers {', '.join(map(str, features.LAYERS))}. "
         "Win, loss: the difference lies beyond its 95 % interval in at least two of the three layers, and in none the "
         "other way. Tie: all other cases.",
@@ -151,7 +153,7 @@ def _wins(results: Path) -> Sheet:
 
 
 def _standing(results: Path, budget: int, name: str) -> str:
-    """Returns whether a way is "better" or "worse" than the default beyond the intervals, or "even"."""
+    """Returns whether a way is "better" or "worse" than the paper's rule beyond the intervals, or "even"."""
     leads = [answers(results, layer, "test").ahead(budget, name, methods.DEFAULT) for layer in features.LAYERS]
     signs = [(lead.value > 0) - (lead.value < 0) for lead in leads if lead.beyond]
     if len(signs) >= 2 and len(set(signs)) == 1:
@@ -204,7 +206,7 @@ def _variants(results: Path, budget: int) -> Sheet:
         leads = [answers(results, layer, "test").ahead(budget, name, methods.DEFAULT) for layer in features.LAYERS]
         lines.append([name, *map(_signed, leads)])
     return Sheet(
-        f"{budget} tokens: ahead of the default",
+        f"{budget} tokens: ahead of the paper's rule",
         "Percentage points.",
         ["", *(f"layer {la}" for la in features.LAYERS)],
         lines,
@@ -226,7 +228,7 @@ def _losses(results: Path, measure: str, chosen: np.ndarray, words: str) -> Shee
             text = f"{100 * values[name, budget].mean():.1f}"
             row.append(f"**{text}**" if lead.high < 0 else text)
         lines.append(row)
-    note = f"Percent lost, layer {MIDDLE}. Bold: less than the default beyond the paired 95 % interval."
+    note = f"Percent lost, layer {MIDDLE}. Bold: less than the paper's rule beyond the paired 95 % interval."
     return Sheet(f"{measure.capitalize()}, {words}", note, ["tokens kept", *map(str, methods.BUDGETS)], lines)
 
 

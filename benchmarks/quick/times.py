@@ -60,7 +60,7 @@ def _plan(case: Case, options: Options) -> dict[str, Any]:
 
     x = torch.empty(case.B, case.N, case.D, dtype=case.dtype, device=options.device)
     with apet_kernels.use_backend("cuda"):
-        plan = apet_kernels.plan(x, **case.arguments)
+        plan = apet_kernels.plan(x, **case.op_arguments)
     return {"case": str(case), "plan": dict(plan.details), "why": plan.why}
 
 
@@ -68,13 +68,13 @@ def _cuda(case: Case, way: Any, x: Tensor) -> tuple[Tensor, ...]:
     from apet_kernels import dispatch, testing
 
     with testing.use_cuda_path(way):
-        return dispatch.run_cuda("compress", x, **case.arguments)  # type: ignore[no-any-return]
+        return dispatch.run_cuda("compress", x, **case.op_arguments)  # type: ignore[no-any-return]
 
 
 def _triton(case: Case) -> Callable[[Tensor], tuple[Tensor, ...]]:
     from apet_kernels import dispatch
 
-    return lambda x: dispatch.run_triton("compress", x, **case.arguments)
+    return lambda x: dispatch.run_triton("compress", x, **case.op_arguments)
 
 
 def _mix(case: Case, x: Tensor) -> tuple[Tensor, ...]:

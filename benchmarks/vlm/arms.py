@@ -1,7 +1,7 @@
 """The arms that are compared: each one turns the visual tokens of some pictures into those that the projector gets.
 
-- "default", and "qr" with a basis of K picked in rounds and `refine` medoid steps, are options of the op. The same rule
-  picked one at a time is "spare + merge".
+- "paper" is the paper's rule; "qr" has a basis of K picked in rounds and `refine` medoid steps, and without these it is
+  the default of the op. The same rule picked one at a time is "spare + merge".
 - Variants of "qr refine 2" are written here, and no part of the op: "threshold 0.5" merges a dropped token only into
   one that resembles it; "distinct" prefers tokens that differ from the rest of their picture, and "relevance" those
   that resemble the question; in "shared" pictures share their tokens.
@@ -21,6 +21,7 @@ from torch import Tensor
 
 import apet_kernels
 from apet_kernels import reference
+from apet_kernels.options import PAPER
 from benchmarks.lib import alternatives, selection
 
 
@@ -40,6 +41,7 @@ Arm = Callable[[Batch, int], Tensor | list[Tensor]]
 FULL, NONE, OTHER = "full", "no picture", "another picture"
 BUDGETS = (128, 64, 32, 16)
 IN_ROUNDS: dict[str, Any] = {"select": "qr", "basis": None}
+DEFAULT = "qr refine 0"  # of the op
 REFINE = 2
 LEAST = 0.5  # cosine
 LEAST_SHARE = 4  # a picture gets at least this part of the mean
@@ -109,7 +111,7 @@ def other(batch: Batch, keep: int, name: str, merge: bool) -> Tensor:
 OTHERS = {name: (name, False) for name in alternatives.METHODS}
 OTHERS |= {f"{name} + merge": (name, True) for name in alternatives.METHODS if name not in alternatives.MERGING}
 ARMS: dict[str, Arm] = {
-    "default": apet,
+    "paper": functools.partial(apet, **PAPER),
     "qr refine 2": functools.partial(apet, **IN_ROUNDS, refine=REFINE),
     "qr refine 0": functools.partial(apet, **IN_ROUNDS),
     "qr refine 2 threshold 0.5": threshold,
@@ -121,7 +123,7 @@ ARMS: dict[str, Arm] = {
 }
 # The paper's schedule: one and a half times as many tokens in the first half of the decoder's layers, half as many in
 # the second, compressed by the same method.
-STAGED = {f"{arm} in two stages": ARMS[arm] for arm in ("default", "qr refine 2", "qr refine 0", "random", "uniform")}
+STAGED = {f"{arm} in two stages": ARMS[arm] for arm in ("paper", "qr refine 2", "qr refine 0", "random", "uniform")}
 HALVES = (1.5, 0.5)
 NEED_ATTENTION = {arm for arm, (name, _) in OTHERS.items() if name in alternatives.NEED_ATTENTION}
 BY_QUESTION = {arm for arm, (name, _) in OTHERS.items() if name in alternatives.NEED_RELEVANCE}

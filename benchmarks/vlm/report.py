@@ -48,8 +48,8 @@ questions that it must look at the picture for.
 """
 COMPARED = """## What is compared
 
-- **Rules of the op:** the default, and `qr refine 0` and `qr refine 2`: `select="qr"` with a basis of all K kept
-  tokens that is picked in rounds, and so many medoid steps.
+- **Rules of the op:** `paper`, a basis of ten farthest points and the largest residuals; `qr refine 0`, the default,
+  and `qr refine 2`: `select="qr"` with a basis of all K kept tokens that is picked in rounds, and so many medoid steps.
 - **Variants that are no part of the op**, of `qr refine 2`: `threshold 0.5` merges a dropped token only where its
   cosine with its target is at least 0.5; `distinct` picks by the residual times 1 - the token's mean cosine with all
   of its picture; in `shared`, {batch} pictures share their tokens: the largest pivots of all are taken, and at least a
@@ -68,15 +68,11 @@ COMPARED = """## What is compared
 RULE = """## The rule for the default
 
 Written down before there were results. The candidate is `qr refine 2` if it is ahead of `qr refine 0` at 32 or at 16
-tokens, else `qr refine 0`. It becomes the default if it is ahead of today's default at 64 and at 32 tokens, and behind
-no other method without attention and without the question in the mean of all budgets; otherwise the default stays.
+tokens, else `qr refine 0`. It becomes the default if it is ahead of the paper's rule, the default until then, at 64 and
+at 32 tokens, and behind no other method without attention and without the question in the mean of all budgets;
+otherwise the paper's rule stays.
 Ahead and behind: beyond the 95 % interval.
 """
-# While the default of the package is the paper's rule.
-NOT_YET = (
-    ", in a later release: this one has the paper's rule unless told otherwise."
-    ' `apet.patch(model, keep=64, select="qr", basis="keep", refine={refine})` asks for the other one.'
-)
 NO_ANSWERS = """**No trained model is stored yet**, so there are no results. Pictures, training and evaluation are
 tested; the training has to be run.
 """
@@ -134,7 +130,7 @@ def decision(found: Answers) -> str:
     """Applies `RULE`. Returns what follows from it, with the figures that decide."""
     plain = [name for name, _ in found.stored() if name in arms.OTHERS]
     others = [name for name in dict.fromkeys(plain) if name not in arms.NEED_ATTENTION | arms.BY_QUESTION]
-    missing = {"default", "qr refine 2", "qr refine 0", *arms.OTHERS} - arms.NEED_ATTENTION - arms.BY_QUESTION
+    missing = {"paper", "qr refine 2", "qr refine 0", *arms.OTHERS} - arms.NEED_ATTENTION - arms.BY_QUESTION
     missing -= {name for name in missing if all((name, keep) in found.stored() for keep in arms.BUDGETS)}
     if missing:
         return f"Not decided: not measured with each budget: {', '.join(sorted(missing))}.\n"
@@ -145,21 +141,19 @@ def decision(found: Answers) -> str:
 
     lines, fit = [], {}
     for name in ("qr refine 2", "qr refine 0"):
-        gains = {keep: ahead_of(name, "default", [keep]) for keep in (64, 32)}
+        gains = {keep: ahead_of(name, "paper", [keep]) for keep in (64, 32)}
         behind = [other for other in others if ahead_of(name, other, arms.BUDGETS).high < 0]
         fit[name] = all(gain.low > 0 for gain in gains.values()) and not behind
         figures = " and ".join(f"{said(gain)} at {keep}" for keep, gain in gains.items())
         lines.append(
-            f"- `{name}` is ahead of the default by {figures} tokens, and in the mean of the budgets behind "
+            f"- `{name}` is ahead of the paper's rule by {figures} tokens, and in the mean of the budgets behind "
             f"{', '.join(f'`{other}`' for other in behind) or 'no other method without attention'}."
         )
     more = {keep: ahead_of("qr refine 2", "qr refine 0", [keep]) for keep in (32, 16)}
     figures = " and ".join(f"{said(gain)} at {keep}" for keep, gain in more.items())
     lines.append(f"- `qr refine 2` is ahead of `qr refine 0` by {figures} tokens.")
     candidate = "qr refine 2" if any(gain.low > 0 for gain in more.values()) else "qr refine 0"
-    end = "**So the default stays as it is.**"
-    if fit[candidate]:
-        end = f"**So the default becomes `{candidate}`**" + NOT_YET.format(refine=candidate[-1])
+    end = f"**So `{candidate if fit[candidate] else 'paper'}` is the default.**"
     return "\n".join([*lines, "", end]) + "\n"
 
 
@@ -172,6 +166,7 @@ def summary(found: Answers) -> str:
         " picture. Model, training, every method and all intervals: [vlm.md](vlm.md)."
     )
     verdict = decision(found).splitlines()[-1]
+    verdict += ' `apet.patch(model, keep=64, basis=10, select="fps")` asks for the rule of the paper.'
     return "\n\n".join([text, verdict, markdown(standing(found)).strip(), markdown(reading(found))])
 
 
@@ -179,12 +174,12 @@ def standing(found: Answers) -> Sheet:
     """Returns the table of how the default compares with every other method, in words."""
 
     def cell(name: str, keep: int) -> str:
-        if name == "default":
+        if name == arms.DEFAULT:
             return f"{found.interval(found.right(name, keep)).value:.1f}"
-        gain = found.interval(found.right("default", keep).astype(float) - found.right(name, keep))
+        gain = found.interval(found.right(arms.DEFAULT, keep).astype(float) - found.right(name, keep))
         return "win" if gain.low > 0 else "**loss**" if gain.high < 0 else "tie"
 
-    lines = table(found, cell)
+    lines = sorted(table(found, cell), key=lambda line: line[0] != arms.DEFAULT)
     lines[0][0] = "*the default, % right*"
     note = (
         "Win, loss: the default is ahead or behind beyond the 95 % interval, paired, by photograph. Tie: all other"
@@ -233,17 +228,17 @@ def budgets(found: Answers) -> Sheet:
 
 
 def ahead(found: Answers) -> Sheet:
-    """Returns the table of every arm against the default, paired."""
+    """Returns the table of every arm against the paper's rule, paired."""
 
     def cell(name: str, keep: int) -> str:
-        difference = found.right(name, keep).astype(float) - found.right("default", keep)
+        difference = found.right(name, keep).astype(float) - found.right("paper", keep)
         found_interval = found.interval(difference)
         text = f"{found_interval.value:+.1f} [{found_interval.low:+.1f}, {found_interval.high:+.1f}]"
         return f"**{text}**" if found_interval.beyond else text
 
-    lines = [line for line in table(found, cell) if line[0] != "default"]
+    lines = [line for line in table(found, cell) if line[0] != "paper"]
     note = "Percentage points, paired. Bold: 0 lies outside of the 95 % interval."
-    return Sheet("Ahead of the default", note, ["tokens kept", *map(str, arms.BUDGETS)], lines)
+    return Sheet("Ahead of the paper's rule", note, ["tokens kept", *map(str, arms.BUDGETS)], lines)
 
 
 def by_kind(found: Answers) -> Sheet:

@@ -69,12 +69,12 @@ void check(const apet_problem& problem, apet_status status) {
 void run(char** arguments, int64_t threads) {
   if (threads < 1 || threads > 256)
     throw std::runtime_error("THREADS is " + std::to_string(threads) + ", outside 1..256");
-  apet_problem p = {};  // compress, float32, inplace, fps
+  apet_problem p = {};  // compress, float32, inplace
   p.images = 1;         // for apet_check; the size of the file determines the number
   p.tokens = number("N", arguments[2]);
   p.dim = number("D", arguments[3]);
   p.keep = number("KEEP", arguments[4]);
-  p.basis = 10, p.start = -1, p.ridge = 1e-5, p.blend = 1;
+  p.select = APET_QR, p.basis = APET_BASIS_KEEP, p.start = -1, p.ridge = 1e-5, p.blend = 1;
   p.stride_xd = 1;
   check(p, apet_check(&p));
   p.stride_xn = p.dim, p.stride_xb = p.tokens * p.dim;

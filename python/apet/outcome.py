@@ -12,7 +12,7 @@ from torch.utils.benchmark import Timer
 
 import apet_kernels
 from apet_kernels import reference
-from apet_kernels.options import DEFAULT_BASIS, MAX_BASIS, Options
+from apet_kernels.options import MAX_BASIS, PAPER, Options
 
 TIMING_SECONDS = 0.25  # for each of four calls
 
@@ -21,7 +21,7 @@ TIMING_SECONDS = 0.25  # for each of four calls
 class OpArguments:
     """The arguments of `apet_kernels.compress` that the command passes on."""
 
-    basis: int | Literal["keep"] = DEFAULT_BASIS  # "keep": as many as are kept
+    basis: int | Literal["keep"] = "keep"  # "keep": as many as are kept
     layout: str = Options.layout
     select: str = Options.select
     start: int = Options.start
@@ -173,9 +173,9 @@ def score(x: torch.Tensor, o: OpArguments) -> tuple[torch.Tensor, torch.Tensor]:
     """Returns the residual and the basis that pictures show.
 
     If all kept tokens are basis tokens, the residual of that basis says nothing about the choice. Then the residual of
-    the default number of basis tokens is returned, and no basis.
+    the paper's number of basis tokens is returned, and no basis.
     """
-    shown = OpArguments.basis if o.basis == "keep" or o.basis > MAX_BASIS or o.refine else o.basis
+    shown = PAPER["basis"] if o.basis == "keep" or o.basis > MAX_BASIS or o.refine else o.basis
     residual, basis = apet_kernels.score(x, shown, select=o.select, start=o.start, backend=o.backend)
     return residual, basis if shown == o.basis and not o.refine else torch.full_like(basis, -1)
 

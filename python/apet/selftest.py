@@ -16,7 +16,7 @@ import torch
 
 import apet_kernels
 from apet_kernels import reference, testing
-from apet_kernels.options import DEFAULT_BASIS
+from apet_kernels.options import PAPER
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Case:
     shape: tuple[int, int, int]
     dtype: torch.dtype
     keep: int
-    basis: int = DEFAULT_BASIS
+    basis: int = PAPER["basis"]
     options: dict[str, Any] = field(default_factory=dict)
     prepare: Callable[[torch.Tensor], torch.Tensor] = lambda x: x
 

@@ -29,9 +29,9 @@ class Options:
     """The arguments of `apet.patch`, with the same names; a budget may be a list, one for each visual of the sample."""
 
     keep: Keep | list[Keep] = None
-    basis: int | str = 10
+    basis: int | str = "keep"
     layout: str = "inplace"
-    select: str = "fps"
+    select: str = "qr"
     refine: int = 0
     blend: float = 1.0
     llm_layer: int | None = None

@@ -92,10 +92,10 @@ def test_layout_is_part_of_the_variant(llava: Path, data: Path, tmp_path: Path) 
     write(data, [entry(0)])
     text = said(
         "eval", "--model", llava, "--data", data, "--out", tmp_path / "out.jsonl", "--keep", 12,
-        "--layout", "overwrite", "--max-new-tokens", NEW,
+        "--layout", "overwrite", "--basis", 10, "--max-new-tokens", NEW,
     )  # fmt: skip
-    assert "keep=12, overwrite" in text
-    expected = answer(llava, [data / PHOTOS[0]], "<image>\nw3 w7", NEW, keep=12, layout="overwrite")
+    assert "keep=12, overwrite, basis=10" in text
+    expected = answer(llava, [data / PHOTOS[0]], "<image>\nw3 w7", NEW, keep=12, layout="overwrite", basis=10)
     assert records(tmp_path / "out.jsonl")[1]["answer"] == expected
 
 

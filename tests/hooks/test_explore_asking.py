@@ -57,7 +57,7 @@ def test_ten_users_ask_at_once(asker: Asker, photo: Path) -> None:
 
 def test_what_is_wrong_is_one_message(asker: Asker, photo: Path, tmp_path: Path) -> None:
     explorer = Explorer(None, asker)
-    *_, last = explorer.answers(str(photo), Link(Settings(keep=5, layout="overwrite")), "w3")
+    *_, last = explorer.answers(str(photo), Link(Settings(keep=5, basis=10, layout="overwrite")), "w3")
     assert last.count('role="alert"') == 1
     assert "layout=&#x27;overwrite&#x27; needs keep &gt; basis" in last
     assert "All tokens" in last  # that answer stays

@@ -61,11 +61,12 @@ def test_answer_and_report(llava: Path, photos: list[Path]) -> None:
 
 
 def test_both_stages_compared_and_drawn(llava: Path, photos: list[Path], tmp_path: Path) -> None:
-    options = ("--keep", "50%", "--llm-layer", 2, "--llm-keep", 11, "--layout", "overwrite", "--dtype", "float32")
+    options = ("--keep", "50%", "--llm-layer", 2, "--llm-keep", 11, "--layout", "overwrite", "--basis", 10)
+    options += ("--dtype", "float32")
     words = ("--model", llava, "--image", photos[0], "--image", photos[1], "--prompt", "w5", *options)
     text = generated(*words, "--compare", "--out", tmp_path / "pictures", "--device", "cpu")
     lines = text.splitlines()
-    chosen = {"keep": 0.5, "llm_layer": 2, "llm_keep": 11, "layout": "overwrite"}
+    chosen = {"keep": 0.5, "llm_layer": 2, "llm_keep": 11, "layout": "overwrite", "basis": 10}
     assert lines[0] == answer(llava, photos, "<image>\n<image>\nw5", NEW, **chosen)
     assert lines[3] == answer(llava, photos, "<image>\n<image>\nw5", NEW)
     assert lines[2] == "Without compression:"
@@ -166,7 +167,7 @@ def test_json_and_quiet(llava: Path, photos: list[Path], tmp_path: Path) -> None
         ),
         (["--keep", 9, "--llm-layer", 2, "--llm-keep", 20], "llm_keep=20 drops nothing: it counts per image, and the"),
         (
-            ["--keep", 30, "--layout", "append"],
+            ["--keep", 30, "--basis", 10, "--layout", "append"],
             "has 36 tokens, and layout='append' adds 10 basis tokens; keep=25 or less",
         ),
     ],
@@ -197,7 +198,7 @@ def test_all_of_it_is_no_budget_that_drops_nothing(llava: Path, photos: list[Pat
         (["--llm-layer", "2"], "llm_layer=2 and llm_keep=None must be given together"),
         (["--llm-layer", "9", "--llm-keep", "4"], "llm_layer=9 is outside 1..3"),
         (["--layout", "sideways"], "'sideways' is not one of 'inplace', 'overwrite', 'append'"),
-        (["--layout", "overwrite", "--keep", "5"], "layout='overwrite' needs keep > basis"),
+        (["--layout", "overwrite", "--basis", "10", "--keep", "5"], "layout='overwrite' needs keep > basis"),
         (["--preset", "paper-65"], "preset='paper-65' is not known for llava; its presets are: paper-192"),
         (["--preset", "paper-64"], "llm_layer=16 is outside 1..3"),
         (["--max-new-tokens", "0"], "Invalid value for '--max-new-tokens'"),

@@ -43,7 +43,7 @@ def test_models_of_lmms_eval(llava: Path, tmp_path: Path, monkeypatch: pytest.Mo
         },
         {"model_id": "apet_qwen2_vl", "simple_class_path": "apet.lmms.simple_qwen2_vl"},
     ]
-    made = lmms.chat_llava_hf(pretrained=llava, keep=12, layout="overwrite", batch_size=3)
+    made = lmms.chat_llava_hf(pretrained=llava, keep=12, basis=10, layout="overwrite", batch_size=3)
     assert (type(made).__name__, made.is_simple, made.batch_size) == ("ApetChat", False, 3)
     options = apet.options(made.model)
     assert (options.keep, options.layout) == (12, "overwrite")

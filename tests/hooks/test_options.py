@@ -29,17 +29,18 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"keep": []}, "keep"),
     ({"keep": [9, 0]}, "keep=0"),
     ({"keep": 9, "basis": 0}, "basis=0"),
-    ({"keep": 9, "basis": 65}, "basis=65"),
+    ({"keep": 9, "basis": 65, "select": "fps"}, "basis=65"),
     ({"keep": 9, "basis": 2.5}, r"basis=2\.5"),
     ({"keep": 9, "basis": "all"}, "basis='all' is not a whole number, nor 'keep'"),
-    ({"keep": 9, "basis": "keep"}, "basis=None needs select='qr'"),
+    ({"keep": 9, "select": "fps"}, "basis='keep' needs select='qr', got select='fps'; give basis in 1..64"),
+    ({"keep": 9, "layout": "append"}, "basis='keep' needs layout='inplace', got layout='append'; give basis in 1..64"),
     ({"keep": 9, "basis": "keep", "select": "qr", "layout": "append"}, "needs layout='inplace'"),
     ({"keep": 9, "basis": "keep", "select": "qr", "refine": 9}, "refine=9"),
     ({"keep": 9, "basis": 9, "refine": 1}, "refine=1 needs basis='keep', got basis=9"),
     ({"keep": 9, "layout": "outplace"}, "layout='outplace'"),
     ({"keep": 9, "select": "dpc"}, "select='dpc'"),
     ({"keep": 9, "blend": 0.5}, r"blend=0\.5"),
-    ({"keep": 9, "blend": -1.0, "layout": "overwrite"}, "blend=-1"),
+    ({"keep": 9, "blend": -1.0, "layout": "overwrite", "basis": 4}, "blend=-1"),
     ({"keep": 4, "basis": 4, "layout": "overwrite"}, "keep=4"),
     ({"llm_layer": 2}, "llm_layer=2"),
     ({"keep": 9, "llm_keep": 4}, "llm_keep=4"),
@@ -115,7 +116,7 @@ def test_presets(name: str, preset: str, want: dict[str, Any]) -> None:
     model = build(name, layers=20)
     chosen = apet.patch(model, preset=preset)
     assert {field: getattr(chosen, field) for field in want} == want
-    assert (chosen.basis, chosen.preset) == (10, preset)
+    assert (chosen.basis, chosen.select, chosen.refine, chosen.preset) == (10, "fps", 0, preset)
     assert apet.patch(model, preset=preset, basis=7).basis == 7
 
 

@@ -108,8 +108,10 @@ def test_calls_of_the_op() -> None:
     """Arguments with default values, and others."""
     x = torch.randn(9 + 7, 8)
     with calls.Recorder() as recorder:
-        tokens, indices = apet_kernels.compress_packed(x, [9, 7], [5, 4], basis=3, layout="overwrite", blend=0.5)
-        apet_kernels.compress_packed(x, [9, 7], [5, 4])
+        tokens, indices = apet_kernels.compress_packed(
+            x, [9, 7], [5, 4], 3, layout="overwrite", select="fps", blend=0.5
+        )
+        apet_kernels.compress_packed(x, [9, 7], [5, 4], basis=10)
     first, second = recorder.calls
     assert (first.lengths, first.keeps) == ([9, 7], [5, 4])
     assert torch.equal(first.tokens, tokens)

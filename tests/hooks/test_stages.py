@@ -113,8 +113,8 @@ def test_forward(family: Family, stage: str) -> None:
         {"keep": 1.0},
         {"keep": 10_000},
         {"llm_layer": 3, "llm_keep": 1.0},
-        {"keep": 1.0, "llm_layer": 2, "llm_keep": 1.0, "layout": "overwrite"},
-        {"keep": 1.0, "layout": "append"},
+        {"keep": 1.0, "llm_layer": 2, "llm_keep": 1.0, "layout": "overwrite", "basis": 10},
+        {"keep": 1.0, "layout": "append", "basis": 10},
     ],
     ids=str,
 )

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from apet_kernels import ops
-from apet_kernels.options import LAYOUTS, SELECTS, Options
+from apet_kernels.options import LAYOUTS, PAPER, SELECTS, Options
 
 from . import build
 from .abi import (
@@ -265,7 +265,7 @@ def _readable(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
-def compress_case(x: Tensor, keep: int, basis: int | None = 10, **options: Any) -> Case:
+def compress_case(x: Tensor, keep: int, basis: int | None = None, **options: Any) -> Case:
     """options: the other fields of `Options`."""
     ops.check_compress(x, keep, basis, **options)
     x, chosen = _readable(x), Options(basis, **options)
@@ -279,7 +279,7 @@ def compress_varlen_case(
     total_keep: int,
     max_seqlen: int,
     max_keep: int,
-    basis: int | None = 10,
+    basis: int | None = None,
     **options: Any,
 ) -> Case:
     """options: the other fields of `Options`."""
@@ -293,6 +293,7 @@ def compress_varlen_case(
 
 def score_case(x: Tensor, basis: int = 10, **options: Any) -> Case:
     """options: select, start and ridge."""
+    options = {"select": PAPER["select"]} | options
     ops.check_score(x, basis, **options)
     x = _readable(x)
     problem = _problem(SCORE, x, Options(basis, **options))

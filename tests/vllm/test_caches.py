@@ -102,7 +102,7 @@ def test_equal_budgets_are_one_in_the_caches(served):
     image = picture(150, 280)
     served.ids(prompt(served.name, image, before="one ", apet_keep=8))
     with served.watched() as seen:
-        served.ids(prompt(served.name, image, before="two ", apet_keep=8, apet_basis=10, apet_layout="inplace"))
+        served.ids(prompt(served.name, image, before="two ", apet_keep=8, apet_basis="keep", apet_layout="inplace"))
     assert seen.tower == []
 
 
@@ -110,10 +110,11 @@ def test_equal_budgets_are_one_in_the_caches(served):
 def test_many_requests_at_once(served):
     """Ten requests of different sizes, numbers of images, budgets and layouts, batched by vLLM."""
     sizes = [(112, 112), (90, 300), (260, 130), (40, 60), (150, 280)]
+    replaced = {"apet_keep": 14, "apet_layout": "overwrite", "apet_basis": 10}
     requests = []
     for i in range(10):
         images = [picture(*sizes[(i + j) % 5], i + j) for j in range(i % 3)]
-        kwargs = [{}, {"apet_keep": 5 + i}, {"apet_keep": 0.3}, {"apet_keep": 14, "apet_layout": "overwrite"}][i % 4]
+        kwargs = [{}, {"apet_keep": 5 + i}, {"apet_keep": 0.3}, replaced][i % 4]
         requests.append(prompt(served.name, *images, text=f"what is {i}?", **(kwargs if images else {})))
     expected = []
     for request in requests:
@@ -136,7 +137,7 @@ BAD = [
     ({"apet_keep": [8, 16]}, r"apet_keep=\[8, 16\] must be one count or ratio"),
     ({"apet_keep": 8, "apet_basis": 65}, "apet_basis=65 is outside 1..64"),
     ({"apet_keep": 8, "apet_basis": 2.5}, "apet_basis=2.5 is not a whole number"),
-    ({"apet_keep": 8, "apet_layout": "overwrite"}, "apet_layout='overwrite' needs keep > basis"),
+    ({"apet_keep": 8, "apet_layout": "overwrite", "apet_basis": 10}, "apet_layout='overwrite' needs keep > basis"),
     ({"apet_keep": 8, "apet_layout": "append"}, "apet_layout='append' is not supported"),
     ({"apet_keep": 8, "apet_layout": 3}, "apet_layout=3 is not a name"),
     ({"apet_keep": 8, "apet_blend": 2}, "apet_blend=2 is outside 0..1"),
@@ -146,7 +147,10 @@ BAD = [
     ({"apet_keep": 0.5, "apet_most": 0}, "apet_most=0 is not a count"),
     ({"apet_keep": 0.5, "apet_least": 9, "apet_most": 8}, "apet_least=9 exceeds apet_most=8"),
     ({"apet_max_tokens": 2.5}, "apet_max_tokens=2.5 is not a count"),
-    ({"apet_max_tokens": 8, "apet_layout": "overwrite"}, "leaves 8 tokens to an image or video that needs at least 11"),
+    (
+        {"apet_max_tokens": 8, "apet_layout": "overwrite", "apet_basis": 10},
+        "leaves 8 tokens to an image or video that needs at least 11",
+    ),
     ({"apet_keep": 8, "apet_budget": 8}, "apet_budget is not an option of ApET; these are: apet_keep"),
     ({"apet_keep": 8, "images_kwargs": {"apet_keep": 4}}, "options directly into mm_processor_kwargs"),
 ]

@@ -101,7 +101,7 @@ def test_metrics_tell_tokens_before_and_after(address):
     [
         ({"apet_keep": 0}, "apet_keep=0 is neither a count (an int from 1) nor a ratio (a float in (0, 1])"),
         ({"apet_keep": "many"}, "apet_keep='many' is neither a count"),
-        ({"apet_keep": 8, "apet_layout": "overwrite"}, "apet_layout='overwrite' needs keep > basis, got keep=8"),
+        ({"apet_keep": 8, "apet_layout": "overwrite", "apet_basis": 10}, "'overwrite' needs keep > basis, got keep=8"),
         ({"apet_kepe": 8}, "apet_kepe is not an option of ApET"),
     ],
 )

@@ -65,9 +65,9 @@ def compress(
         float,
         typer.Option(parser=budget, metavar="COUNT|SHARE", help="Tokens to keep of each image: 64, 0.25 or 25%."),
     ] = 64,
-    basis: Annotated[int, typer.Option(parser=basis_count, metavar="COUNT|keep", help=BASIS_HELP)] = 10,
+    basis: Annotated[Any, typer.Option(parser=basis_count, metavar="COUNT|keep", help=BASIS_HELP)] = "keep",
     layout: Annotated[Layout, typer.Option(help="Where basis tokens are placed.")] = "inplace",
-    select: Annotated[Select, typer.Option(help="How the basis is picked.")] = "fps",
+    select: Annotated[Select, typer.Option(help="How the basis is picked.")] = "qr",
     start: Annotated[int, typer.Option(min=-1, help="First basis token; -1 is the one of largest norm.")] = -1,
     blend: Annotated[
         float, typer.Option(min=0, max=1, help="With overwrite: weight of the basis token in an overwritten row.")

@@ -10,8 +10,9 @@ from torch import Tensor
 
 import apet_kernels
 from apet import outcome
-from apet.explore.settings import DEFAULT, Settings
+from apet.explore.settings import Settings
 from apet.outcome import Frame, Measure, OpArguments
+from apet_kernels.options import PAPER
 
 SEED = 7  # of random tokens
 
@@ -29,7 +30,7 @@ def compress(x: Tensor, grid: tuple[int, int], settings: Settings) -> tuple[Fram
         outcome.check(n, keep, arguments)
         frames, measure = outcome.compress(x, keep, arguments)
         return frames[0], measure
-    residual = apet_kernels.score(x, min(settings.basis or DEFAULT.basis, n), select=settings.select)[0][0]  # [N]
+    residual = apet_kernels.score(x, min(settings.basis or PAPER["basis"], n), select=settings.select)[0][0]  # [N]
     if settings.method == "pooling":
         target, kept = pooled(grid, keep)
         rows = torch.stack([x[0, target == k].mean(0) for k in kept])  # [K, D]

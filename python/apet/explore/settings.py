@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Literal
 from urllib.parse import urlencode
 
-from apet_kernels.options import DEFAULT_BASIS, LAYOUTS, MAX_BASIS, MAX_REFINE, SELECTS, Options
+from apet_kernels.options import LAYOUTS, MAX_BASIS, MAX_REFINE, SELECTS, Options
 
 METHODS = {
     "apet": "ApET",
@@ -28,7 +28,7 @@ class Settings:
 
     method: str = "apet"
     keep: int = 64
-    basis: int = DEFAULT_BASIS
+    basis: int = 0
     layout: str = Options.layout
     select: str = Options.select
     refine: int = Options.refine

@@ -56,11 +56,12 @@ def patch(
             DataParallel, DistributedDataParallel or FSDP.
         keep: tokens to keep of each unit (an image, a tile or a frame, by family): a count, a ratio in (0, 1], or a
             list of these with one entry for every image or video of a call. None: there is no first stage.
-        basis, layout, select, blend, refine: as in `apet_kernels.compress`; 10, "inplace", "fps", 1.0 and 0 unless a
-            preset says otherwise. basis="keep" picks as many as are kept (`basis=None` there; needs select="qr").
+        basis, layout, select, blend, refine: as in `apet_kernels.compress`; "keep", "inplace", "qr", 1.0 and 0 unless a
+            preset says otherwise. basis="keep" picks as many as are kept (`basis=None` there). basis=10 with
+            select="fps" is the paper's rule.
         llm_layer, llm_keep: compress once more, after so many decoder layers have run, to so many tokens of each unit.
-        preset: both stages with the budgets of the paper and the layout of the released code; the other arguments
-            override it.
+        preset: both stages with the budgets and the rule of the paper and the layout of the released code; the other
+            arguments override it.
         check: where transformers, torch or the model's code are not as tested, compare a tiny random model of the same
             classes with an independent reference first (seconds, once for these versions). False: patch without.
 

@@ -23,7 +23,7 @@ class Options:
     # The budget of each unit: a count (int), a ratio (float in (0, 1]), or a tuple with one of these for every image or
     # video of a call. None: there is no first stage.
     keep: Keep | None = None
-    basis: Basis = kernel.DEFAULT_BASIS  # "keep": `basis=None` of `apet_kernels.compress`
+    basis: Basis = "keep"  # "keep": `basis=None` of `apet_kernels.compress`
     layout: Layout = kernel.Options.layout
     select: Select = kernel.Options.select
     blend: float = kernel.Options.blend
@@ -107,6 +107,11 @@ def _check(options: Options, layers: range) -> None:
             raise ValueError(f"{name}={value!r} is not a whole number{or_keep}")
     if options.llm_layer is not None and options.llm_layer not in layers:
         raise ValueError(f"llm_layer={options.llm_layer} is outside {layers[0]}..{layers[-1]}, between decoder layers")
+    for name, needed in (("select", "qr"), ("layout", "inplace")) if options.basis == "keep" else ():
+        if (value := getattr(options, name)) != needed:
+            raise ValueError(
+                f"basis='keep' needs {name}='{needed}', got {name}={value!r}; give basis in 1..{kernel.MAX_BASIS}"
+            )
     if options.refine and options.basis != "keep":
         raise ValueError(f"refine={options.refine} needs basis='keep', got basis={options.basis}")
     # The numbers of tokens are known only when the model is called, so the bounds here are as large as possible.

@@ -13,6 +13,8 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
+from apet_kernels.options import PAPER
+
 from ..adapter import Adapter, Units
 from ..grids import of_pixels
 
@@ -23,6 +25,7 @@ class Llava(Adapter):
     projector = "multi_modal_projector"
     presets: ClassVar = {
         f"paper-{(first + second) // 2}": {
+            **PAPER,
             "keep": first,
             "llm_layer": 16,
             "llm_keep": second,

@@ -12,6 +12,8 @@ from __future__ import annotations
 
 from typing import ClassVar
 
+from apet_kernels.options import PAPER
+
 from ..adapter import Adapter
 
 
@@ -19,5 +21,5 @@ class Qwen2_5VL(Adapter):
     """An image is a unit, and so is each temporal step of a video."""
 
     presets: ClassVar = {
-        "paper-0.2": {"keep": 0.3, "llm_layer": 14, "llm_keep": 0.333, "layout": "overwrite", "blend": 0.5}
+        "paper-0.2": {**PAPER, "keep": 0.3, "llm_layer": 14, "llm_keep": 0.333, "layout": "overwrite", "blend": 0.5}
     }

@@ -14,6 +14,8 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
+from apet_kernels.options import PAPER
+
 from ..adapter import Adapter, Units, one_unit
 
 
@@ -21,7 +23,7 @@ class VideoLlava(Adapter):
     """An image is a unit, and so is each frame of a video without its CLS."""
 
     unit_names: ClassVar = {"image": "image", "video": "frame"}
-    presets: ClassVar = {"paper-32": {"keep": 22, "basis": 10, "layout": "append"}}
+    presets: ClassVar = {"paper-32": {**PAPER, "keep": 22, "layout": "append"}}
 
     def units(self, core: nn.Module, inputs: Mapping[str, Any], counts: Mapping[str, int]) -> dict[str, list[Units]]:
         found = {}
