@@ -247,6 +247,7 @@ def test_the_cuda_library_is_built_by_hand(tmp_path: Path):
     (tmp_path / "plan.c").write_text(PLAN)
     (link,) = re.findall(r"Link `(libapet_cuda.a .*?)`", GUIDE.read_text(), re.S)
     toolkit = next(p for p in (CUDA_HEADERS.parent / "lib64", nvcc.resolve().parents[1] / "lib64") if p.exists())
-    words = ["-std=c99", "-DAPET_STATIC", f"-I{CSRC}", f"-L{toolkit}", tmp_path / "plan.c", *link.split(), "-lstdc++", "-lm"]
+    words = ["-std=c99", "-DAPET_STATIC", f"-I{CSRC}", f"-L{toolkit}", tmp_path / "plan.c", *link.split()]
+    words += ["-lstdc++", "-lm"]
     run("cc", *words, "-o", tmp_path / "plan", folder=tmp_path)
     check_planned(run(tmp_path / "plan"))
