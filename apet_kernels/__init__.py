@@ -12,6 +12,7 @@ from . import reference as reference
 from .api import Compressed, Scored, compress, merge, score
 from .api import backends as backends
 from .available import available_backends, why_unavailable
+from .budgets import share
 from .dispatch import set_backend, use_backend
 from .host import build_info
 from .options import Backend, Layout, Options, Select
@@ -37,6 +38,7 @@ __all__ = [
     "plan",
     "score",
     "set_backend",
+    "share",
     "use_backend",
     "why_unavailable",
 ]

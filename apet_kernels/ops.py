@@ -63,7 +63,7 @@ def check_grad(*tensors: Tensor | None) -> None:
         )
 
 
-def _check_tokens(x: Tensor, dims: int) -> None:
+def check_tokens(x: Tensor, dims: int) -> None:
     shape = "[T, D]" if dims == 2 else "[B, N, D]"
     require(x.layout == torch.strided, lambda: f"x has layout {x.layout}; a dense tensor (torch.strided) is needed")
     require(x.dim() == dims, lambda: f"x has {x.dim()} dimensions; {shape} is needed")
@@ -94,7 +94,7 @@ def _name(dtype: torch.dtype) -> str:
 
 def check_compress(x: Tensor, keep: int, basis: int | None = None, **options: Any) -> None:
     """Raises ValueError for what `compress` rejects. options: the other fields of `Options`."""
-    _check_tokens(x, 3)
+    check_tokens(x, 3)
     Options(basis, **options).check(x.shape[1], keep)
 
 
@@ -109,8 +109,8 @@ def check_compress_varlen(
     **options: Any,
 ) -> None:
     """Raises ValueError for what `compress_varlen` rejects without looking at the values of the cu tensors."""
-    _check_tokens(x, 2)
-    Options(basis, **options).check(x.shape[0], most_kept=total_keep)
+    check_tokens(x, 2)
+    Options(basis, **options).check(x.shape[0], ragged=True)
     _check_offsets("cu_seqlens", cu_seqlens, x)
     _check_offsets("cu_keep", cu_keep, x)
     require(
@@ -127,13 +127,13 @@ def check_compress_varlen(
 
 def check_score(x: Tensor, basis: int | None = 10, *, select: Select = "fps", **options: Any) -> None:
     """Raises ValueError for what `score` rejects. options: start and ridge, as in `Options`."""
-    _check_tokens(x, 3)
+    check_tokens(x, 3)
     Options(basis, select=select, **options).check(x.shape[1])
 
 
 def check_merge(x: Tensor, indices: Tensor, *, targets: Tensor | None = None) -> None:
     """Raises ValueError for what `merge` rejects without looking at the values of the indices."""
-    _check_tokens(x, 3)
+    check_tokens(x, 3)
     require(
         indices.dim() == 2 and indices.dtype == torch.int64 and indices.shape[0] == x.shape[0],
         lambda: f"indices must be int64 [{x.shape[0]}, K], got {_name(indices.dtype)} with {indices.dim()} dimensions",

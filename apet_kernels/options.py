@@ -46,7 +46,8 @@ class Options:
         ValueError: basis=65 is outside 1..64
     """
 
-    basis: int | None = None  # M basis tokens: 1..64, or with select="qr" 1..keep and None
+    # M basis tokens: 1..64; with select="qr" also up to keep (ragged images: any number), and None
+    basis: int | None = None
     layout: Layout = "inplace"
     select: Select = "qr"
     start: int = -1  # the first basis token; -1: the one of largest norm
@@ -54,9 +55,9 @@ class Options:
     blend: float = 1.0  # "overwrite" only: blend * basis + (1 - blend) * token
     refine: int = 0  # medoid steps, 0..8; "inplace" only, and where M is keep
 
-    def check(self, tokens: int, keep: int | None = None, most_kept: int | None = None) -> None:
+    def check(self, tokens: int, keep: int | None = None, ragged: bool = False) -> None:
         """Checks the options against N tokens per image (ragged: T in all). Those of `compress` are also checked
-        against `keep`, the tokens that each image keeps, or for ragged images `most_kept`, the sum of all.
+        against `keep`, the tokens that each image keeps, unless the images are ragged.
 
         The order and the messages are those of csrc/torch_ops.h and csrc/problem.cpp. Sizes may be symbolic.
 
@@ -64,7 +65,8 @@ class Options:
             ValueError: names the first option that is out of range, and its value.
         """
         require(self.select in SELECTS, lambda: f"select='{self.select}' is none of {', '.join(SELECTS)}")
-        bound = keep if most_kept is None else most_kept  # None: score
+        # None: score. A ragged image has at most as many basis tokens as it keeps, so any number will do.
+        bound = 2**31 - 1 if ragged else keep
         give = f"give basis in 1..{MAX_BASIS}"
         if self.basis is None:
             require(self.select == "qr", lambda: f"basis=None needs select='qr', got select='{self.select}'; {give}")

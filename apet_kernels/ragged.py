@@ -165,8 +165,8 @@ def compress_packed(
 def _packed(
     x: Tensor, lengths: Sequence[int], keep: Sequence[int], options: Options, backend: Backend | None
 ) -> Compressed:
-    lengths, keep = _whole("length", lengths), _whole("keep", keep)
-    _check_lengths(x, lengths, keep, options)
+    lengths, keep = whole("length", lengths), whole("keep", keep)
+    check_lengths(x, lengths, keep, options)
     sizes = (sum(keep), max(lengths, default=0), max(keep, default=0))
     cu_seqlens, cu_keep = (
         torch.tensor([0, *itertools.accumulate(n)], dtype=torch.int32, device=x.device) for n in (lengths, keep)
@@ -174,14 +174,14 @@ def _packed(
     return Compressed(*call("compress_varlen", backend, x, cu_seqlens, cu_keep, *sizes, **options.arguments))
 
 
-def _whole(name: str, values: Sequence[int]) -> list[int]:
+def whole(name: str, values: Sequence[int]) -> list[int]:
     for s, value in enumerate(values):
         if not hasattr(value, "__index__"):
             raise ValueError(f"{name}={value} of image {s} is not a whole number")
     return [operator.index(value) for value in values]
 
 
-def _check_lengths(x: Tensor, lengths: list[int], keep: list[int], options: Options) -> None:
+def check_lengths(x: Tensor, lengths: list[int], keep: list[int], options: Options) -> None:
     if len(lengths) != len(keep):
         raise ValueError(f"{len(lengths)} lengths but {len(keep)} keeps were given")
     if x.dim() == 2 and sum(lengths) != x.shape[0]:

@@ -91,7 +91,7 @@ typedef struct apet_problem {
   apet_layout layout; /* compress */
   apet_select select; /* compress, score */
   int32_t basis;      /* compress, score: M, 1..APET_MAX_BASIS. compress with APET_QR and APET_INPLACE: also up to
-                         keep (ragged: total_keep), and APET_BASIS_KEEP. With APET_BASIS_KEEP or more than
+                         keep (ragged: any number), and APET_BASIS_KEEP. With APET_BASIS_KEEP or more than
                          APET_MAX_BASIS, M of an image is at most its keep, and more than 16 basis tokens are picked
                          in four rounds. APET_QR with APET_BASIS_KEEP is the default of the Python package; APET_FPS
                          with 10 is the paper's rule */

@@ -11,7 +11,7 @@ constexpr int64_t kMaxExtent = INT32_MAX;
 
 // Returns the largest basis that may be given as a number.
 int64_t most_basis(const apet_problem& p) {
-  const int64_t keep = p.ragged ? p.total_keep : p.keep;
+  const int64_t keep = p.ragged ? INT32_MAX : p.keep;  // a ragged image has at most as many as it keeps
   return p.op == APET_COMPRESS && p.select == APET_QR && keep > APET_MAX_BASIS ? keep : APET_MAX_BASIS;
 }
 

@@ -114,8 +114,7 @@ apet_problem problem_of(apet_op op, const Tensor& x, bool ragged) {
   return p;
 }
 
-// Sets the options of the basis. keep: the largest basis that may be picked in rounds, which is the number of tokens
-// that all images keep together.
+// Sets the options of the basis. keep: the largest basis that may be picked in rounds.
 void set_basis(apet_problem& p, std::optional<int64_t> basis, const std::string& select, int64_t start, double ridge,
                int64_t keep) {
   p.select = select_of(select);
@@ -183,7 +182,7 @@ std::tuple<Tensor, Tensor> compress_varlen(const Tensor& given, const Tensor& cu
                                            int64_t start, double ridge, double blend, int64_t refine) {
   const Tensor x = readable(given);
   apet_problem p = problem_of(APET_COMPRESS, x, true);
-  set_basis(p, basis, select, start, ridge, total_keep);
+  set_basis(p, basis, select, start, ridge, INT32_MAX);
   p.refine = refine;
   p.layout = layout_of(layout);
   p.blend = blend;

@@ -68,6 +68,7 @@ WRONG_CALLS = [
     ("compress", (x3(), 12, 12), {"refine": 2, "layout": "append"}, "refine=2 needs layout='inplace'.*append"),
     ("compress_varlen", (x3(20, 7), CU, CU_KEEP, 9, 11, 5, 5), {"refine": 1}, "refine=1 of ragged.*got 5"),
     ("compress_varlen", (x3(20, 7), CU, CU_KEEP, 9, 11, 5), {"select": "fps"}, "basis=None needs select='qr'"),
+    ("compress_varlen", (x3(20, 7), CU, CU_KEEP, 9, 11, 5, 2**31), {}, r"basis=2147483648 is outside 1\.\.2147483647"),
     ("score", (x3(), None), {"select": "qr"}, r"basis=None means basis=keep, but score has no keep; give .* 1\.\.64"),
     ("score", (x3(), 65), {"select": "qr"}, r"basis=65 is outside 1\.\.64"),
     ("compress", (x3(), 12), {"blend": 1 - 1e-10}, "needs layout='overwrite'"),

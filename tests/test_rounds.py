@@ -264,6 +264,17 @@ def test_alone_batched_packed_and_strided(backend, dtype, refine):
 
 
 @pytest.mark.rest_interpreted
+def test_more_basis_tokens_than_packed_images_keep(backend):
+    """Each image has as many as it keeps, however many that are together."""
+    cu, cu_keep = offsets([50, 30]), offsets([20, 12])
+    x = tokens(80, 20, seed=9)
+    for basis in (65, 10**6):
+        got = backend.compress_varlen(x, cu, cu_keep, 32, 50, 20, basis, select="qr")
+        for one, wanted in zip(got, backend.compress_varlen(x, cu, cu_keep, 32, 50, 20, **QR), strict=True):
+            assert_same(one, wanted)
+
+
+@pytest.mark.rest_interpreted
 @pytest.mark.parametrize("refine", [0, 2])
 def test_merge_gives_the_same_tokens(backend, refine):
     x = tokens(2, 90, 45, dtype=torch.bfloat16, seed=6)

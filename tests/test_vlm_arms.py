@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+import apet_kernels
 from apet_kernels import reference
 from benchmarks.vlm import arms, evaluation, features, packing
 from tests.test_vlm_model import packer, some_pictures, untrained  # noqa: F401 (fixtures)
@@ -145,11 +146,11 @@ def test_pictures_share_tokens_by_what_the_tokens_before_cannot_rebuild() -> Non
     values[:, :least] = np.inf
     taken = np.argsort(-values, axis=None, kind="stable")[: 3 * 8] // 24
     want = np.bincount(taken, minlength=3).tolist()
-    got = arms.shares(x, 8)
+    got = apet_kernels.share(x.flatten(0, 1), [64] * 3, [8] * 3)
     assert got == want
     assert sum(got) == 24
     assert got[1] == least < got[2] < got[0]
-    rows = arms.shared(arms.Batch(x), 8)
+    rows = arms.ARMS["qr refine 2 shared"](arms.Batch(x), 8)
     assert [len(own) for own in rows] == got
     assert torch.equal(rows[0], arms.ARMS["qr refine 2"](arms.Batch(x[:1]), got[0])[0])
 

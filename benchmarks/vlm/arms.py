@@ -2,9 +2,10 @@
 
 - "paper" is the paper's rule; "qr" has a basis of K picked in rounds and `refine` medoid steps, and without these it is
   the default of the op. The same rule picked one at a time is "spare + merge".
-- Variants of "qr refine 2" are written here, and no part of the op: "threshold 0.5" merges a dropped token only into
-  one that resembles it; "distinct" prefers tokens that differ from the rest of their picture, and "relevance" those
-  that resemble the question; in "shared" pictures share their tokens.
+- In "shared" pictures share their tokens, as with `apet_kernels.share`.
+- Other variants of "qr refine 2" are written here, and no part of the op: "threshold 0.5" merges a dropped token only
+  into one that resembles it; "distinct" prefers tokens that differ from the rest of their picture, and "relevance"
+  those that resemble the question.
 - The others are methods of benchmarks/lib/alternatives.py. "+ merge": dropped tokens are merged into the kept ones, as
   ApET does. CDPruner's relevance is that of `packing.relevance`, so every question gets tokens of its own.
 """
@@ -44,7 +45,6 @@ IN_ROUNDS: dict[str, Any] = {"select": "qr", "basis": None}
 DEFAULT = "qr refine 0"  # of the op
 REFINE = 2
 LEAST = 0.5  # cosine
-LEAST_SHARE = 4  # a picture gets at least this part of the mean
 
 
 def apet(batch: Batch, keep: int, **options: Any) -> Tensor:
@@ -81,23 +81,11 @@ def relevant(batch: Batch, keep: int, weight: float) -> Tensor:
     return weighted(batch.x, 1 - weight * (1 - relevance).double(), keep)
 
 
-def shared(batch: Batch, keep: int) -> list[Tensor]:
-    """Like "qr refine 2", but the pictures of a batch share their B keep tokens: see `shares`."""
-    pictures = zip(batch.x, shares(batch.x, keep), strict=True)
-    return [apet(Batch(x[None]), of_it, **IN_ROUNDS, refine=REFINE)[0] for x, of_it in pictures]
-
-
-def shares(x: Tensor, keep: int) -> list[int]:
-    """Returns how many tokens each picture gets of B keep.
-
-    The pivots of the rule, one at a time, fall from token to token: each is what the ones before it cannot rebuild. The
-    largest of all pictures' are taken, ties in the order of the pictures, but at least keep / LEAST_SHARE of each.
-    """
-    X = x.double()
-    resid_sq = selection.pivots(X @ X.mT, x.shape[1]).resid_sq  # [B, N]
-    resid_sq[:, : max(keep // LEAST_SHARE, 1)] = torch.inf
-    taken = resid_sq.flatten().sort(descending=True, stable=True).indices[: len(x) * keep] // x.shape[1]
-    return torch.bincount(taken, minlength=len(x)).tolist()
+def shared(batch: Batch, keep: int, refine: int) -> list[Tensor]:
+    """The pictures of a batch share their B keep tokens, as with `apet.patch(..., share=True)`."""
+    pictures, tokens, _ = batch.x.shape
+    keeps = apet_kernels.share(batch.x.flatten(0, 1), [tokens] * pictures, [keep] * pictures)
+    return [apet(Batch(x[None]), of_it, **IN_ROUNDS, refine=refine)[0] for x, of_it in zip(batch.x, keeps, strict=True)]
 
 
 def other(batch: Batch, keep: int, name: str, merge: bool) -> Tensor:
@@ -116,7 +104,8 @@ ARMS: dict[str, Arm] = {
     "qr refine 0": functools.partial(apet, **IN_ROUNDS),
     "qr refine 2 threshold 0.5": threshold,
     "qr refine 2 distinct": distinct,
-    "qr refine 2 shared": shared,
+    "qr refine 2 shared": functools.partial(shared, refine=REFINE),
+    "qr refine 0 shared": functools.partial(shared, refine=0),
     "qr refine 2 relevance 0.5": functools.partial(relevant, weight=0.5),
     "qr refine 2 relevance 1": functools.partial(relevant, weight=1.0),
     **{arm: functools.partial(other, name=name, merge=merge) for arm, (name, merge) in OTHERS.items()},

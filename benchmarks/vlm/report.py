@@ -52,9 +52,10 @@ COMPARED = """## What is compared
   and `qr refine 2`: `select="qr"` with a basis of all K kept tokens that is picked in rounds, and so many medoid steps.
 - **Variants that are no part of the op**, of `qr refine 2`: `threshold 0.5` merges a dropped token only where its
   cosine with its target is at least 0.5; `distinct` picks by the residual times 1 - the token's mean cosine with all
-  of its picture; in `shared`, {batch} pictures share their tokens: the largest pivots of all are taken, and at least a
-  quarter of the mean of each picture; `relevance` picks by the residual times a factor from 1 for the token that
-  resembles the question most down to 0.5 or 0 for the one that does least, with the cosines of `cdpruner`.
+  of its picture; `relevance` picks by the residual times a factor from 1 for the token that resembles the question most
+  down to 0.5 or 0 for the one that does least, with the cosines of `cdpruner`.
+- **`shared`:** {batch} pictures share their tokens, as with `apet.patch(..., share=True)`: the largest pivots of all
+  are taken, and at least a quarter of the mean of each picture. So pages and rich photographs get more than plain ones.
 - **Other methods**, our own short versions ([benchmarks/lib/alternatives.py](../benchmarks/lib/alternatives.py) says
   what is simplified): `random`, `uniform`, `norm`, `fps`, `divprune`, `cen-prune`, `tome`, `lrcp`, `spare`; `fastv`,
   `visionzip` and `scope` get the class token's attention in the tower's last layer. `cdpruner` gets the mean cosine of

@@ -9,6 +9,7 @@ layer on, the keys of dropped tokens are masked.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
@@ -21,7 +22,7 @@ from transformers import PreTrainedModel
 
 import apet_kernels
 
-Keep = int | float | None
+Keep = int | float | Iterator[int] | None
 
 
 @dataclass(frozen=True)
@@ -76,9 +77,11 @@ def expected(
 
 def budget(keep: Keep | list[Keep], visual: int, tokens: int, options: Options) -> int:
     """Returns the number of kept tokens in a visual's unit of `tokens`: a count, or a ratio of them, rounded half up.
-    It is at least the smallest possible number, and at most `tokens`."""
+    It is at least the smallest possible number, and at most `tokens`. An iterator has a count for each unit."""
     if isinstance(keep, list):
         keep = keep[visual]
+    if isinstance(keep, Iterator):
+        return next(keep)
     if keep is None:
         return tokens
     if isinstance(keep, float):

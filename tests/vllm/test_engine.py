@@ -99,7 +99,7 @@ def check(served: Served, whole: dict[str, Any], options: dict[str, Any], kept: 
     parts = units(served, ids, embeds)
     stays = torch.ones(len(ids), dtype=torch.bool)
     names = {name.removeprefix("apet_"): value for name, value in options.items()}
-    kernel = {"basis": 10} | {n: names[n] for n in ("basis", "layout", "blend") if n in names}
+    kernel = {n: names[n] for n in ("basis", "layout", "blend") if n in names}
     expected = embeds.clone()
     for columns in parts:
         stays[columns] = False
@@ -131,7 +131,7 @@ def test_the_projector_gets_what_the_kernel_gives(served, options):
     """The language model gets the projector's output, for every image of a request, with newlines in place."""
     images = [picture(*size, seed) for seed, size in enumerate(SIZES[:3])]
     ids, seen, embeds, _ = served.read(prompt(served.name, *images, apet_keep=12, **options))
-    kernel = {"basis": 10, **{name.removeprefix("apet_"): value for name, value in options.items()}}
+    kernel = {name.removeprefix("apet_"): value for name, value in options.items()}
     taken = torch.cat([given for given, _ in seen.projector])
     features = torch.cat(seen.tower)  # [tiles, N, C]
     model = served.model

@@ -24,6 +24,7 @@ from apet.cli.arguments import (
     Quiet,
     Refine,
     Selection,
+    Share,
     Weights,
     budget,
 )
@@ -64,6 +65,7 @@ def evaluate(
     select: Selection = None,
     basis: Basis = None,
     refine: Refine = 0,
+    share: Share = False,
     max_new_tokens: NewTokens = 16,
     dtype: Weights = "auto",
     device: Device = None,
@@ -72,7 +74,7 @@ def evaluate(
 ) -> None:
     """Ask a vision-language model your questions about images or clips, with and without compression, and compare."""
     hush(quiet)
-    given = {"layout": layout, "select": select, "basis": basis, "refine": refine or None}
+    given = {"layout": layout, "select": select, "basis": basis, "refine": refine or None, "share": share or None}
     budgets = _budgets(keep or [], preset or [], {name: value for name, value in given.items() if value is not None})
     for module in ("numpy", "PIL", "transformers"):
         need(module)

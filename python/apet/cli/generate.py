@@ -24,6 +24,7 @@ from apet.cli.arguments import (
     Quiet,
     Refine,
     Selection,
+    Share,
     Weights,
     budget,
     source,
@@ -63,6 +64,7 @@ def generate(
     select: Selection = None,
     basis: Basis = None,
     refine: Refine = 0,
+    share: Share = False,
     max_new_tokens: NewTokens = 64,
     dtype: Weights = "auto",
     device: Device = None,
@@ -79,7 +81,7 @@ def generate(
     if (keep, llm_layer, preset) == (None, None, None):
         keep = 64
     options = {"keep": keep, "llm_layer": llm_layer, "llm_keep": llm_keep, "preset": preset, "layout": layout}
-    options |= {"select": select, "basis": basis, "refine": refine}
+    options |= {"select": select, "basis": basis, "refine": refine, "share": share}
     files = image or [str(video)]
     hush(quiet)
     with progress(quiet) as bar:

@@ -44,6 +44,7 @@ def patch(
     select: Select | None = None,
     blend: float | None = None,
     refine: int | None = None,
+    share: bool | None = None,
     llm_layer: int | None = None,
     llm_keep: int | float | Sequence[int | float] | None = None,
     preset: str | None = None,
@@ -59,6 +60,8 @@ def patch(
         basis, layout, select, blend, refine: as in `apet_kernels.compress`; "keep", "inplace", "qr", 1.0 and 0 unless a
             preset says otherwise. basis="keep" picks as many as are kept (`basis=None` there). basis=10 with
             select="fps" is the paper's rule.
+        share: whether the units of a call share their budgets: `keep` is then their mean, and units with more to tell
+            keep more (`apet_kernels.share`). The result depends on what else is in the call, also in other prompts.
         llm_layer, llm_keep: compress once more, after so many decoder layers have run, to so many tokens of each unit.
         preset: both stages with the budgets and the rule of the paper and the layout of the released code; the other
             arguments override it.
@@ -87,6 +90,7 @@ def patch(
         "select": select,
         "blend": blend,
         "refine": refine,
+        "share": share,
         "llm_layer": llm_layer,
         "llm_keep": llm_keep,
         "preset": preset,
@@ -138,6 +142,7 @@ def patched(
     select: Select | None = None,
     blend: float | None = None,
     refine: int | None = None,
+    share: bool | None = None,
     llm_layer: int | None = None,
     llm_keep: int | float | Sequence[int | float] | None = None,
     preset: str | None = None,
@@ -147,7 +152,7 @@ def patched(
     patch.
 
     Args:
-        model, keep, basis, layout, select, blend, refine, llm_layer, llm_keep, preset, check: as in `patch`.
+        model, keep, basis, layout, select, blend, refine, share, llm_layer, llm_keep, preset, check: as in `patch`.
 
     Yields:
         The options in force.
@@ -169,6 +174,7 @@ def patched(
         select=select,
         blend=blend,
         refine=refine,
+        share=share,
         llm_layer=llm_layer,
         llm_keep=llm_keep,
         preset=preset,

@@ -31,6 +31,7 @@ class Options:
     llm_keep: Keep | None = None  # the budget of the second stage, like `keep`
     preset: str | None = None  # the name of the preset that the other options override
     refine: int = kernel.Options.refine
+    share: bool = False  # whether the units of a call share their budgets
 
     @property
     def kernel(self) -> dict[str, Any]:
@@ -98,6 +99,10 @@ def _check(options: Options, layers: range) -> None:
         raise ValueError("nothing to do: give keep=, llm_layer= with llm_keep=, or preset=")
     if (options.llm_layer is None) != (options.llm_keep is None):
         raise ValueError(f"llm_layer={options.llm_layer} and llm_keep={options.llm_keep} must be given together")
+    if not isinstance(options.share, bool):
+        raise ValueError(f"share={options.share!r} is neither True nor False")
+    if options.share and options.layout != "inplace":
+        raise ValueError(f"share=True needs layout='inplace', got layout='{options.layout}'")
     for name in ("basis", "llm_layer", "refine"):
         value = getattr(options, name)
         if name == "basis" and value == "keep":
@@ -107,15 +112,16 @@ def _check(options: Options, layers: range) -> None:
             raise ValueError(f"{name}={value!r} is not a whole number{or_keep}")
     if options.llm_layer is not None and options.llm_layer not in layers:
         raise ValueError(f"llm_layer={options.llm_layer} is outside {layers[0]}..{layers[-1]}, between decoder layers")
-    for name, needed in (("select", "qr"), ("layout", "inplace")) if options.basis == "keep" else ():
-        if (value := getattr(options, name)) != needed:
+    rule = (("select", "qr", kernel.SELECTS), ("layout", "inplace", kernel.LAYOUTS))
+    for name, needed, known in rule if options.basis == "keep" else ():
+        if (value := getattr(options, name)) != needed and value in known:
             raise ValueError(
                 f"basis='keep' needs {name}='{needed}', got {name}={value!r}; give basis in 1..{kernel.MAX_BASIS}"
             )
     if options.refine and options.basis != "keep":
         raise ValueError(f"refine={options.refine} needs basis='keep', got basis={options.basis}")
     # The numbers of tokens are known only when the model is called, so the bounds here are as large as possible.
-    kernel.Options(**options.kernel).check(tokens=sys.maxsize, most_kept=sys.maxsize)
+    kernel.Options(**options.kernel).check(tokens=sys.maxsize, ragged=True)
     if options.layout == "append" and options.llm_layer is not None:
         raise ValueError(f"layout='append' has no second stage; leave out llm_layer={options.llm_layer}")
     for name, keep in (("keep", options.keep), ("llm_keep", options.llm_keep)):

@@ -254,5 +254,8 @@ def remove_dropped_rows(x: Tensor, tokens: VisualTokens, keep: Keep, options: Op
             f"{found} instead of {expected} tokens were dropped before the projector: these features were encoded "
             "outside of this call, or by a model patched otherwise"
         )
+    if options.share:  # only the rows say how many remain of each unit
+        remaining = (~gone[tokens.where]).split(tokens.lengths)
+        remaining_counts = [int(of_unit.sum()) for of_unit in remaining]
     none = tokens.where[:0]
     return Shorter(gone, none, none, x[none], tokens.without(gone, remaining_counts))

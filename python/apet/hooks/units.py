@@ -102,7 +102,12 @@ def shorten(x: Tensor, tokens: VisualTokens, keep: Keep, options: Options) -> Sh
         where = where[torch.tensor(active).repeat_interleave(torch.tensor(tokens.lengths)).to(x.device)]
     extra = options.appended
     kept = [k - extra for k in counts]
-    rows, indices = apet_kernels.compress_packed(x[where], lengths, kept, **options.kernel)
+    x_active = x[where]
+    if options.share:  # without appended rows, so counts and kept are the same
+        kept = apet_kernels.share(x_active, lengths, kept)
+        shared = iter(kept)
+        remaining_counts = [next(shared) if a else n for a, n in zip(active, tokens.lengths, strict=True)]
+    rows, indices = apet_kernels.compress_packed(x_active, lengths, kept, **options.kernel)
     slots = sources = where[indices]
     if extra:  # there are more rows than kept positions, so they take the first places of the unit
         places = [torch.arange(k) + end - n for k, n, end in zip(counts, lengths, accumulate(lengths), strict=True)]

@@ -1,0 +1,124 @@
+"""Budgets that the images of a call share: `share`."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from . import ops
+from .options import Options
+from .ragged import check_lengths, whole
+from .reference import U
+
+LEAST = 4  # an image keeps at least a quarter of what it would keep alone
+STEPS = 16  # picks between two looks at whether more of them can change the result
+
+
+@torch.no_grad()
+def share(x: Tensor, lengths: Sequence[int], keep: Sequence[int]) -> list[int]:
+    """Divides the tokens that the images of a call keep among them, so that images with more to tell keep more.
+
+    In every image, tokens are picked one at a time, each the one that the earlier picks reconstruct worst (pivoted QR,
+    docs/algorithm.md). Its squared residual at that moment, the pivot, says how much it adds, and never rises from pick
+    to pick. The largest pivots of all images are taken, sum(keep) of them, ties in the order of the images, but at
+    least a quarter of its `keep`, and one, of each image. So the result depends on the other images of the call.
+
+    It runs in torch, in float32, on the device of x, which it waits for. Time is that of up to sum(keep) passes over
+    the images, memory O(N (M + D)) for M picks.
+
+    Args:
+        x: [T, D] float32, float16 or bfloat16, images packed one after another, as in `compress_packed`.
+        lengths: how many tokens each image has; S integers from 1, whose sum is T.
+        keep: how many tokens each image would keep alone; S integers, each from 1 to the length of its image.
+
+    Returns:
+        How many tokens each image keeps, S integers with the sum of `keep`, each from 1 to the length of its image.
+
+    Raises:
+        ValueError: as `compress_packed` does.
+
+    Example:
+        >>> import torch
+        >>> flat, rich = torch.randn(1, 64).repeat(576, 1), torch.randn(576, 64)
+        >>> x = torch.cat([flat, rich])
+        >>> keep = apet_kernels.share(x, lengths=[576, 576], keep=[40, 40])
+        >>> keep
+        [10, 70]
+        >>> tokens, indices = apet_kernels.compress_packed(x, [576, 576], keep)
+    """
+    lengths, keep = whole("length", lengths), whole("keep", keep)
+    ops.check_tokens(x, 2)
+    check_lengths(x, lengths, keep, Options())
+    least = [max(1, k // LEAST) for k in keep]
+    spare = sum(keep) - sum(least)
+    most = [min(n, k + spare) for n, k in zip(lengths, least, strict=True)]
+    if len(keep) < 2 or spare == 0:
+        return keep
+    images = x.split(lengths)
+    groups = [
+        Pivots(torch.stack([images[s] for s in numbers]), numbers)
+        for numbers in ([s for s, n in enumerate(lengths) if n == length] for length in dict.fromkeys(lengths))
+    ]
+    floors = torch.tensor(least)[:, None]  # [S, 1]
+    for steps in itertools.count(STEPS, STEPS):
+        values = torch.full((len(keep), min(steps, max(most))), -torch.inf)  # [S, steps]
+        for group in groups:
+            wanted = min(steps, max(most[s] for s in group.numbers))
+            values[group.numbers, :wanted] = group.first(wanted).cpu()
+        step = torch.arange(values.shape[1])
+        values.masked_fill_(step >= torch.tensor(most)[:, None], -torch.inf).masked_fill_(step < floors, torch.inf)
+        taken = values.flatten().sort(descending=True, stable=True)
+        enough = steps >= max(least) and values.numel() >= sum(keep)
+        if enough:  # unless one of the next pivots, none of which is larger than the last ones, may be taken
+            enough = bool((values[:, -1] < taken.values[sum(keep) - 1]).all())
+        if enough or steps >= max(most):
+            image = taken.indices[: sum(keep)] // values.shape[1]
+            return torch.bincount(image, minlength=len(keep)).tolist()
+    raise AssertionError  # unreachable: steps grow
+
+
+class Pivots:
+    """The pivots of images of one length, computed as far as they are asked for."""
+
+    def __init__(self, x: Tensor, numbers: list[int]) -> None:
+        """x: [B, N, D]; numbers: those of the images in the call."""
+        self.numbers = numbers
+        X = x.float()  # [B, N, D]
+        norm_sq = X.square().sum(-1)  # [B, N]
+        finite = norm_sq <= torch.finfo(torch.float32).max
+        self._X = torch.where(finite[..., None], X, 0)
+        # One matrix product is faster than a product for each pick, and no larger than X.
+        self._gram = self._X @ self._X.mT if x.shape[1] <= x.shape[2] else None  # [B, N, N]
+        self._norm_sq = torch.where(finite, norm_sq, 0)
+        self._resid_sq = self._norm_sq.clone()
+        self._open = torch.ones_like(finite)
+        self._y = X.new_empty(len(x), STEPS, x.shape[1])  # [B, M, N]
+        self._values: list[Tensor] = []  # [B] each
+
+    def first(self, count: int) -> Tensor:
+        """Returns the first pivots [B, count], in picking order; 0 where the earlier picks reconstruct all tokens."""
+        while len(self._values) < count:
+            self._pick()
+        return torch.stack(self._values[:count], 1)
+
+    def _pick(self) -> None:
+        m, image = len(self._values), torch.arange(len(self._X), device=self._X.device)
+        if m == self._y.shape[1]:
+            self._y = torch.cat([self._y, torch.empty_like(self._y)], 1)
+        pick = self._resid_sq.masked_fill(~self._open, -1).argmax(-1)  # [B]
+        pivot = self._resid_sq[image, pick]  # [B]
+        self._values.append(pivot)
+        self._open[image, pick] = False
+        if self._gram is None:
+            products = (self._X @ self._X[image, pick][..., None])[..., 0]  # [B, N]
+        else:
+            products = self._gram[image, pick]
+        y = self._y[:, :m]  # [B, m, N]
+        known = (y[image, :, pick][:, None] @ y)[:, 0]  # [B, N]
+        y_new = torch.where(pivot[:, None] > 0, (products - known) / pivot[:, None].sqrt(), 0)  # [B, N]
+        self._y[:, m] = y_new
+        resid_sq = self._resid_sq - y_new.square()
+        self._resid_sq = torch.where(resid_sq > 4 * (m + 1) * U * self._norm_sq, resid_sq, 0)

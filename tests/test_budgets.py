@@ -1,0 +1,100 @@
+"""`share`: budgets that the images of a call share."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import apet_kernels
+from apet_kernels.budgets import Pivots
+from benchmarks.lib import selection
+from tests.data import DTYPES, tokens
+from tests.op_calls import error_of
+
+
+def exact(x: torch.Tensor, lengths: list[int], keep: list[int]) -> list[int]:
+    """A second implementation, in float64, that factorises the Gram matrix of each whole image."""
+    least = [max(1, k // 4) for k in keep]
+    found = []
+    for s, image in enumerate(x.double().split(lengths)):
+        values = selection.pivots((image @ image.T)[None], len(image)).resid_sq[0].tolist()
+        found += [(float("inf") if n < least[s] else value, -s) for n, value in enumerate(values)]
+    taken = [-s for _, s in sorted(found, reverse=True)[: sum(keep)]]
+    return [taken.count(s) for s in range(len(keep))]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("lengths", "keep"),
+    [
+        ([40, 40], [10, 10]),
+        ([90, 30, 90, 12], [20, 8, 3, 5]),
+        ([64] * 9, [7] * 9),
+        ([300, 300], [100, 2]),
+        ([5, 200], [5, 60]),
+        ([30, 1], [9, 1]),
+    ],
+)
+def test_shares_are_those_of_a_second_implementation(dtype, lengths, keep):
+    """Images differ in scale, in how many directions they have, and in their noise."""
+    g = torch.Generator().manual_seed(len(lengths))
+    images = []
+    for s, n in enumerate(lengths):
+        rank = 2 + 5 * s % 23
+        image = torch.randn(n, rank, generator=g) @ torch.randn(rank, 48, generator=g) / rank**0.5
+        images.append((1 + s) ** 0.5 * (image + 0.1 * torch.randn(n, 48, generator=g)))
+    x = torch.cat(images).to(dtype)
+    got = apet_kernels.share(x, lengths, keep)
+    assert got == exact(x, lengths, keep)
+    assert sum(got) == sum(keep)
+    assert all(max(1, k // 4) <= got_ <= n for got_, k, n in zip(got, keep, lengths, strict=True))
+    assert (got != keep) == (min(lengths) > 9), "images of so few tokens keep what they had"
+
+
+def test_what_it_cannot_divide_stays():
+    x = tokens(60, 16, seed=1)
+    assert apet_kernels.share(x, [60], [17]) == [17]
+    assert apet_kernels.share(x, [20, 40], [1, 1]) == [1, 1]
+    assert apet_kernels.share(x, [20, 40], [20, 40]) == [20, 40]
+    assert apet_kernels.share(x[:0], [], []) == []
+
+
+def test_images_without_information_keep_the_least():
+    """Zeros, copies of one token, and tokens of infinite norm give their share to the image that has more to tell."""
+    rich = tokens(100, 64, seed=2)
+    for poor in (torch.zeros(50, 64), torch.ones(50, 64), torch.full((50, 64), float("inf"))):
+        assert apet_kernels.share(torch.cat([poor, rich]), [50, 100], [20, 20]) == [5, 35]
+    assert apet_kernels.share(torch.zeros(90, 64), [50, 40], [20, 20]) == [35, 5], "ties go to the first image"
+
+
+def test_order_and_copies_of_images():
+    a, b = tokens(70, 32, seed=3), 2 * tokens(50, 32, seed=4)
+    one = apet_kernels.share(torch.cat([a, b]), [70, 50], [15, 15])
+    assert one[1] > one[0]
+    assert apet_kernels.share(torch.cat([b, a]), [50, 70], [15, 15]) == one[::-1]
+    first, second = apet_kernels.share(torch.cat([a, a]), [70, 70], [15, 15])
+    assert 0 <= first - second <= 1
+
+
+def test_it_stops_when_more_picks_change_nothing(monkeypatch):
+    """Among images alike it needs little more than the picks that it returns."""
+    picked = []
+    real = Pivots._pick
+    monkeypatch.setattr(Pivots, "_pick", lambda self: (picked.append(len(self.numbers)), real(self)))
+    x = tokens(6 * 300, 64, seed=5)
+    got = apet_kernels.share(x, [300] * 6, [30] * 6)
+    assert sum(picked) <= 6 * (max(got) + 16)
+    assert max(got) < 64
+
+
+def test_wrong_arguments():
+    x = tokens(20, 8, seed=6)
+    for args, words in (
+        ((x[None], [20], [3]), "x has 3 dimensions"),
+        ((x.double(), [20], [3]), "Double"),
+        ((x, [9, 9], [3, 3]), "add up to 18, but x has 20 tokens"),
+        ((x, [9, 11], [3]), "2 lengths but 1 keeps"),
+        ((x, [9, 11], [10, 3]), "keep=10 is outside 1..9, the tokens of image 0"),
+        ((x, [9, 11], [3.5, 3]), "keep=3.5 of image 0 is not a whole number"),
+    ):
+        assert words in error_of(apet_kernels.share, args, {})
