@@ -42,7 +42,7 @@ def share(x: Tensor, lengths: Sequence[int], keep: Sequence[int]) -> list[int]:
 
     Example:
         >>> import torch
-        >>> flat, rich = torch.randn(1, 64).repeat(576, 1), torch.randn(576, 64)
+        >>> flat, rich = torch.randn(1, 128).repeat(576, 1), torch.randn(576, 128)
         >>> x = torch.cat([flat, rich])
         >>> keep = apet_kernels.share(x, lengths=[576, 576], keep=[40, 40])
         >>> keep
