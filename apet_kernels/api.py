@@ -41,6 +41,7 @@ def compress(
     ridge: float = 1e-5,
     blend: float = 1.0,
     refine: int = 0,
+    weights: Tensor | None = None,
     backend: Backend | None = None,
 ) -> Compressed:
     """Compress each image from N to `keep` tokens.
@@ -63,6 +64,9 @@ def compress(
         blend: 0..1; with "overwrite", a row becomes blend * basis + (1 - blend) * token. Other layouts need 1.
         refine: number of k-medoids steps, 0..8. Each replaces every kept token by the medoid of the tokens nearest to
             it (Euclidean distance). Needs layout="inplace" and M = keep.
+        weights: [B, N] float32, >= 0, on x's device; the values by which tokens are picked and ranked are multiplied by
+            them, so that a caller can prefer tokens, for example those that resemble a question. Only ratios matter; a
+            token of weight 0 is taken last. Negative values and NaN count as 0. Merging does not use them.
         backend: "cpu", "triton", "cuda" or "reference"; None: the backend set by `use_backend` or `set_backend`, else
             the dispatcher's choice.
 
@@ -82,7 +86,7 @@ def compress(
         (torch.Size([5, 64, 1024]), torch.Size([5, 64]))
     """
     options = Options(basis, layout, select, start, ridge, blend, refine)
-    return Compressed(*call("compress", backend, x, keep, **options.arguments))
+    return Compressed(*call("compress", backend, x, keep, **options.arguments, weights=weights))
 
 
 def score(

@@ -23,10 +23,11 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 OPS = ("compress", "compress_varlen", "score", "merge")
 
 _OPTIONS = 'str layout="inplace", str select="qr", int start=-1, float ridge=1e-5, float blend=1.0, int refine=0'
+_WEIGHTS = "Tensor? weights=None"
 SCHEMAS = (
-    f"compress(Tensor x, SymInt keep, int? basis=None, *, {_OPTIONS}) -> (Tensor tokens, Tensor indices)",
+    f"compress(Tensor x, SymInt keep, int? basis=None, *, {_OPTIONS}, {_WEIGHTS}) -> (Tensor tokens, Tensor indices)",
     "compress_varlen(Tensor x, Tensor cu_seqlens, Tensor cu_keep, SymInt total_keep, SymInt max_seqlen, "
-    f"SymInt max_keep, int? basis=None, *, {_OPTIONS}) -> (Tensor tokens, Tensor indices)",
+    f"SymInt max_keep, int? basis=None, *, {_OPTIONS}, {_WEIGHTS}) -> (Tensor tokens, Tensor indices)",
     'score(Tensor x, int? basis=10, *, str select="fps", int start=-1, float ridge=1e-5) -> '
     "(Tensor residual, Tensor basis_indices)",
     "merge(Tensor x, Tensor indices, *, Tensor? targets=None) -> Tensor",
@@ -85,6 +86,24 @@ def _check_offsets(name: str, cu: Tensor, x: Tensor) -> None:
     )
 
 
+def check_weights(weights: Tensor | None, x: Tensor) -> None:
+    """Raises ValueError for weights of another form than the tokens of x."""
+    if weights is None:
+        return
+    require(
+        weights.dtype == torch.float32 and weights.shape == x.shape[:-1],
+        lambda: (
+            f"weights must be Float [{_sizes(x.shape[:-1])}], the tokens of x, "
+            f"got {_name(weights.dtype)} [{_sizes(weights.shape)}]"
+        ),
+    )
+    _check_device("weights", weights, x)
+
+
+def _sizes(shape: torch.Size) -> str:
+    return ", ".join(map(str, shape))
+
+
 def _name(dtype: torch.dtype) -> str:
     """Returns the C++ name of a dtype, so that messages are the same in both languages."""
     special = {torch.float32: "Float", torch.float64: "Double", torch.float16: "Half", torch.bfloat16: "BFloat16"}
@@ -92,10 +111,13 @@ def _name(dtype: torch.dtype) -> str:
     return special.get(dtype, str(dtype).removeprefix("torch.").capitalize())
 
 
-def check_compress(x: Tensor, keep: int, basis: int | None = None, **options: Any) -> None:
+def check_compress(
+    x: Tensor, keep: int, basis: int | None = None, *, weights: Tensor | None = None, **options: Any
+) -> None:
     """Raises ValueError for what `compress` rejects. options: the other fields of `Options`."""
     check_tokens(x, 3)
     Options(basis, **options).check(x.shape[1], keep)
+    check_weights(weights, x)
 
 
 def check_compress_varlen(
@@ -106,6 +128,8 @@ def check_compress_varlen(
     max_seqlen: int,
     max_keep: int,
     basis: int | None = None,
+    *,
+    weights: Tensor | None = None,
     **options: Any,
 ) -> None:
     """Raises ValueError for what `compress_varlen` rejects without looking at the values of the cu tensors."""
@@ -123,6 +147,7 @@ def check_compress_varlen(
     )
     for holds in (total_keep >= 0, total_keep <= x.shape[0]):
         require(holds, lambda: f"total_keep={total_keep} is outside 0..{x.shape[0]}, the tokens of x")
+    check_weights(weights, x)
 
 
 def check_score(x: Tensor, basis: int | None = 10, *, select: Select = "fps", **options: Any) -> None:
@@ -180,8 +205,10 @@ def check_in_op(op: str, *args: Any, **kwargs: Any) -> None:
 # ---- fakes: the shapes of the results, which never depend on the data
 
 
-def _fake_compress(x: Tensor, keep: int, basis: int | None = None, **options: Any) -> tuple[Tensor, Tensor]:
-    check_in_op("compress", x, keep, basis, **options)
+def _fake_compress(
+    x: Tensor, keep: int, basis: int | None = None, *, weights: Tensor | None = None, **options: Any
+) -> tuple[Tensor, Tensor]:
+    check_in_op("compress", x, keep, basis, weights=weights, **options)
     B, _, D = x.shape
     R = Options(basis, **options).rows(keep)
     return x.new_empty(B, R, D), x.new_empty(B, R, dtype=torch.int64)
@@ -195,9 +222,12 @@ def _fake_compress_varlen(
     max_seqlen: int,
     max_keep: int,
     basis: int | None = None,
+    *,
+    weights: Tensor | None = None,
     **options: Any,
 ) -> tuple[Tensor, Tensor]:
-    check_in_op("compress_varlen", x, cu_seqlens, cu_keep, total_keep, max_seqlen, max_keep, basis, **options)
+    sizes = (total_keep, max_seqlen, max_keep)
+    check_in_op("compress_varlen", x, cu_seqlens, cu_keep, *sizes, basis, weights=weights, **options)
     R = Options(basis, **options).rows(total_keep, images=cu_seqlens.shape[0] - 1)
     return x.new_empty(R, x.shape[1]), x.new_empty(R, dtype=torch.int64)
 

@@ -31,6 +31,7 @@ def compress_varlen(
     ridge: float = 1e-5,
     blend: float = 1.0,
     refine: int = 0,
+    weights: Tensor | None = None,
     backend: Backend | None = None,
 ) -> Compressed: ...
 @overload
@@ -46,6 +47,7 @@ def compress_varlen(
     ridge: float = 1e-5,
     blend: float = 1.0,
     refine: int = 0,
+    weights: Tensor | None = None,
     backend: Backend | None = None,
 ) -> Compressed: ...
 def compress_varlen(
@@ -63,6 +65,7 @@ def compress_varlen(
     ridge: float = 1e-5,
     blend: float = 1.0,
     refine: int = 0,
+    weights: Tensor | None = None,
     backend: Backend | None = None,
 ) -> Compressed:
     """`compress` for S ragged images packed one after another in x, given by running sums on x's device.
@@ -78,6 +81,7 @@ def compress_varlen(
         max_seqlen: the length of the longest image.
         max_keep: the most that one image keeps.
         basis, layout, select, start, ridge, blend, refine, backend: as in `compress`.
+        weights: [T] float32, as in `compress`.
 
     Returns:
         tokens [R, D] in x's dtype, image after image, and indices [R] int64 into x. R = total_keep; with "append"
@@ -112,7 +116,7 @@ def compress_varlen(
                 DeprecationWarning,
                 stacklevel=2,
             )
-        return _packed(x, cu_seqlens, cu_keep, options, backend)
+        return _packed(x, cu_seqlens, cu_keep, options, weights, backend)
     if not isinstance(cu_seqlens, Tensor) or not isinstance(cu_keep, Tensor):
         raise ValueError("cu_seqlens and cu_keep must both be tensors [S + 1]; compress_packed takes lists")
     if None in sizes:
@@ -120,7 +124,8 @@ def compress_varlen(
             f"total_keep={total_keep}, max_seqlen={max_seqlen} and max_keep={max_keep} must be given: reading them off "
             "the device would wait for it"
         )
-    return Compressed(*call("compress_varlen", backend, x, cu_seqlens, cu_keep, *sizes, **options.arguments))
+    more = {**options.arguments, "weights": weights}
+    return Compressed(*call("compress_varlen", backend, x, cu_seqlens, cu_keep, *sizes, **more))
 
 
 def compress_packed(
@@ -135,6 +140,7 @@ def compress_packed(
     ridge: float = 1e-5,
     blend: float = 1.0,
     refine: int = 0,
+    weights: Tensor | None = None,
     backend: Backend | None = None,
 ) -> Compressed:
     """`compress` for S ragged images packed one after another in x, given by lists.
@@ -144,6 +150,7 @@ def compress_packed(
         lengths: how many tokens each image has; S integers from 1, whose sum is T.
         keep: how many tokens each image keeps; S integers, each from 1 to the length of its image.
         basis, layout, select, start, ridge, blend, refine, backend: as in `compress`.
+        weights: [T] float32, as in `compress`.
 
     Returns:
         tokens [R, D] in x's dtype, image after image, and indices [R] int64 into x. R = sum(keep); with "append"
@@ -159,11 +166,16 @@ def compress_packed(
         >>> tokens.shape
         torch.Size([201, 1024])
     """
-    return _packed(x, lengths, keep, Options(basis, layout, select, start, ridge, blend, refine), backend)
+    return _packed(x, lengths, keep, Options(basis, layout, select, start, ridge, blend, refine), weights, backend)
 
 
 def _packed(
-    x: Tensor, lengths: Sequence[int], keep: Sequence[int], options: Options, backend: Backend | None
+    x: Tensor,
+    lengths: Sequence[int],
+    keep: Sequence[int],
+    options: Options,
+    weights: Tensor | None,
+    backend: Backend | None,
 ) -> Compressed:
     lengths, keep = whole("length", lengths), whole("keep", keep)
     check_lengths(x, lengths, keep, options)
@@ -171,7 +183,8 @@ def _packed(
     cu_seqlens, cu_keep = (
         torch.tensor([0, *itertools.accumulate(n)], dtype=torch.int32, device=x.device) for n in (lengths, keep)
     )
-    return Compressed(*call("compress_varlen", backend, x, cu_seqlens, cu_keep, *sizes, **options.arguments))
+    more = {**options.arguments, "weights": weights}
+    return Compressed(*call("compress_varlen", backend, x, cu_seqlens, cu_keep, *sizes, **more))
 
 
 def whole(name: str, values: Sequence[int]) -> list[int]:

@@ -39,14 +39,16 @@ class Tokens(NamedTuple):
     X: Tensor  # [N, D] float64
     norm_sq: Tensor  # [N] float64, ||x||^2
     finite: Tensor  # [N] bool
+    weight: Tensor  # [N] float64, what the values are multiplied by that tokens are picked and ranked by
 
 
-def widen(x: Tensor) -> Tokens:
-    """Converts x [N, D] of any float dtype to Tokens."""
+def widen(x: Tensor, weights: Tensor | None = None) -> Tokens:
+    """Converts x [N, D] of any float dtype, and the weights [N] of its tokens (None: 1), to Tokens."""
     X = x.double()  # [N, D]
     norm_sq = (X * X).sum(-1)  # [N]
     finite = norm_sq <= FLT_MAX  # [N], false for NaN as well
-    return Tokens(X.masked_fill(~finite[:, None], 0), norm_sq.masked_fill(~finite, 0), finite)
+    weight = torch.ones_like(norm_sq) if weights is None else weights.nan_to_num(0, FLT_MAX, 0).clamp(min=0).double()
+    return Tokens(X.masked_fill(~finite[:, None], 0), norm_sq.masked_fill(~finite, 0), finite, weight)
 
 
 def s1_basis(image: Tokens, basis: int, select: str = "fps", start: int = -1, ridge: float = Options.ridge) -> Tensor:
@@ -55,14 +57,15 @@ def s1_basis(image: Tokens, basis: int, select: str = "fps", start: int = -1, ri
     The first is token `start`, or, if start=-1 or that token's norm is not finite, the one of largest norm; if that
     norm is 0 there is no basis. Then "fps" picks the token farthest from the basis so far and stops at distance 0; "qr"
     picks the token that the basis so far reconstructs worst, ridge penalty included, and stops when that token would be
-    dependent (column-pivoted QR). Ties go to the lower position.
+    dependent (column-pivoted QR). Ties go to the lower position. Norms, distances and residuals are compared times the
+    weights.
     """
-    X, norm_sq, finite = image
+    X, norm_sq, finite, weight = image
     if start >= 0 and finite[start]:
         picks = [start]
     else:
-        picks = [int(norm_sq.argmax())]
-        if norm_sq[picks[0]] == 0:
+        picks = [int((weight * norm_sq).argmax())]
+        if weight[picks[0]] * norm_sq[picks[0]] == 0:
             return torch.empty(0, dtype=torch.int64, device=X.device)
     dist_sq = torch.full_like(norm_sq, math.inf)  # [N]
     while len(picks) < basis:
@@ -70,16 +73,16 @@ def s1_basis(image: Tokens, basis: int, select: str = "fps", start: int = -1, ri
             # ||x - p||^2, in a form that is exactly 0 where x = p
             distance = ((X - X[picks[-1]]) ** 2).sum(-1)  # [N]
             dist_sq = torch.minimum(dist_sq, distance).masked_fill(~finite, 0)  # [N]
-            best = int(dist_sq.argmax())
-            if dist_sq[best] == 0:
+            best = int((weight * dist_sq).argmax())
+            if weight[best] * dist_sq[best] == 0:
                 break
         else:
             p = torch.tensor(picks, device=X.device)  # [m]
             W = s2_solve(image, p, ridge)  # [m, N]
             resid_sq = ((X - W.T @ X[p]) ** 2).sum(-1) + ridge * (W * W).sum(0)  # [N], = ||x||^2 - ||y||^2
-            resid_sq = resid_sq.index_fill(0, p, -math.inf).masked_fill(~finite, -math.inf)
-            best = int((resid_sq >= resid_sq.max() - SLACK * norm_sq).int().argmax())
-            if resid_sq[best] <= 0 or resid_sq[best] + ridge <= 4 * U * norm_sq[best]:
+            value = (weight * resid_sq).index_fill(0, p, -math.inf).masked_fill(~finite, -math.inf)  # [N]
+            best = int((value >= value.max() - SLACK * weight * norm_sq).int().argmax())
+            if value[best] <= 0 or resid_sq[best] + ridge <= 4 * U * norm_sq[best]:
                 break
         picks.append(best)
     return torch.tensor(picks, device=X.device)
@@ -93,16 +96,17 @@ def s1_rounds(image: Tokens, basis: int, start: int = -1, ridge: float = Options
     resid_sq = ||x||^2 - ||y||^2, ties to the lower position. Within the pool it is the pivoted QR of `s1_basis`: each
     pick is the token of largest resid_sq, after all picks before it. A round ends early if that token is dependent.
     `start` is the first pick of the first round; if its norm is not finite, it counts as -1. Tokens of non-finite norm,
-    and those that the basis reconstructs exactly (zero vectors too), are never picked.
+    and those that the basis reconstructs exactly (zero vectors too), are never picked. resid_sq is compared times the
+    weights.
     """
-    X, norm_sq, finite = image
+    X, norm_sq, finite, weight = image
     picks: list[int] = []
     Q = X.new_zeros(0, X.shape[1])  # [m, D], the upper part of the Q of QR([S^T; sqrt(ridge) I]), transposed
     resid_sq = norm_sq.clone()  # [N]
     first = start if start >= 0 and bool(finite[start]) else -1
     for t in range(ROUNDS):
         size = (t + 1) * basis // ROUNDS - t * basis // ROUNDS
-        value = resid_sq.masked_fill(~finite, -math.inf)  # [N]
+        value = (weight * resid_sq).masked_fill(~finite, -math.inf)  # [N]
         value[picks] = -math.inf
         if t == 0 and first >= 0:
             value[first] = math.inf
@@ -110,7 +114,8 @@ def s1_rounds(image: Tokens, basis: int, start: int = -1, ridge: float = Options
         pool = order[: POOL * size].sort().values  # [P]
         pool = pool[value[pool] > 0]
         for _ in range(min(size, len(pool))):
-            best = int(pool[(value[pool] >= (value[pool] - SLACK * norm_sq[pool]).max()).int().argmax()])
+            least = (value[pool] - SLACK * (weight * norm_sq)[pool]).max()
+            best = int(pool[(value[pool] >= least).int().argmax()])
             pivot = resid_sq[best] + ridge
             if best != first and (resid_sq[best] <= 0 or pivot <= 4 * U * norm_sq[best]):
                 break
@@ -121,7 +126,7 @@ def s1_rounds(image: Tokens, basis: int, start: int = -1, ridge: float = Options
             picks.append(best)
             Q = torch.cat([Q, q.view(1, -1)])
             resid_sq = resid_sq - y**2
-            value = (value - y**2).index_fill(0, torch.tensor(picks, device=X.device), -math.inf)
+            value = (value - weight * y**2).index_fill(0, torch.tensor(picks, device=X.device), -math.inf)
     return torch.tensor(picks, dtype=torch.int64, device=X.device), resid_sq
 
 
@@ -131,7 +136,7 @@ def s2_solve(image: Tokens, p: Tensor, ridge: float = Options.ridge) -> Tensor:
     With Q R = [S^T; sqrt(ridge) I] the minimum is R w = Q_top^T x. A basis token that the earlier ones reconstruct to
     within rounding (pivot = ||p||^2 + ridge - ||Q_top^T p||^2 <= 4u ||p||^2) is dependent: its row of W is 0.
     """
-    X, norm_sq, _ = image
+    X, norm_sq = image.X, image.norm_sq
     S = X[p]  # [m, D]
     rows: list[int] = []  # the independent rows of S, r of them
     for k in range(len(S)):
@@ -160,9 +165,10 @@ def s3_residual(image: Tokens, p: Tensor, W: Tensor, basis: int) -> Tensor:
 
 
 def _above_rounding(image: Tokens, e_sq: Tensor, basis: int) -> Tensor:
-    """Returns e_sq [N], set to 0 if float32 cannot distinguish it from 0, and to +inf if the norm is not finite."""
+    """Returns e_sq [N] times the weights; 0 where float32 cannot distinguish e_sq from 0, +inf where the norm is not
+    finite."""
     zero = e_sq <= 4 * basis * U * image.norm_sq  # [N]
-    return e_sq.masked_fill(zero, 0).masked_fill(~image.finite, math.inf)
+    return (image.weight * e_sq.masked_fill(zero, 0)).masked_fill(~image.finite, math.inf)
 
 
 def s4_topk(e_sq: Tensor, p: Tensor, keep: int, layout: str = "inplace") -> tuple[Tensor, Tensor]:
@@ -188,7 +194,7 @@ def s4_medoids(image: Tokens, kept: Tensor, steps: int) -> Tensor:
     and replaces every kept token by the token of its cluster that is nearest to the mean of the cluster. Tokens of
     non-finite norm are in no cluster, and stay if they are kept.
     """
-    X, norm_sq, finite = image
+    X, norm_sq, finite, _ = image
     for _ in range(steps if len(kept) < len(X) else 0):
         centres = kept[finite[kept]]  # [C]
         if len(centres) == 0:
@@ -213,7 +219,7 @@ def s5_merge(x: Tensor, image: Tokens, rows: Tensor, targets: Tensor) -> Tensor:
     earlier row; similarity with a zero vector is 0. Tokens of non-finite norm are neither merged nor targets. A row
     without merged tokens is copied bit for bit.
     """
-    X, norm_sq, finite = image
+    X, norm_sq, finite, _ = image
     allowed = targets & finite[rows]  # [R]
     dropped = finite.index_fill(0, rows, False)  # [N] bool, true for n
     if not allowed.any() or not dropped.any():
@@ -243,11 +249,11 @@ def _score(image: Tokens, options: Options, keep: int = 0) -> tuple[Tensor, Tens
     return s3_residual(image, p, s2_solve(image, p, options.ridge), basis), p
 
 
-def _compress(x: Tensor, keep: int, options: Options) -> tuple[Tensor, Tensor]:
-    """Compresses one image x [N, D] to tokens [R, D] in x's dtype, indices [R]; R = keep, or keep + basis with
-    "append"."""
+def _compress(x: Tensor, keep: int, options: Options, weights: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Compresses one image x [N, D] with weights [N] to tokens [R, D] in x's dtype, indices [R]; R = keep, or keep +
+    basis with "append"."""
     layout, blend = options.layout, options.blend
-    image = widen(x)
+    image = widen(x, weights)
     if keep == 0 and options.in_rounds:  # ragged: no rows, and no basis either
         return x[:0], torch.empty(0, dtype=torch.int64, device=x.device)
     e_sq, p = _score(image, options, keep)  # [N], [m]
@@ -304,7 +310,13 @@ def merge(x: Tensor, indices: Tensor, *, targets: Tensor | None = None, out_dtyp
 
 @torch.no_grad()
 def compress(
-    x: Tensor, keep: int, basis: int | None = None, *, out_dtype: torch.dtype | None = None, **options: Any
+    x: Tensor,
+    keep: int,
+    basis: int | None = None,
+    *,
+    weights: Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+    **options: Any,
 ) -> tuple[Tensor, Tensor]:
     """Compresses x [B, N, D] to tokens [B, R, D] in x's dtype (or out_dtype) and their positions [B, R] int64.
 
@@ -323,7 +335,7 @@ def compress(
     R = chosen.rows(keep)
     tokens, indices = x.new_empty(B, R, D), torch.empty(B, R, dtype=torch.int64, device=x.device)
     for b in range(B):
-        tokens[b], indices[b] = _compress(x[b], keep, chosen)
+        tokens[b], indices[b] = _compress(x[b], keep, chosen, None if weights is None else weights[b])
     return tokens, indices
 
 
@@ -337,6 +349,7 @@ def compress_varlen(
     max_keep: int,
     basis: int | None = None,
     *,
+    weights: Tensor | None = None,
     out_dtype: torch.dtype | None = None,
     **options: Any,
 ) -> tuple[Tensor, Tensor]:
@@ -361,6 +374,7 @@ def compress_varlen(
             continue
         image = x[bounds[s] : bounds[s] + n]  # [n, D]
         rows = slice(slots[s] + s * appended, slots[s] + s * appended + keep + appended)
-        tokens[rows], at = _compress(image, keep, replace(chosen, start=min(chosen.start, n - 1)))
+        of_image = None if weights is None else weights[bounds[s] : bounds[s] + n]  # [n]
+        tokens[rows], at = _compress(image, keep, replace(chosen, start=min(chosen.start, n - 1)), of_image)
         indices[rows] = at + bounds[s]
     return tokens, indices

@@ -120,7 +120,7 @@ typedef struct apet_problem {
  * element's size; more alignment is not needed and does not change results. Outputs are contiguous. Members that an op
  * does not use are ignored; those that it uses may be NULL only where they have no elements.
  *
- *   compress  reads x, and if ragged cu_seqlens and cu_keep; writes tokens and indices
+ *   compress  reads x, weights, and if ragged cu_seqlens and cu_keep; writes tokens and indices
  *   score     reads x; writes residual and basis_indices
  *   merge     reads x, kept and kept_targets; writes tokens
  *
@@ -135,6 +135,8 @@ typedef struct apet_tensors {
   const int64_t* kept;         /* [images, keep] positions of the rows, in any order, repeated or not; clamped into
                                   0..tokens-1 */
   const uint8_t* kept_targets; /* [images, keep] not 0: tokens may be merged into this row. NULL: into all */
+  const float* weights;        /* [images, tokens], or ragged [total_tokens]: the values by which tokens are picked and
+                                  ranked are multiplied by them. Negative values and NaN count as 0. NULL: 1 */
   void* tokens;                /* [images, R, dim], or ragged [rows, dim], of dtype */
   int64_t* indices;       /* [images, R], or ragged [rows]: the row's position in its image, or ragged in the packed
                              x; ascending within an image but for appended rows. An overwritten row's is its own,

@@ -144,21 +144,6 @@ apet_problem compress_problem(const Tensor& x, int64_t keep, std::optional<int64
   return p;
 }
 
-std::tuple<Tensor, Tensor> compress(const Tensor& given, int64_t keep, std::optional<int64_t> basis, std::string layout,
-                                    std::string select, int64_t start, double ridge, double blend, int64_t refine) {
-  const Tensor x = readable(given);
-  const apet_problem p = compress_problem(x, keep, basis, layout, select, start, ridge, blend, refine);
-  const int64_t rows = keep + apet::appended(p);
-  Tensor tokens = empty_beside(x, {p.images, rows, p.dim}, dtype_of(x));
-  Tensor indices = empty_beside(x, {p.images, rows}, aoti_torch_dtype_int64());
-  apet_tensors t = {};
-  t.x = x.const_data_ptr();
-  t.tokens = tokens.mutable_data_ptr();
-  t.indices = static_cast<int64_t*>(indices.mutable_data_ptr());
-  run(p, t, x);
-  return {tokens, indices};
-}
-
 std::string name_of(const torch::stable::Device& device) {
   return device.is_cpu() ? "cpu" : device.is_cuda() ? "cuda:" + std::to_string(device.index()) : "another device";
 }
@@ -166,6 +151,45 @@ std::string name_of(const torch::stable::Device& device) {
 void require_beside(const char* name, const Tensor& tensor, const Tensor& x) {
   require(tensor.device() == x.device(), name, " is on ", name_of(tensor.device()), ", but x is on ",
           name_of(x.device()));
+}
+
+// Returns the first `dims` sizes of a tensor, as in "2, 576".
+std::string sizes_of(const Tensor& tensor, int64_t dims) {
+  std::string text;
+  for (int64_t d = 0; d < dims; d++) text += (d ? ", " : "") + std::to_string(tensor.size(d));
+  return text;
+}
+
+// Returns the weights of the tokens of x, which live as long as `contiguous`; null if there are none.
+const float* weights_of(const std::optional<Tensor>& weights, const Tensor& x, std::optional<Tensor>& contiguous) {
+  if (!weights.has_value()) return nullptr;
+  const int64_t dims = x.dim() - 1;
+  bool fits = weights->scalar_type() == ScalarType::Float && weights->dim() == dims;
+  for (int64_t d = 0; fits && d < dims; d++) fits = weights->size(d) == x.size(d);
+  require(fits, "weights must be Float [", sizes_of(x, dims), "], the tokens of x, got ",
+          torch::headeronly::toString(weights->scalar_type()), " [", sizes_of(*weights, weights->dim()), "]");
+  require_beside("weights", *weights, x);
+  contiguous = torch::stable::contiguous(*weights);
+  return static_cast<const float*>(contiguous->const_data_ptr());
+}
+
+std::tuple<Tensor, Tensor> compress(const Tensor& given, int64_t keep, std::optional<int64_t> basis, std::string layout,
+                                    std::string select, int64_t start, double ridge, double blend, int64_t refine,
+                                    std::optional<Tensor> weights) {
+  const Tensor x = readable(given);
+  const apet_problem p = compress_problem(x, keep, basis, layout, select, start, ridge, blend, refine);
+  std::optional<Tensor> contiguous;
+  const float* weight_pointer = weights_of(weights, x, contiguous);
+  const int64_t rows = keep + apet::appended(p);
+  Tensor tokens = empty_beside(x, {p.images, rows, p.dim}, dtype_of(x));
+  Tensor indices = empty_beside(x, {p.images, rows}, aoti_torch_dtype_int64());
+  apet_tensors t = {};
+  t.x = x.const_data_ptr();
+  t.weights = weight_pointer;
+  t.tokens = tokens.mutable_data_ptr();
+  t.indices = static_cast<int64_t*>(indices.mutable_data_ptr());
+  run(p, t, x);
+  return {tokens, indices};
 }
 
 const int32_t* offsets(const char* name, const Tensor& cu, const Tensor& x, Tensor& contiguous) {
@@ -179,7 +203,8 @@ const int32_t* offsets(const char* name, const Tensor& cu, const Tensor& x, Tens
 std::tuple<Tensor, Tensor> compress_varlen(const Tensor& given, const Tensor& cu_seqlens, const Tensor& cu_keep,
                                            int64_t total_keep, int64_t max_seqlen, int64_t max_keep,
                                            std::optional<int64_t> basis, std::string layout, std::string select,
-                                           int64_t start, double ridge, double blend, int64_t refine) {
+                                           int64_t start, double ridge, double blend, int64_t refine,
+                                           std::optional<Tensor> weights) {
   const Tensor x = readable(given);
   apet_problem p = problem_of(APET_COMPRESS, x, true);
   set_basis(p, basis, select, start, ridge, INT32_MAX);
@@ -200,6 +225,8 @@ std::tuple<Tensor, Tensor> compress_varlen(const Tensor& given, const Tensor& cu
   p.tokens = max_seqlen < p.total_tokens ? max_seqlen : p.total_tokens;
   p.keep = max_keep < total_keep ? max_keep : total_keep;
   check(p, apet_check(&p));
+  std::optional<Tensor> contiguous;
+  t.weights = weights_of(weights, x, contiguous);
   const int64_t rows = apet::all_rows(p);
   Tensor tokens = empty_beside(x, {rows, p.dim}, dtype_of(x));
   Tensor indices = empty_beside(x, {rows}, aoti_torch_dtype_int64());

@@ -44,7 +44,7 @@ def reconstruct(image: Tokens, p: Tensor, ridge: float, tolerance: float) -> tup
     Returns e_sq [N] with no threshold; resid_sq [N] = ||x||^2 - ||y||^2; and stretch [N] >= 1, the largest a_k^2, by
     which small pivots stretch the bound 4 M u ||x||^2 (docs/algorithm.md, "Rounding").
     """
-    X, norm_sq, _ = image
+    X, norm_sq = image.X, image.norm_sq
     m, (N, D) = len(p), X.shape
     Z = torch.cat([X, X.new_zeros(N, m)], 1)  # [N, D + m]
     rows: list[Tensor] = []
@@ -66,7 +66,7 @@ def reconstruct(image: Tokens, p: Tensor, ridge: float, tolerance: float) -> tup
 def check_basis(x: Tensor, p: Tensor, basis: int, select: str, start: int, ridge: float) -> bool:
     """Replays the picks p [m] of image x [N, D]; True if rounding could not change any pick, or the stop."""
     image = widen(x)
-    X, norm_sq, finite = image
+    X, norm_sq, finite, _ = image
     N = len(X)
     assert len(p) <= min(basis, N)
     assert len(set(p.tolist())) == len(p), f"basis tokens picked twice: {p.tolist()}"
@@ -121,7 +121,7 @@ def check_residual(x: Tensor, e_sq: Tensor, p: Tensor, basis: int, ridge: float)
     Rows whose pivot is within rounding of the dependency threshold may count either way.
     """
     image = widen(x)
-    _, norm_sq, finite = image
+    _, norm_sq, finite, _ = image
     zero = 4 * basis * U * norm_sq  # [N], what counts as 0
     low, _, stretch = reconstruct(image, p, ridge, 1e-9 * U)
     high, _, _ = reconstruct(image, p, ridge, 4 * (basis + 1) * U)
@@ -157,7 +157,7 @@ def check_merge(x: Tensor, tokens: Tensor, rows: Tensor, targets: Tensor, skip: 
     A row is not checked if rounding may move a dropped token into it or out of it. The mean may be off by half a unit
     of the output dtype, and by the roundings of a float32 sum.
     """
-    X, norm_sq, finite = widen(x)
+    X, norm_sq, finite, _ = widen(x)
     allowed = targets & finite[rows]  # [R]
     dropped = finite.index_fill(0, rows, False)  # [N]
     Xd, T, norm = X[dropped], X[rows], norm_sq[rows].sqrt()  # [n, D], [R, D], [R]

@@ -18,7 +18,7 @@ SLACK = 24 * U  # allowed error of a float32 residual or distance, relative to t
 
 def basis_in_rounds(x: Tensor, basis: int, start: int = -1, ridge: float = 1e-5) -> tuple[list[int], Tensor, bool]:
     """Returns the picks of x [N, D] in order, resid_sq [N], and whether every choice had a margin above rounding."""
-    X, norm_sq, finite = widen(x)
+    X, norm_sq, finite, _ = widen(x)
     A = X @ X.T  # [N, N]
     kind = x.unique(dim=0, return_inverse=True)[1].tolist()  # [N] equal numbers: equal tokens
     norm, open_ = norm_sq.tolist(), finite.tolist()
@@ -69,7 +69,7 @@ def kept(
     are certain: every choice had a margin above rounding."""
     M = keep if basis is None else min(basis, keep)
     picks, r, sure = basis_in_rounds(x, M, start, ridge)
-    _, norm_sq, finite = widen(x)
+    _, norm_sq, finite, _ = widen(x)
     value = r.masked_fill(r <= 4 * M * U * norm_sq, 0).masked_fill(~finite, torch.inf).tolist()
     others = sorted(set(range(len(x))) - set(picks), key=lambda n: (-value[n], n))
     fill, lost = others[: keep - len(picks)], others[keep - len(picks) :]
@@ -81,7 +81,7 @@ def kept(
 def medoid_step(x: Tensor, kept: list[int]) -> list[set[int]]:
     """Returns, for each kept token of x [N, D], the positions that may replace it: one, if every choice had a margin
     above rounding."""
-    X, norm_sq, finite = widen(x)
+    X, norm_sq, finite, _ = widen(x)
     centres = [k for k in kept if finite[k]]
     allowed: list[set[int]] = [{k} for k in kept if not finite[k]]
     if not centres:

@@ -30,7 +30,7 @@ def test_opcheck(name, dtype):
 
 def test_schemas():
     options = "int start=-1, float ridge=1.0000000000000001e-05"
-    layout = f'str layout="inplace", str select="qr", {options}, float blend=1., int refine=0'
+    layout = f'str layout="inplace", str select="qr", {options}, float blend=1., int refine=0, Tensor? weights=None'
     pair = "(Tensor tokens, Tensor indices)"
     assert str(OPS.compress.default._schema) == (
         f"apet::compress(Tensor x, SymInt keep, int? basis=None, *, {layout}) -> {pair}"

@@ -93,6 +93,8 @@ class Problem:
 
         x = torch.empty(2, 300, self.D, dtype=self.dtype, device="meta")
         options: dict[str, Any] = {**dict(self.options), "device_class": device_class}
+        if options.get("weights"):
+            options["weights"] = torch.empty(2, 300, device="meta")
         if self.op == "compress":
             return launch.compress(x, 150, self.M, **options).launches
         if self.op == "compress_varlen":
@@ -114,6 +116,8 @@ def problems(smoke: bool) -> Iterator[Problem]:
     in_rounds = (("select", "qr"), ("refine", 1))
     yield from (Problem("compress", D, dtype, None, in_rounds) for dtype in dims for D in dims[dtype])
     yield Problem("compress_varlen", 1024, torch.float16, None, in_rounds)
+    weights = ("weights", True)
+    yield from (Problem("compress", D, t, M, (weights,)) for t in dims for D in dims[t][::2] for M in (10, None))
     layouts = [{"layout": "inplace"}, {"layout": "overwrite", "blend": 0.5}, {"layout": "append"}]
     for select, layout in itertools.product(("fps", "qr"), layouts):
         options = tuple({**layout, "select": select}.items())

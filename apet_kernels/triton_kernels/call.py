@@ -34,10 +34,17 @@ class Call:
         max_tokens: N, or the largest N of a ragged image.
         results: what the op returns; the launches fill it.
         device_class: which entry of `configs.tiles` to use; None: that of x's device.
+        weights: [B, N], or ragged [T], float32.
     """
 
     def __init__(
-        self, x: Tensor, images: int, max_tokens: int, results: tuple[Tensor, ...], device_class: str | None
+        self,
+        x: Tensor,
+        images: int,
+        max_tokens: int,
+        results: tuple[Tensor, ...],
+        device_class: str | None,
+        weights: Tensor | None = None,
     ) -> None:
         D, element = x.shape[-1], x.element_size()
         # Rows of whole 16-byte words are loaded by words, so they must start at a multiple of 16 bytes. Which form is
@@ -52,6 +59,7 @@ class Call:
         self.max_tokens = max_tokens
         self.all_tokens = x.shape[:-1].numel()
         self.results = results
+        self.weights = None if weights is None else weights.contiguous()
         self.device_class = device_class or configs.device_class(x.device)
         self.tiles = configs.tiles(self.device_class, D, element)
         self.launches: list[Launch] = []

@@ -108,3 +108,14 @@ def dot_rows(
             total += chain
             chain = tl.zeros((rows.shape[0], columns.shape[0]), tl.float32)
     return total + chain
+
+
+@triton.jit
+def weighted(at_weight, value, inside, WEIGHTED: tl.constexpr):
+    """Returns finite values times the weights at these addresses, at most FLT_MAX; without WEIGHTED the values.
+    Negative weights and NaN count as 0, inf as FLT_MAX."""
+    if WEIGHTED:
+        weight = tl.load(at_weight, mask=inside, other=0.0)
+        weight = tl.where(weight > 0, tl.minimum(weight, FLT_MAX), 0.0)
+        value = tl.minimum(value * weight, FLT_MAX)
+    return value

@@ -19,7 +19,13 @@ from .s1_norms import Extents
 
 
 def compress(
-    x: Tensor, keep: int, basis: int | None = None, *, device_class: str | None = None, **options: Any
+    x: Tensor,
+    keep: int,
+    basis: int | None = None,
+    *,
+    weights: Tensor | None = None,
+    device_class: str | None = None,
+    **options: Any,
 ) -> Call:
     """Returns the launches of the op `compress`; its arguments are already checked."""
     B, N, D = x.shape
@@ -28,7 +34,7 @@ def compress(
     rows = keep + extents.appended
     tokens = torch.empty(B, rows, D, dtype=x.dtype, device=x.device)
     indices = torch.empty(B, rows, dtype=torch.int64, device=x.device)
-    call = Call(x, B, N, (tokens, indices), device_class)
+    call = Call(x, B, N, (tokens, indices), device_class, weights)
     if B > 0:
         _compress(call, extents, N - keep, chosen)
     return call
@@ -43,6 +49,7 @@ def compress_varlen(
     max_keep: int,
     basis: int | None = None,
     *,
+    weights: Tensor | None = None,
     device_class: str | None = None,
     **options: Any,
 ) -> Call:
@@ -55,7 +62,7 @@ def compress_varlen(
     new = torch.empty if images > 0 and longest > 0 else torch.zeros  # without tokens no image fills a row
     tokens = new(rows, D, dtype=x.dtype, device=x.device)
     indices = new(rows, dtype=torch.int64, device=x.device)
-    call = Call(x, images, longest, (tokens, indices), device_class)
+    call = Call(x, images, longest, (tokens, indices), device_class, weights)
     if images > 0 and longest > 0:
         _compress(call, extents, longest, chosen)
     return call

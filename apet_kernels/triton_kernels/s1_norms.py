@@ -35,6 +35,7 @@ from .device import (
     jit,
     pack,
     tile_rows,
+    weighted,
 )
 
 # The sweeps wait for memory, so two programs of 8 warps should run on a multiprocessor of 65536 registers.
@@ -65,6 +66,7 @@ def s1_norms(
     dist_sq,  # [all_tokens] float32, written: inf, or 0 where the norm is not finite: never a candidate
     resid_sq,  # [all_tokens] float32, written: norm_sq, from which s1_s3_sweep subtracts ||y||^2
     candidates,  # [2, images, PARTIALS] int64, the first half written
+    weights,  # [all_tokens] float32, if WEIGHTED
     stride_xb: tl.int64,  # in elements, 0 for ragged input
     stride_xn: tl.int64,
     ragged: tl.int32,
@@ -82,6 +84,7 @@ def s1_norms(
     BLOCK_D: tl.constexpr,
     PARTIALS: tl.constexpr,
     SUM: tl.constexpr,  # the dtype of sums over D
+    WEIGHTED: tl.constexpr,
 ):
     s = (tl.program_id(0) // programs).to(tl.int64)
     tile = tl.program_id(0) % programs
@@ -127,7 +130,8 @@ def s1_norms(
         tl.store(norm_sq + token + n, n_norm_sq, mask=inside)
         tl.store(dist_sq + token + n, tl.where(finite, float("inf"), 0.0), mask=inside)
         tl.store(resid_sq + token + n, n_norm_sq, mask=inside)
-        value = tl.where(n == given, float("inf"), n_norm_sq)  # above every norm: `start` is taken whatever its norm
+        value = weighted(weights + token + n, n_norm_sq, inside, WEIGHTED)
+        value = tl.where(n == given, float("inf"), value)  # above every norm: `start` is taken whatever its norm
         best = tl.maximum(best, tl.where(inside & finite & (value > 0), pack(value, n), 0))
     tl.store(candidates + s * PARTIALS + tile, tl.max(best, 0))
 
@@ -152,6 +156,7 @@ class Norms(NamedTuple):
     resid_sq: Tensor  # [all tokens] float32
     candidates: Tensor  # [2, images, PARTIALS] int64
     programs: int  # programs of each image
+    weights: Tensor  # [all tokens] float32; any tensor if they are not WEIGHTED
     constants: dict[str, Any]  # constexpr arguments that s1_s3_sweep shares
 
 
@@ -161,6 +166,7 @@ def launch(call: Call, extents: Extents, start: int = -1) -> Norms:
     table = call.new(torch.int64, images, FIELDS.value)
     norm_sq, dist_sq, resid_sq = (call.new(torch.float32, call.all_tokens) for _ in range(3))
     candidates = call.new(torch.int64, 2, images, configs.PARTIALS)
+    weights = norm_sq if call.weights is None else call.weights
     # Dense calls pass this in place of the cu tensors. It has their dtype, so that both kinds of calls run one binary.
     unread = table.view(torch.int32)
     programs = min(-(-call.max_tokens // tiles.sweep_n), configs.PARTIALS)
@@ -171,6 +177,7 @@ def launch(call: Call, extents: Extents, start: int = -1) -> Norms:
         "BLOCK_D": tiles.sweep_d,
         "PARTIALS": configs.PARTIALS,
         "SUM": tl.float64 if call.dim <= configs.NARROW else tl.float32,
+        "WEIGHTED": call.weights is not None,
     }
     args = {
         "x": x,
@@ -181,6 +188,7 @@ def launch(call: Call, extents: Extents, start: int = -1) -> Norms:
         "dist_sq": dist_sq,
         "resid_sq": resid_sq,
         "candidates": candidates,
+        "weights": weights,
         "stride_xb": x.stride(0) if x.dim() == 3 else 0,
         "stride_xn": x.stride(-2),
         "ragged": int(extents.cu_seqlens is not None),
@@ -194,4 +202,4 @@ def launch(call: Call, extents: Extents, start: int = -1) -> Norms:
         "programs": programs,
     }
     call.add(s1_norms, images * programs, args, constants, tiles.sweep_warps, registers=SWEEP_REGISTERS)
-    return Norms(table, norm_sq, dist_sq, resid_sq, candidates, programs, constants)
+    return Norms(table, norm_sq, dist_sq, resid_sq, candidates, programs, weights, constants)

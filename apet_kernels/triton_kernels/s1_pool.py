@@ -14,7 +14,7 @@ import triton.language as tl
 from ..options import FEW, POOL, ROUNDS
 from . import configs
 from .call import Call
-from .device import FLT_MAX, U, at, dot_rows, image_of, jit
+from .device import FLT_MAX, U, at, dot_rows, image_of, jit, weighted
 from .s1_norms import Norms
 from .s1_rounds import State, y_products
 from .s4_topk import HIGHEST, cut_at
@@ -40,6 +40,7 @@ def s1_pool(
     pool,  # [images, P] int32, scratch
     gram,  # [images, P, P] float32, scratch
     pool_y,  # [images, most, P] float32, scratch
+    weights,  # [all_tokens] float32, if WEIGHTED
     stride_xn: tl.int64,
     all_tokens: tl.int64,
     number: tl.int32,  # of the round
@@ -56,6 +57,7 @@ def s1_pool(
     BLOCK_K: tl.constexpr,
     BLOCK_P: tl.constexpr,  # P rounded up to a power of 2
     CHUNK: tl.constexpr,
+    WEIGHTED: tl.constexpr,
 ):
     s = tl.program_id(0).to(tl.int64)
     base, token, _, tokens, _, keep = image_of(table, s)
@@ -85,6 +87,7 @@ def s1_pool(
     for c0 in range(0, tokens, CHUNK):
         inside = c0 + c < tokens
         value = tl.load(resid_sq + token + c0 + c, mask=inside, other=0.0)
+        value = weighted(weights + token + c0 + c, value, inside, WEIGHTED)
         may_be_picked = (tl.load(dist_sq + token + c0 + c, mask=inside, other=0.0) > 0) & (value > 0)
         n_rank = tl.where(may_be_picked, value.to(tl.int32, bitcast=True), 0)
         n_rank = tl.where(c0 + c == first, HIGHEST, n_rank)
@@ -127,11 +130,14 @@ def s1_pool(
     candidate = tl.load(pool + p, mask=p < count, other=-1).to(tl.int64)
     diag = tl.load(gram + p * P + p, mask=p < count, other=0.0).to(tl.float64)
     allowed = p < count
+    weight = tl.full((BLOCK_P,), 1.0, tl.float32)
+    weight = weighted(weights + token + candidate, weight, p < count, WEIGHTED).to(tl.float64)
     found = tl.full((), 0, tl.int32)
     going = count > 0
     for q in range(0, size):
         is_first = (q == 0) & (first >= 0)
-        value = tl.where(allowed, diag, float("-inf"))
+        value = diag * weight if WEIGHTED else diag
+        value = tl.where(allowed, value, float("-inf"))
         value = tl.where(is_first & (candidate == first), float("inf"), value)
         best = tl.min(tl.where(value == tl.max(value, 0), p, BLOCK_P), 0)
         position = tl.max(tl.where(p == best, candidate, -1), 0)
@@ -185,6 +191,7 @@ def launch(call: Call, norms: Norms, state: State, number: int, start: int, ridg
         "pool": state.pool,
         "gram": state.gram,
         "pool_y": state.pool_y,
+        "weights": norms.weights,
         "stride_xn": call.x.stride(-2),
         "all_tokens": call.all_tokens,
         "number": number,
@@ -203,6 +210,7 @@ def launch(call: Call, norms: Norms, state: State, number: int, start: int, ridg
         "BLOCK_K": 16,
         "BLOCK_P": configs.block_m(P),
         "CHUNK": tiles.topk_chunk,
+        "WEIGHTED": norms.constants["WEIGHTED"],
     }
     # float32 rows that are not whole 16-byte words are copied by elements: the addresses of a second tile would spill.
     call.add(s1_pool, call.images, args, constants, tiles.topk_warps, 1 if call.align == 4 else 2)

@@ -18,7 +18,7 @@ from torch import Tensor
 from ..options import FEW, POOL, ROUNDS
 from . import configs
 from .call import Call
-from .device import FLT_MAX, U, at, dot_rows, image_of, jit
+from .device import FLT_MAX, U, at, dot_rows, image_of, jit, weighted
 from .s1_norms import Norms
 
 
@@ -91,6 +91,7 @@ def s1_rounds(
     L,  # [images, most, most] float32
     inv_diag,  # [images, most] float32
     e_sq,  # [all_tokens] float32, written
+    weights,  # [all_tokens] float32, if WEIGHTED
     stride_xn: tl.int64,
     all_tokens: tl.int64,
     M: tl.int32,
@@ -103,6 +104,7 @@ def s1_rounds(
     BLOCK_T: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    WEIGHTED: tl.constexpr,
 ):
     s = (tl.program_id(0) // tiles).to(tl.int64)
     tile = tl.program_id(0) % tiles
@@ -148,6 +150,7 @@ def s1_rounds(
         tl.store(resid_sq + own, n_resid_sq, mask=inside)
         rounding = tl.minimum(limit, keep).to(tl.float32) * (4 * U)
         n_e_sq = tl.where(n_resid_sq > n_norm_sq * rounding, n_resid_sq, 0.0)
+        n_e_sq = weighted(weights + own, n_e_sq, inside, WEIGHTED)
         tl.store(e_sq + own, tl.where(n_norm_sq <= FLT_MAX, n_e_sq, float("inf")), mask=inside)
 
 
@@ -166,6 +169,7 @@ def launch(call: Call, norms: Norms, state: State, e_sq: Tensor) -> None:
         "L": state.L,
         "inv_diag": state.inv_diag,
         "e_sq": e_sq,
+        "weights": norms.weights,
         "stride_xn": call.x.stride(-2),
         "all_tokens": call.all_tokens,
         "M": state.basis.shape[1],
@@ -180,6 +184,7 @@ def launch(call: Call, norms: Norms, state: State, e_sq: Tensor) -> None:
         "BLOCK_T": min(t.assign_t, 64),
         "BLOCK_D": min(t.assign_d, max(configs.power_of_2(call.dim), 16)),
         "BLOCK_K": 16,
+        "WEIGHTED": norms.constants["WEIGHTED"],
     }
     # On AMD three tiles of input in flight take up to 256 registers, and for some D more: they would spill.
     stages = min(t.assign_stages, 2) if call.device_class.startswith("gfx") else t.assign_stages

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from . import configs
 from .call import Call
-from .device import FLT_MAX, U, at, image_of, jit, pack, tile_rows, unpack_position
+from .device import FLT_MAX, U, at, image_of, jit, pack, tile_rows, unpack_position, weighted
 from .s1_norms import SWEEP_REGISTERS, Norms
 
 
@@ -39,6 +39,7 @@ def s1_s3_sweep(
     candidates,  # [2, images, PARTIALS] int64: halves read and written in turn
     basis,  # [images, M] int64, column `step` written: a position, or -1 once there is nothing left to pick
     e_sq,  # [all_tokens] float32, written by the last step
+    weights,  # [all_tokens] float32, if WEIGHTED
     stride_xn: tl.int64,
     all_tokens: tl.int64,
     images: tl.int64,
@@ -54,6 +55,7 @@ def s1_s3_sweep(
     BLOCK_M: tl.constexpr,  # M rounded up to a power of 2
     SUM: tl.constexpr,  # the dtype of sums over D
     PARTIALS: tl.constexpr,
+    WEIGHTED: tl.constexpr,
 ):
     s = (tl.program_id(0) // programs).to(tl.int64)
     tile = tl.program_id(0) % programs
@@ -67,6 +69,8 @@ def s1_s3_sweep(
     pick_value = (candidate >> 32).to(tl.int32).to(tl.float32, bitcast=True)
     p_norm_sq = tl.load(norm_sq + token + unpack_position(candidate), mask=candidate > 0, other=0.0)
     picked = (candidate > 0) & ((qr == 0) | (pick_value + ridge > p_norm_sq * (4 * U)))
+    if WEIGHTED:  # pick_value is no residual then; the pivot decides, below
+        picked = candidate > 0
     p = tl.where(picked, unpack_position(candidate), -1)
 
     j = tl.arange(0, BLOCK_M)
@@ -75,6 +79,9 @@ def s1_s3_sweep(
     L_row = tl.load(y + j * all_tokens + token + p, mask=j < L_size, other=0.0).to(tl.float64)  # [BLOCK_M]
     pivot = p_norm_sq.to(tl.float64) + ridge - tl.sum(L_row * L_row, 0)
     independent = picked & (pivot > p_norm_sq * (4 * U))
+    if WEIGHTED:
+        picked = picked & ((qr == 0) | (step == 0) | independent)
+        p = tl.where(picked, p, -1)
     inv_diag = tl.where(independent, 1.0 / tl.sqrt(tl.where(independent, pivot, 1.0)), 0.0)
     L_inv_row = tl.zeros((BLOCK_M,), tl.float64)
     if (tile == 0) | last:
@@ -125,12 +132,13 @@ def s1_s3_sweep(
             n_norm_sq = tl.load(norm_sq + own, mask=inside, other=0.0)
             n_e_sq = (n_resid_sq - ridge * w_sq).to(tl.float32)
             n_e_sq = tl.where(n_e_sq > n_norm_sq * M * (4 * U), n_e_sq, 0.0)  # below this it is rounding
+            n_e_sq = weighted(weights + own, n_e_sq, inside, WEIGHTED)
             tl.store(e_sq + own, tl.where(n_norm_sq <= FLT_MAX, n_e_sq, float("inf")), mask=inside)
         else:
             tl.store(y + step.to(tl.int64) * all_tokens + own, y_row, mask=inside)
             tl.store(resid_sq + own, n_resid_sq, mask=inside)
             tl.store(dist_sq + own, n_dist_sq, mask=inside)
-            n_pick_value = tl.where(qr == 0, n_dist_sq, n_resid_sq)
+            n_pick_value = weighted(weights + own, tl.where(qr == 0, n_dist_sq, n_resid_sq), inside, WEIGHTED)
             best = tl.maximum(best, tl.where(inside & (n_dist_sq > 0) & (n_pick_value > 0), pack(n_pick_value, n), 0))
     found = tl.where(picked, tl.max(best, 0), 0)  # after a step that picked nothing there are no more candidates
     tl.store(candidates + ((1 - half) * images + s) * PARTIALS + tile, found)
@@ -150,6 +158,7 @@ def launch(call: Call, norms: Norms, basis: Tensor, e_sq: Tensor, select: str, r
         "candidates": norms.candidates,
         "basis": basis,
         "e_sq": e_sq,
+        "weights": norms.weights,
         "stride_xn": call.x.stride(-2),
         "all_tokens": call.all_tokens,
         "images": call.images,

@@ -57,6 +57,7 @@ def s5_assign(
         n = tl.load(dropped + token + r, mask=inside, other=0)
         n_norm_sq = tl.load(norm_sq + token + n, mask=inside, other=0.0)
         finite = inside & (n_norm_sq <= FLT_MAX)
+        n_norm_sq = tl.where(finite, n_norm_sq, 0.0)  # no NaN below: a maximum over NaN depends on the order
         rows = at(x, base + n.to(tl.int64) * stride_xn, ALIGN)
         width = tl.where(dropped_count > 0, D, 0)
         similarity = tl.full((BLOCK_R,), float("-inf"), tl.float32)

@@ -78,7 +78,7 @@ def check_other(name: str, case: Case, x: Tensor, kept: Tensor, indices: Tensor)
 def _check_image(case: Case, x: Tensor, tokens: Tensor, kept: Tensor, similarity_error: float) -> int:
     """Checks x [N, D], tokens [K, D], kept [K]. Returns the number of rows checked."""
     image = reference.widen(x)
-    X, norm_sq, _ = image
+    X, norm_sq = image.X, image.norm_sq
     p = reference.s1_basis(image, case.basis, start=case.start, ridge=RIDGE)  # [M]
     e_sq = reference.s3_residual(image, p, reference.s2_solve(image, p, RIDGE), case.basis)  # [N]
     if case.layout == "inplace":

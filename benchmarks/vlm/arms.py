@@ -17,11 +17,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
 import apet_kernels
-from apet_kernels import reference
 from apet_kernels.options import PAPER
 from benchmarks.lib import alternatives, selection
 
@@ -59,14 +57,8 @@ def threshold(batch: Batch, keep: int) -> Tensor:
 
 
 def weighted(x: Tensor, factor: Tensor, keep: int) -> Tensor:
-    """Like "qr refine 2", but picks by the residual times factor [B, N] >= 0.
-
-    Tokens scaled by the root of that factor have residuals scaled by the factor, and span the same, so the op picks
-    from scaled tokens. Its ridge stays 1e-5 and weighs more there, still nothing beside tokens of norm 1.
-    """
-    picked = apet_kernels.compress((x * factor.sqrt()[..., None]).float(), keep, **IN_ROUNDS).indices
-    kept = torch.stack([reference.s4_medoids(reference.widen(x), at, REFINE) for x, at in zip(x, picked, strict=True)])
-    return apet_kernels.merge(x, kept)
+    """Like "qr refine 2", but picks by the residual times factor [B, N] >= 0."""
+    return apet_kernels.compress(x, keep, **IN_ROUNDS, refine=REFINE, weights=factor.float()).tokens
 
 
 def distinct(batch: Batch, keep: int) -> Tensor:

@@ -36,11 +36,12 @@ struct Input {
 
 // The arrays of s1 to s3 with an entry for each token.
 struct Scores {
+  const float* weight;  // [N] as the caller gave them (weighted() in weight.h), or null
   float* norm_sq;       // [N] ||x||^2
-  float* pick_value;    // [N] the value that s1 maximises: dist_sq (fps) or resid_sq (qr)
+  float* pick_value;    // [N] the value that s1 maximises: dist_sq (fps) or resid_sq (qr), times the weight
   float* resid_sq;      // [N] ||x||^2 - ||y||^2
-  float* e_sq;          // [N] the residual that s4 ranks by: the same memory as resid_sq, which s3 overwrites
-  float* y;             // [M, N] L^-1 S x
+  float* e_sq;  // [N] the residual times the weight, by which s4 ranks: the memory of resid_sq, which s3 overwrites
+  float* y;     // [M, N] L^-1 S x
   int32_t* steps_done;  // [N] how many basis tokens, from the first on, pick_value, resid_sq and y of a token include
   int32_t* candidates;  // [N] tokens that a step of s1 updates
   int32_t candidate_count;

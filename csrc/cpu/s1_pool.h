@@ -8,10 +8,13 @@
 
 namespace apet::cpu {
 
+#include "weight.h"
+
 // Starts the rounds, from the norms.
 static void begin_rounds(const Input& in, Scores& scores, Rounds& rounds) {
   rounds.number = rounds.begin = rounds.size = 0;
-  for (int32_t i = 0; i < in.tokens; i++) scores.pick_value[i] = finite(scores, i) ? scores.norm_sq[i] : kNeverPicked;
+  for (int32_t i = 0; i < in.tokens; i++)
+    scores.pick_value[i] = finite(scores, i) ? weighted(scores.weight, i, scores.norm_sq[i]) : kNeverPicked;
 }
 
 // Lists the candidates of the next round, ascending: the tokens of largest pick_value above 0, kPool for each pick. In
@@ -51,13 +54,15 @@ static void pick_round(const Input& in, Scores& scores, Rounds& rounds) {
   for (; rounds.size < most; rounds.size++) {
     const int32_t k = rounds.size;
     int64_t best = -1;
+    double best_value = 0;
     for (int64_t i = 0; i < count; i++) {
       if (scores.pick_value[rounds.pool[i]] == kNeverPicked) continue;
       if (k == 0 && rounds.pool[i] == rounds.first) {
         best = i;
         break;
       }
-      if (best < 0 || diag[i] > diag[best]) best = i;
+      const double value = diag[i] * weighted(scores.weight, rounds.pool[i], 1.0f);
+      if (best < 0 || value > best_value) best = i, best_value = value;
     }
     if (best < 0) return;
     const int32_t token = rounds.pool[best];
@@ -90,7 +95,7 @@ static void rank_by_residual(const Input& in, Scores& scores) {
   const float rounding = 4.0f * (float)in.max_basis * 0x1p-24f;
   for (int32_t i = 0; i < in.tokens; i++) {
     const float value = scores.resid_sq[i] > rounding * scores.norm_sq[i] ? scores.resid_sq[i] : 0.0f;
-    scores.e_sq[i] = finite(scores, i) ? value : __builtin_inff();
+    scores.e_sq[i] = finite(scores, i) ? weighted(scores.weight, i, value) : __builtin_inff();
   }
 }
 

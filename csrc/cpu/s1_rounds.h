@@ -12,6 +12,7 @@
 // of its instruction set.
 #pragma once
 #include "product.h"
+#include "weight.h"
 
 // Packs y of one panel of factors, negated, for the picks of earlier rounds.
 static void pack_y(const Factors& factors, Rounds& rounds, int64_t panel) {
@@ -118,7 +119,7 @@ static void round(const Input& in, const Rows& rows, const Factors& picks, Score
       float* y = rounds.y + n * rounds.width + rounds.begin;
       for (int64_t j = 0; j < rounds.size; j++) y[j] = z[j * kBlockRows + i];
       s.resid_sq[n] = s.resid_sq[n] - sum_sq[i];
-      s.pick_value[n] = s.pick_value[n] == kNeverPicked ? kNeverPicked : s.resid_sq[n];
+      s.pick_value[n] = s.pick_value[n] == kNeverPicked ? kNeverPicked : weighted(s.weight, n, s.resid_sq[n]);
     }
   }
 }

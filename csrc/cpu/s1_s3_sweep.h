@@ -5,7 +5,7 @@
 //   resid_sq[n] = resid_sq[n] - y[k, n]^2                    s3: ||x||^2 - ||y||^2
 //   dist_sq[n]  = min(dist_sq[n], ||x_n - p||^2)             s1, fps
 //
-// s1 picks the token of largest pick_value, which is dist_sq (fps) or resid_sq (qr). Both only decrease, so a value
+// s1 picks the token of largest pick_value, which is dist_sq (fps) or resid_sq (qr), times the token's weight. Both only decrease, so a value
 // from some steps ago is an upper bound, and a token whose bound is below the largest up-to-date value cannot be picked
 // next: it need not be updated. steps_done[n] counts the basis tokens that token n includes. The first sweep over X
 // updates all tokens with the first basis token (and computes the norms, if they are not known yet), each later step
@@ -19,6 +19,7 @@
 // Included by loops.h alone, inside the namespace of its instruction set.
 #pragma once
 #include "dot.h"
+#include "weight.h"
 
 // Initialises the state of tokens [t, t + n), before any basis token, from their norms.
 static inline void begin_tile(Scores& s, int64_t t, int64_t n, const double* norm) {
@@ -33,13 +34,16 @@ static inline void begin_tile(Scores& s, int64_t t, int64_t n, const double* nor
 template <class E>
 static Candidate norms(const Input& in, Scores& s, int64_t begin, int64_t end) {
   Candidate best = {kNeverPicked, -1};
+  const float* weight = s.weight;
   for (int64_t t = begin; t < end; t += kTile) {
     const int64_t n = smaller(kTile, end - t);
     double norm[kTile];
     tile_dots<E, true>(in, Range{}, t, n, nullptr, 0, norm, nullptr);
     begin_tile(s, t, n, norm);
-    for (int64_t i = t; i < t + n; i++)
-      if (s.pick_value[i] != kNeverPicked && s.norm_sq[i] > best.pick_value) best = {s.norm_sq[i], (int32_t)i};
+    for (int64_t i = t; i < t + n; i++) {
+      const float value = weighted(weight, i, s.norm_sq[i]);
+      if (s.pick_value[i] != kNeverPicked && value > best.pick_value) best = {value, (int32_t)i};
+    }
   }
   return best;
 }
@@ -49,6 +53,7 @@ template <class Tokens>
 static inline void add_step(const Input& in, const Basis& basis, Scores& s, int32_t k, Tokens tokens, int64_t begin,
                             int64_t n, const double* dots) {
   const float p_norm_sq = basis.norm_sq[k];
+  const float* weight = s.weight;
   float dot[kTile], *y_k = s.y + (int64_t)k * in.tokens;
   double y[kTile];
   for (int64_t i = 0; i < n; i++) dot[i] = (float)dots[i];  // rounded as the norms are: equal rows stay equal
@@ -70,13 +75,13 @@ static inline void add_step(const Input& in, const Basis& basis, Scores& s, int3
       const int64_t t = tokens[begin + i];
       // Both differences are exact for near tokens, and neither overflows where the distance itself does not.
       const float d = (s.norm_sq[t] - dot[i]) + (p_norm_sq - dot[i]);
-      const float dist_sq = d > 0 ? d : 0;
+      const float dist_sq = weighted(weight, t, d > 0 ? d : 0);
       s.pick_value[t] = dist_sq < s.pick_value[t] ? dist_sq : s.pick_value[t];
     }
   else
     for (int64_t i = 0; i < n; i++) {
       const int64_t t = tokens[begin + i];
-      s.pick_value[t] = s.pick_value[t] == kNeverPicked ? kNeverPicked : s.resid_sq[t];
+      s.pick_value[t] = s.pick_value[t] == kNeverPicked ? kNeverPicked : weighted(weight, t, s.resid_sq[t]);
     }
 }
 

@@ -11,6 +11,7 @@
 template <class E>
 static void residual(const Input& in, const Basis& basis, Scores& s, int64_t begin, int64_t end) {
   sweep<E>(in, basis, s, begin, end);
+  const float* weight = s.weight;
   const float rounding = 4.0f * (float)in.max_basis * 0x1p-24f;  // times ||x||^2: the rounding error of float32
   for (int64_t t = begin; t < end; t += kTile) {
     const int64_t n = smaller(kTile, end - t);
@@ -30,7 +31,7 @@ static void residual(const Input& in, const Basis& basis, Scores& s, int64_t beg
     for (int64_t i = 0; i < n; i++) {
       const float norm_sq = s.norm_sq[t + i], e_sq = (float)(s.resid_sq[t + i] - in.ridge * w_sq[i]);
       const float rounded = e_sq > rounding * norm_sq ? e_sq : 0.0f;
-      s.e_sq[t + i] = norm_sq <= __FLT_MAX__ ? rounded : __builtin_inff();
+      s.e_sq[t + i] = norm_sq <= __FLT_MAX__ ? weighted(weight, t + i, rounded) : __builtin_inff();
     }
   }
 }

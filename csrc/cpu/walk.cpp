@@ -117,6 +117,8 @@ Stage Walk::next_image() {
     in.select = p.select;
     in.blend = (float)p.blend;
     in.ridge = p.ridge;
+    const int64_t first = p.ragged ? e.token : index_ * p.tokens;
+    image_.scores.weight = p.op == APET_COMPRESS && call_->tensors.weights ? call_->tensors.weights + first : nullptr;
     rows.count = p.op == APET_SCORE ? 0 : (int32_t)(e.keep + appended_rows);
     rows.first_token = e.token;
     rows.indices = p.op == APET_COMPRESS ? call_->tensors.indices + e.row : nullptr;

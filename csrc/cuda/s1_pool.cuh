@@ -5,7 +5,7 @@
 //   picks = b steps of its pivoted Cholesky factorisation                one CTA: a thread per candidate
 //   gram -= products of the last 32 picks, if more follow                the group
 //
-// Between the steps rank holds what the pool is selected by: the bits of resid_sq, or 0 for a token that must not be
+// Between the steps rank holds what the pool is selected by: the bits of resid_sq times the weight, or 0 for a token that must not be
 // picked. Such a token is never a candidate again, since resid_sq only falls.
 #pragma once
 #include "product.cuh"
@@ -136,8 +136,9 @@ __device__ inline void make_picks(const Call& call, const Image& image, const Ro
   for (; k < end; k++) {
     Key best = 0;
     for (int i = thread; i < count; i += kThreads) {
-      const bool is_first = k == 0 && __ldcg(rounds.pool + i) == first;
-      const float value = is_first ? INFINITY : (float)rounds.diag[i];
+      const int candidate = __ldcg(rounds.pool + i);
+      const bool is_first = k == 0 && candidate == first;
+      const float value = is_first ? INFINITY : weighted(call, image.token + candidate, (float)rounds.diag[i]);
       if (value > 0) best = larger(best, pack(value, i));
     }
     best = warp_largest(best);

@@ -66,7 +66,8 @@ __device__ inline void substitute(const Call& call, const Image& image, const Sl
         const float resid_sq = (float)(Wide(slice.pick_value[i]) + change[r]);
         uint32_t* rank = call.rank + image.token + slice.first + i;
         slice.pick_value[i] = resid_sq;
-        *rank = __ldcg(rank) > 0 && resid_sq > 0 ? __float_as_uint(resid_sq) : 0;
+        const float value = weighted(call, image.token + slice.first + i, resid_sq);
+        *rank = __ldcg(rank) > 0 && value > 0 ? __float_as_uint(value) : 0;
       }
     }
   }
@@ -102,7 +103,8 @@ __device__ inline void s1_rounds(const Call& call, const Image& image, const Sli
     const bool finite = norm_sq <= FLT_MAX;
     call.norm_sq[image.token + slice.first + i] = norm_sq;
     slice.pick_value[i] = norm_sq;
-    rank[i] = !finite ? 0 : slice.first + i == first_pick(call, image, norm_sq) ? kHighest : __float_as_uint(norm_sq);
+    const float value = weighted(call, image.token + slice.first + i, norm_sq);
+    rank[i] = !finite ? 0 : slice.first + i == first_pick(call, image, norm_sq) ? kHighest : __float_as_uint(value);
   }
   int begin = 0;
   for (int t = 0; t < kRounds; t++) {
@@ -136,7 +138,8 @@ __device__ inline void s1_rounds(const Call& call, const Image& image, const Sli
   __syncthreads();  // pick_value of the slice is written
   for (int i = threadIdx.x; i < slice.tokens; i += kThreads) {
     const float norm_sq = slice.norm_sq[i];
-    const float e_sq = norm_sq <= FLT_MAX ? above_rounding(slice.pick_value[i], norm_sq, image.basis) : INFINITY;
+    const float above = above_rounding(slice.pick_value[i], norm_sq, image.basis);
+    const float e_sq = norm_sq <= FLT_MAX ? weighted(call, image.token + slice.first + i, above) : INFINITY;
     rank[i] = __float_as_uint(e_sq) + 1;
   }
   __syncthreads();

@@ -209,7 +209,8 @@ __device__ inline int s1_s2_steps(const Call& call, const Image& image, const Sl
     const bool finite = norm_sq <= FLT_MAX;  // false for NaN
     call.norm_sq[image.token + slice.first + i] = norm_sq;
     slice.pick_value[i] = !finite ? 0 : fps ? INFINITY : norm_sq;
-    const float value = slice.first + i == start ? INFINITY : norm_sq;  // `start` is taken whatever its norm is
+    // `start` is taken whatever its norm is
+    const float value = slice.first + i == start ? INFINITY : weighted(call, image.token + slice.first + i, norm_sq);
     if (finite && value > 0) best = larger(best, pack(value, slice.first + i));
   }
 
@@ -255,6 +256,7 @@ __device__ inline int s1_s2_steps(const Call& call, const Image& image, const Sl
       }
       if (slice.first + i == p) value = 0;
       slice.pick_value[i] = value;
+      value = weighted(call, image.token + slice.first + i, value);
       if (value > 0) best = larger(best, pack(value, slice.first + i));
     }
   }
@@ -266,7 +268,8 @@ __device__ __forceinline__ float above_rounding(float e_sq, float norm_sq, int b
   return e_sq > norm_sq * (basis * (4 * kUnit)) ? e_sq : 0;
 }
 
-// Returns e_sq = ||x||^2 - ||y||^2 - ridge ||w||^2 of the slice's token i, w = L^-T y (which overwrites y).
+// Returns e_sq = ||x||^2 - ||y||^2 - ridge ||w||^2 of the slice's token i, w = L^-T y (which overwrites y), times the
+// token's weight.
 template <class T>
 __device__ inline float s3_residual(const Call& call, const Image& image, const Slice<T>& slice, int basis_size,
                                     int i) {
@@ -289,7 +292,7 @@ __device__ inline float s3_residual(const Call& call, const Image& image, const 
     }
     resid_sq = multiply_add(Wide(-call.ridge), w_sq, resid_sq);
   }
-  return above_rounding((float)resid_sq, norm_sq, image.basis);
+  return weighted(call, image.token + slice.first + i, above_rounding((float)resid_sq, norm_sq, image.basis));
 }
 
 // s1 to s3 of an image; returns the number of basis tokens. Writes norm_sq and, for s4, rank (for the op `score`, the

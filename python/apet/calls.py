@@ -22,6 +22,7 @@ class RecordedCall:
     tokens: Tensor  # [R, D], the result
     indices: Tensor  # [R] int64, the result
     options: dict[str, Any]  # the fields of apet_kernels.Options
+    weights: Tensor | None = None  # [T]
 
     @property
     def flops(self) -> int:
@@ -58,5 +59,6 @@ class Recorder(TorchDispatchMode):
             x = given.pop("x")
             for name in ("total_keep", "max_seqlen", "max_keep"):
                 del given[name]
-            self.calls.append(RecordedCall(x, lengths, keeps, *result, given))
+            weights = given.pop("weights")
+            self.calls.append(RecordedCall(x, lengths, keeps, *result, given, weights))
         return result

@@ -16,7 +16,19 @@ MODELS = (
     *("aria", "fuyu", "gemma3", "gemma4", "glm4v", "huggingface", "idefics2", "internvl_hf", "lfm2_5_vl"),
     *("llama4_scout", "llava_hf", "mistral3_vl", "qwen2_5_vl", "qwen2_vl", "qwen3_5", "qwen3_vl", "video_llava"),
 )
-OPTIONS = ("keep", "basis", "layout", "select", "blend", "refine", "share", "llm_layer", "llm_keep", "preset")
+OPTIONS = (
+    "keep",
+    "basis",
+    "layout",
+    "select",
+    "blend",
+    "refine",
+    "share",
+    "relevance",
+    "llm_layer",
+    "llm_keep",
+    "preset",
+)
 
 
 def manifests() -> list[Any]:

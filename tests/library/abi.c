@@ -41,16 +41,17 @@ MEMBER(apet_problem, total_tokens, 104, 8);
 MEMBER(apet_problem, total_keep, 112, 8);
 MEMBER(apet_problem, refine, 120, 8);
 
-SIZE(apet_tensors, 72);
+SIZE(apet_tensors, 80);
 MEMBER(apet_tensors, x, 0, 8);
 MEMBER(apet_tensors, cu_seqlens, 8, 8);
 MEMBER(apet_tensors, cu_keep, 16, 8);
 MEMBER(apet_tensors, kept, 24, 8);
 MEMBER(apet_tensors, kept_targets, 32, 8);
-MEMBER(apet_tensors, tokens, 40, 8);
-MEMBER(apet_tensors, indices, 48, 8);
-MEMBER(apet_tensors, residual, 56, 8);
-MEMBER(apet_tensors, basis_indices, 64, 8);
+MEMBER(apet_tensors, weights, 40, 8);
+MEMBER(apet_tensors, tokens, 48, 8);
+MEMBER(apet_tensors, indices, 56, 8);
+MEMBER(apet_tensors, residual, 64, 8);
+MEMBER(apet_tensors, basis_indices, 72, 8);
 
 SIZE(apet_pool, 24);
 MEMBER(apet_pool, threads, 0, 4);

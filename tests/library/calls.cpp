@@ -56,7 +56,7 @@ void run(void*, int64_t tasks, apet_task task, void* task_context) {
   for (std::thread& thread : threads) thread.join();
 }
 
-constexpr int kInputs = 5, kTensors = 9;
+constexpr int kInputs = 6, kTensors = 10;
 
 // Answers the next call; false after the last one.
 bool answer() {
@@ -77,10 +77,11 @@ bool answer() {
   tensors.cu_keep = reinterpret_cast<const int32_t*>(data(2));
   tensors.kept = reinterpret_cast<const int64_t*>(data(3));
   tensors.kept_targets = reinterpret_cast<const uint8_t*>(data(4));
-  tensors.tokens = data(5);
-  tensors.indices = reinterpret_cast<int64_t*>(data(6));
-  tensors.residual = reinterpret_cast<float*>(data(7));
-  tensors.basis_indices = reinterpret_cast<int64_t*>(data(8));
+  tensors.weights = reinterpret_cast<const float*>(data(5));
+  tensors.tokens = data(6);
+  tensors.indices = reinterpret_cast<int64_t*>(data(7));
+  tensors.residual = reinterpret_cast<float*>(data(8));
+  tensors.basis_indices = reinterpret_cast<int64_t*>(data(9));
 
   apet_cpu_plan_t plan = {};
   apet_status status = apet_cpu_use_isa((apet_isa)isa);

@@ -117,6 +117,13 @@ T larger(T a, T b) {
   if (a == b) return std::signbit(a) ? b : a;
   return a > b ? a : b;
 }
+template <class T>
+T smaller(T a, T b) {
+  if (std::isnan(a)) return b;
+  if (std::isnan(b)) return a;
+  if (a == b) return std::signbit(a) ? a : b;
+  return a < b ? a : b;
+}
 
 #define BINARY(type, f) binary<type, [](type a, type b) -> type { return (type)(f); }>
 #define SHIFT(type, f) shift<type, [](type a, uint32_t n, uint32_t bits) -> type { return (type)(f); }>
@@ -185,6 +192,7 @@ void add_floats(Opcodes& t) {
   t.insert({"mul.rn.f64", {"8=88", BINARY(double, a* b)}});
   t.insert({"div.rn.f32", {"4=44", BINARY(float, a / b)}});
   t.insert({"max.f32", {"4=44", binary<float, larger<float>>}});
+  t.insert({"min.f32", {"4=44", binary<float, smaller<float>>}});
   t.insert({"neg.f32", {"4=4", unary<float, [](float a) { return -a; }>}});
   t.insert({"neg.f64", {"8=8", unary<double, [](double a) { return -a; }>}});
   t.insert({"sqrt.rn.f32", {"4=4", unary<float, [](float a) { return std::sqrt(a); }>}});

@@ -66,7 +66,8 @@ class Terms(ctypes.Structure):
     ]
 
 
-NAMES = ("x", "cu_seqlens", "cu_keep", "kept", "kept_targets", "tokens", "indices", "residual", "basis_indices")
+INPUTS = ("x", "cu_seqlens", "cu_keep", "kept", "kept_targets", "weights")
+NAMES = (*INPUTS, "tokens", "indices", "residual", "basis_indices")
 
 
 class Tensors(ctypes.Structure):

@@ -265,11 +265,17 @@ def _readable(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
-def compress_case(x: Tensor, keep: int, basis: int | None = None, **options: Any) -> Case:
+def compress_case(
+    x: Tensor, keep: int, basis: int | None = None, *, weights: Tensor | None = None, **options: Any
+) -> Case:
     """options: the other fields of `Options`."""
-    ops.check_compress(x, keep, basis, **options)
+    ops.check_compress(x, keep, basis, weights=weights, **options)
     x, chosen = _readable(x), Options(basis, **options)
-    return Case(_problem(COMPRESS, x, chosen, keep=keep), {"x": x}, _tokens(x, (x.shape[0], chosen.rows(keep))))
+    return Case(
+        _problem(COMPRESS, x, chosen, keep=keep),
+        {"x": x, **_weights(weights)},
+        _tokens(x, (x.shape[0], chosen.rows(keep))),
+    )
 
 
 def compress_varlen_case(
@@ -280,15 +286,18 @@ def compress_varlen_case(
     max_seqlen: int,
     max_keep: int,
     basis: int | None = None,
+    *,
+    weights: Tensor | None = None,
     **options: Any,
 ) -> Case:
     """options: the other fields of `Options`."""
-    ops.check_compress_varlen(x, cu_seqlens, cu_keep, total_keep, max_seqlen, max_keep, basis, **options)
+    sizes = (total_keep, max_seqlen, max_keep)
+    ops.check_compress_varlen(x, cu_seqlens, cu_keep, *sizes, basis, weights=weights, **options)
     x, chosen, images = _readable(x), Options(basis, **options), len(cu_seqlens) - 1
     sizes = {"images": images, "tokens": min(max_seqlen, x.shape[0]), "keep": min(max_keep, total_keep)}
     problem = _problem(COMPRESS, x, chosen, **sizes, total_keep=total_keep)
     offsets = {"cu_seqlens": cu_seqlens.contiguous(), "cu_keep": cu_keep.contiguous()}
-    return Case(problem, {"x": x, **offsets}, _tokens(x, (chosen.rows(total_keep, images),)))
+    return Case(problem, {"x": x, **offsets, **_weights(weights)}, _tokens(x, (chosen.rows(total_keep, images),)))
 
 
 def score_case(x: Tensor, basis: int = 10, **options: Any) -> Case:
@@ -312,6 +321,10 @@ def merge_case(x: Tensor, indices: Tensor, *, targets: Tensor | None = None) -> 
     if targets is not None:
         inputs["kept_targets"] = targets.contiguous()
     return Case(problem, inputs, {"tokens": x.new_empty(*indices.shape, x.shape[-1])})
+
+
+def _weights(weights: Tensor | None) -> dict[str, Tensor]:
+    return {} if weights is None else {"weights": weights.contiguous()}
 
 
 def _tokens(x: Tensor, rows: tuple[int, ...]) -> dict[str, Tensor]:

@@ -21,6 +21,8 @@ namespace {
   std::exit(1);
 }
 
+constexpr int kInputs = 6, kTensors = 10;  // of apet_tensors
+
 void read(void* to, size_t bytes, FILE* file) {
   if (bytes && std::fread(to, 1, bytes, file) != bytes) stop("the case is cut off");
 }
@@ -62,8 +64,8 @@ int main(int count, char** arguments) {
     stop("the structures of call.py are not those of apet.h");
   read(&problem, sizeof problem, file);
   read(&override, sizeof override, file);
-  Memory memory[9];
-  for (int i = 0; i < 9; i++) memory[i].read_from(file, i >= 5);
+  Memory memory[kTensors];
+  for (int i = 0; i < kTensors; i++) memory[i].read_from(file, i >= kInputs);
   std::fclose(file);
 
   simt_use_device((int)numbers[3], (int)numbers[4], (int)numbers[5], (int)numbers[6], (int)numbers[7]);
@@ -74,10 +76,11 @@ int main(int count, char** arguments) {
   tensors.cu_keep = reinterpret_cast<const int32_t*>(memory[2].data);
   tensors.kept = reinterpret_cast<const int64_t*>(memory[3].data);
   tensors.kept_targets = reinterpret_cast<const uint8_t*>(memory[4].data);
-  tensors.tokens = memory[5].data;
-  tensors.indices = reinterpret_cast<int64_t*>(memory[6].data);
-  tensors.residual = reinterpret_cast<float*>(memory[7].data);
-  tensors.basis_indices = reinterpret_cast<int64_t*>(memory[8].data);
+  tensors.weights = reinterpret_cast<const float*>(memory[5].data);
+  tensors.tokens = memory[6].data;
+  tensors.indices = reinterpret_cast<int64_t*>(memory[7].data);
+  tensors.residual = reinterpret_cast<float*>(memory[8].data);
+  tensors.basis_indices = reinterpret_cast<int64_t*>(memory[9].data);
   check(problem, apet_cuda_plan_with(&problem, &override, &plan));
   void* workspace;
   if (posix_memalign(&workspace, 64, plan.workspace_bytes ? plan.workspace_bytes : 1)) stop("no memory");
@@ -87,7 +90,7 @@ int main(int count, char** arguments) {
   std::free(workspace);
 
   FILE* result = std::fopen(arguments[2], "wb");
-  for (int i = 5; i < 9; i++)
+  for (int i = kInputs; i < kTensors; i++)
     if (memory[i].bytes > 0) std::fwrite(memory[i].data, 1, memory[i].bytes, result);
   std::fclose(result);
   for (Memory& m : memory) std::free(m.data);

@@ -72,5 +72,7 @@ BASIS_HELP = "Basis tokens, up to 64; with --select qr up to the number kept: 10
 Basis = Annotated[int | None, typer.Option(parser=basis_count, metavar="COUNT|keep", help=BASIS_HELP)]
 Refine = Annotated[int, typer.Option(min=0, max=8, help="Medoid steps, if all kept tokens are basis tokens.")]
 Share = Annotated[bool, typer.Option("--share", help="Images and frames of a prompt share their budgets.")]
+RELEVANCE_HELP = "0..1: how much tokens that resemble the prompt are preferred."
+Relevance = Annotated[float, typer.Option(min=0, max=1, help=RELEVANCE_HELP)]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables and text.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print no tables, notes or progress.")]

@@ -23,6 +23,7 @@ from apet.cli.arguments import (
     NewTokens,
     Quiet,
     Refine,
+    Relevance,
     Selection,
     Share,
     Weights,
@@ -66,6 +67,7 @@ def evaluate(
     basis: Basis = None,
     refine: Refine = 0,
     share: Share = False,
+    relevance: Relevance = 0,
     max_new_tokens: NewTokens = 16,
     dtype: Weights = "auto",
     device: Device = None,
@@ -75,6 +77,7 @@ def evaluate(
     """Ask a vision-language model your questions about images or clips, with and without compression, and compare."""
     hush(quiet)
     given = {"layout": layout, "select": select, "basis": basis, "refine": refine or None, "share": share or None}
+    given["relevance"] = relevance or None
     budgets = _budgets(keep or [], preset or [], {name: value for name, value in given.items() if value is not None})
     for module in ("numpy", "PIL", "transformers"):
         need(module)

@@ -23,6 +23,7 @@ from apet.cli.arguments import (
     NewTokens,
     Quiet,
     Refine,
+    Relevance,
     Selection,
     Share,
     Weights,
@@ -65,6 +66,7 @@ def generate(
     basis: Basis = None,
     refine: Refine = 0,
     share: Share = False,
+    relevance: Relevance = 0,
     max_new_tokens: NewTokens = 64,
     dtype: Weights = "auto",
     device: Device = None,
@@ -82,6 +84,7 @@ def generate(
         keep = 64
     options = {"keep": keep, "llm_layer": llm_layer, "llm_keep": llm_keep, "preset": preset, "layout": layout}
     options |= {"select": select, "basis": basis, "refine": refine, "share": share}
+    options |= {"relevance": relevance or None}
     files = image or [str(video)]
     hush(quiet)
     with progress(quiet) as bar:

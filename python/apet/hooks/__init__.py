@@ -45,6 +45,7 @@ def patch(
     blend: float | None = None,
     refine: int | None = None,
     share: bool | None = None,
+    relevance: float | None = None,
     llm_layer: int | None = None,
     llm_keep: int | float | Sequence[int | float] | None = None,
     preset: str | None = None,
@@ -62,6 +63,9 @@ def patch(
             select="fps" is the paper's rule.
         share: whether the units of a call share their budgets: `keep` is then their mean, and units with more to tell
             keep more (`apet_kernels.share`). The result depends on what else is in the call, also in other prompts.
+        relevance: 0..1, how much the first stage prefers tokens that resemble the prompt: the values by which tokens
+            are chosen are multiplied by a factor from 1 - relevance for the token of a unit that resembles the text of
+            its prompt least to 1 for the one that does most, by the mean cosine with its embedded tokens.
         llm_layer, llm_keep: compress once more, after so many decoder layers have run, to so many tokens of each unit.
         preset: both stages with the budgets and the rule of the paper and the layout of the released code; the other
             arguments override it.
@@ -91,6 +95,7 @@ def patch(
         "blend": blend,
         "refine": refine,
         "share": share,
+        "relevance": relevance,
         "llm_layer": llm_layer,
         "llm_keep": llm_keep,
         "preset": preset,
@@ -143,6 +148,7 @@ def patched(
     blend: float | None = None,
     refine: int | None = None,
     share: bool | None = None,
+    relevance: float | None = None,
     llm_layer: int | None = None,
     llm_keep: int | float | Sequence[int | float] | None = None,
     preset: str | None = None,
@@ -152,7 +158,8 @@ def patched(
     patch.
 
     Args:
-        model, keep, basis, layout, select, blend, refine, share, llm_layer, llm_keep, preset, check: as in `patch`.
+        model, keep, basis, layout, select, blend, refine, share, relevance, llm_layer, llm_keep, preset, check: as in
+            `patch`.
 
     Yields:
         The options in force.
@@ -175,6 +182,7 @@ def patched(
         blend=blend,
         refine=refine,
         share=share,
+        relevance=relevance,
         llm_layer=llm_layer,
         llm_keep=llm_keep,
         preset=preset,

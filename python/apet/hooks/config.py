@@ -32,6 +32,7 @@ class Options:
     preset: str | None = None  # the name of the preset that the other options override
     refine: int = kernel.Options.refine
     share: bool = False  # whether the units of a call share their budgets
+    relevance: float = 0.0  # how much the first stage prefers tokens that resemble the prompt, 0..1
 
     @property
     def kernel(self) -> dict[str, Any]:
@@ -101,6 +102,11 @@ def _check(options: Options, layers: range) -> None:
         raise ValueError(f"llm_layer={options.llm_layer} and llm_keep={options.llm_keep} must be given together")
     if not isinstance(options.share, bool):
         raise ValueError(f"share={options.share!r} is neither True nor False")
+    number = isinstance(options.relevance, (int, float)) and not isinstance(options.relevance, bool)
+    if not (number and 0 <= options.relevance <= 1):
+        raise ValueError(f"relevance={options.relevance!r} is outside 0..1")
+    if options.relevance and options.keep is None:
+        raise ValueError(f"relevance={options.relevance} needs keep: only the first stage uses it")
     if options.share and options.layout != "inplace":
         raise ValueError(f"share=True needs layout='inplace', got layout='{options.layout}'")
     for name in ("basis", "llm_layer", "refine"):

@@ -140,7 +140,8 @@ class Engine(Patch):
                 f"{type(module).__name__} was called with {len(args)} arguments by position, expected one: the "
                 f"features to project ({versions()})"
             )
-        found = first_stage.project_fewer(self.target, call.core or self.target.core(), call.inputs, args[0])
+        core = call.core or self.target.core()
+        found = first_stage.project_fewer(self.target, core, module, call.inputs, args[0])
         if found is None:
             return None
         x, self.threads.projected = found

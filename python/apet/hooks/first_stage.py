@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from . import along, masks
 from .config import Keep, Options
-from .locate import check_list, find
+from .locate import check_list, find, placeholders
 from .mask_functions import RECURRENT, MaskBuilder, attention_types
+from .relevance import of_images, of_prompt
 from .sequence import Packing, counted
 from .state import NOT_COMPILED_REASON, Forward, Prompt, RunningCall, part
 from .target import Target
@@ -33,7 +34,7 @@ class Projected:
 
 @torch.compiler.disable(reason=NOT_COMPILED_REASON)
 def project_fewer(
-    target: Target, core: nn.Module, inputs: Mapping[str, Any], x: Tensor
+    target: Target, core: nn.Module, projector: nn.Module, inputs: Mapping[str, Any], x: Tensor
 ) -> tuple[Tensor, Projected] | None:
     """Compresses the projector's input [tiles, N, C] to [1, kept, C]. Returns None if nothing is dropped."""
     options = target.options
@@ -44,9 +45,12 @@ def project_fewer(
             f"the projector was called with {x.shape[0]} x {x.shape[1]} rows, but the images of the call have "
             f"{[len(u) for u in units]}"
         )
+    relevance = None
+    if options.relevance:  # all rows are projected for it, by the module itself: its hooks would compress them
+        relevance = of_images(target, core, inputs, projector.forward(x).flatten(0, 1), [len(u) for u in units])
     x, shape = x.flatten(0, 1), (x.shape[0], x.shape[1])  # [tiles * N, C]
     tokens = group(units, torch.arange(len(x), device=x.device), range(len(units)))
-    shorter = shorten(x, tokens, options.keep, options)
+    shorter = shorten(x, tokens, options.keep, options, relevance)
     if shorter is None:
         return None
     kept_rows = shorter.tokens.where
@@ -112,8 +116,16 @@ def begin(
             f"visual tokens again; llm_layer={added} is the least"
         )
     if options.keep is not None:
-        find_shorter = remove_dropped_rows if target.projector is not None else shorten
-        shorter = find_shorter(x.flatten(0, 1), tokens, options.keep, options)
+        if target.projector is not None:
+            shorter = remove_dropped_rows(x.flatten(0, 1), tokens, options.keep, options)
+        else:
+            relevance = None
+            if options.relevance:
+                visual = torch.stack([*placeholders(target.adapter, call.core, call.inputs).values()]).any(0)
+                start = call.columns - length
+                visual = visual[:, start : start + length].to(x.device)
+                relevance = of_prompt(x, valid & ~visual).flatten()
+            shorter = shorten(x.flatten(0, 1), tokens, options.keep, options, relevance)
         if shorter is None:
             target.warn_nothing_dropped("keep", tokens, (modality for modality, _, _ in trace.visuals))
         else:

@@ -68,6 +68,18 @@ class Shorter:
         return packed
 
 
+def weights_of(relevance: Tensor, lengths: list[int], share: float) -> Tensor:
+    """Returns the weights [T] of packed units, given how relevant each token is: from 1 - share for the least relevant
+    token of a unit to 1 for the most relevant one, and 1 where all are equal."""
+    unit = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths)).to(relevance.device)  # [T]
+    low, high = (
+        relevance.new_zeros(len(lengths)).scatter_reduce(0, unit, relevance, kind, include_self=False)[unit]
+        for kind in ("amin", "amax")
+    )
+    scaled = torch.where(high > low, (relevance - low) / (high - low), 1)
+    return 1 - share * (1 - scaled)
+
+
 def group(units: Sequence[Tensor], flat: Tensor, visuals: Sequence[int]) -> VisualTokens:
     """Groups the tokens of images and videos by unit.
 
@@ -84,8 +96,13 @@ def group(units: Sequence[Tensor], flat: Tensor, visuals: Sequence[int]) -> Visu
     return VisualTokens(flat[order.to(flat.device)], [n for n, _ in filled], [v for _, v in filled])
 
 
-def shorten(x: Tensor, tokens: VisualTokens, keep: Keep, options: Options) -> Shorter | None:
-    """Compresses the tokens of x [T, D], all units in one call. Returns None if no unit gets shorter."""
+def shorten(
+    x: Tensor, tokens: VisualTokens, keep: Keep, options: Options, relevance: Tensor | None = None
+) -> Shorter | None:
+    """Compresses the tokens of x [T, D], all units in one call. Returns None if no unit gets shorter.
+
+    relevance: [T], how much each row resembles the prompt; only its order and proportions within a unit matter.
+    """
     remaining_counts = tokens.after(keep, options)
     active = [k < n for k, n in zip(remaining_counts, tokens.lengths, strict=True)]
     if not any(active):
@@ -107,7 +124,8 @@ def shorten(x: Tensor, tokens: VisualTokens, keep: Keep, options: Options) -> Sh
         kept = apet_kernels.share(x_active, lengths, kept)
         shared = iter(kept)
         remaining_counts = [next(shared) if a else n for a, n in zip(active, tokens.lengths, strict=True)]
-    rows, indices = apet_kernels.compress_packed(x_active, lengths, kept, **options.kernel)
+    weights = None if relevance is None else weights_of(relevance[where], lengths, options.relevance)
+    rows, indices = apet_kernels.compress_packed(x_active, lengths, kept, **options.kernel, weights=weights)
     slots = sources = where[indices]
     if extra:  # there are more rows than kept positions, so they take the first places of the unit
         places = [torch.arange(k) + end - n for k, n, end in zip(counts, lengths, accumulate(lengths), strict=True)]

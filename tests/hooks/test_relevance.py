@@ -1,0 +1,91 @@
+"""`relevance=w`: the first stage prefers tokens that resemble the text of their prompt."""
+
+from __future__ import annotations
+
+import apet
+import pytest
+import torch
+import torch.nn.functional as F
+from apet import calls
+from conversations import Sample, collate
+from families import FAMILIES, IMAGE, VIDEO, Family, reader, shared, twin
+from recompute import units
+from running import conversation, conversations, say
+from torch import Tensor
+
+import apet_kernels
+
+LLAVA = FAMILIES["llava"]
+W = 0.7
+
+
+@torch.no_grad()
+def weights_of(family: Family, row: Sample) -> list[list[Tensor]]:
+    """Returns the weights of each unit of each visual of a prompt, from the decoder's input without hooks: there the
+    features of images stand at their placeholders."""
+    model, given = twin(family.name), []
+    with reader(model).register_forward_pre_hook(
+        lambda _, args, kwargs: given.append(kwargs["inputs_embeds"]), with_kwargs=True
+    ):
+        say(model, collate(family, [row]), new=1)
+    unit = F.normalize(given[0][0].double(), dim=-1)  # [L, D]
+    ids = torch.tensor(row.ids)
+    mean = unit[(ids != IMAGE) & (ids != VIDEO)].mean(0)
+    places = {kind: (ids == token).nonzero().view(-1) for kind, token in (("image", IMAGE), ("video", VIDEO))}
+    found, used = [], {"image": 0, "video": 0}
+    for one in row.visuals:
+        here = places[one.kind][used[one.kind] : used[one.kind] + one.count]
+        used[one.kind] += one.count
+        cosines = [unit[here[tokens]] @ mean for tokens in units(model, family, one)]
+        found.append([1 - W * (1 - (c - c.min()) / (c.max() - c.min())) for c in cosines])
+    return found
+
+
+def test_the_op_gets_the_cosines_with_the_prompt(family: Family) -> None:
+    """Those of every image of a padded batch, each with its own prompt, wherever it is compressed."""
+    rows, model = conversations(family), shared(family.name)
+    with apet.patched(model, keep=3, relevance=W), calls.Recorder() as recorder:
+        say(model, collate(family, rows), new=2)
+    (call,) = recorder.calls
+    alone = [weights_of(family, row) for row in rows]
+    expected = [
+        unit
+        for kind in ("image", "video")
+        for row, of_row in zip(rows, alone, strict=True)
+        for one, of_visual in zip(row.visuals, of_row, strict=True)
+        for unit in of_visual
+        if one.kind == kind
+    ]
+    assert call.lengths == [len(unit) for unit in expected]
+    torch.testing.assert_close(call.weights.double(), torch.cat(expected), rtol=0, atol=1e-5)
+    again = apet_kernels.compress_packed(call.x, call.lengths, call.keeps, weights=call.weights)
+    assert torch.equal(again.indices, call.indices)
+    without = apet_kernels.compress_packed(call.x, call.lengths, call.keeps)
+    assert not torch.equal(again.indices, without.indices), "the prompt changes the choice"
+
+
+def test_without_it_the_prompt_does_not_matter() -> None:
+    model = shared("llava")
+    inputs = collate(LLAVA, [conversation(LLAVA, 3, "image", 5)])
+    with apet.patched(model, keep=9, relevance=0.0), calls.Recorder() as recorder:
+        say(model, inputs, new=1)
+    assert recorder.calls[0].weights is None
+
+
+def test_a_prompt_without_text_prefers_nothing() -> None:
+    model = shared("llava")
+    inputs = collate(LLAVA, [conversation(LLAVA, "image")])
+    with apet.patched(model, keep=9, relevance=W), calls.Recorder() as recorder:
+        model(**inputs)
+    assert torch.equal(recorder.calls[0].weights, torch.ones(len(recorder.calls[0].x)))
+
+
+@pytest.mark.parametrize("wrong", [-0.1, 1.5, float("nan"), "much", True])
+def test_bad_values_raise(wrong: object) -> None:
+    with pytest.raises(ValueError, match=r"relevance=.* is outside 0\.\.1"):
+        apet.patch(shared("llava"), keep=9, relevance=wrong)
+
+
+def test_it_needs_the_first_stage() -> None:
+    with pytest.raises(ValueError, match=r"relevance=0\.5 needs keep: only the first stage uses it"):
+        apet.patch(shared("llava"), llm_layer=2, llm_keep=4, relevance=0.5)
