@@ -3,9 +3,10 @@
 - "paper" is the paper's rule; "qr" has a basis of K picked in rounds and `refine` medoid steps, and without these it is
   the default of the op. The same rule picked one at a time is "spare + merge".
 - In "shared" pictures share their tokens, as with `apet_kernels.share`.
-- Other variants of "qr refine 2" are written here, and no part of the op: "threshold 0.5" merges a dropped token only
-  into one that resembles it; "distinct" prefers tokens that differ from the rest of their picture, and "relevance"
-  those that resemble the question.
+- By the `weights` of the op, with "qr refine 2", "distinct" prefers tokens that differ from the rest of their picture,
+  and "relevance" those that resemble the question.
+- "threshold 0.5" is no part of the op: a variant of "qr refine 2" that merges a dropped token only into one that
+  resembles it.
 - The others are methods of benchmarks/lib/alternatives.py. "+ merge": dropped tokens are merged into the kept ones, as
   ApET does. CDPruner's relevance is that of `packing.relevance`, so every question gets tokens of its own.
 """

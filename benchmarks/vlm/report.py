@@ -50,10 +50,11 @@ COMPARED = """## What is compared
 
 - **Rules of the op:** `paper`, a basis of ten farthest points and the largest residuals; `qr refine 0`, the default,
   and `qr refine 2`: `select="qr"` with a basis of all K kept tokens that is picked in rounds, and so many medoid steps.
-- **Variants that are no part of the op**, of `qr refine 2`: `threshold 0.5` merges a dropped token only where its
-  cosine with its target is at least 0.5; `distinct` picks by the residual times 1 - the token's mean cosine with all
-  of its picture; `relevance` picks by the residual times a factor from 1 for the token that resembles the question most
-  down to 0.5 or 0 for the one that does least, with the cosines of `cdpruner`.
+- **`weights` of the op**, with `qr refine 2`: `distinct` is 1 - the token's mean cosine with all of its picture;
+  `relevance` goes from 1 for the token that resembles the question most down to 0.5 or 0 for the one that does least,
+  with the cosines of `cdpruner`.
+- **A variant that is no part of the op**, of `qr refine 2`: `threshold 0.5` merges a dropped token only where its
+  cosine with its target is at least 0.5.
 - **`shared`:** {batch} pictures share their tokens, as with `apet.patch(..., share=True)`: the largest pivots of all
   are taken, and at least a quarter of the mean of each picture. So pages and rich photographs get more than plain ones.
 - **Other methods**, our own short versions ([benchmarks/lib/alternatives.py](../benchmarks/lib/alternatives.py) says
