@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 
 import torch
@@ -63,7 +62,9 @@ def share(x: Tensor, lengths: Sequence[int], keep: Sequence[int]) -> list[int]:
         for numbers in ([s for s, n in enumerate(lengths) if n == length] for length in dict.fromkeys(lengths))
     ]
     floors = torch.tensor(least)[:, None]  # [S, 1]
-    for steps in itertools.count(STEPS, STEPS):
+    steps = 0
+    while True:
+        steps += STEPS
         values = torch.full((len(keep), min(steps, max(most))), -torch.inf)  # [S, steps]
         for group in groups:
             wanted = min(steps, max(most[s] for s in group.numbers))
@@ -77,7 +78,6 @@ def share(x: Tensor, lengths: Sequence[int], keep: Sequence[int]) -> list[int]:
         if enough or steps >= max(most):
             image = taken.indices[: sum(keep)] // values.shape[1]
             return torch.bincount(image, minlength=len(keep)).tolist()
-    raise AssertionError  # unreachable: steps grow
 
 
 class Pivots:

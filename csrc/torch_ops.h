@@ -178,14 +178,13 @@ std::tuple<Tensor, Tensor> compress(const Tensor& given, int64_t keep, std::opti
                                     std::optional<Tensor> weights) {
   const Tensor x = readable(given);
   const apet_problem p = compress_problem(x, keep, basis, layout, select, start, ridge, blend, refine);
+  apet_tensors t = {};
   std::optional<Tensor> contiguous;
-  const float* weight_pointer = weights_of(weights, x, contiguous);
+  t.weights = weights_of(weights, x, contiguous);
   const int64_t rows = keep + apet::appended(p);
   Tensor tokens = empty_beside(x, {p.images, rows, p.dim}, dtype_of(x));
   Tensor indices = empty_beside(x, {p.images, rows}, aoti_torch_dtype_int64());
-  apet_tensors t = {};
   t.x = x.const_data_ptr();
-  t.weights = weight_pointer;
   t.tokens = tokens.mutable_data_ptr();
   t.indices = static_cast<int64_t*>(indices.mutable_data_ptr());
   run(p, t, x);
