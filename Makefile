@@ -13,6 +13,7 @@ bin := $(VENV)/bin
 pip := -m pip --disable-pip-version-check install --quiet --no-compile --no-build-isolation
 install := $(bin)/python $(pip) --constraint $(VENV)/constraints.txt
 vllm-install := .build/vllm/bin/python $(pip) --constraint requirements/vllm.txt
+vllm-newest-install := .build/vllm-newest/bin/python $(pip) --constraint requirements/vllm-newest.txt
 sglang-install := .build/sglang/bin/python $(pip) --constraint requirements/sglang.txt
 pytest := $(bin)/python -m pytest -q -n $(WORKERS) --dist worksteal
 native := setup.py pyproject.toml CMakeLists.txt $(shell find csrc -type f)
@@ -24,7 +25,7 @@ export PYTHONDONTWRITEBYTECODE :=
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo environments test test-rest test-all test-slow test-transformers4 test-vllm test-vllm-all test-sglang test-hub test-triton test-cuda sanitize sanitize-triton
+.PHONY: help demo environments test test-rest test-all test-slow test-transformers4 test-vllm test-vllm-all test-vllm-newest test-sglang test-hub test-triton test-cuda sanitize sanitize-triton
 .PHONY: matrix matrix-quick matrix-torch gpu-check lock lint format bench wheel clean
 
 help:  ## this list
@@ -115,6 +116,20 @@ test-transformers4: .build/transformers4  ## the tests of the Hugging Face hooks
 test-vllm-all: FAMILIES = -m "slow or not slow"
 test-vllm-all: test-vllm  ## the same on every family that the plugin has
 
+# The newest vLLM, which has wheels for CUDA alone, with its own torch and the operators for CPUs of .build/vllm.
+.build/vllm-newest/ready: requirements/vllm-newest.txt tests/vllm/environment.py .build/vllm/ready
+	@echo "Setting up .build/vllm-newest (two minutes, 9 GB) ..."
+	@rm -rf .build/vllm-newest
+	@$(PYTHON) -m venv .build/vllm-newest
+	@$(vllm-newest-install) --requirement requirements/build.in
+	@$(vllm-newest-install) vllm num2words pytest pytest-xdist scikit-image
+	@.build/vllm-newest/bin/python tests/vllm/environment.py borrow .build/vllm
+	@touch $@
+
+test-vllm-newest: .build/vllm-newest/ready $(VENV)/installed-dev  ## the same on the newest vLLM, without a GPU
+	$(call from-sdist,.build/vllm-newest,$(vllm-newest-install) --no-deps)
+	.build/vllm-newest/bin/pytest -q -n $(WORKERS) --dist loadscope -o pythonpath= --confcutdir tests/vllm $(FAMILIES) tests/vllm
+
 # SGLang brings its own torch. Its packages are made for GPUs; the tests run on the CPU.
 .build/sglang/ready: requirements/sglang.txt
 	@echo "Setting up .build/sglang (five minutes, 10 GB) ..."
@@ -124,18 +139,20 @@ test-vllm-all: test-vllm  ## the same on every family that the plugin has
 	@$(sglang-install) sglang pytest
 	@touch $@
 
+# Makes an sdist, and installs it in an environment: $(call from-sdist,.build/vllm,pip with its options).
+define from-sdist
+@rm -rf $(1)/dist
+@$(bin)/python -m build --no-isolation --sdist --outdir $(1)/dist >$(1)/sdist.log || { cat $(1)/sdist.log; false; }
+@$(1)/bin/python -m pip uninstall --quiet --yes apet-kernels
+@$(2) $(1)/dist/*.tar.gz
+endef
+
 test-sglang: .build/sglang/ready $(VENV)/installed-dev  ## the SGLang plugin from an sdist, in the real engine
-	@rm -rf .build/sglang/dist
-	@$(bin)/python -m build --no-isolation --sdist --outdir .build/sglang/dist >.build/sglang/sdist.log || { cat .build/sglang/sdist.log; false; }
-	@.build/sglang/bin/python -m pip uninstall --quiet --yes apet-kernels
-	@$(sglang-install) --no-deps .build/sglang/dist/*.tar.gz
+	$(call from-sdist,.build/sglang,$(sglang-install) --no-deps)
 	.build/sglang/bin/pytest -q -o pythonpath= --confcutdir tests/sglang tests/sglang
 
 test-vllm: .build/vllm/ready $(VENV)/installed-dev  ## the vLLM plugin from an sdist, in the real engine; clips with torchvision
-	@rm -rf .build/vllm/dist
-	@$(bin)/python -m build --no-isolation --sdist --outdir .build/vllm/dist >.build/vllm/sdist.log || { cat .build/vllm/sdist.log; false; }
-	@.build/vllm/bin/python -m pip uninstall --quiet --yes apet-kernels
-	@$(vllm-install) .build/vllm/dist/*.tar.gz
+	$(call from-sdist,.build/vllm,$(vllm-install))
 	.build/vllm/bin/pytest -q -n $(WORKERS) --dist loadscope -o pythonpath= --confcutdir tests/vllm $(FAMILIES) tests/vllm
 	.build/vllm/bin/pytest -q -o pythonpath= --confcutdir tests/hooks tests/hooks/test_clips.py
 
@@ -200,6 +217,8 @@ lock: $(VENV)/installed-dev  ## renew the locked versions, in requirements/
 	cp requirements/dev.txt requirements/vllm.txt
 	$(compile) --python-version 3.11 --override requirements/vllm-overrides.txt --output-file requirements/vllm.txt \
 	  requirements/vllm.in requirements/build.in pyproject.toml
+	$(compile) --upgrade --python-version 3.11 --output-file requirements/vllm-newest.txt \
+	  requirements/vllm-newest.in requirements/build.in
 	$(compile) --upgrade --prerelease allow --python-version 3.11 --output-file requirements/sglang.txt \
 	  requirements/sglang.in requirements/build.in
 

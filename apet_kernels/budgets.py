@@ -1,7 +1,8 @@
-"""Budgets that the images of a call share: `share`."""
+"""Budgets that depend on what images contain: `share`, `needed`."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -14,6 +15,7 @@ from .reference import U
 
 LEAST = 4  # an image keeps at least a quarter of what it would keep alone
 STEPS = 16  # picks between two looks at whether more of them can change the result
+LIMIT = 0.2  # of the mean square: docs/vlm.md has what it foretells
 
 
 @torch.no_grad()
@@ -80,6 +82,54 @@ def share(x: Tensor, lengths: Sequence[int], keep: Sequence[int]) -> list[int]:
             return torch.bincount(image, minlength=len(keep)).tolist()
 
 
+@torch.no_grad()
+def needed(x: Tensor, lengths: Sequence[int], keep: Sequence[int], limit: float = LIMIT) -> list[int]:
+    """Returns how many tokens each image has to keep so that none of the others is far from what is kept.
+
+    In every image, tokens are picked one at a time as in `share`, at least `keep`, and until no token that is left has
+    a squared residual above `limit` times the mean square of the image's tokens. The result for an image does not
+    depend on the other images of the call.
+
+    It runs in torch, in float32, on the device of x, which it waits for, image after image. Time is that of as many
+    passes over an image as it returns.
+
+    Args:
+        x: [T, D] float32, float16 or bfloat16, images packed one after another, as in `compress_packed`.
+        lengths: how many tokens each image has; S integers from 1, whose sum is T.
+        keep: how many tokens each image keeps at least; S integers, each from 1 to the length of its image.
+        limit: above 0. In the study of docs/vlm.md, answers were lost more often above 0.2, the default.
+
+    Returns:
+        How many tokens each image keeps, S integers, each from its `keep` to the length of its image.
+
+    Raises:
+        ValueError: as `compress_packed` does, and if limit is not a number above 0.
+
+    Example:
+        >>> import torch
+        >>> flat, rich = torch.randn(1, 128).repeat(576, 1), torch.randn(576, 128)
+        >>> apet_kernels.needed(torch.cat([flat, rich]), lengths=[576, 576], keep=[40, 40], limit=0.5)[0]
+        40
+    """
+    lengths, keep = whole("length", lengths), whole("keep", keep)
+    ops.check_tokens(x, 2)
+    check_lengths(x, lengths, keep, Options())
+    if not (isinstance(limit, (int, float)) and 0 < limit < math.inf):
+        raise ValueError(f"limit={limit!r} is not a number above 0")
+    found = []
+    for image, least in zip(x.split(lengths), keep, strict=True):  # one by one, so that no bit depends on the others
+        pivots, most = Pivots(image[None], [0]), len(image)
+        count = least
+        while count < most:
+            upto = min(most, count + STEPS)
+            far = pivots.first(upto)[0, count:] > limit * pivots.mean_sq[0]
+            count += int(far.sum())  # pivots never rise, so those above the limit come first
+            if count < upto:
+                break
+        found.append(count)
+    return found
+
+
 class Pivots:
     """The pivots of images of one length, computed as far as they are asked for."""
 
@@ -93,6 +143,7 @@ class Pivots:
         # One matrix product is faster than a product for each pick, and no larger than X.
         self._gram = self._X @ self._X.mT if x.shape[1] <= x.shape[2] else None  # [B, N, N]
         self._norm_sq = torch.where(finite, norm_sq, 0)
+        self.mean_sq = self._norm_sq.mean(-1)  # [B]
         self._resid_sq = self._norm_sq.clone()
         self._open = torch.ones_like(finite)
         self._y = X.new_empty(len(x), STEPS, x.shape[1])  # [B, M, N]

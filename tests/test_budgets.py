@@ -1,6 +1,8 @@
-"""`share`: budgets that the images of a call share."""
+"""`share` and `needed`: budgets that depend on what images contain."""
 
 from __future__ import annotations
+
+import re
 
 import pytest
 import torch
@@ -23,6 +25,17 @@ def exact(x: torch.Tensor, lengths: list[int], keep: list[int]) -> list[int]:
     return [taken.count(s) for s in range(len(keep))]
 
 
+def images(lengths: list[int], dtype: torch.dtype) -> torch.Tensor:
+    """Images that differ in scale, in how many directions they have, and in their noise."""
+    g = torch.Generator().manual_seed(len(lengths))
+    made = []
+    for s, n in enumerate(lengths):
+        rank = 2 + 5 * s % 23
+        image = torch.randn(n, rank, generator=g) @ torch.randn(rank, 48, generator=g) / rank**0.5
+        made.append((1 + s) ** 0.5 * (image + 0.1 * torch.randn(n, 48, generator=g)))
+    return torch.cat(made).to(dtype)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
     ("lengths", "keep"),
@@ -36,14 +49,7 @@ def exact(x: torch.Tensor, lengths: list[int], keep: list[int]) -> list[int]:
     ],
 )
 def test_shares_are_those_of_a_second_implementation(dtype, lengths, keep):
-    """Images differ in scale, in how many directions they have, and in their noise."""
-    g = torch.Generator().manual_seed(len(lengths))
-    images = []
-    for s, n in enumerate(lengths):
-        rank = 2 + 5 * s % 23
-        image = torch.randn(n, rank, generator=g) @ torch.randn(rank, 48, generator=g) / rank**0.5
-        images.append((1 + s) ** 0.5 * (image + 0.1 * torch.randn(n, 48, generator=g)))
-    x = torch.cat(images).to(dtype)
+    x = images(lengths, dtype)
     got = apet_kernels.share(x, lengths, keep)
     assert got == exact(x, lengths, keep)
     assert sum(got) == sum(keep)
@@ -87,6 +93,37 @@ def test_it_stops_when_more_picks_change_nothing(monkeypatch):
     assert max(got) < 64
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("limit", [0.001, 0.05, 0.2, 9])
+def test_needed_is_that_of_a_second_implementation(dtype, limit):
+    lengths, keep = [90, 300, 64, 12, 90, 1], [3, 5, 40, 1, 20, 1]
+    x = images(lengths, dtype)
+    expected = []
+    for image, least in zip(x.double().split(lengths), keep, strict=True):
+        values = selection.pivots((image @ image.T)[None], len(image)).resid_sq[0]
+        expected.append(max(least, int((values > limit * image.square().sum(-1).mean()).sum())))
+    got = apet_kernels.needed(x, lengths, keep, limit)
+    assert got == expected
+    assert (got != keep) == (limit < 1)
+    for image, k, alone in zip(x.split(lengths), keep, got, strict=True):
+        assert apet_kernels.needed(image, [len(image)], [k], limit) == [alone]
+
+
+def test_needed_where_there_is_nothing_to_tell():
+    """Zeros, copies of one token, and tokens of infinite norm need no more than they keep; orthogonal ones all."""
+    for poor in (torch.zeros(50, 64), torch.ones(50, 64), torch.full((50, 64), float("inf"))):
+        assert apet_kernels.needed(poor, [50], [7]) == [7]
+    assert apet_kernels.needed(torch.eye(50), [50], [7]) == [50]
+    assert apet_kernels.needed(torch.eye(50), [50], [7], limit=1) == [7], "no residual is above the mean square"
+    assert apet_kernels.needed(torch.eye(50)[:0], [], []) == []
+
+
+@pytest.mark.parametrize("limit", [0, -1.0, float("nan"), float("inf"), "0.2", None])
+def test_a_limit_that_is_none(limit):
+    with pytest.raises(ValueError, match=re.escape(f"limit={limit!r} is not a number above 0")):
+        apet_kernels.needed(torch.eye(9), [9], [3], limit)
+
+
 def test_wrong_arguments():
     x = tokens(20, 8, seed=6)
     for args, words in (
@@ -98,3 +135,4 @@ def test_wrong_arguments():
         ((x, [9, 11], [3.5, 3]), "keep=3.5 of image 0 is not a whole number"),
     ):
         assert words in error_of(apet_kernels.share, args, {})
+        assert words in error_of(apet_kernels.needed, args, {})

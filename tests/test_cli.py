@@ -14,6 +14,7 @@ from typing import get_args
 import pytest
 from apet import ApetError, encoders, hub
 from apet.cli import arguments, output
+from apet.hooks import config
 from PIL import Image
 
 import apet_kernels
@@ -133,6 +134,7 @@ def test_choices_are_those_of_the_op() -> None:
     assert get_args(arguments.Layout) == options.LAYOUTS
     assert get_args(arguments.Select) == options.SELECTS
     assert get_args(arguments.Backend) == options.BACKENDS
+    assert get_args(arguments.Guard) == config.GUARDS
 
 
 def test_rejected_op_is_one_message(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -150,7 +150,7 @@ def test_the_lock_has_what_pyproject_asks_for(python: str, lock: str):
                 assert versions[canonicalize_name(requirement.name)] in requirement.specifier, requirement
 
 
-@pytest.mark.parametrize("name", ["transformers4", "vllm", "sglang"])
+@pytest.mark.parametrize("name", ["transformers4", "vllm", "vllm-newest", "sglang"])
 def test_the_other_locks_have_what_their_environments_ask_for(name: str):
     versions = locked(f"{name}.txt", "3.11")
     assert len(versions) > 10

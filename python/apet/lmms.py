@@ -25,6 +25,8 @@ OPTIONS = (
     "refine",
     "share",
     "relevance",
+    "guard",
+    "guard_limit",
     "llm_layer",
     "llm_keep",
     "preset",

@@ -7,10 +7,12 @@ from typing import Annotated, Literal
 
 import typer
 
-# The choices of apet_kernels, which cannot be imported here since it imports torch; tests/test_cli.py compares them.
+# The choices of apet_kernels and apet.patch. They cannot be imported here, since they import torch;
+# tests/test_cli.py compares them.
 Layout = Literal["inplace", "overwrite", "append"]
 Select = Literal["fps", "qr"]
 Backend = Literal["cpu", "triton", "cuda", "reference"]
+Guard = Literal["warn", "raise", "keep"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
 
@@ -74,5 +76,9 @@ Refine = Annotated[int, typer.Option(min=0, max=8, help="Medoid steps, if all ke
 Share = Annotated[bool, typer.Option("--share", help="Images and frames of a prompt share their budgets.")]
 RELEVANCE_HELP = "0..1: how much tokens that resemble the prompt are preferred."
 Relevance = Annotated[float, typer.Option(min=0, max=1, help=RELEVANCE_HELP)]
+GUARD_HELP = "If --keep is little for an image: warn, raise an error, or keep as much as it takes."
+GuardOption = Annotated[Guard | None, typer.Option("--guard", help=GUARD_HELP)]
+LIMIT_HELP = "What is little: the squared residual of a dropped token, of the mean square. \\[0.2]"
+GuardLimit = Annotated[float | None, typer.Option(help=LIMIT_HELP)]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables and text.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print no tables, notes or progress.")]

@@ -17,6 +17,8 @@ from apet.cli.arguments import (
     Basis,
     Device,
     Frames,
+    GuardLimit,
+    GuardOption,
     Json,
     Layouts,
     Model,
@@ -68,6 +70,8 @@ def evaluate(
     refine: Refine = 0,
     share: Share = False,
     relevance: Relevance = 0,
+    guard: GuardOption = None,
+    guard_limit: GuardLimit = None,
     max_new_tokens: NewTokens = 16,
     dtype: Weights = "auto",
     device: Device = None,
@@ -77,7 +81,7 @@ def evaluate(
     """Ask a vision-language model your questions about images or clips, with and without compression, and compare."""
     hush(quiet)
     given = {"layout": layout, "select": select, "basis": basis, "refine": refine or None, "share": share or None}
-    given["relevance"] = relevance or None
+    given |= {"relevance": relevance or None, "guard": guard, "guard_limit": guard_limit}
     budgets = _budgets(keep or [], preset or [], {name: value for name, value in given.items() if value is not None})
     for module in ("numpy", "PIL", "transformers"):
         need(module)

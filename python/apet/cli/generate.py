@@ -17,6 +17,8 @@ from apet.cli.arguments import (
     Basis,
     Device,
     Frames,
+    GuardLimit,
+    GuardOption,
     Json,
     Layouts,
     Model,
@@ -67,6 +69,8 @@ def generate(
     refine: Refine = 0,
     share: Share = False,
     relevance: Relevance = 0,
+    guard: GuardOption = None,
+    guard_limit: GuardLimit = None,
     max_new_tokens: NewTokens = 64,
     dtype: Weights = "auto",
     device: Device = None,
@@ -84,7 +88,7 @@ def generate(
         keep = 64
     options = {"keep": keep, "llm_layer": llm_layer, "llm_keep": llm_keep, "preset": preset, "layout": layout}
     options |= {"select": select, "basis": basis, "refine": refine, "share": share}
-    options |= {"relevance": relevance or None}
+    options |= {"relevance": relevance or None, "guard": guard, "guard_limit": guard_limit}
     files = image or [str(video)]
     hush(quiet)
     with progress(quiet) as bar:

@@ -14,7 +14,7 @@ from apet_kernels.options import Layout, Select
 
 from .adapter import Adapter, equal_units, one_unit
 from .adapters import adapter_for, register_adapter
-from .config import Basis, Options, resolve
+from .config import Basis, Guard, Options, resolve
 from .engine import Engine
 from .results import ENGINE, Kept, Visual, kept
 from .target import Target, plain
@@ -46,6 +46,8 @@ def patch(
     refine: int | None = None,
     share: bool | None = None,
     relevance: float | None = None,
+    guard: Guard | None = None,
+    guard_limit: float | None = None,
     llm_layer: int | None = None,
     llm_keep: int | float | Sequence[int | float] | None = None,
     preset: str | None = None,
@@ -66,6 +68,11 @@ def patch(
         relevance: 0..1, how much the first stage prefers tokens that resemble the prompt: the values by which tokens
             are chosen are multiplied by a factor from 1 - relevance for the token of a unit that resembles the text of
             its prompt least to 1 for the one that does most, by the mean cosine with its embedded tokens.
+        guard: what the first stage does where `keep` is little for a unit, so that a dropped token has a squared
+            residual to the kept ones (pivoted QR, `apet_kernels.needed`) above `guard_limit` of the mean square: "warn"
+            says so once, "raise" raises, and "keep" keeps as many more of the unit as it takes. It costs as many passes
+            over the tokens as are kept.
+        guard_limit: 0.2 unless given.
         llm_layer, llm_keep: compress once more, after so many decoder layers have run, to so many tokens of each unit.
         preset: both stages with the budgets and the rule of the paper and the layout of the released code; the other
             arguments override it.
@@ -78,7 +85,8 @@ def patch(
         the hooks.
 
     Raises:
-        ValueError: an option is out of range, or the hooks do not support the model; the message says which.
+        ValueError: an option is out of range, or the hooks do not support the model; the message says which. Calls of
+            the patched model raise it with guard="raise".
 
     Example:
         >>> apet.patch(model, keep=64)
@@ -96,6 +104,8 @@ def patch(
         "refine": refine,
         "share": share,
         "relevance": relevance,
+        "guard": guard,
+        "guard_limit": guard_limit,
         "llm_layer": llm_layer,
         "llm_keep": llm_keep,
         "preset": preset,
@@ -149,6 +159,8 @@ def patched(
     refine: int | None = None,
     share: bool | None = None,
     relevance: float | None = None,
+    guard: Guard | None = None,
+    guard_limit: float | None = None,
     llm_layer: int | None = None,
     llm_keep: int | float | Sequence[int | float] | None = None,
     preset: str | None = None,
@@ -158,8 +170,8 @@ def patched(
     patch.
 
     Args:
-        model, keep, basis, layout, select, blend, refine, share, relevance, llm_layer, llm_keep, preset, check: as in
-            `patch`.
+        model, keep, basis, layout, select, blend, refine, share, relevance, guard, guard_limit, llm_layer, llm_keep,
+            preset, check: as in `patch`.
 
     Yields:
         The options in force.
@@ -183,6 +195,8 @@ def patched(
         refine=refine,
         share=share,
         relevance=relevance,
+        guard=guard,
+        guard_limit=guard_limit,
         llm_layer=llm_layer,
         llm_keep=llm_keep,
         preset=preset,

@@ -6,12 +6,15 @@ import math
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal, cast
+from typing import Any, Literal, cast, get_args
 
+from apet_kernels import budgets
 from apet_kernels import options as kernel
 from apet_kernels.options import Layout, Select
 
 Keep = int | float | tuple[int | float, ...]
+Guard = Literal["warn", "raise", "keep"]
+GUARDS: tuple[Guard, ...] = get_args(Guard)
 Basis = int | Literal["keep"]  # "keep": as many as are kept, `basis=None` of apet_kernels
 
 
@@ -33,6 +36,8 @@ class Options:
     refine: int = kernel.Options.refine
     share: bool = False  # whether the units of a call share their budgets
     relevance: float = 0.0  # how much the first stage prefers tokens that resemble the prompt, 0..1
+    guard: Guard | None = None  # what the first stage does where `keep` is too little for a unit; None: nothing
+    guard_limit: float = budgets.LIMIT  # above which squared residual of a dropped token, relative to the mean square
 
     @property
     def kernel(self) -> dict[str, Any]:
@@ -40,6 +45,11 @@ class Options:
         basis = None if self.basis == "keep" else self.basis
         own = {"layout": self.layout, "select": self.select, "blend": self.blend, "refine": self.refine}
         return {"basis": basis, **own}
+
+    @property
+    def adaptive(self) -> bool:
+        """Whether the number of tokens that a unit keeps depends on what it contains."""
+        return self.share or self.guard == "keep"
 
     @property
     def appended(self) -> int:
@@ -107,8 +117,16 @@ def _check(options: Options, layers: range) -> None:
         raise ValueError(f"relevance={options.relevance!r} is outside 0..1")
     if options.relevance and options.keep is None:
         raise ValueError(f"relevance={options.relevance} needs keep: only the first stage uses it")
-    if options.share and options.layout != "inplace":
-        raise ValueError(f"share=True needs layout='inplace', got layout='{options.layout}'")
+    if options.guard is not None and options.guard not in GUARDS:
+        raise ValueError(f"guard={options.guard!r} is none of {', '.join(map(repr, GUARDS))}")
+    limit = options.guard_limit
+    if not isinstance(limit, (int, float)) or isinstance(limit, bool) or not 0 < limit < math.inf:
+        raise ValueError(f"guard_limit={limit!r} is not a number above 0")
+    if options.guard and options.keep is None:
+        raise ValueError(f"guard='{options.guard}' needs keep: only the first stage has one")
+    if options.adaptive and options.layout != "inplace":
+        named = "share=True" if options.share else "guard='keep'"
+        raise ValueError(f"{named} needs layout='inplace', got layout='{options.layout}'")
     for name in ("basis", "llm_layer", "refine"):
         value = getattr(options, name)
         if name == "basis" and value == "keep":

@@ -50,7 +50,7 @@ def project_fewer(
         relevance = of_images(target, core, inputs, projector.forward(x).flatten(0, 1), [len(u) for u in units])
     x, shape = x.flatten(0, 1), (x.shape[0], x.shape[1])  # [tiles * N, C]
     tokens = group(units, torch.arange(len(x), device=x.device), range(len(units)))
-    shorter = shorten(x, tokens, options.keep, options, relevance)
+    shorter = shorten(x, tokens, options.keep, options, relevance, target.warned)
     if shorter is None:
         return None
     kept_rows = shorter.tokens.where
@@ -125,7 +125,7 @@ def begin(
                 start = call.columns - length
                 visual = visual[:, start : start + length].to(x.device)
                 relevance = of_prompt(x, valid & ~visual).flatten()
-            shorter = shorten(x.flatten(0, 1), tokens, options.keep, options, relevance)
+            shorter = shorten(x.flatten(0, 1), tokens, options.keep, options, relevance, target.warned)
         if shorter is None:
             target.warn_nothing_dropped("keep", tokens, (modality for modality, _, _ in trace.visuals))
         else:
@@ -261,12 +261,15 @@ def remove_dropped_rows(x: Tensor, tokens: VisualTokens, keep: Keep, options: Op
     gone = torch.zeros(len(x), dtype=torch.bool, device=x.device)
     gone[tokens.where] = (x[tokens.where] == GONE).all(-1)
     found = int(gone.sum())
-    if found != expected:
+    fewer = options.guard == "keep"  # which drops as many as it finds that it can
+    if found > expected or (found < expected and not fewer):
         raise ValueError(
             f"{found} instead of {expected} tokens were dropped before the projector: these features were encoded "
             "outside of this call, or by a model patched otherwise"
         )
-    if options.share:  # only the rows say how many remain of each unit
+    if not found:
+        return None
+    if options.adaptive:  # only the rows say how many remain of each unit
         remaining = (~gone[tokens.where]).split(tokens.lengths)
         remaining_counts = [int(of_unit.sum()) for of_unit in remaining]
     none = tokens.where[:0]

@@ -30,8 +30,9 @@ def check(target: Target, given: Mapping[str, Any]) -> None:
     if chunk is not None:
         raise ValueError(f"prefill_chunk_size={chunk} would split images between chunks; leave it out")
     beams = given.get("num_beams") or getattr(config, "num_beams", None) or 1
-    if target.options.share and beams > 1:  # the beams of a prompt must have the same tokens, to take turns in a cache
-        raise ValueError(f"share=True may give copies of an image other budgets, so not with num_beams={beams}")
+    if target.options.adaptive and beams > 1:  # beams of a prompt must have the same tokens, to take turns in a cache
+        named = "share=True" if target.options.share else "guard='keep'"
+        raise ValueError(f"{named} may give copies of an image other budgets, so not with num_beams={beams}")
 
 
 def current(patch: Patch) -> RunningCall | None:

@@ -112,6 +112,8 @@ class Target:
         least = most - basis  # the least keep that drops nothing of any unit
         if name in self.warned or least <= 1 or all(isinstance(k, float) and k == 1 for k in wanted):
             return
+        if tokens.after(keep, self.options) != tokens.lengths:  # the guard has kept all
+            return
         self.warned.add(name)
         units = " or ".join(sorted({self.adapter.unit_names.get(modality, modality) for modality in modalities}))
         added = f", and layout='append' adds {basis} basis tokens" if basis else ""

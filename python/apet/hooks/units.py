@@ -13,6 +13,7 @@ import apet_kernels
 from apet_kernels.ops import DTYPES
 
 from .config import Keep, Options, count
+from .guard import guarded
 from .sequence import Packing, pack
 
 
@@ -97,11 +98,17 @@ def group(units: Sequence[Tensor], flat: Tensor, visuals: Sequence[int]) -> Visu
 
 
 def shorten(
-    x: Tensor, tokens: VisualTokens, keep: Keep, options: Options, relevance: Tensor | None = None
+    x: Tensor,
+    tokens: VisualTokens,
+    keep: Keep,
+    options: Options,
+    relevance: Tensor | None = None,
+    warned: set[str] | None = None,
 ) -> Shorter | None:
     """Compresses the tokens of x [T, D], all units in one call. Returns None if no unit gets shorter.
 
     relevance: [T], how much each row resembles the prompt; only its order and proportions within a unit matter.
+    warned: what the user has been warned of, for the guard; None: this stage has no guard.
     """
     remaining_counts = tokens.after(keep, options)
     active = [k < n for k, n in zip(remaining_counts, tokens.lengths, strict=True)]
@@ -120,10 +127,15 @@ def shorten(
     extra = options.appended
     kept = [k - extra for k in counts]
     x_active = x[where]
-    if options.share:  # without appended rows, so counts and kept are the same
+    if options.share:
         kept = apet_kernels.share(x_active, lengths, kept)
-        shared = iter(kept)
-        remaining_counts = [next(shared) if a else n for a, n in zip(active, tokens.lengths, strict=True)]
+    if options.guard is not None and warned is not None:
+        kept = guarded(options, x_active, lengths, kept, warned)
+    if options.adaptive:  # without appended rows, so counts and kept are the same
+        if kept == lengths:
+            return None
+        adapted = iter(kept)
+        remaining_counts = [next(adapted) if a else n for a, n in zip(active, tokens.lengths, strict=True)]
     weights = None if relevance is None else weights_of(relevance[where], lengths, options.relevance)
     rows, indices = apet_kernels.compress_packed(x_active, lengths, kept, **options.kernel, weights=weights)
     slots = sources = where[indices]
