@@ -112,6 +112,10 @@ test-transformers4: .build/transformers4  ## the tests of the Hugging Face hooks
 	@.build/vllm/bin/python tests/vllm/environment.py mend
 	@touch $@
 
+vllm-pytest = .build/vllm/bin/pytest -q -n $(WORKERS) --dist loadscope -o pythonpath= --confcutdir tests/vllm $(FAMILIES)
+# vLLM's second model runner, with Triton's interpreter in place of a GPU.
+on-runner-v2 = PYTHONPATH=$(CURDIR)/tests/vllm/runner_v2 VLLM_USE_V2_MODEL_RUNNER=1 TRITON_INTERPRET=1 TORCHDYNAMO_DISABLE=1
+
 # Also tests the other families of the plugin, each in a separate engine.
 test-vllm-all: FAMILIES = -m "slow or not slow"
 test-vllm-all: test-vllm  ## the same on every family that the plugin has
@@ -122,21 +126,22 @@ test-vllm-all: test-vllm  ## the same on every family that the plugin has
 	@rm -rf .build/vllm-newest
 	@$(PYTHON) -m venv .build/vllm-newest
 	@$(vllm-newest-install) --requirement requirements/build.in
-	@$(vllm-newest-install) vllm num2words pytest pytest-xdist scikit-image
+	@$(vllm-newest-install) --no-deps --requirement requirements/vllm-newest.txt
 	@.build/vllm-newest/bin/python tests/vllm/environment.py borrow .build/vllm
 	@touch $@
 
 test-vllm-newest: .build/vllm-newest/ready $(VENV)/installed-dev  ## the same on the newest vLLM, without a GPU
 	$(call from-sdist,.build/vllm-newest,$(vllm-newest-install) --no-deps)
-	.build/vllm-newest/bin/pytest -q -n $(WORKERS) --dist loadscope -o pythonpath= --confcutdir tests/vllm $(FAMILIES) tests/vllm
+	$(subst vllm/,vllm-newest/,$(vllm-pytest)) tests/vllm
 
-# SGLang brings its own torch. Its packages are made for GPUs; the tests run on the CPU.
+# SGLang brings its own torch. Its packages are made for GPUs; the tests run on the CPU. pip would not resolve its
+# requirements, some of which are of prereleases.
 .build/sglang/ready: requirements/sglang.txt
 	@echo "Setting up .build/sglang (five minutes, 10 GB) ..."
 	@rm -rf .build/sglang
 	@$(PYTHON) -m venv .build/sglang
 	@$(sglang-install) --requirement requirements/build.in
-	@$(sglang-install) sglang pytest
+	@$(sglang-install) --no-deps --requirement requirements/sglang.txt
 	@touch $@
 
 # Makes an sdist, and installs it in an environment: $(call from-sdist,.build/vllm,pip with its options).
@@ -153,7 +158,8 @@ test-sglang: .build/sglang/ready $(VENV)/installed-dev  ## the SGLang plugin fro
 
 test-vllm: .build/vllm/ready $(VENV)/installed-dev  ## the vLLM plugin from an sdist, in the real engine; clips with torchvision
 	$(call from-sdist,.build/vllm,$(vllm-install))
-	.build/vllm/bin/pytest -q -n $(WORKERS) --dist loadscope -o pythonpath= --confcutdir tests/vllm $(FAMILIES) tests/vllm
+	$(vllm-pytest) tests/vllm
+	$(on-runner-v2) $(vllm-pytest) tests/vllm/test_runner.py tests/vllm/test_engine.py tests/vllm/test_caches.py tests/vllm/test_budget.py
 	.build/vllm/bin/pytest -q -o pythonpath= --confcutdir tests/hooks tests/hooks/test_clips.py
 
 # kernels is not installed into the environment: transformers 4 would import it, and fails with this version.

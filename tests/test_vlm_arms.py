@@ -10,7 +10,8 @@ import torch
 
 import apet_kernels
 from apet_kernels import reference
-from benchmarks.vlm import arms, evaluation, features, packing
+from apet_kernels.budgets import LIMIT
+from benchmarks.vlm import arms, evaluation, features, guard, packing
 from tests.test_vlm_model import packer, some_pictures, untrained  # noqa: F401 (fixtures)
 
 pytestmark = pytest.mark.rest  # a study, and no part of the package
@@ -153,6 +154,19 @@ def test_pictures_share_tokens_by_what_the_tokens_before_cannot_rebuild() -> Non
     rows = arms.ARMS["qr refine 2 shared"](arms.Batch(x), 8)
     assert [len(own) for own in rows] == got
     assert torch.equal(rows[0], arms.ARMS["qr refine 2"](arms.Batch(x[:1]), got[0])[0])
+
+
+def test_guarded_pictures_keep_what_they_need() -> None:
+    """The rows of each are those of the default rule with as many tokens as the guard's signal asks for."""
+    g = torch.Generator().manual_seed(6)
+    x = torch.randn(3, 64, 32, generator=g)
+    x[1] = x[1, :1] + 0.01 * x[1]  # one token nearly rebuilds all
+    counts = arms.needed(x, 8)
+    assert 8 == counts[1] < min(counts[0], counts[2])
+    next_pivot = guard.signals(x, (counts[0] - 1, counts[0]))["next pivot"][0]
+    assert next_pivot[0] > LIMIT >= next_pivot[1]
+    for image, own, count in zip(x, arms.MORE[arms.GUARDED](arms.Batch(x), 8), counts, strict=True):
+        assert torch.equal(own, arms.ARMS[arms.DEFAULT](arms.Batch(image[None]), count)[0])
 
 
 def test_distinct_takes_copies_of_one_token() -> None:

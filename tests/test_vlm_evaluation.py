@@ -37,7 +37,8 @@ def test_evaluation_writes_answers_that_count_again(
     evaluation.evaluate(untrained, packer, split, ["paper", "random"], [16], tmp_path)
     found = evaluation.Answers(tmp_path)
     assert len(found.asked) == sum(len(evaluation.chosen(p.questions)) for p in split.pictures)
-    assert len(list(tmp_path.iterdir())) == 2 + len(arms.WHOLE) + 2
+    assert len(list(tmp_path.iterdir())) == 3 + len(arms.WHOLE) + 2
+    assert found.needed(16).tolist() == arms.needed(evaluation.look(untrained, split).tokens, 16)
     said = evaluation.answers(untrained, packer, evaluation.look(untrained, split), "paper", 16)
     right = [one.answer == given for picture, some in zip(split.pictures, said, strict=True)
              for one, given in zip(evaluation.chosen(picture.questions), some, strict=True)]  # fmt: skip
@@ -148,6 +149,28 @@ def test_signals_are_judged_by_the_roc_curve(tmp_path: Path) -> None:
     whether = np.arange(60) % 4 > 0
     perfect = found.foretold(-whether.astype(float), whether[np.arange(240) % 60], among)
     assert tuple(perfect) == pytest.approx((100, 100, 100))
+
+
+def test_the_table_of_the_guard(tmp_path: Path) -> None:
+    """Sixty pictures with four questions each; those with odd numbers need more than 16 tokens, and lose all there."""
+    lines = [
+        {"picture": q % 60, "photograph": f"{q % 60}", "region": 0, "kind": kind, "text": "", "answer": "A"}
+        for q, kind in enumerate(["read"] * 60 + ["digit"] * 180)
+    ]
+    evaluation._write(tmp_path / evaluation.QUESTIONS, [{**line, "height": 9} for line in lines])
+    evaluation._write(tmp_path / evaluation.NEEDED, [[128, 64, 32, 16 + 10 * (i % 2)] for i in range(60)])
+    for name, keep in [(arms.FULL, 256), *((n, k) for n in (arms.DEFAULT, arms.GUARDED) for k in arms.BUDGETS)]:
+        wrong = [name == arms.DEFAULT and keep == 16 and q % 2 == 1 for q in range(240)]
+        evaluation._write(evaluation.path_of(tmp_path, name, keep), ["B" if is_wrong else "A" for is_wrong in wrong])
+    sheet = report.guards(evaluation.Answers(tmp_path))
+    assert [line[1] for line in sheet.lines] == ["0", "0", "0", "50"]
+    keep, little, there, elsewhere, read_there, read_elsewhere, mean, alone, guarded = sheet.lines[3]
+    assert (keep, little, mean) == ("16", "50", "21.0")
+    assert there == read_there == "100.0 [100.0, 100.0]"
+    assert elsewhere == read_elsewhere == "0.0 [0.0, 0.0]"
+    assert alone.startswith("50.0 [")
+    assert guarded == "100.0 [100.0, 100.0]"
+    assert sheet.lines[0][2] == sheet.lines[0][4] == ""
 
 
 def test_signals_are_larger_where_more_is_lost() -> None:

@@ -101,7 +101,7 @@ def start(model: str, options: Sequence[str], plugins: Sequence[str]) -> Iterato
         if not torch.cuda.is_available():
             # By default vLLM reserves a core for the server, which would be half of two.
             settings |= {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": str(os.cpu_count())}
-            settings |= {"VLLM_CPU_KVCACHE_SPACE": "2"}
+            settings |= {"VLLM_CPU_KVCACHE_SPACE": "1"}  # GiB, of each of up to five servers
         log = Path(folder, "log")
         with log.open("w") as out:
             process = subprocess.Popen(serve, env=os.environ | settings, stdout=out, stderr=subprocess.STDOUT)

@@ -2,7 +2,8 @@
 
 - "paper" is the paper's rule; "qr" has a basis of K picked in rounds and `refine` medoid steps, and without these it is
   the default of the op. The same rule picked one at a time is "spare + merge".
-- In "shared" pictures share their tokens, as with `apet_kernels.share`.
+- In "shared" pictures share their tokens, as with `apet_kernels.share`; in "guarded" they keep more where K is little,
+  as with `apet_kernels.needed`.
 - By the `weights` of the op, with "qr refine 2", "distinct" prefers tokens that differ from the rest of their picture,
   and "relevance" those that resemble the question.
 - "threshold 0.5" is no part of the op: a variant of "qr refine 2" that merges a dropped token only into one that
@@ -42,6 +43,7 @@ FULL, NONE, OTHER = "full", "no picture", "another picture"
 BUDGETS = (128, 64, 32, 16)
 IN_ROUNDS: dict[str, Any] = {"select": "qr", "basis": None}
 DEFAULT = "qr refine 0"  # of the op
+GUARDED = f"{DEFAULT} guarded"
 REFINE = 2
 LEAST = 0.5  # cosine
 
@@ -78,7 +80,23 @@ def shared(batch: Batch, keep: int, refine: int) -> list[Tensor]:
     """The pictures of a batch share their B keep tokens, as with `apet.patch(..., share=True)`."""
     pictures, tokens, _ = batch.x.shape
     keeps = apet_kernels.share(batch.x.flatten(0, 1), [tokens] * pictures, [keep] * pictures)
-    return [apet(Batch(x[None]), of_it, **IN_ROUNDS, refine=refine)[0] for x, of_it in zip(batch.x, keeps, strict=True)]
+    return to_budgets(batch, keeps, refine)
+
+
+def guarded(batch: Batch, keep: int) -> list[Tensor]:
+    """The default of the op, where pictures keep as many as they need, as with `apet.patch(..., guard="keep")`."""
+    return to_budgets(batch, needed(batch.x, keep), 0)
+
+
+def needed(x: Tensor, keep: int) -> list[int]:
+    """Returns how many tokens each picture of x [B, N, C] keeps with `guard="keep"`."""
+    pictures, tokens, _ = x.shape
+    return apet_kernels.needed(x.flatten(0, 1), [tokens] * pictures, [keep] * pictures)
+
+
+def to_budgets(batch: Batch, keeps: list[int], refine: int) -> list[Tensor]:
+    """Compresses every picture to a number of tokens of its own."""
+    return [apet(Batch(x[None]), keep, **IN_ROUNDS, refine=refine)[0] for x, keep in zip(batch.x, keeps, strict=True)]
 
 
 def other(batch: Batch, keep: int, name: str, merge: bool) -> Tensor:
@@ -107,6 +125,8 @@ ARMS: dict[str, Arm] = {
 # the second, compressed by the same method.
 STAGED = {f"{arm} in two stages": ARMS[arm] for arm in ("paper", "qr refine 2", "qr refine 0", "random", "uniform")}
 HALVES = (1.5, 0.5)
+# Arms that keep more than K of some pictures, so that they are no match for those above.
+MORE: dict[str, Arm] = {GUARDED: guarded}
 NEED_ATTENTION = {arm for arm, (name, _) in OTHERS.items() if name in alternatives.NEED_ATTENTION}
 BY_QUESTION = {arm for arm, (name, _) in OTHERS.items() if name in alternatives.NEED_RELEVANCE}
 BY_QUESTION |= {arm for arm in ARMS if "relevance" in arm}

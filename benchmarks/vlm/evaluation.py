@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 
 from benchmarks.quality.counting import RESAMPLES, Interval
-from benchmarks.vlm import features, guard, llava, packing
-from benchmarks.vlm.arms import ARMS, BUDGETS, BY_QUESTION, FULL, HALVES, STAGED, WHOLE, Arm, Batch
+from benchmarks.vlm import arms, features, guard, llava, packing
+from benchmarks.vlm.arms import ARMS, BUDGETS, BY_QUESTION, FULL, HALVES, MORE, STAGED, WHOLE, Arm, Batch
 from benchmarks.vlm.features import Picture, Split
 from benchmarks.vlm.questions import KINDS, Question
 
@@ -30,6 +30,7 @@ AT_ONCE = 16  # pictures
 EACH = 8  # questions about a picture at most
 QUESTIONS = "questions.jsonl.gz"
 SIGNALS = "signals.jsonl.gz"
+NEEDED = "needed.jsonl.gz"
 
 
 def chosen(asked: Sequence[Question], count: int = EACH) -> list[Question]:
@@ -61,7 +62,7 @@ def look(model: Any, split: Split) -> Seen:
 def answers(model: Any, packer: packing.Packer, seen: Seen, name: str, keep: int) -> list[list[str]]:
     """Returns the model's answers to the chosen questions about every picture, with the tokens of an arm."""
     model.eval()
-    arm = (WHOLE | ARMS | STAGED)[name]
+    arm = (WHOLE | ARMS | STAGED | MORE)[name]
     given = []
     for first in range(0, len(seen.pictures), AT_ONCE):
         part = slice(first, first + AT_ONCE)
@@ -141,6 +142,9 @@ def evaluate(
             out / SIGNALS,
             [{name: values[i].tolist() for name, values in found.items()} for i in range(len(seen.pictures))],
         )
+    if not (out / NEEDED).exists():
+        counts = [arms.needed(seen.tokens, keep) for keep in BUDGETS]
+        _write(out / NEEDED, list(zip(*counts, strict=True)))
     work = [(name, features.TOKENS) for name in WHOLE]
     work += [(name, keep) for keep in budgets for name in names]
     for name, keep in work:
@@ -172,7 +176,7 @@ class Answers:
         return np.array([one.answer == said for one, said in zip(self.asked, given, strict=True)])
 
     def stored(self) -> list[tuple[str, int]]:
-        """Returns names and budgets of the arms with stored answers, in the order of `ARMS`, larger budgets first."""
+        """Returns names and budgets of the arms of `ARMS` and `STAGED` with stored answers, larger budgets first."""
         names = itertools.product([*ARMS, *STAGED], sorted({*BUDGETS}, reverse=True))
         return [(name, keep) for name, keep in names if path_of(self.folder, name, keep).exists()]
 
@@ -195,6 +199,10 @@ class Answers:
         """Returns the signals of guard.py for a budget, [pictures] each."""
         lines = _read(self.folder / SIGNALS)
         return {name: np.array([line[name][BUDGETS.index(keep)] for line in lines]) for name in lines[0]}
+
+    def needed(self, keep: int) -> np.ndarray:
+        """Returns how many tokens each picture keeps with guard="keep", [pictures]."""
+        return np.array([line[BUDGETS.index(keep)] for line in _read(self.folder / NEEDED)])
 
     def foretold(self, signal: np.ndarray, right: np.ndarray, among: np.ndarray) -> Interval:
         """Returns how well a signal [pictures] foretells that an answer `among` [q] is not right, as percent of the

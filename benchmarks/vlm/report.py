@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
+from apet_kernels.budgets import LIMIT
 from benchmarks.lib.sheet import Sheet, markdown, replaced
 from benchmarks.quality.counting import Interval
 from benchmarks.quality.texts import BEGIN, END
@@ -57,6 +58,8 @@ COMPARED = """## What is compared
   cosine with its target is at least 0.5.
 - **`shared`:** {batch} pictures share their tokens, as with `apet.patch(..., share=True)`: the largest pivots of all
   are taken, and at least a quarter of the mean of each picture. So pages and rich photographs get more than plain ones.
+- **`guarded`:** as with `apet.patch(..., guard="keep")`: pictures whose dropped tokens are too far from what is kept
+  keep more, so the budget is the least of a picture, and the mean is in the table of the guard.
 - **Other methods**, our own short versions ([benchmarks/lib/alternatives.py](../benchmarks/lib/alternatives.py) says
   what is simplified): `random`, `uniform`, `norm`, `fps`, `divprune`, `cen-prune`, `tome`, `lrcp`, `spare`; `fastv`,
   `visionzip` and `scope` get the class token's attention in the tower's last layer. `cdpruner` gets the mean cosine of
@@ -125,7 +128,11 @@ def write(results: Path, model: Path, docs: Path) -> None:
 def sheets(found: Answers) -> list[Sheet]:
     """Returns the tables of the answers."""
     there = [whole(found), budgets(found), ahead(found), by_kind(found), reading(found)]
-    return [*there, foretold(found)] if (guard.ARM, arms.BUDGETS[0]) in found.stored() else there
+    if (guard.ARM, arms.BUDGETS[0]) in found.stored():
+        there.append(foretold(found))
+    if all(evaluation.path_of(found.folder, arms.GUARDED, keep).exists() for keep in arms.BUDGETS):
+        there.append(guards(found))
+    return there
 
 
 def decision(found: Answers) -> str:
@@ -272,6 +279,31 @@ def foretold(found: Answers) -> Sheet:
         " all tokens. 50 is chance."
     )
     return Sheet("Can a loss be foretold?", note, ["signal", "questions", *map(str, arms.BUDGETS)], lines)
+
+
+def guards(found: Answers) -> Sheet:
+    """Returns the table of what the guard of `apet.patch` finds, and of what keeping more gives."""
+    full, kinds = found.right(arms.FULL, features.TOKENS), found.where("read") | found.where("beside")
+    lines = []
+    for keep in arms.BUDGETS:
+        counts, lost = found.needed(keep), ~found.right(arms.DEFAULT, keep)
+        little = (counts > keep)[found.picture]  # [q]
+
+        def cell(among: np.ndarray, lost: np.ndarray = lost) -> str:
+            return said(found.interval(lost, among)) if among.any() else ""
+
+        line = [str(keep), f"{100 * (counts > keep).mean():.0f}"]
+        line += [cell(full & some & where) for some in (np.ones(len(full), bool), kinds) for where in (little, ~little)]
+        line.append(f"{counts.mean():.1f}")
+        line += [said(found.interval(found.right(name, keep))) for name in (arms.DEFAULT, arms.GUARDED)]
+        lines.append(line)
+    note = (
+        f"The guard finds that K is little where a dropped token has a squared residual above {LIMIT} of the mean"
+        " square. Percent: pictures of which it says so; answers lost of those that are right with all tokens, where it"
+        ' says so and elsewhere; right with K, and with as many tokens as guard="keep" gives, whose mean is beside it.'
+    )
+    columns = ["K", "little", "lost there", "lost elsewhere", "read, beside: there", "elsewhere"]
+    return Sheet("The guard", note, [*columns, "mean tokens", "right with K", "right, guarded"], lines)
 
 
 def reading(found: Answers) -> Sheet:

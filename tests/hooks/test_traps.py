@@ -14,11 +14,14 @@ import apet
 import pytest
 import torch
 import transformers
+from apet import calls
 from apet.hooks import selfcheck, tiny
 from apet.hooks.adapters import GENERIC, adapter_for
 from apet.hooks.selfcheck import NAMES, PROMPTS, TOLERANCE, prompt
 from torch import nn
 from transformers import AutoConfig, PretrainedConfig
+
+import apet_kernels
 
 # Other versions have fewer of these models, and with them `patch` makes the same comparison.
 WRITTEN_FOR = "5.24."
@@ -60,6 +63,7 @@ TRAPS = {
     "chunks": Trap("llama4"),
     "inputs of each layer": Trap("gemma4"),
     "deepstack": Trap("qwen3_vl_moe"),
+    "features added from the first layer on, to zeros": Trap("granite4_vision"),
     "deepstack and a rope for each kind of layer": Trap("cohere_compass"),
     "experts chosen by token type": Trap("ernie4_5_vl_moe"),
     "four axes of positions": Trap("hunyuan_vl"),
@@ -100,7 +104,7 @@ def rows_of(model: nn.Module) -> list[Any]:
 @pytest.mark.parametrize("name", TRAPS)
 def test_first_stage(name: str) -> None:
     model = build(TRAPS[name])
-    assert adapter_for(model) is GENERIC or TRAPS[name].type in ("llava", "molmo2")
+    assert adapter_for(model) is GENERIC or TRAPS[name].type in ("granite4_vision", "llava", "molmo2")
     assert selfcheck.judge(model, rows_of(model), FIRST) < TOLERANCE
 
 
@@ -121,6 +125,45 @@ def test_cache_of_fixed_size(name: str) -> None:
     """The cache of a sliding layer is as short as the window, and a state has no length."""
     model = build(TRAPS[name])
     assert selfcheck.judge(model, rows_of(model), BOTH, static=True) < TOLERANCE
+
+
+def test_features_of_the_first_layer_are_compressed_where_embeddings_are_zeros() -> None:
+    """The decoder still gets zeros as embeddings. Features for later layers, and newline tokens, stay as they are."""
+    model = build(TRAPS["features added from the first layer on, to zeros"])
+    row, given = prompt(model, PROMPTS[0], 0), []
+
+    def listen(_: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        given.append(kwargs)
+
+    with torch.no_grad():
+        features = model.model.get_image_features(row["pixel_values"], row["image_sizes"]).deepstack_features
+        with apet.patched(model, keep=3, check=False), calls.Recorder() as recorder:
+            handle = model.model.language_model.register_forward_pre_hook(listen, with_kwargs=True)
+            model(**row)
+            handle.remove()
+            visuals = apet.kept(model).visuals
+    by_layer = {layer: torch.cat(packed) for layer, packed in features}
+    (call,), (decoder,) = recorder.calls, given
+    newline = (by_layer[0] == model.model.image_newline).all(-1)
+    assert newline.any()
+    assert len(call.x) == (~newline).sum()
+    place = (call.x[:, None] == by_layer[0]).all(-1).long().argmax(-1)  # of each token, which the call has by tile
+    assert torch.equal(call.x, by_layer[0][place])
+    assert len(place.unique()) == len(place)
+    assert call.keeps == [3] * len(call.lengths)
+    starts = torch.tensor([0, *(one.tokens for one in visuals)]).cumsum(0)
+    left = torch.cat([one.remaining[0] + start for one, start in zip(visuals, starts[:-1], strict=True)])
+    assert newline[left].sum() == newline.sum()
+    assert torch.equal(decoder["deepstack_features"][1], by_layer[1][left])
+    rows = decoder["deepstack_features"][0]
+    compressed = apet_kernels.compress_packed(call.x, call.lengths, call.keeps)
+    order = place[compressed.indices].argsort()
+    assert torch.equal(rows[newline[left]], by_layer[0][newline])
+    assert torch.equal(left[~newline[left]], place[compressed.indices][order])
+    assert torch.equal(rows[~newline[left]], compressed.tokens[order])
+    mask = decoder["vision_mask"].flatten(1)
+    assert mask.sum() == len(left)
+    assert not decoder["inputs_embeds"][mask].any()
 
 
 # ---- models that `patch` rejects -------------------------------------------------------------------------------------
@@ -171,7 +214,8 @@ def test_other_models_say_why_not(name: str, says: str) -> None:
     config = AutoConfig.for_model(name) if name == "granite4_vision" else tiny.config(name)
     if name == "granite4_vision":
         config.text_config.num_hidden_layers = 2
-        config.deepstack_layer_map, config.downsample_rate = [[-2, 0], [-1, 1]], "4/8"
+        config.deepstack_layer_map, config.downsample_rate = [[-2, 1], [-1, 1]], "4/8"
+        config.spatial_target_layers = [1, 1, 1, 1]
     if name == "chameleon":
         config.vocabulary_map = {"<image>": tiny.IMAGE}
     with torch.device("meta"):

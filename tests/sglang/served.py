@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import transformers
 from PIL import Image
 
 IMAGE = "<|vision_start|><|image_pad|><|vision_end|>"
+VIDEO = "<|vision_start|><|video_pad|><|vision_end|>"
 LIKELY = 8  # tokens whose probabilities are compared
 # Options of an engine without a GPU. Its own CPU engine needs kernels that no package on PyPI has.
 ENGINE: dict[str, Any] = {
@@ -45,9 +47,16 @@ def url(image: Image.Image) -> str:
     return f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
 
 
-def asked(images: list[Image.Image], text: str = "what is it?") -> str:
-    """Returns a prompt about these pictures."""
-    return "see " + "".join(f"{IMAGE} and " for _ in images) + text
+def clip(height: int, width: int, frames: int, seed: int = 0) -> torch.Tensor:
+    """Returns frames of a video [T, 3, H, W] uint8, which change slowly."""
+    first, last = (np.asarray(picture(height, width, seed + i), float) for i in range(2))
+    mixed = [first + (last - first) * i / frames for i in range(frames)]
+    return torch.from_numpy(np.stack(mixed).astype(np.uint8)).permute(0, 3, 1, 2).contiguous()
+
+
+def asked(images: list[Image.Image], text: str = "what is it?", videos: Sequence[torch.Tensor] = ()) -> str:
+    """Returns a prompt about these pictures and videos."""
+    return "see " + "".join(f"{token} and " for token in [IMAGE] * len(images) + [VIDEO] * len(videos)) + text
 
 
 @dataclass
@@ -80,13 +89,21 @@ class Served:
         """Empties the prefix cache."""
         self.engine.flush_cache()
 
-    def ask(self, images: list[Image.Image], text: str = "what is it?", tokens: int = 4, **kwargs: Any) -> Answer:
+    def ask(
+        self,
+        images: list[Image.Image],
+        text: str = "what is it?",
+        tokens: int = 4,
+        videos: Sequence[torch.Tensor] = (),
+        **kwargs: Any,
+    ) -> Answer:
         """Asks the engine. kwargs: the request's `mm_processor_kwargs`."""
         from sglang.srt.managers.io_struct import GenerateReqInput
 
         request = GenerateReqInput(
-            text=asked(images, text),
-            image_data=[url(image) for image in images],
+            text=asked(images, text, videos),
+            image_data=[url(image) for image in images] or None,
+            video_data=list(videos) or None,
             sampling_params={"max_new_tokens": tokens, "temperature": 0, "ignore_eos": True},
             return_logprob=True,
             top_logprobs_num=LIKELY,
@@ -99,9 +116,18 @@ class Served:
         return Answer(list(found["output_ids"]), likely, about["prompt_tokens"], about["cached_tokens"])
 
     @torch.no_grad()
-    def expect(self, images: list[Image.Image], text: str = "what is it?", tokens: int = 4, **options: Any) -> Answer:
+    def expect(
+        self,
+        images: list[Image.Image],
+        text: str = "what is it?",
+        tokens: int = 4,
+        videos: Sequence[torch.Tensor] = (),
+        **options: Any,
+    ) -> Answer:
         """Asks the model in transformers. options: those of `apet.patch`; without any it is not patched."""
-        inputs = self.processor(images=images, text=asked(images, text), return_tensors="pt")
+        media = {name: list(given) for name, given in (("images", images), ("videos", videos)) if given}
+        media |= {"do_sample_frames": False} if videos else {}
+        inputs = self.processor(text=asked(images, text, videos), return_tensors="pt", **media)
         patched = apet.patch(self.model, **options) if options else None
         try:
             found = self.model.generate(

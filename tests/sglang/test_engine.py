@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from served import Served, agree, picture
+from served import Served, agree, clip, picture
 
 SIZES = [(112, 168), (84, 280), (224, 112)]
 
@@ -36,6 +36,19 @@ def test_compressed_pictures(served: Served, options: dict) -> None:
     whole = served.ask(images)
     assert found.prompt < whole.prompt
     assert not agree(found, whole)
+
+
+@pytest.mark.parametrize("options", [{"keep": 3}, {"keep": 0.4}], ids=["count", "ratio"])
+def test_compressed_videos(served: Served, options: dict) -> None:
+    """A video alone, and after a picture: each of its temporal steps keeps as many, at its positions."""
+    for images in ([], [picture(112, 168)]):
+        videos = [clip(112, 140, 8, seed=4), clip(84, 84, 4, seed=6)]
+        whole = served.ask(images, videos=videos)
+        assert agree(whole, served.expect(images, videos=videos)), "the engines differ without compression"
+        found = served.ask(images, videos=videos, **{f"apet_{name}": value for name, value in options.items()})
+        assert agree(found, served.expect(images, videos=videos, **options))
+        assert found.prompt < whole.prompt
+        assert not agree(found, whole)
 
 
 def test_budgets_do_not_share_caches(served: Served) -> None:

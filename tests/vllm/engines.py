@@ -146,8 +146,13 @@ class Served:
             linear.register_forward_pre_hook(lambda _, args: (args[0].contiguous(), *args[1:]))
 
     @property
+    def runner(self) -> Any:
+        """Returns vLLM's model runner."""
+        return self.llm.llm_engine.model_executor.driver_worker.model_runner
+
+    @property
     def model(self) -> nn.Module:
-        return self.llm.llm_engine.model_executor.driver_worker.model_runner.model
+        return self.runner.model
 
     def forget(self) -> None:
         """Empties the caches of prefixes, of encoded images and of processed images."""

@@ -185,7 +185,7 @@ def test_generation_goes_on_after_the_whole_prompt(served):
 @pytest.mark.parametrize("served", ["gemma3", "gemma4"], indirect=True)
 def test_kept_tokens_of_an_image_attend_to_each_other(served):
     """vLLM's runner passes spans to attention: one span has all kept tokens of an image."""
-    runner = served.llm.llm_engine.model_executor.driver_worker.model_runner
+    runner = served.runner
     spans: list[list[tuple[int, int]]] = []
 
     def note(*_: Any) -> None:

@@ -61,6 +61,40 @@ def added_layers(roles: Arguments, call: Mapping[str, Any], at: Sequence) -> int
     return last
 
 
+@dataclass(frozen=True)
+class Start:
+    """The arguments of a decoder with features by layer, and with the mask [B, L] or [B, L, 1] of their tokens."""
+
+    features: str
+    mask: str
+
+
+def move_in(roles: Arguments, call: dict[str, Any], at: Sequence) -> tuple[dict[str, Any], Start | None]:
+    """Returns the arguments with visual tokens at their places among the embeddings, if those are zeros there since a
+    decoder adds the features before its first layer; `move_out` puts them back."""
+    others = dict(_others(roles, call))
+    masks = {name: value for name, value in others.items() if _is_visual_mask(value, at)}
+    for name, value in others.items():
+        if name in masks or not isinstance(value, Mapping) or 0 not in value or not _features_of(value, masks, at):
+            continue
+        mask, embeds = _mask_of(value[0], masks), roles.get("embeds", call)
+        if not embeds[mask].any():
+            x = embeds.clone()
+            x[mask] = value[0].to(x)
+            later = {layer: features for layer, features in value.items() if layer != 0}
+            start = Start(name, next(n for n, m in masks.items() if torch.equal(m.flatten(1), mask)))
+            return roles.replace(call, embeds=x) | {name: later}, start
+    return call, None
+
+
+def move_out(roles: Arguments, call: dict[str, Any], start: Start) -> dict[str, Any]:
+    """Returns the arguments with visual tokens among the features for the first layer again, and zeros as
+    embeddings."""
+    x, mask = roles.get("embeds", call), call[start.mask].flatten(1)
+    features = {0: x[mask], **call[start.features]}
+    return roles.replace(call, embeds=x.masked_fill(mask[..., None], 0)) | {start.features: features}
+
+
 def attributes(module: nn.Module) -> dict[int, Tensor]:
     """Returns the tensors that a module and its parts have as attributes, by their ids. Parameters and buffers are no
     such attributes."""

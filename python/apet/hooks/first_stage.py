@@ -116,21 +116,25 @@ def begin(
             f"visual tokens again; llm_layer={added} is the least"
         )
     if options.keep is not None:
+        moved, start = arguments, None
         if target.projector is not None:
             shorter = remove_dropped_rows(x.flatten(0, 1), tokens, options.keep, options)
         else:
-            relevance = None
+            moved, start = along.move_in(roles, arguments, at)
+            x, relevance = roles.get("embeds", moved), None
             if options.relevance:
                 visual = torch.stack([*placeholders(target.adapter, call.core, call.inputs).values()]).any(0)
-                start = call.columns - length
-                visual = visual[:, start : start + length].to(x.device)
+                first = call.columns - length
+                visual = visual[:, first : first + length].to(x.device)
                 relevance = of_prompt(x, valid & ~visual).flatten()
             shorter = shorten(x.flatten(0, 1), tokens, options.keep, options, relevance, target.warned)
         if shorter is None:
             target.warn_nothing_dropped("keep", tokens, (modality for modality, _, _ in trace.visuals))
         else:
             positions_given = target.core_arguments.get("positions", call.inputs) is not None
-            arguments = shortened(target, forward, shorter, arguments, at, positions_given)
+            arguments = shortened(target, forward, shorter, moved, at, positions_given)
+            if start is not None:
+                arguments = along.move_out(roles, arguments, start)
     return forward, arguments
 
 

@@ -118,9 +118,26 @@ def takes_text_row(decoder: nn.Module) -> bool:
 
 
 def deepstack(core: nn.Module) -> int:
-    """Returns the number of decoder layers after which visual features are added again, from the configuration."""
+    """Returns the number of first decoder layers that visual features are added to again, from the configuration."""
+    if by_layer := added_to(core.config):
+        return 1 + max(by_layer)
     vision = getattr(core.config, "vision_config", None)
     return len(getattr(vision, "deepstack_visual_indexes", None) or ())
+
+
+def added_to(config: Any) -> set[int]:
+    """Returns the decoder layers before which visual features are added to tokens that are zeros at first (Granite 4
+    Vision); none, if the features of a model are the input of its decoder."""
+    pairs = getattr(config, "deepstack_layer_map", None) or ()
+    return {layer for _, layer in pairs} | {*((pairs and getattr(config, "spatial_target_layers", None)) or ())}
+
+
+def starts_empty(by_layer: set[int]) -> str:
+    """Returns the reason why tokens that are zeros before the first of some layers cannot be dropped."""
+    return (
+        "its visual tokens are zeros where its decoder begins, and get their features from layer "
+        f"{min(by_layer, default='-')} on, so tokens cannot be ranked there"
+    )
 
 
 def why_not(model: nn.Module) -> str | None:
@@ -132,11 +149,8 @@ def why_not(model: nn.Module) -> str | None:
         return "it is an encoder-decoder: its decoder cross-attends to encoder outputs and has no visual tokens"
     if getattr(config, "canvas_length", None):
         return "it denoises blocks of tokens over the cache of a prompt, in several passes that apet does not follow"
-    if getattr(config, "deepstack_layer_map", None):
-        return (
-            "its visual tokens are zeros where its decoder begins, and get their features in later layers, so tokens "
-            "cannot be ranked there"
-        )
+    if (by_layer := added_to(config)) and 0 not in by_layer:
+        return starts_empty(by_layer)
     if any(hasattr(module, "get_image_tokens") for module in (model, *model.children())):
         return (
             "its images become ids of a codebook in its vocabulary: there are no features, and a mean of several ids "

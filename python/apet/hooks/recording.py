@@ -90,7 +90,7 @@ def generate(
 
     def before_decoder(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if len(states) < decoder.calls:
-            rows.append(bound(module, args, kwargs)["inputs_embeds"])
+            rows.append(entering(bound(module, args, kwargs)))
 
     def before_llm_layer(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if len(states) < decoder.calls:
@@ -122,6 +122,29 @@ def generate(
         )
     entered = [torch.cat(parts, dim=-2) for parts in (rows, at_llm_layer) if parts]
     return Generation(tokens[:, -new:], torch.stack(states[-new:], 1), entered)
+
+
+def entering(call: Mapping[str, Any]) -> Tensor:
+    """Returns the rows that enter the first layer: the embeddings, and features that the decoder adds before it."""
+    rows: Tensor = call["inputs_embeds"]
+    by_layer = first_features(call)
+    if by_layer is None:
+        return rows
+    rows = rows.clone()
+    rows[visual_mask(call)] += call[by_layer][0]
+    return rows
+
+
+def first_features(call: Mapping[str, Any]) -> str | None:
+    """Returns the name of a decoder's argument with features by layer, if there are some for the first layer."""
+    return next((name for name, value in call.items() if isinstance(value, Mapping) and 0 in value), None)
+
+
+def visual_mask(call: Mapping[str, Any]) -> Tensor:
+    """Returns the argument of a decoder that marks visual tokens, [B, L] bool."""
+    shape = call["inputs_embeds"].shape[:2]
+    found = (v for v in call.values() if isinstance(v, Tensor) and v.dtype == torch.bool and v.shape[:2] == shape)
+    return next(found).flatten(1)
 
 
 def hidden(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:

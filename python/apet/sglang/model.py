@@ -34,16 +34,18 @@ def embed(original: Callable[..., Any], mm_inputs_list: Any, *args: Any, **kwarg
     from sglang.srt.managers import mm_schedule
     from sglang.srt.managers.schedule_batch import Modality
 
-    for mm_inputs in mm_inputs_list:  # where it is not known which rows were kept, no embedding may come from the cache
-        if any(POSITIONS in item.model_specific_data and item.hash not in _kept for item in planned(mm_inputs)):
-            hashes = [item.hash for item in mm_inputs.mm_items if item.is_image()]
-            for key in (*hashes, mm_schedule.MultiModalStaticCache.combine_hashes(hashes)):
-                mm_schedule.embedding_cache.free(key, None)
     model, deepstack = kwargs.get("multimodal_model"), kwargs.get("use_deepstack") or {}
     encoders = dict(kwargs.get("data_embedding_func_mapping") or {})
-    encode = encoders.get(Modality.IMAGE) or model.get_image_feature
-    levels = len(model.deepstack_visual_indexes) if deepstack.get(Modality.IMAGE) else 0
-    encoders[Modality.IMAGE] = functools.partial(_encode, encode, levels)
+    for modality in (Modality.IMAGE, Modality.VIDEO):
+        for mm_inputs in mm_inputs_list:  # where it is not known which rows were kept, no embedding may be a cached one
+            items = [item for item in mm_inputs.mm_items if item.is_modality(modality)]
+            if any(POSITIONS in i.model_specific_data and i.hash not in _kept for i in items):
+                hashes = [item.hash for item in items]
+                for key in (*hashes, mm_schedule.MultiModalStaticCache.combine_hashes(hashes)):
+                    mm_schedule.embedding_cache.free(key, None)
+        encode = encoders.get(modality) or getattr(model, f"get_{modality.name.lower()}_feature")
+        levels = len(model.deepstack_visual_indexes) if deepstack.get(modality) else 0
+        encoders[modality] = functools.partial(_encode, encode, levels)
     return original(mm_inputs_list, *args, **{**kwargs, "data_embedding_func_mapping": encoders})
 
 

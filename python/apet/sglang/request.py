@@ -18,6 +18,7 @@ from torch import Tensor
 from ..engines import options, plan
 
 POSITIONS = "apet_positions"  # an item's data: the positions [3, N] of all its tokens
+GRID = "video_grid_thw"  # an item's data: the grid of each video, [videos, 3]
 CONFIG = "apet"  # the key of `--mm-process-config` that holds options of the start-up
 MODELS = {
     "Qwen2VLForConditionalGeneration",
@@ -64,17 +65,17 @@ async def _process(
 
 
 def shorten(output: Any, wanted: options.Wanted, request: Any = None) -> None:
-    """Removes from a `MultimodalProcessorOutput` the placeholders of images' rows that go, and attaches the plans.
+    """Removes from a `MultimodalProcessorOutput` the placeholders of rows that go, and attaches the plans.
 
     Raises: ValueError for embeddings from outside, which SGLang does not pass through the model.
     """
-    limit = options.share(wanted, sum(item.is_image() for item in output.mm_items))
+    limit = options.share(wanted, sum(map(visual, output.mm_items)))
     wanted = replace(wanted, max_tokens=limit.get(f"{options.PREFIX}max_tokens", wanted.max_tokens))
     removed = torch.zeros(len(output.input_ids), dtype=torch.bool)
     hashes = getattr(request, "mm_hashes", None)  # SGLang sets these once more, after the plugin
     hashes = hashes if hashes and len(hashes) == len(output.mm_items) else None
     for number, item in enumerate(output.mm_items):
-        if not item.is_image():
+        if not visual(item):
             continue
         made = plan.make(wanted, units(item))
         if not made.gone:
@@ -96,9 +97,20 @@ def shorten(output: Any, wanted: options.Wanted, request: Any = None) -> None:
         _remove(output, removed)
 
 
+def visual(item: Any) -> bool:
+    """Returns whether an item is an image or a video."""
+    return bool(item.is_image() or item.is_video())
+
+
 def units(item: Any) -> Tensor:
-    """Returns the number of each row's unit, [N]: an image is a unit."""
+    """Returns the number of each row's unit, [N]: an image, and of a video each temporal step."""
     lengths = [end + 1 - start for start, end in item.offsets]  # several if SGLang bundles images
+    if item.is_video():
+        steps = [int(grid[0]) for grid in item.model_specific_data[GRID]]
+        if len(lengths) == len(steps):  # not where time stamps separate the steps
+            lengths = [n // t for n, t in zip(lengths, steps, strict=True) for _ in range(t)]
+        if len(lengths) != sum(steps) or sum(lengths) != len(places(item)):
+            raise ValueError(f"a video of {steps} temporal steps has placeholders at {item.offsets}")
     return torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))
 
 

@@ -9,6 +9,7 @@ from torch import nn
 
 from .. import parts
 from ..adapter import Adapter
+from .granite4_vision import Granite4Vision
 from .internvl import InternVL
 from .llava import Llava
 from .llava_next import LlavaNext
@@ -21,6 +22,7 @@ from .video_llama_3 import VideoLlama3
 from .video_llava import VideoLlava
 
 ADAPTERS: dict[str, Adapter] = {
+    "granite4_vision": Granite4Vision(),
     "internvl": InternVL(),
     "llava": Llava(),
     "llava_next": LlavaNext(),

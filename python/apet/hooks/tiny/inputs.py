@@ -143,7 +143,9 @@ def _visual(model: nn.Module, modality: str, make: torch.Generator, *, alone: bo
 
 def _count(found: Any) -> int:
     pooled = getattr(found, "pooler_output", None)
-    if pooled is not None:
+    if by_layer := getattr(found, "deepstack_features", None):  # pairs of a layer and its features
+        found = by_layer[0][1]
+    elif pooled is not None:
         found = pooled
     elif hasattr(found, "last_hidden_state"):
         found = found.last_hidden_state

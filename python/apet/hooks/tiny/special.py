@@ -61,7 +61,7 @@ SPECIAL: Mapping[str, Mapping[str, Any]] = {
     "granite4_vision": {
         "downsample_rate": "4/8",
         "deepstack_layer_map": [[-2, 0], [-1, 1]],
-        "spatial_target_layers": [1, 2, 3, 3],
+        "spatial_target_layers": [1, 1, 1, 1],
         "vision_config.patch_size": 6,
         "vision_config.hidden_size": 64,  # 64 to a head
         "qformer_config.hidden_size": 64,
