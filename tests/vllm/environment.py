@@ -61,8 +61,9 @@ def borrow(folder: Path) -> None:
         shutil.copy(library, package)
     distribution = importlib.metadata.distribution("vllm")
     known = Path(str(distribution.locate_file(f"vllm-{distribution.version}.dist-info")))
+    named = known.with_name(f"vllm-{distribution.version}{CPU}.dist-info")
     rename(known / "METADATA", distribution)
-    known.rename(known.with_name(f"vllm-{distribution.version}{CPU}.dist-info"))
+    known.rename(named)
 
 
 def rename(metadata: Path, distribution: importlib.metadata.Distribution) -> None:

@@ -27,6 +27,8 @@ MODELS = {
     "Qwen3VLMoeForConditionalGeneration",
 }
 
+VIDEOS = {"Qwen2_5_VLForConditionalGeneration"}  # of these videos, too; others were not compared with transformers
+
 
 def serve(processor: Any, hf_config: Any, *_: Any, **__: Any) -> Any:
     """Lets a processor of SGLang, for a model with this configuration, shorten the prompts that it makes."""
@@ -60,22 +62,23 @@ async def _process(
         raise ValueError(_unsupported(hf_config))
     output = await process(*args, request_obj=request_obj, **kwargs)
     if output is not None and wanted is not None:
-        shorten(output, wanted, request_obj)
+        shorten(output, wanted, request_obj, videos=not VIDEOS.isdisjoint(hf_config.architectures))
     return output
 
 
-def shorten(output: Any, wanted: options.Wanted, request: Any = None) -> None:
+def shorten(output: Any, wanted: options.Wanted, request: Any = None, videos: bool = False) -> None:
     """Removes from a `MultimodalProcessorOutput` the placeholders of rows that go, and attaches the plans.
 
     Raises: ValueError for embeddings from outside, which SGLang does not pass through the model.
     """
-    limit = options.share(wanted, sum(map(visual, output.mm_items)))
+    chosen = [item for item in output.mm_items if item.is_image() or (videos and item.is_video())]
+    limit = options.share(wanted, len(chosen))
     wanted = replace(wanted, max_tokens=limit.get(f"{options.PREFIX}max_tokens", wanted.max_tokens))
     removed = torch.zeros(len(output.input_ids), dtype=torch.bool)
     hashes = getattr(request, "mm_hashes", None)  # SGLang sets these once more, after the plugin
     hashes = hashes if hashes and len(hashes) == len(output.mm_items) else None
     for number, item in enumerate(output.mm_items):
-        if not visual(item):
+        if not any(item is one for one in chosen):
             continue
         made = plan.make(wanted, units(item))
         if not made.gone:
@@ -97,20 +100,14 @@ def shorten(output: Any, wanted: options.Wanted, request: Any = None) -> None:
         _remove(output, removed)
 
 
-def visual(item: Any) -> bool:
-    """Returns whether an item is an image or a video."""
-    return bool(item.is_image() or item.is_video())
-
-
 def units(item: Any) -> Tensor:
     """Returns the number of each row's unit, [N]: an image, and of a video each temporal step."""
     lengths = [end + 1 - start for start, end in item.offsets]  # several if SGLang bundles images
     if item.is_video():
         steps = [int(grid[0]) for grid in item.model_specific_data[GRID]]
-        if len(lengths) == len(steps):  # not where time stamps separate the steps
-            lengths = [n // t for n, t in zip(lengths, steps, strict=True) for _ in range(t)]
-        if len(lengths) != sum(steps) or sum(lengths) != len(places(item)):
+        if len(lengths) != len(steps) or any(n % t for n, t in zip(lengths, steps, strict=True)):
             raise ValueError(f"a video of {steps} temporal steps has placeholders at {item.offsets}")
+        lengths = [n // t for n, t in zip(lengths, steps, strict=True) for _ in range(t)]
     return torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))
 
 
