@@ -28,6 +28,9 @@ class Item:
     def is_image(self) -> bool:
         return self.modality == "image"
 
+    def is_video(self) -> bool:
+        return self.modality == "video"
+
     def set_pad_value(self) -> None:
         self.hash = 77 if self.hash is None else self.hash
 
@@ -121,6 +124,22 @@ def test_a_cap_is_shared_by_the_pictures() -> None:
     made = output([8, 8])
     request.shorten(made, wanted(max_tokens=10))
     assert [item.offsets for item in made.mm_items] == [[(1, 5)], [(7, 11)]]
+
+
+def test_each_step_of_a_video_is_a_unit() -> None:
+    made = output([4, 12])
+    made.mm_items[1].modality = "video"
+    made.mm_items[1].model_specific_data[request.GRID] = torch.tensor([[3, 4, 4]])
+    request.shorten(made, wanted(keep=2), videos=True)
+    assert [item.offsets for item in made.mm_items] == [[(1, 2)], [(4, 9)]]
+    assert made.mrope_positions is not None
+    assert made.mrope_positions[0].tolist() == [0, 1, 2, 5, 6, 7, 10, 11, 14, 15, 18]
+    for data, length in (([[5, 4, 4]], 12), ([[1, 4, 4], [1, 4, 4]], 12)):
+        made = output([length])
+        made.mm_items[0].modality = "video"
+        made.mm_items[0].model_specific_data[request.GRID] = torch.tensor(data)
+        with pytest.raises(ValueError, match=r"temporal steps has placeholders at \[\(1, 12\)\]"):
+            request.shorten(made, wanted(keep=2), videos=True)
 
 
 def test_videos_stay_and_embeddings_from_outside_raise() -> None:
