@@ -126,8 +126,6 @@ class Served:
     ) -> Answer:
         """Asks the model in transformers. options: those of `apet.patch`; without any it is not patched."""
         media = {name: list(given) for name, given in (("images", images), ("videos", videos)) if given}
-        if videos and self.name.startswith("qwen3"):  # as SGLang does
-            media |= {"do_sample_frames": False}
         inputs = self.processor(text=asked(images, text, videos), return_tensors="pt", **media)
         patched = apet.patch(self.model, **options) if options else None
         try:

@@ -127,17 +127,19 @@ def generate(
 def entering(call: Mapping[str, Any]) -> Tensor:
     """Returns the rows that enter the first layer: the embeddings, and features that the decoder adds before it."""
     rows: Tensor = call["inputs_embeds"]
-    by_layer = first_features(call)
-    if by_layer is None:
+    name = first_features(call)
+    if name is None:
         return rows
     rows = rows.clone()
-    rows[visual_mask(call)] += call[by_layer][0]
+    rows[visual_mask(call)] = call[name][0]
     return rows
 
 
 def first_features(call: Mapping[str, Any]) -> str | None:
-    """Returns the name of a decoder's argument with features by layer, if there are some for the first layer."""
-    return next((name for name, value in call.items() if isinstance(value, Mapping) and 0 in value), None)
+    """Returns the name of a decoder's argument with features by layer, if the embeddings at their places are zeros, so
+    that the first layer needs some."""
+    name = next((name for name, value in call.items() if isinstance(value, Mapping) and 0 in value), None)
+    return None if name is None or call["inputs_embeds"][visual_mask(call)].any() else name
 
 
 def visual_mask(call: Mapping[str, Any]) -> Tensor:

@@ -202,7 +202,12 @@ def expected_states(
         raise ValueError(f"{len(columns[0])} tokens should be kept, but {len(rows)} entered the decoder")
     _check_text(row, rows, embeds, columns[0])
     x = torch.cat([rows, embeds[whole.length - new :]])[None]
-    arguments = _separate({"inputs_embeds": x, **whole.gathered(columns[0])})
+    arguments = {"inputs_embeds": x, **whole.gathered(columns[0])}
+    name = first_features(whole.arguments)
+    if name is not None:
+        mask = visual_mask(arguments)
+        added = {**arguments[name], 0: x[mask]}
+        arguments |= {"inputs_embeds": x.masked_fill(mask[..., None], 0), name: added}
     if llm_layer is None:
         states: Tensor = decoder.module(**arguments, use_cache=False)[0]
         return states[0, -new - 1 :]
@@ -217,16 +222,6 @@ def expected_states(
     with _given(decoder.layers[llm_layer], late):  # replaces the output of the layers before it
         states = decoder.module(inputs_embeds=x[:, places], **whole.gathered(columns[1]), use_cache=False)[0]
     return states[0, -new - 1 :]
-
-
-def _separate(arguments: dict[str, Any]) -> dict[str, Any]:
-    """Returns the arguments of the decoder with rows that it adds before its first layer apart from the embeddings."""
-    name = first_features(arguments)
-    if name is None:
-        return arguments
-    x, mask = arguments["inputs_embeds"], visual_mask(arguments)
-    added = {**arguments[name], 0: x[mask]}
-    return {**arguments, "inputs_embeds": x.masked_fill(mask[..., None], 0), name: added}
 
 
 def columns(row: Row, kept: Mapping[str, Sequence[tuple[int, Sequence[Tensor]]]], stages: int) -> list[Tensor]:

@@ -143,10 +143,10 @@ def _visual(model: nn.Module, modality: str, make: torch.Generator, *, alone: bo
 
 def _count(found: Any) -> int:
     pooled = getattr(found, "pooler_output", None)
-    if by_layer := getattr(found, "deepstack_features", None):  # pairs of a layer and its features
-        found = by_layer[0][1]
-    elif pooled is not None:
+    if pooled is not None:
         found = pooled
+    elif by_layer := getattr(found, "deepstack_features", None):  # pairs of a layer and its features
+        found = by_layer[0][1]
     elif hasattr(found, "last_hidden_state"):
         found = found.last_hidden_state
     if isinstance(found, tuple) and isinstance(found[0], list | tuple):  # features of later layers follow
