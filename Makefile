@@ -7,6 +7,7 @@ WORKERS ?= 2
 OUT ?= gpu-check
 STEPS ?= environments test test-rest test-transformers4 test-vllm lint wheel test-slow
 SLOW ?= slow and not matrix
+SECOND ?= runner or qwen2_5_vl or (llava and not llava_)
 DISK ?= 10
 bin := $(VENV)/bin
 # --no-compile: Python compiles the few modules it imports; pip would compile all, in twice the time.
@@ -118,6 +119,7 @@ on-runner-v2 = PYTHONPATH=$(CURDIR)/tests/vllm/runner_v2 VLLM_USE_V2_MODEL_RUNNE
 
 # Also tests the other families of the plugin, each in a separate engine.
 test-vllm-all: FAMILIES = -m "slow or not slow"
+test-vllm-all: SECOND =
 test-vllm-all: test-vllm  ## the same on every family that the plugin has
 
 # The newest vLLM, which has wheels for CUDA alone, with its own torch and the operators for CPUs of .build/vllm.
@@ -160,7 +162,7 @@ test-sglang: .build/sglang/ready $(VENV)/installed-dev  ## the SGLang plugin fro
 test-vllm: .build/vllm/ready $(VENV)/installed-dev  ## the vLLM plugin from an sdist, in the real engine; clips with torchvision
 	$(call from-sdist,.build/vllm,$(vllm-install))
 	$(vllm-pytest) tests/vllm
-	$(on-runner-v2) $(vllm-pytest) tests/vllm/test_runner.py tests/vllm/test_engine.py tests/vllm/test_caches.py tests/vllm/test_budget.py
+	$(on-runner-v2) $(vllm-pytest) -k "$(SECOND)" tests/vllm/test_runner.py tests/vllm/test_engine.py tests/vllm/test_caches.py tests/vllm/test_budget.py
 	.build/vllm/bin/pytest -q -o pythonpath= --confcutdir tests/hooks tests/hooks/test_clips.py
 
 # kernels is not installed into the environment: transformers 4 would import it, and fails with this version.
