@@ -23,7 +23,7 @@ x = torch.randn(2, 32, 16, generator=torch.Generator().manual_seed(0))
 packed = x.flatten(0, 1)
 
 def results(kernels):
-    found = [*torch.ops.apet.compress(x, 8), *kernels.compress(x, 8, layout="append"), *kernels.score(x, 4)]
+    found = [*torch.ops.apet.compress(x, 8), *kernels.compress(x, 8, 4, layout="append"), *kernels.score(x, 4)]
     found += [kernels.merge(x, torch.tensor([[3, 1], [7, 7]])), *kernels.compress_packed(packed, [40, 24], [7, 9])]
     return found + [*kernels.compress(x, 8, 4, backend="reference")]
 
