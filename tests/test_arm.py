@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from apet_kernels.options import LAYOUTS
+from apet_kernels.options import LAYOUTS, PAPER
 from tests import test_invariance, test_similarity
 from tests.arm import COMPILER, ISAS, WITH_BF16, WITHOUT_BF16, emulated, make, missing, processor
 from tests.binaries import run
@@ -179,9 +179,9 @@ def test_the_processor_chooses():
 def test_without_bf16_it_runs():
     """The emulated processor stops at an instruction that it does not have."""
     x = tokens(2, 60, 37, dtype=torch.bfloat16, seed=1)
-    case = compress_case(x, 20)
+    case = compress_case(x, 20, **PAPER)
     assert processor(WITHOUT_BF16).call(case, "best").status == 0
-    for got, expected in zip(case.outputs.values(), on("neon").compress(x, 20), strict=True):
+    for got, expected in zip(case.outputs.values(), on("neon").compress(x, 20, **PAPER), strict=True):
         assert_same(got, expected)
 
 
