@@ -166,6 +166,19 @@ def test_features_of_the_first_layer_are_compressed_where_embeddings_are_zeros()
     assert not decoder["inputs_embeds"][mask].any()
 
 
+def test_zeros_that_get_features_from_a_later_layer_alone_raise() -> None:
+    """Such tokens cannot be ranked, whatever a configuration says."""
+    model = build(TRAPS["features added from the first layer on, to zeros"])
+
+    def later(_: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        features = {layer: x for layer, x in kwargs["deepstack_features"].items() if layer}
+        return args, {**kwargs, "deepstack_features": features}
+
+    model.model.language_model.register_forward_pre_hook(later, with_kwargs=True)
+    with apet.patched(model, keep=3, check=False), pytest.raises(ValueError, match=r"features from layer 1 on"):
+        model(**prompt(model, PROMPTS[0], 0))
+
+
 # ---- models that `patch` rejects -------------------------------------------------------------------------------------
 
 

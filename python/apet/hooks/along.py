@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from . import parts
 from .calling import NAMES, PACKED, Arguments, tensors, versions
 from .sequence import Packing
 
@@ -71,14 +72,17 @@ class Start:
 
 def move_in(roles: Arguments, call: dict[str, Any], at: Sequence) -> tuple[dict[str, Any], Start | None]:
     """Returns the arguments with visual tokens at their places among the embeddings, if those are zeros there since a
-    decoder adds the features before its first layer; `move_out` puts them back."""
+    decoder adds the features before its first layer; `move_out` puts them back. Raises ValueError if only later layers
+    add features to zeros."""
     others = dict(_others(roles, call))
     masks = {name: value for name, value in others.items() if _is_visual_mask(value, at)}
     for name, value in others.items():
-        if name in masks or not isinstance(value, Mapping) or 0 not in value or not _features_of(value, masks, at):
+        if name in masks or not isinstance(value, Mapping) or not _features_of(value, masks, at):
             continue
-        mask, embeds = _mask_of(value[0], masks), roles.get("embeds", call)
-        if not embeds[mask].any():
+        mask, embeds = _mask_of(next(iter(value.values())), masks), roles.get("embeds", call)
+        if mask.any() and not embeds[mask].any():
+            if 0 not in value:
+                raise ValueError(f"{roles.owner} cannot be compressed: {parts.starts_empty({*value})}")
             x = embeds.clone()
             x[mask] = value[0].to(x)
             later = {layer: features for layer, features in value.items() if layer != 0}

@@ -72,14 +72,14 @@ def shorten(output: Any, wanted: options.Wanted, request: Any = None, videos: bo
 
     Raises: ValueError for embeddings from outside, which SGLang does not pass through the model.
     """
-    chosen = [item for item in output.mm_items if item.is_image() or (videos and item.is_video())]
-    limit = options.share(wanted, len(chosen))
+    chosen = [item.is_image() or (videos and item.is_video()) for item in output.mm_items]
+    limit = options.share(wanted, sum(chosen))
     wanted = replace(wanted, max_tokens=limit.get(f"{options.PREFIX}max_tokens", wanted.max_tokens))
     removed = torch.zeros(len(output.input_ids), dtype=torch.bool)
     hashes = getattr(request, "mm_hashes", None)  # SGLang sets these once more, after the plugin
     hashes = hashes if hashes and len(hashes) == len(output.mm_items) else None
     for number, item in enumerate(output.mm_items):
-        if not any(item is one for one in chosen):
+        if not chosen[number]:
             continue
         made = plan.make(wanted, units(item))
         if not made.gone:
