@@ -5,9 +5,9 @@
     python -m benchmarks.serving --image-model llava-hf/llava-1.5-7b-hf --video-model Qwen/Qwen2.5-VL-7B-Instruct \\
         --long 4000 --answer 128                                      on a GPU
 
-`make test-vllm` makes the first environment. Every request has one picture or one video of its own, and some text;
-prefix caching is off, so no cache is hit. Each of the concurrent clients sends its next request when the last is
-answered. Times include everything: HTTP, preprocessing, vision encoder, compression, language model.
+`make test-vllm` makes the first environment. Every request has one picture or one video of its own, and some text; the
+caches of prompts and of processed pictures are off. Each of the concurrent clients sends its next request when the last
+is answered. Times include everything: HTTP, preprocessing, vision encoder, compression, language model.
 
 Compared are: vLLM without the plugin (plain); with it, for each budget (apet); the same with rows drawn at random
 (random), the difference being the cost of choosing and merging; and of videos vLLM's own pruning, EVS, which has one
@@ -183,7 +183,7 @@ class Fleet(Cpu):
             self._media = media
             model = self.setup.model(media)
             options = ["--max-model-len", str(self.setup.max_model_len), "--max-num-seqs", str(max(CONCURRENCIES))]
-            options += ["--dtype", "bfloat16"]
+            options += ["--dtype", "bfloat16", "--mm-processor-cache-gb", "0"]  # each picture is asked about once
             if not model:
                 folder = Path(self._stack.enter_context(tempfile.TemporaryDirectory()))
                 MAKERS[media].save(folder, self.setup.size(media, self._smoke))

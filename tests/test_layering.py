@@ -217,3 +217,28 @@ def test_the_glossary_has_these_names():
     glossary = (ROOT / "docs/algorithm.md").read_text().partition("## Names")[2].partition("\n## ")[0]
     named = set(re.findall(r"`(\w+)`", glossary))
     assert set(RETIRED) <= named
+
+
+def code_lines(path: Path) -> int:
+    """Returns how many lines the statements of a Python file take, without docstrings, comments and blank lines."""
+    tree = ast.parse(path.read_text())
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(node) is not None:
+            node.body = node.body[1:] or [ast.Pass()]
+    return sum(bool(line.strip()) for line in ast.unparse(tree).splitlines())
+
+
+def families(package: str) -> list[Path]:
+    """Returns the files of single families of models in a package of `apet`."""
+    shared = {"__init__", "tiled", "budget", "compress", "metrics", "mrope", "processing"}
+    return [path for path in sorted((PYTHON / "apet" / package).glob("*.py")) if path.stem not in shared]
+
+
+@pytest.mark.parametrize("path", families("hooks/adapters"), ids=lambda path: path.stem)
+def test_adapters_of_families_are_short(path: Path) -> None:
+    assert code_lines(path) < 40  # docs/add-a-model.md
+
+
+@pytest.mark.parametrize("path", families("vllm"), ids=lambda path: path.stem)
+def test_families_of_the_vllm_plugin_are_short(path: Path) -> None:
+    assert code_lines(path) <= 50

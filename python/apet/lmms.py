@@ -11,10 +11,12 @@ from typing import Any
 
 import apet
 
-# The models of lmms-eval whose `model` is a class of transformers that `apet.patch` takes; `huggingface` is any class.
+# The models of lmms-eval whose `model` is a class of transformers that `apet.patch` takes, or has one as its thinker
+# (Qwen's omni models); `huggingface` is any class.
 MODELS = (
     *("aria", "fuyu", "gemma3", "gemma4", "glm4v", "huggingface", "idefics2", "internvl_hf", "lfm2_5_vl"),
-    *("llama4_scout", "llava_hf", "mistral3_vl", "qwen2_5_vl", "qwen2_vl", "qwen3_5", "qwen3_vl", "video_llava"),
+    *("llama4_scout", "llava_hf", "mistral3_vl", "qwen2_5_omni", "qwen2_5_vl", "qwen2_vl", "qwen3_5", "qwen3_omni"),
+    *("qwen3_vl", "video_llava"),
 )
 OPTIONS = (
     "keep",
@@ -63,7 +65,7 @@ def __getattr__(attribute: str) -> type:
         def __init__(self, **arguments: Any):
             options = {option: arguments.pop(option) for option in OPTIONS if option in arguments}
             super().__init__(**arguments)
-            apet.patch(self.model, **options)
+            apet.patch(getattr(self.model, "thinker", self.model), **options)
 
     Compressed.__name__ = Compressed.__qualname__ = f"Apet{base.__name__}"
     return Compressed

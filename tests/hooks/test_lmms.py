@@ -6,6 +6,7 @@ from pathlib import Path
 
 import apet
 import pytest
+import torch
 
 
 def test_models_of_lmms_eval(llava: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -48,5 +49,22 @@ def test_models_of_lmms_eval(llava: Path, tmp_path: Path, monkeypatch: pytest.Mo
     options = apet.options(made.model)
     assert (options.keep, options.layout) == (12, "overwrite")
     assert lmms.simple_llava_hf.is_simple
+
+    # Of a model that also speaks, the thinker is patched.
+    class Omni(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.thinker = made.model
+
+    import lmms_eval.models as models_of_lmms
+
+    monkeypatch.setattr(models_of_lmms, "get_model", lambda name, force_simple=False: Speaking)
+
+    class Speaking:
+        def __init__(self) -> None:
+            self.model = Omni()
+
+    apet.unpatch(made.model)
+    assert apet.options(lmms.chat_qwen2_5_omni(keep=7).model.thinker).keep == 7
     with pytest.raises(AttributeError, match="no attribute 'simple_other'"):
         _ = lmms.simple_other

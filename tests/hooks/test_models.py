@@ -69,6 +69,16 @@ def test_the_page_is_that_of_the_table() -> None:
     assert models_table.page(TABLE).strip() in text
 
 
+def test_other_pages_say_the_same_numbers() -> None:
+    first, both = (sum(models_table.verified(one, stage) for one in TABLE.values()) for stage in ("first", "both"))
+    readme, status = (
+        " ".join((models_table.DOCS / name).read_text().split()) for name in ("../README.md", "status.md")
+    )
+    assert f"**{first} of the {len(TABLE)} types**" in readme
+    assert f"an independent reference, {both} of them" in readme
+    assert f"{first} of the {len(TABLE)} types" in status
+
+
 @pytest.mark.parametrize(("name", "decoder"), OTHER_DECODERS)
 def test_other_decoder(name: str, decoder: str) -> None:
     model = tiny.build(getattr(transformers, NAMES[name]), tiny.config(name, decoder))

@@ -28,6 +28,7 @@ NAMES: Mapping[str, tuple[str, ...]] = {
     "rotary": ("position_embeddings",),
     "cache": ("cache", "past_key_values", "past_key_value"),
     "cache_position": ("cache_position",),
+    "places": ("logits_to_keep",),  # of the prompt, that the model computes logits of; or how many, the last ones
     "recurrent": ("conv_mask",),  # the 2-D mask of new tokens of layers that attend and also keep a state
 }
 PIXELS = re.compile(r"(^|_)pixel_values(_|$)|^image_patches$")

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Cache
 
-from . import along, caches, first_stage, generation, locate, second_stage, state
+from . import along, caches, first_stage, generation, locate, results, second_stage, state
 from .calling import versions
 from .patching import Patch
 from .state import NOT_COMPILED_REASON, Forward, Prompt, RunningCall
@@ -29,9 +29,9 @@ class Engine(Patch):
         layers = target.layers()
         handles = [
             pre(model, self.before_model),
-            post(model, self.after_model),
             pre(core, self.before_core),
-            post(core, self.after_core),
+            post(core, self.after_core),  # before the next one, if the model is a core model without a head
+            post(model, self.after_model),
             pre(language_model, self.before_language_model),
             post(language_model, self.after_language_model),
             pre(layers[0], self.before_first_layer),
@@ -69,26 +69,42 @@ class Engine(Patch):
             return None
         arguments = self.target.model_arguments.bind(args, kwargs)
         caches.count_cache(self.target.model_arguments.cache(arguments))
-        labels = arguments.get("labels")
-        if labels is None or not self.target.adapter.modalities(arguments):
+        if not self.is_recorded(arguments):
             return None
-        return (), arguments | {"labels": self.begin_scoring(labels)}
-
-    @torch.compiler.disable(reason=NOT_COMPILED_REASON)
-    def begin_scoring(self, labels: Tensor) -> Tensor:
-        """Returns a copy of the labels for the model. They are shortened in place once the kept tokens are known."""
-        if torch.is_grad_enabled():
+        labels = arguments.get("labels")
+        if labels is not None and torch.is_grad_enabled():
             raise ValueError(
                 "labels cannot be used with gradients while visual tokens are dropped: score under torch.no_grad(), "
                 "and unpatch the model to train it"
             )
-        labels = labels.clone()
-        state.begin(RunningCall(weakref.ref(self), "model", {}, labels=labels))
+        labels = self.begin_model(None if self.target.aligns else labels, self.aligns(arguments))
+        return None if labels is None else ((), arguments | {"labels": labels})
+
+    def is_recorded(self, arguments: Mapping[str, Any]) -> bool:
+        """Returns whether the hooks need to know of a call of the model while it runs."""
+        needed = arguments.get("labels") is not None or self.aligns(arguments)
+        return needed and bool(self.target.adapter.modalities(arguments))
+
+    def aligns(self, arguments: Mapping[str, Any]) -> bool:
+        """Returns whether a call of the model reads the core model's result at places of the prompt as given: by class,
+        or since the call names more places than the last one."""
+        places = self.target.model_arguments.get("places", arguments)
+        return self.target.aligns or isinstance(places, Tensor) or (places or 0) > 1
+
+    @torch.compiler.disable(reason=NOT_COMPILED_REASON)
+    def begin_model(self, labels: Tensor | None, aligns: bool) -> Tensor | None:
+        """Returns a copy of the labels for the model. They are shortened in place once the kept tokens are known."""
+        labels = None if labels is None else labels.clone()
+        state.begin(RunningCall(weakref.ref(self), "model", {}, labels=labels, aligns=aligns))
         return labels
 
     def after_model(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
-        if not torch.compiler.is_compiling():
-            state.end(self, "model")
+        if not torch.compiler.is_compiling() or self.is_recorded(self.target.model_arguments.bind(args, kwargs)):
+            self.end_model()
+
+    @torch.compiler.disable(reason=NOT_COMPILED_REASON)
+    def end_model(self) -> None:
+        state.end(self, "model")
 
     def before_core(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         if not self.installed:
@@ -109,23 +125,29 @@ class Engine(Patch):
     @torch.compiler.disable(reason=NOT_COMPILED_REASON)
     def begin_call(self, core: nn.Module, inputs: Mapping[str, Any]) -> None:
         state.end(self, "core")
-        scoring = state.current(self, "model")
-        labels, attributes = scoring and scoring.labels, along.attributes(core)
+        whole = state.current(self, "model")
+        labels, attributes = whole and whole.labels, along.attributes(core)
         state.begin(RunningCall(weakref.ref(self), "core", inputs, core=core, labels=labels, attributes=attributes))
 
-    def after_core(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
+    def after_core(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
         compiling = torch.compiler.is_compiling()
         if not compiling:
             self.threads.mask, self.threads.text = None, False
         if not compiling or self.target.adapter.modalities(self.target.core_arguments.bind(args, kwargs)):
-            self.end_call(output is not None)
+            return self.end_call(output)
+        return None
 
     @torch.compiler.disable(reason=NOT_COMPILED_REASON)
-    def end_call(self, succeeded: bool) -> None:
+    def end_call(self, output: Any) -> Any:
+        """Ends the call of the core model. Returns another output in its place, or None."""
         call = state.current(self, "core")
         state.end(self, "core")
-        if succeeded and call is not None:
-            locate.check_all(call)
+        if output is None or call is None:
+            return None
+        locate.check_all(call)
+        whole = state.current(self, "model")
+        aligns = whole is not None and whole.aligns and call.trace is not None
+        return results.aligned(output, call.trace) if aligns else None
 
     # ---- the projector
 
@@ -338,6 +360,6 @@ class Engine(Patch):
         if forward.visual is not None:
             start, length = call.columns - forward.trace.lengths[0], locate.length_of(call.inputs)
             forward.trace.within(start, length, self.target.core_arguments.get("mask", call.inputs))
-            self.latest = self.threads.trace = forward.trace
+            self.latest = self.threads.trace = call.trace = forward.trace
             if forward.labels is not None:
                 forward.trace.shorten_labels(forward.labels)

@@ -8,6 +8,7 @@ import weakref
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from torch import nn
 from transformers import Cache
 
 from . import state
@@ -25,6 +26,7 @@ def check(target: Target, given: Mapping[str, Any]) -> None:
         if unknown:
             target.check_no_images(target.core(), prompts, unknown)
         return
+    check_no_speech(target, given)
     config = given.get("generation_config") or getattr(target.model(), "generation_config", None)
     chunk = given.get("prefill_chunk_size") or getattr(config, "prefill_chunk_size", None)
     if chunk is not None:
@@ -33,6 +35,24 @@ def check(target: Target, given: Mapping[str, Any]) -> None:
     if target.options.adaptive and beams > 1:  # beams of a prompt must have the same tokens, to take turns in a cache
         named = "share=True" if target.options.share else "guard='keep'"
         raise ValueError(f"{named} may give copies of an image other budgets, so not with num_beams={beams}")
+
+
+def check_no_speech(target: Target, given: Mapping[str, Any]) -> None:
+    """Raises ValueError if this generate() runs within that of a larger model that speaks: its talker goes on from the
+    hidden states at the places of the prompt as given, where dropped tokens are missing."""
+    model = target.model()
+    config = given.get("generation_config") or getattr(model, "generation_config", None)
+    if not given.get("output_hidden_states", getattr(config, "output_hidden_states", None)):
+        return
+    frame = sys._getframe()
+    while frame is not None:
+        owner = frame.f_locals.get("self") if frame.f_code.co_name == "generate" else None
+        if isinstance(getattr(owner, "talker", None), nn.Module) and any(part is model for part in owner.modules()):
+            raise ValueError(
+                f"{type(owner).__name__}.generate would make speech from hidden states of {type(model).__name__}, "
+                "whose visual tokens are dropped: call it with return_audio=False, or unpatch the model"
+            )
+        frame = frame.f_back
 
 
 def current(patch: Patch) -> RunningCall | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -60,6 +61,16 @@ class Kept:
         full[trace.origin.to(x.device)[valid]] = x[valid]
         aligned: Tensor = full.unflatten(0, (x.shape[0], given))
         return aligned
+
+
+def aligned(output: Any, trace: Trace) -> Any:
+    """Returns the output of a core model, a tuple or a ModelOutput, with its first tensor, the hidden states, as
+    `Kept.align` puts it back."""
+    rows = Kept(list(trace.lengths), [], trace).align(output[0])
+    if isinstance(output, tuple):
+        return rows, *output[1:]
+    output[next(iter(output))] = rows
+    return output
 
 
 def kept(model: nn.Module) -> Kept | None:

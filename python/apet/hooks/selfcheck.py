@@ -75,7 +75,8 @@ def ensure(model: Any, target: Target) -> None:
         record = _folder() / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.json"
         if unchanged and record.exists():
             return
-        built = _build(type(model), small, target)
+        # A class that does not generate is checked by the class of its type that does: its other parts are the same.
+        built = _build(type(model) if hasattr(model, "generate") else _class(name), small, target)
     except Exception as error:  # shrinking an unknown configuration may raise any kind of error
         message = (
             f"apet has no tiny model of model_type='{name}' to check its hooks with under transformers "
@@ -107,6 +108,14 @@ def _build(cls: type, small: transformers.PretrainedConfig, target: Target) -> n
     model = tiny.build(cls, small, attention if attention in ("eager", "sdpa") else None)
     prompt(model, PROMPTS[0])
     return model
+
+
+def _class(name: str) -> type:
+    """Returns transformers' class for images and text of a `model_type`. Raises ValueError if there is none."""
+    if name not in NAMES:
+        raise ValueError(f"transformers has no class of model_type='{name}' that generates")
+    found: type = getattr(transformers, NAMES[name])
+    return found
 
 
 def classes_of(target: Target) -> set[type]:
@@ -201,8 +210,7 @@ def check_family(name: str) -> Result:
     """Runs the self-check of a family by its `model_type`, in both stages, on transformers' own class. Every error is
     part of the result."""
     try:
-        model = tiny.build(getattr(transformers, NAMES[name]), tiny.config(name))
-        return check(model)
+        return check(tiny.build(_class(name), tiny.config(name)))
     except Exception as error:
         return Result(name, "both", error=f"no tiny model of it can be checked: {type(error).__name__}: {error}")
 

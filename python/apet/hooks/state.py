@@ -149,14 +149,16 @@ class RunningCall:
     """A running call of a patched model."""
 
     engine: weakref.ref[Any]
-    of: str  # its kind: "generate"; "model" with labels; "core" with images or videos
+    of: str  # its kind: "generate"; "model" if it has labels or `aligns`; "core" with images or videos
     inputs: Mapping[str, Any]  # the arguments, by name
     rows: int = 0  # of "generate": the rows of the batch that it was called with
     compressed: bool = False  # of "generate": whether its prefill has dropped tokens
     core: nn.Module | None = None
     labels: Tensor | None = None
+    aligns: bool = False  # of "model": whether the core model's result is put back at the places as given
     attributes: Mapping[int, Tensor] = field(default_factory=dict)  # of the core model's parts when the call began
     forward: Forward | None = None  # of "core": the running prefill of the language model that has the images
+    trace: Trace | None = None  # of "core": what that prefill has kept
     columns: int = 0  # of "core": the columns of the prompt that calls of the language model have had so far
     held: int = 0  # of "core": the tokens in the cache after the last of these calls
 

@@ -44,6 +44,9 @@ class Target:
     rotary: Rotary | None  # for the second stage
     axes: int  # the number of position axes of M-RoPE
     text_row: bool  # whether a row with the positions of the text may precede the axes
+    # Whether the core model's result is put back at the places of the prompt as given in every call: if the model does
+    # not generate, it may be read there, as classifiers and embeddings take the row of a prompt's last token.
+    aligns: bool
     warned: set[str] = field(default_factory=set)  # the options that a warning was given about
 
     @classmethod
@@ -98,6 +101,7 @@ class Target:
             rotary,
             parts.axes(language_model),
             parts.takes_text_row(language_model),
+            not hasattr(model, "generate"),
         )
 
     def warn_nothing_dropped(self, name: str, tokens: VisualTokens, modalities: Iterable[str]) -> None:

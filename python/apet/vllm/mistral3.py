@@ -1,8 +1,7 @@
 """Mistral 3 and Pixtral in the format of transformers in vLLM (`Mistral3ForConditionalGeneration`).
 
 Modifications: those of `compress.Model`; an image is a unit. The tokens that end its rows of patches stay, each between
-the kept tokens of its row and those of the next. Their places are known only after the encoder, so the model itself
-embeds them.
+the kept tokens of its row and those of the next. Their places are known after the encoder only: the model embeds them.
 """
 
 from __future__ import annotations

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..adapter import Adapter, Units, equal_units
+from .tiled import tiles
 
 
 class LlavaOnevision(Adapter):
@@ -34,17 +35,12 @@ class LlavaOnevision(Adapter):
 
 
 def _packed(core: nn.Module, inputs: Mapping[str, Any]) -> list[Tensor]:
-    """Returns 0 for every placeholder of every image, or -1 for a newline: the result of the model's own packing of
-    zeros."""
-    from transformers.models.llava_onevision.modeling_llava_onevision import image_size_to_num_patches
-
-    config, sizes = core.config, inputs["image_sizes"]
-    per_tile = (config.vision_config.image_size // config.vision_config.patch_size) ** 2
-    together = inputs.get("batch_num_images")  # only the image of a prompt with a single one is cut into tiles
-    tiled = [True] * len(sizes) if together is None else [n == 1 for n in together.tolist() for _ in range(n)]
-    pinpoints, side = config.image_grid_pinpoints, config.vision_config.image_size
-    tiles = [image_size_to_num_patches(s, pinpoints, side) if cut else 1 for s, cut in zip(sizes, tiled, strict=True)]
-    zeros = [torch.zeros(n, per_tile, 1) for n in tiles]
-    ratio = inputs.get("vision_aspect_ratio") or config.vision_aspect_ratio
-    packed, _ = core.pack_image_features(zeros, sizes, image_newline=torch.full((1,), -1.0), vision_aspect_ratio=ratio)
-    return [units.view(-1) for units in packed]
+    """Returns 0 for each placeholder of each image, -1 for a newline: the model's own packing of zeros."""
+    vision, counts, together = core.config.vision_config, tiles(core, inputs), inputs.get("batch_num_images")
+    if together is not None:  # only the image of a prompt with a single one is cut into tiles
+        images = [n for n in together.tolist() for _ in range(n)]
+        counts = [count if n == 1 else 1 for count, n in zip(counts, images, strict=True)]
+    zeros = [torch.zeros(n, (vision.image_size // vision.patch_size) ** 2, 1) for n in counts]
+    ratio, line = inputs.get("vision_aspect_ratio") or core.config.vision_aspect_ratio, torch.full((1,), -1.0)
+    found, _ = core.pack_image_features(zeros, inputs["image_sizes"], image_newline=line, vision_aspect_ratio=ratio)
+    return [units.view(-1) for units in found]

@@ -94,7 +94,8 @@ def build(cls: Any, settings: PretrainedConfig, attention: str | None = None, se
                 torch.nn.init.normal_(parameter, std=0.15)
             elif parameter.ndim == 1:
                 parameter.data.add_(0.05 * torch.randn_like(parameter))
-    model.generation_config.eos_token_id = None
-    model.generation_config.pad_token_id = PAD
+    if model.can_generate():  # classifiers do not
+        model.generation_config.eos_token_id = None
+        model.generation_config.pad_token_id = PAD
     model.eval()
     return model
