@@ -21,6 +21,7 @@ import os
 import re
 import shlex
 import shutil
+import site
 import subprocess
 import sys
 import sysconfig
@@ -66,6 +67,7 @@ Install torch first, and build without isolation, which hides it; pip's isolatio
           python -m build --no-isolation
   poetry  poetry run pip {first}
           poetry run pip install --no-build-isolation .
+If torch is installed and pip does not find it, too, the option helps.
 CMAKE_ARGS=-DTORCH_DIR=FOLDER names the folder of a torch package elsewhere."""
 
 
@@ -92,14 +94,17 @@ def missing_tools() -> list[str]:
 def find_torch() -> Path | None:
     """The torch package to build against, found without importing it.
 
-    pip's isolated build hides the environment that is installed into from `sys.path`, but not from `sysconfig`. The
-    isolated builds of uv and others are virtual environments, which do not show where the wheel will be installed.
+    pip's isolated build hides the environment that is installed into from `sys.path`, but not from `sysconfig`, nor the
+    user's own packages from `site`. The isolated builds of uv and others are virtual environments, which do not show
+    where the wheel will be installed.
     """
     named = re.search(r"-DTORCH_DIR=(\S+)", os.environ.get("CMAKE_ARGS", ""))
     spec = importlib.util.find_spec("torch")
     places = [named[1]] if named else [*((spec and spec.submodule_search_locations) or [])]
     if not named:
         places.append(os.path.join(sysconfig.get_path("platlib"), "torch"))
+        if sys.prefix == sys.base_prefix:  # virtual environments have no packages of the user
+            places.append(os.path.join(site.getusersitepackages(), "torch"))
     for torch in map(Path, places):
         if not (torch / "include/torch/csrc/stable/library.h").exists():
             continue

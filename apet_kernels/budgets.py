@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -13,12 +15,24 @@ from .options import Options
 from .ragged import check_lengths, whole
 from .reference import U
 
+F = TypeVar("F", bound=Callable[..., Any])
 LEAST = 4  # an image keeps at least a quarter of what it would keep alone
 STEPS = 16  # picks between two looks at whether more of them can change the result
 LIMIT = 0.2  # of the mean square: docs/vlm.md has what it foretells
 
 
-@torch.no_grad()
+def in_float32(function: F) -> F:
+    """Decorates a function of x so that torch.autocast, which would round products to 16 bits, is off within it."""
+
+    @functools.wraps(function)
+    def run(x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+            return function(x, *args, **kwargs)
+
+    return cast("F", run)
+
+
+@in_float32
 def share(x: Tensor, lengths: Sequence[int], keep: Sequence[int]) -> list[int]:
     """Divides the tokens that the images of a call keep among them, so that images with more to tell keep more.
 
@@ -63,16 +77,17 @@ def share(x: Tensor, lengths: Sequence[int], keep: Sequence[int]) -> list[int]:
         Pivots(torch.stack([images[s] for s in numbers]), numbers)
         for numbers in ([s for s, n in enumerate(lengths) if n == length] for length in dict.fromkeys(lengths))
     ]
-    floors = torch.tensor(least)[:, None]  # [S, 1]
+    floors, upper = (torch.tensor(counts, device="cpu")[:, None] for counts in (least, most))  # [S, 1]
     steps = 0
     while True:
         steps += STEPS
-        values = torch.full((len(keep), min(steps, max(most))), -torch.inf)  # [S, steps]
+        shape = (len(keep), min(steps, max(most)))  # [S, steps]
+        values = torch.full(shape, -torch.inf, dtype=torch.float32, device="cpu")
         for group in groups:
             wanted = min(steps, max(most[s] for s in group.numbers))
             values[group.numbers, :wanted] = group.first(wanted).cpu()
-        step = torch.arange(values.shape[1])
-        values.masked_fill_(step >= torch.tensor(most)[:, None], -torch.inf).masked_fill_(step < floors, torch.inf)
+        step = torch.arange(values.shape[1], device="cpu")
+        values.masked_fill_(step >= upper, -torch.inf).masked_fill_(step < floors, torch.inf)
         taken = values.flatten().sort(descending=True, stable=True)
         enough = steps >= max(least) and values.numel() >= sum(keep)
         if enough:  # unless one of the next pivots, none of which is larger than the last ones, may be taken
@@ -82,7 +97,7 @@ def share(x: Tensor, lengths: Sequence[int], keep: Sequence[int]) -> list[int]:
             return torch.bincount(image, minlength=len(keep)).tolist()
 
 
-@torch.no_grad()
+@in_float32
 def needed(x: Tensor, lengths: Sequence[int], keep: Sequence[int], limit: float = LIMIT) -> list[int]:
     """Returns how many tokens each image has to keep so that none of the others is far from what is kept.
 

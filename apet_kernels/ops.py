@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from .options import LAYOUTS as LAYOUTS  # three names that users of 0.1 import from here
 from .options import MAX_BASIS as MAX_BASIS
@@ -57,11 +58,16 @@ REGISTRY = registry(__version__, __file__, (*SCHEMAS, *CUDA_SCHEMAS) if torch.ve
 
 
 def check_grad(*tensors: Tensor | None) -> None:
-    """Raises ValueError for a tensor that requires grad, in grad mode: a detached result would train nothing."""
+    """Raises ValueError for a tensor that requires grad, in grad mode, or that has a tangent (in forward-mode
+    differentiation): a detached result would train nothing, and its tangent would be taken for 0."""
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
         raise ValueError(
             "an input requires grad, but apet ops have no derivative; call them under torch.no_grad(), or on x.detach()"
         )
+    if forward_ad._current_level >= 0 and any(
+        t is not None and forward_ad.unpack_dual(t).tangent is not None for t in tensors
+    ):
+        raise ValueError("an input has a tangent, but apet ops have no derivative; call them on the primal of x")
 
 
 def check_tokens(x: Tensor, dims: int) -> None:

@@ -109,7 +109,8 @@ apet_problem problem_of(apet_op op, const Tensor& x, bool ragged) {
   p.dim = x.size(n + 1);
   p.stride_xb = ragged ? 0 : x.stride(0);
   p.stride_xn = x.stride(n);
-  p.stride_xd = x.stride(n + 1);
+  // An empty tensor of any strides counts as contiguous.
+  p.stride_xd = p.tokens == 0 || p.dim == 0 || (!ragged && p.images == 0) ? 1 : x.stride(n + 1);
   p.blend = 1;
   return p;
 }

@@ -136,3 +136,20 @@ def test_wrong_arguments():
     ):
         assert words in error_of(apet_kernels.share, args, {})
         assert words in error_of(apet_kernels.needed, args, {})
+
+
+@pytest.mark.parametrize("function", [apet_kernels.share, apet_kernels.needed])
+def test_torchs_settings_do_not_matter(function):
+    """Neither torch.autocast, which rounds products to 16 bits, nor the default dtype."""
+    lengths, keep = [40, 60, 40], [9, 8, 7]
+    x = 200 * (12 + images(lengths, torch.float32))  # a direction that all share
+    expected = function(x, lengths, keep)
+    for dtype in (torch.bfloat16, torch.float16):
+        with torch.autocast("cpu", dtype):
+            assert function(x, lengths, keep) == expected
+        before = torch.get_default_dtype()
+        torch.set_default_dtype(dtype)
+        try:
+            assert function(x, lengths, keep) == expected
+        finally:
+            torch.set_default_dtype(before)

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from apet import encoders, outcome, pictures
+from apet import ApetError, encoders, outcome, pictures
 from apet.cli import output
+from apet.cli.compress import Source
 from PIL import Image
 
 import apet_kernels
@@ -75,6 +78,20 @@ def test_kinds_of_picture(tmp_path: Path, ending: str) -> None:
     out = tmp_path / f"picture.{ending}"
     said("compress", CHELSEA, *SMALL, "--keep", 12, "--out", out)
     assert out.stat().st_size > 10_000
+
+
+def test_photos_of_files_are_not_held(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All are read before any is compressed; a hundred of them would not fit into memory."""
+    path = tmp_path / "a.png"
+    Image.new("RGB", (40, 30)).save(path)
+    kept = Source.of(str(path), 8)
+    assert kept.held is None
+    assert kept.item().size == kept.size == (40, 30)
+    Image.new("RGB", (31, 17)).save(path)
+    with pytest.raises(ApetError, match=r"a\.png has changed: it has \(31, 17\) pixels now"):
+        kept.item()
+    monkeypatch.setattr(sys, "stdin", SimpleNamespace(isatty=lambda: False, buffer=path.open("rb")))
+    assert Source.of("-", 8).item().size == (31, 17)
 
 
 def test_several_photos_go_to_a_folder(tmp_path: Path) -> None:

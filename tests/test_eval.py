@@ -171,7 +171,18 @@ def test_a_run_without_answers_binds_no_other(tmp_path: Path) -> None:
         ("Yes, it is!", "yes it is"),
         ("3.5", "3.5"),
         ("(red) / blue", "red / blue"),
-        ("?", ""),
+        ("?", "?"),
+        ("**Yes**", "yes"),
+        ("[B]", "b"),
+        ("`B`.", "b"),
+        ("yes \u2013 no", "yes no"),
+        ("“Yes”", "yes"),
+        ("是。", "是"),
+        ("cafe\u0301", "café"),
+        ("Straße", "strasse"),
+        ("50%", "50%"),
+        ("-5", "-5"),
+        ("C#", "c#"),
     ],
 )
 def test_words(text: str, normal: str) -> None:
@@ -195,7 +206,7 @@ def test_summary_and_failures() -> None:
     records["0", "keep=9"] |= {"visual tokens": 9.0, "prefill": 0.01}
     records["4", "keep=9"] = {"id": "4", "variant": "keep=9", "failed": "line 5: no"}
     result = summary.summarise(asked, variants, records)
-    assert (result.failed, result.asked) == (["line 5: no"], 5)
+    assert (result.failed, result.asked, result.answered) == (["line 5: no"], 5, 4)
     plain, compressed = result.rows
     assert (plain.questions, plain.exact, plain.contains, plain.agreement) == (4, 1 / 4, 2 / 4, 1)
     assert (compressed.questions, compressed.exact, compressed.contains, compressed.agreement) == (

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+import apet_kernels
 from apet_kernels.options import LAYOUTS
 from tests.data import DTYPES, tokens
 from tests.judge import assert_same, check
@@ -201,6 +202,24 @@ def test_a_processor_that_flushes_subnormals(backend, dtype):
         assert_same(backend.merge(x, kept), expected)
     finally:
         torch.set_flush_denormal(False)
+
+
+def test_threads_that_flush_subnormals():
+    """Only the calling thread does; the chunks that it takes must have the same bits as those of others."""
+    x = tokens(4, 1024, 64, seed=4)
+    x[..., 5] = 1e-40
+    with apet_kernels.use_backend("cpu"):
+        expected = apet_kernels.compress(x, 64)
+        assert (expected.tokens[..., 5] > 0).all()
+        torch.set_flush_denormal(True)
+        try:
+            found = [apet_kernels.compress(x, 64) for _ in range(5)]
+            assert float(torch.tensor(1e-40) * torch.ones(1)) == 0  # the caller's setting is as it was
+        finally:
+            torch.set_flush_denormal(False)
+    for one in found:
+        assert_same(one.tokens, expected.tokens)
+        assert_same(one.indices, expected.indices)
 
 
 def test_an_image_that_keeps_nothing(backend):

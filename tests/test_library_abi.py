@@ -138,6 +138,28 @@ def test_ragged_images_can_only_be_compressed(op: str):
     assert text.value.decode() == f"ragged images need op=compress, got op={op.lower()}"
 
 
+def test_bounds_of_ragged_images_that_none_can_reach():
+    """A caller may give "no limit": the workspace is laid out for what is possible."""
+    copy, x = installed(), tokens(30, 8)
+    offsets = (torch.tensor(o, dtype=torch.int32) for o in ([0, 10, 30], [0, 4, 9]))
+    case = simt_call.compress_varlen_case(x, *offsets, 9, 20, 5, select="qr")
+    tensors = abi.Tensors(**{name: t.data_ptr() for name, t in (case.inputs | case.outputs).items()})
+    room = torch.empty(1 << 20, dtype=torch.uint8)
+    workspace = ctypes.c_void_p((room.data_ptr() + 63) // 64 * 64)
+    found = []
+    for bounds in ({}, {"keep": 1 << 62}, {"keep": (1 << 63) - 1, "tokens": (1 << 31) - 1}):
+        for name, value in bounds.items():
+            setattr(case.problem, name, value)
+        size = copy.plan(case.problem).workspace_bytes
+        assert size <= 1 << 16
+        arguments = (ctypes.byref(case.problem), ctypes.byref(tensors), None, workspace, ctypes.c_size_t(size))
+        assert copy.library.apet_cpu_run(*arguments) == 0
+        found.append([t.clone() for t in case.outputs.values()])
+    for other in found[1:]:
+        for got, wanted in zip(other, found[0], strict=True):
+            assert_same(got, wanted)
+
+
 class Pool(ctypes.Structure):
     """The struct apet_pool for ctypes."""
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd import forward_ad
 
 import apet_kernels
 from apet_kernels import testing
@@ -183,6 +184,31 @@ def test_errors_of_lists(lengths, keeps, options, words):
 def test_errors_of_offsets(offsets, words):
     with pytest.raises(ValueError, match=words):
         apet_kernels.compress_varlen(x3(20, 7), *offsets)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_an_input_with_a_tangent_raises(name):
+    """torch takes a missing tangent of a result for 0."""
+    op, args, options = calls()[name]
+    python = getattr(apet_kernels, name.split()[0])
+    with forward_ad.dual_level():
+        dual = (forward_ad.make_dual(args[0], torch.ones_like(args[0])), *args[1:])
+        assert "has a tangent" in error_of(op, dual, options)
+        assert "has a tangent" in error_of(python, dual, options)
+        op(*args, **options)
+
+    def first(x):
+        found = op(x, *args[1:], **options)
+        return found if isinstance(found, torch.Tensor) else found[0]
+
+    with pytest.raises((RuntimeError, ValueError), match="has a tangent"):
+        torch.func.jvp(first, (args[0],), (torch.ones_like(args[0]),))
+
+
+def test_empty_tensors_of_any_strides():
+    x = torch.empty(0, 7, 20).transpose(1, 2)
+    tokens, indices = apet_kernels.compress(x, 4)
+    assert (tokens.shape, indices.shape) == ((0, 4, 7), (0, 4))
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -48,6 +48,16 @@ void read_extents(const Call& call, Extent* extents) {
   zero_unfilled_rows(p.total_keep + p.images * appended_rows);
 }
 
+// Lowers bounds of ragged images that none of them can reach, as "no limit" is given by callers: the workspace is laid
+// out for them.
+apet_problem bounded(apet_problem p) {
+  if (p.ragged) {
+    p.tokens = std::min(p.tokens, p.total_tokens);
+    p.keep = std::min({p.keep, p.total_keep, p.tokens});
+  }
+  return p;
+}
+
 size_t workspace_bytes(const apet_problem& p, const Kernels& kernels, const Split& s) {
   const apet_tensors none = {};
   Call call{p, none, kernels, nullptr, s.threads};
@@ -60,13 +70,36 @@ size_t workspace_bytes(const apet_problem& p, const Kernels& kernels, const Spli
   return arena.used();
 }
 
+// How the processor rounds, and whether it takes numbers below the smallest normal one for 0. Threads of a pool may have
+// other settings than the caller, and no bit must depend on which thread takes a chunk.
+#if defined(__x86_64__)
+constexpr uint64_t kDefaultRounding = 0x1f80;  // to the nearest; keeps small numbers; no exceptions
+uint64_t rounding() { return __builtin_ia32_stmxcsr(); }
+void set_rounding(uint64_t value) { __builtin_ia32_ldmxcsr((unsigned)value); }
+#elif defined(__aarch64__)
+constexpr uint64_t kDefaultRounding = 0;
+uint64_t rounding() {
+  uint64_t value;
+  asm volatile("mrs %0, fpcr" : "=r"(value));
+  return value;
+}
+void set_rounding(uint64_t value) { asm volatile("msr fpcr, %0" : : "r"(value)); }
+#else
+constexpr uint64_t kDefaultRounding = 0;
+uint64_t rounding() { return kDefaultRounding; }
+void set_rounding(uint64_t) {}
+#endif
+
 struct Region {
   Team<Walk>* teams;
   int threads;
 };
 void work(void* context, int64_t begin, int64_t end) {
   const Region& region = *static_cast<const Region*>(context);
+  const uint64_t before = rounding();
+  set_rounding(kDefaultRounding);
   for (int64_t i = begin; i < end; i++) region.teams[i / region.threads].work((int)(i % region.threads));
+  set_rounding(before);
 }
 
 }  // namespace
@@ -79,9 +112,10 @@ apet_status apet_cpu_plan(const apet_problem* problem, int32_t threads, apet_cpu
   if (!plan) return APET_NULL_POINTER;
   const apet_status status = apet_check(problem);
   if (status != APET_OK) return status;
-  const Split s = split(*problem, threads);
+  const apet_problem p = bounded(*problem);
+  const Split s = split(p, threads);
   const apet_isa isa = isa_in_use();
-  const size_t bytes = workspace_bytes(*problem, *kernels_for(problem->dtype, isa), s);
+  const size_t bytes = workspace_bytes(p, *kernels_for(p.dtype, isa), s);
   *plan = {isa, s.teams, s.threads, bytes, {s.serial_ns, s.planned_ns}};
   return APET_OK;
 }
@@ -91,7 +125,7 @@ apet_status apet_cpu_run(const apet_problem* problem, const apet_tensors* tensor
   const apet_status status = apet_check(problem);
   if (status != APET_OK) return status;
   if (!tensors || (pool && !pool->run)) return APET_NULL_POINTER;
-  const apet_problem& p = *problem;
+  const apet_problem p = bounded(*problem);
   if (missing_pointer(p, *tensors)) return APET_NULL_POINTER;
   if (p.op == APET_SCORE ? p.images == 0 : all_rows(p) == 0) return APET_OK;
   const Kernels& kernels = *kernels_for(p.dtype, isa_in_use());

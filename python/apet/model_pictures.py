@@ -19,7 +19,7 @@ from apet.calls import RecordedCall, Recorder
 from apet.hooks import kept
 from apet.hooks.engine import Engine
 from apet.hooks.units import VisualTokens
-from apet.model_report import GREEDY, engine_of
+from apet.model_report import GREEDY, engine_of, generating
 from apet.pictures import PATCH, Panel, clip_figure, photo_figure
 
 FIRST = "after the encoder"
@@ -39,8 +39,9 @@ def picture(model: nn.Module, inputs: Mapping[str, Any], processor: Any, visual:
         A figure with a column for each tile or frame and each stage; `figure.savefig("picture.png")` writes it.
 
     Raises:
-        ValueError: the model is not patched, there is no such image, none of its tokens was dropped, or the positions
-            of its tokens in the image are not known (models that crop or scale projected features).
+        ValueError: the model is not patched or does not generate, the inputs hold a cache, there is no such image, none
+            of its tokens was dropped, or the positions of its tokens in the image are not known (models that crop or
+            scale projected features).
 
     Example:
         >>> apet.patch(model, keep=64)
@@ -65,7 +66,7 @@ def picture(model: nn.Module, inputs: Mapping[str, Any], processor: Any, visual:
 def panels(model: nn.Module, inputs: Mapping[str, Any], processor: Any, visual: int = 0) -> list[Panel]:
     """Returns the panels that `picture` draws, one for every tile or frame that lost tokens, stage after stage.
     Arguments and errors are those of `picture`."""
-    engine = engine_of(model)
+    engine = generating(model, inputs)
     calls, projected = _prefill(engine, inputs)
     visuals = _visuals(engine)
     if not 0 <= visual < len(visuals):
@@ -197,6 +198,10 @@ def _tiles(
         pixels = inputs["pixel_values_images"]  # Video-LLaVA's in transformers 4
     pixels = pixels.float().cpu()
     mine = units[visual]
+    unknown = ValueError(
+        f"the places of the {len(mine)} tokens of {modality} {visual} of a {engine.model.config.model_type} model in "
+        "its pixels are not known, so they cannot be drawn"
+    )
     grids = inputs.get(f"{modality}_grid_thw")
     if grids is not None:
         steps, high, wide = grids[number].tolist()
@@ -209,16 +214,17 @@ def _tiles(
         tokens = int((mine == mine.max()).sum()) if per_tile is None else per_tile
         side = math.isqrt(tokens)
         if side * side != tokens or (per_tile is None and "image_sizes" in inputs and modality == "image"):
-            raise ValueError(
-                f"the places of the {len(mine)} tokens of {modality} {visual} of a {engine.model.config.model_type} "
-                "model in its pixels are not known, so they cannot be drawn"
-            )
+            raise unknown
         grid = (side, side)
-        if pixels.dim() == 5:
+        ends = torch.tensor([0, *(int(u.max()) + 1 for u in of_kind)]).cumsum(0)
+        if pixels.dim() == 5 and len(pixels) == len(of_kind):
             views = pixels[number]
-        else:  # tiles of all images, one after another
-            ends = torch.tensor([0, *(int(u.max()) + 1 for u in of_kind)]).cumsum(0)
+        elif pixels.dim() == 4 and len(pixels) == int(ends[-1]):  # tiles of all images, one after another
             views = pixels[ends[number] : ends[number + 1]]
+        else:
+            raise unknown
+        if views.dim() != 4 or views.shape[1] != 3:  # patches, or tiles that are images by themselves
+            raise unknown
     return [(_photo(view, grid, processor), grid) for view in views]
 
 

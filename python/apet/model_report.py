@@ -17,12 +17,14 @@ from rich.table import Table
 from rich.text import Text
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
+from transformers import Cache
 from transformers.generation.streamers import BaseStreamer
 
 import apet_kernels  # noqa: F401, registers the op
 from apet.calls import Recorder
-from apet.hooks import Options
+from apet.hooks import Options, caches
 from apet.hooks.engine import Engine
+from apet.hooks.patching import drop_compiled
 from apet.hooks.results import ENGINE
 from apet.hooks.target import plain
 
@@ -37,7 +39,7 @@ class Prefill:
     vision_flops: int  # vision encoder and projector
     language_flops: int  # decoder and its head
     compression_flops: int  # the op
-    cache_bytes: int  # keys and values
+    cache_bytes: int  # keys and values, and recurrent states
 
     @property
     def flops(self) -> int:
@@ -114,17 +116,15 @@ def report(model: nn.Module, inputs: Mapping[str, Any], *, max_new_tokens: int =
         The measurements with and without compression; they print as a table.
 
     Raises:
-        ValueError: the model is not patched, or the inputs hold nothing to compress or a cache.
+        ValueError: the model is not patched or does not generate, or the inputs hold nothing to compress or a cache.
 
     Example:
         >>> apet.patch(model, keep=64)
         >>> print(apet.report(model, inputs))
     """
-    engine = engine_of(model)
+    engine = generating(model, inputs)
     if not engine.adapter.modalities(inputs):
         raise ValueError(f"inputs contain no image or video, only {', '.join(inputs)}: there is nothing to compress")
-    if inputs.get("past_key_values") is not None:
-        raise ValueError("inputs contain past_key_values, which the first measurement would change; leave them out")
     for name, value in (("max_new_tokens", max_new_tokens), ("rounds", rounds)):
         if value < 1:
             raise ValueError(f"{name}={value} is less than 1")
@@ -163,14 +163,28 @@ def engine_of(model: nn.Module) -> Engine:
     return engine
 
 
+def generating(model: nn.Module, inputs: Mapping[str, Any]) -> Engine:
+    """Returns the engine of a patched model that will generate from these inputs. Raises ValueError if the model is not
+    patched or does not generate, or for a cache, which would be changed."""
+    engine = engine_of(model)
+    if not hasattr(engine.model, "generate"):
+        raise ValueError(f"{type(engine.model).__name__} has no generate(), by which this is measured")
+    for name, value in inputs.items():
+        if isinstance(value, Cache):
+            raise ValueError(f"inputs contain {name}, a cache, which this would change; leave it out")
+    return engine
+
+
 @contextmanager
 def unpatched(engine: Engine) -> Iterator[None]:
     """Removes the patch for the length of a with block."""
     engine.remove()
+    drop_compiled()
     try:
         yield
     finally:
         engine.install()
+        drop_compiled()
 
 
 def count_prefill(engine: Engine, inputs: Mapping[str, Any]) -> Prefill:
@@ -181,14 +195,22 @@ def count_prefill(engine: Engine, inputs: Mapping[str, Any]) -> Prefill:
     seen = engine.language_model.register_forward_pre_hook(lambda *_: at_decoder.append(counter.get_total_flops()))
     with seen, _torch_attention(engine.model), Recorder() as recorder, counter:
         out = engine.model.generate(**inputs, **GREEDY, max_new_tokens=1, return_dict_in_generate=True)
-    layers = out.past_key_values.layers
+    cache = next(value for value in out.values() if isinstance(value, Cache))
     return Prefill(
-        lengths=[int(out.past_key_values.get_seq_length(i)) for i in range(len(layers))],
+        lengths=caches.lengths(cache, engine.options.llm_layer),
         vision_flops=at_decoder[0],
         language_flops=counter.get_total_flops() - at_decoder[0],
         compression_flops=sum(call.flops for call in recorder.calls),
-        cache_bytes=sum(layer.keys.nbytes + layer.values.nbytes for layer in layers),
+        cache_bytes=sum(_bytes(layer) for layer in cache.layers),
     )
+
+
+def _bytes(layer: Any) -> int:
+    """Returns the bytes of keys and values in the cache of a layer, and of its recurrent states."""
+    held = [getattr(layer, name, None) for name in ("keys", "values")]
+    for name in ("conv_states", "recurrent_states"):
+        held += (getattr(layer, name, None) or {}).values()
+    return sum(x.nbytes for x in held if isinstance(x, torch.Tensor))
 
 
 def clock(model: nn.Module, inputs: Mapping[str, Any], new_tokens: int) -> tuple[float, float]:

@@ -3,8 +3,10 @@ question."""
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from apet import ApetError
@@ -32,7 +34,7 @@ def load(name: str, trials: Sequence[Mapping[str, Any]], dtype: str, device: str
 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    where = _device(device)
+    where = device_of(device)
     config, local = load_config(name)
     kind = model_class(name, config)
     try:
@@ -81,6 +83,9 @@ def question(
         else:
             text = "".join(getattr(processor, f"{kind}_token") + "\n" for kind in kinds) + prompt
         given: dict[str, Any] = {"images": list(images)} if images else {}
+        first = getattr(processor.tokenizer, "bos_token", None)
+        if first and text.startswith(first):  # the template has written it, and the tokenizer may add another one
+            given["add_special_tokens"] = False
         if clip is not None:
             # Otherwise some processors select from these frames again, at times that they assume.
             given |= {
@@ -161,7 +166,29 @@ def answer(model: nn.Module, processor: Any, inputs: Mapping[str, Any], max_new_
     return processor.tokenizer.decode(tokens[inputs["input_ids"].shape[1] :], skip_special_tokens=True)
 
 
-def _device(name: str | None) -> Any:
+def digest(name: str) -> str:
+    """Returns a digest of the names, sizes and times of change of a model's files; "" for a model of the hub, whose
+    files do not change while they are on this machine."""
+    folder = Path(name)
+    if not folder.is_dir():
+        return ""
+    files = sorted(
+        (str(path.relative_to(folder)), path.stat().st_size, path.stat().st_mtime_ns)
+        for path in folder.rglob("*")
+        if path.is_file()
+    )
+    return hashlib.sha256(repr(files).encode()).hexdigest()
+
+
+def describe_device(name: str | None) -> str:
+    """Returns the kind of the device of that name, as in `load`."""
+    import torch
+
+    device = device_of(name)
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else str(device.type)
+
+
+def device_of(name: str | None) -> Any:
     """Returns the device of that name; None: an accelerator, if there is one. Raises: ApetError, if it is not
     available."""
     import torch

@@ -175,14 +175,39 @@ def test_second_turn_in_a_static_cache(family: Family, stage: str) -> None:
     torch.testing.assert_close(torch.stack(second.logits, 1)[0], want, rtol=0, atol=TOLERANCE)
 
 
+@pytest.mark.parametrize("static", [False, True], ids=["grows", "static"])
+@pytest.mark.parametrize("leave", [10, -3], ids=["into the image", "to the text before it"])
 @pytest.mark.parametrize("stage", ["first", "both"])
-def test_cache_cropped_into_an_image(family: Family, stage: str) -> None:
+def test_cache_cropped_into_an_image(family: Family, stage: str, leave: int, static: bool) -> None:
+    """Counted as given, a crop into the images leaves another number of tokens, or none, of those that are held."""
+    if static and CROPS_TO_LENGTH:
+        pytest.skip("a cache of fixed size cannot be cropped in this version")
     model, row = shared(family.name), conversation(family, 3, "image", 5)
+    leave %= len(row.ids)
+    more: dict[str, Any] = {"use_cache": True}
+    if static:
+        config = model.config.get_text_config()
+        more["past_key_values"] = transformers.StaticCache(config=config, max_cache_len=400)
     with apet.patched(model, **STAGES[stage]):
-        out = model(**collate(family, [row]), use_cache=True)
-        out.past_key_values.crop(len(row.ids) - 10 if CROPS_TO_LENGTH else -10)
+        cache = model(**collate(family, [row]), **more).past_key_values
+        held = int(cache.get_seq_length())
         with pytest.raises(ValueError, match="cropped"):
-            go_on(model, torch.tensor([[44, 55]]), out, len(row.ids) - 10)
+            cache.crop(len(row.ids) - leave if CROPS_TO_LENGTH else -leave)
+        assert int(cache.get_seq_length()) == held
+
+
+@pytest.mark.parametrize("masked", [False, True], ids=["no mask", "mask"])
+def test_tokens_after_a_prompt_counted_by_the_cache(family: Family, masked: bool) -> None:
+    """The cache holds fewer tokens than were given, so a loop that counts by it gives placeholders again."""
+    model, row = shared(family.name), conversation(family, 3, "image", 5)
+    ids = torch.tensor([[*row.ids, 61, 62, 63]])
+    with apet.patched(model, **FIRST):
+        out = model(**collate(family, [row]), use_cache=True)
+        past = int(out.past_key_values.get_seq_length())
+        more: dict[str, Any] = {"past_key_values": out.past_key_values, "use_cache": True}
+        more |= {"attention_mask": torch.ones_like(ids)} if masked else {}
+        with pytest.raises(ValueError, match="given"):
+            model(input_ids=ids[:, past:], **more)
 
 
 @pytest.mark.parametrize("stage", STAGES)

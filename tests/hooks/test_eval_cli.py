@@ -226,6 +226,22 @@ def test_what_does_not_fit_the_folder(llava: Path, data: Path, tmp_path: Path) -
         assert message in failed("eval", *words, "--max-new-tokens", NEW)
 
 
+def test_what_has_changed_since(llava: Path, data: Path, tmp_path: Path) -> None:
+    """Answers of other weights, or about another image, are not put beside new ones."""
+    folder, out = shutil.copytree(llava, tmp_path / "model"), tmp_path / "out.jsonl"
+    write(data, [entry(0), entry(1)])
+    words = ("--model", folder, "--data", data, "--out", out, "--max-new-tokens", NEW)
+    said("eval", *words, "--keep", 12)
+    shutil.copy(data / PHOTOS[2], data / PHOTOS[1])
+    assert re.search(rf"line 2: .*{PHOTOS[1]} has changed since .*: give another --out", failed("eval", *words))
+    write(data, [entry(0)])
+    out.unlink()
+    said("eval", *words, "--keep", 12)
+    (weights,) = folder.glob("*.safetensors")
+    os.utime(weights, ns=(1, 1))
+    assert f"{out} was made with weights=" in failed("eval", *words, "--keep", 12)
+
+
 def test_file_in_use_or_not_to_be_written(llava: Path, data: Path, tmp_path: Path) -> None:
     words = ("--model", llava, "--data", data, "--out", tmp_path / "out.jsonl")
     with Answers(tmp_path / "out.jsonl", {}):
@@ -267,13 +283,16 @@ def test_bad_images_lose_nothing_else(llava: Path, data: Path, tmp_path: Path) -
     assert len([r for r in records(tmp_path / "out.jsonl") if "failed" in r]) == 2 * (4 + 1)
 
 
-def test_no_memory_for_one_question(llava: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("kind", [torch.OutOfMemoryError, RuntimeError])  # of a GPU; of the CPU
+def test_no_memory_for_one_question(
+    kind: type[Exception], llava: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     write(data, [entry(i) for i in range(3)])
     asked, calls = run._answer, iter(range(99))
 
     def once(*arguments: object) -> dict:
         if next(calls) == 2:  # of question 1, uncompressed
-            raise torch.OutOfMemoryError("out of memory: tried to allocate 9 GiB\nadvice")
+            raise kind("out of memory: tried to allocate 9 GiB\nadvice")
         return asked(*arguments)
 
     monkeypatch.setattr(run, "_answer", once)

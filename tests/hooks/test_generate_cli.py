@@ -11,7 +11,7 @@ import huggingface_hub.errors
 import pytest
 import torch
 import transformers
-from apet import hub
+from apet import hub, models
 from families import FAMILIES, build
 from PIL import Image
 from processors import Processor, answer, llava_folder
@@ -89,6 +89,32 @@ def test_chat_template(llava: Path, photos: list[Path], tmp_path: Path) -> None:
     processor.save_pretrained(folder)
     text = generated("--model", folder, "--image", photos[0], "--prompt", "w3", "--keep", 9)
     assert text.splitlines()[0] == answer(folder, photos[:1], "w9 <image> w3 w8", NEW, keep=9)
+
+
+def test_a_template_that_writes_the_first_token(llava: Path, photos: list[Path]) -> None:
+    """Then the tokenizer must not add it again."""
+    from tokenizers.processors import TemplateProcessing
+
+    model, processor = models.load(str(llava), [{"keep": 9}], "auto", "cpu")
+    processor.tokenizer.bos_token = "<s>"
+    processor.tokenizer._tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    picture = Image.open(photos[0]).convert("RGB")
+    plain = models.question(model, processor, "w3", [picture])["input_ids"][0].tolist()
+    processor.chat_template = "{{ bos_token }} <image> {{ messages[0].content[-1].text }} w8"
+    formatted = models.question(model, processor, "w3", [picture])["input_ids"][0].tolist()
+    assert plain.count(1) == formatted.count(1) == 1
+    assert (plain[0], formatted[0], formatted[-2:]) == (1, 1, [3, 8])
+
+
+def test_an_answer_is_not_lost_with_its_picture(llava: Path, photos: list[Path], tmp_path: Path) -> None:
+    words = ("--model", llava, "--image", photos[0], "--prompt", "w3", "--max-new-tokens", NEW)
+    # This drops nothing of 36 tokens, so there is nothing to draw.
+    result = invoke("generate", *words, "--out", tmp_path / "p.png", "--keep", 64, "--json")
+    assert result.exit_code == 2
+    assert "nothing to draw" in result.stderr
+    found = json.loads(result.stdout)
+    assert found["answer"] == answer(llava, photos[:1], "<image>\nw3", NEW)
+    assert found["pictures"] == []
 
 
 def test_keep_is_64_unless_something_is_said(llava: Path, photos: list[Path]) -> None:

@@ -169,7 +169,7 @@ def test_speech() -> None:
 
 def places(width: int) -> dict[str, Any]:
     """Returns values of `logits_to_keep` for the batch of `PARTS` with this width."""
-    found = {"several": 6, "places": torch.tensor([0, 2, width // 2, width - 1])}
+    found = {"last": 1, "several": 6, "places": torch.tensor([0, 2, width // 2, width - 1])}
     if not OLD:  # transformers 4 takes no more
         mask = torch.zeros(len(PARTS), width, dtype=torch.bool)
         mask[0, 1], mask[1, width - 3 :], mask[2, 0] = True, True, True
@@ -190,7 +190,7 @@ def sliced(rows: Tensor, chosen: Any) -> Tensor:
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("options", OPTIONS, ids=["first", "both"])
 def test_logits_of_places(options: dict[str, Any], side: str, compiled: bool) -> None:
-    """`logits_to_keep` counts in the prompt as given; as 1, as generate() gives it, in the sequence that is left."""
+    """`logits_to_keep` counts in the prompt as given."""
     model = tiny.build(transformers.LlavaForConditionalGeneration, tiny.config("llava"))
     batch = padded([prompt(model, parts, seed) for seed, parts in enumerate(PARTS)], side)
     with apet.patched(model, **options):
@@ -202,9 +202,58 @@ def test_logits_of_places(options: dict[str, Any], side: str, compiled: bool) ->
             found = call(**batch, logits_to_keep=chosen).logits
             torch.testing.assert_close(found, sliced(aligned, chosen), equal_nan=True)
             assert state._CALLS.get() == ()
-        torch.testing.assert_close(call(**batch, logits_to_keep=1).logits, logits[:, -1:])
         labels = torch.full_like(batch["input_ids"], -100)
         labels[:, -1 if side == "left" else 1] = 5
         assert call(**batch, labels=labels).loss.isfinite()
         assert state._CALLS.get() == ()
         torch.testing.assert_close(call(**batch).logits, logits)
+
+
+def test_core_model_of_a_model_that_generates() -> None:
+    """Called without its head, it gives the states of all layers after the last stage at their places."""
+    model = tiny.build(transformers.LlavaForConditionalGeneration, tiny.config("llava"))
+    batch = padded([prompt(model, parts, seed) for seed, parts in enumerate(PARTS)], "right")
+    for options in OPTIONS:
+        with apet.patched(model, **options):
+            short = model(**batch, output_hidden_states=True)
+            kept = apet.kept(model)
+            found = model.model(**batch, output_hidden_states=True)
+            torch.testing.assert_close(model.lm_head(found.last_hidden_state), kept.align(short.logits), equal_nan=True)
+            for one, whole in zip(short.hidden_states, found.hidden_states, strict=True):
+                if one.shape[1] == kept.lengths[-1]:
+                    torch.testing.assert_close(whole, kept.align(one), equal_nan=True)
+                else:
+                    torch.testing.assert_close(whole, one)
+
+
+@needs_5
+@pytest.mark.parametrize("name", ["gemma4", "gemma3"])
+def test_last_logits(name: str) -> None:
+    """Gemma 4 computes the last logits only if its decoder's rows are as many as the tokens that it was given."""
+    config = tiny.config(name)
+    config.get_text_config().num_kv_shared_layers = 0
+    model = tiny.build(getattr(transformers, NAMES[name]), config)
+    row = prompt(model, (3, "image", 5))
+    with apet.patched(model, keep=0.4, basis=4):
+        whole = model(**row).logits
+        for last in (1, 4):
+            found = model(**row, logits_to_keep=last).logits
+            assert found.shape[1] == last
+            torch.testing.assert_close(found, whole[:, -last:])
+
+
+def test_appended_rows_are_at_the_places_of_their_tokens() -> None:
+    """With layout="append" rows are moved to the first places of their unit, not to those of their tokens."""
+    model = tiny.build(transformers.LlavaOnevisionForConditionalGeneration, tiny.config("llava_onevision"))
+    row = prompt(model, (3, "image", 5))
+    options = {"keep": 3, "basis": 2, "select": "fps", "layout": "append"}
+    with apet.patched(model, **options):
+        states = model(**row, output_hidden_states=True).hidden_states[0]
+        kept = apet.kept(model)
+        aligned = kept.align(states)
+    places = (row["input_ids"][0] == tiny.IMAGE).nonzero().flatten()
+    remaining = places[kept.visuals[0].remaining[-1]]
+    assert not aligned[0, remaining].isnan().any()
+    assert (aligned[0, remaining].abs().sum(-1) > 0).all()
+    gone = places[~torch.isin(places, remaining)]
+    assert aligned[0, gone].isnan().all()

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from apet import calls
 from conversations import Sample, collate
-from families import FAMILIES, IMAGE, VIDEO, Family, reader, shared, twin
+from families import FAMILIES, IMAGE, UNSAID, VIDEO, Family, reader, shared, twin
 from recompute import units
 from running import conversation, conversations, say
 from torch import Tensor
@@ -62,6 +62,49 @@ def test_the_op_gets_the_cosines_with_the_prompt(family: Family) -> None:
     assert torch.equal(again.indices, call.indices)
     without = apet_kernels.compress_packed(call.x, call.lengths, call.keeps)
     assert not torch.equal(again.indices, without.indices), "the prompt changes the choice"
+
+
+def test_the_answer_does_not_choose(family: Family) -> None:
+    """Tokens with labels, and what generate() has generated without a cache, are no part of the prompt."""
+    model, row = shared(family.name), conversation(family, 3, "image", 5)
+    inputs, how = collate(family, [row]), {"max_new_tokens": 3, "do_sample": False, "suppress_tokens": UNSAID}
+    with apet.patched(model, keep=3, relevance=W), calls.Recorder() as recorder:
+        whole = model.generate(**inputs, **how)
+        (chosen,) = recorder.calls
+        again = model.generate(**inputs, **how, use_cache=False)
+        assert torch.equal(again, whole)
+        answered = collate(family, [conversation(family, 3, "image", 5)])
+        guess = torch.tensor([[77, 78, 79, 80]])
+        labels = torch.cat([torch.full_like(inputs["input_ids"], -100), guess], 1)
+        answered["input_ids"] = torch.cat([inputs["input_ids"], guess], 1)
+        answered["attention_mask"] = torch.ones_like(answered["input_ids"])
+        if "mm_token_type_ids" in answered:
+            answered["mm_token_type_ids"] = F.pad(answered["mm_token_type_ids"], (0, 4))
+        model(**answered, labels=labels)
+    assert len(recorder.calls) >= 2
+    for call in recorder.calls[1:]:
+        torch.testing.assert_close(call.weights, chosen.weights, rtol=0, atol=1e-5)
+
+
+def test_guesses_do_not_choose() -> None:
+    """Looking tokens up in the prompt gives the answer that comes without it."""
+    model = shared("qwen2_5_vl")
+    family = FAMILIES["qwen2_5_vl"]
+    row = conversation(family, 9, "image", 5)
+    row.ids[:9] = [31, 32, 33, 31, 32, 33, 31, 32, 33]
+    row.ids[-3:] = [31, 32, 33]
+    inputs, how = collate(family, [row]), {"max_new_tokens": 5, "do_sample": False, "suppress_tokens": UNSAID}
+    with apet.patched(model, keep=3, relevance=W), calls.Recorder() as recorder:
+        whole = model.generate(**inputs, **how)
+        looked_up = model.generate(**inputs, **how, prompt_lookup_num_tokens=3)
+    assert torch.equal(looked_up, whole)
+    first, second = recorder.calls
+    torch.testing.assert_close(second.weights, first.weights, rtol=0, atol=1e-5)
+
+
+def test_not_with_a_guard() -> None:
+    with pytest.raises(ValueError, match=r"guard='raise' cannot be used with relevance=0\.5"):
+        apet.patch(shared("llava"), keep=9, relevance=0.5, guard="raise")
 
 
 def test_without_it_the_prompt_does_not_matter() -> None:

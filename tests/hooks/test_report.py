@@ -8,15 +8,19 @@ import inspect
 import apet
 import pytest
 import torch
+import transformers
 from apet import calls, model_report
+from apet.hooks import tiny
+from apet.hooks.selfcheck import NAMES, prompt
 from conversations import collate
 from families import FAMILIES, IMAGE, PATCH, TILE, Family, build, hooks_of, shared
 from running import BOTH, FIRST, SECOND, STAGES, conversation, conversations
-from transformers import BatchFeature, PreTrainedModel
+from transformers import BatchFeature, DynamicCache, PreTrainedModel
 
 import apet_kernels
 
 LLAVA = FAMILIES["llava"]
+OLD = transformers.__version__.startswith("4.")
 
 
 def language_flops(model: PreTrainedModel, lengths: list[int], batch: int = 1) -> int:
@@ -194,6 +198,40 @@ def test_wrong_numbers(more: dict, message: str) -> None:
         apet.report(model, inputs, **more)
 
 
+@pytest.mark.skipif(OLD, reason="configurations of transformers 4 are shrunk for the families with an adapter alone")
+@pytest.mark.parametrize("options", [FIRST, {**FIRST, "llm_layer": 3, "llm_keep": 0.5}], ids=["first", "both"])
+@pytest.mark.parametrize("name", ["qwen3_5", "lfm2_vl", "gemma4"])
+def test_layers_whose_caches_count_no_tokens(name: str, options: dict) -> None:
+    """Those with a recurrent state, and those that use the keys of an earlier layer."""
+    config = tiny.config(name)
+    if name == "gemma4":
+        config.get_text_config().num_kv_shared_layers = 2
+        options = FIRST  # the second stage is not possible then
+    model = tiny.build(getattr(transformers, NAMES[name]), config)
+    row = prompt(model, (3, "image", 5))
+    with apet.patched(model, **options):
+        report = apet.report(model, row, max_new_tokens=2, rounds=1)
+        kept = apet.kept(model)
+    layers = config.get_text_config().num_hidden_layers
+    assert report.without.lengths == [row["input_ids"].shape[1]] * layers
+    border = options.get("llm_layer", layers)
+    assert report.compressed.lengths == [kept.lengths[1]] * border + [kept.lengths[-1]] * (layers - border)
+    assert 0 < report.compressed.cache_bytes < report.without.cache_bytes
+
+
+def test_a_compiled_forward_is_compiled_again() -> None:
+    """Code that was compiled while the patch was away must not run when it is back."""
+    model = build("llava")
+    inputs = collate(LLAVA, [conversation(LLAVA, 3, "image", 5)])
+    with apet.patched(model, **FIRST):
+        wanted = model(**inputs).logits
+    model.forward = torch.compile(model.forward, backend="eager")
+    with apet.patched(model, **FIRST):
+        report = apet.report(model, inputs, max_new_tokens=2, rounds=1)
+        assert report.compressed.lengths != report.without.lengths
+        torch.testing.assert_close(model(**inputs).logits, wanted)
+
+
 def test_wrong_inputs() -> None:
     model = shared("llava")
     inputs = collate(LLAVA, [conversation(LLAVA, 3, "image", 5)])
@@ -202,5 +240,10 @@ def test_wrong_inputs() -> None:
     with apet.patched(model, **SECOND):
         with pytest.raises(ValueError, match="no image or video, only input_ids, attention_mask"):
             apet.report(model, collate(LLAVA, [conversation(LLAVA, 9)]))
-        with pytest.raises(ValueError, match="past_key_values"):
-            apet.report(model, inputs | {"past_key_values": object()})
+        for name in ("cache", "past_key_values"):
+            for measure in (apet.report, apet.picture):
+                more = () if measure is apet.report else (None,)
+                with pytest.raises(ValueError, match=f"inputs contain {name}, a cache"):
+                    measure(model, inputs | {name: DynamicCache()}, *more)
+    with apet.patched(model.model, **FIRST), pytest.raises(ValueError, match=r"LlavaModel has no generate\(\)"):
+        apet.report(model.model, inputs)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import tiny
 import torch
-from engines import ENGINE, MODELS, picture, prompt, visual
+from engines import ENGINE, MODELS, picture, prompt, video, visual
 from prometheus_client import REGISTRY
 
 LLAVA = pytest.mark.parametrize("served", ["llava"], indirect=True)
@@ -21,6 +21,17 @@ def test_the_encoder_gets_as_many_images_as_without_compression(served):
     passes = [len(features) for features in seen.tower]
     assert sum(passes) == 8
     assert max(passes) * tiny.TILE <= ENGINE["max_num_batched_tokens"]
+
+
+@pytest.mark.parametrize("served", ["qwen2_5_vl"], indirect=True)
+def test_a_video_that_the_encoder_cannot_take_raises(served):
+    """Its budget counts tokens before compression. Such a video would never be scheduled, and the request never end."""
+    budget = served.llm.llm_engine.input_processor.mm_encoder_cache_size
+    short, long = (video(2 * steps, 56, 56) for steps in (budget // 4 - 1, budget // 4 + 1))  # of 4 tokens a step
+    assert len(served.ids(prompt(served.name, videos=[short], apet_keep=1))[0]) == 8
+    with pytest.raises(ValueError, match=rf"tokens before compression, and the encoder's budget is {budget}"):
+        served.ids(prompt(served.name, videos=[long], apet_keep=1))
+    assert len(served.ids(prompt(served.name, picture(112, 112), apet_keep=8))[0]) == 8
 
 
 @pytest.mark.parametrize("served", MODELS, indirect=True)

@@ -7,7 +7,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from engines import Served, picture, prompt
+from engines import Served, picture, prompt, video
 
 
 def test_a_request_goes_before_the_start(folder: Callable[[str], Path]):
@@ -58,3 +58,59 @@ def test_qwen_rejects_engines_whose_parts_get_no_positions(stages, drafts, messa
     config = SimpleNamespace(model_config=model_config, parallel_config=parallel, speculative_config=drafts)
     with pytest.raises(ValueError, match=message):
         Qwen2_5_VL(vllm_config=config)
+
+
+def test_models_without_compression_reject_the_options(folder: Callable[[str], Path]):
+    """vLLM would ignore them, and give an answer with all tokens."""
+    from vllm.multimodal.processing import InputProcessingContext
+
+    with pytest.raises(ValueError, match=r"apet_keep=8: apet does not compress \w*MultiModal\w*; docs/engines.md"):
+        Served("llava", folder("llava"), {"apet_keep": 8}, model_impl="transformers")
+
+    multimodal = SimpleNamespace(merge_mm_processor_kwargs=lambda kwargs: dict(kwargs))
+    config = SimpleNamespace(architecture="PixtralForConditionalGeneration", get_multimodal_config=lambda: multimodal)
+    context = InputProcessingContext(config, None)
+    with pytest.raises(ValueError, match=r"apet_keep=0\.25: apet does not compress PixtralForConditionalGeneration"):
+        context.get_merged_mm_kwargs({"apet_keep": 0.25})
+    with pytest.raises(ValueError, match="apet_kep is not an option of ApET"):
+        context.get_merged_mm_kwargs({"apet_kep": 4})
+    assert context.get_merged_mm_kwargs({"apet_keep": None, "size": 7})["size"] == 7
+
+
+def test_an_engine_without_options_rejects_what_another_one_has_shortened():
+    import torch
+    from apet.engines import options, plan
+    from apet.vllm.qwen2_vl import Qwen2_5_VL
+
+    made = plan.make(options.of({"apet_keep": 4}), torch.zeros(16, dtype=torch.int64))
+    feature = SimpleNamespace(data={plan.FIELD: SimpleNamespace(data=made.pack())})
+    model = Qwen2_5_VL.__new__(Qwen2_5_VL)
+    torch.nn.Module.__init__(model)
+    model.at_start = None
+    with pytest.raises(RuntimeError, match="was started without apet_keep"):
+        model.get_mrope_input_positions([1, 2, 3], [feature])
+
+
+@pytest.mark.parametrize("served", ["qwen2_5_vl", "qwen3_vl"], indirect=True)
+def test_placeholders_in_the_text_raise(served):
+    """The places of embeddings are found by them; without compression they are text."""
+    film = [video(4, 112, 112)]
+    for kind, media in (("image", {"videos": film}), ("video", {"images": [picture(112, 112)]})):
+        images, videos = media.get("images", []), media.get("videos", [])
+        request = prompt(served.name, *images, videos=videos, before=f"what is <|{kind}_pad|>? ", apet_keep=0.25)
+        with pytest.raises(ValueError, match="1 tokens of images or videos"):
+            served.ids(request)
+        request["mm_processor_kwargs"] = {"apet_keep": 1.0}
+        assert len(served.ids(request)[0]) == 8
+
+
+@pytest.mark.parametrize("served", ["qwen3_vl"], indirect=True)
+def test_a_rate_for_each_video(served):
+    """vLLM resolves the options of such a request; those of the plugin must stay among them."""
+    film = [video(8, 112, 112)]
+    plain, each = (prompt(served.name, videos=film, apet_keep=0.25, **more) for more in ({}, {"fps": [2.0]}))
+    (expected,) = served.lengths(plain)
+    served.forget()
+    assert served.lengths(each, each) == [expected, expected]
+    whole = served.lengths(prompt(served.name, videos=film, fps=[2.0]))[0]
+    assert whole > expected

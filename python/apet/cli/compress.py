@@ -39,11 +39,40 @@ MOST_TOKENS = 65536  # of one image
 
 
 @dataclass
+class Source:
+    """A photo or clip that was read once. Frames of a file on a disk are read again when they are needed: those of a
+    hundred photos would not fit into memory."""
+
+    path: str
+    name: str
+    size: tuple[int, int]
+    notes: list[str]
+    frames: int
+    held: Media | None
+
+    @classmethod
+    def of(cls, path: str, frames: int) -> Source:
+        """Reads it. Raises: ApetError if it cannot be read."""
+        from apet import media
+
+        item = media.read(path, frames)
+        return cls(path, item.name, item.size, item.notes, frames, None if media.is_file(path) else item)
+
+    def item(self) -> Media:
+        """Returns its frames. Raises: ApetError if they have another size now."""
+        from apet import media
+
+        item = self.held or media.read(self.path, self.frames)
+        if item.size != self.size:
+            raise ApetError(f"{self.name} has changed: it has {item.size} pixels now, and had {self.size}")
+        return item
+
+
+@dataclass
 class Job:
     """One photo or clip that has passed every check."""
 
-    source: str
-    item: Media
+    source: Source
     grid: tuple[int, int]  # rows, columns of patches
     keep: int
     picture: Path
@@ -51,7 +80,7 @@ class Job:
     @property
     def name(self) -> str:
         """The last part of the source's path."""
-        return PurePath(self.item.name).name
+        return PurePath(self.source.name).name
 
 
 def compress(
@@ -103,21 +132,22 @@ def compress(
         found = []
         for file in files:
             bar.update(step, description=f"reading {printable(media.shown(file))}")
-            found.append(media.read(file, frames))
+            found.append(Source.of(file, frames))
         pictures = picture_paths(files, out)
         if report is not None:
             check_report(report, files)
         bar.update(step, description="loading the encoder")
         encoder = encoders.load(model, layer=layer, size=size)
-        jobs = [_job(*each, encoder, keep, arguments) for each in zip(files, found, pictures, strict=True)]
+        jobs = [_job(*each, encoder, keep, arguments) for each in zip(found, pictures, strict=True)]
         results, entries = [], []
         bar.update(step, total=len(jobs))
         for job in jobs:
             bar.update(step, description=printable(job.name))
-            result, frame = _compress(job, encoder, arguments)
+            item = job.source.item()
+            result, frame = _compress(job, item, encoder, arguments)
             results.append(result)
             if report is not None:
-                entries.append(_entry(job, frame, result, len(entries), encoder))
+                entries.append(_entry(job, item, frame, result, len(entries), encoder))
             bar.advance(step)
         if report is not None:
             from apet.explore.report import write
@@ -131,28 +161,28 @@ def compress(
         _print_tables(results, encoder, arguments)
 
 
-def _job(source: str, item: Media, picture: Path, encoder: Encoder, keep: float, arguments: OpArguments) -> Job:
+def _job(source: Source, picture: Path, encoder: Encoder, keep: float, arguments: OpArguments) -> Job:
     """Makes the job of one photo or clip. Raises: ApetError if the arguments do not fit its number of tokens."""
     from apet import outcome
 
-    rows, cols = encoder.grid(*item.size)
+    rows, cols = encoder.grid(*source.size)
     tokens = rows * cols
     if tokens > MOST_TOKENS:
-        raise ApetError(f"{item.name} would become {tokens} tokens, more than {MOST_TOKENS}: choose a smaller size")
-    job = Job(source, item, (rows, cols), keep if isinstance(keep, int) else max(1, round(keep * tokens)), picture)
+        raise ApetError(f"{source.name} would become {tokens} tokens, more than {MOST_TOKENS}: choose a smaller size")
+    job = Job(source, (rows, cols), keep if isinstance(keep, int) else max(1, round(keep * tokens)), picture)
     try:
         outcome.check(tokens, job.keep, arguments)
     except (ValueError, RuntimeError) as error:
-        raise ApetError(f"{item.name}: {first_line(error)}") from error
+        raise ApetError(f"{source.name}: {first_line(error)}") from error
     return job
 
 
-def _compress(job: Job, encoder: Encoder, arguments: OpArguments) -> tuple[dict[str, Any], Frame]:
+def _compress(job: Job, item: Media, encoder: Encoder, arguments: OpArguments) -> tuple[dict[str, Any], Frame]:
     """Encodes, compresses, measures and draws one photo or clip. Returns its numbers for the tables and --json, and its
     first frame."""
     from apet import outcome
 
-    views = [encoder.view(frame) for frame in job.item.frames]
+    views = [encoder.view(frame) for frame in item.frames]
     begin = time.perf_counter()
     x = encoder.encode(views)  # [B, N, D]
     encode = (time.perf_counter() - begin) * 1e3
@@ -162,15 +192,15 @@ def _compress(job: Job, encoder: Encoder, arguments: OpArguments) -> tuple[dict[
     except (ValueError, RuntimeError) as error:  # the op's own message
         raise ApetError(first_line(error)) from error
     measure.milliseconds = {"encode": encode, **times}
-    _draw(job, frames, measure, encoder, arguments)
+    _draw(job, item, frames, measure, encoder, arguments)
     result = {
-        "file": printable(job.item.name),
+        "file": printable(item.name),
         "picture": printable(job.picture),
         "encoder": encoder.name,
         "layer": encoder.layer,
         "images": len(frames),
-        "times": job.item.times,
-        "notes": job.item.notes,
+        "times": item.times,
+        "notes": item.notes,
         "grid": list(job.grid),
         "channels": x.shape[-1],
         **asdict(arguments),
@@ -179,30 +209,32 @@ def _compress(job: Job, encoder: Encoder, arguments: OpArguments) -> tuple[dict[
     return result, frames[0]
 
 
-def _entry(job: Job, frame: Frame, result: dict[str, Any], number: int, encoder: Encoder) -> Entry:
+def _entry(job: Job, item: Media, frame: Frame, result: dict[str, Any], number: int, encoder: Encoder) -> Entry:
     """Makes the report's entry of a photo or clip, with a thumbnail of its first frame."""
     from apet.explore import files, report, svg
     from apet.explore.settings import Settings
     from apet.outcome import Measure
 
-    photo = encoder.view(job.item.frames[0], report.PIXELS)
+    photo = encoder.view(item.frames[0], report.PIXELS)
     measure = Measure(**{name: result[name] for name in ("tokens_in", "tokens_out", "residual_kept", "explained")})
     basis = 0 if result["basis"] == "keep" else result["basis"]
     settings = Settings("apet", job.keep, basis, result["layout"], result["select"], result["refine"])
     shown = svg.Shown(
         f"file-{number + 1}", printable(job.name), files.data_uri(photo), photo, job.grid, settings, frame, measure
     )
-    return report.Entry(shown, job.source, job.picture, result)
+    return report.Entry(shown, job.source.path, job.picture, result)
 
 
-def _draw(job: Job, frames: list[Frame], measure: Measure, encoder: Encoder, arguments: OpArguments) -> None:
+def _draw(
+    job: Job, item: Media, frames: list[Frame], measure: Measure, encoder: Encoder, arguments: OpArguments
+) -> None:
     import numpy as np
 
     from apet import pictures
     from apet.outcome import describe
 
-    photos = [np.asarray(encoder.view(frame, pictures.PATCH), np.float32) / 255 for frame in job.item.frames]
-    labels = [f"{seconds:.2f} s" for seconds in job.item.times] or [""]
+    photos = [np.asarray(encoder.view(frame, pictures.PATCH), np.float32) / 255 for frame in item.frames]
+    labels = [f"{seconds:.2f} s" for seconds in item.times] or [""]
     panels = [pictures.Panel(p, f, job.grid, label) for p, f, label in zip(photos, frames, labels, strict=True)]
     extra = f" + {arguments.basis} basis" if arguments.layout == "append" else ""
     title = f"{printable(job.name)}: {measure.tokens_in} → {job.keep}{extra} tokens"
@@ -211,7 +243,7 @@ def _draw(job: Job, frames: list[Frame], measure: Measure, encoder: Encoder, arg
         f"{share:.1%} of the tokens, {variance} of their variance   ·   "
         f"{describe(arguments)}   ·   {encoder.name}, layer {encoder.layer}"
     )
-    if job.item.is_clip:
+    if item.is_clip:
         figure = pictures.clip_figure(panels, f"{title} in each of {len(panels)} frames", subtitle)
     else:
         figure = pictures.photo_figure(panels[0], title, subtitle)

@@ -140,4 +140,5 @@ def _print_failures(result: Summary) -> None:
     for message in result.failed[:MOST_MESSAGES]:
         print(f"apet: {message}", file=sys.stderr)
     if result.failed:
-        print(f"apet: {len(result.failed)} of {result.asked} questions failed and do not count", file=sys.stderr)
+        missing = result.asked - result.answered
+        print(f"apet: {missing} of {result.asked} questions failed and do not count", file=sys.stderr)

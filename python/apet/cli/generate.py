@@ -36,6 +36,7 @@ from apet.cli.output import hush, note, picture_paths, printable, progress, save
 from apet.hub import first_line, need
 
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure
     from torch import nn
 
 
@@ -111,25 +112,43 @@ def generate(
             lm, processor, prompt, *(([f.frames[0] for f in found], None) if image else ([], found[0]))
         )
     note((f"{item.name}: {message}" for item in found for message in item.notes), quiet)
+    drawn: list[Path] = []
+    failed: Exception | None = None
     try:
         results = _answer(lm, processor, inputs, max_new_tokens, compare, show=not as_json)
+    except (ValueError, RuntimeError) as error:  # the hooks' own messages, or no memory
+        raise ApetError(first_line(error)) from error
+    try:
         with progress(quiet) as bar:
             step = bar.add_task("measuring", total=None)
             results |= _measure(lm, inputs, max_new_tokens, show=not (as_json or quiet))
             for number, path in enumerate(pictures):
-                from apet import model_pictures
-
                 bar.update(step, description=f"drawing {printable(path)}")
-                save(model_pictures.picture(lm, inputs, processor, number), path)
-    except (ValueError, RuntimeError) as error:  # the hooks' own messages, or no memory
-        raise ApetError(first_line(error)) from error
+                save(_picture(lm, inputs, processor, number, len(pictures)), path)
+                drawn.append(path)
+    except (ApetError, ValueError, RuntimeError) as error:  # what there is already is printed before the error
+        failed = error
     if as_json:
         read = [{"file": printable(i.name), "times": i.times, "notes": i.notes} for i in found]
-        paths = [*map(printable, pictures)]
+        paths = [*map(printable, drawn)]
         print(json.dumps({"model": model, "prompt": prompt, "read": read, **results, "pictures": paths}, indent=2))
     elif not quiet:
-        for path in pictures:
+        for path in drawn:
             Console().print(f"Picture: [bold]{escape(printable(path))}[/]", soft_wrap=True)
+    if failed is not None:
+        raise ApetError(first_line(failed)) from failed
+
+
+def _picture(model: nn.Module, inputs: dict[str, Any], processor: Any, number: int, count: int) -> Figure:
+    """Draws the picture of a photo or clip. Raises ValueError if the model does not see each of them as one."""
+    from apet import kept, model_pictures
+
+    found = kept(model)
+    if found is not None and len(found.visuals) != count:
+        raise ValueError(
+            f"this model sees {count} photos or clips as {len(found.visuals)} images, so they cannot be drawn"
+        )
+    return model_pictures.picture(model, inputs, processor, number)
 
 
 def _answer(

@@ -108,6 +108,11 @@ def share(wanted: Wanted | None, items: int) -> dict[str, int]:
     return {PREFIX + "max_tokens": wanted.max_tokens // items}
 
 
+def only(kwargs: Mapping[str, object]) -> dict[str, object]:
+    """Returns the plugin's options among `mm_processor_kwargs`."""
+    return {name: value for name, value in kwargs.items() if name.startswith(PREFIX)}
+
+
 def without(kwargs: Mapping[str, object]) -> dict[str, object]:
     """Returns `mm_processor_kwargs` without the plugin's options, for the model's own processor."""
     return {name: value for name, value in kwargs.items() if not name.startswith(PREFIX)}

@@ -11,12 +11,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from transformers import Cache
 
 import apet
 from apet import ApetError, hooks, media, models
 from apet.evaluation.answers import Answers, Record, Records
 from apet.evaluation.questions import Question, Questions
-from apet.hooks import parts
+from apet.hooks import caches, parts
 from apet.hooks.adapters import adapter_for
 from apet.hub import first_line
 from apet.model_report import GREEDY, Clock
@@ -52,12 +53,14 @@ def evaluate(questions: Questions, out: Path, settings: Settings, progress: Call
         "questions": questions.digest,
         "max_new_tokens": settings.max_new_tokens,
         "dtype": settings.dtype,
+        "device": models.describe_device(settings.device),
+        "weights": models.digest(settings.model),
         "versions": {name: version(name) for name in ("torch", "transformers")} | {"apet": apet.__version__},
     }
     if any(question.is_clip for question in questions.items):
         made_with["frames"] = settings.frames
     with Answers(out, made_with) as answers:
-        missing = {q: _missing(answers.records, q, settings.variants) for q in questions.items}
+        missing = {q: _missing(answers.records, q, settings.variants, out) for q in questions.items}
         todo = [(question, variants) for question, variants in missing.items() if variants]
         if todo:
             progress("loading the model", 0, len(todo))
@@ -71,11 +74,17 @@ def evaluate(questions: Questions, out: Path, settings: Settings, progress: Call
 
 
 def _missing(
-    done: Records, question: Question, variants: Mapping[str, PatchOptions | None]
+    done: Records, question: Question, variants: Mapping[str, PatchOptions | None], out: Path
 ) -> dict[str, PatchOptions | None]:
     """Returns the variants without an answer to a question. A failed one is asked again: the image may have been
-    repaired."""
+    repaired. Raises ApetError if the image has changed since it was asked about."""
     records = {name: done.get((question.id, name)) for name in variants}
+    file = _file(question)
+    for record in records.values():
+        if record is not None and file is not None and record.get("file", file) != file:
+            raise ApetError(
+                f"{question.where}: {question.source} has changed since the answers in {out}: give another --out"
+            )
     return {name: variants[name] for name, record in records.items() if record is None or "failed" in record}
 
 
@@ -87,6 +96,7 @@ def _ask(
     settings: Settings,
 ) -> list[Record]:
     """Asks one question with every variant; the image or clip is read once. A failure is returned as a record, too."""
+    file = _file(question)
     try:
         if isinstance(question.source, Path) and question.source.exists() and not question.source.is_file():
             raise ApetError(f"cannot read {question.source}: it is not a file")
@@ -102,10 +112,19 @@ def _ask(
         try:
             with nullcontext() if options is None else hooks.patched(model, **options):
                 result = _answer(model, processor, inputs, settings.max_new_tokens)
-            records.append({"id": question.id, "variant": name, **result})
-        except (ValueError, torch.OutOfMemoryError) as error:  # compression rejects it, or the image is too large
+            known = {} if file is None else {"file": file}
+            records.append({"id": question.id, "variant": name, **result, **known})
+        except (ValueError, RuntimeError) as error:  # compression rejects it, or the image is too large for memory
             records.append(_failed(question, name, error))
     return records
+
+
+def _file(question: Question) -> str | None:
+    """Returns size and time of change of a question's image or clip; None if it is no local file, or is missing."""
+    if not isinstance(question.source, Path) or not question.source.is_file():
+        return None
+    known = question.source.stat()
+    return f"{known.st_size} bytes, {known.st_mtime_ns}"
 
 
 def _failed(question: Question, variant: str, error: Exception) -> Record:
@@ -126,8 +145,9 @@ def _answer(model: nn.Module, processor: Any, inputs: Mapping[str, Any], max_new
     out = model.generate(
         **inputs, **GREEDY, max_new_tokens=max_new_tokens, streamer=clock, return_dict_in_generate=True
     )
-    layers = range(len(out.past_key_values.layers))
-    lengths = [int(out.past_key_values.get_seq_length(layer)) for layer in layers]
+    cache = next(value for value in out.values() if isinstance(value, Cache))
+    patched = hooks.options(model)
+    lengths = caches.lengths(cache, None if patched is None else patched.llm_layer)
     visual, (sequence,) = _visual_tokens(model, inputs), out.sequences
     new = sequence[inputs["input_ids"].shape[1] :]
     dropped = len(sequence) - 1 - sum(lengths) / len(lengths)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -34,6 +35,7 @@ class Summary:
     rows: list[Row]  # the uncompressed model first
     failed: list[str]  # the errors of questions that failed, which count in no row
     asked: int
+    answered: int  # questions that count: the others failed
 
     def table(self) -> Table:
         """Returns the rows as a printable table."""
@@ -59,7 +61,7 @@ def summarise(questions: Sequence[Question], variants: Sequence[str], records: R
     failed = [record["failed"] for record in records.values() if "failed" in record]
     sound = [q for q in questions if not any("failed" in records[q.id, v] for v in variants)]
     rows = [_row(variant, sound, variants[0], records) for variant in variants] if sound else []
-    return Summary(rows, list(dict.fromkeys(failed)), len(questions))
+    return Summary(rows, list(dict.fromkeys(failed)), len(questions), len(sound))
 
 
 def _row(variant: str, questions: Sequence[Question], plain: str, records: Records) -> Row:
@@ -80,6 +82,16 @@ def _row(variant: str, questions: Sequence[Question], plain: str, records: Recor
 
 
 def words(text: str) -> str:
-    """Normalises an answer: small letters, single spaces, no punctuation at the ends of words."""
-    stripped = (word.strip(".,;:!?\"'()") for word in text.lower().split())
-    return " ".join(word for word in stripped if word)
+    """Normalises an answer: composed small letters, single spaces, no punctuation at the ends of words, in any script.
+    Marks that change the meaning of a word stay: 50%, C#, -5. So does a text without words."""
+    given = unicodedata.normalize("NFC", text).casefold().split()
+    return " ".join(filter(None, map(_stripped, given))) or " ".join(given)
+
+
+def _stripped(word: str) -> str:
+    def is_mark(character: str) -> bool:
+        return character == "`" or (unicodedata.category(character)[0] == "P" and character not in "%‰#&@-/\\")
+
+    first = next((i for i, character in enumerate(word) if not is_mark(character)), len(word))
+    last = next((i for i in range(len(word), first, -1) if not is_mark(word[i - 1])), first)
+    return word[first:last]

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 from torch import nn
 
 from apet_kernels.options import Layout, Select
@@ -16,6 +14,7 @@ from .adapter import Adapter, equal_units, one_unit
 from .adapters import adapter_for, register_adapter
 from .config import Basis, Guard, Options, resolve
 from .engine import Engine
+from .patching import drop_compiled
 from .results import ENGINE, Kept, Visual, kept
 from .target import Target, plain
 
@@ -230,5 +229,5 @@ def _put(model: nn.Module, engine: Engine | None) -> None:
     if engine is not None:
         engine.install()
         model.__dict__[ENGINE] = engine
-    if (before or engine) and "torch._dynamo" in sys.modules:
-        torch.compiler.reset()
+    if before or engine:
+        drop_compiled()

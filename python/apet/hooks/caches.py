@@ -49,7 +49,7 @@ def check(prompt: Prompt, cache: Cache, batch: int) -> None:
     """Raises ValueError if a prompt cannot be continued from this cache."""
     if batch != prompt.batch:
         raise ValueError(f"a batch of {batch} cannot go on from the cache of a batch of {prompt.batch}")
-    if cache.is_compileable:  # such a cache cannot be cropped, and reading its length waits for the device
+    if cache.is_compileable:  # `_crop` has checked it, and reading its length waits for the device
         return
     past = int(cache.get_seq_length())
     if past < prompt.length - prompt.dropped and past < int(prompt.least):
@@ -67,7 +67,10 @@ def tail(prompt: Prompt, cache: Cache, mask: Any, past: int | Tensor, new: int) 
             return None
         raise ValueError("after a compressed prompt attention_mask must be 2-D, or left out")
     given = int(past) + prompt.dropped + new
-    if mask.shape[1] not in (given, int(past) + new) and not (fixed and mask.shape[1] > given):
+    # A loop may count the columns of one more token by the cache. With several new tokens, this would also be what a
+    # loop gives that takes the tokens beyond the length of the cache as new, of which some were given before.
+    counted = new == 1 and mask.shape[1] == int(past) + new
+    if mask.shape[1] != given and not counted and not (fixed and mask.shape[1] > given):
         raise ValueError(
             f"attention_mask has {mask.shape[1]} columns, but {given} tokens were given ({int(past) + new} of them are "
             f"in the cache or new, {prompt.dropped} were dropped): the new tokens do not continue this cache"
@@ -108,6 +111,18 @@ def length(cache: Cache, layer: int) -> int | Tensor:
     length is that of the next layer that counts them."""
     held = (i for i in range(layer, len(cache.layers)) if holds_tokens(cache, i))
     return cache.get_seq_length(next(held, layer))
+
+
+def lengths(cache: Cache, llm_layer: int | None) -> list[int]:
+    """Returns how many tokens each layer has been given. A layer whose cache counts none (it has a recurrent state, or
+    uses the keys of an earlier layer) has as many as the next one that does, else as the one before, on its side of
+    `llm_layer`."""
+    border = len(cache.layers) if llm_layer is None else llm_layer
+    found = []
+    for side in (range(border), range(border, len(cache.layers))):
+        counting = [i for i in side if holds_tokens(cache, i)]
+        found += [int(cache.get_seq_length(next((i for i in counting if i >= n), counting[-1]))) for n in side]
+    return found
 
 
 def holds_tokens(cache: Cache, layer: int) -> bool:
@@ -151,13 +166,17 @@ def _update(cache: Cache, *args: Any, **kwargs: Any) -> Any:
 
 def _crop(cache: Cache, length: int) -> None:
     """Crops the cache. transformers 4 and early 5 pass the length to keep (`max_length`), counted in tokens as given;
-    later versions pass the number of tokens to remove."""
-    if "max_length" not in inspect.signature(type(cache).crop).parameters:
-        type(cache).crop(cache, length)
-        return
-    leave = -length if length < 0 else _given(cache) - length
-    if leave > 0:
-        type(cache).crop(cache, -leave)
+    later versions pass the number of tokens to remove. Raises ValueError if that removes visual tokens: how many of
+    those were given is not how many the layers hold."""
+    later = "max_length" not in inspect.signature(type(cache).crop).parameters
+    leave = abs(length) if later or length < 0 else int(_given(cache)) - length
+    prompt, held = prompt_of(cache), int(type(cache).get_seq_length(cache))
+    if leave > 0 and held - leave < int(prompt.least):
+        raise ValueError(
+            f"the cache of {held} tokens would be cropped by {leave}, into its compressed images; start without it"
+        )
+    if later or leave > 0:
+        type(cache).crop(cache, length if later else -leave)
 
 
 def _reorder_cache(cache: Cache, beam_idx: Tensor) -> None:

@@ -69,7 +69,7 @@ class Engine(Patch):
             return None
         arguments = self.target.model_arguments.bind(args, kwargs)
         caches.count_cache(self.target.model_arguments.cache(arguments))
-        if not self.is_recorded(arguments):
+        if not self.target.adapter.modalities(arguments):
             return None
         labels = arguments.get("labels")
         if labels is not None and torch.is_grad_enabled():
@@ -77,29 +77,22 @@ class Engine(Patch):
                 "labels cannot be used with gradients while visual tokens are dropped: score under torch.no_grad(), "
                 "and unpatch the model to train it"
             )
-        labels = self.begin_model(None if self.target.aligns else labels, self.aligns(arguments))
-        return None if labels is None else ((), arguments | {"labels": labels})
-
-    def is_recorded(self, arguments: Mapping[str, Any]) -> bool:
-        """Returns whether the hooks need to know of a call of the model while it runs."""
-        needed = arguments.get("labels") is not None or self.aligns(arguments)
-        return needed and bool(self.target.adapter.modalities(arguments))
-
-    def aligns(self, arguments: Mapping[str, Any]) -> bool:
-        """Returns whether a call of the model reads the core model's result at places of the prompt as given: by class,
-        or since the call names more places than the last one."""
-        places = self.target.model_arguments.get("places", arguments)
-        return self.target.aligns or isinstance(places, Tensor) or (places or 0) > 1
+        copied = self.begin_model(labels, self.target.model_arguments.get("places", arguments))
+        return None if labels is None or self.target.by_place else ((), arguments | {"labels": copied})
 
     @torch.compiler.disable(reason=NOT_COMPILED_REASON)
-    def begin_model(self, labels: Tensor | None, aligns: bool) -> Tensor | None:
-        """Returns a copy of the labels for the model. They are shortened in place once the kept tokens are known."""
+    def begin_model(self, labels: Tensor | None, places: Any) -> Tensor | None:
+        """Returns a copy of the labels for the model. They are shortened in place once the kept tokens are known, but
+        not if the class reads results by place. places: `logits_to_keep`."""
         labels = None if labels is None else labels.clone()
-        state.begin(RunningCall(weakref.ref(self), "model", {}, labels=labels, aligns=aligns))
+        last = 0 if places is None or isinstance(places, Tensor) else int(places)
+        by_place = self.target.by_place or last > 0 or isinstance(places, Tensor)
+        state.begin(RunningCall(weakref.ref(self), "model", {}, labels=labels, by_place=by_place, last=last))
         return labels
 
     def after_model(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
-        if not torch.compiler.is_compiling() or self.is_recorded(self.target.model_arguments.bind(args, kwargs)):
+        arguments = self.target.model_arguments.bind(args, kwargs)
+        if not torch.compiler.is_compiling() or self.target.adapter.modalities(arguments):
             self.end_model()
 
     @torch.compiler.disable(reason=NOT_COMPILED_REASON)
@@ -117,7 +110,7 @@ class Engine(Patch):
             return
         if not torch.compiler.is_compiling():
             state.end(self, "core")  # left by a call that raised an error, if hooks could not clean up
-            self.threads.text = True
+            self.threads.text, self.threads.ids = True, inputs.get("input_ids")
         unknown = self.target.core_arguments.unknown(inputs)
         if unknown:
             self.target.check_no_images(module, inputs, unknown)
@@ -125,14 +118,17 @@ class Engine(Patch):
     @torch.compiler.disable(reason=NOT_COMPILED_REASON)
     def begin_call(self, core: nn.Module, inputs: Mapping[str, Any]) -> None:
         state.end(self, "core")
-        whole = state.current(self, "model")
-        labels, attributes = whole and whole.labels, along.attributes(core)
-        state.begin(RunningCall(weakref.ref(self), "core", inputs, core=core, labels=labels, attributes=attributes))
+        whole, running = state.current(self, "model"), generation.current(self)
+        call = RunningCall(weakref.ref(self), "core", inputs, core=core, attributes=along.attributes(core))
+        if whole is not None and whole.labels is not None and not self.target.by_place:
+            call.labels, call.scored = whole.labels, whole.labels != -100
+        call.asked = None if running is None else generation.columns(running)
+        state.begin(call)
 
     def after_core(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
         compiling = torch.compiler.is_compiling()
         if not compiling:
-            self.threads.mask, self.threads.text = None, False
+            self.threads.mask, self.threads.text, self.threads.ids = None, False, None
         if not compiling or self.target.adapter.modalities(self.target.core_arguments.bind(args, kwargs)):
             return self.end_call(output)
         return None
@@ -146,8 +142,9 @@ class Engine(Patch):
             return None
         locate.check_all(call)
         whole = state.current(self, "model")
-        aligns = whole is not None and whole.aligns and call.trace is not None
-        return results.aligned(output, call.trace) if aligns else None
+        if call.trace is None or (whole is not None and not whole.by_place):
+            return None
+        return results.aligned(output, call.trace, 0 if whole is None else whole.last)
 
     # ---- the projector
 
@@ -163,7 +160,7 @@ class Engine(Patch):
                 f"features to project ({versions()})"
             )
         core = call.core or self.target.core()
-        found = first_stage.project_fewer(self.target, core, module, call.inputs, args[0])
+        found = first_stage.project_fewer(self.target, core, module, call, args[0])
         if found is None:
             return None
         x, self.threads.projected = found
@@ -255,6 +252,7 @@ class Engine(Patch):
             caches.check_position(prompt, past, position)
             if not prefill:
                 generation.check_kept_cache(self, cache)
+                self.check_new_tokens(prompt, past)
         replaced = {
             "mask": prompt.early.columns(past, new, tail).long(),
             "positions": prompt.early.positions(past, new, tail),
@@ -262,6 +260,17 @@ class Engine(Patch):
         if position is not None:
             replaced["cache_position"] = torch.arange(new, device=position.device) + state.on(past, position.device)
         return roles.replace(arguments, **replaced)
+
+    def check_new_tokens(self, prompt: Prompt, past: int | Tensor) -> None:
+        """Raises ValueError if tokens that continue a compressed prompt contain placeholders without pixels: then they
+        were given before, and a loop has counted those by the length of the cache."""
+        again = state.current(self, "generate") is None
+        if again and self.target.holds_placeholders(self.target.core(), getattr(self.threads, "ids", None)):
+            raise ValueError(
+                "the tokens that continue a compressed prompt contain placeholders of images or videos, without "
+                f"pixels. The cache holds {int(past)} tokens, but {int(past) + prompt.dropped} were given: give the "
+                "tokens after these"
+            )
 
     def mask_given(self, mask: Any) -> Any:
         """Returns the mask [B, L] over all tokens. Some core models pass another one to their language model."""

@@ -15,7 +15,7 @@ from . import along, masks
 from .config import Keep, Options
 from .locate import check_list, find, placeholders
 from .mask_functions import RECURRENT, MaskBuilder, attention_types
-from .relevance import of_images, of_prompt
+from .relevance import of_images, of_prompt, question
 from .sequence import Packing, counted
 from .state import NOT_COMPILED_REASON, Forward, Prompt, RunningCall, part
 from .target import Target
@@ -34,10 +34,11 @@ class Projected:
 
 @torch.compiler.disable(reason=NOT_COMPILED_REASON)
 def project_fewer(
-    target: Target, core: nn.Module, projector: nn.Module, inputs: Mapping[str, Any], x: Tensor
+    target: Target, core: nn.Module, projector: nn.Module, call: RunningCall, x: Tensor
 ) -> tuple[Tensor, Projected] | None:
-    """Compresses the projector's input [tiles, N, C] to [1, kept, C]. Returns None if nothing is dropped."""
-    options = target.options
+    """Compresses the projector's input [tiles, N, C] to [1, kept, C], in a call of the core model or of generate().
+    Returns None if nothing is dropped."""
+    options, inputs = target.options, call.inputs
     units = target.adapter.units_before_projector(core, inputs, x)
     check_list("keep", options.keep, len(units))
     if sum(len(u) for u in units) != x.shape[0] * x.shape[1]:
@@ -47,7 +48,7 @@ def project_fewer(
         )
     relevance = None
     if options.relevance:  # all rows are projected for it, by the module itself: its hooks would compress them
-        relevance = of_images(target, core, inputs, projector.forward(x).flatten(0, 1), [len(u) for u in units])
+        relevance = of_images(target, core, call, projector.forward(x).flatten(0, 1), [len(u) for u in units])
     x, shape = x.flatten(0, 1), (x.shape[0], x.shape[1])  # [tiles * N, C]
     tokens = group(units, torch.arange(len(x), device=x.device), range(len(units)))
     shorter = shorten(x, tokens, options.keep, options, relevance, target.warned)
@@ -124,9 +125,9 @@ def begin(
             x, relevance = roles.get("embeds", moved), None
             if options.relevance:
                 visual = torch.stack([*placeholders(target.adapter, call.core, call.inputs).values()]).any(0)
-                first = call.columns - length
-                visual = visual[:, first : first + length].to(x.device)
-                relevance = of_prompt(x, valid & ~visual).flatten()
+                first = call.columns - length  # columns of the prompt that earlier calls have put into the cache
+                text = ~visual & question(call, visual, past - first)
+                relevance = of_prompt(x, valid & text[:, first : first + length].to(x.device)).flatten()
             shorter = shorten(x.flatten(0, 1), tokens, options.keep, options, relevance, target.warned)
         if shorter is None:
             target.warn_nothing_dropped("keep", tokens, (modality for modality, _, _ in trace.visuals))

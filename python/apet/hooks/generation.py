@@ -8,7 +8,7 @@ import weakref
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from transformers import Cache
 
 from . import state
@@ -105,6 +105,12 @@ def named(generate: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[s
     parameters = inspect.signature(generate).parameters.values()
     names = [p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
     return dict(zip(names or ("inputs", "generation_config"), args, strict=False)) | dict(kwargs)
+
+
+def columns(call: RunningCall) -> int | None:
+    """Returns the number of tokens of a prompt that generate() was called with; None if it was called without any."""
+    given = (call.inputs.get(name) for name in ("inputs", "input_ids", "inputs_embeds"))
+    return max((p.shape[1] for p in given if isinstance(p, Tensor) and p.dim() > 1), default=None)
 
 
 def call_of(patch: Patch, given: Mapping[str, Any]) -> RunningCall:

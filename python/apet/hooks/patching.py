@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import sys
 import threading
 import weakref
 from typing import Any
 
+import torch
 from torch import nn
 
 from .adapter import Adapter
@@ -16,6 +18,12 @@ from .state import Trace
 from .target import Target
 
 MODULES = ("model", "core", "language_model", "projector")  # the fields of a target that hold modules
+
+
+def drop_compiled() -> None:
+    """Drops compiled code, which would not notice that hooks were added or removed."""
+    if "torch._dynamo" in sys.modules:
+        torch.compiler.reset()
 
 
 class Patch:

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .locate import by_row, contiguous_lengths, placeholders
+from .state import RunningCall
 from .target import Target
 
 
@@ -19,16 +17,34 @@ def of_prompt(x: Tensor, text: Tensor) -> Tensor:
     return _cosines(x, _mean(x, text)[:, None])
 
 
-def of_images(target: Target, core: nn.Module, inputs: Mapping[str, Any], y: Tensor, sizes: list[int]) -> Tensor:
+def question(call: RunningCall, like: Tensor, past: int) -> Tensor:
+    """Returns which tokens of a call belong to the prompt, [B, L] bool on the device of `like` [B, L]: not those that
+    have labels, nor those beyond the prompt that generate() was called with (guesses, or tokens that it has generated
+    without a cache). Otherwise the answer would choose the tokens that it is computed from.
+
+    past: the tokens in the cache before the call.
+    """
+    found = torch.ones_like(like, dtype=torch.bool)
+    if call.scored is not None:
+        found &= ~call.scored.to(like.device)
+    if call.asked is not None:
+        found[:, max(call.asked - past, 0) :] = False
+    return found
+
+
+def of_images(target: Target, core: nn.Module, call: RunningCall, y: Tensor, sizes: list[int]) -> Tensor:
     """Returns the relevance [T] of projected rows y [T, D] of the images of a call, image after image, `sizes` rows
     each, for the prompts in its arguments."""
+    inputs = call.inputs
     given, ids = inputs.get("inputs_embeds"), inputs.get("input_ids")
     if given is None and ids is None:
         raise ValueError("relevance needs the prompt: call the model with input_ids or inputs_embeds")
     embeds = core.get_input_embeddings()(ids) if given is None else given  # [B, L, D]
     where = placeholders(target.adapter, core, inputs)["image"].to(embeds.device)  # [B, L]
     mask = inputs.get("attention_mask")
-    text = ~where if mask is None else ~where & mask.bool().to(where.device)
+    past = 0 if mask is None else mask.shape[1] - where.shape[1]
+    text = ~where & question(call, where, past)
+    text = text if mask is None else text & mask[:, past:].bool().to(where.device)
     known = target.adapter.units(core, inputs, {"image": int(where.sum())}).get("image")
     if known is None:
         runs = contiguous_lengths(where.flatten().nonzero().view(-1).cpu())

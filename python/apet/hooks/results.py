@@ -63,13 +63,21 @@ class Kept:
         return aligned
 
 
-def aligned(output: Any, trace: Trace) -> Any:
-    """Returns the output of a core model, a tuple or a ModelOutput, with its first tensor, the hidden states, as
-    `Kept.align` puts it back."""
-    rows = Kept(list(trace.lengths), [], trace).align(output[0])
+def aligned(output: Any, trace: Trace, last: int) -> Any:
+    """Returns the output of a core model, a tuple or a ModelOutput, with its hidden states as `Kept.align` puts them
+    back: the first tensor, and those of `hidden_states` that have as many rows.
+
+    last: of how many places, the last ones, logits are computed. Some decoders leave out the other rows themselves.
+    """
+    found = Kept(list(trace.lengths), [], trace)
+    if last and output[0].shape[1] == last != found.lengths[-1]:
+        return output
+    rows = found.align(output[0])
     if isinstance(output, tuple):
         return rows, *output[1:]
     output[next(iter(output))] = rows
+    if (states := output.get("hidden_states")) is not None:
+        output["hidden_states"] = tuple(found.align(x) if x.shape[1] == found.lengths[-1] else x for x in states)
     return output
 
 

@@ -45,9 +45,9 @@ class Packing:
         return where // length * self.index.shape[1] + self.moved.reshape(-1)[where]
 
     def origin(self) -> Tensor:
-        """Returns, for each token of [B, L2], its flat position in [B, L]."""
-        starts = torch.arange(len(self.index), device=self.index.device)[:, None] * self.moved.shape[1]
-        return self.index + starts
+        """Returns, for each token of [B, L2], the flat position in [B, L] of the token that it was made from."""
+        starts = torch.arange(len(self.source), device=self.source.device)[:, None] * self.moved.shape[1]
+        return self.source + starts
 
 
 def pack(keep: Tensor, source: Tensor, pad_left: bool) -> Packing:

@@ -149,13 +149,16 @@ class RunningCall:
     """A running call of a patched model."""
 
     engine: weakref.ref[Any]
-    of: str  # its kind: "generate"; "model" if it has labels or `aligns`; "core" with images or videos
+    of: str  # its kind: "generate"; "model" and "core", with images or videos
     inputs: Mapping[str, Any]  # the arguments, by name
     rows: int = 0  # of "generate": the rows of the batch that it was called with
     compressed: bool = False  # of "generate": whether its prefill has dropped tokens
     core: nn.Module | None = None
     labels: Tensor | None = None
-    aligns: bool = False  # of "model": whether the core model's result is put back at the places as given
+    by_place: bool = False  # of "model": whether the core model's result is put back at the places as given
+    last: int = 0  # of "model": of how many places, the last ones, it computes logits; 0: of all, or of others
+    scored: Tensor | None = None  # of "core": [B, L] bool, the tokens with labels
+    asked: int | None = None  # of "core": the tokens of a prompt that generate() was called with
     attributes: Mapping[int, Tensor] = field(default_factory=dict)  # of the core model's parts when the call began
     forward: Forward | None = None  # of "core": the running prefill of the language model that has the images
     trace: Trace | None = None  # of "core": what that prefill has kept

@@ -46,7 +46,7 @@ class Target:
     text_row: bool  # whether a row with the positions of the text may precede the axes
     # Whether the core model's result is put back at the places of the prompt as given in every call: if the model does
     # not generate, it may be read there, as classifiers and embeddings take the row of a prompt's last token.
-    aligns: bool
+    by_place: bool
     warned: set[str] = field(default_factory=set)  # the options that a warning was given about
 
     @classmethod
@@ -157,13 +157,16 @@ class Target:
         """Returns the decoder layers."""
         return list(parts.layers(self.language_model()) or ())
 
+    def holds_placeholders(self, core: nn.Module, ids: Any) -> bool:
+        """Returns whether there are placeholders of images or videos among token ids."""
+        tokens = [parts.of(core, name) for name in self.adapter.tokens.values()]
+        return isinstance(ids, Tensor) and any(token is not None and bool((ids == token).any()) for token in tokens)
+
     @torch.compiler.disable(reason=NOT_COMPILED_REASON)
     def check_no_images(self, core: nn.Module, inputs: Mapping[str, Any], unknown: list[str]) -> None:
         """Raises ValueError for a call that has placeholders, no pixels, and arguments of unknown names that may be
         pixels."""
-        ids = inputs.get("input_ids")
-        tokens = [parts.of(core, name) for name in self.adapter.tokens.values()]
-        if isinstance(ids, Tensor) and any(token is not None and bool((ids == token).any()) for token in tokens):
+        if self.holds_placeholders(core, inputs.get("input_ids")):
             raise ValueError(
                 f"{type(core).__name__} was called with placeholders of images or videos and with "
                 f"{', '.join(unknown)}, but with no pixel_values: these arguments are not supported, and nothing "

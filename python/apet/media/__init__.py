@@ -17,9 +17,9 @@ from typing import BinaryIO
 
 from . import films, photos, sources
 from .frames import Media
-from .sources import is_address, shown, stem
+from .sources import is_address, is_file, shown, stem
 
-__all__ = ["Media", "decode", "is_address", "read", "shown", "stem"]
+__all__ = ["Media", "decode", "is_address", "is_file", "read", "shown", "stem"]
 
 
 def read(source: str | Path, frames: int) -> Media:

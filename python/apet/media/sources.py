@@ -31,6 +31,11 @@ def is_address(source: str | Path) -> bool:
     return isinstance(source, str) and SCHEME.match(source) is not None
 
 
+def is_file(source: str | Path) -> bool:
+    """Returns whether the source is a file on a disk, which can be read again; a pipe or an address may not."""
+    return not is_address(source) and source != "-" and Path(source).is_file()
+
+
 def shown(source: str | Path) -> str:
     """Returns the source for display: an address without user, password and query."""
     if is_address(source):

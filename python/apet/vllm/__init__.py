@@ -34,8 +34,10 @@ def register() -> None:
     """Registers subclasses of vLLM's models in their place; without `apet_keep` they behave as before."""
     from vllm import ModelRegistry
 
-    from . import budget
+    from . import budget, unsupported
 
     budget.count_whole_items()
+    budget.check_whole_items()
+    unsupported.check_options()
     for architecture, model in MODELS.items():
         ModelRegistry.register_model(architecture, f"apet.vllm.{model}")

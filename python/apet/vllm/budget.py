@@ -2,7 +2,7 @@
 
 vLLM packs images and videos into one pass of the encoder, up to a number of embeddings for which it has measured the
 memory. It assumes one embedding per placeholder of an item. Compression lowers that number, so without
-this correction a pass would get several times as many embeddings.
+this correction a pass would get several times as many embeddings. It also rejects items that exceed this number.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import functools
 from typing import Any
 
 from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.engine.input_processor import InputProcessor
 
 from ..engines import plan
 
@@ -38,3 +39,27 @@ def count_whole_items() -> None:
         return items, new, budget - spent if items else left, *others
 
     Scheduler._try_schedule_encoder_inputs = whole
+
+
+def check_whole_items() -> None:
+    """Patches the check of a request, so that an item with more rows before compression than a pass of the encoder may
+    have raises ValueError, as it does without compression; it would never be scheduled. A second call does nothing."""
+    check = InputProcessor._validate_model_input
+    if hasattr(check, "__wrapped__"):
+        return
+
+    @functools.wraps(check)
+    def whole(self: Any, prompt_input: Any, prompt_type: str) -> None:
+        check(self, prompt_input, prompt_type)
+        if prompt_input["type"] != "multimodal":
+            return
+        for modality, items in prompt_input["mm_kwargs"].items():
+            for made in filter(None, map(plan.of, items)):
+                if len(made.units) > self.mm_encoder_cache_size:
+                    raise ValueError(
+                        f"the {modality} has {len(made.units)} tokens before compression, and the encoder's budget is "
+                        f"{self.mm_encoder_cache_size}: give it in a smaller size, or start the engine with a larger "
+                        "max_num_batched_tokens"
+                    )
+
+    InputProcessor._validate_model_input = whole

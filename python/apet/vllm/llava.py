@@ -11,7 +11,6 @@ from vllm.multimodal import MULTIMODAL_REGISTRY
 from vllm.multimodal.inputs import MultiModalKwargsItem
 from vllm.multimodal.processing import BaseMultiModalProcessor, BaseProcessingInfo, InputProcessingContext
 
-from ..engines import options
 from . import processing
 from .compress import Model
 
@@ -30,11 +29,7 @@ class LlavaProcessor(processing.Processor, llava.LlavaMultiModalProcessor):
 def build_info(ctx: InputProcessingContext) -> BaseProcessingInfo:
     """Returns vLLM's own info for a Pixtral tower, which is not compressed: its rows end in additional tokens."""
     info = llava._build_llava_or_pixtral_hf_info(ctx)
-    if isinstance(info, llava.LlavaProcessingInfo):
-        return LlavaInfo(ctx)
-    if options.of(ctx.get_mm_config().mm_processor_kwargs or {}):
-        raise ValueError("apet_keep is not offered for LLaVA with a Pixtral tower")
-    return info
+    return LlavaInfo(ctx) if isinstance(info, llava.LlavaProcessingInfo) else info
 
 
 def build_processor(info: BaseProcessingInfo, dummy_inputs: Any) -> BaseMultiModalProcessor:

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from vllm.config import VllmConfig
 from vllm.multimodal.inputs import MultiModalFeatureSpec, MultiModalKwargsItem, PlaceholderRange
+from vllm.multimodal.processing import ProcessorInputs
 from vllm.platforms import current_platform
 from vllm.utils.gpu_sync_debug import gpu_sync_allowed
 
@@ -45,6 +46,27 @@ class Info(processing.Info):
 
 class Steps(processing.Processor):
     """An image is a unit, and so is each temporal step of a video."""
+
+    def apply(self, inputs: ProcessorInputs, timing_ctx: Any) -> Any:
+        found = super().apply(inputs, timing_ctx)
+        wanted = self.info.options(inputs.hf_processor_mm_kwargs)
+        if wanted and (wanted.keep != 1.0 or wanted.max_tokens):
+            self.check(found)
+        return found
+
+    def check(self, found: Any) -> None:
+        """Raises ValueError if the prompt has placeholder tokens of no image or video: `recompute_mrope_positions`
+        finds the places of embeddings by these tokens."""
+        config = self.info.get_hf_config()
+        ids = torch.tensor(found["prompt_token_ids"])
+        visual = int(((ids == config.image_token_id) | (ids == config.video_token_id)).sum())
+        ranges = [one for modality in processing.VISUAL for one in found["mm_placeholders"].get(modality, ())]
+        more = visual - sum(one.get_num_embeds() for one in ranges)
+        if more:
+            raise ValueError(
+                f"the prompt has {more} tokens of images or videos (such as <|image_pad|>) that stand for none; with "
+                "apet_keep, leave them out"
+            )
 
     def units(self, modality: str, item: MultiModalKwargsItem, ids: Tensor) -> Tensor:
         return processing.equal_units(ids, len(ids) // int(item[f"{modality}_grid_thw"].data[0]))
@@ -94,6 +116,8 @@ class MRope(Model):
         yet: their columns hold -1 minus the position of their unit's first token, until `recompute_mrope_positions` has
         the embeddings."""
         if self.at_start is None:
+            if any(plan.of(feature.data) for feature in mm_features):
+                raise RuntimeError("this engine got shortened images or videos, but was started without apet_keep")
             return super().get_mrope_input_positions(input_tokens, mm_features)
         times = torch.ones(len(input_tokens), dtype=torch.int64)  # tokens of the whole prompt that each one replaces
         unknown, first, whole, more = [], [], [], 0

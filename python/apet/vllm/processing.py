@@ -35,6 +35,8 @@ VISUAL = ("image", "video")  # modalities that are compressed; audio stays as it
 class Context(InputProcessingContext):
     """Removes `apet_*` from the arguments of the model's own processor, which does not know them."""
 
+    has_apet = True  # unsupported.py rejects the options in other contexts
+
     def get_merged_mm_kwargs(self, kwargs: Mapping[str, object], **supported: Any) -> dict[str, Any]:
         return options.without(super().get_merged_mm_kwargs(kwargs, **supported))
 
@@ -88,6 +90,11 @@ class Processor(BaseMultiModalProcessor):
         if wanted := self.info.options(inputs.hf_processor_mm_kwargs):
             kwargs["apet"] = repr(wanted)
         return super()._get_mm_hashes(replace(inputs, hf_processor_mm_kwargs=kwargs))
+
+    def _get_cache_missing_processor_kwargs(self, inputs: ProcessorInputs, mm_is_cached: Any) -> Mapping[str, object]:
+        # Qwen3-VL returns resolved options here, from which `Context` has removed ours.
+        kwargs = super()._get_cache_missing_processor_kwargs(inputs, mm_is_cached)
+        return {**options.without(kwargs), **options.only(inputs.hf_processor_mm_kwargs)}
 
     def _apply_hf_processor_main(self, mm_items: MultiModalDataItems, hf_kwargs: Mapping[str, object]) -> Any:
         return super()._apply_hf_processor_main(mm_items, options.without(hf_kwargs))
