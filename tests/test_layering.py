@@ -230,7 +230,7 @@ def code_lines(path: Path) -> int:
 
 def families(package: str) -> list[Path]:
     """Returns the files of single families of models in a package of `apet`."""
-    shared = {"__init__", "tiled", "budget", "compress", "metrics", "mrope", "processing"}
+    shared = {"__init__", "tiled", "budget", "compress", "metrics", "mrope", "processing", "rows", "unsupported"}
     return [path for path in sorted((PYTHON / "apet" / package).glob("*.py")) if path.stem not in shared]
 
 

@@ -45,6 +45,7 @@ IMAGE = {
     "idefics3": "<image>",
     "smolvlm": "<image>",
     "mistral3": "[IMG]",
+    "pixtral": "[IMG]",
     "gemma4": "<image_soft_token>",
     "llama4": "<|image|>",
     "minicpmv4_6": "<|image_pad|>",

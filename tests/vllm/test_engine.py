@@ -42,7 +42,7 @@ def grid(height: int, width: int) -> tuple[int, int]:
 def units(served: Served, ids: list[int], embeds: torch.Tensor) -> list[torch.Tensor]:
     """Returns the columns of every unit of a prompt with all tokens, found by its tokens (and newlines)."""
     marks = torch.tensor([token in visual(served.name) for token in ids])
-    gaps = {tiny.BREAK} if served.name == "mistral3" else set()
+    gaps = {tiny.BREAK} if served.name in ("mistral3", "pixtral") else set()
     runs: list[list[int]] = []
     for column in range(len(ids)):
         if marks[column] and (not column or not (marks[column - 1] or ids[column - 1] in gaps)):

@@ -174,6 +174,10 @@ MISTRAL = {
     "vision_feature_layer": -1,
     "tie_word_embeddings": False,
 }
+PIXTRAL = {
+    **{name: value for name, value in MISTRAL.items() if name != "spatial_merge_size"},
+    "vision_feature_select_strategy": "full",
+}
 QWEN2 = {
     **QWEN,
     "vision_config": {
@@ -314,6 +318,7 @@ KINDS = {
     "gemma3": ("Gemma3", GEMMA),
     "idefics3": ("Idefics3", IDEFICS),
     "mistral3": ("Mistral3", MISTRAL),
+    "pixtral": ("Llava", PIXTRAL),
     "gemma4": ("Gemma4", GEMMA4),
     "llama4": ("Llama4", LLAMA4),
     "minicpmv4_6": ("MiniCPMV4_6", MINICPM),

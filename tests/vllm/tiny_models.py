@@ -187,10 +187,11 @@ def processor(name: str, config: Any) -> Any:
         videos = [transformers.SmolVLMVideoProcessor()] if name == "smolvlm" else []
         kind = getattr(transformers, f"{kind}Processor")
         return kind(images, words, *videos, image_seq_len=TILE // 4, chat_template=TEMPLATE)
-    if name == "mistral3":
+    if name in ("mistral3", "pixtral"):
         images = transformers.PixtralImageProcessor(size={"longest_edge": 2 * SIDE}, patch_size=PATCH)
+        merge = 2 if name == "mistral3" else 1
         return transformers.PixtralProcessor(
-            images, words, patch_size=PATCH, spatial_merge_size=2, chat_template=TEMPLATE
+            images, words, patch_size=PATCH, spatial_merge_size=merge, chat_template=TEMPLATE
         )
     if name == "llava_onevision":
         images = transformers.LlavaOnevisionImageProcessor(**square, image_grid_pinpoints=PINPOINTS)

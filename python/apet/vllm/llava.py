@@ -1,4 +1,7 @@
-"""LLaVA-1.5 in vLLM, with a CLIP or SigLIP tower. Modifications: those of `compress.Model`, before the projector."""
+"""LLaVA-1.5 in vLLM: with a CLIP or SigLIP tower, or with Pixtral's (Pixtral 12B in the format of transformers).
+
+Modifications: those of `compress.Model`, before the projector; with Pixtral's tower those of `rows`, after it.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,7 @@ from vllm.multimodal.inputs import MultiModalKwargsItem
 from vllm.multimodal.processing import BaseMultiModalProcessor, BaseProcessingInfo, InputProcessingContext
 
 from . import processing
-from .compress import Model
+from .rows import RowEnds, Rows
 
 
 class LlavaInfo(processing.Info, llava.LlavaProcessingInfo):
@@ -26,20 +29,28 @@ class LlavaProcessor(processing.Processor, llava.LlavaMultiModalProcessor):
         return torch.zeros_like(ids), torch.arange(len(ids)), len(ids)
 
 
+class PixtralInfo(processing.Info, llava.PixtralHFProcessingInfo):
+    """Reads the options of a request, for Pixtral's tower."""
+
+
+class PixtralProcessor(Rows, llava.PixtralHFMultiModalProcessor):
+    """Makes each image one unit, without the tokens at the ends of rows."""
+
+
 def build_info(ctx: InputProcessingContext) -> BaseProcessingInfo:
-    """Returns vLLM's own info for a Pixtral tower, which is not compressed: its rows end in additional tokens."""
-    info = llava._build_llava_or_pixtral_hf_info(ctx)
-    return LlavaInfo(ctx) if isinstance(info, llava.LlavaProcessingInfo) else info
+    pixtral = isinstance(llava._build_llava_or_pixtral_hf_info(ctx), llava.PixtralHFProcessingInfo)
+    return PixtralInfo(ctx) if pixtral else LlavaInfo(ctx)
 
 
 def build_processor(info: BaseProcessingInfo, dummy_inputs: Any) -> BaseMultiModalProcessor:
-    if isinstance(info, LlavaInfo):
-        return LlavaProcessor(info, dummy_inputs)
-    return llava._build_llava_or_pixtral_hf_processor(info, dummy_inputs)
+    return (PixtralProcessor if isinstance(info, PixtralInfo) else LlavaProcessor)(info, dummy_inputs)
 
 
 @MULTIMODAL_REGISTRY.register_processor(build_processor, info=build_info, dummy_inputs=llava.LlavaDummyInputsBuilder)
-class Llava(Model, llava.LlavaForConditionalGeneration):
-    """vLLM's LLaVA-1.5, with compression between tower and projector."""
+class Llava(RowEnds, llava.LlavaForConditionalGeneration):
+    """vLLM's LLaVA-1.5, with compression between tower and projector, or between projector and language model."""
 
-    projector = "multi_modal_projector"
+    @property
+    def projector(self) -> str | None:
+        """The module whose input is compressed."""
+        return None if self.config.vision_config.model_type == "pixtral" else "multi_modal_projector"
