@@ -257,3 +257,22 @@ def test_appended_rows_are_at_the_places_of_their_tokens() -> None:
     assert (aligned[0, remaining].abs().sum(-1) > 0).all()
     gone = places[~torch.isin(places, remaining)]
     assert aligned[0, gone].isnan().all()
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_prompts_that_end_in_an_image(side: str) -> None:
+    """The last token that is left stands for the last one that was given."""
+    model = tiny.build(transformers.LlavaForConditionalGeneration, tiny.config("llava"))
+    rows = [prompt(model, parts, seed) for seed, parts in enumerate([(9, "image"), (3, "image", 2)])]
+    batch = padded(rows, side)
+    with apet.patched(model, keep=4, basis=4):
+        alone = torch.cat([model(**row).logits[:, -1] for row in rows])
+        states = model.model(**batch).last_hidden_state
+        mask = batch["attention_mask"]
+        last = mask.shape[1] - 1 - mask.flip(1).argmax(1)
+        torch.testing.assert_close(model.lm_head(states[[0, 1], last]), alone)
+        if side == "left":
+            torch.testing.assert_close(model(**batch, logits_to_keep=1).logits[:, 0], alone)
+            said = model.generate(**batch, max_new_tokens=2, do_sample=False)
+            for row, one in zip(rows, said, strict=True):
+                assert one[-2:].tolist() == model.generate(**row, max_new_tokens=2, do_sample=False)[0, -2:].tolist()

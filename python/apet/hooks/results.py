@@ -72,13 +72,30 @@ def aligned(output: Any, trace: Trace, last: int) -> Any:
     found = Kept(list(trace.lengths), [], trace)
     if last and output[0].shape[1] == last != found.lengths[-1]:
         return output
-    rows = found.align(output[0])
+    rows = _by_place(found, output[0])
     if isinstance(output, tuple):
         return rows, *output[1:]
     output[next(iter(output))] = rows
     if (states := output.get("hidden_states")) is not None:
-        output["hidden_states"] = tuple(found.align(x) if x.shape[1] == found.lengths[-1] else x for x in states)
+        output["hidden_states"] = tuple(_by_place(found, x) if x.shape[1] == found.lengths[-1] else x for x in states)
     return output
+
+
+def _by_place(found: Kept, x: Tensor) -> Tensor:
+    """Returns x as `Kept.align` puts it back. Where a prompt ends in dropped tokens, the place of its last token gets
+    the row of the last one that is left, after which generation goes on."""
+    full, trace = found.align(x), found.trace
+    if trace.origin is None or trace.remaining is None or trace.valid is None:
+        return full
+    batch, length = full.shape[:2]
+    held = torch.zeros_like(trace.remaining)
+    held[trace.origin[trace.valid]] = True
+    held, gone = (mask.view(batch, length).to(x.device) for mask in (held, ~trace.remaining))
+    columns = torch.arange(1, length + 1, device=x.device)
+    last, left = ((mask * columns).argmax(1) for mask in (held | gone, held))
+    rows = torch.arange(batch, device=x.device)
+    full[rows, last] = full[rows, left]
+    return full
 
 
 def kept(model: nn.Module) -> Kept | None:
