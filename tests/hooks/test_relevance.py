@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from apet import calls
 from conversations import Sample, collate
-from families import FAMILIES, IMAGE, UNSAID, VIDEO, Family, reader, shared, twin
+from families import EOS, FAMILIES, IMAGE, UNSAID, VIDEO, Family, reader, shared, twin
 from recompute import units
 from running import conversation, conversations, say
 from torch import Tensor
@@ -94,6 +94,7 @@ def test_guesses_do_not_choose() -> None:
     row.ids[:9] = [31, 32, 33, 31, 32, 33, 31, 32, 33]
     row.ids[-3:] = [31, 32, 33]
     inputs, how = collate(family, [row]), {"max_new_tokens": 5, "do_sample": False, "suppress_tokens": UNSAID}
+    how["eos_token_id"] = EOS  # transformers 4 looks up nothing without it
     with apet.patched(model, keep=3, relevance=W), calls.Recorder() as recorder:
         whole = model.generate(**inputs, **how)
         looked_up = model.generate(**inputs, **how, prompt_lookup_num_tokens=3)

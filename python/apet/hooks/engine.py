@@ -243,6 +243,9 @@ class Engine(Patch):
                 f"with llm_layer={self.options.llm_layer} now; start without the cache"
             )
         past = cache.get_seq_length()
+        if new > 1 and prompt.early is not None and not prefill and not torch.compiler.is_compiling():
+            generation.check_kept_cache(self, cache)
+            self.check_new_tokens(prompt, past)
         tail = caches.tail(prompt, cache, self.mask_given(roles.get("mask", arguments)), past, new)
         prompt.forward = Forward(module, prompt, tail=tail)
         if prompt.early is None:
@@ -250,9 +253,6 @@ class Engine(Patch):
         position = roles.get("cache_position", arguments)
         if new > 1 and not torch.compiler.is_compiling():
             caches.check_position(prompt, past, position)
-            if not prefill:
-                generation.check_kept_cache(self, cache)
-                self.check_new_tokens(prompt, past)
         replaced = {
             "mask": prompt.early.columns(past, new, tail).long(),
             "positions": prompt.early.positions(past, new, tail),
