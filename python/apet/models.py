@@ -83,7 +83,7 @@ def question(
         else:
             text = "".join(getattr(processor, f"{kind}_token") + "\n" for kind in kinds) + prompt
         given: dict[str, Any] = {"images": list(images)} if images else {}
-        first = getattr(processor.tokenizer, "bos_token", None)
+        first = getattr(getattr(processor, "tokenizer", None), "bos_token", None)
         if first and text.startswith(first):  # the template has written it, and the tokenizer may add another one
             given["add_special_tokens"] = False
         if clip is not None:
