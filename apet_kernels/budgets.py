@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
 from collections.abc import Callable, Sequence
@@ -26,7 +27,10 @@ def in_float32(function: F) -> F:
 
     @functools.wraps(function)
     def run(x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+        device = x.device.type
+        has_autocast = torch.amp.is_autocast_available(device)
+        off = torch.autocast(device, enabled=False) if has_autocast else contextlib.nullcontext()
+        with torch.no_grad(), off:
             return function(x, *args, **kwargs)
 
     return cast("F", run)
