@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -102,8 +103,11 @@ def test_other_dtypes_have_the_bits_of_the_set_before(isa: str) -> None:
 
 @pytest.mark.matrix  # on a machine with AMX, by hand
 @in_tiles
+@pytest.mark.parametrize(
+    "rule", [{"select": "fps"}, {"select": "qr"}, {"select": "qr", "basis": None, "refine": 2}], ids=str
+)
 @pytest.mark.parametrize("shape", [*SHAPES, (2, 576, 1024, 64, 10), (1, 1280, 3584, 384, 10)])
-def test_the_emulation_has_the_bits_of_the_instructions(shape: tuple[int, ...], isa: str) -> None:
+def test_the_emulation_has_the_bits_of_the_instructions(shape: tuple[int, ...], rule: dict[str, Any], isa: str) -> None:
     from apet_kernels import compress
 
     if isa not in testing.cpu_isa():
@@ -112,10 +116,10 @@ def test_the_emulation_has_the_bits_of_the_instructions(shape: tuple[int, ...], 
     x = tokens(B, N, D, dtype=IN_TILES[isa], kind="clustered", seed=N)
     testing.use_cpu_isa(isa)
     try:
-        expected = compress(x, keep, basis, backend="cpu")
+        expected = compress(x, keep, **{"basis": basis, **rule}, backend="cpu")
     finally:
         testing.use_cpu_isa(None)
-    for got, same in zip(on("avx512", isa).compress(x, keep, basis), expected, strict=True):
+    for got, same in zip(on("avx512", isa).compress(x, keep, **{"basis": basis, **rule}), expected, strict=True):
         assert_same(got, same)
 
 
