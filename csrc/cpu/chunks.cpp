@@ -64,10 +64,10 @@ void Walk::cut_stage() {
   }
 }
 
-// Returns the number of chunks of n rows: an equal share per thread, in chunks of at most kBlockRows rows.
+// Returns the number of chunks of n rows: an equal share per thread, in chunks of at most a block of rows.
 int64_t Walk::product_chunks(int64_t n) const {
-  const int64_t threads = call_->threads;
-  return (n + kBlockRows * threads - 1) / (kBlockRows * threads) * threads;
+  const int64_t threads = call_->threads, rows = call_->kernels.block_rows * threads;
+  return (n + rows - 1) / rows * threads;
 }
 
 int64_t Walk::token_chunks() const {

@@ -12,8 +12,6 @@ namespace apet::cpu {
 
 // Tokens per tile: their dot products are buffered on the stack before pick_value, resid_sq and y are updated.
 constexpr int kTile = 64;
-// Rows of a RowBlock (product.h), at most: one pass over the packed factors (in L2 or L3) serves this many tokens.
-constexpr int kBlockRows = 96;
 // Features per piece of pack() and mean(), so that threads can share wide rows too. 1 KB of bfloat16 is long enough to
 // stream.
 constexpr int kColumns = 512;
@@ -25,10 +23,12 @@ struct Kernels {
   int32_t dropped_group;  // dropped tokens that share each load of a target
   int32_t vector;         // float lanes of a vector: arrays over targets are padded to a multiple
   int32_t panel;          // factors of a packed panel
+  int32_t block_rows;     // rows that share each reading of the packed factors, at most
   // packed_floats: the floats of Factors::packed for up to `factors` factors. scratch_bytes: the scratch that a thread
-  // needs for a product. round_scratch_bytes: what round() needs in addition, by its number of picks.
+  // needs for products with up to `factors` factors. round_scratch_bytes: what round() needs in addition, by its number
+  // of picks.
   size_t (*packed_floats)(int64_t factors, int64_t dim);
-  size_t (*scratch_bytes)(int64_t dim);
+  size_t (*scratch_bytes)(int64_t factors, int64_t dim);
   size_t (*round_scratch_bytes)(int64_t picks);
 
   // s1: computes norm_sq and the initial pick_value and resid_sq of tokens [begin, end). Returns the token of largest

@@ -33,11 +33,19 @@ constexpr int MR = 4, NV = 2;
 constexpr int NR = NV * W;
 constexpr int rows_of(int vectors) { return vectors == 1 ? 2 * MR : MR; }
 constexpr int64_t kPartUnits = 1024;
-// Widened rows per thread: at most this much, so that they stay in L2 too.
-constexpr int64_t kWidenedBytes = 512 << 10;
+// Rows of a RowBlock, at most: one pass over the packed factors (in L2 or L3) serves this many tokens.
+#if defined(APET_TILES)
+constexpr int kBlockRows = 128;
+#else
+constexpr int kBlockRows = 96;
+#endif
+// Rows in scratch, of a thread: at most this much, so that they stay in L2 too.
+constexpr int64_t kScratchBytes = 512 << 10;
 
+// The units of a row, and of a factor in a panel. In tiles, zeros complete the last one.
 template <class E>
 static inline int64_t units(int64_t dim) {
+  if (E::kTiles) return (dim + 31) / 32 * 16;
   return (dim * W + E::Packed::N - 1) / E::Packed::N;  // so many elements make W units
 }
 // Rows that share each load of a factor.
@@ -46,15 +54,19 @@ constexpr int kRowGroup = E::kTiles ? 32 : MR;
 // The bytes of a row in scratch: widened, or copied, completed to whole rows of a tile (64 bytes).
 template <class E>
 static inline int64_t scratch_row_bytes(int64_t dim) {
-  return E::kTiles ? (dim * 2 + 63) / 64 * 64 : dim * 4;
-}
-template <class E>
-static inline int64_t block_rows(int64_t dim) {
-  if (E::kInPlace) return kBlockRows;
-  const int64_t fit = kWidenedBytes / scratch_row_bytes<E>(dim) / kRowGroup<E> * kRowGroup<E>;
-  return fit < kRowGroup<E> ? kRowGroup<E> : smaller(fit, kBlockRows);
+  return E::kTiles ? units<E>(dim) * 4 : dim * 4;
 }
 static inline int64_t padded(int64_t factors) { return (factors + W - 1) / W * W; }
+// Returns the rows of a block that is multiplied with so many factors. If these do not fit L2 beside the rows, tiles
+// multiply faster than L3 delivers panels, so more rows share a panel.
+template <class E>
+static inline int64_t block_rows(int64_t dim, int64_t factors) {
+  if (E::kInPlace) return kBlockRows;
+  const int64_t row = scratch_row_bytes<E>(dim), wanted = E::kTiles ? padded(factors) * row : 0;
+  const int64_t bytes = wanted < kScratchBytes ? kScratchBytes : smaller(wanted, 2 * kScratchBytes);
+  const int64_t fit = bytes / row / kRowGroup<E> * kRowGroup<E>;
+  return fit < kRowGroup<E> ? kRowGroup<E> : smaller(fit, kBlockRows);
+}
 
 // Returns where the panel that starts at factor t0 is stored. Panels fill the result first, from its first cache line
 // on (only mean() writes its rows); panels that do not fit are in the workspace, in Factors::packed.
@@ -76,38 +88,50 @@ static size_t packed_floats(int64_t factors, int64_t dim) {
   return (size_t)(smaller(outside, padded(factors)) * units<E>(dim));
 }
 template <class E>
-static size_t scratch_bytes(int64_t dim) {
-  return E::kInPlace ? 0 : (size_t)(block_rows<E>(dim) * scratch_row_bytes<E>(dim));
+static size_t scratch_bytes(int64_t factors, int64_t dim) {
+  return E::kInPlace ? 0 : (size_t)(block_rows<E>(dim, factors) * scratch_row_bytes<E>(dim));
+}
+
+// Returns where unit k of the factors from v on, a vector, is in a panel of `width` factors with `all` units. For tiles
+// a panel is a sequence of tiles of 16 units: two vectors side by side over all units, then the next two.
+template <class E>
+static inline int64_t in_panel(int64_t k, int64_t v, int64_t width, int64_t all) {
+  if (!E::kTiles) return k * width + v;
+  const int64_t pair = v / (2 * W) * (2 * W), together = smaller(2 * W, width - pair);
+  return pair * all + k / 16 * 16 * together + (v - pair) * 16 + k % 16 * W;
 }
 
 // Packs features [d0, d1) of the rows row(t), t0 <= t < count, as one panel of `width`; d0 is a multiple of
-// E::Packed::N.
+// kColumns, and d1 too, if features follow.
 template <class E, bool Negated, class RowOf>
-static inline void pack_panel(RowOf row_of, int64_t t0, int64_t count, int64_t width, int64_t d0, int64_t d1,
-                              float* out) {
+static inline void pack_panel(RowOf row_of, int64_t t0, int64_t count, int64_t width, int64_t all, int64_t d0,
+                              int64_t d1, float* out) {
   using Packed = typename E::Packed;
   constexpr int64_t kPerUnit = Packed::N / W;
+  const int64_t next = E::kTiles ? W : width;               // floats from a unit to the next
+  const int64_t end = E::kTiles ? (d1 + 31) / 32 * 32 : d1;  // zeros complete a tile
   for (int64_t v = 0; v < width; v += W) {
     const typename E::T* t[W];
     for (int i = 0; i < W; i++) t[i] = t0 + v + i < count ? row_of(t0 + v + i) : nullptr;
-    for (int64_t d = d0; d < d1; d += Packed::N) {
-      const int64_t n = smaller(Packed::N, d1 - d), k = d / kPerUnit;
+    for (int64_t d = d0; d < end; d += Packed::N) {
+      const int64_t n = smaller(Packed::N, d1 - d), used = E::kTiles ? W : (n + kPerUnit - 1) / kPerUnit;
       V block[W];
       for (int i = 0; i < W; i++)
-        block[i] = !t[i] ? V{} : n == Packed::N ? Packed::get(t[i] + d) : Packed::get_n(t[i] + d, n);
+        block[i] = !t[i] || n <= 0 ? V{} : n == Packed::N ? Packed::get(t[i] + d) : Packed::get_n(t[i] + d, n);
       transpose(block);
-      for (int64_t i = 0; i < (n + kPerUnit - 1) / kPerUnit; i++)
-        store(out + (k + i) * width + v, Negated ? -block[i] : block[i]);
+      float* to = out + in_panel<E>(d / kPerUnit, v, width, all);
+      for (int64_t i = 0; i < used; i++) store(to + i * next, Negated ? -block[i] : block[i]);
     }
   }
 }
 
-// Packs features [d0, d1) of one panel; d0 is a multiple of kColumns, and so of E::Packed::N.
+// Packs features [d0, d1) of one panel, as pack_panel().
 template <class E>
 static void pack(const Input& in, const Rows& rows, const Factors& factors, int64_t panel, int64_t d0, int64_t d1) {
   const int64_t t0 = panel * NR, width = smaller(NR, padded(factors.count) - t0);
   const auto row_of = [&](int64_t t) { return row<typename E::T>(in, factors.token[t]); };
-  pack_panel<E, false>(row_of, t0, factors.count, width, d0, d1, panel_at<E>(in, rows, factors, t0));
+  pack_panel<E, false>(row_of, t0, factors.count, width, units<E>(in.dim), d0, d1,
+                       panel_at<E>(in, rows, factors, t0));
 }
 
 // tile [R, NR] (+)= rows [R] x panel over `count` units. Rows are bytes: 16-bit ones need not be 4-byte aligned.
@@ -149,20 +173,22 @@ struct RowBlock {
   int64_t count;
   const char* rows[kBlockRows];
   float last[kBlockRows];  // of odd D: the last bfloat16 and a zero
-  float tile[kBlockRows * NR];
-  static_assert(kBlockRows % (2 * MR) == 0, "the tile has room for the last, incomplete rows of a block");
+  float tile[(kBlockRows + 2 * MR - 1) / (2 * MR) * (2 * MR) * NR];  // with room for the last, incomplete rows
+  bool far;  // tiles: the factors do not fit L2
 };
 
 #if defined(APET_TILES)
 #include "product_tiles.h"
 #endif
 
-// Collects the rows of tokens[begin .. begin + count), widened into scratch if the dtype requires it.
+// Collects the rows of tokens[begin .. begin + count) for products with so many factors, widened into scratch if the
+// dtype requires it.
 template <class E, class Tokens>
-static inline void load_block(const Input& in, Tokens tokens, int64_t begin, int64_t count, void* scratch,
-                              RowBlock& block) {
+static inline void load_block(const Input& in, Tokens tokens, int64_t begin, int64_t count, int64_t factors,
+                              void* scratch, RowBlock& block) {
   using T = typename E::T;
   block.count = count;
+  block.far = padded(factors) * scratch_row_bytes<E>(in.dim) > kScratchBytes;
 #if defined(APET_TILES)
   if (E::kTiles) return copy_rows<E>(in, tokens, begin, count, static_cast<char*>(scratch), block);
 #endif

@@ -18,7 +18,7 @@
 static void pack_y(const Factors& factors, Rounds& rounds, int64_t panel) {
   const auto row_of = [&](int64_t t) { return rounds.y + (int64_t)factors.token[t] * rounds.width; };
   const int64_t t0 = panel * NR, width = smaller(NR, padded(factors.count) - t0);
-  pack_panel<Widened<float>, true>(row_of, t0, factors.count, width, 0, rounds.begin,
+  pack_panel<Widened<float>, true>(row_of, t0, factors.count, width, rounds.begin, 0, rounds.begin,
                                    rounds.packed_y + t0 * rounds.begin);
 }
 
@@ -43,11 +43,11 @@ static inline void subtract_y_products(const Rounds& rounds, Tokens tokens, int6
 template <class E>
 static void pool_gram(const Input& in, const Rows& rows, const Factors& pool, Rounds& rounds, int64_t begin,
                       int64_t end, void* scratch) {
-  const int64_t step = block_rows<E>(in.dim);
+  const int64_t step = block_rows<E>(in.dim, pool.count);
   const Listed tokens{pool.token};
   RowBlock block;
   for (int64_t i0 = begin; i0 < end; i0 += step) {
-    load_block<E>(in, tokens, i0, smaller(step, end - i0), scratch, block);
+    load_block<E>(in, tokens, i0, smaller(step, end - i0), pool.count, scratch, block);
     each_panel<E>(in, rows, pool, [&](auto width, const float* panel, int64_t t0) {
       constexpr int Vectors = decltype(width)::Vectors;
       if (t0 + Vectors * W <= i0) return;
@@ -64,7 +64,8 @@ static size_t round_scratch_bytes(int64_t picks) { return (size_t)(picks * kBloc
 
 // Replaces z [size, kBlockRows] of a block's tokens by their y, and writes the sums of the squares of y into sum_sq.
 static inline void substitute(const Rounds& rounds, float* z, float* sum_sq) {
-  constexpr int kTokens = 6;  // vectors of tokens at a time: their independent sums hide the latency of fma
+  // Vectors of tokens at a time: their independent sums hide the latency of fma.
+  constexpr int kTokens = kBlockRows % (6 * W) == 0 ? 6 : 4;
   static_assert(kBlockRows % (kTokens * W) == 0, "a block is whole groups of vectors");
   for (int64_t i = 0; i < kBlockRows; i += kTokens * W) {
     V sum[kTokens] = {};
@@ -92,7 +93,7 @@ static inline void substitute(const Rounds& rounds, float* z, float* sum_sq) {
 template <class E>
 static void round(const Input& in, const Rows& rows, const Factors& picks, Scores& s, Rounds& rounds, Centres& centres,
                   int64_t begin, int64_t end, void* scratch) {
-  const int64_t step = block_rows<E>(in.dim);
+  const int64_t step = block_rows<E>(in.dim, picks.count);
   float* z = static_cast<float*>(scratch);  // [size, kBlockRows]
   void* wide = z + rounds.size * kBlockRows;
   // The last block may have fewer tokens than substitute() computes with.
@@ -100,7 +101,7 @@ static void round(const Input& in, const Rows& rows, const Factors& picks, Score
   RowBlock block;
   float sum_sq[kBlockRows];
   for (int64_t i0 = begin; i0 < end; i0 += step) {
-    load_block<E>(in, Range{}, i0, smaller(step, end - i0), wide, block);
+    load_block<E>(in, Range{}, i0, smaller(step, end - i0), picks.count, wide, block);
     each_panel<E>(in, rows, picks, [&](auto width, const float* panel, int64_t t0) {
       constexpr int Vectors = decltype(width)::Vectors;
       multiply_panel<E, Vectors>(in, block, panel);

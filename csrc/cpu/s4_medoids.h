@@ -16,10 +16,10 @@
 template <class E, class Tokens>
 static inline void add_products(const Input& in, const Rows& rows, const Factors& stale, Centres& centres,
                                 Tokens tokens, int64_t begin, int64_t end, void* scratch) {
-  const int64_t step = block_rows<E>(in.dim);
+  const int64_t step = block_rows<E>(in.dim, stale.count);
   RowBlock block;
   for (int64_t i0 = begin; i0 < end; i0 += step) {
-    load_block<E>(in, tokens, i0, smaller(step, end - i0), scratch, block);
+    load_block<E>(in, tokens, i0, smaller(step, end - i0), stale.count, scratch, block);
     each_panel<E>(in, rows, stale, [&](auto width, const float* panel, int64_t t0) {
       constexpr int Vectors = decltype(width)::Vectors;
       multiply_panel<E, Vectors>(in, block, panel);

@@ -31,11 +31,11 @@ static inline void take_best(const Merge& merge, const RowBlock& block, Best& be
 template <class E>
 static void assign(const Input& in, const Rows& rows, const Factors& targets, Merge& merge, int64_t begin, int64_t end,
                    void* scratch) {
-  const int64_t step = block_rows<E>(in.dim);
+  const int64_t step = block_rows<E>(in.dim, targets.count);
   RowBlock block;
   Best best;
   for (int64_t i0 = begin; i0 < end; i0 += step) {
-    load_block<E>(in, Listed{merge.dropped}, i0, smaller(step, end - i0), scratch, block);
+    load_block<E>(in, Listed{merge.dropped}, i0, smaller(step, end - i0), targets.count, scratch, block);
     for (int64_t i = 0; i < block.count; i++) {
       best.similarity[i] = splat(-__builtin_inff());
       best.target[i] = I{};

@@ -45,6 +45,11 @@ class Tiles {
   void load(const void* from, int64_t stride) {
     asm volatile("tileloadd (%0,%1,1), %%tmm%c2" ::"r"(from), "r"(stride), "i"(Tile) : "memory");
   }
+  // The same, and the first-level cache keeps what it has.
+  template <int Tile>
+  void load_past_l1(const void* from, int64_t stride) {
+    asm volatile("tileloaddt1 (%0,%1,1), %%tmm%c2" ::"r"(from), "r"(stride), "i"(Tile) : "memory");
+  }
   template <int Tile>
   void store(void* out, int64_t stride) {
     asm volatile("tilestored %%tmm%c2, (%0,%1,1)" ::"r"(out), "r"(stride), "i"(Tile) : "memory");
@@ -73,6 +78,10 @@ class Tiles {
   void load(const void* from, int64_t stride) {
     for (int row = 0; row < kTileRows; row++)
       __builtin_memcpy(tile_[Tile][row], static_cast<const char*>(from) + row * stride, bytes(Tile));
+  }
+  template <int Tile>
+  void load_past_l1(const void* from, int64_t stride) {
+    load<Tile>(from, stride);
   }
   template <int Tile>
   void store(void* out, int64_t stride) {

@@ -30,7 +30,7 @@ namespace apet::cpu {
 Walk::Walk(Call* call, Arena& arena) : call_(call) {
   take_arrays(call->problem, call->kernels, arena, image_);
   const bool merges = call->problem.op != APET_SCORE;
-  scratch_bytes_ = merges ? call->kernels.scratch_bytes(call->problem.dim) : 0;
+  scratch_bytes_ = merges ? call->kernels.scratch_bytes(call->problem.keep, call->problem.dim) : 0;
   if (picks_in_rounds(call->problem, call->problem.keep))
     scratch_bytes_ += call->kernels.round_scratch_bytes(image_.rounds.most);
   scratch_bytes_ = (scratch_bytes_ + 63) / 64 * 64;
