@@ -55,6 +55,7 @@ struct Basis {
   float norm_sq[APET_MAX_BASIS];            // ||p||^2, a copy: the first sweep may still write Scores::norm_sq[p]
   float L[APET_MAX_BASIS][APET_MAX_BASIS];  // lower triangle without its diagonal
   double inv_diag[APET_MAX_BASIS];          // 1 / L_jj; 0 for a dependent basis token
+  float* packed;                            // their features, if products with them are in tiles (dot_tiles.h)
 };
 
 // s1 in rounds. A round makes at most b picks from a pool of P = kPool b candidates.

@@ -30,6 +30,8 @@ struct Kernels {
   size_t (*packed_floats)(int64_t factors, int64_t dim);
   size_t (*scratch_bytes)(int64_t factors, int64_t dim);
   size_t (*round_scratch_bytes)(int64_t picks);
+  // The floats of Basis::packed, for up to so many basis tokens.
+  size_t (*packed_basis_floats)(int64_t basis, int64_t dim);
 
   // s1: computes norm_sq and the initial pick_value and resid_sq of tokens [begin, end). Returns the token of largest
   // finite norm, with norm_sq as its pick_value.
@@ -39,7 +41,9 @@ struct Kernels {
   Candidate (*sweep)(const Input&, const Basis&, Scores&, int64_t begin, int64_t end);
   // The same for candidates[begin .. end).
   Candidate (*sweep_candidates)(const Input&, const Basis&, Scores&, int64_t begin, int64_t end);
-  // s3: sweep(), then computes e_sq.
+  // s3: packs the basis, which is complete.
+  void (*pack_basis)(const Input&, Basis&);
+  // s3: updates tokens [begin, end) with all basis tokens, then computes e_sq.
   void (*residual)(const Input&, const Basis&, Scores&, int64_t begin, int64_t end);
   // Packs features [d0, d1) of one panel of factors.
   void (*pack)(const Input&, const Rows&, const Factors&, int64_t panel, int64_t d0, int64_t d1);

@@ -30,9 +30,11 @@ static constexpr Kernels kernels_of() {
   k.packed_floats = packed_floats<E>;
   k.scratch_bytes = scratch_bytes<E>;
   k.round_scratch_bytes = round_scratch_bytes;
+  k.packed_basis_floats = packed_basis_floats<E>;
   k.norms = norms<E>;
   k.sweep = sweep<E>;
   k.sweep_candidates = sweep_candidates<E>;
+  k.pack_basis = pack_basis<E>;
   k.residual = residual<E>;
   k.pack = pack<E>;
   k.pack_y = pack_y;

@@ -7,10 +7,57 @@
 // set.
 #pragma once
 #include "s1_s3_sweep.h"
+#if defined(APET_TILES)
+#include "dot_tiles.h"
+#endif
+
+// With fewer basis tokens, the sweep is as fast as tiles; its sums are a little more exact.
+constexpr int kLeastInTiles = 4;
+
+// Packs the basis, if its products are computed in tiles.
+template <class E>
+static void pack_basis(const Input& in, Basis& basis) {
+#if defined(APET_TILES)
+  if (basis.size >= kLeastInTiles) pack_in_tiles<E>(in, basis);
+#else
+  (void)in, (void)basis;
+#endif
+}
+// Returns the floats of Basis::packed.
+template <class E>
+static size_t packed_basis_floats(int64_t basis, int64_t dim) {
+#if defined(APET_TILES)
+  if (basis >= kLeastInTiles) return (size_t)(((basis + W - 1) / W * W) * chains(dim) * kChainPairs);
+#endif
+  (void)basis, (void)dim;
+  return 0;
+}
+
+// Updates tokens [begin, end) with the basis tokens that they do not include yet. In tiles, with all of them again: so
+// all tokens have sums of one order, and repeated tokens the same residual.
+template <class E>
+static inline void complete(const Input& in, const Basis& basis, Scores& s, int64_t begin, int64_t end) {
+#if defined(APET_TILES)
+  if (basis.size >= kLeastInTiles) {
+    Tiles tiles(W);
+    for (int64_t t = begin; t < end; t += kTile) {
+      const int64_t n = smaller(kTile, end - t);
+      for (int64_t i = t; i < t + n; i++) s.resid_sq[i] = s.norm_sq[i], s.steps_done[i] = 0;
+      for (int32_t b = 0; b < basis.size; b += W) {
+        double dot[W][kTile];
+        dots_in_tiles<typename E::T>(tiles, in, basis, b, t, n, dot);
+        for (int32_t k = b; k < smaller(b + W, basis.size); k++) add_step(in, basis, s, k, Range{}, t, n, dot[k - b]);
+      }
+    }
+    return;
+  }
+#endif
+  sweep<E>(in, basis, s, begin, end);
+}
 
 template <class E>
 static void residual(const Input& in, const Basis& basis, Scores& s, int64_t begin, int64_t end) {
-  sweep<E>(in, basis, s, begin, end);
+  complete<E>(in, basis, s, begin, end);
   const float* weight = s.weight;
   const float rounding = 4.0f * (float)in.max_basis * 0x1p-24f;  // times ||x||^2: the rounding error of float32
   for (int64_t t = begin; t < end; t += kTile) {

@@ -180,7 +180,7 @@ Stage Walk::list_contenders() {
 // The basis is complete: it has M tokens, or no other token may be picked.
 Stage Walk::finish_basis() {
   const Input& in = image_.input;
-  const Basis& basis = image_.basis;
+  Basis& basis = image_.basis;
   if (call_->problem.op == APET_SCORE) {
     int64_t* out = call_->tensors.basis_indices + index_ * in.max_basis;
     for (int32_t j = 0; j < in.max_basis; j++) out[j] = j < basis.size ? basis.token[j] : -1;
@@ -189,6 +189,7 @@ Stage Walk::finish_basis() {
     append_basis(in, basis, image_.rows);
     return average_rows();
   }
+  call_->kernels.pack_basis(in, basis);
   return Stage::kResidual;
 }
 

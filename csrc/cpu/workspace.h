@@ -75,7 +75,9 @@ inline void take_arrays(const apet_problem& p, const Kernels& kernels, Arena& ar
   scores.norm_sq = arena.take<float>(n);
   scores.pick_value = arena.take<float>(n);
   scores.resid_sq = scores.e_sq = p.op == APET_SCORE ? nullptr : arena.take<float>(n);
-  scores.y = arena.take<float>(!picks ? 0 : n * (in_rounds(p) ? std::min<int64_t>(kFewPicks, p.keep) : p.basis));
+  const int64_t basis = !picks ? 0 : in_rounds(p) ? std::min<int64_t>(kFewPicks, p.keep) : p.basis;
+  scores.y = arena.take<float>(n * basis);
+  image.basis.packed = arena.take<float>(kernels.packed_basis_floats(basis, p.dim));
   scores.steps_done = arena.take<int32_t>(n);
   scores.candidates = arena.take<int32_t>(picks ? n : 0);
   image.rows.row_token = arena.take<int32_t>(rows);
