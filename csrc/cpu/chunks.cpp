@@ -66,7 +66,8 @@ void Walk::cut_stage() {
 
 // Returns the number of chunks of n rows: an equal share per thread, in chunks of at most a block of rows.
 int64_t Walk::product_chunks(int64_t n) const {
-  const int64_t threads = call_->threads, rows = call_->kernels.block_rows * threads;
+  const int64_t threads = call_->threads;
+  const int64_t rows = call_->kernels.block_rows(image_.factors.count, image_.input.dim) * threads;
   return (n + rows - 1) / rows * threads;
 }
 

@@ -23,13 +23,14 @@ struct Kernels {
   int32_t dropped_group;  // dropped tokens that share each load of a target
   int32_t vector;         // float lanes of a vector: arrays over targets are padded to a multiple
   int32_t panel;          // factors of a packed panel
-  int32_t block_rows;     // rows that share each reading of the packed factors, at most
   // packed_floats: the floats of Factors::packed for up to `factors` factors. scratch_bytes: the scratch that a thread
   // needs for products with up to `factors` factors. round_scratch_bytes: what round() needs in addition, by its number
   // of picks.
   size_t (*packed_floats)(int64_t factors, int64_t dim);
   size_t (*scratch_bytes)(int64_t factors, int64_t dim);
   size_t (*round_scratch_bytes)(int64_t picks);
+  // Rows that share each reading of so many packed factors, at most.
+  int64_t (*block_rows)(int64_t factors, int64_t dim);
   // The floats of Basis::packed, for up to so many basis tokens.
   size_t (*packed_basis_floats)(int64_t basis, int64_t dim);
 

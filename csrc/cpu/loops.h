@@ -26,7 +26,7 @@ static constexpr Kernels kernels_of() {
   k.dropped_group = kRowGroup<E>;
   k.vector = W;
   k.panel = NR;
-  k.block_rows = kBlockRows;
+  k.block_rows = block_rows<E>;
   k.packed_floats = packed_floats<E>;
   k.scratch_bytes = scratch_bytes<E>;
   k.round_scratch_bytes = round_scratch_bytes;

@@ -35,9 +35,9 @@ constexpr int rows_of(int vectors) { return vectors == 1 ? 2 * MR : MR; }
 constexpr int64_t kPartUnits = 1024;
 // Rows of a RowBlock, at most: one pass over the packed factors (in L2 or L3) serves this many tokens.
 #if defined(APET_TILES)
-constexpr int kBlockRows = 128;
+constexpr int kBlockRows = 128, kBlockSpan = 160;  // span: with rows in between (product_tiles.h)
 #else
-constexpr int kBlockRows = 96;
+constexpr int kBlockRows = 96, kBlockSpan = 96;
 #endif
 // Rows in scratch, of a thread: at most this much, so that they stay in L2 too.
 constexpr int64_t kScratchBytes = 512 << 10;
@@ -60,7 +60,7 @@ static inline int64_t padded(int64_t factors) { return (factors + W - 1) / W * W
 // Returns the rows of a block that is multiplied with so many factors. If these do not fit L2 beside the rows, tiles
 // multiply faster than L3 delivers panels, so more rows share a panel.
 template <class E>
-static inline int64_t block_rows(int64_t dim, int64_t factors) {
+static inline int64_t block_rows(int64_t factors, int64_t dim) {
   if (E::kInPlace) return kBlockRows;
   const int64_t row = scratch_row_bytes<E>(dim), wanted = E::kTiles ? padded(factors) * row : 0;
   const int64_t bytes = wanted < kScratchBytes ? kScratchBytes : smaller(wanted, 2 * kScratchBytes);
@@ -89,7 +89,7 @@ static size_t packed_floats(int64_t factors, int64_t dim) {
 }
 template <class E>
 static size_t scratch_bytes(int64_t factors, int64_t dim) {
-  return E::kInPlace ? 0 : (size_t)(block_rows<E>(dim, factors) * scratch_row_bytes<E>(dim));
+  return E::kInPlace ? 0 : (size_t)(block_rows<E>(factors, dim) * scratch_row_bytes<E>(dim));
 }
 
 // Returns where unit k of the factors from v on, a vector, is in a panel of `width` factors with `all` units. For tiles
@@ -173,8 +173,16 @@ struct RowBlock {
   int64_t count;
   const char* rows[kBlockRows];
   float last[kBlockRows];  // of odd D: the last bfloat16 and a zero
-  float tile[(kBlockRows + 2 * MR - 1) / (2 * MR) * (2 * MR) * NR];  // with room for the last, incomplete rows
-  bool far;  // tiles: the factors do not fit L2
+  float tile[(kBlockSpan + 2 * MR - 1) / (2 * MR) * (2 * MR) * NR];  // with room for the last, incomplete rows
+#if defined(APET_TILES)
+  bool far;           // the factors do not fit L2
+  int64_t row_tiles;  // tiles of rows, from rows[0] on
+  int64_t stride, step, tile_stride;  // bytes from a row of a tile to the next, a step to the next, a tile to the next
+  int32_t at[kBlockRows];             // the row of `tile` that belongs to a token
+  const float* products(int64_t i) const { return tile + at[i] * NR; }
+#else
+  const float* products(int64_t i) const { return tile + i * NR; }
+#endif
 };
 
 #if defined(APET_TILES)
@@ -182,16 +190,16 @@ struct RowBlock {
 #endif
 
 // Collects the rows of tokens[begin .. begin + count) for products with so many factors, widened into scratch if the
-// dtype requires it.
-template <class E, class Tokens>
+// dtype requires it. Gaps: rows of tokens in between may be multiplied too, so that `tile` is read by products() alone.
+template <class E, bool Gaps, class Tokens>
 static inline void load_block(const Input& in, Tokens tokens, int64_t begin, int64_t count, int64_t factors,
                               void* scratch, RowBlock& block) {
-  using T = typename E::T;
   block.count = count;
-  block.far = padded(factors) * scratch_row_bytes<E>(in.dim) > kScratchBytes;
 #if defined(APET_TILES)
-  if (E::kTiles) return copy_rows<E>(in, tokens, begin, count, static_cast<char*>(scratch), block);
-#endif
+  take_rows<E, Gaps>(in, tokens, begin, count, factors, static_cast<char*>(scratch), block);
+#else
+  using T = typename E::T;
+  (void)factors;
   for (int64_t i = 0; i < count; i++) {
     const T* x = row<T>(in, tokens[begin + i]);
     block.rows[i] = reinterpret_cast<const char*>(x);
@@ -207,6 +215,7 @@ static inline void load_block(const Input& in, Tokens tokens, int64_t begin, int
       block.rows[i] = reinterpret_cast<const char*>(wide);
     }
   }
+#endif
 }
 
 template <class E, int Vectors>

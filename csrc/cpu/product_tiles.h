@@ -3,7 +3,7 @@
 //              +- 16 factors -+- 16 factors -+
 //   B          | tile 6       | tile 7       |     16 units of the packed panel, tiles one after the other
 //              +--------------+--------------+
-//   A 16 rows  | tile 0       | tile 1       |     A: tiles 4 and 5, 16 units of rows that load_block() has copied,
+//   A 16 rows  | tile 0       | tile 1       |     A: tiles 4 and 5, 16 units of rows: in x, or copied, then
 //     16 rows  | tile 2       | tile 3       |        tiles one after the other, zeros behind the ends of rows
 //              +--------------+--------------+
 //
@@ -19,13 +19,11 @@ constexpr int64_t kTileSize = kTileRows * kTileBytes;
 
 // Copies the rows of tokens[begin .. begin + count) to scratch, tile by tile, and completes the last tiles with zeros.
 template <class E, class Tokens>
-static inline void copy_rows(const Input& in, Tokens tokens, int64_t begin, int64_t count, char* scratch,
-                             RowBlock& block) {
+static inline void copy_rows(const Input& in, Tokens tokens, int64_t begin, int64_t count, char* scratch) {
   using T = typename E::T;
   constexpr int64_t kSteps = 16;  // of a row before the next row: these tiles stay in L1 until they are complete
   const int64_t bytes = in.dim * (int64_t)sizeof(T), whole = bytes / kTileBytes, left = bytes - whole * kTileBytes;
   const int64_t row_bytes = scratch_row_bytes<E>(in.dim), steps = row_bytes / kTileBytes;
-  block.rows[0] = scratch;
   for (int64_t i0 = 0; i0 < count; i0 += kTileRows, scratch += kTileRows * row_bytes)
     for (int64_t k0 = 0; k0 < steps; k0 += kSteps)
       for (int64_t i = i0; i < i0 + kTileRows; i++) {
@@ -46,17 +44,41 @@ static inline void copy_rows(const Input& in, Tokens tokens, int64_t begin, int6
       }
 }
 
-// What a product fetches into L2 in the meantime: so many lines with each of its steps, from `next` on.
+// Takes the rows of tokens[begin .. begin + count) for products with so many factors. Few factors are multiplied with
+// the rows where they are, in x: if Gaps, with all from the first to the last, unless too many of them are not wanted.
+template <class E, bool Gaps, class Tokens>
+static inline void take_rows(const Input& in, Tokens tokens, int64_t begin, int64_t count, int64_t factors,
+                             char* scratch, RowBlock& block) {
+  using T = typename E::T;
+  const int64_t first = tokens[begin], span = tokens[begin + count - 1] + 1 - first;
+  const int64_t tiles = (span + kTileRows - 1) / kTileRows, row_bytes = in.stride_xn * (int64_t)sizeof(T);
+  const bool few = span == count ? factors <= 4 * NR : Gaps && factors <= NR && span <= count + count / 4;
+  const bool in_place = few && in.dim % (2 * kTilePairs) == 0 && tiles * kTileRows <= kBlockSpan &&
+                        first + tiles * kTileRows <= in.tokens;
+  for (int64_t i = 0; i < count; i++) block.at[i] = (int32_t)(in_place ? tokens[begin + i] - first : i);
+  block.row_tiles = in_place ? tiles : (count + kTileRows - 1) / kTileRows;
+  block.stride = in_place ? row_bytes : kTileBytes;
+  block.tile_stride = in_place ? kTileRows * row_bytes : kTileRows * scratch_row_bytes<E>(in.dim);
+  block.step = in_place ? kTileBytes : kTileSize;
+  block.rows[0] = in_place ? reinterpret_cast<const char*>(row<T>(in, first)) : scratch;
+  if (!in_place) copy_rows<E>(in, tokens, begin, count, scratch);
+  block.far = padded(factors) * scratch_row_bytes<E>(in.dim) > kScratchBytes;
+}
+
+// Memory that is fetched into L2 while tiles are multiplied, so many lines with each step.
+constexpr int64_t kLine = 64;
 struct Ahead {
   const char* next;
   int64_t lines;
+  void fetch() {
+    for (int64_t i = 0; i < lines; i++, next += kLine) __builtin_prefetch(next, 0, 2);
+  }
 };
 
-// sums [RowTiles 16, ColumnTiles W] (+)= rows x factors over `count` steps. The second tile of rows is row_bytes from
-// the first.
+// sums [RowTiles 16, ColumnTiles W] (+)= rows x factors over `count` steps.
 template <class T, int RowTiles, int ColumnTiles>
-static inline void multiply_block(Tiles& tiles, const char* rows, int64_t row_bytes, const float* factors,
-                                  int64_t count, float* sums, bool first, Ahead ahead) {
+static inline void multiply_block(Tiles& tiles, const RowBlock& block, const char* rows, const float* factors, int64_t count,
+                                  float* sums, bool first, Ahead& next) {
   constexpr int64_t kFactorTile = kTilePairs * W;  // floats
   tiles.zero<0>();
   tiles.zero<1>();
@@ -64,8 +86,8 @@ static inline void multiply_block(Tiles& tiles, const char* rows, int64_t row_by
   tiles.zero<3>();
   for (int64_t k = 0; k < count; k++) {
     const float* b = factors + k * kFactorTile * ColumnTiles;
-    const char* a = rows + k * kTileSize;
-    tiles.load_past_l1<4>(a, kTileBytes);
+    const char* a = rows + k * block.step;
+    tiles.load_past_l1<4>(a, block.stride);
     tiles.load<6>(b, 4 * W);
     tiles.multiply<T, 0, 4, 6>();
     if (ColumnTiles > 1) {
@@ -73,11 +95,11 @@ static inline void multiply_block(Tiles& tiles, const char* rows, int64_t row_by
       tiles.multiply<T, 1, 4, 7>();
     }
     if (RowTiles > 1) {
-      tiles.load_past_l1<5>(a + row_bytes, kTileBytes);
+      tiles.load_past_l1<5>(a + block.tile_stride, block.stride);
       tiles.multiply<T, 2, 5, 6>();
       if (ColumnTiles > 1) tiles.multiply<T, 3, 5, 7>();
     }
-    for (int64_t i = 0; i < ahead.lines; i++) __builtin_prefetch(ahead.next + (k * ahead.lines + i) * 64, 0, 2);
+    next.fetch();
   }
   if (first) {
     tiles.store<0>(sums, 4 * NR);
@@ -99,31 +121,30 @@ static inline void multiply_block(Tiles& tiles, const char* rows, int64_t row_by
       }
 }
 
-// RowBlock::tile = the copied rows of the block x one panel of `Vectors` vectors.
+// RowBlock::tile = the rows of the block x one panel of `Vectors` vectors.
 template <class E, int Vectors>
 static inline void multiply_in_tiles(const Input& in, RowBlock& block, const float* panel) {
   using T = typename E::T;
   constexpr int64_t kChainSteps = E::kChain / (2 * kTilePairs);
-  const int64_t row_bytes = kTileRows * scratch_row_bytes<E>(in.dim), all = units<E>(in.dim);
-  const int64_t steps = all / kTilePairs, row_tiles = (block.count + kTileRows - 1) / kTileRows;
+  const int64_t all = units<E>(in.dim), steps = all / kTilePairs, row_tiles = block.row_tiles;
   Tiles tiles(W);
   for (int t = 0; t < Vectors; t += 2)
     for (int64_t k = 0; k < steps; k += kChainSteps) {
       const bool two_columns = t + 1 < Vectors;
       const int64_t n = smaller(kChainSteps, steps - k), part = n * kTilePairs * W * (two_columns ? 2 : 1);
       const float* factors = panel + in_panel<E>(k * kTilePairs, t * W, Vectors * W, all);
-      const int64_t pairs = (row_tiles + 1) / 2;
-      Ahead ahead = {reinterpret_cast<const char*>(factors + part), 0};  // the panel's next part, or the next panel
-      if (block.far) ahead.lines = (part * 4 / 64 + pairs * n - 1) / (pairs * n);
-      for (int64_t i = 0; i < row_tiles; i += 2, ahead.next += ahead.lines * n * 64) {
-        const char* rows = block.rows[0] + i * row_bytes + k * kTileSize;
+      const int64_t block_steps = (row_tiles + 1) / 2 * n, lines = block.far ? part * 4 / kLine : 0;
+      // Behind this part is the next one, or the next panel.
+      Ahead next = {reinterpret_cast<const char*>(factors + part), (lines + block_steps - 1) / block_steps};
+      for (int64_t i = 0; i < row_tiles; i += 2) {
+        const char* rows = block.rows[0] + i * block.tile_stride + k * block.step;
         float* sums = block.tile + i * kTileRows * NR + t * W;
         const bool two_rows = i + 1 < row_tiles;
         if (two_rows && two_columns)
-          multiply_block<T, 2, 2>(tiles, rows, row_bytes, factors, n, sums, k == 0, ahead);
-        else if (two_rows) multiply_block<T, 2, 1>(tiles, rows, row_bytes, factors, n, sums, k == 0, ahead);
-        else if (two_columns) multiply_block<T, 1, 2>(tiles, rows, row_bytes, factors, n, sums, k == 0, ahead);
-        else multiply_block<T, 1, 1>(tiles, rows, row_bytes, factors, n, sums, k == 0, ahead);
+          multiply_block<T, 2, 2>(tiles, block, rows, factors, n, sums, k == 0, next);
+        else if (two_rows) multiply_block<T, 2, 1>(tiles, block, rows, factors, n, sums, k == 0, next);
+        else if (two_columns) multiply_block<T, 1, 2>(tiles, block, rows, factors, n, sums, k == 0, next);
+        else multiply_block<T, 1, 1>(tiles, block, rows, factors, n, sums, k == 0, next);
       }
     }
 }

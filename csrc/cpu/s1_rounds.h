@@ -43,11 +43,11 @@ static inline void subtract_y_products(const Rounds& rounds, Tokens tokens, int6
 template <class E>
 static void pool_gram(const Input& in, const Rows& rows, const Factors& pool, Rounds& rounds, int64_t begin,
                       int64_t end, void* scratch) {
-  const int64_t step = block_rows<E>(in.dim, pool.count);
+  const int64_t step = block_rows<E>(pool.count, in.dim);
   const Listed tokens{pool.token};
   RowBlock block;
   for (int64_t i0 = begin; i0 < end; i0 += step) {
-    load_block<E>(in, tokens, i0, smaller(step, end - i0), pool.count, scratch, block);
+    load_block<E, false>(in, tokens, i0, smaller(step, end - i0), pool.count, scratch, block);
     each_panel<E>(in, rows, pool, [&](auto width, const float* panel, int64_t t0) {
       constexpr int Vectors = decltype(width)::Vectors;
       if (t0 + Vectors * W <= i0) return;
@@ -93,7 +93,7 @@ static inline void substitute(const Rounds& rounds, float* z, float* sum_sq) {
 template <class E>
 static void round(const Input& in, const Rows& rows, const Factors& picks, Scores& s, Rounds& rounds, Centres& centres,
                   int64_t begin, int64_t end, void* scratch) {
-  const int64_t step = block_rows<E>(in.dim, picks.count);
+  const int64_t step = block_rows<E>(picks.count, in.dim);
   float* z = static_cast<float*>(scratch);  // [size, kBlockRows]
   void* wide = z + rounds.size * kBlockRows;
   // The last block may have fewer tokens than substitute() computes with.
@@ -101,7 +101,7 @@ static void round(const Input& in, const Rows& rows, const Factors& picks, Score
   RowBlock block;
   float sum_sq[kBlockRows];
   for (int64_t i0 = begin; i0 < end; i0 += step) {
-    load_block<E>(in, Range{}, i0, smaller(step, end - i0), picks.count, wide, block);
+    load_block<E, false>(in, Range{}, i0, smaller(step, end - i0), picks.count, wide, block);
     each_panel<E>(in, rows, picks, [&](auto width, const float* panel, int64_t t0) {
       constexpr int Vectors = decltype(width)::Vectors;
       multiply_panel<E, Vectors>(in, block, panel);

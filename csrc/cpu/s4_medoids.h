@@ -16,17 +16,17 @@
 template <class E, class Tokens>
 static inline void add_products(const Input& in, const Rows& rows, const Factors& stale, Centres& centres,
                                 Tokens tokens, int64_t begin, int64_t end, void* scratch) {
-  const int64_t step = block_rows<E>(in.dim, stale.count);
+  const int64_t step = block_rows<E>(stale.count, in.dim);
   RowBlock block;
   for (int64_t i0 = begin; i0 < end; i0 += step) {
-    load_block<E>(in, tokens, i0, smaller(step, end - i0), stale.count, scratch, block);
+    load_block<E, true>(in, tokens, i0, smaller(step, end - i0), stale.count, scratch, block);
     each_panel<E>(in, rows, stale, [&](auto width, const float* panel, int64_t t0) {
       constexpr int Vectors = decltype(width)::Vectors;
       multiply_panel<E, Vectors>(in, block, panel);
       const int64_t count = smaller(Vectors * W, stale.count - t0);
       for (int64_t i = 0; i < block.count; i++)
         for (int64_t t = 0; t < count; t++)
-          centres.product[tokens[i0 + i] * centres.width + centres.stale[t0 + t]] = block.tile[i * NR + t];
+          centres.product[tokens[i0 + i] * centres.width + centres.stale[t0 + t]] = block.products(i)[t];
     });
   }
 }

@@ -20,7 +20,7 @@ static inline void take_best(const Merge& merge, const RowBlock& block, Best& be
   for (int i = 0; i < W; i++) lane[i] = i;
   for (int64_t i = 0; i < block.count; i++)
     for (int v = 0; v < Vectors; v++) {
-      const V dot = load(block.tile + i * NR + v * W);
+      const V dot = load(block.products(i) + v * W);
       const V similarity = dot * load(merge.inv_norm + t0 + v * W) + load(merge.padding + t0 + v * W);
       const I wins = similarity > best.similarity[i];  // a tie stays with the lower target
       best.similarity[i] = wins ? similarity : best.similarity[i];
@@ -31,11 +31,11 @@ static inline void take_best(const Merge& merge, const RowBlock& block, Best& be
 template <class E>
 static void assign(const Input& in, const Rows& rows, const Factors& targets, Merge& merge, int64_t begin, int64_t end,
                    void* scratch) {
-  const int64_t step = block_rows<E>(in.dim, targets.count);
+  const int64_t step = block_rows<E>(targets.count, in.dim);
   RowBlock block;
   Best best;
   for (int64_t i0 = begin; i0 < end; i0 += step) {
-    load_block<E>(in, Listed{merge.dropped}, i0, smaller(step, end - i0), targets.count, scratch, block);
+    load_block<E, true>(in, Listed{merge.dropped}, i0, smaller(step, end - i0), targets.count, scratch, block);
     for (int64_t i = 0; i < block.count; i++) {
       best.similarity[i] = splat(-__builtin_inff());
       best.target[i] = I{};
