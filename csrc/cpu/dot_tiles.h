@@ -65,10 +65,9 @@ static inline void take_group(const Input& in, int64_t t, int64_t count, int64_t
     __builtin_memcpy(group.copy + i * kChainBytes, reinterpret_cast<const char*>(row<T>(in, t + i)) + from, bytes);
 }
 
-// sums[g] [16, W] = rows of group g x factors, over a chain.
+// sums [Groups 16, W] = rows of the groups x factors, over a chain.
 template <class T, int Groups>
-static inline void multiply_groups(Tiles& tiles, const Group* group, const float* factors,
-                                   float (*sums)[kTileRows * W]) {
+static inline void multiply_groups(Tiles& tiles, const Group* group, const float* factors, float* sums) {
   tiles.zero<0>();
   tiles.zero<1>();
   tiles.zero<2>();
@@ -90,10 +89,10 @@ static inline void multiply_groups(Tiles& tiles, const Group* group, const float
       tiles.multiply<T, 3, 5, 6>();
     }
   }
-  tiles.store<0>(sums[0], 4 * W);
-  if (Groups > 1) tiles.store<1>(sums[1], 4 * W);
-  if (Groups > 2) tiles.store<2>(sums[2], 4 * W);
-  if (Groups > 3) tiles.store<3>(sums[3], 4 * W);
+  tiles.store<0>(sums, 4 * W);
+  if (Groups > 1) tiles.store<1>(sums + kTileRows * W, 4 * W);
+  if (Groups > 2) tiles.store<2>(sums + 2 * kTileRows * W, 4 * W);
+  if (Groups > 3) tiles.store<3>(sums + 3 * kTileRows * W, 4 * W);
 }
 
 // Computes dot[j][i] of the n <= kTile tokens from t on with the basis tokens b + j, for b a multiple of W and j < W.
@@ -103,8 +102,10 @@ static inline void dots_in_tiles(Tiles& tiles, const Input& in, const Basis& bas
   constexpr int kGroups = kTile / kTileRows;
   static_assert(kGroups == 4, "a group for each tile of sums");
   const int64_t groups = (n + kTileRows - 1) / kTileRows;
-  alignas(64) float sums[kGroups][kTileRows * W];
-  double totals[kTile][W] = {};
+  const int64_t count = groups * kTileRows * W;
+  alignas(64) float sums[kTile * W];
+  double totals[kTile * W];
+  for (int64_t i = 0; i < count; i++) totals[i] = 0;
   Group group[kGroups];
   for (int64_t chain = 0; chain < chains(in.dim); chain++) {
     for (int64_t g = 0; g < groups; g++) take_group<T>(in, t + g * kTileRows, n - g * kTileRows, chain, group[g]);
@@ -115,9 +116,8 @@ static inline void dots_in_tiles(Tiles& tiles, const Input& in, const Basis& bas
       case 2: multiply_groups<T, 2>(tiles, group, factors, sums); break;
       case 1: multiply_groups<T, 1>(tiles, group, factors, sums); break;
     }
-    for (int64_t i = 0; i < groups * kTileRows; i++)
-      for (int64_t j = 0; j < W; j++) totals[i][j] += sums[0][i * W + j];
+    for (int64_t i = 0; i < count; i++) totals[i] += sums[i];
   }
-  for (int64_t j = 0; j < W; j++)
-    for (int64_t i = 0; i < n; i++) dot[j][i] = totals[i][j];
+  for (int64_t j = 0; j < smaller(W, basis.size - b); j++)
+    for (int64_t i = 0; i < n; i++) dot[j][i] = totals[i * W + j];
 }
