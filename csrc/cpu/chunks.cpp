@@ -27,7 +27,7 @@ void Walk::cut_stage() {
       break;
     case Stage::kLeaders:
     case Stage::kContenders: {
-      const int64_t groups = image_.scores.candidate_count / call_->kernels.token_group;
+      const int64_t groups = image_.scores.candidate_count / call_->kernels.candidate_group;
       chunks_ = std::clamp<int64_t>(groups, 1, threads * kChunksPerThread);
       break;
     }

@@ -19,7 +19,8 @@ constexpr int kColumns = 512;
 // Ranges are half-open. Any cut of the work gives the same bits.
 struct Kernels {
   // Work is divided at multiples of these.
-  int32_t token_group;    // tokens that share each load of a basis token
+  int32_t token_group;      // tokens of a pass over all of them that are updated together
+  int32_t candidate_group;  // candidates that share each load of a basis token
   int32_t dropped_group;  // dropped tokens that share each load of a target
   int32_t vector;         // float lanes of a vector: arrays over targets are padded to a multiple
   int32_t panel;          // factors of a packed panel

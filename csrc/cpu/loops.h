@@ -22,7 +22,8 @@ namespace APET_ISA {
 template <class E>
 static constexpr Kernels kernels_of() {
   Kernels k = {};
-  k.token_group = kGroup;
+  k.token_group = E::kTiles ? 16 : kGroup;
+  k.candidate_group = kGroup;
   k.dropped_group = kRowGroup<E>;
   k.vector = W;
   k.panel = NR;

@@ -48,8 +48,9 @@ static Candidate norms(const Input& in, Scores& s, int64_t begin, int64_t end) {
   return best;
 }
 
-// Updates tokens[begin .. begin + n) with basis token k, given their dot products with it.
-template <class Tokens>
+// Updates tokens[begin .. begin + n) with basis token k, given their dot products with it. Last: no token is picked any
+// more, so pick_value stays as it is.
+template <bool Last, class Tokens>
 static inline void add_step(const Input& in, const Basis& basis, Scores& s, int32_t k, Tokens tokens, int64_t begin,
                             int64_t n, const double* dots) {
   const float p_norm_sq = basis.norm_sq[k];
@@ -70,6 +71,7 @@ static inline void add_step(const Input& in, const Basis& basis, Scores& s, int3
     const float reduced = (float)(s.resid_sq[t] - y[i] * y[i]);
     s.resid_sq[t] = s.steps_done[t] > k ? s.resid_sq[t] : reduced;  // a tile starts at the oldest state of its tokens
   }
+  if (Last) return;
   // One loop with the weights and one without: a test in the loop would cost a fifth of the call.
   const auto update = [&](auto weigh) {
     for (int64_t i = 0; i < n; i++) {
@@ -89,8 +91,8 @@ static inline void add_step(const Input& in, const Basis& basis, Scores& s, int3
 }
 
 // Updates tokens[begin .. end) with the basis tokens that they do not include yet; returns the token of largest
-// pick_value. First: it also computes their norms, and tokens is a Range.
-template <class E, bool First, class Tokens>
+// pick_value. First: it also computes their norms, and tokens is a Range. Last: as in add_step().
+template <class E, bool First, bool Last, class Tokens>
 static inline Candidate add_steps(const Input& in, const Basis& basis, Scores& s, Tokens tokens, int64_t begin,
                                   int64_t end) {
   using T = typename E::T;
@@ -110,7 +112,7 @@ static inline Candidate add_steps(const Input& in, const Basis& basis, Scores& s
         begin_tile(s, b, n, norm);
         if (b <= basis.token[0] && basis.token[0] < b + n) s.pick_value[basis.token[0]] = kNeverPicked;
       }
-      for (int j = 0; j < count; j++) add_step(in, basis, s, k + j, tokens, b, n, dot[j]);
+      for (int j = 0; j < count; j++) add_step<Last>(in, basis, s, k + j, tokens, b, n, dot[j]);
     }
     for (int64_t i = b; i < b + n; i++) {
       const int32_t t = (int32_t)tokens[i];
@@ -124,10 +126,10 @@ static inline Candidate add_steps(const Input& in, const Basis& basis, Scores& s
 
 template <class E>
 static Candidate sweep(const Input& in, const Basis& basis, Scores& s, int64_t begin, int64_t end) {
-  return s.has_norms ? add_steps<E, false>(in, basis, s, Range{}, begin, end)
-                     : add_steps<E, true>(in, basis, s, Range{}, begin, end);
+  return s.has_norms ? add_steps<E, false, false>(in, basis, s, Range{}, begin, end)
+                     : add_steps<E, true, false>(in, basis, s, Range{}, begin, end);
 }
 template <class E>
 static Candidate sweep_candidates(const Input& in, const Basis& basis, Scores& s, int64_t begin, int64_t end) {
-  return add_steps<E, false>(in, basis, s, Listed{s.candidates}, begin, end);
+  return add_steps<E, false, false>(in, basis, s, Listed{s.candidates}, begin, end);
 }

@@ -46,13 +46,13 @@ static inline void complete(const Input& in, const Basis& basis, Scores& s, int6
       for (int32_t b = 0; b < basis.size; b += W) {
         double dot[W][kTile];
         dots_in_tiles<typename E::T>(tiles, in, basis, b, t, n, dot);
-        for (int32_t k = b; k < smaller(b + W, basis.size); k++) add_step(in, basis, s, k, Range{}, t, n, dot[k - b]);
+        for (int32_t k = b; k < smaller(b + W, basis.size); k++) add_step<true>(in, basis, s, k, Range{}, t, n, dot[k - b]);
       }
     }
     return;
   }
 #endif
-  sweep<E>(in, basis, s, begin, end);
+  add_steps<E, false, true>(in, basis, s, Range{}, begin, end);
 }
 
 template <class E>
@@ -75,10 +75,14 @@ static void residual(const Input& in, const Basis& basis, Scores& s, int64_t beg
         w_sq[i] += w[j][i] * w[j][i];
       }
     }
+    float norm_sq[kTile], e_sq[kTile];  // e_sq may be the memory of resid_sq: copies let the loop be vectorised
+    for (int64_t i = 0; i < n; i++) norm_sq[i] = s.norm_sq[t + i];
     for (int64_t i = 0; i < n; i++) {
-      const float norm_sq = s.norm_sq[t + i], e_sq = (float)(s.resid_sq[t + i] - in.ridge * w_sq[i]);
-      const float rounded = e_sq > rounding * norm_sq ? e_sq : 0.0f;
-      s.e_sq[t + i] = norm_sq <= __FLT_MAX__ ? weighted(weight, t + i, rounded) : __builtin_inff();
+      const float difference = (float)(s.resid_sq[t + i] - in.ridge * w_sq[i]);
+      e_sq[i] = difference > rounding * norm_sq[i] ? difference : 0.0f;
     }
+    if (weight)
+      for (int64_t i = 0; i < n; i++) e_sq[i] = weighted(weight, t + i, e_sq[i]);
+    for (int64_t i = 0; i < n; i++) s.e_sq[t + i] = norm_sq[i] <= __FLT_MAX__ ? e_sq[i] : __builtin_inff();
   }
 }
