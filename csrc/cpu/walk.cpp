@@ -166,6 +166,7 @@ Stage Walk::add_basis(int32_t token) {
   if (!add_basis_token(in, image_.scores, image_.basis, token)) return finish_basis();
   if (image_.basis.size == 1) return Stage::kSweep;
   if (image_.basis.size == in.max_basis) return finish_basis();
+  if (in.tokens <= 2 * kLeaders) return Stage::kSweep;  // the leaders are half of them
   least_leader_ = find_leaders(in, image_.scores);
   best_ = {kNeverPicked, -1};
   return image_.scores.candidate_count > 0 ? Stage::kLeaders : finish_basis();
