@@ -27,7 +27,7 @@ static Cut cut_at(const uint32_t* rank, int64_t n, int64_t k) {
   uint32_t prefix = 0;
   int64_t wanted = k;
   for (int shift = 24; shift >= 0; shift -= 8) {
-    int64_t count[256] = {};
+    int32_t count[256] = {};
     const uint32_t known = shift == 24 ? 0 : ~0u << (shift + 8);
     for (int64_t i = 0; i < n; i++)
       if ((rank[i] & known) == prefix) count[rank[i] >> shift & 255]++;
@@ -62,7 +62,7 @@ static void choose_rows(const Input& in, const Scores& scores, const int32_t* ba
     for (int32_t j = 0; j < placed; j++) rank[basis[j]] = UINT32_MAX;
   const int64_t overwritten = layout == APET_OVERWRITE ? placed : 0;  // the lowest of the kept tokens
   Cut kept = cut_at(rank, n, k);
-  Cut unreplaced = k > overwritten ? cut_at(rank, n, k - overwritten) : Cut{UINT32_MAX, 0};
+  Cut unreplaced = overwritten == 0 ? kept : k > overwritten ? cut_at(rank, n, k - overwritten) : Cut{UINT32_MAX, 0};
   int32_t r = 0, j = 0;
   for (int32_t i = 0; i < n; i++) {
     if (!kept.takes(rank[i])) {
