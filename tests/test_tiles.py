@@ -34,6 +34,7 @@ SHAPES = [
     (2, 98, 45, 65, 10),
     (1, 60, 2051, 28, 3),
     (1, 300, 96, 20, 6),
+    (2, 299, 416, 16, 6),
 ]
 
 
@@ -138,17 +139,47 @@ globals().update(BACKEND_TESTS)
 
 # By name: a file of csrc/cpu, a text in it, and the text that replaces it.
 FAULTS = {
-    "zeros behind the panel left out": ("product_tiles.h", "__builtin_memset(last, 0,", "__builtin_memset(last, 255,"),
-    "zeros behind a row left out": ("product_tiles.h", "used, 0, bytes - used", "used, 255, bytes - used"),
+    "zeros behind the panel left out": ("product.h", "n <= 0 ? V{}", 'n <= 0 ? splat(__builtin_nanf(""))'),
+    "zeros behind a row left out": (
+        "product_tiles.h",
+        "+ left, 0, kTileBytes - left",
+        "+ left, 255, kTileBytes - left",
+    ),
     "rows of the second tile are those of the first": (
         "product_tiles.h",
-        "rows + kTileRows * row_bytes + 4",
-        "rows + 4",
+        "a + block.tile_stride, block.stride",
+        "a, block.stride",
     ),
-    "columns of the second tile are the first's": ("product_tiles.h", "b + Columns, 4 * width", "b, 4 * width"),
-    "the sum of a chain replaces the ones before": ("product_tiles.h", "load(sum) + more", "more"),
+    "columns of the second tile are the first's": ("product_tiles.h", "b + kFactorTile, 4 * W", "b, 4 * W"),
+    "the sum of a chain replaces the ones before": ("product_tiles.h", "load(sum) + load(added", "load(added"),
+    "tokens between those wanted are taken for them": (
+        "product_tiles.h",
+        "in_place ? tokens[begin + i] - first : i",
+        "i",
+    ),
+    "rows in place end after those of the image": (
+        "product_tiles.h",
+        "Gaps ? smaller(tokens[begin], in.tokens - tiles * kTileRows) : tokens[begin]",
+        "Gaps ? in.tokens - tiles * kTileRows : tokens[begin]",
+    ),
     "odd products left out": ("tiles.h", "flush(even[n] + odd[n])", "even[n]"),
     "float16 without its sign": ("tiles.h", "| beyond | sign", "| beyond | (sign & 0)"),
+    "last pass: the sum of a chain replaces the ones before": (
+        "dot_tiles.h",
+        "totals[i] += sums[i]",
+        "totals[i] = sums[i]",
+    ),
+    "last pass: the second group has the sums of the first": ("dot_tiles.h", "sums + kTileRows * W, 4", "sums, 4"),
+    "last pass: zeros behind the features left out": (
+        "dot_tiles.h",
+        "group.copy, 0, sizeof",
+        "group.copy, 255, sizeof",
+    ),
+    "last pass: the factors of a chain are those of the first": (
+        "dot_tiles.h",
+        "basis, b, chain, in.dim",
+        "basis, b, 0, in.dim",
+    ),
 }
 
 

@@ -21,9 +21,9 @@ struct Kernels {
   // Work is divided at multiples of these.
   int32_t token_group;      // tokens of a pass over all of them that are updated together
   int32_t candidate_group;  // candidates that share each load of a basis token
-  int32_t dropped_group;  // dropped tokens that share each load of a target
-  int32_t vector;         // float lanes of a vector: arrays over targets are padded to a multiple
-  int32_t panel;          // factors of a packed panel
+  int32_t dropped_group;    // dropped tokens that share each load of a target
+  int32_t vector;           // float lanes of a vector: arrays over targets are padded to a multiple
+  int32_t panel;            // factors of a packed panel
   // packed_floats: the floats of Factors::packed for up to `factors` factors. scratch_bytes: the scratch that a thread
   // needs for products with up to `factors` factors. round_scratch_bytes: what round() needs in addition, by its number
   // of picks.

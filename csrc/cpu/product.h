@@ -108,7 +108,7 @@ static inline void pack_panel(RowOf row_of, int64_t t0, int64_t count, int64_t w
                               int64_t d1, float* out) {
   using Packed = typename E::Packed;
   constexpr int64_t kPerUnit = Packed::N / W;
-  const int64_t next = E::kTiles ? W : width;               // floats from a unit to the next
+  const int64_t next = E::kTiles ? W : width;                // floats from a unit to the next
   const int64_t end = E::kTiles ? (d1 + 31) / 32 * 32 : d1;  // zeros complete a tile
   for (int64_t v = 0; v < width; v += W) {
     const typename E::T* t[W];
@@ -130,8 +130,7 @@ template <class E>
 static void pack(const Input& in, const Rows& rows, const Factors& factors, int64_t panel, int64_t d0, int64_t d1) {
   const int64_t t0 = panel * NR, width = smaller(NR, padded(factors.count) - t0);
   const auto row_of = [&](int64_t t) { return row<typename E::T>(in, factors.token[t]); };
-  pack_panel<E, false>(row_of, t0, factors.count, width, units<E>(in.dim), d0, d1,
-                       panel_at<E>(in, rows, factors, t0));
+  pack_panel<E, false>(row_of, t0, factors.count, width, units<E>(in.dim), d0, d1, panel_at<E>(in, rows, factors, t0));
 }
 
 // tile [R, NR] (+)= rows [R] x panel over `count` units. Rows are bytes: 16-bit ones need not be 4-byte aligned.
@@ -172,11 +171,11 @@ static inline void multiply(const char* const* rows, const float* panel, int64_t
 struct RowBlock {
   int64_t count;
   const char* rows[kBlockRows];
-  float last[kBlockRows];  // of odd D: the last bfloat16 and a zero
+  float last[kBlockRows];                                            // of odd D: the last bfloat16 and a zero
   float tile[(kBlockSpan + 2 * MR - 1) / (2 * MR) * (2 * MR) * NR];  // with room for the last, incomplete rows
 #if defined(APET_TILES)
-  bool far;           // the factors do not fit L2
-  int64_t row_tiles;  // tiles of rows, from rows[0] on
+  bool far;                           // the factors do not fit L2
+  int64_t row_tiles;                  // tiles of rows, from rows[0] on
   int64_t stride, step, tile_stride;  // bytes from a row of a tile to the next, a step to the next, a tile to the next
   int32_t at[kBlockRows];             // the row of `tile` that belongs to a token
   const float* products(int64_t i) const { return tile + at[i] * NR; }

@@ -32,8 +32,7 @@ static inline void copy_rows(const Input& in, Tokens tokens, int64_t begin, int6
         const int64_t end = smaller(k0 + kSteps, steps);
         if (i < count) {
           const char* from = reinterpret_cast<const char*>(row<T>(in, tokens[begin + i]));
-          for (; k < smaller(end, whole); k++)
-            __builtin_memcpy(to + k * kTileSize, from + k * kTileBytes, kTileBytes);
+          for (; k < smaller(end, whole); k++) __builtin_memcpy(to + k * kTileSize, from + k * kTileBytes, kTileBytes);
           if (k < end) {
             __builtin_memcpy(to + k * kTileSize, from + k * kTileBytes, left);
             __builtin_memset(to + k * kTileSize + left, 0, kTileBytes - left);
@@ -50,10 +49,12 @@ template <class E, bool Gaps, class Tokens>
 static inline void take_rows(const Input& in, Tokens tokens, int64_t begin, int64_t count, int64_t factors,
                              char* scratch, RowBlock& block) {
   using T = typename E::T;
-  const int64_t first = tokens[begin], span = tokens[begin + count - 1] + 1 - first;
+  const int64_t last = tokens[begin + count - 1], span = last + 1 - tokens[begin];
   const int64_t tiles = (span + kTileRows - 1) / kTileRows, row_bytes = in.stride_xn * (int64_t)sizeof(T);
+  // Whole tiles of rows, which may begin with earlier tokens where later ones do not exist.
+  const int64_t first = Gaps ? smaller(tokens[begin], in.tokens - tiles * kTileRows) : tokens[begin];
   const bool few = span == count ? factors <= 4 * NR : Gaps && factors <= NR && span <= count + count / 4;
-  const bool in_place = few && in.dim % (2 * kTilePairs) == 0 && tiles * kTileRows <= kBlockSpan &&
+  const bool in_place = few && in.dim % (2 * kTilePairs) == 0 && tiles * kTileRows <= kBlockSpan && first >= 0 &&
                         first + tiles * kTileRows <= in.tokens;
   for (int64_t i = 0; i < count; i++) block.at[i] = (int32_t)(in_place ? tokens[begin + i] - first : i);
   block.row_tiles = in_place ? tiles : (count + kTileRows - 1) / kTileRows;
@@ -77,8 +78,8 @@ struct Ahead {
 
 // sums [RowTiles 16, ColumnTiles W] (+)= rows x factors over `count` steps.
 template <class T, int RowTiles, int ColumnTiles>
-static inline void multiply_block(Tiles& tiles, const RowBlock& block, const char* rows, const float* factors, int64_t count,
-                                  float* sums, bool first, Ahead& next) {
+static inline void multiply_block(Tiles& tiles, const RowBlock& block, const char* rows, const float* factors,
+                                  int64_t count, float* sums, bool first, Ahead& next) {
   constexpr int64_t kFactorTile = kTilePairs * W;  // floats
   tiles.zero<0>();
   tiles.zero<1>();
@@ -140,8 +141,7 @@ static inline void multiply_in_tiles(const Input& in, RowBlock& block, const flo
         const char* rows = block.rows[0] + i * block.tile_stride + k * block.step;
         float* sums = block.tile + i * kTileRows * NR + t * W;
         const bool two_rows = i + 1 < row_tiles;
-        if (two_rows && two_columns)
-          multiply_block<T, 2, 2>(tiles, block, rows, factors, n, sums, k == 0, next);
+        if (two_rows && two_columns) multiply_block<T, 2, 2>(tiles, block, rows, factors, n, sums, k == 0, next);
         else if (two_rows) multiply_block<T, 2, 1>(tiles, block, rows, factors, n, sums, k == 0, next);
         else if (two_columns) multiply_block<T, 1, 2>(tiles, block, rows, factors, n, sums, k == 0, next);
         else multiply_block<T, 1, 1>(tiles, block, rows, factors, n, sums, k == 0, next);

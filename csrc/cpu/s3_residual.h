@@ -46,7 +46,8 @@ static inline void complete(const Input& in, const Basis& basis, Scores& s, int6
       for (int32_t b = 0; b < basis.size; b += W) {
         double dot[W][kTile];
         dots_in_tiles<typename E::T>(tiles, in, basis, b, t, n, dot);
-        for (int32_t k = b; k < smaller(b + W, basis.size); k++) add_step<true>(in, basis, s, k, Range{}, t, n, dot[k - b]);
+        for (int32_t k = b; k < smaller(b + W, basis.size); k++)
+          add_step<true>(in, basis, s, k, Range{}, t, n, dot[k - b]);
       }
     }
     return;

@@ -87,7 +87,9 @@ class Walk {
   // Returns where chunk c of n items starts: at a multiple of `group`, the items that the loops take together.
   int64_t cut(int64_t c, int64_t n, int64_t group) const { return c == chunks_ ? n : n * c / chunks_ / group * group; }
   int64_t token_cut(int64_t c) const { return cut(c, image_.input.tokens, call_->kernels.token_group); }
-  int64_t candidate_cut(int64_t c) const { return cut(c, image_.scores.candidate_count, call_->kernels.candidate_group); }
+  int64_t candidate_cut(int64_t c) const {
+    return cut(c, image_.scores.candidate_count, call_->kernels.candidate_group);
+  }
   int64_t product_cut(int64_t c, int64_t n) const { return cut(c, n, call_->kernels.dropped_group); }
   int64_t product_chunks(int64_t n) const;
   int64_t row_cut(int64_t c, int64_t of) const;
