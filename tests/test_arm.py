@@ -234,8 +234,8 @@ FAULTS = {
     ),
     "what follows the last feature": (
         "elements.h",
-        "i < n; i++) full[i] = p[i];\n    return get(full);\n  }\n  static inline float32x2_t",
-        "i <= n; i++) full[i] = p[i];\n    return get(full);\n  }\n  static inline float32x2_t",
+        "i < n; i++) full[i] = p[i];\n    return get(full);",
+        "i <= n; i++) full[i] = p[i];\n    return get(full);",
     ),
     "too long a chain of bfdot": ("elements.h", "kChain = 64", "kChain = 2048"),
     "a panel of 3 vectors taken for 2": ("product.h", "case 3: use(Width<3>{}", "case 3: use(Width<2>{}"),
