@@ -222,6 +222,26 @@ def test_threads_that_flush_subnormals():
         assert_same(one.indices, expected.indices)
 
 
+@pytest.mark.parametrize("threads", [1, 2])
+def test_every_image_where_the_caller_flushes_subnormals(threads):
+    """The squares of these tokens are subnormal: the first image of a thread must not lose them either."""
+    x = (tokens(1, 64, 64, seed=5) * 1e-22).expand(4, -1, -1)
+    options = {"basis": 3, "select": "fps", "start": 0, "ridge": 0.0}
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        with apet_kernels.use_backend("cpu"):
+            expected = apet_kernels.compress(x, 16, **options)
+            torch.set_flush_denormal(True)
+            found = apet_kernels.compress(x, 16, **options)
+    finally:
+        torch.set_flush_denormal(False)
+        torch.set_num_threads(before)
+    assert_same(found.indices, expected.indices)
+    for indices in found.indices:
+        assert_same(indices, expected.indices[0])
+
+
 def test_an_image_that_keeps_nothing(backend):
     """Its tokens are lost; with append, its basis rows are still returned."""
     x = tokens(20, 6, seed=9)

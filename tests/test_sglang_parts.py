@@ -112,10 +112,46 @@ def test_hashes_tell_budgets_options_and_pictures_apart() -> None:
     assert all(0 <= value < 2**64 for value in found)
 
 
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"apet": {"keep": 0.25}}, "keep does not begin with apet_"),
+        ({"apet_keep": 0.25}, "apet_keep outside"),
+        ({"image": {"apet_keep": 0.25}, "apet": {}}, "apet_keep outside"),
+    ],
+)
+def test_options_of_the_start_up_in_the_wrong_place(config: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        request.of_start(config)
+
+
+def test_options_of_the_start_up() -> None:
+    assert request.of_start({"apet": {"apet_keep": 4}, "image": {"max_pixels": 9}}) == {"apet_keep": 4}
+    assert request.of_start({}) == {}
+    with pytest.raises(ValueError, match="directly in mm_processor_kwargs"):
+        request.of_request({"apet": {"keep": 64}})
+
+
+def test_a_limit_of_all_tokens_where_a_video_keeps_its_own() -> None:
+    made = output([6, 8])
+    made.mm_items[1].modality = "video"
+    with pytest.raises(ValueError, match="apet_max_tokens=9 limits all visual tokens"):
+        request.shorten(made, wanted(max_tokens=9))
+
+
+def test_hashes_of_any_length() -> None:
+    made = output([6])
+    made.mm_items[0].hash = 1 << 127
+    request.shorten(made, wanted(keep=3))
+    assert 0 < (made.mm_items[0].hash or 0) < 1 << 64
+
+
 def test_the_hashes_of_a_client_get_the_plan_as_well() -> None:
     """SGLang sets them again after the plugin."""
-    made, asked = output([6, 2]), SimpleNamespace(mm_hashes=["ff", "0a"])
+    given = ["ff", "0a"]
+    made, asked = output([6, 2]), SimpleNamespace(mm_hashes=given)
     request.shorten(made, wanted(keep=2), asked)
+    assert given == ["ff", "0a"]  # the caller may ask again with them
     assert int(asked.mm_hashes[0], 16) == made.mm_items[0].hash != 0xFF
     assert asked.mm_hashes[1] == "0a"
 

@@ -39,7 +39,7 @@ constexpr int kBlockRows = 128, kBlockSpan = 160;  // span: with rows in between
 #else
 constexpr int kBlockRows = 96, kBlockSpan = 96;
 #endif
-// Rows in scratch, of a thread: at most this much, so that they stay in L2 too.
+// Rows in scratch, of a thread: about this much, so that they stay in L2 too; twice as much in tiles (block_rows()).
 constexpr int64_t kScratchBytes = 512 << 10;
 
 // The units of a row, and of a factor in a panel. In tiles, zeros complete the last one.
@@ -62,8 +62,9 @@ static inline int64_t padded(int64_t factors) { return (factors + W - 1) / W * W
 template <class E>
 static inline int64_t block_rows(int64_t factors, int64_t dim) {
   if (E::kInPlace) return kBlockRows;
-  const int64_t row = scratch_row_bytes<E>(dim), wanted = E::kTiles ? padded(factors) * row : 0;
-  const int64_t bytes = wanted < kScratchBytes ? kScratchBytes : smaller(wanted, 2 * kScratchBytes);
+  const int64_t row = scratch_row_bytes<E>(dim), most = E::kTiles ? 2 * kScratchBytes : kScratchBytes;
+  const int64_t wanted = smaller(padded(factors), most) * row;
+  const int64_t bytes = wanted < kScratchBytes ? kScratchBytes : smaller(wanted, most);
   const int64_t fit = bytes / row / kRowGroup<E> * kRowGroup<E>;
   return fit < kRowGroup<E> ? kRowGroup<E> : smaller(fit, kBlockRows);
 }

@@ -69,10 +69,10 @@ static inline void take_rows(const Input& in, Tokens tokens, int64_t begin, int6
 // Memory that is fetched into L2 while tiles are multiplied, so many lines with each step.
 constexpr int64_t kLine = 64;
 struct Ahead {
-  const char* next;
+  uintptr_t next;  // may lie behind the memory's end, where nothing is fetched
   int64_t lines;
   void fetch() {
-    for (int64_t i = 0; i < lines; i++, next += kLine) __builtin_prefetch(next, 0, 2);
+    for (int64_t i = 0; i < lines; i++, next += kLine) __builtin_prefetch(reinterpret_cast<const char*>(next), 0, 2);
   }
 };
 
@@ -136,7 +136,7 @@ static inline void multiply_in_tiles(const Input& in, RowBlock& block, const flo
       const float* factors = panel + in_panel<E>(k * kTilePairs, t * W, Vectors * W, all);
       const int64_t block_steps = (row_tiles + 1) / 2 * n, lines = block.far ? part * 4 / kLine : 0;
       // Behind this part is the next one, or the next panel.
-      Ahead next = {reinterpret_cast<const char*>(factors + part), (lines + block_steps - 1) / block_steps};
+      Ahead next = {reinterpret_cast<uintptr_t>(factors + part), (lines + block_steps - 1) / block_steps};
       for (int64_t i = 0; i < row_tiles; i += 2) {
         const char* rows = block.rows[0] + i * block.tile_stride + k * block.step;
         float* sums = block.tile + i * kTileRows * NR + t * W;

@@ -11,7 +11,7 @@
 // updates all tokens with the first basis token (and computes the norms, if they are not known yet), each later step
 // updates the few tokens that may be picked (s1_basis.h), and the last sweep updates all others, which reads each x_n
 // once for all of its basis tokens. Every dot product is computed once, and each token takes its basis tokens in order,
-// so the bits are those of a full sweep per step.
+// so the bits are those of a full sweep per step. (In tiles, the last sweep computes all of them again: s3_residual.h.)
 //
 // Bytes read: 2 N D s (s bytes an element), and at worst N D s more for each step; N (M + 5) words of state. The
 // arithmetic per token and basis token is done in double, which costs little compared with the dot products.

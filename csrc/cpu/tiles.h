@@ -7,7 +7,7 @@
 // is the documented meaning of TDPBF16PS and TDPFP16PS; with APET_TILE_EMULATION it is plain C++ that any processor
 // runs, for tests.
 //
-// Included by product_tiles.h alone, inside the namespace of its instruction set.
+// Included by product_tiles.h and dot_tiles.h alone, inside the namespace of its instruction set.
 #pragma once
 
 constexpr int kTileRows = 16;

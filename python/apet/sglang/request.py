@@ -35,13 +35,35 @@ def serve(processor: Any, hf_config: Any, *_: Any, **__: Any) -> Any:
     """Lets a processor of SGLang, for a model with this configuration, shorten the prompts that it makes."""
     from sglang.srt.runtime_context import get_mm
 
-    at_start = (get_mm().mm_process_config or {}).get(CONFIG, {})
+    at_start = of_start(get_mm().mm_process_config or {})
     supported = not MODELS.isdisjoint(hf_config.architectures)
     if options.of(at_start) is not None and not supported:
         raise ValueError(_unsupported(hf_config))
     process = processor.process_mm_data_async
     processor.process_mm_data_async = functools.partial(_process, process, at_start, supported, hf_config)
     return processor
+
+
+def of_start(config: dict[str, Any]) -> dict[str, Any]:
+    """Returns the plugin's options in `--mm-process-config`.
+
+    Raises: ValueError for options where SGLang or the plugin would not look for them.
+    """
+    at_start = config.get(CONFIG, {})
+    if other := [name for name in at_start if not name.startswith(options.PREFIX)]:
+        raise ValueError(f"{CONFIG}={at_start}: {other[0]} does not begin with {options.PREFIX}")
+    elsewhere = {name: value for name, value in config.items() if name != CONFIG}
+    scopes = [elsewhere, *(value for value in elsewhere.values() if isinstance(value, dict))]
+    if found := [name for scope in scopes for name in scope if str(name).startswith(options.PREFIX)]:
+        raise ValueError(f'--mm-process-config has {found[0]} outside of "{CONFIG}": put it there')
+    return at_start
+
+
+def of_request(given: dict[str, Any]) -> dict[str, Any]:
+    """Returns `mm_processor_kwargs` of a request. Raises: ValueError for the key that only the start-up has."""
+    if CONFIG in given:
+        raise ValueError(f"{CONFIG}={given[CONFIG]}: a request has its options directly in mm_processor_kwargs")
+    return given
 
 
 def _unsupported(hf_config: Any) -> str:
@@ -58,7 +80,7 @@ async def _process(
     **kwargs: Any,
 ) -> Any:
     """Processes a request, with the options of the start-up and its own, which override them."""
-    wanted = options.of({**at_start, **(getattr(request_obj, "mm_processor_kwargs", None) or {})})
+    wanted = options.of({**at_start, **of_request(getattr(request_obj, "mm_processor_kwargs", None) or {})})
     if wanted is not None and not supported:
         raise ValueError(_unsupported(hf_config))
     output = await process(*args, request_obj=request_obj, **kwargs)
@@ -70,14 +92,21 @@ async def _process(
 def shorten(output: Any, wanted: options.Wanted, request: Any = None, videos: bool = False) -> None:
     """Removes from a `MultimodalProcessorOutput` the placeholders of rows that go, and attaches the plans.
 
-    Raises: ValueError for embeddings from outside, which SGLang does not pass through the model.
+    Raises: ValueError for embeddings from outside, which SGLang does not pass through the model, and for a limit of all
+        tokens where some items are not compressed.
     """
     chosen = [item.is_image() or (videos and item.is_video()) for item in output.mm_items]
+    if wanted.max_tokens is not None and any(
+        item.is_video() and not c for item, c in zip(output.mm_items, chosen, strict=True)
+    ):
+        raise ValueError(
+            f"{options.PREFIX}max_tokens={wanted.max_tokens} limits all visual tokens, but videos of this model keep theirs"
+        )
     limit = options.share(wanted, sum(chosen))
     wanted = replace(wanted, max_tokens=limit.get(f"{options.PREFIX}max_tokens", wanted.max_tokens))
     removed = torch.zeros(len(output.input_ids), dtype=torch.bool)
     hashes = getattr(request, "mm_hashes", None)  # SGLang sets these once more, after the plugin
-    hashes = hashes if hashes and len(hashes) == len(output.mm_items) else None
+    hashes = list(hashes) if hashes and len(hashes) == len(output.mm_items) else None  # the caller keeps its own
     for number, item in enumerate(output.mm_items):
         if not chosen[number]:
             continue
@@ -98,6 +127,8 @@ def shorten(output: Any, wanted: options.Wanted, request: Any = None, videos: bo
             item.model_specific_data[POSITIONS] = output.mrope_positions[:, at].clone()
         removed[at[made.removed]] = True
     if removed.any():
+        if hashes is not None:
+            request.mm_hashes = hashes
         _remove(output, removed)
 
 
@@ -119,7 +150,8 @@ def places(item: Any) -> Tensor:
 
 def _hash(content: int, made: plan.Plan) -> int:
     """Returns the hash of an item with a plan, so that caches distinguish its budgets and options."""
-    digest = hashlib.blake2b(made.pack().numpy().tobytes(), key=content.to_bytes(8, "big"), digest_size=8)
+    key = content.to_bytes(max(8, (content.bit_length() + 7) // 8), "big")
+    digest = hashlib.blake2b(made.pack().numpy().tobytes(), key=key, digest_size=8)
     return int.from_bytes(digest.digest(), "big")
 
 
