@@ -100,7 +100,8 @@ def shorten(output: Any, wanted: options.Wanted, request: Any = None, videos: bo
         item.is_video() and not c for item, c in zip(output.mm_items, chosen, strict=True)
     ):
         raise ValueError(
-            f"{options.PREFIX}max_tokens={wanted.max_tokens} limits all visual tokens, but videos of this model keep theirs"
+            f"{options.PREFIX}max_tokens={wanted.max_tokens} limits all visual tokens, but videos of this model keep "
+            "theirs"
         )
     limit = options.share(wanted, sum(chosen))
     wanted = replace(wanted, max_tokens=limit.get(f"{options.PREFIX}max_tokens", wanted.max_tokens))
