@@ -90,25 +90,16 @@ uint64_t rounding() { return kDefaultRounding; }
 void set_rounding(uint64_t) {}
 #endif
 
-class DefaultRounding {
- public:
-  DefaultRounding() : before_(rounding()) { set_rounding(kDefaultRounding); }
-  ~DefaultRounding() { set_rounding(before_); }
-  DefaultRounding(const DefaultRounding&) = delete;
-  DefaultRounding& operator=(const DefaultRounding&) = delete;
-
- private:
-  uint64_t before_;
-};
-
 struct Region {
   Team<Walk>* teams;
   int threads;
 };
 void work(void* context, int64_t begin, int64_t end) {
   const Region& region = *static_cast<const Region*>(context);
-  const DefaultRounding here;
+  const uint64_t before = rounding();
+  set_rounding(kDefaultRounding);
   for (int64_t i = begin; i < end; i++) region.teams[i / region.threads].work((int)(i % region.threads));
+  set_rounding(before);
 }
 
 }  // namespace
@@ -151,16 +142,16 @@ apet_status apet_cpu_run(const apet_problem* problem, const apet_tensors* tensor
     read_extents(call, extents);
     call.extents = extents;
   }
-  int working = 0;  // teams that have an image
-  {
-    const DefaultRounding here;  // advance() computes the norm of a given first token
-    for (int t = 0; t < s.teams; t++) {
-      Walk* walk = new (walks + working) Walk(&call, arena);
-      if (!walk->advance()) break;
-      new (teams + working) Team<Walk>(walk, s.threads, counters + working * s.threads);
-      working++;
-    }
+  const uint64_t before = rounding();
+  set_rounding(kDefaultRounding);  // advance() computes the norm of a given first token
+  int working = 0;                 // teams that have an image
+  for (int t = 0; t < s.teams; t++) {
+    Walk* walk = new (walks + working) Walk(&call, arena);
+    if (!walk->advance()) break;
+    new (teams + working) Team<Walk>(walk, s.threads, counters + working * s.threads);
+    working++;
   }
+  set_rounding(before);
   Region region{teams, s.threads};
   const int64_t tasks = (int64_t)working * s.threads;
   if (tasks > 1) pool->run(pool->context, tasks, work, &region);
