@@ -142,8 +142,8 @@ FAULTS = {
     "zeros behind the panel left out": ("product.h", "n <= 0 ? V{}", 'n <= 0 ? splat(__builtin_nanf(""))'),
     "zeros behind a row left out": (
         "product_tiles.h",
-        "+ left, 0, kTileBytes - left",
-        "+ left, 255, kTileBytes - left",
+        "+ tail, 0, kTileBytes - tail",
+        "+ tail, 255, kTileBytes - tail",
     ),
     "rows of the second tile are those of the first": (
         "product_tiles.h",

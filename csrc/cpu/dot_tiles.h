@@ -30,14 +30,14 @@ template <class E>
 static inline void pack_in_tiles(const Input& in, Basis& basis) {
   using Packed = typename E::Packed;
   for (int64_t j = 0; j < basis.size; j += W) {
-    float* to = basis_at(basis, j, 0, in.dim);
-    for (int64_t d = 0; d < chains(in.dim) * 2 * kChainPairs; d += Packed::N, to += W * W) {
+    float* packed = basis_at(basis, j, 0, in.dim);
+    for (int64_t d = 0; d < chains(in.dim) * 2 * kChainPairs; d += Packed::N, packed += W * W) {
       const int64_t n = smaller(Packed::N, in.dim - d);
       V block[W] = {};
       for (int64_t i = 0; n > 0 && i < smaller(W, basis.size - j); i++)
         block[i] = Packed::get_n(row<typename E::T>(in, basis.token[j + i]) + d, n);
       transpose(block);
-      for (int64_t i = 0; i < W; i++) store(to + i * W, block[i]);
+      for (int64_t i = 0; i < W; i++) store(packed + i * W, block[i]);
     }
   }
 }

@@ -120,8 +120,8 @@ static inline void pack_panel(RowOf row_of, int64_t t0, int64_t count, int64_t w
       for (int i = 0; i < W; i++)
         block[i] = !t[i] || n <= 0 ? V{} : n == Packed::N ? Packed::get(t[i] + d) : Packed::get_n(t[i] + d, n);
       transpose(block);
-      float* to = out + in_panel<E>(d / kPerUnit, v, width, all);
-      for (int64_t i = 0; i < used; i++) store(to + i * next, Negated ? -block[i] : block[i]);
+      float* place = out + in_panel<E>(d / kPerUnit, v, width, all);
+      for (int64_t i = 0; i < used; i++) store(place + i * next, Negated ? -block[i] : block[i]);
     }
   }
 }

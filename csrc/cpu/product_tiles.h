@@ -22,24 +22,25 @@ template <class E, class Tokens>
 static inline void copy_rows(const Input& in, Tokens tokens, int64_t begin, int64_t count, char* scratch) {
   using T = typename E::T;
   constexpr int64_t kSteps = 16;  // of a row before the next row: these tiles stay in L1 until they are complete
-  const int64_t bytes = in.dim * (int64_t)sizeof(T), whole = bytes / kTileBytes, left = bytes - whole * kTileBytes;
+  const int64_t bytes = in.dim * (int64_t)sizeof(T), whole = bytes / kTileBytes, tail = bytes - whole * kTileBytes;
   const int64_t row_bytes = scratch_row_bytes<E>(in.dim), steps = row_bytes / kTileBytes;
   for (int64_t i0 = 0; i0 < count; i0 += kTileRows, scratch += kTileRows * row_bytes)
     for (int64_t k0 = 0; k0 < steps; k0 += kSteps)
       for (int64_t i = i0; i < i0 + kTileRows; i++) {
-        char* to = scratch + (i - i0) * kTileBytes;
+        char* copy = scratch + (i - i0) * kTileBytes;
         int64_t k = k0;
         const int64_t end = smaller(k0 + kSteps, steps);
         if (i < count) {
           const char* from = reinterpret_cast<const char*>(row<T>(in, tokens[begin + i]));
-          for (; k < smaller(end, whole); k++) __builtin_memcpy(to + k * kTileSize, from + k * kTileBytes, kTileBytes);
+          for (; k < smaller(end, whole); k++)
+            __builtin_memcpy(copy + k * kTileSize, from + k * kTileBytes, kTileBytes);
           if (k < end) {
-            __builtin_memcpy(to + k * kTileSize, from + k * kTileBytes, left);
-            __builtin_memset(to + k * kTileSize + left, 0, kTileBytes - left);
+            __builtin_memcpy(copy + k * kTileSize, from + k * kTileBytes, tail);
+            __builtin_memset(copy + k * kTileSize + tail, 0, kTileBytes - tail);
             k++;
           }
         }
-        for (; k < end; k++) __builtin_memset(to + k * kTileSize, 0, kTileBytes);
+        for (; k < end; k++) __builtin_memset(copy + k * kTileSize, 0, kTileBytes);
       }
 }
 
