@@ -11,7 +11,7 @@
 #include "dot_tiles.h"
 #endif
 
-// With fewer basis tokens, the sweep is as fast as tiles; its sums are a little more exact.
+// Not tuned: with fewer basis tokens there is little to multiply, and the sums of dot.h are a little more exact.
 constexpr int kLeastInTiles = 4;
 
 // Packs the basis, if its products are computed in tiles.
