@@ -116,6 +116,8 @@ class Seen:
 
     tower: list[Tensor] = field(default_factory=list)  # features of the vision encoder
     projector: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    # Rows of each item, from the encoder, before compression; of images and of videos.
+    encoded: dict[str, list[Tensor]] = field(default_factory=lambda: {"image": [], "video": []})
     embeds: list[Tensor] = field(default_factory=list)  # rows that reached the language model
     positions: list[Tensor] = field(default_factory=list)
     deepstack: list[Tensor] = field(default_factory=list)  # of each step [levels, N, D]
@@ -208,6 +210,12 @@ class Served:
             out = getattr(out, "last_hidden_state", out)
             seen.tower.append(out.clone() if isinstance(out, Tensor) else torch.cat([x.flatten(0, -2) for x in out]))
 
+        def encode(self: nn.Module, **inputs: Any) -> Any:
+            rows = embed(self, **inputs)
+            kind = "video" if any("video" in name for name in inputs) else "image"
+            seen.encoded[kind].extend(item.clone() for item in rows)
+            return rows
+
         hooks = [
             tower.register_forward_hook(note_tower),
             model.register_forward_pre_hook(reader, with_kwargs=True),
@@ -215,9 +223,14 @@ class Served:
         if hasattr(model, "multi_modal_projector"):
             note = lambda _, args, out: seen.projector.append((args[0].clone(), out.clone()))  # noqa: E731
             hooks.append(model.multi_modal_projector.register_forward_hook(note))
+        bases = [c for c in type(model).__mro__ if c.__module__.startswith("vllm.")]
+        theirs = next(c for c in bases if "embed_multimodal" in vars(c))
+        embed = theirs.embed_multimodal
+        theirs.embed_multimodal = encode
         try:
             yield seen
         finally:
+            theirs.embed_multimodal = embed
             for hook in hooks:
                 hook.remove()
 

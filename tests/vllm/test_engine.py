@@ -14,7 +14,6 @@ from engines import MODELS, MROPE, VIDEO, Served, picture, prompt, video, visual
 EVERY = pytest.mark.parametrize("served", MODELS, indirect=True)
 SIZES = [(112, 112), (90, 300), (260, 130), (40, 60)]
 BEFORE_PROJECTOR = ("llava", "llava_next")
-ROUNDED = ("glm4v", "glm4v_moe")  # the last bits of its encoder's result depend on the other images of a batch
 
 
 def packing(served: Served, height: int, width: int) -> torch.Tensor:
@@ -79,7 +78,8 @@ def units(served: Served, ids: list[int], embeds: torch.Tensor) -> list[torch.Te
 )
 def test_the_language_model_reads_the_whole_prompt_less_what_was_dropped(served, options, kept):
     """For several images of different sizes in text, the language model reads as many tokens as requested, at their
-    places. They are bit for bit the kernel's results on the rows that it reads without compression."""
+    places. They are bit for bit the kernel's results on the encoder's rows, and these are, but for rounding, the rows
+    that it reads without compression."""
     images = [picture(*size, seed) for seed, size in enumerate(SIZES)]
     assert check(served, prompt(served.name, *images, apet_keep=1.0), options, kept) >= len(SIZES)
 
@@ -89,39 +89,56 @@ def test_the_language_model_reads_the_whole_prompt_less_what_was_dropped(served,
 def test_videos_frame_by_frame(served, first):
     """A video with an image before or after it is compressed frame by frame."""
     request = prompt(served.name, picture(90, 300), videos=[video(8, 56, 84)], first=first, apet_keep=1.0)
-    assert check(served, request, {"apet_keep": 4}, lambda n: min(4, n)) > 4
+    assert check(served, request, {"apet_keep": 4}, lambda n: min(4, n), first) > 4
 
 
-def check(served: Served, whole: dict[str, Any], options: dict[str, Any], kept: Callable[[int], int]) -> int:
-    """Compares the request with these options with the same one with all tokens. Returns how many units it had."""
+def check(
+    served: Served,
+    whole: dict[str, Any],
+    options: dict[str, Any],
+    kept: Callable[[int], int],
+    first: bool = False,
+) -> int:
+    """Compares the request with these options with the same one with all tokens; first: videos before images. Returns
+    how many units it had."""
     ids, seen, embeds, positions = served.read(whole)
     fewer, compressed, read, where = served.read({**whole, "mm_processor_kwargs": options})
     parts = units(served, ids, embeds)
     stays = torch.ones(len(ids), dtype=torch.bool)
     names = {name.removeprefix("apet_"): value for name, value in options.items()}
     kernel = {n: names[n] for n in ("basis", "layout", "blend") if n in names}
-    expected = embeds.clone()
+    before = embeds.clone()
+    if served.name not in BEFORE_PROJECTOR:
+        # On some processors the last bits of an encoder's results depend on the other images of its batch, and shorter
+        # requests make other batches.
+        encoded = {*visual(served.name), tiny.BREAK, tiny.LAST}
+        at = torch.tensor([token in encoded for token in ids])
+        order = ("video", "image") if first else ("image", "video")
+        rows = torch.cat([item for kind in order for item in compressed.encoded[kind]])
+        before[at], deepstack = rows.tensor_split([embeds.shape[1]], dim=1)
+        torch.testing.assert_close(before, embeds, rtol=1e-4, atol=1e-5)
+    expected = before.clone()
     for columns in parts:
         stays[columns] = False
         k = kept(len(columns))
         if served.name not in BEFORE_PROJECTOR:
-            tokens, indices = torch.ops.apet.compress(embeds[columns][None], k, **kernel)
+            tokens, indices = torch.ops.apet.compress(before[columns][None], k, **kernel)
             expected[columns[indices[0]]] = tokens[0]
             stays[columns[indices[0]]] = True
     if served.name in BEFORE_PROJECTOR:
         assert len(fewer) == int(stays.sum()) + sum(kept(len(columns)) for columns in parts)
         return len(parts)
     assert len(fewer) == len(read) == int(stays.sum())
-    if served.name in ROUNDED:
-        torch.testing.assert_close(read, expected[stays], rtol=1e-4, atol=1e-5)
-    else:
-        assert torch.equal(read, expected[stays])
+    assert torch.equal(read, expected[stays])
     renumbered = torch.arange(len(fewer)).expand_as(where)
     assert torch.equal(where, positions[:, stays] if served.name in MROPE else renumbered)
     if served.name in ("qwen3_vl", "qwen3_vl_moe"):
-        whole_, fewer_ = (torch.cat(s.deepstack, dim=1) for s in (seen, compressed))
-        assert whole_.any()
-        assert torch.equal(fewer_[:, : len(fewer)], whole_[:, : len(ids)][:, stays])
+        added, whole_added = (torch.cat(s.deepstack, dim=1).transpose(0, 1).flatten(1) for s in (compressed, seen))
+        expected_added = torch.zeros(len(ids), deepstack.shape[1])
+        expected_added[at] = deepstack
+        assert deepstack.any()
+        assert torch.equal(added[: len(fewer)], expected_added[stays])
+        torch.testing.assert_close(expected_added, whole_added[: len(ids)], rtol=1e-4, atol=1e-5)
     return len(parts)
 
 
@@ -144,7 +161,7 @@ def test_the_projector_gets_what_the_kernel_gives(served, options):
     if served.name == "llava":
         kept = torch.cat([torch.ops.apet.compress(x[None], 12, **kernel)[0][0] for x in features])
         assert torch.equal(taken, kept)
-        assert torch.equal(read, project(taken))
+        torch.testing.assert_close(read, project(taken))
         return
     tile, expected, compressed = 0, [], []
     for height, width in SIZES[:3]:
