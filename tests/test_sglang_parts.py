@@ -118,6 +118,8 @@ def test_hashes_tell_budgets_options_and_pictures_apart() -> None:
         ({"apet": {"keep": 0.25}}, "keep does not begin with apet_"),
         ({"apet_keep": 0.25}, "apet_keep outside"),
         ({"image": {"apet_keep": 0.25}, "apet": {}}, "apet_keep outside"),
+        ({"apet": 0.25}, "has apet=0.25: must be options"),
+        ({"apet": None}, "has apet=None: must be options"),
     ],
 )
 def test_options_of_the_start_up_in_the_wrong_place(config: dict[str, Any], message: str) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import json
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,8 @@ import torch
 import apet_kernels
 from apet_kernels.options import Options
 from benchmarks.lib import selection
-from benchmarks.vlm import arms, evaluation, guard, packing, report
+from benchmarks.vlm import arms, evaluation, features, guard, packing, report
+from benchmarks.vlm.questions import KINDS
 from tests.test_vlm_model import packer, some_pictures, untrained  # noqa: F401 (fixtures)
 
 pytestmark = pytest.mark.rest  # a study, and no part of the package
@@ -112,6 +115,37 @@ def test_the_default_is_decided_by_the_rule(tmp_path: Path, share: dict[str, flo
     assert f"**So `{chosen}` is the default.**" in report.decision(evaluation.Answers(tmp_path))
     evaluation.path_of(tmp_path, "tome", 16).unlink()
     assert report.decision(evaluation.Answers(tmp_path)) == "Not decided: not measured with each budget: tome.\n"
+
+
+def test_two_models_are_compared_by_question(tmp_path: Path) -> None:
+    """The second model answers as the first one does, but for one arm, which is right where the paper's rule is."""
+    folder = tmp_path / report.SECOND
+    folder.mkdir()
+    lines = [
+        {"picture": q, "photograph": f"{q % 60}", "region": 0, "kind": kind, "text": "", "answer": "A", "height": 9}
+        for q, kind in zip(range(600), itertools.cycle(KINDS), strict=False)
+    ]
+    shares = {"paper": 0.4, "qr refine 0": 0.7, "tome": 0.6}
+    for where in (tmp_path, folder):
+        evaluation._write(where / evaluation.QUESTIONS, lines)
+        cells = [(name, features.TOKENS) for name in arms.WHOLE] + [(n, k) for n in shares for k in arms.BUDGETS]
+        for number, (name, keep) in enumerate(cells):
+            seed = number if where == tmp_path or name != "tome" else cells.index(("paper", keep))
+            share = shares.get("paper" if seed != number else name, 0.5)
+            said = np.random.default_rng(seed).random(600) < share
+            evaluation._write(evaluation.path_of(where, name, keep), ["A" if is_right else "B" for is_right in said])
+    line = {"step": 9, "accuracy": {"all": 50.0}, "plan": {"seed": 1}, "machine": {"machine": "one"}}
+    (folder / "log.jsonl").write_text(json.dumps(line) + "\n")
+    text, training, sees, table = report.another(evaluation.Answers(tmp_path), folder)
+    assert "Not decided: not measured with each budget: " in text
+    assert "| 9 | 0 |" in training
+    assert "| full |" in sees
+    same, apart = (line for line in table.splitlines() if line.startswith(("| qr refine 0", "| tome")))
+    assert "**" not in same
+    assert all(cell.endswith("+0.0**") for cell in apart.strip("| ").split(" | ")[1:])
+    assert "4 of 8 do not differ" in table
+    assert report.deciding()[:3] == ["paper", "qr refine 2", "qr refine 0"]
+    assert not {"scope", "cdpruner", "qr refine 2 shared"} & set(report.deciding())
 
 
 @pytest.mark.slow

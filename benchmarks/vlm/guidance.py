@@ -15,7 +15,7 @@ import transformers
 from torch import Tensor
 
 from benchmarks.vlm.features import TOKENS, Picture
-from benchmarks.vlm.packing import NOTHING, Packed
+from benchmarks.vlm.packing import NOTHING, Blocks, Packed, attend
 from benchmarks.vlm.questions import Question
 
 LAYER, HEADS = 2, 2  # the layer of the decoder, and how many of its heads
@@ -36,6 +36,7 @@ class Guide:
     def __init__(self) -> None:
         self.looks: dict[int, Tensor] = {}
         self.losses: list[Tensor] = []
+        self.blocks: Blocks | None = None
 
     @property
     def loss(self) -> Tensor | None:
@@ -45,7 +46,7 @@ class Guide:
     def __call__(
         self, module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
     ) -> tuple[Tensor, None]:
-        """Computes attention as sdpa does; query, key, value [B, heads, L, d]."""
+        """Computes attention within the blocks of the sequences; query, key, value [B, heads, L, d]."""
         looks = self.looks.get(module.layer_idx)
         if looks is not None and looks.any() and attention_mask is not None:
             missed = []
@@ -57,13 +58,16 @@ class Guide:
                 right = scores[..., 1 : 1 + shown.shape[-1]].masked_fill(~shown, -torch.inf).logsumexp(-1)
                 missed.append((all_seen - right)[shown.any(-1)])
             self.losses.append(torch.cat(missed).mean())
-        return transformers.AttentionInterface()["sdpa"](module, query, key, value, attention_mask, **options)
+        assert self.blocks is not None
+        return attend(query, key, value, self.blocks, options["scaling"]).transpose(1, 2), None
 
     @contextlib.contextmanager
-    def on(self, decoder: Any, looks: dict[int, Tensor]) -> Iterator[None]:
-        """Uses the guide in a forward of this decoder; `loss` is that of this forward afterwards."""
+    def on(self, decoder: Any, packed: Packed, looks: dict[int, Tensor]) -> Iterator[None]:
+        """Uses the guide in a forward of this decoder over these sequences; `loss` is that of this forward
+        afterwards."""
         transformers.AttentionInterface.register(self.NAME, self)
         before, self.looks, self.losses = decoder.config._attn_implementation, looks, []
+        self.blocks = Blocks.of(packed.part)
         decoder.config._attn_implementation = self.NAME
         try:
             yield

@@ -45,6 +45,58 @@ def sees(part: Tensor) -> Tensor:
     return (same & torch.ones(length, length, dtype=torch.bool).tril())[:, None]
 
 
+@dataclass
+class Blocks:
+    """Where the questions of `Packed` sequences are: `attend` computes no scores between two questions."""
+
+    prefix: int  # rows before the questions
+    slots: Tensor  # [B, Q, T]: of each question's tokens, the rows in [B * L]; any row behind its last token
+    places: Tensor  # [B, L - prefix]: of each row after the prefix, its slot in [B * Q * T]; any slot for padding
+
+    @classmethod
+    def of(cls, part: Tensor) -> Blocks:
+        """Returns those of the parts [B, L] of `Packed`."""
+        prefix, behind = int((part[0] == 0).sum()), part[:, (part[0] == 0).sum() :]  # [B, R]
+        at = torch.arange(behind.shape[1]).expand_as(behind)
+        begins = F.pad(behind[:, 1:] != behind[:, :-1], (1, 0), value=True)
+        rank = at - torch.where(begins, at, 0).cummax(1).values  # of a token in its question
+        picture, where = (behind > 0).nonzero(as_tuple=True)
+        number, rank = behind[picture, where] - 1, rank[picture, where]
+        slots = torch.full((len(part), int(part.max()), int(rank.max()) + 1), prefix)
+        slots[picture, number, rank] = picture * part.shape[1] + prefix + where
+        places = torch.zeros_like(behind)
+        places[picture, where] = (picture * slots.shape[1] + number) * slots.shape[2] + rank
+        return cls(prefix, slots, places)
+
+
+def attend(query: Tensor, key: Tensor, value: Tensor, blocks: Blocks, scale: float) -> Tensor:
+    """Returns the attention [B, heads, L, d] that `sees` allows, from query, key and value of that shape. The rows of
+    padding are arbitrary.
+
+    A third of the work of masked attention over all rows, of which most pairs are two questions.
+    """
+    heads, length, width = query.shape[1:]
+    batch, questions, longest = blocks.slots.shape
+
+    def in_blocks(x: Tensor) -> Tensor:  # [B, heads, Q, T, d]
+        rows = x.transpose(1, 2).reshape(batch * length, heads * width).index_select(0, blocks.slots.flatten())
+        return rows.view(batch, questions, longest, heads, width).permute(0, 3, 1, 2, 4)
+
+    before = slice(blocks.prefix)
+    first = F.scaled_dot_product_attention(
+        query[:, :, before], key[:, :, before], value[:, :, before], is_causal=True, scale=scale
+    )
+    query, own_key, own_value = in_blocks(query * scale), in_blocks(key), in_blocks(value)
+    own = (query @ own_key.mT).masked_fill(torch.ones(longest, longest, dtype=torch.bool).triu(1), -torch.inf)
+    shared = query.flatten(2, 3) @ key[:, :, before].mT  # [B, heads, Q * T, prefix]
+    weights = torch.cat([shared, own.flatten(2, 3)], -1).softmax(-1)
+    out = weights[..., before] @ value[:, :, before]
+    out = out + (weights[..., blocks.prefix :].unflatten(2, (questions, longest)) @ own_value).flatten(2, 3)
+    rows = out.transpose(1, 2).reshape(batch * questions * longest, heads * width)
+    rest = rows.index_select(0, blocks.places.flatten()).view(batch, length - blocks.prefix, heads, width)
+    return torch.cat([first, rest.transpose(1, 2)], 2)
+
+
 class Packer:
     """Makes sequences of questions with the tokenizer and the placeholder of a model."""
 

@@ -81,6 +81,13 @@ Ahead and behind: beyond the 95 % interval.
 NO_ANSWERS = """**No trained model is stored yet**, so there are no results. Pictures, training and evaluation are
 tested; the training has to be run.
 """
+SECOND = "seed-1"  # the folder of the second model's answers, and of its log
+ANOTHER = """## Another seed
+
+The same training with another seed: other initial weights, and other pictures and questions in each step. It answers
+the same test questions, with the methods that decide. Its weights are not stored.
+
+{decision}"""
 REPRODUCE = """## How to reproduce
 
 ```sh
@@ -90,6 +97,9 @@ cp -r .build/vlm/0/model benchmarks/vlm/
 python -m benchmarks.vlm evaluate && python -m benchmarks.vlm write
 python -m benchmarks.vlm assemble --out .build/vlm/llava           # with the trunk, for `apet generate`
 ```
+
+The other seed: `train --seed 1`, and `evaluate --model .build/vlm/1/model --results benchmarks/results/vlm/seed-1
+--arms {arms}`.
 
 Raw answers: `benchmarks/results/vlm`, one greedy answer in each line, in the order of `questions.jsonl.gz`.
 """
@@ -117,9 +127,12 @@ def write(results: Path, model: Path, docs: Path) -> None:
         parts.append(f"{markdown(curve(model / 'log.jsonl'))}\n")
     if answered:
         parts += [f"{markdown(sheet)}\n" for sheet in sheets(found)]
+        if (results / SECOND / evaluation.QUESTIONS).exists():
+            parts += another(found, results / SECOND)
     else:
         parts.append(NO_ANSWERS)
-    (docs / "vlm.md").write_text("\n".join([*parts, REPRODUCE]))
+    names = " ".join(f'"{name}"' if " " in name else name for name in deciding())
+    (docs / "vlm.md").write_text("\n".join([*parts, REPRODUCE.format(arms=names)]))
     if answered and (docs / "quality.md").exists():
         page = docs / "quality.md"
         page.write_text(replaced(page.read_text(), BEGIN, END, summary(found)))
@@ -135,12 +148,17 @@ def sheets(found: Answers) -> list[Sheet]:
     return there
 
 
+def deciding() -> list[str]:
+    """Returns the arms that `RULE` looks at: its three candidates, then all others without attention and question."""
+    others = [name for name in arms.OTHERS if name not in arms.NEED_ATTENTION | arms.BY_QUESTION]
+    return ["paper", "qr refine 2", "qr refine 0", *others]
+
+
 def decision(found: Answers) -> str:
     """Applies `RULE`. Returns what follows from it, with the figures that decide."""
-    plain = [name for name, _ in found.stored() if name in arms.OTHERS]
-    others = [name for name in dict.fromkeys(plain) if name not in arms.NEED_ATTENTION | arms.BY_QUESTION]
-    missing = {"paper", "qr refine 2", "qr refine 0", *arms.OTHERS} - arms.NEED_ATTENTION - arms.BY_QUESTION
-    missing -= {name for name in missing if all((name, keep) in found.stored() for keep in arms.BUDGETS)}
+    there = found.stored()
+    others = [name for name in deciding() if name in arms.OTHERS]
+    missing = {name for name in deciding() if any((name, keep) not in there for keep in arms.BUDGETS)}
     if missing:
         return f"Not decided: not measured with each budget: {', '.join(sorted(missing))}.\n"
 
@@ -164,6 +182,37 @@ def decision(found: Answers) -> str:
     candidate = "qr refine 2" if any(gain.low > 0 for gain in more.values()) else "qr refine 0"
     end = f"**So `{candidate if fit[candidate] else 'paper'}` is the default.**"
     return "\n".join([*lines, "", end]) + "\n"
+
+
+def another(found: Answers, folder: Path) -> list[str]:
+    """Returns the section of the second model, with the answers in this folder."""
+    other = Answers(folder)
+    both = [(name, keep) for name, keep in other.stored() if (name, keep) in found.stored() and name != "paper"]
+    gains = {arm: [gain(answers, *arm) for answers in (found, other)] for arm in both}
+    apart = {arm: found.interval(first - second) for arm, (first, second) in gains.items()}
+    lines = []
+    for name in dict.fromkeys(name for name, _ in both):
+        cells = []
+        for keep in arms.BUDGETS:
+            first, second = (found.interval(one).value for one in gains[name, keep])
+            text = f"{first:+.1f}, {second:+.1f}"
+            cells.append(f"**{text}**" if apart[name, keep].beyond else text)
+        lines.append([name, *cells])
+    same = sum(not one.beyond for one in apart.values())
+    note = (
+        "Percentage points ahead of the paper's rule: of the first model, of the second one. Bold: they differ beyond"
+        f" the 95 % interval, paired by question and resampled by photograph. {same} of {len(apart)} do not differ."
+    )
+    table = Sheet("Ahead of the paper's rule, with both seeds", note, ["tokens kept", *map(str, arms.BUDGETS)], lines)
+    sees = whole(other)._replace(title="Does the second one see?")
+    text = ANOTHER.format(decision=decision(other))
+    trained = curve(folder / "log.jsonl")._replace(title="Training of the second one")
+    return [text, *(f"{markdown(sheet)}\n" for sheet in (trained, sees, table))]
+
+
+def gain(found: Answers, name: str, keep: int) -> np.ndarray:
+    """Returns how much an arm is ahead of the paper's rule in each answer, [q] of -1, 0 and 1."""
+    return found.right(name, keep).astype(float) - found.right("paper", keep)
 
 
 def summary(found: Answers) -> str:
@@ -240,8 +289,7 @@ def ahead(found: Answers) -> Sheet:
     """Returns the table of every arm against the paper's rule, paired."""
 
     def cell(name: str, keep: int) -> str:
-        difference = found.right(name, keep).astype(float) - found.right("paper", keep)
-        found_interval = found.interval(difference)
+        found_interval = found.interval(gain(found, name, keep))
         text = f"{found_interval.value:+.1f} [{found_interval.low:+.1f}, {found_interval.high:+.1f}]"
         return f"**{text}**" if found_interval.beyond else text
 

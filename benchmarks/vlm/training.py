@@ -166,7 +166,7 @@ class Run:
         asked = [drawn(picture.questions, self.plan.questions, draw) for picture in pictures]
         packed = self.packer.pack(asked, features.TOKENS, answers=True)
         at, looks = packed.target != packing.NOTHING, guidance.looks(packed, asked, pictures)
-        with self.plan.products(), self.guide.on(self.decoder, looks):
+        with self.plan.products(), self.guide.on(self.decoder, packed, looks):
             states = packing.hidden(self.model, packed, self.project(split, numbers))
             logits = self.model.lm_head(states[at])
         answers = F.cross_entropy(logits.float(), packed.target[at])

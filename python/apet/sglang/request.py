@@ -50,6 +50,8 @@ def of_start(config: dict[str, Any]) -> dict[str, Any]:
     Raises: ValueError for options where SGLang or the plugin would not look for them.
     """
     at_start = config.get(CONFIG, {})
+    if not isinstance(at_start, dict):
+        raise ValueError(f'--mm-process-config has {CONFIG}={at_start!r}: must be options, such as {{"apet_keep": 64}}')
     if other := [name for name in at_start if not name.startswith(options.PREFIX)]:
         raise ValueError(f"{CONFIG}={at_start}: {other[0]} does not begin with {options.PREFIX}")
     elsewhere = {name: value for name, value in config.items() if name != CONFIG}
