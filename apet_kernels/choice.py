@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from . import available, ops
-from .options import Backend, Options
+from .options import PAPER, Backend
 from .registry import registered
 
 # In the error of csrc/cuda/plan.cu where no path has room. Every other error of an estimate is raised.
@@ -58,7 +58,7 @@ def estimates(device: torch.device, D: int, dtype: torch.dtype) -> list[tuple[fl
     like = torch.empty(0, D, dtype=dtype, device=device)
     figures = dict(zip(ops.FIGURES, registered._cuda_figures(like, 10 * gpu.major + gpu.minor), strict=True))
     tiles = configs.tiles(configs.device_class(device), D, dtype.itemsize)
-    M = Options().basis or 0
+    M = PAPER["basis"]  # as in the estimate of the CUDA kernels
     return [
         (
             registered._cuda_estimate(like, N, K),

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import re
+import statistics
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
-from apet_kernels import ops
+from apet_kernels import choice, ops
 from benchmarks.quick import figures
 from tests.simt import build, call
 from tests.simt.call import How
 
 pytest.importorskip("triton")
+from apet_kernels.triton_kernels import configs
 from tools import estimates
 from tools.estimates import CARDS, SHAPES, Card, cuda, mix, triton
 
@@ -45,6 +48,26 @@ def test_the_figures_have_one_list_of_names():
     rows = figures.read(estimates.HEADER.read_text())
     assert {tuple(row) for _, row in rows} == {("capability", *ops.FIGURES)}
     assert {card.device.capability for card in CARDS.values()} <= {row["capability"] for _, row in rows}
+
+
+@pytest.mark.parametrize("card", CARDS)
+@pytest.mark.parametrize("D", [1024, 3584])
+def test_the_dispatcher_compares_these_estimates(card, D, monkeypatch):
+    """On a device that says it is this card: both are of the paper's rule, and CUDA is taken, as docs/gpu.md says."""
+    on = CARDS[card]
+    row = {**estimates.card_figures(on.device.capability)}
+    figures_of_card = tuple(row[name] for name in ops.FIGURES)
+    major, minor = divmod(on.device.capability, 10)
+    gpu = SimpleNamespace(major=major, minor=minor, multi_processor_count=on.device.multiprocessors)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: gpu)
+    monkeypatch.setattr(choice.registered, "_cuda_figures", lambda like, capability: figures_of_card, raising=False)
+    by_cuda = lambda like, N, K: cuda(on, (1, N, like.shape[-1], K)).estimated_us  # noqa: E731
+    monkeypatch.setattr(choice.registered, "_cuda_estimate", by_cuda, raising=False)
+    monkeypatch.setattr(configs, "device_class", lambda device: on.device_class)
+    got = choice.estimates(torch.device("cpu"), D, torch.bfloat16)
+    shapes = [(1, N, D, K) for N, K in choice.IMAGES]
+    assert got == [(cuda(on, shape).estimated_us, triton(on, shape).us) for shape in shapes]
+    assert 1.2 <= round(statistics.geometric_mean(b / a for a, b in got), 1) <= 1.7
 
 
 @pytest.mark.parametrize("card", CARDS)
