@@ -122,9 +122,8 @@ def _verdict(results: Path) -> str:
         )
         if _standing(results, budget, chosen) == "better":
             lines.append(
-                f"- So the paper's rule is not the best at {budget} tokens, and `{chosen}` is proposed, to be "
-                "confirmed on a VLM (`apet eval`); a larger basis costs in proportion, a step of the sweep for each "
-                "basis token."
+                f"- So the paper's rule is not the best at {budget} tokens. (The default, a basis of all kept tokens,"
+                " came later: [vlm.md](vlm.md#the-rule-for-the-default).)"
             )
     return "\n".join(lines)
 

