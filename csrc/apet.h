@@ -98,7 +98,7 @@ typedef struct apet_problem {
   int32_t ragged;     /* 0: x is [images, tokens, dim]. 1: x is [total_tokens, dim], images of different lengths one
                          after another, cut up by cu_seqlens; compress alone */
   int64_t images;     /* B, or the number of ragged images; 0..2^31-1; 0: nothing is done */
-  int64_t tokens;     /* N, 1..2^31-1. Ragged: the longest image, 0..2^31-1; of a longer one the rest is ignored */
+  int64_t tokens;     /* N, 1..2^31-65537. Ragged: the longest image, 0..2^31-1; of a longer one the rest is ignored */
   int64_t dim;        /* D, 1..2^31-1 */
   int64_t keep;       /* compress: K, 1..tokens. Ragged: the largest K of an image, at least 0; none keeps more.
                          merge: rows of `kept` for each image, 1..tokens */
@@ -110,7 +110,7 @@ typedef struct apet_problem {
   double ridge;       /* compress, score: added to the diagonal of s2, so absolute; finite, >= 0; 1e-5 is the paper's */
   double blend;       /* compress: 1. overwrite: 0..1, an overwritten row becomes blend * basis +
                          (1 - blend) * token */
-  int64_t total_tokens; /* ragged: T, rows of x, 0..2^31-1; else 0 */
+  int64_t total_tokens; /* ragged: T, rows of x, 0..2^31-65537; else 0 */
   int64_t total_keep;   /* ragged: the K of all images together, 0..total_tokens */
   int64_t refine;       /* compress: medoid steps, 0..APET_MAX_REFINE; other than 0 needs APET_INPLACE and basis = keep
                            (ragged: APET_BASIS_KEEP) */
@@ -166,7 +166,7 @@ typedef enum apet_status {
   APET_OVERWRITE_NEEDS_MORE = 15,    /* overwrite with keep <= basis, and not all tokens kept */
   APET_BAD_TOTAL_KEEP = 16,          /* total_keep is outside 0..total_tokens */
   APET_BAD_MAX = 17,                 /* ragged: tokens or keep is negative */
-  APET_TOO_LARGE = 18,               /* a size is past 2^31-1 */
+  APET_TOO_LARGE = 18,               /* a size is past its limit */
   APET_NULL_POINTER = 19,            /* a pointer that the call needs is NULL */
   APET_SMALL_WORKSPACE = 20,         /* the workspace is NULL, too small, or not 64-byte aligned */
   APET_NO_ISA = 21,                  /* this build or this processor lacks the instruction set */

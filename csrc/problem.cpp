@@ -6,8 +6,10 @@
 #include <cstdio>
 
 namespace {
-// Token positions are held as int32, and a product of any two sizes must fit int64.
+// A product of any two sizes must fit int64.
 constexpr int64_t kMaxExtent = INT32_MAX;
+// Token positions are held as int32, also those of a block of tokens, or of a basis, behind the last one.
+constexpr int64_t kMaxTokens = INT32_MAX - (1 << 16);
 
 // Returns the largest basis that may be given as a number.
 int64_t most_basis(const apet_problem& p) {
@@ -35,8 +37,8 @@ apet_status apet_check(const apet_problem* p) {
   if (p->images < 0) return APET_BAD_IMAGES;
   if (p->dim < 1) return APET_BAD_DIM;
   if (p->tokens < (p->ragged ? 0 : 1)) return p->ragged ? APET_BAD_MAX : APET_BAD_TOKENS;
-  if (p->tokens > kMaxExtent || p->dim > kMaxExtent || p->images > kMaxExtent || p->total_tokens > kMaxExtent)
-    return APET_TOO_LARGE;
+  if (p->tokens > kMaxExtent || p->dim > kMaxExtent || p->images > kMaxExtent) return APET_TOO_LARGE;
+  if ((p->ragged ? p->total_tokens : p->tokens) > kMaxTokens) return APET_TOO_LARGE;
   if (p->dim > 1 && p->stride_xd != 1) return APET_BAD_STRIDE;
   if (p->op != APET_MERGE) {
     if (p->basis == APET_BASIS_KEEP) {
@@ -109,8 +111,8 @@ size_t apet_error_message(const apet_problem* problem, apet_status status, char*
       break;
     case APET_BAD_MAX: WRITE("max_seqlen=%lld and max_keep=%lld must be at least 0", ll(p.tokens), ll(p.keep)); break;
     case APET_TOO_LARGE:
-      WRITE("images=%lld, tokens=%lld, dim=%lld, total_tokens=%lld: each must be at most 2147483647", ll(p.images),
-            ll(p.tokens), ll(p.dim), ll(p.total_tokens));
+      WRITE("images=%lld, tokens=%lld, dim=%lld, total_tokens=%lld: each must be at most %lld, and the rows of x %lld",
+            ll(p.images), ll(p.tokens), ll(p.dim), ll(p.total_tokens), ll(kMaxExtent), ll(kMaxTokens));
       break;
     case APET_NULL_POINTER: WRITE("a pointer that this call needs is null"); break;
     case APET_SMALL_WORKSPACE: WRITE("the workspace is smaller than the plan asks for, or not 64-byte aligned"); break;

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import resource
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -219,3 +222,26 @@ def test_summary_and_failures() -> None:
     assert (compressed.prefill, compressed.total) == (0.1, 0.2)
     assert len(result.table().columns) == 8
     assert summary.summarise(asked[4:], variants, records).rows == []
+
+
+def test_another_commit_of_a_model_of_the_hub(tmp_path: Path) -> None:
+    """Its files change between two runs if the hub has newer ones."""
+    model = tmp_path / "hub/models--owner--model"
+    told = []
+    for commit in ("0" * 40, "1" * 40):
+        snapshot = model / "snapshots" / commit
+        snapshot.mkdir(parents=True)
+        (snapshot / "config.json").write_text('{"model_type": "llava"}')
+        (model / "refs").mkdir(exist_ok=True)
+        (model / "refs/main").write_text(commit)
+        code = "from apet import models; print(models.digest('owner/model'))"
+        told.append(
+            subprocess.run(
+                [sys.executable, "-c", code],
+                env=os.environ | {"HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"},
+                capture_output=True,
+                text=True,
+                check=True,
+            ).stdout.strip()
+        )
+    assert told == ["0" * 40, "1" * 40]

@@ -138,6 +138,28 @@ def test_ragged_images_can_only_be_compressed(op: str):
     assert text.value.decode() == f"ragged images need op=compress, got op={op.lower()}"
 
 
+@pytest.mark.parametrize(
+    ("ragged", "field", "most"),
+    [
+        (False, "tokens", 2**31 - 65537),
+        (False, "dim", 2**31 - 1),
+        (False, "images", 2**31 - 1),
+        (True, "total_tokens", 2**31 - 65537),
+        (True, "tokens", 2**31 - 1),
+    ],
+)
+def test_the_largest_sizes(ragged, field, most):
+    copy, x = installed(), tokens(30, 8)
+    if ragged:
+        offsets = (torch.tensor(o, dtype=torch.int32) for o in ([0, 10, 30], [0, 4, 9]))
+        problem = simt_call.compress_varlen_case(x, *offsets, 9, 20, 5, select="qr").problem
+    else:
+        problem = simt_call.compress_case(x[None], 9, 5).problem
+    for value, status in ((most, 0), (most + 1, 18)):  # APET_TOO_LARGE
+        setattr(problem, field, value)
+        assert copy.library.apet_check(ctypes.byref(problem)) == status
+
+
 def test_bounds_of_ragged_images_that_none_can_reach():
     """A caller may give "no limit": the workspace is laid out for what is possible."""
     copy, x = installed(), tokens(30, 8)

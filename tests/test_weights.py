@@ -89,6 +89,16 @@ def test_tokens_of_weight_0_come_last(backend, name):
 
 
 @pytest.mark.rest_interpreted
+def test_distances_beyond_float32_of_tokens_of_weight_0(backend):
+    """They are 0 when weighted, as in float64."""
+    x = torch.tensor([[[1.5e19, 0], [-1.5e19, 0], [0, 1], [1, 1]]])
+    weights = torch.tensor([[1.0, 0, 1, 1]])
+    _, at = backend.compress(x, 2, basis=2, select="fps", weights=weights)
+    _, expected = reference.compress(x, 2, basis=2, select="fps", weights=weights)
+    assert at.tolist() == expected.tolist()
+    assert 1 not in at
+
+
 def test_infinite_weights_and_tokens_stay_where_they_are(backend):
     options = {"basis": None, "select": "qr"}
     x, weights = tokens(2, 60, 40, seed=5), weights_of(2, 60)

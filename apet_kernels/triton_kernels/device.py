@@ -112,10 +112,11 @@ def dot_rows(
 
 @triton.jit
 def weighted(at_weight, value, inside, WEIGHTED: tl.constexpr):
-    """Returns finite values times the weights at these addresses, at most FLT_MAX; without WEIGHTED the values.
-    Negative weights and NaN count as 0, inf as FLT_MAX."""
+    """Returns values times the weights at these addresses, at most FLT_MAX; without WEIGHTED the values. Infinite
+    values, such as distances beyond float32, count as FLT_MAX, negative weights and NaN as 0, infinite weights as
+    FLT_MAX."""
     if WEIGHTED:
         weight = tl.load(at_weight, mask=inside, other=0.0)
         weight = tl.where(weight > 0, tl.minimum(weight, FLT_MAX), 0.0)
-        value = tl.minimum(value * weight, FLT_MAX)
+        value = tl.minimum(tl.minimum(value, FLT_MAX) * weight, FLT_MAX)
     return value

@@ -267,10 +267,11 @@ def curve(log: Path) -> Sheet:
     points = [line for line in told if "accuracy" in line]
     some = [points[i] for i in sorted({round(v) for v in np.linspace(0, len(points) - 1, 10)})]
     lines = [[str(p["step"]), *(f"{p['accuracy'].get(kind, 0):.0f}" for kind in (*KINDS, "all"))] for p in some]
-    plan = [line for line in told if "plan" in line][-1]
+    last = [line for line in told if "plan" in line][-1]
+    plan = ", ".join(f"{name} {value}" for name, value in last["plan"].items())
     note = (
-        f"Percent right on validation, with all tokens. Of the last run: {', '.join(f'{name} {value}' for name, value in plan['plan'].items())}. "
-        f"{plan['machine']['machine']}, a shared machine."
+        f"Percent right on validation, with all tokens. Of the last run: {plan}. {last['machine']['machine']}, a shared"
+        " machine."
     )
     return Sheet("Training", note, ["step", *KINDS, "all"], lines)
 

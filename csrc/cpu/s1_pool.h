@@ -76,7 +76,7 @@ static void pick_round(const Input& in, Scores& scores, Rounds& rounds) {
       const float* y_j = rounds.pool_y + j * count;
       const double l_j = y_j[best];
       for (int64_t i = 0; i < count; i++) column[i] -= l_j * y_j[i];
-      rounds.L[k * rounds.most + j] = y_j[best];
+      rounds.L[(int64_t)k * rounds.most + j] = y_j[best];
     }
     float* y_k = rounds.pool_y + k * count;
     for (int64_t i = 0; i < count; i++) {

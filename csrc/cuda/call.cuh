@@ -140,12 +140,12 @@ __device__ __forceinline__ Key pack(float value, int position) { return pack(__f
 
 __device__ __forceinline__ Key larger(Key a, Key b) { return a > b ? a : b; }
 
-// Returns a finite value of a token, given by its index in per-token arrays, times its weight, at most FLT_MAX. A negative
-// weight and NaN count as 0, inf as FLT_MAX.
+// Returns the value of a token, given by its index in per-token arrays, times its weight, at most FLT_MAX; an infinite
+// value, such as a distance beyond float32, counts as FLT_MAX. A negative weight and NaN count as 0, inf as FLT_MAX.
 __device__ __forceinline__ float weighted(const Call& call, int64_t token, float value) {
   if (!call.tensors.weights) return value;
   const float weight = call.tensors.weights[token];
-  return fminf(__fmul_rn(value, weight > 0 ? fminf(weight, FLT_MAX) : 0), FLT_MAX);
+  return fminf(__fmul_rn(fminf(value, FLT_MAX), weight > 0 ? fminf(weight, FLT_MAX) : 0), FLT_MAX);
 }
 
 __device__ __forceinline__ Key warp_largest(Key key) {

@@ -33,6 +33,30 @@ def load_config(model: str) -> tuple[Any, bool]:
     Raises: ApetError, with the cause and what to do, if there is no such model, or its config cannot be read.
     """
     from transformers import CONFIG_MAPPING, AutoConfig
+
+    begin = f"cannot load model {model!r}: "
+    path, local = config_file(model)
+    try:
+        config_json = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ApetError(f"{begin}its config.json is broken: {first_line(error)}") from error
+    kind = config_json.get("model_type") if isinstance(config_json, dict) else None
+    if not isinstance(kind, str):
+        raise ApetError(f"{begin}its config.json names no model_type")
+    if kind not in CONFIG_MAPPING:
+        raise ApetError(f"{begin}{_unknown(f'model_type {kind!r}', config_json)}")
+    try:
+        return AutoConfig.from_pretrained(model, local_files_only=local, trust_remote_code=False), local
+    except Exception as error:
+        raise ApetError(f"{begin}its config.json is broken: {first_line(error)}") from error
+
+
+def config_file(model: str) -> tuple[Path, bool]:
+    """Returns the config.json of a model (a folder or a hub id), and whether its other files must be local as well. Its
+    folder is named after the commit of a hub id.
+
+    Raises: ApetError, with the cause and what to do, if there is no such model.
+    """
     from transformers.utils import cached_file
 
     begin = f"cannot load model {model!r}: "
@@ -46,19 +70,7 @@ def load_config(model: str) -> tuple[Any, bool]:
         raise ApetError(f"{begin}{why(error, model)}") from error
     if path is None:
         raise ApetError(f"{begin}it has no config.json")
-    try:
-        config_json = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ApetError(f"{begin}its config.json is broken: {first_line(error)}") from error
-    kind = config_json.get("model_type") if isinstance(config_json, dict) else None
-    if not isinstance(kind, str):
-        raise ApetError(f"{begin}its config.json names no model_type")
-    if kind not in CONFIG_MAPPING:
-        raise ApetError(f"{begin}{_unknown(f'model_type {kind!r}', config_json)}")
-    try:
-        return AutoConfig.from_pretrained(model, local_files_only=local, trust_remote_code=False), local
-    except Exception as error:
-        raise ApetError(f"{begin}its config.json is broken: {first_line(error)}") from error
+    return Path(path), local
 
 
 def _unknown(what: str, config: Mapping[str, Any]) -> str:

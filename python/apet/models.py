@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from apet import ApetError
-from apet.hub import first_line, load_config, model_class, need, why
+from apet.hub import config_file, first_line, load_config, model_class, need, why
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -167,11 +167,13 @@ def answer(model: nn.Module, processor: Any, inputs: Mapping[str, Any], max_new_
 
 
 def digest(name: str) -> str:
-    """Returns a digest of the names, sizes and times of change of a model's files; "" for a model of the hub, whose
-    files do not change while they are on this machine."""
+    """Returns a digest of the names, sizes and times of change of a model's files; of a model of the hub its commit.
+
+    Raises: ApetError, if there is no such model.
+    """
     folder = Path(name)
     if not folder.is_dir():
-        return ""
+        return config_file(name)[0].parent.name
     files = sorted(
         (str(path.relative_to(folder)), path.stat().st_size, path.stat().st_mtime_ns)
         for path in folder.rglob("*")

@@ -271,3 +271,17 @@ def test_align_of_another_length() -> None:
     there = aligned.isfinite().all(-1)[0]
     assert int(there.sum()) == 17 == logits.shape[1]
     assert torch.equal(aligned[0][there], logits[0])
+
+
+def test_a_logits_processor_that_calls_the_model(family: Family) -> None:
+    """It has a cache of its own, without the image."""
+    model, inputs = shared(family.name), collate(family, [conversation(family, 3, "image", 5)])
+    with apet.patched(model, **FIRST), pytest.raises(ValueError, match=r"Not supported are .* guidance_scale"):
+        model.generate(**inputs, **HOW, guidance_scale=1.5)
+
+
+def test_the_loss_of_routers(family: Family) -> None:
+    """It reads the mask as given."""
+    model, inputs = shared(family.name), collate(family, [conversation(family, 3, "image", 5)])
+    with apet.patched(model, **FIRST), pytest.raises(ValueError, match="output_router_logits=True computes a loss"):
+        model(**inputs, output_router_logits=True)

@@ -175,6 +175,24 @@ def test_second_turn_in_a_static_cache(family: Family, stage: str) -> None:
     torch.testing.assert_close(torch.stack(second.logits, 1)[0], want, rtol=0, atol=TOLERANCE)
 
 
+@pytest.mark.parametrize("stage", STAGES)
+def test_padded_turn_of_generate_in_a_static_cache(family: Family, stage: str) -> None:
+    """generate() turns the mask into one with the size of the cache, in which padding cannot be told."""
+    model, rows = (
+        shared(family.name),
+        [conversation(family, 3, "image", 5), conversation(family, 2, "image", 4, seed=1)],
+    )
+    cache = transformers.StaticCache(config=model.config.get_text_config(), max_cache_len=400)
+    how: dict[str, Any] = {"max_new_tokens": 3, "do_sample": False, "suppress_tokens": UNSAID, "past_key_values": cache}
+    inputs = collate(family, rows)
+    with apet.patched(model, **STAGES[stage]):
+        ids = torch.cat([model.generate(**inputs, **how), torch.tensor([[61, 62], [0, 63]])], dim=1)
+        mask = torch.cat([inputs["attention_mask"], torch.ones(2, 5, dtype=torch.long)], dim=1)
+        mask[1, -2] = 0
+        with pytest.raises(ValueError, match="padding after a compressed prompt"):
+            model.generate(input_ids=ids, attention_mask=mask, **how)
+
+
 @pytest.mark.parametrize("static", [False, True], ids=["grows", "static"])
 @pytest.mark.parametrize("leave", [10, -3], ids=["into the image", "to the text before it"])
 @pytest.mark.parametrize("stage", ["first", "both"])

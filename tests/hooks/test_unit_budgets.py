@@ -125,6 +125,7 @@ def test_beams_and_other_layouts_raise(option: dict[str, Any]) -> None:
         ({"guard": "warn", "guard_limit": 0}, "guard_limit=0 is not a number above 0"),
         ({"guard": "warn", "guard_limit": True}, "guard_limit=True is not a number above 0"),
         ({"guard": "raise", "keep": None, "llm_layer": 2, "llm_keep": 4}, "guard='raise' needs keep: only the first"),
+        ({"guard_limit": 0.3}, "guard_limit=0.3 needs guard"),
     ],
 )
 def test_wrong_options(options: dict[str, Any], message: str) -> None:

@@ -29,8 +29,9 @@ def test_a_video_that_the_encoder_cannot_take_raises(served):
     budget = served.llm.llm_engine.input_processor.mm_encoder_cache_size
     short, long = (video(2 * steps, 56, 56) for steps in (budget // 4 - 1, budget // 4 + 1))  # of 4 tokens a step
     assert len(served.ids(prompt(served.name, videos=[short], apet_keep=1))[0]) == 8
-    with pytest.raises(ValueError, match=rf"tokens before compression, and the encoder's budget is {budget}"):
-        served.ids(prompt(served.name, videos=[long], apet_keep=1))
+    for _ in range(2):  # the second time, vLLM would not send what it believes the engine to have
+        with pytest.raises(ValueError, match=rf"tokens before compression, and the encoder's budget\s+is {budget}"):
+            served.ids(prompt(served.name, videos=[long], apet_keep=1))
     assert len(served.ids(prompt(served.name, picture(112, 112), apet_keep=8))[0]) == 8
 
 

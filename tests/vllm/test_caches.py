@@ -170,5 +170,6 @@ def test_null_is_not_asked(served):
     image = picture(112, 112)
     plain_, null = served.lengths(prompt("llava", image), prompt("llava", image, apet_keep=None))
     assert plain_ == null
+    assert served.lengths(prompt("llava", image, apet_keep=None, apet_basis=5)) == [null]
     with pytest.raises(ValueError, match="apet_basis=5 needs apet_keep"):
         served.ids(prompt("llava", image, apet_basis=5))

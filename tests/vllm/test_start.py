@@ -92,16 +92,34 @@ def test_an_engine_without_options_rejects_what_another_one_has_shortened():
 
 
 @pytest.mark.parametrize("served", ["qwen2_5_vl", "qwen3_vl"], indirect=True)
-def test_placeholders_in_the_text_raise(served):
-    """The places of embeddings are found by them; without compression they are text."""
+@pytest.mark.parametrize("options", [{"apet_keep": 0.25}, {"apet_keep": 1}, {"apet_keep": 1.0, "apet_most": 4}])
+def test_placeholders_in_the_text_raise(served, options):
+    """The places of embeddings are found by them; without compression they are text. The same media can be sent
+    again."""
     film = [video(4, 112, 112)]
     for kind, media in (("image", {"videos": film}), ("video", {"images": [picture(112, 112)]})):
         images, videos = media.get("images", []), media.get("videos", [])
-        request = prompt(served.name, *images, videos=videos, before=f"what is <|{kind}_pad|>? ", apet_keep=0.25)
-        with pytest.raises(ValueError, match="1 tokens of images or videos"):
-            served.ids(request)
+        request = prompt(served.name, *images, videos=videos, before=f"what is <|{kind}_pad|>? ", **options)
+        for _ in range(2):
+            with pytest.raises(ValueError, match="1 tokens of images or videos"):
+                served.ids(request)
+        assert len(served.ids(prompt(served.name, *images, videos=videos, **options))[0]) == 8
         request["mm_processor_kwargs"] = {"apet_keep": 1.0}
         assert len(served.ids(request)[0]) == 8
+
+
+@pytest.mark.parametrize("served", ["qwen2_5_vl"], indirect=True)
+def test_prompt_embeds_beside_images_raise(served):
+    """They would have no positions, and stop the engine. Their item is made as vLLM's renderer does."""
+    engine, request = served.llm.llm_engine, prompt(served.name, picture(112, 112), apet_keep=8)
+    processor = engine.input_processor
+    given = processor.renderer.render_cmpl([request])[0]
+    assert "image" in given["mm_kwargs"]
+    processor._validate_model_input(given, "decoder")
+    given["mm_kwargs"] = {**given["mm_kwargs"], "prompt_embeds": [None]}
+    with pytest.raises(ValueError, match="prompt_embeds beside images or videos are not supported with apet_keep"):
+        processor._validate_model_input(given, "decoder")
+    assert len(served.ids(request)[0]) == 8
 
 
 @pytest.mark.parametrize("served", ["qwen3_vl"], indirect=True)

@@ -27,6 +27,12 @@ class Wanted(Options):
     most: int | None = None
     max_tokens: int | None = None
 
+    @property
+    def all_tokens(self) -> bool:
+        """Whether every unit keeps all of its tokens, however many these are."""
+        ratio = isinstance(self.keep, float) and self.keep == 1  # 1 is one token
+        return ratio and self.most is None and self.max_tokens is None
+
     def kept(self, lengths: Sequence[int], staying: int = 0) -> list[int]:
         """Returns how many tokens each unit of these lengths keeps; `staying` tokens of the item stay in any case."""
         kept = [min(n, max(self.least or 1, min(self.most or n, count(self.keep, 0, n, self)))) for n in lengths]
@@ -57,11 +63,12 @@ def of(kwargs: Mapping[str, object]) -> Wanted | None:
     if unknown := [name for name in given if name not in NAMES]:
         known = ", ".join(PREFIX + name for name in NAMES)
         raise ValueError(f"{PREFIX}{unknown[0]} is not an option of ApET; these are: {known}")
+    off = "keep" in given and given["keep"] is None  # also where the start-up has other options
     given = {name: value for name, value in given.items() if value is not None}
     if "max_tokens" in given:
         given.setdefault("keep", 1.0)
     if "keep" not in given:
-        if given:
+        if given and not off:
             name, value = next(iter(given.items()))
             raise ValueError(f"{PREFIX}{name}={value!r} needs {PREFIX}keep")
         return None

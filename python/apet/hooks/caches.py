@@ -15,6 +15,7 @@ from .calling import versions
 from .state import Forward, Prompt
 
 STATE = "_apet"  # the attribute of a cache that holds its Prompt
+FIXED = "padding after a compressed prompt needs a cache that grows, not one of fixed size"
 
 
 def prompt_of(cache: Cache | None) -> Prompt | None:
@@ -79,8 +80,19 @@ def tail(prompt: Prompt, cache: Cache, mask: Any, past: int | Tensor, new: int) 
     end = min(mask.shape[1], given)
     behind = mask[:, end - after : end].bool()
     if fixed and not behind.all():
-        raise ValueError("padding after a compressed prompt needs a cache that grows, not one of fixed size")
+        raise ValueError(FIXED)
     return None if fixed else behind
+
+
+def check_padding(cache: Cache | None, mask: Any) -> None:
+    """Raises ValueError if a mask over all tokens [B, L] hides some after the compressed prompt of a cache of fixed
+    size. generate() turns this mask into one with the size of the cache, in which they cannot be told from empty
+    places."""
+    prompt = prompt_of(cache)
+    if prompt is None or not prompt.compressed or not cache.is_compileable:
+        return
+    if isinstance(mask, Tensor) and mask.dim() == 2 and not mask[:, prompt.length :].all():
+        raise ValueError(FIXED)
 
 
 def check_position(prompt: Prompt, past: int | Tensor, position: Tensor | None) -> None:

@@ -122,6 +122,8 @@ def _check(options: Options, layers: range) -> None:
     limit = options.guard_limit
     if not isinstance(limit, (int, float)) or isinstance(limit, bool) or not 0 < limit < math.inf:
         raise ValueError(f"guard_limit={limit!r} is not a number above 0")
+    if options.guard is None and limit != Options.guard_limit:
+        raise ValueError(f"guard_limit={limit} needs guard")
     if options.guard and options.relevance:
         raise ValueError(
             f"guard='{options.guard}' cannot be used with relevance={options.relevance}: it counts the tokens that are "

@@ -55,6 +55,7 @@ class Engine(Patch):
         given = generation.named(generate, args, kwargs)
         generation.check(self.target, given)
         cache = next((v for v in given.values() if isinstance(v, Cache)), None)
+        caches.check_padding(cache, given.get("attention_mask"))
         caches.count_prompt(cache)
         try:
             with state.running(generation.call_of(self, given)):
@@ -76,6 +77,11 @@ class Engine(Patch):
             raise ValueError(
                 "labels cannot be used with gradients while visual tokens are dropped: score under torch.no_grad(), "
                 "and unpatch the model to train it"
+            )
+        if arguments.get("attention_mask") is not None and balances_routers(module, arguments):
+            raise ValueError(
+                "output_router_logits=True computes a loss from the mask as given, in which dropped tokens count: "
+                "leave it out, or unpatch the model"
             )
         copied = self.begin_model(labels, self.target.model_arguments.get("places", arguments))
         return None if labels is None or self.target.by_place else ((), arguments | {"labels": copied})
@@ -204,8 +210,9 @@ class Engine(Patch):
         if running is not None and running.compressed:
             what = "no cache" if cache is None else f"a {type(cache).__name__} that this prompt did not fill"
             raise ValueError(
-                f"{owner} was called with {what} in a step of generate(), whose prompt was compressed: the way in "
-                f"which this model passes its cache to the next step is not supported ({versions()})"
+                f"{owner} was called with {what} in a step of generate(), whose prompt was compressed. Not supported "
+                "are logits processors and stopping criteria that call the model, such as that of guidance_scale, and "
+                f"the way in which some models pass their cache to the next step ({versions()})"
             )
         if prompt is None and not getattr(self.threads, "text", False):
             generation.check_core_runs(self, owner)
@@ -372,3 +379,12 @@ class Engine(Patch):
             self.latest = self.threads.trace = call.trace = forward.trace
             if forward.labels is not None:
                 forward.trace.shorten_labels(forward.labels)
+
+
+def balances_routers(model: nn.Module, arguments: Mapping[str, Any]) -> bool:
+    """Returns whether a call with these arguments computes the loss that balances the experts of its routers."""
+    wanted = arguments.get("output_router_logits")
+    config = getattr(model, "config", None)
+    return bool(
+        getattr(getattr(config, "text_config", config), "output_router_logits", False) if wanted is None else wanted
+    )

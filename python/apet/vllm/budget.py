@@ -1,8 +1,9 @@
-"""Corrects the encoder's budget: vLLM counts the rows of an item after compression, but the encoder runs all of them.
+"""Corrects the encoder's budget, and rejects requests that would stop the engine or never end.
 
-vLLM packs images and videos into one pass of the encoder, up to a number of embeddings for which it has measured the
-memory. It assumes one embedding per placeholder of an item. Compression lowers that number, so without
-this correction a pass would get several times as many embeddings. It also rejects items that exceed this number.
+vLLM counts the rows of an item after compression, but the encoder runs all of them. vLLM packs images and videos into
+one pass of the encoder, up to a number of embeddings for which it has measured the memory. It assumes one embedding per
+placeholder of an item. Compression lowers that number, so without this correction a pass would get several times as
+many embeddings. It also rejects items that exceed this number.
 """
 
 from __future__ import annotations
@@ -13,7 +14,8 @@ from typing import Any
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.engine.input_processor import InputProcessor
 
-from ..engines import plan
+from ..engines import options, plan
+from . import processing
 
 
 def count_whole_items() -> None:
@@ -42,8 +44,12 @@ def count_whole_items() -> None:
 
 
 def check_whole_items() -> None:
-    """Patches the check of a request, so that an item with more rows before compression than a pass of the encoder may
-    have raises ValueError, as it does without compression; it would never be scheduled. A second call does nothing."""
+    """Patches the check of a request. A second call does nothing.
+
+    An item with more rows before compression than a pass of the encoder may have raises ValueError, as it does without
+    compression; it would never be scheduled. So does `prompt_embeds` beside images or videos of a model with M-RoPE:
+    the model would look for positions at the end of its embeddings, as in those of images, and stop the engine.
+    """
     check = InputProcessor._validate_model_input
     if hasattr(check, "__wrapped__"):
         return
@@ -53,13 +59,20 @@ def check_whole_items() -> None:
         check(self, prompt_input, prompt_type)
         if prompt_input["type"] != "multimodal":
             return
-        for modality, items in prompt_input["mm_kwargs"].items():
-            for made in filter(None, map(plan.of, items)):
-                if len(made.units) > self.mm_encoder_cache_size:
-                    raise ValueError(
-                        f"the {modality} has {len(made.units)} tokens before compression, and the encoder's budget is "
-                        f"{self.mm_encoder_cache_size}: give it in a smaller size, or start the engine with a larger "
-                        "max_num_batched_tokens"
-                    )
+        at_start = options.of(self.model_config.multimodal_config.mm_processor_kwargs or {})
+        with processing.forgotten_if_rejected(self.renderer.mm_processor_cache, prompt_input):
+            if at_start and self.model_config.uses_mrope and "prompt_embeds" in prompt_input["mm_kwargs"]:
+                raise ValueError(
+                    "prompt_embeds beside images or videos are not supported with apet_keep: they have no M-RoPE "
+                    "positions"
+                )
+            for modality, items in prompt_input["mm_kwargs"].items():
+                for made in filter(None, map(plan.of, items)):
+                    if len(made.units) > self.mm_encoder_cache_size:
+                        raise ValueError(
+                            f"the {modality} has {len(made.units)} tokens before compression, and the encoder's budget "
+                            f"is {self.mm_encoder_cache_size}: give it in a smaller size, or start the engine with a "
+                            "larger max_num_batched_tokens"
+                        )
 
     InputProcessor._validate_model_input = whole

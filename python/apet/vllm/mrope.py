@@ -50,8 +50,9 @@ class Steps(processing.Processor):
     def apply(self, inputs: ProcessorInputs, timing_ctx: Any) -> Any:
         found = super().apply(inputs, timing_ctx)
         wanted = self.info.options(inputs.hf_processor_mm_kwargs)
-        if wanted and (wanted.keep != 1.0 or wanted.max_tokens):
-            self.check(found)
+        if wanted and not wanted.all_tokens:
+            with processing.forgotten_if_rejected(inputs.cache, found):
+                self.check(found)
         return found
 
     def check(self, found: Any) -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
@@ -135,6 +136,19 @@ class Processor(BaseMultiModalProcessor):
                 if isinstance(content := update.content, Shortened):
                     metrics.count(modality, content.before, int(content.is_embed(content.full).sum()))
         return super()._apply_prompt_updates(token_ids, mm_prompt_updates)
+
+
+@contextlib.contextmanager
+def forgotten_if_rejected(cache: Any, request: Any) -> Iterator[None]:
+    """If a check of a processed request raises an error, removes its items from vLLM's list of those that the engine
+    has (`cache`, if there is one): the engine does not get this request, and would miss them in the next one."""
+    try:
+        yield
+    except ValueError:
+        for hashes in request["mm_hashes"].values() if cache is not None else ():
+            for mm_hash in hashes:
+                cache.invalidate(mm_hash)
+        raise
 
 
 @dataclass
