@@ -134,9 +134,12 @@ def test_two_models_are_compared_by_question(tmp_path: Path) -> None:
             share = shares.get("paper" if seed != number else name, 0.5)
             said = np.random.default_rng(seed).random(600) < share
             evaluation._write(evaluation.path_of(where, name, keep), ["A" if is_right else "B" for is_right in said])
-    line = {"step": 9, "accuracy": {"all": 50.0}, "plan": {"seed": 1}, "machine": {"machine": "one"}}
-    (folder / "log.jsonl").write_text(json.dumps(line) + "\n")
-    text, training, sees, table = report.another(evaluation.Answers(tmp_path), folder)
+    for steps, where in enumerate((tmp_path, folder), start=7):
+        plan = {"seed": 1, "steps": steps}
+        line = {"step": 9, "accuracy": {"all": 50.0}, "plan": plan, "machine": {"machine": "one"}}
+        (where / "log.jsonl").write_text(json.dumps(line) + "\n")
+    text, training, sees, table = report.another(evaluation.Answers(tmp_path), tmp_path, folder)
+    assert "the decoder for 8 steps, where the first model had 7" in text
     assert "Not decided: not measured with each budget: " in text
     assert "| 9 | 0 |" in training
     assert "| full |" in sees

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -84,8 +85,9 @@ tested; the training has to be run.
 SECOND = "seed-1"  # the folder of the second model's answers, and of its log
 ANOTHER = """## Another seed
 
-The same training with another seed: other initial weights, and other pictures and questions in each step. It answers
-the same test questions, with the methods that decide. Its weights are not stored.
+Tower, projector and decoder trained again with another seed: other initial weights, and other pictures and questions
+in each step; the decoder for {steps} steps, where the first model had {first}. It answers the same test questions, with
+the methods that decide. Its weights are not stored.
 
 {decision}"""
 REPRODUCE = """## How to reproduce
@@ -129,7 +131,7 @@ def write(results: Path, model: Path, docs: Path) -> None:
     if answered:
         parts += [f"{markdown(sheet)}\n" for sheet in sheets(found)]
         if (results / SECOND / evaluation.QUESTIONS).exists():
-            parts += another(found, results / SECOND)
+            parts += another(found, model, results / SECOND)
     else:
         parts.append(NO_ANSWERS)
     names = " ".join(f'"{name}"' if " " in name else name for name in deciding())
@@ -185,8 +187,15 @@ def decision(found: Answers) -> str:
     return "\n".join([*lines, "", end]) + "\n"
 
 
-def another(found: Answers, folder: Path) -> list[str]:
-    """Returns the section of the second model, with the answers in this folder."""
+def plan_of(log: Path) -> dict[str, Any]:
+    """Returns the plan of the last run in a log of a training, with its machine."""
+    told = [json.loads(line) for line in log.read_text().splitlines()]
+    last: dict[str, Any] = [line for line in told if "plan" in line][-1]
+    return last
+
+
+def another(found: Answers, model: Path, folder: Path) -> list[str]:
+    """Returns the section of the second model, with its answers and log in this folder; model: the first one."""
     other = Answers(folder)
     both = [(name, keep) for name, keep in other.stored() if (name, keep) in found.stored() and name != "paper"]
     gains = {arm: [gain(answers, *arm) for answers in (found, other)] for arm in both}
@@ -206,7 +215,8 @@ def another(found: Answers, folder: Path) -> list[str]:
     )
     table = Sheet("Ahead of the paper's rule, with both seeds", note, ["tokens kept", *map(str, arms.BUDGETS)], lines)
     sees = whole(other)._replace(title="Does the second one see?")
-    text = ANOTHER.format(decision=decision(other))
+    steps, first = (plan_of(log)["plan"]["steps"] for log in (folder / "log.jsonl", model / "log.jsonl"))
+    text = ANOTHER.format(decision=decision(other), steps=steps, first=first)
     trained = curve(folder / "log.jsonl")._replace(title="Training of the second one")
     return [text, *(f"{markdown(sheet)}\n" for sheet in (trained, sees, table))]
 
@@ -267,7 +277,7 @@ def curve(log: Path) -> Sheet:
     points = [line for line in told if "accuracy" in line]
     some = [points[i] for i in sorted({round(v) for v in np.linspace(0, len(points) - 1, 10)})]
     lines = [[str(p["step"]), *(f"{p['accuracy'].get(kind, 0):.0f}" for kind in (*KINDS, "all"))] for p in some]
-    last = [line for line in told if "plan" in line][-1]
+    last = plan_of(log)
     plan = ", ".join(f"{name} {value}" for name, value in last["plan"].items())
     note = (
         f"Percent right on validation, with all tokens. Of the last run: {plan}. {last['machine']['machine']}, a shared"

@@ -285,3 +285,25 @@ def test_the_loss_of_routers(family: Family) -> None:
     model, inputs = shared(family.name), collate(family, [conversation(family, 3, "image", 5)])
     with apet.patched(model, **FIRST), pytest.raises(ValueError, match="output_router_logits=True computes a loss"):
         model(**inputs, output_router_logits=True)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_labels_that_a_class_leaves_out_by_the_mask(side: str) -> None:
+    """The last columns of a mask with padding on the right are not those of the tokens that remain."""
+    family, model = FAMILIES["llava"], build("llava")
+
+    class Filters(type(model)):
+        def forward(self, *args: Any, **kwargs: Any) -> Any:
+            shift_attention_mask = kwargs
+            return super().forward(*args, **shift_attention_mask)
+
+    model.__class__ = Filters
+    apet.patch(model, **FIRST, check=False)
+    inputs = collate(family, [conversation(family, 3, "image", 5), conversation(family, 4, seed=1)], side=side)
+    labels = torch.where(inputs["input_ids"] == inputs["input_ids"][0, -1], inputs["input_ids"], -100)
+    with torch.no_grad():
+        if side == "left":
+            assert torch.isfinite(model(**inputs, labels=labels).loss)
+        else:
+            with pytest.raises(ValueError, match=r"leaves out labels by the mask as given .*: pad on the left"):
+                model(**inputs, labels=labels)

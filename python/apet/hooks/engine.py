@@ -78,7 +78,13 @@ class Engine(Patch):
                 "labels cannot be used with gradients while visual tokens are dropped: score under torch.no_grad(), "
                 "and unpatch the model to train it"
             )
-        if arguments.get("attention_mask") is not None and balances_routers(module, arguments):
+        mask = arguments.get("attention_mask")
+        two = isinstance(mask, Tensor) and mask.dim() == 2
+        if labels is not None and self.target.masks_labels and two and not mask[:, -1].all():
+            raise ValueError(
+                f"{type(module).__name__} leaves out labels by the mask as given ({versions()}): pad on the left"
+            )
+        if mask is not None and balances_routers(module, arguments):
             raise ValueError(
                 "output_router_logits=True computes a loss from the mask as given, in which dropped tokens count: "
                 "leave it out, or unpatch the model"

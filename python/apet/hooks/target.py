@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import warnings
 import weakref
 from collections.abc import Callable, Iterable, Mapping
@@ -47,6 +48,9 @@ class Target:
     # Whether the core model's result is put back at the places of the prompt as given in every call: if the model does
     # not generate, it may be read there, as classifiers and embeddings take the row of a prompt's last token.
     by_place: bool
+    # Whether the class leaves labels out by the last columns of the mask as given (Gemma 3 in transformers 4). If the
+    # rows are padded on the right and drop other numbers of tokens, these columns hide labels that count.
+    masks_labels: bool
     warned: set[str] = field(default_factory=set)  # the options that a warning was given about
 
     @classmethod
@@ -102,6 +106,7 @@ class Target:
             parts.axes(language_model),
             parts.takes_text_row(language_model),
             not hasattr(model, "generate"),
+            "shift_attention_mask" in source_of(type(model).forward),
         )
 
     def warn_nothing_dropped(self, name: str, tokens: VisualTokens, modalities: Iterable[str]) -> None:
@@ -233,3 +238,11 @@ def plain(module: nn.Module) -> nn.Module:
             module = module.module
         else:
             return module
+
+
+def source_of(function: Callable[..., Any]) -> str:
+    """Returns the source of a function; "" if it cannot be read."""
+    try:
+        return inspect.getsource(inspect.unwrap(function))
+    except (OSError, TypeError):
+        return ""
