@@ -140,7 +140,6 @@ def test_two_models_are_compared_by_question(tmp_path: Path) -> None:
         (where / "log.jsonl").write_text(json.dumps(line) + "\n")
     text, training, sees, table = report.another(evaluation.Answers(tmp_path), tmp_path, folder)
     assert "the decoder for 8 steps, where the first model had 7" in text
-    assert "Not decided: not measured with each budget: " in text
     assert "| 9 | 0 |" in training
     assert "| full |" in sees
     same, apart = (line for line in table.splitlines() if line.startswith(("| qr refine 0", "| tome")))
