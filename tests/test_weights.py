@@ -99,6 +99,7 @@ def test_distances_beyond_float32_of_tokens_of_weight_0(backend):
     assert 1 not in at
 
 
+@pytest.mark.rest_interpreted
 def test_infinite_weights_and_tokens_stay_where_they_are(backend):
     options = {"basis": None, "select": "qr"}
     x, weights = tokens(2, 60, 40, seed=5), weights_of(2, 60)

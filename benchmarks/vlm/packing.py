@@ -73,7 +73,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, blocks: Blocks, scale: flo
     """Returns the attention [B, heads, L, d] that `sees` allows, from query, key and value of that shape. The rows of
     padding are arbitrary.
 
-    A third of the work of masked attention over all rows, of which most pairs are two questions.
+    Masked attention over all rows would compute about three times as many scores, most of them between two questions.
     """
     heads, length, width = query.shape[1:]
     batch, questions, longest = blocks.slots.shape

@@ -110,7 +110,7 @@ def test_placeholders_in_the_text_raise(served, options):
 
 @pytest.mark.parametrize("served", ["qwen2_5_vl"], indirect=True)
 def test_prompt_embeds_beside_images_raise(served):
-    """They would have no positions, and stop the engine. Their item is made as vLLM's renderer does."""
+    """They would have no positions, and stop the engine. vLLM's renderer adds them to a request under this key."""
     engine, request = served.llm.llm_engine, prompt(served.name, picture(112, 112), apet_keep=8)
     processor = engine.input_processor
     given = processor.renderer.render_cmpl([request])[0]

@@ -79,8 +79,8 @@ class Engine(Patch):
                 "and unpatch the model to train it"
             )
         mask = arguments.get("attention_mask")
-        two = isinstance(mask, Tensor) and mask.dim() == 2
-        if labels is not None and self.target.masks_labels and two and not mask[:, -1].all():
+        of_tokens = isinstance(mask, Tensor) and mask.dim() == 2
+        if labels is not None and self.target.masks_labels and of_tokens and not mask[:, -1].all():
             raise ValueError(
                 f"{type(module).__name__} leaves out labels by the mask as given ({versions()}): pad on the left"
             )
