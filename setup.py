@@ -10,12 +10,13 @@ Build arguments are environment variables, named as for CMake and torch:
   APET_CUDA_ARCHS             the GPUs for which the CUDA kernels are compiled: "default", "native" (those of this
                               machine), a list as of CMAKE_CUDA_ARCHITECTURES ("80-real;90"), or "none". Unset:
                               "default" if torch has CUDA and there is an nvcc, else "none"
-  CUDACXX                     the nvcc, if it is neither on PATH nor in CUDA_HOME or /usr/local/cuda
+  CUDACXX                     the nvcc, if it is neither in CUDA_HOME nor on PATH or in /usr/local/cuda
   APET_BUILD=pure             compiles nothing: every call runs the float64 reference, slowly
 """
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import os
 import re
@@ -32,10 +33,14 @@ from typing import NoReturn
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
 from setuptools.command.sdist import sdist
 
 ROOT = Path(__file__).parent.resolve()
 OLDEST_TORCH = (2, 10)  # the first with a stable ABI that has everything csrc/torch_binding.cpp uses
+OLDEST_NVCC = 12
+# Packages that bring a program, and their names for the folder it is in.
+PROGRAM_FOLDERS = {"cmake": "CMAKE_BIN_DIR", "ninja": "BIN_DIR"}
 
 
 PURE = "APET_BUILD=pure builds without compiled kernels: every call then runs the float64 reference, slowly."
@@ -72,8 +77,17 @@ CMAKE_ARGS=-DTORCH_DIR=FOLDER names the folder of a torch package elsewhere."""
 
 
 def find_program(*names: str) -> str | None:
-    """The first of these programs beside this Python (a virtual environment need not be activated) or on PATH."""
-    path = os.pathsep.join([sysconfig.get_path("scripts"), os.environ.get("PATH", os.defpath)])
+    """The first of these programs that an importable package brings, or beside this Python (a virtual environment need
+    not be activated), or on PATH.
+
+    Packages first: in pip's isolated build they are what pyproject.toml requires, and `sysconfig` names the environment
+    around it, which may have older ones.
+    """
+    folders = []
+    for name in PROGRAM_FOLDERS.keys() & set(names):
+        if importlib.util.find_spec(name):
+            folders.append(getattr(importlib.import_module(name), PROGRAM_FOLDERS[name], ""))
+    path = os.pathsep.join([*folders, sysconfig.get_path("scripts"), os.environ.get("PATH", os.defpath)])
     return next((found for name in names if (found := shutil.which(name, path=path))), None)
 
 
@@ -116,10 +130,18 @@ def find_torch() -> Path | None:
 
 
 def find_nvcc() -> str | None:
+    """The nvcc that CUDACXX names, else that of CUDA_HOME, on PATH, or in /usr/local/cuda."""
     if "CUDACXX" in os.environ:
         return find_program(os.environ["CUDACXX"])
-    homes = [os.environ.get("CUDA_HOME"), "/usr/local/cuda"]
-    return find_program("nvcc", *(f"{home}/bin/nvcc" for home in homes if home))
+    home = os.environ.get("CUDA_HOME")
+    return find_program(*([f"{home}/bin/nvcc"] if home else []), "nvcc", "/usr/local/cuda/bin/nvcc")
+
+
+def too_old(nvcc: str) -> str | None:
+    """The version of this nvcc if it is too old, else None; also where it does not say."""
+    said = subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout
+    version = re.search(r"release (\d+)\.\d+", said)
+    return version[0].removeprefix("release ") if version and int(version[1]) < OLDEST_NVCC else None
 
 
 def cuda_archs(torch: Path, nvcc: str | None) -> str:
@@ -130,12 +152,24 @@ def cuda_archs(torch: Path, nvcc: str | None) -> str:
     if wanted:
         if not nvcc:
             fail(f"APET_CUDA_ARCHS={wanted} asks for CUDA kernels, but there is no nvcc; CUDACXX=PATH names one.")
+        if old := too_old(nvcc):
+            fail(
+                f"APET_CUDA_ARCHS={wanted} asks for CUDA kernels, but {nvcc} is of CUDA {old}, and they need nvcc "
+                f"{OLDEST_NVCC} or newer; CUDACXX=PATH names another."
+            )
         return wanted
     # Compiling takes minutes, so by default it is done only if torch can run the result.
     if not re.search(r"^cuda\b.*= '", (torch / "version.py").read_text(), re.MULTILINE):
         return ""
     if not nvcc:
         print("apet-kernels: torch has CUDA but there is no nvcc: the CUDA kernels are left out.", file=sys.stderr)
+        return ""
+    if old := too_old(nvcc):
+        print(
+            f"apet-kernels: {nvcc} is of CUDA {old}, older than {OLDEST_NVCC}: the CUDA kernels are left out. "
+            "CUDACXX=PATH names another nvcc.",
+            file=sys.stderr,
+        )
         return ""
     print("apet-kernels: compiling the CUDA kernels (minutes; APET_CUDA_ARCHS=native or none: fewer)", file=sys.stderr)
     return "default"
@@ -166,12 +200,20 @@ def version() -> str:
 def run(*command: object) -> None:
     """Runs a command of the build. If it fails, the build ends without a traceback, since the output explains it."""
     words = [str(word) for word in command]
-    if code := subprocess.call(words):
+    # DESTDIR would install the libraries beside the package instead of into it.
+    environment = {name: value for name, value in os.environ.items() if name not in ("DESTDIR", "CMAKE_INSTALL_MODE")}
+    if code := subprocess.call(words, env=environment):
         fail(
             f"this command failed with exit code {code}, for the reason printed above:\n  {shlex.join(words)}\n"
             "CXX=... chooses another compiler (C++17: g++ 9 or clang 10, or newer), MAX_JOBS=1 needs the least memory, "
             "and APET_CUDA_ARCHS=none leaves out the CUDA kernels."
         )
+
+
+def remove_libraries(package: Path) -> None:
+    """Removes what an earlier build for this Python has installed, e.g. the CUDA libraries of one that had nvcc."""
+    for old in [*package.glob("libapet*.so"), package / f"_host{sysconfig.get_config_var('EXT_SUFFIX')}"]:
+        old.unlink(missing_ok=True)
 
 
 class CMakeBuild(build_ext):
@@ -209,12 +251,20 @@ class CMakeBuild(build_ext):
         arguments = [f"-D{name}={value}" for name, value in variables.items()] + arguments
         run(cmake, "-S", ROOT, "-B", folder, "-G", "Ninja", *arguments)
         run(cmake, "--build", folder, *(["--parallel", jobs] if jobs else []))
-        for old in [*package.glob("libapet*.so"), *package.glob("_host*.so")]:
-            old.unlink()  # e.g. the CUDA libraries of an earlier build that had nvcc
+        remove_libraries(package)
         run(cmake, "--install", folder, "--prefix", package, "--component", "python")
+        if not (package / "libapet_torch.so").exists():
+            fail(f"cmake --install left no libraries in {package}.")
 
     def get_outputs(self) -> list[str]:
         return []  # `cmake --install` has put them into the package
+
+
+class PureBuild(build_py):
+    def run(self) -> None:
+        super().run()
+        if self.editable_mode:  # an earlier build's libraries may be of other sources
+            remove_libraries(ROOT / "apet_kernels")
 
 
 class SourceDistribution(sdist):
@@ -231,5 +281,5 @@ if build not in ("", "pure"):
 setup(
     version=version(),
     ext_modules=[] if build == "pure" else [Extension("apet_kernels._host", sources=[])],
-    cmdclass={"build_ext": CMakeBuild, "sdist": SourceDistribution},
+    cmdclass={"build_ext": CMakeBuild, "sdist": SourceDistribution, **({"build_py": PureBuild} if build else {})},
 )

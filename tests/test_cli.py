@@ -53,6 +53,7 @@ def files(tmp_path: Path) -> Path:
         (("ftp://example.org/photo.png",), "of addresses only http and https are read"),
         (("half.mp4",), "half.mp4"),
         (("photo.png", "missing.png"), "'missing.png' does not exist"),
+        (("photo.png", "x" * 5000), "File name too long"),
         (("photo.png", "--keep", "71", *SMALL), "photo.png: keep=71 is outside 1..70"),
         (("photo.png", "--keep", "0"), "Invalid value for '--keep': 0 is neither"),
         (("photo.png", "--keep", "-3"), "-3 is neither"),

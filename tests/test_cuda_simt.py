@@ -95,6 +95,32 @@ def test_the_problem_alone_determines_the_bits(dtype, layout, pytestconfig):
     assert ran >= (8 if everyday else 400), "hardly anything was compared"
 
 
+@pytest.mark.parametrize("path", ["fused", "cluster", "cooperative"])
+def test_weights_are_ignored_where_an_op_has_none(path):
+    """As the header says; score would multiply its residuals by them."""
+    x = tokens(2, 70, 45)
+    weights = torch.full((2, 70), float("nan"))
+    for case in (call.score_case(x, 6), call.merge_case(x, torch.arange(9).repeat(2, 1))):
+        how = How(path="cluster" if path == "fused" else path)
+        expected = {name: t.clone() for name, t in results(case, how).items()}
+        case.inputs["weights"] = weights
+        for output, value in results(case, how).items():
+            assert_same(value, expected[output], output)
+
+
+@pytest.mark.parametrize(("tokens_", "keep", "too_large"), [(2**20, 4, False), (2**31 - 65537, 2**30, True)])
+def test_sizes_beyond_the_addresses_are_an_error(tokens_, keep, too_large):
+    """Of the workspace, and of the tiles, which are counted in 32 bits."""
+    for basis in (None, 5):
+        problem = call.compress_case(tokens(1, 30, 8), 3, basis).problem
+        problem.tokens, problem.keep = tokens_, keep
+        if too_large:
+            with pytest.raises(call.Fault, match="each must be at most 2147483647"):
+                call.plan(problem, How())
+        else:
+            assert call.plan(problem, How()).workspace_bytes > 4 * tokens_
+
+
 @pytest.mark.parametrize(
     ("device", "path", "launches"),
     [(H100, "fused", 1), (H100, "cluster", 2), (H100, "cooperative", 2), (A100, "best", 2)],

@@ -9,11 +9,14 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
-from apet import ApetError
+import torch
+from apet import ApetError, hub, media, models
 from apet.evaluation import questions, summary
 from apet.evaluation.answers import Answers
+from PIL import Image
 
 
 def question(*answers: str, name: str = "1") -> questions.Question:
@@ -222,6 +225,71 @@ def test_summary_and_failures() -> None:
     assert (compressed.prefill, compressed.total) == (0.1, 0.2)
     assert len(result.table().columns) == 8
     assert summary.summarise(asked[4:], variants, records).rows == []
+    assert result.notes == []
+    for variant in variants:
+        records["1", variant] |= {"notes": ["2 damaged packets skipped"]}
+        records["4", variant] |= {"notes": ["of a question that failed"]}
+    assert summary.summarise(asked, variants, records).notes == [f"{asked[1].where}: 2 damaged packets skipped"]
+
+
+@pytest.mark.parametrize(
+    ("endpoint", "proxies", "port"),
+    [
+        ("https://huggingface.co", {}, 443),
+        ("http://mirror.local", {}, 80),
+        ("http://mirror.local:8080", {}, 8080),
+        ("https://huggingface.co", {"no": "localhost"}, 443),
+        ("https://huggingface.co", {"https": "http://proxy:3128"}, None),
+    ],
+)
+def test_where_the_hub_is_looked_for(
+    endpoint: str, proxies: dict[str, str], port: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Behind a proxy nowhere."""
+    constants = pytest.importorskip("huggingface_hub").constants
+    asked = []
+
+    def connect(address: tuple[str, int], timeout: float) -> None:
+        asked.append(address[1])
+        raise OSError("no network")
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "ENDPOINT", endpoint)
+    monkeypatch.setattr(hub.urllib.request, "getproxies", lambda: proxies)
+    monkeypatch.setattr(hub.socket, "create_connection", connect)
+    assert hub.reachable() == (port is None)
+    assert asked == ([] if port is None else [port])
+
+
+@pytest.mark.parametrize(
+    ("inputs", "steps"),
+    [
+        ({"pixel_values_videos": torch.zeros(1, 6, 3, 8, 8)}, 6),  # LLaVA-NeXT-Video, LLaVA-OneVision, Video-LLaVA
+        ({"pixel_values": torch.zeros(6, 3, 8, 8)}, 6),  # InternVL
+        ({"pixel_values": torch.zeros(1, 6, 3, 8, 8)}, 6),  # SmolVLM
+        ({"pixel_values_videos": torch.zeros(96, 48), "video_grid_thw": torch.tensor([[3, 4, 8]])}, 3),  # Qwen
+        ({"pixel_values_videos": torch.zeros(6, 32, 48), "video_grids": torch.tensor([[6, 4, 8]])}, 6),  # Molmo 2
+        ({"pixel_values_videos": torch.zeros(6, 630, 48), "num_frames_per_video": [6]}, 6),  # Gemma 4
+        ({"pixel_values_videos": torch.zeros(1, 3, 14, 99), "target_sizes_videos": torch.ones(6, 2)}, 6),  # MiniCPM-V
+        ({"pixel_values_videos": torch.zeros(1, 3, 14, 99), "target_sizes_videos": torch.ones(18, 2)}, 6),  # in slices
+        ({"pixel_values_videos": torch.zeros(1, 3, 14, 99), "target_sizes_videos": torch.ones(4, 2)}, 4),
+        ({"pixel_values_videos": torch.zeros(6, 630, 48)}, None),
+        ({"input_ids": torch.zeros(1, 4)}, None),
+    ],
+)
+def test_frames_in_the_inputs_of_a_clip(inputs: dict, steps: int | None) -> None:
+    """In the forms of the processors of transformers, which tests/hooks/test_clips.py calls where torchvision is."""
+    assert models._frames_of(inputs, 6) == steps
+    clip = media.Media("clip", [Image.new("RGB", (8, 8))] * 6, [float(i) for i in range(6)], 60, 6.0)
+    processor = SimpleNamespace(video_processor=SimpleNamespace(temporal_patch_size=2))
+    if steps is None:
+        with pytest.raises(ApetError, match="SimpleNamespace makes of a clip do not show how many frames it took"):
+            models._check_frames(processor, inputs, clip)
+    elif steps == 4:
+        with pytest.raises(ApetError, match="made 4 steps of 6 frames, where 6 are right"):
+            models._check_frames(processor, inputs, clip)
+    else:
+        models._check_frames(processor, inputs, clip)
 
 
 def test_another_commit_of_a_model_of_the_hub(tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from tests.library.copies import (
     CSRC,
     HEADER,
     ISAS,
+    Plan,
     SOURCES,
     STRICT,
     Copy,
@@ -158,6 +159,34 @@ def test_the_largest_sizes(ragged, field, most):
     for value, status in ((most, 0), (most + 1, 18)):  # APET_TOO_LARGE
         setattr(problem, field, value)
         assert copy.library.apet_check(ctypes.byref(problem)) == status
+
+
+@pytest.mark.parametrize(("keep", "status"), [(1 << 20, "APET_OK"), (1 << 30, "APET_TOO_LARGE")])
+def test_a_workspace_beyond_the_addresses_is_an_error(keep: int, status: str):
+    """Its bytes would not fit into size_t: the size that is left of them must not pass for it."""
+    copy, problem = installed(), simt_call.compress_case(tokens(1, 30, 8), 9).problem
+    problem.tokens, problem.keep = 2**31 - 65537, keep
+    plan = Plan()
+    assert copy.library.apet_cpu_plan(ctypes.byref(problem), 1, ctypes.byref(plan)) == abi.status_numbers()[status]
+    assert plan.workspace_bytes == 0 or plan.workspace_bytes > 4 * problem.tokens * keep
+
+
+def test_members_that_an_op_does_not_use_are_ignored():
+    """Whatever they point at."""
+    copy, x, nowhere = installed(), tokens(2, 40, 8), 8
+    indices = torch.arange(9).repeat(2, 1)
+    room = torch.empty(1 << 20, dtype=torch.uint8)
+    for case in (simt_call.score_case(x, 5), simt_call.merge_case(x, indices)):
+        used = {name: t.data_ptr() for name, t in (case.inputs | case.outputs).items()}
+        found = []
+        for unused in ({}, dict.fromkeys(abi.NAMES, nowhere)):
+            tensors = abi.Tensors(**{**unused, "kept_targets": None, **used})
+            workspace = ctypes.c_void_p((room.data_ptr() + 63) // 64 * 64)
+            arguments = (ctypes.byref(case.problem), ctypes.byref(tensors), None, workspace)
+            assert copy.library.apet_cpu_run(*arguments, ctypes.c_size_t(len(room) - 64)) == 0
+            found.append([t.clone() for t in case.outputs.values()])
+        for got, wanted in zip(*found, strict=True):
+            assert_same(got, wanted)
 
 
 def test_bounds_of_ragged_images_that_none_can_reach():

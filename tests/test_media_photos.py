@@ -96,6 +96,15 @@ def test_heic_photo() -> None:
         assert photo.frames[0].getpixel((5, 5))[0] > 200
 
 
+def test_heic_photos_have_the_limit_of_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which Pillow checks for those that it opens itself."""
+    heif = pytest.importorskip("pillow_heif")
+    file = io.BytesIO()
+    heif.from_pillow(Image.new("RGB", (64, 48), "red")).save(file)
+    monkeypatch.setattr(media.photos, "MOST_PIXELS", 1000)
+    assert rejected(file.getvalue()) == "cannot read the photo file: its 64 x 48 pixels are more than 1000"
+
+
 def test_heic_without_its_extra_names_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "pillow_heif", None)  # makes its import fail
     head = struct.pack(">I4s4sI4s", 20, b"ftyp", b"mif1", 0, b"heic")

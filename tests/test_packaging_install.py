@@ -135,7 +135,10 @@ def build_wheel(python: Path, source: Path, folder: Path, *options: str, **varia
 
 @pytest.mark.slow
 def test_sdist_builds_and_tests_and_knows_its_commit(source: Path):
-    for name in ("CMakeLists.txt", "csrc/apet.h", "tests/test_packaging.py", "tools/sass.py", "LICENSE", "Makefile"):
+    for name in (
+        *("CMakeLists.txt", "csrc/apet.h", "tests/test_packaging.py", "tools/sass.py", "LICENSE", "Makefile"),
+        *("noxfile.py", "requirements/dev.txt"),
+    ):
         assert (source / name).exists(), name
     assert not list(source.rglob("*.so"))
     head = subprocess.run(["git", "-C", ROOT, "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()

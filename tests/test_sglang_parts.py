@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
@@ -204,7 +205,67 @@ def test_rows_are_the_kernels(levels: int, listed: bool) -> None:
         tokens, indices = torch.ops.apet.compress(whole[number][None, :, :5].contiguous(), 3)
         assert torch.equal(rows[number][:, :5], tokens[0])
         assert torch.equal(rows[number][:, 5:], whole[number][indices[0], 5:])
-        assert torch.equal(model._kept[made.mm_items[number].hash or 0], indices[0])
+        assert torch.equal(model._kept[made.mm_items[number].hash or 0], indices[0].int())
+
+
+def test_the_oldest_rows_are_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beyond so many bytes, however many items; an item that is encoded again counts once, and is the newest."""
+    monkeypatch.setattr(model, "REMEMBERED", 4 * 10)
+    kept = model.Kept()
+    for key in range(3):
+        kept.remember(key, torch.arange(4))
+    assert list(kept) == [1, 2]
+    kept.remember(1, torch.arange(5))
+    assert (list(kept), kept.size) == ([2, 1], 4 * 9)
+    kept.remember(7, torch.arange(30))
+    assert (list(kept), kept.size) == ([7], 4 * 30)
+
+
+@pytest.mark.parametrize(
+    ("given", "reason"),
+    [
+        ((["LlavaForConditionalGeneration"], 1, False), "ApET does not support LlavaForConditionalGeneration in SGLang"),
+        ((["Qwen2VLForConditionalGeneration"], 2, False), "with pp_size=2 later stages get no M-RoPE positions"),
+        ((["Qwen2VLForConditionalGeneration"], 1, True), "with language_only another process encodes the images"),
+        ((["Qwen2VLForConditionalGeneration"], 1, False), None),
+    ],
+)
+def test_servers_that_cannot_compress(given: tuple[list[str], int, bool], reason: str | None) -> None:
+    found = request.unsupported(*given)
+    assert found == reason or (reason is not None and found is not None and reason in found)
+
+
+def test_requests_that_cannot_be_compressed() -> None:
+    """They raise before they are processed, if they ask for compression; others pass."""
+
+    async def process(*_: Any, **__: Any) -> Any:
+        return output([6])
+
+    def run(reason: str | None, **asked: Any) -> Any:
+        of_request = SimpleNamespace(**asked)
+        config = SimpleNamespace(architectures=["Qwen2VLForConditionalGeneration"])
+        return asyncio.run(request._process(process, {}, reason, config, request_obj=of_request))
+
+    compressed = {"mm_processor_kwargs": {"apet_keep": 2}}
+    assert len(run(None, **compressed).input_ids) == 4
+    assert len(run("no", session_params={"id": "s"}).input_ids) == 8
+    with pytest.raises(ValueError, match="^no$"):
+        run("no", **compressed)
+    with pytest.raises(ValueError, match="not supported in sessions"):
+        run(None, **compressed, session_params={"id": "s"})
+
+
+@pytest.mark.parametrize("grid", [torch.ones(2, 3), torch.ones(1, 3), torch.ones(3)])
+def test_adjacent_images_without_a_token_between_them_raise(grid: Tensor) -> None:
+    """SGLang gives them one range of placeholders."""
+    made = output([8])
+    made.mm_items[0].model_specific_data[request.IMAGES] = grid
+    if grid.numel() == 3:
+        request.shorten(made, wanted(keep=2))
+        assert made.input_ids == [1, PAD, PAD, 2]
+    else:
+        with pytest.raises(ValueError, match=r"2 images have placeholders at \[\(1, 8\)\]: put a token between"):
+            request.shorten(made, wanted(keep=2))
 
 
 def test_an_encoder_with_another_number_of_rows_raises() -> None:

@@ -3,8 +3,10 @@
 
 #include "../apet_testing.h"
 #include "kernels.h"
-#if defined(APET_HAVE_AMX) && defined(__linux__)
+#if defined(__x86_64__)
 #include <cpuid.h>
+#endif
+#if defined(APET_HAVE_AMX) && defined(__linux__)
 #include <sys/syscall.h>
 #include <unistd.h>
 #endif
@@ -14,6 +16,17 @@
 
 namespace apet::cpu {
 namespace {
+
+#if defined(__x86_64__)
+// Returns a bit of a register that CPUID fills. __builtin_cpu_supports() does not know the names of these features in
+// every compiler that knows their flags: f16c from GCC 11 and clang 18 on, amx-fp16 from GCC 13 on.
+enum Register { kEax, kEbx, kEcx, kEdx };
+bool cpuid_bit(unsigned leaf, unsigned subleaf, Register of, int bit) {
+  unsigned registers[4] = {};
+  return __get_cpuid_count(leaf, subleaf, &registers[kEax], &registers[kEbx], &registers[kEcx], &registers[kEdx]) &&
+         (registers[of] >> bit & 1);
+}
+#endif
 
 #if defined(APET_HAVE_AMX) && !defined(APET_TILE_EMULATION)
 // Linux requires a process to request permission before it uses tiles, which add 8 KB to the state of a thread.
@@ -28,9 +41,8 @@ bool tiles_permitted() {
 }
 
 #if defined(APET_HAVE_AMX_FP16)
-bool has_amx_fp16() {  // __builtin_cpu_supports("amx-fp16") needs GCC 13
-  unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
-  static const bool has = __get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx) && (eax >> 21 & 1) && amx_fp16_is_right();
+bool has_amx_fp16() {
+  static const bool has = cpuid_bit(7, 1, kEax, 21) && amx_fp16_is_right();
   return has;
 }
 #endif
@@ -41,7 +53,7 @@ bool available(apet_isa isa) {
     case APET_ISA_GENERIC: return true;
 #ifdef APET_HAVE_AVX2
     case APET_ISA_AVX2:
-      return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+      return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && cpuid_bit(1, 0, kEcx, 29);  // F16C
 #endif
 #ifdef APET_HAVE_AVX512
     case APET_ISA_AVX512:
@@ -49,16 +61,16 @@ bool available(apet_isa isa) {
              __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
 #endif
 #ifdef APET_HAVE_AVX512_BF16
-    case APET_ISA_AVX512_BF16: return available(APET_ISA_AVX512) && __builtin_cpu_supports("avx512bf16");
+    case APET_ISA_AVX512_BF16: return available(APET_ISA_AVX512) && cpuid_bit(7, 1, kEax, 5);
 #endif
 #ifdef APET_HAVE_AMX
 #ifdef APET_TILE_EMULATION
     case APET_ISA_AMX: return amx_is_right();
     case APET_ISA_AMX_FP16: return amx_fp16_is_right();
 #else
-    case APET_ISA_AMX:
-      return available(APET_ISA_AVX512_BF16) && __builtin_cpu_supports("amx-tile") &&
-             __builtin_cpu_supports("amx-bf16") && tiles_permitted();
+    case APET_ISA_AMX:  // its tiles, and their products of bfloat16
+      return available(APET_ISA_AVX512_BF16) && cpuid_bit(7, 0, kEdx, 24) && cpuid_bit(7, 0, kEdx, 22) &&
+             tiles_permitted();
 #ifdef APET_HAVE_AMX_FP16
     case APET_ISA_AMX_FP16: return available(APET_ISA_AMX) && has_amx_fp16();
 #endif

@@ -116,6 +116,7 @@ apet_status apet_cpu_plan(const apet_problem* problem, int32_t threads, apet_cpu
   const Split s = split(p, threads);
   const apet_isa isa = isa_in_use();
   const size_t bytes = workspace_bytes(p, *kernels_for(p.dtype, isa), s);
+  if (bytes == SIZE_MAX) return APET_TOO_LARGE;
   *plan = {isa, s.teams, s.threads, bytes, {s.serial_ns, s.planned_ns}};
   return APET_OK;
 }

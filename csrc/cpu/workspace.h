@@ -7,14 +7,18 @@
 
 namespace apet::cpu {
 
-// Lays arrays one after the other, each from a cache line on; with a null base it only counts.
+// Lays arrays one after the other, each from a cache line on; with a null base it only counts. A sum beyond size_t
+// becomes SIZE_MAX.
 class Arena {
  public:
   explicit Arena(void* base) : base_(static_cast<char*>(base)) {}
   template <class T>
   T* take(size_t count) {
     T* array = base_ ? reinterpret_cast<T*>(base_ + used_) : nullptr;
-    used_ += (count * sizeof(T) + 63) / 64 * 64;
+    size_t bytes;
+    if (__builtin_mul_overflow(count, sizeof(T), &bytes) || __builtin_add_overflow(bytes, (size_t)63, &bytes) ||
+        __builtin_add_overflow(used_, bytes / 64 * 64, &used_))
+      used_ = SIZE_MAX;
     return array;
   }
   size_t used() const { return used_; }

@@ -87,8 +87,8 @@ apet_status query_device(int index, const Kernels& kernels, Device& device) {
 }  // namespace
 
 bool succeeded(cudaError_t result) {
-  last_error = result;
   if (result == cudaSuccess) return true;
+  last_error = result;
   (void)cudaGetLastError();  // reported here, so it must not appear again in a later call
   return false;
 }

@@ -16,6 +16,7 @@ bool aligned(const void* pointer, std::initializer_list<int64_t> strides, int64_
 Call make_call(const apet_problem& p, const Device& device, const apet_tensors& tensors, const apet_cuda_plan_t& plan) {
   Call call = {};
   call.tensors = tensors;
+  if (p.op != APET_COMPRESS) call.tensors.weights = nullptr;  // the other ops ignore them
   call.op = p.op;
   call.layout = p.layout;
   call.select = p.select;

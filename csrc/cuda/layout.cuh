@@ -2,6 +2,7 @@
 #pragma once
 #include <algorithm>
 #include <climits>
+#include <initializer_list>
 
 #include "../problem.h"
 #include "kernels.cuh"
@@ -148,47 +149,57 @@ inline bool divide_image(const apet_problem& p, int shared_bytes, int most_resid
 
 // ---- the workspace
 
-// Writes the pointers of the workspace at `base` into the call, and returns its bytes. base may be null, to count only.
+// Writes the pointers of the workspace at `base` into the call, and returns its bytes, or SIZE_MAX if they are beyond
+// what any device addresses. base may be null, to count only.
 inline size_t lay_out_workspace(const apet_problem& p, const apet_cuda_plan_t& plan, void* base, Call& call) {
+  constexpr double kMost = 1e18;  // bytes
   size_t used = 0;
-  const auto take = [&](auto*& pointer, int64_t count) {
+  double exact = 0;  // `used`, which wraps
+  const auto take = [&](auto*& pointer, std::initializer_list<int64_t> count) {
     using Item = std::remove_reference_t<decltype(*pointer)>;
     pointer = base ? reinterpret_cast<Item*>(static_cast<char*>(base) + used) : nullptr;
-    used += (size_t)round_up(count * (int64_t)sizeof(Item), 64);
+    size_t bytes = sizeof(Item);
+    double exact_bytes = sizeof(Item);
+    for (int64_t factor : count) {
+      bytes *= (size_t)factor;
+      exact_bytes *= (double)factor;
+    }
+    used += (bytes + 63) / 64 * 64;
+    exact += exact_bytes + 63;
   };
   const int64_t tokens = all_tokens(p), rows = all_rows(p), m = basis_of(p);
   const int64_t in_flight = plan.images_in_flight, ctas = plan.ctas_per_image, groups = groups_of(p, plan);
   const bool merges = p.op != APET_SCORE, cooperative = plan.path == APET_CUDA_COOPERATIVE;
-  take(call.table, merges ? p.images : 0);
-  take(call.slice_begin, plan.path == APET_CUDA_FUSED ? p.images * (ctas + 1) : 0);
-  take(call.norm_sq, tokens);
-  take(call.state, plan.state_shared ? 0 : tokens * (3 + m));
-  take(call.rank, merges ? tokens : 0);
-  take(call.dropped, merges ? tokens : 0);
-  take(call.target_key, merges ? tokens : 0);
-  take(call.row_token, rows);
-  take(call.row_role, rows);
-  take(call.target_token, rows);
-  take(call.target_norm_sq, rows);
-  take(call.target_begin, merges ? rows + p.images * (plan.path == APET_CUDA_FUSED || refines(p) ? ctas : 1) : 0);
-  take(call.merged, merges ? tokens : 0);
-  take(call.ticket, merges ? 1 : 0);
-  take(call.tickets_done, merges ? p.images : 0);
-  take(call.slots, cooperative ? in_flight * slot_words((int)ctas, message_words((int)m)) : 0);
-  take(call.arrived, cooperative ? in_flight : 0);
+  take(call.table, {merges ? p.images : 0});
+  take(call.slice_begin, {plan.path == APET_CUDA_FUSED ? p.images * (ctas + 1) : 0});
+  take(call.norm_sq, {tokens});
+  take(call.state, {plan.state_shared ? 0 : tokens, 3 + m});
+  take(call.rank, {merges ? tokens : 0});
+  take(call.dropped, {merges ? tokens : 0});
+  take(call.target_key, {merges ? tokens : 0});
+  take(call.row_token, {rows});
+  take(call.row_role, {rows});
+  take(call.target_token, {rows});
+  take(call.target_norm_sq, {rows});
+  take(call.target_begin, {merges ? rows + p.images * (plan.path == APET_CUDA_FUSED || refines(p) ? ctas : 1) : 0});
+  take(call.merged, {merges ? tokens : 0});
+  take(call.ticket, {merges ? 1 : 0});
+  take(call.tickets_done, {merges ? p.images : 0});
+  take(call.slots, {cooperative ? in_flight * slot_words((int)ctas, message_words((int)m)) : 0});
+  take(call.arrived, {cooperative ? in_flight : 0});
   const int64_t most = most_of_round(p), pool = kPool * most;
-  take(call.y, tokens * y_width((int)most));
-  take(call.pool, groups * pool);
-  take(call.gram, groups * pool * pool);
-  take(call.pool_y, groups * most * pool);
-  take(call.diag, groups * pool);
-  take(call.L, groups * most * most);
-  take(call.inv_diag, groups * most);
-  take(call.picks, groups * kRounds * most);
-  take(call.progress, most > 0 ? 2 * groups : 0);
-  take(call.cluster_mean, refines(p) ? groups * std::min(ctas, most_kept(p)) * p.dim : 0);
-  take(call.medoid, refines(p) ? rows : 0);
-  return used;
+  take(call.y, {tokens, y_width((int)most)});
+  take(call.pool, {groups, pool});
+  take(call.gram, {groups, pool, pool});
+  take(call.pool_y, {groups, most, pool});
+  take(call.diag, {groups, pool});
+  take(call.L, {groups, most, most});
+  take(call.inv_diag, {groups, most});
+  take(call.picks, {groups, kRounds, most});
+  take(call.progress, {most > 0 ? 2 * groups : 0});
+  take(call.cluster_mean, {refines(p) ? groups : 0, std::min(ctas, most_kept(p)), p.dim});
+  take(call.medoid, {refines(p) ? rows : 0});
+  return exact > kMost ? SIZE_MAX : used;
 }
 
 }  // namespace apet::cuda

@@ -315,6 +315,12 @@ apet_status apet_cuda_plan_with(const apet_problem* problem, const apet_cuda_ove
   *plan = best;
   Call none = {};
   plan->workspace_bytes = lay_out_workspace(p, *plan, nullptr, none);
+  const MergeKernel& merge = merge_kernel_of(p, *plan);
+  const double tiles = plan->second_shared_bytes > 0 ? (double)tile_rows(p, merge) * tile_columns(p, merge) : 0;
+  if (plan->workspace_bytes == SIZE_MAX || tiles > INT_MAX) {
+    *plan = {};
+    return APET_TOO_LARGE;
+  }
   const bool overridden = wanted.path != APET_CUDA_BEST || wanted.ctas_per_image > 0 || wanted.resident >= 0 ||
                           wanted.tile > 0 || wanted.tile_rows > 0;
   explain(p, *device, overridden, us, *plan);

@@ -156,11 +156,13 @@ def reachable() -> bool:
 
     if constants.HF_HUB_OFFLINE:
         return False
-    if urllib.request.getproxies():  # behind a proxy, the hub's host name need not resolve on this machine
+    # Behind a proxy, the hub's host name need not resolve on this machine.
+    if urllib.request.getproxies().keys() & {"http", "https", "all"}:
         return True
     hub = urllib.parse.urlsplit(constants.ENDPOINT)
+    port = hub.port or (80 if hub.scheme == "http" else 443)
     try:
-        socket.create_connection((hub.hostname or "", hub.port or 443), timeout=constants.HF_HUB_ETAG_TIMEOUT).close()
+        socket.create_connection((hub.hostname or "", port), timeout=constants.HF_HUB_ETAG_TIMEOUT).close()
     except OSError:
         return False
     return True

@@ -130,17 +130,33 @@ def _check_frames(processor: Any, inputs: dict[str, Any], clip: Media) -> None:
     """
     frames = len(clip.frames)
     each = getattr(getattr(processor, "video_processor", None), "temporal_patch_size", None) or 1
-    grid, pixels = inputs.get("video_grid_thw"), inputs.get("pixel_values_videos")
-    if grid is not None:
-        found, wanted = int(grid[0][0]), -(-frames // each)
-    elif pixels is not None:
-        found, wanted = pixels.shape[1], frames
-    else:  # InternVL: frames are images
-        found, wanted = len(inputs["pixel_values"]), frames
+    found, wanted = _frames_of(inputs, frames), -(-frames // each) if "video_grid_thw" in inputs else frames
+    if found is None:
+        raise ApetError(
+            f"the inputs that {type(processor).__name__} makes of a clip do not show how many frames it took: "
+            f"{', '.join(inputs)}"
+        )
     if found != wanted:
         raise ApetError(f"the processor of this model made {found} steps of {frames} frames, where {wanted} are right")
     if "second_per_grid_ts" in inputs:
         inputs["second_per_grid_ts"] = [each * clip.seconds / frames]
+
+
+def _frames_of(inputs: Mapping[str, Any], frames: int) -> int | None:
+    """Returns how many temporal steps the inputs of a clip have; None if they are in no form that is known here."""
+    for name in ("video_grid_thw", "video_grids"):  # [clips, (time, height, width)]; video_grids: Molmo2
+        if name in inputs:
+            return int(inputs[name][0][0])
+    if "num_frames_per_video" in inputs:  # Gemma 4
+        return int(inputs["num_frames_per_video"][0])
+    if "target_sizes_videos" in inputs:  # MiniCPM-V: of each frame, or of each of its equally many slices
+        slices = len(inputs["target_sizes_videos"])
+        return frames if slices % frames == 0 else slices
+    pixels = inputs.get("pixel_values_videos", inputs.get("pixel_values"))
+    if pixels is None or pixels.dim() not in (4, 5):
+        return None
+    # [clips, frames, C, H, W], or, in InternVL, [frames, C, H, W]: frames are images.
+    return int(pixels.shape[1] if pixels.dim() == 5 else pixels.shape[0])
 
 
 def _placed(name: str, value: Any, model: nn.Module) -> Any:
@@ -166,18 +182,24 @@ def answer(model: nn.Module, processor: Any, inputs: Mapping[str, Any], max_new_
     return processor.tokenizer.decode(tokens[inputs["input_ids"].shape[1] :], skip_special_tokens=True)
 
 
+# Endings of files that loading a model may read: weights, settings, tokenizers, templates.
+LOADED = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".json", ".jinja", ".txt", ".model", ".tiktoken"}
+
+
 def digest(name: str) -> str:
-    """Returns a digest of the names, sizes and times of change of a model's files; of a model of the hub its commit.
+    """Returns a digest of the names, sizes and times of change of the files of a model's folder that may be loaded; of
+    a model of the hub its commit.
 
     Raises: ApetError, if there is no such model.
     """
     folder = Path(name)
     if not folder.is_dir():
         return config_file(name)[0].parent.name
+    depth = len(folder.parts)
     files = sorted(
         (str(path.relative_to(folder)), path.stat().st_size, path.stat().st_mtime_ns)
         for path in folder.rglob("*")
-        if path.is_file()
+        if path.suffix in LOADED and path.is_file() and not any(part.startswith(".") for part in path.parts[depth:])
     )
     return hashlib.sha256(repr(files).encode()).hexdigest()
 

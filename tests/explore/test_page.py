@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+import json
+import re
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -13,7 +16,7 @@ from urllib.parse import parse_qsl
 import numpy as np
 import pytest
 import torch
-from apet import encoders
+from apet import encoders, explore
 from apet.explore import files, methods, view
 from apet.explore.explorer import EMPTY, Explorer
 from apet.explore.files import Files
@@ -38,6 +41,13 @@ from tests.explore.tiles import SMALL, Tiles, huge, scene
 )
 def test_an_address_holds_the_settings(link: Link) -> None:
     assert read_link(dict(parse_qsl(link.query()))) == (link, [])
+
+
+def test_the_page_clears_every_name_of_a_setting_from_its_address() -> None:
+    """Else one that went back to its default would stay there."""
+    script = (Path(explore.__file__).parent / "page.js").read_text(encoding="utf-8")
+    (listed,) = re.findall(r"const names = (\[.*?\]);", script)
+    assert json.loads(listed) == [field.name for field in dataclasses.fields(Settings)]
 
 
 @pytest.mark.parametrize(

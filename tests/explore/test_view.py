@@ -111,6 +111,8 @@ def test_downloads(photo: Path, explorer: Explorer) -> None:
     first, second = json.loads(numbers["text"])
     frame, measure = outcome.compress(explorer.files.get(photo).tokens, 12, outcome.OpArguments(4))
     assert first["merged_into"] == frame[0].target_position.tolist()
+    larger = frame[0].residual[:, None] < frame[0].residual
+    assert first["rank"] == (1 + larger.sum(1)).tolist()
     assert (first["tokens_in"], first["tokens_out"], first["explained"]) == (48, 12, measure.explained)
     assert (second["method"], second["kept"]) == ("uniform", methods.even((6, 8), 9).tolist())
     picture = explorer.picture(str(photo), link)

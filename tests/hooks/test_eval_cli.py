@@ -6,6 +6,7 @@ The tests use real photographs, and a tiny random LLaVA with the processor of tr
 from __future__ import annotations
 
 import collections
+import dataclasses
 import errno
 import fcntl
 import importlib.util
@@ -242,6 +243,67 @@ def test_what_has_changed_since(llava: Path, data: Path, tmp_path: Path) -> None
     assert f"{out} was made with weights=" in failed("eval", *words, "--keep", 12)
 
 
+def test_answers_beside_the_model(llava: Path, data: Path, tmp_path: Path) -> None:
+    """They are no files of the model, and neither are notes or a repository around it."""
+    folder = shutil.copytree(llava, tmp_path / "model")
+    write(data, [entry(0)])
+    words = ("--model", folder, "--data", data, "--out", folder / "out.jsonl", "--max-new-tokens", 1, "--keep", 12)
+    said("eval", *words)
+    (folder / ".git").mkdir()
+    (folder / ".git/config.json").write_text("{}")
+    (folder / "README.md").write_text("a model")
+    said("eval", *words, "--keep", 9)
+    assert len(records(folder / "out.jsonl")) == 3
+
+
+def test_another_image_at_an_address(
+    llava: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is noticed when it is read again, for another budget; the same image is asked about."""
+    write(data, [{**entry(0), "image": "https://example.org/cam.png"}])
+    words = ("--model", llava, "--data", data, "--out", tmp_path / "out.jsonl", "--max-new-tokens", 1)
+    shown = [data / PHOTOS[0], data / PHOTOS[0], data / PHOTOS[1]]
+    read = run.media.read
+    monkeypatch.setattr(run.media, "read", lambda source, frames: read(shown.pop(0), frames))
+    said("eval", *words, "--keep", 12)
+    said("eval", *words, "--keep", 9)
+    assert len(records(tmp_path / "out.jsonl")) == 3
+    assert re.search(
+        r"line 1: https://example.org/cam.png has changed since .*: give another --out", failed("eval", *words, "--keep", 8)
+    )
+
+
+def test_what_was_skipped_of_a_clip_is_said(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, llava: Path
+) -> None:
+    """Once for each question, also from a run before."""
+    write(data, [entry(0), entry(1)])
+    read = run.media.read
+    monkeypatch.setattr(
+        run.media,
+        "read",
+        lambda source, frames: dataclasses.replace(
+            read(source, frames), notes=["the file is cut off"] if source.name == PHOTOS[1] else []
+        ),
+    )
+    words = ("--model", llava, "--data", data, "--out", tmp_path / "out.jsonl", "--max-new-tokens", 1, "--keep", 12)
+    for _ in range(2):
+        told = invoke("eval", *words, "--json")
+        assert told.exit_code == 0
+        (note,) = json.loads(told.stdout)["notes"]
+        assert note.endswith("line 2: the file is cut off")
+        assert told.stderr.count("the file is cut off") == 1
+
+
+def test_a_path_that_is_none_fails_its_question_only(llava: Path, data: Path, tmp_path: Path) -> None:
+    """It is longer than a path may be."""
+    write(data, [entry(0), {**entry(1), "image": "data:image/png;base64," + "A" * 5000}])
+    words = ("--model", llava, "--data", data, "--out", tmp_path / "out.jsonl", "--max-new-tokens", 1)
+    told = said("eval", *words, code=1)
+    assert "line 2: cannot read" in told
+    assert "1 of 2 questions failed" in told
+
+
 def test_file_in_use_or_not_to_be_written(llava: Path, data: Path, tmp_path: Path) -> None:
     words = ("--model", llava, "--data", data, "--out", tmp_path / "out.jsonl")
     with Answers(tmp_path / "out.jsonl", {}):
@@ -283,26 +345,29 @@ def test_bad_images_lose_nothing_else(llava: Path, data: Path, tmp_path: Path) -
     assert len([r for r in records(tmp_path / "out.jsonl") if "failed" in r]) == 2 * (4 + 1)
 
 
-@pytest.mark.parametrize("kind", [torch.OutOfMemoryError, RuntimeError])  # of a GPU; of the CPU
+@pytest.mark.parametrize("kind", [torch.OutOfMemoryError, RuntimeError, MemoryError])  # of a GPU; of the CPU
+@pytest.mark.parametrize("where", ["the answer", "the inputs"])
 def test_no_memory_for_one_question(
-    kind: type[Exception], llava: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    kind: type[Exception], where: str, llava: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write(data, [entry(i) for i in range(3)])
-    asked, calls = run._answer, iter(range(99))
+    module, name, bad = (run, "_answer", 2) if where == "the answer" else (run.models, "question", 1)
+    asked, calls = getattr(module, name), iter(range(99))
 
     def once(*arguments: object) -> dict:
-        if next(calls) == 2:  # of question 1, uncompressed
+        if next(calls) == bad:  # of question 1, uncompressed
             raise kind("out of memory: tried to allocate 9 GiB\nadvice")
         return asked(*arguments)
 
-    monkeypatch.setattr(run, "_answer", once)
+    monkeypatch.setattr(module, name, once)
     text = said(
         "eval", "--model", llava, "--data", data, "--out", tmp_path / "out.jsonl", "--keep", 12,
         "--max-new-tokens", NEW, code=1,
     )  # fmt: skip
     assert "line 2: out of memory: tried to allocate 9 GiB" in text
     assert "1 of 3 questions failed" in text
-    assert [r["id"] for r in records(tmp_path / "out.jsonl") if "failed" not in r] == ["0", "0", "1", "2", "2"]
+    answered = ["0", "0", *(["1"] if where == "the answer" else []), "2", "2"]
+    assert [r["id"] for r in records(tmp_path / "out.jsonl") if "failed" not in r] == answered
     assert re.search(r"keep=12 +2 ", text)  # compared on the same questions
 
 

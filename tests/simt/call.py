@@ -238,7 +238,8 @@ def _check(problem: Problem, status: int) -> None:
     lib = load()
     text = ctypes.create_string_buffer(512)
     lib.apet_error_message(ctypes.byref(problem), status, text, ctypes.c_size_t(512))
-    raise Fault(f"{text.value.decode()} {(lib.apet_cuda_error() or b'').decode()}".strip())
+    failed = status == status_numbers()["APET_CUDA_FAILED"]
+    raise Fault(text.value.decode() + (f" {lib.apet_cuda_error().decode()}" if failed else ""))
 
 
 # ---- cases

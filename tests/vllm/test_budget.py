@@ -35,6 +35,15 @@ def test_a_video_that_the_encoder_cannot_take_raises(served):
     assert len(served.ids(prompt(served.name, picture(112, 112), apet_keep=8))[0]) == 8
 
 
+@pytest.mark.parametrize("served", ["pixtral", "mistral3"], indirect=True)
+def test_the_largest_image_of_a_model_with_row_ends(served):
+    """The encoder makes no rows for the tokens at the ends of its rows."""
+    image = picture(2 * tiny.SIDE, 2 * tiny.SIDE)
+    rows = served.lengths(prompt(served.name, image, apet_keep=1.0))[0]
+    assert served.llm.llm_engine.input_processor.mm_encoder_cache_size < rows
+    assert len(served.ids(prompt(served.name, image, apet_keep=8))[0]) == 8
+
+
 @pytest.mark.parametrize("served", MODELS, indirect=True)
 def test_a_cap_on_a_request_is_shared_by_its_images(served):
     """The cap is shared equally, so that an image keeps the same tokens beside any other; in an image, by units."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -54,10 +55,53 @@ def test_qwen_rejects_engines_whose_parts_get_no_positions(stages, drafts, messa
     model_config = SimpleNamespace(
         multimodal_config=SimpleNamespace(mm_processor_kwargs={"apet_keep": 8}, video_pruning_rate=None)
     )
-    parallel = SimpleNamespace(pipeline_parallel_size=stages)
-    config = SimpleNamespace(model_config=model_config, parallel_config=parallel, speculative_config=drafts)
+    parallel, lora = SimpleNamespace(pipeline_parallel_size=stages), SimpleNamespace(enable_tower_connector_lora=False)
+    config = SimpleNamespace(
+        model_config=model_config, parallel_config=parallel, speculative_config=drafts, lora_config=lora
+    )
     with pytest.raises(ValueError, match=message):
         Qwen2_5_VL(vllm_config=config)
+    lora.enable_tower_connector_lora = True
+    with pytest.raises(ValueError, match="LoRA on the vision tower or the projector"):
+        Qwen2_5_VL(vllm_config=config)
+
+
+@pytest.mark.parametrize("served", ["llava"], indirect=True)
+def test_lora_that_reaches_the_encoder_is_rejected(served, monkeypatch):
+    """vLLM would apply it to as many rows as are kept."""
+    lora = SimpleNamespace(enable_tower_connector_lora=True)
+    processor = served.llm.llm_engine.input_processor
+    image = picture(112, 112)
+    given, whole = (processor.renderer.render_cmpl([prompt("llava", image, **kw)])[0] for kw in ({"apet_keep": 8}, {}))
+    monkeypatch.setattr(processor, "lora_config", lora)
+    processor._validate_model_input(whole, "decoder")
+    with pytest.raises(ValueError, match="LoRA on the vision tower or the projector"):
+        processor._validate_model_input(given, "decoder")
+
+
+def test_row_ends_need_the_language_model():
+    from apet.vllm.mistral3 import Mistral3
+
+    multimodal = SimpleNamespace(mm_processor_kwargs={"apet_keep": 8}, mm_encoder_only=True)
+    config = SimpleNamespace(model_config=SimpleNamespace(multimodal_config=multimodal), lora_config=None)
+    with pytest.raises(ValueError, match="with mm_encoder_only there is no language model"):
+        Mistral3(vllm_config=config)
+
+
+def test_a_vllm_of_another_form_is_left_alone(monkeypatch, caplog):
+    """What is missing is logged, since an error would end engines that do not use the plugin."""
+    import apet.vllm
+    from apet.engines.versions import check
+    from apet.vllm import budget, versions
+
+    check("vLLM", versions.USED)
+    called = []
+    monkeypatch.setattr(budget, "count_whole_items", lambda: called.append(1))
+    monkeypatch.setitem(versions.USED, f"{versions.PROCESSOR}._get_mm_hashes", ("inputs", "more"))
+    monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
+    apet.vllm.register()
+    assert "_get_mm_hashes of this version of vLLM has no more. The plugin is off" in caplog.text
+    assert not called
 
 
 def test_models_without_compression_reject_the_options(folder: Callable[[str], Path]):
@@ -89,6 +133,26 @@ def test_an_engine_without_options_rejects_what_another_one_has_shortened():
     model.at_start = None
     with pytest.raises(RuntimeError, match="was started without apet_keep"):
         model.get_mrope_input_positions([1, 2, 3], [feature])
+
+
+def test_an_engine_without_options_answers_after_what_another_one_has_shortened(folder: Callable[[str], Path]):
+    """The request is rejected before it reaches the model, where the error would stop the engine."""
+    import torch
+    from apet.engines import options, plan
+    from vllm.multimodal.inputs import MultiModalBatchedField, MultiModalFieldElem
+
+    served = Served("qwen2_5_vl", folder("qwen2_5_vl"))
+    assert not getattr(served.model, "supports_multimodal_pruning", False)  # vLLM's own model has it not
+    request = prompt("qwen2_5_vl", picture(112, 112))
+    processor = served.llm.llm_engine.input_processor
+    given = processor.renderer.render_cmpl([request])[0]
+    (item,) = given["mm_kwargs"]["image"]
+    made = plan.make(options.of({"apet_keep": 4}), torch.zeros(16, dtype=torch.int64))
+    processor._validate_model_input(given, "decoder")
+    item[plan.FIELD] = MultiModalFieldElem(made.pack(), MultiModalBatchedField(keep_on_cpu=True))
+    with pytest.raises(ValueError, match="the image was shortened with apet_keep, but this engine was started without"):
+        processor._validate_model_input(given, "decoder")
+    assert len(served.ids(request)[0]) == 8
 
 
 @pytest.mark.parametrize("served", ["qwen2_5_vl", "qwen3_vl"], indirect=True)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+import os
+import stat
 from typing import Annotated, Literal
 
 import typer
@@ -55,10 +56,13 @@ def source(given: str) -> str:
     from apet.media import is_address
 
     if given != "-" and not is_address(given):
-        path = Path(given)
-        if not path.exists():
-            raise typer.BadParameter(f"'{given}' does not exist")
-        if path.is_dir():
+        try:
+            mode = os.stat(given).st_mode
+        except FileNotFoundError:
+            raise typer.BadParameter(f"'{given}' does not exist") from None
+        except (OSError, ValueError) as error:  # no permission, too long, a null byte
+            raise typer.BadParameter(f"cannot read '{given}': {getattr(error, 'strerror', error)}") from error
+        if stat.S_ISDIR(mode):
             raise typer.BadParameter(f"'{given}' is a directory")
     return given
 

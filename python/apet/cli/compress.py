@@ -164,12 +164,13 @@ def compress(
 def _job(source: Source, picture: Path, encoder: Encoder, keep: float, arguments: OpArguments) -> Job:
     """Makes the job of one photo or clip. Raises: ApetError if the arguments do not fit its number of tokens."""
     from apet import outcome
+    from apet.hooks.config import share_of
 
     rows, cols = encoder.grid(*source.size)
     tokens = rows * cols
     if tokens > MOST_TOKENS:
         raise ApetError(f"{source.name} would become {tokens} tokens, more than {MOST_TOKENS}: choose a smaller size")
-    job = Job(source, (rows, cols), keep if isinstance(keep, int) else max(1, round(keep * tokens)), picture)
+    job = Job(source, (rows, cols), keep if isinstance(keep, int) else max(1, share_of(keep, tokens)), picture)
     try:
         outcome.check(tokens, job.keep, arguments)
     except (ValueError, RuntimeError) as error:

@@ -102,7 +102,7 @@ def evaluate(
         print(json.dumps({"model": model, **asdict(result)}, indent=2))
     elif not quiet:
         _print_summary(result, model)
-    _print_failures(result)
+    _print_messages(result)
     raise typer.Exit(1 if result.failed else 0)
 
 
@@ -136,9 +136,12 @@ def _print_summary(result: Summary, model: str) -> None:
         )
 
 
-def _print_failures(result: Summary) -> None:
-    for message in result.failed[:MOST_MESSAGES]:
-        print(f"apet: {message}", file=sys.stderr)
+def _print_messages(result: Summary) -> None:
+    for messages in (result.notes, result.failed):
+        for message in messages[:MOST_MESSAGES]:
+            print(f"apet: {message}", file=sys.stderr)
+    if len(result.notes) > MOST_MESSAGES:
+        print(f"apet: {len(result.notes)} such notes; --json has all of them", file=sys.stderr)
     if result.failed:
         missing = result.asked - result.answered
         print(f"apet: {missing} of {result.asked} questions failed and do not count", file=sys.stderr)

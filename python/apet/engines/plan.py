@@ -38,15 +38,20 @@ class Plan:
         """The number of rows of each unit."""
         return self.units[self.units >= 0].bincount(minlength=len(self.kept)).tolist()
 
+    @property
+    def encoded(self) -> int:
+        """The number of rows that the encoder makes: all but those that stay as they are."""
+        return sum(self.lengths)
+
     @cached_property
     def order(self) -> Tensor:
         """The rows that belong to units, unit after unit, ascending within one."""
-        return self.units.argsort(stable=True)[len(self.units) - sum(self.lengths) :]
+        return self.units.argsort(stable=True)[len(self.units) - self.encoded :]
 
     @property
     def gone(self) -> int:
         """The number of rows that are dropped."""
-        return sum(self.lengths) - sum(self.kept)
+        return self.encoded - sum(self.kept)
 
     @property
     def rows(self) -> int:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
+import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -26,6 +28,8 @@ if TYPE_CHECKING:
     from torch import nn
 
 PLAIN = "uncompressed"
+# What fails a question alone: it cannot be read, compression rejects it, or it is too large for memory.
+FAILURES = (ApetError, ValueError, RuntimeError, MemoryError)
 PatchOptions = Mapping[str, Any]
 
 
@@ -68,7 +72,8 @@ def evaluate(questions: Questions, out: Path, settings: Settings, progress: Call
             model, processor = models.load(settings.model, trials, settings.dtype, settings.device)
             for number, (question, variants) in enumerate(todo):
                 progress("asking", number, len(todo))
-                for record in _ask(model, processor, question, variants, settings):
+                before = [record for (name, _), record in answers.records.items() if name == question.id]
+                for record in _ask(model, processor, question, variants, settings, before, out):
                     answers.add(record)
     return {(q.id, name): answers.records[q.id, name] for q in questions.items for name in settings.variants}
 
@@ -79,12 +84,7 @@ def _missing(
     """Returns the variants without an answer to a question. A failed one is asked again: the image may have been
     repaired. Raises ApetError if the image has changed since it was asked about."""
     records = {name: done.get((question.id, name)) for name in variants}
-    file = _file(question)
-    for record in records.values():
-        if record is not None and file is not None and record.get("file", file) != file:
-            raise ApetError(
-                f"{question.where}: {question.source} has changed since the answers in {out}: give another --out"
-            )
+    _check_same(question, _file(question), [record for record in records.values() if record is not None], out)
     return {name: variants[name] for name, record in records.items() if record is None or "failed" in record}
 
 
@@ -94,37 +94,61 @@ def _ask(
     question: Question,
     variants: Mapping[str, PatchOptions | None],
     settings: Settings,
+    before: Sequence[Record],
+    out: Path,
 ) -> list[Record]:
-    """Asks one question with every variant; the image or clip is read once. A failure is returned as a record, too."""
+    """Asks one question with every variant; the image or clip is read once. A failure is returned as a record, too.
+
+    before: its records in the file `out`. Raises: ApetError, if another image is now at its address.
+    """
     file = _file(question)
     try:
-        if isinstance(question.source, Path) and question.source.exists() and not question.source.is_file():
+        if os.path.exists(question.source) and not os.path.isfile(question.source):
             raise ApetError(f"cannot read {question.source}: it is not a file")
         item = media.read(question.source, settings.frames)
         if item.is_clip != question.is_clip:
             raise ApetError(f"{item.name} is a {'clip, not a photo' if item.is_clip else 'photo, not a clip'}")
         images, clip = ([], item) if item.is_clip else (item.frames, None)
         inputs = models.question(model, processor, question.text, images, clip)
-    except ApetError as error:
+    except FAILURES as error:
         return [_failed(question, name, error) for name in variants]
+    if file is None:
+        file = _frames(item)
+        _check_same(question, file, before, out)
+    known = {"file": file} | ({"notes": item.notes} if item.notes else {})
     records = []
     for name, options in variants.items():
         try:
             with nullcontext() if options is None else hooks.patched(model, **options):
                 result = _answer(model, processor, inputs, settings.max_new_tokens)
-            known = {} if file is None else {"file": file}
             records.append({"id": question.id, "variant": name, **result, **known})
-        except (ValueError, RuntimeError) as error:  # compression rejects it, or the image is too large for memory
+        except FAILURES as error:
             records.append(_failed(question, name, error))
     return records
 
 
 def _file(question: Question) -> str | None:
     """Returns size and time of change of a question's image or clip; None if it is no local file, or is missing."""
-    if not isinstance(question.source, Path) or not question.source.is_file():
+    if not os.path.isfile(question.source):
         return None
-    known = question.source.stat()
+    known = os.stat(question.source)
     return f"{known.st_size} bytes, {known.st_mtime_ns}"
+
+
+def _frames(item: media.Media) -> str:
+    """Returns a digest of the pixels of an image or clip."""
+    pixels = hashlib.sha256(repr(item.times).encode())
+    for frame in item.frames:
+        pixels.update(repr(frame.size).encode() + frame.tobytes())
+    return f"sha256 {pixels.hexdigest()}"
+
+
+def _check_same(question: Question, file: str | None, before: Sequence[Record], out: Path) -> None:
+    """Raises ApetError if the records of a question are about another image or clip than `file` says; None: unknown."""
+    if file is not None and any(record.get("file", file) != file for record in before):
+        raise ApetError(
+            f"{question.where}: {question.source} has changed since the answers in {out}: give another --out"
+        )
 
 
 def _failed(question: Question, variant: str, error: Exception) -> Record:

@@ -34,6 +34,7 @@ class Summary:
 
     rows: list[Row]  # the uncompressed model first
     failed: list[str]  # the errors of questions that failed, which count in no row
+    notes: list[str]  # about images and clips of which a part was skipped
     asked: int
     answered: int  # questions that count: the others failed
 
@@ -61,7 +62,8 @@ def summarise(questions: Sequence[Question], variants: Sequence[str], records: R
     failed = [record["failed"] for record in records.values() if "failed" in record]
     sound = [q for q in questions if not any("failed" in records[q.id, v] for v in variants)]
     rows = [_row(variant, sound, variants[0], records) for variant in variants] if sound else []
-    return Summary(rows, list(dict.fromkeys(failed)), len(questions), len(sound))
+    notes = [f"{q.where}: {note}" for q in sound for v in variants for note in records[q.id, v].get("notes", ())]
+    return Summary(rows, list(dict.fromkeys(failed)), list(dict.fromkeys(notes)), len(questions), len(sound))
 
 
 def _row(variant: str, questions: Sequence[Question], plain: str, records: Records) -> Row:

@@ -99,9 +99,11 @@ def _check_size(path: Path) -> None:
     """Rejects a photo with too many pixels from the head of its file, since decoding it takes much more memory."""
     from PIL import Image, UnidentifiedImageError
 
+    from apet.media import photos
+
     most = f"more than {MOST_PIXELS // 1_000_000}: scale it down first"
     try:
-        with Image.open(path) as image:
+        with open(path, "rb") as file, photos.opened(file) as image:
             width, height = image.size
     except Image.DecompressionBombError as error:
         raise ApetError(

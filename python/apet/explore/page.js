@@ -123,7 +123,7 @@ window.apet = (() => {
       mark(element, at);
       const query = element.querySelector(".apet")?.dataset.query;
       if (query === undefined) return;
-      const names = ["method", "keep", "basis", "layout", "select"];
+      const names = ["method", "keep", "basis", "layout", "select", "refine"];
       const address = new URL(window.location.href);
       for (const name of [...names, ...names.map((name) => "b_" + name), "frame"]) address.searchParams.delete(name);
       for (const [name, value] of new URLSearchParams(query)) address.searchParams.set(name, value);

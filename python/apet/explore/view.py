@@ -90,7 +90,14 @@ def numbers(one: Shown) -> dict[str, Any]:
         "overwritten": frame.overwritten.tolist(),
         "merged_into": frame.target_position.tolist(),
         "residual": [float(e) if ok else None for e, ok in zip(frame.residual, finite, strict=True)],
+        "rank": ranks(np.where(finite, frame.residual, np.inf)).tolist(),
     }
+
+
+def ranks(residual: np.ndarray) -> np.ndarray:
+    """Returns the rank of each residual [N]: 1 + the number of larger ones."""
+    ascending = np.sort(residual)
+    return 1 + len(residual) - np.searchsorted(ascending, residual, side="right")
 
 
 def heading(one: Shown) -> str:

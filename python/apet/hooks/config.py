@@ -75,6 +75,11 @@ def resolve(
     return options
 
 
+def share_of(ratio: float, tokens: int) -> int:
+    """Returns this share of the tokens, rounded half up."""
+    return math.floor(ratio * tokens + 0.5)
+
+
 def count(keep: Keep, visual: int, tokens: int, options: Options) -> int:
     """Returns how many of a unit's `tokens` to keep; `visual` is the number of its image or video in the call.
 
@@ -83,7 +88,7 @@ def count(keep: Keep, visual: int, tokens: int, options: Options) -> int:
     wanted = keep[visual] if isinstance(keep, tuple) else keep
     if isinstance(wanted, float):
         least = options.basis + 1 if options.layout == "overwrite" and options.basis != "keep" else 1
-        wanted = max(least, math.floor(wanted * tokens + 0.5))
+        wanted = max(least, share_of(wanted, tokens))
     return min(wanted, tokens)
 
 

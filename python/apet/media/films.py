@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 from apet import ApetError
 from apet.hub import first_line, need
 
-from .frames import Media, choose, timeline
+from .frames import MOST_PIXELS, Media, choose, timeline
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -24,7 +24,6 @@ FILMS = (
 )
 SOUND = ("aac", "flac", "mp3", "wav")  # opened only to say in the error that the file holds sound
 OPTIONS = {"format_whitelist": ",".join(FILMS + SOUND), "protocol_whitelist": "none"}
-MOST_PIXELS = 178956970  # of a frame: Pillow's limit for photos
 
 # How a display matrix maps (x, y) in the coded picture to (a x + c y, b x + d y) on screen -> Pillow's operation.
 UPRIGHT = {

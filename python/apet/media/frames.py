@@ -12,6 +12,9 @@ if TYPE_CHECKING:
     from PIL import Image
 
 
+MOST_PIXELS = 178956970  # of a frame: Pillow's limit for photos
+
+
 @dataclass(frozen=True)
 class Media:
     """A photo (one frame) or a clip (several, all of one size)."""

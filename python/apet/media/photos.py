@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 from apet import ApetError
 from apet.hub import first_line, need
 
-from .frames import Media, choose
+from .frames import MOST_PIXELS, Media, choose
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -33,24 +33,17 @@ def read(file: BinaryIO, name: str, count: int) -> Media | None:
     Raises: ApetError, if it is damaged, or needs a package that is not installed.
     """
     need("PIL")
-    from PIL import Image, UnidentifiedImageError
+    from PIL import UnidentifiedImageError
 
-    brands = _brands(file)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # warnings about odd metadata and sizes are not for this command's user
-            if brands & HEIC:
-                heif = need("pillow_heif", "heif", "a HEIC photo")
-                with heif.HeifImageFile(file) as image:
-                    return _photo(image, name)
-            Image.init()
-            known = [name for name in FORMATS if name in Image.OPEN]  # older releases of Pillow lack some
-            with Image.open(file, formats=known) as image:
+            with opened(file) as image:
                 if image.format in ANIMATIONS and getattr(image, "n_frames", 1) > 1 + _stand_in(image):
                     return _animation(image, name, count)
                 return _photo(image, name)
     except UnidentifiedImageError:
-        if brands & AVIF:
+        if _brands(file) & AVIF:
             raise ApetError(
                 f"{name} is an AVIF photo, which needs Pillow 11.3 or newer: pip install -U pillow"
             ) from None
@@ -62,8 +55,28 @@ def read(file: BinaryIO, name: str, count: int) -> Media | None:
         raise ApetError(f"cannot read the photo {name}: {first_line(error)}") from error
 
 
+def opened(file: BinaryIO) -> Image.Image:
+    """Opens a photo or an animation, of which only the head is read.
+
+    Raises: PIL.UnidentifiedImageError, if the format is not one of photos; ApetError, if it needs a package that is not
+    installed; other errors for a damaged head, and for more than `MOST_PIXELS`.
+    """
+    from PIL import Image
+
+    if _brands(file) & HEIC:
+        image: Image.Image = need("pillow_heif", "heif", "a HEIC photo").HeifImageFile(file)
+        width, height = image.size
+        if width * height > MOST_PIXELS:  # Pillow checks what it opens itself
+            raise Image.DecompressionBombError(f"its {width} x {height} pixels are more than {MOST_PIXELS}")
+        return image
+    Image.init()
+    known = [name for name in FORMATS if name in Image.OPEN]  # older releases of Pillow lack some
+    return Image.open(file, formats=known)
+
+
 def _brands(file: BinaryIO) -> set[bytes]:
     """Returns the brands in the header of a file of the ISO family (MP4, HEIC, AVIF)."""
+    file.seek(0)
     head = file.read(256)
     file.seek(0)
     if head[4:8] != b"ftyp":

@@ -15,9 +15,10 @@ def register() -> None:
     """
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
+    from ..engines.versions import check
     from . import model, request, versions
 
-    versions.check()
+    check("SGLang", versions.USED)
     HookRegistry.register(versions.PROCESSOR, request.serve, HookType.AFTER)
     HookRegistry.register(versions.PREPARE, model.prepare, HookType.AROUND)
     HookRegistry.register(versions.EMBED, model.embed, HookType.AROUND)

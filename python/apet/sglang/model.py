@@ -18,8 +18,24 @@ from ..engines import plan
 from ..engines.batch import Batch
 from .request import POSITIONS, places
 
-REMEMBERED = 1 << 16  # items of which the kept rows are remembered
-_kept: OrderedDict[int, Tensor] = OrderedDict()  # by an item's hash: the rows that it keeps, ascending
+REMEMBERED = 64 << 20  # bytes of kept rows that are remembered; they are where the model is
+
+
+class Kept(OrderedDict[int, Tensor]):
+    """By an item's hash the rows that it keeps, ascending, int32. The oldest are forgotten."""
+
+    size = 0  # bytes
+
+    def remember(self, key: int, rows: Tensor) -> None:
+        if (before := self.pop(key, None)) is not None:
+            self.size -= before.nbytes
+        self[key] = rows.int()
+        self.size += self[key].nbytes
+        while self.size > REMEMBERED and len(self) > 1:
+            self.size -= self.popitem(last=False)[1].nbytes
+
+
+_kept = Kept()
 
 
 def planned(mm_inputs: Any) -> list[Any]:
@@ -77,16 +93,9 @@ def _encode(encode: Callable[[list[Any]], Any], levels: int, items: list[Any]) -
     start = 0
     for n, fewer, left in zip(chosen, short, batch.left.split([len(s) for s in short]), strict=True):
         rows[n] = fewer
-        _remember(items[n].hash, left - start)
+        _kept.remember(items[n].hash, left - start)
         start += counts[n]
     return rows
-
-
-def _remember(key: int, rows: Tensor) -> None:
-    _kept[key] = rows
-    _kept.move_to_end(key)
-    while len(_kept) > REMEMBERED:
-        _kept.popitem(last=False)
 
 
 def prepare(original: Callable[..., Any], input_ids: Tensor, forward_batch: Any, *args: Any, **kwargs: Any) -> Any:

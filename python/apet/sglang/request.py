@@ -19,6 +19,7 @@ from ..engines import options, plan
 
 POSITIONS = "apet_positions"  # an item's data: the positions [3, N] of all its tokens
 GRID = "video_grid_thw"  # an item's data: the grid of each video, [videos, 3]
+IMAGES = "image_grid_thw"  # an item's data: the grid of each image, [images, 3]
 CONFIG = "apet"  # the key of `--mm-process-config` that holds options of the start-up
 MODELS = {
     "Qwen2VLForConditionalGeneration",
@@ -33,15 +34,26 @@ VIDEOS = {"Qwen2VLForConditionalGeneration"}
 
 def serve(processor: Any, hf_config: Any, *_: Any, **__: Any) -> Any:
     """Lets a processor of SGLang, for a model with this configuration, shorten the prompts that it makes."""
-    from sglang.srt.runtime_context import get_mm
+    from sglang.srt.runtime_context import get_disagg, get_mm, get_parallel
 
     at_start = of_start(get_mm().mm_process_config or {})
-    supported = not MODELS.isdisjoint(hf_config.architectures)
-    if options.of(at_start) is not None and not supported:
-        raise ValueError(_unsupported(hf_config))
+    reason = unsupported(hf_config.architectures, get_parallel().pp_size, get_disagg().language_only)
+    if options.of(at_start) is not None and reason:
+        raise ValueError(reason)
     process = processor.process_mm_data_async
-    processor.process_mm_data_async = functools.partial(_process, process, at_start, supported, hf_config)
+    processor.process_mm_data_async = functools.partial(_process, process, at_start, reason, hf_config)
     return processor
+
+
+def unsupported(architectures: list[str], stages: int, language_only: bool) -> str | None:
+    """Returns why a server with this model cannot compress; None: it can."""
+    if MODELS.isdisjoint(architectures):
+        return f"ApET does not support {architectures[0]} in SGLang; it supports {', '.join(sorted(MODELS))}"
+    if stages > 1:
+        return f"apet_keep: with pp_size={stages} later stages get no M-RoPE positions"
+    if language_only:
+        return "apet_keep: with language_only another process encodes the images, and nothing compresses them"
+    return None
 
 
 def of_start(config: dict[str, Any]) -> dict[str, Any]:
@@ -68,23 +80,25 @@ def of_request(given: dict[str, Any]) -> dict[str, Any]:
     return given
 
 
-def _unsupported(hf_config: Any) -> str:
-    return f"ApET does not support {hf_config.architectures[0]} in SGLang; it supports {', '.join(sorted(MODELS))}"
-
-
 async def _process(
     process: Callable[..., Awaitable[Any]],
     at_start: dict[str, Any],
-    supported: bool,
+    reason: str | None,
     hf_config: Any,
     *args: Any,
     request_obj: Any,
     **kwargs: Any,
 ) -> Any:
-    """Processes a request, with the options of the start-up and its own, which override them."""
+    """Processes a request, with the options of the start-up and its own, which override them.
+
+    reason: why this server cannot compress, if it cannot. Raises: ValueError for invalid options, and for options that
+        cannot be followed.
+    """
     wanted = options.of({**at_start, **of_request(getattr(request_obj, "mm_processor_kwargs", None) or {})})
-    if wanted is not None and not supported:
-        raise ValueError(_unsupported(hf_config))
+    if wanted is not None and reason:
+        raise ValueError(reason)
+    if wanted is not None and getattr(request_obj, "session_params", None):
+        raise ValueError("apet_keep is not supported in sessions: SGLang counts the places of earlier turns itself")
     output = await process(*args, request_obj=request_obj, **kwargs)
     if output is not None and wanted is not None:
         shorten(output, wanted, request_obj, videos=not VIDEOS.isdisjoint(hf_config.architectures))
@@ -138,6 +152,13 @@ def shorten(output: Any, wanted: options.Wanted, request: Any = None, videos: bo
 def units(item: Any) -> Tensor:
     """Returns the number of each row's unit, [N]: an image, and of a video each temporal step."""
     lengths = [end + 1 - start for start, end in item.offsets]  # several if SGLang bundles images
+    grids = item.model_specific_data.get(IMAGES)
+    images = len(lengths) if grids is None else torch.as_tensor(grids).numel() // 3
+    if item.is_image() and images != len(lengths):
+        raise ValueError(
+            f"{images} images have placeholders at {item.offsets}: put a token between two images, or leave out "
+            "apet_keep"
+        )
     if item.is_video():
         steps = [int(grid[0]) for grid in item.model_specific_data[GRID]]
         if len(lengths) != len(steps) or any(n % t for n, t in zip(lengths, steps, strict=True)):

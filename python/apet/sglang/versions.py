@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
-import pkgutil
-from typing import Any
-
 PROCESSOR = "sglang.srt.managers.multimodal_processor.get_mm_processor"
 PREPARE = "sglang.srt.managers.mm_utils.prepare_mm_inputs"
 EMBED = "sglang.srt.managers.mm_utils.embed_mm_inputs"
@@ -20,20 +16,17 @@ USED = {
     "sglang.srt.managers.schedule_batch.MultimodalProcessorOutput": (
         *("mm_items", "input_ids", "padded_input_ids", "mrope_positions", "mrope_position_delta", "token_type_ids"),
     ),
-    "sglang.srt.managers.io_struct.GenerateReqInput": ("mm_hashes", "mm_processor_kwargs"),
+    "sglang.srt.managers.io_struct.GenerateReqInput": ("mm_hashes", "mm_processor_kwargs", "session_params"),
+    "sglang.srt.managers.mm_schedule.embedding_cache": (),
+    "sglang.srt.mem_cache.multimodal_cache.MultiModalStaticCache.combine_hashes": ("mm_hashes",),
+    "sglang.srt.model_executor.forward_batch_info.ForwardBatch": (
+        *("mm_inputs", "mrope_positions", "extend_prefix_lens_cpu", "extend_seq_lens_cpu"),
+    ),
+    "sglang.srt.runtime_context.get_mm": (),
+    "sglang.srt.runtime_context.get_disagg": (),
+    "sglang.srt.runtime_context.get_parallel": (),
     "sglang.srt.mem_cache.multimodal_cache.MultiModalStaticCache.free": ("mm_hash",),
     "sglang.srt.managers.schedule_batch.MultimodalDataItem.set_hash": ("hash_value",),
     "sglang.srt.managers.schedule_batch.MultimodalProcessorOutput.build_padded_input_ids": ("input_ids", "mm_items"),
 }
 
-
-def check() -> None:
-    """Raises RuntimeError if something of `USED` is missing."""
-    for name, wanted in USED.items():
-        try:
-            found: Any = pkgutil.resolve_name(name)
-        except (ImportError, AttributeError) as error:
-            raise RuntimeError(f"apet: this version of SGLang has no {name}: {error}") from error
-        known = set(inspect.signature(found).parameters)
-        if missing := [parameter for parameter in wanted if parameter not in known]:
-            raise RuntimeError(f"apet: {name} of this version of SGLang has no {missing[0]}")

@@ -5,6 +5,8 @@ vLLM finds `register` by itself, as an entry point of the group `vllm.general_pl
 
 from __future__ import annotations
 
+import logging
+
 # Models are registered by name: vLLM inspects them in a separate process, and imports only the one that it serves.
 MODELS = {
     "Gemma3ForConditionalGeneration": "gemma3:Gemma3",
@@ -31,7 +33,19 @@ MODELS = {
 
 
 def register() -> None:
-    """Registers subclasses of vLLM's models in their place; without `apet_keep` they behave as before."""
+    """Registers subclasses of vLLM's models in their place; without `apet_keep` they behave as before.
+
+    Into a vLLM that lacks something of `versions.USED` it registers nothing, and logs what is missing: an error would
+    end engines that do not use this plugin.
+    """
+    from ..engines.versions import check
+    from . import versions
+
+    try:
+        check("vLLM", versions.USED)
+    except RuntimeError as error:
+        logging.getLogger("vllm.apet").error("%s. The plugin is off, and apet_keep has no effect.", error)
+        return
     from vllm import ModelRegistry
 
     from . import budget, unsupported

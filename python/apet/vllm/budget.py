@@ -16,6 +16,7 @@ from vllm.v1.engine.input_processor import InputProcessor
 
 from ..engines import options, plan
 from . import processing
+from .compress import check_lora
 
 
 def count_whole_items() -> None:
@@ -34,7 +35,7 @@ def count_whole_items() -> None:
         for item in items:
             feature = request.mm_features[item]
             made = plan.of(feature.data)
-            spent += feature.mm_position.get_num_embeds() if made is None else len(made.units)
+            spent += feature.mm_position.get_num_embeds() if made is None else made.encoded
             if spent > budget:  # the step ends before this item
                 before = max(0, feature.mm_position.offset - computed - shift_computed_tokens)
                 return whole(self, request, computed, before, budget, shift_computed_tokens)
@@ -46,9 +47,14 @@ def count_whole_items() -> None:
 def check_whole_items() -> None:
     """Patches the check of a request. A second call does nothing.
 
-    An item with more rows before compression than a pass of the encoder may have raises ValueError, as it does without
-    compression; it would never be scheduled. So does `prompt_embeds` beside images or videos of a model with M-RoPE:
-    the model would look for positions at the end of its embeddings, as in those of images, and stop the engine.
+    ValueError is raised by
+    - an item with more rows before compression than a pass of the encoder may have, as without compression; it would
+      never be scheduled,
+    - `prompt_embeds` beside images or videos of a model with M-RoPE: the model would look for positions at the end of
+      its embeddings, as in those of images, and stop the engine,
+    - an item that another process has shortened for a model with M-RoPE, in an engine that was started without
+      `apet_keep`: the model stops the engine,
+    - a shortened item where LoRA reaches the encoder: vLLM would apply it to as many rows as are kept.
     """
     check = InputProcessor._validate_model_input
     if hasattr(check, "__wrapped__"):
@@ -68,9 +74,14 @@ def check_whole_items() -> None:
                 )
             for modality, items in prompt_input["mm_kwargs"].items():
                 for made in filter(None, map(plan.of, items)):
-                    if len(made.units) > self.mm_encoder_cache_size:
+                    if at_start is None and self.model_config.uses_mrope:
                         raise ValueError(
-                            f"the {modality} has {len(made.units)} tokens before compression, and the encoder's budget "
+                            f"the {modality} was shortened with apet_keep, but this engine was started without it"
+                        )
+                    check_lora(self.lora_config)
+                    if made.encoded > self.mm_encoder_cache_size:
+                        raise ValueError(
+                            f"the {modality} has {made.encoded} tokens before compression, and the encoder's budget "
                             f"is {self.mm_encoder_cache_size}: give it in a smaller size, or start the engine with a "
                             "larger max_num_batched_tokens"
                         )

@@ -12,6 +12,13 @@ from ..engines import options, plan
 from ..engines.batch import Batch
 
 
+def check_lora(lora_config: Any) -> None:
+    """Raises ValueError for LoRA on the vision tower or the projector: vLLM applies it to as many rows as an item has
+    embeddings, and these are fewer with compression."""
+    if lora_config is not None and lora_config.enable_tower_connector_lora:
+        raise ValueError("apet_keep: LoRA on the vision tower or the projector (enable_tower_connector_lora) would miss rows")
+
+
 class Model(nn.Module):
     """A mixin for vLLM's models that compresses their embeddings. `at_start`: the options of the engine's start-up."""
 
@@ -22,6 +29,7 @@ class Model(nn.Module):
         # Options are checked here too: if a processor raises an error, vLLM treats the model as text-only.
         at_start = options.of(vllm_config.model_config.multimodal_config.mm_processor_kwargs or {})
         if at_start:
+            check_lora(vllm_config.lora_config)
             self.check(vllm_config)
         super().__init__(vllm_config=vllm_config, prefix=prefix)
         self.at_start = at_start

@@ -76,12 +76,11 @@ class Steps(processing.Processor):
 class MRope(Model):
     """A mixin for vLLM's models with M-RoPE positions."""
 
-    supports_multimodal_pruning = True
-
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__(vllm_config=vllm_config, prefix=prefix)
         # The runner is told that embeddings carry positions, but vLLM's model must not append its own.
         if self.at_start:
+            self.supports_multimodal_pruning = True
             self.is_multimodal_pruning_enabled = False
 
     def check(self, vllm_config: VllmConfig) -> None:
@@ -97,6 +96,10 @@ class MRope(Model):
         config.is_multimodal_pruning_enabled = functools.partial(bool, True)
         if current_platform.is_cpu():
             tell_cpu_runner()
+
+    def get_encoder_cudagraph_config(self) -> Any:
+        # Without options at start-up no item is shortened, so vLLM's graphs of the encoder do what the model does.
+        return super(Model if self.at_start is None else MRope, self).get_encoder_cudagraph_config()
 
     def finish(self, rows: Sequence[Tensor], left: Tensor | None, inputs: dict[str, Any]) -> list[Tensor]:
         """Appends to every row, as [N, D + CHANNELS], its place in the grid of its unit."""

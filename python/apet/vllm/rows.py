@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from vllm.config import VllmConfig
 from vllm.multimodal.inputs import MultiModalKwargsItem
 from vllm.multimodal.processing import PromptUpdateDetails
 
@@ -25,6 +26,8 @@ class Rows(processing.Processor):
         return torch.ones(len(details.full), dtype=torch.bool)
 
     def units(self, modality: str, item: MultiModalKwargsItem, ids: Tensor) -> Tensor:
+        if self.info.ctx.get_mm_config().mm_encoder_only:
+            raise ValueError("apet_keep: with mm_encoder_only there is no language model to embed the ends of rows")
         # The ids of the row ends are stored as negative numbers, which are no units.
         return torch.where(ids == self.info.get_hf_config().image_token_index, 0, -1 - ids)
 
@@ -33,6 +36,11 @@ class RowEnds(Model):
     """A mixin for vLLM's models, whose images get the embeddings of their row ends before they are compressed."""
 
     _units: list[Tensor]
+
+    def check(self, vllm_config: VllmConfig) -> None:
+        super().check(vllm_config)
+        if vllm_config.model_config.multimodal_config.mm_encoder_only:
+            raise ValueError("apet_keep: with mm_encoder_only there is no language model to embed the ends of rows")
 
     def embed_multimodal(self, **inputs: Any) -> Any:
         self._units = [plan.unpack(p).units for p in inputs.get(plan.FIELD, [])]
