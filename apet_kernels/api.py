@@ -5,11 +5,13 @@ They take the arguments of the ops, in the same order, and `backend`. Functions 
 
 from __future__ import annotations
 
+import contextlib
 import warnings
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree
 
 from . import available, dispatch, ops
 from .options import BACKENDS, Backend, Layout, Options, Select
@@ -28,6 +30,11 @@ class Scored(NamedTuple):
 
     residual: Tensor  # [B, N] float32, the squared residual e^2 of each token
     basis_indices: Tensor  # [B, M] int64, in picking order, padded with -1
+
+
+for _result in (Compressed, Scored):  # so that torch.export.save() can write programs that return them
+    with contextlib.suppress(ValueError):  # registered by an earlier execution of this module
+        _pytree._register_namedtuple(_result, serialized_type_name=f"{__name__}.{_result.__name__}")
 
 
 def compress(

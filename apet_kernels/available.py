@@ -6,6 +6,7 @@ import functools
 from pathlib import Path
 
 import torch
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from .ops import DTYPES
 from .options import BACKENDS, Backend
@@ -20,6 +21,7 @@ HOW_TO_GET_KERNELS = (
     "`pip install --force-reinstall --no-deps .`, or with uv "
     "`uv pip install --reinstall --no-deps --no-build-isolation .`"
 )
+OLDEST_CAPABILITY = 8  # of NVIDIA GPUs, for both backends
 # Parts of CUDA's errors that say nothing about the device: another call may succeed.
 TRANSIENT = ("out of memory", "captur", "forked subprocess")
 HOW_TO_GET_CUDA = (
@@ -56,6 +58,20 @@ def why_not_triton() -> str | None:
     return None
 
 
+def why_not_triton_on(device: torch.device) -> str | None:
+    """Returns None if the Triton kernels run on this GPU, else why not."""
+    if why := why_not_triton():
+        return why
+    if torch.version.hip or device.type != "cuda":
+        return None
+    major, minor = torch.cuda.get_device_capability(device)
+    if major < OLDEST_CAPABILITY:
+        return (
+            f"the Triton kernels run on GPUs of compute capability {OLDEST_CAPABILITY}.0 or later, not {major}.{minor}"
+        )
+    return None
+
+
 def _interpreted() -> bool:
     """Returns whether Triton runs kernels on CPU tensors, by its interpreter."""
     import triton
@@ -84,8 +100,9 @@ def why_not_cuda(device: torch.device) -> str | None:
     if why := why_not_cuda_library():
         return why
     try:
-        for dtype in DTYPES:
-            registered._cuda_plan(torch.empty(1, 2, 1, dtype=dtype, device=device), 1)
+        with unset_fake_temporarily():  # a fake tensor would say nothing about the device
+            for dtype in DTYPES:
+                registered._cuda_plan(torch.empty(1, 2, 1, dtype=dtype, device=device), 1)
     except RuntimeError as error:
         if any(part in str(error) for part in TRANSIENT):
             raise RuntimeError(f"{device} could not be asked whether it runs the CUDA kernels: {error}") from error
@@ -99,7 +116,7 @@ def why_no_kernels(device: torch.device) -> str | None:
         return why_not_cpu()
     if device.type != "cuda":
         return f"there are no kernels for {device.type}"
-    why_cuda, why_triton = why_not_cuda(device), why_not_triton()
+    why_cuda, why_triton = why_not_cuda(device), why_not_triton_on(device)
     return None if why_cuda is None or why_triton is None else f"{why_cuda}; {why_triton}"
 
 

@@ -22,7 +22,17 @@ STEPS = 16  # picks between two looks at whether more of them can change the res
 LIMIT = 0.2  # of the mean square: docs/vlm.md has what it foretells
 
 
-def in_float32(function: F) -> F:
+@functools.cache
+def has_float64(device: torch.device) -> bool:
+    """Returns whether tensors on this device can be float64."""
+    try:
+        torch.empty(0, dtype=torch.float64, device=device)
+    except (RuntimeError, TypeError):  # MPS raises TypeError
+        return False
+    return True
+
+
+def without_autocast(function: F) -> F:
     """Decorates a function of x so that torch.autocast, which would round products to 16 bits, is off within it."""
 
     @functools.wraps(function)
@@ -36,7 +46,7 @@ def in_float32(function: F) -> F:
     return cast("F", run)
 
 
-@in_float32
+@without_autocast
 def share(x: Tensor, lengths: Sequence[int], keep: Sequence[int]) -> list[int]:
     """Divides the tokens that the images of a call keep among them, so that images with more to tell keep more.
 
@@ -45,7 +55,7 @@ def share(x: Tensor, lengths: Sequence[int], keep: Sequence[int]) -> list[int]:
     to pick. The largest pivots of all images are taken, sum(keep) of them, ties in the order of the images, but at
     least a quarter of its `keep`, and one, of each image. So the result depends on the other images of the call.
 
-    It runs in torch, in float32, on the device of x, which it waits for. Time is that of up to sum(keep) passes over
+    It runs in torch, in float64 (float32 on devices without), on the device of x, which it waits for. Time is that of up to sum(keep) passes over
     the images, memory O(N (M + D)) for M picks.
 
     Args:
@@ -101,7 +111,7 @@ def share(x: Tensor, lengths: Sequence[int], keep: Sequence[int]) -> list[int]:
             return torch.bincount(image, minlength=len(keep)).tolist()
 
 
-@in_float32
+@without_autocast
 def needed(x: Tensor, lengths: Sequence[int], keep: Sequence[int], limit: float = LIMIT) -> list[int]:
     """Returns how many tokens each image has to keep so that none of the others is far from what is kept.
 
@@ -109,7 +119,8 @@ def needed(x: Tensor, lengths: Sequence[int], keep: Sequence[int], limit: float 
     a squared residual above `limit` times the mean square of the image's tokens. The result for an image does not
     depend on the other images of the call.
 
-    It runs in torch, in float32, on the device of x, which it waits for, image after image. Time is that of as many
+    It runs in torch, in float64 (float32 on devices without), on the device of x, which it waits for, image after
+    image. Time is that of as many
     passes over an image as it returns.
 
     Args:
@@ -155,12 +166,15 @@ class Pivots:
     def __init__(self, x: Tensor, numbers: list[int]) -> None:
         """x: [B, N, D]; numbers: those of the images in the call."""
         self.numbers = numbers
-        X = x.float()  # [B, N, D]
+        # torch.set_float32_matmul_precision() lets products of float32 round to 16 bits or to TF32, not of float64.
+        self._wide = has_float64(x.device)
+        X = x.to(torch.float64 if self._wide else torch.float32)  # [B, N, D]
         norm_sq = X.square().sum(-1)  # [B, N]
         finite = norm_sq <= torch.finfo(torch.float32).max
         self._X = torch.where(finite[..., None], X, 0)
         # One matrix product is faster than a product for each pick, and no larger than X.
-        self._gram = self._X @ self._X.mT if x.shape[1] <= x.shape[2] else None  # [B, N, N]
+        one_product = self._wide and x.shape[1] <= x.shape[2]
+        self._gram = self._X @ self._X.mT if one_product else None  # [B, N, N]
         self._norm_sq = torch.where(finite, norm_sq, 0)
         self.mean_sq = self._norm_sq.mean(-1)  # [B]
         self._resid_sq = self._norm_sq.clone()
@@ -172,7 +186,11 @@ class Pivots:
         """Returns the first pivots [B, count], in picking order; 0 where the earlier picks reconstruct all tokens."""
         while len(self._values) < count:
             self._pick()
-        return torch.stack(self._values[:count], 1)
+        return torch.stack(self._values[:count], 1).float()
+
+    def _product(self, rows: Tensor, columns: Tensor) -> Tensor:
+        """Returns rows [B, k] times columns [B, k, N]: [B, N]."""
+        return (rows[:, None] @ columns)[:, 0] if self._wide else (rows[..., None] * columns).sum(1)
 
     def _pick(self) -> None:
         m, image = len(self._values), torch.arange(len(self._X), device=self._X.device)
@@ -183,11 +201,11 @@ class Pivots:
         self._values.append(pivot)
         self._open[image, pick] = False
         if self._gram is None:
-            products = (self._X @ self._X[image, pick][..., None])[..., 0]  # [B, N]
+            products = self._product(self._X[image, pick], self._X.mT)  # [B, N]
         else:
             products = self._gram[image, pick]
         y = self._y[:, :m]  # [B, m, N]
-        known = (y[image, :, pick][:, None] @ y)[:, 0]  # [B, N]
+        known = self._product(y[image, :, pick], y)  # [B, N]
         y_new = torch.where(pivot[:, None] > 0, (products - known) / pivot[:, None].sqrt(), 0)  # [B, N]
         self._y[:, m] = y_new
         resid_sq = self._resid_sq - y_new.square()

@@ -27,7 +27,7 @@ IMAGES = ((576, 64), (1024, 307), (4096, 1229))
 
 def gpu_backend(x: Tensor) -> tuple[Backend, str]:
     """Returns the backend for a tensor on a GPU, and the reason for it; "cpu": none has kernels, and x is copied."""
-    why_cuda, why_triton = available.why_not_cuda(x.device), available.why_not_triton()
+    why_cuda, why_triton = available.why_not_cuda(x.device), available.why_not_triton_on(x.device)
     if why_cuda is not None:
         return ("cpu" if why_triton else "triton"), "; ".join(why for why in (why_cuda, why_triton) if why)
     # A wrong x is left to the check of the op.

@@ -14,10 +14,12 @@ import contextvars
 import functools
 import warnings
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import is_fake
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_map_only
 
 from . import available, choice, ops, reference
@@ -32,6 +34,8 @@ def run_triton(op: str, x: Tensor, *args: Any, **kwargs: Any) -> Any:
     from .triton_kernels import launch
 
     ops.check_in_op(op, x, *args, **kwargs)
+    # A view that negates (torch.imag of a conjugate) has the sign outside of its memory.
+    x, args, kwargs = tree_map_only(Tensor, Tensor.resolve_neg, (x, args, kwargs))
     with torch.cuda.device_of(x):
         results = getattr(launch, op)(x, *args, **kwargs).run()
     return results if len(results) > 1 else results[0]
@@ -89,9 +93,12 @@ available.why_not_cpu()  # loads the library, which registers its ops
 
 # ---- the backend that a caller sets: for a call, for a block, or for the process
 
-_for_process: Backend | None = None
+# Kept with the ops, which one copy of this package implements for all: what another one sets must reach them.
+_SET: Any = vars(ops.REGISTRY).setdefault("set_backend", {"process": None})
 # A tuple, because a block may also set None, the dispatcher's choice.
-_for_block: contextvars.ContextVar[tuple[Backend | None] | None] = contextvars.ContextVar("apet_backend", default=None)
+_for_block: contextvars.ContextVar[tuple[Backend | None] | None] = _SET.setdefault(
+    "block", contextvars.ContextVar("apet_backend", default=None)
+)
 
 
 def set_backend(name: Backend | None) -> None:
@@ -114,9 +121,8 @@ def set_backend(name: Backend | None) -> None:
         >>> apet_kernels.set_backend("reference")
         >>> apet_kernels.set_backend(None)
     """
-    global _for_process
     _check_name(name)
-    _for_process = name
+    _SET["process"] = name
 
 
 @contextlib.contextmanager
@@ -145,7 +151,7 @@ def use_backend(name: Backend | None) -> Iterator[None]:
 def chosen_backend() -> Backend | None:
     """Returns the backend of `use_backend` or, outside of one, of `set_backend`; None: the dispatcher chooses."""
     block = _for_block.get()
-    return _for_process if block is None else block[0]
+    return cast("Backend | None", _SET["process"]) if block is None else block[0]
 
 
 def _check_name(name: Backend | None) -> None:
@@ -162,8 +168,10 @@ def forced(op: str, backend: Backend, x: Tensor) -> Callable[..., Any]:
         ValueError: if the backend cannot run here, or not on x's device.
     """
     available.check_usable(backend, x.device)
-    if backend == "cpu":
+    if backend == "cpu" or is_fake(x):  # a fake has no data that a backend could read, only the op's fake results
         return getattr(registered, op)  # type: ignore[no-any-return]
+    if is_traceable_wrapper_subclass(x):
+        raise ValueError(f"backend='{backend}' cannot take a {type(x).__name__}: give its local tensors, or no backend")
     run = {"triton": run_triton, "cuda": run_cuda, "reference": run_reference}[backend]
 
     def without_grad(x: Tensor, *args: Any, **kwargs: Any) -> Any:

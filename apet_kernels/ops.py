@@ -88,7 +88,7 @@ def _check_offsets(name: str, cu: Tensor, x: Tensor) -> None:
     _check_device(name, cu, x)
     require(
         cu.dim() == 1 and cu.dtype == torch.int32 and cu.shape[0] >= 1,
-        lambda: f"{name} must be int32 [S + 1], got {_name(cu.dtype)} with {cu.dim()} dimensions",
+        lambda: f"{name} must be int32 [S + 1], got {_form(cu)}",
     )
 
 
@@ -98,16 +98,17 @@ def check_weights(weights: Tensor | None, x: Tensor) -> None:
         return
     require(
         weights.dtype == torch.float32 and weights.shape == x.shape[:-1],
-        lambda: (
-            f"weights must be Float [{_sizes(x.shape[:-1])}], the tokens of x, "
-            f"got {_name(weights.dtype)} [{_sizes(weights.shape)}]"
-        ),
+        lambda: f"weights must be Float [{_sizes(x.shape[:-1])}], the tokens of x, got {_form(weights)}",
     )
     _check_device("weights", weights, x)
 
 
 def _sizes(shape: torch.Size) -> str:
     return ", ".join(map(str, shape))
+
+
+def _form(tensor: Tensor) -> str:
+    return f"{_name(tensor.dtype)} [{_sizes(tensor.shape)}]"
 
 
 def _name(dtype: torch.dtype) -> str:
@@ -147,10 +148,8 @@ def check_compress_varlen(
         cu_seqlens.shape[0] == cu_keep.shape[0],
         lambda: f"cu_seqlens has {cu_seqlens.shape[0]} entries but cu_keep has {cu_keep.shape[0]}",
     )
-    require(
-        max_seqlen >= 0 and max_keep >= 0,
-        lambda: f"max_seqlen={max_seqlen} and max_keep={max_keep} must be at least 0",
-    )
+    for holds in (max_seqlen >= 0, max_keep >= 0):
+        require(holds, lambda: f"max_seqlen={max_seqlen} and max_keep={max_keep} must be at least 0")
     for holds in (total_keep >= 0, total_keep <= x.shape[0]):
         require(holds, lambda: f"total_keep={total_keep} is outside 0..{x.shape[0]}, the tokens of x")
     check_weights(weights, x)
@@ -167,7 +166,7 @@ def check_merge(x: Tensor, indices: Tensor, *, targets: Tensor | None = None) ->
     check_tokens(x, 3)
     require(
         indices.dim() == 2 and indices.dtype == torch.int64 and indices.shape[0] == x.shape[0],
-        lambda: f"indices must be int64 [{x.shape[0]}, K], got {_name(indices.dtype)} with {indices.dim()} dimensions",
+        lambda: f"indices must be int64 [{x.shape[0]}, K], got {_form(indices)}",
     )
     _check_device("indices", indices, x)
     check_keep(indices.shape[1], x.shape[1], "K")
@@ -175,8 +174,7 @@ def check_merge(x: Tensor, indices: Tensor, *, targets: Tensor | None = None) ->
         require(
             targets.dim() == 2 and targets.dtype == torch.bool and targets.shape == indices.shape,
             lambda: (
-                f"targets must be bool [{indices.shape[0]}, {indices.shape[1]}] as indices are, "
-                f"got {_name(targets.dtype)} with {targets.dim()} dimensions"
+                f"targets must be bool [{indices.shape[0]}, {indices.shape[1]}] as indices are, got {_form(targets)}"
             ),
         )
         _check_device("targets", targets, x)

@@ -28,7 +28,8 @@ FEW = 16  # up to this many basis tokens are picked one at a time, since rounds 
 
 def require(holds: bool, message: Callable[[], str]) -> None:
     """Raises ValueError with this message unless the condition holds; the condition may be on symbolic sizes."""
-    torch._check_value(holds, message)
+    # bool() of NumPy's; that of a symbolic one would be a guard.
+    torch._check_value(holds if isinstance(holds, torch.SymBool) else bool(holds), message)
 
 
 @dataclass(frozen=True)

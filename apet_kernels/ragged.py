@@ -188,10 +188,13 @@ def _packed(
 
 
 def whole(name: str, values: Sequence[int]) -> list[int]:
+    found = []
     for s, value in enumerate(values):
-        if not hasattr(value, "__index__"):
-            raise ValueError(f"{name}={value} of image {s} is not a whole number")
-    return [operator.index(value) for value in values]
+        try:
+            found.append(operator.index(value))
+        except TypeError:  # also of a tensor, which has __index__ whatever its dtype is
+            raise ValueError(f"{name}={value} of image {s} is not a whole number") from None
+    return found
 
 
 def check_lengths(x: Tensor, lengths: list[int], keep: list[int], options: Options) -> None:

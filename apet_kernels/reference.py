@@ -41,6 +41,10 @@ class Tokens(NamedTuple):
     finite: Tensor  # [N] bool
     weight: Tensor  # [N] float64, what the values are multiplied by that tokens are picked and ranked by
 
+    def weighted(self, value: Tensor) -> Tensor:
+        """Returns the values [N] times the weights; what float32 cannot hold counts as its largest number."""
+        return (self.weight * value.clamp(max=FLT_MAX)).clamp(max=FLT_MAX)
+
 
 def widen(x: Tensor, weights: Tensor | None = None) -> Tokens:
     """Converts x [N, D] of any float dtype, and the weights [N] of its tokens (None: 1), to Tokens."""
@@ -60,12 +64,13 @@ def s1_basis(image: Tokens, basis: int, select: str = "fps", start: int = -1, ri
     dependent (column-pivoted QR). Ties go to the lower position. Norms, distances and residuals are compared times the
     weights.
     """
-    X, norm_sq, finite, weight = image
+    X, norm_sq, finite, _ = image
     if start >= 0 and finite[start]:
         picks = [start]
     else:
-        picks = [int((weight * norm_sq).argmax())]
-        if weight[picks[0]] * norm_sq[picks[0]] == 0:
+        value = image.weighted(norm_sq)  # [N]
+        picks = [int(value.argmax())]
+        if value[picks[0]] == 0:
             return torch.empty(0, dtype=torch.int64, device=X.device)
     dist_sq = torch.full_like(norm_sq, math.inf)  # [N]
     while len(picks) < basis:
@@ -73,15 +78,16 @@ def s1_basis(image: Tokens, basis: int, select: str = "fps", start: int = -1, ri
             # ||x - p||^2, in a form that is exactly 0 where x = p
             distance = ((X - X[picks[-1]]) ** 2).sum(-1)  # [N]
             dist_sq = torch.minimum(dist_sq, distance).masked_fill(~finite, 0)  # [N]
-            best = int((weight * dist_sq).argmax())
-            if weight[best] * dist_sq[best] == 0:
+            value = image.weighted(dist_sq)  # [N]
+            best = int(value.argmax())
+            if value[best] == 0:
                 break
         else:
             p = torch.tensor(picks, device=X.device)  # [m]
             W = s2_solve(image, p, ridge)  # [m, N]
             resid_sq = ((X - W.T @ X[p]) ** 2).sum(-1) + ridge * (W * W).sum(0)  # [N], = ||x||^2 - ||y||^2
-            value = (weight * resid_sq).index_fill(0, p, -math.inf).masked_fill(~finite, -math.inf)  # [N]
-            best = int((value >= value.max() - SLACK * weight * norm_sq).int().argmax())
+            value = image.weighted(resid_sq).index_fill(0, p, -math.inf).masked_fill(~finite, -math.inf)  # [N]
+            best = int((value >= value.max() - SLACK * image.weighted(norm_sq)).int().argmax())
             if value[best] <= 0 or resid_sq[best] + ridge <= 4 * U * norm_sq[best]:
                 break
         picks.append(best)
@@ -99,14 +105,14 @@ def s1_rounds(image: Tokens, basis: int, start: int = -1, ridge: float = Options
     and those that the basis reconstructs exactly (zero vectors too), are never picked. resid_sq is compared times the
     weights.
     """
-    X, norm_sq, finite, weight = image
+    X, norm_sq, finite, _ = image
     picks: list[int] = []
     Q = X.new_zeros(0, X.shape[1])  # [m, D], the upper part of the Q of QR([S^T; sqrt(ridge) I]), transposed
     resid_sq = norm_sq.clone()  # [N]
     first = start if start >= 0 and bool(finite[start]) else -1
     for t in range(ROUNDS):
         size = (t + 1) * basis // ROUNDS - t * basis // ROUNDS
-        value = (weight * resid_sq).masked_fill(~finite, -math.inf)  # [N]
+        value = image.weighted(resid_sq).masked_fill(~finite, -math.inf)  # [N]
         value[picks] = -math.inf
         if t == 0 and first >= 0:
             value[first] = math.inf
@@ -114,7 +120,7 @@ def s1_rounds(image: Tokens, basis: int, start: int = -1, ridge: float = Options
         pool = order[: POOL * size].sort().values  # [P]
         pool = pool[value[pool] > 0]
         for _ in range(min(size, len(pool))):
-            least = (value[pool] - SLACK * (weight * norm_sq)[pool]).max()
+            least = (value[pool] - SLACK * image.weighted(norm_sq)[pool]).max()
             best = int(pool[(value[pool] >= least).int().argmax()])
             pivot = resid_sq[best] + ridge
             if best != first and (resid_sq[best] <= 0 or pivot <= 4 * U * norm_sq[best]):
@@ -126,7 +132,8 @@ def s1_rounds(image: Tokens, basis: int, start: int = -1, ridge: float = Options
             picks.append(best)
             Q = torch.cat([Q, q.view(1, -1)])
             resid_sq = resid_sq - y**2
-            value = (value - weight * y**2).index_fill(0, torch.tensor(picks, device=X.device), -math.inf)
+            value = image.weighted(resid_sq).masked_fill(~finite, -math.inf)
+            value[picks] = -math.inf
     return torch.tensor(picks, dtype=torch.int64, device=X.device), resid_sq
 
 
@@ -168,7 +175,7 @@ def _above_rounding(image: Tokens, e_sq: Tensor, basis: int) -> Tensor:
     """Returns e_sq [N] times the weights; 0 where float32 cannot distinguish e_sq from 0, +inf where the norm is not
     finite."""
     zero = e_sq <= 4 * basis * U * image.norm_sq  # [N]
-    return (image.weight * e_sq.masked_fill(zero, 0)).masked_fill(~image.finite, math.inf)
+    return image.weighted(e_sq.masked_fill(zero, 0)).masked_fill(~image.finite, math.inf)
 
 
 def s4_topk(e_sq: Tensor, p: Tensor, keep: int, layout: str = "inplace") -> tuple[Tensor, Tensor]:

@@ -77,7 +77,7 @@ def sheets(results: Results) -> list[Sheet]:
         "torch.ops.apet.compress",
         "Milliseconds, medians; (n) where fewer rounds than the kernel's were timed; - where the broadcast does not "
         "fit memory or the layout does not exist. x: how many times faster the kernel is, median of paired rounds. "
-        "reference cost: one torch.mm [N-K, D] x [D, T] per image and M sweeps over X. "
+        "reference cost: one torch.mm [N-K, D] x [D, T] per image and M sweeps over X, both from memory. "
         f"{ceilings.OF_FLOOR} noise: interquartile range over median, the worst of kernel and reference cost. "
         "checked: share of rows compared with float64 (the others are those that rounding decides).",
         [

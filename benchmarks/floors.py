@@ -104,7 +104,7 @@ def ungraphed(pieces: list[Work], rates: Rates) -> float:
 
 
 def floor(case: Case) -> list[Work]:
-    """The bound that no implementation can beat: one launch, which reads X once, and again what the cache cannot hold
+    """The bound of implementations that multiply float32 outside of the matrix units: one launch, which reads X once, and again what the cache cannot hold
     of an image, since s5 needs all tokens after s4 has seen all of them; writes the tokens once; and computes the
     similarities at the rate of the fastest unit. s1 to s4 count as free.
 

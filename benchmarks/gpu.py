@@ -7,7 +7,8 @@ Without a GPU it prints an error and exits with 2. With --smoke and TRITON_INTER
 find mistakes before the first run on a GPU.
 
 Every result, also from a graph, is compared with float64 (benchmarks/lib/check.py) before it is timed. Several calls
-are timed together, each on the next input of a ring larger than the last cache; the time shown is that of one call.
+are timed together, each on the next input of a ring larger than the last cache; the time shown is that of one call. A
+slow call gets fewer inputs, which may stay in the cache: reading x once is a small part of its time.
 """
 
 from __future__ import annotations

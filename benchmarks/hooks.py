@@ -227,7 +227,7 @@ def missed_with(row: Row, setting: Setting) -> list[str] | None:
     if setting.mean != 64:
         return None
     share, reached = row.faster[f"{setting.name} op"], speedup(row, setting.name) / predicted(row, setting)
-    noise = row.noise[setting.name]
+    noise = max(row.noise[setting.name], row.noise[row.base])
     found = [f"op {share:.2%} of the prefill"] * (share >= OP_SHARE)
     found += [f"{reached:.0%} of predicted, goal {SPEED_SHARE:.0%}"] * (reached < SPEED_SHARE)
     return found + [f"noise {noise:.0%}, measure again on an idle machine"] * (noise > NOISE)

@@ -22,7 +22,7 @@ from benchmarks.lib.check import check_other, judge
 from benchmarks.lib.compare import Comparison, Row, on_each_isa, ring
 from benchmarks.lib.device import Device
 from benchmarks.lib.sheet import Sheet
-from benchmarks.lib.suite import Results, Suite, ms, number
+from benchmarks.lib.suite import Results, Suite, ms, noise, number
 
 BASELINES = ("one by one", "eager", "tuned")
 OTHERS = ("divprune", "tome")
@@ -142,7 +142,7 @@ def sheets(results: Results) -> list[Sheet]:
         Sheet(
             "compress_packed",
             "Milliseconds, medians. kernel: one call of compress_packed; the others one call for each image. x: how "
-            "many times faster the kernel is. reference cost: one torch.mm and M sweeps for each image. "
+            "many times faster the kernel is. reference cost: one torch.mm and M sweeps for each image, both from memory. "
             f"{ceilings.OF_FLOOR} noise: of kernel and reference cost. checked: share of rows compared with float64.",
             [
                 *("images", "dtype", *names, *(f"x {name}" for name in (*BASELINES, *OTHERS))),
@@ -153,7 +153,7 @@ def sheets(results: Results) -> list[Sheet]:
                     *(row.case["name"], row.case["dtype"], *(ms(row, name) for name in names)),
                     *(number(row.faster[name]) for name in (*BASELINES, *OTHERS)),
                     ceilings.of_floor(_images(row), row.ms["kernel"], results.rates),
-                    *(f"{share:.0%}" for share in (row.worst_noise, row.checked["kernel"])),
+                    *(noise(row), f"{row.checked['kernel']:.0%}"),
                 ]
                 for row in results.rows
             ],

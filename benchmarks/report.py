@@ -15,7 +15,7 @@ from pathlib import Path
 from benchmarks import cpu, gpu, growth, hooks, kept, plots, ragged, serving, stages
 from benchmarks.lib import command
 from benchmarks.lib.sheet import document, replaced
-from benchmarks.lib.suite import Results, Suite, load, number
+from benchmarks.lib.suite import Results, Suite, load, noisy, number
 
 RESULTS = Path(__file__).parent / "results"
 DOCS = Path(__file__).parents[1] / "docs"
@@ -40,9 +40,12 @@ class Section:
 
 def kept_conclusions(results: Results) -> list[str]:
     """Returns the conclusions from the curves, and where the kernel loses."""
+    rows = [row for row in results.rows if not noisy(row)]
     lines = []
+    if len(rows) < len(results.rows):
+        lines.append(f"Of {len(rows)} of {len(results.rows)} cases; in the others the machine was too busy.")
     for name in (*kept.SAME, *kept.OTHERS):
-        ratios = [row.faster[name] for row in results.rows if name in row.faster]
+        ratios = [row.faster[name] for row in rows if name in row.faster]
         if not ratios:
             continue
         slower = sum(ratio < 1 for ratio in ratios)
@@ -50,8 +53,10 @@ def kept_conclusions(results: Results) -> list[str]:
         lines.append(
             f"{plots.LABELS[name]}: {number(min(ratios))} to {number(max(ratios))} times the time of the kernel{where}."
         )
-    costs = [row.costs for row in results.rows]
-    copies = [1 / row.faster["copy"] for row in results.rows]
+    costs = [row.costs for row in rows]
+    copies = [1 / row.faster["copy"] for row in rows]
+    if not rows:
+        return [*lines, "No case counts: measure again on an idle machine."]
     lines.append(
         f"The kernel takes {min(costs):.2f} to {max(costs):.2f} reference costs, and {number(min(copies))} to "
         f"{number(max(copies))} times as long as one copy of the tokens."

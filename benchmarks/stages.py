@@ -26,7 +26,7 @@ from benchmarks.lib.check import judge
 from benchmarks.lib.compare import Comparison, Row, on_each_isa, ring
 from benchmarks.lib.device import Device
 from benchmarks.lib.sheet import Sheet
-from benchmarks.lib.suite import Results, Suite, ms, noisy, number
+from benchmarks.lib.suite import Results, Suite, ms, noise, number
 
 SHAPES = ((1, 576, 1024, 64), (5, 576, 1024, 192), (8, 256, 4096, 22), (1, 1280, 3584, 384), (1, 4096, 3584, 512))
 REFERENCE = ("s1_basis", "s2_solve", "s3_residual", "s4_topk", "s5_merge")
@@ -162,7 +162,7 @@ def _line(row: Row, rates: dict[str, float]) -> list[str]:
         *(*_named(row), ms(row, "kernel"), ceilings.of_floor([case], took["kernel"], rates)),
         *(ms(row, "score"), f"{took['sweeps'] / took['score']:.2f}", number(one_more), f"{dots / one_more / 1e6:.0f}"),
         *(ms(row, "merge"), f"{took['product'] / took['merge']:.2f}", f"{product / took['merge'] / 1e6:.0f}"),
-        *(number(took["kernel"] - took["score"] - took["merge"]), "; ".join(noisy(row)) or f"{row.worst_noise:.0%}"),
+        *(number(took["kernel"] - took["score"] - took["merge"]), noise(row)),
         f"{row.checked['kernel']:.0%}",
     ]
 

@@ -161,14 +161,18 @@ std::string sizes_of(const Tensor& tensor, int64_t dims) {
   return text;
 }
 
+// Returns the dtype and the sizes of a tensor, as in "Float [2, 576]".
+std::string form_of(const Tensor& tensor) {
+  return std::string(torch::headeronly::toString(tensor.scalar_type())) + " [" + sizes_of(tensor, tensor.dim()) + "]";
+}
+
 // Returns the weights of the tokens of x, which live as long as `contiguous`; null if there are none.
 const float* weights_of(const std::optional<Tensor>& weights, const Tensor& x, std::optional<Tensor>& contiguous) {
   if (!weights.has_value()) return nullptr;
   const int64_t dims = x.dim() - 1;
   bool fits = weights->scalar_type() == ScalarType::Float && weights->dim() == dims;
   for (int64_t d = 0; fits && d < dims; d++) fits = weights->size(d) == x.size(d);
-  require(fits, "weights must be Float [", sizes_of(x, dims), "], the tokens of x, got ",
-          torch::headeronly::toString(weights->scalar_type()), " [", sizes_of(*weights, weights->dim()), "]");
+  require(fits, "weights must be Float [", sizes_of(x, dims), "], the tokens of x, got ", form_of(*weights));
   require_beside("weights", *weights, x);
   contiguous = torch::stable::contiguous(*weights);
   return static_cast<const float*>(contiguous->const_data_ptr());
@@ -195,7 +199,7 @@ std::tuple<Tensor, Tensor> compress(const Tensor& given, int64_t keep, std::opti
 const int32_t* offsets(const char* name, const Tensor& cu, const Tensor& x, Tensor& contiguous) {
   require_beside(name, cu, x);
   require(cu.dim() == 1 && cu.scalar_type() == ScalarType::Int && cu.size(0) >= 1, name, " must be int32 [S + 1], got ",
-          torch::headeronly::toString(cu.scalar_type()), " with ", cu.dim(), " dimensions");
+          form_of(cu));
   contiguous = torch::stable::contiguous(cu);
   return static_cast<const int32_t*>(contiguous.const_data_ptr());
 }
@@ -258,8 +262,7 @@ Tensor merge(const Tensor& given, const Tensor& indices, std::optional<Tensor> t
   const Tensor x = readable(given);
   apet_problem p = problem_of(APET_MERGE, x, false);
   require(indices.dim() == 2 && indices.scalar_type() == ScalarType::Long && indices.size(0) == p.images,
-          "indices must be int64 [", p.images, ", K], got ", torch::headeronly::toString(indices.scalar_type()),
-          " with ", indices.dim(), " dimensions");
+          "indices must be int64 [", p.images, ", K], got ", form_of(indices));
   require_beside("indices", indices, x);
   p.keep = indices.size(1);
   check(p, apet_check(&p));
@@ -268,8 +271,7 @@ Tensor merge(const Tensor& given, const Tensor& indices, std::optional<Tensor> t
   if (targets.has_value()) {
     require(targets->dim() == 2 && targets->scalar_type() == ScalarType::Bool && targets->size(0) == p.images &&
                 targets->size(1) == p.keep,
-            "targets must be bool [", p.images, ", ", p.keep, "] as indices are, got ",
-            torch::headeronly::toString(targets->scalar_type()), " with ", targets->dim(), " dimensions");
+            "targets must be bool [", p.images, ", ", p.keep, "] as indices are, got ", form_of(*targets));
     require_beside("targets", *targets, x);
     target_flags = torch::stable::contiguous(*targets);
     t.kept_targets = static_cast<const uint8_t*>(target_flags.const_data_ptr());

@@ -93,12 +93,13 @@ WRONG_CALLS = [
     ("compress", (x3(), 10, 10), {"layout": "overwrite"}, r"keep=10.*basis=10"),
     ("compress", (x3(), 3, 4), {"layout": "overwrite"}, r"keep=3.*basis=4"),
     ("compress_varlen", (x3(), CU, CU_KEEP, 9, 11, 5), {}, "x has 3 dimensions"),
-    ("compress_varlen", (x3(20, 7), CU.long(), CU_KEEP, 9, 11, 5), {}, "cu_seqlens.*Long"),
+    ("compress_varlen", (x3(20, 7), CU.long(), CU_KEEP, 9, 11, 5), {}, r"cu_seqlens.*Long \[3\]"),
     ("compress_varlen", (x3(20, 7), CU, CU_KEEP.float(), 9, 11, 5), {}, "cu_keep.*Float"),
     ("compress_varlen", (x3(20, 7), CU[:2], CU_KEEP, 9, 11, 5), {}, "2 entries.*3"),
     ("compress_varlen", (x3(20, 7), CU, CU_KEEP, 21, 11, 5), {}, r"total_keep=21.*20"),
     ("compress_varlen", (x3(20, 7), CU, CU_KEEP, -1, 11, 5), {}, "total_keep=-1"),
-    ("compress_varlen", (x3(20, 7), CU[:0], CU_KEEP[:0], 0, 11, 5), {}, "cu_seqlens"),
+    ("compress_varlen", (x3(20, 7), CU[:0], CU_KEEP[:0], 0, 11, 5), {}, r"cu_seqlens .*, got Int \[0\]"),
+    ("compress_varlen", (x3(20, 7), CU[None], CU_KEEP, 9, 11, 5), {}, r"cu_seqlens .*, got Int \[1, 3\]"),
     ("compress_varlen", (x3(20, 7), CU, CU_KEEP, 2, -3, 4), {}, "max_seqlen=-3 and max_keep=4"),
     ("compress", (x3(), 3), {"weights": torch.ones(2, 19)}, r"weights must be Float \[2, 20\], .* got Float \[2, 19\]"),
     ("compress", (x3(), 3), {"weights": torch.ones(2, 20).half()}, r"got Half \[2, 20\]"),
@@ -113,9 +114,14 @@ WRONG_CALLS = [
     ("score", (x3(), 3), {"start": 20}, "start=20"),
     ("merge", (x3(), torch.zeros(2, 3)), {}, "indices.*Float"),
     ("merge", (x3(), torch.zeros(2, 0, dtype=torch.int64)), {}, "K=0 is outside 1..20"),
-    ("merge", (x3(), torch.zeros(3, 3, dtype=torch.int64)), {}, "indices"),
+    ("merge", (x3(), torch.zeros(3, 3, dtype=torch.int64)), {}, r"int64 \[2, K\], got Long \[3, 3\]"),
     ("merge", (x3(), torch.zeros(2, 3, dtype=torch.int64)), {"targets": torch.ones(2, 3)}, "targets.*Float"),
-    ("merge", (x3(), torch.zeros(2, 3, dtype=torch.int64)), {"targets": torch.ones(2, 4).bool()}, "targets"),
+    (
+        "merge",
+        (x3(), torch.zeros(2, 3, dtype=torch.int64)),
+        {"targets": torch.ones(2, 4).bool()},
+        r"bool \[2, 3\].*Bool \[2, 4\]",
+    ),
 ]
 
 

@@ -13,6 +13,7 @@ import typing
 from pathlib import Path
 
 import apet
+import numpy as np
 import pytest
 import torch
 from apet.cli.compress import compress as command
@@ -22,7 +23,7 @@ from apet_kernels import available, dispatch, host, ops, reference, testing
 from apet_kernels.options import LAYOUTS, MAX_BASIS, SELECTS, Options
 from tests.data import tokens
 from tests.judge import assert_same
-from tests.op_calls import CU, CU_KEEP, WRONG_CALLS, error_of
+from tests.op_calls import CU, CU_KEEP, WRONG_CALLS, error_of, x3
 
 PUBLIC = [getattr(apet_kernels, name) for name in apet_kernels.__all__ if callable(getattr(apet_kernels, name))]
 FUNCTIONS = [f for f in PUBLIC if inspect.isfunction(f)] + [testing.cpu_isa, testing.use_cpu_isa]
@@ -284,3 +285,18 @@ def test_lazy_names_of_apet():
     (block,) = [node for node in tree.body if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"]
     assert {alias.name: node.module for node in block.body for alias in node.names} == apet._LAZY
     assert set(apet.__all__) == {*apet._LAZY, "Notice", "ApetError", "__version__"}
+
+
+@pytest.mark.parametrize("backend", [None, "reference"])
+def test_integers_of_numpy(backend):
+    """They are sizes as Python's are, and wrong ones the same error."""
+    x = x3()
+    for got, wanted in zip(
+        apet_kernels.compress(x, np.int64(5), backend=backend),
+        apet_kernels.compress(x, 5, backend=backend),
+        strict=True,
+    ):
+        assert_same(got, wanted)
+    with pytest.raises(ValueError, match=r"keep=99 is outside 1\.\.20"):
+        apet_kernels.compress(x, np.int64(99), backend=backend)
+    assert apet_kernels.plan(x, keep=np.int64(5)) == apet_kernels.plan(x, keep=5)

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import apet_kernels
+from apet_kernels import budgets
 from apet_kernels.budgets import Pivots
 from benchmarks.lib import selection
 from tests.data import DTYPES, tokens
@@ -133,6 +134,7 @@ def test_wrong_arguments():
         ((x, [9, 11], [3]), "2 lengths but 1 keeps"),
         ((x, [9, 11], [10, 3]), "keep=10 is outside 1..9, the tokens of image 0"),
         ((x, [9, 11], [3.5, 3]), "keep=3.5 of image 0 is not a whole number"),
+        ((x, torch.tensor([9.0, 11.0]), [3, 3]), "length=9.0 of image 0 is not a whole number"),
     ):
         assert words in error_of(apet_kernels.share, args, {})
         assert words in error_of(apet_kernels.needed, args, {})
@@ -140,7 +142,7 @@ def test_wrong_arguments():
 
 @pytest.mark.parametrize("function", [apet_kernels.share, apet_kernels.needed])
 def test_torchs_settings_do_not_matter(function):
-    """Neither torch.autocast, which rounds products to 16 bits, nor the default dtype."""
+    """Neither torch.autocast, which rounds products to 16 bits, nor the precision of products, nor the default dtype."""
     lengths, keep = [40, 60, 40], [9, 8, 7]
     x = 200 * (12 + images(lengths, torch.float32))  # a direction that all share
     expected = function(x, lengths, keep)
@@ -153,3 +155,21 @@ def test_torchs_settings_do_not_matter(function):
             assert function(x, lengths, keep) == expected
         finally:
             torch.set_default_dtype(before)
+    precision = torch.get_float32_matmul_precision()
+    for rounded in ("medium", "high"):
+        torch.set_float32_matmul_precision(rounded)
+        try:
+            assert function(x, lengths, keep) == expected
+        finally:
+            torch.set_float32_matmul_precision(precision)
+
+
+@pytest.mark.parametrize("function", [apet_kernels.share, apet_kernels.needed])
+@pytest.mark.parametrize("D", [16, 128])
+def test_devices_without_float64(function, D, monkeypatch):
+    """There, the budgets are the same for tokens without near ties."""
+    lengths, keep = [40, 60, 40], [9, 8, 7]
+    x = torch.randn(sum(lengths), D, generator=torch.Generator().manual_seed(0))
+    expected = function(x, lengths, keep)
+    monkeypatch.setattr(budgets, "has_float64", lambda device: False)
+    assert function(x, lengths, keep) == expected

@@ -126,7 +126,20 @@ def test_a_gpu_without_kernels(monkeypatch):
     for one, wanted in zip(got, torch.ops.apet.compress(x, 3, 2), strict=True):
         assert_same(one.inner, wanted)
     monkeypatch.setattr(available, "why_not_triton", lambda: None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
     assert available.why_no_kernels(torch.device("cuda", 0)) is None
+
+
+def test_gpus_older_than_the_kernels(monkeypatch):
+    """Triton could compile for them, but not with these tiles; AMD's have other numbers."""
+    monkeypatch.setattr(available, "why_not_triton", lambda: None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    device = torch.device("cuda", 0)
+    assert available.why_not_triton_on(device) == (
+        "the Triton kernels run on GPUs of compute capability 8.0 or later, not 7.5"
+    )
+    monkeypatch.setattr(torch.version, "hip", "7.0")
+    assert available.why_not_triton_on(device) is None
 
 
 def test_the_reference_is_asked_for_where_there_is_no_float64():

@@ -12,6 +12,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.testing._internal.two_tensor import TwoTensor
 
 import apet_kernels
 from apet_kernels import available, choice, dispatch, ops
@@ -21,8 +23,9 @@ TRITON_WITHOUT = "Triton does not import"
 
 
 @pytest.fixture(autouse=True)
-def fresh() -> Iterator[None]:
-    """Resets the choices that are made once per process, for the test and after it."""
+def fresh(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Resets the choices that are made once per process, for the test and after it. GPUs are new ones."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     cached = [available.why_not_cuda, available.why_not_cuda_library, available.why_not_triton, dispatch._warn_once]
     cached += [choice.lower_estimate]
     for function in cached:
@@ -360,3 +363,56 @@ assert "apet_kernels.triton_kernels.launch" not in __import__("sys").modules
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+# ---- tensors without memory of their own
+
+
+@pytest.mark.parametrize("backend", ["triton", "cuda", "reference"])
+def test_fakes_have_the_shapes_of_results(monkeypatch, taken, backend):
+    """Whatever backend is set: their address is 0."""
+    monkeypatch.setattr(available, "check_usable", lambda name, device: None)
+    with FakeTensorMode() as mode:
+        x = mode.from_tensor(torch.zeros(2, 20, 8))
+        kept, indices = apet_kernels.compress(x, 5, 3, backend=backend)
+    assert (kept.shape, indices.shape) == ((2, 5, 8), (2, 5))
+    assert not taken
+
+
+def test_wrapped_tensors_raise_where_a_backend_is_asked_for(monkeypatch, taken):
+    monkeypatch.setattr(available, "check_usable", lambda name, device: None)
+    x = TwoTensor(torch.zeros(2, 20, 8), torch.zeros(2, 20, 8))
+    with pytest.raises(ValueError, match="backend='triton' cannot take a TwoTensor"):
+        apet_kernels.compress(x, 5, 3, backend="triton")
+    assert not taken
+
+
+def test_a_fake_mode_does_not_decide_whether_a_device_runs_the_kernels(monkeypatch):
+    """A fake plan would raise, and the answer would be kept."""
+    asked = []
+    monkeypatch.setattr(available, "why_not_cuda_library", lambda: None)
+    monkeypatch.setattr(available, "registered", SimpleNamespace(_cuda_plan=lambda x, keep: asked.append(type(x))))
+    empty = torch.empty
+    monkeypatch.setattr(torch, "empty", lambda *sizes, device, **more: empty(*sizes, **more))
+    with FakeTensorMode():
+        assert available.why_not_cuda(torch.device("cuda", 0)) is None
+    assert asked == [torch.Tensor] * 3
+
+
+def test_negative_views_are_resolved(monkeypatch):
+    """Their memory has the other sign."""
+    launch = pytest.importorskip("apet_kernels.triton_kernels.launch")
+    seen = []
+
+    def compress(x: Tensor, *args: object, weights: Tensor) -> SimpleNamespace:
+        seen.extend([x, weights])
+        return SimpleNamespace(run=lambda: [x, x])
+
+    monkeypatch.setattr(launch, "compress", compress)
+    z = torch.complex(torch.zeros(2, 20, 1), torch.ones(2, 20, 1))
+    x, weights = torch.imag(z.conj()), torch.imag(torch.complex(torch.zeros(2, 20), torch.ones(2, 20)).conj())
+    assert x.is_neg()
+    assert weights.is_neg()
+    dispatch.run_triton("compress", x, 5, 3, weights=weights)
+    assert not any(t.is_neg() for t in seen)
+    assert all((t == -1).all() for t in seen)

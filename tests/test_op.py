@@ -141,6 +141,34 @@ def test_export():
         assert_same(got, expected)
 
 
+def test_a_program_that_returns_named_tuples_can_be_saved(tmp_path):
+    class Layer(torch.nn.Module):
+        def forward(self, x):
+            return apet_kernels.compress(x, 5, 3), apet_kernels.score(x, 3)
+
+    x = tokens(2, 20, 8)
+    torch.export.save(torch.export.export(Layer(), (x,)), tmp_path / "program.pt2")
+    got = torch.export.load(tmp_path / "program.pt2").module()(x)
+    assert [type(one).__name__ for one in got] == ["Compressed", "Scored"]
+    for one, other in zip(got, Layer()(x), strict=True):
+        for value, expected in zip(one, other, strict=True):
+            assert_same(value, expected)
+
+
+def test_export_with_lengths_that_the_data_determine():
+    """Bounds from .item() are symbols without a range, on which no check may branch."""
+
+    class Layer(torch.nn.Module):
+        def forward(self, x, cu):
+            longest = (cu[1:] - cu[:-1]).max().item()
+            return torch.ops.apet.compress_varlen(x, cu, CU_KEEP, 9, longest, 5, 3)
+
+    x = x3(20, 7)
+    program = torch.export.export(Layer(), (x, CU))
+    for got, expected in zip(program.module()(x, CU), Layer()(x, CU), strict=True):
+        assert_same(got, expected)
+
+
 # ---- errors: one message, which contains the wrong value
 
 

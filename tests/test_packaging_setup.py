@@ -120,9 +120,7 @@ def test_unasked_cuda_kernels_are_built_where_torch_runs_them(
         assert "is of CUDA 11.5, older than 12: the CUDA kernels are left out" in capsys.readouterr().err
 
 
-def test_what_apet_cuda_archs_asks_for_is_built(
-    cuda_archs: Callable, nvcc: Callable, monkeypatch: pytest.MonkeyPatch
-):
+def test_what_apet_cuda_archs_asks_for_is_built(cuda_archs: Callable, nvcc: Callable, monkeypatch: pytest.MonkeyPatch):
     new, old = nvcc("13.0"), nvcc("11.5")
     cpu, cuda = "cuda: Optional[str] = None", "cuda: Optional[str] = '13.0'"
     monkeypatch.setenv("APET_CUDA_ARCHS", "80-real;90")

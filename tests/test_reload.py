@@ -116,6 +116,10 @@ for n, folder in enumerate({folders}):
     assert copy is not apet_kernels and copy.compress is not apet_kernels.compress
     assert copy.why_unavailable("cpu") == apet_kernels.why_unavailable("cpu")
     still_right(copy, 40 + n)
+    copy.set_backend("reference")
+    assert apet_kernels.dispatch.chosen_backend() == "reference"  # what implements the ops of both
+    apet_kernels.set_backend(None)
+    assert copy.dispatch.chosen_backend() is None
     importlib.reload(copy.ops)
     still_right(apet_kernels, 50 + n)
 """

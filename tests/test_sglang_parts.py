@@ -224,7 +224,10 @@ def test_the_oldest_rows_are_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("given", "reason"),
     [
-        ((["LlavaForConditionalGeneration"], 1, False), "ApET does not support LlavaForConditionalGeneration in SGLang"),
+        (
+            (["LlavaForConditionalGeneration"], 1, False),
+            "ApET does not support LlavaForConditionalGeneration in SGLang",
+        ),
         ((["Qwen2VLForConditionalGeneration"], 2, False), "with pp_size=2 later stages get no M-RoPE positions"),
         ((["Qwen2VLForConditionalGeneration"], 1, True), "with language_only another process encodes the images"),
         ((["Qwen2VLForConditionalGeneration"], 1, False), None),

@@ -117,6 +117,42 @@ def test_infinite_weights_and_tokens_stay_where_they_are(backend):
         assert at == list(range(20)), "all are equal, so the first stay"
 
 
+def infinite(N: int, *tokens_: int) -> torch.Tensor:
+    """Returns weights of 1, and inf for these tokens."""
+    weights = torch.ones(1, N)
+    weights[0, list(tokens_)] = float("inf")
+    return weights
+
+
+@pytest.mark.rest_interpreted
+def test_products_beyond_float32_are_equal(backend):
+    """They count as its largest number, so the lower position is first; `start` and tokens that are not finite still
+    rank above."""
+    x = torch.tensor([[[1.0, 0], [100, 0], [0, 1]]])
+    for select in ("qr", "fps"):
+        assert backend.compress(x, 1, basis=1, select=select, weights=infinite(3, 0, 1))[1].tolist() == [[0]]
+    x = tokens(1, 20, 8, seed=2)
+    x[0, 19] = float("nan")
+    for select in ("qr", "fps"):
+        at = backend.compress(x, 4, basis=1, select=select, weights=infinite(20, *range(10)))[1]
+        assert 19 in at[0].tolist()
+    x = tokens(1, 100, 48, seed=3)
+    for start in (50, 90):
+        at = backend.compress(x, 40, start=start, weights=infinite(100, *range(30)))[1]
+        assert start in at[0].tolist()
+
+
+@pytest.mark.rest_interpreted
+@pytest.mark.parametrize("name", ["rounds", "many rounds", "few", "fps", "fps start", "qr overwrite"])
+@pytest.mark.parametrize("marked", [(3, 30, 31), tuple(range(2, 40, 3))], ids=["three", "many"])
+def test_several_infinite_weights_are_the_references(backend, name, marked):
+    N, keep, options = CALLS[name]
+    x, weights = tokens(1, N, 96, seed=N + 1), weights_of(1, N, seed=keep)
+    weights[0, list(marked)] = float("inf")
+    expected = reference.compress(x, keep, **options, weights=weights)[1]
+    assert backend.compress(x, keep, **options, weights=weights)[1].tolist() == expected.tolist()
+
+
 @pytest.mark.rest_interpreted
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", ["rounds", "fps", "medoids"])

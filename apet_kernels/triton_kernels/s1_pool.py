@@ -136,7 +136,7 @@ def s1_pool(
     going = count > 0
     for q in range(0, size):
         is_first = (q == 0) & (first >= 0)
-        value = diag * weight if WEIGHTED else diag
+        value = tl.minimum(diag * weight, FLT_MAX) if WEIGHTED else diag
         value = tl.where(allowed, value, float("-inf"))
         value = tl.where(is_first & (candidate == first), float("inf"), value)
         best = tl.min(tl.where(value == tl.max(value, 0), p, BLOCK_P), 0)

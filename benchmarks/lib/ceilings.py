@@ -1,7 +1,7 @@
 """The bounds that times are compared with: the floor, the reference cost, and the rates of the machine.
 
-The floor is a lower bound that no implementation can beat; a good implementation should approach or beat the reference
-cost.
+The floor is a lower bound at the rates that the run has measured before its cases; where the machine is faster later, a
+time may be below it. A good implementation should approach or beat the reference cost.
 
 Work of one call on x [B, N, D], M basis tokens, K kept, T merge targets (K, or K - M for layout="overwrite"):
 
@@ -25,7 +25,8 @@ The floor is computed from rates that the same run has measured.
                    + time of M sweeps over each of the B images, in turn, that do nothing but read
 
 Both terms are measured in the same rounds and on the same buffers as the implementations that they are compared with.
-The kernel may beat the reference cost, since it skips reads, and torch.mm may not be the fastest product on a machine.
+Each is a call of its own and reads x from memory, while the kernel's product reads an x that its first pass has left in
+the cache: where reading x once takes a tenth of the reference cost, the kernel has that advantage. The kernel may beat the reference cost, since it skips reads, and torch.mm may not be the fastest product on a machine.
 """
 
 from __future__ import annotations

@@ -180,7 +180,7 @@ def spread(values: list[float]) -> float:
     """Returns interquartile range over median; 0 for a single value."""
     if len(values) == 1:
         return 0.0
-    low, middle, high = statistics.quantiles(values, n=4)
+    low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
     return (high - low) / middle
 
 

@@ -173,6 +173,11 @@ def noisy(row: Row) -> list[str]:
     return [f"noise {row.worst_noise:.0%}, measure again on an idle machine"] if row.worst_noise > NOISE else []
 
 
+def noise(row: Row) -> str:
+    """Formats the noise of a row, with the remark of `noisy` if it does not count."""
+    return "; ".join(noisy(row)) or f"{row.worst_noise:.0%}"
+
+
 def ms(row: Row, name: str) -> str:
     """Formats milliseconds; (n) after fewer rounds than the base's; - if it was not measured."""
     if name not in row.ms:

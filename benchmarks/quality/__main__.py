@@ -38,7 +38,7 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         for step in STEPS if given.step == "all" else (given.step,):
             run(step, given)
-    except (ApetError, ImportError, FileNotFoundError) as error:
+    except (ApetError, ImportError, FileNotFoundError, ValueError) as error:
         sys.exit(f"error: {error}")
 
 

@@ -64,15 +64,19 @@ class Split:
 def extract(folder: Path, sizes: dict[str, int], seed: int, photos: Path | None = None) -> None:
     """Writes the features of every split into `folder`; continues an earlier call that was stopped.
 
-    photos: a folder whose files replace the test photographs.
+    photos: a folder whose files replace the test photographs. Raises: ValueError, if features of another seed or other
+    photographs are there.
     """
     folder.mkdir(parents=True, exist_ok=True)
     eye = Eye(LAYERS)
     for number, (split, count) in enumerate(sizes.items()):
         pictures = scenes.sources(split, photos if split == "test" else None)
+        record, known = folder / f"{split}.json", {"names": [p.name for p in pictures], "seed": seed}
+        if record.exists() and json.loads(record.read_text()) != known:
+            raise ValueError(f"{folder} has features of {split} of another seed or other photographs: empty it first")
+        record.write_text(json.dumps(known))
         ink = scenes.digits(split)
         write(folder, split, (scenes.scene(pictures, ink, (seed, number, i)) for i in range(count)), count, eye)
-        (folder / f"{split}.json").write_text(json.dumps({"names": [p.name for p in pictures], "seed": seed}))
 
 
 def write(folder: Path, split: str, made: Iterator[scenes.Scene], count: int, eye: Eye) -> None:
@@ -97,7 +101,7 @@ def write(folder: Path, split: str, made: Iterator[scenes.Scene], count: int, ey
 
 def read(folder: Path, split: str) -> Split:
     """Reads what `extract` wrote. Raises: FileNotFoundError, with the command to run, if there is nothing."""
-    if not (folder / f"{split}.json").exists():
+    if not (folder / f"{split}.npz").exists():  # written last
         raise FileNotFoundError(f"no features of split {split!r} in {folder}: python -m benchmarks.quality features")
     with np.load(folder / f"{split}.npz") as stored:
         questions, source = stored["questions"], stored["source"]

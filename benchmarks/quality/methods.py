@@ -2,7 +2,7 @@
 
 A way takes (x [B, N, D] float32, keep, attention [B, N]) and returns rows [B, keep, D] and the position [B, keep] of
 each. The number of rows is `keep` for all of them: `append` keeps fewer tokens, by the number of those that it appends.
-If keep <= 10, layouts that need more tokens than basis tokens get a basis of half as many.
+Layouts other than "inplace" get a basis of at most half as many tokens as are kept.
 """
 
 from __future__ import annotations

@@ -29,8 +29,8 @@ compressed tokens in percent of that on all 256. Brackets are 95 % intervals of 
 all methods are compared on the same pictures.
 
 `apet` is the paper's rule. The default, a basis of all kept tokens, is measured with the [trained
-model](#a-trained-vision-language-model). At 8 tokens, layouts that need more tokens than basis tokens get a basis of 4.
-`append` keeps fewer tokens, by the number of those that it appends. Other methods are our own short versions
+model](#a-trained-vision-language-model). `overwrite` and `append` get a basis of at most half as many tokens as are kept:
+8 at 16 tokens, 4 at 8. `append` keeps fewer tokens, by the number of those that it appends. Other methods are our own short versions
 ([benchmarks/lib/alternatives.py](../benchmarks/lib/alternatives.py)). They get the class token's attention of the same
 layer; "+ merge" gives them ApET's merging. FastV and VisionZip were made for the attention of CLIP's class token or of
 a language model, and may do worse with that of this encoder.
@@ -41,7 +41,7 @@ photographs.
 VARIANTS = """## What matters inside ApET
 
 Each variant changes one option of the paper's rule (`inplace`, farthest-point basis of 10, merging into all kept, ridge
-1e-5, start at the largest norm). The tables show percentage points of retained accuracy above it, **bold** where 0 lies
+1e-5, start at the largest norm); other layouts have a basis of 8 at 16 tokens. The tables show percentage points of retained accuracy above it, **bold** where 0 lies
 outside the 95 % interval. If the basis has at least as many tokens as are kept, the residual is not used. {tests}
 differences are shown, so about {chance:.0f} would be bold by chance.
 """
@@ -50,7 +50,8 @@ INTRINSIC = """## Intrinsic: how well the rows reconstruct all tokens
 {photos} crops of {sources} photographs and {frames} of two clips, without digits; nothing is trained. *Span* is the
 squared error of the least-squares reconstruction of all 256 tokens from the remaining rows. *Nearest* is the squared
 distance of every token to the nearest row. Both are in percent of the tokens' energy about their mean, so less is
-better. Merged rows are means, which improves `nearest` but not `span`.
+better. Merged rows are means, which improves `nearest` but not `span`. Intervals resample photographs, with all their
+crops; two clips are too few for one. Raw results: {head}.
 """
 KEPT = """## What is kept
 

@@ -61,7 +61,7 @@ static void pick_round(const Input& in, Scores& scores, Rounds& rounds) {
         best = i;
         break;
       }
-      const double value = diag[i] * weighted(scores.weight, rounds.pool[i], 1.0f);
+      const double value = std::min(diag[i] * weighted(scores.weight, rounds.pool[i], 1.0f), (double)__FLT_MAX__);
       if (best < 0 || value > best_value) best = i, best_value = value;
     }
     if (best < 0) return;

@@ -256,9 +256,7 @@ def test_answers_beside_the_model(llava: Path, data: Path, tmp_path: Path) -> No
     assert len(records(folder / "out.jsonl")) == 3
 
 
-def test_another_image_at_an_address(
-    llava: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_another_image_at_an_address(llava: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It is noticed when it is read again, for another budget; the same image is asked about."""
     write(data, [{**entry(0), "image": "https://example.org/cam.png"}])
     words = ("--model", llava, "--data", data, "--out", tmp_path / "out.jsonl", "--max-new-tokens", 1)
@@ -269,7 +267,8 @@ def test_another_image_at_an_address(
     said("eval", *words, "--keep", 9)
     assert len(records(tmp_path / "out.jsonl")) == 3
     assert re.search(
-        r"line 1: https://example.org/cam.png has changed since .*: give another --out", failed("eval", *words, "--keep", 8)
+        r"line 1: https://example.org/cam.png has changed since .*: give another --out",
+        failed("eval", *words, "--keep", 8),
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import logging
 from collections.abc import Callable
 from pathlib import Path
@@ -135,6 +136,16 @@ def test_an_engine_without_options_rejects_what_another_one_has_shortened():
         model.get_mrope_input_positions([1, 2, 3], [feature])
 
 
+@pytest.mark.parametrize("name", ["qwen2_vl:Qwen2VL", "glm4v:Glm4v", "qwen2_vl:Qwen2_5_VL"])
+def test_only_instances_with_options_have_pruning(name: str):
+    """vLLM would ask the others for positions that only some of its models can give."""
+    module, _, kind = name.partition(":")
+    ours = getattr(importlib.import_module(f"apet.vllm.{module}"), kind)
+    theirs = next(base for base in ours.__mro__ if base.__module__.startswith("vllm.model_executor.models"))
+    found = [getattr(cls, "supports_multimodal_pruning", False) for cls in (ours, theirs)]
+    assert found[0] == found[1]
+
+
 def test_an_engine_without_options_answers_after_what_another_one_has_shortened(folder: Callable[[str], Path]):
     """The request is rejected before it reaches the model, where the error would stop the engine."""
     import torch
@@ -142,7 +153,6 @@ def test_an_engine_without_options_answers_after_what_another_one_has_shortened(
     from vllm.multimodal.inputs import MultiModalBatchedField, MultiModalFieldElem
 
     served = Served("qwen2_5_vl", folder("qwen2_5_vl"))
-    assert not getattr(served.model, "supports_multimodal_pruning", False)  # vLLM's own model has it not
     request = prompt("qwen2_5_vl", picture(112, 112))
     processor = served.llm.llm_engine.input_processor
     given = processor.renderer.render_cmpl([request])[0]

@@ -29,4 +29,3 @@ USED = {
     "sglang.srt.managers.schedule_batch.MultimodalDataItem.set_hash": ("hash_value",),
     "sglang.srt.managers.schedule_batch.MultimodalProcessorOutput.build_padded_input_ids": ("input_ids", "mm_items"),
 }
-

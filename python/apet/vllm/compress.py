@@ -16,7 +16,9 @@ def check_lora(lora_config: Any) -> None:
     """Raises ValueError for LoRA on the vision tower or the projector: vLLM applies it to as many rows as an item has
     embeddings, and these are fewer with compression."""
     if lora_config is not None and lora_config.enable_tower_connector_lora:
-        raise ValueError("apet_keep: LoRA on the vision tower or the projector (enable_tower_connector_lora) would miss rows")
+        raise ValueError(
+            "apet_keep: LoRA on the vision tower or the projector (enable_tower_connector_lora) would miss rows"
+        )
 
 
 class Model(nn.Module):
