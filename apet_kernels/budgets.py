@@ -55,8 +55,8 @@ def share(x: Tensor, lengths: Sequence[int], keep: Sequence[int]) -> list[int]:
     to pick. The largest pivots of all images are taken, sum(keep) of them, ties in the order of the images, but at
     least a quarter of its `keep`, and one, of each image. So the result depends on the other images of the call.
 
-    It runs in torch, in float64 (float32 on devices without), on the device of x, which it waits for. Time is that of up to sum(keep) passes over
-    the images, memory O(N (M + D)) for M picks.
+    It runs in torch, in float64 (float32 on devices without), on the device of x, which it waits for. Time is that of
+    up to sum(keep) passes over the images, memory O(N (M + D)) for M picks.
 
     Args:
         x: [T, D] float32, float16 or bfloat16, images packed one after another, as in `compress_packed`.
@@ -120,8 +120,7 @@ def needed(x: Tensor, lengths: Sequence[int], keep: Sequence[int], limit: float 
     depend on the other images of the call.
 
     It runs in torch, in float64 (float32 on devices without), on the device of x, which it waits for, image after
-    image. Time is that of as many
-    passes over an image as it returns.
+    image. Time is that of as many passes over an image as it returns.
 
     Args:
         x: [T, D] float32, float16 or bfloat16, images packed one after another, as in `compress_packed`.
@@ -200,10 +199,8 @@ class Pivots:
         pivot = self._resid_sq[image, pick]  # [B]
         self._values.append(pivot)
         self._open[image, pick] = False
-        if self._gram is None:
-            products = self._product(self._X[image, pick], self._X.mT)  # [B, N]
-        else:
-            products = self._gram[image, pick]
+        gram = self._gram
+        products = self._product(self._X[image, pick], self._X.mT) if gram is None else gram[image, pick]  # [B, N]
         y = self._y[:, :m]  # [B, m, N]
         known = self._product(y[image, :, pick], y)  # [B, N]
         y_new = torch.where(pivot[:, None] > 0, (products - known) / pivot[:, None].sqrt(), 0)  # [B, N]

@@ -104,9 +104,9 @@ def ungraphed(pieces: list[Work], rates: Rates) -> float:
 
 
 def floor(case: Case) -> list[Work]:
-    """The bound of implementations that multiply float32 outside of the matrix units: one launch, which reads X once, and again what the cache cannot hold
-    of an image, since s5 needs all tokens after s4 has seen all of them; writes the tokens once; and computes the
-    similarities at the rate of the fastest unit. s1 to s4 count as free.
+    """The bound of implementations that multiply float32 outside of the matrix units: one launch, which reads X once,
+    and again what the cache cannot hold of an image, since s5 needs all tokens after s4 has seen all of them; writes
+    the tokens once; and computes the similarities at the rate of the fastest unit. s1 to s4 count as free.
 
     moved  = (B N D + B K D) itemsize; B times again: N D itemsize
     matrix = B 2 (N - K) T D          (float32 tokens: lanes = B (N - K) T D instead)

@@ -142,8 +142,9 @@ def sheets(results: Results) -> list[Sheet]:
         Sheet(
             "compress_packed",
             "Milliseconds, medians. kernel: one call of compress_packed; the others one call for each image. x: how "
-            "many times faster the kernel is. reference cost: one torch.mm and M sweeps for each image, both from memory. "
-            f"{ceilings.OF_FLOOR} noise: of kernel and reference cost. checked: share of rows compared with float64.",
+            "many times faster the kernel is. reference cost: one torch.mm and M sweeps for each image, both from "
+            f"memory. {ceilings.OF_FLOOR} noise: of kernel and reference cost. checked: share of rows compared with "
+            "float64.",
             [
                 *("images", "dtype", *names, *(f"x {name}" for name in (*BASELINES, *OTHERS))),
                 *("of floor", "noise", "checked"),

@@ -7,7 +7,8 @@
 
 `make test-vllm` makes the first environment. Every request has one picture or one video of its own, and some text; the
 caches of prompts and of processed pictures are off. The concurrent clients send a request each at the same time, one
-client three requests, one after another. So requests a second are those of a burst, with its beginning and end. Times include everything: HTTP, preprocessing, vision encoder, compression, language model.
+client three requests, one after another. So requests a second are those of a burst, with its beginning and end. Times
+include everything: HTTP, preprocessing, vision encoder, compression, language model.
 
 Compared are: vLLM without the plugin (plain); with it, for each budget (apet); the same with rows drawn at random
 (random), the difference being the cost of choosing and merging; and of videos vLLM's own pruning, EVS, which has one

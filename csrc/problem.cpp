@@ -111,9 +111,10 @@ size_t apet_error_message(const apet_problem* problem, apet_status status, char*
       break;
     case APET_BAD_MAX: WRITE("max_seqlen=%lld and max_keep=%lld must be at least 0", ll(p.tokens), ll(p.keep)); break;
     case APET_TOO_LARGE:
-      WRITE("images=%lld, tokens=%lld, dim=%lld, total_tokens=%lld: each must be at most %lld, the rows of x %lld, and "
-            "what is computed of them addressable",
-            ll(p.images), ll(p.tokens), ll(p.dim), ll(p.total_tokens), ll(kMaxExtent), ll(kMaxTokens));
+      WRITE(
+          "images=%lld, tokens=%lld, dim=%lld, total_tokens=%lld: each must be at most %lld, the rows of x %lld, and "
+          "what is computed of them addressable",
+          ll(p.images), ll(p.tokens), ll(p.dim), ll(p.total_tokens), ll(kMaxExtent), ll(kMaxTokens));
       break;
     case APET_NULL_POINTER: WRITE("a pointer that this call needs is null"); break;
     case APET_SMALL_WORKSPACE: WRITE("the workspace is smaller than the plan asks for, or not 64-byte aligned"); break;

@@ -142,7 +142,7 @@ def test_wrong_arguments():
 
 @pytest.mark.parametrize("function", [apet_kernels.share, apet_kernels.needed])
 def test_torchs_settings_do_not_matter(function):
-    """Neither torch.autocast, which rounds products to 16 bits, nor the precision of products, nor the default dtype."""
+    """Neither torch.autocast and the precision of products, which round them to 16 bits, nor the default dtype."""
     lengths, keep = [40, 60, 40], [9, 8, 7]
     x = 200 * (12 + images(lengths, torch.float32))  # a direction that all share
     expected = function(x, lengths, keep)

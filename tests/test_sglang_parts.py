@@ -252,7 +252,7 @@ def test_requests_that_cannot_be_compressed() -> None:
     compressed = {"mm_processor_kwargs": {"apet_keep": 2}}
     assert len(run(None, **compressed).input_ids) == 4
     assert len(run("no", session_params={"id": "s"}).input_ids) == 8
-    with pytest.raises(ValueError, match="^no$"):
+    with pytest.raises(ValueError, match=r"^no$"):
         run("no", **compressed)
     with pytest.raises(ValueError, match="not supported in sessions"):
         run(None, **compressed, session_params={"id": "s"})

@@ -26,7 +26,8 @@ The floor is computed from rates that the same run has measured.
 
 Both terms are measured in the same rounds and on the same buffers as the implementations that they are compared with.
 Each is a call of its own and reads x from memory, while the kernel's product reads an x that its first pass has left in
-the cache: where reading x once takes a tenth of the reference cost, the kernel has that advantage. The kernel may beat the reference cost, since it skips reads, and torch.mm may not be the fastest product on a machine.
+the cache: where reading x once takes a tenth of the reference cost, the kernel has that advantage. The kernel may beat
+the reference cost, since it skips reads, and torch.mm may not be the fastest product on a machine.
 """
 
 from __future__ import annotations

@@ -29,11 +29,11 @@ compressed tokens in percent of that on all 256. Brackets are 95 % intervals of 
 all methods are compared on the same pictures.
 
 `apet` is the paper's rule. The default, a basis of all kept tokens, is measured with the [trained
-model](#a-trained-vision-language-model). `overwrite` and `append` get a basis of at most half as many tokens as are kept:
-8 at 16 tokens, 4 at 8. `append` keeps fewer tokens, by the number of those that it appends. Other methods are our own short versions
-([benchmarks/lib/alternatives.py](../benchmarks/lib/alternatives.py)). They get the class token's attention of the same
-layer; "+ merge" gives them ApET's merging. FastV and VisionZip were made for the attention of CLIP's class token or of
-a language model, and may do worse with that of this encoder.
+model](#a-trained-vision-language-model). `overwrite` and `append` get a basis of at most half as many tokens as are
+kept: 8 at 16 tokens, 4 at 8. `append` keeps fewer tokens, by the number of those that it appends. Other methods are our
+own short versions ([benchmarks/lib/alternatives.py](../benchmarks/lib/alternatives.py)). They get the class token's
+attention of the same layer; "+ merge" gives them ApET's merging. FastV and VisionZip were made for the attention of
+CLIP's class token or of a language model, and may do worse with that of this encoder.
 
 The {photographs} test sources are few: an interval is valid for more pictures of these sources, not for other
 photographs.
@@ -41,9 +41,9 @@ photographs.
 VARIANTS = """## What matters inside ApET
 
 Each variant changes one option of the paper's rule (`inplace`, farthest-point basis of 10, merging into all kept, ridge
-1e-5, start at the largest norm); other layouts have a basis of 8 at 16 tokens. The tables show percentage points of retained accuracy above it, **bold** where 0 lies
-outside the 95 % interval. If the basis has at least as many tokens as are kept, the residual is not used. {tests}
-differences are shown, so about {chance:.0f} would be bold by chance.
+1e-5, start at the largest norm); other layouts have a basis of 8 at 16 tokens. The tables show percentage points of
+retained accuracy above it, **bold** where 0 lies outside the 95 % interval. If the basis has at least as many tokens as
+are kept, the residual is not used. {tests} differences are shown, so about {chance:.0f} would be bold by chance.
 """
 INTRINSIC = """## Intrinsic: how well the rows reconstruct all tokens
 
