@@ -100,7 +100,8 @@ def s1_rounds(image: Tokens, basis: int, start: int = -1, ridge: float = Options
 
     A round makes a share of the picks from a pool of candidates, `POOL` for each pick: the unpicked tokens of largest
     resid_sq = ||x||^2 - ||y||^2, ties to the lower position. Within the pool it is the pivoted QR of `s1_basis`: each
-    pick is the token of largest resid_sq, after all picks before it. A round ends early if that token is dependent.
+    pick is the token of largest resid_sq, after all picks before it. A round ends early if that token is dependent: pivot
+    = resid_sq + ridge <= 4 m u ||x||^2, m the picks of the rounds before it (at least 1), whose sums round resid_sq.
     `start` is the first pick of the first round; if its norm is not finite, it counts as -1. Tokens of non-finite norm,
     and those that the basis reconstructs exactly (zero vectors too), are never picked. resid_sq is compared times the
     weights.
@@ -111,6 +112,7 @@ def s1_rounds(image: Tokens, basis: int, start: int = -1, ridge: float = Options
     resid_sq = norm_sq.clone()  # [N]
     first = start if start >= 0 and bool(finite[start]) else -1
     for t in range(ROUNDS):
+        bound = 4 * max(len(picks), 1) * U
         size = (t + 1) * basis // ROUNDS - t * basis // ROUNDS
         value = image.weighted(resid_sq).masked_fill(~finite, -math.inf)  # [N]
         value[picks] = -math.inf
@@ -123,10 +125,10 @@ def s1_rounds(image: Tokens, basis: int, start: int = -1, ridge: float = Options
             least = (value[pool] - SLACK * image.weighted(norm_sq)[pool]).max()
             best = int(pool[(value[pool] >= least).int().argmax()])
             pivot = resid_sq[best] + ridge
-            if best != first and (resid_sq[best] <= 0 or pivot <= 4 * U * norm_sq[best]):
+            if best != first and (resid_sq[best] <= 0 or pivot <= bound * norm_sq[best]):
                 break
             q = X.new_zeros(1, X.shape[1])  # a dependent first pick reduces no residual
-            if pivot > 4 * U * norm_sq[best]:
+            if pivot > bound * norm_sq[best]:
                 q = (X[best] - (Q @ X[best]) @ Q) / pivot.sqrt()
             y = X @ q.view(-1)  # [N]
             picks.append(best)

@@ -30,6 +30,7 @@ def basis_in_rounds(x: Tensor, basis: int, start: int = -1, ridge: float = 1e-5)
 
     for t in range(rounds):
         size = (t + 1) * basis // rounds - t * basis // rounds
+        bound = 4 * max(len(picks), 1) * U
         r = A.diagonal().tolist()
         first = start if t == 0 and start >= 0 and finite[start] else -1
         candidates = [n for n in range(len(r)) if open_[n] and (r[n] > 0 or n == first)]
@@ -49,7 +50,7 @@ def basis_in_rounds(x: Tensor, basis: int, start: int = -1, ridge: float = 1e-5)
                 best = first
             else:
                 sure &= all(kind[n] == kind[best] or r[n] < r[best] - slack(n, best) for n in left)
-                stop = max(0.0, 4 * U * norm[best] - ridge)
+                stop = max(0.0, bound * norm[best] - ridge)
                 copied = ridge == 0 and kind[best] in {kind[p] for p in picks}  # 0 exactly, and to within rounding
                 sure &= copied or abs(r[best] - stop) > SLACK * norm[best]
                 if copied or r[best] <= stop:
@@ -57,7 +58,7 @@ def basis_in_rounds(x: Tensor, basis: int, start: int = -1, ridge: float = 1e-5)
             picks.append(best)
             open_[best] = False
             pivot = float(A[best, best] + ridge)
-            if pivot > 4 * U * norm[best]:
+            if pivot > bound * norm[best]:
                 A = A - A[:, best, None] * A[None, best] / pivot
     return picks, A.diagonal().clone(), sure
 

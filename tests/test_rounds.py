@@ -132,6 +132,19 @@ def test_copies(backend, dtype, refine):
 
 
 @pytest.mark.rest_interpreted
+def test_a_copy_of_a_pick_whose_sums_are_rounded_alike(backend):
+    """63 basis tokens are taken off token 63 and its copy, each a sum that rounds by almost half a unit the same way.
+    What is left of the copy is that rounding, so it must not be taken for a new direction."""
+    x = torch.zeros(1, 300, 64)
+    for q in range(63):
+        x[0, q, q] = 2
+    x[0, 63, :63] = 2**-4 + 66 * 2**-27
+    x[0, 63, 63] = 1.0625
+    x[0, 299] = x[0, 63]
+    assert keeps(backend, 1024 * x, 256) == list(range(256))
+
+
+@pytest.mark.rest_interpreted
 @pytest.mark.parametrize("refine", [0, 1])
 @pytest.mark.parametrize("D", [1, 3, 20])
 def test_fewer_dimensions_than_picks(backend, D, refine):

@@ -145,7 +145,7 @@ def s1_pool(
         going = going & (position >= 0) & (tl.max(allowed.to(tl.int32), 0) > 0)
         p_norm_sq = tl.load(norm_sq + token + position, mask=going, other=0.0)
         pivot = best_diag + ridge
-        independent = pivot > p_norm_sq * (4 * U)
+        independent = pivot > p_norm_sq * (4 * U) * tl.maximum(begin, 1)
         going = going & (is_first | (independent & (best_diag > 0)))
         if going:
             column = tl.load(gram + best * P + p, mask=p < count, other=0.0).to(tl.float64)

@@ -67,7 +67,7 @@ static void pick_round(const Input& in, Scores& scores, Rounds& rounds) {
     if (best < 0) return;
     const int32_t token = rounds.pool[best];
     const double pivot = diag[best] + in.ridge;
-    const bool dependent = pivot <= 4 * 0x1p-24 * scores.norm_sq[token];
+    const bool dependent = pivot <= 4 * 0x1p-24 * std::max(rounds.begin, 1) * scores.norm_sq[token];
     if ((dependent || !(diag[best] > 0)) && !(k == 0 && token == rounds.first)) return;
     const double inv_diag = dependent ? 0 : 1 / std::sqrt(pivot);
     const float* row = rounds.gram + best * count;

@@ -37,8 +37,8 @@ static Candidate norms(const Input& in, Scores& s, int64_t begin, int64_t end) {
   const float* weight = s.weight;
   for (int64_t t = begin; t < end; t += kTile) {
     const int64_t n = smaller(kTile, end - t);
-    double norm[kTile];
-    tile_dots<E, true>(in, Range{}, t, n, nullptr, 0, norm, nullptr);
+    double norm[kTile], no_dots[kTile];
+    tile_dots<E, true>(in, Range{}, t, n, nullptr, 0, norm, no_dots);
     begin_tile(s, t, n, norm);
     for (int64_t i = t; i < t + n; i++) {
       const float value = weighted(weight, i, s.norm_sq[i]);

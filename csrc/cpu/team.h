@@ -44,6 +44,8 @@ class Team {
 
  private:
   static constexpr uint32_t kOver = ~0u;
+  // Stages are counted through all images of a team. After the last number come 0 and 1 again, as even and odd ones.
+  static uint32_t after(uint32_t stage) { return stage == kOver - 2 ? 0 : stage + 1; }
 
   void open(uint32_t stage) {
     const int64_t chunks = program_->chunks();
@@ -68,7 +70,7 @@ class Team {
       if (!counter.compare_exchange_weak(taken, taken + 1, std::memory_order_acq_rel)) continue;
       program_->run(program_->backwards() ? end - 1 - n : begin + n, slot);
       if (left_.fetch_sub(1, std::memory_order_acq_rel) == 1) {
-        if (program_->advance()) open(stage + 1);
+        if (program_->advance()) open(after(stage));
         else stage_.store(kOver, std::memory_order_release);
         return;
       }
@@ -77,10 +79,10 @@ class Team {
   }
 
   uint32_t next_stage(uint32_t stage) {
-    for (int spins = 0;; spins++) {
+    for (int spins = 0;;) {
       const uint32_t now = stage_.load(std::memory_order_acquire);
       if (now != stage) return now;
-      if (spins < 4000) pause();  // tens of microseconds: stages are about as long
+      if (spins < 4000) spins++, pause();  // tens of microseconds: stages are about as long
       else std::this_thread::yield();
     }
   }

@@ -105,7 +105,8 @@ Stage Walk::next_image() {
   do {
     index_ = call_->next_image.fetch_add(1, std::memory_order_relaxed);
     if (index_ >= p.images) return Stage::kDone;
-    const Extent e = p.ragged ? call_->extents[index_] : Extent{0, p.tokens, index_ * (p.keep + appended_rows), p.keep};
+    const int64_t keep = p.op == APET_SCORE ? 0 : p.keep;  // score ignores the member
+    const Extent e = p.ragged ? call_->extents[index_] : Extent{0, p.tokens, index_ * (keep + appended_rows), keep};
     const int64_t offset = p.ragged ? e.token * p.stride_xn : index_ * p.stride_xb;
     Input& in = image_.input;
     in.x = static_cast<const char*>(call_->tensors.x) + offset * element;

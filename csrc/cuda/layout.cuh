@@ -160,9 +160,9 @@ inline size_t lay_out_workspace(const apet_problem& p, const apet_cuda_plan_t& p
     pointer = base ? reinterpret_cast<Item*>(static_cast<char*>(base) + used) : nullptr;
     size_t bytes = sizeof(Item);
     double exact_bytes = sizeof(Item);
-    for (int64_t factor : count) {
-      bytes *= (size_t)factor;
-      exact_bytes *= (double)factor;
+    for (int64_t extent : count) {
+      bytes *= (size_t)extent;
+      exact_bytes *= (double)extent;
     }
     used += (bytes + 63) / 64 * 64;
     exact += exact_bytes + 63;

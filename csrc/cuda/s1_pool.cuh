@@ -149,7 +149,7 @@ __device__ inline void make_picks(const Call& call, const Image& image, const Ro
     const int p = unpack(best), token = __ldcg(rounds.pool + p);
     const float p_norm_sq = __ldcg(call.norm_sq + image.token + token);
     const Wide pivot = rounds.diag[p] + Wide(call.ridge);
-    const bool independent = pivot > 4 * kUnit * p_norm_sq;
+    const bool independent = pivot > 4 * kUnit * max(begin, 1) * p_norm_sq;
     if (!independent && !(k == 0 && token == first)) break;
     const Wide inv_diag = independent ? inverse_root(pivot) : Wide(0.0f);
     __syncthreads();  // all threads have read the diagonal and the best of the warps
