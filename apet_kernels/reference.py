@@ -100,8 +100,8 @@ def s1_rounds(image: Tokens, basis: int, start: int = -1, ridge: float = Options
 
     A round makes a share of the picks from a pool of candidates, `POOL` for each pick: the unpicked tokens of largest
     resid_sq = ||x||^2 - ||y||^2, ties to the lower position. Within the pool it is the pivoted QR of `s1_basis`: each
-    pick is the token of largest resid_sq, after all picks before it. A round ends early if that token is dependent: pivot
-    = resid_sq + ridge <= 4 m u ||x||^2, m the picks of the rounds before it (at least 1), whose sums round resid_sq.
+    pick is the token of largest resid_sq, after all picks before it. A round ends early if that token is dependent:
+    pivot = resid_sq + ridge <= 4 m u ||x||^2, m the picks of the rounds before it (at least 1), whose sums round it.
     `start` is the first pick of the first round; if its norm is not finite, it counts as -1. Tokens of non-finite norm,
     and those that the basis reconstructs exactly (zero vectors too), are never picked. resid_sq is compared times the
     weights.
