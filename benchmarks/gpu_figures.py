@@ -39,6 +39,8 @@ def add(folder: Path, root: Path) -> str:
     into = root / RESULTS / f"gpu-{name}"
     into.mkdir(parents=True, exist_ok=True)
     shutil.copy(folder / "results.jsonl", into)
+    if (device := report.named(lines, "card", "device")["device"]).get("cuda", "").startswith("ROCm"):
+        return f"{HEADER} is unchanged: {device['name']} runs no CUDA kernels"
     header = root / HEADER
     text, kept = figures.updated(header.read_text(), lines)
     header.write_text(text)

@@ -8,6 +8,7 @@ the tests themselves. Tests that need a stream are skipped.
 from __future__ import annotations
 
 import contextlib
+import os
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -29,6 +30,9 @@ OPS = torch.ops.apet
 DRY = not torch.cuda.is_available()
 DEVICE = "cpu" if DRY else "cuda"
 WHY_NOT = {name: apet_kernels.why_unavailable(name) for name in ("triton", "cuda")}
+for _name in filter(None, os.environ.get("APET_GPU_BACKENDS", "").split(",")):  # usable where these tests were started
+    if WHY_NOT[_name]:
+        raise RuntimeError(f"these tests do not find {_name}: {WHY_NOT[_name]}")
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(None not in WHY_NOT.values(), reason=str(WHY_NOT))]
 needs_gpu = pytest.mark.skipif(DRY, reason="a dry run has no streams and no memory to count")
 

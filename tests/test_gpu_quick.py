@@ -198,7 +198,10 @@ def test_a_run_that_is_cut_off_has_some_ways_of_every_call(tmp_path, monkeypatch
     """The two shapes, the three dtypes and all ops come in turns, and tokens are made once, not for every way."""
     monkeypatch.setattr(proofs, "prepare", lambda options: None)
     monkeypatch.setattr(proofs, "usable", lambda options: ["cuda"])
-    names = [item.name for item in proofs.every_path(Options(out=str(tmp_path)))]
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 6))
+    whole = [item.name for item in proofs.every_path(Options(out=str(tmp_path)))]
+    assert whole[0] == "placed | cooperative"
+    names = [name for name in whole if not name.startswith("placed")]
     calls = [str(each) for each in paths.calls()]
     ways = [name.split(" | ") for name in names if not name.endswith("float64")]
     assert len(ways) == len(calls) * (1 + len(testing.cuda_paths()))
@@ -208,7 +211,9 @@ def test_a_run_that_is_cut_off_has_some_ways_of_every_call(tmp_path, monkeypatch
     one = paths.calls()[0]
     assert one.tokens() is one.tokens() is dataclasses.replace(one, op="score").tokens()
     options = Options(out=str(tmp_path), rehearse=True)
-    rehearsed = [item.name.split(" | ") for item in proofs.every_path(options) if not item.name.endswith("float64")]
+    names = [item.name for item in proofs.every_path(options)]
+    assert names[:3] == [f"placed | {path}" for path in ("cooperative", "cluster", "fused")]
+    rehearsed = [name.split(" | ") for name in names[3:] if not name.endswith("float64")]
     assert {each for each, _ in rehearsed} == {str(each) for each in paths.calls(tiny=True)}
     assert {way for _, way in rehearsed} == {way for _, way in ways}
 

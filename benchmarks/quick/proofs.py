@@ -10,6 +10,7 @@ import re
 import shutil
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,6 +26,7 @@ ROOT = Path(__file__).parents[2]
 SANITIZERS = ("memcheck", "racecheck", "synccheck", "initcheck")
 REHEARSED = 11  # a rehearsal runs one in so many of the ways of all calls
 SHORTEST = 20.0  # seconds that every sanitizer has
+TESTS_SHARE = 0.95  # of the time of their step that the tests have
 
 
 # ---- self-tests and paths: every path gives the same bits
@@ -61,6 +63,8 @@ def every_path(options: Options) -> Iterator[Item]:
         yield Item("any", raise_unusable)
         return
     calls = paths.calls(tiny=options.rehearse)
+    for name in placed(options):
+        yield Item(f"placed | {name}", functools.partial(_placed, calls[0], name, options.device))
     for call in calls:
         if call.op in ops.LAYOUTS:
             yield Item(f"{call} | float64", functools.partial(_compared, call, options.device))
@@ -69,6 +73,23 @@ def every_path(options: Options) -> Iterator[Item]:
     # On a CPU a part is enough to find mistakes in this file; a prime step reaches every call and every way.
     for way, call in itertools.islice(every, 0, None, REHEARSED if options.rehearse else 1):
         yield Item(f"{call} | {way}", functools.partial(_one_way, call, way, options.device))
+
+
+def placed(options: Options) -> list[str]:
+    """Returns the paths that the device has to run: clusters exist from compute capability 9.0 on."""
+    import torch
+
+    clusters = options.rehearse or torch.cuda.get_device_capability() >= (9, 0)
+    return ["cooperative", *(["cluster", "fused"] if clusters else [])]
+
+
+def _placed(call: Any, name: str, device: str) -> None:
+    """Raises RuntimeError if the device cannot run a small call on a path: elsewhere that counts as not possible."""
+    from apet_kernels import testing
+    from benchmarks.lib import paths
+
+    if paths.forced(call, testing.CudaPath(name, 4), device) is None:
+        raise RuntimeError(f"this device runs no call on the path {name} with 4 CTAs an image")
 
 
 def _compared(call: Any, device: str) -> None:
@@ -246,13 +267,30 @@ def suite(options: Options) -> Iterator[Item]:
 
 
 def _pytest(options: Options, file: str) -> dict[str, Any]:
-    """Runs the tests that are marked `gpu`, if pytest is installed."""
+    """Runs the tests that are marked `gpu`, if pytest is installed, on the run's own package: pytest would put the
+    checkout's before it, which has no libraries. They raise for a backend that is usable here but not to them."""
     if lacks := [name for name in ("pytest", "hypothesis") if importlib.util.find_spec(name) is None]:
         raise NotPossible(f"{' and '.join(lacks)} not installed")
-    command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", str(ROOT / file)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    last = (done.stdout.strip().splitlines() or [""])[-1]
-    if done.returncode:
-        failed = re.findall(r"^(?:FAILED|ERROR) (.*)", done.stdout, re.MULTILINE)
+    command = [sys.executable, "-m", "pytest", "-v", "--tb=short", "-m", "gpu", "-p", "no:cacheprovider"]
+    command += ["-o", "pythonpath=", "--import-mode=append", str(ROOT / file)]
+    environment = {**os.environ, "APET_GPU_BACKENDS": ",".join(usable(options))}
+    tests = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
+    timer = threading.Timer(TESTS_SHARE * options.seconds, tests.kill)
+    timer.start()
+    said = []
+    assert tests.stdout is not None
+    for line in tests.stdout:  # printed at once, so that the step's file has it even if the step is cut off
+        print(line, end="", flush=True)
+        said.append(line.strip())
+    code, late = tests.wait(), not timer.is_alive()
+    timer.cancel()
+    failed = [line for line in said if re.search(r"(^| )(FAILED|ERROR)( |$)", line)]
+    last = next((line for line in reversed(said) if line), "")
+    if late and not failed:
+        passed = sum(" PASSED" in line for line in said)
+        raise NotRun(f"the time of the step was over after {passed} tests, none of which failed")
+    if code or failed:
         raise RuntimeError(f"{last}: {'; '.join(failed)[:600]}")
+    if "passed" not in last:
+        raise RuntimeError(f"no test ran: {last}")
     return {"said": last}

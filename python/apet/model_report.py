@@ -145,7 +145,7 @@ def report(model: nn.Module, inputs: Mapping[str, Any], *, max_new_tokens: int =
     return Report(
         type(engine.model).__name__,
         engine.options,
-        len(inputs["input_ids"]),
+        next(len(inputs[name]) for name in ("input_ids", "inputs", "inputs_embeds") if inputs.get(name) is not None),
         sum(tokens for _, _, tokens in trace.visuals),
         max_new_tokens,
         without,

@@ -7,6 +7,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from apet import calls
+from apet.hooks import generation, relevance
+from apet.hooks.state import RunningCall
 from conversations import Sample, collate
 from families import EOS, FAMILIES, IMAGE, UNSAID, VIDEO, Family, reader, shared, twin
 from recompute import units
@@ -133,3 +135,26 @@ def test_bad_values_raise(wrong: object) -> None:
 def test_it_needs_the_first_stage() -> None:
     with pytest.raises(ValueError, match=r"relevance=0\.5 needs keep: only the first stage uses it"):
         apet.patch(shared("llava"), llm_layer=2, llm_keep=4, relevance=0.5)
+
+
+def test_a_prompt_whose_beginning_is_in_the_cache() -> None:
+    """generate() may be given the new tokens alone, with the mask of all: all of them are the prompt."""
+    for ids in (torch.ones(1, 18, dtype=torch.long), torch.ones(1, 8, dtype=torch.long)):
+        given = {"input_ids": ids, "attention_mask": torch.ones(1, 18, dtype=torch.long)}
+        asked = generation.columns(RunningCall(lambda: None, "generate", given))
+        assert asked == 18
+        call = RunningCall(lambda: None, "core", {}, asked=asked)
+        assert relevance.question(call, torch.zeros(1, 8), 10).all()
+        assert relevance.question(call, torch.zeros(1, 11), 10).sum() == 8  # the others are guesses
+
+
+def test_ids_by_position() -> None:
+    """generate(ids, ...) is generate(input_ids=ids, ...)."""
+    model, inputs = shared("llava"), collate(LLAVA, [conversation(LLAVA, 3, "image", 5)])
+    how = {"max_new_tokens": 2, "do_sample": False, "suppress_tokens": UNSAID}
+    with apet.patched(model, keep=3, relevance=W), calls.Recorder() as recorder:
+        named = model.generate(**inputs, **how)
+        ids = inputs.pop("input_ids")
+        assert torch.equal(model.generate(ids, **inputs, **how), named)
+    one, other = recorder.calls
+    assert torch.equal(one.weights, other.weights)

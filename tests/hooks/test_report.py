@@ -247,3 +247,12 @@ def test_wrong_inputs() -> None:
                     measure(model, inputs | {name: DynamicCache()}, *more)
     with apet.patched(model.model, **FIRST), pytest.raises(ValueError, match=r"LlavaModel has no generate\(\)"):
         apet.report(model.model, inputs)
+
+
+@pytest.mark.parametrize("name", ["inputs", "inputs_embeds"])
+def test_other_forms_of_a_prompt(name: str) -> None:
+    model, inputs = shared("llava"), collate(LLAVA, [conversation(LLAVA, 3, "image", 5)])
+    ids = inputs.pop("input_ids")
+    inputs[name] = ids if name == "inputs" else model.get_input_embeddings()(ids).detach()
+    with apet.patched(model, **FIRST):
+        assert apet.report(model, inputs, max_new_tokens=1, rounds=1).without.lengths == [ids.shape[1]] * 4

@@ -232,3 +232,26 @@ def test_kept(family: Family, stage: str, options: dict[str, Any]) -> None:
                     want = [torch.cat([*places, torch.tensor(sorted(outside), dtype=torch.long)]).sort().values]
                 assert [left.tolist() for left in said.remaining] == [left.tolist() for left in want]
         assert not told
+
+
+@pytest.mark.parametrize("name", ["llava", "llava_next", "qwen2_5_vl"])
+def test_a_call_after_an_interrupted_one(name: str) -> None:
+    """torch runs no hooks after a KeyboardInterrupt, so what the call has left must not be taken for the next one's."""
+    family, model = FAMILIES[name], shared(name)
+    one, other = (collate(family, [conversation(family, n, "image", 5)]) for n in (3, 7))
+    labels = other["input_ids"].masked_fill(other["input_ids"] > 0, -100)
+    labels[:, -2:] = other["input_ids"][:, -2:]
+    how = {"max_new_tokens": 2, "do_sample": False}
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with torch.no_grad(), apet.patched(model, keep=3, basis=2):
+        expected = (model(**other, labels=labels).loss, model.generate(**other, **how))
+        handle = model.lm_head.register_forward_pre_hook(interrupt)
+        layer = model.model.language_model.layers[1].register_forward_pre_hook(interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            model(**one)
+        handle.remove(), layer.remove()
+        assert torch.equal(model.generate(**other, **how), expected[1])
+        torch.testing.assert_close(model(**other, labels=labels).loss, expected[0])

@@ -72,7 +72,7 @@ TRAPS = {
     "layers that need positions, without a rope": Trap("inkling2", second="hybrid"),
     "a recurrent state": Trap("qwen3_5"),
     "short convolutions": Trap("lfm2_vl"),
-    "a state, streams and another name of its mask": Trap("qwen4_exp"),
+    "a state, streams and another name of its mask": Trap("qwen4_exp", second="its indexer reads the rotary"),
     "layers that turn nothing": Trap("muse_glimmer"),
     "best keys handed on to later layers": Trap("mistral_large4", second="prev_topk_indices"),
     "best keys handed on, and streams": Trap("hy_v4_vl", second="prev_topk_indices"),
@@ -125,6 +125,84 @@ def test_cache_of_fixed_size(name: str) -> None:
     """The cache of a sliding layer is as short as the window, and a state has no length."""
     model = build(TRAPS[name])
     assert selfcheck.judge(model, rows_of(model), BOTH, static=True) < TOLERANCE
+
+
+@pytest.mark.parametrize(
+    "name", ["a recurrent state", "short convolutions", "a state, streams and another name of its mask"]
+)
+@pytest.mark.parametrize("stage", ["first", "both"])
+def test_a_later_turn_of_several_tokens_in_a_cache_of_fixed_size(name: str, stage: str) -> None:
+    """Layers that keep a state take in the new tokens, as with a cache that grows."""
+    trap = TRAPS[name]
+    if stage == "both" and trap.second is not None:
+        pytest.skip("it has no second stage")
+    model = build(trap)
+    row = prompt(model, PROMPTS[0], 0)
+    how: dict[str, Any] = {"max_new_tokens": 3, "min_new_tokens": 3, "do_sample": False}
+    how |= {"return_dict_in_generate": True, "output_logits": True}
+    options: dict[str, Any] = {"keep": 0.4, "basis": 4, "check": False}
+    if stage == "both":
+        options |= {"llm_layer": 2, "llm_keep": 0.5}
+    found = []
+    with apet.patched(model, **options):
+        for kind in ({}, {"cache_implementation": "static"}):
+            first = model.generate(**row, **how, **kind, max_length=None)
+            ids = torch.cat([first.sequences, first.sequences[:, -2:], first.sequences[:, -1:]], 1)
+            again = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+            second = model.generate(**again, past_key_values=first.past_key_values, **how)
+            found.append(torch.stack(second.logits, 1))
+    torch.testing.assert_close(found[1], found[0], rtol=0, atol=TOLERANCE)
+
+
+def test_images_after_a_cached_text_in_layers_of_several_kinds() -> None:
+    """Gemma 3 gives every kind of layers a mask of four dimensions, in which cached tokens are columns, too."""
+    model = build(TRAPS["images that see ahead, in every layer"])
+    row = prompt(model, PROMPTS[0], 0)
+    names = [name for name in ("input_ids", "attention_mask", "token_type_ids") if name in row]
+    start = 2
+    results = []
+    with torch.no_grad(), apet.patched(model, keep=3, basis=2, check=False):
+        results.append(
+            model.generate(**row, max_new_tokens=3, do_sample=False, output_logits=True, return_dict_in_generate=True)
+        )
+        cache = model(**{name: row[name][:, :start] for name in names}, use_cache=True).past_key_values
+        results.append(
+            model.generate(
+                **row,
+                past_key_values=cache,
+                max_new_tokens=3,
+                do_sample=False,
+                output_logits=True,
+                return_dict_in_generate=True,
+            )
+        )
+    whole, after = (torch.stack(one.logits, 1) for one in results)
+    torch.testing.assert_close(after, whole, rtol=0, atol=TOLERANCE)
+
+
+def test_positions_that_are_counted_from_1() -> None:
+    """PaliGemma's, if no first stage has counted them anew; attention depends on their differences."""
+    model = build(TRAPS["one mask for full and sliding layers"])
+    row = prompt(model, PROMPTS[0], 0)
+    length = row["input_ids"].shape[1]
+    with torch.no_grad(), apet.patched(model, llm_layer=2, llm_keep=0.5, basis=4, check=False):
+        from_1 = model(**row).logits
+        kept = apet.kept(model).lengths
+        from_0 = model(**row, position_ids=torch.arange(length)[None]).logits
+    assert kept[0] == length > kept[-1]
+    torch.testing.assert_close(from_1, from_0, rtol=0, atol=1e-4)
+
+
+def test_hidden_states_that_were_not_asked_for() -> None:
+    """transformers puts None in their places."""
+    model = build(TRAPS["images that see ahead, in every layer"])
+    row = prompt(model, PROMPTS[0], 0)
+    with torch.no_grad(), apet.patched(model, keep=3, basis=2, check=False):
+        every = model.model(**row, output_hidden_states=True).hidden_states
+        last = model.model(**row, output_hidden_states=-1).hidden_states
+    if None not in last:
+        pytest.skip("this version returns all of them")
+    torch.testing.assert_close(last[-1], every[-1], equal_nan=True)
 
 
 def test_features_of_the_first_layer_are_compressed_where_embeddings_are_zeros() -> None:

@@ -96,6 +96,7 @@ class Engine(Patch):
     def begin_model(self, labels: Tensor | None, places: Any) -> Tensor | None:
         """Returns a copy of the labels for the model. They are shortened in place once the kept tokens are known, but
         not if the class reads results by place. places: `logits_to_keep`."""
+        state.drop_stale(self)
         labels = None if labels is None else labels.clone()
         last = 0 if places is None or isinstance(places, Tensor) else int(places)
         by_place = self.target.by_place or last > 0 or isinstance(places, Tensor)
@@ -163,7 +164,7 @@ class Engine(Patch):
     @torch.compiler.disable(reason=NOT_COMPILED_REASON)
     def before_projector(self, module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor] | None:
         self.threads.projected = None
-        call = self.installed and (state.current(self, "core") or generation.current(self))
+        call = self.installed and (state.current(self, "core", "generate") or generation.of_the_class(self))
         if not call:  # get_image_features() was called outside of a forward and of generate()
             return None
         if len(args) != 1:

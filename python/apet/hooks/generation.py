@@ -31,6 +31,9 @@ def check(target: Target, given: Mapping[str, Any]) -> None:
     chunk = given.get("prefill_chunk_size") or getattr(config, "prefill_chunk_size", None)
     if chunk is not None:
         raise ValueError(f"prefill_chunk_size={chunk} would split images between chunks; leave it out")
+    for name in ("use_mtp", "speculation_type", "penalty_alpha"):
+        if (value := given.get(name) or getattr(config, name, None)) is not None and value is not False:
+            raise ValueError(f"{name}={value!r} reads hidden states at the places of dropped tokens; leave it out")
     beams = given.get("num_beams") or getattr(config, "num_beams", None) or 1
     if target.options.adaptive and beams > 1:  # beams of a prompt must have the same tokens, to take turns in a cache
         named = "share=True" if target.options.share else "guard='keep'"
@@ -104,13 +107,22 @@ def named(generate: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[s
     transformers' generate()."""
     parameters = inspect.signature(generate).parameters.values()
     names = [p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
-    return dict(zip(names or ("inputs", "generation_config"), args, strict=False)) | dict(kwargs)
+    found = dict(zip(names or ("inputs", "generation_config"), args, strict=False)) | dict(kwargs)
+    ids = found.get("inputs")
+    if found.get("input_ids") is None and isinstance(ids, Tensor) and not ids.is_floating_point():
+        found["input_ids"] = ids
+    return found
 
 
 def columns(call: RunningCall) -> int | None:
-    """Returns the number of tokens of a prompt that generate() was called with; None if it was called without any."""
-    given = (call.inputs.get(name) for name in ("inputs", "input_ids", "inputs_embeds"))
-    return max((p.shape[1] for p in given if isinstance(p, Tensor) and p.dim() > 1), default=None)
+    """Returns the number of tokens of a prompt that generate() was called with, including those that a cache holds and
+    only the attention mask shows; None if it was called without any."""
+    given = [call.inputs.get(name) for name in ("inputs", "input_ids", "inputs_embeds")]
+    found = [p.shape[1] for p in given if isinstance(p, Tensor) and p.dim() > 1]
+    mask = call.inputs.get("attention_mask")
+    if found and isinstance(mask, Tensor) and mask.dim() == 2:
+        found.append(mask.shape[1])
+    return max(found, default=None)
 
 
 def call_of(patch: Patch, given: Mapping[str, Any]) -> RunningCall:

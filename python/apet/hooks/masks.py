@@ -19,7 +19,6 @@ from torch.nn.attention.flex_attention import create_mask
 from .mask_functions import KINDS, RECURRENT
 from .sequence import Packing
 
-LIMITED = ("sliding_attention", "chunked_attention")  # kinds of layers whose caches do not hold every column
 More = dict[str, Tensor]  # kind of layers -> the pairs [B, L, past + L] bool seen in addition to the causal ones
 
 
@@ -77,7 +76,7 @@ def _read(
     total = past + length
     if not isinstance(mask, Tensor):
         mask = create_mask(mask.mask_mod, batch, None, length, total, device=device)
-    if mask.dim() not in (2, 4) or mask.shape[-1] < total or (past and kind in LIMITED and mask.dim() == 4):
+    if mask.dim() not in (2, 4) or mask.shape[-1] < total:
         raise ValueError(
             f"attention_mask of shape {tuple(mask.shape)} does not say which of {total} tokens are padding, {past} of "
             "which the cache holds; give a 2-D mask over all of them"

@@ -77,7 +77,10 @@ def aligned(output: Any, trace: Trace, last: int) -> Any:
         return rows, *output[1:]
     output[next(iter(output))] = rows
     if (states := output.get("hidden_states")) is not None:
-        output["hidden_states"] = tuple(_by_place(found, x) if x.shape[1] == found.lengths[-1] else x for x in states)
+        # None: of a layer whose states were not asked for.
+        output["hidden_states"] = tuple(
+            x if x is None or x.shape[1] != found.lengths[-1] else _by_place(found, x) for x in states
+        )
     return output
 
 

@@ -199,7 +199,8 @@ def check_rotary_values(target: Target, forward: Forward, kind: str, rotary: Any
     late, device = forward.late, forward.late.x.device
     valid = forward.valid.to(device)
     columns = torch.arange(late.past, late.past + valid.shape[1], device=device)[None]
-    for counts in (late.before, columns):
+    # Positions may also be counted from 1, since attention depends on their differences.
+    for counts in (late.before, columns, late.before + 1, columns + 1):
         made = rotary_like(target, forward, kind, counts, rotary)
         if all(
             torch.equal(one.to(device).expand(len(valid), -1, -1)[valid], ours.expand(len(valid), -1, -1)[valid])

@@ -36,6 +36,9 @@ class Part:
 
         tail [B, n] bool: which of the tokens after the prompt are no padding; None: all.
         """
+        if self.fixed and new > 1 and not torch.compiler.is_compiling():
+            # Layers that keep a state take the last columns for the new tokens; mask functions pad the rest.
+            return self.mask[:, : int(past) + new]
         if self.fixed:
             columns = torch.arange(self.mask.shape[1], device=self.mask.device)
             return self.mask & (columns < on(past, self.mask.device) + new)
@@ -194,9 +197,20 @@ def end(engine: Any, of: str) -> None:
             return
 
 
-def current(engine: Any, of: str) -> RunningCall | None:
-    """Returns an engine's innermost running call of this kind, or None."""
-    return next((c for c in reversed(_CALLS.get()) if c.engine() is engine and c.of == of), None)
+def drop_stale(engine: Any) -> None:
+    """Ends the calls of the model and the core model that an interrupt has left: torch runs no hooks after one. Called
+    before a call of the model, which is in none of them."""
+    calls = _CALLS.get()
+    mine = [i for i, call in enumerate(calls) if call.engine() is engine]
+    within = max((i for i in mine if calls[i].of == "generate"), default=-1)
+    stale = [i for i in mine if i > within]
+    if stale:
+        _CALLS.set(calls[: stale[0]])
+
+
+def current(engine: Any, *of: str) -> RunningCall | None:
+    """Returns an engine's innermost running call of these kinds, or None."""
+    return next((c for c in reversed(_CALLS.get()) if c.engine() is engine and c.of in of), None)
 
 
 def has_pixels(inputs: Mapping[str, Any]) -> bool:

@@ -205,6 +205,11 @@ def check_second_stage(language_model: nn.Module, layers: nn.ModuleList, llm_lay
             f"llm_layer={llm_layer} cannot be used with {owner}: its first layer that attends to tokens is layer "
             f"{attending[0]}, and the cache counts tokens there; llm_layer={attending[0] + 1} is the least"
         )
+    if getattr(config, "indexer_budget", None) is not None:
+        raise ValueError(
+            f"llm_layer={llm_layer} cannot be used with {owner}: its indexer reads the rotary embeddings of all tokens "
+            "in the cache, of which the layers from there on have fewer"
+        )
     if getattr(config, "num_kv_shared_layers", 0):
         raise ValueError(
             f"llm_layer={llm_layer} cannot be used with {owner}: its last {config.num_kv_shared_layers} layers use the "
