@@ -123,6 +123,62 @@ def test_patches_name_the_characters_that_cover_them(coffee: sources.Sources) ->
         for thing in scene.things:
             if thing.box[3] >= 2 * scenes.PATCH:  # each letter of a large word covers a patch
                 assert set(thing.what) <= {chr(code) for code in scene.patches}
+        for number, thing in enumerate(scene.things, start=1):
+            x, y, wide, tall = thing.box
+            rows, columns = np.divmod(np.flatnonzero(scene.middles == number), scenes.GRID)
+            corners = list(zip((columns * scenes.PATCH).tolist(), (rows * scenes.PATCH).tolist(), strict=True))
+            assert len(corners) <= 1  # none where the middle of another one is in the same patch
+            assert all(
+                a <= x + wide / 2 < a + scenes.PATCH and b <= y + tall / 2 < b + scenes.PATCH for a, b in corners
+            )
+        assert 0.8 * len(scene.things) <= np.count_nonzero(scene.middles) <= len(scene.things)
+
+
+def test_patches_name_their_brightness(coffee: sources.Sources) -> None:
+    for number in range(6):
+        scene, asked = features.make(coffee, 11, number)
+        grey = np.asarray(Image.fromarray(scene.pixels).convert("L"), float)
+        brightness = features.Picture.of(scene, asked).brightness
+        for patch in range(scenes.GRID**2):
+            row, column = (scenes.PATCH * at for at in divmod(patch, scenes.GRID))
+            assert abs(grey[row : row + scenes.PATCH, column : column + scenes.PATCH].mean() - brightness[patch]) < 1.5
+
+
+@pytest.mark.parametrize("variation", [
+    scenes.Variation(1.0, 0.0, 0.0, 0.0), scenes.Variation(1.3, 0.0, 0.0, 0.0), scenes.Variation(1.0, 0.3, 0.0, 0.0),
+    scenes.Variation(1.0, 0.0, 0.2, 0.0), scenes.Variation(0.8, 0.25, 0.1, 0.04),
+])  # fmt: skip
+@pytest.mark.parametrize("face", ["DejaVuSans", "cmr10"])
+def test_a_varied_word_is_as_high_and_its_letters_are_where_its_spans_say(
+    face: str, variation: scenes.Variation
+) -> None:
+    name, high = f"{sources.MATPLOTLIB}/{face}.ttf", 36
+    mask, spans = scenes.written("LIGHT", name, high, (scenes.SIDE, scenes.SIDE), variation)
+    assert abs(mask.height - high * (1 + 2 * variation.stroke)) <= 3
+    plain, _ = scenes.written("LIGHT", name, high, (scenes.SIDE, scenes.SIDE))
+    wide = plain.width + high * (4 * variation.spacing + 8 * variation.stroke)
+    if variation.slant == 0:
+        assert abs(mask.width / (wide * variation.stretch) - 1) < 0.06
+    else:
+        assert mask.width > wide * variation.stretch
+    ink = np.asarray(mask, float)
+    assert len(spans) == 5
+    assert all(end == begin for (_, end), (begin, _) in itertools.pairwise(spans))
+    # The foot of a slanted letter is to the left of its span, and its top to the right: look at half its height.
+    middle = ink[mask.height // 2 - 1 : mask.height // 2 + 2].max(0) > 100
+    for begin, end in spans:
+        assert middle[max(begin, 0) : max(end, 0)].any()
+    stem = np.flatnonzero(middle)[0]  # of the L
+    assert spans[0][0] - 2 <= stem < spans[0][1]
+
+
+def test_only_words_of_training_are_varied() -> None:
+    def variations(split: str) -> list[scenes.Variation | None]:
+        draw = np.random.default_rng(0)
+        return [scenes.Variation.draw(made_of(split), draw) for _ in range(90)]
+
+    assert set(variations("val")) == set(variations("test")) == {None}
+    assert 45 <= sum(one is not None for one in variations("train")) <= 75
 
 
 def answer_of(scene: scenes.Scene, text: str) -> str:
@@ -151,10 +207,11 @@ def answer_of(scene: scenes.Scene, text: str) -> str:
         return max(quarters, key=lambda name: quarters[name])
     if match := re.fullmatch(r"is there (?:the|a) (.+)", text):
         return yes(f"the {match[1]}" in by_name)
-    if match := re.fullmatch(r"is (.+) (left of|right of|above|below) (.+)", text):
-        one, other = (by_name[match[i]].middle for i in (1, 3))
-        axis = 0 if "of" in match[2] else 1
-        return yes((one[axis] < other[axis]) == (match[2] in ("left of", "above")))
+    if match := re.fullmatch(r"is (.+) (left or right of|above or below) (.+)", text):
+        (x, y), (other_x, other_y) = (by_name[match[i]].middle for i in (1, 3))
+        if match[2] == "above or below":
+            return "above" if y < other_y else "below"
+        return "left" if x < other_x else "right"
     place = {(i // scene.columns, i % scene.columns): t.what for i, t in enumerate(scene.things)}
     if match := re.fullmatch(r"which word is in row (\d) of (\d) column (\d) of (\d)", text):
         assert (int(match[2]), int(match[4])) == (max(row for row, _ in place) + 1, scene.columns)

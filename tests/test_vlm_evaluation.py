@@ -40,13 +40,37 @@ def test_evaluation_writes_answers_that_count_again(
     evaluation.evaluate(untrained, packer, split, ["paper", "random"], [16], tmp_path)
     found = evaluation.Answers(tmp_path)
     assert len(found.asked) == sum(len(evaluation.chosen(p.questions)) for p in split.pictures)
-    assert len(list(tmp_path.iterdir())) == 3 + len(arms.WHOLE) + 2
+    assert len(list(tmp_path.iterdir())) == 4 + len(arms.WHOLE) + 2
     assert found.needed(16).tolist() == arms.needed(evaluation.look(untrained, split).tokens, 16)
     said = evaluation.answers(untrained, packer, evaluation.look(untrained, split), "paper", 16)
     right = [one.answer == given for picture, some in zip(split.pictures, said, strict=True)
              for one, given in zip(evaluation.chosen(picture.questions), some, strict=True)]  # fmt: skip
     assert found.right("paper", 16).tolist() == right
     assert found.stored() == [("paper", 16), ("random", 16)]
+
+
+def test_answers_of_other_weights_or_questions_are_not_continued(
+    untrained: Any,  # noqa: F811
+    packer: packing.Packer,  # noqa: F811
+    tmp_path: Path,
+) -> None:
+    """They would stand in one table."""
+    split = some_pictures(2)
+    for _ in range(2):
+        evaluation.evaluate(untrained, packer, split, ["paper"], [16], tmp_path)
+    with pytest.raises(ValueError, match="has answers to other questions"):
+        evaluation.evaluate(untrained, packer, some_pictures(2, seed=11), ["paper"], [16], tmp_path)
+    weight = untrained.model.multi_modal_projector.linear_2.weight
+    before = weight.data.clone()
+    try:
+        weight.data.mul_(1.5)
+        with pytest.raises(ValueError, match="has answers of other weights"):
+            evaluation.evaluate(untrained, packer, split, ["random"], [16], tmp_path)
+    finally:
+        weight.data.copy_(before)
+    (tmp_path / evaluation.MADE).unlink()
+    with pytest.raises(ValueError, match="has answers of other weights"):
+        evaluation.evaluate(untrained, packer, split, ["paper"], [16], tmp_path)
 
 
 def test_two_stages_keep_half_as_many_more_and_half_as_many(

@@ -14,8 +14,8 @@ pytestmark = pytest.mark.rest  # a study, and no part of the package
 
 
 def test_answers_look_at_what_they_are_about(packer: packing.Packer) -> None:  # noqa: F811
-    """A letter of a word at its own patches, other answers at all patches of their things, ends nowhere. Two things
-    that are compared have a head each."""
+    """A letter of a word at its own patches, places at the middles of things, the brightest quarter at itself, other
+    answers at all patches of their things, ends nowhere. Two things that are compared have a head each."""
     split = some_pictures(12)
     asked = [picture.questions for picture in split.pictures]
     packed = packer.pack(asked, features.TOKENS, answers=True)
@@ -23,7 +23,10 @@ def test_answers_look_at_what_they_are_about(packer: packing.Packer) -> None:  #
     assert set(looks) == {guidance.BEFORE, guidance.LAYER}
     kinds = set()
     for b, picture in enumerate(split.pictures):
-        of_thing = {i: [n for n, owner in enumerate(picture.owners) if owner - 1 == i] for i in range(8)}
+        of_thing, middle = (
+            {i: [n for n, owner in enumerate(grid) if owner - 1 == i] for i in range(8)}
+            for grid in (picture.owners, picture.middles)
+        )
         for number, one in enumerate(asked[b], start=1):
             at = ((packed.part[b] == number) & (packed.target[b] != packing.NOTHING)).nonzero().flatten().tolist()
             answer = packer.encode(one.answer)
@@ -36,14 +39,22 @@ def test_answers_look_at_what_they_are_about(packer: packing.Packer) -> None:  #
                         assert {picture.owners[n] - 1 for n in seen} <= set(one.about)
                         assert {chr(picture.patches[n]) for n in seen} <= {one.answer[letter - 1]}
                     elif one.kind == "relation":
-                        assert seen == of_thing[one.about[head]]
+                        assert seen == middle[one.about[head]]
+                    elif one.kind == "place":
+                        assert seen == middle[one.about[0]]
+                    elif one.kind == "brightest":
+                        down, along = one.answer.split()
+                        rows, columns = ({n // 16 for n in seen}, {n % 16 for n in seen})
+                        assert rows == set(range(8) if down == "top" else range(8, 16))
+                        assert columns == set(range(8) if along == "left" else range(8, 16))
+                        assert len(seen) == 64
                     else:
                         assert seen == sorted(n for i in one.about for n in of_thing[i])
                     kinds.add((one.kind, bool(seen)))
         for grid in looks.values():
             assert not grid[b, packed.target[b] == packing.NOTHING].any()
     assert {("read", True), ("beside", True), ("digit", True), ("place", True), ("count", False)} <= kinds
-    assert ("relation", True) in kinds
+    assert {("relation", True), ("brightest", True)} <= kinds
 
 
 def test_the_word_beside_is_found_by_the_other_one(packer: packing.Packer) -> None:  # noqa: F811
@@ -117,7 +128,7 @@ def test_without_anything_to_look_at_there_is_no_loss(
     packer: packing.Packer,  # noqa: F811
 ) -> None:
     split = some_pictures(1)
-    asked = [[one for one in split.pictures[0].questions if not one.about][:1]]
+    asked = [[one for one in split.pictures[0].questions if one.kind == "count"]]
     packed = packer.pack(asked, features.TOKENS, answers=True)
     looks = guidance.looks(packed, asked, split.pictures)
     guide = guidance.Guide()

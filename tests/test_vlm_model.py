@@ -238,14 +238,22 @@ def test_a_token_is_read_by_linear_layers() -> None:
         reader.read["characters"].weight[reader.number[torch.tensor(picture.patches)]]
         + reader.read["letters"].weight[torch.tensor(picture.letters)]
         + reader.read["colours"].weight[torch.tensor(picture.colours)]
+        + reader.read["middles"].weight[(torch.tensor(picture.middles) > 0).long()]
         + reader.read["rows"].weight[at // scenes.GRID]
         + reader.read["columns"].weight[at % scenes.GRID]
         for picture in split.pictures
     ]).detach()  # fmt: skip
     right, wrong = (reader.losses(of, split.pictures) for of in (rows, rows.roll(1, 0)))
-    for name in ("characters", "letters", "colours"):
+    for name in ("characters", "letters", "colours", "middles"):
         assert right[name] < 0.2 * wrong[name], name
     assert right["places"] < 0.2 * reader.losses(rows.roll(1, 1), split.pictures)["places"]
+    bright = torch.tensor([picture.brightness for picture in split.pictures]) / 127.5 - 1
+    # Rows of mean square 1 in which the sum of two channels is the brightness.
+    angle = (bright / 2).asin()
+    rows = torch.stack([angle.sin(), angle.sin(), angle.cos(), angle.cos()], -1).repeat(1, 1, 128) * 2**0.5
+    reader.brightness.weight.data.zero_()[0, :2] = 0.5**0.5
+    reader.brightness.bias.data.zero_()
+    assert reader.losses(rows, split.pictures)["brightness"] < 1e-6
 
 
 def test_features_that_are_missing_or_too_few_are_an_error(tmp_path: Path) -> None:

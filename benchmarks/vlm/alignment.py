@@ -1,8 +1,9 @@
 """What tower and projector are trained to say about patches, before the decoder is trained.
 
-A projected token should say which character and which colour its patch shows, and which letter of its word the
-character is, so that a linear layer can read it. Without this the decoder answers at random for thousands of steps: it
-cannot learn where to look before it reads what is there, nor the other way round.
+A projected token should say which character and which colour its patch shows, which letter of its word the character
+is, how bright the patch is, and whether the middle of a thing is in it, so that a linear layer can read it. Without
+this the decoder answers at random for thousands of steps: it cannot learn where to look before it reads what is there,
+nor the other way round.
 
 What tokens say must not be said in the embeddings of words: attention would find the word "red" of the question before
 any red patch, since nothing resembles a word as much as it does itself.
@@ -32,27 +33,34 @@ class Reader(nn.Module):
             "characters": 1 + len(questions.CHARACTERS),
             "letters": 1 + sources.LONGEST,
             "colours": 1 + len(scenes.COLOURS),
+            "middles": 2,
             "rows": scenes.GRID,
             "columns": scenes.GRID,
         }
         self.read = nn.ModuleDict({name: nn.Linear(width, size) for name, size in sizes.items()})
+        self.brightness = nn.Linear(width, 1)
         number = torch.zeros(128, dtype=torch.long)
         number[[ord(character) for character in questions.CHARACTERS]] = torch.arange(1, sizes["characters"])
         self.register_buffer("number", number)
 
     def losses(self, projected: Tensor, pictures: Sequence[Picture]) -> dict[str, Tensor]:
-        """Returns the cross entropies of characters, numbers of letters, colours and places."""
+        """Returns the cross entropies of characters, numbers of letters, colours, middles and places, and the mean
+        squared error of the brightness, from -1 to 1."""
         rows = F.rms_norm(projected.flatten(0, 1), projected.shape[-1:])  # [B * N, D]
         at = torch.arange(scenes.GRID**2).repeat(len(pictures))
         right = {
             "characters": self.number[torch.tensor([picture.patches for picture in pictures])].flatten(),
             "letters": torch.tensor([picture.letters for picture in pictures]).flatten(),
             "colours": torch.tensor([picture.colours for picture in pictures]).flatten(),
+            "middles": (torch.tensor([picture.middles for picture in pictures]).flatten() > 0).long(),
             "rows": at // scenes.GRID,
             "columns": at % scenes.GRID,
         }
         losses = {name: F.cross_entropy(self.read[name](rows), labels) for name, labels in right.items()}
-        return {**losses, "places": losses.pop("rows") + losses.pop("columns")}
+        brightness = torch.tensor([picture.brightness for picture in pictures]).flatten() / 127.5 - 1
+        losses["brightness"] = F.mse_loss(self.brightness(rows).squeeze(-1), brightness)
+        losses["places"] = losses.pop("rows") + losses.pop("columns")
+        return losses
 
 
 @torch.no_grad()

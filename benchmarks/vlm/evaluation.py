@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from benchmarks.lib.machine import describe
 from benchmarks.quality.counting import RESAMPLES, Interval
 from benchmarks.vlm import arms, features, guard, llava, packing
 from benchmarks.vlm.arms import ARMS, BUDGETS, BY_QUESTION, FULL, HALVES, MORE, STAGED, WHOLE, Arm, Batch
@@ -31,6 +32,7 @@ EACH = 8  # questions about a picture at most
 QUESTIONS = "questions.jsonl.gz"
 SIGNALS = "signals.jsonl.gz"
 NEEDED = "needed.jsonl.gz"
+MADE = "made.json"  # with which weights, and at which commit the first answers were made
 
 
 def chosen(asked: Sequence[Question], count: int = EACH) -> list[Question]:
@@ -125,16 +127,26 @@ def by_kind(asked: Sequence[Question], right: np.ndarray) -> dict[str, float]:
 def evaluate(
     model: Any, packer: packing.Packer, split: Split, names: Sequence[str], budgets: Sequence[int], out: Path
 ) -> None:
-    """Writes into `out` what is not there yet: questions, signals of pictures, answers of every arm at every budget."""
+    """Writes into `out` what is not there yet: questions, signals of pictures, answers of every arm at every budget.
+
+    Raises: ValueError, if `out` has answers of other weights, or to other questions.
+    """
     out.mkdir(parents=True, exist_ok=True)
-    _write(
-        out / QUESTIONS,
-        [
-            {"picture": i, "photograph": picture.photograph, "region": picture.region, **asdict(one)}
-            for i, picture in enumerate(split.pictures)
-            for one in chosen(picture.questions)
-        ],
-    )
+    asked = [
+        {"picture": i, "photograph": picture.photograph, "region": picture.region, **asdict(one)}
+        for i, picture in enumerate(split.pictures)
+        for one in chosen(picture.questions)
+    ]
+    made = {"weights": llava.digest(model), "commit": describe()["commit"]}
+    if (out / QUESTIONS).exists():
+        before = json.loads((out / MADE).read_text()) if (out / MADE).exists() else {}
+        if before.get("weights") != made["weights"]:
+            raise ValueError(f"{out} has answers of other weights: give another --results, or empty it")
+        if _read(out / QUESTIONS) != json.loads(json.dumps(asked)):
+            raise ValueError(f"{out} has answers to other questions: give another --results, or empty it")
+    else:
+        (out / MADE).write_text(json.dumps(made, indent=2) + "\n")
+        _write(out / QUESTIONS, asked)
     seen = look(model, split)
     if not (out / SIGNALS).exists():
         found = guard.signals(seen.tokens, BUDGETS)

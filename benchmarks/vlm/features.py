@@ -1,8 +1,8 @@
 """States of the pictures of a split after the layers of the trunk that are not trained, computed once.
 
-They are the raw output of layer 6 of DINOv2-S/14: of a picture its class token and 256 patches. A split is two files in
-a folder outside of the repository, both of which only grow, so that a stopped call continues and more pictures can be
-added: SPLIT.f16, the states [n, 257, 384] float16, and SPLIT.jsonl, a picture in each line.
+They are the raw output of layer 6 of DINOv2-S/14: of a picture its class token and 256 patches. A split is in a folder
+outside of the repository: SPLIT.f16, the states [n, 257, 384] float16, and SPLIT.jsonl, a picture in each line, which
+only grow, so that a stopped call continues and more pictures can be added; and SPLIT.json, what they were made with.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ BATCH = 16
 
 @dataclass
 class Picture:
-    """The description of a picture. All but `questions` are fields of `scenes.Scene`."""
+    """The description of a picture. All but `questions` are what `scenes.Scene` calls so."""
 
     photograph: str
     region: int
@@ -40,6 +40,8 @@ class Picture:
     letters: list[int]  # [256]
     owners: list[int]  # [256]
     colours: list[int]  # [256]
+    middles: list[int]  # [256]
+    brightness: list[int]  # [256]
     questions: list[Question]
 
     @property
@@ -50,7 +52,7 @@ class Picture:
     @classmethod
     def of(cls, scene: scenes.Scene, asked: list[Question]) -> Picture:
         """Returns the description of a scene with these questions."""
-        labels = (scene.patches, scene.letters, scene.owners, scene.colours)
+        labels = (scene.patches, scene.letters, scene.owners, scene.colours, scene.middles, scene.brightness())
         return cls(scene.photograph, scene.region, *(grid.tolist() for grid in labels), asked)
 
 
@@ -76,8 +78,16 @@ def make(made_of: sources.Sources, seed: int, number: int) -> tuple[scenes.Scene
 
 
 def extract(folder: Path, split: str, count: int, seed: int, photos: Path | None = None) -> None:
-    """Makes and encodes pictures until there are `count`; photos: a folder to take photographs from instead."""
+    """Makes and encodes pictures until there are `count`; photos: a folder to take photographs from instead.
+
+    Raises: ValueError, if the pictures that are there were made with another seed or from other photographs.
+    """
     folder.mkdir(parents=True, exist_ok=True)
+    made_with = {"seed": seed, "photos": None if photos is None else str(photos.resolve())}
+    record = folder / f"{split}.json"
+    if record.exists() and (before := json.loads(record.read_text())) != made_with:
+        raise ValueError(f"{folder} has pictures of {split} with {before}, not {made_with}: give another --cache")
+    record.write_text(json.dumps(made_with))
     done = _settle(folder, split)
     made_of = sources.load(split, photos)
     # With one layer more than is read, since some releases of transformers apply the final norm to the last one.

@@ -16,11 +16,13 @@ from torch import Tensor
 
 from benchmarks.vlm.features import TOKENS, Picture
 from benchmarks.vlm.packing import NOTHING, Blocks, Packed, attend
-from benchmarks.vlm.questions import Question
+from benchmarks.vlm.questions import QUARTERS, Question
+from benchmarks.vlm.scenes import GRID
 
 LAYER, HEADS = 2, 2  # the layer of the decoder, and how many of its heads
 BEFORE = 1  # the layer that should attend to a word whose neighbour is asked for
 SPELLED = ("read", "beside")  # answered by a word, letter after letter
+PLACED = ("place", "relation")  # answered from where things are
 
 
 class Guide:
@@ -79,17 +81,20 @@ def looks(packed: Packed, asked: Sequence[Sequence[Question]], pictures: Sequenc
     """Returns for each guided layer [B, L, HEADS, 256] bool: the patches that each head should attend to at a position
     whose next token belongs to an answer.
 
-    A letter of a word is looked for where it is written, any other answer at the things that the question is about;
-    where these are two things to compare, each head looks for one. For the word beside another one, the layer before
-    looks for that one.
+    A letter of a word is looked for where it is written, where a thing is in its middle, any other answer at the things
+    that the question is about; where two things are compared, each head looks for one. For the word beside another one,
+    the layer before looks for that one, and for the brightest quarter heads look there.
     """
     found, before = (torch.zeros(*packed.ids.shape, HEADS, TOKENS, dtype=torch.bool) for _ in range(2))
     for b, (some, picture) in enumerate(zip(asked, pictures, strict=True)):
-        owners, letters = torch.tensor(picture.owners), torch.tensor(picture.letters)
+        owners, letters, middles = (torch.tensor(v) for v in (picture.owners, picture.letters, picture.middles))
         for number, one in enumerate(some, start=1):
-            shown = torch.isin(owners, torch.tensor([1 + i for i in one.about], dtype=torch.long)).repeat(HEADS, 1)
+            of_things = middles if one.kind in PLACED else owners
+            shown = torch.isin(of_things, torch.tensor([1 + i for i in one.about], dtype=torch.long)).repeat(HEADS, 1)
             if one.kind == "relation":
-                shown = owners == 1 + torch.tensor(one.about)[:, None]
+                shown = of_things == 1 + torch.tensor(one.about)[:, None]
+            elif one.kind == "brightest":
+                shown = quarter(QUARTERS.index(one.answer)).repeat(HEADS, 1)
             beside = owners == owner_of(picture, one.text.split()[-1]) if one.kind == "beside" else None
             answer = ((packed.part[b] == number) & (packed.target[b] != NOTHING)).nonzero().flatten().tolist()
             for letter, at in enumerate(answer[:-1], start=1):  # not where the answer ends
@@ -97,6 +102,12 @@ def looks(packed: Packed, asked: Sequence[Sequence[Question]], pictures: Sequenc
                 if beside is not None:
                     before[b, at] = beside
     return {BEFORE: before, LAYER: found}
+
+
+def quarter(number: int) -> Tensor:
+    """Returns the patches of a quarter of the picture, an index into `QUARTERS`, [256] bool."""
+    rows, columns = (torch.arange(GRID) // (GRID // 2) == half for half in divmod(number, 2))
+    return (rows[:, None] & columns).flatten()
 
 
 def owner_of(picture: Picture, word: str) -> int:

@@ -8,6 +8,7 @@ writes them as one folder for `from_pretrained`, `apet generate`, `apet eval` an
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -134,19 +135,31 @@ def attention(model: Any, states: Tensor) -> Tensor:
     return F.softmax(query @ key.mT * of.scaling, -1)[:, :, 0, 1:].mean(1)
 
 
-def save(model: Any, folder: Path) -> None:
-    """Writes config, processor and, in float16, all weights except the trunk's that were not trained."""
-    folder.mkdir(parents=True, exist_ok=True)
-    model.config.save_pretrained(folder)
-    processor().save_pretrained(folder)
+def trained_weights(model: Any) -> dict[str, Tensor]:
+    """Returns the weights that are stored, in float16: all except the trunk's that were not trained."""
     own = tuple(f"{TOWER}encoder.layer.{number}." for number in range(features.LAYER, LAYERS))
     tied = () if not model.config.tie_word_embeddings else ("lm_head.weight",)
-    weights = {
+    return {
         name: weight.detach().half().contiguous()
         for name, weight in model.state_dict().items()
         if name not in tied and (not name.startswith(TOWER) or name.startswith(own))
     }
-    safetensors.torch.save_file(weights, folder / WEIGHTS, {"format": "pt"})
+
+
+def digest(model: Any) -> str:
+    """Returns the SHA-256 of the weights that are stored."""
+    found = hashlib.sha256()
+    for name, weight in sorted(trained_weights(model).items()):
+        found.update(name.encode() + weight.numpy().tobytes())
+    return found.hexdigest()
+
+
+def save(model: Any, folder: Path) -> None:
+    """Writes config, processor and trained weights."""
+    folder.mkdir(parents=True, exist_ok=True)
+    model.config.save_pretrained(folder)
+    processor().save_pretrained(folder)
+    safetensors.torch.save_file(trained_weights(model), folder / WEIGHTS, {"format": "pt"})
 
 
 def load(folder: Path = STORED) -> Any:

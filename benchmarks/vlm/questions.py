@@ -10,15 +10,17 @@ from dataclasses import dataclass
 import numpy as np
 
 from benchmarks.vlm import sources
-from benchmarks.vlm.scenes import COLOURS, SIDE, Scene, Thing, word
+from benchmarks.vlm.scenes import COLOURS, LUMINANCE, SIDE, Scene, Thing, word
 from benchmarks.vlm.sources import Sources
 
-# exists and relation are answered by yes or no, equally often; read: a word; beside: the word next to another one.
+# exists is answered by yes or no, equally often; relation by one of two sides; read: a word; beside: the word next to
+# another one.
 KINDS = ("digit", "colour", "place", "count", "brightest", "exists", "relation", "read", "beside")
 CELLS = 4  # "place" divides the picture into 4 x 4 cells
 APART = 12  # pixels between the middles of two things of which one is left of, or above, the other
 QUARTERS = ("top left", "top right", "bottom left", "bottom right")
 CHARACTERS = (*(str(i) for i in range(10)), *sources.LETTERS)  # that can be seen in pictures
+AXES = ((("left", "right"), "left or right of"), (("above", "below"), "above or below"))
 SIDES = {"left of": (0, -1), "right of": (0, 1), "above": (-1, 0), "below": (1, 0)}  # rows, columns
 
 
@@ -110,7 +112,7 @@ def existence(scene: Scene, made_of: Sources, draw: np.random.Generator) -> Ques
 
 
 def relation(scene: Scene, draw: np.random.Generator) -> Question | None:
-    """Asks whether one of two things is left of the other, or above; None if they are level."""
+    """Asks on which side of one thing another one is; None if they are level."""
     two = draw.permutation(len(scene.things))[:2].tolist()
     one, other = (scene.things[i] for i in two)
     axis = int(draw.integers(2))  # 0: x
@@ -118,17 +120,16 @@ def relation(scene: Scene, draw: np.random.Generator) -> Question | None:
     if abs(first - second) < APART:
         return None
     names = [(f"the {t.colour} {sort(t)}" if draw.random() < 0.5 else named(t)) for t in (one, other)]
-    before, after = (("left of", "right of"), ("above", "below"))[axis]
-    side, right = (before, first < second) if draw.random() < 0.5 else (after, first > second)
+    (before, after), sides = AXES[axis]
     spelled = [t.box[3] for t, name in zip((one, other), names, strict=True) if t.what in name and not t.is_digit]
-    text = f"is {names[0]} {side} {names[1]}"
-    return Question("relation", text, "yes" if right else "no", min(spelled, default=0), tuple(two))
+    right = before if first < second else after
+    return Question("relation", f"is {names[0]} {sides} {names[1]}", right, min(spelled, default=0), tuple(two))
 
 
 def brightest(pixels: np.ndarray) -> int:
     """Returns which quarter of [SIDE, SIDE, 3] has the largest mean luminance: an index into `QUARTERS`."""
     half = SIDE // 2
-    quarters = pixels.reshape(2, half, 2, half, 3).mean((1, 3)) @ np.array([0.299, 0.587, 0.114])  # [2, 2]
+    quarters = pixels.reshape(2, half, 2, half, 3).mean((1, 3)) @ LUMINANCE  # [2, 2]
     return int(quarters.argmax())
 
 
@@ -151,5 +152,5 @@ def sort(thing: Thing) -> str:
 def vocabulary() -> list[str]:
     """Returns every word of questions and answers except those that are spelled, in a fixed order."""
     plain = "which digit is what colour where the word how many digits words are there quarter brightest in row column"
-    more = "a left right top bottom of above below yes no"
+    more = "a left right top bottom of or above below yes no"
     return [*plain.split(), *more.split(), *COLOURS, *CHARACTERS]

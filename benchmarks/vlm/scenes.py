@@ -24,6 +24,9 @@ DIGIT = (28, 80)  # pixels of a digit's edge
 MOST = {"digits": 6, "words": 3, "rows": 4, "columns": 2}
 GAP = 3  # pixels around everything pasted
 SHARES = {"digits": 0.4, "words": 0.3, "page": 0.3}  # of the pictures
+LUMINANCE = np.array([0.299, 0.587, 0.114])
+VARIED = 2 / 3  # of the training's words and pages: with a varied typeface
+FINER = 4  # a varied word is drawn so many times as large, and then reduced
 
 
 @dataclass
@@ -47,6 +50,24 @@ class Thing:
         return x + width / 2, y + height / 2
 
 
+@dataclass(frozen=True)
+class Variation:
+    """How a typeface is varied. The packages have few typefaces, and letters should be known in others."""
+
+    stretch: float  # of widths
+    slant: float  # by how many pixels a row is to the right of the next one
+    spacing: float  # more room between letters, in heights of capitals
+    stroke: float  # around letters, in heights of capitals
+
+    @classmethod
+    def draw(cls, made_of: Sources, draw: np.random.Generator) -> Variation | None:
+        """Returns a random one, or None: the typeface as it is, always so outside of the training."""
+        if made_of.split != "train" or draw.random() >= VARIED:
+            return None
+        stretch, slant = 1.3 ** draw.uniform(-1, 1), max(draw.uniform(-0.2, 0.3), 0.0)
+        return cls(stretch, slant, draw.uniform(0, 0.2), max(draw.uniform(-0.04, 0.04), 0.0))
+
+
 @dataclass
 class Scene:
     """A picture and what is in it."""
@@ -64,6 +85,13 @@ class Scene:
     owners: np.ndarray = field(default_factory=lambda: np.zeros(GRID * GRID, np.uint8))
     # likewise: 1 + the index of its colour in `COLOURS`, or 0
     colours: np.ndarray = field(default_factory=lambda: np.zeros(GRID * GRID, np.uint8))
+    # [GRID * GRID] uint8: 1 + the index of the thing whose middle is in the patch, or 0
+    middles: np.ndarray = field(default_factory=lambda: np.zeros(GRID * GRID, np.uint8))
+
+    def brightness(self) -> np.ndarray:
+        """Returns the mean luminance of each patch, [GRID * GRID] uint8."""
+        patches = self.pixels.reshape(GRID, PATCH, GRID, PATCH, 3).mean((1, 3)) @ LUMINANCE
+        return patches.round().astype(np.uint8).ravel()
 
 
 def scene(made_of: Sources, seed: tuple[int, ...]) -> Scene:
@@ -83,7 +111,8 @@ def photograph(made_of: Sources, draw: np.random.Generator, words: bool) -> Scen
     drawn: list[tuple[str, str, Image.Image, list[tuple[int, int]]]] = []  # what, typeface, mask, spans of letters
     for what in _words(made_of, count, draw):
         face = str(draw.choice(made_of.typefaces))
-        drawn.append((what, face, *written(what, face, _height(draw, LARGEST), SIDE - 2 * GAP)))
+        high, variation = _height(draw, LARGEST), Variation.draw(made_of, draw)
+        drawn.append((what, face, *written(what, face, high, (SIDE - 2 * GAP,) * 2, variation)))
     largest = DIGIT[1] if digits + count <= 2 else 64 if digits + count <= 4 else 52
     for value in draw.permutation(10)[:digits]:
         size = int(draw.integers(DIGIT[0], largest + 1))
@@ -105,7 +134,7 @@ def page(made_of: Sources, draw: np.random.Generator) -> Scene:
     """Makes a page of up to four rows of one or two words, dark on white, one in each cell of a grid, in one typeface
     and size."""
     rows, columns = int(draw.integers(1, MOST["rows"] + 1)), int(draw.integers(1, MOST["columns"] + 1))
-    face = str(draw.choice(made_of.typefaces))
+    face, variation = str(draw.choice(made_of.typefaces)), Variation.draw(made_of, draw)
     paper, ink = float(draw.integers(235, 256)), float(draw.integers(0, 90))
     high = _height(draw, min(LARGEST, SIDE // rows - 4 * GAP))
     grey = np.full((SIDE, SIDE), paper, np.float32)
@@ -113,7 +142,7 @@ def page(made_of: Sources, draw: np.random.Generator) -> Scene:
     cover = np.zeros((GRID, GRID))
     for i, what in enumerate(_words(made_of, rows * columns, draw)):
         wide, tall = SIDE // columns, SIDE // rows
-        mask, spans = written(what, face, high, wide - 2 * GAP)
+        mask, spans = written(what, face, high, (wide - 2 * GAP, tall - 2 * GAP), variation)
         x = i % columns * wide + GAP + int(draw.integers(wide - 2 * GAP - mask.width + 1))
         y = i // columns * tall + GAP + int(draw.integers(tall - 2 * GAP - mask.height + 1))
         alpha = np.asarray(mask, np.float32) / 255
@@ -125,21 +154,49 @@ def page(made_of: Sources, draw: np.random.Generator) -> Scene:
     return made
 
 
-def written(what: str, face: str, high: int, widest: int) -> tuple[Image.Image, list[tuple[int, int]]]:
+def written(
+    what: str, face: str, high: int, room: tuple[int, int], variation: Variation | None = None
+) -> tuple[Image.Image, list[tuple[int, int]]]:
     """Returns a word as a mask "L" as tight as its capitals, and the first and last column of each letter.
 
-    It is `high` pixels high, or as high as fits into `widest`.
+    Its capitals are `high` pixels high, or as high as fits into `room`, width and height.
     """
     while True:
-        font = sources.typeface(face, high)
-        left, top, right, bottom = (int(v) for v in font.getbbox(what))
-        if right - left <= widest:
-            break
+        mask, spans = _plain(what, face, high) if variation is None else _varied(what, face, high, variation)
+        if mask.width <= room[0] and mask.height <= room[1]:
+            return mask, spans
         high -= 1
+
+
+def _plain(what: str, face: str, high: int) -> tuple[Image.Image, list[tuple[int, int]]]:
+    font = sources.typeface(face, high)
+    left, top, right, bottom = (int(v) for v in font.getbbox(what))
     mask = Image.new("L", (right - left, bottom - top))
     ImageDraw.Draw(mask).text((-left, -top), what, font=font, fill=255)
     ends = [round(font.getlength(what[:i])) - left for i in range(len(what) + 1)]
     return mask, list(itertools.pairwise(ends))
+
+
+def _varied(what: str, face: str, high: int, variation: Variation) -> tuple[Image.Image, list[tuple[int, int]]]:
+    font = sources.typeface(face, FINER * high)
+    stroke = round(variation.stroke * FINER * high)
+    gap = 2 * stroke + round(variation.spacing * FINER * high)
+    ends = np.cumsum([0.0, *(font.getlength(letter) + gap for letter in what)])
+    margin = FINER * high  # around the letters, since some are wider than their lengths, or below the line
+    mask = Image.new("L", (round(ends[-1]) + 2 * margin, 3 * margin))
+    for letter, begin in zip(what, ends, strict=False):
+        ImageDraw.Draw(mask).text(
+            (margin + begin, 2 * margin), letter, font=font, fill=255, anchor="ls", stroke_width=stroke
+        )
+    # Rows above the line are shifted to the right: the pixel at x comes from x + slant * (y - line).
+    shift = (1, variation.slant, -variation.slant * 2 * margin, 0, 1, 0)
+    mask = mask.transform(mask.size, Image.Transform.AFFINE, shift, Image.Resampling.BILINEAR)
+    left, top, right, bottom = mask.getbbox() or (0, 0, *mask.size)
+    size = (max(round((right - left) * variation.stretch / FINER), 1), max(round((bottom - top) / FINER), 1))
+    mask = mask.crop((left, top, right, bottom)).resize(size, Image.Resampling.BOX)
+    # Of slanted letters: the columns at half their height.
+    at = (ends + margin + variation.slant * margin / 2 - left - gap / 2) * variation.stretch / FINER
+    return mask, list(itertools.pairwise(round(float(end)) for end in at))
 
 
 def placed(sizes: list[tuple[int, int]], draw: np.random.Generator) -> list[tuple[int, int]]:
@@ -187,6 +244,8 @@ def _label(made: Scene, cover: np.ndarray, spans: list[tuple[int, int]]) -> None
     thing = made.things[-1]
     x, y, _, height = thing.box
     colour = COLOURS.index(thing.colour) + 1 if thing.colour else 0
+    column, row = (int(v) // PATCH for v in thing.middle)
+    made.middles[row * GRID + column] = len(made.things)
     edges = np.arange(GRID) * PATCH
     tall = (np.minimum(edges + PATCH, y + height) - np.maximum(edges, y)).clip(0)  # [GRID]
     labels = [grid.reshape(GRID, GRID) for grid in (made.patches, made.letters, made.owners, made.colours)]
