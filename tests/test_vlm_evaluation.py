@@ -136,7 +136,10 @@ def test_the_default_is_decided_by_the_rule(tmp_path: Path, share: dict[str, flo
     for number, (name, keep) in enumerate((name, keep) for name in names for keep in arms.BUDGETS):
         right = np.random.default_rng(number).random(600) < share.get(name, 0.5)
         evaluation._write(evaluation.path_of(tmp_path, name, keep), ["A" if is_right else "B" for is_right in right])
-    assert f"**So `{chosen}` is the default.**" in report.decision(evaluation.Answers(tmp_path))
+    decided = f"**So `{chosen}` is the default.**"
+    if chosen != arms.DEFAULT:
+        decided = f"**With this model the rule gives `{chosen}`, not `{arms.DEFAULT}`, which is the default**"
+    assert decided in report.decision(evaluation.Answers(tmp_path))
     evaluation.path_of(tmp_path, "tome", 16).unlink()
     assert report.decision(evaluation.Answers(tmp_path)) == "Not decided: not measured with each budget: tome.\n"
 
@@ -175,9 +178,15 @@ def test_two_models_are_compared_by_question(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_the_default_of_the_op_is_the_one_that_was_decided() -> None:
+def test_the_page_says_what_the_rule_gives_for_the_default_of_the_op() -> None:
+    """With the stored model it gives another one than the default, which the model before it decided: the page and its
+    summary have to say so, for as long as the default is not decided anew."""
     stored = evaluation.Answers(Path(__file__).parents[1] / "benchmarks/results/vlm")
-    assert f"**So `{arms.DEFAULT}` is the default.**" in report.decision(stored)
+    confirmed = f"**So `{arms.DEFAULT}` is the default.**"
+    other = f"**With this model the rule gives `paper`, not `{arms.DEFAULT}`, which is the default**"
+    (said,) = [text for text in (confirmed, other) if text in report.decision(stored)]
+    for page in ("vlm.md", "quality.md"):
+        assert said in (Path(__file__).parents[1] / "docs" / page).read_text()
     assert arms.ARMS[arms.DEFAULT].keywords == arms.IN_ROUNDS
     assert Options() == Options(**arms.IN_ROUNDS)
 

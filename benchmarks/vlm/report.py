@@ -81,6 +81,10 @@ at 32 tokens, and behind no other method without attention and without the quest
 otherwise the paper's rule stays.
 Ahead and behind: beyond the 95 % interval.
 """
+NOT_CONFIRMED = """**With this model the rule gives `{0}`, not `{1}`, which is the default**: it became that with the
+model before this one, at commit c47e5bc73b, where both conditions held. The default has not been changed back: it is
+ahead of the paper's rule with both models, and what it is behind of is not in this package. It is to be decided anew
+when this recipe, too, has been trained with two seeds."""
 NO_ANSWERS = """**No trained model is stored yet**, so there are no results. Pictures, training and evaluation are
 tested; the training has to be run.
 """
@@ -190,18 +194,21 @@ def decision(found: Answers) -> str:
     lines, fit = [], {}
     for name in ("qr refine 2", "qr refine 0"):
         gains = {keep: ahead_of(name, "paper", [keep]) for keep in (64, 32)}
-        behind = [other for other in others if ahead_of(name, other, arms.BUDGETS).high < 0]
+        against = {other: ahead_of(name, other, arms.BUDGETS) for other in others}
+        behind = {other: lead for other, lead in against.items() if lead.high < 0}
         fit[name] = all(gain.low > 0 for gain in gains.values()) and not behind
         figures = " and ".join(f"{said(gain)} at {keep}" for keep, gain in gains.items())
+        last = ", ".join(f"`{other}` ({said(lead)})" for other, lead in behind.items())
         lines.append(
             f"- `{name}` is ahead of the paper's rule by {figures} tokens, and in the mean of the budgets behind "
-            f"{', '.join(f'`{other}`' for other in behind) or 'no other method without attention'}."
+            f"{last or 'no other method without attention'}."
         )
     more = {keep: ahead_of("qr refine 2", "qr refine 0", [keep]) for keep in (32, 16)}
     figures = " and ".join(f"{said(gain)} at {keep}" for keep, gain in more.items())
     lines.append(f"- `qr refine 2` is ahead of `qr refine 0` by {figures} tokens.")
     candidate = "qr refine 2" if any(gain.low > 0 for gain in more.values()) else "qr refine 0"
-    end = f"**So `{candidate if fit[candidate] else 'paper'}` is the default.**"
+    given = candidate if fit[candidate] else "paper"
+    end = f"**So `{given}` is the default.**" if given == arms.DEFAULT else NOT_CONFIRMED.format(given, arms.DEFAULT)
     return "\n".join([*lines, "", end]) + "\n"
 
 
@@ -257,7 +264,7 @@ def summary(found: Answers) -> str:
         f" questions about held-out photographs and pages: {full} % right with all 256 tokens, {none} % without the"
         " picture. Model, training, every method and all intervals: [vlm.md](vlm.md)."
     )
-    verdict = decision(found).splitlines()[-1]
+    verdict = decision(found).rpartition("\n\n")[2].strip()
     verdict += ' `apet.patch(model, keep=64, basis=10, select="fps")` asks for the rule of the paper.'
     return "\n\n".join([text, verdict, markdown(standing(found)).strip(), markdown(reading(found))])
 
