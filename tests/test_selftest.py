@@ -11,6 +11,7 @@ from apet import cli, diagnose, selftest
 from typer.testing import CliRunner
 
 import apet_kernels
+from tests import rule
 
 interpreted = pytest.mark.skipif(
     "triton" not in apet_kernels.available_backends() or torch.cuda.is_available(),
@@ -32,6 +33,16 @@ def doctor() -> str:
     result = CliRunner().invoke(cli.app, ["doctor"], env={"COLUMNS": "200"})
     assert result.exit_code == 0, result.stdout
     return "\n".join(" ".join(line.split()) for line in result.stdout.splitlines())
+
+
+@pytest.mark.parametrize("case", [c for c in selftest.CASES if c.basis is None], ids=lambda c: c.name)
+def test_no_choice_of_the_default_rule_is_near_a_tie(case: selftest.Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rule, "SLACK", 4e-5)  # the margin that apet.selftest promises
+    for image in case.input():
+        kept, sure = rule.kept(image, case.keep)
+        assert sure
+        if case.options.get("refine"):
+            assert all(len(allowed) == 1 for allowed in rule.medoid_step(image, kept))
 
 
 @interpreted

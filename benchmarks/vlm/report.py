@@ -83,8 +83,8 @@ Ahead and behind: beyond the 95 % interval.
 """
 NOT_CONFIRMED = """**With this model the rule gives `{0}`, not `{1}`, which is the default**: it became that with the
 model before this one, at commit c47e5bc73b, where both conditions held. The default has not been changed back: it is
-ahead of the paper's rule with both models, and what it is behind of is not in this package. It is to be decided anew
-when this recipe, too, has been trained with two seeds."""
+ahead of the paper's rule with both models, and the methods ahead of it are not part of this package. The default is to
+be decided anew when this recipe, too, has been trained with two seeds."""
 NO_ANSWERS = """**No trained model is stored yet**, so there are no results. Pictures, training and evaluation are
 tested; the training has to be run.
 """

@@ -68,7 +68,7 @@ CASES = (
     Case("float16, squares overflow", (1, 48, 128), torch.float16, 20, prepare=lambda x: x * 3000),
     Case("float32, the default rule", (2, 90, 64), torch.float32, 40, basis=None),
     Case("float32, the default rule, few", (1, 60, 48), torch.float32, 12, basis=None),
-    Case("bfloat16, the default rule", (1, 150, 160), torch.bfloat16, 64, basis=None),
+    Case("bfloat16, the default rule", (1, 151, 160), torch.bfloat16, 64, basis=None),
     Case("float16, a medoid step", (2, 70, 56), torch.float16, 24, basis=None, options={"refine": 1}),
 )
 
