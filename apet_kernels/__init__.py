@@ -12,7 +12,7 @@ from . import reference as reference
 from .api import Compressed, Scored, compress, merge, score
 from .api import backends as backends
 from .available import available_backends, why_unavailable
-from .budgets import needed, share
+from .budgets import distinct, needed, share
 from .dispatch import set_backend, use_backend
 from .host import build_info
 from .options import Backend, Layout, Options, Select
@@ -34,6 +34,7 @@ __all__ = [
     "compress",
     "compress_packed",
     "compress_varlen",
+    "distinct",
     "merge",
     "needed",
     "plan",

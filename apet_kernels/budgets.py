@@ -1,4 +1,4 @@
-"""Budgets that depend on what images contain: `share`, `needed`."""
+"""Budgets and weights that depend on what images contain: `share`, `needed`, `distinct`."""
 
 from __future__ import annotations
 
@@ -157,6 +157,53 @@ def needed(x: Tensor, lengths: Sequence[int], keep: Sequence[int], limit: float 
                 break
         found.append(count)
     return found
+
+
+@without_autocast
+def distinct(x: Tensor, lengths: Sequence[int], power: float = 2.0) -> Tensor:
+    """Returns weights for `compress_packed` that prefer tokens which differ from the rest of their image.
+
+    The weight of a token is (1 - its mean cosine with all tokens of its image) ** power, at least 0. Large areas of one
+    kind (sky, paper) have small weights, and so lose tokens to small things that occur once. Cen-Prune (Wen et al.,
+    arXiv 2608.30263) weights its distances by the same mean cosine. The weights of an image do not depend on the other
+    images of the call.
+
+    It runs in torch, in float64 (float32 on devices without), on the device of x, image after image. Time is that of
+    two passes over x.
+
+    Args:
+        x: [T, D] float32, float16 or bfloat16, images packed one after another, as in `compress_packed`.
+        lengths: how many tokens each image has; S integers from 1, whose sum is T.
+        power: from 0; 0 gives weights of 1. docs/vlm.md has what it gains.
+
+    Returns:
+        Weights [T] float32, from 0 to 2 ** power. Tokens of zero length or infinite norm, of which there is no cosine,
+        have the weight 1 and do not count in the mean.
+
+    Raises:
+        ValueError: as `compress_packed` does, and if power is not a finite number from 0.
+
+    Example:
+        >>> x = torch.randn(5 * 576, 1024)
+        >>> weights = apet_kernels.distinct(x, [576] * 5)
+        >>> tokens, indices = apet_kernels.compress_packed(x, [576] * 5, [64] * 5, weights=weights)
+    """
+    lengths = whole("length", lengths)
+    ops.check_tokens(x, 2)
+    check_lengths(x, lengths, [1] * len(lengths), Options())
+    if not isinstance(power, (int, float)) or isinstance(power, bool) or not 0 <= power < math.inf:
+        raise ValueError(f"power={power!r} is not a finite number from 0")
+    weights = x.new_empty(len(x), dtype=torch.float32)
+    for image, out in zip(x.split(lengths), weights.split(lengths), strict=True):  # so that no bit depends on others
+        X = image.to(torch.float64 if has_float64(x.device) else torch.float32)  # [N, D]
+        largest = X.abs().amax(1, keepdim=True)  # [N, 1]: divided by it, no token's square overflows
+        usable = (largest > 0) & largest.isfinite()
+        unit = torch.where(usable, X / largest, 0)
+        unit = unit / unit.square().sum(1, keepdim=True).sqrt().clamp(min=1)  # [N, D]; at least 1 after the division
+        mean = unit.sum(0) / usable.sum().clamp(min=1)  # [D]
+        cosine = (unit * mean).sum(1)  # [N]; 0 where it is unknown
+        out.copy_((1 - cosine).clamp(min=0) ** power)
+    return weights
 
 
 class Pivots:

@@ -1,4 +1,4 @@
-"""`share` and `needed`: budgets that depend on what images contain."""
+"""`share`, `needed` and `distinct`: budgets and weights that depend on what images contain."""
 
 from __future__ import annotations
 
@@ -140,7 +140,12 @@ def test_wrong_arguments():
         assert words in error_of(apet_kernels.needed, args, {})
 
 
-@pytest.mark.parametrize("function", [apet_kernels.share, apet_kernels.needed])
+def weights(x: torch.Tensor, lengths: list[int], keep: list[int]) -> list[float]:
+    """`distinct`, with the arguments of the others."""
+    return apet_kernels.distinct(x, lengths).tolist()
+
+
+@pytest.mark.parametrize("function", [apet_kernels.share, apet_kernels.needed, weights])
 def test_torchs_settings_do_not_matter(function):
     """Neither torch.autocast and the precision of products, which round them to 16 bits, nor the default dtype."""
     lengths, keep = [40, 60, 40], [9, 8, 7]
@@ -171,5 +176,67 @@ def test_devices_without_float64(function, D, monkeypatch):
     lengths, keep = [40, 60, 40], [9, 8, 7]
     x = torch.randn(sum(lengths), D, generator=torch.Generator().manual_seed(0))
     expected = function(x, lengths, keep)
+    expected_weights = apet_kernels.distinct(x, lengths)
     monkeypatch.setattr(budgets, "has_float64", lambda device: False)
     assert function(x, lengths, keep) == expected
+    torch.testing.assert_close(apet_kernels.distinct(x, lengths), expected_weights, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("power", [0, 0.5, 1, 2.0])
+def test_distinct_is_that_of_a_second_implementation(dtype, power):
+    lengths = [90, 300, 12, 1]
+    x = images(lengths, dtype) + 2 * torch.ones(48, dtype=dtype)  # a direction that all share
+    expected = [
+        (1 - torch.nn.functional.cosine_similarity(image[:, None], image[None], dim=-1).mean(1)).clamp(min=0) ** power
+        for image in x.double().split(lengths)
+    ]
+    got = apet_kernels.distinct(x, lengths, power)
+    assert got.dtype == torch.float32
+    assert got.shape == (sum(lengths),)
+    torch.testing.assert_close(got.double(), torch.cat(expected), rtol=1e-6, atol=1e-7)
+    assert (got[:-1].std() > 0) == (power > 0), "weights differ"
+    for image, own in zip(x.split(lengths), got.split(lengths), strict=True):
+        assert torch.equal(apet_kernels.distinct(image, [len(image)], power), own), "no bit depends on other images"
+
+
+def test_distinct_prefers_what_occurs_once():
+    """Where 60 noisy tokens of one kind are larger than 4 of another one, the weights let the small kind be kept."""
+    g = torch.Generator().manual_seed(0)
+    x = torch.cat([30 * torch.eye(64)[:1] + torch.randn(60, 64, generator=g), 0.7 * torch.randn(4, 64, generator=g)])
+    weights = apet_kernels.distinct(x, [64])
+    assert weights[60:].min() > weights[:60].max()
+    assert (apet_kernels.compress(x[None], 8, weights=weights[None]).indices >= 60).sum() == 4
+    assert (apet_kernels.compress(x[None], 8).indices >= 60).sum() == 0
+
+
+def test_distinct_of_lengths_without_meaning():
+    """The length of a token does not matter; tokens without a direction count neither for others nor themselves."""
+    x = images([40], torch.float32)
+    expected = apet_kernels.distinct(x, [40])
+    scaled = x * torch.logspace(-30, 30, 40)[:, None]
+    torch.testing.assert_close(apet_kernels.distinct(scaled, [40]), expected, rtol=1e-5, atol=1e-6)
+    for odd in (0.0, float("inf"), float("nan")):
+        both = torch.cat([torch.full((3, 48), odd), x])
+        got = apet_kernels.distinct(both, [43])
+        assert torch.equal(got[:3], torch.ones(3))
+        torch.testing.assert_close(got[3:], expected, rtol=1e-6, atol=1e-7)
+    assert apet_kernels.distinct(torch.full((5, 8), float("inf")), [5]).tolist() == [1.0] * 5
+    assert apet_kernels.distinct(x[:0], []).shape == (0,)
+
+
+@pytest.mark.parametrize("power", [-1, float("nan"), float("inf"), "2", None, True])
+def test_a_power_that_is_none(power):
+    with pytest.raises(ValueError, match=re.escape(f"power={power!r} is not a finite number from 0")):
+        apet_kernels.distinct(torch.eye(9), [9], power)
+
+
+def test_wrong_arguments_of_distinct():
+    x = tokens(20, 8, seed=6)
+    for args, words in (
+        ((x[None], [20]), "x has 3 dimensions"),
+        ((x.double(), [20]), "Double"),
+        ((x, [9, 9]), "add up to 18, but x has 20 tokens"),
+        ((x, [9, 10.5]), "length=10.5 of image 1 is not a whole number"),
+    ):
+        assert words in error_of(apet_kernels.distinct, args, {})

@@ -136,6 +136,7 @@ def test_choices_are_those_of_the_op() -> None:
     assert get_args(arguments.Select) == options.SELECTS
     assert get_args(arguments.Backend) == options.BACKENDS
     assert get_args(arguments.Guard) == config.GUARDS
+    assert get_args(arguments.Positions) == config.POSITIONS
 
 
 def test_rejected_op_is_one_message(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -58,3 +58,12 @@ def test_a_plan_as_it_travels():
         assert torch.equal(got.units, sent.units)
         assert (got.sources is None) == (sent.sources is None)
         assert sent.sources is None or torch.equal(got.sources, sent.sources)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("positions", "keep"), ("distinct", 2.0), ("relevance", 0.5), ("share", True)]
+)
+def test_options_of_patch_that_engines_do_not_have(name: str, value: object) -> None:
+    """Their schedulers number and count tokens before images are encoded."""
+    with pytest.raises(ValueError, match=f"apet_{name} is not an option of ApET; these are: apet_keep"):
+        wanted(keep=8, **{name: value})

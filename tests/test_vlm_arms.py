@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import numpy as np
@@ -9,7 +10,7 @@ import pytest
 import torch
 
 import apet_kernels
-from apet_kernels import reference
+from apet_kernels import Compressed, reference
 from apet_kernels.budgets import LIMIT
 from benchmarks.vlm import arms, evaluation, features, guard, packing
 from tests.test_vlm_model import packer, some_pictures, untrained  # noqa: F401 (fixtures)
@@ -28,21 +29,27 @@ def batch(pictures: int = 2, tokens: int = 256, width: int = 32) -> arms.Batch:
 def test_every_arm_returns_as_many_rows_as_it_may(name: str, keep: int) -> None:
     some = batch()
     before = some.x.clone()
-    rows = arms.ARMS[name](some, keep)
-    if isinstance(rows, list):
-        assert sum(len(own) for own in rows) == 2 * keep
-        rows = torch.cat(rows).view(2, keep, -1)
+    found = arms.ARMS[name](some, keep)
+    if isinstance(found, list):
+        assert sum(len(own.tokens) for own in found) == 2 * keep
+        assert all(len(own.tokens) == len(own.indices) for own in found)
+        found = Compressed(*(torch.cat(parts).view(2, keep, -1) for parts in zip(*found, strict=True)))
+    rows, kept = found.tokens, found.indices.view(2, keep)
     assert (rows.shape, rows.dtype) == ((2, keep, 32), torch.float32)
     assert rows.isfinite().all()
     assert torch.equal(some.x, before)
     assert not torch.equal(rows[0], rows[1])
+    assert ((kept >= 0) & (kept < 256)).all()
+    shared = "shared" in name
+    assert shared or (kept.diff(dim=-1) > 0).all(), "in the order of the picture, and none twice"
 
 
 def test_arms_without_a_budget() -> None:
     some = batch(pictures=3)
-    assert torch.equal(arms.WHOLE[arms.FULL](some, 256), some.x)
-    assert arms.WHOLE[arms.NONE](some, 256).shape == (3, 0, 32)
-    assert torch.equal(arms.WHOLE[arms.OTHER](some, 256), some.x[[2, 0, 1]])
+    assert torch.equal(arms.WHOLE[arms.FULL](some, 256).tokens, some.x)
+    assert torch.equal(arms.WHOLE[arms.FULL](some, 256).indices, torch.arange(256).expand(3, 256))
+    assert arms.WHOLE[arms.NONE](some, 256).tokens.shape == (3, 0, 32)
+    assert torch.equal(arms.WHOLE[arms.OTHER](some, 256).tokens, some.x[[2, 0, 1]])
 
 
 def test_which_arms_need_what() -> None:
@@ -55,8 +62,14 @@ def test_which_arms_need_what() -> None:
                 with pytest.raises(ValueError, match=rf"^{field} must be \[2, 64\]"):
                     arm(without, 16)
             else:
-                got, want = arm(without, 16), arm(some, 16)
-                assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+                got, want = (torch.cat(list(itertools.chain(*listed(arm(one, 16))))) for one in (without, some))
+                assert torch.equal(got, want)
+
+
+def listed(found: Compressed | list[Compressed]) -> list[tuple[torch.Tensor, ...]]:
+    """Returns the tensors of an arm's result, flat."""
+    every = [found] if isinstance(found, Compressed) else found
+    return [(one.tokens.flatten(), one.indices.flatten().float()) for one in every]
 
 
 def cosine(a: np.ndarray, b: np.ndarray) -> float:
@@ -75,17 +88,17 @@ def merged(image: np.ndarray, kept: list[int], least: float) -> np.ndarray:
 
 def test_threshold_loses_what_resembles_no_kept_token() -> None:
     some = batch(tokens=64)
-    rows = arms.threshold(some, 20)
+    rows = arms.threshold(some, 20).tokens
     _, kept = reference.compress(some.x, 20, None, select="qr", refine=2)
     for b, image in enumerate(some.x.double().numpy()):
         np.testing.assert_allclose(rows[b].numpy(), merged(image, kept[b].tolist(), 0.5), atol=1e-5)
-    lost = (rows - arms.ARMS["qr refine 2"](some, 20)).abs().amax(-1) > 0.01  # [B, K]
+    lost = (rows - arms.ARMS["qr refine 2"](some, 20).tokens).abs().amax(-1) > 0.01  # [B, K]
     assert 0 < lost.sum() < lost.numel()
 
 
-def weighted_picks(image: np.ndarray, factor: list[float], keep: int) -> list[int]:
-    """The rule of docs/algorithm.md, "In rounds", with a factor on the value by which tokens are picked, and two medoid
-    steps; residuals are those of least squares."""
+def weighted_picks(image: np.ndarray, factor: list[float], keep: int, refine: int = 2) -> list[int]:
+    """The rule of docs/algorithm.md, "In rounds", with a factor on the value by which tokens are picked, and `refine`
+    medoid steps; residuals are those of least squares."""
     N = len(image)
 
     def value(n: int, taken: list[int]) -> float:
@@ -101,7 +114,7 @@ def weighted_picks(image: np.ndarray, factor: list[float], keep: int) -> list[in
         pool = sorted(at, key=lambda n: -at[n])[: 2 * size]
         for _ in range(size):
             taken.append(max((n for n in pool if n not in taken), key=lambda n: value(n, taken)))
-    for _ in range(2):
+    for _ in range(refine):
         nearest = [
             n if n in taken else min(taken, key=lambda k, n=n: np.linalg.norm(image[n] - image[k])) for n in range(N)
         ]
@@ -112,22 +125,29 @@ def weighted_picks(image: np.ndarray, factor: list[float], keep: int) -> list[in
 
 def test_distinct_picks_by_the_residual_times_the_factor() -> None:
     some = batch(tokens=64)
-    rows, plain = arms.distinct(some, 20), arms.ARMS["qr refine 2"](some, 20)
-    for b, image in enumerate(some.x.double().numpy()):
-        factor = [1 - np.mean([cosine(a, b) for b in image]) for a in image]
-        np.testing.assert_allclose(rows[b].numpy(), merged(image, weighted_picks(image, factor, 20), -1), atol=1e-5)
-    assert not torch.equal(rows, plain)
+    plain = arms.ARMS["qr refine 2"](some, 20).tokens
+    for power, refine in ((1, 2), (2, 0)):
+        rows = arms.distinct(some, 20, power, refine).tokens
+        alone = arms.distinct(some, 20, power, refine, merge=False).tokens
+        for b, image in enumerate(some.x.double().numpy()):
+            factor = [(1 - np.mean([cosine(a, b) for b in image])) ** power for a in image]
+            picks = weighted_picks(image, factor, 20, refine)
+            np.testing.assert_allclose(rows[b].numpy(), merged(image, picks, -1), atol=1e-5)
+            assert torch.equal(alone[b], some.x[b, picks])
+        assert not torch.equal(rows, plain)
+    assert torch.equal(arms.ARMS["qr refine 2 distinct"](some, 20).tokens, arms.distinct(some, 20, 1, 2).tokens)
+    assert torch.equal(arms.ARMS["qr refine 0 distinct 2"](some, 20).tokens, rows)
 
 
 @pytest.mark.parametrize("weight", [0.5, 1.0])
 def test_relevance_is_a_factor_from_1_down(weight: float) -> None:
     some = batch(tokens=64)
-    rows = arms.relevant(some, 20, weight)
+    rows = arms.relevant(some, 20, weight).tokens
     for b, image in enumerate(some.x.double().numpy()):
         low, high = some.relevance[b].min().item(), some.relevance[b].max().item()
         factor = [1 - weight * (high - r) / (high - low) for r in some.relevance[b].tolist()]
         np.testing.assert_allclose(rows[b].numpy(), merged(image, weighted_picks(image, factor, 20), -1), atol=1e-5)
-    assert torch.equal(arms.relevant(some, 20, 0.0), arms.ARMS["qr refine 2"](some, 20))
+    assert torch.equal(arms.relevant(some, 20, 0.0).tokens, arms.ARMS["qr refine 2"](some, 20).tokens)
 
 
 def test_pictures_share_tokens_by_what_the_tokens_before_cannot_rebuild() -> None:
@@ -151,9 +171,9 @@ def test_pictures_share_tokens_by_what_the_tokens_before_cannot_rebuild() -> Non
     assert got == want
     assert sum(got) == 24
     assert got[1] == least < got[2] < got[0]
-    rows = arms.ARMS["qr refine 2 shared"](arms.Batch(x), 8)
-    assert [len(own) for own in rows] == got
-    assert torch.equal(rows[0], arms.ARMS["qr refine 2"](arms.Batch(x[:1]), got[0])[0])
+    found = arms.ARMS["qr refine 2 shared"](arms.Batch(x), 8)
+    assert [len(own.tokens) for own in found] == got
+    assert torch.equal(found[0].tokens, arms.ARMS["qr refine 2"](arms.Batch(x[:1]), got[0]).tokens[0])
 
 
 def test_guarded_pictures_keep_what_they_need() -> None:
@@ -166,11 +186,11 @@ def test_guarded_pictures_keep_what_they_need() -> None:
     next_pivot = guard.signals(x, (counts[0] - 1, counts[0]))["next pivot"][0]
     assert next_pivot[0] > LIMIT >= next_pivot[1]
     for image, own, count in zip(x, arms.MORE[arms.GUARDED](arms.Batch(x), 8), counts, strict=True):
-        assert torch.equal(own, arms.ARMS[arms.DEFAULT](arms.Batch(image[None]), count)[0])
+        assert torch.equal(own.tokens, arms.ARMS[arms.DEFAULT](arms.Batch(image[None]), count).tokens[0])
 
 
 def test_distinct_takes_copies_of_one_token() -> None:
-    assert torch.equal(arms.distinct(arms.Batch(torch.ones(1, 32, 8)), 20), torch.ones(1, 20, 8))
+    assert torch.equal(arms.distinct(arms.Batch(torch.ones(1, 32, 8)), 20).tokens, torch.ones(1, 20, 8))
 
 
 # ---- relevance: every question has its own tokens
@@ -206,7 +226,7 @@ def test_a_question_is_answered_from_its_own_tokens(
         x = seen.tokens[i : i + 1]
         for one, got in zip(asked, said[i], strict=True):
             some = arms.Batch(x, relevance=packing.relevance(untrained, packer, x, [one]))
-            rows = arms.ARMS["cdpruner"](some, 16)
+            rows = arms.ARMS["cdpruner"](some, 16).tokens
             assert packing.answer(untrained, packer, rows, [[one]]) == [[got]]
             kept.add(tuple(rows[0, :, 0].tolist()))
     assert len(kept) > len(split.pictures)  # not one set for each picture

@@ -81,11 +81,11 @@ def test_two_stages_keep_half_as_many_more_and_half_as_many(
     kept: list[tuple[int, int]] = []
     uniform = arms.STAGED["uniform in two stages"]
 
-    def recorded(batch: arms.Batch, keep: int) -> torch.Tensor:
+    def recorded(batch: arms.Batch, keep: int) -> apet_kernels.Compressed:
         kept.append((batch.x.shape[1], keep))
-        rows = uniform(batch, keep)
-        assert isinstance(rows, torch.Tensor)
-        return rows
+        found = uniform(batch, keep)
+        assert isinstance(found, apet_kernels.Compressed)
+        return found
 
     monkeypatch.setitem(arms.STAGED, "uniform in two stages", recorded)
     split = some_pictures(2)
@@ -138,7 +138,7 @@ def test_the_default_is_decided_by_the_rule(tmp_path: Path, share: dict[str, flo
         evaluation._write(evaluation.path_of(tmp_path, name, keep), ["A" if is_right else "B" for is_right in right])
     decided = f"**So `{chosen}` is the default.**"
     if chosen != arms.DEFAULT:
-        decided = f"**With this model the rule gives `{chosen}`, not `{arms.DEFAULT}`, which is the default**"
+        decided = f"**With this model the rule gives `{chosen}`, not `{arms.DEFAULT}`, which is the default.**"
     assert decided in report.decision(evaluation.Answers(tmp_path))
     evaluation.path_of(tmp_path, "tome", 16).unlink()
     assert report.decision(evaluation.Answers(tmp_path)) == "Not decided: not measured with each budget: tome.\n"
@@ -165,8 +165,11 @@ def test_two_models_are_compared_by_question(tmp_path: Path) -> None:
         plan = {"seed": 1, "steps": steps}
         line = {"step": 9, "accuracy": {"all": 50.0}, "plan": plan, "machine": {"machine": "one"}}
         (where / "log.jsonl").write_text(json.dumps(line) + "\n")
-    text, training, sees, table = report.another(evaluation.Answers(tmp_path), tmp_path, folder)
+    text, decided, training, sees, table = report.another(
+        evaluation.Answers(tmp_path), evaluation.Answers(folder), tmp_path
+    )
     assert "the decoder for 8 steps, where the first model had 7" in text
+    assert decided.startswith("Not decided: not measured with each budget: ")
     assert "| 9 | 0 |" in training
     assert "| full |" in sees
     same, apart = (line for line in table.splitlines() if line.startswith(("| qr refine 0", "| tome")))
@@ -175,18 +178,84 @@ def test_two_models_are_compared_by_question(tmp_path: Path) -> None:
     assert "4 of 8 do not differ" in table
     assert report.deciding()[:3] == ["paper", "qr refine 2", "qr refine 0"]
     assert not {"scope", "cdpruner", "qr refine 2 shared"} & set(report.deciding())
+    assert set(report.again()) <= {*arms.ARMS, *arms.IN_PLACE}
+
+
+def test_the_section_of_kept_positions(tmp_path: Path) -> None:
+    """The gain of the default, which methods are ahead of it and level, and what merging changes, by hand."""
+    lines = [
+        {"picture": q, "photograph": f"{q % 60}", "region": 0, "kind": "read", "text": "", "answer": "A", "height": 9}
+        for q in range(600)
+    ]
+    evaluation._write(tmp_path / evaluation.QUESTIONS, lines)
+    weighted, alone = f"{report.DISTINCT} in place", f"{report.DISTINCT} without merge in place"
+    shares = {arms.DEFAULT: 0.3, f"{arms.DEFAULT} in place": 0.6, "fps in place": 0.9, weighted: 0.7, alone: 0.8}
+    shares |= {"uniform in place": 0.6}
+    order = np.random.default_rng(0).permutation(600)
+    cells = [(arms.FULL, features.TOKENS), *itertools.product([arms.DEFAULT, *arms.IN_PLACE], arms.BUDGETS)]
+    for name, keep in cells:
+        right = order < 600 * shares.get(name, 0.1)
+        evaluation._write(evaluation.path_of(tmp_path, name, keep), ["A" if is_right else "B" for is_right in right])
+    found = evaluation.Answers(tmp_path)
+    text, accuracy, against = report.positions(found)
+    assert text.count("30.0 [") == len(arms.BUDGETS) + 1  # the gains, and `fps` ahead of the default
+    others = " and without the question: `fps in place` (30.0 "
+    assert others in " ".join(text.split())
+    flat = " ".join(text.split())
+    assert "level with it: `uniform in place` (0.0 [0.0, 0.0])." in flat
+    assert f"- **`distinct`:** `{weighted}` is ahead of the default by 10.0 [" in flat
+    assert "Ahead of it: `fps in place` (20.0 [" in flat
+    assert "level with it: none." in flat
+    assert f"changes the accuracy of `{weighted}` by -10.0 [" in flat
+    assert f"| {weighted} | 70.0 [" in accuracy
+    assert accuracy.count(" in place |") == len(arms.IN_PLACE)
+    assert f"| {weighted} | **+10.0 [" in against
+    assert f"| {arms.DEFAULT} in place |" not in against
+
+
+@pytest.mark.parametrize(
+    ("shares", "words"),
+    [
+        ({}, ["so `qr refine 0` is the default", '`positions="keep"` is recommended', "`distinct=2` is recommended"]),
+        ({("qr refine 0", 1): 0.4}, ["so `paper` is the default", '`positions="keep"` is recommended']),
+        ({("qr refine 0 in place", 1): 0.5}, ["so `qr refine 0` is the default", '`positions="keep"` is not recomm']),
+        ({("qr refine 0 distinct 2 in place", 0): 0.6}, ['"keep"` is recommended', "`distinct=2` is not recommended"]),
+    ],
+)
+def test_what_is_recommended_holds_with_both_seeds(
+    tmp_path: Path, shares: dict[tuple[str, int], float], words: list[str]
+) -> None:
+    lines = [
+        {"picture": q, "photograph": f"{q % 60}", "region": 0, "kind": "read", "text": "", "answer": "A", "height": 9}
+        for q in range(600)
+    ]
+    usual = {"paper": 0.4, "qr refine 0": 0.5, "qr refine 0 in place": 0.6, "qr refine 0 distinct 2 in place": 0.7}
+    models = []
+    for number, folder in enumerate((tmp_path / "first", tmp_path / "second")):
+        folder.mkdir()
+        evaluation._write(folder / evaluation.QUESTIONS, lines)
+        order = np.random.default_rng(number).permutation(600)
+        for (name, share), keep in itertools.product(usual.items(), arms.BUDGETS):
+            right = order < 600 * shares.get((name, number), share)
+            evaluation._write(evaluation.path_of(folder, name, keep), ["A" if is_right else "B" for is_right in right])
+        models.append(evaluation.Answers(folder))
+    text = report.recommended(*models)
+    assert all(word in text for word in words), text
+    assert "10.0 [" in text
+    assert report.recommended(models[0], None) == "Not decided: not measured with both seeds.\n"
 
 
 @pytest.mark.slow
-def test_the_page_says_what_the_rule_gives_for_the_default_of_the_op() -> None:
-    """With the stored model it gives another one than the default, which the model before it decided: the page and its
-    summary have to say so, for as long as the default is not decided anew."""
-    stored = evaluation.Answers(Path(__file__).parents[1] / "benchmarks/results/vlm")
-    confirmed = f"**So `{arms.DEFAULT}` is the default.**"
-    other = f"**With this model the rule gives `paper`, not `{arms.DEFAULT}`, which is the default**"
-    (said,) = [text for text in (confirmed, other) if text in report.decision(stored)]
+def test_the_default_of_the_op_is_the_one_that_was_decided() -> None:
+    """By the stored answers of both models; the page and its summary say so."""
+    folder = Path(__file__).parents[1] / "benchmarks/results/vlm"
+    found, other = evaluation.Answers(folder), evaluation.Answers(folder / report.SECOND)
+    said = report.recommended(found, other)
+    assert f"**so `{arms.DEFAULT}` is the default.**" in said
     for page in ("vlm.md", "quality.md"):
-        assert said in (Path(__file__).parents[1] / "docs" / page).read_text()
+        text = (Path(__file__).parents[1] / "docs" / page).read_text()
+        assert said in text
+        assert report.decision(found).rpartition("\n\n")[2] in text
     assert arms.ARMS[arms.DEFAULT].keywords == arms.IN_ROUNDS
     assert Options() == Options(**arms.IN_ROUNDS)
 

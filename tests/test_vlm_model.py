@@ -14,6 +14,7 @@ import transformers
 from PIL import Image
 
 from apet_kernels.options import PAPER
+from benchmarks.lib import selection
 from benchmarks.vlm import (
     alignment,
     arms,
@@ -87,8 +88,35 @@ def test_packed_questions_have_the_logits_that_each_has_alone(untrained: Any, pa
                 torch.testing.assert_close(logits[i, at], alone[0, 41:], rtol=1e-4, atol=1e-4)
 
 
+def test_tokens_in_place_have_the_positions_of_the_whole_sequence(untrained: Any, packer: packing.Packer) -> None:
+    """With all tokens nothing changes. With some, positions are those of the whole sequence, and matter."""
+    split = some_pictures(2)
+    asked = [picture.questions[:3] for picture in split.pictures]
+    whole = packer.pack(asked, features.TOKENS, answers=True)
+    every = torch.arange(features.TOKENS).expand(2, -1)
+    assert torch.equal(packing.in_place(whole, every, features.TOKENS).positions, whole.positions)
+    kept = torch.stack([torch.arange(3, 256, 9), torch.arange(0, 253, 9)])  # [2, 29]
+    placed = packing.in_place(packer.pack(asked, kept.shape[1], answers=True), kept, features.TOKENS)
+    columns = torch.cat([torch.zeros(2, 1, dtype=torch.long), 1 + kept], 1)
+    want = torch.cat([whole.positions.gather(1, columns), whole.positions[:, 1 + features.TOKENS :]], 1)
+    assert torch.equal(placed.positions, want)
+    x = evaluation.look(untrained, split).tokens
+    rows = selection.take(x, kept)
+    anew = packing.answer(untrained, packer, rows, asked)
+    assert packing.answer(untrained, packer, rows, asked, kept=kept) != anew
+    assert packing.answer(untrained, packer, x, asked, kept=every) == packing.answer(untrained, packer, x, asked)
+
+
 @pytest.mark.parametrize(
-    "options", [None, {}, {"select": "qr", "basis": None, "refine": 2}, {"llm_layer": 2, "llm_keep": 8}]
+    "options",
+    [
+        None,
+        {},
+        {"select": "qr", "basis": None, "refine": 2},
+        {"llm_layer": 2, "llm_keep": 8},
+        {"positions": "keep"},
+        {"positions": "keep", "distinct": 2.0},
+    ],
 )
 def test_the_patched_model_answers_as_the_arms_do(
     untrained: Any, packer: packing.Packer, coffee: sources.Sources, options: dict[str, Any] | None
@@ -101,14 +129,20 @@ def test_the_patched_model_answers_as_the_arms_do(
     pixels = processor(images=picture, text=llava.prompt(asked[0].text), return_tensors="pt")["pixel_values"]
     with torch.inference_mode():
         seen = untrained.model.vision_tower(pixels, output_hidden_states=True).hidden_states[llava.LAYERS][:, 1:]
-        rule = {name: value for name, value in (options or {}).items() if not name.startswith("llm_")}
-        rows = seen if options is None else arms.apet(arms.Batch(seen), keep, **rule)
+        rule = {name: value for name, value in (options or {}).items() if name in ("select", "basis", "refine")}
+        if options is None:
+            found = arms.all_of(seen)
+        elif "distinct" in options:
+            found = arms.distinct(arms.Batch(seen), keep, options["distinct"], 0)
+        else:
+            found = arms.apet(arms.Batch(seen), keep, **rule)
         later = (
-            packing.Second(2, lambda states: arms.apet(arms.Batch(states), 8))
+            packing.Second(2, lambda states: arms.apet(arms.Batch(states), 8).tokens)
             if "llm_layer" in (options or {})
             else None
         )
-        packed = packing.answer(untrained, packer, rows, [asked], later)[0]
+        kept = found.indices if "positions" in (options or {}) else None
+        packed = packing.answer(untrained, packer, found.tokens, [asked], later, kept)[0]
         if options is not None:
             apet.patch(untrained, keep=keep, **{k: "keep" if v is None else v for k, v in options.items()})
         try:
@@ -348,6 +382,8 @@ def test_products_in_bfloat16_are_near_those_in_float32(monkeypatch: pytest.Monk
 @pytest.mark.skipif(not (llava.STORED / llava.WEIGHTS).exists(), reason="no trained model is stored")
 @pytest.mark.parametrize(("name", "options"), [
     (arms.FULL, None), (arms.DEFAULT, {}), ("paper", PAPER), ("qr refine 2", {"refine": 2}),
+    ("qr refine 0 in place", {"positions": "keep"}),
+    ("qr refine 0 distinct 2 in place", {"positions": "keep", "distinct": 2.0}),
 ])  # fmt: skip
 def test_the_stored_model_gives_the_stored_answers(name: str, options: dict[str, Any] | None) -> None:
     """A hundred test questions from pixels, through `apet.patch`; rounding differs between machines."""

@@ -43,7 +43,7 @@ def main(arguments: list[str] | None = None) -> None:
         step.add_argument(f"--{field.name.replace('_', '-')}", type=type(field.default), default=field.default)
     step = steps.add_parser("evaluate", help="ask the model the test questions")
     step.add_argument("--model", type=Path, default=llava.STORED)
-    every = [*arms.ARMS, *arms.STAGED, *arms.MORE]
+    every = [*arms.ARMS, *arms.STAGED, *arms.IN_PLACE, *arms.MORE]
     step.add_argument("--arms", nargs="*", choices=every, default=every, metavar="NAME")
     step.add_argument("--budgets", nargs="*", type=int, default=arms.BUDGETS)
     step.add_argument("--results", type=Path, default=RESULTS)

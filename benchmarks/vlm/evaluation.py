@@ -1,8 +1,8 @@
 """Answers of the model to the test questions, from full and from compressed sets of tokens, and accuracies from them.
 
-An arm compresses the stored visual tokens with the same op as `apet.patch` does before the projector, and positions are
-counted anew over the remaining tokens, as in the hooks; tests/test_vlm_model.py compares the two. All answers are
-greedy.
+An arm compresses the stored visual tokens with the same op as `apet.patch` does before the projector. Positions are
+counted anew over the remaining tokens, or kept, as in the hooks; tests/test_vlm_model.py compares the two. All answers
+are greedy.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import gzip
 import itertools
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -20,10 +20,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from apet_kernels import Compressed
 from benchmarks.lib.machine import describe
 from benchmarks.quality.counting import RESAMPLES, Interval
 from benchmarks.vlm import arms, features, guard, llava, packing
-from benchmarks.vlm.arms import ARMS, BUDGETS, BY_QUESTION, FULL, HALVES, MORE, STAGED, WHOLE, Arm, Batch
+from benchmarks.vlm.arms import ARMS, BUDGETS, BY_QUESTION, FULL, HALVES, IN_PLACE, MORE, STAGED, WHOLE, Arm, Batch
 from benchmarks.vlm.features import Picture, Split
 from benchmarks.vlm.questions import KINDS, Question
 
@@ -64,7 +65,7 @@ def look(model: Any, split: Split) -> Seen:
 def answers(model: Any, packer: packing.Packer, seen: Seen, name: str, keep: int) -> list[list[str]]:
     """Returns the model's answers to the chosen questions about every picture, with the tokens of an arm."""
     model.eval()
-    arm = (WHOLE | ARMS | STAGED | MORE)[name]
+    arm = (WHOLE | ARMS | STAGED | IN_PLACE | MORE)[name]
     given = []
     for first in range(0, len(seen.pictures), AT_ONCE):
         part = slice(first, first + AT_ONCE)
@@ -73,17 +74,18 @@ def answers(model: Any, packer: packing.Packer, seen: Seen, name: str, keep: int
         if name in BY_QUESTION:
             batch = one_by_one(model, packer, batch, asked)
             single = [[one] for some in asked for one in some]
-            said = itertools.chain.from_iterable(packing.answer(model, packer, arm(batch, keep), single))
+            said = itertools.chain.from_iterable(packing.answer(model, packer, _only(arm, batch, keep).tokens, single))
             given += [list(itertools.islice(said, len(some))) for some in asked]
         elif name in STAGED:
             given += in_two_stages(model, packer, arm, batch, keep, asked)
         else:
-            rows = arm(batch, keep)
-            if isinstance(rows, Tensor):
-                given += packing.answer(model, packer, rows, asked)
-            else:  # as many rows of each picture as it needs
-                for own, some in zip(rows, asked, strict=True):
-                    given += packing.answer(model, packer, own[None], [some])
+            found = arm(batch, keep)
+            if isinstance(found, Compressed):
+                kept = found.indices if name in IN_PLACE else None
+                given += packing.answer(model, packer, found.tokens, asked, kept=kept)
+            else:  # as many tokens of each picture as it needs
+                for own, some in zip(found, asked, strict=True):
+                    given += packing.answer(model, packer, own.tokens[None], [some])
     return given
 
 
@@ -93,12 +95,17 @@ def in_two_stages(
     """Returns the answers with more tokens in the first half of the decoder's layers, and fewer in the second."""
 
     def compress(x: Tensor, part: float) -> Tensor:
-        rows = arm(Batch(x, batch.first), round(part * keep))
-        assert isinstance(rows, Tensor)
-        return rows
+        return _only(arm, Batch(x, batch.first), round(part * keep)).tokens
 
     second = packing.Second(llava.DECODER["num_hidden_layers"] // 2, lambda states: compress(states, HALVES[1]))
     return packing.answer(model, packer, compress(batch.x, HALVES[0]), asked, second)
+
+
+def _only(arm: Arm, batch: Batch, keep: int) -> Compressed:
+    """Runs an arm that keeps as many tokens of every picture."""
+    found = arm(batch, keep)
+    assert isinstance(found, Compressed)
+    return found
 
 
 def one_by_one(model: Any, packer: packing.Packer, batch: Batch, asked: Sequence[Sequence[Question]]) -> Batch:
@@ -187,10 +194,10 @@ class Answers:
         given = _read(path_of(self.folder, name, keep))
         return np.array([one.answer == said for one, said in zip(self.asked, given, strict=True)])
 
-    def stored(self) -> list[tuple[str, int]]:
-        """Returns names and budgets of the arms of `ARMS` and `STAGED` with stored answers, larger budgets first."""
-        names = itertools.product([*ARMS, *STAGED], sorted({*BUDGETS}, reverse=True))
-        return [(name, keep) for name, keep in names if path_of(self.folder, name, keep).exists()]
+    def stored(self, names: Iterable[str] = (*ARMS, *STAGED)) -> list[tuple[str, int]]:
+        """Returns names and budgets of the arms among `names` with stored answers, larger budgets first."""
+        every = itertools.product(names, sorted({*BUDGETS}, reverse=True))
+        return [(name, keep) for name, keep in every if path_of(self.folder, name, keep).exists()]
 
     def where(self, kind: str | None = None, heights: range | None = None) -> np.ndarray:
         """Returns [q] bool: the questions of a kind, about words of these heights."""

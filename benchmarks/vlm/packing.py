@@ -9,7 +9,7 @@ of the sequence <s> picture question alone. A forward over 256 visual tokens the
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ import torch.nn.functional as F
 import transformers
 from torch import Tensor
 
+from benchmarks.vlm.features import TOKENS
 from benchmarks.vlm.questions import Question
 
 NOTHING = -100  # no target
@@ -36,6 +37,13 @@ class Packed:
     def mask(self) -> Tensor:
         """Returns [B, 1, L, L] bool: what each token sees."""
         return sees(self.part)
+
+
+def in_place(packed: Packed, kept: Tensor, tokens: int) -> Packed:
+    """Returns the same sequences, with the positions that their tokens have if all `tokens` visual tokens are there.
+    kept: [B, N], the numbers of the N that are."""
+    first, rest = packed.positions[:, :1], packed.positions[:, 1 + kept.shape[1] :]
+    return replace(packed, positions=torch.cat([first, 1 + kept, rest + tokens - kept.shape[1]], 1))
 
 
 def sees(part: Tensor) -> Tensor:
@@ -174,13 +182,22 @@ class Second:
 
 @torch.inference_mode()
 def answer(
-    model: Any, packer: Packer, rows: Tensor, asked: Sequence[Sequence[Question]], second: Second | None = None
+    model: Any,
+    packer: Packer,
+    rows: Tensor,
+    asked: Sequence[Sequence[Question]],
+    second: Second | None = None,
+    kept: Tensor | None = None,
 ) -> list[list[str]]:
     """Returns the greedy answer to each question about each picture, whose visual rows are [B, N, C].
 
-    All questions take a step at once: their tokens are appended to the cache, where each sees the prefix and its own.
+    kept: [B, N], the numbers of the tokens that the rows stand for, whose positions they and the text then have; None:
+    positions are counted anew. All questions take a step at once: their tokens are appended to the cache, where each
+    sees the prefix and its own.
     """
     packed = packer.pack(asked, rows.shape[1], answers=False)
+    if kept is not None:
+        packed = in_place(packed, kept, TOKENS)
     decoder, cache = model.model.language_model, transformers.DynamicCache()
     most = max(len(some) for some in asked)
     ends = torch.tensor([some + [0] * (most - len(some)) for some in packed.ends])  # [B, Q]

@@ -37,6 +37,7 @@ class Options:
     blend: float = 1.0
     llm_layer: int | None = None
     llm_keep: Keep | list[Keep] = None
+    positions: str | None = None
 
 
 @dataclass(frozen=True)
@@ -205,6 +206,8 @@ def shorten(model: PreTrainedModel, family: Family, row: Sample, options: Option
     if family.ragged:
         whole = torch.arange(L).expand(3, L) if seen["position_ids"] is None else seen["position_ids"][-3:, 0]
         return Prompt(embeds, whole[:, source], int(whole.max()) + 1, groups, deep, source)
+    if options.positions == "keep":
+        return Prompt(embeds, source, L, groups, deep, source)
     return Prompt(embeds, torch.arange(len(source)), len(source), groups, deep, source)
 
 
@@ -222,7 +225,7 @@ def language(model: PreTrainedModel, prompt: Prompt, generated: list[int], optio
     for i, layer in enumerate(text.layers):
         if i == options.llm_layer:
             hidden, kept = second_stage(hidden, prompt.groups, options)
-            if positions.ndim == 1:  # renumbered, as after the first stage
+            if positions.ndim == 1 and options.positions != "keep":  # renumbered, as after the first stage
                 positions = kept.cumsum(0) - 1
         allowed = torch.ones(L + extra, L + extra, dtype=torch.bool).tril() & kept
         if slides(text.config, i):  # over the columns in the input of the layer

@@ -100,6 +100,17 @@ def test_layout_is_part_of_the_variant(llava: Path, data: Path, tmp_path: Path) 
     assert records(tmp_path / "out.jsonl")[1]["answer"] == expected
 
 
+def test_options_of_all_budgets(llava: Path, data: Path, tmp_path: Path) -> None:
+    write(data, [entry(0)])
+    text = said(
+        "eval", "--model", llava, "--data", data, "--out", tmp_path / "out.jsonl", "--keep", 12,
+        "--distinct", 2, "--positions", "keep", "--max-new-tokens", NEW,
+    )  # fmt: skip
+    assert "keep=12, distinct=2.0, positions=keep" in " ".join(text.split())
+    expected = answer(llava, [data / PHOTOS[0]], "<image>\nw3 w7", NEW, keep=12, distinct=2.0, positions="keep")
+    assert records(tmp_path / "out.jsonl")[1]["answer"] == expected
+
+
 @pytest.mark.parametrize("name", ["llava_next", "qwen2_5_vl"])
 def test_visual_tokens_of_both_stages(name: str, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The mean over layers is that of `apet.kept` after a prefill, in layers before and after the second stage."""

@@ -77,6 +77,13 @@ def test_both_stages_compared_and_drawn(llava: Path, photos: list[Path], tmp_pat
         assert min(Image.open(path).size) > 400
 
 
+def test_options_of_the_first_stage(llava: Path, photos: list[Path]) -> None:
+    options = ("--keep", 12, "--distinct", 2, "--positions", "keep", "--dtype", "float32", "--device", "cpu")
+    text = generated("--model", llava, "--image", photos[0], "--prompt", "w3 w4", *options)
+    chosen = {"keep": 12, "distinct": 2.0, "positions": "keep"}
+    assert text.splitlines()[0] == answer(llava, photos[:1], "<image>\nw3 w4", NEW, **chosen)
+
+
 def test_chat_template(llava: Path, photos: list[Path], tmp_path: Path) -> None:
     """If the processor has one, it formats the prompt, and sets the place of the image."""
     folder = shutil.copytree(llava, tmp_path / "chat")
@@ -225,6 +232,8 @@ def test_all_of_it_is_no_budget_that_drops_nothing(llava: Path, photos: list[Pat
         (["--llm-layer", "9", "--llm-keep", "4"], "llm_layer=9 is outside 1..3"),
         (["--layout", "sideways"], "'sideways' is not one of 'inplace', 'overwrite', 'append'"),
         (["--layout", "overwrite", "--basis", "10", "--keep", "5"], "layout='overwrite' needs keep > basis"),
+        (["--distinct", "2", "--guard", "warn"], "guard='warn' cannot be used with distinct=2.0"),
+        (["--positions", "keep", "--layout", "append", "--basis", "4"], "positions='keep' cannot be used with layout"),
         (["--preset", "paper-65"], "preset='paper-65' is not known for llava; its presets are: paper-192"),
         (["--preset", "paper-64"], "llm_layer=16 is outside 1..3"),
         (["--max-new-tokens", "0"], "Invalid value for '--max-new-tokens'"),

@@ -44,10 +44,10 @@ def test_models_of_lmms_eval(llava: Path, tmp_path: Path, monkeypatch: pytest.Mo
         },
         {"model_id": "apet_qwen2_vl", "simple_class_path": "apet.lmms.simple_qwen2_vl"},
     ]
-    made = lmms.chat_llava_hf(pretrained=llava, keep=12, basis=10, layout="overwrite", batch_size=3)
+    options = {"keep": 12, "basis": 10, "layout": "overwrite", "distinct": 2.0, "positions": "keep"}
+    made = lmms.chat_llava_hf(pretrained=llava, **options, batch_size=3)
     assert (type(made).__name__, made.is_simple, made.batch_size) == ("ApetChat", False, 3)
-    options = apet.options(made.model)
-    assert (options.keep, options.layout) == (12, "overwrite")
+    assert apet.options(made.model) == apet.Options(**options)
     assert lmms.simple_llava_hf.is_simple
 
     # Of a model that also speaks, the thinker is patched.

@@ -14,6 +14,7 @@ Layout = Literal["inplace", "overwrite", "append"]
 Select = Literal["fps", "qr"]
 Backend = Literal["cpu", "triton", "cuda", "reference"]
 Guard = Literal["warn", "raise", "keep"]
+Positions = Literal["keep", "renumber"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
 
@@ -80,9 +81,13 @@ Refine = Annotated[int, typer.Option(min=0, max=8, help="Medoid steps, if all ke
 Share = Annotated[bool, typer.Option("--share", help="Images and frames of a prompt share their budgets.")]
 RELEVANCE_HELP = "0..1: how much tokens that resemble the prompt are preferred."
 Relevance = Annotated[float, typer.Option(min=0, max=1, help=RELEVANCE_HELP)]
+DISTINCT_HELP = "From 0: how much tokens that differ from the rest of their image are preferred."
+Distinct = Annotated[float, typer.Option(min=0, help=DISTINCT_HELP)]
 GUARD_HELP = "If --keep is little for an image: warn, raise an error, or keep as much as it takes."
 GuardOption = Annotated[Guard | None, typer.Option("--guard", help=GUARD_HELP)]
 LIMIT_HELP = "What is little: the squared residual of a dropped token, of the mean square. \\[0.2]"
 GuardLimit = Annotated[float | None, typer.Option(help=LIMIT_HELP)]
+POSITIONS_HELP = "Whether tokens keep their positions if others are dropped. Default: as the model's family does."
+PositionsOption = Annotated[Positions | None, typer.Option("--positions", help=POSITIONS_HELP)]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables and text.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print no tables, notes or progress.")]

@@ -16,6 +16,7 @@ from apet import ApetError
 from apet.cli.arguments import (
     Basis,
     Device,
+    Distinct,
     Frames,
     GuardLimit,
     GuardOption,
@@ -23,6 +24,7 @@ from apet.cli.arguments import (
     Layouts,
     Model,
     NewTokens,
+    PositionsOption,
     Quiet,
     Refine,
     Relevance,
@@ -70,8 +72,10 @@ def evaluate(
     refine: Refine = 0,
     share: Share = False,
     relevance: Relevance = 0,
+    distinct: Distinct = 0,
     guard: GuardOption = None,
     guard_limit: GuardLimit = None,
+    positions: PositionsOption = None,
     max_new_tokens: NewTokens = 16,
     dtype: Weights = "auto",
     device: Device = None,
@@ -81,7 +85,8 @@ def evaluate(
     """Ask a vision-language model your questions about images or clips, with and without compression, and compare."""
     hush(quiet)
     given = {"layout": layout, "select": select, "basis": basis, "refine": refine or None, "share": share or None}
-    given |= {"relevance": relevance or None, "guard": guard, "guard_limit": guard_limit}
+    given |= {"relevance": relevance or None, "distinct": distinct or None, "guard": guard, "guard_limit": guard_limit}
+    given |= {"positions": positions}
     budgets = _budgets(keep or [], preset or [], {name: value for name, value in given.items() if value is not None})
     for module in ("numpy", "PIL", "transformers"):
         need(module)

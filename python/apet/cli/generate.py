@@ -16,6 +16,7 @@ from apet import ApetError
 from apet.cli.arguments import (
     Basis,
     Device,
+    Distinct,
     Frames,
     GuardLimit,
     GuardOption,
@@ -23,6 +24,7 @@ from apet.cli.arguments import (
     Layouts,
     Model,
     NewTokens,
+    PositionsOption,
     Quiet,
     Refine,
     Relevance,
@@ -70,8 +72,10 @@ def generate(
     refine: Refine = 0,
     share: Share = False,
     relevance: Relevance = 0,
+    distinct: Distinct = 0,
     guard: GuardOption = None,
     guard_limit: GuardLimit = None,
+    positions: PositionsOption = None,
     max_new_tokens: NewTokens = 64,
     dtype: Weights = "auto",
     device: Device = None,
@@ -89,7 +93,13 @@ def generate(
         keep = 64
     options = {"keep": keep, "llm_layer": llm_layer, "llm_keep": llm_keep, "preset": preset, "layout": layout}
     options |= {"select": select, "basis": basis, "refine": refine, "share": share}
-    options |= {"relevance": relevance or None, "guard": guard, "guard_limit": guard_limit}
+    options |= {
+        "relevance": relevance or None,
+        "distinct": distinct or None,
+        "guard": guard,
+        "guard_limit": guard_limit,
+    }
+    options |= {"positions": positions}
     files = image or [str(video)]
     hush(quiet)
     with progress(quiet) as bar:

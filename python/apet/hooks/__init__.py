@@ -12,7 +12,7 @@ from apet_kernels.options import Layout, Select
 
 from .adapter import Adapter, equal_units, one_unit
 from .adapters import adapter_for, register_adapter
-from .config import Basis, Guard, Options, resolve
+from .config import Basis, Guard, Options, Positions, resolve
 from .engine import Engine
 from .patching import drop_compiled
 from .results import ENGINE, Kept, Visual, kept
@@ -45,8 +45,10 @@ def patch(
     refine: int | None = None,
     share: bool | None = None,
     relevance: float | None = None,
+    distinct: float | None = None,
     guard: Guard | None = None,
     guard_limit: float | None = None,
+    positions: Positions | None = None,
     llm_layer: int | None = None,
     llm_keep: int | float | Sequence[int | float] | None = None,
     preset: str | None = None,
@@ -67,11 +69,17 @@ def patch(
         relevance: 0..1, how much the first stage prefers tokens that resemble the prompt: the values by which tokens
             are chosen are multiplied by a factor from 1 - relevance for the token of a unit that resembles the text of
             its prompt least to 1 for the one that does most, by the mean cosine with its embedded tokens.
+        distinct: from 0, how much the first stage prefers tokens that differ from the rest of their unit: the values by
+            which tokens are chosen are multiplied by (1 - the mean cosine of a token with all tokens of its unit) **
+            distinct (`apet_kernels.distinct`), besides the factor of `relevance`.
         guard: what the first stage does where `keep` is little for a unit, so that a dropped token has a squared
             residual to the kept ones (pivoted QR, `apet_kernels.needed`) above `guard_limit` of the mean square: "warn"
             says so once, "raise" raises, and "keep" keeps as many more of the unit as it takes. It costs as many passes
             over the tokens as are kept.
         guard_limit: 0.2 unless given.
+        positions: "keep": every token that stays keeps its position, and the text after an image the position that it
+            has without compression. "renumber": positions are 0, 1, 2, ... over the tokens that remain. None: as the
+            family does (docs/hooks.md). M-RoPE positions are always kept.
         llm_layer, llm_keep: compress once more, after so many decoder layers have run, to so many tokens of each unit.
         preset: both stages with the budgets and the rule of the paper and the layout of the released code; the other
             arguments override it.
@@ -103,8 +111,10 @@ def patch(
         "refine": refine,
         "share": share,
         "relevance": relevance,
+        "distinct": distinct,
         "guard": guard,
         "guard_limit": guard_limit,
+        "positions": positions,
         "llm_layer": llm_layer,
         "llm_keep": llm_keep,
         "preset": preset,
@@ -158,8 +168,10 @@ def patched(
     refine: int | None = None,
     share: bool | None = None,
     relevance: float | None = None,
+    distinct: float | None = None,
     guard: Guard | None = None,
     guard_limit: float | None = None,
+    positions: Positions | None = None,
     llm_layer: int | None = None,
     llm_keep: int | float | Sequence[int | float] | None = None,
     preset: str | None = None,
@@ -169,8 +181,8 @@ def patched(
     patch.
 
     Args:
-        model, keep, basis, layout, select, blend, refine, share, relevance, guard, guard_limit, llm_layer, llm_keep,
-            preset, check: as in `patch`.
+        model, keep, basis, layout, select, blend, refine, share, relevance, distinct, guard, guard_limit, positions,
+            llm_layer, llm_keep, preset, check: as in `patch`.
 
     Yields:
         The options in force.
@@ -194,8 +206,10 @@ def patched(
         refine=refine,
         share=share,
         relevance=relevance,
+        distinct=distinct,
         guard=guard,
         guard_limit=guard_limit,
+        positions=positions,
         llm_layer=llm_layer,
         llm_keep=llm_keep,
         preset=preset,

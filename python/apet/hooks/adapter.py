@@ -34,7 +34,7 @@ class Adapter:
 
     positions: ClassVar[str | None] = None
     """What happens to positions if tokens are dropped. "renumber": they are 0, 1, 2, ... over the remaining tokens of a
-    row; "keep": every token keeps its position (M-RoPE)."""
+    row, unless `apet.patch` is told to keep them; "keep": every token keeps its position (M-RoPE)."""
     projector: ClassVar[str | None] = None
     """The name, in the core model, of the module whose input is compressed; None: the decoder's input is compressed."""
     unit_names: ClassVar[Mapping[str, str] | None] = None

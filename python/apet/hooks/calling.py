@@ -32,6 +32,7 @@ NAMES: Mapping[str, tuple[str, ...]] = {
     "recurrent": ("conv_mask",),  # the 2-D mask of new tokens of layers that attend and also keep a state
 }
 PIXELS = re.compile(r"(^|_)pixel_values(_|$)|^image_patches$")
+SCALES = ("get_llama_4_attn_scale", "MistralLarge4TextSoftmaxScaling")  # make a factor of queries from positions
 PACKED = ("cu_seq_lens_q", "cu_seqlens", "cu_seq_lens", "seq_idx")  # arguments of packed sequences
 
 
@@ -183,14 +184,13 @@ class Rotary:
     by_kind: bool
 
     @classmethod
-    def of(cls, decoder: nn.Module, layers: Iterable[nn.Module], llm_layer: int) -> Rotary | None:
+    def of(cls, decoder: nn.Module, layers: Iterable[nn.Module], cannot: str) -> Rotary | None:
         """Returns None if no layer takes a rotary embedding. Raises ValueError if the layers take one that `rotary_emb`
-        does not make."""
+        does not make. cannot: which option cannot be used then."""
         owner, rotary = type(decoder).__name__, getattr(decoder, "rotary_emb", None)
         taken = [(arguments := Arguments.of(layer)).forwards or "rotary" in arguments.names for layer in layers]
         if rotary is None and not any(taken):
             return None
-        cannot = f"llm_layer={llm_layer} cannot be used"
         if not isinstance(rotary, nn.Module) or not all(taken):
             raise ValueError(
                 f"{cannot} with {owner}: its layers do not share one rotary embedding, made by its rotary_emb and "

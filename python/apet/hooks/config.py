@@ -15,6 +15,8 @@ from apet_kernels.options import Layout, Select
 Keep = int | float | tuple[int | float, ...]
 Guard = Literal["warn", "raise", "keep"]
 GUARDS: tuple[Guard, ...] = get_args(Guard)
+Positions = Literal["keep", "renumber"]
+POSITIONS: tuple[Positions, ...] = get_args(Positions)
 Basis = int | Literal["keep"]  # "keep": as many as are kept, `basis=None` of apet_kernels
 
 
@@ -36,8 +38,10 @@ class Options:
     refine: int = kernel.Options.refine
     share: bool = False  # whether the units of a call share their budgets
     relevance: float = 0.0  # how much the first stage prefers tokens that resemble the prompt, 0..1
+    distinct: float = 0.0  # how much the first stage prefers tokens that differ from the rest of their unit, from 0
     guard: Guard | None = None  # what the first stage does where `keep` is too little for a unit; None: nothing
     guard_limit: float = budgets.LIMIT  # above which squared residual of a dropped token, relative to the mean square
+    positions: Positions | None = None  # what tokens do with their positions; None: what their family does
 
     @property
     def kernel(self) -> dict[str, Any]:
@@ -120,8 +124,14 @@ def _check(options: Options, layers: range) -> None:
     number = isinstance(options.relevance, (int, float)) and not isinstance(options.relevance, bool)
     if not (number and 0 <= options.relevance <= 1):
         raise ValueError(f"relevance={options.relevance!r} is outside 0..1")
-    if options.relevance and options.keep is None:
-        raise ValueError(f"relevance={options.relevance} needs keep: only the first stage uses it")
+    number = isinstance(options.distinct, (int, float)) and not isinstance(options.distinct, bool)
+    if not (number and 0 <= options.distinct < math.inf):
+        raise ValueError(f"distinct={options.distinct!r} is not a finite number from 0")
+    weighted = [f"{name}={value}" for name in ("relevance", "distinct") if (value := getattr(options, name))]
+    if weighted and options.keep is None:
+        raise ValueError(f"{weighted[0]} needs keep: only the first stage uses it")
+    if options.positions is not None and options.positions not in POSITIONS:
+        raise ValueError(f"positions={options.positions!r} is none of {', '.join(map(repr, POSITIONS))}")
     if options.guard is not None and options.guard not in GUARDS:
         raise ValueError(f"guard={options.guard!r} is none of {', '.join(map(repr, GUARDS))}")
     limit = options.guard_limit
@@ -129,10 +139,10 @@ def _check(options: Options, layers: range) -> None:
         raise ValueError(f"guard_limit={limit!r} is not a number above 0")
     if options.guard is None and limit != Options.guard_limit:
         raise ValueError(f"guard_limit={limit} needs guard")
-    if options.guard and options.relevance:
+    if options.guard and weighted:
         raise ValueError(
-            f"guard='{options.guard}' cannot be used with relevance={options.relevance}: it counts the tokens that are "
-            "needed without the prompt, which are others"
+            f"guard='{options.guard}' cannot be used with {weighted[0]}: it counts the tokens that are needed without "
+            "its weights, which are others"
         )
     if options.guard and options.keep is None:
         raise ValueError(f"guard='{options.guard}' needs keep: only the first stage has one")

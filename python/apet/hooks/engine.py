@@ -40,9 +40,9 @@ class Engine(Patch):
             projector = target.projector()
             handles.append(projector.register_forward_pre_hook(self.before_projector))
             handles.append(projector.register_forward_hook(self.after_projector))
-        if target.options.llm_layer is not None:
-            for index in range(target.options.llm_layer, len(layers)):
-                handles.append(pre(layers[index], functools.partial(self.before_layer, index)))
+        first = len(layers) if target.options.llm_layer is None else target.options.llm_layer
+        for index in range(0 if target.gaps is not None else first, len(layers)):
+            handles.append(pre(layers[index], functools.partial(self.before_layer, index)))
         return handles
 
     # ---- generate()
@@ -331,20 +331,27 @@ class Engine(Patch):
         return self.running_forward()
 
     def before_layer(self, index: int, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
-        """Changes the arguments of a layer from `llm_layer` on."""
+        """Changes the arguments of a layer from `llm_layer` on, and the positions of all layers if they have gaps."""
         if not self.installed:
             return None
         roles = self.target.layer_arguments[index]
         arguments = roles.bind(args, kwargs)
+        second = self.target.options.llm_layer
+        if second is None or index < second:
+            positions = roles.get("positions", arguments)
+            if isinstance(positions, Tensor) and positions.shape[-1] == 1:  # a step of one token has no gaps
+                return None
         cache = roles.cache(arguments)
         prompt = caches.prompt_of(cache)
         forward = prompt.forward if prompt is not None else self.running_forward_without_cache()
         if forward is None:
             return None
-        if index == self.target.options.llm_layer:
+        if index == second:
             arguments = second_stage.enter(self.target, forward, cache, arguments)
         if forward.late is None:
-            return None
+            if forward.positions is None:
+                return None
+            return (), first_stage.layer_arguments(self.target, forward, index, arguments)
         return (), second_stage.arguments(self.target, forward, index, module, arguments)
 
     def after_language_model(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from . import along, masks
 from .config import Keep, Options
+from .gaps import check_rotary
 from .locate import check_list, find, placeholders
 from .mask_functions import RECURRENT, MaskBuilder, attention_types
 from .relevance import of_images, of_prompt, question
@@ -51,7 +52,7 @@ def project_fewer(
         relevance = of_images(target, core, call, projector.forward(x).flatten(0, 1), [len(u) for u in units])
     x, shape = x.flatten(0, 1), (x.shape[0], x.shape[1])  # [tiles * N, C]
     tokens = group(units, torch.arange(len(x), device=x.device), range(len(units)))
-    shorter = shorten(x, tokens, options.keep, options, relevance, target.warned)
+    shorter = shorten(x, tokens, options.keep, options, relevance, options.distinct, target.warned)
     if shorter is None:
         return None
     kept_rows = shorter.tokens.where
@@ -128,7 +129,9 @@ def begin(
                 first = call.columns - length  # columns of the prompt that earlier calls have put into the cache
                 text = ~visual & question(call, visual, past - first)
                 relevance = of_prompt(x, valid & text[:, first : first + length].to(x.device)).flatten()
-            shorter = shorten(x.flatten(0, 1), tokens, options.keep, options, relevance, target.warned)
+            shorter = shorten(
+                x.flatten(0, 1), tokens, options.keep, options, relevance, options.distinct, target.warned
+            )
         if shorter is None:
             target.warn_nothing_dropped("keep", tokens, (modality for modality, _, _ in trace.visuals))
         else:
@@ -158,7 +161,7 @@ def shortened(
     everything = torch.cat([prefix, packing.valid], dim=1)  # [B, past + L2]
     text = counted(everything)[:, past:]
     positions = roles.get("positions", arguments)
-    if target.adapter.positions == "renumber":
+    if target.positions == "renumber":
         check_counted(positions, roles.owner)
         positions, following = text, everything.sum(1, keepdim=True)
     else:
@@ -168,6 +171,9 @@ def shortened(
         if positions.dim() == 3 and target.text_row:
             # transformers detects packed sequences by gaps in the row of the text, so this row must have none
             positions = torch.cat([text[None].to(positions.dtype), positions])
+        elif target.gaps is not None and positions.dim() == 2:
+            target.gaps.check_attention(forward.language_model)
+            forward.positions = (positions, text)
     given = roles.get("mask", arguments)
     x = shorter.placed(packing, x)
     forward.more = masks.packed(forward.more, packing, past)
@@ -182,6 +188,21 @@ def shortened(
     prompt.dropped = at.length - packing.valid.shape[1]
     prompt.least = past + needed(forward.visual, packing.valid.shape[1], forward.pad_left)
     return arguments
+
+
+@torch.compiler.disable(reason=NOT_COMPILED_REASON)
+def layer_arguments(target: Target, forward: Forward, index: int, arguments: dict[str, Any]) -> dict[str, Any]:
+    """Returns the arguments for a layer of a prefill whose positions have gaps: with counted positions, unless the
+    layer needs the others."""
+    gaps, roles = target.gaps, target.layer_arguments[index]
+    kept, text = forward.positions
+    if index == gaps.first:
+        x, kind = roles.get("hidden", arguments), target.kind(forward.language_model, index)
+        check_rotary(forward.language_model, kept, x, kind, roles.owner, roles.get("rotary", arguments))
+    positions = roles.get("positions", arguments)
+    if gaps.scales or positions is None:
+        return arguments
+    return roles.replace(arguments, positions=text.to(positions.device))
 
 
 def mask_of(target: Target, forward: Forward, given: Any, x: Tensor, everything: Tensor) -> Any:

@@ -37,9 +37,10 @@ class Whole:
     new: int  # tokens after the prompt
     windows: tuple[int, ...]  # sizes of sliding windows
     chunks: tuple[int, ...]  # sizes of attention chunks
+    keep: bool  # whether tokens keep their positions also if these are consecutive numbers
 
     @classmethod
-    def of(cls, model: nn.Module, decoder: Decoder, row: Row, tokens: Tensor) -> Whole:
+    def of(cls, model: nn.Module, decoder: Decoder, row: Row, tokens: Tensor, keep: bool) -> Whole:
         """Records the arguments for the prompt `row`, followed by the generated tokens [N]."""
         longer = dict(row)
         for name, value in row.items():
@@ -70,11 +71,13 @@ class Whole:
         length = longer["input_ids"].shape[1]
         if length == arguments["inputs_embeds"].shape[-1]:
             raise ValueError(f"a prompt of {length} tokens is as long as its embeddings are wide: take another length")
-        return cls(arguments, length, len(tokens), windows, (chunk,) if isinstance(chunk, int) else ())
+        return cls(arguments, length, len(tokens), windows, (chunk,) if isinstance(chunk, int) else (), keep)
 
     @property
     def keeps_positions(self) -> bool:
-        """Whether tokens must keep their positions, because these are not consecutive numbers."""
+        """Whether tokens keep their positions: always, or because these are not consecutive numbers."""
+        if self.keep:
+            return True
         given = self.arguments.get("position_ids")
         return given is not None and bool((given.diff(dim=-1) != 1).any())
 
@@ -92,7 +95,7 @@ class Whole:
             else:
                 chosen[name] = self._along(name, value, columns)
         chosen.setdefault("attention_mask", torch.ones(1, len(columns), dtype=torch.long))
-        chosen.setdefault("position_ids", torch.arange(len(columns))[None])
+        chosen.setdefault("position_ids", (columns if self.keep else torch.arange(len(columns)))[None])
         return chosen
 
     def _along(self, name: str, value: Any, columns: Tensor) -> Any:
@@ -188,13 +191,15 @@ def expected_states(
     b: int,
     columns: Sequence[Tensor],
     llm_layer: int | None,
+    keep: bool = False,
 ) -> Tensor:
     """Returns the expected states [N, D] of row b, from the rows that entered the decoder and layer `llm_layer`.
 
-    columns: the kept columns of the prompt after each stage. Raises ValueError if a text token has changed.
+    columns: the kept columns of the prompt after each stage; keep: whether their positions are kept, too. Raises
+    ValueError if a text token has changed.
     """
     tokens = generation.tokens[b]
-    whole = Whole.of(model, decoder, row, tokens[:-1])
+    whole = Whole.of(model, decoder, row, tokens[:-1], keep)
     embeds = whole.arguments["inputs_embeds"][0]  # [L, D]
     new = len(tokens) - 1
     rows = generation.entered[0][b, -len(columns[0]) :]

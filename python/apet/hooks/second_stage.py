@@ -87,8 +87,9 @@ def arguments(target: Target, forward: Forward, index: int, layer: nn.Module, ca
         replaced["rotary"] = rotary
     if roles.name("recurrent", call) is not None:
         replaced["recurrent"] = new_tokens(late)
-    if roles.get("positions", call) is not None:
-        replaced["positions"] = late.positions
+    positions = roles.get("positions", call)
+    if positions is not None:
+        replaced["positions"] = positions_of(target, late, positions)
     if roles.get("cache_position", call) is not None:
         replaced["cache_position"] = torch.arange(late.x.shape[1], device=late.x.device) + late.past
     return roles.replace(call, **replaced)
@@ -119,6 +120,14 @@ def mask_of(target: Target, forward: Forward, index: int, kind: str, given: Any,
     return late.built[kind]
 
 
+def positions_of(target: Target, late: Late, given: Tensor) -> Tensor:
+    """Returns the positions for a layer that is given these [B or 1, L]: counted ones, unless it needs those that its
+    tokens keep."""
+    if target.gaps is None or not target.gaps.scales:
+        return late.positions
+    return given if late.packing is None else late.packing.along(given, -1)
+
+
 def new_tokens(late: Late) -> Tensor | None:
     """Returns which new tokens [B, L] a recurrent state takes in: all but padding; None: all."""
     new = late.x.shape[1]
@@ -139,7 +148,7 @@ def rotary_of(target: Target, forward: Forward, kind: str, owner: str, given: An
     late.given[shared] = given
     if late.packing is not None:
         check_rotary_arguments(owner, given, *forward.valid.shape, target.axes)
-    if target.adapter.positions == "renumber":
+    if target.positions == "renumber":
         if late.packing is not None:
             check_rotary_values(target, forward, kind, given)
         made = rotary_like(target, forward, kind, late.positions, given)

@@ -1,9 +1,9 @@
 """The self-check: runs the hooks on a tiny random model, if a model's code or the versions are not the tested ones.
 
-The tiny model has the same classes. It is patched and called with two padded rows, then for three more tokens, once
-with a cache that grows and once with one of fixed size. The states that its decoder returns must equal those of the
-reference (reference.py), which shares no code with the hooks. A model without an adapter of its own is patched only if
-the check passes.
+It also runs if `positions` keeps those that the model's family renumbers. The tiny model has the same classes. It is
+patched and called with two padded rows, then for three more tokens, once with a cache that grows and once with one of
+fixed size. The states that its decoder returns must equal those of the reference (reference.py), which shares no code
+with the hooks. A model without an adapter of its own is patched only if the check passes.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from transformers.models.auto import modeling_auto
 from . import recording, reference, tiny
 from .adapter import Adapter
 from .adapters import ADAPTERS, OWN, adapter_for
-from .config import Options
+from .config import Options, Positions
 from .engine import Engine
 from .mask_functions import implementation
 from .results import ENGINE, kept
@@ -66,12 +66,13 @@ def ensure(model: Any, target: Target) -> None:
     name = model.config.model_type
     stage = "first" if target.options.llm_layer is None else "both"
     files, unchanged = code(classes_of(target))
-    if unchanged and as_tested(files):
+    kept = target.options.positions if target.positions != target.adapter.positions else None
+    if unchanged and as_tested(files) and kept is None:
         return
     try:
         small = tiny.config(model.config)
         classes = sorted(c.__qualname__ for c in classes_of(target))
-        key = repr((name, small.to_json_string(), stage, classes, sorted(files.items()), _versions()))
+        key = repr((name, small.to_json_string(), stage, kept, classes, sorted(files.items()), _versions()))
         record = _folder() / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.json"
         if unchanged and record.exists():
             return
@@ -93,7 +94,7 @@ def ensure(model: Any, target: Target) -> None:
         raise ValueError(
             f"{message}: {how}, and register it; or patch with check=False to use the model unchecked"
         ) from error
-    result = check(built, stage, target.adapter)
+    result = check(built, stage, target.adapter, kept)
     if result.error is not None:
         raise ValueError(result.message())
     if unchanged:
@@ -149,11 +150,13 @@ def _works_with() -> str:
     )
 
 
-def check(model: nn.Module, stage: str = "both", adapter: Adapter | None = None) -> Result:
-    """Runs the self-check on a tiny model. adapter: by default that of its type."""
+def check(
+    model: nn.Module, stage: str = "both", adapter: Adapter | None = None, positions: Positions | None = None
+) -> Result:
+    """Runs the self-check on a tiny model. adapter: by default that of its type; positions: as in `apet.patch`."""
     name, worst = model.config.model_type, 0.0
     try:
-        options = options_of(model, stage, adapter)
+        options = options_of(model, stage, adapter, positions)
         rows = [prompt(model, parts, seed) for seed, parts in enumerate(PROMPTS)]
         if not unpatched(model, rows) < TOLERANCE:  # the results of some models depend on the batch or its padding
             rows = rows[:1]
@@ -184,12 +187,14 @@ def _takes_static(model: nn.Module, rows: Sequence[recording.Row]) -> bool:
         return False
 
 
-def options_of(model: nn.Module, stage: str, adapter: Adapter | None = None) -> Options:
+def options_of(
+    model: nn.Module, stage: str, adapter: Adapter | None = None, positions: Positions | None = None
+) -> Options:
     """Returns the options of a stage for a tiny model, with the first `llm_layer` from 2 on that is possible.
 
     Raises ValueError, for a layer of 2, if none is possible.
     """
-    adapter, chosen = adapter or adapter_for(model), STAGES[stage]
+    adapter, chosen = adapter or adapter_for(model), dataclasses.replace(STAGES[stage], positions=positions)
     if chosen.llm_layer is None:
         return chosen
     for llm_layer in range(chosen.llm_layer, tiny.LAYERS):
@@ -266,7 +271,7 @@ def judge(
             if one.row == b:
                 visuals.setdefault(one.modality, []).append((one.tokens, one.remaining))
         found.append(reference.columns(row, visuals, stages))
-    return _largest(model, decoder, rows, generation, found, options.llm_layer)
+    return _largest(model, decoder, rows, generation, found, options.llm_layer, options.positions == "keep")
 
 
 @torch.no_grad()
@@ -285,10 +290,11 @@ def _largest(
     generation: recording.Generation,
     columns: Sequence[Sequence[torch.Tensor]],
     llm_layer: int | None,
+    keep: bool = False,
 ) -> float:
     worst = 0.0
     for b, row in enumerate(rows):
-        states = reference.expected_states(model, decoder, row, generation, b, columns[b], llm_layer)
+        states = reference.expected_states(model, decoder, row, generation, b, columns[b], llm_layer, keep)
         difference = (generation.states[b] - states).abs().max() / states.std()
         worst = max(worst, float(difference.nan_to_num(nan=float("inf"))))
     return worst

@@ -141,6 +141,8 @@ class Forward:
     pad_left: bool = True
     tail: Tensor | None = None  # in later steps: [B, n] bool, which tokens after the prompt are no padding; None: all
     late: Late | None = None
+    # In a prefill whose tokens keep positions along one axis [B, L]: these, and counted ones for the layers.
+    positions: tuple[Tensor, Tensor] | None = None
     cache: Cache | None = None  # the cache that its layers write to
     trace: Trace | None = None
     labels: Tensor | None = None  # the labels given to the model, which are shortened with the sequence

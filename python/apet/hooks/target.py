@@ -18,6 +18,7 @@ from . import parts
 from .adapter import Adapter
 from .calling import Arguments, Rotary, versions
 from .config import Options
+from .gaps import Gaps, chosen
 from .mask_functions import IDLE, KINDS, RECURRENT, MaskBuilder, attention_types, implementation
 from .masks import Reach
 from .state import NOT_COMPILED_REASON
@@ -51,6 +52,8 @@ class Target:
     # Whether the class leaves labels out by the last columns of the mask as given (Gemma 3 in transformers 4). If the
     # rows are padded on the right and drop other numbers of tokens, these columns hide labels that count.
     masks_labels: bool
+    positions: str  # "keep" or "renumber": what tokens do with their positions if others are dropped
+    gaps: Gaps | None  # how layers use positions, if tokens keep theirs along one axis
     warned: set[str] = field(default_factory=set)  # the options that a warning was given about
 
     @classmethod
@@ -76,6 +79,8 @@ class Target:
         if not getattr(config, "is_causal", True) or getattr(config, "use_bidirectional_attention", None) == "all":
             raise ValueError(f"{type(language_model).__name__} attends in both directions, so it is not a decoder")
         options = resolve(adapter, core, range(adapter.first_llm_layer(core), len(layers)))
+        positions = chosen(adapter, options, model.config.model_type)
+        along_one_axis = positions == "keep" and parts.positions(core) == "renumber"
         projector = None
         if adapter.projector is not None and options.keep is not None:
             projector = weakref.ref(part_of(lambda c: c.get_submodule(adapter.projector), core, "projector", adapter))
@@ -85,7 +90,7 @@ class Target:
             layers_from = range(options.llm_layer, len(layers))
             check_second_stage(language_model, layers, options.llm_layer)
             masks = MaskBuilder.find()
-            rotary = Rotary.of(language_model, layers, options.llm_layer)
+            rotary = Rotary.of(language_model, layers, f"llm_layer={options.llm_layer} cannot be used")
         needed = ("mask", "cache", "hidden")
         return cls(
             weakref.ref(model),
@@ -107,6 +112,8 @@ class Target:
             parts.takes_text_row(language_model),
             not hasattr(model, "generate"),
             "shift_attention_mask" in source_of(type(model).forward),
+            positions,
+            Gaps.of(language_model, layers) if along_one_axis else None,
         )
 
     def warn_nothing_dropped(self, name: str, tokens: VisualTokens, modalities: Iterable[str]) -> None:

@@ -103,11 +103,13 @@ def shorten(
     keep: Keep,
     options: Options,
     relevance: Tensor | None = None,
+    distinct: float = 0.0,
     warned: set[str] | None = None,
 ) -> Shorter | None:
     """Compresses the tokens of x [T, D], all units in one call. Returns None if no unit gets shorter.
 
     relevance: [T], how much each row resembles the prompt; only its order and proportions within a unit matter.
+    distinct: how much rows that differ from the rest of their unit are preferred.
     warned: what the user has been warned of, for the guard; None: this stage has no guard.
     """
     remaining_counts = tokens.after(keep, options)
@@ -137,6 +139,9 @@ def shorten(
         adapted = iter(kept)
         remaining_counts = [next(adapted) if a else n for a, n in zip(active, tokens.lengths, strict=True)]
     weights = None if relevance is None else weights_of(relevance[where], lengths, options.relevance)
+    if distinct:
+        differing = apet_kernels.distinct(x_active, lengths, distinct)
+        weights = differing if weights is None else weights * differing
     rows, indices = apet_kernels.compress_packed(x_active, lengths, kept, **options.kernel, weights=weights)
     slots = sources = where[indices]
     if extra:  # there are more rows than kept positions, so they take the first places of the unit
