@@ -199,12 +199,11 @@ def test_the_section_of_kept_positions(tmp_path: Path) -> None:
     found = evaluation.Answers(tmp_path)
     text, accuracy, against = report.positions(found)
     assert text.count("30.0 [") == len(arms.BUDGETS) + 1  # the gains, and `fps` ahead of the default
-    others = " and without the question: `fps in place` (30.0 "
-    assert others in " ".join(text.split())
     flat = " ".join(text.split())
+    assert "in the mean of the budgets. Ahead of it: `fps in place` (30.0 [" in flat
     assert "level with it: `uniform in place` (0.0 [0.0, 0.0])." in flat
     assert f"- **`distinct`:** `{weighted}` is ahead of the default by 10.0 [" in flat
-    assert "Ahead of it: `fps in place` (20.0 [" in flat
+    assert "of the same methods: `fps in place` (20.0 [" in flat
     assert "level with it: none." in flat
     assert f"changes the accuracy of `{weighted}` by -10.0 [" in flat
     assert f"| {weighted} | 70.0 [" in accuracy

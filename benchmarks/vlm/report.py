@@ -59,9 +59,8 @@ COMPARED = """## What is compared
 - **Rules of the op:** `paper`, a basis of ten farthest points and the largest residuals; `qr refine 0`, the default,
   and `qr refine 2`: `select="qr"` with a basis of all K kept tokens that is picked in rounds, and so many medoid steps.
 - **`weights` of the op:** `distinct` is 1 - the token's mean cosine with all of its picture, and `distinct 2` its
-  square, as with `apet.patch(..., distinct=2)`;
-  `relevance` goes from 1 for the token that resembles the question most down to 0.5 or 0 for the one that does least,
-  with the cosines of `cdpruner`.
+  square, as with `apet.patch(..., distinct=2)`; `relevance` goes from 1 for the token that resembles the question most
+  down to 0.5 or 0 for the one that does least, with the cosines of `cdpruner`.
 - **Variants that are no part of the op:** `threshold 0.5` merges a dropped token only where its cosine with its target
   is at least 0.5; `without merge` drops it.
 - **`shared`:** {batch} pictures share their tokens, as with `apet.patch(..., share=True)`: the largest pivots of all
@@ -75,6 +74,8 @@ COMPARED = """## What is compared
   takes it from CLIP's text encoder.
 - **`in two stages`**: one and a half times as many tokens in the first half of the decoder's layers, and half as many
   in the second, which the same method keeps of their hidden states: the paper's schedule, with the same mean.
+- **`in place`**: tokens and text have the positions that they have without compression, as with
+  `apet.patch(..., positions="keep")`. In all other arms they are counted anew over the kept tokens.
 - **`+ merge`** gives a method that only drops tokens ApET's merging. `spare + merge` is the qr rule with a basis of K
   picked one at a time.
 """
@@ -105,18 +106,21 @@ POSITIONS = """## Positions kept
 
 The decoder has only seen all 256 tokens, so in training a question begins at position 257. If positions are counted
 anew over the kept tokens, as in the tables above, everything moves. With `apet.patch(model, keep=K, positions="keep")`
-the kept tokens and the text have the positions that they have without compression: the arms `in place`.
+the kept tokens and the text have the positions that they have without compression: the arms `in place`. These are the
+figures of the first model; [What is recommended](#what-is-recommended) has both.
 
-- **What it gains:** the default is right in {gains} tokens more answers (points, paired).
-- **The rules, with positions kept,** in the mean of the budgets. Ahead of `{default}`, of the methods without attention
-  and without the question: {ahead_default}; level with it: {level_default}.
-- **`distinct`:** `{weighted}` is ahead of the default by {lead}. Ahead of it: {ahead_weighted}; level with it:
-  {level_weighted}. The power of 2 was chosen on the validation pictures, among 1, 2 and 3.
-- **Merging** changes the accuracy of `{weighted}` by {lost}, against dropping the other tokens.
+- **What it gains:** the default is ahead of itself with positions counted anew by {gains} tokens.
+- **The default,** `{default}`, among the methods without attention and without the question, in the mean of the
+  budgets. Ahead of it: {ahead_default}; level with it: {level_default}.
+- **`distinct`:** `{weighted}` is ahead of the default by {lead} in the mean. Ahead of it, of the same methods:
+  {ahead_weighted}; level with it: {level_weighted}. The power of 2 was chosen on the validation pictures, among 1, 2
+  and 3.
+- **Merging** changes the accuracy of `{weighted}` by {lost} in the mean, against dropping the other tokens.
 
 A model that has seen images of many sizes, or much text, may gain less, or nothing. Chien et al. (GAP, arXiv
 2506.21873) report for LLaVA on RefCOCO, where answers are places, 56.14 % without compression, 15.34 % with pruned
-tokens, and 51.42 % if these keep their positions. `apet eval` compares both on your model.
+tokens, and 51.42 % if these keep their positions. Two runs of `apet eval`, one with `--positions keep`, compare both
+with your model.
 """
 NO_ANSWERS = """**No trained model is stored yet**, so there are no results. Pictures, training and evaluation are
 tested; the training has to be run.
@@ -371,24 +375,27 @@ def summary(found: Answers, other: Answers | None) -> str:
     )
     verdict = decision(found).rpartition("\n\n")[2].strip()
     verdict += ' `apet.patch(model, keep=64, basis=10, select="fps")` asks for the rule of the paper.'
-    sheets = markdown(standing(found)).strip(), markdown(reading(found))
-    return "\n\n".join([text, verdict, recommended(found, other).strip(), *sheets])
+    sheets = [standing(found)]
+    if measured_in_place(found):
+        title = 'The default with `positions="keep"` against each other method with positions kept'
+        sheets.append(standing(found, f"{arms.DEFAULT} in place", IN_PLACE)._replace(title=title))
+    tables = (markdown(sheet).strip() for sheet in sheets)
+    return "\n\n".join([text, verdict, recommended(found, other).strip(), *tables, markdown(reading(found))])
 
 
-def standing(found: Answers) -> Sheet:
-    """Returns the table of how the default compares with every other method, in words."""
+def standing(found: Answers, of: str = arms.DEFAULT, names: Sequence[str] = ALONE) -> Sheet:
+    """Returns the table of how an arm compares with every other one among `names`, in words."""
 
     def cell(name: str, keep: int) -> str:
-        if name == arms.DEFAULT:
+        if name == of:
             return f"{found.interval(found.right(name, keep)).value:.1f}"
-        gain = found.interval(found.right(arms.DEFAULT, keep).astype(float) - found.right(name, keep))
-        return "win" if gain.low > 0 else "**loss**" if gain.high < 0 else "tie"
+        ahead_by = found.interval(gain(found, of, keep, name))
+        return "win" if ahead_by.low > 0 else "**loss**" if ahead_by.high < 0 else "tie"
 
-    lines = sorted(table(found, cell), key=lambda line: line[0] != arms.DEFAULT)
-    lines[0][0] = "*the default, % right*"
+    lines = sorted(table(found, cell, names), key=lambda line: line[0] != of)
+    lines[0][0] = "*this rule, % right*"
     note = (
-        "Win, loss: the default is ahead or behind beyond the 95 % interval, paired, by photograph. Tie: all other"
-        " cases."
+        "Win, loss: the rule is ahead or behind beyond the 95 % interval, paired, by photograph. Tie: all other cases."
     )
     return Sheet("The default against each other method", note, ["tokens kept", *map(str, arms.BUDGETS)], lines)
 
@@ -503,10 +510,11 @@ def guards(found: Answers) -> Sheet:
 
 
 def reading(found: Answers) -> Sheet:
-    """Returns the table of words read, by their height."""
+    """Returns the table of words read, by their height; with positions kept, of some of the rules."""
     names = [f"{h.start} to {h.stop - 1} px" if h.stop < 100 else f"{h.start} px and up" for h in HEIGHTS]
     lines = []
-    for name, keep in [(arms.FULL, features.TOKENS), *found.stored()]:
+    in_place = [f"{name} in place" for name in ("paper", arms.DEFAULT, DISTINCT)]
+    for name, keep in [(arms.FULL, features.TOKENS), *found.stored((*ALONE, *in_place))]:
         right = found.right(name, keep)
         asked = [found.where("read", heights) for heights in HEIGHTS]
         lines.append([name, str(keep), *(said(found.interval(right, some)) if some.any() else "" for some in asked)])
