@@ -19,6 +19,8 @@ from .reference import U
 F = TypeVar("F", bound=Callable[..., Any])
 LEAST = 4  # an image keeps at least a quarter of what it would keep alone
 STEPS = 16  # picks between two looks at whether more of them can change the result
+STEEPEST = 4.0  # power of `distinct`
+LIGHTEST = 1e-5  # weight of `distinct`: docs/algorithm.md has why weights should not differ by more
 LIMIT = 0.2  # of the mean square: docs/vlm.md has what it foretells
 
 
@@ -163,8 +165,8 @@ def needed(x: Tensor, lengths: Sequence[int], keep: Sequence[int], limit: float 
 def distinct(x: Tensor, lengths: Sequence[int], power: float = 2.0) -> Tensor:
     """Returns weights for `compress_packed` that prefer tokens which differ from the rest of their image.
 
-    The weight of a token is (1 - its mean cosine with all tokens of its image) ** power, at least 0. Large areas of one
-    kind (sky, paper) have small weights, and so lose tokens to small things that occur once. Cen-Prune (Wen et al.,
+    The weight of a token is (1 - its mean cosine with all tokens of its image) ** power, at least 1e-5. Large areas of
+    one kind (sky, paper) have small weights, and so lose tokens to small things that occur once. Cen-Prune (Wen et al.,
     arXiv 2608.30263) weights its distances by the same mean cosine. The weights of an image do not depend on the other
     images of the call.
 
@@ -174,14 +176,14 @@ def distinct(x: Tensor, lengths: Sequence[int], power: float = 2.0) -> Tensor:
     Args:
         x: [T, D] float32, float16 or bfloat16, images packed one after another, as in `compress_packed`.
         lengths: how many tokens each image has; S integers from 1, whose sum is T.
-        power: from 0; 0 gives weights of 1. docs/vlm.md has what it gains.
+        power: 0 to 4; 0 gives weights of 1. docs/vlm.md has what it gains.
 
     Returns:
-        Weights [T] float32, from 0 to 2 ** power. Tokens of zero length or infinite norm, of which there is no cosine,
-        have the weight 1 and do not count in the mean.
+        Weights [T] float32, from 1e-5 to 2 ** power. Tokens of zero length or infinite norm, of which there is no
+        cosine, have the weight 1 and do not count in the mean.
 
     Raises:
-        ValueError: as `compress_packed` does, and if power is not a finite number from 0.
+        ValueError: as `compress_packed` does, and if power is not a number from 0 to 4.
 
     Example:
         >>> x = torch.randn(5 * 576, 1024)
@@ -191,8 +193,8 @@ def distinct(x: Tensor, lengths: Sequence[int], power: float = 2.0) -> Tensor:
     lengths = whole("length", lengths)
     ops.check_tokens(x, 2)
     check_lengths(x, lengths, [1] * len(lengths), Options())
-    if not isinstance(power, (int, float)) or isinstance(power, bool) or not 0 <= power < math.inf:
-        raise ValueError(f"power={power!r} is not a finite number from 0")
+    if not isinstance(power, (int, float)) or isinstance(power, bool) or not 0 <= power <= STEEPEST:
+        raise ValueError(f"power={power!r} is outside 0..4")
     weights = x.new_empty(len(x), dtype=torch.float32)
     for image, out in zip(x.split(lengths), weights.split(lengths), strict=True):  # so that no bit depends on others
         X = image.to(torch.float64 if has_float64(x.device) else torch.float32)  # [N, D]
@@ -202,7 +204,7 @@ def distinct(x: Tensor, lengths: Sequence[int], power: float = 2.0) -> Tensor:
         unit = unit / unit.square().sum(1, keepdim=True).sqrt().clamp(min=1)  # [N, D]; at least 1 after the division
         mean = unit.sum(0) / usable.sum().clamp(min=1)  # [D]
         cosine = (unit * mean).sum(1)  # [N]; 0 where it is unknown
-        out.copy_((1 - cosine).clamp(min=0) ** power)
+        out.copy_(((1 - cosine).clamp(min=0) ** power).clamp(min=LIGHTEST))
     return weights
 
 

@@ -194,7 +194,7 @@ def test_distinct_is_that_of_a_second_implementation(dtype, power):
     got = apet_kernels.distinct(x, lengths, power)
     assert got.dtype == torch.float32
     assert got.shape == (sum(lengths),)
-    torch.testing.assert_close(got.double(), torch.cat(expected), rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(got.double(), torch.cat(expected).clamp(min=1e-5), rtol=1e-6, atol=1e-7)
     assert (got[:-1].std() > 0) == (power > 0), "weights differ"
     for image, own in zip(x.split(lengths), got.split(lengths), strict=True):
         assert torch.equal(apet_kernels.distinct(image, [len(image)], power), own), "no bit depends on other images"
@@ -225,9 +225,9 @@ def test_distinct_of_lengths_without_meaning():
     assert apet_kernels.distinct(x[:0], []).shape == (0,)
 
 
-@pytest.mark.parametrize("power", [-1, float("nan"), float("inf"), "2", None, True])
+@pytest.mark.parametrize("power", [-1, 4.5, float("nan"), float("inf"), "2", None, True])
 def test_a_power_that_is_none(power):
-    with pytest.raises(ValueError, match=re.escape(f"power={power!r} is not a finite number from 0")):
+    with pytest.raises(ValueError, match=re.escape(f"power={power!r} is outside 0..4")):
         apet_kernels.distinct(torch.eye(9), [9], power)
 
 

@@ -167,6 +167,20 @@ def test_a_cache_of_another_llm_layer(family: Family, then: dict[str, Any]) -> N
         go_on(model, torch.tensor([[11]]), first, len(row.ids))
 
 
+@pytest.mark.parametrize("positions", ["keep", "renumber"])
+def test_a_cache_with_other_positions(positions: str) -> None:
+    """The model is patched with other positions between two turns: the keys of the late layers have the first ones."""
+    family, other = FAMILIES["llava"], {"keep": "renumber", "renumber": "keep"}[positions]
+    model, row = shared("llava"), conversation(family, 3, "image", 5)
+    with apet.patched(model, **BOTH, positions=positions):
+        first = model(**collate(family, [row]), use_cache=True)
+    with (
+        apet.patched(model, **BOTH, positions=other),
+        pytest.raises(ValueError, match=f"compressed with positions='{positions}' and llm_layer"),
+    ):
+        go_on(model, torch.tensor([[11]]), first, len(row.ids))
+
+
 def reloaded(cache: transformers.Cache) -> transformers.Cache:
     return pickle.loads(pickle.dumps(cache))
 

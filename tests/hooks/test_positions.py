@@ -496,14 +496,38 @@ class Takes(nn.Module):
         return x + kwargs["position_ids"]
 
 
+class Ignores(nn.Module):
+    def forward(self, x: Tensor, position_ids: Tensor) -> Tensor:
+        return x
+
+
 class PassesOn(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.part = nn.Identity()
+        self.part = Ignores()
 
     def forward(self, x: Tensor, position_ids: Tensor) -> Tensor:
         attention_interface = self.part
         return self.part(x, position_ids) + attention_interface(x, position_ids=position_ids)
+
+
+class Extends(PassesOn):
+    def forward(self, x: Tensor, position_ids: Tensor) -> Tensor:
+        return super().forward(x, position_ids=position_ids)
+
+
+class Renamed(nn.Module):
+    def forward(self, x: Tensor, places: Tensor) -> Tensor:
+        return x + places
+
+
+class Renames(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.part = Renamed()
+
+    def forward(self, x: Tensor, position_ids: Tensor) -> Tensor:
+        return self.part(x, position_ids)
 
 
 def get_llama_4_attn_scale(positions: Tensor) -> Tensor:
@@ -529,7 +553,9 @@ def unread() -> nn.Module:
         (Takes, "Takes reads positions itself"),
         (Counts, "Counts counts earlier tokens itself"),
         (unread, "Unread has code that cannot be read"),
+        (Renames, "Renames reads positions itself"),
         (PassesOn, None),
+        (Extends, None),
         (Scales, None),
     ],
 )
@@ -539,6 +565,26 @@ def test_parts_of_layers_that_use_positions(part: Any, says: str | None) -> None
     with pytest.raises(ValueError, match=f"cannot be used with LlamaModel: {says}") if says else nullcontext():
         apet.patch(model, keep=9, check=False, **KEEP)
     assert (apet.options(model) is None) == (says is not None)
+
+
+def test_layers_that_run_again_for_gradients() -> None:
+    """Flash attention would be given positions with gaps then."""
+    model = build("llava").train()
+    reader(model).gradient_checkpointing = True
+    apet.patch(model, keep=9, check=False, **KEEP)
+    says = "gradient checkpointing and attn_implementation='flash_attention_2'"
+    with torch.enable_grad(), use_attention(model, "flash_attention_2"), pytest.raises(ValueError, match=says):
+        apet.patch(model, keep=9, check=False, **KEEP)
+
+
+def test_rounding_of_rotary_embeddings() -> None:
+    """Those of a compiled decoder may differ in their last bits; those of other positions differ by more."""
+    decoder = reader(build("llava"))
+    x, kept = torch.zeros(1, 3, 8), torch.tensor([[0, 5, 60]])
+    for shift, known in ((0.0, True), (1e-3, True), (1.0, False)):
+        given = decoder.rotary_emb(x, kept + shift)
+        with nullcontext() if known else pytest.raises(ValueError, match="another rotary embedding"):
+            gaps.check_rotary(decoder, kept, x, "full_attention", "Layer", given)
 
 
 def test_scaled_queries_and_flash_attention() -> None:

@@ -81,8 +81,8 @@ Refine = Annotated[int, typer.Option(min=0, max=8, help="Medoid steps, if all ke
 Share = Annotated[bool, typer.Option("--share", help="Images and frames of a prompt share their budgets.")]
 RELEVANCE_HELP = "0..1: how much tokens that resemble the prompt are preferred."
 Relevance = Annotated[float, typer.Option(min=0, max=1, help=RELEVANCE_HELP)]
-DISTINCT_HELP = "From 0: how much tokens that differ from the rest of their image are preferred."
-Distinct = Annotated[float, typer.Option(min=0, help=DISTINCT_HELP)]
+DISTINCT_HELP = "0 to 4: how much tokens that differ from the rest of their image are preferred."
+Distinct = Annotated[float, typer.Option(min=0, max=4, help=DISTINCT_HELP)]
 GUARD_HELP = "If --keep is little for an image: warn, raise an error, or keep as much as it takes."
 GuardOption = Annotated[Guard | None, typer.Option("--guard", help=GUARD_HELP)]
 LIMIT_HELP = "What is little: the squared residual of a dropped token, of the mean square. \\[0.2]"

@@ -69,7 +69,7 @@ def patch(
         relevance: 0..1, how much the first stage prefers tokens that resemble the prompt: the values by which tokens
             are chosen are multiplied by a factor from 1 - relevance for the token of a unit that resembles the text of
             its prompt least to 1 for the one that does most, by the mean cosine with its embedded tokens.
-        distinct: from 0, how much the first stage prefers tokens that differ from the rest of their unit: the values by
+        distinct: 0..4, how much the first stage prefers tokens that differ from the rest of their unit: the values by
             which tokens are chosen are multiplied by (1 - the mean cosine of a token with all tokens of its unit) **
             distinct (`apet_kernels.distinct`), besides the factor of `relevance`.
         guard: what the first stage does where `keep` is little for a unit, so that a dropped token has a squared

@@ -38,7 +38,7 @@ class Options:
     refine: int = kernel.Options.refine
     share: bool = False  # whether the units of a call share their budgets
     relevance: float = 0.0  # how much the first stage prefers tokens that resemble the prompt, 0..1
-    distinct: float = 0.0  # how much the first stage prefers tokens that differ from the rest of their unit, from 0
+    distinct: float = 0.0  # how much the first stage prefers tokens that differ from the rest of their unit, 0..4
     guard: Guard | None = None  # what the first stage does where `keep` is too little for a unit; None: nothing
     guard_limit: float = budgets.LIMIT  # above which squared residual of a dropped token, relative to the mean square
     positions: Positions | None = None  # what tokens do with their positions; None: what their family does
@@ -125,8 +125,8 @@ def _check(options: Options, layers: range) -> None:
     if not (number and 0 <= options.relevance <= 1):
         raise ValueError(f"relevance={options.relevance!r} is outside 0..1")
     number = isinstance(options.distinct, (int, float)) and not isinstance(options.distinct, bool)
-    if not (number and 0 <= options.distinct < math.inf):
-        raise ValueError(f"distinct={options.distinct!r} is not a finite number from 0")
+    if not (number and 0 <= options.distinct <= budgets.STEEPEST):
+        raise ValueError(f"distinct={options.distinct!r} is outside 0..4")
     weighted = [f"{name}={value}" for name in ("relevance", "distinct") if (value := getattr(options, name))]
     if weighted and options.keep is None:
         raise ValueError(f"{weighted[0]} needs keep: only the first stage uses it")

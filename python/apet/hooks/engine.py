@@ -256,6 +256,11 @@ class Engine(Patch):
                 f"the cache holds a prompt compressed at llm_layer={prompt.llm_layer}, but the model is patched "
                 f"with llm_layer={self.options.llm_layer} now; start without the cache"
             )
+        if prompt.late is not None and prompt.positions != self.target.positions:
+            raise ValueError(
+                f"the cache holds a prompt compressed with positions='{prompt.positions}' and llm_layer, but the model "
+                f"is patched with positions='{self.target.positions}' now; start without the cache"
+            )
         past = cache.get_seq_length()
         if new > 1 and prompt.early is not None and not prefill and not torch.compiler.is_compiling():
             generation.check_kept_cache(self, cache)

@@ -196,9 +196,11 @@ def layer_arguments(target: Target, forward: Forward, index: int, arguments: dic
     layer needs the others."""
     gaps, roles = target.gaps, target.layer_arguments[index]
     kept, text = forward.positions
-    if index == gaps.first:
+    rotary = roles.get("rotary", arguments)
+    if index >= gaps.first and rotary is not None and not forward.rotary_checked:  # some layers use none
         x, kind = roles.get("hidden", arguments), target.kind(forward.language_model, index)
-        check_rotary(forward.language_model, kept, x, kind, roles.owner, roles.get("rotary", arguments))
+        check_rotary(forward.language_model, kept, x, kind, roles.owner, rotary)
+        forward.rotary_checked = True
     positions = roles.get("positions", arguments)
     if gaps.scales or positions is None:
         return arguments

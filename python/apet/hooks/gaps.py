@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from .adapter import Adapter
@@ -27,6 +28,7 @@ from .mask_functions import KINDS, attention_types, implementation
 PLAIN = ("eager", "sdpa", "flex_attention")  # implementations of attention that never read positions
 PASSES = ("attention_interface", "_flash_attention_forward")  # functions that layers pass their positions to
 COUNTS = ("get_seq_length", "get_query_offset")  # methods of a cache that say in which column a token is
+ROUNDING = 0.02  # of cosines and sines
 CANNOT = "positions='keep' cannot be used"
 
 
@@ -42,8 +44,8 @@ def chosen(adapter: Adapter, options: Options, model_type: str) -> str:
         )
     if options.positions == "renumber" and adapter.positions == "keep":
         raise ValueError(
-            f"positions='renumber' cannot be used with {model_type}: its tokens keep their positions, since those of "
-            "M-RoPE count along several axes and cannot be renumbered; leave it out, or give positions='keep'"
+            f"positions='renumber' cannot be used with {model_type}: its adapter keeps positions, as those of M-RoPE, "
+            "which cannot be renumbered; leave it out, or give positions='keep'"
         )
     return options.positions or str(adapter.positions)
 
@@ -83,6 +85,11 @@ class Gaps:
         """Raises ValueError if the attention may read the positions that the layers need, and take them for packed
         sequences."""
         name = implementation(decoder.config)
+        again = getattr(decoder, "gradient_checkpointing", False) and decoder.training and torch.is_grad_enabled()
+        if again and name not in PLAIN:  # layers run again after the call, where nothing replaces their positions
+            raise ValueError(
+                f"{CANNOT} with gradient checkpointing and attn_implementation='{name}': use {', '.join(PLAIN)}"
+            )
         if self.scales and name not in PLAIN:
             raise ValueError(
                 f"{CANNOT} with {type(decoder).__name__} and attn_implementation='{name}': its layers need positions, "
@@ -115,7 +122,19 @@ def _made(decoder: Any, x: Tensor, positions: Tensor, kind: str) -> Iterator[Any
 
 
 def _same(ours: Tensor, given: Tensor) -> bool:
-    return ours.shape[1:] == given.shape[1:] and bool((ours.to(given.device) == given).all())
+    """Whether two cosines or sines are of the same positions. A compiled decoder rounds them otherwise; one position
+    more changes the fastest angle by 1."""
+    if ours.shape[1:] != given.shape[1:]:
+        return False
+    a, b = (torch.view_as_real(t) if t.is_complex() else t.float() for t in (ours.to(given.device), given))
+    return bool(((a - b).abs() <= ROUNDING * b.abs().amax().clamp(min=1)).all())
+
+
+def _takes(part: nn.Module, at: int | str | None) -> bool:
+    """Whether the argument of a module's forward at this place, or of this name, is known to be positions."""
+    names = list(inspect.signature(part.forward).parameters)
+    name = at if not isinstance(at, int) else names[at] if at < len(names) else None
+    return name in NAMES["positions"]
 
 
 class _Search(ast.NodeVisitor):
@@ -143,9 +162,11 @@ class _Search(ast.NodeVisitor):
         if name in COUNTS:
             self.why = "counts earlier tokens itself"
         self.visit(node.func)
-        parts = (getattr(module, name, None) for module in self.modules)  # not all layers may have the same parts
-        passed = name in (*PASSES, *SCALES) or any(isinstance(part, nn.Module) for part in parts)
-        for value in (*node.args, *(keyword.value for keyword in node.keywords)):
+        # Not all layers may have the same parts.
+        parts = [part for module in self.modules if isinstance(part := getattr(module, name, None), nn.Module)]
+        above = name == "forward" and ast.unparse(node.func).startswith("super(")  # this is searched, too
+        for at, value in (*enumerate(node.args), *((keyword.arg, keyword.value) for keyword in node.keywords)):
+            passed = above or name in (*PASSES, *SCALES) or (parts and all(_takes(part, at) for part in parts))
             if passed and isinstance(value, ast.Name) and value.id in NAMES["positions"]:
                 self.scales |= name in SCALES
             else:

@@ -53,13 +53,15 @@ def shortened(target: Target, forward: Forward, cache: Cache | None, arguments: 
     if shorter is None:
         target.warn_nothing_dropped("llm_keep", tokens, (modality for modality, _, _ in forward.trace.visuals))
         return arguments
+    if target.gaps is not None:
+        target.gaps.check_attention(forward.language_model)
     past = prefix.shape[1]
     packing = shorter.pack(valid, forward.pad_left)
     everything = torch.cat([prefix, packing.valid], dim=1)
     before = counted(torch.cat([prefix, valid], dim=1))[:, past:]
     x = shorter.placed(packing, flat).unflatten(2, x.shape[2:])
     forward.trace.stage(shorter, packing)
-    forward.prompt.llm_layer = options.llm_layer
+    forward.prompt.llm_layer, forward.prompt.positions = options.llm_layer, target.positions
     following = everything.sum(1, keepdim=True)
     forward.prompt.late = part(cache, everything, following, target.flash(forward.language_model))
     forward.late = Late(everything, past, counted(everything)[:, past:], x, packing, before)

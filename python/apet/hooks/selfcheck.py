@@ -72,7 +72,7 @@ def ensure(model: Any, target: Target) -> None:
     try:
         small = tiny.config(model.config)
         classes = sorted(c.__qualname__ for c in classes_of(target))
-        key = repr((name, small.to_json_string(), stage, kept, classes, sorted(files.items()), _versions()))
+        key = repr((name, small.to_json_string(), stage, target.positions, classes, sorted(files.items()), _versions()))
         record = _folder() / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.json"
         if unchanged and record.exists():
             return
@@ -89,14 +89,14 @@ def ensure(model: Any, target: Target) -> None:
             return
         if name in OWN:
             raise ValueError(
-                f"{message}. {_works_with()}, or patch with check=False to use the model unchecked"
+                f"{message}. {_works_with(kept)}, or patch with check=False to use the model unchecked"
             ) from error
         raise ValueError(
             f"{message}: {how}, and register it; or patch with check=False to use the model unchecked"
         ) from error
     result = check(built, stage, target.adapter, kept)
     if result.error is not None:
-        raise ValueError(result.message())
+        raise ValueError(result.message(kept))
     if unchanged:
         _write(record, {"key": key, "difference": result.difference})
 
@@ -134,16 +134,19 @@ class Result:
     difference: float = 0.0  # the largest, of states of standard deviation 1
     error: str | None = None  # None: passed
 
-    def message(self) -> str:
+    def message(self, positions: Positions | None = None) -> str:
         stages = "first stage" if self.stage == "first" else "both stages"
         return (
             f"the self-check failed for model_type='{self.name}' with transformers {transformers.__version__} and "
-            f"torch {torch.__version__} ({stages}): {self.error}. {_works_with()}, or patch with check=False to patch "
-            "it anyway"
+            f"torch {torch.__version__} ({stages}): {self.error}. {_works_with(positions)}, or patch with check=False "
+            "to patch it anyway"
         )
 
 
-def _works_with() -> str:
+def _works_with(positions: Positions | None = None) -> str:
+    """positions: what the user asked for, other than what the model's family does."""
+    if positions is not None:
+        return f"Leave out positions='{positions}'"
     return (
         f"This version of apet-kernels was tested with transformers {', '.join(TESTED)} and torch {', '.join(TORCH)}: "
         "install one of these"
@@ -271,7 +274,8 @@ def judge(
             if one.row == b:
                 visuals.setdefault(one.modality, []).append((one.tokens, one.remaining))
         found.append(reference.columns(row, visuals, stages))
-    return _largest(model, decoder, rows, generation, found, options.llm_layer, options.positions == "keep")
+    keep = target.gaps is not None or options.positions == "keep"
+    return _largest(model, decoder, rows, generation, found, options.llm_layer, keep)
 
 
 @torch.no_grad()

@@ -91,6 +91,7 @@ class Prompt:
     early: Part | None = None  # layers before llm_layer; None: nothing was dropped there
     late: Part | None = None  # layers from llm_layer on; None: nothing was dropped there
     llm_layer: int | None = None  # the first of the late layers
+    positions: str = ""  # "keep" or "renumber": what the tokens of the late layers did with theirs
     dropped: int = 0  # tokens that the early layers have less than were given
     least: int | Tensor = 0  # columns of the early layers up to the last visual token
     forward: Forward | None = None  # the running step
@@ -143,6 +144,7 @@ class Forward:
     late: Late | None = None
     # In a prefill whose tokens keep positions along one axis [B, L]: these, and counted ones for the layers.
     positions: tuple[Tensor, Tensor] | None = None
+    rotary_checked: bool = False  # whether a layer was seen to get the rotary embedding of these
     cache: Cache | None = None  # the cache that its layers write to
     trace: Trace | None = None
     labels: Tensor | None = None  # the labels given to the model, which are shortened with the sequence
