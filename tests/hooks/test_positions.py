@@ -227,6 +227,18 @@ def test_other_decoders_against_the_reference(name: str, stage: str) -> None:
     assert 0 < result.difference < selfcheck.TOLERANCE
 
 
+@pytest.mark.parametrize("stage", selfcheck.STAGES)
+def test_a_tower_whose_layers_are_named(stage: str) -> None:
+    """A backbone names its stages, also the one that it returns; a tiny one has fewer."""
+    tower = transformers.Dinov2Config(num_hidden_layers=8, out_features=["stage8"])
+    config = transformers.LlavaConfig(
+        vision_config=tower, text_config=transformers.LlamaConfig(), vision_feature_layer=8
+    )
+    model = tiny.build(transformers.LlavaForConditionalGeneration, tiny.config(config))
+    assert model.config.vision_config.out_features == [f"stage{model.config.vision_config.num_hidden_layers}"]
+    assert selfcheck.check(model, stage, positions="keep").error is None
+
+
 # ---- what comes after the prompt
 
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from .fields import (
+    BACKBONE,
     DEPTH,
     ENCODER,
     END,
@@ -46,6 +47,8 @@ def shrink(given: Mapping[str, Any], role: str, merges: bool | None = None) -> d
     layers = _layers(given, given[depth], LAYERS if role == "text" else 3) if depth and role else None
     chosen: dict[str, Any] = {}
     for name, value in given.items():
+        if layers is not None and name in BACKBONE:  # names of layers, which follow from their number
+            continue
         part = isinstance(value, dict) and (str(name).endswith("config") or "model_type" in value)
         if part and name != "per_layer_config":
             inner = "text" if name in ("text_config", "decoder") else "encoder"
