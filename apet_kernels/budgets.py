@@ -186,9 +186,12 @@ def distinct(x: Tensor, lengths: Sequence[int], power: float = 2.0) -> Tensor:
         ValueError: as `compress_packed` does, and if power is not a number from 0 to 4.
 
     Example:
-        >>> x = torch.randn(5 * 576, 1024)
-        >>> weights = apet_kernels.distinct(x, [576] * 5)
-        >>> tokens, indices = apet_kernels.compress_packed(x, [576] * 5, [64] * 5, weights=weights)
+        >>> import torch
+        >>> x = torch.cat([torch.ones(575, 128), -torch.ones(1, 128)])
+        >>> weights = apet_kernels.distinct(x, lengths=[576])
+        >>> int(weights.argmax())
+        575
+        >>> tokens, indices = apet_kernels.compress_packed(x, [576], [64], weights=weights)
     """
     lengths = whole("length", lengths)
     ops.check_tokens(x, 2)
