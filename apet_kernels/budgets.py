@@ -19,8 +19,9 @@ from .reference import U
 F = TypeVar("F", bound=Callable[..., Any])
 LEAST = 4  # an image keeps at least a quarter of what it would keep alone
 STEPS = 16  # picks between two looks at whether more of them can change the result
-STEEPEST = 4.0  # power of `distinct`
-LIGHTEST = 1e-5  # weight of `distinct`: docs/algorithm.md has why weights should not differ by more
+# Of `distinct`: the largest power and the least weight. Weights then differ by less than the 10^7 above which copies of
+# a heavy token end a round early (docs/algorithm.md, "Weights").
+STEEPEST, LIGHTEST = 4.0, 1e-5
 LIMIT = 0.2  # of the mean square: docs/vlm.md has what it foretells
 
 
@@ -179,8 +180,8 @@ def distinct(x: Tensor, lengths: Sequence[int], power: float = 2.0) -> Tensor:
         power: 0 to 4; 0 gives weights of 1. docs/vlm.md has what it gains.
 
     Returns:
-        Weights [T] float32, from 1e-5 to 2 ** power. Tokens of zero length or infinite norm, of which there is no
-        cosine, have the weight 1 and do not count in the mean.
+        Weights [T] float32, from 1e-5 to 2 ** power. Tokens of zero length, or with an entry that is not
+        finite, have no cosine: their weight is 1, and they do not count in the mean.
 
     Raises:
         ValueError: as `compress_packed` does, and if power is not a number from 0 to 4.
@@ -197,7 +198,7 @@ def distinct(x: Tensor, lengths: Sequence[int], power: float = 2.0) -> Tensor:
     ops.check_tokens(x, 2)
     check_lengths(x, lengths, [1] * len(lengths), Options())
     if not isinstance(power, (int, float)) or isinstance(power, bool) or not 0 <= power <= STEEPEST:
-        raise ValueError(f"power={power!r} is outside 0..4")
+        raise ValueError(f"power={power!r} is outside 0..{STEEPEST:g}")
     weights = x.new_empty(len(x), dtype=torch.float32)
     for image, out in zip(x.split(lengths), weights.split(lengths), strict=True):  # so that no bit depends on others
         X = image.to(torch.float64 if has_float64(x.device) else torch.float32)  # [N, D]

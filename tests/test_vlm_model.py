@@ -105,6 +105,8 @@ def test_tokens_in_place_have_the_positions_of_the_whole_sequence(untrained: Any
     anew = packing.answer(untrained, packer, rows, asked)
     assert packing.answer(untrained, packer, rows, asked, kept=kept) != anew
     assert packing.answer(untrained, packer, x, asked, kept=every) == packing.answer(untrained, packer, x, asked)
+    with pytest.raises(ValueError, match="kept cannot be used with it"):
+        packing.answer(untrained, packer, rows, asked, packing.Second(2, lambda states: states[:, :8]), kept)
 
 
 @pytest.mark.parametrize(

@@ -14,5 +14,5 @@
 | `training.py` | the training loop, its log and its checkpoints |
 | `arms.py` | what is compared |
 | `evaluation.py` | answers of the model to the test questions, and figures from them |
-| `report.py` | docs/vlm.md |
+| `report.py`, `texts.py` | docs/vlm.md: its tables and what follows from them, its sentences |
 """

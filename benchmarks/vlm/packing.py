@@ -192,9 +192,11 @@ def answer(
     """Returns the greedy answer to each question about each picture, whose visual rows are [B, N, C].
 
     kept: [B, N], the numbers of the tokens that the rows stand for, whose positions they and the text then have; None:
-    positions are counted anew. All questions take a step at once: their tokens are appended to the cache, where each
-    sees the prefix and its own.
+    positions are counted anew. Raises ValueError if `second` is given, too. All questions take a step at once: their
+    tokens are appended to the cache, where each sees the prefix and its own.
     """
+    if kept is not None and second is not None:
+        raise ValueError("a second compression counts positions anew: kept cannot be used with it")
     packed = packer.pack(asked, rows.shape[1], answers=False)
     if kept is not None:
         packed = in_place(packed, kept, TOKENS)

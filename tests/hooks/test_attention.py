@@ -152,6 +152,17 @@ def by_layer(calls: list[Call], layers: int = 4) -> list[list[Call]]:
     return [calls[i : i + layers] for i in range(0, len(calls), layers)]
 
 
+def check_lengths(calls: list[Call], results: list[Any], options: dict[str, Any], packed: bool, cached: bool) -> None:
+    """Checks the calls of `say`: in each layer, the sequences are as long as the rows of `judge` are then."""
+    forwards = by_layer(calls)
+    assert len(forwards) == NEW
+    for step, forward in enumerate(forwards):
+        for layer, call in enumerate(forward):
+            early = layer < options.get("llm_layer", 4)
+            keys = [step + (r.length if early else r.deep_length) for r in results]
+            assert call == Call([1] * len(keys) if cached and step else keys, keys, packed)
+
+
 @pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize("cached", [True, False])
 def test_flash_without_padding(family: Family, flash: Flash, stage: str, cached: bool) -> None:
@@ -162,13 +173,7 @@ def test_flash_without_padding(family: Family, flash: Flash, stage: str, cached:
     row = conversation(family, 2, "image1", 3, "image2", 4)
     with use_attention(model, "flash_attention_2"), apet.patched(model, **options):
         said = say(model, collate(family, [row]), use_cache=cached)
-    (result,) = judge(family, [row], said, options)
-    forwards = by_layer(flash.calls)
-    assert len(forwards) == NEW
-    for step, calls in enumerate(forwards):
-        for layer, call in enumerate(calls):
-            keys = step + (result.length if layer < options.get("llm_layer", 4) else result.deep_length)
-            assert call == Call([1 if cached and step else keys], [keys], False)
+    check_lengths(flash.calls, judge(family, [row], said, options), options, packed=False, cached=cached)
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -177,12 +182,7 @@ def test_flash_with_padding(family: Family, flash: Flash, stage: str) -> None:
     options, model, rows = STAGES[stage], shared(family.name), conversations(family)
     with use_attention(model, "flash_attention_2"), apet.patched(model, **options):
         said = say(model, collate(family, rows))
-    results = judge(family, rows, said, options)
-    for step, calls in enumerate(by_layer(flash.calls)):
-        for layer, call in enumerate(calls):
-            early = layer < options.get("llm_layer", 4)
-            keys = [step + (r.length if early else r.deep_length) for r in results]
-            assert call == Call([1] * len(rows) if step else keys, keys, True)
+    check_lengths(flash.calls, judge(family, rows, said, options), options, packed=True, cached=True)
 
 
 @pytest.mark.parametrize("name", ["llava", "qwen2_5_vl"])

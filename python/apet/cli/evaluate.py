@@ -85,8 +85,8 @@ def evaluate(
     """Ask a vision-language model your questions about images or clips, with and without compression, and compare."""
     hush(quiet)
     given = {"layout": layout, "select": select, "basis": basis, "refine": refine or None, "share": share or None}
-    given |= {"relevance": relevance or None, "distinct": distinct or None, "guard": guard, "guard_limit": guard_limit}
-    given |= {"positions": positions}
+    given |= {"relevance": relevance or None, "distinct": distinct or None, "positions": positions}
+    given |= {"guard": guard, "guard_limit": guard_limit}
     budgets = _budgets(keep or [], preset or [], {name: value for name, value in given.items() if value is not None})
     for module in ("numpy", "PIL", "transformers"):
         need(module)

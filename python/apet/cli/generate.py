@@ -93,13 +93,8 @@ def generate(
         keep = 64
     options = {"keep": keep, "llm_layer": llm_layer, "llm_keep": llm_keep, "preset": preset, "layout": layout}
     options |= {"select": select, "basis": basis, "refine": refine, "share": share}
-    options |= {
-        "relevance": relevance or None,
-        "distinct": distinct or None,
-        "guard": guard,
-        "guard_limit": guard_limit,
-    }
-    options |= {"positions": positions}
+    options |= {"relevance": relevance or None, "distinct": distinct or None, "positions": positions}
+    options |= {"guard": guard, "guard_limit": guard_limit}
     files = image or [str(video)]
     hush(quiet)
     with progress(quiet) as bar:

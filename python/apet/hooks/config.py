@@ -126,7 +126,7 @@ def _check(options: Options, layers: range) -> None:
         raise ValueError(f"relevance={options.relevance!r} is outside 0..1")
     number = isinstance(options.distinct, (int, float)) and not isinstance(options.distinct, bool)
     if not (number and 0 <= options.distinct <= budgets.STEEPEST):
-        raise ValueError(f"distinct={options.distinct!r} is outside 0..4")
+        raise ValueError(f"distinct={options.distinct!r} is outside 0..{budgets.STEEPEST:g}")
     weighted = [f"{name}={value}" for name in ("relevance", "distinct") if (value := getattr(options, name))]
     if weighted and options.keep is None:
         raise ValueError(f"{weighted[0]} needs keep: only the first stage uses it")

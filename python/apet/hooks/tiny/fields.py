@@ -121,7 +121,11 @@ ENCODER: Mapping[str, Any] = {
 # Widths of the output of an encoder or a projector, which equal the decoder's width.
 OUTPUT = ("out_hidden_size", "text_hidden_size", "output_dim", "projector_output_dim", "adapter_out_dim")
 PROJECTOR = ("projector_hidden_size", "projection_hidden_size", "projection_dim", "alignment_intermediate_size")
-BACKBONE = ("out_features", "out_indices", "stage_names")
+BACKBONE = (  # fields that name layers of an encoder
+    "out_features",
+    "out_indices",
+    "stage_names",
+)
 DEPTH = ("num_hidden_layers", "num_layers", "n_layers", "depth", "encoder_layers")
 MERGES = ("spatial_merge_size", "downsample_ratio", "downsample_factor", "pixel_shuffle_ratio", "scale_factor")
 TOKEN = re.compile(r"(_token_id|_token_index|_patch_id|_(start|end|newline|sep|eod)_id)$")
